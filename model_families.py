@@ -1,0 +1,122 @@
+"""What differs between the DistilBERT, BERT and RoBERTa classifiers of Hugging Face: names, head, positions.
+
+Everything else in the suite speaks of *targets* (query, key, value, projection, mlp, head) and of *parts* of an
+encoder layer; this file says what these are called in each family. Paths are full ones, never suffixes: in
+RoBERTa the suffix ``output.dense`` also matches ``attention.output.dense``.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from run_config import UserError
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Names in one family's sequence classifier; those of ``targets`` and norms are relative to an encoder layer."""
+
+    model_type: str
+    base: str  # the encoder's attribute in the classifier
+    layers: str  # path of the list of encoder layers in the classifier
+    targets: dict[str, tuple[str, ...]]  # placement flag without its lora_ -> linears in each layer
+    attention_norm: str
+    output_norm: str
+    head: tuple[str, ...]  # paths of the head's linears, in the order in which they are applied
+    settings: dict[str, str]  # this suite's name -> the name in the family's config
+    position_offset: int = 0  # positions that are never used by a token
+
+    def linear_names(self, target: str, layer_count: int) -> list[str]:
+        """Full paths of the linears that a placement flag stands for, e.g. ``query`` -> one in each layer."""
+        if target == "head":
+            return list(self.head)
+        return [f"{self.layers}.{i}.{name}" for i in range(layer_count) for name in self.targets[target]]
+
+    def setting(self, model: nn.Module, name: str) -> int | float:
+        """One of ``layer_count``, ``head_count``, ``dropout``, ``attention_dropout``, ``head_dropout``."""
+        return getattr(model.config, self.settings[name])
+
+    def longest_input(self, model: nn.Module) -> int:
+        """The longest sequence, in tokens, that the position embeddings allow."""
+        return int(model.config.max_position_embeddings) - self.position_offset  # type: ignore[union-attr, arg-type]
+
+    def head_parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in model.named_parameters() if name.startswith(tuple(f"{h}." for h in self.head))]
+
+
+_BERT_TARGETS = {
+    "query": ("attention.self.query",),
+    "key": ("attention.self.key",),
+    "value": ("attention.self.value",),
+    "projection": ("attention.output.dense",),
+    "mlp": ("intermediate.dense", "output.dense"),
+}
+_BERT_SETTINGS = {
+    "layer_count": "num_hidden_layers",
+    "head_count": "num_attention_heads",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "head_dropout": "classifier_dropout",
+}
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        ModelFamily(
+            model_type="distilbert",
+            base="distilbert",
+            layers="distilbert.transformer.layer",
+            targets={
+                "query": ("attention.q_lin",),
+                "key": ("attention.k_lin",),
+                "value": ("attention.v_lin",),
+                "projection": ("attention.out_lin",),
+                "mlp": ("ffn.lin1", "ffn.lin2"),
+            },
+            attention_norm="sa_layer_norm",
+            output_norm="output_layer_norm",
+            head=("pre_classifier", "classifier"),
+            settings={
+                "layer_count": "n_layers",
+                "head_count": "n_heads",
+                "dropout": "dropout",
+                "attention_dropout": "attention_dropout",
+                "head_dropout": "seq_classif_dropout",
+            },
+        ),
+        ModelFamily(
+            model_type="bert",
+            base="bert",
+            layers="bert.encoder.layer",
+            targets=_BERT_TARGETS,
+            attention_norm="attention.output.LayerNorm",
+            output_norm="output.LayerNorm",
+            head=("bert.pooler.dense", "classifier"),
+            settings=_BERT_SETTINGS,
+        ),
+        ModelFamily(
+            model_type="roberta",
+            base="roberta",
+            layers="roberta.encoder.layer",
+            targets=_BERT_TARGETS,
+            attention_norm="attention.output.LayerNorm",
+            output_norm="output.LayerNorm",
+            head=("classifier.dense", "classifier.out_proj"),
+            settings=_BERT_SETTINGS,
+            position_offset=2,  # positions count from padding_idx + 1
+        ),
+    )
+}
+
+
+def family_of(model_type: str, model_name: str) -> ModelFamily:
+    """The family of a model whose config says ``model_type``.
+
+    Raises:
+        UserError: a family that this suite does not know.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"--model_name {model_name} is of type {model_type!r}: supported are {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]
