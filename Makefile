@@ -1,0 +1,32 @@
+# `make finetune` and `make test` need nothing but Python 3.11 or newer and this folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUTPUT ?= runs/first
+
+.PHONY: finetune test lint clean
+
+# One real fine-tuning run on the packaged model and reviews: a progress bar, and a result at the end.
+finetune: $(VENV)/.installed
+	$(BIN)/python finetune_lora.py --offline --lora_key True --lora_projection True --lora_mlp True --output_dir $(OUTPUT) --overwrite
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: requirements.txt requirements-offline.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -r requirements.txt
+	$(BIN)/pip install --no-deps --require-hashes -r requirements-offline.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(BIN)/pip install -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,193 @@
+"""Exact rewrites of the encoder's forward: the same logits and gradients as Hugging Face's, with less work.
+
+1. The classifier reads the first token only, so the last layer computes only that one; keys and values for all.
+2. On a CPU attention is done in chunks whose scores stay in cache; torch's fused backward is slow at these lengths.
+3. Query, key and value are one product; a frozen linear saves neither its weight nor a gradient.
+
+The weights are read from the model's own modules at each call: nothing is copied or patched, and the model's own
+forward remains usable beside this one.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from lora import linears
+from model_families import ModelFamily
+
+SCORES_IN_CACHE = 1_000_000  # attention scores worked on at once; in bf16 they fill half of a usual L2 cache
+
+
+def classify(
+    model: nn.Module, family: ModelFamily, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Logits of a DistilBERT, BERT or RoBERTa sequence classifier.
+
+    Args:
+        model: Hugging Face's classifier; some of its linears may be ``LinearWithLoRA`` or packed in 4 bits.
+        family: the names in it.
+        input_ids: ``(B, T)``.
+        attention_mask: ``(B, T)``, 0 where there is padding; the first token is never padding.
+        dtype: the precision of products and activations; weights in another one are cast to it.
+
+    Returns:
+        ``(B, classes)`` in fp32; the head on top of the first token is computed in fp32.
+    """
+    encoder = _Encoder(model, family, dtype)
+    with torch.autocast(input_ids.device.type, enabled=False):
+        padding = None if bool(attention_mask.all()) else attention_mask == 0
+        x = encoder.embed(input_ids)  # (B, T, D)
+        *layers, last = model.get_submodule(family.layers)  # type: ignore[misc]
+        for layer in layers:
+            x = encoder.block(layer, x, padding)
+        return encoder.head(encoder.last_block(last, x, padding))
+
+
+def _unpack(linear: nn.Module) -> Tensor:
+    """The dense weight ``(out, in)`` of a 4-bit linear that has no LoRA."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)  # type: ignore[union-attr]
+
+
+class _Encoder:
+    """The steps of one forward, with what they have in common."""
+
+    def __init__(self, model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:
+        self.model, self.family, self.dtype = model, family, dtype
+        config: Any = model.config
+        self.heads = int(family.setting(model, "head_count"))
+        self.activation = ACT2FN[config.activation if family.model_type == "distilbert" else config.hidden_act]
+        self.dropout = float(family.setting(model, "dropout"))
+        self.attention_dropout = float(family.setting(model, "attention_dropout")) if model.training else 0.0
+        head_dropout = getattr(config, family.settings["head_dropout"])
+        self.head_dropout = self.dropout if head_dropout is None else float(head_dropout)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return F.dropout(x, p) if self.model.training and p > 0 else x
+
+    def norm(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Layer norm with statistics in fp32, whatever the dtype of x."""
+        weight, bias = norm.weight, norm.bias
+        if x.device.type == "cpu" and weight.dtype == torch.float32:  # this mixture is native on a CPU only
+            return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+        return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), norm.eps).to(self.dtype)
+
+    def linear(self, x: Tensor, layer: nn.Module, *names: str) -> Tensor:
+        return linears(x, [layer.get_submodule(name) for name in names], _unpack)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """``(B, T) -> (B, T, D)``: word, position and, but for DistilBERT, token-type embedding, then norm."""
+        embeddings: Any = self.model.get_submodule(f"{self.family.base}.embeddings")
+        if self.family.model_type == "roberta":  # positions count real tokens only, from padding_idx + 1
+            real = input_ids.ne(embeddings.padding_idx)
+            positions = embeddings.position_embeddings(real.cumsum(1) * real + embeddings.padding_idx)  # (B, T, D)
+        else:
+            positions = embeddings.position_embeddings.weight[: input_ids.shape[1]]  # (T, D)
+        x = embeddings.word_embeddings(input_ids).float() + positions.float()
+        if self.family.model_type != "distilbert":
+            x = x + embeddings.token_type_embeddings.weight[0].float()
+        return self.drop(self.norm(x, embeddings.LayerNorm).to(self.dtype), self.dropout)
+
+    def block(self, layer: nn.Module, x: Tensor, padding: Tensor | None) -> Tensor:
+        """One encoder layer: ``(B, T, D) -> (B, T, D)``."""
+        targets = self.family.targets
+        qkv = self.linear(x, layer, *targets["query"], *targets["key"], *targets["value"])  # (B, T, 3 D)
+        if x.device.type == "cpu" and self.attention_dropout == 0:
+            context = _ChunkedAttention.apply(qkv, self.heads, padding)
+        else:
+            query, key, value = qkv.chunk(3, -1)
+            context = self.fused_attention(query, key, value, padding)
+        return self.after_attention(layer, x, context)
+
+    def last_block(self, layer: nn.Module, x: Tensor, padding: Tensor | None) -> Tensor:
+        """The last encoder layer, of which only the first token is read: ``(B, T, D) -> (B, D)``."""
+        targets = self.family.targets
+        first = x[:, :1]  # (B, 1, D)
+        query = self.linear(first, layer, *targets["query"])
+        key, value = self.linear(x, layer, *targets["key"], *targets["value"]).chunk(2, -1)  # (B, T, D)
+        context = self.fused_attention(query, key, value, padding)  # (B, 1, D)
+        return self.after_attention(layer, first, context).squeeze(1)
+
+    def fused_attention(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+        """torch's own attention: ``(B, Q, D), (B, T, D), (B, T, D) -> (B, Q, D)``."""
+        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (query, key, value))  # (B, H, T, d)
+        keep = None if padding is None else ~padding[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, keep, self.attention_dropout).transpose(1, 2).flatten(2)
+
+    def after_attention(self, layer: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+        """Projection and feed-forward network, each with its residual and norm (post-norm, as in BERT)."""
+        family = self.family
+        projected = self.linear(context, layer, *family.targets["projection"])
+        x = self.norm(x + self.drop(projected, self.dropout), layer.get_submodule(family.attention_norm))
+        up, down = family.targets["mlp"]
+        mixed = self.linear(self.activation(self.linear(x, layer, up)), layer, down)
+        return self.norm(x + self.drop(mixed, self.dropout), layer.get_submodule(family.output_norm))
+
+    def head(self, first: Tensor) -> Tensor:
+        """``(B, D) -> (B, classes)`` in fp32."""
+        kind = self.family.model_type
+        inner, outer = (self.model.get_submodule(name) for name in self.family.head)
+        x = first.float()
+        if kind == "roberta":  # the one that drops before its first linear, too
+            x = self.drop(x, self.head_dropout)
+        x = linears(x, [inner])
+        x = x.relu() if kind == "distilbert" else x.tanh()
+        return linears(self.drop(x, self.head_dropout), [outer])
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """``softmax(Q K^T / sqrt(d)) V`` for every head, in chunks whose scores stay in the processor's cache.
+
+    ``(B, T, 3 D) -> (B, T, D)``. The probabilities are not saved but computed again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
+        B, T, _ = qkv.shape
+        q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each
+        bias = None
+        if padding is not None:
+            bias = torch.zeros(B, 1, 1, T, dtype=q.dtype).masked_fill_(padding[:, None, None, :], -math.inf)
+            bias = bias.expand(B, heads, 1, T).reshape(B * heads, 1, T)
+        out = torch.empty_like(q)
+        for rows in _chunks(B * heads, T):
+            torch.bmm(_probabilities(q[rows], k[rows], bias, rows), v[rows], out=out[rows])
+        ctx.save_for_backward(q, k, v, bias)
+        return out.view(B, heads, T, -1).transpose(1, 2).reshape(B, T, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        (B, T, _), d = grad.shape, q.shape[-1]
+        heads = q.shape[0] // B
+        grad = grad.view(B, T, heads, d).transpose(1, 2).reshape(-1, T, d)
+        out = torch.empty(3, *q.shape, dtype=q.dtype)
+        scale = d**-0.5
+        for rows in _chunks(B * heads, T):
+            P = _probabilities(q[rows], k[rows], bias, rows)  # (c, T, T)
+            torch.bmm(P.transpose(1, 2), grad[rows], out=out[2, rows])
+            grad_P = torch.bmm(grad[rows], v[rows].transpose(1, 2))
+            grad_S = torch._softmax_backward_data(grad_P, P, -1, P.dtype)
+            torch.baddbmm(out[0, rows], grad_S, k[rows], beta=0, alpha=scale, out=out[0, rows])
+            torch.baddbmm(out[1, rows], grad_S.transpose(1, 2), q[rows], beta=0, alpha=scale, out=out[1, rows])
+        return out.view(3, B, heads, T, d).permute(1, 3, 0, 2, 4).reshape(B, T, -1), None, None
+
+
+def _chunks(count: int, length: int) -> list[slice]:
+    size = max(1, SCORES_IN_CACHE // length**2)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+    """``(c, T, T)``: attention of each query to each key."""
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
+    return torch.softmax(scores if bias is None else scores.add_(bias[rows]), -1)

@@ -1,0 +1,333 @@
+"""Fine-tunes a text classifier: ``python finetune_lora.py FLAGS``, see ``--help`` or README.md.
+
+One run, from data to ``result.json``. Exit status: 0 finished, 1 failed, 2 input refused, 130 interrupted.
+"""
+
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from run_config import RunConfig, UserError, from_flags
+
+if TYPE_CHECKING:  # loaded when a run starts, so that a wrong flag is refused at once
+    from local_dataset_utilities import TextData, TokenizedSplit
+    from local_training_utilities import Hardware
+
+DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier with LoRA, QLoRA, selectively or in full."
+EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
+DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # how processes that Lightning starts learn their run's directory
+
+
+def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None) -> int:
+    """The command. Returns the exit status.
+
+    Args:
+        argv: the flags; those of the process if not given.
+        defaults: settings that a thin entry wants where a flag was not given.
+    """
+    try:
+        config = from_flags(sys.argv[1:] if argv is None else argv, DESCRIPTION, defaults)
+        if config.prefetch:
+            prefetch(config)
+            return 0
+        return EXIT_STATUS[run(config)["status"]]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before training: nothing was written", file=sys.stderr)
+        return EXIT_STATUS["interrupted"]
+
+
+def prefetch(config: RunConfig) -> None:
+    """Fills the caches with model and data, on a machine that has a network."""
+    from local_dataset_utilities import prefetch_texts
+    from local_model_utilities import find_model
+
+    print(f"model: {find_model(config)}")
+    prefetch_texts(config)
+    print("data: in the cache; runs with the same --model_name and --dataset need no network now")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before it trains; all that can be refused has been."""
+
+    config: RunConfig
+    directory: Path
+    hardware: "Hardware"
+    model_folder: Path
+    texts: "TextData"
+    splits: "dict[str, TokenizedSplit]"
+    pad_id: int
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """One run. Returns what ``result.json`` in its directory holds.
+
+    Raises:
+        UserError: input that is refused; nothing was written.
+    """
+    from local_run_utilities import RESULT, write_json
+    from local_training_utilities import Interrupted
+
+    prepared = prepare(config)
+    config, directory = prepared.config, prepared.directory
+    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": _command()}
+    try:
+        train(prepared, result)
+        result["status"] = "finished"
+    except (Interrupted, KeyboardInterrupt, SystemExit) as error:  # Lightning turns a second Ctrl-C into SystemExit
+        result["status"] = "interrupted"
+        print(f"interrupted; continue with: {_continue_command(directory)}", file=sys.stderr)
+        if not isinstance(error, Interrupted):
+            print("it was stopped at once: the last checkpoint is that of an earlier epoch", file=sys.stderr)
+    except Exception as error:
+        result |= {"error": _one_line(error), "traceback": traceback.format_exc()}
+        print(f"failed: {result['error']}", file=sys.stderr)
+        if config.verbose:
+            traceback.print_exc()
+    if _is_first_process():
+        try:
+            write_json(directory / RESULT, result)
+        except OSError as error:
+            result["status"] = "failed"
+            print(f"failed: {directory / RESULT} cannot be written: {error.strerror}", file=sys.stderr)
+    return result
+
+
+def _is_first_process() -> bool:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _command() -> str:
+    """The command line as it can be typed in the project's folder; paths relative where they lie below it."""
+    words = [word.replace(f"{Path.cwd()}{os.sep}", "") for word in sys.argv]
+    return shlex.join(["python", *words])
+
+
+def _continue_command(directory: Path) -> str:
+    given = "" if "--output_dir" in sys.argv else f" --output_dir {shlex.quote(str(directory))}"
+    return f"{_command()}{given} --resume"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before training
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Checks all that can be checked, reads and tokenizes the data, and opens the run directory at last."""
+    from local_run_utilities import check_directory, default_directory, open_directory
+
+    first = _is_first_process()
+    inherited = os.environ.get(DIRECTORY_VARIABLE) if not first else None
+    directory = config.output_dir or Path(inherited or default_directory(config))
+    if first:
+        check_directory(directory, config)
+
+    from local_dataset_utilities import load_texts, tokenize
+    from local_model_utilities import find_model, import_bitsandbytes, load_tokenizer
+    from local_training_utilities import resolve_hardware, resolve_learning_rate
+
+    hardware = resolve_hardware(config)
+    config = replace(config, learning_rate=resolve_learning_rate(config), output_dir=directory)
+    if config.q_lora:
+        import_bitsandbytes()
+    folder = find_model(config)
+    tokenizer = load_tokenizer(config.model_name, folder)
+    texts = load_texts(config)
+    splits = tokenize(texts, tokenizer, config)
+    prepared = Prepared(config, directory, hardware, folder, texts, splits, int(tokenizer.pad_token_id))
+    if first:
+        open_directory(directory, config)
+        os.environ[DIRECTORY_VARIABLE] = str(directory)
+    return prepared
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def train(prepared: Prepared, result: dict[str, Any]) -> None:
+    """Builds, trains, chooses, saves and tests; ``result`` is filled as things become known."""
+    import lightning.pytorch as pl
+
+    from local_model_utilities import (
+        build_classifier,
+        count_parameters,
+        module_table,
+        parameter_record,
+        parameter_table,
+    )
+    from local_run_utilities import environment_record, peak_memory
+    from local_training_utilities import GracefulStop, Meter, make_trainer, quiet_lightning
+
+    config, hardware, first = prepared.config, prepared.hardware, _is_first_process()
+    started = time.perf_counter()
+    with quiet_lightning():
+        pl.seed_everything(config.seed, verbose=False)
+    result["environment"] = environment_record()
+    classifier = build_classifier(config, prepared.model_folder, prepared.texts.label_names, hardware.dtype)
+    groups = count_parameters(classifier)
+    result["parameters"] = parameter_record(groups)
+    if first:
+        print(f"{_headline(prepared)}\n\n{parameter_table(groups)}\n", flush=True)
+        if config.verbose:
+            print(module_table(classifier.model), flush=True)
+    meter = Meter(prepared.directory)
+    stop = GracefulStop(prepared.directory, meter)
+    with quiet_lightning(), stop.listening():
+        trainer = make_trainer(config, hardware, prepared.directory, [meter, stop])
+        try:
+            _fit_and_test(prepared, trainer, classifier, meter, stop, result)
+        finally:
+            result["memory"] = peak_memory(hardware.on_gpu)
+            result["seconds"] = time.perf_counter() - started
+    if first:
+        print(_summary(prepared, result), flush=True)
+
+
+def _fit_and_test(
+    prepared: Prepared, trainer: Any, classifier: Any, meter: Any, stop: Any, result: dict[str, Any]
+) -> None:
+    """Trains, takes the best checkpoint, saves what it holds, and reads the test split once."""
+    from local_model_utilities import saved_parameters
+    from local_run_utilities import (
+        BEST_CHECKPOINT,
+        LAST_CHECKPOINT,
+        plot_learning_curve,
+        save_trained,
+        write_predictions,
+    )
+    from local_training_utilities import FineTuning
+    from lora import lora_modules
+    from token_batches import evaluation_loader, train_loader
+
+    config, directory, splits = prepared.config, prepared.directory, prepared.splits
+    shares = {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": prepared.hardware.on_gpu}
+    training = train_loader(splits["train"], config, prepared.pad_id, **shares)
+    validation = evaluation_loader(splits["validation"], config, prepared.pad_id, **shares)
+    result["data"] = _data_record(prepared, training)
+    module = FineTuning(classifier, config, len(prepared.texts.label_names), config.epochs * training.steps_per_epoch)
+    checkpoint = directory / LAST_CHECKPOINT if config.resume else None
+    try:
+        trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        result["train"] = _train_record(trainer, meter, training)
+    module.load_best(directory / BEST_CHECKPOINT)
+    result["validation"] = module.scores["validation"] | {
+        "examples": len(splits["validation"]),
+        "seconds": meter.validation_seconds,
+    }
+    if trainer.is_global_zero:
+        targets = [name for name, _ in lora_modules(classifier.model)]
+        saved = save_trained(directory, saved_parameters(classifier), config, targets, classifier.family.head)
+        result["files"] = {path.name: path.stat().st_size for path in (saved, directory / LAST_CHECKPOINT)}
+        title = f"{prepared.texts.source}: {config.method}, {config.optimizer}, {config.learning_rate:g}"
+        plot_learning_curve(directory, meter.rows, str(config.monitor), title)
+    stop.check()
+    if config.test:
+        test = evaluation_loader(splits["test"], config, prepared.pad_id, **shares)
+        began = time.perf_counter()
+        trainer.test(module, test, verbose=False)
+        result["test"] = _test_record(module.scores["test"], len(splits["test"]), time.perf_counter() - began)
+    stop.check()
+    if trainer.is_global_zero:
+        write_predictions(directory, module.predictions)
+        (directory / BEST_CHECKPOINT).unlink()  # its weights are saved, and the last checkpoint continues the run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+
+def _data_record(prepared: Prepared, training: Any) -> dict[str, Any]:
+    texts = prepared.texts
+    return {
+        "source": texts.source,
+        "label_names": texts.label_names,
+        "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
+        "tokens": {name: int(split.lengths.sum()) for name, split in prepared.splits.items()},
+        "padding_fraction": training.padding_fraction,
+        "leaks_dropped": texts.leaks_dropped,
+        "notes": texts.notes,
+    }
+
+
+def _train_record(trainer: Any, meter: Any, training: Any) -> dict[str, Any]:
+    """Wall clock of the epochs, and what was done in it, over all ranks; only real tokens count."""
+    batches = trainer.fit_loop.total_batch_idx + 1
+    epochs = batches / max(len(training), 1)
+    seconds = meter.train_seconds
+    examples = meter.examples * trainer.world_size if trainer.world_size == 1 else None
+    return {
+        "seconds": seconds,
+        "steps": trainer.global_step,
+        "batches": batches,
+        "epochs": epochs,
+        "examples_per_second": examples / seconds if examples and seconds else None,
+        "tokens_per_second": training.tokens_per_epoch * epochs / seconds if seconds else None,
+    }
+
+
+def _test_record(scores: dict[str, float], examples: int, seconds: float) -> dict[str, Any]:
+    from local_run_utilities import accuracy_interval
+
+    interval = list(accuracy_interval(scores["accuracy"], examples))
+    return scores | {"accuracy_ci95": interval, "examples": examples, "seconds": seconds}
+
+
+def _headline(prepared: Prepared) -> str:
+    config, texts = prepared.config, prepared.texts
+    sizes = ", ".join(f"{len(split.texts):,} {name}" for name, split in texts.splits.items())
+    precision = str(prepared.hardware.dtype).removeprefix("torch.")
+    lines = [
+        f"data    {texts.source}: {sizes}",
+        f"        {texts.leaks_dropped} training texts left out: they also stand in validation or test",
+        *(f"        {note}" for note in texts.notes),
+        f"model   {config.model_name}, {'qlora' if config.q_lora else config.method}, {precision} on"
+        f" {prepared.hardware.accelerator}",
+        f"train   {config.epochs} epochs, {config.optimizer}, {config.scheduler},"
+        f" learning rate {config.learning_rate:g}",
+        f"run     {prepared.directory}",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(prepared: Prepared, result: dict[str, Any]) -> str:
+    train_record, directory = result["train"], prepared.directory
+    shown = {split: result[split] for split in ("validation", "test") if split in result}
+    lines = [
+        f"{split:<11} accuracy {s['accuracy']:.2%}   macro-F1 {s['macro_f1']:.2%}   loss {s['loss']:.4f}"
+        f"   {s['examples']:,} texts"
+        for split, s in shown.items()
+    ]
+    if "test" in result:
+        low, high = result["test"]["accuracy_ci95"]
+        lines.append(f"{'':<11} 95 % interval of the test accuracy: {low:.2%} to {high:.2%}")
+    lines += [
+        f"{'training':<11} {train_record['seconds']:.1f} s, {train_record['tokens_per_second']:,.0f} tokens/s,"
+        f" {train_record['steps']:,} steps; whole run {result['seconds']:.1f} s",
+        f"{'memory':<11} {result['memory']['peak_bytes'] / 2**20:,.0f} MiB at most ({result['memory']['source']})",
+        f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
+        f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
+        f'{"try it":<11} python predict.py {directory} --text "..."',
+    ]
+    return "\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

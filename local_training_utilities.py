@@ -1,0 +1,485 @@
+"""Lightning module, optimizers, schedulers, callbacks, and the metering of time.
+
+The loss of a batch is a sum over its texts, multiplied by the weight that the loader gives with it, so that the
+gradient of a step is the mean over all texts of the step, however they are spread over batches and ranks.
+"""
+
+import logging
+import math
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from local_model_utilities import Classifier, saved_parameters
+from local_run_utilities import BEST_CHECKPOINT, LAST_CHECKPOINT, write_metrics
+from run_config import RunConfig, UserError
+
+Batch = dict[str, Tensor]
+Predictions = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+# Peak learning rates where --learning_rate is not given: about ten times higher for LoRA than for all weights,
+# and far higher for SGD, whose step is not scaled by the size of past gradients.
+DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
+    ("lora", "adam"): 1e-3,
+    ("lora", "adamw"): 1e-3,
+    ("lora", "sgd"): 0.5,
+    ("lora", "sgd_nesterov"): 0.1,
+    ("full", "adam"): 1e-4,
+    ("full", "adamw"): 1e-4,
+    ("full", "sgd"): 0.1,
+    ("full", "sgd_nesterov"): 0.02,
+    ("selective", "adam"): 3e-4,
+    ("selective", "adamw"): 3e-4,
+    ("selective", "sgd"): 0.1,
+    ("selective", "sgd_nesterov"): 0.02,
+}
+
+
+class TrainingFailed(Exception):
+    """A run that cannot go on, in one line. Exit status 1."""
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop and has written its checkpoint. Exit status 130."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hardware
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a run takes place, and the precision of its products."""
+
+    accelerator: Literal["cpu", "gpu"]
+    devices: int | list[int]
+    dtype: torch.dtype
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.accelerator == "gpu"
+
+
+def resolve_hardware(config: RunConfig) -> Hardware:
+    """Asks the machine what ``auto`` means.
+
+    Raises:
+        UserError: a GPU that is not there, or a precision that the hardware does not have.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = config.accelerator == "gpu" or config.device is not None
+    if wanted and not gpus:
+        flag = f"--device {config.device}" if config.device is not None else "--accelerator gpu"
+        raise UserError(f"{flag}: this machine has no CUDA GPU; use --accelerator cpu")
+    if config.device is not None and config.device >= gpus:
+        raise UserError(f"--device {config.device}: this machine has {gpus} GPU(s), numbered from 0")
+    on_gpu = wanted or (config.accelerator == "auto" and gpus > 0)
+    if on_gpu and config.devices > gpus:
+        raise UserError(f"--devices {config.devices}: this machine has {gpus} GPU(s)")
+    devices: int | list[int] = [config.device] if config.device is not None else config.devices
+    return Hardware("gpu" if on_gpu else "cpu", devices, _resolve_dtype(config.precision, on_gpu))
+
+
+def _resolve_dtype(precision: str, on_gpu: bool) -> torch.dtype:
+    """bf16 where the hardware multiplies it fast, fp16 on GPUs that are older, else fp32."""
+    if precision == "fp16" and not on_gpu:
+        raise UserError("--precision fp16 needs a GPU: on a CPU use bf16 or fp32")
+    if precision != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    if on_gpu:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    return torch.bfloat16 if fast else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimizer and schedule
+
+
+def resolve_learning_rate(config: RunConfig) -> float:
+    """``--learning_rate``, or the table's for this method and optimizer."""
+    return config.learning_rate or DEFAULT_LEARNING_RATES[config.method, config.optimizer]
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], config: RunConfig, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer; weight decay acts on matrices, not on biases and norms (as BERT was trained)."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    rate = resolve_learning_rate(config)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=rate, fused=fused)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, fused=fused)
+    nesterov = config.optimizer == "sgd_nesterov"
+    return torch.optim.SGD(groups, lr=rate, momentum=config.momentum or 0.0, nesterov=nesterov, fused=fused)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, total_steps: int) -> LRScheduler:
+    """The schedule, to be stepped once an optimizer step.
+
+    OneCycleLR would by default also replace the momentum, and Adam's first beta: that is off.
+    """
+    assert config.warmup_fraction is not None
+    if config.scheduler == "onecycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        rising = max(config.warmup_fraction, 1e-9)
+        return OneCycleLR(optimizer, rates, total_steps, pct_start=rising, cycle_momentum=False)
+    warmup = math.ceil(config.warmup_fraction * total_steps)
+    return LambdaLR(optimizer, partial(_rate_factor, config.scheduler, warmup, total_steps))
+
+
+def _rate_factor(scheduler: str, warmup: int, total: int, step: int) -> float:
+    """The share of the peak rate at a step: up to 1 in a line, then level, or down to 0 in a line or half a cosine."""
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[scheduler]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the module
+
+
+class FineTuning(pl.LightningModule):
+    """Trains a classifier; its checkpoints hold what is trained and no base weights."""
+
+    def __init__(self, classifier: Classifier, config: RunConfig, class_count: int, total_steps: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.config = config
+        # Not the trainer's estimated_stepping_batches: to ask for that before a checkpoint is read makes Lightning
+        # forget the place in the epoch at which the loader is to go on.
+        self.total_steps = total_steps
+        self.strict_loading = False  # checkpoints lack the base model
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(class_count, average="micro"),
+                "macro_f1": MulticlassF1Score(class_count, average="macro"),
+                "loss": MeanMetric(),
+            },
+            compute_groups=False,
+        )
+        self.metrics = torch.nn.ModuleDict({split: metrics.clone() for split in ("validation", "test")})
+        self.scores: dict[str, dict[str, float]] = {}  # split -> metric -> value, of the latest evaluation
+        self.predictions: dict[str, Predictions] = {}  # split -> rows, labels, logits of the latest evaluation
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def training_step(self, batch: Batch) -> Tensor:
+        logits = self.classifier(batch["input_ids"], batch["attention_mask"])  # (B, classes)
+        loss_sum = cross_entropy(logits, batch["labels"], reduction="sum")
+        mean = loss_sum.detach() / len(logits)
+        self.log("loss", mean, prog_bar=True, logger=False, batch_size=len(logits))
+        return {"loss": loss_sum * batch["loss_weight"], "mean_loss": mean}  # type: ignore[return-value]
+
+    def validation_step(self, batch: Batch) -> None:
+        self._evaluation_step(batch, "validation")
+
+    def test_step(self, batch: Batch) -> None:
+        self._evaluation_step(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_evaluation("validation")
+
+    def on_test_epoch_end(self) -> None:
+        self._end_evaluation("test")
+
+    def _evaluation_step(self, batch: Batch, split: str) -> None:
+        logits = self.classifier(batch["input_ids"], batch["attention_mask"])
+        labels, metrics = batch["labels"], self.metrics[split]
+        metrics["accuracy"].update(logits, labels)  # type: ignore[index]
+        metrics["macro_f1"].update(logits, labels)  # type: ignore[index]
+        metrics["loss"].update(cross_entropy(logits, labels, reduction="none"))  # type: ignore[index]
+        self._parts.append((batch["rows"], labels, logits))
+
+    def _end_evaluation(self, split: str) -> None:
+        metrics = self.metrics[split]
+        values = metrics.compute()  # type: ignore[operator]
+        metrics.reset()  # type: ignore[operator]
+        self.scores[split] = {name: float(value) for name, value in values.items()}
+        parts = [torch.cat(column).cpu().numpy() for column in zip(*self._parts, strict=True)] if self._parts else []
+        self._parts = []
+        self.predictions[split] = _gather(parts)
+        for name, value in values.items():
+            self.log(f"{split}_{name}", value, prog_bar=name == self.config.monitor, logger=False)
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        fused = self.classifier.dtype != torch.float16  # fused steps unscale by themselves: no clipping then
+        optimizer = make_optimizer(parameters, self.config, fused)
+        scheduler = make_scheduler(optimizer, self.config, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = {f"classifier.model.{name}" for name in saved_parameters(self.classifier)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        # A checkpoint that is chosen later brings the validation that it was chosen for.
+        checkpoint["scores"] = dict(self.scores)
+        checkpoint["predictions"] = {s: tuple(map(torch.from_numpy, p)) for s, p in self.predictions.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.scores = dict(checkpoint["scores"])
+        self.predictions = {s: tuple(t.numpy() for t in p) for s, p in checkpoint["predictions"].items()}
+
+    def load_best(self, path: Path) -> None:
+        """Takes the weights and the validation of the best checkpoint."""
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        self.load_state_dict(checkpoint["state_dict"], strict=False)
+        self.on_load_checkpoint(checkpoint)
+
+
+def _gather(parts: list[np.ndarray]) -> Predictions:
+    """Rows, labels and logits of all ranks, in the order of the rows."""
+    gathered = [parts]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gathered = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(gathered, parts)
+    rows, labels, logits = (np.concatenate(column) for column in zip(*(g for g in gathered if g), strict=True))
+    order = np.argsort(rows, kind="stable")
+    return rows[order], labels[order], logits[order]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# callbacks
+
+
+class Meter(Callback):
+    """Measures training time, keeps the history of losses and metrics, and stops a loss that is not finite.
+
+    Its state is part of every checkpoint, so that a continued run has one history and one clock. On a GPU
+    the losses are read once a row, not once a step, for each reading waits for the device.
+    """
+
+    def __init__(self, directory: Path, rows_per_run: int = 200) -> None:
+        self.directory = directory
+        self.rows_per_run = rows_per_run
+        self.rows: list[dict[str, Any]] = []
+        self.train_seconds = 0.0
+        self.validation_seconds = 0.0
+        self.examples = 0
+        self._losses: list[Tensor] = []
+        self._since: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("rows", "train_seconds", "validation_seconds", "examples")
+        return {name: getattr(self, name) for name in names} | {"torch_rng": torch.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rng = state.pop("torch_rng")
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if hasattr(self, "_rng"):
+            torch.set_rng_state(self._rng.cpu())
+        self._every = max(1, min(50, pl_module.total_steps // self.rows_per_run))
+        self._since = _now(pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._since = _now(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._losses.append(outputs["mean_loss"])
+        self.examples += len(batch["labels"])
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        due = stepped and trainer.global_step % self._every == 0
+        if due or pl_module.device.type == "cpu":
+            self._check_finite(trainer, len(self._losses))
+        if due:
+            self._add_row(trainer, pl_module)
+
+    def _check_finite(self, trainer: pl.Trainer, count: int) -> None:
+        recent = torch.stack(self._losses[-count:]).float().cpu()
+        bad = (~torch.isfinite(recent)).nonzero().flatten().tolist()
+        if bad:
+            step = trainer.fit_loop.total_batch_idx + 1 - (count - 1 - bad[0])
+            raise TrainingFailed(
+                f"the loss is not finite at batch {step}: lower --learning_rate, or use another --precision"
+            )
+
+    def _add_row(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.tick(pl_module)
+        self.rows.append(
+            {
+                "step": trainer.global_step,
+                "epoch": round(
+                    trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches, 4
+                ),
+                "train_loss": float(torch.stack(self._losses).float().mean()),
+                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                "train_seconds": round(self.train_seconds, 3),
+            }
+        )
+        self._losses.clear()
+
+    def tick(self, pl_module: Any) -> None:
+        """Adds the time since the last call to the training time, if the clock runs."""
+        if self._since is not None:
+            now = _now(pl_module)
+            self.train_seconds += now - self._since
+            self._since = now
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.tick(pl_module)
+        self._since = None
+        self._validation_since = _now(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.validation_seconds += _now(pl_module) - self._validation_since
+        scores = {f"validation_{name}": value for name, value in pl_module.scores["validation"].items()}
+        epoch = trainer.current_epoch + 1
+        self.rows.append({"step": trainer.global_step, "epoch": epoch, "train_seconds": self.train_seconds} | scores)
+        if trainer.is_global_zero:
+            write_metrics(self.directory, self.rows)
+
+
+def _now(pl_module: Any) -> float:
+    """Seconds; on a GPU, of work that is done, not of work that waits."""
+    if pl_module.device.type == "cuda":
+        torch.cuda.synchronize(pl_module.device)
+    return time.perf_counter()
+
+
+class GracefulStop(Callback):
+    """Ctrl-C, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint that continues it.
+
+    During a validation the run goes on to its end first; a second Ctrl-C stops at once.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, directory: Path, meter: Meter) -> None:
+        self.directory = directory
+        self.meter = meter
+        self.asked = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        rank_zero_only(print)("\nstopping after this step, with a checkpoint; again to stop at once", flush=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals for as long as the context lasts."""
+        earlier = {number: signal.signal(number, self._ask) for number in self.signals}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        asked = self.asked
+        if trainer.world_size > 1:  # ranks hear a signal at different steps, and must stop at the same one
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        last = batch_idx + 1 >= trainer.num_training_batches  # its checkpoint comes after the validation
+        if asked and not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.meter.tick(pl_module)
+            trainer.save_checkpoint(self.directory / LAST_CHECKPOINT)
+            raise Interrupted
+
+    def check(self) -> None:
+        """Between the phases of a run."""
+        if self.asked:
+            raise Interrupted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the trainer
+
+
+def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbacks: list[Callback]) -> pl.Trainer:
+    """Lightning's trainer: best and last checkpoint, early stopping, progress bar, TensorBoard if installed."""
+    mode = "min" if config.monitor == "loss" else "max"
+    monitor = f"validation_{config.monitor}"
+    best = ModelCheckpoint(
+        dirpath=directory,
+        filename=BEST_CHECKPOINT.removesuffix(".ckpt"),
+        monitor=monitor,
+        mode=mode,
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    stopping = [EarlyStopping(monitor, patience=config.patience, mode=mode)] if config.patience else []
+    return pl.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision="16-mixed" if hardware.dtype == torch.float16 else "32-true",  # bf16 is the classifier's own affair
+        max_epochs=config.epochs,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.gradient_clip or None,
+        callbacks=[
+            *callbacks,
+            *stopping,
+            best,
+            TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20, leave=True),
+        ],
+        logger=_tensorboard(directory),
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        default_root_dir=directory,
+        # requeueing is the job script's: only one of the two may do it
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+    )
+
+
+def _progress_bar() -> TQDMProgressBar:
+    """A log file gets fewer lines than a terminal."""
+    return TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20, leave=True)
+
+
+def _tensorboard(directory: Path) -> TensorBoardLogger | Literal[False]:
+    try:
+        return TensorBoardLogger(directory, name="", version="tensorboard")
+    except ModuleNotFoundError:
+        return False
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keeps notes from users that are about Lightning and not about their run."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*srun.*", ".*isinstance.*"):
+            warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

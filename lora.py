@@ -1,0 +1,249 @@
+"""LoRA layers, written by hand: a frozen linear plus a trained product of two thin matrices.
+
+        x (N, in) ──┬── W (out, in), frozen ─────────────────────────┬──> y (N, out)
+                    └── A (rank, in) ── B (out, rank) ── * scale ──(+)
+
+Hu et al. 2021, https://arxiv.org/abs/2106.09685. Names and layout of A and B are those of PEFT. This file knows
+torch and nothing else: a base in 4 bits comes as a callable that gives its dense weight.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+SCALES: dict[str, Callable[[float, int], float]] = {
+    "standard": lambda alpha, rank: alpha / rank,  # Hu et al. 2021
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
+    "raw": lambda alpha, rank: alpha,  # noqa: ARG005
+}
+
+
+class LoRALayer(nn.Module):
+    """The trained part: ``x -> scale * B A dropout(x)``. Zero at first, because B is.
+
+    Args:
+        in_features: width of x.
+        out_features: width of the output.
+        rank: inner width, at least 1.
+        alpha: numerator of the scale.
+        scaling: ``standard`` alpha / rank, ``rslora`` alpha / sqrt(rank), ``raw`` alpha.
+        dropout: probability that an element of x is dropped in training.
+
+    Raises:
+        ValueError: a rank below 1 or a scaling that does not exist.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        scaling: str = "standard",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank {rank}: must be at least 1")
+        if scaling not in SCALES:
+            raise ValueError(f"scaling {scaling!r}: allowed are {', '.join(SCALES)}")
+        self.rank, self.alpha, self.scaling = rank, alpha, scaling
+        self.scale = SCALES[scaling](alpha, rank)
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear and PEFT do
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in) -> (..., out)`` in x's dtype; the plain formula, which the fast one is held against."""
+        return self.scale * F.linear(F.linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+    def delta_weight(self) -> Tensor:
+        """What the layer adds to a weight: ``scale * B A``, ``(out, in)``, fp32."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling}"
+
+
+class LinearWithLoRA(nn.Module):
+    """A frozen linear and the LoRA layer beside it.
+
+    Args:
+        linear: an ``nn.Linear`` in any precision, or a linear whose weight is packed in 4 bits.
+        lora: the trained part, of the same widths.
+        dense_weight: for a packed linear, gives its weight ``(out, in)``; called again in backward, so that no dense
+            copy outlives the forward.
+    """
+
+    def __init__(self, linear: nn.Module, lora: LoRALayer, dense_weight: Callable[[], Tensor] | None = None) -> None:
+        super().__init__()
+        self.linear = linear
+        self.lora = lora
+        self.dense_weight = dense_weight
+        self.in_features: int = lora.lora_A.shape[1]
+        self.out_features: int = lora.lora_B.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in) -> (..., out)``: the linear plus the LoRA layer, in x's dtype or autocast's."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return linears(x, [self])
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The one weight that does the work of both, ``(out, in)``, fp32."""
+        return _dense_weight(self).float() + self.lora.delta_weight()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the fast forward
+
+
+def linears(x: Tensor, modules: Sequence[nn.Module], unpack: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
+    """Several linears of one input, side by side: ``(..., in) -> (..., sum of out)`` in x's dtype.
+
+    One product with all weights, one with all A and one with all B (block-diagonal) take less time than one for each.
+
+    Args:
+        x: the input, in the dtype in which products are to be done; weights are cast to it.
+        modules: ``nn.Linear``, ``LinearWithLoRA``, or linears packed in 4 bits.
+        unpack: gives the dense weight of a packed linear that has no LoRA.
+    """
+    adapted = [m for m in modules if isinstance(m, LinearWithLoRA)]
+
+    def weight() -> Tensor:
+        return _join([_dense_weight(m, unpack) for m in modules]).to(x.dtype)  # (out, in)
+
+    bias = _join_bias([_base(m) for m in modules], x.dtype)
+    base_is_trained = any(p.requires_grad for m in modules for p in _base(m).parameters())
+    if base_is_trained or any(m.training and m.lora.dropout.p > 0 for m in adapted):
+        y = F.linear(x, weight(), bias) if base_is_trained else _frozen_linear(x, None, None, weight, bias)
+        return y + torch.cat([_lora_output(x, m) for m in modules], -1) if adapted else y
+    if not adapted:
+        return _frozen_linear(x, None, None, weight, bias)
+    blocks = [_scaled_B(m) for m in modules]
+    A = _join([m.lora.lora_A for m in adapted]).to(x.dtype)  # (R, in)
+    B = (blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)).to(x.dtype)  # (out, R)
+    return _frozen_linear(x, A, B, weight, bias)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.linear if isinstance(module, LinearWithLoRA) else module
+
+
+def _dense_weight(module: nn.Module, unpack: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
+    if isinstance(module, LinearWithLoRA) and module.dense_weight is not None:
+        return module.dense_weight()
+    linear = _base(module)
+    assert isinstance(linear.weight, Tensor)
+    if linear.weight.is_floating_point():
+        return linear.weight
+    if unpack is None:
+        raise TypeError(f"{type(linear).__name__} is packed, and nothing was given that unpacks it")
+    return unpack(linear)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _join_bias(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor | None:
+    if all(m.bias is None for m in modules):
+        return None
+    zeros = [m.weight.new_zeros(m.out_features, dtype=dtype) if m.bias is None else m.bias.to(dtype) for m in modules]
+    return _join(zeros)
+
+
+def _scaled_B(module: nn.Module) -> Tensor:
+    """``scale * B`` ``(out, rank)`` of a linear with LoRA, and of one without it a block of rank 0."""
+    if isinstance(module, LinearWithLoRA):
+        return module.lora.scale * module.lora.lora_B
+    return torch.empty(module.out_features, 0, device=module.weight.device)
+
+
+def _lora_output(x: Tensor, module: nn.Module) -> Tensor:
+    if isinstance(module, LinearWithLoRA):
+        return module.lora(x)
+    return x.new_zeros(*x.shape[:-1], module.out_features)
+
+
+def _frozen_linear(
+    x: Tensor, A: Tensor | None, B: Tensor | None, weight: Callable[[], Tensor], bias: Tensor | None
+) -> Tensor:
+    y: Tensor = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), A, B, weight, bias)
+    return y.view(*x.shape[:-1], -1)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """``y = x W^T + b + (x A^T) B^T`` with W and b frozen; the scale is already in B.
+
+    The low-rank product is added in place, so there is no full-size temporary; W is asked for again in backward
+    instead of being saved.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor | None, B: Tensor | None, weight: Callable[[], Tensor], bias: Tensor | None
+    ) -> Tensor:
+        ctx.weight = weight
+        W = weight()
+        y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())  # (N, out)
+        if A is not None and B is not None:
+            inner = x @ A.t()  # (N, R)
+            y.addmm_(inner, B.t())
+            ctx.save_for_backward(x, A, B, inner)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_A, need_B, *_ = ctx.needs_input_grad
+        grad_x = grad @ ctx.weight() if need_x else None  # (N, in)
+        if not ctx.saved_tensors:
+            return grad_x, None, None, None, None
+        x, A, B, inner = ctx.saved_tensors
+        grad_inner = grad @ B  # (N, R)
+        if grad_x is not None:
+            grad_x.addmm_(grad_inner, A)
+        grad_A = grad_inner.t() @ x if need_A else None  # (R, in)
+        grad_B = (inner.t() @ grad).t() if need_B else None  # (out, R); this order is twice as fast on CPU
+        return grad_x, grad_A, grad_B, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole models
+
+
+def lora_modules(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
+    """Every linear with LoRA in the model, with its full name."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LinearWithLoRA))
+
+
+def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    """Freezes all parameters but those of LoRA layers."""
+    model.requires_grad_(False)
+    for _, module in lora_modules(model):
+        module.lora.requires_grad_(True)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Replaces every linear with LoRA by one plain fp32 ``nn.Linear`` that does the work of both.
+
+    Over a 4-bit base the delta goes into the dequantized weight, the one that training saw: adding it to the original
+    weight, or quantizing again, moves the logits.
+    """
+    for name, module in list(lora_modules(model)):
+        bias = module.linear.bias
+        merged = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
+        merged.weight = nn.Parameter(module.merged_weight(), requires_grad=False)
+        if isinstance(bias, Tensor):
+            merged.bias = nn.Parameter(bias.float(), requires_grad=False)
+        model.set_submodule(name, merged.train(module.training))

@@ -1,0 +1,129 @@
+"""Labels for new text from a finished run: ``python predict.py RUN --text "..."`` or ``--file FILE``.
+
+Prints CSV: the text, the label, and the probability of every class.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from run_config import RunConfig, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(description="Labels and probabilities for new texts, from a finished run.", allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="the run directory")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--text", action="append", help="a text; may be given several times")
+    given.add_argument("--file", type=Path, help="a CSV file with a header, or any other file with one text a line")
+    parser.add_argument("--text_column", default="text", help="column of the CSV file (default: text)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 where the input is refused."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        texts = arguments.text or read_texts(arguments.file, arguments.text_column)
+        if not all(text.strip() for text in texts):
+            raise UserError("--text: an empty text has no label")
+        names, probabilities = predict(arguments.run, texts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with suppress(BrokenPipeError):
+        writer = csv.writer(sys.stdout)
+        writer.writerow(["text", "label", *(f"probability_{name}" for name in names)])
+        for text, row in zip(texts, probabilities, strict=True):
+            writer.writerow([text, names[row.index(max(row))], *(f"{p:.4f}" for p in row)])
+    return 0
+
+
+def read_texts(path: Path, column: str) -> list[str]:
+    """The texts of a file, in its order; blank lines of a text file are skipped.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8, has no such column, or no text at all.
+    """
+    try:
+        with path.open(encoding="utf8", newline="" if path.suffix == ".csv" else None) as file:
+            if path.suffix == ".csv":
+                reader = csv.DictReader(file)
+                if column not in (reader.fieldnames or []):
+                    raise UserError(f"--text_column {column}: {path} has the columns {reader.fieldnames}")
+                texts = [row[column] or "" for row in reader]
+            else:
+                texts = [line.rstrip("\n") for line in file if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"--file {path} is not UTF-8") from None
+    except (OSError, csv.Error) as error:
+        raise UserError(f"--file {path} cannot be read: {error}") from None
+    if not texts:
+        raise UserError(f"--file {path} holds no text")
+    return texts
+
+
+def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
+    """Configuration and label names of a finished run."""
+    from local_run_utilities import RESULT
+
+    try:
+        result = json.loads((directory / RESULT).read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} is no finished run: {RESULT}: {error}") from None
+    if result.get("status") != "finished":
+        raise UserError(f"{directory} is no finished run: its status is {result.get('status')!r}")
+    return RunConfig.from_dict(result["config"]), result["data"]["label_names"]
+
+
+def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
+    """Probabilities of the classes for each text.
+
+    Args:
+        directory: a finished run.
+        texts: any number of texts; long ones are cut as the run cut its own.
+
+    Returns:
+        The label names, and one row of probabilities a text.
+    """
+    config, label_names = load_run(directory)
+
+    import numpy as np
+    import torch
+
+    from local_dataset_utilities import TokenizedSplit, encode_texts
+    from local_model_utilities import build_classifier, find_model, load_tokenizer, saved_parameters
+    from local_run_utilities import load_trained
+    from local_training_utilities import resolve_hardware
+    from token_batches import evaluation_loader
+
+    hardware = resolve_hardware(config)
+    folder = find_model(config)
+    classifier = build_classifier(config, folder, label_names, hardware.dtype)
+    load_trained(directory, saved_parameters(classifier), config)
+    tokenizer = load_tokenizer(config.model_name, folder)
+    tokens, offsets = encode_texts(list(texts), tokenizer, config)
+    rows = np.arange(len(texts))
+    split = TokenizedSplit(tokens, offsets, labels=np.zeros_like(rows), rows=rows)
+    device = torch.device("cuda", config.device or 0) if hardware.on_gpu else torch.device("cpu")
+    classifier.eval().to(device)
+    probabilities = torch.empty(len(texts), len(label_names))
+    with torch.inference_mode():
+        for batch in evaluation_loader(split, config, int(tokenizer.pad_token_id)):
+            logits = classifier(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+            probabilities[batch["rows"]] = logits.softmax(-1).cpu()
+    return label_names, probabilities.tolist()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

