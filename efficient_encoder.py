@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from lora import linears
 from model_families import ModelFamily
 
-SCORES_IN_CACHE = 1_000_000  # attention scores worked on at once; in bf16 they fill half of a usual L2 cache
+SCORES_IN_CACHE = 1_000_000  # attention scores worked on at once: in bf16 1 MB for each of 2 cores
 
 
 def classify(
@@ -144,50 +144,52 @@ class _Encoder:
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """``softmax(Q K^T / sqrt(d)) V`` for every head, in chunks whose scores stay in the processor's cache.
+    """``softmax(Q K^T / sqrt(d)) V`` for every head on a CPU: ``(B, T, 3 D) -> (B, T, D)``.
 
-    ``(B, T, 3 D) -> (B, T, D)``. The probabilities are not saved but computed again in backward.
+    Forward is torch's fused kernel. Its backward, slow on a CPU, is replaced by batched products over a few heads at
+    a time, whose scores stay in the processor's cache; the probabilities are computed again, not saved.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
-        B, T, _ = qkv.shape
-        q, k, v = qkv.view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d) each, views
         bias = None
         if padding is not None:
-            bias = torch.zeros(B, 1, 1, T, dtype=q.dtype).masked_fill_(padding[:, None, None, :], -math.inf)
-            bias = bias.expand(B, heads, 1, T).reshape(B * heads, 1, T)
-        out = torch.empty_like(q)
-        for rows in _chunks(B * heads, T):
-            torch.bmm(_probabilities(q[rows], k[rows], bias, rows), v[rows], out=out[rows])
-        ctx.save_for_backward(q, k, v, bias)
-        return out.view(B, heads, T, -1).transpose(1, 2).reshape(B, T, -1)
+            bias = torch.zeros(padding.shape, dtype=qkv.dtype).masked_fill_(padding, -math.inf)[:, None, None]
+        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+        ctx.save_for_backward(qkv, bias)
+        ctx.heads = heads
+        return out.transpose(1, 2).flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
-        (B, T, _), d = grad.shape, q.shape[-1]
-        heads = q.shape[0] // B
-        grad = grad.view(B, T, heads, d).transpose(1, 2).reshape(-1, T, d)
-        out = torch.empty(3, *q.shape, dtype=q.dtype)
-        scale = d**-0.5
-        for rows in _chunks(B * heads, T):
-            P = _probabilities(q[rows], k[rows], bias, rows)  # (c, T, T)
-            torch.bmm(P.transpose(1, 2), grad[rows], out=out[2, rows])
-            grad_P = torch.bmm(grad[rows], v[rows].transpose(1, 2))
-            grad_S = torch._softmax_backward_data(grad_P, P, -1, P.dtype)
-            torch.baddbmm(out[0, rows], grad_S, k[rows], beta=0, alpha=scale, out=out[0, rows])
-            torch.baddbmm(out[1, rows], grad_S.transpose(1, 2), q[rows], beta=0, alpha=scale, out=out[1, rows])
-        return out.view(3, B, heads, T, d).permute(1, 3, 0, 2, 4).reshape(B, T, -1), None, None
+        qkv, bias = ctx.saved_tensors
+        (B, T, _), H = grad.shape, ctx.heads
+        q, k, v = qkv.view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each, copied
+        grad = grad.view(B, T, H, -1).transpose(1, 2).flatten(0, 1)  # (B H, T, d)
+        if bias is not None:
+            bias = bias.expand(B, H, 1, T).flatten(0, 1)  # (B H, 1, T)
+        gradients = torch.empty(3, *q.shape, dtype=q.dtype)
+        grad_q, grad_k, grad_v = gradients
+        scale = q.shape[-1] ** -0.5
+        step = max(1, SCORES_IN_CACHE // T**2)
+        scores, grad_P = torch.empty(2, min(step, B * H), T, T, dtype=q.dtype)
+        for start in range(0, B * H, step):
+            rows = slice(start, min(start + step, B * H))
+            here = slice(0, rows.stop - start)  # the last chunk may be smaller
+            P = _scaled_bmm(q[rows], k[rows].transpose(1, 2), scale, out=scores[here])  # (c, T, T)
+            if bias is not None:
+                P.add_(bias[rows])
+            P = torch.softmax(P, -1, out=P)
+            torch.bmm(P.transpose(1, 2), grad[rows], out=grad_v[rows])
+            torch.bmm(grad[rows], v[rows].transpose(1, 2), out=grad_P[here])
+            grad_S = torch._softmax_backward_data(grad_P[here], P, -1, P.dtype)
+            _scaled_bmm(grad_S, k[rows], scale, out=grad_q[rows])
+            _scaled_bmm(grad_S.transpose(1, 2), q[rows], scale, out=grad_k[rows])
+        return gradients.view(3, B, H, T, -1).permute(1, 3, 0, 2, 4).reshape(B, T, -1), None, None
 
 
-def _chunks(count: int, length: int) -> list[slice]:
-    size = max(1, SCORES_IN_CACHE // length**2)
-    return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
-    """``(c, T, T)``: attention of each query to each key."""
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
-    return torch.softmax(scores if bias is None else scores.add_(bias[rows]), -1)
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
+    """``scale * a b``, the scale applied before rounding and without a pass of its own."""
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)

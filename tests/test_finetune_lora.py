@@ -1,0 +1,270 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_reviews
+from safetensors.numpy import load_file
+
+from finetune_lora import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--model_name", str(model), "--dataset", "text", "--data_dir", str(data), "--output_dir", str(output),
+        "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003", *more,
+    ]  # fmt: skip
+
+
+def result_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "result.json").read_text())
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "finetune_lora.py"), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+# --- a run from end to end
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("distilbert", ["--lora_mlp", "True"]),
+        ("distilbert", ["--q_lora", "True"]),
+        ("bert", ["--method", "full"]),
+        ("roberta", ["--method", "selective", "--trainable_layers", "2", "--monitor", "loss"]),
+        ("roberta", ["--lora_head", "True", "--efficient", "False"]),
+    ],
+    ids=["lora", "qlora", "full", "selective", "lora_head"],
+)
+def test_a_run_leaves_what_the_design_lists(
+    tiny_folders: dict[str, Path],
+    review_folder: Path,
+    tmp_path: Path,
+    family: str,
+    more: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    assert main(flags(tiny_folders[family], review_folder, output, "--epochs", "2", *more)) == 0
+    result = result_of(output)
+    assert result["status"] == "finished"
+    assert result["data"]["sizes"] == {"train": 120, "validation": 40, "test": 40}
+    assert result["data"]["label_names"] == ["bad", "good"]
+    assert result["train"]["steps"] == 2 * 15
+    assert result["train"]["seconds"] > 0
+    assert result["memory"]["peak_bytes"] > 0
+    assert result["test"]["examples"] == 40
+    assert result["test"]["accuracy"] > 0.7  # the reviews say it in so many words
+    low, high = result["test"]["accuracy_ci95"]
+    assert low < result["test"]["accuracy"] <= high
+    table = pq.read_table(output / "predictions.parquet").to_pydict()
+    tested = [i for i, split in enumerate(table["split"]) if split == "test"]
+    assert sorted(table["row"][i] for i in tested) == list(range(40))
+    right = [int(np.argmax(table["logits"][i])) == table["label"][i] for i in tested]
+    assert np.mean(right) == pytest.approx(result["test"]["accuracy"])
+    adapter = {"adapter_model.safetensors", "adapter_config.json"}
+    weights = {"trained_weights.safetensors"} if "--method" in more else adapter
+    expected = {"result.json", "config.json", "predictions.parquet", "metrics.csv", "learning_curve.png", "last.ckpt"}
+    assert {path.name for path in output.iterdir()} - {"tensorboard"} == expected | weights
+    shown = capsys.readouterr().out
+    assert "total" in shown
+    assert "test        accuracy" in shown
+
+
+def test_a_run_is_repeatable_and_its_seed_matters(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
+) -> None:
+    weights = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        words = flags(tiny_folders["distilbert"], review_folder, tmp_path / name, "--epochs", "1", "--seed", seed)
+        assert main([*words, "--test", "False"]) == 0
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+        assert "test" not in result_of(tmp_path / name)
+    assert all(np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not all(np.array_equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+def test_patience_stops_early(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "20", "--patience", "1")
+    assert main([*words, "--learning_rate", "1e-12"]) == 0
+    assert result_of(tmp_path / "run")["train"]["epochs"] == 2
+
+
+# --- interrupted, continued, failed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_continues_to_the_same_weights(
+    tiny_folders: dict[str, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, count in (("train", 1500), ("validation", 40), ("test", 40)):
+        write_reviews(data / f"{name}.csv", count, seed=count)
+    model, more = tiny_folders["distilbert"], ["--epochs", "2", "--dropout", "0.1", "--precision", "fp32"]
+    whole = start(flags(model, data, tmp_path / "whole", *more))
+    assert whole.wait(120) == 0, whole.stderr.read() if whole.stderr else ""
+
+    broken = start(flags(model, data, tmp_path / "broken", *more))
+    assert broken.stderr is not None
+    seen = ""
+    while "Epoch 0" not in seen or "20/" not in seen:  # somewhere in the first epoch
+        piece = broken.stderr.read(1)
+        assert piece, seen
+        seen += piece
+    broken.send_signal(number)
+    _, rest = broken.communicate(timeout=60)
+    assert broken.returncode == 130, seen + rest
+    assert result_of(tmp_path / "broken")["status"] == "interrupted"
+    steps = result_of(tmp_path / "broken")["train"]["steps"]
+    assert 0 < steps < result_of(tmp_path / "whole")["train"]["steps"] / 2
+
+    continued = start(flags(model, data, tmp_path / "broken", *more, "--resume"))
+    assert continued.wait(120) == 0, continued.stderr.read() if continued.stderr else ""
+    expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "broken" / "adapter_model.safetensors")
+    assert all(np.array_equal(expected[key], found[key]) for key in expected)
+    for part in ("validation", "test"):
+        assert result_of(tmp_path / "whole")[part]["loss"] == result_of(tmp_path / "broken")[part]["loss"]
+    assert result_of(tmp_path / "broken")["train"]["steps"] == result_of(tmp_path / "whole")["train"]["steps"]
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_good_checkpoint(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--method", "full", "--epochs", "3")
+    more = ["--learning_rate", "1e30", "--optimizer", "sgd", "--gradient_clip", "0", "--warmup_fraction", "0.5"]
+    assert main([*words, *more]) == 1
+    result = result_of(tmp_path / "run")
+    assert result["status"] == "failed"
+    assert "the loss is not finite at batch" in result["error"]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed:")]
+    assert errors == [f"failed: {result['error']}"]
+    assert not (tmp_path / "run" / "trained_weights.safetensors").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
+def test_a_full_disk_fails_the_run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        words = flags(tiny_folders["distilbert"], review_folder, disk / "run", "--method", "full", "--epochs", "1")
+        run = start(words)
+        _, errors = run.communicate(timeout=120)
+        assert run.returncode == 1, errors
+        lines = [line for line in errors.splitlines() if line.startswith("failed:")]
+        assert len(lines) == 1
+        assert "space" in lines[0]
+        if (disk / "run" / "result.json").exists():
+            assert result_of(disk / "run")["status"] == "failed"
+        assert not list((disk / "run").glob(".*tmp*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- bad input: one line, status 2, nothing left behind
+
+
+def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, output = tiny_folders["distilbert"], tmp_path / "deep" / "run"
+    one_class = tmp_path / "one_class"
+    one_class.mkdir()
+    (one_class / "train.csv").write_text("text,label\na,x\nb,x\nc,x\n")
+    a_file = tmp_path / "file"
+    a_file.write_text("")
+    latin = tmp_path / "latin"
+    latin.mkdir()
+    (latin / "train.csv").write_bytes("text,label\nfilm noté,x\n".encode("latin-1"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    gpt = tmp_path / "gpt2"
+    gpt.mkdir()
+    (gpt / "config.json").write_text('{"model_type": "gpt2"}')
+    base = flags(model, review_folder, output)
+    cases: list[tuple[list[str], str]] = [
+        (["--optimizer", "lion"], "--optimizer"),
+        (["--lora_r", "0"], "--lora_r"),
+        (["--lora_r", "1000"], "--lora_r 1000"),
+        (["--lora_alpha", "inf"], "--lora_alpha"),
+        (["--learning_rate", "-1"], "--learning_rate"),
+        (["--lora_query", "no", "--lora_value", "no"], "no LoRA target"),
+        (["--method", "full", "--lora_alpha", "3"], "--lora_alpha was given with --method full"),
+        (["--method", "full", "--q_lora"], "--q_lora was given with --method full"),
+        (["--method", "selective", "--trainable_layers", "9"], "--trainable_layers 9"),
+        (["--max_length", "4"], "--max_length 4"),
+        (["--max_length", "1000"], "--max_length 1000"),
+        (["--batch_tokens", "8"], "--batch_tokens 8"),
+        (["--limit_test", "1000"], "--limit_test 1000"),
+        (["--split", "resplit"], "--split resplit"),
+        (["--text_column", "body"], "--text_column"),
+        (["--label_column", "stars"], "--label_column"),
+        (["--data_dir", str(tmp_path / "nowhere")], "--data_dir"),
+        (["--data_dir", str(empty)], "--data_dir"),
+        (["--data_dir", str(latin)], "UTF-8"),
+        (["--data_dir", str(one_class)], "class"),
+        (["--model_name", str(gpt)], "gpt2"),
+        (["--output_dir", str(a_file)], "is a file"),
+        (["--output_dir", str(a_file / "below")], "--output_dir"),
+        (["--output_dir", "/proc/run"], "--output_dir"),
+        (["--resume"], "--resume"),
+        (["--device", "64"], "--device 64"),
+    ]
+    for more, words in cases:
+        assert main([*base, *more]) == 2, more
+        shown = capsys.readouterr()
+        lines = [line for line in shown.err.replace("\r", "\n").splitlines() if line and "tokenizing" not in line]
+        assert len(lines) == 1, (more, lines)
+        assert lines[0].startswith("error: ")
+        assert words in lines[0], (more, lines)
+        assert not output.parent.exists(), more
+
+
+def test_a_run_is_not_overwritten_unless_asked(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "1", "--test", "False")
+    assert main(words) == 0
+    first = (tmp_path / "run" / "result.json").read_bytes()
+    assert main(words) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 2
+    assert "has finished" in capsys.readouterr().err
+    assert (tmp_path / "run" / "result.json").read_bytes() == first
+    assert main([*words, "--overwrite", "--lora_r", "2"]) == 0
+    assert result_of(tmp_path / "run")["config"]["lora_r"] == 2
+
+
+def test_without_a_hub_the_command_says_what_to_do() -> None:
+    """Only where there is none: with a network the command would download and train."""
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "finetune_lora.py"), "--model_name", "nobody/none", "--output_dir", "never"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"},
+    ) as process:  # fmt: skip
+        began = time.monotonic()
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == ""
+    (line,) = errors.splitlines()
+    assert all(flag in line for flag in ("--offline", "--model_name PATH", "--data_dir PATH"))
+    assert time.monotonic() - began < 60
+    assert not Path("never").exists()
