@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= runs/first
 
-.PHONY: finetune test lint clean
+.PHONY: finetune test lint tables clean
 
 # One real fine-tuning run on the packaged model and reviews: a progress bar, and a result at the end.
 finetune: $(VENV)/.installed
@@ -17,6 +17,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# README's tables, from the runs in results/.
+tables: $(VENV)/.installed
+	$(BIN)/python study_report.py
 
 $(VENV)/.installed: requirements.txt requirements-offline.txt
 	$(PYTHON) -m venv $(VENV)

@@ -8,7 +8,9 @@ The weights are read from the model's own modules at each call: nothing is copie
 forward remains usable beside this one.
 """
 
+import ctypes
 import math
+import sys
 from typing import Any
 
 import torch
@@ -42,17 +44,31 @@ def classify(
     with torch.autocast(input_ids.device.type, enabled=False):
         padding = None if bool(attention_mask.all()) else attention_mask == 0
         x = encoder.embed(input_ids)  # (B, T, D)
-        *layers, last = model.get_submodule(family.layers)  # type: ignore[misc]
-        for layer in layers:
+        layers = list(model.get_submodule(family.layers).children())
+        for layer in layers[:-1]:
             x = encoder.block(layer, x, padding)
-        return encoder.head(encoder.last_block(last, x, padding))
+        return encoder.head(encoder.last_block(layers[-1], x, padding))
 
 
-def _unpack(linear: nn.Module) -> Tensor:
+def keep_freed_memory() -> bool:
+    """Lets a process keep the memory of freed tensors for the next ones, where the C library is glibc.
+
+    Every step allocates and frees the same few hundred MB. By default glibc hands them back to the kernel, which
+    zeroes each page again at the next step: a fifth of a step's time on a CPU. Call it once, at the start.
+
+    Returns:
+        Whether the library took the settings.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 32 * 2**20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def _unpack(linear: Any) -> Tensor:
     """The dense weight ``(out, in)`` of a 4-bit linear that has no LoRA."""
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)  # type: ignore[union-attr]
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
 class _Encoder:
@@ -71,7 +87,7 @@ class _Encoder:
     def drop(self, x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p) if self.model.training and p > 0 else x
 
-    def norm(self, x: Tensor, norm: nn.Module) -> Tensor:
+    def norm(self, x: Tensor, norm: Any) -> Tensor:
         """Layer norm with statistics in fp32, whatever the dtype of x."""
         weight, bias = norm.weight, norm.bias
         if x.device.type == "cpu" and weight.dtype == torch.float32:  # this mixture is native on a CPU only
@@ -112,8 +128,8 @@ class _Encoder:
         targets = self.family.targets
         first = x[:, :1]  # (B, 1, D)
         query = self.linear(first, layer, *targets["query"])
-        key, value = self.linear(x, layer, *targets["key"], *targets["value"]).chunk(2, -1)  # (B, T, D)
-        context = self.fused_attention(query, key, value, padding)  # (B, 1, D)
+        key_value = self.linear(x, layer, *targets["key"], *targets["value"])  # (B, T, 2 D)
+        context = self.attention_of_one(query, key_value, padding)
         return self.after_attention(layer, first, context).squeeze(1)
 
     def fused_attention(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
@@ -121,6 +137,16 @@ class _Encoder:
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (query, key, value))  # (B, H, T, d)
         keep = None if padding is None else ~padding[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, keep, self.attention_dropout).transpose(1, 2).flatten(2)
+
+    def attention_of_one(self, query: Tensor, key_value: Tensor, padding: Tensor | None) -> Tensor:
+        """Attention of one query per sequence, by the formula: ``(B, 1, D), (B, T, 2 D) -> (B, 1, D)``."""
+        B, H = len(query), self.heads
+        k, v = key_value.unflatten(-1, (2, H, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each
+        scores = torch.bmm(query.view(B * H, 1, -1), k.transpose(1, 2)) * k.shape[-1] ** -0.5  # (B H, 1, T)
+        if padding is not None:
+            scores = scores.masked_fill(padding.repeat_interleave(H, 0)[:, None], -math.inf)
+        probabilities = self.drop(scores.softmax(-1), self.attention_dropout)
+        return torch.bmm(probabilities, v).view(B, 1, -1)
 
     def after_attention(self, layer: nn.Module, x: Tensor, context: Tensor) -> Tensor:
         """Projection and feed-forward network, each with its residual and norm (post-norm, as in BERT)."""
@@ -171,22 +197,21 @@ class _ChunkedAttention(torch.autograd.Function):
         if bias is not None:
             bias = bias.expand(B, H, 1, T).flatten(0, 1)  # (B H, 1, T)
         gradients = torch.empty(3, *q.shape, dtype=q.dtype)
-        grad_q, grad_k, grad_v = gradients
-        scale = q.shape[-1] ** -0.5
-        step = max(1, SCORES_IN_CACHE // T**2)
-        scores, grad_P = torch.empty(2, min(step, B * H), T, T, dtype=q.dtype)
-        for start in range(0, B * H, step):
-            rows = slice(start, min(start + step, B * H))
-            here = slice(0, rows.stop - start)  # the last chunk may be smaller
-            P = _scaled_bmm(q[rows], k[rows].transpose(1, 2), scale, out=scores[here])  # (c, T, T)
+        scale, step = q.shape[-1] ** -0.5, min(B * H, max(1, SCORES_IN_CACHE // T**2))
+        scores, grad_P = torch.empty(2, step, T, T, dtype=q.dtype)
+        parts = [z.split(step) for z in (q, k, v, grad, *gradients)]
+        for i, (q, k, v, grad, grad_q, grad_k, grad_v) in enumerate(zip(*parts, strict=True)):
+            if len(q) < len(scores):  # the last part
+                scores, grad_P = scores[: len(q)], grad_P[: len(q)]
+            P = _scaled_bmm(q, k.transpose(1, 2), scale, out=scores)  # (c, T, T)
             if bias is not None:
-                P.add_(bias[rows])
-            P = torch.softmax(P, -1, out=P)
-            torch.bmm(P.transpose(1, 2), grad[rows], out=grad_v[rows])
-            torch.bmm(grad[rows], v[rows].transpose(1, 2), out=grad_P[here])
-            grad_S = torch._softmax_backward_data(grad_P[here], P, -1, P.dtype)
-            _scaled_bmm(grad_S, k[rows], scale, out=grad_q[rows])
-            _scaled_bmm(grad_S.transpose(1, 2), q[rows], scale, out=grad_k[rows])
+                P.add_(bias[i * step : i * step + len(q)])
+            torch.softmax(P, -1, out=P)
+            torch.bmm(P.transpose(1, 2), grad, out=grad_v)
+            torch.bmm(grad, v.transpose(1, 2), out=grad_P)
+            grad_S = torch._softmax_backward_data(grad_P, P, -1, P.dtype)
+            _scaled_bmm(grad_S, k, scale, out=grad_q)
+            _scaled_bmm(grad_S.transpose(1, 2), q, scale, out=grad_k)
         return gradients.view(3, B, H, T, -1).permute(1, 3, 0, 2, 4).reshape(B, T, -1), None, None
 
 

@@ -5,6 +5,7 @@ One run, from data to ``result.json``. Exit status: 0 finished, 1 failed, 2 inpu
 
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -31,12 +32,18 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         argv: the flags; those of the process if not given.
         defaults: settings that a thin entry wants where a flag was not given.
     """
+    helper = _is_helper()
+    if helper:  # until it listens to them: the first process hears them too, and stops all at the same step
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
     try:
         config = from_flags(sys.argv[1:] if argv is None else argv, DESCRIPTION, defaults)
         if config.prefetch:
             prefetch(config)
             return 0
-        return EXIT_STATUS[run(config)["status"]]
+        status = run(config)["status"]
+        # Lightning and srun kill the first process, which may still write, when another ends with anything but 0.
+        return 0 if helper and status == "interrupted" else EXIT_STATUS[status]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,10 +52,15 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         return EXIT_STATUS["interrupted"]
 
 
+def _is_helper() -> bool:
+    """Whether Lightning, srun or torchrun started this process beside the first one, which writes the results."""
+    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def prefetch(config: RunConfig) -> None:
     """Fills the caches with model and data, on a machine that has a network."""
+    from base_models import find_model
     from local_dataset_utilities import prefetch_texts
-    from local_model_utilities import find_model
 
     print(f"model: {find_model(config)}")
     prefetch_texts(config)
@@ -74,7 +86,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: input that is refused; nothing was written.
     """
-    from local_run_utilities import RESULT, write_json
+    from local_run_utilities import BEST_CHECKPOINT, RESULT, write_json
     from local_training_utilities import Interrupted
 
     prepared = prepare(config)
@@ -85,9 +97,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         result["status"] = "finished"
     except (Interrupted, KeyboardInterrupt, SystemExit) as error:  # Lightning turns a second Ctrl-C into SystemExit
         result["status"] = "interrupted"
-        print(f"interrupted; continue with: {_continue_command(directory)}", file=sys.stderr)
-        if not isinstance(error, Interrupted):
-            print("it was stopped at once: the last checkpoint is that of an earlier epoch", file=sys.stderr)
+        if _is_first_process():
+            print(_interruption(directory, at_once=not isinstance(error, Interrupted)), file=sys.stderr)
     except Exception as error:
         result |= {"error": _one_line(error), "traceback": traceback.format_exc()}
         print(f"failed: {result['error']}", file=sys.stderr)
@@ -96,6 +107,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     if _is_first_process():
         try:
             write_json(directory / RESULT, result)
+            if result["status"] == "finished":  # its weights are saved; until here a killed run can still go on
+                (directory / BEST_CHECKPOINT).unlink()
         except OSError as error:
             result["status"] = "failed"
             print(f"failed: {directory / RESULT} cannot be written: {error.strerror}", file=sys.stderr)
@@ -119,9 +132,20 @@ def _command() -> str:
     return shlex.join(["python", *words])
 
 
-def _continue_command(directory: Path) -> str:
-    given = "" if "--output_dir" in sys.argv else f" --output_dir {shlex.quote(str(directory))}"
-    return f"{_command()}{given} --resume"
+def _interruption(directory: Path, at_once: bool) -> str:
+    """What was kept of an interrupted run, and the command that goes on from there."""
+    from local_run_utilities import LAST_CHECKPOINT
+
+    if not (directory / LAST_CHECKPOINT).exists():
+        return f"interrupted before the first checkpoint; start again with: {_command_with(directory, '--overwrite')}"
+    note = "\nit was stopped at once: the last checkpoint is that of an earlier epoch" if at_once else ""
+    return f"interrupted; continue with: {_command_with(directory, '--resume')}{note}"
+
+
+def _command_with(directory: Path, flag: str) -> str:
+    given = any(word.split("=")[0] == "--output_dir" for word in sys.argv)
+    directory_flag = "" if given else f" --output_dir {shlex.quote(str(directory))}"
+    return _command() + directory_flag + ("" if flag in sys.argv else f" {flag}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,19 +155,21 @@ def _continue_command(directory: Path) -> str:
 def prepare(config: RunConfig) -> Prepared:
     """Checks all that can be checked, reads and tokenizes the data, and opens the run directory at last."""
     from local_run_utilities import check_directory, default_directory, open_directory
+    from local_training_utilities import resolve_hardware, resolve_learning_rate
 
     first = _is_first_process()
     inherited = os.environ.get(DIRECTORY_VARIABLE) if not first else None
     directory = config.output_dir or Path(inherited or default_directory(config))
+    # Complete before it is compared with the run that --resume continues.
+    config = replace(config, learning_rate=resolve_learning_rate(config), output_dir=directory)
     if first:
         check_directory(directory, config)
 
+    from base_models import find_model, load_tokenizer
     from local_dataset_utilities import load_texts, tokenize
-    from local_model_utilities import find_model, import_bitsandbytes, load_tokenizer
-    from local_training_utilities import resolve_hardware, resolve_learning_rate
+    from local_model_utilities import import_bitsandbytes
 
     hardware = resolve_hardware(config)
-    config = replace(config, learning_rate=resolve_learning_rate(config), output_dir=directory)
     if config.q_lora:
         import_bitsandbytes()
     folder = find_model(config)
@@ -247,7 +273,6 @@ def _fit_and_test(
     stop.check()
     if trainer.is_global_zero:
         write_predictions(directory, module.predictions)
-        (directory / BEST_CHECKPOINT).unlink()  # its weights are saved, and the last checkpoint continues the run
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,10 @@ def _check_resumable(directory: Path, config: RunConfig) -> None:
         raise UserError(f"{flag} holds no run with a checkpoint ({LAST_CHECKPOINT})")
     if read_status(directory) == "finished":
         raise UserError(f"{flag} holds a run that has finished: give another directory, or --overwrite")
-    earlier = RunConfig.from_dict(json.loads((directory / CONFIG).read_text(encoding="utf8")))
+    try:
+        earlier = RunConfig.from_dict(json.loads((directory / CONFIG).read_text(encoding="utf8")))
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{flag}: its {CONFIG} cannot be used: {error}") from None
     differences = config.differences(earlier)
     if differences:
         raise UserError(f"{flag} holds a run of another configuration: {', '.join(differences)}")
@@ -173,6 +176,8 @@ def adapter_config(config: RunConfig, targets: Sequence[str], head: Sequence[str
     assert config.lora_alpha is not None
     assert config.lora_r is not None
     raw = config.lora_scaling == "raw"
+    # For SEQ_CLS PEFT saves all of "classifier" by itself; RoBERTa's linears within it must not be named again.
+    trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in head)
     return {
         "peft_type": "LORA",
         # PEFT refuses LoRA on a head together with this task type
@@ -183,7 +188,7 @@ def adapter_config(config: RunConfig, targets: Sequence[str], head: Sequence[str
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.lora_scaling == "rslora",
         "target_modules": list(targets),
-        "modules_to_save": None if config.lora_head else list(head),
+        "modules_to_save": None if config.lora_head else list(trained_head),
         "bias": "none",
         "inference_mode": True,
     }
@@ -269,7 +274,8 @@ def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor
         above.plot(steps[width - 1 :], smooth, color="#2171b5", linewidth=2, label=f"mean of {width} points")
     at = [row["step"] for row in validated]
     above.plot(at, [row["validation_loss"] for row in validated], "o-", color="#d94801", label="validation loss")
-    above.set(ylabel="cross-entropy, nats", ylim=(0, None), title=title)
+    above.set(ylabel="cross-entropy, nats", ylim=(0, None))
+    above.set_title(title, parse_math=False)  # a folder's name may hold $
     above.legend(frameon=False)
     values = [100 * row[f"validation_{metric}"] for row in validated]
     below.plot(at, values, "o-", color="#d94801")
@@ -302,6 +308,10 @@ def peak_memory(on_gpu: bool) -> dict[str, Any]:
     """The most memory that this process has held: ``peak_bytes``, and what it was read from."""
     if on_gpu:
         return {"peak_bytes": torch.cuda.max_memory_allocated(), "source": "torch.cuda.max_memory_allocated"}
+    with suppress(OSError, StopIteration):  # Linux; its ru_maxrss also counts what the starting process held
+        lines = Path("/proc/self/status").read_text(encoding="utf8").splitlines()
+        kibibytes = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
+        return {"peak_bytes": int(kibibytes) * 1024, "source": "resident set size of the process, VmHWM"}
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"peak_bytes": peak, "source": "resident set size of the process, ru_maxrss"}

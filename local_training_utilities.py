@@ -6,6 +6,7 @@ gradient of a step is the mean over all texts of the step, however they are spre
 
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -87,6 +88,7 @@ def resolve_hardware(config: RunConfig) -> Hardware:
     Raises:
         UserError: a GPU that is not there, or a precision that the hardware does not have.
     """
+    _check_tasks(config)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = config.accelerator == "gpu" or config.device is not None
     if wanted and not gpus:
@@ -99,6 +101,17 @@ def resolve_hardware(config: RunConfig) -> Hardware:
         raise UserError(f"--devices {config.devices}: this machine has {gpus} GPU(s)")
     devices: int | list[int] = [config.device] if config.device is not None else config.devices
     return Hardware("gpu" if on_gpu else "cpu", devices, _resolve_dtype(config.precision, on_gpu))
+
+
+def _check_tasks(config: RunConfig) -> None:
+    """Under SLURM, Lightning waits for processes that SLURM was not asked to start, without end."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if SLURMEnvironment.detect() and tasks != config.devices * config.num_nodes:
+        raise UserError(
+            f"--devices {config.devices} --num_nodes {config.num_nodes}: SLURM started {tasks} task(s), not"
+            f" {config.devices * config.num_nodes}; use srun, and sbatch --nodes={config.num_nodes}"
+            f" --ntasks-per-node={config.devices}"
+        )
 
 
 def _resolve_dtype(precision: str, on_gpu: bool) -> torch.dtype:
@@ -189,6 +202,8 @@ class FineTuning(pl.LightningModule):
         self.scores: dict[str, dict[str, float]] = {}  # split -> metric -> value, of the latest evaluation
         self.predictions: dict[str, Predictions] = {}  # split -> rows, labels, logits of the latest evaluation
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        # A loaded model is in evaluation mode, and Lightning leaves it there: without this no dropout would act.
+        self.train()
 
     def training_step(self, batch: Batch) -> Tensor:
         logits = self.classifier(batch["input_ids"], batch["attention_mask"])  # (B, classes)
@@ -370,7 +385,8 @@ def _now(pl_module: Any) -> float:
 class GracefulStop(Callback):
     """Ctrl-C, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint that continues it.
 
-    During a validation the run goes on to its end first; a second Ctrl-C stops at once.
+    During a validation the run goes on to its end first; a second Ctrl-C stops at once. A Ctrl-C in a terminal
+    reaches all processes of a run: the first one decides, so that none ends before the others.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -381,7 +397,7 @@ class GracefulStop(Callback):
         self.asked = False
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.asked and number == signal.SIGINT and getattr(rank_zero_only, "rank", 0) == 0:
             raise KeyboardInterrupt
         self.asked = True
         rank_zero_only(print)("\nstopping after this step, with a checkpoint; again to stop at once", flush=True)
@@ -395,6 +411,13 @@ class GracefulStop(Callback):
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # Lightning has put its own SIGTERM handler first, which stops in the middle of a validation, and under DDP
+        # broadcasts from wherever the process stands: the ranks then wait for each other for ever.
+        signal.signal(signal.SIGTERM, self._ask)
+
+    on_test_start = on_train_start
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -473,13 +496,16 @@ def _tensorboard(directory: Path) -> TensorBoardLogger | Literal[False]:
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Keeps notes from users that are about Lightning and not about their run."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    notes = ("does not have many workers", "Checkpoint directory", "srun", "isinstance", "sync_dist=True")
     with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*srun.*", ".*isinstance.*"):
-            warnings.filterwarnings("ignore", message)
+        for note in notes:  # sync_dist: what is logged is equal on all ranks already
+            warnings.filterwarnings("ignore", f".*{note}.*")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

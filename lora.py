@@ -134,7 +134,7 @@ def linears(x: Tensor, modules: Sequence[nn.Module], unpack: Callable[[nn.Module
     return _frozen_linear(x, A, B, weight, bias)
 
 
-def _base(module: nn.Module) -> nn.Module:
+def _base(module: nn.Module) -> Any:
     return module.linear if isinstance(module, LinearWithLoRA) else module
 
 
@@ -142,7 +142,6 @@ def _dense_weight(module: nn.Module, unpack: Callable[[nn.Module], Tensor] | Non
     if isinstance(module, LinearWithLoRA) and module.dense_weight is not None:
         return module.dense_weight()
     linear = _base(module)
-    assert isinstance(linear.weight, Tensor)
     if linear.weight.is_floating_point():
         return linear.weight
     if unpack is None:
@@ -154,21 +153,26 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _join_bias(modules: Sequence[nn.Module], dtype: torch.dtype) -> Tensor | None:
+def _join_bias(modules: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
     if all(m.bias is None for m in modules):
         return None
-    zeros = [m.weight.new_zeros(m.out_features, dtype=dtype) if m.bias is None else m.bias.to(dtype) for m in modules]
-    return _join(zeros)
+    device = modules[0].weight.device
+    return _join(
+        [
+            torch.zeros(m.out_features, dtype=dtype, device=device) if m.bias is None else m.bias.to(dtype)
+            for m in modules
+        ]
+    )
 
 
-def _scaled_B(module: nn.Module) -> Tensor:
+def _scaled_B(module: Any) -> Tensor:
     """``scale * B`` ``(out, rank)`` of a linear with LoRA, and of one without it a block of rank 0."""
     if isinstance(module, LinearWithLoRA):
         return module.lora.scale * module.lora.lora_B
     return torch.empty(module.out_features, 0, device=module.weight.device)
 
 
-def _lora_output(x: Tensor, module: nn.Module) -> Tensor:
+def _lora_output(x: Tensor, module: Any) -> Tensor:
     if isinstance(module, LinearWithLoRA):
         return module.lora(x)
     return x.new_zeros(*x.shape[:-1], module.out_features)
@@ -184,8 +188,8 @@ def _frozen_linear(
 class _FrozenLinear(torch.autograd.Function):
     """``y = x W^T + b + (x A^T) B^T`` with W and b frozen; the scale is already in B.
 
-    The low-rank product is added in place, so there is no full-size temporary; W is asked for again in backward
-    instead of being saved.
+    The low-rank product is added in place, so there is no full-size temporary, and the bias is one more column of B,
+    so it takes no pass of its own. W is asked for again in backward instead of being saved.
     """
 
     @staticmethod
@@ -194,12 +198,13 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight = weight
         W = weight()
-        y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())  # (N, out)
-        if A is not None and B is not None:
-            inner = x @ A.t()  # (N, R)
-            y.addmm_(inner, B.t())
-            ctx.save_for_backward(x, A, B, inner)
-        return y
+        if A is None or B is None:
+            return x @ W.t() if bias is None else torch.addmm(bias, x, W.t())  # (N, out)
+        inner, B_and_bias = x @ A.t(), B  # (N, R), (out, R)
+        if bias is not None:
+            inner, B_and_bias = F.pad(inner, (0, 1), value=1.0), torch.cat([B, bias[:, None]], 1)  # R + 1 wide
+        ctx.save_for_backward(x, A, B, inner)
+        return (x @ W.t()).addmm_(inner, B_and_bias.t())
 
     @staticmethod
     @once_differentiable
@@ -213,7 +218,8 @@ class _FrozenLinear(torch.autograd.Function):
         if grad_x is not None:
             grad_x.addmm_(grad_inner, A)
         grad_A = grad_inner.t() @ x if need_A else None  # (R, in)
-        grad_B = (inner.t() @ grad).t() if need_B else None  # (out, R); this order is twice as fast on CPU
+        # (out, R); on a CPU this order of the product takes half the time of the other
+        grad_B = (inner.t() @ grad).t()[:, : B.shape[1]] if need_B else None
         return grad_x, grad_A, grad_B, None, None
 
 

@@ -9,8 +9,9 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from run_config import RunConfig, UserError
 
@@ -35,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
         texts = arguments.text or read_texts(arguments.file, arguments.text_column)
-        if not all(text.strip() for text in texts):
-            raise UserError("--text: an empty text has no label")
+        check_texts(texts, "--text" if arguments.text else f"--file {arguments.file}")
         names, probabilities = predict(arguments.run, texts)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,6 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def check_texts(texts: Sequence[str], flag: str) -> None:
+    """Refuses what has no label: empty texts, and bytes of the command line that are no text."""
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UserError(f"{flag}: text {number} is empty, and an empty text has no label")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{flag}: text {number} is not UTF-8")
+
+
 def read_texts(path: Path, column: str) -> list[str]:
     """The texts of a file, in its order; blank lines of a text file are skipped.
 
@@ -56,8 +65,9 @@ def read_texts(path: Path, column: str) -> list[str]:
         UserError: it cannot be read, is not UTF-8, has no such column, or no text at all.
     """
     try:
-        with path.open(encoding="utf8", newline="" if path.suffix == ".csv" else None) as file:
-            if path.suffix == ".csv":
+        is_csv = path.suffix.lower() == ".csv"
+        with path.open(encoding="utf-8-sig", newline="" if is_csv else None) as file:  # Excel writes a mark first
+            if is_csv:
                 reader = csv.DictReader(file)
                 if column not in (reader.fieldnames or []):
                     raise UserError(f"--text_column {column}: {path} has the columns {reader.fieldnames}")
@@ -81,9 +91,20 @@ def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
         result = json.loads((directory / RESULT).read_text(encoding="utf8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{directory} is no finished run: {RESULT}: {error}") from None
-    if result.get("status") != "finished":
-        raise UserError(f"{directory} is no finished run: its status is {result.get('status')!r}")
+    status = result.get("status") if isinstance(result, dict) else None
+    if status != "finished":
+        raise UserError(f"{directory} is no finished run: its status is {status!r}")
     return RunConfig.from_dict(result["config"]), result["data"]["label_names"]
+
+
+def here(config: RunConfig) -> RunConfig:
+    """The run's settings for one process of this machine: a run from a GPU also predicts where there is none."""
+    import torch
+
+    accelerator: Literal["cpu", "auto"] = "cpu" if config.accelerator == "cpu" else "auto"
+    without_gpu = accelerator == "cpu" or not torch.cuda.is_available()
+    precision = "auto" if config.precision == "fp16" and without_gpu else config.precision
+    return replace(config, accelerator=accelerator, precision=precision, device=None, devices=1, num_nodes=1)
 
 
 def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
@@ -101,13 +122,15 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     import numpy as np
     import torch
 
+    from base_models import find_model, load_tokenizer
     from local_dataset_utilities import TokenizedSplit, encode_texts
-    from local_model_utilities import build_classifier, find_model, load_tokenizer, saved_parameters
+    from local_model_utilities import build_classifier, saved_parameters
     from local_run_utilities import load_trained
-    from local_training_utilities import resolve_hardware
+    from local_training_utilities import quiet_lightning, resolve_hardware
     from token_batches import evaluation_loader
 
-    hardware = resolve_hardware(config)
+    with quiet_lightning():  # its advice on srun
+        hardware = resolve_hardware(here(config))
     folder = find_model(config)
     classifier = build_classifier(config, folder, label_names, hardware.dtype)
     load_trained(directory, saved_parameters(classifier), config)
@@ -115,7 +138,7 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     tokens, offsets = encode_texts(list(texts), tokenizer, config)
     rows = np.arange(len(texts))
     split = TokenizedSplit(tokens, offsets, labels=np.zeros_like(rows), rows=rows)
-    device = torch.device("cuda", config.device or 0) if hardware.on_gpu else torch.device("cpu")
+    device = torch.device("cuda" if hardware.on_gpu else "cpu")
     classifier.eval().to(device)
     probabilities = torch.empty(len(texts), len(label_names))
     with torch.inference_mode():

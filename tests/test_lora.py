@@ -1,0 +1,269 @@
+"""LoRA against its plain formula, against the real PEFT, and over 4-bit weights."""
+
+import copy
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from conftest import LAYERS, tiny_classifier
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora import LinearWithLoRA, LoRALayer, linears, lora_modules, mark_only_lora_as_trainable, merge_lora
+from model_families import FAMILIES, ModelFamily
+
+RANK, ALPHA = 3, 5.0
+TARGETS = ("query", "key", "value", "projection", "mlp", "head")
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm())
+
+
+def lora_linear(n_in: int = 10, n_out: int = 7, seed: int = 0, **settings: object) -> LinearWithLoRA:
+    """A linear with LoRA whose B is not zero, the base frozen."""
+    torch.manual_seed(seed)
+    module = LinearWithLoRA(nn.Linear(n_in, n_out), LoRALayer(n_in, n_out, RANK, ALPHA, **settings))  # type: ignore[arg-type]
+    nn.init.normal_(module.lora.lora_B)
+    mark_only_lora_as_trainable(module)
+    return module
+
+
+def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Gradients of one fixed, uneven function of y."""
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+    return list(torch.autograd.grad((y.double() * weights).sum(), inputs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one layer
+
+
+@pytest.mark.parametrize(("scaling", "scale"), [("standard", 5 / 3), ("rslora", 5 / 3**0.5), ("raw", 5.0)])
+def test_layer_is_the_formula(scaling: str, scale: float) -> None:
+    layer = LoRALayer(10, 7, RANK, ALPHA, scaling)
+    x = torch.randn(4, 10)
+    assert layer.scale == pytest.approx(scale)
+    assert torch.equal(layer(x), torch.zeros(4, 7)), "B starts at zero, so a new layer changes nothing"
+    nn.init.normal_(layer.lora_B)
+    assert relative_error(layer(x), scale * (x @ layer.lora_A.T @ layer.lora_B.T)) < 1e-6
+    assert relative_error(layer(x), x @ layer.delta_weight().T) < 1e-6
+
+
+def test_layer_refuses_what_makes_no_sense() -> None:
+    with pytest.raises(ValueError, match="rank 0"):
+        LoRALayer(10, 7, 0, ALPHA)
+    with pytest.raises(ValueError, match="half"):
+        LoRALayer(10, 7, RANK, ALPHA, "half")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fast_forward_and_backward_equal_the_plain_formula(bias: bool) -> None:
+    module = lora_linear()
+    if not bias:
+        module.linear.bias = None  # type: ignore[assignment]
+    x = torch.randn(2, 5, 10, requires_grad=True)
+    inputs = [x, module.lora.lora_A, module.lora.lora_B]
+    fast, plain = module(x), module.linear(x) + module.lora(x)
+    assert fast.shape == (2, 5, 7)
+    assert relative_error(fast, plain) < 1e-6
+    for ours, reference in zip(gradients(fast, inputs), gradients(plain, inputs), strict=True):
+        assert relative_error(ours, reference) < 1e-5
+    module(x).sum().backward()
+    assert all(p.grad is None for p in module.linear.parameters())
+
+
+def test_several_linears_of_one_input_equal_each_alone() -> None:
+    with_lora, other = lora_linear(seed=1), lora_linear(n_out=4, seed=2)
+    plain = nn.Linear(10, 6).requires_grad_(False)
+    modules: list[nn.Module] = [with_lora, plain, other]
+    x = torch.randn(5, 10, requires_grad=True)
+    inputs = [x, *with_lora.lora.parameters(), *other.lora.parameters()]
+    joined, alone = linears(x, modules), torch.cat([m(x) for m in modules], -1)
+    assert relative_error(joined, alone) < 1e-6
+    for ours, reference in zip(gradients(joined, inputs), gradients(alone, inputs), strict=True):
+        assert relative_error(ours, reference) < 1e-5
+
+
+def test_gradcheck() -> None:
+    modules = [lora_linear(4, 3, seed).double() for seed in (1, 2)]
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    matrices = [p for m in modules for p in m.lora.parameters()]
+    assert torch.autograd.gradcheck(lambda x, *_: linears(x, modules), (x, *matrices))
+
+
+def test_input_without_gradient_gets_none() -> None:
+    module = lora_linear()
+    y = module(torch.randn(5, 10))
+    y.sum().backward()
+    assert module.lora.lora_A.grad is not None
+    assert lora_linear().requires_grad_(False)(torch.randn(5, 10)).grad_fn is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_on_the_input_of_the_lora_matrices_and_in_training_only(training: bool) -> None:
+    module = lora_linear(dropout=0.5).train(training)
+    x = torch.randn(5, 10)
+    torch.manual_seed(3)
+    ours = module(x)
+    torch.manual_seed(3)
+    kept = F.dropout(x, 0.5, training)
+    reference = module.linear(x) + module.lora.scale * (kept @ module.lora.lora_A.T @ module.lora.lora_B.T)
+    assert relative_error(ours, reference) < 1e-6
+
+
+def test_trained_base_gets_its_gradients() -> None:
+    module = lora_linear().requires_grad_(True)
+    module(torch.randn(5, 10)).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_base_keeps_fp32_masters(dtype: torch.dtype) -> None:
+    module = lora_linear(64, 48)
+    x = torch.randn(33, 64)
+    exact = gradients(module(x), list(module.lora.parameters()))
+    module.linear.to(dtype)
+    for y in (module(x.to(dtype)), _under_autocast(module, x, dtype)):
+        assert y.dtype == dtype
+        ours = gradients(y, list(module.lora.parameters()))
+        assert all(g.dtype == torch.float32 for g in ours)
+        assert all(relative_error(g, e) < 0.02 for g, e in zip(ours, exact, strict=True))
+
+
+def _under_autocast(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.autocast("cpu", dtype):
+        return module(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole models
+
+
+def place(model: nn.Module, family: ModelFamily, targets: tuple[str, ...], scaling: str = "standard") -> list[str]:
+    """LoRA on the targets, B not zero; the names of the linears."""
+    names = [name for target in targets for name in family.linear_names(target, LAYERS)]
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        lora = LoRALayer(linear.in_features, linear.out_features, RANK, ALPHA, scaling)
+        nn.init.normal_(lora.lora_B, std=0.1)
+        model.set_submodule(name, LinearWithLoRA(linear, lora))
+    mark_only_lora_as_trainable(model)
+    return names
+
+
+IDS = torch.randint(5, 50, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora", "raw"])
+@pytest.mark.parametrize("target", [*TARGETS, "all"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_output_and_gradients_equal_those_of_peft(family: ModelFamily, target: str, scaling: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import LoraConfig, get_peft_model
+    ours = tiny_classifier(family.model_type, classes=3).eval()
+    base = copy.deepcopy(ours).double()
+    names = place(ours, family, TARGETS if target == "all" else (target,), scaling)
+    ours.double()  # gradients that are small differences of large numbers are the same to the last digits, or wrong
+    before = base(IDS).logits
+    alpha = ALPHA * RANK if scaling == "raw" else ALPHA
+    theirs = get_peft_model(
+        base,
+        LoraConfig(r=RANK, lora_alpha=alpha, use_rslora=scaling == "rslora", target_modules=names),  # type: ignore[arg-type]
+    ).eval()
+    pairs = []
+    for name, module in lora_modules(ours):
+        peft_layer = theirs.get_submodule(f"base_model.model.{name}")
+        for matrix in ("lora_A", "lora_B"):
+            mine, other = getattr(module.lora, matrix), getattr(peft_layer, matrix)["default"].weight
+            other.data = mine.data.clone()
+            pairs.append((mine, other))
+    logits, reference = ours(IDS).logits, theirs(IDS).logits
+    assert relative_error(logits, reference) < 1e-9
+    assert relative_error(logits, before) > 1e-6, "LoRA must change the base's output"
+    grads = gradients(logits, [mine for mine, _ in pairs])
+    expected = gradients(reference, [other for _, other in pairs])
+    assert all(relative_error(a, b) < 1e-9 for a, b in zip(grads, expected, strict=True))
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_only_lora_is_trained_and_merging_changes_nothing(family: ModelFamily) -> None:
+    model = tiny_classifier(family.model_type, classes=3).eval()
+    names = place(model, family, TARGETS)
+    assert {name for name, _ in lora_modules(model)} == set(names)
+    assert all(".lora.lora_" in name for name, _ in _named(model))
+    logits = model(IDS).logits
+    merge_lora(model)
+    assert not list(lora_modules(model))
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert relative_error(model(IDS).logits, logits) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 bits
+
+
+def quantized(linear: nn.Linear) -> tuple[nn.Module, LinearWithLoRA]:
+    """QLoRA over the linear, and LoRA over the dense weight that 4 bits leave of it; the same A and B."""
+    bnb = pytest.importorskip("bitsandbytes")
+    packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4")
+    packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+    packed.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    packed.to("cpu")  # this quantizes
+    packed.support_avx512bf16_for_cpu = False
+    unpack = partial(bnb.functional.dequantize_4bit, packed.weight.data, packed.weight.quant_state)
+    dense = nn.Linear(linear.in_features, linear.out_features)
+    dense.weight.data, dense.bias.data = unpack(), linear.bias.data
+    lora = LoRALayer(linear.in_features, linear.out_features, RANK, ALPHA)
+    nn.init.normal_(lora.lora_B)
+    lora_on_dense = LinearWithLoRA(dense, copy.deepcopy(lora))
+    mark_only_lora_as_trainable(lora_on_dense)
+    return LinearWithLoRA(packed, lora, unpack), lora_on_dense
+
+
+def test_four_bits_equal_lora_on_the_dequantized_weight() -> None:
+    torch.manual_seed(0)
+    qlora, lora = quantized(nn.Linear(64, 128))
+    x = torch.randn(5, 64, requires_grad=True)
+    assert isinstance(qlora, LinearWithLoRA)
+    for training in (True, False, True):  # an evaluation in between must leave the weights as they were
+        y = qlora.train(training)(x)
+        reference = lora(x)
+        assert relative_error(y, reference) < 1e-6
+        ours = gradients(y, [x, *qlora.lora.parameters()])
+        expected = gradients(reference, [x, *lora.lora.parameters()])
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, expected, strict=True))
+    assert relative_error(qlora.merged_weight(), lora.merged_weight()) < 1e-6
+    holder = nn.Sequential(qlora)
+    merge_lora(holder)
+    assert relative_error(holder(x), lora(x)) < 1e-6
+
+
+def test_four_bits_save_no_dense_weight() -> None:
+    qlora, _ = quantized(nn.Linear(256, 512))
+    x = torch.randn(8, 256, requires_grad=True)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = qlora(x)
+    assert max(saved) < 256 * 512 // 8
+    y.sum().backward()
+
+
+def test_packed_linear_without_its_dense_weight_is_refused() -> None:
+    qlora, _ = quantized(nn.Linear(64, 128))
+    assert isinstance(qlora, LinearWithLoRA)
+    with pytest.raises(TypeError, match="Linear4bit is packed"):
+        linears(torch.randn(5, 64), [qlora.linear])

@@ -1,0 +1,273 @@
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import finetune_lora
+from local_run_utilities import ADAPTER, CONFIG, PREDICTIONS, RESULT, TRAINED_WEIGHTS
+from predict import here, load_run, main, predict, read_texts
+from run_config import RunConfig, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = {
+    "lora": "--lora_mlp True --learning_rate 1e-2",
+    "lora_head": "--lora_head True --learning_rate 1e-2",
+    "q_lora": "--q_lora True --learning_rate 1e-2",
+    "full": "--method full --learning_rate 1e-2",
+    "selective": "--method selective --trainable_layers 1 --learning_rate 1e-2",
+    "bf16": "--lora_mlp True --learning_rate 1e-2 --precision bf16",
+}
+
+
+@pytest.fixture(scope="session")
+def base(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny DistilBERT with larger weights: as it is drawn, its first token hardly hears of the others."""
+    folder = tmp_path_factory.mktemp("base") / "distilbert"
+    shutil.copytree(tiny_folders["distilbert"], folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith(("lin.weight", "lin1.weight", "lin2.weight")):
+            weight *= 8
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(base: Path, review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One finished run of each method on the small reviews."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
+        for method, line in METHODS.items():
+            common = f"--dataset text --data_dir {review_folder} --model_name {base}"
+            common += f" --max_length 32 --epochs 2 --batch_size 8 --accelerator cpu --output_dir {folder / method}"
+            if method != "bf16":
+                common += " --precision fp32"
+            assert finetune_lora.main([*common.split(), *line.split()]) == 0, method
+    return {method: folder / method for method in METHODS}
+
+
+@pytest.fixture(scope="session")
+def test_reviews(review_folder: Path) -> list[str]:
+    return pd.read_csv(review_folder / "test.csv")["text"].tolist()
+
+
+def table(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line on stderr with which the command refuses."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert len(shown.err.splitlines()) == 1
+    return shown.err
+
+
+# --- the same answers as the run's own
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_predictions_are_those_of_the_run(runs: dict[str, Path], test_reviews: list[str], method: str) -> None:
+    stored = pd.read_parquet(runs[method] / PREDICTIONS)
+    stored = stored[stored["split"] == "test"].sort_values("row")
+    assert stored["row"].tolist() == list(range(len(test_reviews)))
+    logits = np.stack(stored["logits"])
+    names, found = predict(runs[method], test_reviews)
+    assert names == ["bad", "good"]
+    expected = torch.from_numpy(logits).softmax(-1).numpy()
+    np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=1e-6)
+    assert (np.argmax(found, axis=1) == logits.argmax(axis=1)).all()
+    assert np.ptp(expected[:, 0]) > 0.01  # the texts are told apart
+    accuracy = (np.argmax(found, axis=1) == stored["label"]).mean()
+    assert accuracy == pytest.approx(json.loads((runs[method] / RESULT).read_text())["test"]["accuracy"])
+
+
+def test_a_run_has_learned(runs: dict[str, Path]) -> None:
+    assert json.loads((runs["full"] / RESULT).read_text())["test"]["accuracy"] > 0.9
+
+
+def test_the_answer_does_not_depend_on_the_other_texts(runs: dict[str, Path], test_reviews: list[str]) -> None:
+    together = predict(runs["full"], test_reviews[:6])[1]
+    backwards = predict(runs["full"], test_reviews[5::-1])[1]
+    alone = [predict(runs["full"], [text])[1][0] for text in test_reviews[:2]]
+    np.testing.assert_allclose(together, backwards[::-1], atol=1e-6)
+    np.testing.assert_allclose(together[:2], alone, atol=1e-6)
+
+
+def test_long_texts_are_cut_as_in_the_run(runs: dict[str, Path]) -> None:
+    # head_tail of 32 tokens: 7 of the beginning, 23 of the end, what stands between is never seen
+    begin, end = "superb " * 7, " waste" * 23
+    short, long = (predict(runs["full"], [begin + middle + end])[1] for middle in ("", "plot " * 300))
+    assert short == long
+    assert predict(runs["full"], [begin + end[: len(end) // 2]])[1] != short
+
+
+# --- the command
+
+
+def test_several_texts(runs: dict[str, Path], test_reviews: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [test_reviews[1], test_reviews[0], 'boring, "stupid"\nand cold', test_reviews[3]]
+    words = [word for text in texts for word in ("--text", text)]
+    assert main([str(runs["full"]), *words]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    rows = table(shown.out)
+    assert [row["text"] for row in rows] == texts
+    assert [row["label"] for row in rows[:2]] == ["good", "bad"]
+    assert list(rows[0]) == ["text", "label", "probability_bad", "probability_good"]
+    probabilities = predict(runs["full"], texts)[1]
+    for row, (bad, good) in zip(rows, probabilities, strict=True):
+        assert float(row["probability_bad"]) == pytest.approx(bad, abs=5.1e-5)
+        assert float(row["probability_good"]) == pytest.approx(good, abs=5.1e-5)
+        assert row["label"] == ("good" if good > bad else "bad")
+
+
+def test_files(
+    runs: dict[str, Path], test_reviews: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [*test_reviews[:3], "naïve, but charmant"]
+    words = [str(runs["lora"]), "--file"]
+    lines = tmp_path / "texts.txt"
+    lines.write_text("\n".join([texts[0], "", *texts[1:], "  ", ""]), encoding="utf8")
+    assert main([*words, str(lines)]) == 0
+    from_lines = capsys.readouterr().out
+    assert [row["text"] for row in table(from_lines)] == texts
+    for name, column, encoding in (
+        ("a.csv", "text", "utf8"),
+        ("b.CSV", "review", "utf8"),
+        ("from_excel.csv", "text", "utf-8-sig"),
+    ):
+        pd.DataFrame({column: texts, "other": range(4)}).to_csv(tmp_path / name, index=False, encoding=encoding)
+        assert main([*words, str(tmp_path / name), "--text_column", column]) == 0
+        assert capsys.readouterr().out == from_lines
+
+
+def test_a_csv_cell_may_hold_lines(tmp_path: Path) -> None:
+    texts = ["one\ntwo", 'a "quoted", word']
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "a.csv", index=False)
+    assert read_texts(tmp_path / "a.csv", "text") == texts
+
+
+def test_the_command_as_a_process(runs: dict[str, Path], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "predict.py"), str(runs["q_lora"]), "--text", "superb acting"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")  # no note of a library, no bar
+    assert [row["text"] for row in table(done.stdout)] == ["superb acting"]
+
+
+# --- refusals
+
+
+def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(words: str) -> None:
+        message = refusal(capsys, tmp_path, "--text", "a film")
+        assert str(tmp_path) in message
+        assert words in message
+
+    refused("no finished run")
+    shutil.copy(runs["lora"] / CONFIG, tmp_path)
+    refused("no finished run")
+    result = json.loads((runs["lora"] / RESULT).read_text())
+    for status in ("interrupted", "failed"):
+        (tmp_path / RESULT).write_text(json.dumps(result | {"status": status}))
+        refused(f"its status is '{status}'")
+    for damaged in ("", "[]", "{}", '{"status": "finished"'):
+        (tmp_path / RESULT).write_text(damaged)
+        refused("no finished run")
+    (tmp_path / RESULT).write_bytes(b"\xff")
+    refused("no finished run")
+    (tmp_path / RESULT).write_text(json.dumps(result))
+    refused(f"{ADAPTER} cannot be read")
+    shutil.copy(runs["full"] / TRAINED_WEIGHTS, tmp_path / ADAPTER)
+    refused("does not hold the weights of this run")
+    assert "no finished run" in refusal(capsys, tmp_path / "nowhere", "--text", "a film")
+    assert "no finished run" in refusal(capsys, tmp_path / RESULT, "--text", "a film")
+
+
+def test_texts_that_have_no_label(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs["lora"]
+    for empty in ("", "  ", "\n"):
+        assert "--text: text 2 is empty" in refusal(capsys, run, "--text", "a film", "--text", empty)
+    assert "--text: text 1 is not UTF-8" in refusal(capsys, run, "--text", "\udcff")
+
+    def refused(name: str, content: bytes, words: str, *more: str) -> None:
+        path = tmp_path / name
+        path.write_bytes(content)
+        message = refusal(capsys, run, "--file", path, *more)
+        assert words in message
+        assert str(path) in message
+
+    refused("a.txt", b"", "holds no text")
+    refused("a.txt", b"\n  \n", "holds no text")
+    refused("a.txt", "d\u00e9j\u00e0 vu".encode("latin-1"), "is not UTF-8")
+    refused("a.csv", b"text\n", "holds no text")
+    refused("a.csv", b"", "--text_column text")
+    refused("a.csv", b"review,label\nfine,1\n", "has the columns ['review', 'label']")
+    refused("a.csv", b"text,label\nfine,1\n", "--text_column review", "--text_column", "review")
+    refused("a.csv", b"text,label\nfine,1\n,0\n", "text 2 is empty")
+    refused("a.csv", b"text\nd\xe9j\xe0 vu\n", "is not UTF-8")
+    assert f"--file {tmp_path / 'none'} cannot be read" in refusal(capsys, run, "--file", tmp_path / "none")
+    assert f"--file {tmp_path} cannot be read" in refusal(capsys, run, "--file", tmp_path)
+
+
+def test_wrong_flags(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs["lora"]
+    assert "--text --file" in refusal(capsys, run)
+    assert "not allowed with" in refusal(capsys, run, "--text", "a", "--file", tmp_path)
+    assert "run" in refusal(capsys, "--text", "a")
+    assert "--topk" in refusal(capsys, run, "--text", "a", "--topk", 3)
+
+
+def test_a_wrong_flag_loads_no_torch() -> None:
+    code = "import sys, predict; print(predict.main(['nowhere']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False\n"
+    assert len(done.stderr.splitlines()) == 1
+
+
+# --- another machine
+
+
+def test_a_run_of_another_machine_predicts_on_this_one(
+    runs: dict[str, Path], tmp_path: Path, test_reviews: list[str]
+) -> None:
+    shutil.copytree(runs["lora"], tmp_path, dirs_exist_ok=True)
+    result = json.loads((tmp_path / RESULT).read_text())
+    result["config"] |= {"accelerator": "gpu", "devices": 8, "num_nodes": 2}
+    (tmp_path / RESULT).write_text(json.dumps(result))
+    np.testing.assert_allclose(
+        predict(tmp_path, test_reviews[:5])[1], predict(runs["lora"], test_reviews[:5])[1], atol=1e-4
+    )
+
+
+def test_precision_is_one_that_this_machine_has() -> None:
+    assert here(RunConfig(precision="bf16", device=3)).precision == "bf16"
+    assert here(RunConfig(precision="fp16", accelerator="gpu")).precision == (
+        "fp16" if torch.cuda.is_available() else "auto"
+    )
+    assert here(RunConfig(accelerator="cpu")).accelerator == "cpu"
+
+
+def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) -> None:
+    config, names = load_run(runs["selective"])
+    assert (config.method, config.trainable_layers, names) == ("selective", 1, ["bad", "good"])
+    result = json.loads((runs["selective"] / RESULT).read_text())
+    result["config"]["lora_rank"] = 3
+    (tmp_path / RESULT).write_text(json.dumps(result))
+    with pytest.raises(UserError, match="unknown settings lora_rank"):
+        load_run(tmp_path)

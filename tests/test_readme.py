@@ -1,0 +1,63 @@
+"""Every command, flag and file that README names is real."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from finetune_lora import DESCRIPTION
+from predict import make_parser as make_predict_parser
+from run_config import from_flags, make_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "DistilRoberta/README.md")
+
+
+def commands() -> list[str]:
+    """The lines of all shell blocks, without comments."""
+    found = []
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf8")
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            found += [line for line in block.splitlines() if line.strip() and not line.startswith("#")]
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_parses(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif words[0] == "sbatch":
+        assert (ROOT / words[1]).is_file()
+        from_flags(words[2:], DESCRIPTION)
+    elif words[:2] == ["python", "predict.py"]:
+        make_predict_parser().parse_args(words[2:])
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), command
+        if words[-1] == "--help":
+            assert "usage" in make_parser(DESCRIPTION).format_help()
+        elif words[1].endswith("finetune_lora.py"):
+            from_flags(words[2:], DESCRIPTION)
+    else:
+        assert words == ["source", ".venv/bin/activate"]
+
+
+def test_every_flag_that_is_mentioned_exists() -> None:
+    known = set(re.findall(r"--\w+", make_parser(DESCRIPTION).format_help() + make_predict_parser().format_help()))
+    for document in DOCUMENTS:
+        mentioned = set(re.findall(r"`(--\w+)", (ROOT / document).read_text(encoding="utf8")))
+        assert mentioned <= known, document
+
+
+def test_the_tree_is_that_of_the_repository() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf8")
+    (tree,) = re.findall(r"## The house\n.*?```\n(.*?)```", text, flags=re.DOTALL)
+    named = {word for line in tree.splitlines() for word in re.split(r"  +", line)[0].split()}
+    for name in named:
+        assert list(ROOT.glob(name)), name
+    modules = {path.name for path in ROOT.glob("*.py")}
+    assert modules <= named

@@ -1,0 +1,402 @@
+import argparse
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from run_config import (
+    DEFAULT_MODEL,
+    GROUPS,
+    LORA_TARGETS,
+    NOT_PART_OF_THE_RUN,
+    PACKAGED,
+    RunConfig,
+    UserError,
+    from_flags,
+    make_parser,
+    parse_bool,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+LORA_FLAGS = [f.name for f in dataclasses.fields(RunConfig) if f.metadata["given_with"] == "lora"]
+
+
+def flags(line: str) -> RunConfig:
+    return from_flags(line.split(), "a test")
+
+
+def refusal(line: str) -> str:
+    """The one line with which flags are refused."""
+    with pytest.raises(UserError) as caught:
+        flags(line)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message
+    return message
+
+
+# --- parsing
+
+
+@pytest.mark.parametrize("flag", ["q_lora", *LORA_TARGETS, "verbose", "offline", "test", "efficient"])
+def test_booleans(flag: str) -> None:
+    others = "" if flag == "lora_mlp" else "--lora_mlp "  # so that some module carries LoRA
+    for word in ("True", "true", "TRUE", "yes", "Yes", "YES", "1"):
+        assert getattr(flags(f"{others}--{flag} {word}"), flag) is True
+        assert getattr(flags(f"{others}--{flag}={word}"), flag) is True
+    for word in ("False", "false", "FALSE", "no", "No", "NO", "0"):
+        assert getattr(flags(f"{others}--{flag} {word}"), flag) is False
+    assert getattr(flags(f"{others}--{flag}"), flag) is True
+    assert getattr(flags(f"--{flag} --seed 3 {others}"), flag) is True
+    message = refusal(f"--{flag} maybe")
+    assert f"--{flag}" in message
+    assert "'maybe' is neither True/yes/1 nor False/no/0" in message
+
+
+def test_parse_bool_takes_nothing_else() -> None:
+    for word in ("", "2", "t", "on", "None", " true"):
+        with pytest.raises(argparse.ArgumentTypeError, match="neither"):
+            parse_bool(word)
+
+
+def test_flags_that_users_know_keep_their_names() -> None:
+    config = flags(
+        "--q_lora True --lora_r 4 --lora_alpha 8 --lora_query False --lora_key True --lora_value False"
+        " --lora_projection True --lora_mlp True --lora_head True --device 1 --verbose True"
+    )
+    assert (config.q_lora, config.lora_r, config.lora_alpha, config.device, config.verbose) == (True, 4, 8.0, 1, True)
+    assert config.lora_targets == ("key", "projection", "mlp", "head")
+
+
+def test_types_of_values() -> None:
+    config = flags(
+        "--lora_alpha 3 --learning_rate 1e-3 --output_dir a/b --data_dir c --dataset financial_phrasebank"
+        " --agreement all --limit_train 7 --strategy ddp"
+    )
+    assert (config.lora_alpha, config.learning_rate, config.limit_train) == (3.0, 1e-3, 7)
+    assert isinstance(config.lora_alpha, float)
+    assert (config.output_dir, config.data_dir) == (Path("a/b"), Path("c"))
+    assert (config.agreement, config.strategy) == ("all", "ddp")
+
+
+# --- defaults that depend on others
+
+
+def test_lora_defaults() -> None:
+    config = flags("")
+    assert config == RunConfig()
+    assert (config.method, config.lora_r, config.lora_alpha, config.lora_scaling) == ("lora", 8, 16.0, "standard")
+    assert (config.q_lora, config.lora_dropout, config.double_quantization) == (False, 0.0, None)
+    assert config.lora_targets == ("query", "value")
+    assert config.trainable_layers is None
+    assert flags("--q_lora").double_quantization is True
+    assert flags("--q_lora --double_quantization no").double_quantization is False
+    assert flags("--lora_mlp").lora_targets == ("query", "value", "mlp")
+
+
+@pytest.mark.parametrize("method", ["full", "selective"])
+def test_lora_settings_stay_unset_without_lora(method: str) -> None:
+    config = flags(f"--method {method}")
+    assert {name: getattr(config, name) for name in LORA_FLAGS} == dict.fromkeys(LORA_FLAGS)
+    assert config.lora_targets == ()
+    assert config.trainable_layers == (2 if method == "selective" else None)
+    assert flags("--method selective --trainable_layers 0").trainable_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "tokens", "texts"),
+    [
+        ("", 6144, 64),
+        ("--max_length 512", 6144, 64),
+        ("--max_length 8000", 8000, 64),  # one text must fit
+        ("--batch_size 12", 12 * 256, 12),  # with the number of texts alone, the tokens are no bound
+        ("--batch_size 12 --max_length 100", 1200, 12),
+        ("--batch_tokens 1000", 1000, 64),
+        ("--batch_tokens 1000 --batch_size 500", 1000, 500),
+        ("--batch_tokens 256", 256, 64),
+    ],
+)
+def test_batch_bounds(line: str, tokens: int, texts: int) -> None:
+    config = flags(line)
+    assert (config.batch_tokens, config.batch_size) == (tokens, texts)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "momentum", "decay"),
+    [("adam", None, 0.0), ("adamw", None, 0.01), ("sgd", 0.0, 0.0), ("sgd_nesterov", 0.9, 0.0)],
+)
+def test_defaults_of_optimizers(optimizer: str, momentum: float | None, decay: float) -> None:
+    config = flags(f"--optimizer {optimizer}")
+    assert (config.momentum, config.weight_decay) == (momentum, decay)
+    assert flags(f"--optimizer {optimizer} --weight_decay 0.5").weight_decay == 0.5
+    assert config.learning_rate is None  # its table stands with the optimizers
+
+
+def test_given_values_win_over_dependent_defaults() -> None:
+    assert flags("--optimizer sgd --momentum 0.5").momentum == 0.5
+    assert flags("--optimizer adamw --weight_decay 0").weight_decay == 0.0
+    assert flags("--scheduler onecycle").warmup_fraction == 0.3
+    assert flags("--scheduler cosine").warmup_fraction == 0.06
+    assert flags("--scheduler onecycle --warmup_fraction 0").warmup_fraction == 0.0
+
+
+def test_defaults_of_data_sets() -> None:
+    imdb, financial = flags(""), flags("--dataset financial_phrasebank")
+    assert (imdb.monitor, imdb.text_column, imdb.agreement) == ("accuracy", "text", None)
+    assert (financial.monitor, financial.text_column, financial.agreement) == ("macro_f1", "sentence", "50")
+    changed = flags("--dataset financial_phrasebank --monitor loss --text_column t --agreement 75")
+    assert (changed.monitor, changed.text_column, changed.agreement) == ("loss", "t", "75")
+    assert flags("--dataset text --data_dir d").split is None
+
+
+def test_offline_means_the_packaged_model() -> None:
+    assert flags("").model_name == DEFAULT_MODEL
+    assert flags("--offline").model_name == PACKAGED
+    assert flags("--offline --model_name some/folder").model_name == "some/folder"
+    assert flags("--offline False").model_name == DEFAULT_MODEL
+
+
+def test_defaults_of_a_thin_entry_give_way_to_flags() -> None:
+    entry = {"dataset": "financial_phrasebank", "epochs": 4, "method": "full"}
+    config = from_flags(["--epochs", "1"], "a test", entry)
+    assert (config.dataset, config.epochs, config.method, config.monitor) == (
+        "financial_phrasebank", 1, "full", "macro_f1",
+    )  # fmt: skip
+    shown = next(a.help for a in make_parser("", entry)._actions if "--epochs" in a.option_strings)
+    assert shown is not None
+    assert shown.endswith("(default: 4)")
+
+
+# --- refusals
+
+
+def test_unknown_flags_and_unfinished_ones() -> None:
+    assert "--lora_rank 8" in refusal("--lora_rank 8")
+    assert "--lora_que" in refusal("--lora_que True")  # no abbreviations: a new flag could change their meaning
+    assert "run.toml" in refusal("run.toml")
+    assert "--lora_r" in refusal("--lora_r")
+
+
+@pytest.mark.parametrize(
+    "name", [a.dest for a in make_parser("")._actions if a.choices], ids=lambda name: f"choice-{name}"
+)
+def test_unknown_choices(name: str) -> None:
+    message = refusal(f"--{name} nonsense")
+    assert f"--{name}" in message
+    assert "nonsense" in message
+    choices = next(a.choices for a in make_parser("")._actions if a.dest == name)
+    assert choices
+    assert all(str(choice) in message for choice in choices)
+    with pytest.raises(UserError, match=f"^--{name} nonsense: allowed are {', '.join(map(str, choices))}$"):
+        RunConfig(**{name: "nonsense"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("line", ["--lora_r eight", "--lora_r 1.5", "--learning_rate fast", "--epochs two"])
+def test_values_of_another_type(line: str) -> None:
+    flag, value = line.split()
+    message = refusal(line)
+    assert message.startswith(flag)
+    assert repr(value) in message
+    assert "int" in message or "float" in message
+
+
+OUT_OF_RANGE = [
+    *((name, value, "must be at least 1")
+      for name in ("lora_r", "epochs", "accumulate", "batch_size", "devices", "num_nodes", "limit_train",
+                   "limit_validation", "limit_test")
+      for value in ("0", "-3")),
+    *((name, "-1", "must be at least 0") for name in ("patience", "device", "weight_decay", "gradient_clip")),
+    *((name, value, "must be at least 0") for name in ("weight_decay", "gradient_clip") for value in ("nan", "inf")),
+    *((name, value, "must be at least 0 and below 1")
+      for name in ("lora_dropout", "dropout", "attention_dropout", "warmup_fraction")
+      for value in ("1", "1.5", "-0.1", "nan", "inf")),
+    *((name, value, "must be at least 0 and at most 4294967295")
+      for name in ("seed", "data_seed") for value in ("-1", "4294967296", "9" * 400)),
+    *((name, value, "must be finite and above 0")
+      for name in ("lora_alpha", "learning_rate") for value in ("nan", "inf", "0", "-1", "-0.5")),
+    ("max_length", "7", "must be at least 8"),
+    ("max_length", "-7", "must be at least 8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), OUT_OF_RANGE)
+def test_numbers_out_of_range(name: str, value: str, allowed: str) -> None:
+    message = refusal(f"--{name} {value}")
+    assert message.startswith(f"--{name} {value}")  # 1 may be shown as 1.0
+    assert message.endswith(allowed)
+
+
+def test_numbers_at_their_bounds_are_taken() -> None:
+    config = flags(
+        "--lora_r 1 --max_length 8 --batch_tokens 8 --epochs 1 --patience 0 --device 0 --warmup_fraction 0"
+        " --seed 4294967295 --dropout 0.999 --gradient_clip 0 --limit_test 1"
+    )
+    assert (config.seed, config.dropout, config.batch_tokens) == (2**32 - 1, 0.999, 8)
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "nan"])
+def test_momentum_out_of_range(value: str) -> None:
+    assert refusal(f"--optimizer sgd --momentum {value}").endswith("must be at least 0 and below 1")
+
+
+@pytest.mark.parametrize("method", ["full", "selective"])
+@pytest.mark.parametrize("name", LORA_FLAGS)
+def test_lora_flags_belong_to_lora(name: str, method: str) -> None:
+    value = {"lora_r": "8", "lora_alpha": "16", "lora_scaling": "raw", "lora_dropout": "0"}.get(name, "False")
+    message = refusal(f"--method {method} --{name} {value}")
+    assert message == f"--{name} was given with --method {method}: it belongs to --method lora only"
+
+
+def test_every_lora_flag_is_known_to_the_test_above() -> None:
+    named = {"lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "q_lora", "double_quantization", *LORA_TARGETS}
+    assert set(LORA_FLAGS) == named
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--lora_query False --lora_value no", "no LoRA target: at least one of --lora_query --lora_key"),
+        ("--trainable_layers 2", "--trainable_layers was given with --method lora"),
+        ("--method full --trainable_layers 2", "belongs to --method selective only"),
+        ("--method selective --trainable_layers -1", "--trainable_layers -1: must be at least 0"),
+        ("--double_quantization True", "--double_quantization True: needs --q_lora True"),
+        ("--double_quantization False --q_lora False", "--double_quantization False: needs --q_lora True"),
+        ("--batch_tokens 255", "--batch_tokens 255: must be at least --max_length 256"),
+        ("--batch_tokens 0", "--batch_tokens 0: must be at least --max_length 256"),
+        ("--batch_tokens -5 --batch_size 2", "--batch_tokens -5: must be at least --max_length 256"),
+        ("--dataset text", "--dataset text: needs --data_dir PATH"),
+        ("--agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
+        ("--dataset financial_phrasebank --split resplit", "--split resplit: needs --dataset imdb"),
+        ("--dataset text --data_dir d --split resplit", "--split resplit: needs --dataset imdb"),
+        ("--dataset financial_phrasebank --offline", "--offline True: financial_phrasebank is not packaged"),
+        ("--data_source stanford --offline", "--data_source stanford: only for --dataset imdb"),
+        ("--data_source hub --data_dir d", "--data_source hub: only for --dataset imdb"),
+        ("--data_source hub --dataset financial_phrasebank", "--data_source hub: only for --dataset imdb"),
+        ("--momentum 0.9", "--momentum 0.9: needs an sgd --optimizer"),
+        ("--momentum 0 --optimizer adam", "--momentum 0.0: needs an sgd --optimizer"),
+        ("--optimizer sgd_nesterov --momentum 0", "--momentum 0.0: must be above 0 with --optimizer sgd_nesterov"),
+        ("--device 0 --accelerator cpu", "--device 0: is a GPU, but --accelerator is cpu"),
+        ("--device 0 --devices 2", "--device 0: is one GPU, but --devices asks for more"),
+        ("--resume --overwrite --output_dir d", "--resume True: cannot go with --overwrite"),
+        ("--resume", "--resume True: needs --output_dir"),
+        ("--prefetch --offline", "--prefetch True: needs the network, but --offline was given"),
+    ],
+)
+def test_settings_that_exclude_each_other(line: str, words: str) -> None:
+    assert words in refusal(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--dataset financial_phrasebank --offline --data_dir d",
+        "--data_source stanford",
+        "--split resplit",
+        "--device 1 --accelerator gpu",
+        "--resume --output_dir d",
+        "--method selective --trainable_layers 0",
+        "--lora_query no --lora_value no --lora_head",
+        "--optimizer sgd --momentum 0",
+    ],
+)
+def test_their_allowed_neighbours(line: str) -> None:
+    flags(line)
+
+
+# --- to JSON and back
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "--q_lora --lora_scaling raw --lora_alpha 2 --lora_head",
+        "--q_lora --double_quantization False --device 2",
+        "--method full --optimizer sgd_nesterov --learning_rate 0.3 --scheduler onecycle",
+        "--method selective --trainable_layers 0 --optimizer sgd --batch_size 12",
+        "--dataset financial_phrasebank --agreement all --data_dir some/where --offline --output_dir runs/a",
+        "--dataset text --data_dir d --monitor loss --resume --output_dir r --verbose --test no",
+        "--offline --limit_train 10 --data_seed 4",
+    ],
+)
+def test_round_trip_through_json(line: str) -> None:
+    config = flags(line)
+    stored = json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    assert set(stored) == {f.name for f in dataclasses.fields(RunConfig)}
+    again = RunConfig.from_dict(stored)
+    assert again == config
+    assert again.differences(config) == []
+    assert isinstance(again.output_dir, type(config.output_dir))
+
+
+def test_differences_name_what_changes_the_run() -> None:
+    earlier = flags("--lora_r 4 --output_dir a")
+    later = flags("--lora_r 16 --seed 1 --output_dir b --resume --verbose")
+    assert later.differences(earlier) == ["--lora_r 4 -> 16", "--seed 0 -> 1"]
+    assert flags("--overwrite --verbose").differences(flags("")) == []
+    method = flags("--method full").differences(flags(""))
+    assert "--method lora -> full" in method
+    assert "--lora_r 8 -> None" in method
+    assert set(NOT_PART_OF_THE_RUN) <= {f.name for f in dataclasses.fields(RunConfig)}
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().epochs = 3  # type: ignore[misc]
+
+
+# --- help, and what is loaded
+
+
+def test_help_shows_every_flag_once_in_its_group_with_a_default() -> None:
+    shown = io.StringIO()
+    with redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+        from_flags(["--help"], "What this does.")
+    assert ended.value.code == 0
+    assert "What this does." in shown.getvalue()
+    sections: dict[str, str] = {}
+    for line in shown.getvalue().splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            title = line.removesuffix(":")
+            sections[title] = ""
+        elif sections:
+            sections[title] += f"{line}\n"
+    assert set(sections) == {*GROUPS, "options"}
+    for field in dataclasses.fields(RunConfig):
+        group = field.metadata["group"]
+        found = {title: body.count(f"\n  --{field.name} ") for title, body in sections.items()}
+        assert {title: count for title, count in found.items() if count} == {group: 1}, field.name
+        entry = sections[group].split(f"\n  --{field.name} ")[1].split("\n  --")[0]
+        default = field.metadata["shown"] or str(field.default)
+        assert default != "None", field.name
+        assert " ".join(entry.split()).endswith(f"(default: {default})")
+    assert all(text in sections[group] for group, text in GROUPS.items())
+
+
+CALL = """
+import sys
+from finetune_lora import main
+status = main(sys.argv[1:])
+print([name for name in ("torch", "lightning", "transformers", "numpy") if name in sys.modules], status)
+"""
+
+
+@pytest.mark.parametrize("words", [["--lora_r", "0"], ["--nonsense"], ["--method", "full", "--lora_mlp"]])
+def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", CALL, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[] 2\n"
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_wrong_flag_ends_the_command_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "finetune_lora.py"), "--lora_r", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: --lora_r 0: must be at least 1\n"
+    assert list(tmp_path.iterdir()) == []
