@@ -86,7 +86,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: input that is refused; nothing was written.
     """
-    from local_run_utilities import BEST_CHECKPOINT, RESULT, write_json
     from local_training_utilities import Interrupted
 
     prepared = prepare(config)
@@ -101,18 +100,28 @@ def run(config: RunConfig) -> dict[str, Any]:
             print(_interruption(directory, at_once=not isinstance(error, Interrupted)), file=sys.stderr)
     except Exception as error:
         result |= {"error": _one_line(error), "traceback": traceback.format_exc()}
+    if _is_first_process():
+        _write_result(directory, result)
+    if result["status"] == "failed":
         print(f"failed: {result['error']}", file=sys.stderr)
         if config.verbose:
-            traceback.print_exc()
-    if _is_first_process():
-        try:
-            write_json(directory / RESULT, result)
-            if result["status"] == "finished":  # its weights are saved; until here a killed run can still go on
-                (directory / BEST_CHECKPOINT).unlink()
-        except OSError as error:
-            result["status"] = "failed"
-            print(f"failed: {directory / RESULT} cannot be written: {error.strerror}", file=sys.stderr)
+            print(result["traceback"], file=sys.stderr)
     return result
+
+
+def _write_result(directory: Path, result: dict[str, Any]) -> None:
+    """Writes ``result.json``; where that is not possible, the run has failed, for the reason it had or for this."""
+    from local_run_utilities import BEST_CHECKPOINT, RESULT, write_json
+
+    try:
+        write_json(directory / RESULT, result)
+        if result["status"] == "finished":  # its weights are saved; until here a killed run can still go on
+            (directory / BEST_CHECKPOINT).unlink()
+    except OSError as error:
+        reason = f"{RESULT} cannot be written: {error.strerror}"
+        earlier = f"{result['error']}; " if "error" in result else ""
+        result |= {"status": "failed", "error": earlier + reason}
+        result.setdefault("traceback", traceback.format_exc())
 
 
 def _is_first_process() -> bool:
@@ -155,7 +164,7 @@ def _command_with(directory: Path, flag: str) -> str:
 def prepare(config: RunConfig) -> Prepared:
     """Checks all that can be checked, reads and tokenizes the data, and opens the run directory at last."""
     from local_run_utilities import check_directory, default_directory, open_directory
-    from local_training_utilities import resolve_hardware, resolve_learning_rate
+    from local_training_utilities import quiet_lightning, resolve_hardware, resolve_learning_rate
 
     first = _is_first_process()
     inherited = os.environ.get(DIRECTORY_VARIABLE) if not first else None
@@ -169,7 +178,8 @@ def prepare(config: RunConfig) -> Prepared:
     from local_dataset_utilities import load_texts, tokenize
     from local_model_utilities import import_bitsandbytes
 
-    hardware = resolve_hardware(config)
+    with quiet_lightning():
+        hardware = resolve_hardware(config)
     if config.q_lora:
         import_bitsandbytes()
     folder = find_model(config)

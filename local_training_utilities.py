@@ -468,7 +468,7 @@ def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbac
             *callbacks,
             *stopping,
             best,
-            TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20, leave=True),
+            TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 20, leave=True),
         ],
         logger=_tensorboard(directory),
         log_every_n_steps=10,
@@ -483,7 +483,7 @@ def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbac
 
 def _progress_bar() -> TQDMProgressBar:
     """A log file gets fewer lines than a terminal."""
-    return TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20, leave=True)
+    return TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 20, leave=True)
 
 
 def _tensorboard(directory: Path) -> TensorBoardLogger | Literal[False]:

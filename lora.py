@@ -117,11 +117,12 @@ def linears(x: Tensor, modules: Sequence[nn.Module], unpack: Callable[[nn.Module
         unpack: gives the dense weight of a packed linear that has no LoRA.
     """
     adapted = [m for m in modules if isinstance(m, LinearWithLoRA)]
+    dtype = x.dtype  # so that what follows does not hold on to x until backward
 
     def weight() -> Tensor:
-        return _join([_dense_weight(m, unpack) for m in modules]).to(x.dtype)  # (out, in)
+        return _join([_dense_weight(m, unpack) for m in modules]).to(dtype)  # (out, in)
 
-    bias = _join_bias([_base(m) for m in modules], x.dtype)
+    bias = _join_bias([_base(m) for m in modules], dtype)
     base_is_trained = any(p.requires_grad for m in modules for p in _base(m).parameters())
     if base_is_trained or any(m.training and m.lora.dropout.p > 0 for m in adapted):
         y = F.linear(x, weight(), bias) if base_is_trained else _frozen_linear(x, None, None, weight, bias)
@@ -129,8 +130,8 @@ def linears(x: Tensor, modules: Sequence[nn.Module], unpack: Callable[[nn.Module
     if not adapted:
         return _frozen_linear(x, None, None, weight, bias)
     blocks = [_scaled_B(m) for m in modules]
-    A = _join([m.lora.lora_A for m in adapted]).to(x.dtype)  # (R, in)
-    B = (blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)).to(x.dtype)  # (out, R)
+    A = _join([m.lora.lora_A for m in adapted]).to(dtype)  # (R, in)
+    B = (blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)).to(dtype)  # (out, R)
     return _frozen_linear(x, A, B, weight, bias)
 
 

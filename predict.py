@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
-from run_config import RunConfig, UserError
+from run_config import OneLineParser, RunConfig, UserError
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
+DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(description="Labels and probabilities for new texts, from a finished run.", allow_abbrev=False)
+    parser = OneLineParser(
+        description="Labels and probabilities for new texts, from a finished run.", allow_abbrev=False
+    )
     parser.add_argument("run", type=Path, help="the run directory")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--text", action="append", help="a text; may be given several times")

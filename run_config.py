@@ -339,9 +339,10 @@ def _check_ranges(config: RunConfig) -> None:
 # flags
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, instead of argparse's usage block."""
+
     def error(self, message: str) -> NoReturn:
-        """One line instead of argparse's usage block."""
         raise UserError(message.removeprefix("argument "))
 
 
@@ -367,7 +368,7 @@ def _choices(field: dataclasses.Field[Any]) -> tuple[str, ...]:
 
 def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
     """The parser made from ``RunConfig``'s fields; what was not given is absent from its namespace."""
-    parser = _Parser(
+    parser = OneLineParser(
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

@@ -55,11 +55,15 @@ def tiny_classifier(model_type: str, vocabulary: int = 30522, classes: int = 2) 
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model folder for each family, with the packaged tokenizer."""
+    """A model folder for each family, with the packaged tokenizer; its weights are large enough to learn from."""
     folders = {}
     for model_type in ("distilbert", "bert", "roberta"):
         folder = tmp_path_factory.mktemp(model_type)
-        tiny_classifier(model_type).save_pretrained(folder)
+        model = tiny_classifier(model_type)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data *= 8  # of 0.02 at this width, attention would see next to nothing
+        model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(packaged_folder()).save_pretrained(folder)
         folders[model_type] = folder
     return folders

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import finetune_lora
 from local_run_utilities import ADAPTER, CONFIG, PREDICTIONS, RESULT, TRAINED_WEIGHTS
@@ -30,26 +29,15 @@ METHODS = {
 
 
 @pytest.fixture(scope="session")
-def base(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny DistilBERT with larger weights: as it is drawn, its first token hardly hears of the others."""
-    folder = tmp_path_factory.mktemp("base") / "distilbert"
-    shutil.copytree(tiny_folders["distilbert"], folder)
-    weights = load_file(folder / "model.safetensors")
-    for name, weight in weights.items():
-        if name.endswith(("lin.weight", "lin1.weight", "lin2.weight")):
-            weight *= 8
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="session")
-def runs(base: Path, review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """One finished run of each method on the small reviews."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
         for method, line in METHODS.items():
-            common = f"--dataset text --data_dir {review_folder} --model_name {base}"
+            common = f"--dataset text --data_dir {review_folder} --model_name {tiny_folders['distilbert']}"
             common += f" --max_length 32 --epochs 2 --batch_size 8 --accelerator cpu --output_dir {folder / method}"
             if method != "bf16":
                 common += " --precision fp32"

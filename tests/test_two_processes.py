@@ -1,0 +1,132 @@
+"""Two processes with DDP: the same result as one process, and an orderly end of both when they are asked to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune_lora
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_SECONDS = 90
+TWO = ("--devices", "2", "--strategy", "ddp")
+ONE = ("--accumulate", "2")  # the same batches in the same steps
+METHODS = {
+    "lora": ("--method", "lora", "--lora_key", "--lora_mlp"),
+    "full": ("--method", "full", "--learning_rate", "1e-3"),
+}
+
+
+@pytest.fixture
+def flags(tiny_folders: dict[str, Path], review_folder: Path) -> list[str]:
+    return [
+        *("--model_name", str(tiny_folders["distilbert"]), "--dataset", "text", "--data_dir", str(review_folder)),
+        *("--accelerator", "cpu", "--precision", "fp32", "--max_length", "32", "--batch_size", "8", "--epochs", "6"),
+    ]
+
+
+@contextmanager
+def started(flags: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process group of its own, as a terminal starts it; nothing of it is left behind."""
+    process = subprocess.Popen(
+        [sys.executable, "finetune_lora.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def output_after_first_epoch(process: subprocess.Popen[str], directory: Path, number: int, group: bool) -> str:
+    """Waits for a checkpoint, sends the signal, and returns what was printed once all processes have ended."""
+    end = time.monotonic() + LIMIT_SECONDS
+    while not (directory / "last.ckpt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    (os.killpg if group else os.kill)(process.pid, number)
+    return process.communicate(timeout=LIMIT_SECONDS)[0]  # the second process holds the pipe, too
+
+
+def read_result(directory: Path) -> dict:
+    return json.loads((directory / "result.json").read_text(encoding="utf8"))
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    (path,) = directory.glob("*.safetensors")
+    return load_file(path)
+
+
+@pytest.mark.parametrize(
+    ("method", "number", "group"),
+    [("lora", signal.SIGINT, True), ("full", signal.SIGTERM, False)],
+    ids=["lora, Ctrl-C", "full, SIGTERM to the first process"],
+)
+def test_two_processes_stop_together_go_on_and_end_like_one(
+    flags: list[str], tmp_path: Path, method: str, number: int, group: bool
+) -> None:
+    import pyarrow.parquet as pq
+
+    two, one = tmp_path / "two", tmp_path / "one"
+    flags = [*flags, *METHODS[method]]
+    command = [*flags, *TWO, "--output_dir", str(two)]
+    with started(command) as process:
+        output = output_after_first_epoch(process, two, number, group)
+    assert process.returncode == 130, output
+    assert output.count("interrupted; continue with:") == 1
+    assert "sync_dist" not in output
+    interrupted = read_result(two)
+    assert interrupted["status"] == "interrupted"
+
+    with started([*command, "--resume"]) as process:
+        output = process.communicate(timeout=LIMIT_SECONDS)[0]
+    assert process.returncode == 0, output
+    assert output.count("test  ") == 1
+    assert finetune_lora.main([*flags, *ONE, "--output_dir", str(one)]) == 0
+
+    result, expected = read_result(two), read_result(one)
+    assert result["status"] == "finished"
+    assert 0 < interrupted["train"]["steps"] < result["train"]["steps"] == expected["train"]["steps"]
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-4, atol=1e-5)
+    assert result["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=1e-5)
+    predictions, others = (pq.read_table(d / "predictions.parquet").to_pydict() for d in (two, one))
+    for name in ("split", "row", "label"):  # each text of each split once
+        assert predictions[name] == others[name]
+
+
+def test_the_second_process_tells_nobody_and_ends_with_status_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any other status makes Lightning or srun kill the first process, which may still be writing."""
+    earlier = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    monkeypatch.setattr(finetune_lora, "run", lambda _: {"status": "interrupted"})
+    try:
+        assert finetune_lora.main([]) == 130
+        assert signal.getsignal(signal.SIGINT) is earlier[signal.SIGINT]
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert finetune_lora.main([]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        monkeypatch.setattr(finetune_lora, "run", lambda _: {"status": "failed"})
+        assert finetune_lora.main([]) == 1
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == ""
