@@ -86,7 +86,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: input that is refused; nothing was written.
     """
-    from local_training_utilities import Interrupted
+    from training_callbacks import Interrupted
 
     prepared = prepare(config)
     config, directory = prepared.config, prepared.directory
@@ -96,11 +96,11 @@ def run(config: RunConfig) -> dict[str, Any]:
         result["status"] = "finished"
     except (Interrupted, KeyboardInterrupt, SystemExit) as error:  # Lightning turns a second Ctrl-C into SystemExit
         result["status"] = "interrupted"
-        if _is_first_process():
+        if not _is_helper():
             print(_interruption(directory, at_once=not isinstance(error, Interrupted)), file=sys.stderr)
     except Exception as error:
         result |= {"error": _one_line(error), "traceback": traceback.format_exc()}
-    if _is_first_process():
+    if not _is_helper():
         _write_result(directory, result)
     if result["status"] == "failed":
         print(f"failed: {result['error']}", file=sys.stderr)
@@ -122,12 +122,6 @@ def _write_result(directory: Path, result: dict[str, Any]) -> None:
         earlier = f"{result['error']}; " if "error" in result else ""
         result |= {"status": "failed", "error": earlier + reason}
         result.setdefault("traceback", traceback.format_exc())
-
-
-def _is_first_process() -> bool:
-    from lightning.pytorch.utilities import rank_zero_only
-
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _one_line(error: Exception) -> str:
@@ -166,7 +160,7 @@ def prepare(config: RunConfig) -> Prepared:
     from local_run_utilities import check_directory, default_directory, open_directory
     from local_training_utilities import quiet_lightning, resolve_hardware, resolve_learning_rate
 
-    first = _is_first_process()
+    first = not _is_helper()
     inherited = os.environ.get(DIRECTORY_VARIABLE) if not first else None
     directory = config.output_dir or Path(inherited or default_directory(config))
     # Complete before it is compared with the run that --resume continues.
@@ -209,9 +203,10 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         parameter_table,
     )
     from local_run_utilities import environment_record, peak_memory
-    from local_training_utilities import GracefulStop, Meter, make_trainer, quiet_lightning
+    from local_training_utilities import make_trainer, quiet_lightning
+    from training_callbacks import GracefulStop, Meter
 
-    config, hardware, first = prepared.config, prepared.hardware, _is_first_process()
+    config, hardware, first = prepared.config, prepared.hardware, not _is_helper()
     started = time.perf_counter()
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)

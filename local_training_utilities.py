@@ -1,4 +1,4 @@
-"""Lightning module, optimizers, schedulers, callbacks, and the metering of time.
+"""Lightning module, optimizers, schedulers, the table of default learning rates, hardware, the trainer.
 
 The loss of a batch is a sum over its texts, multiplied by the weight that the loader gives with it, so that the
 gradient of a step is the mean over all texts of the step, however they are spread over batches and ranks.
@@ -7,16 +7,13 @@ gradient of a step is the mean over all texts of the step, however they are spre
 import logging
 import math
 import os
-import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -25,7 +22,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
@@ -33,7 +29,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from local_model_utilities import Classifier, saved_parameters
-from local_run_utilities import BEST_CHECKPOINT, LAST_CHECKPOINT, write_metrics
+from local_run_utilities import BEST_CHECKPOINT
 from run_config import RunConfig, UserError
 
 Batch = dict[str, Tensor]
@@ -55,14 +51,6 @@ DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
     ("selective", "sgd"): 0.1,
     ("selective", "sgd_nesterov"): 0.02,
 }
-
-
-class TrainingFailed(Exception):
-    """A run that cannot go on, in one line. Exit status 1."""
-
-
-class Interrupted(Exception):
-    """A run that was asked to stop and has written its checkpoint. Exit status 130."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,164 +265,6 @@ def _gather(parts: list[np.ndarray]) -> Predictions:
     rows, labels, logits = (np.concatenate(column) for column in zip(*(g for g in gathered if g), strict=True))
     order = np.argsort(rows, kind="stable")
     return rows[order], labels[order], logits[order]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# callbacks
-
-
-class Meter(Callback):
-    """Measures training time, keeps the history of losses and metrics, and stops a loss that is not finite.
-
-    Its state is part of every checkpoint, so that a continued run has one history and one clock. On a GPU
-    the losses are read once a row, not once a step, for each reading waits for the device.
-    """
-
-    def __init__(self, directory: Path, rows_per_run: int = 200) -> None:
-        self.directory = directory
-        self.rows_per_run = rows_per_run
-        self.rows: list[dict[str, Any]] = []
-        self.train_seconds = 0.0
-        self.validation_seconds = 0.0
-        self.examples = 0
-        self._losses: list[Tensor] = []
-        self._since: float | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        names = ("rows", "train_seconds", "validation_seconds", "examples")
-        return {name: getattr(self, name) for name in names} | {"torch_rng": torch.get_rng_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rng = state.pop("torch_rng")
-        for name, value in state.items():
-            setattr(self, name, value)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if hasattr(self, "_rng"):
-            torch.set_rng_state(self._rng.cpu())
-        self._every = max(1, min(50, pl_module.total_steps // self.rows_per_run))
-        self._since = _now(pl_module)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._since = _now(pl_module)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        self._losses.append(outputs["mean_loss"])
-        self.examples += len(batch["labels"])
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        due = stepped and trainer.global_step % self._every == 0
-        if due or pl_module.device.type == "cpu":
-            self._check_finite(trainer, len(self._losses))
-        if due:
-            self._add_row(trainer, pl_module)
-
-    def _check_finite(self, trainer: pl.Trainer, count: int) -> None:
-        recent = torch.stack(self._losses[-count:]).float().cpu()
-        bad = (~torch.isfinite(recent)).nonzero().flatten().tolist()
-        if bad:
-            step = trainer.fit_loop.total_batch_idx + 1 - (count - 1 - bad[0])
-            raise TrainingFailed(
-                f"the loss is not finite at batch {step}: lower --learning_rate, or use another --precision"
-            )
-
-    def _add_row(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.tick(pl_module)
-        self.rows.append(
-            {
-                "step": trainer.global_step,
-                "epoch": round(
-                    trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches, 4
-                ),
-                "train_loss": float(torch.stack(self._losses).float().mean()),
-                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-                "train_seconds": round(self.train_seconds, 3),
-            }
-        )
-        self._losses.clear()
-
-    def tick(self, pl_module: Any) -> None:
-        """Adds the time since the last call to the training time, if the clock runs."""
-        if self._since is not None:
-            now = _now(pl_module)
-            self.train_seconds += now - self._since
-            self._since = now
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.tick(pl_module)
-        self._since = None
-        self._validation_since = _now(pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.validation_seconds += _now(pl_module) - self._validation_since
-        scores = {f"validation_{name}": value for name, value in pl_module.scores["validation"].items()}
-        epoch = trainer.current_epoch + 1
-        self.rows.append({"step": trainer.global_step, "epoch": epoch, "train_seconds": self.train_seconds} | scores)
-        if trainer.is_global_zero:
-            write_metrics(self.directory, self.rows)
-
-
-def _now(pl_module: Any) -> float:
-    """Seconds; on a GPU, of work that is done, not of work that waits."""
-    if pl_module.device.type == "cuda":
-        torch.cuda.synchronize(pl_module.device)
-    return time.perf_counter()
-
-
-class GracefulStop(Callback):
-    """Ctrl-C, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint that continues it.
-
-    During a validation the run goes on to its end first; a second Ctrl-C stops at once. A Ctrl-C in a terminal
-    reaches all processes of a run: the first one decides, so that none ends before the others.
-    """
-
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, directory: Path, meter: Meter) -> None:
-        self.directory = directory
-        self.meter = meter
-        self.asked = False
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT and getattr(rank_zero_only, "rank", 0) == 0:
-            raise KeyboardInterrupt
-        self.asked = True
-        rank_zero_only(print)("\nstopping after this step, with a checkpoint; again to stop at once", flush=True)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes the signals for as long as the context lasts."""
-        earlier = {number: signal.signal(number, self._ask) for number in self.signals}
-        try:
-            yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # Lightning has put its own SIGTERM handler first, which stops in the middle of a validation, and under DDP
-        # broadcasts from wherever the process stands: the ranks then wait for each other for ever.
-        signal.signal(signal.SIGTERM, self._ask)
-
-    on_test_start = on_train_start
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        asked = self.asked
-        if trainer.world_size > 1:  # ranks hear a signal at different steps, and must stop at the same one
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        last = batch_idx + 1 >= trainer.num_training_batches  # its checkpoint comes after the validation
-        if asked and not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.meter.tick(pl_module)
-            trainer.save_checkpoint(self.directory / LAST_CHECKPOINT)
-            raise Interrupted
-
-    def check(self) -> None:
-        """Between the phases of a run."""
-        if self.asked:
-            raise Interrupted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
