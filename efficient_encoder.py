@@ -64,8 +64,8 @@ def keep_freed_memory() -> bool:
     return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 32 * 2**20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def _unpack(linear: Any) -> Tensor:
-    """The dense weight ``(out, in)`` of a 4-bit linear that has no LoRA."""
+def dequantized(linear: Any) -> Tensor:
+    """The dense weight ``(out, in)`` of a 4-bit linear, in the precision of the products."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
@@ -95,7 +95,7 @@ class _Encoder:
         return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), norm.eps).to(self.dtype)
 
     def linear(self, x: Tensor, layer: nn.Module, *names: str) -> Tensor:
-        return linears(x, [layer.get_submodule(name) for name in names], _unpack)
+        return linears(x, [layer.get_submodule(name) for name in names], dequantized)
 
     # -----------------------------------------------------------------------------------------------------------------
 

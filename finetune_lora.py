@@ -195,6 +195,7 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
     """Builds, trains, chooses, saves and tests; ``result`` is filled as things become known."""
     import lightning.pytorch as pl
 
+    from efficient_encoder import keep_freed_memory
     from local_model_utilities import (
         build_classifier,
         count_parameters,
@@ -208,6 +209,7 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
 
     config, hardware, first = prepared.config, prepared.hardware, not _is_helper()
     started = time.perf_counter()
+    keep_freed_memory()
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
     result["environment"] = environment_record()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from base_models import first_line, load_pretrained
-from efficient_encoder import classify
+from efficient_encoder import classify, dequantized
 from lora import LinearWithLoRA, LoRALayer
 from model_families import ModelFamily
 from run_config import RunConfig, UserError
@@ -160,14 +160,6 @@ def import_bitsandbytes() -> Any:
 def is_quantized(linear: nn.Module) -> bool:
     """Whether the linear holds 4-bit weights, told without importing bitsandbytes."""
     return hasattr(linear.weight, "quant_state")
-
-
-def dequantized(linear: nn.Module) -> Tensor:
-    """The dense weight ``(out, in)`` of a 4-bit linear, in the precision of the products."""
-    import bitsandbytes.functional as bnb
-
-    weight: Any = linear.weight
-    return bnb.dequantize_4bit(weight.data, weight.quant_state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from conftest import HEADS, INNER, LAYERS, WIDTH
 from safetensors.torch import load_file
 
 from base_models import find_model
+from efficient_encoder import dequantized
 from local_model_utilities import (
     Classifier,
     build_classifier,
     count_parameters,
-    dequantized,
     import_bitsandbytes,
     is_quantized,
     parameter_record,
