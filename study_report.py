@@ -11,7 +11,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "results"
-COLUMNS = ("row", "test accuracy, % (95 % interval)", "trainable", "training, s", "peak memory, MiB", "command")
+# Time and memory have no column: these runs were not alone on their machine.
+COLUMNS = ("row", "test accuracy, % (95 % interval)", "trainable parameters", "command")
 OMITTED = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # where things lie on one machine
 
 
@@ -40,13 +41,11 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     """A Markdown table; what was not measured stays empty."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row, run in runs.items():
-        cells = [row, run["status"], "", "", "", f"`{shown_command(run['command'])}`"]
+        cells = [row, run["status"], "", f"`{shown_command(run['command'])}`"]
         if run["status"] == "finished":
             low, high = run["test"]["accuracy_ci95"]
             cells[1] = f"{100 * run['test']['accuracy']:.2f} ({100 * low:.2f} to {100 * high:.2f})"
             cells[2] = f"{run['parameters']['trainable']:,}"
-            cells[3] = f"{run['train']['seconds']:,.0f}"
-            cells[4] = f"{run['memory']['peak_bytes'] / 2**20:,.0f}"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
