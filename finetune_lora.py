@@ -259,7 +259,7 @@ def _fit_and_test(
     try:
         trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
     finally:
-        result["train"] = _train_record(trainer, meter, training)
+        result["train"] = _train_record(trainer, meter, training, len(splits["train"]))
     module.load_best(directory / BEST_CHECKPOINT)
     result["validation"] = module.scores["validation"] | {
         "examples": len(splits["validation"]),
@@ -299,18 +299,17 @@ def _data_record(prepared: Prepared, training: Any) -> dict[str, Any]:
     }
 
 
-def _train_record(trainer: Any, meter: Any, training: Any) -> dict[str, Any]:
+def _train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict[str, Any]:
     """Wall clock of the epochs, and what was done in it, over all ranks; only real tokens count."""
     batches = trainer.fit_loop.total_batch_idx + 1
     epochs = batches / max(len(training), 1)
     seconds = meter.train_seconds
-    examples = meter.examples * trainer.world_size if trainer.world_size == 1 else None
     return {
         "seconds": seconds,
         "steps": trainer.global_step,
         "batches": batches,
         "epochs": epochs,
-        "examples_per_second": examples / seconds if examples and seconds else None,
+        "examples_per_second": examples * epochs / seconds if seconds else None,
         "tokens_per_second": training.tokens_per_epoch * epochs / seconds if seconds else None,
     }
 

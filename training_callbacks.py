@@ -38,12 +38,11 @@ class Meter(Callback):
         self.rows: list[dict[str, Any]] = []
         self.train_seconds = 0.0
         self.validation_seconds = 0.0
-        self.examples = 0
         self._losses: list[Tensor] = []
         self._since: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("rows", "train_seconds", "validation_seconds", "examples")
+        names = ("rows", "train_seconds", "validation_seconds")
         return {name: getattr(self, name) for name in names} | {"torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -64,7 +63,6 @@ class Meter(Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         self._losses.append(outputs["mean_loss"])
-        self.examples += len(batch["labels"])
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = stepped and trainer.global_step % self._every == 0
         if due or pl_module.device.type == "cpu":

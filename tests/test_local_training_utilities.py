@@ -1,13 +1,17 @@
 # mypy: disable-error-code="arg-type"
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import get_scheduler
 
+from base_models import find_model
+from local_model_utilities import build_classifier
 from local_training_utilities import (
     DEFAULT_LEARNING_RATES,
+    FineTuning,
     make_optimizer,
     make_scheduler,
     resolve_hardware,
@@ -123,6 +127,19 @@ def test_every_method_and_optimizer_has_a_default_rate() -> None:
             config = RunConfig(method=method, optimizer=optimizer)
             assert resolve_learning_rate(config) == DEFAULT_LEARNING_RATES[method, optimizer]
     assert resolve_learning_rate(RunConfig(learning_rate=0.5)) == 0.5
+
+
+# --- the module
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, Path]) -> None:
+    config = RunConfig(model_name=str(tiny_folders["distilbert"]), max_length=32, dropout=0.3)
+    classifier = build_classifier(config, find_model(config), ["bad", "good"], torch.float32)
+    module = FineTuning(classifier, config, class_count=2, total_steps=1)
+    ids, mask = torch.arange(1000, 1020)[None], torch.ones(1, 20, dtype=torch.long)
+    assert not torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
+    module.eval()
+    assert torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
 
 
 # --- hardware
