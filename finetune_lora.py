@@ -327,7 +327,7 @@ def _headline(prepared: Prepared) -> str:
     precision = str(prepared.hardware.dtype).removeprefix("torch.")
     lines = [
         f"data    {texts.source}: {sizes}",
-        f"        {texts.leaks_dropped} training texts left out: they also stand in validation or test",
+        f"        {texts.leaks_dropped} training texts left out, before any limit: they stand in validation or test",
         *(f"        {note}" for note in texts.notes),
         f"model   {config.model_name}, {'qlora' if config.q_lora else config.method}, {precision} on"
         f" {prepared.hardware.accelerator}",
@@ -351,7 +351,7 @@ def _summary(prepared: Prepared, result: dict[str, Any]) -> str:
         lines.append(f"{'':<11} 95 % interval of the test accuracy: {low:.2%} to {high:.2%}")
     lines += [
         f"{'training':<11} {train_record['seconds']:.1f} s, {train_record['tokens_per_second']:,.0f} tokens/s,"
-        f" {train_record['steps']:,} steps; whole run {result['seconds']:.1f} s",
+        f" {train_record['steps']:,} steps; with evaluation and files {result['seconds']:.1f} s",
         f"{'memory':<11} {result['memory']['peak_bytes'] / 2**20:,.0f} MiB at most ({result['memory']['source']})",
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",

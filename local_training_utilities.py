@@ -46,8 +46,8 @@ DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
     ("full", "adamw"): 1e-4,
     ("full", "sgd"): 0.1,
     ("full", "sgd_nesterov"): 0.02,
-    ("selective", "adam"): 3e-4,
-    ("selective", "adamw"): 3e-4,
+    ("selective", "adam"): 5e-4,
+    ("selective", "adamw"): 5e-4,
     ("selective", "sgd"): 0.1,
     ("selective", "sgd_nesterov"): 0.02,
 }
@@ -284,6 +284,7 @@ def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbac
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
+    at_terminal = sys.stdout.isatty()
     stopping = [EarlyStopping(monitor, patience=config.patience, mode=mode)] if config.patience else []
     return pl.Trainer(
         accelerator=hardware.accelerator,
@@ -305,15 +306,11 @@ def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbac
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
+        enable_progress_bar=at_terminal,
         default_root_dir=directory,
         # requeueing is the job script's: only one of the two may do it
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
     )
-
-
-def _progress_bar() -> TQDMProgressBar:
-    """A log file gets fewer lines than a terminal."""
-    return TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 20, leave=True)
 
 
 def _tensorboard(directory: Path) -> TensorBoardLogger | Literal[False]:

@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 where the input is refused."""
+    """The command. Returns the exit status: 0, 2 where the input is refused, 130 interrupted."""
     try:
         arguments = make_parser().parse_args(argv)
         texts = arguments.text or read_texts(arguments.file, arguments.text_column)
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     with suppress(BrokenPipeError):
         writer = csv.writer(sys.stdout)
         writer.writerow(["text", "label", *(f"probability_{name}" for name in names)])

@@ -50,6 +50,18 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def learning_rates() -> str:
+    """The suite's default peak learning rates as a Markdown table."""
+    from local_training_utilities import DEFAULT_LEARNING_RATES
+
+    methods, optimizers = (list(dict.fromkeys(key[i] for key in DEFAULT_LEARNING_RATES)) for i in range(2))
+    lines = ["| | " + " | ".join(f"`{name}`" for name in optimizers) + " |", "|---|" + "---|" * len(optimizers)]
+    for method in methods:
+        rates = [f"{DEFAULT_LEARNING_RATES[method, name]:g}" for name in optimizers]
+        lines.append(f"| `{method}` | " + " | ".join(rates) + " |")
+    return "\n".join(lines)
+
+
 def with_table(text: str, study: str, content: str) -> str:
     """``text`` with what stands between the study's markers replaced.
 
@@ -70,7 +82,7 @@ def studies(results: Path = RESULTS) -> list[str]:
 
 def main() -> int:
     """Rewrites every table in README. Returns the exit status."""
-    text = README.read_text(encoding="utf8")
+    text = with_table(README.read_text(encoding="utf8"), "learning_rates", learning_rates())
     for study in studies():
         text = with_table(text, study, table(read_study(study)))
     README.write_text(text, encoding="utf8")

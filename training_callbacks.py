@@ -115,6 +115,23 @@ class Meter(Callback):
             write_metrics(self.directory, self.rows)
 
 
+class ProgressLines(Callback):
+    """Twenty lines an epoch and one a validation, where output goes to a file and a bar would be of no use."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        total, done = int(trainer.num_training_batches), batch_idx + 1
+        if trainer.is_global_zero and done % max(1, total // 20) == 0:
+            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            print(f"{epoch}  batch {done}/{total}  loss {float(outputs['mean_loss']):.4f}", flush=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            scores = "  ".join(f"{name} {value:.4f}" for name, value in pl_module.scores["validation"].items())
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  validation  {scores}", flush=True)
+
+
 def _now(pl_module: Any) -> float:
     """Seconds; on a GPU, of work that is done, not of work that waits."""
     if pl_module.device.type == "cuda":

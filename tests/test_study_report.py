@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from study_report import README, read_study, shown_command, studies, table, with_table
+from study_report import README, learning_rates, read_study, shown_command, studies, table, with_table
 
 
 def test_readme_tables_are_those_of_the_committed_runs() -> None:
     text = README.read_text(encoding="utf8")
+    assert with_table(text, "learning_rates", learning_rates()) == text, "run: make tables"
     for study in studies():
         assert with_table(text, study, table(read_study(study))) == text, "run: make tables"
 
