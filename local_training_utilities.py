@@ -31,6 +31,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from local_model_utilities import Classifier, saved_parameters
 from local_run_utilities import BEST_CHECKPOINT
 from run_config import RunConfig, UserError
+from training_callbacks import ProgressLines
 
 Batch = dict[str, Tensor]
 Predictions = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -299,7 +300,7 @@ def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbac
             *callbacks,
             *stopping,
             best,
-            TQDMProgressBar(refresh_rate=1 if sys.stdout.isatty() else 20, leave=True),
+            TQDMProgressBar() if at_terminal else ProgressLines(),
         ],
         logger=_tensorboard(directory),
         log_every_n_steps=10,
