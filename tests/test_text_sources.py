@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import frame, text_config, write_texts, write_tree
 
 import text_sources as sources
 from local_dataset_utilities import load_texts, prefetch_texts
@@ -27,28 +28,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(folder))
     return folder
-
-
-def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
-    return pd.DataFrame({"text": [f"{word} text {i}" for i in range(n)], "label": np.arange(n) % classes})
-
-
-def text_config(folder: Path, **options: Any) -> RunConfig:
-    return RunConfig(dataset="text", data_dir=folder, **options)
-
-
-def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfig:
-    (folder / name).write_text(content, encoding="utf-8")
-    return text_config(folder)
-
-
-def write_tree(folder: Path, per_class: int = 20) -> None:
-    """An aclImdb tree with unlabelled reviews besides."""
-    for split in ("train", "test"):
-        for kind in ("neg", "pos", "unsup") if split == "train" else ("neg", "pos"):
-            (folder / split / kind).mkdir(parents=True)
-            for i in range(per_class):
-                (folder / split / kind / f"{i}_1.txt").write_text(f"{split} {kind} {i}<br /><br />end é", "utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
