@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+import cpu_kernels
 from lora import linears
 from model_families import ModelFamily
 
@@ -117,7 +118,8 @@ class _Encoder:
         targets = self.family.targets
         qkv = self.linear(x, layer, *targets["query"], *targets["key"], *targets["value"])  # (B, T, 3 D)
         if x.device.type == "cpu" and self.attention_dropout == 0:
-            context = _ChunkedAttention.apply(qkv, self.heads, padding)
+            attention = cpu_kernels.Attention if cpu_kernels.takes_attention(qkv, self.heads) else _ChunkedAttention
+            context = attention.apply(qkv, self.heads, padding)
         else:
             query, key, value = qkv.chunk(3, -1)
             context = self.fused_attention(query, key, value, padding)

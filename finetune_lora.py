@@ -212,7 +212,7 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
     keep_freed_memory()
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
-    result["environment"] = environment_record()
+    result["environment"] = environment_record() | {"cpu_kernels": _cpu_kernels(prepared)}
     classifier = build_classifier(config, prepared.model_folder, prepared.texts.label_names, hardware.dtype)
     groups = count_parameters(classifier)
     result["parameters"] = parameter_record(groups)
@@ -331,11 +331,23 @@ def _headline(prepared: Prepared) -> str:
         *(f"        {note}" for note in texts.notes),
         f"model   {config.model_name}, {'qlora' if config.q_lora else config.method}, {precision} on"
         f" {prepared.hardware.accelerator}",
+        f"        compiled attention for CPUs with AMX: {_cpu_kernels(prepared)}",
         f"train   {config.epochs} epochs, {config.optimizer}, {config.scheduler},"
         f" learning rate {config.learning_rate:g}",
         f"run     {prepared.directory}",
     ]
     return "\n".join(lines)
+
+
+def _cpu_kernels(prepared: Prepared) -> str:
+    """Whether the compiled kernels do this run's attention, or why not."""
+    import torch
+
+    from cpu_kernels import library
+
+    if prepared.hardware.on_gpu or prepared.hardware.dtype != torch.bfloat16 or not prepared.config.efficient:
+        return "not asked for"
+    return library()[1]
 
 
 def _summary(prepared: Prepared, result: dict[str, Any]) -> str:

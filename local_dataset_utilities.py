@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from run_config import RunConfig, UserError
-from text_sources import SPLITS, Source, cache_dir, read_source
+from run_config import RunConfig, UserError, cache_dir
+from text_sources import SPLITS, Source, read_source
 
 
 @dataclass(frozen=True)

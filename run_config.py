@@ -9,6 +9,7 @@ same ``UserError``.
 import argparse
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ GROUPS = {
 
 class UserError(Exception):
     """Input that is refused: one line that says what was given, what is allowed and which flag. Exit status 2."""
+
+
+def cache_dir() -> Path:
+    """Where downloads, tokens and kernels are kept: ``$FINETUNE_LORA_CACHE``, or ``~/.cache/finetune_lora``."""
+    return Path(os.environ.get("FINETUNE_LORA_CACHE") or Path.home() / ".cache" / "finetune_lora")
 
 
 def setting(default: Any, group: str, help: str, shown: str | None = None, given_with: str | None = None) -> Any:

@@ -10,7 +10,6 @@ import http.client
 import importlib.util
 import io
 import json
-import os
 import tarfile
 import tempfile
 import threading
@@ -30,7 +29,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from run_config import RunConfig, UserError
+from run_config import RunConfig, UserError, cache_dir
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
@@ -58,11 +57,6 @@ class Source:
     tables: dict[str, pd.DataFrame]
     label_names: list[str] | None  # None: taken from the labels
     notes: list[str] = field(default_factory=list)
-
-
-def cache_dir() -> Path:
-    """Where downloads and tokens are kept: ``$FINETUNE_LORA_CACHE``, or ``~/.cache/finetune_lora``."""
-    return Path(os.environ.get("FINETUNE_LORA_CACHE") or Path.home() / ".cache" / "finetune_lora")
 
 
 def read_source(config: RunConfig) -> Source:

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 import local_dataset_utilities as data
 from local_dataset_utilities import TextData, load_texts, stratified_parts, tokenize
 from run_config import RunConfig, UserError
-from text_sources import cache_dir
 
 
 @pytest.fixture(autouse=True)
@@ -298,11 +297,6 @@ def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatc
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="FINETUNE_LORA_CACHE"):
         tokenize(few_texts(LONG), tokenizer, RunConfig())
-
-
-def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FINETUNE_LORA_CACHE")
-    assert cache_dir() == Path.home() / ".cache" / "finetune_lora"
 
 
 def _tokenize_in_a_process(queue: Any) -> None:

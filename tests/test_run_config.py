@@ -17,6 +17,7 @@ from run_config import (
     PACKAGED,
     RunConfig,
     UserError,
+    cache_dir,
     from_flags,
     make_parser,
     parse_bool,
@@ -400,3 +401,8 @@ def test_a_wrong_flag_ends_the_command_with_one_line(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr == "error: --lora_r 0: must be at least 1\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FINETUNE_LORA_CACHE", raising=False)
+    assert cache_dir() == Path.home() / ".cache" / "finetune_lora"

@@ -1,0 +1,157 @@
+"""The compiled kernels equal their formula in fp64 at least as well as torch's own bf16 operators do."""
+
+import ctypes
+import math
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import cpu_kernels
+from cpu_kernels import INSTRUCTIONS, Attention, library, takes_attention
+
+AMX = pytest.mark.skipif(
+    not cpu_kernels._processor_has(INSTRUCTIONS), reason="the processor has no AMX: torch's operators are used"
+)
+
+
+@pytest.fixture
+def fresh_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, and a library that nothing has asked for yet."""
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path))
+    library.cache_clear()
+    yield tmp_path
+    library.cache_clear()
+
+
+def formula(qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None], -math.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def attention_errors(qkv: Tensor, grad: Tensor, heads: int, padding: Tensor | None, compiled: bool) -> list[float]:
+    """Distances by tensor norm of the output and of the gradients of q, k and v from the formula in fp64."""
+    outcomes = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x = qkv.detach().clone().to(dtype).requires_grad_()
+        kernel = compiled and dtype == torch.bfloat16
+        out = Attention.apply(x, heads, padding) if kernel else formula(x, heads, padding)
+        out.backward(grad.to(dtype))
+        assert x.grad is not None
+        outcomes.append([out.detach(), *x.grad.chunk(3, -1)])
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(*outcomes, strict=True)]
+
+
+@AMX
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 32, 33, 100, 256, 511])
+@pytest.mark.parametrize("width", [32, 64])
+def test_attention_equals_its_formula(width: int, length: int, padded: bool) -> None:
+    generator = torch.Generator().manual_seed(length)
+    batch, heads = 3, 5
+    qkv = torch.randn(batch, length, 3 * heads * width, generator=generator).bfloat16()
+    grad = torch.randn(batch, length, heads * width, generator=generator).bfloat16()
+    padding = None
+    if padded:
+        padding = torch.rand(batch, length, generator=generator) < 0.4
+        padding[:, 0] = False
+    assert takes_attention(qkv, heads)
+    ours = attention_errors(qkv, grad, heads, padding, compiled=True)
+    torchs = attention_errors(qkv, grad, heads, padding, compiled=False)
+    for error, allowed in zip(ours, torchs, strict=True):
+        assert error < max(allowed, 0.01)  # bf16 keeps 8 bits
+
+
+@AMX
+def test_large_scores_and_a_single_token() -> None:
+    qkv = 30 * torch.randn(2, 40, 3 * 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    # nearly one-hot probabilities: the gradients of scores are differences that cancel, as in any flash attention
+    assert max(attention_errors(qkv, torch.ones(2, 40, 64).bfloat16(), 2, None, compiled=True)) < 0.05
+    one = qkv[:, :1].clone().requires_grad_()
+    out = Attention.apply(one, 2, None)
+    assert torch.equal(out, one[..., 128:])  # it can only look at itself
+    out.sum().backward()
+    assert one.grad is not None
+    assert float(one.grad[..., :128].abs().max()) < 1e-2
+    assert torch.equal(one.grad[..., 128:], torch.ones(2, 1, 64).bfloat16())
+
+
+@AMX
+def test_padding_has_no_effect_and_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    short = torch.randn(2, 21, 3 * 96, generator=generator).bfloat16()
+    long = torch.cat([short, 1e3 * torch.randn(2, 30, 3 * 96, generator=generator).bfloat16()], 1).requires_grad_()
+    padding = (torch.arange(51) >= 21).expand(2, 51)
+    out = Attention.apply(long, 3, padding)[:, :21]
+    torch.testing.assert_close(out, Attention.apply(short, 3, None), rtol=0.02, atol=0.01)
+    out.sum().backward()
+    assert long.grad is not None
+    assert not long.grad[:, 21:].any()
+
+
+@AMX
+def test_threads_give_the_same_bits_and_other_tile_products_still_work() -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(4, 70, 3 * 128, generator=generator).bfloat16()
+    weight = torch.randn(128, 128, generator=generator).bfloat16()
+    before, threads = qkv[..., :128] @ weight, torch.get_num_threads()
+    try:
+        outs = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outs.append(Attention.apply(qkv, 4, None))
+            assert torch.equal(before, qkv[..., :128] @ weight)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_what_attention_is_not_for() -> None:
+    assert not takes_attention(torch.zeros(1, 4, 3 * 64), 2)  # fp32
+    assert not takes_attention(torch.zeros(1, 4, 3 * 16, dtype=torch.bfloat16), 2)  # heads of width 8
+    assert not takes_attention(torch.zeros(1, 5000, 3 * 32, dtype=torch.bfloat16), 1)
+
+
+@AMX
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(
+    compiler: str, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    kernels, state = library()
+    assert kernels is None
+    assert compiler in state
+    assert not list(fresh_library.glob("kernels/*"))
+    assert not takes_attention(torch.zeros(1, 4, 3 * 64, dtype=torch.bfloat16), 2)
+
+
+def test_a_processor_without_amx(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "INSTRUCTIONS", ("no_such_instruction",))
+    assert library() == (None, "the processor has no AMX")
+    assert not list(fresh_library.iterdir())
+
+
+def _load(results: "multiprocessing.Queue[str]") -> None:
+    library.cache_clear()
+    results.put(library()[1])
+
+
+@AMX
+def test_processes_that_build_at_once_share_one_library(fresh_library: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[str] = context.Queue()
+    processes = [context.Process(target=_load, args=(results,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=120) for _ in processes] == ["compiled"] * 3
+    for process in processes:
+        process.join()
+    assert [path.suffix for path in (fresh_library / "kernels").iterdir()] == [".so"]
+    assert isinstance(library()[0], ctypes.CDLL)
