@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from run_config import cache_dir
 
-SOURCES = sorted((Path(__file__).resolve().parent / "kernels").glob("*.cpp"))
+SOURCES = sorted((Path(__file__).resolve().parent / "kernels").iterdir())
 INSTRUCTIONS = ("amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl")  # as /proc/cpuinfo has them
 FLAGS = ("-O3", "-std=c++17", "-march=sapphirerapids", "-fPIC", "-shared", "-fopenmp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -63,7 +63,8 @@ def _build(compiler: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may build the same
         try:
-            command = [compiler, *FLAGS, "-o", str(temporary), *map(str, SOURCES), *map(str, _torchs_openmp())]
+            sources = [source for source in SOURCES if source.suffix == ".cpp"]
+            command: list[str | Path] = [compiler, *FLAGS, "-o", temporary, *sources, *_torchs_openmp()]
             subprocess.run(command, check=True, capture_output=True, text=True)
             temporary.replace(path)
         finally:
@@ -85,42 +86,64 @@ def _last_line(text: str) -> str:
 # attention
 
 
-def takes_attention(qkv: Tensor, heads: int) -> bool:
-    """Whether ``Attention`` can be given this ``(B, T, 3 D)``."""
-    width = qkv.shape[-1] // (3 * heads)
-    suits = qkv.dtype == torch.bfloat16 and width in WIDTHS and qkv.shape[1] <= LONGEST and qkv.device.type == "cpu"
+def takes_attention(x: Tensor, width: int, length: int) -> bool:
+    """Whether ``Attention`` can be given queries like x, in heads of this width, and sequences of this length."""
+    suits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and width in WIDTHS and length <= LONGEST
     return suits and library()[0] is not None
 
 
 class Attention(torch.autograd.Function):
-    """``softmax(Q K^T / sqrt(d)) V`` for every head: ``(B, T, 3 D) -> (B, T, D)`` bf16; see kernels/attention.cpp.
+    """``softmax(Q K^T / sqrt(d)) V`` for every head, bf16; see kernels/attention.cpp.
 
-    Saves its input, its output and one number a query; the probabilities are computed again in backward.
+    Called as ``Attention.apply(query, key_value, heads, batch, T, padding)``:
+
+    - query: ``(N, 3 D)`` of query, key and value, or ``(N', D)`` of the queries of the sequences' first tokens.
+    - key_value: ``None``, or ``(N, 2 D)`` of key and value.
+    - padding: ``(batch, T)`` bool, True where a key is padding, or ``None``.
+
+    Rows are the tokens of one sequence after the other; those after the last sequence's are not read, and are 0 in
+    the output, ``(N, D)`` or ``(N', D)``. Saves its inputs, its output and one number a query;
+    the probabilities are computed again in backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
-        qkv = qkv.contiguous()
+    def forward(
+        ctx: Any, query: Tensor, key_value: Tensor | None, heads: int, batch: int, length: int, padding: Tensor | None
+    ) -> Tensor:
+        query = query.contiguous()
+        key_value = None if key_value is None else key_value.contiguous()
         padding = None if padding is None else padding.contiguous()
-        B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        out = torch.empty(B, T, D, dtype=qkv.dtype)
-        log_sum = torch.empty(B, heads, T, dtype=torch.float32)
-        _call("amx_attention_forward", qkv, padding, B, T, heads, D // heads, torch.get_num_threads(), out, log_sum)
-        ctx.save_for_backward(qkv, padding, out, log_sum)
+        parts = _parts(query, key_value)
+        queries = length if key_value is None else 1
+        out = query.new_empty(len(query), parts[0].shape[1])
+        out[batch * queries :] = 0
+        log_sum = torch.empty(batch, heads, queries, dtype=torch.float32)
+        ctx.sizes = (batch, queries, length, heads, out.shape[1] // heads, parts[0].stride(0), parts[1].stride(0))
+        _call("amx_attention_forward", *parts, padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        ctx.save_for_backward(query, key_value, padding, out, log_sum)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, padding, out, log_sum = ctx.saved_tensors
-        (B, T, D), heads = out.shape, log_sum.shape[1]
-        sizes = (B, T, heads, D // heads, torch.get_num_threads())
-        grad_qkv = torch.empty_like(qkv)
-        _call("amx_attention_backward", qkv, padding, *sizes, out, log_sum, grad.contiguous(), grad_qkv)
-        return grad_qkv, None, None
+        query, key_value, padding, out, log_sum = ctx.saved_tensors
+        batch, queries, length, *_ = ctx.sizes
+        grad_query, grad_key_value = torch.empty_like(query), None
+        grad_query[batch * queries :] = 0
+        if key_value is not None:
+            grad_key_value = torch.empty_like(key_value)
+            grad_key_value[batch * length :] = 0
+        inputs = (*_parts(query, key_value), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        _call("amx_attention_backward", *inputs, grad.contiguous(), *_parts(grad_query, grad_key_value))
+        return grad_query, grad_key_value, None, None, None, None
+
+
+def _parts(query: Tensor, key_value: Tensor | None) -> tuple[Tensor, ...]:
+    """Views of the queries, keys and values in ``Attention``'s inputs, or in their gradients."""
+    return query.chunk(3, -1) if key_value is None else (query, *key_value.chunk(2, -1))
 
 
 def _call(name: str, *arguments: Tensor | int | None) -> None:
-    """A kernel of the library; tensors are given as the addresses of their elements."""
+    """A kernel of the library; tensors are given as the addresses of their first elements."""
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     getattr(library()[0], name)(*values)

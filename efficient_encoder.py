@@ -23,6 +23,7 @@ import cpu_kernels
 from lora import linears
 from model_families import ModelFamily
 
+ROW_MULTIPLE = 64  # on a CPU, see _Encoder
 SCORES_IN_CACHE = 1_000_000  # attention scores worked on at once: in bf16 1 MB for each of 2 cores
 
 
@@ -41,14 +42,13 @@ def classify(
     Returns:
         ``(B, classes)`` in fp32; the head on top of the first token is computed in fp32.
     """
-    encoder = _Encoder(model, family, dtype)
+    encoder = _Encoder(model, family, dtype, attention_mask)
     with torch.autocast(input_ids.device.type, enabled=False):
-        padding = None if bool(attention_mask.all()) else attention_mask == 0
-        x = encoder.embed(input_ids)  # (B, T, D)
+        x = encoder.embed(input_ids)  # (N, D)
         layers = list(model.get_submodule(family.layers).children())
         for layer in layers[:-1]:
-            x = encoder.block(layer, x, padding)
-        return encoder.head(encoder.last_block(layers[-1], x, padding))
+            x = encoder.block(layer, x)
+        return encoder.head(encoder.last_block(layers[-1], x))
 
 
 def keep_freed_memory() -> bool:
@@ -73,10 +73,18 @@ def dequantized(linear: Any) -> Tensor:
 
 
 class _Encoder:
-    """The steps of one forward, with what they have in common."""
+    """The steps of one forward, with what they have in common.
 
-    def __init__(self, model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:
+    Between the steps, tokens are rows of a matrix ``(N, D)``: one sequence after the other, padding included, and on
+    a CPU some more rows, so that batches of different lengths have the same few N. For each new shape oneDNN makes
+    new kernels, which takes time (a quarter of a step) and memory, and its cache is soon full of them.
+    """
+
+    def __init__(self, model: nn.Module, family: ModelFamily, dtype: torch.dtype, attention_mask: Tensor) -> None:
         self.model, self.family, self.dtype = model, family, dtype
+        self.batch, self.length = attention_mask.shape
+        self.padding = None if bool(attention_mask.all()) else attention_mask == 0  # (B, T)
+        self.row_multiple = ROW_MULTIPLE if attention_mask.device.type == "cpu" else 1
         config: Any = model.config
         self.heads = int(family.setting(model, "head_count"))
         self.activation = ACT2FN[config.activation if family.model_type == "distilbert" else config.hidden_act]
@@ -84,6 +92,15 @@ class _Encoder:
         self.attention_dropout = float(family.setting(model, "attention_dropout")) if model.training else 0.0
         head_dropout = getattr(config, family.settings["head_dropout"])
         self.head_dropout = self.dropout if head_dropout is None else float(head_dropout)
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        """``(B, T, D)`` or ``(B, D) -> (N, D)``, with rows of zeros at the end."""
+        x = x.flatten(0, -2)
+        return F.pad(x, (0, 0, 0, -len(x) % self.row_multiple))
+
+    def as_sequences(self, x: Tensor) -> Tensor:
+        """``(N, D) -> (B, T, D)``, a view."""
+        return x[: self.batch * self.length].view(self.batch, self.length, -1)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p) if self.model.training and p > 0 else x
@@ -101,7 +118,7 @@ class _Encoder:
     # -----------------------------------------------------------------------------------------------------------------
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """``(B, T) -> (B, T, D)``: word, position and, but for DistilBERT, token-type embedding, then norm."""
+        """``(B, T) -> (N, D)``: word, position and, but for DistilBERT, token-type embedding, then norm."""
         embeddings: Any = self.model.get_submodule(f"{self.family.base}.embeddings")
         if self.family.model_type == "roberta":  # positions count real tokens only, from padding_idx + 1
             real = input_ids.ne(embeddings.padding_idx)
@@ -111,47 +128,64 @@ class _Encoder:
         x = embeddings.word_embeddings(input_ids).float() + positions.float()
         if self.family.model_type != "distilbert":
             x = x + embeddings.token_type_embeddings.weight[0].float()
-        return self.drop(self.norm(x, embeddings.LayerNorm).to(self.dtype), self.dropout)
+        return self.as_rows(self.drop(self.norm(x, embeddings.LayerNorm).to(self.dtype), self.dropout))
 
-    def block(self, layer: nn.Module, x: Tensor, padding: Tensor | None) -> Tensor:
-        """One encoder layer: ``(B, T, D) -> (B, T, D)``."""
+    def block(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """One encoder layer: ``(N, D) -> (N, D)``."""
         targets = self.family.targets
-        qkv = self.linear(x, layer, *targets["query"], *targets["key"], *targets["value"])  # (B, T, 3 D)
-        if x.device.type == "cpu" and self.attention_dropout == 0:
-            attention = cpu_kernels.Attention if cpu_kernels.takes_attention(qkv, self.heads) else _ChunkedAttention
-            context = attention.apply(qkv, self.heads, padding)
-        else:
-            query, key, value = qkv.chunk(3, -1)
-            context = self.fused_attention(query, key, value, padding)
-        return self.after_attention(layer, x, context)
+        qkv = self.linear(x, layer, *targets["query"], *targets["key"], *targets["value"])  # (N, 3 D)
+        return self.after_attention(layer, x, self.attention(qkv))
 
-    def last_block(self, layer: nn.Module, x: Tensor, padding: Tensor | None) -> Tensor:
-        """The last encoder layer, of which only the first token is read: ``(B, T, D) -> (B, D)``."""
+    def last_block(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The last encoder layer, of which only the first token is read: ``(N, D) -> (B, D)``."""
         targets = self.family.targets
-        first = x[:, :1]  # (B, 1, D)
+        first = self.as_rows(self.as_sequences(x)[:, 0])  # (N', D)
         query = self.linear(first, layer, *targets["query"])
-        key_value = self.linear(x, layer, *targets["key"], *targets["value"])  # (B, T, 2 D)
-        context = self.attention_of_one(query, key_value, padding)
-        return self.after_attention(layer, first, context).squeeze(1)
+        key_value = self.linear(x, layer, *targets["key"], *targets["value"])  # (N, 2 D)
+        return self.after_attention(layer, first, self.attention_of_first(query, key_value))[: self.batch]
 
-    def fused_attention(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+    def compiled_attention(self, query: Tensor, key_value: Tensor | None) -> Tensor | None:
+        """Attention by the compiled kernel, if it is here and takes this; see ``cpu_kernels.Attention``."""
+        width = (query.shape[1] // 3 if key_value is None else query.shape[1]) // self.heads
+        if self.attention_dropout > 0 or not cpu_kernels.takes_attention(query, width, self.length):
+            return None
+        return cpu_kernels.Attention.apply(query, key_value, self.heads, self.batch, self.length, self.padding)
+
+    def attention(self, qkv: Tensor) -> Tensor:
+        """Attention of every token: ``(N, 3 D) -> (N, D)``."""
+        context = self.compiled_attention(qkv, None)
+        if context is not None:
+            return context
+        sequences = self.as_sequences(qkv)
+        if qkv.device.type == "cpu" and self.attention_dropout == 0:
+            return self.as_rows(_ChunkedAttention.apply(sequences, self.heads, self.padding))
+        return self.as_rows(self.fused_attention(*sequences.chunk(3, -1)))
+
+    def attention_of_first(self, query: Tensor, key_value: Tensor) -> Tensor:
+        """Attention of each sequence's first token: ``(N', D), (N, 2 D) -> (N', D)``."""
+        context = self.compiled_attention(query, key_value)
+        if context is not None:
+            return context
+        return self.as_rows(self.attention_of_one(query[: self.batch, None], self.as_sequences(key_value)))
+
+    def fused_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """torch's own attention: ``(B, Q, D), (B, T, D), (B, T, D) -> (B, Q, D)``."""
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (query, key, value))  # (B, H, T, d)
-        keep = None if padding is None else ~padding[:, None, None, :]
+        keep = None if self.padding is None else ~self.padding[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, keep, self.attention_dropout).transpose(1, 2).flatten(2)
 
-    def attention_of_one(self, query: Tensor, key_value: Tensor, padding: Tensor | None) -> Tensor:
+    def attention_of_one(self, query: Tensor, key_value: Tensor) -> Tensor:
         """Attention of one query per sequence, by the formula: ``(B, 1, D), (B, T, 2 D) -> (B, 1, D)``."""
         B, H = len(query), self.heads
         k, v = key_value.unflatten(-1, (2, H, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each
         scores = torch.bmm(query.view(B * H, 1, -1), k.transpose(1, 2)) * k.shape[-1] ** -0.5  # (B H, 1, T)
-        if padding is not None:
-            scores = scores.masked_fill(padding.repeat_interleave(H, 0)[:, None], -math.inf)
+        if self.padding is not None:
+            scores = scores.masked_fill(self.padding.repeat_interleave(H, 0)[:, None], -math.inf)
         probabilities = self.drop(scores.softmax(-1), self.attention_dropout)
         return torch.bmm(probabilities, v).view(B, 1, -1)
 
     def after_attention(self, layer: nn.Module, x: Tensor, context: Tensor) -> Tensor:
-        """Projection and feed-forward network, each with its residual and norm (post-norm, as in BERT)."""
+        """Projection and feed-forward network of rows, each with its residual and norm (post-norm, as in BERT)."""
         family = self.family
         projected = self.linear(context, layer, *family.targets["projection"])
         x = self.norm(x + self.drop(projected, self.dropout), layer.get_submodule(family.attention_norm))

@@ -35,13 +35,18 @@ def formula(qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
+def attention(qkv: Tensor, heads: int, padding: Tensor | None = None) -> Tensor:
+    batch, length, _ = qkv.shape
+    return Attention.apply(qkv.flatten(0, 1), None, heads, batch, length, padding).view(batch, length, -1)
+
+
 def attention_errors(qkv: Tensor, grad: Tensor, heads: int, padding: Tensor | None, compiled: bool) -> list[float]:
     """Distances by tensor norm of the output and of the gradients of q, k and v from the formula in fp64."""
     outcomes = []
     for dtype in (torch.bfloat16, torch.float64):
         x = qkv.detach().clone().to(dtype).requires_grad_()
         kernel = compiled and dtype == torch.bfloat16
-        out = Attention.apply(x, heads, padding) if kernel else formula(x, heads, padding)
+        out = attention(x, heads, padding) if kernel else formula(x, heads, padding)
         out.backward(grad.to(dtype))
         assert x.grad is not None
         outcomes.append([out.detach(), *x.grad.chunk(3, -1)])
@@ -61,7 +66,7 @@ def test_attention_equals_its_formula(width: int, length: int, padded: bool) -> 
     if padded:
         padding = torch.rand(batch, length, generator=generator) < 0.4
         padding[:, 0] = False
-    assert takes_attention(qkv, heads)
+    assert takes_attention(qkv, width, length)
     ours = attention_errors(qkv, grad, heads, padding, compiled=True)
     torchs = attention_errors(qkv, grad, heads, padding, compiled=False)
     for error, allowed in zip(ours, torchs, strict=True):
@@ -74,7 +79,7 @@ def test_large_scores_and_a_single_token() -> None:
     # nearly one-hot probabilities: the gradients of scores are differences that cancel, as in any flash attention
     assert max(attention_errors(qkv, torch.ones(2, 40, 64).bfloat16(), 2, None, compiled=True)) < 0.05
     one = qkv[:, :1].clone().requires_grad_()
-    out = Attention.apply(one, 2, None)
+    out = attention(one, 2)
     assert torch.equal(out, one[..., 128:])  # it can only look at itself
     out.sum().backward()
     assert one.grad is not None
@@ -88,8 +93,8 @@ def test_padding_has_no_effect_and_no_gradient() -> None:
     short = torch.randn(2, 21, 3 * 96, generator=generator).bfloat16()
     long = torch.cat([short, 1e3 * torch.randn(2, 30, 3 * 96, generator=generator).bfloat16()], 1).requires_grad_()
     padding = (torch.arange(51) >= 21).expand(2, 51)
-    out = Attention.apply(long, 3, padding)[:, :21]
-    torch.testing.assert_close(out, Attention.apply(short, 3, None), rtol=0.02, atol=0.01)
+    out = attention(long, 3, padding)[:, :21]
+    torch.testing.assert_close(out, attention(short, 3), rtol=0.02, atol=0.01)
     out.sum().backward()
     assert long.grad is not None
     assert not long.grad[:, 21:].any()
@@ -105,7 +110,7 @@ def test_threads_give_the_same_bits_and_other_tile_products_still_work() -> None
         outs = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            outs.append(Attention.apply(qkv, 4, None))
+            outs.append(attention(qkv, 4))
             assert torch.equal(before, qkv[..., :128] @ weight)
     finally:
         torch.set_num_threads(threads)
@@ -113,10 +118,45 @@ def test_threads_give_the_same_bits_and_other_tile_products_still_work() -> None
     assert torch.equal(outs[0], outs[2])
 
 
+@AMX
+@pytest.mark.parametrize("width", [32, 64])
+def test_first_token_and_rows_behind_the_last_sequence(width: int) -> None:
+    """The first token's attention is the first row of all tokens'; rows behind the last sequence stay out of it."""
+    generator = torch.Generator().manual_seed(0)
+    batch, length, heads, D = 3, 45, 2, 2 * width
+    rows = torch.randn(batch * length + 7, 3 * D, generator=generator).bfloat16()
+    padding = torch.arange(length).expand(batch, length) >= torch.tensor([[45], [20], [33]])
+    grad = torch.randn(batch, D, generator=generator).bfloat16()
+
+    full = rows.clone().requires_grad_()
+    out = Attention.apply(full, None, heads, batch, length, padding)
+    assert not out[batch * length :].any()
+    first = out[: batch * length].view(batch, length, D)[:, 0]
+    first.backward(grad)
+
+    query = torch.zeros(8, D, dtype=torch.bfloat16)
+    query[:batch] = rows[: batch * length].view(batch, length, 3 * D)[:, 0, :D]
+    query.requires_grad_()
+    key_value = rows[:, D:].clone().requires_grad_()
+    alone = Attention.apply(query, key_value, heads, batch, length, padding)
+    alone[:batch].backward(grad)
+    assert torch.equal(alone[:batch], first)
+    assert not alone[batch:].any()
+
+    assert full.grad is not None
+    assert query.grad is not None
+    assert key_value.grad is not None
+    torch.testing.assert_close(key_value.grad, full.grad[:, D:])
+    grad_first = full.grad[: batch * length].view(batch, length, 3 * D)[:, 0, :D]
+    torch.testing.assert_close(query.grad[:batch], grad_first)
+    assert not query.grad[batch:].any()
+    assert not key_value.grad[batch * length :].any()
+
+
 def test_what_attention_is_not_for() -> None:
-    assert not takes_attention(torch.zeros(1, 4, 3 * 64), 2)  # fp32
-    assert not takes_attention(torch.zeros(1, 4, 3 * 16, dtype=torch.bfloat16), 2)  # heads of width 8
-    assert not takes_attention(torch.zeros(1, 5000, 3 * 32, dtype=torch.bfloat16), 1)
+    assert not takes_attention(torch.zeros(4, 64), 32, 4)  # fp32
+    assert not takes_attention(torch.zeros(4, 16, dtype=torch.bfloat16), 8, 4)
+    assert not takes_attention(torch.zeros(4, 32, dtype=torch.bfloat16), 32, 5000)
 
 
 @AMX
@@ -129,7 +169,7 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(
     assert kernels is None
     assert compiler in state
     assert not list(fresh_library.glob("kernels/*"))
-    assert not takes_attention(torch.zeros(1, 4, 3 * 64, dtype=torch.bfloat16), 2)
+    assert not takes_attention(torch.zeros(4, 64, dtype=torch.bfloat16), 32, 4)
 
 
 def test_a_processor_without_amx(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
