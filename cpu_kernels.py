@@ -1,4 +1,4 @@
-"""Compiled kernels of the efficient path for CPUs with AMX: built once from ``kernels/*.cpp``, called through ctypes.
+"""Compiled kernels of the efficient path for CPUs with AMX or AVX512-BF16: built once from ``kernels/*.cpp``, called through ctypes.
 
 Nothing needs them: where the processor, the compiler or the cache is missing, ``library`` says so and the efficient
 path stays with torch's operators. They parallelize with OpenMP in the very library that torch loads, so that its
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +23,65 @@ from torch.autograd.function import once_differentiable
 from run_config import cache_dir
 
 SOURCES = sorted((Path(__file__).resolve().parent / "kernels").iterdir())
-INSTRUCTIONS = ("amx_tile", "amx_bf16", "avx512_bf16", "avx512bw", "avx512dq", "avx512vl")  # as /proc/cpuinfo has them
-FLAGS = ("-O3", "-std=c++17", "-march=sapphirerapids", "-fPIC", "-shared", "-fopenmp")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 COMPILERS = ("c++", "g++", "clang++")
 WIDTHS = (32, 64)  # of an attention head
 LONGEST = 4096
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One way in which the kernels can be compiled."""
+
+    name: str
+    instructions: frozenset[str]  # as /proc/cpuinfo has them
+    architecture: str  # as compilers have it
+
+
+_AVX512 = frozenset({"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"})
+VARIANTS = (  # the fastest first
+    Variant("AMX", _AVX512 | {"amx_tile", "amx_bf16"}, "sapphirerapids"),
+    Variant("AVX512-BF16", _AVX512, "cooperlake"),
+)
+
+
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels, compiled at the first call on a machine, and how it went: ``compiled``, or why not."""
-    if not _processor_has(INSTRUCTIONS):
-        return None, "the processor has no AMX"
+    """The kernels, compiled at the first call on a machine, and for what, or why there are none."""
+    variant = next((v for v in VARIANTS if v.instructions <= _processor_flags()), None)
+    if variant is None:
+        return None, f"no: the processor has neither {' nor '.join(v.name for v in VARIANTS)}"
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        return None, f"no C++ compiler: none of {', '.join(COMPILERS)} is installed, and CXX is not set"
+        return None, f"no: none of the compilers {', '.join(COMPILERS)} is installed, and CXX is not set"
     try:
-        kernels = ctypes.CDLL(str(_build(compiler)))
+        kernels = ctypes.CDLL(str(_build(compiler, variant)))
     except subprocess.CalledProcessError as error:
-        return None, f"{compiler} failed: {_last_line(error.stderr)}"
+        return None, f"no: {compiler} failed: {_last_line(error.stderr)}"
     except OSError as error:
-        return None, f"not built: {error}"
-    allowed = kernels.amx_attention_allowed()
-    return (kernels, "compiled") if allowed else (None, "the kernel does not let this process use AMX")
+        return None, f"no: not built: {error}"
+    if not kernels.attention_allowed():
+        return None, f"no: the operating system does not let this process use {variant.name}"
+    return kernels, f"compiled for {variant.name}"
 
 
-def _processor_has(instructions: tuple[str, ...]) -> bool:
+def _processor_flags() -> set[str]:
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf8")
+        return set(Path("/proc/cpuinfo").read_text(encoding="utf8").split())
     except OSError:
-        return False
-    return set(instructions) <= set(text.split())
+        return set()
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: str, variant: Variant) -> Path:
     """The shared library of the sources as they are now, from the cache or compiled into it."""
-    identity = hashlib.sha256("\0".join([compiler, *FLAGS, *(s.read_text(encoding="utf8") for s in SOURCES)]).encode())
+    command: list[str | Path] = [compiler, *FLAGS, f"-march={variant.architecture}"]
+    identity = hashlib.sha256("\0".join([*map(str, command), *(s.read_text("utf8") for s in SOURCES)]).encode())
     path = cache_dir() / "kernels" / f"{identity.hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may build the same
         try:
-            sources = [source for source in SOURCES if source.suffix == ".cpp"]
-            command: list[str | Path] = [compiler, *FLAGS, "-o", temporary, *sources, *_torchs_openmp()]
+            command += ["-o", temporary, *(s for s in SOURCES if s.suffix == ".cpp"), *_torchs_openmp()]
             subprocess.run(command, check=True, capture_output=True, text=True)
             temporary.replace(path)
         finally:
@@ -119,7 +136,7 @@ class Attention(torch.autograd.Function):
         out[batch * queries :] = 0
         log_sum = torch.empty(batch, heads, queries, dtype=torch.float32)
         ctx.sizes = (batch, queries, length, heads, out.shape[1] // heads, parts[0].stride(0), parts[1].stride(0))
-        _call("amx_attention_forward", *parts, padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        _call("attention_forward", *parts, padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
         ctx.save_for_backward(query, key_value, padding, out, log_sum)
         return out
 
@@ -134,7 +151,7 @@ class Attention(torch.autograd.Function):
             grad_key_value = torch.empty_like(key_value)
             grad_key_value[batch * length :] = 0
         inputs = (*_parts(query, key_value), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
-        _call("amx_attention_backward", *inputs, grad.contiguous(), *_parts(grad_query, grad_key_value))
+        _call("attention_backward", *inputs, grad.contiguous(), *_parts(grad_query, grad_key_value))
         return grad_query, grad_key_value, None, None, None, None
 
 

@@ -331,7 +331,7 @@ def _headline(prepared: Prepared) -> str:
         *(f"        {note}" for note in texts.notes),
         f"model   {config.model_name}, {'qlora' if config.q_lora else config.method}, {precision} on"
         f" {prepared.hardware.accelerator}",
-        f"        compiled attention for CPUs with AMX: {_cpu_kernels(prepared)}",
+        f"        attention kernel: {_cpu_kernels(prepared)}",
         f"train   {config.epochs} epochs, {config.optimizer}, {config.scheduler},"
         f" learning rate {config.learning_rate:g}",
         f"run     {prepared.directory}",

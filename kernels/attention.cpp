@@ -1,4 +1,4 @@
-// Attention of whole sequences on a CPU with AMX tiles: softmax(Q K^T / sqrt(D)) V and its gradient, bf16 in and out.
+// Attention of whole sequences on a CPU with AMX or AVX512-BF16: softmax(Q K^T / sqrt(D)) V and its gradient, bf16 in and out.
 //
 // One (sequence, head) pair is one piece of work; its queries, keys and values stay in the core's cache, and no
 // matrix of scores is ever written to memory. All arithmetic but the operands of the products is fp32.
@@ -6,13 +6,14 @@
 // Scores are transposed, keys by queries: the maximum and the sum of a query's scores are then one lane of a vector
 // each, and keys are the rows that the gradients of K and V sum into.
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 
-#include "tiles.h"
+#ifdef __AMX_BF16__
+#include "products_amx.h"
+#else
+#include "products_avx512.h"
+#endif
 
 namespace {
 
@@ -75,19 +76,7 @@ void forward_head(const Head& head, const float* bias, const Sizes& size, float*
         _mm512_store_ps(sums, sum);
         _mm512_store_ps(tops, top);
         for (int i = 0; i < count; i++) log_sum[first + i] = tops[i] + std::log2(sums[i]);
-        for (int n = 0; n < N; n += 2) {
-            _tile_zero(0);
-            _tile_zero(1);
-            for (int j = 0; j < P / 32; j++) {
-                _tile_loadd(4, v + (j * N + n) * kTile, 64);
-                _tile_loadd(6, weights + j * kTile, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(5, v + (j * N + n + 1) * kTile, 64);
-                _tile_dpbf16ps(1, 5, 6);
-            }
-            _tile_stored(0, context + n * kSquare, 64);
-            _tile_stored(1, context + (n + 1) * kSquare, 64);
-        }
+        product_of_column<N>(v, weights, P / 32, context);
         bf16* out = head.out + first * size.out_row;
         for (int n = 0; n < N; n++)
             write_transposed(context + n * kSquare, inverse, out + 16 * n, size.out_row, count);
@@ -177,20 +166,9 @@ void backward_head(const Head& head, const Head& grad, const float* bias, const 
             product<D>(grad_scores + half * blocks * kTile, kTile, q_pairs, blocks, C);
             write_rows<D>(C, scales, grad.k + first * size.key_row, size.key_row, count);
         }
-        for (int n = 0; n < N; n++) {
-            _tile_loadd(4, k_columns + (key / 32 * N + n) * kTile, 64);
-            for (int block = 0; block < blocks; block++) {
-                float* target = grad_q + (block * N + n) * 2 * kSquare;
-                _tile_loadd(0, target, 64);
-                _tile_loadd(5, grad_pairs + 2 * block * kTile, 64);
-                _tile_dpbf16ps(0, 4, 5);
-                _tile_stored(0, target, 64);
-                _tile_loadd(1, target + kSquare, 64);
-                _tile_loadd(6, grad_pairs + (2 * block + 1) * kTile, 64);
-                _tile_dpbf16ps(1, 4, 6);
-                _tile_stored(1, target + kSquare, 64);
-            }
-        }
+        for (int n = 0; n < N; n++)
+            add_products(k_columns + (key / 32 * N + n) * kTile, grad_pairs, blocks, grad_q + n * 2 * kSquare,
+                         N * 2 * kSquare);
     }
     const __m512 scale = _mm512_set1_ps(size.scale);
     for (int block = 0; block < blocks; block++)
@@ -230,7 +208,7 @@ void for_each_head(const Sizes& size, int width, const bool* padding, int thread
     const size_t longest = std::max(size.padded_keys, size.padded_queries);
 #pragma omp parallel num_threads(threads)
     {
-        const Tiles tiles;
+        const Products products;
         Scratch scratch(longest * (20 * width + 32 * 6 + 8) + 64 * width + 16384);  // what backward takes
         alignas(64) float bias[kLongest];
 #pragma omp for schedule(dynamic, 1) nowait
@@ -266,16 +244,13 @@ Sizes sizes(int batch, int queries, int keys, int heads, int width, long query_r
 
 extern "C" {
 
-// Asks the kernel for the tiles' registers. Returns whether this process may use them.
-int amx_attention_allowed() {
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
+// Whether this process may use the instructions.
+int attention_allowed() { return products_allowed(); }
 
 // q (batch, queries, heads, width), k and v (batch, keys, heads, width), all bf16, tokens query_row and key_row apart;
 // padding (batch, keys) or null; out (batch, queries, heads, width) bf16; log_sum (batch, heads, queries) fp32.
 // width is 32 or 64; at most 4096 keys and queries.
-void amx_attention_forward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int queries, int keys, int heads,
+void attention_forward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int queries, int keys, int heads,
                            int width, int query_row, int key_row, int threads, bf16* out, float* log_sum) {
     const Sizes size = sizes(batch, queries, keys, heads, width, query_row, key_row);
     if (width == 32) forward<32>({q, k, v, out}, padding, size, threads, log_sum);
@@ -283,7 +258,7 @@ void amx_attention_forward(bf16* q, bf16* k, bf16* v, const bool* padding, int b
 }
 
 // The same, what forward gave, and the gradient of out; writes the gradients of q, k and v, laid out as these.
-void amx_attention_backward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int queries, int keys, int heads,
+void attention_backward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int queries, int keys, int heads,
                             int width, int query_row, int key_row, int threads, bf16* out, const float* log_sum,
                             bf16* grad_out, bf16* grad_q, bf16* grad_k, bf16* grad_v) {
     const Sizes size = sizes(batch, queries, keys, heads, width, query_row, key_row);

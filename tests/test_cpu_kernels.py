@@ -11,11 +11,21 @@ import torch
 from torch import Tensor
 
 import cpu_kernels
-from cpu_kernels import INSTRUCTIONS, Attention, library, takes_attention
+from cpu_kernels import VARIANTS, Attention, Variant, library, takes_attention
 
-AMX = pytest.mark.skipif(
-    not cpu_kernels._processor_has(INSTRUCTIONS), reason="the processor has no AMX: torch's operators are used"
-)
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Variant]:
+    """Each way of compiling the kernels that this processor can run."""
+    if not request.param.instructions <= cpu_kernels._processor_flags():
+        pytest.skip(f"the processor has no {request.param.name}")
+    monkeypatch.setattr(cpu_kernels, "VARIANTS", (request.param,))
+    library.cache_clear()
+    yield request.param
+    library.cache_clear()
+
+
+needs_kernels = pytest.mark.usefixtures("variant")
 
 
 @pytest.fixture
@@ -53,7 +63,7 @@ def attention_errors(qkv: Tensor, grad: Tensor, heads: int, padding: Tensor | No
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(*outcomes, strict=True)]
 
 
-@AMX
+@needs_kernels
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 32, 33, 100, 256, 511])
 @pytest.mark.parametrize("width", [32, 64])
@@ -73,7 +83,7 @@ def test_attention_equals_its_formula(width: int, length: int, padded: bool) -> 
         assert error < max(allowed, 0.01)  # bf16 keeps 8 bits
 
 
-@AMX
+@needs_kernels
 def test_large_scores_and_a_single_token() -> None:
     qkv = 30 * torch.randn(2, 40, 3 * 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     # nearly one-hot probabilities: the gradients of scores are differences that cancel, as in any flash attention
@@ -87,7 +97,7 @@ def test_large_scores_and_a_single_token() -> None:
     assert torch.equal(one.grad[..., 128:], torch.ones(2, 1, 64).bfloat16())
 
 
-@AMX
+@needs_kernels
 def test_padding_has_no_effect_and_no_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     short = torch.randn(2, 21, 3 * 96, generator=generator).bfloat16()
@@ -100,7 +110,7 @@ def test_padding_has_no_effect_and_no_gradient() -> None:
     assert not long.grad[:, 21:].any()
 
 
-@AMX
+@needs_kernels
 def test_threads_give_the_same_bits_and_other_tile_products_still_work() -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(4, 70, 3 * 128, generator=generator).bfloat16()
@@ -118,7 +128,7 @@ def test_threads_give_the_same_bits_and_other_tile_products_still_work() -> None
     assert torch.equal(outs[0], outs[2])
 
 
-@AMX
+@needs_kernels
 @pytest.mark.parametrize("width", [32, 64])
 def test_first_token_and_rows_behind_the_last_sequence(width: int) -> None:
     """The first token's attention is the first row of all tokens'; rows behind the last sequence stay out of it."""
@@ -159,7 +169,7 @@ def test_what_attention_is_not_for() -> None:
     assert not takes_attention(torch.zeros(4, 32, dtype=torch.bfloat16), 32, 5000)
 
 
-@AMX
+@needs_kernels
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
 def test_a_compiler_that_fails_is_named_and_leaves_nothing(
     compiler: str, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,9 +182,9 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(
     assert not takes_attention(torch.zeros(4, 64, dtype=torch.bfloat16), 32, 4)
 
 
-def test_a_processor_without_amx(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, "INSTRUCTIONS", ("no_such_instruction",))
-    assert library() == (None, "the processor has no AMX")
+def test_a_processor_without_the_instructions(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "_processor_flags", lambda: {"sse2"})
+    assert library() == (None, "no: the processor has neither AMX nor AVX512-BF16")
     assert not list(fresh_library.iterdir())
 
 
@@ -183,15 +193,18 @@ def _load(results: "multiprocessing.Queue[str]") -> None:
     results.put(library()[1])
 
 
-@AMX
 def test_processes_that_build_at_once_share_one_library(fresh_library: Path) -> None:
+    if not any(variant.instructions <= cpu_kernels._processor_flags() for variant in VARIANTS):
+        pytest.skip(f"the processor has neither {' nor '.join(variant.name for variant in VARIANTS)}")
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[str] = context.Queue()
     processes = [context.Process(target=_load, args=(results,)) for _ in range(3)]
     for process in processes:
         process.start()
-    assert [results.get(timeout=120) for _ in processes] == ["compiled"] * 3
+    states = [results.get(timeout=120) for _ in processes]
     for process in processes:
         process.join()
     assert [path.suffix for path in (fresh_library / "kernels").iterdir()] == [".so"]
-    assert isinstance(library()[0], ctypes.CDLL)
+    kernels, state = library()
+    assert isinstance(kernels, ctypes.CDLL)
+    assert states == [state] * 3

@@ -1,7 +1,7 @@
-// Tiles of AMX: their set-up, packing of rows into them, and the products that attention needs.
+// Tiles of 1 KB: how rows are packed into them, and how results are written back to rows.
 //
-// A tile product is C (16 x 16, fp32) += A (16 x 32) B (32 x 16), bf16. A is row-major; B holds pairs of its rows
-// interleaved ("vnni"): B[p][n] = {row 2p, row 2p + 1} of column n. Both are packed here as tiles of 1 KB.
+// Products are made of C (16 x 16, fp32) += A (16 x 32) B (32 x 16), bf16. A is row-major; B holds pairs of its rows
+// interleaved ("vnni"): B[p][n] = {row 2p, row 2p + 1} of column n. AMX and AVX512-BF16 both multiply such pairs.
 
 #pragma once
 
@@ -18,29 +18,6 @@ using bf16 = uint16_t;
 constexpr int kTile = 16 * 32;  // bf16 in a tile of A or B
 constexpr int kSquare = 16 * 16;  // fp32 in a tile of C
 constexpr float kLog2e = 1.4426950408889634f;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Sets this thread's tiles up, and gives them back as they were: other libraries in the process use them too.
-class Tiles {
-  public:
-    Tiles() {
-        _tile_storeconfig(&before_);
-        const TileConfig config;
-        _tile_loadconfig(&config);
-    }
-    ~Tiles() {
-        if (before_.palette) _tile_loadconfig(&before_);
-        else _tile_release();
-    }
-
-  private:
-    TileConfig before_;
-};
 
 // One thread's scratch memory, cut into parts as they are asked for.
 class Scratch {
@@ -153,81 +130,7 @@ template <int D> void pack_columns(const bf16* transposed, int padded, bf16* til
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// products
-
-// C (16 x D) = sum over `count` steps of A (16 x 32) B (32 x D); C as D / 16 tiles of fp32
-template <int D> void product(const bf16* A, long A_step, const bf16* B, int count, float* C) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (D == 64) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int i = 0; i < count; i++, A += A_step, B += D / 16 * kTile) {
-        _tile_loadd(4, A, 64);
-        _tile_loadd(5, B, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, B + kTile, 64);
-        _tile_dpbf16ps(1, 4, 6);
-        if constexpr (D == 64) {
-            _tile_loadd(7, B + 2 * kTile, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_loadd(5, B + 3 * kTile, 64);
-            _tile_dpbf16ps(3, 4, 5);
-        }
-    }
-    _tile_stored(0, C, 64);
-    _tile_stored(1, C + kSquare, 64);
-    if constexpr (D == 64) {
-        _tile_stored(2, C + 2 * kSquare, 64);
-        _tile_stored(3, C + 3 * kSquare, 64);
-    }
-}
-
-// C (32 x 32, as 2 x 2 tiles) = A (32 x D) B (D x 32)
-template <int D> void square(const bf16* A, const bf16* B, float* C) {
-    constexpr int S = D / 32;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int s = 0; s < S; s++) {
-        _tile_loadd(4, A + s * kTile, 64);
-        _tile_loadd(6, B + s * kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, B + (S + s) * kTile, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, A + (S + s) * kTile, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, C, 64);
-    _tile_stored(1, C + kSquare, 64);
-    _tile_stored(2, C + 2 * kSquare, 64);
-    _tile_stored(3, C + 3 * kSquare, 64);
-}
-
-// C (keys x 16 queries, as tiles) = A (keys x D) B (D x 16)
-template <int D> void scores_of(const bf16* A, const bf16* B, int keys, float* C) {
-    _tile_loadd(6, B, 64);
-    if constexpr (D == 64) _tile_loadd(7, B + kTile, 64);
-    for (int j = 0; j < keys; j += 32, A += 32 * D, C += 2 * kSquare) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_loadd(4, A, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, A + 16 * D, 64);
-        _tile_dpbf16ps(1, 5, 6);
-        if constexpr (D == 64) {
-            _tile_loadd(4, A + kTile, 64);
-            _tile_dpbf16ps(0, 4, 7);
-            _tile_loadd(5, A + 16 * D + kTile, 64);
-            _tile_dpbf16ps(1, 5, 7);
-        }
-        _tile_stored(0, C, 64);
-        _tile_stored(1, C + kSquare, 64);
-    }
-}
+// results
 
 // Writes a tile of 16 columns x 16 rows, times a factor for each row, as 16 bf16 of each of `count` rows.
 inline void write_transposed(const float* C, __m512 factors, bf16* rows, long stride, int count) {
