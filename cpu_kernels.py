@@ -1,8 +1,8 @@
-"""Compiled kernels of the efficient path for CPUs with AMX or AVX512-BF16: built once from ``kernels/*.cpp``, called through ctypes.
+"""Compiled kernels of the efficient path for CPUs with AMX or AVX512-BF16, called through ctypes.
 
-Nothing needs them: where the processor, the compiler or the cache is missing, ``library`` says so and the efficient
-path stays with torch's operators. They parallelize with OpenMP in the very library that torch loads, so that its
-threads do their work and no second set of threads competes with them.
+They are built once from ``kernels/*.cpp``. Nothing needs them: where the processor, the compiler or the cache is
+missing, ``library`` says so and the efficient path stays with torch's operators. They parallelize with OpenMP in the
+very library that torch loads, so that its threads do their work and no second set of threads competes with them.
 """
 
 import ctypes
