@@ -160,7 +160,39 @@ def _parts(query: Tensor, key_value: Tensor | None) -> tuple[Tensor, ...]:
     return query.chunk(3, -1) if key_value is None else (query, *key_value.chunk(2, -1))
 
 
-def _call(name: str, *arguments: Tensor | int | None) -> None:
+def _call(name: str, *arguments: Tensor | int | ctypes.c_long | None) -> None:
     """A kernel of the library; tensors are given as the addresses of their first elements."""
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     getattr(library()[0], name)(*values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# activation
+
+
+def gelu(x: Tensor) -> Tensor:
+    """``x Phi(x)``, element by element, by the compiled kernel if it is here and takes x, else by torch."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or library()[0] is None:
+        return torch.nn.functional.gelu(x)
+    y: Tensor = _Gelu.apply(x)
+    return y
+
+
+class _Gelu(torch.autograd.Function):
+    """See kernels/activation.cpp."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        y = torch.empty_like(x)
+        _call("gelu_forward", x, ctypes.c_long(x.numel()), torch.get_num_threads(), y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        _call("gelu_backward", x, grad.contiguous(), ctypes.c_long(x.numel()), torch.get_num_threads(), grad_x)
+        return grad_x

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 import cpu_kernels
-from lora import linears
+from lora import Activation, linears
 from model_families import ModelFamily
 
 ROW_MULTIPLE = 64  # on a CPU, see _Encoder
@@ -87,7 +87,8 @@ class _Encoder:
         self.row_multiple = ROW_MULTIPLE if attention_mask.device.type == "cpu" else 1
         config: Any = model.config
         self.heads = int(family.setting(model, "head_count"))
-        self.activation = ACT2FN[config.activation if family.model_type == "distilbert" else config.hidden_act]
+        activation = config.activation if family.model_type == "distilbert" else config.hidden_act
+        self.activation = cpu_kernels.gelu if activation == "gelu" else ACT2FN[activation]
         self.dropout = float(family.setting(model, "dropout"))
         self.attention_dropout = float(family.setting(model, "attention_dropout")) if model.training else 0.0
         head_dropout = getattr(config, family.settings["head_dropout"])
@@ -112,8 +113,8 @@ class _Encoder:
             return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
         return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), norm.eps).to(self.dtype)
 
-    def linear(self, x: Tensor, layer: nn.Module, *names: str) -> Tensor:
-        return linears(x, [layer.get_submodule(name) for name in names], dequantized)
+    def linear(self, x: Tensor, layer: nn.Module, *names: str, activation: Activation | None = None) -> Tensor:
+        return linears(x, [layer.get_submodule(name) for name in names], dequantized, activation)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class _Encoder:
         projected = self.linear(context, layer, *family.targets["projection"])
         x = self.norm(x + self.drop(projected, self.dropout), layer.get_submodule(family.attention_norm))
         up, down = family.targets["mlp"]
-        mixed = self.linear(self.activation(self.linear(x, layer, up)), layer, down)
+        mixed = self.linear(self.linear(x, layer, up), layer, down, activation=self.activation)
         return self.norm(x + self.drop(mixed, self.dropout), layer.get_submodule(family.output_norm))
 
     def head(self, first: Tensor) -> Tensor:

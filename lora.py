@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+Activation = Callable[[Tensor], Tensor]  # differentiable, element by element
+
 SCALES: dict[str, Callable[[float, int], float]] = {
     "standard": lambda alpha, rank: alpha / rank,  # Hu et al. 2021
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
@@ -106,7 +108,12 @@ class LinearWithLoRA(nn.Module):
 # the fast forward
 
 
-def linears(x: Tensor, modules: Sequence[nn.Module], unpack: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
+def linears(
+    x: Tensor,
+    modules: Sequence[nn.Module],
+    unpack: Callable[[nn.Module], Tensor] | None = None,
+    activation: Activation | None = None,
+) -> Tensor:
     """Several linears of one input, side by side: ``(..., in) -> (..., sum of out)`` in x's dtype.
 
     One product with all weights, one with all A and one with all B (block-diagonal) take less time than one for each.
@@ -115,6 +122,7 @@ def linears(x: Tensor, modules: Sequence[nn.Module], unpack: Callable[[nn.Module
         x: the input, in the dtype in which products are to be done; weights are cast to it.
         modules: ``nn.Linear``, ``LinearWithLoRA``, or linears packed in 4 bits.
         unpack: gives the dense weight of a packed linear that has no LoRA.
+        activation: applied to x first. Frozen linears compute it again in backward instead of saving its output.
     """
     adapted = [m for m in modules if isinstance(m, LinearWithLoRA)]
     dtype = x.dtype  # so that what follows does not hold on to x until backward
@@ -125,14 +133,15 @@ def linears(x: Tensor, modules: Sequence[nn.Module], unpack: Callable[[nn.Module
     bias = _join_bias([_base(m) for m in modules], dtype)
     base_is_trained = any(p.requires_grad for m in modules for p in _base(m).parameters())
     if base_is_trained or any(m.training and m.lora.dropout.p > 0 for m in adapted):
+        x = x if activation is None else activation(x)
         y = F.linear(x, weight(), bias) if base_is_trained else _frozen_linear(x, None, None, weight, bias)
         return y + torch.cat([_lora_output(x, m) for m in modules], -1) if adapted else y
     if not adapted:
-        return _frozen_linear(x, None, None, weight, bias)
+        return _frozen_linear(x, None, None, weight, bias, activation)
     blocks = [_scaled_B(m) for m in modules]
     A = _join([m.lora.lora_A for m in adapted]).to(dtype)  # (R, in)
     B = (blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)).to(dtype)  # (out, R)
-    return _frozen_linear(x, A, B, weight, bias)
+    return _frozen_linear(x, A, B, weight, bias, activation)
 
 
 def _base(module: nn.Module) -> Any:
@@ -180,48 +189,68 @@ def _lora_output(x: Tensor, module: Any) -> Tensor:
 
 
 def _frozen_linear(
-    x: Tensor, A: Tensor | None, B: Tensor | None, weight: Callable[[], Tensor], bias: Tensor | None
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    weight: Callable[[], Tensor],
+    bias: Tensor | None,
+    activation: Activation | None = None,
 ) -> Tensor:
-    y: Tensor = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), A, B, weight, bias)
+    y: Tensor = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), A, B, weight, bias, activation)
     return y.view(*x.shape[:-1], -1)
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """``y = x W^T + b + (x A^T) B^T`` with W and b frozen; the scale is already in B.
+    """``y = h W^T + b + (h A^T) B^T`` with ``h = activation(x)``, W and b frozen; the scale is already in B.
 
     The low-rank product is added in place, so there is no full-size temporary, and the bias is one more column of B,
-    so it takes no pass of its own. W is asked for again in backward instead of being saved.
+    so it takes no pass of its own. W and h are asked for again in backward instead of being saved.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor | None, B: Tensor | None, weight: Callable[[], Tensor], bias: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        activation: Activation | None,
     ) -> Tensor:
-        ctx.weight = weight
+        ctx.weight, ctx.activation = weight, activation
+        h = x if activation is None else activation(x)
         W = weight()
         if A is None or B is None:
-            return x @ W.t() if bias is None else torch.addmm(bias, x, W.t())  # (N, out)
-        inner, B_and_bias = x @ A.t(), B  # (N, R), (out, R)
+            ctx.save_for_backward(x if activation is not None else None, None, None, None)
+            return h @ W.t() if bias is None else torch.addmm(bias, h, W.t())  # (N, out)
+        inner, B_and_bias = h @ A.t(), B  # (N, R), (out, R)
         if bias is not None:
             inner, B_and_bias = F.pad(inner, (0, 1), value=1.0), torch.cat([B, bias[:, None]], 1)  # R + 1 wide
         ctx.save_for_backward(x, A, B, inner)
-        return (x @ W.t()).addmm_(inner, B_and_bias.t())
+        return (h @ W.t()).addmm_(inner, B_and_bias.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_A, need_B, *_ = ctx.needs_input_grad
-        grad_x = grad @ ctx.weight() if need_x else None  # (N, in)
-        if not ctx.saved_tensors:
-            return grad_x, None, None, None, None
         x, A, B, inner = ctx.saved_tensors
-        grad_inner = grad @ B  # (N, R)
-        if grad_x is not None:
-            grad_x.addmm_(grad_inner, A)
-        grad_A = grad_inner.t() @ x if need_A else None  # (R, in)
-        # (out, R); on a CPU this order of the product takes half the time of the other
-        grad_B = (inner.t() @ grad).t()[:, : B.shape[1]] if need_B else None
-        return grad_x, grad_A, grad_B, None, None
+        h = x
+        if ctx.activation is not None and (need_x or need_A):
+            x = x.detach().requires_grad_(need_x)
+            with torch.enable_grad():
+                h = ctx.activation(x)
+        grad_x = grad @ ctx.weight() if need_x else None  # (N, in), of h until the end
+        grad_A = grad_B = None
+        if A is not None:
+            grad_inner = grad @ B  # (N, R)
+            if grad_x is not None:
+                grad_x.addmm_(grad_inner, A)
+            grad_A = grad_inner.t() @ h.detach() if need_A else None  # (R, in)
+            # (out, R); on a CPU this order of the product takes half the time of the other
+            grad_B = (inner.t() @ grad).t()[:, : B.shape[1]] if need_B else None
+        if ctx.activation is not None and grad_x is not None:
+            (grad_x,) = torch.autograd.grad(h, x, grad_x)
+        return grad_x, grad_A, grad_B, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

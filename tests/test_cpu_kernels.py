@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import cpu_kernels
-from cpu_kernels import VARIANTS, Attention, Variant, library, takes_attention
+from cpu_kernels import VARIANTS, Attention, Variant, gelu, library, takes_attention
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name)
@@ -161,6 +161,36 @@ def test_first_token_and_rows_behind_the_last_sequence(width: int) -> None:
     torch.testing.assert_close(query.grad[:batch], grad_first)
     assert not query.grad[batch:].any()
     assert not key_value.grad[batch * length :].any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1,), (17,), (3, 5), (41, 1000)])
+def test_gelu_equals_its_formula(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(shape, generator=generator)).bfloat16()
+    grad = torch.randn(shape, generator=generator).bfloat16()
+    errors = []
+    for function in (gelu, torch.nn.functional.gelu):
+        ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+        y, wanted = function(ours), torch.nn.functional.gelu(exact)
+        y.backward(grad)
+        wanted.backward(grad.double())
+        assert ours.grad is not None
+        assert exact.grad is not None
+        pairs = [(y.detach(), wanted.detach()), (ours.grad, exact.grad)]
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in pairs])
+    for error, allowed in zip(*errors, strict=True):
+        assert error <= 1.05 * allowed  # that of torch is nearly all rounding of the result
+
+
+@needs_kernels
+def test_gelu_far_out() -> None:
+    x = torch.tensor([-1e4, -30.0, -6.0, 0.0, 6.0, 30.0, 1e4]).bfloat16().requires_grad_()
+    gelu(x).sum().backward()
+    torch.testing.assert_close(gelu(x), torch.nn.functional.gelu(x))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.tensor([0, 0, 0, 0.5, 1, 1, 1]).bfloat16())
+    assert gelu(torch.tensor([float("nan")]).bfloat16()).isnan().all()
 
 
 def test_what_attention_is_not_for() -> None:

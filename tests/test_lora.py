@@ -87,6 +87,30 @@ def test_several_linears_of_one_input_equal_each_alone() -> None:
         assert relative_error(ours, reference) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["lora", "frozen", "trained"])
+@pytest.mark.parametrize("input_is_trained", [True, False])
+def test_activation_equals_the_plain_formula_and_its_output_is_not_saved(kind: str, input_is_trained: bool) -> None:
+    module: nn.Module = lora_linear() if kind == "lora" else nn.Linear(10, 7).requires_grad_(kind == "trained")
+    x = torch.randn(5, 10, requires_grad=input_is_trained)
+    inputs = [*([x] if input_is_trained else []), *(p for p in module.parameters() if p.requires_grad)]
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ours = linears(x, [module], activation=F.gelu)
+    plain = module(F.gelu(x))
+    assert relative_error(ours, plain) < 1e-6
+    assert ours.requires_grad == bool(inputs)
+    if kind != "trained":
+        assert not any(torch.equal(tensor, F.gelu(x)) for tensor in saved if tensor.shape == x.shape)
+    if inputs:
+        for mine, reference in zip(gradients(ours, inputs), gradients(plain, inputs), strict=True):
+            assert relative_error(mine, reference) < 1e-5
+
+
 def test_gradcheck() -> None:
     modules = [lora_linear(4, 3, seed).double() for seed in (1, 2)]
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
