@@ -3,6 +3,7 @@
 1. The classifier reads the first token only, so the last layer computes only that one; keys and values for all.
 2. On a CPU attention is done in chunks whose scores stay in cache; torch's fused backward is slow at these lengths.
 3. Query, key and value are one product; a frozen linear saves neither its weight nor a gradient.
+4. What lies below the first trained layer is computed once and kept for the later epochs (``frozen_outputs``).
 
 The weights are read from the model's own modules at each call: nothing is copied or patched, and the model's own
 forward remains usable beside this one.
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 import cpu_kernels
+from frozen_outputs import FrozenBatch
 from lora import Activation, linears
 from model_families import ModelFamily
 
@@ -28,7 +31,13 @@ SCORES_IN_CACHE = 1_000_000  # attention scores worked on at once: in bf16 1 MB 
 
 
 def classify(
-    model: nn.Module, family: ModelFamily, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype
+    model: nn.Module,
+    family: ModelFamily,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    dtype: torch.dtype,
+    checkpointing: bool = False,
+    frozen: FrozenBatch | None = None,
 ) -> Tensor:
     """Logits of a DistilBERT, BERT or RoBERTa sequence classifier.
 
@@ -38,17 +47,32 @@ def classify(
         input_ids: ``(B, T)``.
         attention_mask: ``(B, T)``, 0 where there is padding; the first token is never padding.
         dtype: the precision of products and activations; weights in another one are cast to it.
+        checkpointing: of each layer keep its input only, and compute the layer again in backward.
+        frozen: where the output of the layers below the first trained one is kept from epoch to epoch. For a model
+            without dropout there.
 
     Returns:
         ``(B, classes)`` in fp32; the head on top of the first token is computed in fp32.
     """
-    encoder = _Encoder(model, family, dtype, attention_mask)
+    encoder = _Encoder(model, family, dtype, attention_mask, checkpointing)
     with torch.autocast(input_ids.device.type, enabled=False):
-        x = encoder.embed(input_ids)  # (N, D)
-        layers = list(model.get_submodule(family.layers).children())
-        for layer in layers[:-1]:
-            x = encoder.block(layer, x)
-        return encoder.head(encoder.last_block(layers[-1], x))
+        if frozen is None:
+            return encoder.head(encoder.layers(encoder.embed(input_ids)))
+        count = count_frozen_layers(model, family)
+        if frozen.known:
+            x = encoder.load(frozen, count)
+        else:
+            x = encoder.layers(encoder.embed(input_ids), stop=count)
+            encoder.save(frozen, count, x)
+        return encoder.head(encoder.layers(x, start=count))
+
+
+def count_frozen_layers(model: nn.Module, family: ModelFamily) -> int:
+    """Encoder layers below everything in the encoder that is trained; 0 if the embeddings are."""
+    embeddings = model.get_submodule(f"{family.base}.embeddings")
+    layers = list(model.get_submodule(family.layers).children())
+    trained = (any(p.requires_grad for p in module.parameters()) for module in (embeddings, *layers))
+    return max(next((i for i, is_trained in enumerate(trained) if is_trained), len(layers) + 1) - 1, 0)
 
 
 def keep_freed_memory() -> bool:
@@ -80,12 +104,18 @@ class _Encoder:
     new kernels, which takes time (a quarter of a step) and memory, and its cache is soon full of them.
     """
 
-    def __init__(self, model: nn.Module, family: ModelFamily, dtype: torch.dtype, attention_mask: Tensor) -> None:
-        self.model, self.family, self.dtype = model, family, dtype
+    def __init__(
+        self, model: nn.Module, family: ModelFamily, dtype: torch.dtype, attention_mask: Tensor, checkpointing: bool
+    ) -> None:
+        self.model, self.family, self.dtype, self.checkpointing = model, family, dtype, checkpointing
         self.batch, self.length = attention_mask.shape
-        self.padding = None if bool(attention_mask.all()) else attention_mask == 0  # (B, T)
-        self.row_multiple = ROW_MULTIPLE if attention_mask.device.type == "cpu" else 1
+        on_cpu = attention_mask.device.type == "cpu"
+        self.keep = attention_mask.bool()  # (B, T)
+        # on a GPU the question would wait for all work that is queued there
+        self.padding = None if on_cpu and bool(self.keep.all()) else ~self.keep  # (B, T)
+        self.row_multiple = ROW_MULTIPLE if on_cpu else 1
         config: Any = model.config
+        self.layer_count = int(family.setting(model, "layer_count"))
         self.heads = int(family.setting(model, "head_count"))
         activation = config.activation if family.model_type == "distilbert" else config.hidden_act
         self.activation = cpu_kernels.gelu if activation == "gelu" else ACT2FN[activation]
@@ -131,6 +161,17 @@ class _Encoder:
             x = x + embeddings.token_type_embeddings.weight[0].float()
         return self.as_rows(self.drop(self.norm(x, embeddings.LayerNorm).to(self.dtype), self.dropout))
 
+    def layers(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Some of the encoder layers: ``(N, D) -> (N, D)``, or ``(B, D)`` if the last one is among them."""
+        layers = list(self.model.get_submodule(self.family.layers).children())
+        for layer in layers[start:stop]:
+            block = self.last_block if layer is layers[-1] else self.block
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, layer, x, use_reentrant=False)
+            else:
+                x = block(layer, x)
+        return x
+
     def block(self, layer: nn.Module, x: Tensor) -> Tensor:
         """One encoder layer: ``(N, D) -> (N, D)``."""
         targets = self.family.targets
@@ -172,7 +213,7 @@ class _Encoder:
     def fused_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """torch's own attention: ``(B, Q, D), (B, T, D), (B, T, D) -> (B, Q, D)``."""
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (query, key, value))  # (B, H, T, d)
-        keep = None if self.padding is None else ~self.padding[:, None, None, :]
+        keep = None if self.padding is None else self.keep[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, keep, self.attention_dropout).transpose(1, 2).flatten(2)
 
     def attention_of_one(self, query: Tensor, key_value: Tensor) -> Tensor:
@@ -193,6 +234,17 @@ class _Encoder:
         up, down = family.targets["mlp"]
         mixed = self.linear(self.linear(x, layer, up), layer, down, activation=self.activation)
         return self.norm(x + self.drop(mixed, self.dropout), layer.get_submodule(family.output_norm))
+
+    def load(self, frozen: FrozenBatch, count: int) -> Tensor:
+        """What the first ``count`` layers gave for this batch, as ``layers`` gave it."""
+        whole = count == self.layer_count
+        x = frozen.load(self.keep[:, :1] if whole else self.keep)
+        return x[:, 0] if whole else self.as_rows(x)
+
+    def save(self, frozen: FrozenBatch, count: int, x: Tensor) -> None:
+        """Keeps what ``load`` gives back: every real token's row, or after the last layer the first token's."""
+        whole = count == self.layer_count
+        frozen.save(x[:, None] if whole else self.as_sequences(x), self.keep[:, :1] if whole else self.keep)
 
     def head(self, first: Tensor) -> Tensor:
         """``(B, D) -> (B, classes)`` in fp32."""

@@ -254,7 +254,9 @@ def _fit_and_test(
     training = train_loader(splits["train"], config, prepared.pad_id, **shares)
     validation = evaluation_loader(splits["validation"], config, prepared.pad_id, **shares)
     result["data"] = _data_record(prepared, training)
-    module = FineTuning(classifier, config, len(prepared.texts.label_names), config.epochs * training.steps_per_epoch)
+    steps = config.epochs * training.steps_per_epoch
+    frozen = _frozen_outputs(prepared, classifier)
+    module = FineTuning(classifier, config, len(prepared.texts.label_names), steps, frozen)
     checkpoint = directory / LAST_CHECKPOINT if config.resume else None
     try:
         trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
@@ -280,6 +282,17 @@ def _fit_and_test(
     stop.check()
     if trainer.is_global_zero:
         write_predictions(directory, module.predictions)
+
+
+def _frozen_outputs(prepared: Prepared, classifier: Any) -> dict[str, Any]:
+    """Where outputs of frozen layers are kept, for the splits that are gone through more than once."""
+    from local_model_utilities import frozen_outputs
+
+    if prepared.hardware.on_gpu:  # there, fetching them takes as long as computing them
+        return {}
+    splits = {name: prepared.splits[name] for name in ("train", "validation")}
+    kept = {name: frozen_outputs(classifier, split.lengths, prepared.config) for name, split in splits.items()}
+    return {name: outputs for name, outputs in kept.items() if outputs is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

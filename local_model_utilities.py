@@ -5,20 +5,23 @@ What is frozen is stored in the precision of the products (or in 4 bits); what i
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from base_models import first_line, load_pretrained
-from efficient_encoder import classify, dequantized
+from efficient_encoder import classify, count_frozen_layers, dequantized
+from frozen_outputs import FrozenBatch, FrozenOutputs
 from lora import LinearWithLoRA, LoRALayer
 from model_families import ModelFamily
-from run_config import RunConfig, UserError
+from run_config import RunConfig, UserError, cache_dir
 
 
 class Classifier(nn.Module):
@@ -29,19 +32,25 @@ class Classifier(nn.Module):
         family: the names in it.
         dtype: the precision of the products.
         efficient: whether ``efficient_encoder.classify`` runs it.
+        checkpointing: whether layers are computed again in backward instead of keeping their activations.
     """
 
-    def __init__(self, model: nn.Module, family: ModelFamily, dtype: torch.dtype, efficient: bool) -> None:
+    def __init__(
+        self, model: nn.Module, family: ModelFamily, dtype: torch.dtype, efficient: bool, checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.family = family
         self.dtype = dtype
         self.efficient = efficient
+        self.checkpointing = checkpointing
+        if checkpointing and not efficient:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, frozen: FrozenBatch | None = None) -> Tensor:
+        """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``; ``frozen`` as ``classify`` takes it."""
         if self.efficient:
-            return classify(self.model, self.family, input_ids, attention_mask, self.dtype)
+            return classify(self.model, self.family, input_ids, attention_mask, self.dtype, self.checkpointing, frozen)
         mixed = self.dtype != torch.float32
         with torch.autocast(input_ids.device.type, dtype=self.dtype if mixed else None, enabled=mixed):
             return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
@@ -78,7 +87,29 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
     _store_frozen(model, family, dtype)
     if config.method == "lora":
         place_lora(model, family, layer_count, config)
-    return Classifier(model, family, dtype, config.efficient)
+    return Classifier(model, family, dtype, config.efficient, config.gradient_checkpointing)
+
+
+def frozen_outputs(classifier: Classifier, lengths: np.ndarray, config: RunConfig) -> FrozenOutputs | None:
+    """Where a split's outputs of the frozen layers are kept, if there are such layers and it pays.
+
+    Args:
+        classifier: the run's.
+        lengths: (examples,) tokens of each example.
+        config: the run.
+    """
+    count = count_frozen_layers(classifier.model, classifier.family)
+    allowed = config.efficient and config.dropout == config.attention_dropout == 0 and config.epochs > 1
+    if count == 0 or not allowed or config.frozen_cache_gb == 0:
+        return None
+    whole = count == classifier.family.setting(classifier.model, "layer_count")
+    kept = np.ones_like(lengths) if whole else lengths
+    width = int(classifier.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    try:
+        return FrozenOutputs(kept, width, classifier.dtype, int(config.frozen_cache_gb * 2**30), cache_dir())
+    except OSError as error:
+        warnings.warn(f"frozen layers are computed in every epoch: {error}", stacklevel=2)
+        return None
 
 
 def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:

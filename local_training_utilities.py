@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from frozen_outputs import FrozenOutputs
 from local_model_utilities import Classifier, saved_parameters
 from local_run_utilities import BEST_CHECKPOINT
 from run_config import RunConfig, UserError
@@ -171,13 +172,21 @@ def _rate_factor(scheduler: str, warmup: int, total: int, step: int) -> float:
 class FineTuning(pl.LightningModule):
     """Trains a classifier; its checkpoints hold what is trained and no base weights."""
 
-    def __init__(self, classifier: Classifier, config: RunConfig, class_count: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        config: RunConfig,
+        class_count: int,
+        total_steps: int,
+        frozen: dict[str, FrozenOutputs] | None = None,
+    ) -> None:
         super().__init__()
         self.classifier = classifier
         self.config = config
         # Not the trainer's estimated_stepping_batches: to ask for that before a checkpoint is read makes Lightning
         # forget the place in the epoch at which the loader is to go on.
         self.total_steps = total_steps
+        self.frozen = frozen or {}  # split -> outputs of frozen layers, kept from epoch to epoch
         self.strict_loading = False  # checkpoints lack the base model
         metrics = MetricCollection(
             {
@@ -195,11 +204,18 @@ class FineTuning(pl.LightningModule):
         self.train()
 
     def training_step(self, batch: Batch) -> Tensor:
-        logits = self.classifier(batch["input_ids"], batch["attention_mask"])  # (B, classes)
+        logits = self._logits(batch, "train")
         loss_sum = cross_entropy(logits, batch["labels"], reduction="sum")
         mean = loss_sum.detach() / len(logits)
         self.log("loss", mean, prog_bar=True, logger=False, batch_size=len(logits))
         return {"loss": loss_sum * batch["loss_weight"], "mean_loss": mean}  # type: ignore[return-value]
+
+    def _logits(self, batch: Batch, split: str) -> Tensor:
+        """``(B, classes)``."""
+        outputs = self.frozen.get(split)
+        frozen = None if outputs is None else outputs.of(batch["examples"].numpy())
+        logits: Tensor = self.classifier(batch["input_ids"], batch["attention_mask"], frozen)
+        return logits
 
     def validation_step(self, batch: Batch) -> None:
         self._evaluation_step(batch, "validation")
@@ -214,7 +230,7 @@ class FineTuning(pl.LightningModule):
         self._end_evaluation("test")
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
-        logits = self.classifier(batch["input_ids"], batch["attention_mask"])
+        logits = self._logits(batch, split)
         labels, metrics = batch["labels"], self.metrics[split]
         metrics["accuracy"].update(logits, labels)  # type: ignore[index]
         metrics["macro_f1"].update(logits, labels)  # type: ignore[index]

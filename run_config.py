@@ -186,6 +186,14 @@ class RunConfig:
     efficient: bool = setting(
         True, "hardware", "Use the exact, faster rewrite of the encoder; False is Hugging Face's own forward."
     )
+    gradient_checkpointing: bool = setting(
+        False, "hardware", "Compute each layer again in backward instead of keeping its activations: less memory."
+    )
+    frozen_cache_gb: float = setting(
+        4.0,
+        "hardware",
+        "On a CPU, memory in GiB for outputs of frozen layers, reused in every epoch; more goes to disk; 0 is off.",
+    )
 
     # the run
     output_dir: Path | None = setting(
@@ -316,7 +324,7 @@ def _check_ranges(config: RunConfig) -> None:
     bounds: list[tuple[tuple[str, ...], float, float | None]] = [
         (("lora_r", "epochs", "accumulate", "batch_size", "devices", "num_nodes"), 1, None),
         (("limit_train", "limit_validation", "limit_test"), 1, None),
-        (("trainable_layers", "patience", "device", "weight_decay", "gradient_clip"), 0, None),
+        (("trainable_layers", "patience", "device", "weight_decay", "gradient_clip", "frozen_cache_gb"), 0, None),
         (("seed", "data_seed"), 0, 2**32 - 1),
         (("lora_dropout", "dropout", "attention_dropout", "warmup_fraction", "momentum"), 0, below_one),
         (("max_length",), 8, None),

@@ -210,6 +210,7 @@ class _Batches(Dataset[dict[str, torch.Tensor]]):
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),  # (B, T)
             "labels": torch.from_numpy(split.labels[examples]),  # (B,)
             "rows": torch.from_numpy(split.rows[examples]),  # (B,)
+            "examples": torch.from_numpy(examples),  # (B,)
             "loss_weight": torch.tensor(batch.loss_weight),  # ()
         }
 
@@ -217,7 +218,8 @@ class _Batches(Dataset[dict[str, torch.Tensor]]):
 class TokenBatchLoader(DataLoader[dict[str, torch.Tensor]]):
     """Training batches, and what is known of an epoch before it runs. Lightning keeps its state in checkpoints.
 
-    Each batch is a dict of ``input_ids`` and ``attention_mask`` (B, T) int64, ``labels`` and ``rows`` (B,) int64 and
+    Each batch is a dict of ``input_ids`` and ``attention_mask`` (B, T) int64, ``labels``, ``rows`` (in the source) and
+    ``examples`` (positions in the split) (B,) int64 and
     ``loss_weight`` () float32: world_size * accumulate / examples in the optimizer step. The *sum* of the batch's
     losses times ``loss_weight`` is what to call backward on: after Lightning has divided by ``accumulate`` and DDP
     has averaged over ranks, the gradient is the mean over all examples of the step, however they were dealt.

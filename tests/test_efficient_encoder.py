@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier
@@ -14,6 +16,7 @@ from transformers.activations import ACT2FN
 
 import efficient_encoder
 from efficient_encoder import classify
+from frozen_outputs import FrozenOutputs
 from lora import LinearWithLoRA, LoRALayer, mark_only_lora_as_trainable
 from model_families import FAMILIES, ModelFamily
 
@@ -295,6 +298,73 @@ def test_nothing_below_the_first_trained_layer_builds_a_graph(
     classify(model, family, ids, mask, torch.float32)
     first = LAYERS - trained
     assert inputs == [i > first for i in range(LAYERS)]
+
+
+@FAMILY
+@pytest.mark.parametrize("trained", range(LAYERS + 1))
+@pytest.mark.parametrize("memory_bytes", [10**6, 0], ids=["memory", "disk"])
+def test_outputs_of_frozen_layers_are_computed_once(
+    family: ModelFamily, trained: int, memory_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepare(family, "head_only")
+    layers = list(model.get_submodule(family.layers).children())
+    for layer in layers[LAYERS - trained :]:
+        layer.requires_grad_(True)
+    assert efficient_encoder.count_frozen_layers(model, family) == LAYERS - trained
+    ids, mask, labels = batch(family, padded=True)
+    lengths = mask.sum(1).numpy() if trained else np.ones(len(ids), dtype=np.int64)
+    outputs = FrozenOutputs(lengths[[3, 4, 5, 6, 0, 1, 2]], WIDTH, torch.float32, memory_bytes, tmp_path)
+    frozen = outputs.of(np.array([4, 5, 6, 0, 1, 2, 3]))  # where the batch's examples stand in the split
+    calls: list[nn.Module] = []
+    for name in ("block", "last_block"):
+        original = getattr(efficient_encoder._Encoder, name)
+
+        def spy(self: object, layer: nn.Module, x: Tensor, original: Callable = original) -> Tensor:
+            calls.append(layer)
+            return original(self, layer, x)
+
+        monkeypatch.setattr(efficient_encoder._Encoder, name, spy)
+    plainly = classify(model, family, ids, mask, torch.float32)
+    for expected in (layers, layers[LAYERS - trained :]):
+        calls.clear()
+        ours = classify(model, family, ids, mask, torch.float32, frozen=frozen)
+        assert calls == expected
+        assert torch.equal(ours, plainly)
+        gradients = loss_gradients(model, ours, labels)
+        reference = loss_gradients(model, classify(model, family, ids, mask, torch.float32), labels)
+        assert_same(gradients, reference)
+
+
+def test_nothing_is_frozen_below_trained_embeddings() -> None:
+    family = FAMILIES["distilbert"]
+    model = prepare(family, "head_only")
+    model.get_submodule("distilbert.embeddings").requires_grad_(True)
+    assert efficient_encoder.count_frozen_layers(model, family) == 0
+    assert efficient_encoder.count_frozen_layers(prepare(family, "query"), family) == 0
+
+
+@FAMILY
+@pytest.mark.parametrize("method", ["full", "all"])
+def test_checkpointing_gives_the_same_gradients_and_keeps_less(family: ModelFamily, method: str) -> None:
+    model = prepare(family, method)
+    _set_dropout(model, family, "dropout", 0.2)
+    setattr(model.config, family.settings["dropout"], 0.2)  # what is computed again must drop the same
+    ids, mask, labels = batch(family, padded=True)
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = classify(model, family, ids, mask, torch.float32, checkpointing)
+        kept.append(sum(sizes.values()))
+        gradients.append(loss_gradients(model, logits, labels))
+    assert_same(gradients[1], gradients[0])
+    assert kept[1] < kept[0] / 2
 
 
 @pytest.mark.parametrize("targets", [("query", "value"), TARGETS[:-1]], ids=["query+value", "all"])

@@ -166,10 +166,11 @@ def test_training_batches_hold_the_right_tokens() -> None:
     for batch in loader:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         assert {key: value.dtype for key, value in batch.items()} == {
-            **dict.fromkeys(("input_ids", "attention_mask", "labels", "rows"), torch.int64),
+            **dict.fromkeys(("input_ids", "attention_mask", "labels", "rows", "examples"), torch.int64),
             "loss_weight": torch.float32,
         }
         assert batch["loss_weight"].ndim == 0
+        assert batch["rows"].tolist() == split.rows[batch["examples"]].tolist()
         assert ids.numel() <= 256
         assert len(ids) <= 8
         assert mask.sum(1).max() == ids.shape[1], "padded to the batch's own longest"

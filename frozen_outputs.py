@@ -1,0 +1,81 @@
+"""What frozen layers give for each text, computed in the first epoch and used again in every later one.
+
+Without dropout the output of the layers below the first trained one never changes. For selective fine-tuning that is
+most of the model. Rows of padding are not kept: nothing reads them.
+"""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class FrozenOutputs:
+    """One split's outputs: one row for each token, or one for each text where only the first token is read.
+
+    Args:
+        lengths: (examples,) rows of each example.
+        width: of a row.
+        dtype: of a row: the precision of the products, so that nothing is rounded.
+        memory_bytes: held in memory up to so many bytes, beyond them in a file without a name, gone with the process.
+        folder: where that file is made.
+
+    Raises:
+        OSError: the disk has no room for the file.
+    """
+
+    def __init__(self, lengths: np.ndarray, width: int, dtype: torch.dtype, memory_bytes: int, folder: Path) -> None:
+        self.ends = np.cumsum(lengths)
+        self.known = np.zeros(len(lengths), dtype=bool)
+        shape = (int(self.ends[-1]), width)
+        self.bytes = shape[0] * width * dtype.itemsize
+        self.on_disk = self.bytes > memory_bytes
+        if not self.on_disk:
+            self.rows = torch.empty(shape, dtype=dtype)  # the pages are taken as they are written
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < self.bytes:
+            raise OSError(f"{folder} has {free:,} bytes left, {self.bytes:,} are needed")
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives it
+            file.truncate(self.bytes)
+            mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(self.bytes,))
+        self.rows = torch.from_numpy(mapped).view(dtype).view(shape)
+
+    def of(self, examples: np.ndarray) -> "FrozenBatch":
+        """The part that belongs to a batch of examples, (B,) positions in the split."""
+        return FrozenBatch(self, examples)
+
+
+@dataclass(frozen=True)
+class FrozenBatch:
+    """The outputs of one batch, to be loaded if they are known, or saved once computed."""
+
+    outputs: FrozenOutputs
+    examples: np.ndarray  # (B,)
+
+    @property
+    def known(self) -> bool:
+        return bool(self.outputs.known[self.examples].all())
+
+    def load(self, mask: Tensor) -> Tensor:
+        """``(B, T)``, True at the rows that are kept ``-> (B, T, D)``, zeros elsewhere."""
+        rows = self.outputs.rows
+        x = torch.zeros(*mask.shape, rows.shape[1], dtype=rows.dtype)
+        x[mask] = rows[self._places(mask)]
+        return x
+
+    def save(self, x: Tensor, mask: Tensor) -> None:
+        """``(B, T, D)``, of which the rows in ``mask`` ``(B, T)`` are kept."""
+        self.outputs.rows[self._places(mask)] = x.detach()[mask]
+        self.outputs.known[self.examples] = True
+
+    def _places(self, mask: Tensor) -> Tensor:
+        """Where the rows in the mask lie, one example after the other."""
+        lengths = mask.sum(1).numpy()
+        ends = self.outputs.ends[self.examples]
+        return torch.from_numpy(np.concatenate([np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]))

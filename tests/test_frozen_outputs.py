@@ -1,0 +1,67 @@
+"""Outputs of frozen layers: what is loaded is what was saved, in memory and on disk, and a whole run is unchanged."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from test_finetune_lora import flags
+
+from finetune_lora import main
+from frozen_outputs import FrozenOutputs
+
+LENGTHS = np.array([3, 1, 5, 2])
+
+
+@pytest.mark.parametrize("memory_bytes", [10**6, 50], ids=["memory", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path, memory_bytes: int, dtype: torch.dtype) -> None:
+    outputs = FrozenOutputs(LENGTHS, 4, dtype, memory_bytes, tmp_path)
+    assert outputs.on_disk == (memory_bytes == 50)
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    everything = torch.randn(4, 5, 4).to(dtype)
+    mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
+    for examples in ([2, 0], [1, 3]):
+        batch = outputs.of(np.array(examples))
+        assert not batch.known
+        batch.save(everything[examples], mask[examples])
+        assert batch.known
+    assert not outputs.of(np.array([0])).load(mask[[0]])[:, 3:].any()
+    other = np.array([3, 2, 1])  # another batch than any that was saved
+    assert outputs.of(other).known
+    expected = everything * mask[..., None]
+    assert torch.equal(outputs.of(other).load(mask[other]), expected[other])
+
+
+def test_a_batch_is_known_when_all_of_it_is(tmp_path: Path) -> None:
+    outputs = FrozenOutputs(LENGTHS, 4, torch.float32, 10**6, tmp_path)
+    outputs.of(np.array([1])).save(torch.ones(1, 1, 4), torch.ones(1, 1, dtype=torch.bool))
+    assert outputs.of(np.array([1])).known
+    assert not outputs.of(np.array([1, 2])).known
+
+
+def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="bytes left"):
+        FrozenOutputs(np.array([2**50]), 4, torch.float32, 0, tmp_path)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_run_ends_with_the_same_weights(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, layers: int
+) -> None:
+    """To rounding: an epoch's batches have other shapes than those in which the outputs were computed first."""
+    weights, losses = [], []
+    for gigabytes in ("0", "1", "1e-9"):
+        output = tmp_path / gigabytes
+        words = ["--method", "selective", "--trainable_layers", str(layers), "--epochs", "3", "--test", "False"]
+        words += ["--frozen_cache_gb", gigabytes, "--precision", "fp32", "--optimizer", "sgd"]
+        assert main(flags(tiny_folders["distilbert"], review_folder, output, *words)) == 0
+        weights.append(load_file(output / "trained_weights.safetensors"))
+        losses.append(json.loads((output / "result.json").read_text())["validation"]["loss"])
+    computed, in_memory, on_disk = weights
+    for name, weight in computed.items():
+        assert np.array_equal(in_memory[name], on_disk[name])
+        np.testing.assert_allclose(in_memory[name], weight, rtol=1e-4, atol=1e-6)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
