@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         if config.prefetch:
             prefetch(config)
             return 0
+        if config.estimate:
+            print_estimate(config)
+            return 0
         status = run(config)["status"]
         # Lightning and srun kill the first process, which may still write, when another ends with anything but 0.
         return 0 if helper and status == "interrupted" else EXIT_STATUS[status]
@@ -65,6 +68,20 @@ def prefetch(config: RunConfig) -> None:
     print(f"model: {find_model(config)}")
     prefetch_texts(config)
     print("data: in the cache; runs with the same --model_name and --dataset need no network now")
+
+
+def print_estimate(config: RunConfig) -> None:
+    """Says what the run would take; writes nothing but tokens into the cache."""
+    from estimate import estimate, estimate_table
+    from local_training_utilities import quiet_lightning
+
+    prepared = prepare(config)
+    with quiet_lightning():
+        record = estimate(
+            prepared.config, prepared.hardware, prepared.model_folder, prepared.splits, prepared.pad_id,
+            prepared.texts.label_names,
+        )  # fmt: skip
+    print(f"{_headline(prepared)}\n\n{estimate_table(record, prepared.config)}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +182,8 @@ def prepare(config: RunConfig) -> Prepared:
     directory = config.output_dir or Path(inherited or default_directory(config))
     # Complete before it is compared with the run that --resume continues.
     config = replace(config, learning_rate=resolve_learning_rate(config), output_dir=directory)
-    if first:
+    writes = first and not config.estimate
+    if writes:
         check_directory(directory, config)
 
     from base_models import find_model, load_tokenizer
@@ -181,7 +199,7 @@ def prepare(config: RunConfig) -> Prepared:
     texts = load_texts(config)
     splits = tokenize(texts, tokenizer, config)
     prepared = Prepared(config, directory, hardware, folder, texts, splits, int(tokenizer.pad_token_id))
-    if first:
+    if writes:
         open_directory(directory, config)
         os.environ[DIRECTORY_VARIABLE] = str(directory)
     return prepared

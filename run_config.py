@@ -202,6 +202,9 @@ class RunConfig:
     resume: bool = setting(False, "run", "Continue the interrupted run in --output_dir.")
     overwrite: bool = setting(False, "run", "Replace the run in --output_dir.")
     offline: bool = setting(False, "run", "Use packaged or local model and data only, never the network.")
+    estimate: bool = setting(
+        False, "run", "Say what memory and time the run would take, from a few measured steps, then stop."
+    )
     prefetch: bool = setting(False, "run", "Download model and data into the caches, then stop.")
     test: bool = setting(True, "run", "Read the test split, once, at the end.")
     verbose: bool = setting(False, "run", "Print every module with its parameters.")
@@ -315,6 +318,7 @@ def _check_combinations(config: RunConfig) -> None:
     ask(config.device is None or config.devices == 1, config, "device", "is one GPU, but --devices asks for more")
     ask(not (config.resume and config.overwrite), config, "resume", "cannot go with --overwrite")
     ask(not config.resume or config.output_dir is not None, config, "resume", "needs --output_dir, the run to continue")
+    ask(not (config.estimate and config.devices * config.num_nodes > 1), config, "estimate", "is for one device")
     ask(not (config.prefetch and config.offline), config, "prefetch", "needs the network, but --offline was given")
 
 

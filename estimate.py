@@ -1,0 +1,154 @@
+"""What a run would take: memory by part, and time per epoch, from a few real steps with the run's own settings.
+
+The first of these steps takes the longest texts, so memory is that of the whole run; the others are spread over the
+lengths, and an epoch is taken to cost per token what they cost.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from efficient_encoder import keep_freed_memory
+from local_dataset_utilities import TokenizedSplit
+from local_model_utilities import Classifier, build_classifier, count_parameters
+from local_run_utilities import peak_memory
+from local_training_utilities import Hardware, make_optimizer
+from run_config import RunConfig
+from token_batches import evaluation_loader, train_loader
+
+MEASURED_STEPS = 8
+MEASURED_EVALUATIONS = 3
+Batches = list[dict[str, Tensor]]
+
+
+def estimate(
+    config: RunConfig,
+    hardware: Hardware,
+    model_folder: Path,
+    splits: dict[str, TokenizedSplit],
+    pad_id: int,
+    label_names: list[str],
+) -> dict[str, Any]:
+    """Measures a few steps and evaluations, on one device.
+
+    Returns:
+        ``memory``: bytes of ``weights``, ``gradients``, ``optimizer``, ``activations`` (what the longest batch keeps
+        for backward) and ``peak``, of the whole process or on the GPU; ``seconds``: ``epoch``, ``validation``,
+        ``test`` and ``run``; ``steps`` in an epoch.
+    """
+    keep_freed_memory()
+    torch.manual_seed(config.seed)
+    device = torch.device("cuda", config.device or 0) if hardware.on_gpu else torch.device("cpu")
+    classifier = build_classifier(config, model_folder, label_names, hardware.dtype).to(device).train()
+    trained = [p for p in classifier.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trained, config, fused=hardware.dtype != torch.float16)
+    training = train_loader(splits["train"], config, pad_id)
+    batches = _spread(training, MEASURED_STEPS)
+
+    activations = _kept_for_backward(classifier, _to(batches[0], device))
+    for batch in batches[:2]:  # kernels are made, memory is taken
+        _step(classifier, optimizer, _to(batch, device), config)
+    per_token = _seconds_per_token(batches[1:], device, lambda batch: _step(classifier, optimizer, batch, config))
+    state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
+    seconds = {"epoch": per_token * training.tokens_per_epoch}
+    for name in ("validation", *(["test"] if config.test else [])):
+        seconds[name] = _evaluation_seconds(classifier.eval(), splits[name], config, pad_id, device)
+    seconds["run"] = config.epochs * (seconds["epoch"] + seconds["validation"]) + seconds.get("test", 0.0)
+    memory = {
+        "weights": count_parameters(classifier)["total"].bytes,
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        "optimizer": state,
+        "activations": activations,
+        "peak": peak_memory(hardware.on_gpu)["peak_bytes"],
+    }
+    return {"memory": memory, "seconds": seconds, "steps": training.steps_per_epoch}
+
+
+def _spread(loader: DataLoader[dict[str, Tensor]], count: int) -> Batches:
+    """Some of a loader's batches, evenly over their sizes in tokens a text, the longest texts first."""
+    batches = sorted(loader, key=lambda batch: -batch["input_ids"].shape[1])
+    return [batches[i] for i in np.linspace(0, len(batches) - 1, min(count + 1, len(batches))).astype(int)]
+
+
+def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _step(
+    classifier: Classifier, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], config: RunConfig
+) -> None:
+    """One step as the run makes it; without the scaling of losses that fp16 needs, which takes no time."""
+    logits = classifier(batch["input_ids"], batch["attention_mask"])
+    cross_entropy(logits, batch["labels"]).backward()
+    if config.gradient_clip:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.gradient_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _kept_for_backward(classifier: Classifier, batch: dict[str, Tensor]) -> int:
+    """Bytes that the forward of a batch keeps for its backward, parameters apart; views of one tensor count once."""
+    parameters = {p.untyped_storage().data_ptr() for p in classifier.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = classifier(batch["input_ids"], batch["attention_mask"])  # alive, so that no address comes twice
+    del logits
+    return sum(kept.values())
+
+
+def _seconds_per_token(batches: Batches, device: torch.device, work: Any) -> float:
+    """Mean time of a real token over the batches; the slowest and the fastest are left out where there are enough."""
+    times = []
+    for batch in batches:
+        moved, tokens = _to(batch, device), int(batch["attention_mask"].sum())
+        _wait(device)
+        started = time.perf_counter()
+        work(moved)
+        _wait(device)
+        times.append((time.perf_counter() - started) / tokens)
+    times.sort()
+    return float(np.mean(times[1:-1] if len(times) > 4 else times))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def _evaluation_seconds(
+    classifier: Classifier, split: TokenizedSplit, config: RunConfig, pad_id: int, device: torch.device
+) -> float:
+    batches = _spread(evaluation_loader(split, config, pad_id), MEASURED_EVALUATIONS)
+    per_token = _seconds_per_token(
+        batches, device, lambda batch: classifier(batch["input_ids"], batch["attention_mask"])
+    )
+    return per_token * float(split.lengths.sum())
+
+
+def estimate_table(record: dict[str, Any], config: RunConfig) -> str:
+    """The estimate for people."""
+    memory, seconds = record["memory"], record["seconds"]
+    names = ("weights", "gradients", "optimizer", "activations")
+    parts = {name: memory[name] for name in names}
+    parts["libraries, buffers, data"] = max(memory["peak"] - sum(parts.values()), 0)
+    lines = [f"{'memory':<28}{'MiB':>10}"]
+    lines += [f"{name:<28}{size / 2**20:>10,.0f}" for name, size in (parts | {"peak": memory["peak"]}).items()]
+    times = {f"one of {config.epochs} epochs, {record['steps']:,} steps": seconds["epoch"]}
+    times |= {name: seconds[name] for name in ("validation", "test") if name in seconds}
+    lines += ["", f"{'time':<28}{'seconds':>10}"]
+    lines += [f"{name:<28}{value:>10,.0f}" for name, value in (times | {"whole run": seconds["run"]}).items()]
+    return "\n".join(lines)

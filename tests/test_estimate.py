@@ -1,0 +1,71 @@
+"""The estimate: its parts against what is known of them, its peak against the run's, and that it writes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_finetune_lora import flags, start
+
+from base_models import find_model, load_tokenizer
+from estimate import estimate, estimate_table
+from finetune_lora import main
+from local_dataset_utilities import load_texts, tokenize
+from local_training_utilities import resolve_hardware
+from run_config import RunConfig, UserError
+
+
+def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig]:
+    config = RunConfig(
+        model_name=str(folder), dataset="text", data_dir=data, max_length=32, batch_size=8, accelerator="cpu",
+        precision="fp32", **settings,  # type: ignore[arg-type]
+    )  # fmt: skip
+    texts, tokenizer = load_texts(config), load_tokenizer(config.model_name, folder)
+    splits = tokenize(texts, tokenizer, config)
+    hardware = resolve_hardware(config)
+    return estimate(config, hardware, find_model(config), splits, int(tokenizer.pad_token_id), ["bad", "good"]), config
+
+
+@pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2), ("sgd_nesterov", 1), ("sgd", 0)])
+def test_parts_are_those_that_are_known(
+    tiny_folders: dict[str, Path], review_folder: Path, optimizer: str, states: int
+) -> None:
+    record, config = measured(tiny_folders["distilbert"], review_folder, method="full", optimizer=optimizer)
+    memory, seconds = record["memory"], record["seconds"]
+    assert memory["gradients"] == memory["weights"]  # all is trained, in fp32
+    assert memory["optimizer"] == states * memory["weights"]
+    assert memory["peak"] > memory["activations"] > 0
+    assert record["steps"] == 15
+    assert seconds["run"] == pytest.approx(2 * (seconds["epoch"] + seconds["validation"]) + seconds["test"])
+    table = estimate_table(record, config)
+    assert "15 steps" in table
+    assert "activations" in table
+
+
+def test_checkpointing_keeps_fewer_activations(tiny_folders: dict[str, Path], review_folder: Path) -> None:
+    kept = [
+        measured(tiny_folders["bert"], review_folder, gradient_checkpointing=checkpointing)[0]["memory"]["activations"]
+        for checkpointing in (False, True)
+    ]
+    assert kept[1] < kept[0] / 2
+
+
+def test_the_command_writes_nothing_and_its_peak_is_the_runs(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
+) -> None:
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run")
+    process = start([*words, "--estimate"])
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert not (tmp_path / "run").exists()
+    peak = float(next(line for line in shown.splitlines() if line.startswith("peak")).split()[1]) * 2**20
+    process = start(words)
+    assert process.wait(timeout=120) == 0
+    used = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]["peak_bytes"]
+    assert peak == pytest.approx(used, rel=0.15)
+
+
+def test_it_is_for_one_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="--estimate"):
+        RunConfig(estimate=True, devices=2)
+    assert main(["--offline", "--estimate", "--devices", "2"]) == 2
+    assert "--estimate True: is for one device" in capsys.readouterr().err
