@@ -25,7 +25,6 @@ from study_report import README, ROOT, with_table
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTPUT = RESULTS / "peers.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "peers.json"  # of a run that is not the whole plan
-NOT_MEASURED = "Not measured yet."
 MEMORY_CONTESTANT = "suite_equal_batches"  # the suite with as many texts in a batch as the tuned peer; once a work
 COMPARISONS = (
     ("suite", "peft_tuned"),
