@@ -51,7 +51,7 @@ KINDS = {  # of operator -> names in the profiler; the first that matches counts
 # rates
 
 
-def product_rate(size: Size, batch: int, length: int, dtype: torch.dtype, seconds_per_shape: float = 0.3) -> float:
+def product_rate(size: Size, batch: int, length: int, dtype: torch.dtype, seconds_per_shape: float) -> float:
     """FLOP/s of the base linears of one step, forward and backward, done alone, one after the other."""
     flops = seconds = 0.0
     for product, count in Counter(products(size, batch, length)).items():
@@ -71,8 +71,8 @@ def _seconds(call: Callable[[], Any], limit: float) -> float:
     call()
     call()
     times: list[float] = []
-    while sum(times) < limit or len(times) < 3:
-        began = time.perf_counter()
+    end = time.perf_counter() + limit
+    while (began := time.perf_counter()) < end or len(times) < 3:
         call()
         times.append(time.perf_counter() - began)
     return statistics.median(times)
@@ -82,13 +82,14 @@ def _seconds(call: Callable[[], Any], limit: float) -> float:
 # one work
 
 
-def measure(job: Job, folder: Path, steps: int) -> dict[str, Any]:
+def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) -> dict[str, Any]:
     """Rate, steps and where their time goes, for the suite at one work; steps are those of its own trainer.
 
     Args:
         job: model, LoRA targets and length.
         folder: from ``work.prepare``.
         steps: about so many are measured, after a warm-up of an epoch of six.
+        seconds_per_shape: for which each product is repeated to find its rate.
     """
     split = read_split(folder, "train", job.max_length)
     suite = Suite(job, folder)
@@ -99,9 +100,9 @@ def measure(job: Job, folder: Path, steps: int) -> dict[str, Any]:
     loader = train_loader(many, suite.config, suite.pad_id)
     shapes = batch_shapes(loader, many)
     median = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
-    rates = [product_rate(size, *median, suite.hardware.dtype)]
+    rates = [product_rate(size, *median, suite.hardware.dtype, seconds_per_shape)]
     measured = suite.train(many)
-    rates.append(product_rate(size, *median, suite.hardware.dtype))
+    rates.append(product_rate(size, *median, suite.hardware.dtype, seconds_per_shape))
     flops: Counter[str] = sum((step_flops(size, *shape) for shape in shapes), Counter())
     per_second, rate = flops.total() / measured.seconds, statistics.mean(rates)
     return {

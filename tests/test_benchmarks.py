@@ -102,7 +102,6 @@ def test_the_tutorial_pads_to_the_longest_text_allowed(folder: Path) -> None:
     split = tokens(30, seed=3)
     shapes = {b["input_ids"].shape for b in contestant.batches(split, shuffle=False)}
     assert shapes == {(12, MAX_LENGTH), (6, MAX_LENGTH)}
-    assert contestant.model.config.dropout == 0.0, "what the folder says"
 
 
 def test_a_sample_has_the_lengths_of_the_whole() -> None:
@@ -274,9 +273,14 @@ def test_operations_by_formula_are_those_that_are_executed(folder: Path, targets
     size = Size.of(suite.classifier.model.config, RANK, TARGETS[targets])
     ids, mask = torch.randint(1, 30522, (B, T)), torch.ones(B, T, dtype=torch.long)
     mask[0, T // 2 :] = 0
-    with FlopCounterMode(display=False) as counter:
+
+    def in_place(_: Any, a: list[int], b: list[int], **__: Any) -> int:
+        """Of ``addmm_``, which the counter does not know; (n, k) by (k, m)."""
+        return 2 * a[0] * a[1] * b[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
         suite.classifier(ids, mask).sum().backward()
-    unseen = (size.layers - 1) * 4 * B * T**2 * size.width  # the counter does not know torch's fused attention for CPUs
+    unseen = (size.layers - 1) * 4 * B * T**2 * size.width  # torch's fused attention for CPUs
     assert counter.get_total_flops() == step_flops(size, B, T).total() - unseen
 
 
@@ -292,7 +296,7 @@ def test_the_rate_of_products_counts_every_product_once() -> None:
 
 
 def test_the_roofline_of_a_tiny_model(folder: Path) -> None:
-    row = roofline.measure(job("suite", "all"), folder, steps=3)
+    row = roofline.measure(job("suite", "all"), folder, steps=3, seconds_per_shape=0.001)
     assert 0 < row["share"] < 1
     assert sum(row["time_shares"].values()) == pytest.approx(1)
     assert row["time_shares"]["products"] > 0
