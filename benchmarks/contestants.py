@@ -6,7 +6,7 @@ All start from the same weights and train the same parameters: LoRA of rank 8 an
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.work import ALPHA, LABELS, RANK, TARGETS, Job
 from efficient_encoder import keep_freed_memory
@@ -34,7 +35,7 @@ from local_dataset_utilities import TokenizedSplit
 from local_model_utilities import build_classifier, import_bitsandbytes
 from local_training_utilities import FineTuning, make_trainer, quiet_lightning, resolve_hardware
 from model_families import FAMILIES
-from token_batches import evaluation_loader, train_loader
+from token_batches import BatchIndices, evaluation_loader, train_loader
 from training_callbacks import Meter
 
 FAMILY = FAMILIES["distilbert"]
@@ -46,7 +47,7 @@ TUTORIAL_BATCH, DEFAULT_BATCH, TUNED_EVALUATION_BATCH = 12, 8, 64
 
 @dataclass
 class Measured:
-    """The clock of one epoch: from the loop's beginning to the end of its last step."""
+    """The clock of some steps: from the loop's beginning to the end of its last step."""
 
     began: float = 0.0
     ends: list[float] = field(default_factory=list)  # of each step
@@ -73,12 +74,12 @@ class Contestant:
 
     model: nn.Module
 
-    def batch_examples(self, split: TokenizedSplit) -> int:
-        """Texts in a batch, on average."""
+    def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
+        """The batches that it makes of an epoch: positions in the split; a last one that is not full is left out."""
         raise NotImplementedError
 
-    def train(self, split: TokenizedSplit) -> Measured:
-        """One epoch over the split."""
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
+        """One step for each of the batches, in their order."""
         raise NotImplementedError
 
     def evaluate(self, split: TokenizedSplit) -> None:
@@ -93,6 +94,14 @@ class Contestant:
 
     def trainable_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def random_batches(split: TokenizedSplit, size: int) -> list[np.ndarray]:
+    return full_batches(np.random.default_rng(0).permutation(len(split)), size)
+
+
+def full_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
 
 
 def linear_names(targets: str) -> list[str]:
@@ -137,24 +146,24 @@ class Tutorial(Contestant):
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=PEER_LEARNING_RATE)
 
-    def batch_examples(self, split: TokenizedSplit) -> int:
-        return TUTORIAL_BATCH
+    def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
+        return random_batches(split, TUTORIAL_BATCH)
 
-    def batches(self, split: TokenizedSplit, shuffle: bool) -> Iterator[dict[str, Tensor]]:
-        mask = np.arange(self.max_length) < split.lengths[:, None]  # (n, max_length)
-        input_ids = np.zeros(mask.shape, dtype=np.int64)
-        input_ids[mask] = split.tokens
-        examples: Any = [
-            {"input_ids": i, "attention_mask": m, "labels": label}
-            for i, m, label in zip(input_ids, mask.astype(np.int64), split.labels, strict=True)
-        ]
-        return iter(DataLoader(examples, TUTORIAL_BATCH, shuffle=shuffle))
+    def padded(self, split: TokenizedSplit, order: np.ndarray) -> DataLoader[dict[str, Tensor]]:
+        """The split's texts in this order, each padded to ``max_length``."""
+        examples: Any = []
+        for i in order:
+            ids, mask = torch.zeros(2, self.max_length, dtype=torch.long)
+            ids[: split.lengths[i]] = torch.from_numpy(split.sequence(i))
+            mask[: split.lengths[i]] = 1
+            examples.append({"input_ids": ids, "attention_mask": mask, "labels": split.labels[i]})
+        return DataLoader(examples, TUTORIAL_BATCH)
 
-    def train(self, split: TokenizedSplit) -> Measured:
-        batches, measured = self.batches(split, shuffle=True), Measured()
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
+        loader, measured = self.padded(split, np.concatenate(batches)), Measured()
         self.model.train()
         measured.start()
-        for batch in batches:
+        for batch in loader:
             with self.autocast():
                 loss = self.model(**batch).loss
             self.optimizer.zero_grad()
@@ -168,7 +177,7 @@ class Tutorial(Contestant):
     def evaluate(self, split: TokenizedSplit) -> None:
         self.model.eval()
         with torch.no_grad(), self.autocast():
-            for batch in self.batches(split, shuffle=False):
+            for batch in self.padded(split, np.arange(len(split))):
                 self.model(**batch)
 
 
@@ -192,6 +201,8 @@ class Peft(Contestant):
 
     Tuned is: texts grouped by length, no dropout at all, and the batch size, attention and storage of frozen weights
     that were measured to be the fastest (``one.choose``). Texts to predict come sorted by length, in batches of 64.
+    The batches are those that the Trainer itself would make; it is given them one after the other, so that some of an
+    epoch's can be measured (in its own order the longest of many batches come first).
     """
 
     def __init__(self, job: Job, folder: Path, tuned: bool = False, q_lora: bool = False) -> None:
@@ -245,7 +256,7 @@ class Peft(Contestant):
             num_train_epochs=1,
             per_device_train_batch_size=self.batch_size,
             per_device_eval_batch_size=TUNED_EVALUATION_BATCH if self.tuned else DEFAULT_BATCH,
-            train_sampling_strategy="group_by_length" if self.tuned else "random",
+            train_sampling_strategy="sequential",
             learning_rate=PEER_LEARNING_RATE,
             bf16=self.bf16,
             use_cpu=True,
@@ -255,29 +266,31 @@ class Peft(Contestant):
         )
         return Trainer(model=self.model, args=arguments, data_collator=collate, callbacks=[self.timer])
 
-    def batch_examples(self, split: TokenizedSplit) -> int:
-        return self.batch_size
+    def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
+        if not self.tuned:
+            return random_batches(split, self.batch_size)
+        generator = torch.Generator().manual_seed(0)
+        order = get_length_grouped_indices(split.lengths.tolist(), self.batch_size, generator=generator)
+        return full_batches(np.array(order), self.batch_size)
 
     @staticmethod
-    def examples(split: TokenizedSplit) -> Any:
+    def examples(split: TokenizedSplit, order: np.ndarray) -> Any:
         """A list, which is faster to read than an Arrow table."""
         return [
-            {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": int(label)}
-            for ids, label in zip(np.split(split.tokens, split.offsets[1:-1]), split.labels, strict=True)
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(split.labels[i])}
+            for i, ids in ((i, split.sequence(i).tolist()) for i in order)
         ]
 
-    def train(self, split: TokenizedSplit) -> Measured:
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
         self.timer.measured = Measured()
-        self.trainer.train_dataset = self.examples(split)
+        self.trainer.train_dataset = self.examples(split, np.concatenate(batches))
         self.trainer.train()
         measured, self.timer.measured = self.timer.measured, Measured()  # so that predictions do not count
         return measured
 
     def evaluate(self, split: TokenizedSplit) -> None:
-        examples = self.examples(split)
-        if self.tuned:
-            examples.sort(key=lambda example: -len(example["input_ids"]))
-        self.trainer.predict(examples)
+        order = np.argsort(-split.lengths, kind="stable") if self.tuned else np.arange(len(split))
+        self.trainer.predict(self.examples(split, order))
 
     def merge(self) -> nn.Module:
         """The adapter merged into a bf16 Hugging Face model, for evaluation alone; trains no more afterwards."""
@@ -314,24 +327,25 @@ class Suite(Contestant):
         self.classifier = self.model = build_classifier(config, folder / job.model, LABELS, self.hardware.dtype)
         self.pad_id = int(self.classifier.model.config.pad_token_id)  # type: ignore[union-attr, arg-type]
 
-    def batch_examples(self, split: TokenizedSplit) -> int:
-        assert self.config.batch_tokens is not None
-        assert self.config.batch_size is not None
-        return min(self.config.batch_size, int(self.config.batch_tokens / split.lengths.mean()))
+    def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
+        return [batch.examples for batch in train_loader(split, self.config, self.pad_id).token_batches]
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.classifier.eval()
         with torch.no_grad():
             return self.classifier(input_ids, attention_mask)
 
-    def train(self, split: TokenizedSplit) -> Measured:
-        loader = train_loader(split, self.config, self.pad_id)
-        module = FineTuning(self.classifier, self.config, len(LABELS), loader.steps_per_epoch)
-        timer = _LightningTimer()
+    def loader(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> DataLoader[dict[str, Tensor]]:
+        """``train_loader``, with these batches instead of an epoch's."""
+        chosen: Any = [BatchIndices(batch, 1 / len(batch)) for batch in batches]
+        return DataLoader(train_loader(split, self.config, self.pad_id).dataset, batch_size=None, sampler=chosen)
+
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
+        module, timer = FineTuning(self.classifier, self.config, len(LABELS), len(batches)), _LightningTimer()
         with tempfile.TemporaryDirectory() as directory, quiet_lightning():
-            callbacks = [Meter(Path(directory)), timer]
-            make_trainer(self.config, self.hardware, Path(directory), callbacks).fit(module, loader)
-        timer.measured.padded_tokens = round(loader.tokens_per_epoch / (1 - loader.padding_fraction))
+            trainer = make_trainer(self.config, self.hardware, Path(directory), [Meter(Path(directory)), timer])
+            trainer.fit(module, self.loader(split, batches))
+        timer.measured.padded_tokens = sum(len(batch) * int(split.lengths[batch].max()) for batch in batches)
         return timer.measured
 
     def evaluate(self, split: TokenizedSplit) -> None:

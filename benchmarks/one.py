@@ -20,10 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.contestants import CONTESTANTS, Contestant, Peft
-from benchmarks.work import Job, prepare, read_split, sample
+from benchmarks.work import Job, prepare, read_split, sample, some_batches
 from local_dataset_utilities import TokenizedSplit
 from local_run_utilities import peak_memory
 from run_config import OneLineParser, UserError, parse_bool
@@ -44,9 +45,10 @@ TRIAL_TEXTS, TRIALS = 128, ({"batch_size": 16}, {"batch_size": 64}, {"attention"
 def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
     """Trains for about ``seconds`` after a warm-up of two steps, then evaluates; rates count real tokens only.
 
-    The number of texts follows from the speed of the warm-up; short and long texts have the same shares in every
-    number (``work.sample``). Memory is the most that the process held from the warm-up's beginning to the end of
-    training, less what it held before, with libraries imported and weights loaded.
+    Everybody makes batches of the same texts, more than can be gone through, and trains on some of these batches: how
+    many follows from the speed of the warm-up, and short and long ones keep their shares (``work.some_batches``).
+    Memory is the most that the process held from the warm-up's beginning to the end of training, less what it held
+    before, with libraries imported and weights loaded.
 
     Args:
         job: who trains, and on what.
@@ -55,14 +57,14 @@ def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
     """
     train, held_out = (read_split(folder, name, job.max_length) for name in ("train", "validation"))
     contestant = CONTESTANTS[job.contestant](job, folder)
-    batch = contestant.batch_examples(train)
     loaded = memory_before()
-    warm_up = contestant.train(sample(train, WARM_UP_STEPS * batch))
-    steps = max(FEWEST_STEPS, math.ceil(seconds / warm_up.seconds_per_step))
-    trained_on = sample(train, steps * batch)
-    measured = contestant.train(trained_on)
+    epoch = contestant.batches(train)
+    warm_up = contestant.train(train, some_batches(epoch, train.lengths, WARM_UP_STEPS))
+    batches = some_batches(epoch, train.lengths, max(FEWEST_STEPS, math.ceil(seconds / warm_up.seconds_per_step)))
+    measured = contestant.train(train, batches)
     peak = peak_memory(on_gpu=False)
-    tokens = int(trained_on.lengths.sum())
+    trained_on = np.concatenate(batches)
+    tokens = int(train.lengths[trained_on].sum())
     evaluated = sample(held_out, EVALUATED_PER_TRAINED * len(trained_on))
     rate = evaluation_rate(contestant.evaluate, evaluated)
     record = asdict(job) | {
@@ -130,13 +132,15 @@ def memory_before() -> int:
 
 def choose(job: Job, folder: Path) -> dict[str, Any]:
     """The fastest settings of the tuned peer for this work: one change after the other is kept if it trains faster."""
-    split = sample(read_split(folder, "train", job.max_length), TRIAL_TEXTS)
+    split = read_split(folder, "train", job.max_length)
     tried = []
 
     def rate(candidate: Job) -> float:
         contestant: Contestant = CONTESTANTS["peft_tuned"](candidate, folder)
-        contestant.train(sample(split, WARM_UP_STEPS * candidate.batch_size))
-        result = float(split.lengths.sum() / contestant.train(split).seconds)
+        epoch = contestant.batches(split)
+        contestant.train(split, some_batches(epoch, split.lengths, 1))
+        batches = some_batches(epoch, split.lengths, TRIAL_TEXTS // candidate.batch_size)
+        result = float(split.lengths[np.concatenate(batches)].sum() / contestant.train(split, batches).seconds)
         tried.append({**settings(candidate), "train_tokens_per_second": result})
         return result
 

@@ -24,13 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.contestants import Suite
 from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.peers import PLACES
-from benchmarks.work import MODELS, RANK, TARGETS, Job, prepare, read_split, sample
-from local_dataset_utilities import TokenizedSplit
+from benchmarks.work import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
 from local_run_utilities import environment_record, write_atomically, write_json
 from local_training_utilities import make_optimizer
 from run_config import OneLineParser, UserError, parse_bool
 from study_report import README, ROOT, with_table
-from token_batches import TokenBatchLoader, train_loader
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "roofline.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "roofline.json"
@@ -88,20 +86,18 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
     Args:
         job: model, LoRA targets and length.
         folder: from ``work.prepare``.
-        steps: about so many are measured, after a warm-up of an epoch of six.
+        steps: so many are measured, after a warm-up of six.
         seconds_per_shape: for which each product is repeated to find its rate.
     """
     split = read_split(folder, "train", job.max_length)
     suite = Suite(job, folder)
     size = Size.of(suite.classifier.model.config, RANK, TARGETS[job.targets])
-    batch_examples = suite.batch_examples(split)
-    few, many = (sample(split, n * batch_examples) for n in (PROFILED_STEPS, steps))
-    suite.train(few)
-    loader = train_loader(many, suite.config, suite.pad_id)
-    shapes = batch_shapes(loader, many)
+    few, many = (some_batches(suite.batches(split), split.lengths, n) for n in (PROFILED_STEPS, steps))
+    suite.train(split, few)
+    shapes = [(len(batch), int(split.lengths[batch].max())) for batch in many]  # (B, T)
     median = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
     rates = [product_rate(size, *median, suite.hardware.dtype, seconds_per_shape)]
-    measured = suite.train(many)
+    measured = suite.train(split, many)
     rates.append(product_rate(size, *median, suite.hardware.dtype, seconds_per_shape))
     flops: Counter[str] = sum((step_flops(size, *shape) for shape in shapes), Counter())
     per_second, rate = flops.total() / measured.seconds, statistics.mean(rates)
@@ -117,20 +113,14 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
         "flops_per_second": per_second,
         "product_rates_before_and_after": rates,
         "share": per_second / rate,
-        "time_shares": time_shares(suite, few),
+        "time_shares": time_shares(suite, list(suite.loader(split, few))),
     }
 
 
-def batch_shapes(loader: TokenBatchLoader, split: TokenizedSplit) -> list[tuple[int, int]]:
-    """``(B, T)`` of every batch of the epoch that comes next."""
-    return [(len(b.examples), int(split.lengths[b.examples].max())) for b in loader.token_batches]
-
-
-def time_shares(suite: Suite, split: TokenizedSplit) -> dict[str, float]:
+def time_shares(suite: Suite, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Share of the time of plain steps by kind of operator, from torch's profiler; ``other`` includes Python."""
     parameters = [p for p in suite.model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, suite.config, fused=True)
-    batches = list(train_loader(split, suite.config, suite.pad_id))
     suite.model.train()
 
     def step(batch: dict[str, torch.Tensor]) -> None:

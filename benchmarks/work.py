@@ -3,7 +3,7 @@
 Both are written once into a folder, so that every contestant, in a process of its own, starts from the same bytes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -97,15 +97,25 @@ def read_split(folder: Path, name: str, max_length: int) -> TokenizedSplit:
         return TokenizedSplit(**stored)
 
 
-def sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
-    """``count`` texts, spread evenly over all lengths, in random order; all of them if there are no more.
+# ---------------------------------------------------------------------------------------------------------------------
+# parts of it, so that rates of contestants that get through different numbers of texts can be compared
 
-    However many they are, short and long ones keep their shares, so that rates of contestants that get through
-    different numbers of texts can be compared.
-    """
-    count = min(count, len(split))
-    places = ((np.arange(count) + 0.5) * len(split) / count).astype(int)
-    chosen = np.random.default_rng(0).permutation(np.argsort(split.lengths, kind="stable")[places])
+
+def some_batches(batches: Sequence[np.ndarray], lengths: np.ndarray, count: int) -> list[np.ndarray]:
+    """``count`` of an epoch's batches, spread evenly from the shortest to the longest, in random order."""
+    order = sorted(range(len(batches)), key=lambda i: (lengths[batches[i]].max(), lengths[batches[i]].sum()))
+    return [batches[order[place]] for place in _places(len(batches), count)]
+
+
+def sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
+    """``count`` texts, spread evenly over all lengths, in random order; all of them if there are no more."""
+    chosen = np.argsort(split.lengths, kind="stable")[_places(len(split), count)]
     tokens = np.concatenate([split.sequence(i) for i in chosen])
     offsets = np.concatenate([[0], np.cumsum(split.lengths[chosen])])
     return TokenizedSplit(tokens, offsets, split.labels[chosen], split.rows[chosen])
+
+
+def _places(total: int, count: int) -> np.ndarray:
+    """``count`` of the numbers below ``total``, evenly spaced, in random order."""
+    count = min(count, total)
+    return np.random.default_rng(0).permutation(((np.arange(count) + 0.5) * total / count).astype(int))
