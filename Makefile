@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= runs/first
 
-.PHONY: finetune test lint tables clean
+.PHONY: finetune test lint tables benchmark roofline clean
 
 # One real fine-tuning run on the packaged model and reviews: a progress bar, and a result at the end.
 finetune: $(VENV)/.installed
@@ -22,6 +22,14 @@ lint: $(VENV)/.installed-dev
 # README's tables, from the runs in results/.
 tables: $(VENV)/.installed
 	$(BIN)/python study_report.py
+
+# This suite beside its peers, about 40 minutes on 2 cores that do nothing else; BENCHMARK_FLAGS=--quick: a few minutes.
+benchmark: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.peers $(BENCHMARK_FLAGS)
+
+# How near a step comes to the machine's rate of bf16 products, and where the rest of its time goes.
+roofline: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.roofline $(BENCHMARK_FLAGS)
 
 $(VENV)/.installed: requirements.txt requirements-offline.txt
 	$(PYTHON) -m venv $(VENV)

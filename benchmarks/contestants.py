@@ -1,0 +1,367 @@
+"""The ways to train that are compared: a common tutorial script, PEFT with the Hugging Face Trainer, this suite.
+
+All start from the same weights and train the same parameters: LoRA of rank 8 and the head.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorWithPadding,
+    DistilBertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from benchmarks.work import ALPHA, LABELS, RANK, TARGETS, Job
+from efficient_encoder import keep_freed_memory
+from local_dataset_utilities import TokenizedSplit
+from local_model_utilities import build_classifier, import_bitsandbytes
+from local_training_utilities import FineTuning, make_trainer, quiet_lightning, resolve_hardware
+from model_families import FAMILIES
+from token_batches import BatchIndices, evaluation_loader, train_loader
+from training_callbacks import Meter
+
+FAMILY = FAMILIES["distilbert"]
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+PEER_LEARNING_RATE = 5e-4
+REPACKING = "support_avx512bf16_for_cpu"  # of bitsandbytes; off, or training after an evaluation fails or is wrong
+TUTORIAL_BATCH, DEFAULT_BATCH, TUNED_EVALUATION_BATCH = 12, 8, 64
+
+
+@dataclass
+class Measured:
+    """The clock of some steps: from the loop's beginning to the end of its last step."""
+
+    began: float = 0.0
+    ends: list[float] = field(default_factory=list)  # of each step
+    padded_tokens: int = 0  # in all batches, padding included
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def step(self) -> None:
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        return self.ends[-1] - self.began
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median step, the first left out where there are more."""
+        return float(np.median(np.diff(self.ends if len(self.ends) > 1 else [self.began, *self.ends])))
+
+
+class Contestant:
+    """One way to train. ``model`` is ready to train once the contestant is made."""
+
+    model: nn.Module
+
+    def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
+        """The batches that it makes of an epoch: positions in the split; a last one that is not full is left out."""
+        raise NotImplementedError
+
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
+        """One step for each of the batches, in their order."""
+        raise NotImplementedError
+
+    def evaluate(self, split: TokenizedSplit) -> None:
+        """Logits of every text of the split, the way a user would ask for them."""
+        raise NotImplementedError
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """``(B, classes)``, without gradients and dropout."""
+        self.model.eval()
+        with torch.no_grad():
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    def trainable_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def random_batches(split: TokenizedSplit, size: int) -> list[np.ndarray]:
+    return full_batches(np.random.default_rng(0).permutation(len(split)), size)
+
+
+def full_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+
+
+def linear_names(targets: str) -> list[str]:
+    """What PEFT calls ``target_modules``: names of the linears within a layer, without their parents."""
+    return [name.rpartition(".")[2] for target in TARGETS[targets] for name in FAMILY.targets[target]]
+
+
+def _in_bf16(job: Job) -> bool:
+    return resolve_hardware(job.config).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the common tutorial script
+
+
+class PlainLoRA(nn.Module):
+    """LoRA as tutorials write it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.A = nn.Parameter(torch.randn(linear.in_features, RANK) / math.sqrt(RANK))
+        self.B = nn.Parameter(torch.zeros(RANK, linear.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + ALPHA / RANK * (x @ self.A @ self.B)
+
+
+class Tutorial(Contestant):
+    """Every text padded to ``max_length``, batches of 12, dropout on, a plain loop."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.model = DistilBertForSequenceClassification.from_pretrained(folder / job.model, dtype=torch.float32)
+        self.model.requires_grad_(False)
+        for target in TARGETS[job.targets]:
+            for name in FAMILY.linear_names(target, self.model.config.n_layers):
+                self.model.set_submodule(name, PlainLoRA(self.model.get_submodule(name)))  # type: ignore[arg-type]
+        for _, parameter in FAMILY.head_parameters(self.model):
+            parameter.requires_grad_(True)
+        self.max_length = job.max_length
+        self.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=_in_bf16(job))
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=PEER_LEARNING_RATE)
+
+    def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
+        return random_batches(split, TUTORIAL_BATCH)
+
+    def padded(self, split: TokenizedSplit, order: np.ndarray) -> DataLoader[dict[str, Tensor]]:
+        """The split's texts in this order, each padded to ``max_length``."""
+        examples: Any = []
+        for i in order:
+            ids, mask = torch.zeros(2, self.max_length, dtype=torch.long)
+            ids[: split.lengths[i]] = torch.from_numpy(split.sequence(i))
+            mask[: split.lengths[i]] = 1
+            examples.append({"input_ids": ids, "attention_mask": mask, "labels": split.labels[i]})
+        return DataLoader(examples, TUTORIAL_BATCH)
+
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
+        loader, measured = self.padded(split, np.concatenate(batches)), Measured()
+        self.model.train()
+        measured.start()
+        for batch in loader:
+            with self.autocast():
+                loss = self.model(**batch).loss
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()
+            measured.padded_tokens += batch["input_ids"].numel()
+            measured.step()
+        return measured
+
+    def evaluate(self, split: TokenizedSplit) -> None:
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            for batch in self.padded(split, np.arange(len(split))):
+                self.model(**batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PEFT and the Hugging Face Trainer
+
+
+class _TrainerTimer(TrainerCallback):
+    def __init__(self) -> None:
+        self.measured = Measured()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.measured.start()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.measured.step()
+
+
+class Peft(Contestant):
+    """PEFT's LoRA in the Hugging Face Trainer, as its defaults have it or tuned.
+
+    Tuned is: texts grouped by length, no dropout at all, and the batch size, attention and storage of frozen weights
+    that were measured to be the fastest (``one.choose``). Texts to predict come sorted by length, in batches of 64.
+    The batches are those that the Trainer itself would make; it is given them one after the other, so that some of an
+    epoch's can be measured (in its own order the longest of many batches come first).
+    """
+
+    def __init__(self, job: Job, folder: Path, tuned: bool = False, q_lora: bool = False) -> None:
+        torch.manual_seed(0)
+        self.tuned, self.bf16, self.timer = tuned, _in_bf16(job), _TrainerTimer()
+        self.batch_size = job.batch_size if tuned else DEFAULT_BATCH
+        options: dict[str, Any] = NO_DROPOUT | {"attn_implementation": job.attention} if tuned else {}
+        if q_lora:
+            options |= {"quantization_config": self.four_bits(), "device_map": {"": "cpu"}}
+        narrow = self.bf16 and tuned and job.frozen == "bf16"
+        base = DistilBertForSequenceClassification.from_pretrained(
+            folder / job.model, dtype=torch.bfloat16 if narrow else torch.float32, **options
+        )
+        for module in base.modules():
+            if hasattr(module, REPACKING):
+                setattr(module, REPACKING, False)
+        adapter = LoraConfig(
+            task_type="SEQ_CLS",
+            r=RANK,
+            lora_alpha=ALPHA,
+            lora_dropout=0.0,
+            target_modules=linear_names(job.targets),
+            modules_to_save=list(FAMILY.head),
+        )
+        self.model = get_peft_model(base, adapter)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.trainer = self.make_trainer(AutoTokenizer.from_pretrained(folder / job.model))
+
+    def four_bits(self) -> BitsAndBytesConfig:
+        import_bitsandbytes()
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if self.bf16 else torch.float32,
+            llm_int8_skip_modules=list(FAMILY.head),
+        )
+
+    def make_trainer(self, tokenizer: Any) -> Trainer:
+        pad = DataCollatorWithPadding(tokenizer)
+
+        def collate(examples: list[dict[str, Any]]) -> Any:
+            batch = pad(examples)
+            self.timer.measured.padded_tokens += batch["input_ids"].numel()
+            return batch
+
+        arguments = TrainingArguments(
+            output_dir=tempfile.gettempdir(),  # nothing is saved
+            num_train_epochs=1,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=TUNED_EVALUATION_BATCH if self.tuned else DEFAULT_BATCH,
+            train_sampling_strategy="sequential",
+            learning_rate=PEER_LEARNING_RATE,
+            bf16=self.bf16,
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        return Trainer(model=self.model, args=arguments, data_collator=collate, callbacks=[self.timer])
+
+    def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
+        if not self.tuned:
+            return random_batches(split, self.batch_size)
+        generator = torch.Generator().manual_seed(0)
+        order = get_length_grouped_indices(split.lengths.tolist(), self.batch_size, generator=generator)
+        return full_batches(np.array(order), self.batch_size)
+
+    @staticmethod
+    def examples(split: TokenizedSplit, order: np.ndarray) -> Any:
+        """A list, which is faster to read than an Arrow table."""
+        return [
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(split.labels[i])}
+            for i, ids in ((i, split.sequence(i).tolist()) for i in order)
+        ]
+
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
+        self.timer.measured = Measured()
+        self.trainer.train_dataset = self.examples(split, np.concatenate(batches))
+        self.trainer.train()
+        measured, self.timer.measured = self.timer.measured, Measured()  # so that predictions do not count
+        return measured
+
+    def evaluate(self, split: TokenizedSplit) -> None:
+        order = np.argsort(-split.lengths, kind="stable") if self.tuned else np.arange(len(split))
+        self.trainer.predict(self.examples(split, order))
+
+    def merge(self) -> nn.Module:
+        """The adapter merged into a bf16 Hugging Face model, for evaluation alone; trains no more afterwards."""
+        self.model = self.model.merge_and_unload().to(torch.bfloat16 if self.bf16 else torch.float32)  # type: ignore[operator]
+        return self.model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# this suite
+
+
+class _LightningTimer(Callback):
+    def __init__(self) -> None:
+        self.measured = Measured()
+
+    def on_train_start(self, *_: Any) -> None:
+        self.measured.start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.measured.step()
+
+
+class Suite(Contestant):
+    """What ``finetune_lora.py`` runs, without validation; with its defaults, or with as many texts in a batch as a
+    peer has (``equal_batches``), to compare memory."""
+
+    def __init__(self, job: Job, folder: Path, q_lora: bool = False, equal_batches: bool = False) -> None:
+        torch.manual_seed(0)
+        keep_freed_memory()
+        config = replace(job.config, model_name=str(folder / job.model), q_lora=q_lora)
+        if equal_batches:
+            config = replace(config, batch_size=job.batch_size, batch_tokens=job.batch_size * job.max_length)
+        self.config, self.hardware = config, resolve_hardware(config)
+        self.classifier = self.model = build_classifier(config, folder / job.model, LABELS, self.hardware.dtype)
+        self.pad_id = int(self.classifier.model.config.pad_token_id)  # type: ignore[union-attr, arg-type]
+
+    def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
+        return [batch.examples for batch in train_loader(split, self.config, self.pad_id).token_batches]
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.classifier.eval()
+        with torch.no_grad():
+            return self.classifier(input_ids, attention_mask)
+
+    def loader(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> DataLoader[dict[str, Tensor]]:
+        """``train_loader``, with these batches instead of an epoch's."""
+        chosen: Any = [BatchIndices(batch, 1 / len(batch)) for batch in batches]
+        return DataLoader(train_loader(split, self.config, self.pad_id).dataset, batch_size=None, sampler=chosen)
+
+    def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
+        module, timer = FineTuning(self.classifier, self.config, len(LABELS), len(batches)), _LightningTimer()
+        with tempfile.TemporaryDirectory() as directory, quiet_lightning():
+            trainer = make_trainer(self.config, self.hardware, Path(directory), [Meter(Path(directory)), timer])
+            trainer.fit(module, self.loader(split, batches))
+        timer.measured.padded_tokens = sum(len(batch) * int(split.lengths[batch].max()) for batch in batches)
+        return timer.measured
+
+    def evaluate(self, split: TokenizedSplit) -> None:
+        module = FineTuning(self.classifier, self.config, len(LABELS), 1)
+        loader = evaluation_loader(split, self.config, self.pad_id)
+        with tempfile.TemporaryDirectory() as directory, quiet_lightning():
+            make_trainer(self.config, self.hardware, Path(directory), []).test(module, loader, verbose=False)
+
+
+CONTESTANTS: dict[str, Callable[[Job, Path], Contestant]] = {
+    "suite": Suite,
+    "suite_equal_batches": partial(Suite, equal_batches=True),
+    "suite_qlora": partial(Suite, q_lora=True),
+    "peft_tuned": partial(Peft, tuned=True),
+    "peft_tuned_qlora": partial(Peft, tuned=True, q_lora=True),
+    "peft_defaults": Peft,
+    "tutorial_bf16": Tutorial,
+    "tutorial_fp32": lambda job, folder: Tutorial(replace(job, precision="fp32"), folder),
+}

@@ -1,0 +1,104 @@
+"""Floating-point operations that a training step of the efficient path executes, by formula.
+
+A product of (n, in) and (in, out) takes 2 n in out. Counted is what is computed: rows are those of the padded batch,
+rounded up as ``efficient_encoder`` does; the last layer's query, projection and MLP have first tokens only; nothing
+flows back into the embeddings. Attention is counted for the batch's own length, not for tiles that are filled up.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from efficient_encoder import ROW_MULTIPLE
+
+FORMULAS = {  # n rows, R adapted ranks side by side, B texts of T tokens, D wide
+    "linears": "2 n in out forward, as much backward where the input has a gradient",
+    "LoRA": "2 n R (in + out) forward, 2 n R (in + 2 out) backward and 2 n R in where the input has a gradient,"
+    " 4 n out for the bias as a column of B",
+    "attention": "4 B T^2 D forward, 10 B T^2 D backward (scores computed again); 12 B T D in the last layer",
+    "head": "6 B D (D + classes)",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A DistilBERT classifier and where LoRA is on it."""
+
+    layers: int
+    width: int
+    inner: int
+    classes: int
+    rank: int
+    targets: tuple[str, ...]  # of query, key, value, projection, mlp; query or value among them
+
+    @classmethod
+    def of(cls, config: Any, rank: int, targets: tuple[str, ...]) -> "Size":
+        """From Hugging Face's configuration of a DistilBERT."""
+        return cls(config.n_layers, config.dim, config.hidden_dim, config.num_labels, rank, targets)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A frozen linear, or several of one input side by side: ``(rows, inputs) -> (rows, outputs)``."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    input_gradient: bool
+    ranks: int  # of all its LoRA matrices together
+
+    @property
+    def base_flops(self) -> int:
+        return 2 * self.rows * self.inputs * self.outputs * (1 + self.input_gradient)
+
+    @property
+    def lora_flops(self) -> int:
+        """The bias is one more column of B (``lora._FrozenLinear``), forward and in the gradient of B."""
+        if not self.ranks:
+            return 0
+        with_inputs = self.ranks * self.inputs * (2 + self.input_gradient)  # x A, gradient of A, of x
+        with_outputs = self.outputs * (self.ranks + 2 * (self.ranks + 1))  # gradient B; inner B, gradient of B
+        return 2 * self.rows * (with_inputs + with_outputs)
+
+
+def round_up(rows: int) -> int:
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def products(size: Size, batch: int, length: int) -> Iterator[Product]:
+    """Every linear of the encoder in one step over ``batch`` texts of ``length`` tokens."""
+    rows, first = round_up(batch * length), round_up(batch)
+    D, inner = size.width, size.inner
+
+    def ranks(*names: str) -> int:
+        return size.rank * sum(name in size.targets for name in names)
+
+    for layer in range(size.layers):
+        deep = layer > 0  # of the first layer's input nothing needs a gradient
+        if layer < size.layers - 1:
+            yield Product(rows, D, 3 * D, deep, ranks("query", "key", "value"))
+            n = rows
+        else:
+            yield Product(first, D, D, deep, ranks("query"))
+            yield Product(rows, D, 2 * D, deep, ranks("key", "value"))
+            n = first
+        yield Product(n, D, D, True, ranks("projection"))
+        yield Product(n, D, inner, True, ranks("mlp"))
+        yield Product(n, inner, D, True, ranks("mlp"))
+
+
+def step_flops(size: Size, batch: int, length: int) -> Counter[str]:
+    """Operations of a step, forward and backward, by part; the keys are those of ``FORMULAS``."""
+    if not {"query", "value"} & set(size.targets):
+        raise ValueError("without LoRA on query or value the first layer's attention has no backward")
+    linears = list(products(size, batch, length))
+    D, T = size.width, length
+    return Counter(
+        {
+            "linears": sum(p.base_flops for p in linears),
+            "LoRA": sum(p.lora_flops for p in linears),
+            "attention": batch * D * T * ((size.layers - 1) * 14 * T + 12),
+            "head": 6 * batch * D * (D + size.classes),
+        }
+    )

@@ -1,0 +1,196 @@
+"""Measures one contestant in this process and prints one line of JSON: ``python -m benchmarks.one suite``, see --help.
+
+``--choose True`` instead finds the settings of the tuned peer. ``peers.py`` starts it, once for each measurement.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.contestants import CONTESTANTS, Contestant, Peft
+from benchmarks.work import Job, prepare, read_split, sample, some_batches
+from local_dataset_utilities import TokenizedSplit
+from local_run_utilities import peak_memory
+from run_config import OneLineParser, UserError, parse_bool
+from token_batches import EVALUATION_FACTOR as LOADER_FACTOR
+from token_batches import evaluation_loader
+
+WARM_UP_STEPS = 2
+FEWEST_STEPS = 3  # measured
+EVALUATED_PER_TRAINED = 2  # texts evaluated for each one trained on: inference takes less than half the time
+MERGED_BATCHES_TOKENS = (6144, 24576)  # the better one counts
+TRIAL_TEXTS, TRIALS = 128, ({"batch_size": 16}, {"batch_size": 64}, {"attention": "eager"}, {"frozen": "bf16"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one measurement
+
+
+def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
+    """Trains for about ``seconds`` after a warm-up of two steps, then evaluates; rates count real tokens only.
+
+    Everybody makes batches of the same texts, more than can be gone through, and trains on some of these batches: how
+    many follows from the speed of the warm-up, and short and long ones keep their shares (``work.some_batches``).
+    Memory is the most that the process held from the warm-up's beginning to the end of training, less what it held
+    before, with libraries imported and weights loaded.
+
+    Args:
+        job: who trains, and on what.
+        folder: from ``work.prepare``.
+        seconds: of training that are aimed at; three steps at least.
+    """
+    train, held_out = (read_split(folder, name, job.max_length) for name in ("train", "validation"))
+    contestant = CONTESTANTS[job.contestant](job, folder)
+    loaded = memory_before()
+    epoch = contestant.batches(train)
+    warm_up = contestant.train(train, some_batches(epoch, train.lengths, WARM_UP_STEPS))
+    batches = some_batches(epoch, train.lengths, max(FEWEST_STEPS, math.ceil(seconds / warm_up.seconds_per_step)))
+    measured = contestant.train(train, batches)
+    peak = peak_memory(on_gpu=False)
+    trained_on = np.concatenate(batches)
+    tokens = int(train.lengths[trained_on].sum())
+    evaluated = sample(held_out, EVALUATED_PER_TRAINED * len(trained_on))
+    rate = evaluation_rate(contestant.evaluate, evaluated)
+    record = asdict(job) | {
+        "trainable_parameters": contestant.trainable_parameters(),
+        "train_examples": len(trained_on),
+        "train_tokens": tokens,
+        "train_steps": len(measured.ends),
+        "train_seconds": measured.seconds,
+        "train_tokens_per_second": tokens / measured.seconds,
+        "padding_fraction": 1 - tokens / measured.padded_tokens,
+        "loaded_bytes": loaded,
+        "peak_bytes": peak["peak_bytes"],
+        "peak_bytes_above_loaded": peak["peak_bytes"] - loaded,
+        "peak_source": peak["source"],
+        "evaluation_examples": len(evaluated),
+        "evaluation_tokens_per_second": rate,
+    }
+    if isinstance(contestant, Peft) and job.contestant == "peft_tuned":
+        record["merged_evaluation_tokens_per_second"] = merged_rate(contestant, job, evaluated)
+    return record
+
+
+def evaluation_rate(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) -> float:
+    """Real tokens in a second of the whole call, after an eighth of the texts that does not count."""
+    evaluate(sample(split, max(1, len(split) // 8)))
+    return _timed(evaluate, split)
+
+
+def _timed(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) -> float:
+    began = time.perf_counter()
+    evaluate(split)
+    return float(split.lengths.sum() / (time.perf_counter() - began))
+
+
+def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
+    """The same for the merged Hugging Face model, in batches sorted by length like the suite's, of the better size."""
+    model = contestant.merge()
+
+    def evaluate(part: TokenizedSplit, batch_tokens: int) -> None:
+        budget = max(batch_tokens // LOADER_FACTOR, job.max_length)
+        with torch.inference_mode():
+            for batch in evaluation_loader(part, replace(job.config, batch_tokens=budget), pad_id=0):
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    few = sample(split, max(1, len(split) // 4))
+    sizes = [partial(evaluate, batch_tokens=size) for size in MERGED_BATCHES_TOKENS]
+    return _timed(max(sizes, key=lambda evaluate: evaluation_rate(evaluate, few)), split)
+
+
+def memory_before() -> int:
+    """Bytes held now; hands freed memory back first, and lets the record of the most memory begin anew on Linux."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf8").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return int(peak_memory(on_gpu=False)["peak_bytes"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the tuned peer's settings
+
+
+def choose(job: Job, folder: Path) -> dict[str, Any]:
+    """The fastest settings of the tuned peer for this work: one change after the other is kept if it trains faster."""
+    split = read_split(folder, "train", job.max_length)
+    tried = []
+
+    def rate(candidate: Job) -> float:
+        contestant: Contestant = CONTESTANTS["peft_tuned"](candidate, folder)
+        epoch = contestant.batches(split)
+        contestant.train(split, some_batches(epoch, split.lengths, 1))
+        batches = some_batches(epoch, split.lengths, TRIAL_TEXTS // candidate.batch_size)
+        result = float(split.lengths[np.concatenate(batches)].sum() / contestant.train(split, batches).seconds)
+        tried.append({**settings(candidate), "train_tokens_per_second": result})
+        return result
+
+    best, best_rate = job, rate(job)
+    for change in TRIALS:
+        candidate = replace(best, **change)
+        candidate_rate = rate(candidate)
+        if candidate_rate > best_rate:
+            best, best_rate = candidate, candidate_rate
+    return {"chosen": settings(best), "tried": tried}
+
+
+def settings(job: Job) -> dict[str, Any]:
+    return {name: getattr(job, name) for name in ("batch_size", "attention", "frozen")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description="Measure one contestant.", allow_abbrev=False)
+    parser.add_argument("contestant", choices=CONTESTANTS)
+    for field in dataclasses.fields(Job):
+        if field.name != "contestant":
+            choices = getattr(field.type, "__args__", None)
+            kind = int if field.type is int else str
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default, choices=choices)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of training, about (default: 10)")
+    parser.add_argument("--folder", type=Path, help="models and tokens; made for this call if not given")
+    parser.add_argument("--choose", type=parse_bool, nargs="?", const=True, default=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints one line of JSON. Returns the exit status: 0, or 2 where the input is refused."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        job = Job(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Job)})
+        with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
+            folder = arguments.folder or Path(temporary)
+            if arguments.folder is None:
+                prepare(folder, [job.model], [job.max_length])
+            record = choose(job, folder) if arguments.choose else measure(job, folder, arguments.seconds)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(record), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""This suite beside a tutorial script and PEFT with the Hugging Face Trainer: ``make benchmark``, or see ``--help``.
+
+Each measurement is a process of its own (``one.py``), and those of one kind of work alternate: A B C A B C. A ratio
+is that of two measurements of the same round; its median, least and greatest over the rounds go into the table.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from benchmarks.work import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
+from local_run_utilities import environment_record, write_atomically, write_json
+from run_config import OneLineParser, UserError, parse_bool
+from study_report import README, ROOT, with_table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OUTPUT = RESULTS / "peers.json"
+PARTIAL_OUTPUT = ROOT / "runs" / "peers.json"  # of a run that is not the whole plan
+MEMORY_CONTESTANT = "suite_equal_batches"  # the suite with as many texts in a batch as the tuned peer; once a work
+COMPARISONS = (
+    ("suite", "peft_tuned"),
+    ("suite", "peft_defaults"),
+    ("suite", "tutorial_bf16"),
+    ("suite", "tutorial_fp32"),
+    ("suite_qlora", "peft_tuned_qlora"),
+    ("suite_qlora", "suite"),
+)
+NAMES = {
+    "suite": "this suite",
+    "suite_qlora": "this suite, QLoRA",
+    "peft_tuned": "PEFT + Trainer, tuned",
+    "peft_tuned_qlora": "PEFT + Trainer, tuned, QLoRA",
+    "peft_defaults": "PEFT + Trainer, defaults",
+    "tutorial_bf16": "tutorial script, bf16",
+    "tutorial_fp32": "tutorial script, fp32",
+}
+PLACES = {"qv": "query, value", "all": "all linears"}
+Record = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is measured
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model, where LoRA is put on it, how long texts may be, and who does this work."""
+
+    model: str
+    targets: str
+    max_length: int
+    contestants: tuple[str, ...]
+
+
+def plan(quick: bool = False, complete: bool = False) -> list[Work]:
+    """The works that are measured.
+
+    Args:
+        quick: one work, four contestants.
+        complete: every contestant at every work; hours.
+    """
+    if quick:
+        return [Work("minilm", "qv", 256, ("suite", "peft_tuned", "peft_defaults", "tutorial_bf16"))]
+    works = []
+    for model, targets, max_length in product(MODELS, TARGETS, LENGTHS):
+        contestants = ["suite", "peft_tuned"]
+        if complete or (model == "minilm" and max_length == 256):
+            contestants += ["suite_qlora", "peft_tuned_qlora"]
+        if complete or (model == "minilm" and targets == "qv" and max_length == 512):
+            contestants += ["peft_defaults", "tutorial_bf16", "tutorial_fp32"]
+        if complete or model == "minilm" or max_length == 256:
+            works.append(Work(model, targets, max_length, (*contestants, MEMORY_CONTESTANT)))
+    return works
+
+
+def rounds(work: Work, repeats: int) -> Iterator[tuple[int, str]]:
+    """Round and contestant, in the order of measurement; memory at equal batches hardly varies and is taken once."""
+    for number in range(repeats):
+        for contestant in work.contestants:
+            if number == 0 or contestant != MEMORY_CONTESTANT:
+                yield number, contestant
+
+
+Measure = Callable[[Work, str, Sequence[str]], Record]  # work, contestant, further flags -> what was measured
+
+
+def measure_all(
+    works: Sequence[Work], repeats: int, measure: Measure, tune: bool, keep: Callable[[Record], None]
+) -> None:
+    """Every measurement in its order; ``keep`` is given each as soon as it is there.
+
+    The tuned peer's settings are measured first, once for a model and a length, with LoRA on all linears.
+    """
+    settings: dict[tuple[str, int], list[str]] = {}
+    for work in works:
+        size = (work.model, work.max_length)
+        if tune and size not in settings:
+            trial = measure(Work(work.model, "all", work.max_length, ()), "peft_tuned", ["--choose"])
+            keep(trial | {"choice": True, "model": work.model, "max_length": work.max_length})
+            settings[size] = [f"--{name}={value}" for name, value in trial.get("chosen", {}).items()]
+        for number, contestant in rounds(work, repeats):
+            record = measure(work, contestant, settings.get(size, []))
+            described = {"contestant": contestant} | {k: v for k, v in vars(work).items() if k != "contestants"}
+            keep(record | described | {"round": number})
+
+
+def measure_in_process(work: Work, contestant: str, flags: Sequence[str], folder: Path, seconds: float) -> Record:
+    """What ``one.py`` prints; the last line of its complaint, under ``error``, where it fails."""
+    described = ["--model", work.model, "--targets", work.targets, "--max_length", str(work.max_length)]
+    command = [sys.executable, "-m", "benchmarks.one", contestant, *described, *flags]
+    command += ["--folder", str(folder), "--seconds", str(seconds)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ratios
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and greatest of some numbers."""
+
+    median: float
+    least: float
+    greatest: float
+
+    def __str__(self) -> str:
+        if self.least == self.greatest:
+            return f"{self.median:.2f}"
+        return f"{self.median:.2f} ({self.least:.2f} to {self.greatest:.2f})"
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Nothing where nothing was measured."""
+    return Spread(statistics.median(values), min(values), max(values)) if values else None
+
+
+def ratios(ours: Sequence[Record], theirs: Sequence[Record], key: str, their_key: str | None = None) -> Spread | None:
+    """``key`` of ours over that of theirs in the same round; rounds in which one of them is missing are left out."""
+    by_round = {record["round"]: record.get(their_key or key) for record in theirs}
+    pairs = [(record.get(key), by_round.get(record["round"])) for record in ours]
+    return spread([ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None])
+
+
+def compare(records: Sequence[Record]) -> list[Record]:
+    """One comparison a row, from the measurements: who, on what, and the ratios. A ratio that is not known is None."""
+    rows = []
+    works = dict.fromkeys(
+        (r["model"], r["targets"], r["max_length"]) for r in records if "contestant" in r and "round" in r
+    )
+    for work in works:
+        of: dict[str, list[Record]] = {}
+        for record in records:
+            if "round" in record and (record["model"], record["targets"], record["max_length"]) == work:
+                of.setdefault(record["contestant"], []).append(record)
+        for ours, theirs in COMPARISONS:
+            if ours in of and theirs in of:
+                rows.append(_comparison(work, of, ours, theirs))
+    return rows
+
+
+def _comparison(work: tuple[Any, ...], of: dict[str, list[Record]], ours: str, theirs: str) -> Record:
+    equal = of.get(MEMORY_CONTESTANT, []) if (ours, theirs) == ("suite", "peft_tuned") else of[ours]
+    speeds = [[r["train_tokens_per_second"] for r in of[name] if "error" not in r] for name in (ours, theirs)]
+    return {
+        "work": work,
+        "ours": ours,
+        "theirs": theirs,
+        "train": ratios(of[ours], of[theirs], "train_tokens_per_second"),
+        "evaluation": ratios(of[ours], of[theirs], "evaluation_tokens_per_second"),
+        "merged": ratios(of[ours], of[theirs], "evaluation_tokens_per_second", "merged_evaluation_tokens_per_second"),
+        "memory": ratios(equal, of[theirs], "peak_bytes_above_loaded"),
+        "tokens_per_second": [statistics.median(values) if values else None for values in speeds],
+        "errors": sorted({r["error"] for name in (ours, theirs) for r in of[name] if "error" in r}),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table
+
+COLUMNS = (
+    "model, LoRA on, max_length", "against", "training", "evaluation", "evaluation, merged peer", "peak memory",
+    "training, tokens/s: this, that",
+)  # fmt: skip
+
+
+def table(result: Record) -> str:
+    """What the measurements say, in Markdown; what was not measured stays empty."""
+    environment = result["environment"]
+    versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    commit = ((environment["git"] or {}).get("commit") or "unknown")[:7]
+    lines = [
+        f"{environment['cpu']}, {environment['threads']} threads; {versions}; commit {commit};"
+        f" {result['repeats']} rounds.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    for row in compare(result["measurements"]):
+        model, targets, max_length = row["work"]
+        name = NAMES[row["theirs"]] if row["ours"] == "suite" else f"{NAMES[row['theirs']]} (by QLoRA)"
+        if row["errors"]:
+            name += " (failed at least once)"
+        known = ["" if row[key] is None else str(row[key]) for key in ("train", "evaluation", "merged", "memory")]
+        speeds = ", ".join("" if speed is None else f"{speed:,.0f}" for speed in row["tokens_per_second"])
+        lines.append(
+            "| " + " | ".join([f"{MODELS[model]}, {PLACES[targets]}, {max_length}", name, *known, speeds]) + " |"
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description="This suite beside its peers, on a CPU.", allow_abbrev=False)
+    flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    parser.add_argument("--quick", help="one work, few texts, a few minutes; README stays as it is", **flag)
+    parser.add_argument("--complete", help="every contestant at every work, hours; else a choice of them", **flag)
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default: 3; 2 with --quick)")
+    parser.add_argument("--seconds", type=float, metavar="X", help="of training aimed at (default: 6; 3 with --quick)")
+    for name, allowed, kind in (("model", list(MODELS), str), ("targets", list(TARGETS), str)):
+        parser.add_argument(f"--{name}", choices=allowed, type=kind, help="only this one")
+    parser.add_argument("--max_length", choices=LENGTHS, type=int, help="only this one")
+    parser.add_argument("--contestants", help="only these, separated by commas")
+    return parser
+
+
+def chosen_works(arguments: argparse.Namespace) -> tuple[list[Work], bool]:
+    """The works that the flags ask for, and whether these are less than the whole plan.
+
+    Raises:
+        UserError: nothing is left, or a contestant that does not exist.
+    """
+    if (arguments.repeats is not None and arguments.repeats < 1) or (arguments.seconds or 1) <= 0:
+        raise UserError("--repeats and --seconds must be above 0")
+    works = plan(arguments.quick, arguments.complete)
+    wanted = arguments.contestants.split(",") if arguments.contestants else None
+    unknown = set(wanted or []) - {*NAMES, MEMORY_CONTESTANT}
+    if unknown:
+        raise UserError(f"--contestants {sorted(unknown)[0]}: allowed are {', '.join(NAMES)}, {MEMORY_CONTESTANT}")
+    kept = []
+    for work in works:
+        contestants = tuple(name for name in work.contestants if wanted is None or name in wanted)
+        given = all(getattr(arguments, key) in (None, getattr(work, key)) for key in ("model", "targets", "max_length"))
+        if given and contestants:
+            kept.append(Work(work.model, work.targets, work.max_length, contestants))
+    if not kept:
+        raise UserError("nothing to measure is left of the plan: see --complete for every contestant at every work")
+    return kept, arguments.quick or kept != works
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints as it goes, writes JSON and, after the whole plan, README's table. Returns the exit status."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        works, partly = chosen_works(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    repeats, seconds = (
+        arguments.repeats or (2 if arguments.quick else 3),
+        arguments.seconds or (3 if arguments.quick else 6),
+    )
+    output = PARTIAL_OUTPUT if partly else OUTPUT
+    output.parent.mkdir(parents=True, exist_ok=True)
+    result: Record = {
+        "environment": environment_record(),
+        "repeats": repeats,
+        "seconds": seconds,
+        "texts": {"train": TRAINING_TEXTS, "held_out": HELD_OUT_TEXTS},
+        "measurements": [],
+    }
+
+    def keep(record: Record) -> None:
+        result["measurements"].append(record)
+        write_json(output, result)
+        print(line(record), flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder, {work.model for work in works}, {work.max_length for work in works})
+
+        def measure(work: Work, contestant: str, flags: Sequence[str]) -> Record:
+            return measure_in_process(work, contestant, flags, folder, seconds)
+
+        measure_all(works, repeats, cast(Measure, measure), not arguments.quick, keep)
+    print("\n" + table(result) + f"\n\nevery measurement: {output.relative_to(ROOT)}")
+    if not partly:
+        text = with_table(README.read_text(encoding="utf8"), "peers", table(result))
+        write_atomically(README, lambda path: path.write_text(text, encoding="utf8"))
+    return 0
+
+
+def line(record: Record) -> str:
+    """A measurement in one line, for those who wait."""
+    name, targets = record.get("contestant", "settings of the peer"), record.get("targets", "")
+    what = f"{name:<21}{record['model']:<7}{targets:<4}{record['max_length']:>4}  "
+    if "error" in record:
+        return f"{what}failed: {record['error']}"
+    if "choice" in record:
+        return f"{what}{record['chosen']}"
+    train, evaluation = record["train_tokens_per_second"], record["evaluation_tokens_per_second"]
+    memory = record["peak_bytes_above_loaded"] / 2**20
+    rates = f"train {train:>8,.0f}  evaluation {evaluation:>8,.0f} tokens/s"
+    return f"{what}{rates}  memory {memory:>6,.0f} MiB  padding {record['padding_fraction']:.1%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

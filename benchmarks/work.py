@@ -1,0 +1,121 @@
+"""What is compared: base models with one head for all, and the tokens of a sample of the packaged reviews.
+
+Both are written once into a folder, so that every contestant, in a process of its own, starts from the same bytes.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+from base_models import find_model, load_pretrained, load_tokenizer
+from local_dataset_utilities import TokenizedSplit, load_texts, tokenize
+from run_config import RunConfig
+
+MODELS = {"minilm": "MiniLM", "base": "DistilBERT-base's size"}
+TARGETS = {"qv": ("query", "value"), "all": ("query", "key", "value", "projection", "mlp")}
+LENGTHS = (128, 256, 512)
+LABELS = ("negative", "positive")
+TRAINING_TEXTS, HELD_OUT_TEXTS = 6000, 2400
+RANK, ALPHA = 8, 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """One way to train, on what, and the settings that only the tuned peer has chosen for it."""
+
+    contestant: str
+    model: str = "minilm"
+    targets: Literal["qv", "all"] = "qv"
+    max_length: int = 256
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    batch_size: int = 32  # texts
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    frozen: Literal["fp32", "bf16"] = "fp32"  # how frozen weights are stored
+
+    @property
+    def config(self) -> RunConfig:
+        """The suite's settings for the same work."""
+        return RunConfig(
+            offline=True,
+            accelerator="cpu",
+            precision=self.precision,
+            max_length=self.max_length,
+            truncation="head",
+            epochs=1,
+            lora_r=RANK,
+            lora_alpha=ALPHA,
+            **{f"lora_{name}": name in TARGETS[self.targets] for name in TARGETS["all"]},  # type: ignore[arg-type]
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the folder
+
+
+def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None:
+    """Writes the models, ``folder/MODEL``, and the tokens, ``folder/SPLIT-LENGTH.npz``."""
+    base = RunConfig(offline=True)
+    for model in models:
+        _save_model(folder / model, model, base)
+    for max_length in lengths:
+        config = replace(
+            Job("suite", max_length=max_length).config,
+            limit_train=TRAINING_TEXTS,
+            limit_validation=HELD_OUT_TEXTS,
+            test=False,
+        )
+        splits = tokenize(load_texts(config), load_tokenizer(config.model_name, find_model(config)), config)
+        for name, split in splits.items():
+            save_split(folder, name, max_length, split)
+
+
+def _save_model(folder: Path, model: str, config: RunConfig) -> None:
+    """A classifier with a new head and Hugging Face's own dropout; DistilBERT-base's size has random weights."""
+    torch.manual_seed(0)
+    packaged, defaults = find_model(config), DistilBertConfig()
+    classifier = load_pretrained(config, packaged, LABELS)[0]
+    if model == "base":
+        classifier = DistilBertForSequenceClassification(defaults)
+    for name in ("dropout", "attention_dropout", "seq_classif_dropout"):
+        setattr(classifier.config, name, getattr(defaults, name))
+    classifier.save_pretrained(folder)  # type: ignore[operator]
+    load_tokenizer(config.model_name, packaged).save_pretrained(folder)
+
+
+def save_split(folder: Path, name: str, max_length: int, split: TokenizedSplit) -> None:
+    np.savez(folder / f"{name}-{max_length}.npz", **vars(split))
+
+
+def read_split(folder: Path, name: str, max_length: int) -> TokenizedSplit:
+    """``train`` or ``validation`` as ``prepare`` wrote it."""
+    with np.load(folder / f"{name}-{max_length}.npz") as stored:
+        return TokenizedSplit(**stored)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parts of it, so that rates of contestants that get through different numbers of texts can be compared
+
+
+def some_batches(batches: Sequence[np.ndarray], lengths: np.ndarray, count: int) -> list[np.ndarray]:
+    """``count`` of an epoch's batches, spread evenly from the shortest to the longest, in random order."""
+    order = sorted(range(len(batches)), key=lambda i: (lengths[batches[i]].max(), lengths[batches[i]].sum()))
+    return [batches[order[place]] for place in _places(len(batches), count)]
+
+
+def sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
+    """``count`` texts, spread evenly over all lengths, in random order; all of them if there are no more."""
+    chosen = np.argsort(split.lengths, kind="stable")[_places(len(split), count)]
+    tokens = np.concatenate([split.sequence(i) for i in chosen])
+    offsets = np.concatenate([[0], np.cumsum(split.lengths[chosen])])
+    return TokenizedSplit(tokens, offsets, split.labels[chosen], split.rows[chosen])
+
+
+def _places(total: int, count: int) -> np.ndarray:
+    """``count`` of the numbers below ``total``, evenly spaced, in random order."""
+    count = min(count, total)
+    return np.random.default_rng(0).permutation(((np.arange(count) + 0.5) * total / count).astype(int))
