@@ -1,5 +1,6 @@
 """Names beside what they name: labels in a plot that do not cover each other, points or lines."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import numpy as np
 
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+LINE = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
 REACH_POINTS = (7, 14, 24, 36, 50)  # how far from its point a label may stand, in points of 1/72 inch
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,13 @@ class Label:
     needed: bool = False
 
 
-def place_labels(axis: Any, labels: Sequence[Label], obstacles: np.ndarray, size: float = 9) -> None:
+def place_labels(
+    axis: Any,
+    labels: Sequence[Label],
+    lines: Sequence[Points],
+    dots: Points = (),
+    size: float = 9,
+) -> None:
     """Puts each label at the nearest place around its point that is free, the first labels first.
 
     Call it last: the layout of the figure is fixed here.
@@ -29,33 +38,45 @@ def place_labels(axis: Any, labels: Sequence[Label], obstacles: np.ndarray, size
     Args:
         axis: a matplotlib axis whose limits are set.
         labels: a label that finds no place is left out, unless it is needed.
-        obstacles: ``(n, 2)`` data coordinates that no label may cover.
-        size: of the font, in points.
+        lines: polylines in data coordinates that no label may cover, nor their corners.
+        dots: points in data coordinates that no label may cover.
+        size: of the font, in points of 1/72 inch.
     """
     figure = axis.figure
     figure.canvas.draw()
     figure.set_layout_engine("none")
     renderer, frame = figure.canvas.get_renderer(), axis.get_window_extent()
-    dots = axis.transData.transform(obstacles)
+    clearance = 4 * figure.dpi / 72
+    covered = [_along(axis.transData.transform(line), clearance) for line in lines]
+    obstacles = np.concatenate([*covered, axis.transData.transform(dots) if len(dots) else np.empty((0, 2))])
     taken: list[np.ndarray] = []
     for label in labels:
         text = axis.annotate(
             label.text, (label.x, label.y), (0, 0), textcoords="offset pixels", ha="left", va="bottom",
             fontsize=size, color=label.color,
-            arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
+            arrowprops=LINE | {"color": label.color},
         )  # fmt: skip
         extent = text.get_window_extent(renderer)
         anchor = axis.transData.transform((label.x, label.y))
         boxes = list(_places(anchor, extent.width, extent.height, figure.dpi / 72))
-        free = [i for i, box in enumerate(boxes) if _is_free(box, frame, dots, taken)]
+        free = [i for i, box in enumerate(boxes) if _is_free(box, frame, obstacles, clearance, taken)]
         if not free and not label.needed:
             text.remove()
             continue
         chosen = free[0] if free else 0
         text.xyann = boxes[chosen][0] - anchor
-        if chosen < 2 * len(DIRECTIONS):  # so near that a line would only be in the way
+        if chosen < len(DIRECTIONS):  # so near that a line would only be in the way
             text.arrow_patch.set_visible(False)
         taken.append(boxes[chosen])
+
+
+def _along(corners: np.ndarray, distance: float) -> np.ndarray:
+    """Points on a polyline, ``(n, 2)``, at most ``distance`` apart."""
+    pieces = [corners[:1]]
+    for start, end in itertools.pairwise(corners):
+        count = int(np.hypot(*(end - start)) // distance) + 1
+        pieces.append(start + (end - start) * np.arange(1, count + 1)[:, None] / count)
+    return np.concatenate(pieces)
 
 
 def _places(anchor: np.ndarray, width: float, height: float, pixels: float) -> Iterator[np.ndarray]:
@@ -68,11 +89,11 @@ def _places(anchor: np.ndarray, width: float, height: float, pixels: float) -> I
             yield np.array([[x, y], [x + width, y + height]])
 
 
-def _is_free(box: np.ndarray, frame: Any, dots: np.ndarray, taken: Sequence[np.ndarray]) -> bool:
+def _is_free(box: np.ndarray, frame: Any, dots: np.ndarray, clearance: float, taken: Sequence[np.ndarray]) -> bool:
     (left, low), (right, high) = box
     if left < frame.x0 or right > frame.x1 or low < frame.y0 or high > frame.y1:
         return False
-    if ((dots > box[0] - 3) & (dots < box[1] + 3)).all(axis=1).any():
+    if ((dots > box[0] - clearance) & (dots < box[1] + clearance)).all(axis=1).any():
         return False
     return not any((box[0] < other[1]).all() and (other[0] < box[1]).all() for other in taken)
 
@@ -82,16 +103,16 @@ def label_ends(axis: Any, labels: Sequence[Label], size: float = 9) -> None:
     axis.figure.canvas.draw()  # the axis takes its height
     gap = 1.25 * size / 72 * axis.figure.dpi / axis.get_window_extent().height
     ends = axis.transAxes.inverted().transform(axis.transData.transform([(label.x, label.y) for label in labels]))
-    for label, height in zip(labels, spread(ends[:, 1].tolist(), gap), strict=True):
+    for label, height in zip(labels, spread(ends[:, 1].tolist(), gap, 1.0), strict=True):
         axis.annotate(
-            label.text, (label.x, label.y), (1.05, height), textcoords="axes fraction", va="center",
+            label.text, (label.x, label.y), (1.06, height), textcoords="axes fraction", va="center",
             fontsize=size, color=label.color, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
+            arrowprops=LINE | {"relpos": (0, 0.5), "shrinkA": 1, "color": label.color},
         )  # fmt: skip
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions as near to the wanted ones as a distance of ``gap`` between neighbours allows, in the order given."""
+def spread(wanted: Sequence[float], gap: float, highest: float) -> list[float]:
+    """Positions near the wanted ones, at least ``gap`` apart and none above ``highest``, in the order given."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     blocks: list[tuple[float, int]] = []  # centre and size of labels that touch
     for i in order:
@@ -102,6 +123,7 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
         blocks.append((centre, size))
     placed = [centre + gap * (k - (size - 1) / 2) for centre, size in blocks for k in range(size)]
     result = [0.0] * len(wanted)
-    for i, position in zip(order, placed, strict=True):
-        result[i] = position
+    for i, position in zip(reversed(order), reversed(placed), strict=True):
+        result[i] = min(position, highest)
+        highest = result[i] - gap
     return result

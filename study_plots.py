@@ -16,11 +16,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from plot_labels import Label, label_ends, place_labels
 from study_page import Plot
-from study_runs import Row, Run, Study
+from study_runs import Study
 from study_statistics import mean_and_deviation, pareto_front
 from study_tables import GIB, record
 
@@ -28,11 +29,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX"
 FRONT, BEATEN = "#0072B2", "#767676"
 CURVES = 12  # more cannot be told apart; the best ones are drawn
-DEPTH = 10.0  # percentage points below the best that a plot shows; what is lower is drawn at its foot
+DIRECT = 5  # so many names find room at their curves
+DEPTH = 10.0  # percentage points below the best; what is lower would flatten all others, and is drawn at a plot's foot
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.edgecolor": "#666666", "figure.dpi": 160,
+    "grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.edgecolor": "#666666", "figure.dpi": 140,
     "text.parse_math": False,
 }  # fmt: skip
 FILES = (
@@ -49,11 +51,11 @@ def plots(study: Study) -> list[Plot]:
     """The plots that the study has data for."""
     drawn = (
         cost_plot(study, "accuracy_parameters.png", "trainable", "trainable parameters"),
-        cost_plot(study, "accuracy_seconds.png", "train_seconds", "training, minutes", unit=60),
-        cost_plot(study, "accuracy_memory.png", "peak_memory_bytes", "peak memory, GiB", unit=GIB),
+        cost_plot(study, "accuracy_seconds.png", "train_seconds", "training time", ("minutes", 60)),
+        cost_plot(study, "accuracy_memory.png", "peak_memory_bytes", "peak memory", ("GiB", GIB)),
         rate_plot(study),
-        curve_plot(study, "learning_curves.png", "step", "step"),
-        curve_plot(study, "learning_curves_seconds.png", "train_seconds", "training, s"),
+        curve_plot(study, "learning_curves.png", "step", "steps"),
+        curve_plot(study, "learning_curves_seconds.png", "train_seconds", "seconds of training"),
         rank_alpha_plot(study),
     )
     return [plot for plot in drawn if plot is not None]
@@ -97,59 +99,82 @@ def _log_scale(axis: Any, values: Sequence[float], form: Callable[[float], str] 
 
 
 def _percent_scale(axis: Any, values: Sequence[float], deviations: Sequence[float] = (0.0,)) -> float:
-    """Limits for accuracies in percent. Returns the foot, at which everything lower is drawn."""
+    """Limits for accuracies in percent. Returns the foot, at which all that is far below the best is drawn."""
     high = max(values)
-    foot = max(min(values), high - DEPTH)
-    room = max(0.15 * (high - foot), *deviations, 0.1) * 1.3
+    low = min(value for value in values if value >= high - DEPTH)
+    room = max(0.15 * (high - low), *deviations, 0.1) * 1.3
+    foot = low if min(values) == low else low - room
     axis.set_ylim(foot - room, high + room)
     axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     return foot
 
 
-def _labelled(name: str, value: float, foot: float) -> str:
-    return name if value >= foot else f"{name}, {value:.1f} %"
+def _curve(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, foot: float, k: int) -> Any:
+    """Draws the k-th curve of a plot; points below the foot become open triangles at it. Returns its colour."""
+    color, low = COLORS[k % len(COLORS)], np.asarray(y) < foot
+    line = {"color": color, "linestyle": "-" if k < len(COLORS) else "--"}
+    heights = np.maximum(y, foot)
+    marks = np.flatnonzero(~low).tolist()
+    axis.plot(x, heights, marker=MARKERS[k % len(MARKERS)], markersize=5, markevery=marks, linewidth=1.6, **line)
+    axis.plot(np.asarray(x)[low], heights[low], "v", color=color, markersize=8, markerfacecolor="white")
+    return line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # accuracy against a cost
 
 
-def cost_plot(study: Study, file: str, key: str, label: str, unit: float = 1) -> Plot | None:
+def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, float] = ("", 1)) -> Plot | None:
     """Each row's test accuracy against what it costs, the Pareto front marked; with two rows at least."""
     records = [record(study, row) for row in study.rows]
     records = [r for r in records if r["accuracy_mean"] is not None and r[key]]
     if len(records) < 2:
         return None
-    costs = [r[key] / unit for r in records]
+    costs = [r[key] / unit[1] for r in records]
     scores = [100 * r["accuracy_mean"] for r in records]
     deviations = [100 * (r["accuracy_std"] or 0) for r in records]
     front = pareto_front(costs, scores)
-    with _figure(f"{study.name}: test accuracy against {label}") as (figure, (axis,)):
+    with _figure(f"{study.name}: test accuracy against {name}") as (figure, (axis,)):
         foot = _percent_scale(axis, scores, deviations)
-        shown = [max(score, foot) for score in scores]
-        if key == "trainable" or max(costs) > 8 * min(costs):
-            _log_scale(axis, costs)
-        else:
-            room = max(0.15 * (max(costs) - min(costs)), 0.05 * max(costs))
-            axis.set_xlim(min(costs) - room, max(costs) + room)
-        steps = sorted((cost, score) for cost, score, on in zip(costs, shown, front, strict=True) if on)
-        axis.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=FRONT, alpha=0.35, linewidth=2)
-        for cost, score, height, deviation, on in zip(costs, scores, shown, deviations, front, strict=True):
+        heights = [max(score, foot) for score in scores]
+        _cost_scale(axis, costs, log=key == "trainable" or max(costs) > 8 * min(costs))
+        axis.set(xlabel=", ".join(filter(None, (name, unit[0]))), ylabel="test accuracy, %")
+        axis.set_title(axis.get_title(loc="left"), pad=18)
+        legend = {"transform": axis.transAxes, "ha": "right", "color": FRONT, "fontsize": 9}
+        axis.text(1, 1.015, "\N{BLACK CIRCLE} Pareto front", **legend)
+        steps = _staircase(sorted((x, y) for x, y, on in zip(costs, heights, front, strict=True) if on))
+        axis.plot(*zip(*steps, strict=True), color=FRONT, alpha=0.35, linewidth=2)
+        labels = []
+        for r, x, y, score, deviation, on in zip(records, costs, heights, scores, deviations, front, strict=True):
             color = FRONT if on else BEATEN
             axis.errorbar(
-                cost, height, deviation or None, marker="o" if score >= foot else "v", markersize=7, color=color,
-                markerfacecolor=color if on else "white", markeredgewidth=1.5, capsize=3, elinewidth=1.2,
+                x, y, deviation or None, marker="o" if score >= foot else "v", markersize=7, color=color, capsize=3,
+                markerfacecolor=color if on else "white", markeredgewidth=1.5, elinewidth=1.2, zorder=4 if on else 3,
             )  # fmt: skip
-        axis.set(xlabel=label, ylabel="test accuracy, %")
-        labels = [
-            Label(x, y, _labelled(r["row"], score, foot), FRONT if on else "#444444", needed=on)
-            for x, y, score, r, on in zip(costs, shown, scores, records, front, strict=True)
-        ]
-        bars = [(x, y + part * d) for x, y, d in zip(costs, shown, deviations, strict=True) for part in (-1, 0, 1)]
-        place_labels(axis, sorted(labels, key=lambda item: not item.needed), np.array(bars))
-        caption = f"Test accuracy against {label}. Filled: the Pareto front, the rows that no other one beats on both."
+            said = r["row"] if score >= foot else f"{r['row']}, {score:.1f} %"
+            labels.append(Label(x, y, said, color if on else "#444444", needed=on))
+        bars = [(x, y + part * d) for x, y, d in zip(costs, heights, deviations, strict=True) for part in (-1, 0, 1)]
+        place_labels(axis, sorted(labels, key=lambda label: not label.needed), [steps], bars)
+        caption = f"Test accuracy against {name}. Filled: the Pareto front, rows that no other one beats on both."
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
+        caption += f" Triangles: more than {DEPTH:g} points below the best." if min(scores) < foot else ""
         return Plot(file, caption, _png(figure))
+
+
+def _cost_scale(axis: Any, costs: Sequence[float], log: bool) -> None:
+    if log:
+        _log_scale(axis, costs)
+        return
+    room = max(0.15 * (max(costs) - min(costs)), 0.05 * max(costs))
+    axis.set_xlim(min(costs) - room, max(costs) + room)
+
+
+def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of the front: what is reached at a cost stays reached at a higher one."""
+    corners = list(points[:1])
+    for x, y in points[1:]:
+        corners += [(x, corners[-1][1]), (x, y)]
+    return corners
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,94 +195,80 @@ def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
 
 
 def rate_plot(study: Study) -> Plot | None:
-    """Validation accuracy against the learning rate, a curve a row; the best of each is named."""
+    """Validation accuracy against the learning rate, a curve a row; each says where it is best."""
     scores = _rate_scores(study)
     means = {name: {rate: fmean(values) for rate, values in rates.items()} for name, rates in scores.items()}
     ranked = sorted(means, key=lambda name: -max(means[name].values()))[:CURVES]
     if not ranked:
         return None
     every = [value for name in ranked for value in means[name].values()]
-    with _figure(f"{study.name}: validation accuracy by learning rate") as (figure, (axis,)):
+    with _figure(f"{study.name}: validation accuracy by learning rate", width=7) as (figure, (axis,)):
         foot = _percent_scale(axis, every)
         _log_scale(axis, [rate for name in ranked for rate in means[name]], lambda rate: f"{rate:g}")
-        labels, points = [], []
-        for k, name in enumerate(ranked):
-            rates, values = zip(*means[name].items(), strict=True)
-            style = _curve_style(k)
-            heights = [max(value, foot) for value in values]
-            spreads = [mean_and_deviation(scores[name][rate])[1] or 0 for rate in rates]
-            axis.errorbar(rates, heights, spreads if any(spreads) else None, capsize=3, elinewidth=1, **style)
-            low = [(r, h) for r, h, value in zip(rates, heights, values, strict=True) if value < foot]
-            if low:
-                axis.plot(*zip(*low, strict=True), "v", color=style["color"], markersize=10, fillstyle="none")
-            best = int(np.argmax(values))
-            labels.append(Label(rates[best], heights[best], f"{name}, {rates[best]:g}", style["color"], needed=True))
-            points += _along(np.log(rates), heights)
         axis.set(xlabel="peak learning rate", ylabel="validation accuracy, %")
-        obstacles = np.array(points)
-        obstacles[:, 0] = np.exp(obstacles[:, 0])
-        place_labels(axis, labels, obstacles)
-        caption = "Validation accuracy by peak learning rate; each curve is named at its best."
-        caption += f" Triangles at the foot: more than {DEPTH:g} points below the best." if min(every) < foot else ""
+        labels, lines = [], []
+        for k, name in enumerate(ranked):
+            rates, values = (np.array(column) for column in zip(*means[name].items(), strict=True))
+            spreads = np.array([mean_and_deviation(scores[name][rate])[1] or 0 for rate in rates])
+            style = _curve(axis, rates, values, foot, k)
+            axis.errorbar(rates, np.maximum(values, foot), spreads, fmt="none", color=style["color"], capsize=3)
+            best = int(np.argmax(values))
+            said = f"{name}, {rates[best]:g}"
+            labels.append(Label(rates[best], max(values[best], foot), said, style["color"], needed=True))
+            lines.append(list(zip(rates, np.maximum(values, foot), strict=True)))
+        if len(ranked) <= DIRECT:
+            place_labels(axis, labels, lines)
+        else:
+            _legend(axis, [label.text for label in labels])
+        caption = "Validation accuracy by peak learning rate; each name with the rate at which it is best."
+        caption += f" Triangles: more than {DEPTH:g} points below the best." if min(every) < foot else ""
         return Plot("learning_rates.png", caption, _png(figure))
 
 
-def _curve_style(k: int) -> dict[str, Any]:
-    dashed = k >= len(COLORS)
-    return {
-        "color": COLORS[k % len(COLORS)], "marker": MARKERS[k % len(MARKERS)], "markersize": 5,
-        "linestyle": "--" if dashed else "-", "linewidth": 1.6,
-    }  # fmt: skip
+def _legend(axis: Any, names: Sequence[str]) -> None:
+    """Names beside the plot, the best curve first, where they are too many to stand at their curves."""
+    handles = [
+        Line2D([], [], color=COLORS[k % len(COLORS)], marker=MARKERS[k % len(MARKERS)], markersize=5,
+               linestyle="-" if k < len(COLORS) else "--")
+        for k in range(len(names))
+    ]  # fmt: skip
+    axis.legend(handles, names, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
 
 
-def _along(x: Sequence[float] | np.ndarray, y: Sequence[float], parts: int = 12) -> list[tuple[float, float]]:
-    """Points on a polyline, close enough that no label fits between them."""
-    where = np.linspace(0, len(x) - 1, parts * (len(x) - 1) + 1)
-    at = np.arange(len(x))
-    return list(zip(np.interp(where, at, x), np.interp(where, at, y), strict=True))
-
-
-def curve_plot(study: Study, file: str, key: str, label: str) -> Plot | None:
+def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
     """Validation accuracy and training loss over steps or seconds: the first seed of each row that kept its metrics."""
     if key == "train_seconds" and study.cost_obstacles:
         return None
     curves = []
     for row in study.rows:
-        run = _first(row)
+        run = min(row.finished, key=lambda run: run.seed, default=None)
         history = [point for point in (run.history() if run else []) if key in point]
         if any("validation_accuracy" in point for point in history):
             curves.append((row.name, history))
     curves = curves[:CURVES]
     if not curves:
         return None
-    height = max(5.5, 2.5 + 0.3 * len(curves))
-    with _figure(f"{study.name}: learning curves", height=height, rows=2) as (figure, (above, below)):
-        labels, every = [], []
-        for k, (name, history) in enumerate(curves):
-            style = _curve_style(k)
-            at, values = _column(history, key, "validation_accuracy")
-            above.plot(at, 100 * values, **style)
-            every += (100 * values).tolist()
-            labels.append(Label(at[-1], 100 * values[-1], f"{name} {100 * values[-1]:.1f}", style["color"]))
+    with _figure(f"{study.name}: learning curves", width=7, height=6, rows=2) as (figure, (above, below)):
+        accuracies = [_column(history, key, "validation_accuracy", 100) for _, history in curves]
+        foot = _percent_scale(above, [value for _, values in accuracies for value in values])
+        labels = []
+        for k, ((row_name, history), (at, values)) in enumerate(zip(curves, accuracies, strict=True)):
+            style = _curve(above, at, values, foot, k)
+            said = f"{row_name} {values[-1]:.1f}"
+            labels.append(Label(at[-1], max(values[-1], foot), said, style["color"]))
             at, losses = _column(history, key, "train_loss")
             width = max(1, len(losses) // 20)
             smooth = np.convolve(losses, np.ones(width) / width, mode="valid") if len(losses) else losses
-            below.plot(at[width - 1 :], smooth, color=style["color"], linestyle=style["linestyle"], linewidth=1.2)
-        foot = _percent_scale(above, every)
+            below.plot(at[width - 1 :], smooth, linewidth=1.2, **style)
         above.set(ylabel="validation accuracy, %")
-        below.set(xlabel=label, ylabel="training loss, nats", xlim=(0, None), ylim=(0, None))
-        labels = [Label(item.x, max(item.y, foot), item.text, item.color) for item in labels]
+        below.set(xlabel=name, ylabel="training loss, nats", xlim=(0, None), ylim=(0, None))
         label_ends(above, labels)
-        caption = f"Learning curves over {label.split(',')[0]}s of each row's first seed; the loss is smoothed."
-        return Plot(file, caption.replace("trainings", "training seconds"), _png(figure))
+        caption = f"Learning curves over {name} of each row's first seed; the training loss is smoothed."
+        return Plot(file, caption, _png(figure))
 
 
-def _first(row: Row) -> Run | None:
-    return min(row.finished, key=lambda run: run.seed, default=None)
-
-
-def _column(history: Sequence[dict[str, float]], key: str, value: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(point[key], point[value]) for point in history if value in point]
+def _column(history: Sequence[dict[str, float]], key: str, value: str, scale: float = 1) -> tuple[Any, Any]:
+    points = [(point[key], scale * point[value]) for point in history if value in point]
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
 
 
@@ -292,6 +303,7 @@ def rank_alpha_plot(study: Study) -> Plot | None:
                 grid[ranks.index(rank), alphas.index(alpha)] = fmean(values)
             axis.imshow(grid, cmap="cividis", vmin=low, vmax=high, origin="lower", aspect="auto")
             axis.grid(visible=False)
+            axis.set_facecolor("#eeeeee")
             axis.spines[:].set_visible(False)
             axis.tick_params(length=0)
             best = float(np.nanmax(grid))

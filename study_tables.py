@@ -207,7 +207,7 @@ def notes(study: Study) -> list[str]:
     """What a reader of the main table must know."""
     found = []
     if study.cost_obstacles and any(run.finished for run in study.final):
-        found.append(f"Times and memory stay empty: {'; '.join(study.cost_obstacles)}.")
+        found.append(f"Times and memory are not shown: {'; '.join(study.cost_obstacles)}.")
     if any(len(row.tested) > 1 for row in study.rows):
         found.append("The command of a row with several seeds is that of the first; the others differ in `--seed`.")
     return found

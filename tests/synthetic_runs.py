@@ -25,6 +25,7 @@ def write_run(
     validation: float | None = 0.9,
     axes: dict[str, Any] | None = None,
     curve: Sequence[float] = (),
+    question: str | None = None,
     **changes: Any,
 ) -> Path:
     """Writes one collected run and returns its folder.
@@ -40,6 +41,8 @@ def write_run(
         validation: accuracy on 1,000 validation texts.
         axes: the run's place on the study's axes.
         curve: validation accuracies for ``metrics.csv``.
+        question: what the study asks, where the run says it.
+        question: what the study asks, where the run says it.
         changes: keys of ``result.json``, merged into those that are dictionaries.
     """
     axes = axes or {}
@@ -57,6 +60,8 @@ def write_run(
         "memory": {"peak_bytes": 2**30},
         "study": {"study": study, "row": row, "run": name, "stage": stage, "seed": seed, "axes": axes},
     }
+    if question is not None:
+        result["study"]["question"] = question
     if validation is not None:
         result["validation"] = {"accuracy": validation, "examples": 1000}
     if correct is not None:
