@@ -9,6 +9,7 @@ import numpy as np
 
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 LINE = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+CROWD = 15  # of more labels than this, those that would need a line to their point are left out
 REACH_POINTS = (7, 14, 24, 36, 50)  # how far from its point a label may stand, in points of 1/72 inch
 Points = Sequence[tuple[float, float]]
 
@@ -37,7 +38,7 @@ def place_labels(
 
     Args:
         axis: a matplotlib axis whose limits are set.
-        labels: a label that finds no place is left out, unless it is needed.
+        labels: one that finds no place is left out unless it is needed; in a crowd the place must be near.
         lines: polylines in data coordinates that no label may cover, nor their corners.
         dots: points in data coordinates that no label may cover.
         size: of the font, in points of 1/72 inch.
@@ -59,6 +60,8 @@ def place_labels(
         extent = text.get_window_extent(renderer)
         anchor = axis.transData.transform((label.x, label.y))
         boxes = list(_places(anchor, extent.width, extent.height, figure.dpi / 72))
+        if len(labels) > CROWD and not label.needed:
+            boxes = boxes[: len(DIRECTIONS)]
         free = [i for i, box in enumerate(boxes) if _is_free(box, frame, obstacles, clearance, taken)]
         if not free and not label.needed:
             text.remove()

@@ -11,6 +11,7 @@ from run_config import UserError
 from study_runs import Predictions, Study
 from study_statistics import LEVEL, Difference, bootstrap_difference, holm, mcnemar, resamples_for
 
+SHOWN = 120  # pairs in a table; 16 rows have as many
 READING = (
     "p: McNemar's exact test between two single runs, which says whether these two runs differ and nothing of other"
     " seeds; else a bootstrap over test texts and seeds, as is every interval. Corrected by Holm's method over all"
@@ -48,16 +49,20 @@ def compare(first: Sequence[Predictions], second: Sequence[Predictions], resampl
 
     The interval is always the bootstrap's.
 
+    Args:
+        first: of one method, a run a seed.
+        second: of the other one.
+        resamples: of the bootstrap that gives a p value.
+
     Raises:
         UserError: the runs were tested on different texts.
     """
     if len({predictions.test_set for predictions in (*first, *second)}) > 1:
         raise UserError("runs that were tested on different texts cannot be compared: give runs of one test split")
     a, b = (np.stack([predictions.correct for predictions in runs]) for runs in (first, second))
-    difference = bootstrap_difference(a, b, resamples)
     if len(a) == len(b) == 1:
-        return replace(difference, p=mcnemar(a[0], b[0])), "McNemar"
-    return difference, "bootstrap"
+        return replace(bootstrap_difference(a, b), p=mcnemar(a[0], b[0])), "McNemar"
+    return bootstrap_difference(a, b, resamples), "bootstrap"
 
 
 def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
@@ -88,11 +93,22 @@ def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
     return comparisons, notes
 
 
+def worth_showing(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """All of them, or where that would be an endless table those with a highest row."""
+    highest = _highest(comparisons)
+    return [c for c in comparisons if len(comparisons) <= SHOWN or c.first in highest]
+
+
+def _highest(comparisons: Sequence[Comparison]) -> list[str]:
+    """The highest row, or that of each group of rows with test texts of its own; comparisons name the higher first."""
+    lower = {c.second for c in comparisons}
+    return list(dict.fromkeys(c.first for c in comparisons if c.first not in lower))
+
+
 def headlines(comparisons: Sequence[Comparison]) -> list[str]:
     """What the comparisons say of the highest row, or of the highest of each group with test texts of its own."""
     sentences = []
-    beaten = {c.second for c in comparisons}
-    for best in dict.fromkeys(c.first for c in comparisons if c.first not in beaten):
+    for best in _highest(comparisons):
         own = [c for c in comparisons if c.first == best]
         equal = [c.second for c in own if c.corrected_p >= LEVEL]
         others = "the other one" if len(own) == 1 else f"each of the {len(own)} others"

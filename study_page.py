@@ -58,8 +58,16 @@ class Section:
     headlines: Sequence[str]
     notes: Sequence[str]
     comparisons: Table
+    pairs: int  # that were compared
     tuning: Table
     plots: Sequence[Plot]
+
+    @property
+    def comparisons_title(self) -> str:
+        shown = len(self.comparisons.rows)
+        if shown == self.pairs:
+            return f"Every pair of rows compared ({self.pairs})"
+        return f"The highest row compared with the others ({shown} of {self.pairs} pairs)"
 
 
 def page(sections: Sequence[Section]) -> str:
@@ -102,7 +110,7 @@ def _section(section: Section) -> str:
         parts += ['<div class="plots">', *(_figure(plot) for plot in section.plots), "</div>"]
     if section.comparisons.rows:
         inner = f'{_table(section.comparisons)}\n<p class="note">{escape(READING)}</p>'
-        parts.append(_details(f"Every pair of rows compared ({len(section.comparisons.rows)})", inner))
+        parts.append(_details(section.comparisons_title, inner))
     if section.tuning.rows:
         parts.append(_details("Learning rates tried on validation", _table(section.tuning)))
     return "\n".join([*parts, "</section>"])

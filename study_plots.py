@@ -5,8 +5,6 @@ tell apart; a curve has a marker of its own besides.
 """
 
 import io
-import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
@@ -35,6 +33,7 @@ STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.edgecolor": "#666666", "figure.dpi": 140,
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.08,
     "text.parse_math": False,
 }  # fmt: skip
 FILES = (
@@ -280,48 +279,55 @@ def rank_alpha_plot(study: Study) -> Plot | None:
     """A heat map of accuracy over ``lora_r`` and ``lora_alpha``, one a combination of the other axes."""
     runs = [run for run in study.final if {"lora_r", "lora_alpha"} <= run.axes.keys()]
     split = "test" if any(run.accuracy("test") is not None for run in runs) else "validation"
-    cells: dict[str, dict[tuple[float, float], list[float]]] = {}
+    found: dict[str, dict[tuple[float, float], list[float]]] = {}
     for run in runs:
-        others = {k: v for k, v in sorted(run.axes.items()) if k not in ("lora_r", "lora_alpha", "seed")}
+        others = [f"{key} {value}" for key, value in run.axes.items() if key not in ("lora_r", "lora_alpha", "seed")]
         accuracy = run.accuracy(split)
         if accuracy is not None:
             place = (float(run.axes["lora_r"]), float(run.axes["lora_alpha"]))
-            cells.setdefault(json.dumps(others), {}).setdefault(place, []).append(100 * accuracy)
-    ranks = sorted({rank for places in cells.values() for rank, _ in places})
-    alphas = sorted({alpha for places in cells.values() for _, alpha in places})
-    if len(ranks) * len(alphas) < 2:
+            found.setdefault(", ".join(others), {}).setdefault(place, []).append(100 * accuracy)
+    maps = {name: {place: fmean(values) for place, values in cells.items()} for name, cells in found.items()}
+    places = {place for cells in maps.values() for place in cells}
+    if len(places) < 2:
         return None
-    means = [fmean(values) for places in cells.values() for values in places.values()]
-    high = max(means)
-    low = max(min(means), high - DEPTH)
-    height = 0.9 + 0.55 * len(ranks)
-    size = {"width": max(4.5, 1.6 + 0.9 * len(alphas)), "height": height * len(cells) + 0.5}
-    with _figure(f"{study.name}: {split} accuracy, %", rows=len(cells), **size) as (figure, axes):
-        for axis, (combination, places) in zip(axes, cells.items(), strict=True):
-            grid = np.full((len(ranks), len(alphas)), np.nan)
-            for (rank, alpha), values in places.items():
-                grid[ranks.index(rank), alphas.index(alpha)] = fmean(values)
-            axis.imshow(grid, cmap="cividis", vmin=low, vmax=high, origin="lower", aspect="auto")
-            axis.grid(visible=False)
-            axis.set_facecolor("#eeeeee")
-            axis.spines[:].set_visible(False)
-            axis.tick_params(length=0)
-            best = float(np.nanmax(grid))
-            for i, j in itertools.product(range(len(ranks)), range(len(alphas))):
-                _cell(axis, i, j, grid[i, j], low, high, best)
-            axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
-            axis.set_yticks(range(len(ranks)), [f"{rank:g}" for rank in ranks])
-            axis.set(ylabel="rank r")
-            if len(cells) > 1:
-                axis.set_title(", ".join(f"{k} {v}" for k, v in json.loads(combination).items()), fontweight="normal")
+    ranks, alphas = (sorted({place[i] for place in places}) for i in range(2))
+    every = [value for cells in maps.values() for value in cells.values()]
+    limits = (max(min(every), max(every) - DEPTH), max(every))
+    size = {"width": max(4.5, 1.6 + 0.9 * len(alphas)), "height": (0.9 + 0.55 * len(ranks)) * len(maps) + 0.5}
+    title = f"{study.name}: {split} accuracy, %"
+    with _figure(title, rows=len(maps), **size) as (figure, axes):
+        for axis, (name, cells) in zip(axes, maps.items(), strict=True):
+            _heat_map(axis, cells, ranks, alphas, limits)
+            if len(maps) > 1:
+                axis.set_title(name, fontweight="normal")
+        if len(maps) > 1:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         axes[-1].set_xlabel("alpha")
         caption = f"Mean {split} accuracy, %, by rank and alpha; the best is bold, an empty cell has no finished run."
         return Plot("rank_alpha.png", caption, _png(figure))
 
 
-def _cell(axis: Any, i: int, j: int, value: float, low: float, high: float, best: float) -> None:
-    if np.isnan(value):
-        return
-    dark = high > low and (value - low) / (high - low) < 0.55
-    weight = "bold" if value == best else "normal"
-    axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontweight=weight)
+def _heat_map(
+    axis: Any,
+    cells: dict[tuple[float, float], float],
+    ranks: Sequence[float],
+    alphas: Sequence[float],
+    limits: tuple[float, float],
+) -> None:
+    """Coloured cells with their values, which stand out from dark and from light ones."""
+    grid = np.full((len(ranks), len(alphas)), np.nan)
+    low, high = limits
+    for (rank, alpha), value in cells.items():
+        i, j = ranks.index(rank), alphas.index(alpha)
+        grid[i, j] = value
+        color = "white" if high > low and value < low + 0.55 * (high - low) else "black"
+        weight = "bold" if value == max(cells.values()) else "normal"
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontweight=weight)
+    axis.imshow(grid, cmap="cividis", vmin=low, vmax=high, origin="lower", aspect="auto")
+    axis.grid(visible=False)
+    axis.set_facecolor("#eeeeee")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+    axis.set_yticks(range(len(ranks)), [f"{rank:g}" for rank in ranks])
+    axis.set(ylabel="rank r")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from local_run_utilities import write_atomically
 from run_config import UserError
-from study_comparisons import READING, compare_rows, headlines
+from study_comparisons import READING, compare_rows, headlines, worth_showing
 from study_page import Section, page
 from study_plots import FILES, plots
 from study_runs import Study, read_study, studies
@@ -62,7 +62,8 @@ def section(study: Study) -> Section:
         table=main_table(study),
         headlines=headlines(comparisons),
         notes=[*notes(study), *not_compared],
-        comparisons=comparison_table(comparisons),
+        comparisons=comparison_table(worth_showing(comparisons)),
+        pairs=len(comparisons),
         tuning=tuning_table(study),
         plots=plots(study),
     )
@@ -78,7 +79,7 @@ def study_text(section: Section) -> str:
     """``table.md``: everything about a study."""
     parts = [f"# {section.study}", section.question, section.table.markdown(), *section.headlines, *section.notes]
     if section.comparisons.rows:
-        parts += ["## Every pair compared", section.comparisons.markdown(), READING]
+        parts += [f"## {section.comparisons_title}", section.comparisons.markdown(), READING]
     if section.tuning.rows:
         parts += ["## Learning rates tried on validation", section.tuning.markdown()]
     parts += [f"![{plot.caption}]({plot.file})" for plot in section.plots]

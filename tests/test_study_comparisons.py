@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -5,9 +6,9 @@ import pytest
 from synthetic_runs import outcomes, write_run
 
 from run_config import UserError
-from study_comparisons import compare, compare_rows, headlines
+from study_comparisons import Comparison, compare, compare_rows, headlines, worth_showing
 from study_runs import read_study
-from study_statistics import holm, mcnemar
+from study_statistics import Difference, holm, mcnemar
 
 TEXTS = 2000
 DIFFICULTY = np.random.default_rng(0).normal(size=TEXTS)
@@ -82,3 +83,11 @@ def test_rows_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         "Not compared with others, for the test predictions were not kept: lost.",
         "Not compared with others, for each seed has a test split of its own: mixed.",
     ]
+
+
+def test_of_very_many_pairs_those_with_the_highest_row_are_shown() -> None:
+    difference = Difference(0.1, 0.0, 0.2, 0.5)
+    names = [f"row {i}" for i in range(20)]
+    comparisons = [Comparison(a, b, difference, 1.0, "McNemar") for a, b in itertools.combinations(names, 2)]
+    assert worth_showing(comparisons[:100]) == comparisons[:100]
+    assert [(c.first, c.second) for c in worth_showing(comparisons)] == [("row 0", name) for name in names[1:]]

@@ -34,7 +34,7 @@ def section(**changes: object) -> Section:
     parts: dict[str, object] = {
         "study": "one_study", "question": "Which <method>?", "headlines": ["Highest: a & b."], "notes": ["A note."],
         "table": Table(("row", "seeds", "empty", "command"), [("a|<b>", "1", "", "python x.py --flag '<&>'")]),
-        "comparisons": EMPTY, "tuning": EMPTY, "plots": [],
+        "comparisons": EMPTY, "pairs": 0, "tuning": EMPTY, "plots": [],
     }  # fmt: skip
     return Section(**parts | changes)  # type: ignore[arg-type]
 
@@ -43,7 +43,7 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
     png = b"\x89PNG bytes"
     plots = [Plot("p.png", 'A "plot" < another', png)]
     comparison = Table(("row", "verdict"), [("a", "not distinguishable")])
-    text = page([section(plots=plots, comparisons=comparison, tuning=comparison), section(study="other")])
+    text = page([section(plots=plots, comparisons=comparison, pairs=1, tuning=comparison), section(study="other")])
     reader = Reader()
     reader.feed(text)
     assert reader.open == []

@@ -35,7 +35,7 @@ def test_every_plot_where_there_is_data_for_it_and_the_same_bytes_twice(tmp_path
         assert plot.png.startswith(b"\x89PNG")
         assert b"tEXt" not in plot.png  # neither date nor version
         width, height = struct.unpack(">II", plot.png[16:24])
-        assert min(width, height) > 350
+        assert min(width, height) > 300
 
 
 def test_costs_that_may_not_be_compared_are_not_drawn(tmp_path: Path) -> None:

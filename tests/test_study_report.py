@@ -63,7 +63,12 @@ def test_what_the_report_says(results: Path) -> None:
     assert readme.endswith("end\n")
     assert "old" not in readme
     table = (results / "s" / "table.md").read_text()
-    for said in ("## Every pair compared", "not distinguishable", "## Learning rates tried", "](learning_rates.png)"):
+    for said in (
+        "## Every pair of rows compared (1)",
+        "not distinguishable",
+        "## Learning rates tried",
+        "](learning_rates.png)",
+    ):
         assert said in table
     rows = json.loads((results / "summary.json").read_text())
     assert [(row["study"], row["row"], row["seeds"]) for row in rows] == [
