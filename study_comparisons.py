@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from collected_runs import Predictions, Study
 from run_config import UserError
-from study_runs import Predictions, Study
 from study_statistics import LEVEL, Difference, bootstrap_difference, holm, mcnemar, resamples_for
 
 SHOWN = 120  # pairs in a table; 16 rows have as many

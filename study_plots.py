@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from collected_runs import Study
 from plot_labels import Label, label_ends, place_labels
 from study_page import Plot
-from study_runs import Study
 from study_statistics import mean_and_deviation, pareto_front
 from study_tables import GIB, record
 
@@ -115,7 +115,7 @@ def _curve(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.n
     heights = np.maximum(y, foot)
     marks = np.flatnonzero(~low).tolist()
     axis.plot(x, heights, marker=MARKERS[k % len(MARKERS)], markersize=5, markevery=marks, linewidth=1.6, **line)
-    axis.plot(np.asarray(x)[low], heights[low], "v", color=color, markersize=8, markerfacecolor="white")
+    axis.plot(np.asarray(x)[low], heights[low], "v", color=color, markersize=8, markerfacecolor="white", zorder=3)
     return line
 
 

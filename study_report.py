@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from collected_runs import Study, read_study, studies
 from local_run_utilities import write_atomically
 from run_config import UserError
 from study_comparisons import READING, compare_rows, headlines, worth_showing
 from study_page import Section, page
 from study_plots import FILES, plots
-from study_runs import Study, read_study, studies
 from study_tables import comparison_table, csv_text, main_table, notes, summary, tuning_table
 
 ROOT = Path(__file__).resolve().parent
@@ -114,7 +114,7 @@ def build(results: Path, readme: str) -> tuple[dict[Path, bytes | None], str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 where a file is refused and nothing was written."""
+    """The command. Returns the exit status: 0, or 2 where a file is refused."""
     parser = argparse.ArgumentParser(description="Rebuild tables, plots and the HTML page from the runs in results/.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="holds the runs as STUDY/RUN/result.json")
     parser.add_argument("--readme", type=Path, default=README, help="Markdown whose tables between markers are renewed")
@@ -125,14 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.readme.is_file():
             raise UserError(f"--readme {options.readme} is not a file: give a Markdown file with markers")
         files, readme = build(options.results, options.readme.read_text(encoding="utf8"))
-    except UserError as error:
+        for path, content in {**files, options.readme: readme.encode()}.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_atomically(path, partial(_write, content))
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for path, content in {**files, options.readme: readme.encode()}.items():
-        if content is None:
-            path.unlink(missing_ok=True)
-        else:
-            write_atomically(path, partial(_write, content))
     print(options.results / "report.html")
     return 0
 

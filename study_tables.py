@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from collected_runs import Row, Run, Study
 from study_comparisons import Comparison
-from study_runs import Row, Run, Study
 from study_statistics import mean_and_deviation
 
 OMITTED = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # where things lie on one machine

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from synthetic_runs import outcomes, write_run
 
+from collected_runs import read_study
 from run_config import UserError
 from study_comparisons import Comparison, compare, compare_rows, headlines, worth_showing
-from study_runs import read_study
 from study_statistics import Difference, holm, mcnemar
 
 TEXTS = 2000

@@ -5,9 +5,9 @@ import pytest
 from matplotlib.axes import Axes
 from synthetic_runs import outcomes, write_run
 
+from collected_runs import read_study
 from study_page import Plot
 from study_plots import FILES, plots
-from study_runs import read_study
 
 
 def drawn(results: Path) -> dict[str, Plot]:

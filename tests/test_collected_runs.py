@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from synthetic_runs import outcomes, write_run
 
+from collected_runs import Row, Study, read_study, studies
 from run_config import UserError
-from study_runs import Row, Study, read_study, studies
 
 
 def rows(study: Study) -> dict[str, Row]:
