@@ -5,6 +5,7 @@ tell apart; a curve has a marker of its own besides.
 """
 
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from collected_runs import Study
+from collected_runs import Run, Study
 from plot_labels import Label, label_ends, place_labels
 from study_page import Plot
 from study_statistics import mean_and_deviation, pareto_front
@@ -75,6 +76,14 @@ def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})  # no version, no date
     return file.getvalue()
+
+
+def _row_without(run: Run, *axes: str) -> str:
+    """What these axes leave of a row's name: ``adam`` of ``adam-learning_rate0.001``, ``all`` where nothing is left."""
+    name = run.row
+    for axis in axes:
+        name = name.replace(f"{axis}{run.axes[axis]:g}", "", 1)
+    return re.sub("-+", "-", name).strip("-") or "all"
 
 
 def _short(value: float) -> str:
@@ -187,8 +196,7 @@ def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
         rate = run.get("config", "learning_rate") or run.axes.get("learning_rate")
         accuracy = run.accuracy("validation")
         if rate is not None and accuracy is not None:
-            others = [str(value) for key, value in run.axes.items() if key not in ("learning_rate", "seed")]
-            name = run.row if run.tunes else ", ".join(others) or study.name
+            name = run.row if run.tunes else _row_without(run, "learning_rate")
             found.setdefault(name, {}).setdefault(float(rate), []).append(100 * accuracy)
     return {name: dict(sorted(rates.items())) for name, rates in found.items() if len(rates) > 1}
 
@@ -276,16 +284,15 @@ def _column(history: Sequence[dict[str, float]], key: str, value: str, scale: fl
 
 
 def rank_alpha_plot(study: Study) -> Plot | None:
-    """A heat map of accuracy over ``lora_r`` and ``lora_alpha``, one a combination of the other axes."""
+    """A heat map of accuracy over ``lora_r`` and ``lora_alpha``, one for all rows that differ only in these."""
     runs = [run for run in study.final if {"lora_r", "lora_alpha"} <= run.axes.keys()]
     split = "test" if any(run.accuracy("test") is not None for run in runs) else "validation"
     found: dict[str, dict[tuple[float, float], list[float]]] = {}
     for run in runs:
-        others = [f"{key} {value}" for key, value in run.axes.items() if key not in ("lora_r", "lora_alpha", "seed")]
         accuracy = run.accuracy(split)
         if accuracy is not None:
             place = (float(run.axes["lora_r"]), float(run.axes["lora_alpha"]))
-            found.setdefault(", ".join(others), {}).setdefault(place, []).append(100 * accuracy)
+            found.setdefault(_row_without(run, "lora_r", "lora_alpha"), {}).setdefault(place, []).append(100 * accuracy)
     maps = {name: {place: fmean(values) for place, values in cells.items()} for name, cells in found.items()}
     places = {place for cells in maps.values() for place in cells}
     if len(places) < 2:

@@ -7,7 +7,7 @@ from synthetic_runs import outcomes, write_run
 
 from collected_runs import read_study
 from study_page import Plot
-from study_plots import FILES, plots
+from study_plots import FILES, _rate_scores, _row_without, plots
 
 
 def drawn(results: Path) -> dict[str, Plot]:
@@ -63,8 +63,25 @@ def test_a_row_far_below_does_not_flatten_the_others(tmp_path: Path, monkeypatch
 
 
 def test_rates_are_an_axis_of_studies_that_do_not_tune(tmp_path: Path) -> None:
-    for optimizer in ("adam", "sgd"):
-        for rate in (1e-3, 1e-2):
-            axes = {"optimizer": optimizer, "learning_rate": rate}
-            write_run(tmp_path, "s", f"{optimizer}{rate}", axes=axes)
+    for optimizer in ("lora-adam", "lora-sgd"):
+        for rate in (1e-5, 1e-2):
+            write_run(tmp_path, "s", f"{optimizer}-learning_rate{rate:g}", axes={"learning_rate": rate})
+    scores = _rate_scores(read_study("s", tmp_path))
+    assert {name: list(rates) for name, rates in scores.items()} == {
+        "lora-adam": [1e-5, 1e-2], "lora-sgd": [1e-5, 1e-2],
+    }  # fmt: skip
     assert set(drawn(tmp_path)) == {"learning_rates.png"}
+
+
+@pytest.mark.parametrize(
+    ("row", "left"),
+    [
+        ("lora_r8-lora_alpha16", "all"),
+        ("q-lora_r8-lora_alpha16", "q"),
+        ("lora_r8-lora_key-True-lora_alpha16", "lora_key-True"),
+    ],
+)
+def test_what_axes_leave_of_a_row(tmp_path: Path, row: str, left: str) -> None:
+    write_run(tmp_path, "s", row, axes={"lora_r": 8, "lora_alpha": 16.0})
+    (run,) = read_study("s", tmp_path).runs
+    assert _row_without(run, "lora_r", "lora_alpha") == left
