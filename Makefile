@@ -19,7 +19,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# README's tables, from the runs in results/.
+# Tables, plots, results/report.html and README's tables, from the runs in results/.
 tables: $(VENV)/.installed
 	$(BIN)/python study_report.py
 

@@ -1,53 +1,28 @@
-"""Collected runs -> tables: rewrites the tables between README's markers from the run files in ``results/``.
+"""Collected runs -> the report: ``python study_report.py``, see ``--help``.
 
-``results/STUDY/ROW/result.json`` is one finished run; a table has one line for each, with the command that gives it.
+From the run files in ``results/`` alone, the same ones giving the same bytes: for each study ``table.md``,
+``table.csv`` and plots; for all of them ``summary.json`` and ``report.html``; and the tables between README's markers.
 """
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+from collected_runs import Study, read_study, studies
+from local_run_utilities import write_atomically
+from run_config import UserError
+from study_comparisons import READING, compare_rows, headlines, worth_showing
+from study_page import Section, page
+from study_plots import FILES, plots
+from study_tables import comparison_table, csv_text, main_table, notes, summary, tuning_table
 
 ROOT = Path(__file__).resolve().parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "results"
-# Time and memory have no column: these runs were not alone on their machine.
-COLUMNS = ("row", "test accuracy, % (95 % interval)", "trainable parameters", "command")
-OMITTED = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # where things lie on one machine
-
-
-def read_study(study: str, results: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """The runs of a study by row, the best first; a run that has not finished stays visible, at the end."""
-    runs = {
-        path.parent.name: json.loads(path.read_text(encoding="utf8")) for path in results.glob(f"{study}/*/result.json")
-    }
-    return dict(sorted(runs.items(), key=lambda item: (-item[1].get("test", {}).get("accuracy", 0), item[0])))
-
-
-def shown_command(command: str) -> str:
-    """The command without the places of one machine, ``--data_dir`` apart, which becomes a placeholder."""
-    words, kept = command.split(), []
-    while words:
-        word = words.pop(0)
-        if word in OMITTED:
-            value = words.pop(0) if words and not words[0].startswith("--") else None
-            kept += [word, "PATH"] if word == "--data_dir" and value else []
-        else:
-            kept.append(word)
-    return " ".join(kept)
-
-
-def table(runs: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table; what was not measured stays empty."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row, run in runs.items():
-        cells = [row, run["status"], "", f"`{shown_command(run['command'])}`"]
-        if run["status"] == "finished":
-            low, high = run["test"]["accuracy_ci95"]
-            cells[1] = f"{100 * run['test']['accuracy']:.2f} ({100 * low:.2f} to {100 * high:.2f})"
-            cells[2] = f"{run['parameters']['trainable']:,}"
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+DEFAULT_RATES = "learning_rates"  # README's markers of this name hold the defaults, not the study
 
 
 def learning_rates() -> str:
@@ -63,30 +38,107 @@ def learning_rates() -> str:
 
 
 def with_table(text: str, study: str, content: str) -> str:
-    """``text`` with what stands between the study's markers replaced.
+    """``text`` with what stands between the study's markers replaced; unchanged where it has none.
 
     Raises:
-        ValueError: the text has no such markers.
+        UserError: a marker without the other.
     """
     begin, end = f"<!-- {study}:begin -->", f"<!-- {study}:end -->"
-    before, found, rest = text.partition(begin)
+    if begin not in text and end not in text:
+        return text
+    before, _, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"no markers {begin} ... {end}")
+    if not closed:
+        raise UserError(f"--readme: the markers of a table must come as {begin} ... {end}")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
-def studies(results: Path = RESULTS) -> list[str]:
-    return sorted(path.name for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
+def section(study: Study) -> Section:
+    """All that the report says of a study."""
+    comparisons, not_compared = compare_rows(study)
+    return Section(
+        study=study.name,
+        question=study.question,
+        table=main_table(study),
+        headlines=headlines(comparisons),
+        notes=[*notes(study), *not_compared],
+        comparisons=comparison_table(worth_showing(comparisons)),
+        pairs=len(comparisons),
+        tuning=tuning_table(study),
+        plots=plots(study),
+    )
 
 
-def main() -> int:
-    """Rewrites every table in README. Returns the exit status."""
-    text = with_table(README.read_text(encoding="utf8"), "learning_rates", learning_rates())
-    for study in studies():
-        text = with_table(text, study, table(read_study(study)))
-    README.write_text(text, encoding="utf8")
+def readme_table(section: Section) -> str:
+    """The study as README shows it: no empty columns, what was found, what is missing."""
+    text = " ".join([*section.headlines, *section.notes])
+    return section.table.without_empty_columns().markdown() + (f"\n\n{text}" if text else "")
+
+
+def study_text(section: Section) -> str:
+    """``table.md``: everything about a study."""
+    parts = [f"# {section.study}", section.question, section.table.markdown(), *section.headlines, *section.notes]
+    if section.comparisons.rows:
+        parts += [f"## {section.comparisons_title}", section.comparisons.markdown(), READING]
+    if section.tuning.rows:
+        parts += ["## Learning rates tried on validation", section.tuning.markdown()]
+    parts += [f"![{plot.caption}]({plot.file})" for plot in section.plots]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def build(results: Path, readme: str) -> tuple[dict[Path, bytes | None], str]:
+    """The report, before anything is written.
+
+    Args:
+        results: holds a folder a study.
+        readme: README's text as it is.
+
+    Returns:
+        Contents of every file below ``results``, ``None`` for a plot that must go; and README's new text.
+    """
+    found = [read_study(name, results) for name in studies(results)]
+    sections = [section(study) for study in found]
+    files: dict[Path, bytes | None] = {}
+    for study, said in zip(found, sections, strict=True):
+        folder = results / study.name
+        files |= dict.fromkeys(folder / name for name in FILES)  # a plot goes when its data has gone
+        files |= {folder / plot.file: plot.png for plot in said.plots}
+        files[folder / "table.md"] = study_text(said).encode()
+        files[folder / "table.csv"] = csv_text(study).encode()
+        if study.name != DEFAULT_RATES:
+            readme = with_table(readme, study.name, readme_table(said))
+    rows = [row for study in found for row in summary(study)]
+    files[results / "summary.json"] = (json.dumps(rows, indent=2, allow_nan=False) + "\n").encode()
+    files[results / "report.html"] = page(sections).encode()
+    return files, with_table(readme, DEFAULT_RATES, learning_rates())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 where a file is refused."""
+    parser = argparse.ArgumentParser(description="Rebuild tables, plots and the HTML page from the runs in results/.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="holds the runs as STUDY/RUN/result.json")
+    parser.add_argument("--readme", type=Path, default=README, help="Markdown whose tables between markers are renewed")
+    options = parser.parse_args(argv)
+    try:
+        if not options.results.is_dir():
+            raise UserError(f"--results {options.results} is not a folder: give one that holds STUDY/RUN/result.json")
+        if not options.readme.is_file():
+            raise UserError(f"--readme {options.readme} is not a file: give a Markdown file with markers")
+        files, readme = build(options.results, options.readme.read_text(encoding="utf8"))
+        for path, content in {**files, options.readme: readme.encode()}.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_atomically(path, partial(_write, content))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(options.results / "report.html")
     return 0
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 if __name__ == "__main__":

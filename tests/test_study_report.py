@@ -2,42 +2,112 @@ import json
 from pathlib import Path
 
 import pytest
+from synthetic_runs import outcomes, write_run
 
-from study_report import README, learning_rates, read_study, shown_command, studies, table, with_table
+from run_config import UserError
+from study_report import README, RESULTS, build, learning_rates, main, with_table
+
+MARKED = "top\n<!-- s:begin -->\nold\n<!-- s:end -->\n<!-- learning_rates:begin -->\n<!-- learning_rates:end -->\nend\n"
 
 
-def test_readme_tables_are_those_of_the_committed_runs() -> None:
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Two studies: one with seeds, a tie, a failure and tuning, one that README does not show."""
+    folder = tmp_path / "results"
+    for seed in range(2):
+        for row in ("lora", "qlora"):
+            write_run(folder, "s", row, seed=seed, correct=outcomes(0.9 + 0.01 * seed, 300, seed), curve=[0.8, 0.9])
+    write_run(folder, "s", "broken", status="failed")
+    for rate in (1e-3, 1e-2):
+        write_run(folder, "s", "lora", stage="tune", axes={"learning_rate": rate})
+    write_run(folder, "learning_rates", "adam", correct=outcomes(0.8, 300, 9))
+    (tmp_path / "README.md").write_text(MARKED)
+    return folder
+
+
+def report(results: Path) -> int:
+    return main(["--results", str(results), "--readme", str(results.parent / "README.md")])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_committed_report_is_that_of_the_committed_runs() -> None:
+    """Plots and the page that holds them are of the matplotlib that drew them, so only texts are compared."""
     text = README.read_text(encoding="utf8")
-    assert with_table(text, "learning_rates", learning_rates()) == text, "run: make tables"
-    for study in studies():
-        assert with_table(text, study, table(read_study(study))) == text, "run: make tables"
+    files, readme = build(RESULTS, text)
+    assert readme == text, "run: make tables"
+    for path, content in files.items():
+        if path.suffix in (".md", ".csv", ".json"):
+            assert path.read_bytes() == content, "run: make tables"
+        else:
+            assert path.is_file() == (content is not None), "run: make tables"
 
 
-def test_rows_are_sorted_and_failures_stay_visible(tmp_path: Path) -> None:
-    finished = {
-        "status": "finished", "command": "python finetune_lora.py", "parameters": {"trainable": 1234},
-    }  # fmt: skip
-    runs = {
-        "worse": finished | {"test": {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9]}},
-        "better": finished | {"test": {"accuracy": 0.9, "accuracy_ci95": [0.85, 0.95]}},
-        "broken": {"status": "failed", "command": "python finetune_lora.py --epochs 9"},
-    }
-    for row, run in runs.items():
-        (tmp_path / "study" / row).mkdir(parents=True)
-        (tmp_path / "study" / row / "result.json").write_text(json.dumps(run))
-    lines = table(read_study("study", tmp_path)).splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| better", "| worse", "| broken"]
-    assert lines[0] == "| better | 90.00 (85.00 to 95.00) | 1,234 | `python finetune_lora.py` |"
-    assert lines[2] == "| broken | failed |  | `python finetune_lora.py --epochs 9` |"
+def test_rebuilding_gives_the_same_bytes(results: Path) -> None:
+    assert report(results) == 0
+    first = contents(results.parent)
+    assert {"results/summary.json", "results/report.html", "results/s/table.md", "results/s/table.csv"} <= set(first)
+    assert report(results) == 0
+    assert contents(results.parent) == first
 
 
-def test_commands_are_shown_without_the_places_of_one_machine() -> None:
-    command = (
-        "python finetune_lora.py --data_dir /data/imdb --q_lora --output_dir /tmp/x --overwrite --epochs 2 --resume"
-    )
-    assert shown_command(command) == "python finetune_lora.py --data_dir PATH --q_lora --epochs 2"
+def test_what_the_report_says(results: Path) -> None:
+    report(results)
+    readme = (results.parent / "README.md").read_text()
+    assert "| lora | 90.50 ± 0.71 | 2 | 300 | 1,234 | 100 | 1.00 |" in readme
+    assert "| broken | failed |" in readme
+    assert "Highest: lora. Not distinguishable from it: qlora." in readme  # a tie
+    assert readme.startswith("top\n")
+    assert readme.endswith("end\n")
+    assert "old" not in readme
+    table = (results / "s" / "table.md").read_text()
+    for said in (
+        "## Every pair of rows compared (1)",
+        "not distinguishable",
+        "## Learning rates tried",
+        "](learning_rates.png)",
+    ):
+        assert said in table
+    rows = json.loads((results / "summary.json").read_text())
+    assert [(row["study"], row["row"], row["seeds"]) for row in rows] == [
+        ("learning_rates", "adam", 1), ("s", "lora", 2), ("s", "qlora", 2), ("s", "broken", 0),
+    ]  # fmt: skip
+    assert [row["accuracy_mean"] for row in rows] == pytest.approx([0.8, 0.905, 0.905, None])
 
 
-def test_a_text_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="no markers"):
-        with_table("text", "study", "table")
+def test_readme_keeps_the_default_rates_beside_a_study_of_that_name(results: Path) -> None:
+    report(results)
+    readme = (results.parent / "README.md").read_text()
+    assert f"<!-- learning_rates:begin -->\n{learning_rates()}\n<!-- learning_rates:end -->" in readme
+
+
+def test_a_plot_goes_with_its_data(results: Path) -> None:
+    report(results)
+    assert (results / "s" / "learning_curves.png").is_file()
+    for path in (results / "s").glob("*/metrics.csv"):
+        path.unlink()
+    report(results)
+    assert not (results / "s" / "learning_curves.png").exists()
+    assert (results / "s" / "accuracy_parameters.png").is_file()
+
+
+def test_refused_input_writes_nothing(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (results / "s" / "broken-final-seed0" / "result.json").write_text("{")
+    before = contents(results.parent)
+    assert report(results) == 2
+    assert main(["--results", str(results / "nowhere")]) == 2
+    assert main(["--results", str(results), "--readme", str(results)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [error.split()[0] for error in errors] == ["error:"] * 3
+    assert "--results" in errors[1]
+    assert "--readme" in errors[2]
+    assert contents(results.parent) == before
+
+
+def test_markers_come_in_pairs_or_not_at_all() -> None:
+    assert with_table("text", "study", "table") == "text"
+    for text in ("<!-- study:begin -->", "<!-- study:end -->", "<!-- study:end --> <!-- study:begin -->"):
+        with pytest.raises(UserError, match="--readme"):
+            with_table(text, "study", "table")

@@ -1,0 +1,117 @@
+"""Every pair of a study's rows, compared on the same test texts."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from collected_runs import Predictions, Study
+from run_config import UserError
+from study_statistics import LEVEL, Difference, bootstrap_difference, holm, mcnemar, resamples_for
+
+SHOWN = 120  # pairs in a table; 16 rows have as many
+READING = (
+    "p: McNemar's exact test between two single runs, which says whether these two runs differ and nothing of other"
+    " seeds; else a bootstrap over test texts and seeds, as is every interval. Corrected by Holm's method over all"
+    f" pairs of the table; not distinguishable: a corrected p of {LEVEL} or more."
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows of a table, on the same test texts.
+
+    Attributes:
+        first: a row's name.
+        second: another's.
+        difference: the first minus the second, with the p value of ``test``.
+        corrected_p: after Holm's correction over the table.
+        test: what the p value is of.
+    """
+
+    first: str
+    second: str
+    difference: Difference
+    corrected_p: float
+    test: str
+
+    @property
+    def verdict(self) -> str:
+        if self.corrected_p >= LEVEL:
+            return "not distinguishable"
+        return f"{self.first if self.difference.mean > 0 else self.second} is better"
+
+
+def compare(first: Sequence[Predictions], second: Sequence[Predictions], resamples: int) -> tuple[Difference, str]:
+    """The difference between two methods, and the test that its p value is of: McNemar's between two single runs.
+
+    The interval is always the bootstrap's.
+
+    Args:
+        first: of one method, a run a seed.
+        second: of the other one.
+        resamples: of the bootstrap that gives a p value.
+
+    Raises:
+        UserError: the runs were tested on different texts.
+    """
+    if len({predictions.test_set for predictions in (*first, *second)}) > 1:
+        raise UserError("runs that were tested on different texts cannot be compared: give runs of one test split")
+    a, b = (np.stack([predictions.correct for predictions in runs]) for runs in (first, second))
+    if len(a) == len(b) == 1:
+        return replace(bootstrap_difference(a, b), p=mcnemar(a[0], b[0])), "McNemar"
+    return bootstrap_difference(a, b, resamples), "bootstrap"
+
+
+def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
+    """Every pair of rows whose test predictions were kept, Holm's correction over all; and notes on the others."""
+    predictions = {row.name: [run.predictions for run in row.tested] for row in study.rows if row.tested}
+    kept = {name: [p for p in runs if p is not None] for name, runs in predictions.items()}
+    without = [name for name, runs in kept.items() if len(runs) < len(predictions[name])]
+    mixed = [name for name, runs in kept.items() if len({p.test_set for p in runs}) > 1]
+    usable = {name: runs for name, runs in kept.items() if name not in (*without, *mixed)}
+    same = [(a, b) for a, b in itertools.combinations(usable, 2) if usable[a][0].test_set == usable[b][0].test_set]
+    found = [compare(usable[a], usable[b], resamples_for(len(same))) for a, b in same]
+    corrected = holm([difference.p for difference, _ in found])
+    comparisons = [
+        Comparison(a, b, difference, p, test)
+        for (a, b), (difference, test), p in zip(same, found, corrected, strict=True)
+    ]
+    notes = []
+    if without and len(predictions) > 1:
+        notes.append(f"Not compared with others, for the test predictions were not kept: {', '.join(without)}.")
+    if mixed:
+        notes.append(f"Not compared with others, for each seed has a test split of its own: {', '.join(mixed)}.")
+    groups: dict[Any, list[str]] = {}
+    for name, runs in usable.items():
+        groups.setdefault(runs[0].test_set, []).append(name)
+    if len(groups) > 1:
+        shown = "; ".join(", ".join(names) for names in groups.values())
+        notes.append(f"Compared only within each group, for the test texts differ between them: {shown}.")
+    return comparisons, notes
+
+
+def worth_showing(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """All of them, or where that would be an endless table those with a highest row."""
+    highest = _highest(comparisons)
+    return [c for c in comparisons if len(comparisons) <= SHOWN or c.first in highest]
+
+
+def _highest(comparisons: Sequence[Comparison]) -> list[str]:
+    """The highest row, or that of each group of rows with test texts of its own; comparisons name the higher first."""
+    lower = {c.second for c in comparisons}
+    return list(dict.fromkeys(c.first for c in comparisons if c.first not in lower))
+
+
+def headlines(comparisons: Sequence[Comparison]) -> list[str]:
+    """What the comparisons say of the highest row, or of the highest of each group with test texts of its own."""
+    sentences = []
+    for best in _highest(comparisons):
+        own = [c for c in comparisons if c.first == best]
+        equal = [c.second for c in own if c.corrected_p >= LEVEL]
+        others = "the other one" if len(own) == 1 else f"each of the {len(own)} others"
+        said = f"Not distinguishable from it: {', '.join(equal)}." if equal else f"Distinguishable from {others}."
+        sentences.append(f"Highest: {best}. {said}")
+    return sentences

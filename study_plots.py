@@ -1,0 +1,340 @@
+"""A study's numbers -> plots: accuracy against each cost, learning rates, learning curves, rank by alpha.
+
+Every file of the same runs has the same bytes. Colours are those of Okabe and Ito (2008), which colour-blind people can
+tell apart; a curve has a marker of its own besides.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from collected_runs import Run, Study
+from plot_labels import Label, label_ends, place_labels
+from study_page import Plot
+from study_statistics import mean_and_deviation, pareto_front
+from study_tables import GIB, record
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+FRONT, BEATEN = "#0072B2", "#767676"
+CURVES = 12  # more cannot be told apart; the best ones are drawn
+DIRECT = 5  # so many names find room at their curves
+DEPTH = 10.0  # percentage points below the best; what is lower would flatten all others, and is drawn at a plot's foot
+STYLE: Any = {
+    "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.edgecolor": "#666666", "figure.dpi": 140,
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.08,
+    "text.parse_math": False,
+}  # fmt: skip
+FILES = (
+    "accuracy_parameters.png", "accuracy_seconds.png", "accuracy_memory.png", "learning_rates.png",
+    "learning_curves.png", "learning_curves_seconds.png", "rank_alpha.png",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what all plots share
+
+
+def plots(study: Study) -> list[Plot]:
+    """The plots that the study has data for."""
+    drawn = (
+        cost_plot(study, "accuracy_parameters.png", "trainable", "trainable parameters"),
+        cost_plot(study, "accuracy_seconds.png", "train_seconds", "training time", ("minutes", 60)),
+        cost_plot(study, "accuracy_memory.png", "peak_memory_bytes", "peak memory", ("GiB", GIB)),
+        rate_plot(study),
+        curve_plot(study, "learning_curves.png", "step", "steps"),
+        curve_plot(study, "learning_curves_seconds.png", "train_seconds", "seconds of training"),
+        rank_alpha_plot(study),
+    )
+    return [plot for plot in drawn if plot is not None]
+
+
+@contextmanager
+def _figure(title: str, width: float = 6, height: float = 4.5, rows: int = 1) -> Iterator[tuple[Figure, Any]]:
+    """A figure without pyplot's global state, and its axes."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+        axes[0].set_title(title)
+        yield figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})  # no version, no date
+    return file.getvalue()
+
+
+def _row_without(run: Run, *axes: str) -> str:
+    """What these axes leave of a row's name: ``adam`` of ``adam-learning_rate0.001``, ``all`` where nothing is left."""
+    name = run.row
+    for axis in axes:
+        name = name.replace(f"{axis}{run.axes[axis]:g}", "", 1)
+    return re.sub("-+", "-", name).strip("-") or "all"
+
+
+def _short(value: float) -> str:
+    """``500 k``, ``3.7 M``."""
+    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _log_scale(axis: Any, values: Sequence[float], form: Callable[[float], str] = _short) -> None:
+    """A logarithmic x axis with round ticks in full, and room for labels at both ends."""
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.12, 1.5)
+    axis.set_xscale("log")
+    axis.set_xlim(low / room, high * room)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+
+
+def _percent_scale(axis: Any, values: Sequence[float], deviations: Sequence[float] = (0.0,)) -> float:
+    """Limits for accuracies in percent. Returns the foot, at which all that is far below the best is drawn."""
+    high = max(values)
+    low = min(value for value in values if value >= high - DEPTH)
+    room = max(0.15 * (high - low), *deviations, 0.1) * 1.3
+    foot = low if min(values) == low else low - room
+    axis.set_ylim(foot - room, high + room)
+    axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    return foot
+
+
+def _curve(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, foot: float, k: int) -> Any:
+    """Draws the k-th curve of a plot; points below the foot become open triangles at it. Returns its colour."""
+    color, low = COLORS[k % len(COLORS)], np.asarray(y) < foot
+    line = {"color": color, "linestyle": "-" if k < len(COLORS) else "--"}
+    heights = np.maximum(y, foot)
+    marks = np.flatnonzero(~low).tolist()
+    axis.plot(x, heights, marker=MARKERS[k % len(MARKERS)], markersize=5, markevery=marks, linewidth=1.6, **line)
+    axis.plot(np.asarray(x)[low], heights[low], "v", color=color, markersize=8, markerfacecolor="white", zorder=3)
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# accuracy against a cost
+
+
+def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, float] = ("", 1)) -> Plot | None:
+    """Each row's test accuracy against what it costs, the Pareto front marked; with two rows at least."""
+    records = [record(study, row) for row in study.rows]
+    records = [r for r in records if r["accuracy_mean"] is not None and r[key]]
+    if len(records) < 2:
+        return None
+    costs = [r[key] / unit[1] for r in records]
+    scores = [100 * r["accuracy_mean"] for r in records]
+    deviations = [100 * (r["accuracy_std"] or 0) for r in records]
+    front = pareto_front(costs, scores)
+    with _figure(f"{study.name}: test accuracy against {name}") as (figure, (axis,)):
+        foot = _percent_scale(axis, scores, deviations)
+        heights = [max(score, foot) for score in scores]
+        _cost_scale(axis, costs, log=key == "trainable" or max(costs) > 8 * min(costs))
+        axis.set(xlabel=", ".join(filter(None, (name, unit[0]))), ylabel="test accuracy, %")
+        axis.set_title(axis.get_title(loc="left"), pad=18)
+        legend = {"transform": axis.transAxes, "ha": "right", "color": FRONT, "fontsize": 9}
+        axis.text(1, 1.015, "\N{BLACK CIRCLE} Pareto front", **legend)
+        steps = _staircase(sorted((x, y) for x, y, on in zip(costs, heights, front, strict=True) if on))
+        axis.plot(*zip(*steps, strict=True), color=FRONT, alpha=0.35, linewidth=2)
+        labels = []
+        for r, x, y, score, deviation, on in zip(records, costs, heights, scores, deviations, front, strict=True):
+            color = FRONT if on else BEATEN
+            axis.errorbar(
+                x, y, deviation or None, marker="o" if score >= foot else "v", markersize=7, color=color, capsize=3,
+                markerfacecolor=color if on else "white", markeredgewidth=1.5, elinewidth=1.2, zorder=4 if on else 3,
+            )  # fmt: skip
+            said = r["row"] if score >= foot else f"{r['row']}, {score:.1f} %"
+            labels.append(Label(x, y, said, color if on else "#444444", needed=on))
+        bars = [(x, y + part * d) for x, y, d in zip(costs, heights, deviations, strict=True) for part in (-1, 0, 1)]
+        place_labels(axis, sorted(labels, key=lambda label: not label.needed), [steps], bars)
+        caption = f"Test accuracy against {name}. Filled: the Pareto front, rows that no other one beats on both."
+        caption += " Bars: standard deviation over seeds." if any(deviations) else ""
+        caption += f" Triangles: more than {DEPTH:g} points below the best." if min(scores) < foot else ""
+        return Plot(file, caption, _png(figure))
+
+
+def _cost_scale(axis: Any, costs: Sequence[float], log: bool) -> None:
+    if log:
+        _log_scale(axis, costs)
+        return
+    room = max(0.15 * (max(costs) - min(costs)), 0.05 * max(costs))
+    axis.set_xlim(min(costs) - room, max(costs) + room)
+
+
+def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of the front: what is reached at a cost stays reached at a higher one."""
+    corners = list(points[:1])
+    for x, y in points[1:]:
+        corners += [(x, corners[-1][1]), (x, y)]
+    return corners
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curves
+
+
+def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
+    """Validation accuracies, %, by curve and learning rate: of runs that tuned, else where the rate is an axis."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in study.tuning or [run for run in study.final if "learning_rate" in run.axes]:
+        rate = run.get("config", "learning_rate") or run.axes.get("learning_rate")
+        accuracy = run.accuracy("validation")
+        if rate is not None and accuracy is not None:
+            name = run.row if run.tunes else _row_without(run, "learning_rate")
+            found.setdefault(name, {}).setdefault(float(rate), []).append(100 * accuracy)
+    return {name: dict(sorted(rates.items())) for name, rates in found.items() if len(rates) > 1}
+
+
+def rate_plot(study: Study) -> Plot | None:
+    """Validation accuracy against the learning rate, a curve a row; each says where it is best."""
+    scores = _rate_scores(study)
+    means = {name: {rate: fmean(values) for rate, values in rates.items()} for name, rates in scores.items()}
+    ranked = sorted(means, key=lambda name: -max(means[name].values()))[:CURVES]
+    if not ranked:
+        return None
+    every = [value for name in ranked for value in means[name].values()]
+    with _figure(f"{study.name}: validation accuracy by learning rate", width=7) as (figure, (axis,)):
+        foot = _percent_scale(axis, every)
+        _log_scale(axis, [rate for name in ranked for rate in means[name]], lambda rate: f"{rate:g}")
+        axis.set(xlabel="peak learning rate", ylabel="validation accuracy, %")
+        labels, lines = [], []
+        for k, name in enumerate(ranked):
+            rates, values = (np.array(column) for column in zip(*means[name].items(), strict=True))
+            spreads = np.array([mean_and_deviation(scores[name][rate])[1] or 0 for rate in rates])
+            style = _curve(axis, rates, values, foot, k)
+            axis.errorbar(rates, np.maximum(values, foot), spreads, fmt="none", color=style["color"], capsize=3)
+            best = int(np.argmax(values))
+            said = f"{name}, {rates[best]:g}"
+            labels.append(Label(rates[best], max(values[best], foot), said, style["color"], needed=True))
+            lines.append(list(zip(rates, np.maximum(values, foot), strict=True)))
+        if len(ranked) <= DIRECT:
+            place_labels(axis, labels, lines)
+        else:
+            _legend(axis, [label.text for label in labels])
+        caption = "Validation accuracy by peak learning rate; each name with the rate at which it is best."
+        caption += f" Triangles: more than {DEPTH:g} points below the best." if min(every) < foot else ""
+        return Plot("learning_rates.png", caption, _png(figure))
+
+
+def _legend(axis: Any, names: Sequence[str]) -> None:
+    """Names beside the plot, the best curve first, where they are too many to stand at their curves."""
+    handles = [
+        Line2D([], [], color=COLORS[k % len(COLORS)], marker=MARKERS[k % len(MARKERS)], markersize=5,
+               linestyle="-" if k < len(COLORS) else "--")
+        for k in range(len(names))
+    ]  # fmt: skip
+    axis.legend(handles, names, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+
+
+def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
+    """Validation accuracy and training loss over steps or seconds: the first seed of each row that kept its metrics."""
+    if key == "train_seconds" and study.cost_obstacles:
+        return None
+    curves = []
+    for row in study.rows:
+        run = min(row.finished, key=lambda run: run.seed, default=None)
+        history = [point for point in (run.history() if run else []) if key in point]
+        if any("validation_accuracy" in point for point in history):
+            curves.append((row.name, history))
+    curves = curves[:CURVES]
+    if not curves:
+        return None
+    with _figure(f"{study.name}: learning curves", width=7, height=6, rows=2) as (figure, (above, below)):
+        accuracies = [_column(history, key, "validation_accuracy", 100) for _, history in curves]
+        foot = _percent_scale(above, [value for _, values in accuracies for value in values])
+        labels = []
+        for k, ((row_name, history), (at, values)) in enumerate(zip(curves, accuracies, strict=True)):
+            style = _curve(above, at, values, foot, k)
+            said = f"{row_name} {values[-1]:.1f}"
+            labels.append(Label(at[-1], max(values[-1], foot), said, style["color"]))
+            at, losses = _column(history, key, "train_loss")
+            width = max(1, len(losses) // 20)
+            smooth = np.convolve(losses, np.ones(width) / width, mode="valid") if len(losses) else losses
+            below.plot(at[width - 1 :], smooth, linewidth=1.2, **style)
+        above.set(ylabel="validation accuracy, %")
+        below.set(xlabel=name, ylabel="training loss, nats", xlim=(0, None), ylim=(0, None))
+        label_ends(above, labels)
+        caption = f"Learning curves over {name} of each row's first seed; the training loss is smoothed."
+        return Plot(file, caption, _png(figure))
+
+
+def _column(history: Sequence[dict[str, float]], key: str, value: str, scale: float = 1) -> tuple[Any, Any]:
+    points = [(point[key], scale * point[value]) for point in history if value in point]
+    return np.array([x for x, _ in points]), np.array([y for _, y in points])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rank by alpha
+
+
+def rank_alpha_plot(study: Study) -> Plot | None:
+    """A heat map of accuracy over ``lora_r`` and ``lora_alpha``, one for all rows that differ only in these."""
+    runs = [run for run in study.final if {"lora_r", "lora_alpha"} <= run.axes.keys()]
+    split = "test" if any(run.accuracy("test") is not None for run in runs) else "validation"
+    found: dict[str, dict[tuple[float, float], list[float]]] = {}
+    for run in runs:
+        accuracy = run.accuracy(split)
+        if accuracy is not None:
+            place = (float(run.axes["lora_r"]), float(run.axes["lora_alpha"]))
+            found.setdefault(_row_without(run, "lora_r", "lora_alpha"), {}).setdefault(place, []).append(100 * accuracy)
+    maps = {name: {place: fmean(values) for place, values in cells.items()} for name, cells in found.items()}
+    places = {place for cells in maps.values() for place in cells}
+    if len(places) < 2:
+        return None
+    ranks, alphas = (sorted({place[i] for place in places}) for i in range(2))
+    every = [value for cells in maps.values() for value in cells.values()]
+    limits = (max(min(every), max(every) - DEPTH), max(every))
+    size = {"width": max(4.5, 1.6 + 0.9 * len(alphas)), "height": (0.9 + 0.55 * len(ranks)) * len(maps) + 0.5}
+    title = f"{study.name}: {split} accuracy, %"
+    with _figure(title, rows=len(maps), **size) as (figure, axes):
+        for axis, (name, cells) in zip(axes, maps.items(), strict=True):
+            _heat_map(axis, cells, ranks, alphas, limits)
+            if len(maps) > 1:
+                axis.set_title(name, fontweight="normal")
+        if len(maps) > 1:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        axes[-1].set_xlabel("alpha")
+        caption = f"Mean {split} accuracy, %, by rank and alpha; the best is bold, an empty cell has no finished run."
+        return Plot("rank_alpha.png", caption, _png(figure))
+
+
+def _heat_map(
+    axis: Any,
+    cells: dict[tuple[float, float], float],
+    ranks: Sequence[float],
+    alphas: Sequence[float],
+    limits: tuple[float, float],
+) -> None:
+    """Coloured cells with their values, which stand out from dark and from light ones."""
+    grid = np.full((len(ranks), len(alphas)), np.nan)
+    low, high = limits
+    for (rank, alpha), value in cells.items():
+        i, j = ranks.index(rank), alphas.index(alpha)
+        grid[i, j] = value
+        color = "white" if high > low and value < low + 0.55 * (high - low) else "black"
+        weight = "bold" if value == max(cells.values()) else "normal"
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontweight=weight)
+    axis.imshow(grid, cmap="cividis", vmin=low, vmax=high, origin="lower", aspect="auto")
+    axis.grid(visible=False)
+    axis.set_facecolor("#eeeeee")
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    axis.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+    axis.set_yticks(range(len(ranks)), [f"{rank:g}" for rank in ranks])
+    axis.set(ylabel="rank r")

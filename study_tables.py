@@ -1,0 +1,227 @@
+"""A study's rows -> records and tables, as Markdown, CSV and the objects of ``summary.json``."""
+
+import csv
+import io
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from collected_runs import Row, Run, Study
+from study_comparisons import Comparison
+from study_statistics import mean_and_deviation
+
+OMITTED = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # where things lie on one machine
+SUMMARY_KEYS = (
+    "study", "row", "accuracy_mean", "accuracy_std", "seeds", "test_examples", "trainable", "train_seconds",
+    "peak_memory_bytes", "command",
+)  # fmt: skip
+CSV_KEYS = (
+    "row", "status", "accuracy_mean", "accuracy_std", "accuracy_ci95_low", "accuracy_ci95_high", "seeds",
+    "test_examples", "trainable", "train_seconds", "peak_memory_bytes", "validation_accuracy_mean", "command",
+)  # fmt: skip
+GIB = 2**30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers
+
+
+def record(study: Study, row: Row) -> dict[str, Any]:
+    """One row of a study: accuracies as fractions of 1, seconds, bytes; ``None`` for what was not measured.
+
+    Training seconds are the mean over seeds, peak memory the most of any seed.
+    """
+    counted = row.tested or row.finished
+    mean, deviation = mean_and_deviation(row.accuracies())
+    low, high = row.interval
+    alone = not study.cost_obstacles
+    commands = [run.get("command") for run in sorted(counted or row.runs, key=lambda run: run.seed)]
+    return {
+        "study": study.name,
+        "row": row.name,
+        "status": row.status,
+        "accuracy_mean": mean,
+        "accuracy_std": deviation,
+        "accuracy_ci95_low": low,
+        "accuracy_ci95_high": high,
+        "seeds": len(counted),
+        "test_examples": row.common("test", "examples"),
+        "trainable": row.common("parameters", "trainable"),
+        "train_seconds": row.over_runs(fmean, "train", "seconds") if alone else None,
+        "peak_memory_bytes": row.over_runs(max, "memory", "peak_bytes") if alone else None,
+        "validation_accuracy_mean": None if row.tested else mean_and_deviation(row.accuracies("validation"))[0],
+        "command": next((shown_command(command) for command in commands if command), None),
+    }
+
+
+def shown_command(command: str) -> str:
+    """The command without the places of one machine, ``--data_dir`` apart, which becomes a placeholder."""
+    words, kept = shlex.split(command), []
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag not in OMITTED:
+            kept.append(shlex.quote(word))
+            continue
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        kept += [flag, "PATH"] if flag == "--data_dir" and value else []
+    return " ".join(kept)
+
+
+def tuning_scores(runs: Sequence[Run]) -> dict[str, dict[float, float | None]]:
+    """By row and learning rate, the validation accuracy (mean over runs); ``None`` where no run finished."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in runs:
+        rate = run.get("config", "learning_rate") or run.axes.get("learning_rate")
+        if rate is not None:
+            accuracy = run.accuracy("validation")
+            found.setdefault(run.row, {}).setdefault(float(rate), []).extend([] if accuracy is None else [accuracy])
+    return {
+        row: {rate: mean_and_deviation(values)[0] for rate, values in sorted(rates.items())}
+        for row, rates in sorted(found.items())
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text; the code columns hold commands. Markdown and HTML are made from it."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    code: tuple[str, ...] = ("command",)
+
+    def column(self, name: str) -> list[str]:
+        return [row[self.columns.index(name)] for row in self.rows]
+
+    def without_empty_columns(self) -> "Table":
+        return self._only([i for i in range(len(self.columns)) if any(row[i] for row in self.rows)])
+
+    def without(self, column: str) -> "Table":
+        return self._only([i for i, name in enumerate(self.columns) if name != column])
+
+    def _only(self, kept: Sequence[int]) -> "Table":
+        rows = [tuple(row[i] for i in kept) for row in self.rows]
+        return Table(tuple(self.columns[i] for i in kept), rows, self.code)
+
+    def markdown(self) -> str:
+        lines = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+        for row in self.rows:
+            cells = [cell.replace("|", "\\|") for cell in row]
+            cells = [f"`{c}`" if c and n in self.code else c for n, c in zip(self.columns, cells, strict=True)]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def main_table(study: Study) -> Table:
+    """The rows of a study; what was not measured stays empty, a row without a finished run shows its status."""
+    records = [record(study, row) for row in study.rows]
+    return Table(
+        (
+            "row", _accuracy_title(records), "seeds", "test texts", "trainable parameters", "training, s",
+            "peak memory, GiB", "validation accuracy, %", "command",
+        ),
+        [
+            (
+                r["row"],
+                _accuracy_cell(r),
+                _seeds_cell(r),
+                _shown(r["test_examples"], "{:,}"),
+                _shown(r["trainable"], "{:,}"),
+                _shown(r["train_seconds"], "{:,.0f}"),
+                _shown(r["peak_memory_bytes"] and r["peak_memory_bytes"] / GIB, "{:.2f}"),
+                _percent(r["validation_accuracy_mean"]),
+                r["command"] or "",
+            )
+            for r in records
+        ],
+    )  # fmt: skip
+
+
+def _accuracy_title(records: Sequence[dict[str, Any]]) -> str:
+    parts = []
+    if any(r["accuracy_ci95_low"] is not None for r in records):
+        parts.append("95 % interval")
+    if any(r["accuracy_std"] is not None for r in records):
+        parts.append("± standard deviation over seeds")
+    return "test accuracy, %" + (f" ({', or '.join(parts)})" if parts else "")
+
+
+def _accuracy_cell(r: dict[str, Any]) -> str:
+    if r["accuracy_mean"] is None:
+        return "" if r["status"] == "finished" else r["status"]
+    cell = _percent(r["accuracy_mean"])
+    if r["accuracy_std"] is not None:
+        return f"{cell} ± {_percent(r['accuracy_std'])}"
+    if r["accuracy_ci95_low"] is not None:
+        return f"{cell} ({_percent(r['accuracy_ci95_low'])} to {_percent(r['accuracy_ci95_high'])})"
+    return cell
+
+
+def _seeds_cell(r: dict[str, Any]) -> str:
+    if not r["seeds"]:
+        return ""
+    others = r["status"].split(", ", 1)[1:]  # beside the finished ones
+    return str(r["seeds"]) + (f" ({others[0]})" if others else "")
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _percent(value: float | None) -> str:
+    return _shown(None if value is None else 100 * value, "{:.2f}")
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    return Table(
+        ("row", "other row", "difference, points (95 % interval)", "p", "p, corrected", "test", "verdict"),
+        [
+            (
+                c.first, c.second,
+                f"{100 * c.difference.mean:+.2f} ({100 * c.difference.low:+.2f} to {100 * c.difference.high:+.2f})",
+                f"{c.difference.p:.2g}", f"{c.corrected_p:.2g}", c.test, c.verdict,
+            )
+            for c in comparisons
+        ],
+    )  # fmt: skip
+
+
+def tuning_table(study: Study) -> Table:
+    """For each row the learning rates that were tried, and the one that its final runs took."""
+    taken = {row.name: row.common("config", "learning_rate") for row in study.rows}
+    rows = []
+    for name, scores in tuning_scores(study.tuning).items():
+        tried = [f"{rate:g}: {_percent(score) or 'no score'}" for rate, score in scores.items()]
+        rows.append((name, "; ".join(tried), _shown(taken.get(name), "{:g}")))
+    return Table(("row", "validation accuracy, %, by learning rate", "learning rate of the final runs"), rows)
+
+
+def notes(study: Study) -> list[str]:
+    """What a reader of the main table must know."""
+    found = []
+    if study.cost_obstacles and any(run.finished for run in study.final):
+        found.append(f"Times and memory are not shown: {'; '.join(study.cost_obstacles)}.")
+    if any(len(row.tested) > 1 for row in study.rows):
+        found.append("The command of a row with several seeds is that of the first; the others differ in `--seed`.")
+    return found
+
+
+def csv_text(study: Study) -> str:
+    """The main table for programs: fractions of 1, seconds, bytes; empty where not measured."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CSV_KEYS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(record(study, row) for row in study.rows)
+    return file.getvalue()
+
+
+def summary(study: Study) -> list[dict[str, Any]]:
+    """One object a row, as ``results/summary.json`` holds it."""
+    return [{key: value for key, value in record(study, row).items() if key in SUMMARY_KEYS} for row in study.rows]

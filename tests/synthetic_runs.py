@@ -1,0 +1,98 @@
+"""Synthetic collected runs for the tests of the report: what finetune_lora.py and the collector would have written."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+ENVIRONMENT = {
+    "cpu": "A CPU", "gpus": [], "threads": 2, "alone": True, "git": {"commit": "c0ffee", "modified": False},
+}  # fmt: skip
+
+
+def write_run(
+    results: Path,
+    study: str,
+    row: str,
+    *,
+    seed: int = 0,
+    stage: str = "final",
+    correct: np.ndarray | None = None,
+    first_row: int = 0,
+    validation: float | None = 0.9,
+    axes: dict[str, Any] | None = None,
+    curve: Sequence[float] = (),
+    question: str | None = None,
+    **changes: Any,
+) -> Path:
+    """Writes one collected run and returns its folder.
+
+    Args:
+        results: the results folder.
+        study: the study's name.
+        row: the row's name.
+        seed: also part of the folder's name.
+        stage: ``tune`` or ``final``.
+        correct: ``(n,)`` bool, what the run got right of its test texts; no test where it is not given.
+        first_row: the row number of the first test text.
+        validation: accuracy on 1,000 validation texts.
+        axes: the run's place on the study's axes.
+        curve: validation accuracies for ``metrics.csv``.
+        question: what the study asks, where the run says it.
+        question: what the study asks, where the run says it.
+        changes: keys of ``result.json``, merged into those that are dictionaries.
+    """
+    axes = axes or {}
+    name = "-".join([row, stage, *(f"{key}{value}" for key, value in axes.items()), f"seed{seed}"])
+    folder = results / study / name
+    folder.mkdir(parents=True)
+    result: dict[str, Any] = {
+        "status": "finished",
+        "config": {"seed": seed, "learning_rate": 1e-3} | axes,
+        "command": f"python finetune_lora.py --data_dir /data/imdb --output_dir runs/{name} --seed {seed}",
+        "environment": ENVIRONMENT,
+        "parameters": {"trainable": 1234},
+        "data": {"source": "synthetic"},
+        "train": {"seconds": 100.0},
+        "memory": {"peak_bytes": 2**30},
+        "study": {"study": study, "row": row, "run": name, "stage": stage, "seed": seed, "axes": axes},
+    }
+    if question is not None:
+        result["study"]["question"] = question
+    if validation is not None:
+        result["validation"] = {"accuracy": validation, "examples": 1000}
+    if correct is not None:
+        accuracy = float(np.float32(correct.mean()))  # as torchmetrics gives it
+        result["test"] = {"accuracy": accuracy, "examples": len(correct)}
+        labels = np.arange(len(correct)) % 2
+        frame = pd.DataFrame(
+            {
+                "row": np.arange(len(correct), dtype=np.int32) + first_row,
+                "label": labels.astype(np.int8),
+                "predicted": np.where(correct, labels, 1 - labels).astype(np.int8),
+            }
+        )
+        frame.sample(frac=1, random_state=seed).to_parquet(folder / "predictions.parquet")
+    for key, value in changes.items():
+        result[key] = {**result[key], **value} if isinstance(value, dict) and key in result else value
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf8")
+    if curve:
+        lines = ["step,epoch,train_loss,learning_rate,train_seconds,validation_accuracy"]
+        for step in range(10, 10 * len(curve) * 10 + 1, 10):
+            lines.append(f"{step},{step / 100},{0.7 * np.exp(-step / 150) + 0.1},0.001,{step / 2},")
+            if step % 100 == 0:
+                lines.append(f"{step},{step / 100},,,{step / 2},{curve[step // 100 - 1]}")
+        (folder / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
+    return folder
+
+
+def outcomes(accuracy: float, texts: int, seed: int, difficulty: np.ndarray | None = None) -> np.ndarray:
+    """``(texts,)`` bool with this share right; texts of high ``difficulty`` are more often wrong, for every run."""
+    noise = np.random.default_rng(seed).normal(size=texts)
+    order = np.argsort(noise + (0 if difficulty is None else 2 * difficulty))
+    correct = np.zeros(texts, bool)
+    correct[order[: round(accuracy * texts)]] = True
+    return correct

@@ -1,0 +1,132 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_runs import outcomes, write_run
+
+from collected_runs import Row, Study, read_study, studies
+from run_config import UserError
+
+
+def rows(study: Study) -> dict[str, Row]:
+    return {row.name: row for row in study.rows}
+
+
+def test_rows_gather_final_runs_over_seeds(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate([0.90, 0.92]):
+        write_run(tmp_path, "s", "lora", seed=seed, correct=outcomes(accuracy, 100, seed))
+    write_run(tmp_path, "s", "lora", stage="tune", validation=0.99, axes={"learning_rate": 1e-2})
+    write_run(tmp_path, "s", "full", correct=outcomes(0.91, 100, 7))
+    study = read_study("s", tmp_path)
+    assert [row.name for row in study.rows] == ["full", "lora"]  # 0.91 each: by name
+    lora = rows(study)["lora"]
+    assert lora.accuracies() == [0.90, 0.92]  # what float32 made of them does not show
+    assert lora.accuracies("validation") == [0.9, 0.9]  # the run that tuned is not there
+    assert lora.common("test", "examples") == 100
+    assert lora.interval == (None, None)
+    assert rows(study)["full"].interval == pytest.approx((0.8377, 0.9519), abs=1e-4)  # Wilson's, by hand
+    assert len(study.tuning) == 1
+
+
+def test_a_run_without_a_study_is_a_row_of_its_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "s", "x", correct=outcomes(0.9, 50, 0))
+    result = json.loads((folder / "result.json").read_text())
+    del result["study"]
+    (folder / "result.json").write_text(json.dumps(result))
+    (row,) = read_study("s", tmp_path).rows
+    assert (row.name, len(row.tested)) == (folder.name, 1)
+
+
+def test_missing_and_failed_runs_have_a_status(tmp_path: Path) -> None:
+    write_run(tmp_path, "s", "some", seed=0, correct=outcomes(0.9, 50, 0))
+    write_run(tmp_path, "s", "some", seed=1, status="failed")
+    write_run(tmp_path, "s", "none", status="interrupted")
+    write_run(tmp_path, "s", "tuned", stage="tune")
+    (tmp_path / "s" / "lost").mkdir()
+    found = rows(read_study("s", tmp_path))
+    assert {name: row.status for name, row in found.items()} == {
+        "some": "1 finished, 1 failed", "none": "interrupted", "tuned": "only tuned", "lost": "missing",
+    }  # fmt: skip
+    assert found["none"].accuracies("validation") == []  # a run that has not finished has no score
+
+
+def test_the_same_seed_twice_is_refused(tmp_path: Path) -> None:
+    for axis in (1, 2):
+        write_run(tmp_path, "s", "lora", seed=3, axes={"lora_r": axis})
+    with pytest.raises(UserError, match="both seed 3 of row lora"):
+        read_study("s", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_result_is_refused(tmp_path: Path, content: str) -> None:
+    folder = write_run(tmp_path, "s", "lora")
+    (folder / "result.json").write_text(content)
+    with pytest.raises(UserError, match=r"result\.json"):
+        read_study("s", tmp_path)
+
+
+def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -> None:
+    correct = outcomes(0.8, 60, 1)
+    folder = write_run(tmp_path, "s", "lora", correct=correct, first_row=100)
+    found = read_study("s", tmp_path).runs[0].predictions
+    assert found is not None
+    assert np.array_equal(found.rows, np.arange(100, 160))
+    assert np.array_equal(found.correct, correct)
+
+    path = folder / "predictions.parquet"
+    frame = pd.read_parquet(path)
+    frame.assign(predicted=1 - frame["predicted"]).to_parquet(path)
+    with pytest.raises(UserError, match=r"accuracy of 20\.0000%, result\.json beside it 80\.0000%"):
+        _ = read_study("s", tmp_path).runs[0].predictions
+    frame.assign(row=7).to_parquet(path)
+    with pytest.raises(UserError, match="every test text once"):
+        _ = read_study("s", tmp_path).runs[0].predictions
+    frame.drop(columns="predicted").to_parquet(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        _ = read_study("s", tmp_path).runs[0].predictions
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, None),
+        ({"alone": False}, "alone on its machine"),
+        ({"alone": None}, "alone on its machine"),
+        ({"cpu": "another"}, "different hardware"),
+        ({"gpus": ["one"]}, "different hardware"),
+        ({"threads": 1}, "different hardware or numbers of threads"),
+        ({"git": {"commit": "other", "modified": False}}, "different commits"),
+        ({"git": {"commit": "c0ffee", "modified": True}}, "differed from its commit"),
+        ({"git": None}, "not known"),
+    ],
+)
+def test_what_keeps_times_from_standing_side_by_side(
+    tmp_path: Path, environment: dict[str, object], reason: str | None
+) -> None:
+    write_run(tmp_path, "s", "lora")
+    write_run(tmp_path, "s", "full", environment=environment)
+    write_run(tmp_path, "s", "broken", status="failed", environment={"alone": False})  # measured nothing
+    write_run(tmp_path, "s", "lora", stage="tune", environment={"alone": False})  # nor is it in the table
+    obstacles = read_study("s", tmp_path).cost_obstacles
+    assert obstacles == [] if reason is None else reason in "; ".join(obstacles)
+
+
+def test_studies_and_questions(tmp_path: Path) -> None:
+    write_run(tmp_path, "b", "lora", question="Which\n one?")
+    write_run(tmp_path, "a", "lora")
+    (tmp_path / "a" / "question.txt").write_text("Why?\n")
+    (tmp_path / "empty").mkdir()
+    assert studies(tmp_path) == ["a", "b"]
+    assert [read_study(name, tmp_path).question for name in "ab"] == ["Why?", "Which one?"]
+    assert studies(tmp_path / "nowhere") == []
+
+
+def test_a_history_without_its_empty_cells(tmp_path: Path) -> None:
+    write_run(tmp_path, "s", "lora", curve=[0.8, 0.9])
+    write_run(tmp_path, "s", "full")
+    full, lora = read_study("s", tmp_path).runs
+    assert full.history() == []
+    assert [point["validation_accuracy"] for point in lora.history() if "validation_accuracy" in point] == [0.8, 0.9]
+    assert set(lora.history()[0]) == {"step", "epoch", "train_loss", "learning_rate", "train_seconds"}

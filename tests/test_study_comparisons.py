@@ -1,0 +1,93 @@
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_runs import outcomes, write_run
+
+from collected_runs import read_study
+from run_config import UserError
+from study_comparisons import Comparison, compare, compare_rows, headlines, worth_showing
+from study_statistics import Difference, holm, mcnemar
+
+TEXTS = 2000
+DIFFICULTY = np.random.default_rng(0).normal(size=TEXTS)
+
+
+def test_every_pair_with_the_test_that_fits_it(tmp_path: Path) -> None:
+    single = {name: outcomes(accuracy, TEXTS, seed, DIFFICULTY) for seed, (name, accuracy) in
+              enumerate({"a": 0.90, "b": 0.90, "c": 0.80}.items())}  # fmt: skip
+    for name, correct in single.items():
+        write_run(tmp_path, "s", name, correct=correct)
+    for seed in range(3):
+        write_run(tmp_path, "s", "d", seed=seed, correct=outcomes(0.85, TEXTS, 10 + seed, DIFFICULTY))
+    comparisons, notes = compare_rows(read_study("s", tmp_path))
+    assert notes == []
+    assert [(c.first, c.second, c.test) for c in comparisons] == [
+        ("a", "b", "McNemar"), ("a", "d", "bootstrap"), ("a", "c", "McNemar"),
+        ("b", "d", "bootstrap"), ("b", "c", "McNemar"), ("d", "c", "bootstrap"),
+    ]  # fmt: skip
+    assert comparisons[2].difference.p == mcnemar(single["a"], single["c"])
+    assert [c.corrected_p for c in comparisons] == holm([c.difference.p for c in comparisons])
+    assert [c.verdict for c in comparisons[:3]] == ["not distinguishable", "a is better", "a is better"]
+    assert headlines(comparisons) == ["Highest: a. Not distinguishable from it: b."]
+
+
+def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
+    """Predictions are written in random order: equal outcomes are found equal only if they are aligned by row."""
+    for name, seed in {"a": 1, "b": 2}.items():
+        write_run(tmp_path, "s", name, seed=seed, correct=outcomes(0.8, TEXTS, 5))
+    (tie,), _ = compare_rows(read_study("s", tmp_path))
+    assert (tie.difference.mean, tie.difference.low, tie.difference.high, tie.corrected_p) == (0, 0, 0, 1)
+    assert tie.verdict == "not distinguishable"
+
+
+def test_different_test_texts_are_never_compared(tmp_path: Path) -> None:
+    changes = {"a": {}, "b": {"first_row": 1}, "c": {"data": {"source": "elsewhere"}}}
+    for name, change in changes.items():
+        write_run(tmp_path, "s", name, correct=outcomes(0.9, 100, 0), **change)  # type: ignore[arg-type]
+    study = read_study("s", tmp_path)
+    comparisons, notes = compare_rows(study)
+    assert comparisons == []
+    assert notes == ["Compared only within each group, for the test texts differ between them: a; b; c."]
+    a, b = (run.predictions for run in study.runs[:2])
+    assert a is not None
+    assert b is not None
+    with pytest.raises(UserError, match="different texts"):
+        compare([a], [b], resamples=100)
+
+
+def test_each_group_has_a_highest_row(tmp_path: Path) -> None:
+    for k, source in enumerate(["imdb", "financial"]):
+        for name, accuracy in {"low": 0.6, "high": 0.9}.items():
+            correct = outcomes(accuracy - 0.01 * k, 300, 1)
+            write_run(tmp_path, "s", f"{source}-{name}", correct=correct, data={"source": source})
+    comparisons, _ = compare_rows(read_study("s", tmp_path))
+    assert headlines(comparisons) == [
+        "Highest: imdb-high. Distinguishable from the other one.",
+        "Highest: financial-high. Distinguishable from the other one.",
+    ]
+
+
+def test_rows_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path, "s", name, correct=outcomes(0.9, 100, 0))
+    lost = write_run(tmp_path, "s", "lost", correct=outcomes(0.9, 100, 0))
+    (lost / "predictions.parquet").unlink()
+    for seed in range(2):
+        write_run(tmp_path, "s", "mixed", seed=seed, correct=outcomes(0.9, 100, 0), first_row=seed)
+    write_run(tmp_path, "s", "failed", status="failed")
+    comparisons, notes = compare_rows(read_study("s", tmp_path))
+    assert [(c.first, c.second) for c in comparisons] == [("a", "b")]
+    assert notes == [
+        "Not compared with others, for the test predictions were not kept: lost.",
+        "Not compared with others, for each seed has a test split of its own: mixed.",
+    ]
+
+
+def test_of_very_many_pairs_those_with_the_highest_row_are_shown() -> None:
+    difference = Difference(0.1, 0.0, 0.2, 0.5)
+    names = [f"row {i}" for i in range(20)]
+    comparisons = [Comparison(a, b, difference, 1.0, "McNemar") for a, b in itertools.combinations(names, 2)]
+    assert worth_showing(comparisons[:100]) == comparisons[:100]
+    assert [(c.first, c.second) for c in worth_showing(comparisons)] == [("row 0", name) for name in names[1:]]

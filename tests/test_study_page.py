@@ -1,0 +1,64 @@
+import base64
+import re
+from html.parser import HTMLParser
+
+from study_page import Plot, Section, page
+from study_tables import Table
+
+EMPTY = Table(("row",), [])
+VOID = {"meta", "link", "img"}
+
+
+class Reader(HTMLParser):
+    """Fails on an element that is not closed in order; keeps texts and addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def section(**changes: object) -> Section:
+    parts: dict[str, object] = {
+        "study": "one_study", "question": "Which <method>?", "headlines": ["Highest: a & b."], "notes": ["A note."],
+        "table": Table(("row", "seeds", "empty", "command"), [("a|<b>", "1", "", "python x.py --flag '<&>'")]),
+        "comparisons": EMPTY, "pairs": 0, "tuning": EMPTY, "plots": [],
+    }  # fmt: skip
+    return Section(**parts | changes)  # type: ignore[arg-type]
+
+
+def test_the_page_is_whole_and_needs_no_other_file() -> None:
+    png = b"\x89PNG bytes"
+    plots = [Plot("p.png", 'A "plot" < another', png)]
+    comparison = Table(("row", "verdict"), [("a", "not distinguishable")])
+    text = page([section(plots=plots, comparisons=comparison, pairs=1, tuning=comparison), section(study="other")])
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    for said in ("Which <method>?", "a & b.", "A note.", "a|<b>", "--flag '<&>'", "not distinguishable"):
+        assert said in reader.text
+    assert "empty" not in reader.text  # a column without a value
+    assert {address.split(",")[0] for address in reader.addresses} == {
+        "#one_study", "#other", "data:", "data:image/png;base64",
+    }  # fmt: skip
+    (encoded,) = re.findall(r"base64,([^\"]+)", text)
+    assert base64.b64decode(encoded) == png
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "url(" not in text
+    assert "<script" not in text
+
+
+def test_a_page_without_studies_says_so() -> None:
+    assert "No runs yet." in page([])

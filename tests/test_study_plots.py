@@ -1,0 +1,87 @@
+import struct
+from pathlib import Path
+
+import pytest
+from matplotlib.axes import Axes
+from synthetic_runs import outcomes, write_run
+
+from collected_runs import read_study
+from study_page import Plot
+from study_plots import FILES, _rate_scores, _row_without, plots
+
+
+def drawn(results: Path) -> dict[str, Plot]:
+    return {plot.file: plot for plot in plots(read_study("s", results))}
+
+
+def test_a_study_without_data_has_no_plots(tmp_path: Path) -> None:
+    write_run(tmp_path, "s", "lora", status="failed")
+    write_run(tmp_path, "s", "full", correct=outcomes(0.9, 100, 0))  # one point is no comparison
+    assert drawn(tmp_path) == {}
+
+
+def test_every_plot_where_there_is_data_for_it_and_the_same_bytes_twice(tmp_path: Path) -> None:
+    for k, (rank, alpha) in enumerate([(4, 8), (8, 8), (8, 16)]):
+        write_run(
+            tmp_path, "s", f"r{rank}_{alpha}", correct=outcomes(0.9 + 0.01 * k, 200, k), curve=[0.8, 0.9],
+            axes={"lora_r": rank, "lora_alpha": alpha}, parameters={"trainable": 1000 * rank},
+        )  # fmt: skip
+        for rate in (1e-3, 1e-2):
+            write_run(tmp_path, "s", f"r{rank}_{alpha}", stage="tune", axes={"learning_rate": rate}, validation=0.9)
+    found = drawn(tmp_path)
+    assert tuple(found) == FILES
+    assert found == drawn(tmp_path)
+    for plot in found.values():
+        assert plot.png.startswith(b"\x89PNG")
+        assert b"tEXt" not in plot.png  # neither date nor version
+        width, height = struct.unpack(">II", plot.png[16:24])
+        assert min(width, height) > 300
+
+
+def test_costs_that_may_not_be_compared_are_not_drawn(tmp_path: Path) -> None:
+    for k, name in enumerate(["lora", "full"]):
+        write_run(tmp_path, "s", name, correct=outcomes(0.9, 100, k), curve=[0.8], environment={"alone": k == 0})
+    assert set(drawn(tmp_path)) == {"accuracy_parameters.png", "learning_curves.png"}
+
+
+def test_a_row_far_below_does_not_flatten_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[tuple[float, float]] = []
+    set_ylim = Axes.set_ylim
+
+    def record(self: Axes, low: float, high: float) -> object:
+        limits.append((low, high))
+        return set_ylim(self, low, high)
+
+    monkeypatch.setattr(Axes, "set_ylim", record)
+    for name, accuracy in {"a": 0.93, "b": 0.92, "chance": 0.5}.items():
+        write_run(tmp_path, "s", name, correct=outcomes(accuracy, 1000, 0), environment={"alone": False})
+    (plot,) = drawn(tmp_path).values()
+    assert "Triangles: more than 10 points below the best." in plot.caption
+    ((low, high),) = limits
+    assert 90 < low < 92
+    assert 93 < high < 94
+
+
+def test_rates_are_an_axis_of_studies_that_do_not_tune(tmp_path: Path) -> None:
+    for optimizer in ("lora-adam", "lora-sgd"):
+        for rate in (1e-5, 1e-2):
+            write_run(tmp_path, "s", f"{optimizer}-learning_rate{rate:g}", axes={"learning_rate": rate})
+    scores = _rate_scores(read_study("s", tmp_path))
+    assert {name: list(rates) for name, rates in scores.items()} == {
+        "lora-adam": [1e-5, 1e-2], "lora-sgd": [1e-5, 1e-2],
+    }  # fmt: skip
+    assert set(drawn(tmp_path)) == {"learning_rates.png"}
+
+
+@pytest.mark.parametrize(
+    ("row", "left"),
+    [
+        ("lora_r8-lora_alpha16", "all"),
+        ("q-lora_r8-lora_alpha16", "q"),
+        ("lora_r8-lora_key-True-lora_alpha16", "lora_key-True"),
+    ],
+)
+def test_what_axes_leave_of_a_row(tmp_path: Path, row: str, left: str) -> None:
+    write_run(tmp_path, "s", row, axes={"lora_r": 8, "lora_alpha": 16.0})
+    (run,) = read_study("s", tmp_path).runs
+    assert _row_without(run, "lora_r", "lora_alpha") == left

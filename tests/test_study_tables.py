@@ -1,0 +1,120 @@
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_runs import outcomes, write_run
+
+from collected_runs import Study, read_study
+from study_tables import SUMMARY_KEYS, Table, csv_text, main_table, notes, shown_command, summary, tuning_table
+
+
+def cells(study: Study) -> dict[str, dict[str, str]]:
+    table = main_table(study)
+    return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+
+
+def accuracy_cells(study: Study) -> dict[str, str]:
+    return {name: row[main_table(study).columns[1]] for name, row in cells(study).items()}
+
+
+def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate([0.90, 0.92, 0.94]):
+        write_run(tmp_path, "s", "three", seed=seed, correct=outcomes(accuracy, 1000, seed))
+    write_run(tmp_path, "s", "single", correct=outcomes(0.9, 1000, 0))
+    write_run(tmp_path, "s", "partly", seed=0, correct=outcomes(0.5, 1000, 0))
+    write_run(tmp_path, "s", "partly", seed=1, status="failed")
+    write_run(tmp_path, "s", "untested", validation=0.875)
+    write_run(tmp_path, "s", "broken", status="failed")
+    study = read_study("s", tmp_path)
+    assert main_table(study).columns[1] == ("test accuracy, % (95 % interval, or ± standard deviation over seeds)")
+    assert accuracy_cells(study) == {
+        "three": "92.00 ± 2.00", "single": "90.00 (87.98 to 91.71)", "partly": "50.00 (46.91 to 53.09)",
+        "untested": "", "broken": "failed",
+    }  # fmt: skip
+    found = cells(study)
+    assert [row["seeds"] for row in found.values()] == ["3", "1", "1 (1 failed)", "1", ""]
+    assert [row["test texts"] for row in found.values()] == ["1,000", "1,000", "1,000", "", ""]
+    assert [row["validation accuracy, %"] for row in found.values()] == ["", "", "", "87.50", ""]
+    assert found["three"]["command"] == "python finetune_lora.py --data_dir PATH --seed 0"
+
+
+def test_what_was_not_measured_is_empty_never_0(tmp_path: Path) -> None:
+    write_run(
+        tmp_path, "s", "bare", train={"seconds": None}, memory={"peak_bytes": None}, parameters={"trainable": None}
+    )
+    study = read_study("s", tmp_path)
+    (row,) = summary(study)
+    assert tuple(row) == SUMMARY_KEYS
+    for key in ("accuracy_mean", "accuracy_std", "test_examples", "trainable", "train_seconds", "peak_memory_bytes"):
+        assert row[key] is None
+    (line,) = csv.DictReader(io.StringIO(csv_text(study)))
+    assert line["train_seconds"] == line["accuracy_mean"] == ""
+    assert "0" not in "".join(cells(study)["bare"][key] for key in ("training, s", "peak memory, GiB", "test texts"))
+
+
+def test_times_and_memory_are_shown_only_where_all_were_measured_alone(tmp_path: Path) -> None:
+    for seed, seconds in enumerate([100.0, 110.0]):
+        write_run(
+            tmp_path, "s", "lora", seed=seed, train={"seconds": seconds}, memory={"peak_bytes": (1 + seed) * 2**30}
+        )
+    study = read_study("s", tmp_path)
+    (row,) = summary(study)
+    assert (row["train_seconds"], row["peak_memory_bytes"]) == (105.0, 2 * 2**30)  # the mean, the most
+    assert cells(study)["lora"]["peak memory, GiB"] == "2.00"
+    assert not any("Times" in note for note in notes(study))
+
+    write_run(tmp_path, "s", "other", environment={"alone": False})
+    study = read_study("s", tmp_path)
+    assert [(row["train_seconds"], row["peak_memory_bytes"]) for row in summary(study)] == [(None, None)] * 2
+    assert [row["training, s"] for row in cells(study).values()] == ["", ""]
+    assert "Times and memory are not shown: not every run is known to have been alone on its machine." in notes(study)
+
+
+def test_tuning_never_counts_and_has_a_table_of_its_own(tmp_path: Path) -> None:
+    for rate, accuracy in {1e-2: 0.5, 1e-4: 0.90, 1e-3: 0.91}.items():
+        correct = outcomes(0.99, 100, 0) if rate == 1e-3 else None  # even if a test was read
+        write_run(
+            tmp_path, "s", "lora", stage="tune", validation=accuracy, correct=correct, axes={"learning_rate": rate}
+        )
+    write_run(tmp_path, "s", "lora", stage="tune", status="failed", axes={"learning_rate": 1.0})
+    write_run(tmp_path, "s", "lora", correct=outcomes(0.8, 100, 0))
+    study = read_study("s", tmp_path)
+    (row,) = summary(study)
+    assert (row["accuracy_mean"], row["seeds"]) == (0.8, 1)
+    assert tuning_table(study).rows == [("lora", "0.0001: 90.00; 0.001: 91.00; 0.01: 50.00; 1: no score", "0.001")]
+
+
+def test_commands_are_shown_without_the_places_of_one_machine() -> None:
+    command = (
+        "python finetune_lora.py --data_dir /data/imdb --q_lora --output_dir /tmp/x --overwrite --epochs 2 --resume"
+    )
+    assert shown_command(command) == "python finetune_lora.py --data_dir PATH --q_lora --epochs 2"
+    command = "python finetune_lora.py --output_dir='a b' --data_dir=/data --text_column 'the text' --model_name=x"
+    shown = "python finetune_lora.py --data_dir PATH --text_column 'the text' --model_name=x"
+    assert shown_command(command) == shown
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (
+            Table(("row", "command"), [("a|b", "x"), ("c", "")]),
+            "| row | command |\n|---|---|\n| a\\|b | `x` |\n| c |  |",
+        ),
+        (Table(("row", "n"), [("a", "")]).without_empty_columns(), "| row |\n|---|\n| a |"),
+    ],
+)
+def test_markdown(table: Table, expected: str) -> None:
+    assert table.markdown() == expected
+
+
+def test_seeds_differ_in_the_command_that_is_not_shown(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"correct": outcomes(0.9, 100, 0)}
+    write_run(tmp_path, "s", "lora", seed=1, **options)
+    assert notes(read_study("s", tmp_path)) == []
+    write_run(tmp_path, "s", "lora", seed=0, **options)
+    assert notes(read_study("s", tmp_path)) == [
+        "The command of a row with several seeds is that of the first; the others differ in `--seed`."
+    ]
