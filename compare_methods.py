@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     command("list", "Print each run's number, state and command.")
     collected = command("collect", "Copy what the report needs of each run that has ended.")
     collected.add_argument(
-        "--results_dir", type=Path, default=Path("results"), metavar="PATH", help="where it is copied to (results)"
+        "--results", type=Path, default=Path("results"), metavar="PATH", help="where it is copied to (results)"
     )
     commands.add_parser("report", help="Make tables, plots and pages of what was collected.", add_help=False)
     return parser
@@ -304,7 +304,7 @@ class Work:
 def collect(runs: StudyRuns, options: argparse.Namespace) -> int:
     """Copies a compact record of every finished or failed run into ``results/STUDY/RUN``; names those that lack."""
     kept = {"finished": 0, "failed": 0}
-    target = options.results_dir / runs.study.name
+    target = options.results / runs.study.name
     chosen = runs.study.stage(options.stage)
     for run in map(runs.tuned_if_possible, chosen):
         state = runs.state(run)

@@ -2,7 +2,10 @@
 """What several test files use: tiny random models of each family, and small labelled texts."""
 
 import csv
+import os
 import random
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from slurm_cluster import Cluster, running_cluster
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -24,6 +28,7 @@ from transformers import (
 
 from run_config import RunConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
 GOOD = ("a wonderful and moving film", "superb acting, a joy", "I loved every minute", "brilliant, funny and warm")
 BAD = ("a dull and tedious mess", "terrible acting, a waste", "I hated every minute", "boring, stupid and cold")
@@ -122,3 +127,40 @@ def write_tree(folder: Path, per_class: int = 20) -> None:
             (folder / split / kind).mkdir(parents=True)
             for i in range(per_class):
                 (folder / split / kind / f"{i}_1.txt").write_text(f"{split} {kind} {i}<br /><br />end é", "utf-8")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(tmp_path_factory.mktemp("submit from here")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def ready(cluster: Cluster, tmp_path: Path) -> Cluster:
+    """The cluster with an environment that the script has to activate before it finds its Python."""
+    (tmp_path / "my venv" / "bin").mkdir(parents=True)
+    activate = f'export PATH="{Path(sys.executable).parent}:$PATH"\n'
+    (tmp_path / "my venv" / "bin" / "activate").write_text(activate, encoding="utf8")
+    variables = {
+        "FINETUNE_VENV": str(tmp_path / "my venv"),
+        "FINETUNE_ENTRY": str(ROOT / "finetune_lora.py"),
+        "FINETUNE_LORA_CACHE": os.environ["FINETUNE_LORA_CACHE"],
+    }
+    return Cluster(cluster.environment | variables, cluster.submit_folder)
+
+
+def write_study(path: Path, model: Path, rows: str) -> None:
+    """A study of short runs of a tiny model; its data come with ``--data_dir``."""
+    path.write_text(
+        f"""question = "Do the runs end?"
+[defaults]
+model_name = "{model}"
+dataset = "text"
+accelerator = "cpu"
+precision = "fp32"
+max_length = 32
+batch_size = 4
+epochs = 1
+{rows}""",
+        encoding="utf8",
+    )
