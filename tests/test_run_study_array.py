@@ -61,7 +61,8 @@ def test_an_array_with_a_killed_task_gives_the_table_of_a_local_run(
     checkpoint = project / "runs" / "tiny" / "lora-seed0" / "last.ckpt"
     wait_until(checkpoint.exists, "the first epoch")
     assert 1 <= ready.command("squeue", "-h", "-t", "RUNNING").stdout.count("\n") <= 2
-    ready.command("scancel", "--batch", f"--signal={signal.SIGUSR1.name}", f"{array}_0")
+    sent = ready.command("scancel", "--batch", f"--signal={signal.SIGUSR1.name}", f"{array}_0", check=False)
+    print(sent)
     wait_until(lambda: f"requeueing job {array}_0" in ready.log(), "the requeue")
     wait_until(lambda: "JobState=PENDING" in ready.job(f"{array}_0"), "the requeued task")
     time.sleep(2)  # a job that starts in the second in which it ended is refused: "Job credential revoked"
