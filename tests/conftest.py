@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,17 @@ def ready(cluster: Cluster, tmp_path: Path) -> Cluster:
         "FINETUNE_LORA_CACHE": os.environ["FINETUNE_LORA_CACHE"],
     }
     return Cluster(cluster.environment | variables, cluster.submit_folder)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A single thread for torch, as processes with ``OMP_NUM_THREADS=1`` have it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_study(path: Path, model: Path, rows: str) -> None:

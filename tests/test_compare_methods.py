@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import write_study
+from conftest import one_thread, write_study
 from safetensors.torch import load_file
 
 import finetune_lora
@@ -255,22 +255,20 @@ def started(*words: str) -> Iterator[subprocess.Popen[str]]:
         [sys.executable, str(ROOT / "compare_methods.py"), "run", *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    children: list[int] = []
     try:
         yield process
     finally:
-        children = children_of(process)
-        for number in (process.pid, *children):
+        for number in (process.pid, *children_of(process)):
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         process.communicate()
 
 
-def children_of(process: subprocess.Popen[str]) -> list[int]:
-    """The runs that a study has started; ``ps`` tells them on Linux and macOS."""
-    shown = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in shown.splitlines()]
-    return [child for parent, child in pairs if parent == process.pid]
+def children_of(process: subprocess.Popen[str], of_run: str = "") -> list[int]:
+    """The processes of the runs that a study has started; ``ps`` tells them on Linux and macOS."""
+    shown = subprocess.run(["ps", "-A", "-o", "ppid=,pid=,args="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=2) for line in shown.splitlines() if of_run in line]
+    return [int(line[1]) for line in lines if int(line[0]) == process.pid]
 
 
 def wait_for(text: str, log: Path) -> None:
@@ -316,27 +314,22 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
         with started(*words) as one, started(*words) as two:
             wait_for("epoch 2/16  batch 3", runs.log(killed))
             assert runs.state(killed) == "running"
-            victim = next(study for study in (one, two) if children_of(study))
-            (run,) = children_of(victim)
+            ((victim, run),) = ((study, n) for study in (one, two) for n in children_of(study, killed.name))
             victim.kill()
             os.kill(run, signal.SIGKILL)
             victim.wait()
             survivor = two if victim is one else one
             shown, _ = survivor.communicate(timeout=PATIENCE_SECONDS)
     assert survivor.returncode == 1, shown  # for one has failed
-    assert "killed  continued, see runs/tiny/killed-seed0.log" in shown.replace("-seed0  ", "  ")
+    assert f"2/3  {killed.name}  continued, see" in shown
     assert {run.row: runs.state(run) for run in runs.study.runs} == {
         "orphan": "finished", "killed": "finished", "diverges": "failed",
     }  # fmt: skip
     assert (starts(runs.log(orphan)), starts(runs.log(diverges)), starts(runs.log(killed))) == (1, 1, 2)
     assert DIVERGED.split(" at ")[0] in runs.result(diverges)["error"]
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the runs: sums in another order would differ in the last bit
-    try:
+    with one_thread():  # as in the runs: sums in another order would differ in the last bit
         assert finetune_lora.main([*killed.flags(review_folder), "--output_dir", "whole"]) == 0
-    finally:
-        torch.set_num_threads(threads)
     expected, found = (
         load_file(path / "adapter_model.safetensors") for path in (Path("whole"), runs.directory(killed))
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import one_thread
 from safetensors.torch import load_file
 from slurm_cluster import Cluster, wait_until
 
@@ -68,12 +69,8 @@ def test_a_signalled_array_task_is_requeued_and_ends_as_if_nothing_had_happened(
     assert result["status"] == "finished"
     assert 0 < interrupted["train"]["steps"] < result["train"]["steps"]
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the job: sums in another order would differ in the last bit
-    try:
+    with one_thread():  # as in the job: sums in another order would differ in the last bit
         assert finetune_lora.main([*flags, "--seed", "3", "--output_dir", str(tmp_path / "local")]) == 0
-    finally:
-        torch.set_num_threads(threads)
     expected = load_file(tmp_path / "local" / "adapter_model.safetensors")
     resumed = load_file(directory / "adapter_model.safetensors")
     assert resumed.keys() == expected.keys()
