@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -85,11 +85,12 @@ def count(runs: StudyRuns, options: argparse.Namespace) -> int:
 def list_runs(runs: StudyRuns, options: argparse.Namespace) -> int:
     """Prints a line for each run: its number, state, name and command."""
     check_commands(runs)
-    for number, run in enumerate(runs.study.stage(options.stage)):
-        planned = runs.tuned_if_possible(run)
-        waits = planned.tuned_by and RATE not in planned.settings
-        words = shlex.join(["python", *command_words(runs, planned)]) + (f" --{RATE} TUNED" if waits else "")
-        print(f"{number:>4}  {runs.state(planned):<11}  {run.name}  {words}")
+    with suppress(BrokenPipeError):  # of `| head`
+        for number, run in enumerate(runs.study.stage(options.stage)):
+            planned = runs.tuned_if_possible(run)
+            waits = planned.tuned_by and RATE not in planned.settings
+            words = shlex.join(["python", *command_words(runs, planned)]) + (f" --{RATE} TUNED" if waits else "")
+            print(f"{number:>4}  {runs.state(planned):<11}  {run.name}  {words}", flush=True)
     return 0
 
 

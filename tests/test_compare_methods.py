@@ -266,7 +266,8 @@ def started(*words: str) -> Iterator[subprocess.Popen[str]]:
 
 def children_of(process: subprocess.Popen[str], of_run: str = "") -> list[int]:
     """The processes of the runs that a study has started; ``ps`` tells them on Linux and macOS."""
-    shown = subprocess.run(["ps", "-A", "-o", "ppid=,pid=,args="], capture_output=True, text=True, check=True).stdout
+    words = ["ps", "-A", "-ww", "-o", "ppid=,pid=,args="]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     lines = [line.split(maxsplit=2) for line in shown.splitlines() if of_run in line]
     return [int(line[1]) for line in lines if int(line[0]) == process.pid]
 
