@@ -340,7 +340,8 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
 def test_ctrl_c_ends_the_run_with_a_checkpoint(
     project: Path, tiny_folders: dict[str, Path], review_folder: Path
 ) -> None:
-    write_study(project / "tiny.toml", tiny_folders["distilbert"], "epochs = 400\n[axes]\nseed = [0, 1]")
+    rows = '[axes]\nseed = [0, 1]\n[[rows]]\nname = "long"\nepochs = 400'
+    write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
     runs = StudyRuns(read_study(Path("tiny.toml")), project / "runs" / "tiny")
     with started("tiny.toml", "--data_dir", str(review_folder)) as study:
         wait_for("epoch 1/400  batch 2", runs.log(runs.study.runs[0]))
