@@ -264,7 +264,7 @@ class Work:
         elif status in STOPPED:
             print(f"{self.place(run)}  interrupted after {took}", flush=True)
             return False
-        elif after == "failed":
+        elif after == "failed" and status == 1:  # else that result is an earlier one
             self.end(run, "failed", f"failed after {took}: {self.runs.result(run).get('error')}")
         else:
             lines = log.read_text(encoding="utf8", errors="replace").split("\n")

@@ -51,6 +51,8 @@ class StudyRuns:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield None
+            except OSError as error:
+                raise UserError(f"--runs_dir: {file.name} cannot be locked: {error.strerror}") from None
             else:
                 yield file.fileno()
 

@@ -2,6 +2,7 @@
 """What several test files use: tiny random models of each family, and small labelled texts."""
 
 import csv
+import json
 import os
 import random
 import sys
@@ -27,7 +28,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from run_config import RunConfig
+from run_config import RunConfig, from_flags
+from study_plan import Run, read_study
+from study_runs import StudyRuns
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
@@ -176,3 +179,46 @@ epochs = 1
 {rows}""",
         encoding="utf8",
     )
+
+
+# --- studies: runs as they are left on disk
+
+TUNED = """
+[[rows]]
+name = "a"
+tune = { learning_rate = [0.001, 0.002, 0.003] }
+"""
+DIVERGED = "the loss is not finite at batch 3: lower --learning_rate, or use another --precision"
+
+
+def plan(rows: str) -> StudyRuns:
+    write_study(Path("tiny.toml"), Path("model"), rows)
+    return StudyRuns(read_study(Path("tiny.toml")), Path("runs/tiny"))
+
+
+def leave_run(runs: StudyRuns, run: Run, status: str | None = "finished", **more: Any) -> None:
+    """A run directory as a run leaves it; ``status`` None is one that was killed."""
+    directory = runs.directory(run)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = from_flags(run.flags(Path("data")), "").to_dict()
+    (directory / "config.json").write_text(json.dumps(config))
+    if status is not None:
+        result = {"status": status, "config": config, "seconds": 10.0} | more
+        (directory / "result.json").write_text(json.dumps(result))
+        (directory / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
+
+
+def scored(runs: StudyRuns, monitor: str, *scores: float | str | None) -> None:
+    """Leaves the runs that tune with these scores; a string is the error of a run that failed."""
+    for run, score in zip(runs.study.stage("tune"), scores, strict=True):
+        if isinstance(score, str):
+            leave_run(runs, run, "failed", error=score)
+        elif score is not None:
+            leave_run(runs, run, "finished", validation={monitor: score, "other": 1 - score})
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -9,13 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import one_thread, write_study
+from conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
 from safetensors.torch import load_file
 
 import finetune_lora
@@ -27,36 +26,8 @@ from study_runs import StudyRuns, TuningUnfinished
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 240  # for a machine with other work
-TUNED = """
-[[rows]]
-name = "a"
-tune = { learning_rate = [0.001, 0.002, 0.003] }
-"""
-DIVERGED = "the loss is not finite at batch 3: lower --learning_rate, or use another --precision"
 
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own as the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def plan(rows: str) -> StudyRuns:
-    write_study(Path("tiny.toml"), Path("model"), rows)
-    return StudyRuns(read_study(Path("tiny.toml")), Path("runs/tiny"))
-
-
-def leave_run(runs: StudyRuns, run: Run, status: str | None = "finished", **more: Any) -> None:
-    """A run directory as a run leaves it; ``status`` None is one that was killed."""
-    directory = runs.directory(run)
-    directory.mkdir(parents=True, exist_ok=True)
-    config = from_flags(run.flags(Path("data")), "").to_dict()
-    (directory / "config.json").write_text(json.dumps(config))
-    if status is not None:
-        result = {"status": status, "config": config, "seconds": 10.0} | more
-        (directory / "result.json").write_text(json.dumps(result))
-        (directory / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
+pytestmark = pytest.mark.usefixtures("project")
 
 
 def leave_predictions(runs: StudyRuns, run: Run, logits: np.ndarray, labels: np.ndarray) -> None:
@@ -137,36 +108,6 @@ def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest
 
 
 # --- tuning
-
-
-def scored(runs: StudyRuns, monitor: str, *scores: float | str | None) -> None:
-    """Leaves the runs that tune with these scores; a string is the error of a run that failed."""
-    for run, score in zip(runs.study.stage("tune"), scores, strict=True):
-        if isinstance(score, str):
-            leave_run(runs, run, "failed", error=score)
-        elif score is not None:
-            leave_run(runs, run, "finished", validation={monitor: score, "other": 1 - score})
-
-
-@pytest.mark.parametrize(
-    ("monitor", "scores", "best"),
-    [
-        ("accuracy", (0.7, 0.9, 0.8), 0.002),
-        ("accuracy", (0.8, 0.9, 0.9), 0.002),  # of equals, the smaller
-        ("macro_f1", (0.9, 0.9, 0.9), 0.001),
-        ("loss", (0.3, 0.4, 0.2), 0.003),
-        ("loss", (0.2, 0.4, 0.2), 0.001),
-        ("accuracy", (0.6, 0.7, DIVERGED), 0.002),  # too large a rate is an answer, too
-    ],
-)
-def test_a_final_run_takes_the_best_rate_on_validation(
-    monitor: str, scores: tuple[float | str, ...], best: float
-) -> None:
-    runs = plan(f'monitor = "{monitor}"\n{TUNED}')
-    scored(runs, monitor, *scores)
-    (final,) = runs.study.stage("final")
-    assert runs.tuned(final).settings["learning_rate"] == best
-    assert runs.tuned(final).settings.get("test") is None
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def table(results: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def project(ready: Cluster) -> Path:
+def jobs_folder(ready: Cluster) -> Path:
     """The folder from which jobs are submitted, with what a job finds in the project's."""
     for name in ("compare_methods.py", "run_DistilBert_gpu.SBATCH"):
         (ready.submit_folder / name).symlink_to(ROOT / name)
@@ -52,15 +52,15 @@ def project(ready: Cluster) -> Path:
 
 
 def test_an_array_with_a_killed_task_gives_the_table_of_a_local_run(
-    ready: Cluster, project: Path, tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path,
+    ready: Cluster, jobs_folder: Path, tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    write_study(project / "tiny.toml", tiny_folders["distilbert"], ROWS)
+    write_study(jobs_folder / "tiny.toml", tiny_folders["distilbert"], ROWS)
     flags = ("tiny.toml", "--data_dir", str(review_folder))
     array = ready.submit("--array=0-3%2", str(SCRIPT), *flags).stdout.strip()
     collected = ready.submit(f"--dependency=afterany:{array}", "--gres=none", str(SCRIPT), *flags).stdout.strip()
 
-    checkpoint = project / "runs" / "tiny" / "lora-seed0" / "last.ckpt"
+    checkpoint = jobs_folder / "runs" / "tiny" / "lora-seed0" / "last.ckpt"
     wait_until(checkpoint.exists, "the first epoch")
     assert 1 <= ready.command("squeue", "-h", "-t", "RUNNING").stdout.count("\n") <= 2
     # Not checked: the signal arrives, but for an array of which tasks still wait, scancel may say "try again later".
@@ -74,15 +74,15 @@ def test_an_array_with_a_killed_task_gives_the_table_of_a_local_run(
     assert "continued" in ready.log()
     assert "Restarts=1" in ready.job(f"{array}_0")
 
-    monkeypatch.chdir(project)
+    monkeypatch.chdir(jobs_folder)
     with one_thread():  # as in the jobs: sums in another order would differ in the last bit
         for run in read_study(Path("tiny.toml")).runs:
             directory = tmp_path / "runs" / "tiny" / run.name
             assert finetune_lora.main([*run.flags(review_folder), "--output_dir", str(directory)]) == 0
     local = ("--runs_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"))
     assert main(["collect", "tiny.toml", *local]) == 0
-    assert len(table(project / "results")) == 4
-    assert table(project / "results") == table(tmp_path / "results")
+    assert len(table(jobs_folder / "results")) == 4
+    assert table(jobs_folder / "results") == table(tmp_path / "results")
 
 
 def test_the_script_starts_the_command_of_studies_through_the_script_of_single_runs() -> None:
