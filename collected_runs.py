@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from local_run_utilities import METRICS, PREDICTIONS, RESULT, accuracy_interval
+from local_run_utilities import accuracy_interval
 from run_config import UserError
+from run_files import METRICS, PREDICTIONS, RESULT
 from study_statistics import mean_and_deviation
 
 QUESTION = "question.txt"

@@ -128,7 +128,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _write_result(directory: Path, result: dict[str, Any]) -> None:
     """Writes ``result.json``; where that is not possible, the run has failed, for the reason it had or for this."""
-    from local_run_utilities import BEST_CHECKPOINT, RESULT, write_json
+    from run_files import BEST_CHECKPOINT, RESULT, write_json
 
     try:
         write_json(directory / RESULT, result)
@@ -154,7 +154,7 @@ def _command() -> str:
 
 def _interruption(directory: Path, at_once: bool) -> str:
     """What was kept of an interrupted run, and the command that goes on from there."""
-    from local_run_utilities import LAST_CHECKPOINT
+    from run_files import LAST_CHECKPOINT
 
     if not (directory / LAST_CHECKPOINT).exists():
         return f"interrupted before the first checkpoint; start again with: {_command_with(directory, '--overwrite')}"
@@ -256,15 +256,10 @@ def _fit_and_test(
 ) -> None:
     """Trains, takes the best checkpoint, saves what it holds, and reads the test split once."""
     from local_model_utilities import saved_parameters
-    from local_run_utilities import (
-        BEST_CHECKPOINT,
-        LAST_CHECKPOINT,
-        plot_learning_curve,
-        save_trained,
-        write_predictions,
-    )
+    from local_run_utilities import plot_learning_curve, save_trained, write_predictions
     from local_training_utilities import FineTuning
     from lora import lora_modules
+    from run_files import BEST_CHECKPOINT, LAST_CHECKPOINT
     from token_batches import evaluation_loader, train_loader
 
     config, directory, splits = prepared.config, prepared.directory, prepared.splits

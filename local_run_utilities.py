@@ -1,7 +1,4 @@
-"""A run directory: ``result.json``, predictions, the trained weights, the learning curve, the environment.
-
-A file is written beside its place and renamed, so that a reader finds the old one or the new one, never a half.
-"""
+"""A run directory: ``result.json``, predictions, the trained weights, the learning curve, the environment."""
 
 import csv
 import json
@@ -12,7 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -25,29 +22,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from run_config import RunConfig, UserError
-
-RESULT = "result.json"
-CONFIG = "config.json"
-PREDICTIONS = "predictions.parquet"
-METRICS = "metrics.csv"
-CURVE = "learning_curve.png"
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-TRAINED_WEIGHTS = "trained_weights.safetensors"
-LAST_CHECKPOINT = "last.ckpt"
-BEST_CHECKPOINT = "best.ckpt"
-RUN_FILES = (
-    RESULT,
-    CONFIG,
-    PREDICTIONS,
-    METRICS,
-    CURVE,
+from run_files import (
     ADAPTER,
     ADAPTER_CONFIG,
-    TRAINED_WEIGHTS,
+    CONFIG,
+    CURVE,
     LAST_CHECKPOINT,
-    BEST_CHECKPOINT,
+    METRICS,
+    PREDICTIONS,
+    RUN_FILES,
+    TRAINED_WEIGHTS,
+    read_status,
+    write_atomically,
+    write_json,
 )
+
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "bitsandbytes", "peft", "numpy")
 REPOSITORY = Path(__file__).resolve().parent
 
@@ -97,13 +86,6 @@ def _check_resumable(directory: Path, config: RunConfig) -> None:
         raise UserError(f"{flag} holds a run of another configuration: {', '.join(differences)}")
 
 
-def read_status(directory: Path) -> str | None:
-    """``finished``, ``interrupted`` or ``failed``; ``None`` where no result stands."""
-    with suppress(OSError, ValueError):
-        return json.loads((directory / RESULT).read_text(encoding="utf8")).get("status")
-    return None
-
-
 def open_directory(directory: Path, config: RunConfig) -> None:
     """Makes the directory and notes the configuration in it; an overwritten run's files go first."""
     try:
@@ -114,28 +96,6 @@ def open_directory(directory: Path, config: RunConfig) -> None:
         write_json(directory / CONFIG, config.to_dict())
     except OSError as error:
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from None
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` with a temporary path beside ``path`` and renames it; nothing stays behind on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # some libraries keep what they write from the user's group
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it but to set it
-    os.umask(mask)
-    return mask
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

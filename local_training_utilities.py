@@ -30,8 +30,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from frozen_outputs import FrozenOutputs
 from local_model_utilities import Classifier, saved_parameters
-from local_run_utilities import BEST_CHECKPOINT
 from run_config import RunConfig, UserError
+from run_files import BEST_CHECKPOINT
 from training_callbacks import ProgressLines
 
 Batch = dict[str, Tensor]

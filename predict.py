@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from run_config import OneLineParser, RunConfig, UserError
+from run_files import RESULT
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
 
@@ -87,8 +88,6 @@ def read_texts(path: Path, column: str) -> list[str]:
 
 def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     """Configuration and label names of a finished run."""
-    from local_run_utilities import RESULT
-
     try:
         result = json.loads((directory / RESULT).read_text(encoding="utf8"))
     except (OSError, ValueError) as error:

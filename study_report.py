@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from collected_runs import Study, read_study, studies
-from local_run_utilities import write_atomically
 from run_config import UserError
+from run_files import write_atomically
 from study_comparisons import READING, compare_rows, headlines, worth_showing
 from study_page import Section, page
 from study_plots import FILES, plots

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from local_run_utilities import LAST_CHECKPOINT, write_metrics
+from local_run_utilities import write_metrics
+from run_files import LAST_CHECKPOINT
 
 
 class TrainingFailed(Exception):

@@ -2,7 +2,12 @@
 """What several test files use: tiny random models of each family, and small labelled texts."""
 
 import csv
+import json
+import os
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from slurm_cluster import Cluster, running_cluster
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -22,8 +28,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from run_config import RunConfig
+from run_config import RunConfig, from_flags
+from study_plan import Run, read_study
+from study_runs import StudyRuns
 
+ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
 GOOD = ("a wonderful and moving film", "superb acting, a joy", "I loved every minute", "brilliant, funny and warm")
 BAD = ("a dull and tedious mess", "terrible acting, a waste", "I hated every minute", "boring, stupid and cold")
@@ -122,3 +131,94 @@ def write_tree(folder: Path, per_class: int = 20) -> None:
             (folder / split / kind).mkdir(parents=True)
             for i in range(per_class):
                 (folder / split / kind / f"{i}_1.txt").write_text(f"{split} {kind} {i}<br /><br />end é", "utf-8")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(tmp_path_factory.mktemp("submit from here")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def ready(cluster: Cluster, tmp_path: Path) -> Cluster:
+    """The cluster with an environment that the script has to activate before it finds its Python."""
+    (tmp_path / "my venv" / "bin").mkdir(parents=True)
+    activate = f'export PATH="{Path(sys.executable).parent}:$PATH"\n'
+    (tmp_path / "my venv" / "bin" / "activate").write_text(activate, encoding="utf8")
+    variables = {
+        "FINETUNE_VENV": str(tmp_path / "my venv"),
+        "FINETUNE_ENTRY": str(ROOT / "finetune_lora.py"),
+        "FINETUNE_LORA_CACHE": os.environ["FINETUNE_LORA_CACHE"],
+    }
+    return Cluster(cluster.environment | variables, cluster.submit_folder)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A single thread for torch, as processes with ``OMP_NUM_THREADS=1`` have it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def write_study(path: Path, model: Path, rows: str) -> None:
+    """A study of short runs of a tiny model; its data come with ``--data_dir``."""
+    path.write_text(
+        f"""question = "Do the runs end?"
+[defaults]
+model_name = "{model}"
+dataset = "text"
+accelerator = "cpu"
+precision = "fp32"
+max_length = 32
+batch_size = 4
+epochs = 1
+{rows}""",
+        encoding="utf8",
+    )
+
+
+# --- studies: runs as they are left on disk
+
+TUNED = """
+[[rows]]
+name = "a"
+tune = { learning_rate = [0.001, 0.002, 0.003] }
+"""
+DIVERGED = "the loss is not finite at batch 3: lower --learning_rate, or use another --precision"
+
+
+def plan(rows: str) -> StudyRuns:
+    write_study(Path("tiny.toml"), Path("model"), rows)
+    return StudyRuns(read_study(Path("tiny.toml")), Path("runs/tiny"))
+
+
+def leave_run(runs: StudyRuns, run: Run, status: str | None = "finished", **more: Any) -> None:
+    """A run directory as a run leaves it; ``status`` None is one that was killed."""
+    directory = runs.directory(run)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = from_flags(run.flags(Path("data")), "").to_dict()
+    (directory / "config.json").write_text(json.dumps(config))
+    if status is not None:
+        result = {"status": status, "config": config, "seconds": 10.0} | more
+        (directory / "result.json").write_text(json.dumps(result))
+        (directory / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
+
+
+def scored(runs: StudyRuns, monitor: str, *scores: float | str | None) -> None:
+    """Leaves the runs that tune with these scores; a string is the error of a run that failed."""
+    for run, score in zip(runs.study.stage("tune"), scores, strict=True):
+        if isinstance(score, str):
+            leave_run(runs, run, "failed", error=score)
+        elif score is not None:
+            leave_run(runs, run, "finished", validation={monitor: score, "other": 1 - score})
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -22,16 +22,6 @@ from transformers import AutoModelForSequenceClassification
 from base_models import find_model
 from local_model_utilities import Classifier, build_classifier, saved_parameters
 from local_run_utilities import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    CONFIG,
-    CURVE,
-    LAST_CHECKPOINT,
-    METRICS,
-    PREDICTIONS,
-    RESULT,
-    RUN_FILES,
-    TRAINED_WEIGHTS,
     accuracy_interval,
     adapter_config,
     check_directory,
@@ -42,16 +32,27 @@ from local_run_utilities import (
     peak_memory,
     peft_name,
     plot_learning_curve,
-    read_status,
     save_trained,
-    write_atomically,
-    write_json,
     write_metrics,
     write_predictions,
 )
 from lora import lora_modules
 from model_families import FAMILIES
 from run_config import RunConfig, UserError
+from run_files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CONFIG,
+    CURVE,
+    LAST_CHECKPOINT,
+    METRICS,
+    PREDICTIONS,
+    RESULT,
+    RUN_FILES,
+    TRAINED_WEIGHTS,
+    read_status,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["bad", "good"]
@@ -170,47 +171,11 @@ def test_resume_of_a_run_whose_configuration_is_damaged_is_refused(tmp_path: Pat
     assert f"{CONFIG} cannot be used" in refusal(tmp_path, config)
 
 
-@pytest.mark.parametrize("damaged", [None, "", '{"status": "fini', "{}"])
-def test_status_of_a_directory_without_a_whole_result_is_none(tmp_path: Path, damaged: str | None) -> None:
-    if damaged is not None:
-        (tmp_path / RESULT).write_text(damaged)
-    assert read_status(tmp_path) is None
-
-
 def test_default_directory_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert default_directory(RunConfig(q_lora=True)).match("runs/imdb-qlora-*")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     assert default_directory(RunConfig(method="full")) == Path("runs/imdb-full-77")
-
-
-def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / RESULT
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        assert temporary.parent == tmp_path  # a rename within one file system is atomic
-        assert temporary.suffix == path.suffix
-        assert temporary != path
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert list(tmp_path.iterdir()) == []
-    path.write_text("old")
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert contents(tmp_path) == {RESULT: b"old"}
-    write_atomically(path, lambda temporary: temporary.write_text("new"))
-    assert contents(tmp_path) == {RESULT: b"new"}
-
-
-def test_json_holds_no_nan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(tmp_path / RESULT, {"loss": math.nan})
-    assert list(tmp_path.iterdir()) == []
-    write_json(tmp_path / RESULT, {"name": "é", "loss": None})
-    assert json.loads((tmp_path / RESULT).read_text(encoding="utf8")) == {"name": "é", "loss": None}
 
 
 # --- trained weights

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from compare_methods import make_parser as make_study_parser
 from finetune_lora import DESCRIPTION
 from predict import make_parser as make_predict_parser
 from run_config import from_flags, make_parser
+from study_plan import read_study
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "DistilRoberta/README.md")
@@ -34,10 +36,16 @@ def test_every_command_parses(command: str) -> None:
         done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     elif words[0] == "sbatch":
-        assert (ROOT / words[1]).is_file()
-        from_flags(words[2:], DESCRIPTION)
+        script = next(i for i, word in enumerate(words) if word.endswith(".SBATCH"))
+        assert (ROOT / words[script]).is_file()
+        if words[script] == "run_study_array.SBATCH":
+            check_study_command(["run", *words[script + 1 :]])
+        else:
+            from_flags(words[script + 1 :], DESCRIPTION)
     elif words[:2] == ["python", "predict.py"]:
         make_predict_parser().parse_args(words[2:])
+    elif words[:2] == ["python", "compare_methods.py"]:
+        check_study_command(words[2:])
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), command
         if words[-1] == "--help":
@@ -48,8 +56,21 @@ def test_every_command_parses(command: str) -> None:
         assert words == ["source", ".venv/bin/activate"]
 
 
+def study_help() -> str:
+    """The help of the subcommands that take flags."""
+    (commands,) = (action.choices for action in make_study_parser()._actions if isinstance(action.choices, dict))
+    return "".join(parser.format_help() for parser in commands.values())
+
+
+def check_study_command(words: list[str]) -> None:
+    options = make_study_parser().parse_args(words)
+    if options.command != "report":
+        assert read_study(ROOT / options.study).runs
+
+
 def test_every_flag_that_is_mentioned_exists() -> None:
-    known = set(re.findall(r"--\w+", make_parser(DESCRIPTION).format_help() + make_predict_parser().format_help()))
+    shown = make_parser(DESCRIPTION).format_help() + make_predict_parser().format_help() + study_help()
+    known = set(re.findall(r"--\w+", shown))
     for document in DOCUMENTS:
         mentioned = set(re.findall(r"`(--\w+)", (ROOT / document).read_text(encoding="utf8")))
         assert mentioned <= known, document

@@ -1,0 +1,63 @@
+"""The files of a run directory: their names, and how they are written and read; no torch.
+
+A file is written beside its place and renamed, so that a reader finds the old one or the new one, never a half.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+RESULT = "result.json"
+CONFIG = "config.json"
+PREDICTIONS = "predictions.parquet"
+METRICS = "metrics.csv"
+CURVE = "learning_curve.png"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+TRAINED_WEIGHTS = "trained_weights.safetensors"
+LAST_CHECKPOINT = "last.ckpt"
+BEST_CHECKPOINT = "best.ckpt"
+RUN_FILES = (
+    RESULT,
+    CONFIG,
+    PREDICTIONS,
+    METRICS,
+    CURVE,
+    ADAPTER,
+    ADAPTER_CONFIG,
+    TRAINED_WEIGHTS,
+    LAST_CHECKPOINT,
+    BEST_CHECKPOINT,
+)
+
+
+def read_status(directory: Path) -> str | None:
+    """``finished``, ``interrupted`` or ``failed``; ``None`` where no result stands."""
+    with suppress(OSError, ValueError):
+        return json.loads((directory / RESULT).read_text(encoding="utf8")).get("status")
+    return None
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls ``write`` with a temporary path beside ``path`` and renames it; nothing stays behind on failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())  # some libraries keep what they write from the user's group
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it but to set it
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf8"))

@@ -1,0 +1,261 @@
+"""A study: one TOML file -> the list of its runs, every one checked; no torch.
+
+.. code-block:: toml
+
+    question = "what the study asks"      # needed
+    [defaults]                            # flags of finetune_lora.py, for every run
+    [axes]                                # a list each: the grid of all combinations
+    seed = [0, 1, 2]
+    [sample]                              # instead of the whole grid: so many of its cells, drawn with a seed
+    count = 20
+    seed = 0
+    [[rows]]                              # what is compared, by name, with flags of its own
+    name = "lora"
+    axes = { seed = [0] }                 # replaces axes of the same name; a plain flag narrows an axis to one value
+    tune = { learning_rate = [1e-3] }     # tried on validation first; as many values in every row
+    [tuning]                              # what differs in the runs that tune: less data, fewer epochs
+
+A *row* is what the report compares: all its runs differ in the seed alone. Axes other than the seed make one row of
+each cell of the grid. ``data_dir`` is a folder below the one that ``compare_methods.py --data_dir`` names, for the
+places of data differ from machine to machine.
+"""
+
+import dataclasses
+import itertools
+import random
+import re
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from run_config import RunConfig, UserError, from_flags
+
+TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
+FLAGS = {setting.name for setting in dataclasses.fields(RunConfig)}
+MANAGED = ("output_dir", "resume", "overwrite", "prefetch", "verbose")  # the study's own business
+RATE = "learning_rate"
+STAGES = ("tune", "final", "all")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Attributes:
+        name: the run's directory, unique in the study.
+        row: what the report compares; equal for runs that differ in the seed alone.
+        stage: ``tune`` or ``final``.
+        settings: flags of ``finetune_lora.py``, as the TOML gives them; ``data_dir`` is relative.
+        axes: what tells this run from others of its study, the seed apart.
+        tuned_by: names of the runs whose best learning rate this one takes; empty where it has its own.
+    """
+
+    name: str
+    row: str
+    stage: str
+    settings: dict[str, Any]
+    axes: dict[str, Any] = field(default_factory=dict)
+    tuned_by: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> int:
+        return int(self.settings.get("seed", 0))
+
+    def with_rate(self, rate: float) -> "Run":
+        """The same run with the learning rate that its tuning chose."""
+        return replace(self, settings={**self.settings, RATE: rate})
+
+    def flags(self, data_dir: Path | None = None) -> list[str]:
+        """The run as words of a command line, data below ``data_dir`` where one is given."""
+        settings = dict(self.settings)
+        below = settings.pop("data_dir", None)
+        packaged = settings.get("offline") and settings.get("dataset", "imdb") == "imdb" and below is None
+        if data_dir is not None and not packaged and "data_source" not in settings:
+            settings["data_dir"] = data_dir / (below or "")
+        return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+Cell = tuple[list[Run], list[Run]]  # the runs that tune, and the final ones, of one cell of the grid
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's name, its question, and its runs: those that tune first, then seed by seed."""
+
+    name: str
+    question: str
+    runs: tuple[Run, ...]
+
+    def stage(self, stage: str) -> list[Run]:
+        return [run for run in self.runs if stage in ("all", run.stage)]
+
+    def find(self, name: str) -> Run:
+        return next(run for run in self.runs if run.name == name)
+
+
+def read_study(path: Path) -> Study:
+    """The study in a TOML file.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is not allowed; the line names file, row and key.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:  # of which TOMLDecodeError and UnicodeDecodeError are two
+        raise UserError(f"{path} cannot be read: {error}") from None
+    try:
+        return _plan(path.stem, content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _plan(name: str, content: dict[str, Any]) -> Study:
+    _only(content, TABLES, "")
+    question = content.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise UserError("question: must say, in words, what the study asks")
+    for table in ("defaults", "axes", "sample", "tuning"):
+        if not isinstance(content.get(table, {}), dict):
+            raise UserError(f"{table}: must be a table, [{table}]")
+    rows = content.get("rows", [{}])
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError("rows: must be tables, [[rows]], one at least")
+    _check_rows(content, rows)
+    _check_tuning(content, rows)
+    cells = _sampled([cell for row in rows for cell in _expand(content, row)], content.get("sample"))
+    tuning = [run for tune, _ in cells for run in tune]
+    rounds = itertools.zip_longest(*(final for _, final in cells))  # all first seeds before any second one: what is
+    runs = (*tuning, *(run for each in rounds for run in each if run is not None))  # there stays comparable
+    _check_runs(runs)
+    return Study(name, question.strip(), runs)
+
+
+def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
+    """The cells of one ``[[rows]]``: its grid, the seed apart."""
+    where = f"row {row['name']}: " if "name" in row else ""
+    settings, axes = _settings_and_axes(content, row, where)
+    seeds = axes.pop("seed", [settings.get("seed", 0)])
+    rates = row.get("tune", {}).get(RATE, [])
+    if rates and any(len(values) > 1 for values in axes.values()):
+        raise UserError(f"{where}tune: cannot go with axes other than seed: make a row of each combination")
+    cells = []
+    for values in itertools.product(*axes.values()):
+        cell = dict(zip(axes, values, strict=True))
+        name = "-".join([*([row["name"]] if "name" in row else []), *itertools.starmap(_part, cell.items())]) or "run"
+        given = settings | cell | {"seed": seeds[0]}
+        overrides = content.get("tuning", {}) | {"test": False}
+        tune = [
+            Run(f"tune-{name}-{rate:g}", name, "tune", given | overrides | {RATE: rate}, cell | {RATE: rate})
+            for rate in rates
+        ]
+        tuned_by = tuple(run.name for run in tune)
+        final = [Run(f"{name}-seed{seed}", name, "final", given | {"seed": seed}, cell, tuned_by) for seed in seeds]
+        cells.append((tune, final))
+    return cells
+
+
+def _part(key: str, value: Any) -> str:
+    """An axis and its value as part of a file's name, e.g. ``lora_r8``, ``precision-bf16``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = f"{key}{value:g}" if number else f"{key}-{value}"
+    return re.sub(r"[^A-Za-z0-9_.+=-]+", "_", text)
+
+
+def _settings_and_axes(
+    content: dict[str, Any], row: dict[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Flags and axes of a row: its own before those of the study, the last word for a name counts."""
+    own = {key: value for key, value in row.items() if key not in ("name", "axes", "tune")}
+    row_axes = row.get("axes", {})
+    axes = {k: v for k, v in (content.get("axes", {}) | row_axes).items() if k in row_axes or k not in own}
+    twice = sorted(set(own) & set(row_axes))
+    if twice:
+        raise UserError(f"{where}{twice[0]}: is given as a flag and as an axis")
+    parts = [("[defaults] ", content.get("defaults", {})), ("[tuning] ", content.get("tuning", {}))]
+    for place, keys in [*parts, (where, own), (f"{where}axes: ", axes)]:
+        for key in keys:
+            if key not in FLAGS:
+                raise UserError(f"{place}{key}: finetune_lora.py has no flag of this name")
+            if key in MANAGED:
+                raise UserError(f"{place}{key}: is set by the study itself")
+    for key, values in axes.items():
+        if not isinstance(values, list) or not values or len({str(value) for value in values}) < len(values):
+            raise UserError(f"{where}axes: {key}: must be a list of different values, one at least")
+    return content.get("defaults", {}) | own, axes
+
+
+def _sampled(cells: list[Cell], sample: dict[str, Any] | None) -> list[Cell]:
+    """A seeded random sample of the grid's cells, in their order; all of them where none is asked for."""
+    if sample is None:
+        return cells
+    _only(sample, ("count", "seed"), "[sample] ")
+    count, seed = sample.get("count"), sample.get("seed", 0)
+    if not isinstance(count, int) or not 1 <= count <= len(cells):
+        raise UserError(f"[sample] count: is {count}, must be a number from 1 to {len(cells)}, the cells of the grid")
+    if not isinstance(seed, int):
+        raise UserError(f"[sample] seed: is {seed}, must be a whole number")
+    return [cells[i] for i in sorted(random.Random(seed).sample(range(len(cells)), count))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checks
+
+
+def _only(table: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    unknown = [key for key in table if key not in allowed]
+    if unknown:
+        raise UserError(f"{where}{unknown[0]}: is no key of a study, allowed are {', '.join(allowed)}")
+
+
+def _check_rows(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows, start=1):
+        name = row.get("name", "" if "rows" in content else "run")
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name.startswith("tune-"):
+            rule = "letters, digits and _ . + = - (and not tune- at its beginning)"
+            raise UserError(f"row {number}: name: is {name!r}, must be a file's name of {rule}")
+        for table in ("axes", "tune"):
+            if not isinstance(row.get(table, {}), dict):
+                raise UserError(f"row {name}: {table}: must be a table of lists")
+
+
+def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The same number of learning rates for each row: what may try more often wins more often."""
+    for row in rows:
+        if "tune" not in row:
+            continue
+        where, values = f"row {row.get('name')}: tune: ", row["tune"].get(RATE)
+        if set(row["tune"]) != {RATE} or not isinstance(values, list) or not values:
+            raise UserError(f"{where}must be {{ {RATE} = [...] }}")
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+            raise UserError(f"{where}{RATE}: must be numbers")
+        if any(RATE in place for place in (row, row.get("axes", {}), content.get("axes", {}))):
+            raise UserError(f"{where}{RATE}: is given as well")
+    budgets = {row.get("name", ""): len(row.get("tune", {}).get(RATE, [])) for row in rows}
+    if len(set(budgets.values())) > 1:
+        shown = ", ".join(f"{name} {count}" for name, count in budgets.items())
+        raise UserError(f"tune: the same budget for all, but the numbers of learning rates are: {shown}")
+    tuning = content.get("tuning", {})
+    if tuning and not any(budgets.values()):
+        raise UserError(f"[tuning] no row has anything to tune, give each tune = {{ {RATE} = [...] }}")
+    if tuning.get("test", False) is not False:
+        raise UserError("[tuning] test: must be false, for learning rates are chosen on validation")
+    if RATE in tuning:
+        raise UserError(f"[tuning] {RATE}: is what is tuned, give it to the rows")
+
+
+def _check_runs(runs: tuple[Run, ...]) -> None:
+    """Every run through the checks of the command itself, and no two under one name."""
+    seen: set[str] = set()
+    for run in runs:
+        if run.name in seen:
+            raise UserError(f"row {run.row}: two runs would be named {run.name}")
+        seen.add(run.name)
+        folder = run.settings.get("data_dir", "")
+        if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise UserError(f"row {run.row}: data_dir: is {folder}, must be a folder below that of --data_dir")
+        try:
+            from_flags(run.flags(Path()), "")
+        except UserError as error:
+            raise UserError(f"row {run.row}: {str(error).removeprefix('--')}") from None

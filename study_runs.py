@@ -1,0 +1,118 @@
+"""The runs of a study on disk: where each lies, in which state it is, who runs it, what its tuning chose; no torch.
+
+``runs/STUDY/RUN/`` is a run's directory, ``RUN.log`` beside it what it printed, ``RUN.lock`` a file that is never
+removed: whoever runs RUN holds a lock on it. The run's own process inherits the lock, so that a run whose study was
+killed is still seen to be running; the system drops it when the last of the two has ended, however it ended.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from run_config import RunConfig, UserError, from_flags
+from run_files import CONFIG, RESULT, read_status
+from study_plan import RATE, Run, Study
+
+DIVERGED = "the loss is not finite"  # how such a run's error begins: a rate too large, and so an answer to the tuning
+
+
+class TuningUnfinished(Exception):
+    """A final run that cannot start yet, in one line."""
+
+
+@dataclass(frozen=True)
+class StudyRuns:
+    """A study and the folder of its runs, ``runs/STUDY``."""
+
+    study: Study
+    folder: Path
+    data_dir: Path | None = None
+
+    def directory(self, run: Run) -> Path:
+        return self.folder / run.name
+
+    def log(self, run: Run) -> Path:
+        return self.folder / f"{run.name}.log"
+
+    @contextmanager
+    def held(self, run: Run) -> Iterator[int | None]:
+        """Holds the run's lock; gives its file descriptor, or ``None`` where another process has it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / f"{run.name}.lock").open("a")
+        except OSError as error:
+            raise UserError(f"--runs_dir: {self.folder} cannot be written: {error.strerror}") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+            except OSError as error:
+                raise UserError(f"--runs_dir: {file.name} cannot be locked: {error.strerror}") from None
+            else:
+                yield file.fileno()
+
+    def state(self, run: Run) -> str:
+        """``running``, or what ``state_on_disk`` says."""
+        if not (self.folder / f"{run.name}.lock").exists():
+            return self.state_on_disk(run)
+        with self.held(run) as lock:
+            return "running" if lock is None else self.state_on_disk(run)
+
+    def state_on_disk(self, run: Run) -> str:
+        """``missing``, ``finished``, ``failed``, ``interrupted`` (killed, too), or ``changed``: of other settings."""
+        if not (self.directory(run) / CONFIG).exists():
+            return "missing"
+        if self.differences(run):
+            return "changed"
+        return read_status(self.directory(run)) or "interrupted"
+
+    def result(self, run: Run) -> dict[str, Any]:
+        """What ``result.json`` of a finished or failed run holds."""
+        return json.loads((self.directory(run) / RESULT).read_text(encoding="utf8"))
+
+    def differences(self, run: Run) -> list[str]:
+        """Settings in which the run on disk differs from the plan; not where its data lie, nor an open rate."""
+        planned = from_flags(run.flags(Path()), "")
+        try:
+            made = RunConfig.from_dict(json.loads((self.directory(run) / CONFIG).read_text(encoding="utf8")))
+        except (OSError, ValueError, TypeError, UserError) as error:
+            return [f"its {CONFIG} cannot be used: {error}"]
+        open_flags = ("--data_dir", *([f"--{RATE}"] if planned.learning_rate is None else []))
+        return [text for text in planned.differences(made) if text.split()[0] not in open_flags]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # tuning
+
+    def tuned(self, run: Run) -> Run:
+        """The run with the best learning rate of its row: by ``--monitor`` on validation; of equals, the smaller.
+
+        Raises:
+            TuningUnfinished: one of the runs that tune has neither finished nor diverged, or all have diverged.
+        """
+        if not run.tuned_by:
+            return run
+        scores: list[tuple[float, float]] = []
+        for tuning in map(self.study.find, run.tuned_by):
+            state = self.state_on_disk(tuning)
+            result = self.result(tuning) if state in ("finished", "failed") else {}
+            rate = float(tuning.settings[RATE])
+            if state == "finished":
+                monitor = result["config"]["monitor"]
+                score = result["validation"][monitor]
+                scores.append((-score if monitor == "loss" else score, -rate))
+            elif not result.get("error", "").startswith(DIVERGED):
+                raise TuningUnfinished(f"its learning rate waits for {tuning.name}, which is {self.state(tuning)}")
+        if not scores:
+            raise TuningUnfinished(f"at every learning rate of {run.row} {DIVERGED}")
+        return run.with_rate(-max(scores)[1])
+
+    def tuned_if_possible(self, run: Run) -> Run:
+        try:
+            return self.tuned(run)
+        except TuningUnfinished:
+            return run

@@ -1,0 +1,295 @@
+"""Studies that run, are killed and go on; and what is told, chosen and collected of runs that have ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
+from safetensors.torch import load_file
+
+import finetune_lora
+from compare_methods import main
+from local_run_utilities import write_predictions
+from run_config import from_flags
+from study_plan import Run, read_study
+from study_runs import StudyRuns, TuningUnfinished
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_SECONDS = 240  # for a machine with other work
+
+pytestmark = pytest.mark.usefixtures("project")
+
+
+def leave_predictions(runs: StudyRuns, run: Run, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Predictions of a validation of three texts, and of a test in another order than its rows'."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    splits = {
+        "validation": (np.arange(3), np.zeros(3, int), np.ones((3, logits.shape[1]))),
+        "test": (order, labels[order], logits[order]),
+    }
+    write_predictions(runs.directory(run), splits)
+
+
+# --- states
+
+
+def test_list_tells_state_and_command_of_each_run(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan("[axes]\nseed = [0, 1, 2, 3, 4, 5]")
+    missing, finished, failed, interrupted, killed, running = runs.study.runs
+    for run, status in ((finished, "finished"), (failed, "failed"), (interrupted, "interrupted"), (killed, None)):
+        leave_run(runs, run, status)
+    leave_run(runs, running, None)
+    with runs.held(running):
+        assert main(["list", "tiny.toml", "--data_dir", "."]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    states = ["missing", "finished", "failed", "interrupted", "interrupted", "running"]
+    assert [line.split()[:3] for line in lines] == [[str(i), s, f"run-seed{i}"] for i, s in enumerate(states)]
+    words = lines[missing.seed].split("python ")[1].split()
+    assert Path(words[0]).resolve() == ROOT / "finetune_lora.py"
+    config = from_flags(words[1:], "")
+    assert (config.output_dir, config.data_dir, config.epochs) == (Path("runs/tiny/run-seed0"), Path(), 1)
+
+
+def test_a_run_of_other_settings_is_neither_taken_for_the_planned_one_nor_overwritten(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = plan("")
+    (run,) = runs.study.runs
+    leave_run(runs, run)
+    runs = plan("lora_r = 2")
+    before = (runs.directory(run) / "config.json").read_bytes()
+    assert runs.state(runs.study.runs[0]) == "changed"
+    assert main(["run", "tiny.toml", "--data_dir", "."]) == 1
+    assert "holds a run of other settings (--lora_r 8 -> 2): remove it, or rename the row" in capsys.readouterr().out
+    assert main(["collect", "tiny.toml"]) == 0
+    assert "not collected: run-seed0 is changed" in capsys.readouterr().err
+    assert (runs.directory(run) / "config.json").read_bytes() == before
+
+
+def test_what_has_ended_is_not_run_again(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan("[axes]\nseed = [0, 1]")
+    leave_run(runs, runs.study.runs[0])
+    leave_run(runs, runs.study.runs[1], "failed", error="no space left")
+    assert main(["run", "tiny.toml", "--data_dir", "."]) == 1
+    shown = capsys.readouterr().out
+    assert "2 runs, 1 failed, 1 finished" in shown
+    assert "2/2  run-seed1  failed before: no space left (--retry_failed)" in shown
+    assert main(["run", "tiny.toml", "--data_dir", ".", "--index", "0"]) == 0
+
+
+def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan("[axes]\nseed = [0, 1]")
+    for words, line in (
+        (["run", "tiny.toml"], "error: row run: --dataset text: needs --data_dir PATH"),
+        (["run", "tiny.toml", "--data_dir", "nowhere"], "error: --data_dir nowhere: no such folder"),
+        (["run", "tiny.toml", "--data_dir", ".", "--index", "2"], "error: --index 2: the study has runs 0 to 1"),
+        (["run", "other.toml"], "error: other.toml cannot be read"),
+        (["count", "tiny.toml", "--stage", "first"], "error: --stage: invalid choice"),
+        (
+            ["run", "tiny.toml", "--data_dir", ".", "--runs_dir", "tiny.toml"],
+            "error: --runs_dir: tiny.toml/tiny cannot",
+        ),
+        (["walk", "tiny.toml"], "error: COMMAND: invalid choice: 'walk'"),
+    ):
+        assert main(words) == 2, words
+        (shown,) = capsys.readouterr().err.splitlines()
+        assert shown.startswith(line)
+    assert [path.name for path in project.iterdir()] == ["tiny.toml"]
+
+
+# --- tuning
+
+
+@pytest.mark.parametrize(
+    ("scores", "reason"),
+    [
+        ((0.7, 0.9, None), "its learning rate waits for tune-a-0.003, which is missing"),
+        ((0.7, "no space left", 0.8), "its learning rate waits for tune-a-0.002, which is failed"),
+        ((DIVERGED, DIVERGED, DIVERGED), "at every learning rate of a the loss is not finite"),
+    ],
+)
+def test_a_final_run_without_its_tuning_is_not_started(
+    scores: tuple[float | str | None, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = plan(f'monitor = "accuracy"\n{TUNED}')
+    scored(runs, "accuracy", *scores)
+    with pytest.raises(TuningUnfinished, match=reason):
+        runs.tuned(runs.study.stage("final")[0])
+    assert main(["run", "tiny.toml", "--data_dir", ".", "--stage", "final", "--index", "0"]) == 1
+    assert f"1/1  a-seed0  not started: {reason}" in capsys.readouterr().out
+    assert not runs.directory(runs.study.stage("final")[0]).exists()
+
+
+# --- collecting
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan("[axes]\nlora_r = [2, 4, 8]\nseed = [3]")
+    finished, failed, missing = runs.study.runs
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 12_500)  # as in IMDb
+    logits = np.eye(2)[np.where(generator.random(25_000) < 0.08, 1 - labels, labels)]
+    leave_run(runs, finished, test={"accuracy": 0.92})
+    leave_predictions(runs, finished, logits, labels)
+    leave_run(runs, failed, "failed", error="no space left")
+    assert main(["collect", "tiny.toml"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [f"not collected: {missing.name} is missing"]
+    assert "1 finished and 1 failed of 3 runs" in shown.out
+    first = contents(Path("results"))
+    assert set(first) == {
+        *(f"tiny/{finished.name}/{name}" for name in ("result.json", "metrics.csv", "predictions.parquet")),
+        *(f"tiny/{failed.name}/{name}" for name in ("result.json", "metrics.csv")),
+    }
+    record = json.loads(first[f"tiny/{finished.name}/result.json"])
+    assert record.pop("study") == {
+        "study": "tiny", "row": "lora_r2", "run": "lora_r2-seed3", "stage": "final", "seed": 3, "axes": {"lora_r": 2},
+    }  # fmt: skip
+    assert record == runs.result(finished)
+    assert len(first[f"tiny/{finished.name}/predictions.parquet"]) < 30_000
+    table = pq.read_table(Path("results/tiny") / finished.name / "predictions.parquet")
+    assert {name: str(kind) for name, kind in zip(table.schema.names, table.schema.types, strict=True)} == {
+        "row": "int32", "label": "int8", "predicted": "int8",
+    }  # fmt: skip
+    assert table["row"].to_pylist() == list(range(25_000))
+    assert table["label"].to_pylist() == labels.tolist()
+    assert table["predicted"].to_pylist() == logits.argmax(axis=1).tolist()
+    assert main(["collect", "tiny.toml"]) == 0
+    assert contents(Path("results")) == first
+
+    leave_run(runs, finished, "failed", error="no space left")  # was run again, and failed
+    assert main(["collect", "tiny.toml"]) == 0
+    assert not (Path("results/tiny") / finished.name / "predictions.parquet").exists()
+
+
+def test_many_classes_keep_their_numbers() -> None:
+    runs = plan("")
+    (run,) = runs.study.runs
+    leave_run(runs, run, test={"accuracy": 1.0})
+    leave_predictions(runs, run, np.eye(200), np.arange(200))
+    assert main(["collect", "tiny.toml"]) == 0
+    table = pq.read_table("results/tiny/run-seed0/predictions.parquet")
+    assert table["label"].to_pylist() == table["predicted"].to_pylist() == list(range(200))
+
+
+# --- real runs, killed and continued
+
+
+@contextmanager
+def started(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """The command as a process; nothing of it is left behind."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "compare_methods.py"), "run", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        for number in (process.pid, *children_of(process)):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        process.communicate()
+
+
+def children_of(process: subprocess.Popen[str], of_run: str = "") -> list[int]:
+    """The processes of the runs that a study has started; ``ps`` tells them on Linux and macOS."""
+    words = ["ps", "-A", "-ww", "-o", "ppid=,pid=,args="]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=2) for line in shown.splitlines() if of_run in line]
+    return [int(line[1]) for line in lines if int(line[0]) == process.pid]
+
+
+def wait_for(text: str, log: Path) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not log.exists() or text not in log.read_text():
+        assert time.monotonic() < end, f"{log} never said {text!r}"
+        time.sleep(0.02)
+
+
+def starts(log: Path) -> int:
+    """How often a run began to train: each time it says what is trained."""
+    return log.read_text().count("\ntrain   ")
+
+
+def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
+    project: Path, tiny_folders: dict[str, Path], review_folder: Path
+) -> None:
+    rows = """
+        [[rows]]
+        name = "orphan"
+        epochs = 8
+        [[rows]]
+        name = "killed"
+        epochs = 16
+        [[rows]]
+        name = "diverges"
+        method = "full"
+        optimizer = "sgd"
+        learning_rate = 1e30
+        gradient_clip = 0
+    """
+    write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
+    words = ("tiny.toml", "--data_dir", str(review_folder), "--retry_failed")
+    folder = project / "runs" / "tiny"
+    runs = StudyRuns(read_study(Path("tiny.toml")), folder)
+    orphan, killed, diverges = runs.study.runs
+    leave_run(runs, killed, "failed", error="no space left")  # to be tried again
+
+    with started(*words) as study:
+        wait_for("epoch 1/8", runs.log(orphan))
+        study.kill()  # its run goes on
+        study.wait()
+        with started(*words) as one, started(*words) as two:
+            wait_for("epoch 2/16  batch 3", runs.log(killed))
+            assert runs.state(killed) == "running"
+            ((victim, run),) = ((study, n) for study in (one, two) for n in children_of(study, killed.name))
+            victim.kill()
+            os.kill(run, signal.SIGKILL)
+            victim.wait()
+            survivor = two if victim is one else one
+            shown, _ = survivor.communicate(timeout=PATIENCE_SECONDS)
+    assert survivor.returncode == 1, shown  # for one has failed
+    assert f"2/3  {killed.name}  continued, see" in shown
+    assert {run.row: runs.state(run) for run in runs.study.runs} == {
+        "orphan": "finished", "killed": "finished", "diverges": "failed",
+    }  # fmt: skip
+    assert (starts(runs.log(orphan)), starts(runs.log(diverges)), starts(runs.log(killed))) == (1, 1, 2)
+    assert DIVERGED.split(" at ")[0] in runs.result(diverges)["error"]
+
+    with one_thread():  # as in the runs: sums in another order would differ in the last bit
+        assert finetune_lora.main([*killed.flags(review_folder), "--output_dir", "whole"]) == 0
+    expected, found = (
+        load_file(path / "adapter_model.safetensors") for path in (Path("whole"), runs.directory(killed))
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_ctrl_c_ends_the_run_with_a_checkpoint(
+    project: Path, tiny_folders: dict[str, Path], review_folder: Path
+) -> None:
+    rows = '[axes]\nseed = [0, 1]\n[[rows]]\nname = "long"\nepochs = 400'
+    write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
+    runs = StudyRuns(read_study(Path("tiny.toml")), project / "runs" / "tiny")
+    with started("tiny.toml", "--data_dir", str(review_folder)) as study:
+        wait_for("epoch 1/400  batch 2", runs.log(runs.study.runs[0]))
+        study.send_signal(signal.SIGINT)
+        shown, _ = study.communicate(timeout=PATIENCE_SECONDS)
+    assert study.returncode == 130, shown
+    assert "interrupted; the same command goes on from here" in shown
+    assert [runs.state(run) for run in runs.study.runs] == ["interrupted", "missing"]
+    assert runs.result(runs.study.runs[0])["status"] == "interrupted"
+    assert (runs.directory(runs.study.runs[0]) / "last.ckpt").exists()

@@ -1,0 +1,233 @@
+"""What a TOML becomes, and what is refused; nothing runs here."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from run_config import UserError, from_flags
+from study_plan import Run, Study, read_study
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = sorted((ROOT / "studies").glob("*.toml"))
+TUNED = """
+[axes]
+seed = [0, 1]
+[tuning]
+limit_train = 50
+[[rows]]
+name = "a"
+tune = { learning_rate = [1e-3, 2e-3] }
+[[rows]]
+name = "b"
+method = "full"
+tune = { learning_rate = [1e-4, 0.02] }
+"""
+
+
+def study_of(folder: Path, text: str) -> Study:
+    path = folder / "study.toml"
+    path.write_text(f'question = "why"\n{text}')
+    return read_study(path)
+
+
+def names(runs: list[Run]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def setting(run: Run, flag: str) -> str | None:
+    words = run.flags()
+    return words[words.index(f"--{flag}") + 1] if f"--{flag}" in words else None
+
+
+# --- what a TOML becomes
+
+
+def test_axes_make_a_grid_of_rows_that_differ_in_more_than_the_seed(tmp_path: Path) -> None:
+    study = study_of(tmp_path, '[axes]\nlora_r = [2, 4]\noptimizer = ["sgd", "adam"]\nseed = [5, 6]')
+    assert names(list(study.runs)) == [
+        f"lora_r{r}-optimizer-{optimizer}-seed{seed}"
+        for seed in (5, 6)
+        for r in (2, 4)
+        for optimizer in ("sgd", "adam")
+    ]
+    run = study.runs[0]
+    assert (run.row, run.stage, run.seed) == ("lora_r2-optimizer-sgd", "final", 5)
+    assert run.axes == {"lora_r": 2, "optimizer": "sgd"}
+    assert (setting(run, "lora_r"), setting(run, "optimizer"), setting(run, "seed")) == ("2", "sgd", "5")
+
+
+def test_rows_override_defaults_and_narrow_or_replace_axes(tmp_path: Path) -> None:
+    study = study_of(
+        tmp_path,
+        """
+        [defaults]
+        epochs = 3
+        [axes]
+        seed = [0, 1]
+        lora_r = [2, 4]
+        [[rows]]
+        name = "narrow"
+        lora_r = 8
+        epochs = 1
+        [[rows]]
+        name = "replaced"
+        axes = { seed = [7], lora_r = [1], lora_alpha = [1, 2] }
+        """,
+    )
+    assert names(list(study.runs)) == [
+        "narrow-seed0", "replaced-lora_r1-lora_alpha1-seed7", "replaced-lora_r1-lora_alpha2-seed7", "narrow-seed1",
+    ]  # fmt: skip
+    assert [setting(run, "epochs") for run in study.runs] == ["1", "3", "3", "1"]
+    assert setting(study.runs[0], "lora_r") == "8"
+
+
+def test_a_sample_is_the_same_every_time_and_keeps_all_seeds(tmp_path: Path) -> None:
+    text = "[axes]\nlora_r = [1, 2, 3, 4, 5, 6, 7, 8]\nseed = [0, 1]\n[sample]\ncount = 3\nseed = "
+    first, again, other = (names(list(study_of(tmp_path, text + seed).runs)) for seed in ("1", "1", "2"))
+    assert first == again
+    assert len(set(first)) == 6
+    assert set(first) != set(other)
+    assert [name.replace("seed0", "seed1") for name in first[:3]] == first[3:]
+    whole = names(list(study_of(tmp_path, text.replace("count = 3", "count = 8") + "1").runs))
+    assert first[:3] == [name for name in whole if name in first[:3]]  # in the grid's order
+
+
+def test_tuning_comes_first_with_its_overrides_and_never_reads_the_test(tmp_path: Path) -> None:
+    study = study_of(tmp_path, TUNED)
+    assert names(study.stage("tune")) == ["tune-a-0.001", "tune-a-0.002", "tune-b-0.0001", "tune-b-0.02"]
+    assert names(study.stage("final")) == ["a-seed0", "b-seed0", "a-seed1", "b-seed1"]
+    assert study.stage("all") == [*study.stage("tune"), *study.stage("final")]
+    for run in study.stage("tune"):
+        assert (setting(run, "limit_train"), setting(run, "test"), setting(run, "seed")) == ("50", "False", "0")
+        assert run.axes == {"learning_rate": float(run.name.rsplit("-", 1)[1])}
+        assert not run.tuned_by
+    for run in study.stage("final"):
+        assert (setting(run, "limit_train"), setting(run, "test"), setting(run, "learning_rate")) == (None, None, None)
+        assert run.tuned_by == tuple(name for name in names(study.stage("tune")) if name.startswith(f"tune-{run.row}-"))
+        assert setting(run.with_rate(0.02), "learning_rate") == "0.02"
+
+
+def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
+    study = study_of(
+        tmp_path,
+        """
+        [[rows]]
+        name = "hub"
+        [[rows]]
+        name = "below"
+        data_dir = "imdb"
+        [[rows]]
+        name = "packaged"
+        offline = true
+        [[rows]]
+        name = "financial"
+        offline = true
+        dataset = "financial_phrasebank"
+        [[rows]]
+        name = "stanford"
+        data_source = "stanford"
+        """,
+    )
+    here = {run.row: from_flags(run.flags(Path("/data")), "").data_dir for run in study.runs}
+    data = Path("/data")
+    assert here == {"hub": data, "below": data / "imdb", "packaged": None, "financial": data, "stanford": None}
+    assert all("--data_dir" not in run.flags() for run in study.runs)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[defaults]\nlorar = 8", "[defaults] lorar: finetune_lora.py has no flag of this name"),
+        ("[defaults]\nlora_r = 0", "row run: lora_r 0: must be at least 1"),
+        ('[defaults]\nlora_r = "x"', "row run: lora_r: invalid int value: 'x'"),
+        ("[defaults]\nepochs = [1, 2]", "row run: epochs: invalid int value"),
+        ('[defaults]\noutput_dir = "x"', "[defaults] output_dir: is set by the study itself"),
+        ('[defaults]\ndata_dir = "/data/imdb"', "data_dir: is /data/imdb, must be a folder below"),
+        ('[defaults]\ndata_dir = "../imdb"', "data_dir: is ../imdb, must be a folder below"),
+        ("[axes]\nseed = 1", "axes: seed: must be a list of different values"),
+        ("[axes]\nseed = [1, 1]", "axes: seed: must be a list of different values"),
+        ("[axes]\nrank = [1]", "axes: rank: finetune_lora.py has no flag"),
+        ("[axis]\nseed = [1]", "axis: is no key of a study, allowed are question, defaults"),
+        ("rows = 3", "rows: must be tables"),
+        ("defaults = 3", "defaults: must be a table"),
+        ("[[rows]]\nlora_r = 2", "row 1: name: is ''"),
+        ('[[rows]]\nname = "a/b"', "row 1: name: is 'a/b'"),
+        ('[[rows]]\nname = "tune-a"', "row 1: name: is 'tune-a'"),
+        ('[[rows]]\nname = "a"\n[[rows]]\nname = "a"', "row a: two runs would be named a-seed0"),
+        ('[[rows]]\nname = "a"\noptimizer = "lion"', "row a: optimizer: invalid choice: 'lion'"),
+        ('[[rows]]\nname = "a"\nmethod = "full"\nlora_r = 2', "row a: lora_r was given with --method full"),
+        (
+            '[[rows]]\nname = "a"\nlora_r = 2\naxes = { lora_r = [2] }',
+            "row a: lora_r: is given as a flag and as an axis",
+        ),
+        ('[[rows]]\nname = "a"\naxes = 3', "row a: axes: must be a table of lists"),
+        ('[[rows]]\nname = "a"\ntune = { lora_r = [1] }', "row a: tune: must be { learning_rate = [...] }"),
+        ('[[rows]]\nname = "a"\ntune = { learning_rate = [true] }', "row a: tune: learning_rate: must be numbers"),
+        ('[[rows]]\nname = "a"\ntune = { learning_rate = [-1.0] }', "row a: learning_rate -1.0: must be finite"),
+        ('[[rows]]\nname = "a"\nlearning_rate = 1\ntune = { learning_rate = [1] }', "learning_rate: is given as well"),
+        ('[[rows]]\nname = "a"\naxes = { lora_r = [1, 2] }\ntune = { learning_rate = [1] }', "axes other than seed"),
+        (TUNED.replace("[1e-4, 0.02]", "[1e-4]"), "tune: the same budget for all, but the numbers of learning rates"),
+        (TUNED + '[[rows]]\nname = "c"', "are: a 2, b 2, c 0"),
+        ("[tuning]\nepochs = 1", "[tuning] no row has anything to tune"),
+        (TUNED.replace("limit_train", "test"), "[tuning] test: must be false"),
+        (TUNED.replace("limit_train", "learning_rate"), "[tuning] learning_rate: is what is tuned"),
+        (TUNED.replace("limit_train", "limit"), "[tuning] limit: finetune_lora.py has no flag"),
+        ("[axes]\nseed = [1]\n[sample]\ncount = 2", "[sample] count: is 2, must be a number from 1 to 1"),
+        ("[axes]\nseed = [1]\n[sample]\nsize = 2", "[sample] size: is no key"),
+        ("question = 3", "cannot be read"),  # a second one
+    ],
+)
+def test_a_refused_study_is_named_with_row_and_key_in_one_line(tmp_path: Path, text: str, line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        study_of(tmp_path, text)
+    assert str(refused.value).startswith(f"{tmp_path / 'study.toml'}")
+    assert line in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["", "question = ' '", "question = 3"])
+def test_a_study_says_what_it_asks(tmp_path: Path, content: str) -> None:
+    (tmp_path / "study.toml").write_text(content)
+    with pytest.raises(UserError, match="question: must say"):
+        read_study(tmp_path / "study.toml")
+
+
+def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.toml cannot be read"):
+        read_study(tmp_path / "nowhere.toml")
+
+
+# --- the studies of the suite
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_suite_can_be_planned_and_holds_no_place_of_one_machine(path: Path) -> None:
+    study = read_study(path)
+    assert study.question.endswith("?")
+    assert not [run.name for run in study.runs if "/" in str(run.settings.get("model_name", ""))]
+
+
+def test_the_earlier_list_has_its_rows_and_seeds() -> None:
+    final = read_study(ROOT / "studies" / "earlier_work.toml").stage("final")
+    rows = ["lora", "selective", "full", "qlora", "adam", "sgd", "sgd_nesterov", "linear", "onecycle"]
+    assert list(dict.fromkeys(run.row for run in final)) == rows
+    assert {row: sum(run.row == row for run in final) for row in rows} == {
+        row: 3 if row in ("lora", "full", "qlora") else 1 for row in rows
+    }
+    configs = [from_flags(run.flags(Path()), "") for run in final]
+    assert all(
+        config.lora_targets == ("query", "key", "value", "projection", "mlp") for config in configs if config.lora_r
+    )
+    assert all((config.lora_r, config.lora_alpha) == (8, 16) for config in configs if config.method == "lora")
+    assert {config.limit_test for config in configs} == {None}
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import sys, compare_methods as c; c.main(['count', 'studies/smoke.toml']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr
