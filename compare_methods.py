@@ -320,11 +320,17 @@ def collect(runs: StudyRuns, options: argparse.Namespace) -> int:
 
 def copy_record(runs: StudyRuns, run: Run, target: Path) -> None:
     """Writes ``result.json`` with the run's place in the study, ``metrics.csv``, and the test's predictions."""
+    from study_tables import shown_command
+
     source, result = runs.directory(run), runs.result(run)
     result["study"] = {
-        "study": runs.study.name, "row": run.row, "run": run.name, "stage": run.stage, "seed": run.seed,
-        "axes": run.axes,
+        "study": runs.study.name, "question": runs.study.question, "row": run.row, "run": run.name,
+        "stage": run.stage, "seed": run.seed, "axes": run.axes,
     }  # fmt: skip
+    # places of one machine stay there
+    result["command"] = shown_command(result["command"])
+    result["config"] |= {"data_dir": run.settings.get("data_dir"), "output_dir": None}
+    result.pop("traceback", None)
     target.mkdir(parents=True, exist_ok=True)
     if (source / METRICS).exists():
         metrics = (source / METRICS).read_bytes()

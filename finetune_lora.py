@@ -221,12 +221,12 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         parameter_record,
         parameter_table,
     )
-    from local_run_utilities import environment_record, peak_memory
+    from local_run_utilities import environment_record, peak_memory, processor_seconds, was_alone
     from local_training_utilities import make_trainer, quiet_lightning
     from training_callbacks import GracefulStop, Meter
 
     config, hardware, first = prepared.config, prepared.hardware, not _is_helper()
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), processor_seconds()
     keep_freed_memory()
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
@@ -247,6 +247,8 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         finally:
             result["memory"] = peak_memory(hardware.on_gpu)
             result["seconds"] = time.perf_counter() - started
+            alone = was_alone(busy, result["seconds"]) if trainer.world_size == 1 else None
+            result["environment"]["alone"] = alone
     if first:
         print(_summary(prepared, result), flush=True)
 

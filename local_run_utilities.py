@@ -39,6 +39,7 @@ from run_files import (
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "bitsandbytes", "peft", "numpy")
 REPOSITORY = Path(__file__).resolve().parent
+OTHERS_ALLOWED = 0.03  # of the machine's processor time: what its services and a shell take
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,6 +283,30 @@ def peak_memory(on_gpu: bool) -> dict[str, Any]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"peak_bytes": peak, "source": "resident set size of the process, ru_maxrss"}
+
+
+def processor_seconds() -> tuple[float, float] | None:
+    """Seconds that all processors have been busy, and those that this process has taken; None but on Linux."""
+    with suppress(OSError, ValueError):
+        words = Path("/proc/stat").read_text(encoding="utf8").splitlines()[0].split()
+        user, nice, system, _idle, _waiting, irq, softirq = map(int, words[1:8])  # proc(5)
+        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:4])
+    return None
+
+
+def was_alone(before: tuple[float, float] | None, seconds: float) -> bool | None:
+    """Whether this process had the machine to itself in the last seconds: only then do its time and memory compare.
+
+    Args:
+        before: ``processor_seconds`` at their beginning.
+        seconds: wall clock since.
+    """
+    after = processor_seconds()
+    if before is None or after is None:
+        return None
+    others = (after[0] - before[0]) - (after[1] - before[1])
+    return others < OTHERS_ALLOWED * seconds * (os.cpu_count() or 1)
 
 
 def environment_record() -> dict[str, Any]:

@@ -203,7 +203,8 @@ def leave_run(runs: StudyRuns, run: Run, status: str | None = "finished", **more
     config = from_flags(run.flags(Path("data")), "").to_dict()
     (directory / "config.json").write_text(json.dumps(config))
     if status is not None:
-        result = {"status": status, "config": config, "seconds": 10.0} | more
+        command = f"python {Path.cwd()}/finetune_lora.py {' '.join(run.flags(Path('/home/me/data')))} --output_dir x"
+        result = {"status": status, "config": config, "command": command, "seconds": 10.0} | more
         (directory / "result.json").write_text(json.dumps(result))
         (directory / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
 

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+import local_run_utilities
 from base_models import find_model
 from local_model_utilities import Classifier, build_classifier, saved_parameters
 from local_run_utilities import (
@@ -32,7 +34,9 @@ from local_run_utilities import (
     peak_memory,
     peft_name,
     plot_learning_curve,
+    processor_seconds,
     save_trained,
+    was_alone,
     write_metrics,
     write_predictions,
 )
@@ -462,3 +466,26 @@ def test_environment_says_on_what_a_number_was_measured() -> None:
     assert record["threads"] == torch.get_num_threads()
     assert record["git"] is None or (len(record["git"]["commit"]) == 40 and isinstance(record["git"]["modified"], bool))
     json.dumps(record, allow_nan=False)
+
+
+# --- alone on the machine
+
+
+@pytest.mark.parametrize(("others", "alone"), [(0.0, True), (0.29, True), (0.31, False)])
+def test_alone_is_when_others_take_next_to_nothing(monkeypatch: pytest.MonkeyPatch, others: float, alone: bool) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(local_run_utilities, "processor_seconds", lambda: (120.0 + others, 30.0))
+    assert was_alone((110.0, 20.0), seconds=5.0) is alone
+    assert was_alone(None, seconds=5.0) is None
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc/stat")
+def test_a_busy_child_counts_as_this_process() -> None:
+    before = processor_seconds()
+    code = "import time; end = time.process_time() + 1\nwhile time.process_time() < end: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    after = processor_seconds()
+    assert before is not None
+    assert after is not None
+    assert after[0] - before[0] > 0.9
+    assert after[1] - before[1] > 0.9
