@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from run_config import OneLineParser, UserError, from_flags
+from command_flags import OneLineParser, from_flags
+from run_config import UserError
 from run_files import LAST_CHECKPOINT, METRICS, PREDICTIONS, RESULT, write_atomically, write_json
 from study_plan import RATE, STAGES, Run, read_study
 from study_runs import StudyRuns, TuningUnfinished

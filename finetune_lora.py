@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from run_config import RunConfig, UserError, from_flags
+from command_flags import from_flags
+from run_config import RunConfig, UserError
 
 if TYPE_CHECKING:  # loaded when a run starts, so that a wrong flag is refused at once
     from local_dataset_utilities import TextData, TokenizedSplit

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from run_config import OneLineParser, RunConfig, UserError
+from command_flags import OneLineParser
+from run_config import RunConfig, UserError
 from run_files import RESULT
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."

@@ -1,4 +1,4 @@
-"""The settings of one run: one frozen dataclass, from whose fields flags, help and checks are made.
+"""The settings of one run: one frozen dataclass, from whose fields flags (``command_flags``), help and checks are made.
 
 Nothing here imports torch, so that a wrong flag is refused at once. A setting that was not given stays
 ``None`` until ``RunConfig`` is made; then every one that depends on another is filled in, and what the flags
@@ -6,15 +6,13 @@ alone can tell is checked. What only data, model or machine can tell is checked 
 same ``UserError``.
 """
 
-import argparse
 import dataclasses
 import math
 import os
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 PACKAGED = "packaged"  # the model and the reviews that requirements-offline.txt installs
 DEFAULT_MODEL = "distilbert-base-uncased"
@@ -281,7 +279,7 @@ def _refuse_unless(allowed: bool, config: RunConfig, name: str, what: str) -> No
 
 def _check_choices(config: RunConfig) -> None:
     for field in dataclasses.fields(config):
-        choices, value = _choices(field), getattr(config, field.name)
+        choices, value = choices_of(field), getattr(config, field.name)
         if choices and value is not None and value not in choices:
             raise UserError(f"--{field.name} {value}: allowed are {', '.join(choices)}")
 
@@ -353,70 +351,14 @@ def _check_ranges(config: RunConfig) -> None:
     _refuse_unless(nesterov, config, "momentum", "must be above 0 with --optimizer sgd_nesterov")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# flags
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, instead of argparse's usage block."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
-def parse_bool(text: str) -> bool:
-    """``True/False/yes/no/1/0`` in any case."""
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True/yes/1 nor False/no/0")
-    return words[text.lower()]
-
-
-def _value_type(field: dataclasses.Field[Any]) -> Any:
+def value_type(field: dataclasses.Field[Any]) -> Any:
     """The type of a field's value, without its ``| None``."""
     kind = typing.get_type_hints(RunConfig)[field.name]
     options = [option for option in typing.get_args(kind) if option is not type(None)]
     return options[0] if options and typing.get_origin(kind) is not Literal else kind
 
 
-def _choices(field: dataclasses.Field[Any]) -> tuple[str, ...]:
-    kind = _value_type(field)
+def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The values that a field allows, if it lists them."""
+    kind = value_type(field)
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-
-
-def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
-    """The parser made from ``RunConfig``'s fields; what was not given is absent from its namespace."""
-    parser = OneLineParser(
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
-    )
-    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
-    for field in dataclasses.fields(RunConfig):
-        kind, choices = _value_type(field), _choices(field)
-        shown = (defaults or {}).get(field.name, field.metadata["shown"] or field.default)
-        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {shown})".replace("%", "%%")}
-        if choices:
-            options |= {"choices": choices}
-        elif kind is bool:
-            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
-        else:
-            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[kind]}
-        groups[field.metadata["group"]].add_argument(f"--{field.name}", **options)
-    return parser
-
-
-def from_flags(argv: Sequence[str], description: str, defaults: dict[str, Any] | None = None) -> RunConfig:
-    """The configuration that command-line flags ask for.
-
-    Args:
-        argv: the flags, without the program's name.
-        description: what ``--help`` says first.
-        defaults: settings of a thin entry such as DistilRoberta's, used where a flag was not given.
-
-    Raises:
-        UserError: a flag that does not exist, or a value that is not allowed.
-    """
-    given = vars(make_parser(description, defaults).parse_args(argv))
-    return RunConfig(**{**(defaults or {}), **given})

@@ -29,7 +29,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from run_config import RunConfig, UserError, from_flags
+from command_flags import from_flags
+from run_config import RunConfig, UserError
 
 TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
 FLAGS = {setting.name for setting in dataclasses.fields(RunConfig)}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run_config import RunConfig, UserError, from_flags
+from command_flags import from_flags
+from run_config import RunConfig, UserError
 from run_files import CONFIG, RESULT, read_status
 from study_plan import RATE, Run, Study
 

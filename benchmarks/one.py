@@ -25,9 +25,10 @@ import torch
 
 from benchmarks.contestants import CONTESTANTS, Contestant, Peft
 from benchmarks.work import Job, prepare, read_split, sample, some_batches
+from command_flags import OneLineParser, parse_bool
 from local_dataset_utilities import TokenizedSplit
 from local_run_utilities import peak_memory
-from run_config import OneLineParser, UserError, parse_bool
+from run_config import UserError
 from token_batches import EVALUATION_FACTOR as LOADER_FACTOR
 from token_batches import evaluation_loader
 

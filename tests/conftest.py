@@ -28,7 +28,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from run_config import RunConfig, from_flags
+from command_flags import from_flags
+from run_config import RunConfig, UserError
 from study_plan import Run, read_study
 from study_runs import StudyRuns
 
@@ -109,6 +110,21 @@ def review_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests write their tokens to a folder of their own."""
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def config_of_flags(line: str) -> RunConfig:
+    """What a command line asks for."""
+    return from_flags(line.split(), "a test")
+
+
+def refusal(line: str) -> str:
+    """The one line with which flags are refused."""
+    with pytest.raises(UserError) as caught:
+        config_of_flags(line)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message
+    return message
 
 
 def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:

@@ -18,9 +18,9 @@ from conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write
 from safetensors.torch import load_file
 
 import finetune_lora
+from command_flags import from_flags
 from compare_methods import main
 from local_run_utilities import write_predictions
-from run_config import from_flags
 from study_plan import Run, read_study
 from study_runs import StudyRuns, TuningUnfinished
 

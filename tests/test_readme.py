@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from command_flags import from_flags, make_parser
 from compare_methods import make_parser as make_study_parser
 from finetune_lora import DESCRIPTION
 from predict import make_parser as make_predict_parser
-from run_config import from_flags, make_parser
 from study_plan import read_study
 
 ROOT = Path(__file__).resolve().parent.parent

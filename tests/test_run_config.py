@@ -1,112 +1,47 @@
-import argparse
 import dataclasses
-import io
 import json
-import subprocess
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from conftest import config_of_flags, refusal
 
+from command_flags import make_parser
 from run_config import (
     DEFAULT_MODEL,
-    GROUPS,
     LORA_TARGETS,
     NOT_PART_OF_THE_RUN,
     PACKAGED,
     RunConfig,
     UserError,
     cache_dir,
-    from_flags,
-    make_parser,
-    parse_bool,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA_FLAGS = [f.name for f in dataclasses.fields(RunConfig) if f.metadata["given_with"] == "lora"]
 
 
-def flags(line: str) -> RunConfig:
-    return from_flags(line.split(), "a test")
-
-
-def refusal(line: str) -> str:
-    """The one line with which flags are refused."""
-    with pytest.raises(UserError) as caught:
-        flags(line)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message
-    return message
-
-
-# --- parsing
-
-
-@pytest.mark.parametrize("flag", ["q_lora", *LORA_TARGETS, "verbose", "offline", "test", "efficient"])
-def test_booleans(flag: str) -> None:
-    others = "" if flag == "lora_mlp" else "--lora_mlp "  # so that some module carries LoRA
-    for word in ("True", "true", "TRUE", "yes", "Yes", "YES", "1"):
-        assert getattr(flags(f"{others}--{flag} {word}"), flag) is True
-        assert getattr(flags(f"{others}--{flag}={word}"), flag) is True
-    for word in ("False", "false", "FALSE", "no", "No", "NO", "0"):
-        assert getattr(flags(f"{others}--{flag} {word}"), flag) is False
-    assert getattr(flags(f"{others}--{flag}"), flag) is True
-    assert getattr(flags(f"--{flag} --seed 3 {others}"), flag) is True
-    message = refusal(f"--{flag} maybe")
-    assert f"--{flag}" in message
-    assert "'maybe' is neither True/yes/1 nor False/no/0" in message
-
-
-def test_parse_bool_takes_nothing_else() -> None:
-    for word in ("", "2", "t", "on", "None", " true"):
-        with pytest.raises(argparse.ArgumentTypeError, match="neither"):
-            parse_bool(word)
-
-
-def test_flags_that_users_know_keep_their_names() -> None:
-    config = flags(
-        "--q_lora True --lora_r 4 --lora_alpha 8 --lora_query False --lora_key True --lora_value False"
-        " --lora_projection True --lora_mlp True --lora_head True --device 1 --verbose True"
-    )
-    assert (config.q_lora, config.lora_r, config.lora_alpha, config.device, config.verbose) == (True, 4, 8.0, 1, True)
-    assert config.lora_targets == ("key", "projection", "mlp", "head")
-
-
-def test_types_of_values() -> None:
-    config = flags(
-        "--lora_alpha 3 --learning_rate 1e-3 --output_dir a/b --data_dir c --dataset financial_phrasebank"
-        " --agreement all --limit_train 7 --strategy ddp"
-    )
-    assert (config.lora_alpha, config.learning_rate, config.limit_train) == (3.0, 1e-3, 7)
-    assert isinstance(config.lora_alpha, float)
-    assert (config.output_dir, config.data_dir) == (Path("a/b"), Path("c"))
-    assert (config.agreement, config.strategy) == ("all", "ddp")
-
-
 # --- defaults that depend on others
 
 
 def test_lora_defaults() -> None:
-    config = flags("")
+    config = config_of_flags("")
     assert config == RunConfig()
     assert (config.method, config.lora_r, config.lora_alpha, config.lora_scaling) == ("lora", 8, 16.0, "standard")
     assert (config.q_lora, config.lora_dropout, config.double_quantization) == (False, 0.0, None)
     assert config.lora_targets == ("query", "value")
     assert config.trainable_layers is None
-    assert flags("--q_lora").double_quantization is True
-    assert flags("--q_lora --double_quantization no").double_quantization is False
-    assert flags("--lora_mlp").lora_targets == ("query", "value", "mlp")
+    assert config_of_flags("--q_lora").double_quantization is True
+    assert config_of_flags("--q_lora --double_quantization no").double_quantization is False
+    assert config_of_flags("--lora_mlp").lora_targets == ("query", "value", "mlp")
 
 
 @pytest.mark.parametrize("method", ["full", "selective"])
 def test_lora_settings_stay_unset_without_lora(method: str) -> None:
-    config = flags(f"--method {method}")
+    config = config_of_flags(f"--method {method}")
     assert {name: getattr(config, name) for name in LORA_FLAGS} == dict.fromkeys(LORA_FLAGS)
     assert config.lora_targets == ()
     assert config.trainable_layers == (2 if method == "selective" else None)
-    assert flags("--method selective --trainable_layers 0").trainable_layers == 0
+    assert config_of_flags("--method selective --trainable_layers 0").trainable_layers == 0
 
 
 @pytest.mark.parametrize(
@@ -123,7 +58,7 @@ def test_lora_settings_stay_unset_without_lora(method: str) -> None:
     ],
 )
 def test_batch_bounds(line: str, tokens: int, texts: int) -> None:
-    config = flags(line)
+    config = config_of_flags(line)
     assert (config.batch_tokens, config.batch_size) == (tokens, texts)
 
 
@@ -132,55 +67,37 @@ def test_batch_bounds(line: str, tokens: int, texts: int) -> None:
     [("adam", None, 0.0), ("adamw", None, 0.01), ("sgd", 0.0, 0.0), ("sgd_nesterov", 0.9, 0.0)],
 )
 def test_defaults_of_optimizers(optimizer: str, momentum: float | None, decay: float) -> None:
-    config = flags(f"--optimizer {optimizer}")
+    config = config_of_flags(f"--optimizer {optimizer}")
     assert (config.momentum, config.weight_decay) == (momentum, decay)
-    assert flags(f"--optimizer {optimizer} --weight_decay 0.5").weight_decay == 0.5
+    assert config_of_flags(f"--optimizer {optimizer} --weight_decay 0.5").weight_decay == 0.5
     assert config.learning_rate is None  # its table stands with the optimizers
 
 
 def test_given_values_win_over_dependent_defaults() -> None:
-    assert flags("--optimizer sgd --momentum 0.5").momentum == 0.5
-    assert flags("--optimizer adamw --weight_decay 0").weight_decay == 0.0
-    assert flags("--scheduler onecycle").warmup_fraction == 0.3
-    assert flags("--scheduler cosine").warmup_fraction == 0.06
-    assert flags("--scheduler onecycle --warmup_fraction 0").warmup_fraction == 0.0
+    assert config_of_flags("--optimizer sgd --momentum 0.5").momentum == 0.5
+    assert config_of_flags("--optimizer adamw --weight_decay 0").weight_decay == 0.0
+    assert config_of_flags("--scheduler onecycle").warmup_fraction == 0.3
+    assert config_of_flags("--scheduler cosine").warmup_fraction == 0.06
+    assert config_of_flags("--scheduler onecycle --warmup_fraction 0").warmup_fraction == 0.0
 
 
 def test_defaults_of_data_sets() -> None:
-    imdb, financial = flags(""), flags("--dataset financial_phrasebank")
+    imdb, financial = config_of_flags(""), config_of_flags("--dataset financial_phrasebank")
     assert (imdb.monitor, imdb.text_column, imdb.agreement) == ("accuracy", "text", None)
     assert (financial.monitor, financial.text_column, financial.agreement) == ("macro_f1", "sentence", "50")
-    changed = flags("--dataset financial_phrasebank --monitor loss --text_column t --agreement 75")
+    changed = config_of_flags("--dataset financial_phrasebank --monitor loss --text_column t --agreement 75")
     assert (changed.monitor, changed.text_column, changed.agreement) == ("loss", "t", "75")
-    assert flags("--dataset text --data_dir d").split is None
+    assert config_of_flags("--dataset text --data_dir d").split is None
 
 
 def test_offline_means_the_packaged_model() -> None:
-    assert flags("").model_name == DEFAULT_MODEL
-    assert flags("--offline").model_name == PACKAGED
-    assert flags("--offline --model_name some/folder").model_name == "some/folder"
-    assert flags("--offline False").model_name == DEFAULT_MODEL
-
-
-def test_defaults_of_a_thin_entry_give_way_to_flags() -> None:
-    entry = {"dataset": "financial_phrasebank", "epochs": 4, "method": "full"}
-    config = from_flags(["--epochs", "1"], "a test", entry)
-    assert (config.dataset, config.epochs, config.method, config.monitor) == (
-        "financial_phrasebank", 1, "full", "macro_f1",
-    )  # fmt: skip
-    shown = next(a.help for a in make_parser("", entry)._actions if "--epochs" in a.option_strings)
-    assert shown is not None
-    assert shown.endswith("(default: 4)")
+    assert config_of_flags("").model_name == DEFAULT_MODEL
+    assert config_of_flags("--offline").model_name == PACKAGED
+    assert config_of_flags("--offline --model_name some/folder").model_name == "some/folder"
+    assert config_of_flags("--offline False").model_name == DEFAULT_MODEL
 
 
 # --- refusals
-
-
-def test_unknown_flags_and_unfinished_ones() -> None:
-    assert "--lora_rank 8" in refusal("--lora_rank 8")
-    assert "--lora_que" in refusal("--lora_que True")  # no abbreviations: a new flag could change their meaning
-    assert "run.toml" in refusal("run.toml")
-    assert "--lora_r" in refusal("--lora_r")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +150,7 @@ def test_numbers_out_of_range(name: str, value: str, allowed: str) -> None:
 
 
 def test_numbers_at_their_bounds_are_taken() -> None:
-    config = flags(
+    config = config_of_flags(
         "--lora_r 1 --max_length 8 --batch_tokens 8 --epochs 1 --patience 0 --device 0 --warmup_fraction 0"
         " --seed 4294967295 --dropout 0.999 --gradient_clip 0 --limit_test 1"
     )
@@ -306,7 +223,7 @@ def test_settings_that_exclude_each_other(line: str, words: str) -> None:
     ],
 )
 def test_their_allowed_neighbours(line: str) -> None:
-    flags(line)
+    config_of_flags(line)
 
 
 # --- to JSON and back
@@ -326,7 +243,7 @@ def test_their_allowed_neighbours(line: str) -> None:
     ],
 )
 def test_round_trip_through_json(line: str) -> None:
-    config = flags(line)
+    config = config_of_flags(line)
     stored = json.loads(json.dumps(config.to_dict(), allow_nan=False))
     assert set(stored) == {f.name for f in dataclasses.fields(RunConfig)}
     again = RunConfig.from_dict(stored)
@@ -336,11 +253,11 @@ def test_round_trip_through_json(line: str) -> None:
 
 
 def test_differences_name_what_changes_the_run() -> None:
-    earlier = flags("--lora_r 4 --output_dir a")
-    later = flags("--lora_r 16 --seed 1 --output_dir b --resume --verbose")
+    earlier = config_of_flags("--lora_r 4 --output_dir a")
+    later = config_of_flags("--lora_r 16 --seed 1 --output_dir b --resume --verbose")
     assert later.differences(earlier) == ["--lora_r 4 -> 16", "--seed 0 -> 1"]
-    assert flags("--overwrite --verbose").differences(flags("")) == []
-    method = flags("--method full").differences(flags(""))
+    assert config_of_flags("--overwrite --verbose").differences(config_of_flags("")) == []
+    method = config_of_flags("--method full").differences(config_of_flags(""))
     assert "--method lora -> full" in method
     assert "--lora_r 8 -> None" in method
     assert set(NOT_PART_OF_THE_RUN) <= {f.name for f in dataclasses.fields(RunConfig)}
@@ -349,58 +266,6 @@ def test_differences_name_what_changes_the_run() -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().epochs = 3  # type: ignore[misc]
-
-
-# --- help, and what is loaded
-
-
-def test_help_shows_every_flag_once_in_its_group_with_a_default() -> None:
-    shown = io.StringIO()
-    with redirect_stdout(shown), pytest.raises(SystemExit) as ended:
-        from_flags(["--help"], "What this does.")
-    assert ended.value.code == 0
-    assert "What this does." in shown.getvalue()
-    sections: dict[str, str] = {}
-    for line in shown.getvalue().splitlines():
-        if line.endswith(":") and not line.startswith(" "):
-            title = line.removesuffix(":")
-            sections[title] = ""
-        elif sections:
-            sections[title] += f"{line}\n"
-    assert set(sections) == {*GROUPS, "options"}
-    for field in dataclasses.fields(RunConfig):
-        group = field.metadata["group"]
-        found = {title: body.count(f"\n  --{field.name} ") for title, body in sections.items()}
-        assert {title: count for title, count in found.items() if count} == {group: 1}, field.name
-        entry = sections[group].split(f"\n  --{field.name} ")[1].split("\n  --")[0]
-        default = field.metadata["shown"] or str(field.default)
-        assert default != "None", field.name
-        assert " ".join(entry.split()).endswith(f"(default: {default})")
-    assert all(text in sections[group] for group, text in GROUPS.items())
-
-
-CALL = """
-import sys
-from finetune_lora import main
-status = main(sys.argv[1:])
-print([name for name in ("torch", "lightning", "transformers", "numpy") if name in sys.modules], status)
-"""
-
-
-@pytest.mark.parametrize("words", [["--lora_r", "0"], ["--nonsense"], ["--method", "full", "--lora_mlp"]])
-def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-c", CALL, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "[] 2\n"
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_wrong_flag_ends_the_command_with_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "finetune_lora.py"), "--lora_r", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == "error: --lora_r 0: must be at least 1\n"
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from run_config import UserError, from_flags
+from command_flags import from_flags
+from run_config import UserError
 from study_plan import Run, Study, read_study
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,74 @@
+"""Flags of the command line, made from the fields of ``RunConfig``.
+
+Nothing here imports torch, so that a wrong flag is refused at once.
+"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from run_config import GROUPS, RunConfig, UserError, choices_of, value_type
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, instead of argparse's usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument ") + self._hint(message))
+
+    def _hint(self, message: str) -> str:
+        """The flag that was perhaps meant, where one does not exist."""
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        known = [option for action in self._actions for option in action.option_strings]
+        near = get_close_matches(unknown[1], known, n=1, cutoff=0.8) if unknown else []
+        return f"; did you mean {near[0]}?" if near else ""
+
+
+def parse_bool(text: str) -> bool:
+    """``True/False/yes/no/1/0`` in any case."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True/yes/1 nor False/no/0")
+    return words[text.lower()]
+
+
+def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
+    """The parser made from ``RunConfig``'s fields; what was not given is absent from its namespace."""
+    parser = OneLineParser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+    )
+    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
+    for field in dataclasses.fields(RunConfig):
+        kind, choices = value_type(field), choices_of(field)
+        shown = (defaults or {}).get(field.name, field.metadata["shown"] or field.default)
+        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {shown})".replace("%", "%%")}
+        if choices:
+            options |= {"choices": choices}
+        elif kind is bool:
+            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+        else:
+            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[kind]}
+        groups[field.metadata["group"]].add_argument(f"--{field.name}", **options)
+    return parser
+
+
+def from_flags(argv: Sequence[str], description: str, defaults: dict[str, Any] | None = None) -> RunConfig:
+    """The configuration that command-line flags ask for.
+
+    Args:
+        argv: the flags, without the program's name.
+        description: what ``--help`` says first.
+        defaults: settings of a thin entry such as DistilRoberta's, used where a flag was not given.
+
+    Raises:
+        UserError: a flag that does not exist, or a value that is not allowed.
+    """
+    given = vars(make_parser(description, defaults).parse_args(argv))
+    return RunConfig(**{**(defaults or {}), **given})

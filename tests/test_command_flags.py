@@ -1,0 +1,134 @@
+"""Flags: how values are read, what is refused in one line, and that help shows every one."""
+
+import argparse
+import dataclasses
+import io
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from conftest import config_of_flags, refusal
+
+from command_flags import from_flags, make_parser, parse_bool
+from run_config import GROUPS, LORA_TARGETS, RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- parsing
+
+
+@pytest.mark.parametrize("flag", ["q_lora", *LORA_TARGETS, "verbose", "offline", "test", "efficient"])
+def test_booleans(flag: str) -> None:
+    others = "" if flag == "lora_mlp" else "--lora_mlp "  # so that some module carries LoRA
+    for word in ("True", "true", "TRUE", "yes", "Yes", "YES", "1"):
+        assert getattr(config_of_flags(f"{others}--{flag} {word}"), flag) is True
+        assert getattr(config_of_flags(f"{others}--{flag}={word}"), flag) is True
+    for word in ("False", "false", "FALSE", "no", "No", "NO", "0"):
+        assert getattr(config_of_flags(f"{others}--{flag} {word}"), flag) is False
+    assert getattr(config_of_flags(f"{others}--{flag}"), flag) is True
+    assert getattr(config_of_flags(f"--{flag} --seed 3 {others}"), flag) is True
+    message = refusal(f"--{flag} maybe")
+    assert f"--{flag}" in message
+    assert "'maybe' is neither True/yes/1 nor False/no/0" in message
+
+
+def test_parse_bool_takes_nothing_else() -> None:
+    for word in ("", "2", "t", "on", "None", " true"):
+        with pytest.raises(argparse.ArgumentTypeError, match="neither"):
+            parse_bool(word)
+
+
+def test_flags_that_users_know_keep_their_names() -> None:
+    config = config_of_flags(
+        "--q_lora True --lora_r 4 --lora_alpha 8 --lora_query False --lora_key True --lora_value False"
+        " --lora_projection True --lora_mlp True --lora_head True --device 1 --verbose True"
+    )
+    assert (config.q_lora, config.lora_r, config.lora_alpha, config.device, config.verbose) == (True, 4, 8.0, 1, True)
+    assert config.lora_targets == ("key", "projection", "mlp", "head")
+
+
+def test_types_of_values() -> None:
+    config = config_of_flags(
+        "--lora_alpha 3 --learning_rate 1e-3 --output_dir a/b --data_dir c --dataset financial_phrasebank"
+        " --agreement all --limit_train 7 --strategy ddp"
+    )
+    assert (config.lora_alpha, config.learning_rate, config.limit_train) == (3.0, 1e-3, 7)
+    assert isinstance(config.lora_alpha, float)
+    assert (config.output_dir, config.data_dir) == (Path("a/b"), Path("c"))
+    assert (config.agreement, config.strategy) == ("all", "ddp")
+
+
+def test_defaults_of_a_thin_entry_give_way_to_flags() -> None:
+    entry = {"dataset": "financial_phrasebank", "epochs": 4, "method": "full"}
+    config = from_flags(["--epochs", "1"], "a test", entry)
+    assert (config.dataset, config.epochs, config.method, config.monitor) == (
+        "financial_phrasebank", 1, "full", "macro_f1",
+    )  # fmt: skip
+    shown = next(a.help for a in make_parser("", entry)._actions if "--epochs" in a.option_strings)
+    assert shown is not None
+    assert shown.endswith("(default: 4)")
+
+
+def test_unknown_flags_and_unfinished_ones() -> None:
+    assert "--lora_rank 8" in refusal("--lora_rank 8")
+    assert "--lora_que" in refusal("--lora_que True")  # no abbreviations: a new flag could change their meaning
+    assert "run.toml" in refusal("run.toml")
+    assert "--lora_r" in refusal("--lora_r")
+    assert refusal("--learning_rat 1").endswith("; did you mean --learning_rate?")
+    assert refusal("--optimiser adam").endswith("; did you mean --optimizer?")
+    assert "did you mean" not in refusal("--nonsense 1")
+
+
+# --- help, and what is loaded
+
+
+def test_help_shows_every_flag_once_in_its_group_with_a_default() -> None:
+    shown = io.StringIO()
+    with redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+        from_flags(["--help"], "What this does.")
+    assert ended.value.code == 0
+    assert "What this does." in shown.getvalue()
+    sections: dict[str, str] = {}
+    for line in shown.getvalue().splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            title = line.removesuffix(":")
+            sections[title] = ""
+        elif sections:
+            sections[title] += f"{line}\n"
+    assert set(sections) == {*GROUPS, "options"}
+    for field in dataclasses.fields(RunConfig):
+        group = field.metadata["group"]
+        found = {title: body.count(f"\n  --{field.name} ") for title, body in sections.items()}
+        assert {title: count for title, count in found.items() if count} == {group: 1}, field.name
+        entry = sections[group].split(f"\n  --{field.name} ")[1].split("\n  --")[0]
+        default = field.metadata["shown"] or str(field.default)
+        assert default != "None", field.name
+        assert " ".join(entry.split()).endswith(f"(default: {default})")
+    assert all(text in sections[group] for group, text in GROUPS.items())
+
+
+CALL = """
+import sys
+from finetune_lora import main
+status = main(sys.argv[1:])
+print([name for name in ("torch", "lightning", "transformers", "numpy") if name in sys.modules], status)
+"""
+
+
+@pytest.mark.parametrize("words", [["--lora_r", "0"], ["--nonsense"], ["--method", "full", "--lora_mlp"]])
+def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", CALL, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[] 2\n"
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_wrong_flag_ends_the_command_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "finetune_lora.py"), "--lora_r", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: --lora_r 0: must be at least 1\n"
+    assert list(tmp_path.iterdir()) == []
