@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -63,16 +62,15 @@ def test_an_array_with_a_killed_task_gives_the_table_of_a_local_run(
     checkpoint = jobs_folder / "runs" / "tiny" / "lora-seed0" / "last.ckpt"
     wait_until(checkpoint.exists, "the first epoch")
     assert 1 <= ready.command("squeue", "-h", "-t", "RUNNING").stdout.count("\n") <= 2
-    # Not checked: the signal arrives, but for an array of which tasks still wait, scancel may say "try again later".
-    ready.command("scancel", "--batch", f"--signal={signal.SIGUSR1.name}", f"{array}_0", check=False)
-    wait_until(lambda: f"requeueing job {array}_0" in ready.log(), "the requeue")
-    wait_until(lambda: "JobState=PENDING" in ready.job(f"{array}_0"), "the requeued task")
+    (task,) = re.findall(r"JobId=(\d+) ArrayJobId=\d+ ArrayTaskId=0 ", ready.job(array))
+    ready.command("scontrol", "requeue", task)  # kills it first, as a preemption does
+    wait_until(lambda: "JobState=PENDING" in ready.job(task), "the requeued task")
     time.sleep(2)  # a job that starts in the second in which it ended is refused: "Job credential revoked"
-    ready.command("scontrol", "update", f"JobId={array}_0", "StartTime=now")  # it would wait for two minutes
+    ready.command("scontrol", "update", f"JobId={task}", "StartTime=now")  # it would wait for two minutes
     wait_until(lambda: re.search("JobState=(COMPLETED|FAILED)", ready.job(collected)) is not None, "the collection")
     assert "4 finished and 0 failed of 4 runs" in ready.log(), ready.log()
     assert "continued" in ready.log()
-    assert "Restarts=1" in ready.job(f"{array}_0")
+    assert "Restarts=1" in ready.job(task)
 
     monkeypatch.chdir(jobs_folder)
     with one_thread():  # as in the jobs: sums in another order would differ in the last bit
