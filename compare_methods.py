@@ -96,8 +96,10 @@ def list_runs(runs: StudyRuns, options: argparse.Namespace) -> int:
 
 
 def report(words: list[str]) -> int:
-    """Tables, plots and pages from ``results/``, in a process of their own."""
-    return subprocess.call([sys.executable, str(ROOT / "study_report.py"), *words])
+    """Tables, plots and pages from ``results/``."""
+    from study_report import main as report_main
+
+    return report_main(words)
 
 
 def command_words(runs: StudyRuns, run: Run) -> list[str]:
