@@ -258,7 +258,7 @@ def _fit_and_test(
     prepared: Prepared, trainer: Any, classifier: Any, meter: Any, stop: Any, result: dict[str, Any]
 ) -> None:
     """Trains, takes the best checkpoint, saves what it holds, and reads the test split once."""
-    from local_model_utilities import saved_parameters
+    from local_model_utilities import frozen_outputs, saved_parameters
     from local_run_utilities import plot_learning_curve, save_trained, write_predictions
     from local_training_utilities import FineTuning
     from lora import lora_modules
@@ -271,7 +271,9 @@ def _fit_and_test(
     validation = evaluation_loader(splits["validation"], config, prepared.pad_id, **shares)
     result["data"] = _data_record(prepared, training)
     steps = config.epochs * training.steps_per_epoch
-    frozen = _frozen_outputs(prepared, classifier)
+    repeated = {name: splits[name].lengths for name in ("train", "validation")}
+    # on a GPU, fetching them takes as long as computing them
+    frozen = {} if prepared.hardware.on_gpu else frozen_outputs(classifier, repeated, config)
     module = FineTuning(classifier, config, len(prepared.texts.label_names), steps, frozen)
     checkpoint = directory / LAST_CHECKPOINT if config.resume else None
     try:
@@ -298,17 +300,6 @@ def _fit_and_test(
     stop.check()
     if trainer.is_global_zero:
         write_predictions(directory, module.predictions)
-
-
-def _frozen_outputs(prepared: Prepared, classifier: Any) -> dict[str, Any]:
-    """Where outputs of frozen layers are kept, for the splits that are gone through more than once."""
-    from local_model_utilities import frozen_outputs
-
-    if prepared.hardware.on_gpu:  # there, fetching them takes as long as computing them
-        return {}
-    splits = {name: prepared.splits[name] for name in ("train", "validation")}
-    kept = {name: frozen_outputs(classifier, split.lengths, prepared.config) for name, split in splits.items()}
-    return {name: outputs for name, outputs in kept.items() if outputs is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -90,26 +90,32 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
     return Classifier(model, family, dtype, config.efficient, config.gradient_checkpointing)
 
 
-def frozen_outputs(classifier: Classifier, lengths: np.ndarray, config: RunConfig) -> FrozenOutputs | None:
-    """Where a split's outputs of the frozen layers are kept, if there are such layers and it pays.
+def frozen_outputs(
+    classifier: Classifier, lengths: dict[str, np.ndarray], config: RunConfig
+) -> dict[str, FrozenOutputs]:
+    """Where the outputs of frozen layers are kept for each split, if there are such layers and it pays.
 
     Args:
         classifier: the run's.
-        lengths: (examples,) tokens of each example.
+        lengths: split -> (examples,) tokens of each example, for splits that are gone through more than once.
         config: the run.
     """
     count = count_frozen_layers(classifier.model, classifier.family)
     allowed = config.efficient and config.dropout == config.attention_dropout == 0 and config.epochs > 1
     if count == 0 or not allowed or config.frozen_cache_gb == 0:
-        return None
+        return {}
     whole = count == classifier.family.setting(classifier.model, "layer_count")
-    kept = np.ones_like(lengths) if whole else lengths
     width = int(classifier.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-    try:
-        return FrozenOutputs(kept, width, classifier.dtype, int(config.frozen_cache_gb * 2**30), cache_dir())
-    except OSError as error:
-        warnings.warn(f"frozen layers are computed in every epoch: {error}", stacklevel=2)
-        return None
+    left, kept = int(config.frozen_cache_gb * 2**30), {}
+    for name, tokens in lengths.items():
+        rows = np.ones_like(tokens) if whole else tokens
+        try:
+            kept[name] = FrozenOutputs(rows, width, classifier.dtype, left, cache_dir())
+        except OSError as error:
+            warnings.warn(f"frozen layers are computed in every epoch: {error}", stacklevel=2)
+            break
+        left -= 0 if kept[name].on_disk else kept[name].bytes
+    return kept
 
 
 def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:
