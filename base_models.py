@@ -82,7 +82,11 @@ def _hub_model(config: RunConfig) -> Path:
         raise UserError(f"--model_name {name}: neither a folder, nor '{PACKAGED}', nor a hub id") from None
     if config.offline:
         raise UserError(f"--model_name {name} is not in the hub's cache, and --offline was given: --prefetch it first")
-    require_hub(f"--model_name {name}")
+    instead = f"--model_name {PACKAGED} or --model_name PATH"
+    if config.data_dir is None:
+        packaged = config.dataset == "imdb" and not config.prefetch
+        instead += ", and --data_dir PATH" + ("; or --offline for packaged model and reviews" if packaged else "")
+    require_hub(f"--model_name {name}", instead)
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except RepositoryNotFoundError:

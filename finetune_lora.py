@@ -5,6 +5,7 @@ One run, from data to ``result.json``. Exit status: 0 finished, 1 failed, 2 inpu
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed for {sys.executable}: activate the venv first", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted before training: nothing was written", file=sys.stderr)
         return EXIT_STATUS["interrupted"]
@@ -82,7 +86,8 @@ def print_estimate(config: RunConfig) -> None:
             prepared.config, prepared.hardware, prepared.model_folder, prepared.splits, prepared.pad_id,
             prepared.texts.label_names,
         )  # fmt: skip
-    print(f"{_headline(prepared)}\n\n{estimate_table(record, prepared.config)}")
+    headline = _headline(prepared).rpartition("\n")[0]  # without the run directory, which is not made
+    print(f"{headline}\n\n{estimate_table(record, prepared.config)}")
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,13 @@ def _command() -> str:
     """The command line as it can be typed in the project's folder; paths relative where they lie below it."""
     words = [word.replace(f"{Path.cwd()}{os.sep}", "") for word in sys.argv]
     return shlex.join(["python", *words])
+
+
+def _python() -> str:
+    """How this Python is called from here: by its name, unless that is another one (a venv that is not active)."""
+    found = shutil.which("python")
+    same = found is not None and Path(found).absolute().parent == Path(sys.executable).absolute().parent
+    return "python" if same else os.path.relpath(sys.executable)
 
 
 def _interruption(directory: Path, at_once: bool) -> str:
@@ -247,8 +259,8 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
             _fit_and_test(prepared, trainer, classifier, meter, stop, result)
         finally:
             result["memory"] = peak_memory(hardware.on_gpu)
-            result["seconds"] = time.perf_counter() - started
-            alone = was_alone(busy, result["seconds"]) if trainer.world_size == 1 else None
+            result["seconds"] = meter.run_seconds
+            alone = was_alone(busy, time.perf_counter() - started) if trainer.world_size == 1 else None
             result["environment"]["alone"] = alone
     if first:
         print(_summary(prepared, result), flush=True)
@@ -387,7 +399,7 @@ def _summary(prepared: Prepared, result: dict[str, Any]) -> str:
         f"{'memory':<11} {result['memory']['peak_bytes'] / 2**20:,.0f} MiB at most ({result['memory']['source']})",
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
-        f'{"try it":<11} python predict.py {directory} --text "..."',
+        f'{"try it":<11} {_python()} predict.py {directory} --text "..."',
     ]
     return "\n" + "\n".join(lines)
 

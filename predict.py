@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed for {sys.executable}: activate the venv first", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -81,18 +84,24 @@ def read_texts(path: Path, column: str) -> list[str]:
     except UnicodeDecodeError:
         raise UserError(f"--file {path} is not UTF-8") from None
     except (OSError, csv.Error) as error:
-        raise UserError(f"--file {path} cannot be read: {error}") from None
+        raise UserError(f"--file {path} cannot be read: {_reason(error)}") from None
     if not texts:
         raise UserError(f"--file {path} holds no text")
     return texts
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     """Configuration and label names of a finished run."""
     try:
         result = json.loads((directory / RESULT).read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no finished run: it has no {RESULT}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory} is no finished run: {RESULT}: {error}") from None
+        raise UserError(f"{directory} is no finished run: {RESULT}: {_reason(error)}") from None
     status = result.get("status") if isinstance(result, dict) else None
     if status != "finished":
         raise UserError(f"{directory} is no finished run: its status is {status!r}")

@@ -105,7 +105,7 @@ def read_study(path: Path) -> Study:
     try:
         content = tomllib.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError) as error:  # of which TOMLDecodeError and UnicodeDecodeError are two
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         return _plan(path.stem, content)
     except UserError as error:

@@ -34,6 +34,7 @@ from run_config import RunConfig, UserError, cache_dir
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 LABEL_NAMES = {"imdb": ["negative", "positive"], "financial_phrasebank": ["negative", "neutral", "positive"]}
+INSTEAD_OF_IMDB = "--data_dir PATH, or --offline for packaged reviews and a packaged model"
 PROBE_SECONDS = 6.0  # with what follows, a missing network is reported within 10 seconds
 
 
@@ -246,19 +247,20 @@ def _parse_phrasebank(content: bytes, path: Path) -> pd.DataFrame:
 # download
 
 
-def require_hub(what: str) -> None:
+def require_hub(what: str, instead: str) -> None:
     """Make sure, within seconds, that the Hugging Face hub can be reached, before anything starts to retry.
 
     Args:
         what: what is wanted from there, for the message.
+        instead: what else the user may give.
 
     Raises:
         UserError: it cannot be reached.
     """
-    _require_host(constants.ENDPOINT, what, allowed=not constants.HF_HUB_OFFLINE)
+    _require_host(constants.ENDPOINT, what, instead, allowed=not constants.HF_HUB_OFFLINE)
 
 
-def _require_host(url: str, what: str, allowed: bool = True) -> None:
+def _require_host(url: str, what: str, instead: str, allowed: bool = True) -> None:
     answered = threading.Event()
 
     def ask() -> None:
@@ -276,10 +278,7 @@ def _require_host(url: str, what: str, allowed: bool = True) -> None:
         probe.start()
         probe.join(PROBE_SECONDS)
     if not answered.is_set():
-        raise UserError(
-            f"{what} is not on this machine and {url} cannot be reached: "
-            f"give --offline (packaged model and reviews), or --model_name PATH and --data_dir PATH"
-        )
+        raise UserError(f"{what} is not on this machine and {url} cannot be reached: give {instead}")
 
 
 def _hub_file(repository: str, filename: str) -> Path:
@@ -288,7 +287,7 @@ def _hub_file(repository: str, filename: str) -> Path:
     try:
         return Path(fetch(local_files_only=True))
     except LocalEntryNotFoundError:
-        require_hub(f"the data set {repository}")
+        require_hub(f"the data set {repository}", INSTEAD_OF_IMDB if "imdb" in repository else "--data_dir PATH")
     try:
         return Path(fetch())
     except Exception as error:  # the hub's own errors and those of the HTTP library beneath it, which changes
@@ -301,7 +300,7 @@ def _download_stanford() -> Path:
     folder = cache_dir() / "imdb_stanford"
     if folder.is_dir():
         return folder
-    _require_host(STANFORD_IMDB.url, "IMDb")
+    _require_host(STANFORD_IMDB.url, "IMDb", INSTEAD_OF_IMDB)
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="aclImdb-") as temporary:  # goes away on Ctrl-C, too
         archive = Path(temporary) / "archive.tar.gz"

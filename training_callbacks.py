@@ -39,17 +39,24 @@ class Meter(Callback):
         self.rows: list[dict[str, Any]] = []
         self.train_seconds = 0.0
         self.validation_seconds = 0.0
+        self.earlier_seconds = 0.0  # of the whole run, before it was interrupted
+        self._made = time.perf_counter()
         self._losses: list[Tensor] = []
         self._since: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("rows", "train_seconds", "validation_seconds")
-        return {name: getattr(self, name) for name in names} | {"torch_rng": torch.get_rng_state()}
+        state = {name: getattr(self, name) for name in ("rows", "train_seconds", "validation_seconds")}
+        return state | {"earlier_seconds": self.run_seconds, "torch_rng": torch.get_rng_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rng = state.pop("torch_rng")
         for name, value in state.items():
             setattr(self, name, value)
+
+    @property
+    def run_seconds(self) -> float:
+        """Wall clock of the run until now, without the time between an interruption and the continuation."""
+        return self.earlier_seconds + time.perf_counter() - self._made
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if hasattr(self, "_rng"):
