@@ -113,12 +113,17 @@ def build(results: Path, readme: str) -> tuple[dict[Path, bytes | None], str]:
     return files, with_table(readme, DEFAULT_RATES, learning_rates())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 where a file is refused."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command."""
     parser = argparse.ArgumentParser(description="Rebuild tables, plots and the HTML page from the runs in results/.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="holds the runs as STUDY/RUN/result.json")
     parser.add_argument("--readme", type=Path, default=README, help="Markdown whose tables between markers are renewed")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 where a file is refused."""
+    options = make_parser().parse_args(argv)
     try:
         if not options.results.is_dir():
             raise UserError(f"--results {options.results} is not a folder: give one that holds STUDY/RUN/result.json")

@@ -12,6 +12,7 @@ from compare_methods import make_parser as make_study_parser
 from finetune_lora import DESCRIPTION
 from predict import make_parser as make_predict_parser
 from study_plan import read_study
+from study_report import make_parser as make_report_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "DistilRoberta/README.md")
@@ -69,8 +70,8 @@ def check_study_command(words: list[str]) -> None:
 
 
 def test_every_flag_that_is_mentioned_exists() -> None:
-    shown = make_parser(DESCRIPTION).format_help() + make_predict_parser().format_help() + study_help()
-    known = set(re.findall(r"--\w+", shown))
+    shown = [p.format_help() for p in (make_parser(DESCRIPTION), make_predict_parser(), make_report_parser())]
+    known = set(re.findall(r"--\w+", "".join([*shown, study_help()])))
     for document in DOCUMENTS:
         mentioned = set(re.findall(r"`(--\w+)", (ROOT / document).read_text(encoding="utf8")))
         assert mentioned <= known, document
