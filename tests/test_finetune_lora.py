@@ -142,9 +142,9 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
     for part in ("validation", "test"):
         assert result_of(tmp_path / "whole")[part]["loss"] == result_of(tmp_path / "broken")[part]["loss"]
-    whole, broken = result_of(tmp_path / "whole"), result_of(tmp_path / "broken")
-    assert broken["train"]["steps"] == whole["train"]["steps"]
-    assert broken["seconds"] > broken["train"]["seconds"], "both are those of both sessions"
+    result = result_of(tmp_path / "broken")
+    assert result["train"]["steps"] == result_of(tmp_path / "whole")["train"]["steps"]
+    assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_good_checkpoint(
