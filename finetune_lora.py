@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_flags import from_flags
-from run_config import RunConfig, UserError
+from run_config import RunConfig, UserError, not_installed
 
 if TYPE_CHECKING:  # loaded when a run starts, so that a wrong flag is refused at once
     from local_dataset_utilities import TextData, TokenizedSplit
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed for {sys.executable}: activate the venv first", file=sys.stderr)
+        print(not_installed(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted before training: nothing was written", file=sys.stderr)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from command_flags import OneLineParser
-from run_config import RunConfig, UserError
+from run_config import RunConfig, UserError, not_installed, reason
 from run_files import RESULT
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed for {sys.executable}: activate the venv first", file=sys.stderr)
+        print(not_installed(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -84,14 +84,10 @@ def read_texts(path: Path, column: str) -> list[str]:
     except UnicodeDecodeError:
         raise UserError(f"--file {path} is not UTF-8") from None
     except (OSError, csv.Error) as error:
-        raise UserError(f"--file {path} cannot be read: {_reason(error)}") from None
+        raise UserError(f"--file {path} cannot be read: {reason(error)}") from None
     if not texts:
         raise UserError(f"--file {path} holds no text")
     return texts
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
@@ -101,7 +97,7 @@ def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     except FileNotFoundError:
         raise UserError(f"{directory} is no finished run: it has no {RESULT}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory} is no finished run: {RESULT}: {_reason(error)}") from None
+        raise UserError(f"{directory} is no finished run: {RESULT}: {reason(error)}") from None
     status = result.get("status") if isinstance(result, dict) else None
     if status != "finished":
         raise UserError(f"{directory} is no finished run: its status is {status!r}")

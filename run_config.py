@@ -9,6 +9,7 @@ same ``UserError``.
 import dataclasses
 import math
 import os
+import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,16 @@ GROUPS = {
 
 class UserError(Exception):
     """Input that is refused: one line that says what was given, what is allowed and which flag. Exit status 2."""
+
+
+def reason(error: Exception) -> str:
+    """What an error says, without the number and the path that an ``OSError`` adds to it."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def not_installed(error: ModuleNotFoundError) -> str:
+    """The line for a Python that lacks what the suite needs."""
+    return f"error: {error.name} is not installed for {sys.executable}: activate the venv first"
 
 
 def cache_dir() -> Path:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from command_flags import from_flags
-from run_config import RunConfig, UserError
+from run_config import RunConfig, UserError, reason
 
 TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
 FLAGS = {setting.name for setting in dataclasses.fields(RunConfig)}
@@ -105,7 +105,7 @@ def read_study(path: Path) -> Study:
     try:
         content = tomllib.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError) as error:  # of which TOMLDecodeError and UnicodeDecodeError are two
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     try:
         return _plan(path.stem, content)
     except UserError as error:

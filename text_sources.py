@@ -84,7 +84,8 @@ def read_source(config: RunConfig) -> Source:
         where, tables = "Stanford", _read_imdb_folder(_download_stanford(), config)
     else:
         where = "Hugging Face hub"
-        files = {s: _hub_file("stanfordnlp/imdb", f"plain_text/{s}-00000-of-00001.parquet") for s in ("train", "test")}
+        names = {s: f"plain_text/{s}-00000-of-00001.parquet" for s in ("train", "test")}
+        files = {s: _hub_file("stanfordnlp/imdb", name, INSTEAD_OF_IMDB) for s, name in names.items()}
         tables = {split: _read_table(path, config) for split, path in files.items()}
     name = "IMDb" if "test" in tables else "IMDb train"  # never call a part of train "IMDb test"
     tables = {k: t.assign(text=t.text.str.replace("<br />", " ", regex=False)) for k, t in tables.items()}
@@ -281,13 +282,13 @@ def _require_host(url: str, what: str, instead: str, allowed: bool = True) -> No
         raise UserError(f"{what} is not on this machine and {url} cannot be reached: give {instead}")
 
 
-def _hub_file(repository: str, filename: str) -> Path:
-    """A file of a data set on the hub, from the cache if it is there."""
+def _hub_file(repository: str, filename: str, instead: str = "--data_dir PATH") -> Path:
+    """A file of a data set on the hub, from the cache if it is there; without a hub, ``instead`` is what to give."""
     fetch = functools.partial(hf_hub_download, repository, filename, repo_type="dataset")
     try:
         return Path(fetch(local_files_only=True))
     except LocalEntryNotFoundError:
-        require_hub(f"the data set {repository}", INSTEAD_OF_IMDB if "imdb" in repository else "--data_dir PATH")
+        require_hub(f"the data set {repository}", instead)
     try:
         return Path(fetch())
     except Exception as error:  # the hub's own errors and those of the HTTP library beneath it, which changes

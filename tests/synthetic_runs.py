@@ -42,7 +42,6 @@ def write_run(
         axes: the run's place on the study's axes.
         curve: validation accuracies for ``metrics.csv``.
         question: what the study asks, where the run says it.
-        question: what the study asks, where the run says it.
         changes: keys of ``result.json``, merged into those that are dictionaries.
     """
     axes = axes or {}
