@@ -22,6 +22,7 @@ lint: $(VENV)/.installed-dev
 # Tables, plots, results/report.html and README's tables, from the runs in results/.
 tables: $(VENV)/.installed
 	$(BIN)/python study_report.py
+	$(BIN)/python -m benchmarks.headline
 
 # This suite beside its peers, about 40 minutes on 2 cores that do nothing else; BENCHMARK_FLAGS=--quick: a few minutes.
 benchmark: $(VENV)/.installed-dev

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import one, peers, roofline
+from benchmarks import headline, one, peers, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.work import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
 from local_dataset_utilities import TokenizedSplit
+from run_config import UserError
 from study_report import README, with_table
 
 MAX_LENGTH = 32
@@ -209,6 +210,41 @@ def test_the_table() -> None:
     )
 
 
+def whole_run(seed: int, seconds: float | None, accuracy: float) -> dict[str, Any]:
+    return {
+        "study": {"run": f"lora-seed{seed}", "row": "lora", "seed": seed},
+        "status": "finished",
+        "config": {"epochs": 2, "max_length": 512},
+        "data": {"sizes": {"train": 1000, "test": 500}},
+        "environment": {"cpu": "A CPU", "threads": 2, "alone": True},
+        "process_seconds": seconds,
+        "test": {"accuracy": accuracy},
+    }
+
+
+def test_the_headline_extrapolates_the_tutorial_script_to_as_many_texts(tmp_path: Path) -> None:
+    for run in (whole_run(1, 66.0, 0.9), whole_run(0, 60.0, 0.92), whole_run(10, 72.0, 0.91)):
+        folder = tmp_path / run["study"]["run"]
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps(run))
+    runs = headline.read_row(tmp_path, "lora")
+    assert [run["study"]["seed"] for run in runs] == [0, 1, 10]
+    work = {"contestant": "tutorial_fp32", "model": "minilm", "targets": "qv", "max_length": 512}
+    measured = [work | {"train_examples": 10, "train_seconds": seconds} for seconds in (9.9, 9.9, 50.0)]
+    others = [work | {"max_length": 256, "train_examples": 1, "train_seconds": 1.0}, work | {"error": "no memory"}]
+    lines = headline.table(runs, [*measured, *others]).splitlines()
+    assert lines[0] == "1,000 training and 500 test texts, 2 epochs, at most 512 tokens; A CPU, 2 threads."
+    assert lines[-2:] == [
+        "| this suite, from the command to its result (3 seeds) | 1.10 (1.00 to 1.20) | 91.00 ± 1.00 |",
+        "| tutorial script, fp32, training alone, extrapolated from 30 texts | 33 (30 times as long)"
+        " | not run to its end |",
+    ]
+    with pytest.raises(UserError, match="lora-seed7: was not alone"):
+        headline.table([whole_run(7, None, 0.9)], measured)
+    with pytest.raises(UserError, match="--row full"):
+        headline.read_row(tmp_path, "full")
+
+
 def test_readme_has_the_tables_of_the_committed_results() -> None:
     text = README.read_text(encoding="utf8")
     for name, path, table in (
@@ -216,6 +252,12 @@ def test_readme_has_the_tables_of_the_committed_results() -> None:
     ):  # fmt: skip
         content = table(json.loads(path.read_text(encoding="utf8"))) if path.exists() else "Not measured yet."
         assert with_table(text, name, content) == text, f"run make benchmark or make roofline: {name}"
+    try:
+        runs = headline.read_row(headline.RESULTS / "earlier_work", "lora")
+        content = headline.table(runs, json.loads(peers.OUTPUT.read_text(encoding="utf8"))["measurements"])
+    except (UserError, OSError):
+        content = "Not measured yet."
+    assert with_table(text, "headline", content) == text, "run make tables"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+"""Whole runs, from the command to the result, beside the tutorial script: ``python -m benchmarks.headline``.
+
+Measures nothing itself: the runs are those of a row of a study in ``results/``, the tutorial script's time a text is
+that of ``make benchmark``. Prints a table and renews README's.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import peers
+from command_flags import OneLineParser
+from run_config import UserError
+from run_files import RESULT, write_atomically
+from study_report import README, RESULTS, with_table
+
+TUTORIALS = ("tutorial_fp32", "tutorial_bf16")
+
+
+def table(runs: Sequence[dict[str, Any]], measurements: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the runs of one row, then how long the tutorial script would train on as many texts.
+
+    Args:
+        runs: ``result.json`` of each seed.
+        measurements: of ``peers.json``.
+
+    Raises:
+        UserError: a run that was not alone on its machine, or whose time from the command on is not known.
+    """
+    for run in runs:
+        if not run["environment"].get("alone") or run.get("process_seconds") is None:
+            raise UserError(f"{run['study']['run']}: was not alone on its machine from its beginning to its end")
+    scores = [100 * run["test"]["accuracy"] for run in runs]
+    minutes = [run["process_seconds"] / 60 for run in runs]
+    config, sizes, machine = runs[0]["config"], runs[0]["data"]["sizes"], runs[0]["environment"]
+    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    lines = [
+        f"{sizes['train']:,} training and {sizes['test']:,} test texts, {config['epochs']} epochs, at most"
+        f" {config['max_length']} tokens; {machine['cpu']}, {machine['threads']} threads.",
+        "",
+        "| | minutes | test accuracy, % |",
+        "|---|---|---|",
+        f"| this suite, from the command to its result ({len(runs)} seeds) | {peers.spread(minutes)} |"
+        f" {statistics.mean(scores):.2f}{spread} |",
+    ]
+    for name in TUTORIALS:
+        measured = [m for m in measurements if _is_of(m, name, config["max_length"])]
+        texts = sum(m["train_examples"] for m in measured)
+        if not texts:
+            continue
+        seconds_per_text = statistics.median(m["train_seconds"] / m["train_examples"] for m in measured)
+        extrapolated = seconds_per_text * sizes["train"] * config["epochs"] / 60
+        factor = extrapolated / statistics.median(minutes)
+        lines.append(
+            f"| {peers.NAMES[name]}, training alone, extrapolated from {texts} texts | {extrapolated:,.0f}"
+            f" ({factor:.0f} times as long) | not run to its end |"
+        )
+    return "\n".join(lines)
+
+
+def _is_of(measurement: dict[str, Any], contestant: str, max_length: int) -> bool:
+    """It pads every text to ``max_length``, so that a text takes the same time whatever its length."""
+    wanted = {"contestant": contestant, "model": "minilm", "targets": "qv", "max_length": max_length}
+    return "error" not in measurement and wanted.items() <= measurement.items()
+
+
+def read_row(study: Path, row: str) -> list[dict[str, Any]]:
+    """``result.json`` of each finished final run of a study's row, by seed.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [json.loads(path.read_text(encoding="utf8")) for path in sorted(study.glob(f"{row}-seed*/{RESULT}"))]
+    runs = [run for run in found if run["status"] == "finished" and run["study"]["row"] == row]
+    if not runs:
+        raise UserError(f"--row {row}: {study} holds no finished run of it")
+    return sorted(runs, key=lambda run: run["study"]["seed"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table and writes README's. Returns the exit status."""
+    parser = OneLineParser(description="Whole runs beside the tutorial script.", allow_abbrev=False)
+    parser.add_argument("--study", type=Path, default=RESULTS / "earlier_work", help="collected runs")
+    parser.add_argument("--row", default="lora", help="of the study (default: lora)")
+    try:
+        options: argparse.Namespace = parser.parse_args(argv)
+        if not peers.OUTPUT.exists():
+            raise UserError(f"{peers.OUTPUT}: is missing, run make benchmark")
+        measurements = json.loads(peers.OUTPUT.read_text(encoding="utf8"))["measurements"]
+        content = table(read_row(options.study, options.row), measurements)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(content)
+    text = with_table(README.read_text(encoding="utf8"), "headline", content)
+    write_atomically(README, lambda path: path.write_text(text, encoding="utf8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
