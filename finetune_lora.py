@@ -234,7 +234,7 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         parameter_record,
         parameter_table,
     )
-    from local_run_utilities import environment_record, peak_memory, processor_seconds, was_alone
+    from local_run_utilities import environment_record, peak_memory, process_seconds, processor_seconds, was_alone
     from local_training_utilities import make_trainer, quiet_lightning
     from training_callbacks import GracefulStop, Meter
 
@@ -260,6 +260,7 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         finally:
             result["memory"] = peak_memory(hardware.on_gpu)
             result["seconds"] = meter.run_seconds
+            result["process_seconds"] = None if config.resume else process_seconds()
             alone = was_alone(busy, time.perf_counter() - started) if trainer.world_size == 1 else None
             result["environment"]["alone"] = alone
     if first:

@@ -141,6 +141,9 @@ def linears(
     blocks = [_scaled_B(m) for m in modules]
     A = _join([m.lora.lora_A for m in adapted]).to(dtype)  # (R, in)
     B = (blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)).to(dtype)  # (out, R)
+    if dtype == torch.float32 and not torch.is_grad_enabled():
+        merged = torch.addmm(weight(), B, A)  # exact here; in bf16 the sum would round most of the adapter away
+        return _frozen_linear(x, None, None, lambda: merged, bias, activation)
     return _frozen_linear(x, A, B, weight, bias, activation)
 
 

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -477,6 +478,14 @@ def test_alone_is_when_others_take_next_to_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(local_run_utilities, "processor_seconds", lambda: (120.0 + others, 30.0))
     assert was_alone((110.0, 20.0), seconds=5.0) is alone
     assert was_alone(None, seconds=5.0) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_the_time_of_a_process_begins_with_it() -> None:
+    code = "import time; time.sleep(0.5); from local_run_utilities import process_seconds; print(process_seconds())"
+    began = time.monotonic()
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert 0.5 < float(shown) < time.monotonic() - began + 0.02  # the kernel's clock has ticks of 10 ms
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc/stat")

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import LAYERS, tiny_classifier
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lora
 from lora import LinearWithLoRA, LoRALayer, linears, lora_modules, mark_only_lora_as_trainable, merge_lora
 from model_families import FAMILIES, ModelFamily
 
@@ -73,6 +75,25 @@ def test_fast_forward_and_backward_equal_the_plain_formula(bias: bool) -> None:
         assert relative_error(ours, reference) < 1e-5
     module(x).sum().backward()
     assert all(p.grad is None for p in module.linear.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_adapter_is_merged_where_that_is_exact(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = lora_linear(), torch.randn(2, 5, 10, dtype=dtype)
+    merged: list[bool] = []
+    apply = lora._frozen_linear
+
+    def watched(x: Tensor, A: Tensor | None, *rest: Any) -> Tensor:
+        merged.append(A is None)
+        return apply(x, A, *rest)
+
+    monkeypatch.setattr(lora, "_frozen_linear", watched)
+    with torch.no_grad():
+        fast, plain = linears(x, [module]), module.linear(x.float()) + module.lora(x.float())
+    assert relative_error(fast, plain) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert merged == [dtype == torch.float32]
 
 
 def test_several_linears_of_one_input_equal_each_alone() -> None:
