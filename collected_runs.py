@@ -19,7 +19,6 @@ from run_config import UserError
 from run_files import METRICS, PREDICTIONS, RESULT
 from study_statistics import mean_and_deviation
 
-QUESTION = "question.txt"
 MISSING = "missing"  # the status of a run's folder without a result
 
 
@@ -240,9 +239,6 @@ def read_study(study: str, results: Path) -> Study:
     runs = tuple(Run(folder, _read_result(folder / RESULT)) for folder in _run_folders(results / study))
     _check_seeds(runs)
     question = next((str(run.get("study", "question")) for run in runs if run.get("study", "question")), "")
-    path = results / study / QUESTION
-    if path.is_file():
-        question = path.read_text(encoding="utf8")
     return Study(study, " ".join(question.split()), runs)
 
 

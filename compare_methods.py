@@ -220,6 +220,9 @@ class Work:
                 self.end(run, "failed", f"not started: {reason}")
                 return True
             state = self.runs.state_on_disk(planned)
+            if state == "missing" and (made := self.runs.take_over(planned)):
+                self.end(run, "finished", f"taken over from {made}, which has the same settings")
+                return True
             if state == "changed":
                 what = ", ".join(self.runs.differences(planned))
                 place = self.runs.directory(run)

@@ -1,7 +1,8 @@
 """Collected runs -> the report: ``python study_report.py``, see ``--help``.
 
 From the run files in ``results/`` alone, the same ones giving the same bytes: for each study ``table.md``,
-``table.csv`` and plots; for all of them ``summary.json`` and ``report.html``; and the tables between README's markers.
+``table.csv`` and plots; for all of them ``summary.json`` and ``report.html``; and the tables between
+the markers of README.md and docs/best_practices.md.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from study_tables import comparison_table, csv_text, main_table, notes, summary,
 
 ROOT = Path(__file__).resolve().parent
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "best_practices.md")
 RESULTS = ROOT / "results"
-DEFAULT_RATES = "learning_rates"  # README's markers of this name hold the defaults, not the study
+DEFAULT_RATES = "default_learning_rates"
 
 
 def learning_rates() -> str:
@@ -49,7 +51,7 @@ def with_table(text: str, study: str, content: str) -> str:
     before, _, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not closed:
-        raise UserError(f"--readme: the markers of a table must come as {begin} ... {end}")
+        raise UserError(f"--pages: the markers of a table must come as {begin} ... {end}")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
@@ -69,8 +71,8 @@ def section(study: Study) -> Section:
     )
 
 
-def readme_table(section: Section) -> str:
-    """The study as README shows it: no empty columns, what was found, what is missing."""
+def short_table(section: Section) -> str:
+    """The study as a page of Markdown shows it: no empty columns, what was found, what is missing."""
     text = " ".join([*section.headlines, *section.notes])
     return section.table.without_empty_columns().markdown() + (f"\n\n{text}" if text else "")
 
@@ -86,15 +88,15 @@ def study_text(section: Section) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def build(results: Path, readme: str) -> tuple[dict[Path, bytes | None], str]:
+def build(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | None]:
     """The report, before anything is written.
 
     Args:
         results: holds a folder a study.
-        readme: README's text as it is.
+        pages: Markdown with markers.
 
     Returns:
-        Contents of every file below ``results``, ``None`` for a plot that must go; and README's new text.
+        Contents of every file below ``results``, ``None`` for a plot that must go; and of the pages.
     """
     found = [read_study(name, results) for name in studies(results)]
     sections = [section(study) for study in found]
@@ -105,19 +107,25 @@ def build(results: Path, readme: str) -> tuple[dict[Path, bytes | None], str]:
         files |= {folder / plot.file: plot.png for plot in said.plots}
         files[folder / "table.md"] = study_text(said).encode()
         files[folder / "table.csv"] = csv_text(study).encode()
-        if study.name != DEFAULT_RATES:
-            readme = with_table(readme, study.name, readme_table(said))
     rows = [row for study in found for row in summary(study)]
     files[results / "summary.json"] = (json.dumps(rows, indent=2, allow_nan=False) + "\n").encode()
     files[results / "report.html"] = page(sections).encode()
-    return files, with_table(readme, DEFAULT_RATES, learning_rates())
+    tables = {said.study: short_table(said) for said in sections} | {DEFAULT_RATES: learning_rates()}
+    for path in pages:
+        text = path.read_text(encoding="utf8")
+        for name, table in tables.items():
+            text = with_table(text, name, table)
+        files[path] = text.encode()
+    return files
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command."""
     parser = argparse.ArgumentParser(description="Rebuild tables, plots and the HTML page from the runs in results/.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="holds the runs as STUDY/RUN/result.json")
-    parser.add_argument("--readme", type=Path, default=README, help="Markdown whose tables between markers are renewed")
+    parser.add_argument(
+        "--pages", type=Path, nargs="*", default=PAGES, help="Markdown whose tables between markers are renewed"
+    )
     return parser
 
 
@@ -127,10 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not options.results.is_dir():
             raise UserError(f"--results {options.results} is not a folder: give one that holds STUDY/RUN/result.json")
-        if not options.readme.is_file():
-            raise UserError(f"--readme {options.readme} is not a file: give a Markdown file with markers")
-        files, readme = build(options.results, options.readme.read_text(encoding="utf8"))
-        for path, content in {**files, options.readme: readme.encode()}.items():
+        for path in options.pages:
+            if not path.is_file():
+                raise UserError(f"--pages {path} is not a file: give Markdown files with markers")
+        for path, content in build(options.results, options.pages).items():
             if content is None:
                 path.unlink(missing_ok=True)
             else:

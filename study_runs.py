@@ -7,6 +7,7 @@ killed is still seen to be running; the system drops it when the last of the two
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from command_flags import from_flags
 from run_config import RunConfig, UserError
-from run_files import CONFIG, RESULT, read_status
+from run_files import CONFIG, LAST_CHECKPOINT, RESULT, read_status
 from study_plan import RATE, Run, Study
 
 DIVERGED = "the loss is not finite"  # how such a run's error begins: a rate too large, and so an answer to the tuning
@@ -78,13 +79,39 @@ class StudyRuns:
 
     def differences(self, run: Run) -> list[str]:
         """Settings in which the run on disk differs from the plan; not where its data lie, nor an open rate."""
+        return self._differences(run, self.directory(run))
+
+    @staticmethod
+    def _differences(run: Run, directory: Path) -> list[str]:
         planned = from_flags(run.flags(Path()), "")
         try:
-            made = RunConfig.from_dict(json.loads((self.directory(run) / CONFIG).read_text(encoding="utf8")))
+            made = RunConfig.from_dict(json.loads((directory / CONFIG).read_text(encoding="utf8")))
         except (OSError, ValueError, TypeError, UserError) as error:
             return [f"its {CONFIG} cannot be used: {error}"]
         open_flags = ("--data_dir", *([f"--{RATE}"] if planned.learning_rate is None else []))
         return [text for text in planned.differences(made) if text.split()[0] not in open_flags]
+
+    def take_over(self, run: Run) -> Path | None:
+        """Makes a finished run of the same settings and data, of another study beside this one, this run.
+
+        Returns where it was made, or ``None`` where there is none. To be called with the run held; killed, it has
+        either not begun or is done.
+        """
+        for config in sorted(self.folder.parent.glob(f"*/[!.]*/{CONFIG}")):
+            made = config.parent
+            if read_status(made) != "finished" or self._differences(run, made) or not self._same_data(run, config):
+                continue
+            half = self.folder / f".{run.name}.half"
+            shutil.rmtree(half, ignore_errors=True)
+            shutil.copytree(made, half, ignore=shutil.ignore_patterns(LAST_CHECKPOINT))
+            half.replace(self.directory(run))
+            return made
+        return None
+
+    def _same_data(self, run: Run, config: Path) -> bool:
+        planned = from_flags(run.flags(self.data_dir), "").data_dir
+        made = json.loads(config.read_text(encoding="utf8"))["data_dir"]
+        return (planned and planned.resolve()) == (made and Path(made).resolve())
 
     # -----------------------------------------------------------------------------------------------------------------
     # tuning

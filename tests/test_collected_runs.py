@@ -116,10 +116,9 @@ def test_what_keeps_times_from_standing_side_by_side(
 def test_studies_and_questions(tmp_path: Path) -> None:
     write_run(tmp_path, "b", "lora", question="Which\n one?")
     write_run(tmp_path, "a", "lora")
-    (tmp_path / "a" / "question.txt").write_text("Why?\n")
     (tmp_path / "empty").mkdir()
     assert studies(tmp_path) == ["a", "b"]
-    assert [read_study(name, tmp_path).question for name in "ab"] == ["Why?", "Which one?"]
+    assert [read_study(name, tmp_path).question for name in "ab"] == ["", "Which one?"]
     assert studies(tmp_path / "nowhere") == []
 
 

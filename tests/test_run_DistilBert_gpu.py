@@ -78,6 +78,24 @@ def test_a_signalled_array_task_is_requeued_and_ends_as_if_nothing_had_happened(
     assert result["test"]["loss"] == read_result(tmp_path / "local")["test"]["loss"]
 
 
+def test_two_tasks_train_as_one_process_does(ready: Cluster, flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, "--epochs", "2", "--limit_train", "64"]
+    options = ("--wait", "--nodes=1", "--ntasks-per-node=2", "--gres=gpu:2")
+    two = ("--num_nodes", "1", "--devices", "2", "--strategy", "ddp", "--output_dir", str(tmp_path / "two"))
+    done = ready.submit(*options, str(SCRIPT), *flags, *two, check=False)
+    assert done.returncode == 0, ready.log()
+    assert "NumTasks=2" in ready.job(done.stdout.strip())
+    assert ready.log().count("\ntest  ") == 1, "one of the two speaks"
+    one = [*flags, "--accumulate", "2", "--output_dir", str(tmp_path / "one")]  # the same batches in the same steps
+    with one_thread():
+        assert finetune_lora.main(one) == 0
+    result, expected = read_result(tmp_path / "two"), read_result(tmp_path / "one")
+    assert result["status"] == "finished"
+    assert result["train"]["steps"] == expected["train"]["steps"] > 0
+    assert result["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=1e-5)
+    assert (result["config"]["devices"], result["config"]["num_nodes"]) == (2, 1)
+
+
 def test_the_script_names_no_place_of_one_machine() -> None:
     code = [line for line in SCRIPT.read_text(encoding="utf8").splitlines() if not line.startswith("#")]
     places = re.findall(r"(?:^|[\s\"'=>])([/~][^\s\"';]*)", "\n".join(code))

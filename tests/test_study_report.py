@@ -5,9 +5,16 @@ import pytest
 from synthetic_runs import outcomes, write_run
 
 from run_config import UserError
-from study_report import README, RESULTS, build, learning_rates, main, with_table
+from study_report import PAGES, RESULTS, build, learning_rates, main, with_table
 
-MARKED = "top\n<!-- s:begin -->\nold\n<!-- s:end -->\n<!-- learning_rates:begin -->\n<!-- learning_rates:end -->\nend\n"
+MARKED = """top
+<!-- s:begin -->
+old
+<!-- s:end -->
+<!-- default_learning_rates:begin -->
+<!-- default_learning_rates:end -->
+end
+"""
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def report(results: Path) -> int:
-    return main(["--results", str(results), "--readme", str(results.parent / "README.md")])
+    return main(["--results", str(results), "--pages", str(results.parent / "README.md")])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -35,10 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_committed_report_is_that_of_the_committed_runs() -> None:
     """Plots and the page that holds them are of the matplotlib that drew them, so only texts are compared."""
-    text = README.read_text(encoding="utf8")
-    files, readme = build(RESULTS, text)
-    assert readme == text, "run: make tables"
-    for path, content in files.items():
+    for path, content in build(RESULTS, PAGES).items():
         if path.suffix in (".md", ".csv", ".json"):
             assert path.read_bytes() == content, "run: make tables"
         else:
@@ -77,10 +81,9 @@ def test_what_the_report_says(results: Path) -> None:
     assert [row["accuracy_mean"] for row in rows] == pytest.approx([0.8, 0.905, 0.905, None])
 
 
-def test_readme_keeps_the_default_rates_beside_a_study_of_that_name(results: Path) -> None:
+def test_readme_shows_the_default_rates(results: Path) -> None:
     report(results)
-    readme = (results.parent / "README.md").read_text()
-    assert f"<!-- learning_rates:begin -->\n{learning_rates()}\n<!-- learning_rates:end -->" in readme
+    assert f"\n{learning_rates()}\n<!-- default_learning_rates:end -->" in (results.parent / "README.md").read_text()
 
 
 def test_a_plot_goes_with_its_data(results: Path) -> None:
@@ -98,16 +101,16 @@ def test_refused_input_writes_nothing(results: Path, capsys: pytest.CaptureFixtu
     before = contents(results.parent)
     assert report(results) == 2
     assert main(["--results", str(results / "nowhere")]) == 2
-    assert main(["--results", str(results), "--readme", str(results)]) == 2
+    assert main(["--results", str(results), "--pages", str(results)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert [error.split()[0] for error in errors] == ["error:"] * 3
     assert "--results" in errors[1]
-    assert "--readme" in errors[2]
+    assert "--pages" in errors[2]
     assert contents(results.parent) == before
 
 
 def test_markers_come_in_pairs_or_not_at_all() -> None:
     assert with_table("text", "study", "table") == "text"
     for text in ("<!-- study:begin -->", "<!-- study:end -->", "<!-- study:end --> <!-- study:begin -->"):
-        with pytest.raises(UserError, match="--readme"):
+        with pytest.raises(UserError, match="--pages"):
             with_table(text, "study", "table")

@@ -1,9 +1,12 @@
 """The state of runs on disk, their locks, and what tuning chooses."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import DIVERGED, TUNED, leave_run, plan, scored
+
+from study_runs import StudyRuns
 
 pytestmark = pytest.mark.usefixtures("project")
 
@@ -31,6 +34,30 @@ def test_a_run_has_one_holder_at_a_time() -> None:
         with runs.held(run) as second:
             assert second is None
     assert runs.state(run) == "missing"
+
+
+def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
+    runs = plan("[axes]\nseed = [0, 1, 2, 3]")
+    runs = StudyRuns(runs.study, runs.folder, Path("data"))
+    other = StudyRuns(runs.study, Path("runs/other"), Path("data"))
+    same, failed, other_data, missing = runs.study.runs
+    for run in (same, failed, other_data):
+        leave_run(other, run, "failed" if run is failed else "finished")
+    (other.directory(same) / "last.ckpt").write_bytes(b"large")
+    config = other.directory(other_data) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"data_dir": "elsewhere"}))
+    half = runs.folder / f".{same.name}.half"  # of a copy that was killed
+    half.mkdir(parents=True)
+    (half / "rest").touch()
+
+    assert [runs.take_over(run) for run in runs.study.runs] == [other.directory(same), None, None, None]
+    assert [runs.state(run) for run in runs.study.runs] == ["finished", "missing", "missing", "missing"]
+    assert sorted(path.name for path in runs.directory(same).iterdir()) == ["config.json", "metrics.csv", "result.json"]
+    assert runs.result(same) == other.result(same)
+    assert not half.exists()
+    changed = plan("lora_r = 2\n[axes]\nseed = [0]")
+    assert StudyRuns(changed.study, Path("runs/third"), Path("data")).take_over(changed.study.runs[0]) is None
+    assert runs.state(missing) == "missing"
 
 
 @pytest.mark.parametrize(
