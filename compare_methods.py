@@ -331,7 +331,7 @@ def copy_record(runs: StudyRuns, run: Run, target: Path) -> None:
     source, result = runs.directory(run), runs.result(run)
     result["study"] = {
         "study": runs.study.name, "question": runs.study.question, "row": run.row, "run": run.name,
-        "stage": run.stage, "seed": run.seed, "axes": run.axes,
+        "stage": run.stage, "seed": run.seed, "axes": run.axes, "reported": run.reported,
     }  # fmt: skip
     # places of one machine stay there
     result["command"] = shown_command(result["command"])

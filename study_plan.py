@@ -13,6 +13,7 @@
     name = "lora"
     axes = { seed = [0] }                 # replaces axes of the same name; a plain flag narrows an axis to one value
     tune = { learning_rate = [1e-3] }     # tried on validation first; as many values in every row
+    reported = 89.71                      # %, what others have reported for it: a column of its own in the table
     [tuning]                              # what differs in the runs that tune: less data, fewer epochs
 
 A *row* is what the report compares: all its runs differ in the seed alone. Axes other than the seed make one row of
@@ -34,6 +35,7 @@ from run_config import RunConfig, UserError, reason
 
 TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
 FLAGS = {setting.name for setting in dataclasses.fields(RunConfig)}
+OF_A_ROW = ("name", "axes", "tune", "reported")  # what else than flags a row may hold
 MANAGED = ("output_dir", "resume", "overwrite", "prefetch", "verbose")  # the study's own business
 RATE = "learning_rate"
 STAGES = ("tune", "final", "all")
@@ -51,6 +53,7 @@ class Run:
         settings: flags of ``finetune_lora.py``, as the TOML gives them; ``data_dir`` is relative.
         axes: what tells this run from others of its study, the seed apart.
         tuned_by: names of the runs whose best learning rate this one takes; empty where it has its own.
+        reported: test accuracy in % that others have reported for the row.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Run:
     settings: dict[str, Any]
     axes: dict[str, Any] = field(default_factory=dict)
     tuned_by: tuple[str, ...] = ()
+    reported: float | None = None
 
     @property
     def seed(self) -> int:
@@ -152,7 +156,10 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
             for rate in rates
         ]
         tuned_by = tuple(run.name for run in tune)
-        final = [Run(f"{name}-seed{seed}", name, "final", given | {"seed": seed}, cell, tuned_by) for seed in seeds]
+        final = [
+            Run(f"{name}-seed{seed}", name, "final", given | {"seed": seed}, cell, tuned_by, row.get("reported"))
+            for seed in seeds
+        ]
         cells.append((tune, final))
     return cells
 
@@ -168,7 +175,7 @@ def _settings_and_axes(
     content: dict[str, Any], row: dict[str, Any], where: str
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Flags and axes of a row: its own before those of the study, the last word for a name counts."""
-    own = {key: value for key, value in row.items() if key not in ("name", "axes", "tune")}
+    own = {key: value for key, value in row.items() if key not in OF_A_ROW}
     row_axes = row.get("axes", {})
     axes = {k: v for k, v in (content.get("axes", {}) | row_axes).items() if k in row_axes or k not in own}
     twice = sorted(set(own) & set(row_axes))
@@ -219,6 +226,9 @@ def _check_rows(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         for table in ("axes", "tune"):
             if not isinstance(row.get(table, {}), dict):
                 raise UserError(f"row {name}: {table}: must be a table of lists")
+        reported = row.get("reported", 0)
+        if isinstance(reported, bool) or not isinstance(reported, int | float) or not 0 <= reported <= 100:
+            raise UserError(f"row {name}: reported: is {reported!r}, must be an accuracy in %, from 0 to 100")
 
 
 def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -22,7 +22,8 @@ from study_tables import comparison_table, csv_text, main_table, notes, summary,
 
 ROOT = Path(__file__).resolve().parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "best_practices.md")
+BEST_PRACTICES = ROOT / "docs" / "best_practices.md"
+PAGES = (README, BEST_PRACTICES)
 RESULTS = ROOT / "results"
 DEFAULT_RATES = "default_learning_rates"
 

@@ -18,8 +18,8 @@ SUMMARY_KEYS = (
     "peak_memory_bytes", "command",
 )  # fmt: skip
 CSV_KEYS = (
-    "row", "status", "accuracy_mean", "accuracy_std", "accuracy_ci95_low", "accuracy_ci95_high", "seeds",
-    "test_examples", "trainable", "train_seconds", "peak_memory_bytes", "validation_accuracy_mean", "command",
+    "row", "status", "reported_percent", "accuracy_mean", "accuracy_std", "accuracy_ci95_low", "accuracy_ci95_high",
+    "seeds", "test_examples", "trainable", "train_seconds", "peak_memory_bytes", "validation_accuracy_mean", "command",
 )  # fmt: skip
 GIB = 2**30
 
@@ -42,6 +42,7 @@ def record(study: Study, row: Row) -> dict[str, Any]:
         "study": study.name,
         "row": row.name,
         "status": row.status,
+        "reported_percent": row.common("study", "reported"),
         "accuracy_mean": mean,
         "accuracy_std": deviation,
         "accuracy_ci95_low": low,
@@ -124,12 +125,13 @@ def main_table(study: Study) -> Table:
     records = [record(study, row) for row in study.rows]
     return Table(
         (
-            "row", _accuracy_title(records), "seeds", "test texts", "trainable parameters", "training, s",
-            "peak memory, GiB", "validation accuracy, %", "command",
+            "row", "reported by others, %", _accuracy_title(records), "seeds", "test texts", "trainable parameters",
+            "training, s", "peak memory, GiB", "validation accuracy, %", "command",
         ),
         [
             (
                 r["row"],
+                _shown(r["reported_percent"], "{:.2f}"),
                 _accuracy_cell(r),
                 _seeds_cell(r),
                 _shown(r["test_examples"], "{:,}"),

@@ -158,7 +158,7 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     record = json.loads(first[f"tiny/{finished.name}/result.json"])
     assert record.pop("study") == {
         "study": "tiny", "question": runs.study.question, "row": "lora_r2", "run": "lora_r2-seed3",
-        "stage": "final", "seed": 3, "axes": {"lora_r": 2},
+        "stage": "final", "seed": 3, "axes": {"lora_r": 2}, "reported": None,
     }  # fmt: skip
     assert record.pop("command").endswith("--data_dir PATH"), "no place of one machine"
     assert record["config"]["data_dir"] is None

@@ -180,6 +180,8 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         (TUNED.replace("limit_train", "limit"), "[tuning] limit: finetune_lora.py has no flag"),
         ("[axes]\nseed = [1]\n[sample]\ncount = 2", "[sample] count: is 2, must be a number from 1 to 1"),
         ("[axes]\nseed = [1]\n[sample]\nsize = 2", "[sample] size: is no key"),
+        ('[[rows]]\nname = "a"\nreported = "89 %"', "row a: reported: is '89 %', must be an accuracy in %"),
+        ('[[rows]]\nname = "a"\nreported = 101', "row a: reported: is 101, must be an accuracy in %, from 0 to 100"),
         ("question = 3", "cannot be read"),  # a second one
     ],
 )

@@ -1,11 +1,12 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 from synthetic_runs import outcomes, write_run
 
 from run_config import UserError
-from study_report import PAGES, RESULTS, build, learning_rates, main, with_table
+from study_report import BEST_PRACTICES, PAGES, RESULTS, build, learning_rates, main, with_table
 
 MARKED = """top
 <!-- s:begin -->
@@ -47,6 +48,17 @@ def test_the_committed_report_is_that_of_the_committed_runs() -> None:
             assert path.read_bytes() == content, "run: make tables"
         else:
             assert path.is_file() == (content is not None), "run: make tables"
+
+
+def test_best_practices_cite_the_scores_of_the_runs() -> None:
+    rows = json.loads((RESULTS / "summary.json").read_text(encoding="utf8"))
+    scores = {
+        f"{row['study']}/{row['row']}": f"{100 * row['accuracy_mean']:.2f}" for row in rows if row["accuracy_mean"]
+    }
+    text = " ".join(BEST_PRACTICES.read_text(encoding="utf8").split())
+    cited = re.findall(r"`(\w+/[\w.+-]+)` (\d+\.\d+) %", text)
+    assert len(cited) >= text.count("_official/") > 0
+    assert [(row, scores.get(row)) for row, _ in cited] == cited
 
 
 def test_rebuilding_gives_the_same_bytes(results: Path) -> None:

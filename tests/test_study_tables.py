@@ -1,5 +1,6 @@
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def cells(study: Study) -> dict[str, dict[str, str]]:
 
 
 def accuracy_cells(study: Study) -> dict[str, str]:
-    return {name: row[main_table(study).columns[1]] for name, row in cells(study).items()}
+    return {name: row[main_table(study).columns[2]] for name, row in cells(study).items()}
 
 
 def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "untested", validation=0.875)
     write_run(tmp_path, "s", "broken", status="failed")
     study = read_study("s", tmp_path)
-    assert main_table(study).columns[1] == ("test accuracy, % (95 % interval, or ± standard deviation over seeds)")
+    assert main_table(study).columns[2] == ("test accuracy, % (95 % interval, or ± standard deviation over seeds)")
     assert accuracy_cells(study) == {
         "three": "92.00 ± 2.00", "single": "90.00 (87.98 to 91.71)", "partly": "50.00 (46.91 to 53.09)",
         "untested": "", "broken": "failed",
@@ -38,6 +39,19 @@ def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
     assert [row["test texts"] for row in found.values()] == ["1,000", "1,000", "1,000", "", ""]
     assert [row["validation accuracy, %"] for row in found.values()] == ["", "", "", "87.50", ""]
     assert found["three"]["command"] == "python finetune_lora.py --data_dir PATH --seed 0"
+
+
+def test_what_others_have_reported_stands_beside_a_row(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "s", "lora", correct=outcomes(0.9, 100, 0)) / "result.json"
+    result = json.loads(path.read_text())
+    result["study"]["reported"] = 89.71
+    path.write_text(json.dumps(result))
+    write_run(tmp_path, "s", "full", correct=outcomes(0.8, 100, 0))
+    found = cells(read_study("s", tmp_path))
+    assert [row["reported by others, %"] for row in found.values()] == ["89.71", ""]
+    write_run(tmp_path, "t", "full", correct=outcomes(0.8, 100, 0))
+    table = main_table(read_study("t", tmp_path))
+    assert "reported by others, %" not in table.without_empty_columns().columns
 
 
 def test_what_was_not_measured_is_empty_never_0(tmp_path: Path) -> None:
