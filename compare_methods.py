@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.data_dir is not None and not options.data_dir.is_dir():
             raise UserError(f"--data_dir {options.data_dir}: no such folder")
         study = read_study(options.study)
-        runs = StudyRuns(study, options.runs_dir / study.name, options.data_dir)
+        results = getattr(options, "results", None)  # count needs none
+        runs = StudyRuns(study, options.runs_dir / study.name, options.data_dir, results and results / study.name)
         return {"run": run_study, "count": count, "list": list_runs, "collect": collect}[options.command](runs, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -68,7 +69,11 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--index", type=int, metavar="N", help="only run number N of --stage, from 0, for job arrays")
     run.add_argument("--retry_failed", action="store_true", help="start failed runs over")
     command("count", "Print the number of runs.")
-    command("list", "Print each run's number, state and command.")
+    listed = command("list", "Print each run's number, state and command.")
+    for reader in (run, listed):
+        reader.add_argument(
+            "--results", type=Path, metavar="PATH", help="folder of collected runs, which count as done (none)"
+        )
     collected = command("collect", "Copy what the report needs of each run that has ended.")
     collected.add_argument(
         "--results", type=Path, default=Path("results"), metavar="PATH", help="where it is copied to (results)"
@@ -316,9 +321,10 @@ def collect(runs: StudyRuns, options: argparse.Namespace) -> int:
     for run in map(runs.tuned_if_possible, chosen):
         state = runs.state(run)
         if state in kept:
-            copy_record(runs, run, target / run.name)
+            if runs.holds(run):  # else collected on another machine
+                copy_record(runs, run, target / run.name)
             kept[state] += 1
-        elif state != "missing" or not (target / run.name / RESULT).exists():  # else collected on another machine
+        else:
             print(f"not collected: {run.name} is {state}", file=sys.stderr)
     print(f"{target}: {kept['finished']} finished and {kept['failed']} failed of {len(chosen)} runs")
     return 0

@@ -41,6 +41,17 @@ def read_status(directory: Path) -> str | None:
     return None
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """The settings of a run: what ``config.json`` holds, of a collected one ``result.json``.
+
+    Raises:
+        OSError, ValueError, KeyError: there are none.
+    """
+    if (directory / CONFIG).exists():
+        return json.loads((directory / CONFIG).read_text(encoding="utf8"))
+    return json.loads((directory / RESULT).read_text(encoding="utf8"))["config"]
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary path beside ``path`` and renames it; nothing stays behind on failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")

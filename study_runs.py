@@ -16,7 +16,7 @@ from typing import Any
 
 from command_flags import from_flags
 from run_config import RunConfig, UserError
-from run_files import CONFIG, LAST_CHECKPOINT, RESULT, read_status
+from run_files import CONFIG, LAST_CHECKPOINT, RESULT, read_config, read_status
 from study_plan import RATE, Run, Study
 
 DIVERGED = "the loss is not finite"  # how such a run's error begins: a rate too large, and so an answer to the tuning
@@ -28,14 +28,26 @@ class TuningUnfinished(Exception):
 
 @dataclass(frozen=True)
 class StudyRuns:
-    """A study and the folder of its runs, ``runs/STUDY``."""
+    """A study and the folder of its runs, ``runs/STUDY``.
+
+    Args:
+        study: the study.
+        folder: where its runs lie.
+        data_dir: what lies above the data folders that the study names.
+        collected: ``results/STUDY``, whose records stand for runs that ``folder`` does not hold: of another machine.
+    """
 
     study: Study
     folder: Path
     data_dir: Path | None = None
+    collected: Path | None = None
 
     def directory(self, run: Run) -> Path:
         return self.folder / run.name
+
+    def holds(self, run: Run) -> bool:
+        """Whether the run has begun in its directory, so that it is no collected one."""
+        return (self.directory(run) / CONFIG).exists()
 
     def log(self, run: Run) -> Path:
         return self.folder / f"{run.name}.log"
@@ -67,15 +79,25 @@ class StudyRuns:
 
     def state_on_disk(self, run: Run) -> str:
         """``missing``, ``finished``, ``failed``, ``interrupted`` (killed, too), or ``changed``: of other settings."""
-        if not (self.directory(run) / CONFIG).exists():
-            return "missing"
+        if not self.holds(run):
+            return self._record(run).get("status", "missing")
         if self.differences(run):
             return "changed"
         return read_status(self.directory(run)) or "interrupted"
 
     def result(self, run: Run) -> dict[str, Any]:
         """What ``result.json`` of a finished or failed run holds."""
+        if not self.holds(run):
+            return self._record(run)
         return json.loads((self.directory(run) / RESULT).read_text(encoding="utf8"))
+
+    def _record(self, run: Run) -> dict[str, Any]:
+        """The collected ``result.json`` of the run; empty where there is none of the same settings and data."""
+        record = self.collected / run.name if self.collected else None
+        if record is None or read_status(record) is None or self._differences(run, record):
+            return {}
+        same_data = read_config(record)["data_dir"] == run.settings.get("data_dir")
+        return json.loads((record / RESULT).read_text(encoding="utf8")) if same_data else {}
 
     def differences(self, run: Run) -> list[str]:
         """Settings in which the run on disk differs from the plan; not where its data lie, nor an open rate."""
@@ -85,11 +107,11 @@ class StudyRuns:
     def _differences(run: Run, directory: Path) -> list[str]:
         planned = from_flags(run.flags(Path()), "")
         try:
-            made = RunConfig.from_dict(json.loads((directory / CONFIG).read_text(encoding="utf8")))
-        except (OSError, ValueError, TypeError, UserError) as error:
-            return [f"its {CONFIG} cannot be used: {error}"]
-        open_flags = ("--data_dir", *([f"--{RATE}"] if planned.learning_rate is None else []))
-        return [text for text in planned.differences(made) if text.split()[0] not in open_flags]
+            made = RunConfig.from_dict(read_config(directory) | {"data_dir": planned.data_dir})
+        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+            return [f"its settings cannot be used: {error}"]
+        texts = planned.differences(made)
+        return [text for text in texts if planned.learning_rate is not None or text.split()[0] != f"--{RATE}"]
 
     def take_over(self, run: Run) -> Path | None:
         """Makes a finished run of the same settings and data, of another study beside this one, this run.
@@ -97,9 +119,8 @@ class StudyRuns:
         Returns where it was made, or ``None`` where there is none. To be called with the run held; killed, it has
         either not begun or is done.
         """
-        for config in sorted(self.folder.parent.glob(f"*/[!.]*/{CONFIG}")):
-            made = config.parent
-            if read_status(made) != "finished" or self._differences(run, made) or not self._same_data(run, config):
+        for made in sorted(path.parent for path in self.folder.parent.glob(f"*/[!.]*/{CONFIG}")):
+            if read_status(made) != "finished" or self._differences(run, made) or not self._same_data(run, made):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
@@ -108,9 +129,9 @@ class StudyRuns:
             return made
         return None
 
-    def _same_data(self, run: Run, config: Path) -> bool:
+    def _same_data(self, run: Run, directory: Path) -> bool:
         planned = from_flags(run.flags(self.data_dir), "").data_dir
-        made = json.loads(config.read_text(encoding="utf8"))["data_dir"]
+        made = read_config(directory)["data_dir"]
         return (planned and planned.resolve()) == (made and Path(made).resolve())
 
     # -----------------------------------------------------------------------------------------------------------------

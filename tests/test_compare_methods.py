@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,28 @@ def test_what_has_ended_is_not_run_again(capsys: pytest.CaptureFixture[str]) -> 
     assert "2 runs, 1 failed, 1 finished" in shown
     assert "2/2  run-seed1  failed before: no space left (--retry_failed)" in shown
     assert main(["run", "tiny.toml", "--data_dir", ".", "--index", "0"]) == 0
+
+
+def test_a_study_goes_on_from_what_was_collected_on_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan(TUNED)
+    scored(runs, "accuracy", 0.7, 0.9, DIVERGED)
+    (final,) = runs.study.stage("final")
+    leave_run(runs, runs.tuned(final), test={"accuracy": 0.5})
+    leave_predictions(runs, final, np.eye(2), np.arange(2))
+    assert main(["collect", "tiny.toml"]) == 0
+    first = contents(Path("results"))
+    shutil.rmtree("runs")
+    capsys.readouterr()
+
+    assert main(["run", "tiny.toml", "--data_dir", ".", "--results", "results"]) == 1  # the one that diverged
+    shown = capsys.readouterr().out
+    assert "4 runs, 1 failed, 3 finished" in shown
+    assert "started" not in shown
+    assert main(["collect", "tiny.toml"]) == 0
+    assert "3 finished and 1 failed of 4 runs" in capsys.readouterr().out
+    assert contents(Path("results")) == first
+    assert main(["list", "tiny.toml", "--data_dir", "."]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["missing"] * 4
 
 
 def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,28 @@ def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
     assert runs.state(missing) == "missing"
 
 
+def test_a_collected_run_counts_where_none_lies_here() -> None:
+    runs = plan("[axes]\nseed = [0, 1, 2, 3]")
+    runs = StudyRuns(runs.study, runs.folder, collected=Path("results/tiny"))
+    elsewhere = StudyRuns(runs.study, Path("results/tiny"))
+    done, other_data, other_settings, here = runs.study.runs
+    changes: dict[str, dict[str, str | int]] = {
+        other_data.name: {"data_dir": "other"},
+        other_settings.name: {"epochs": 3},
+    }
+    for run in runs.study.runs:
+        leave_run(elsewhere, run)
+        result = elsewhere.result(run)
+        result["config"] |= {"data_dir": None, **changes.get(run.name, {})}
+        (elsewhere.directory(run) / "result.json").write_text(json.dumps(result))
+        (elsewhere.directory(run) / "config.json").unlink()  # what is collected has its settings in the result
+    leave_run(runs, here, "interrupted")
+    assert [runs.state(run) for run in runs.study.runs] == ["finished", "missing", "missing", "interrupted"]
+    assert runs.result(done) == json.loads((elsewhere.directory(done) / "result.json").read_text())
+    assert [runs.holds(run) for run in runs.study.runs] == [False, False, False, True]
+    assert StudyRuns(runs.study, runs.folder).state(done) == "missing"  # only where it is asked for
+
+
 @pytest.mark.parametrize(
     ("monitor", "scores", "best"),
     [
