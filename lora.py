@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]  # differentiable, element by element
+ROWS_AT_ONCE = 1024  # of an activation's output, on a CPU: 3 MB at MiniLM's size
 
 SCALES: dict[str, Callable[[float, int], float]] = {
     "standard": lambda alpha, rank: alpha / rank,  # Hu et al. 2021
@@ -207,7 +208,8 @@ class _FrozenLinear(torch.autograd.Function):
     """``y = h W^T + b + (h A^T) B^T`` with ``h = activation(x)``, W and b frozen; the scale is already in B.
 
     The low-rank product is added in place, so there is no full-size temporary, and the bias is one more column of B,
-    so it takes no pass of its own. W and h are asked for again in backward instead of being saved.
+    so it takes no pass of its own. W and h are asked for again in backward instead of being saved; of an activation's
+    output only some rows are there at once.
     """
 
     @staticmethod
@@ -221,39 +223,61 @@ class _FrozenLinear(torch.autograd.Function):
         activation: Activation | None,
     ) -> Tensor:
         ctx.weight, ctx.activation = weight, activation
-        h = x if activation is None else activation(x)
-        W = weight()
+        W = weight().t()  # (in, out)
+        parts = (x,) if activation is None else (activation(part) for part in x.split(_rows_at_once(x)))  # h
         if A is None or B is None:
             ctx.save_for_backward(x if activation is not None else None, None, None, None)
-            return h @ W.t() if bias is None else torch.addmm(bias, h, W.t())  # (N, out)
-        inner, B_and_bias = h @ A.t(), B  # (N, R), (out, R)
-        if bias is not None:
-            inner, B_and_bias = F.pad(inner, (0, 1), value=1.0), torch.cat([B, bias[:, None]], 1)  # R + 1 wide
-        ctx.save_for_backward(x, A, B, inner)
-        return (h @ W.t()).addmm_(inner, B_and_bias.t())
+            return _join([h @ W if bias is None else torch.addmm(bias, h, W) for h in parts])  # (N, out)
+        with_bias = B if bias is None else torch.cat([B, bias[:, None]], 1)  # (out, R), with a bias R + 1 wide
+        outputs, inners = [], []
+        for h in parts:
+            inner = F.pad(h @ A.t(), (0, with_bias.shape[1] - len(A)), value=1.0)  # (N, R) or (N, R + 1)
+            outputs.append((h @ W).addmm_(inner, with_bias.t()))
+            inners.append(inner)
+        ctx.save_for_backward(x, A, B, _join(inners))
+        return _join(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_A, need_B, *_ = ctx.needs_input_grad
         x, A, B, inner = ctx.saved_tensors
-        h = x
-        if ctx.activation is not None and (need_x or need_A):
-            x = x.detach().requires_grad_(need_x)
-            with torch.enable_grad():
-                h = ctx.activation(x)
         grad_x = grad @ ctx.weight() if need_x else None  # (N, in), of h until the end
-        grad_A = grad_B = None
+        grad_A = grad_B = grad_inner = None
         if A is not None:
             grad_inner = grad @ B  # (N, R)
             if grad_x is not None:
                 grad_x.addmm_(grad_inner, A)
-            grad_A = grad_inner.t() @ h.detach() if need_A else None  # (R, in)
+            if need_A and ctx.activation is None:
+                grad_A = grad_inner.t() @ x  # (R, in)
             # (out, R); on a CPU this order of the product takes half the time of the other
             grad_B = (inner.t() @ grad).t()[:, : B.shape[1]] if need_B else None
-        if ctx.activation is not None and grad_x is not None:
-            (grad_x,) = torch.autograd.grad(h, x, grad_x)
+        if ctx.activation is not None and (need_x or need_A):
+            grad_A = _activated_backward(ctx.activation, x, grad_x, grad_inner if need_A else None)
         return grad_x, grad_A, grad_B, None, None, None
+
+
+def _rows_at_once(x: Tensor) -> int:
+    return ROWS_AT_ONCE if x.device.type == "cpu" else max(len(x), 1)  # a GPU would rather have few large products
+
+
+def _activated_backward(
+    activation: Activation, x: Tensor, grad: Tensor | None, grad_inner: Tensor | None
+) -> Tensor | None:
+    """Makes ``grad`` ``(N, in)`` of ``h = activation(x)`` that of x, in place; returns A's, ``grad_inner^T h``."""
+    sums = torch.promote_types(x.dtype, torch.float32)
+    grad_A = None if grad_inner is None else x.new_zeros(grad_inner.shape[1], x.shape[1], dtype=sums)
+    count = _rows_at_once(x)
+    for start in range(0, len(x), count):
+        rows = slice(start, start + count)
+        part = x[rows].detach().requires_grad_(grad is not None)
+        with torch.enable_grad():
+            h = activation(part)
+        if grad_A is not None and grad_inner is not None:
+            grad_A += grad_inner[rows].t() @ h.detach()
+        if grad is not None:
+            (grad[rows],) = torch.autograd.grad(h, part, grad[rows])
+    return None if grad_A is None else grad_A.to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

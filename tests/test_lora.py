@@ -108,9 +108,13 @@ def test_several_linears_of_one_input_equal_each_alone() -> None:
         assert relative_error(ours, reference) < 1e-5
 
 
+@pytest.mark.parametrize("rows_at_once", [2, 5, lora.ROWS_AT_ONCE])  # of five: 2 + 2 + 1, exactly all, all
 @pytest.mark.parametrize("kind", ["lora", "frozen", "trained"])
 @pytest.mark.parametrize("input_is_trained", [True, False])
-def test_activation_equals_the_plain_formula_and_its_output_is_not_saved(kind: str, input_is_trained: bool) -> None:
+def test_activation_equals_the_plain_formula_and_its_output_is_not_saved(
+    kind: str, input_is_trained: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "ROWS_AT_ONCE", rows_at_once)
     module: nn.Module = lora_linear() if kind == "lora" else nn.Linear(10, 7).requires_grad_(kind == "trained")
     x = torch.randn(5, 10, requires_grad=input_is_trained)
     inputs = [*([x] if input_is_trained else []), *(p for p in module.parameters() if p.requires_grad)]
@@ -136,7 +140,8 @@ def test_gradcheck() -> None:
     modules = [lora_linear(4, 3, seed).double() for seed in (1, 2)]
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     matrices = [p for m in modules for p in m.lora.parameters()]
-    assert torch.autograd.gradcheck(lambda x, *_: linears(x, modules), (x, *matrices))
+    for activation in (None, F.gelu):
+        assert torch.autograd.gradcheck(lambda x, *_: linears(x, modules, None, activation), (x, *matrices))  # noqa: B023
 
 
 def test_input_without_gradient_gets_none() -> None:
