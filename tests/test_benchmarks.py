@@ -1,5 +1,6 @@
 """The benchmarks compare equals: same parameters, same logits, same tokens; and their arithmetic is right."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import headline, one, peers, roofline
+from benchmarks import headline, one, peers, plain_path, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.work import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
@@ -245,10 +246,28 @@ def test_the_headline_extrapolates_the_tutorial_script_to_as_many_texts(tmp_path
         headline.read_row(tmp_path, "full")
 
 
+def test_both_paths_are_trained_in_turns_and_compared_by_their_seconds() -> None:
+    measured = plain_path.measure(1, "--epochs 1 --limit_train 8 --max_length 16")
+    runs = measured["runs"]
+    assert [(run["round"], run["efficient"]) for run in runs] == [(0, True), (0, False)]
+    runs += copy.deepcopy(runs)  # as if of another round
+    assert all(run["config"]["efficient"] == run["efficient"] for run in runs)
+    for run, seconds in zip(runs, (10.0, 30.0, 20.0, 40.0), strict=True):
+        run["train"]["seconds"], run["validation"]["accuracy"] = seconds, 0.5
+    lines = plain_path.table(measured).splitlines()
+    assert lines[0].startswith("Selective fine-tuning of the last 2 layers, 8 texts, 1 epochs, at most 16 tokens;")
+    assert lines[-3].startswith("| plain path (`--efficient False`) | 35.00 (30.00 to 40.00) | 50.0 | ")
+    assert lines[-2].startswith("| efficient path | 15.00 (10.00 to 20.00) | 50.0 | ")
+    assert lines[-1] == "| plain over efficient | 2.50 (2.00 to 3.00) | | |"
+    with pytest.raises(UserError, match="--limit_train 0"):
+        plain_path.measure(1, "--limit_train 0")
+
+
 def test_readme_has_the_tables_of_the_committed_results() -> None:
     text = README.read_text(encoding="utf8")
     for name, path, table in (
         ("peers", peers.OUTPUT, peers.table), ("roofline", roofline.OUTPUT, roofline.table),
+        ("plain_path", plain_path.OUTPUT, plain_path.table),
     ):  # fmt: skip
         content = table(json.loads(path.read_text(encoding="utf8"))) if path.exists() else "Not measured yet."
         assert with_table(text, name, content) == text, f"run make benchmark or make roofline: {name}"

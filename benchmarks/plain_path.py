@@ -1,0 +1,93 @@
+"""Selective fine-tuning on the efficient path beside the plain one: ``python -m benchmarks.plain_path``.
+
+Whole trainings of ``finetune_lora.py`` that differ in ``--efficient`` only, in turns, each in a process of its own.
+Prints a table, writes JSON and renews README's table.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import spread
+from command_flags import OneLineParser
+from run_config import UserError
+from run_files import RESULT, write_atomically, write_json
+from study_report import README, ROOT, with_table
+
+OUTPUT = Path(__file__).resolve().parent / "results" / "plain_path.json"
+FLAGS = "--offline --method selective --trainable_layers 2 --limit_validation 200 --test False --accelerator cpu"
+
+
+def measure(repeats: int, flags: str) -> dict[str, Any]:
+    """Trains ``repeats`` times on each path.
+
+    Raises:
+        UserError: a training has failed; the message ends with its last line.
+    """
+    records = []
+    for number in range(repeats):
+        for efficient in (True, False):
+            with tempfile.TemporaryDirectory() as folder:
+                words = f"{ROOT}/finetune_lora.py {FLAGS} {flags} --efficient {efficient} --output_dir {folder}/run"
+                done = subprocess.run([sys.executable, *words.split()], check=False, capture_output=True, text=True)
+                if done.returncode:
+                    raise UserError(f"{words}: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
+                result = json.loads((Path(folder) / "run" / RESULT).read_text(encoding="utf8"))
+            kept = {name: result[name] for name in ("config", "train", "validation", "memory", "environment")}
+            records.append({"round": number, "efficient": efficient, **kept})
+            print(f"efficient {efficient}: {result['train']['seconds']:.0f} s", file=sys.stderr, flush=True)
+    return {"runs": records}
+
+
+def table(measured: dict[str, Any]) -> str:
+    """Markdown: seconds of training, validation accuracy and peak memory on each path, and the ratio of the seconds."""
+    runs = measured["runs"]
+    config, machine = runs[0]["config"], runs[0]["environment"]
+    lines = [
+        f"Selective fine-tuning of the last {config['trainable_layers']} layers, {config['limit_train']:,} texts,"
+        f" {config['epochs']} epochs, at most {config['max_length']} tokens; {machine['cpu']},"
+        f" {machine['threads']} threads.",
+        "",
+        "| | training, s | validation accuracy, % | peak memory, MiB |",
+        "|---|---|---|---|",
+    ]
+    seconds: dict[bool, list[float]] = {}
+    for efficient, name in ((False, "plain path (`--efficient False`)"), (True, "efficient path")):
+        mine = [run for run in runs if run["efficient"] == efficient]
+        seconds[efficient] = [run["train"]["seconds"] for run in mine]
+        accuracies = sorted({f"{100 * run['validation']['accuracy']:.1f}" for run in mine})
+        memory = max(run["memory"]["peak_bytes"] for run in mine) / 2**20
+        lines.append(f"| {name} | {spread(seconds[efficient])} | {', '.join(accuracies)} | {memory:,.0f} |")
+    ratios = spread([plain / ours for plain, ours in zip(seconds[False], seconds[True], strict=True)])
+    return "\n".join([*lines, f"| plain over efficient | {ratios} | | |"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, writes JSON and README. Returns the exit status."""
+    parser = OneLineParser(description="The efficient path beside the plain one.", allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=2, help="trainings on each path (default: 2)")
+    parser.add_argument("--epochs", type=int, default=5, help="of a training (default: 5)")
+    parser.add_argument("--limit_train", type=int, default=1000, help="texts of an epoch (default: 1000)")
+    try:
+        options: argparse.Namespace = parser.parse_args(argv)
+        if min(vars(options).values()) < 1:
+            raise UserError("--repeats, --epochs, --limit_train: must be at least 1")
+        measured = measure(options.repeats, f"--epochs {options.epochs} --limit_train {options.limit_train}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    content = table(measured)
+    print(content)
+    write_json(OUTPUT, measured)
+    text = with_table(README.read_text(encoding="utf8"), "plain_path", content)
+    write_atomically(README, lambda path: path.write_text(text, encoding="utf8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
