@@ -33,10 +33,17 @@ class Classifier(nn.Module):
         dtype: the precision of the products.
         efficient: whether ``efficient_encoder.classify`` runs it.
         checkpointing: whether layers are computed again in backward instead of keeping their activations.
+        compiled: whether ``torch.compile`` makes the forward faster, at its first calls; once for all lengths.
     """
 
     def __init__(
-        self, model: nn.Module, family: ModelFamily, dtype: torch.dtype, efficient: bool, checkpointing: bool = False
+        self,
+        model: nn.Module,
+        family: ModelFamily,
+        dtype: torch.dtype,
+        efficient: bool,
+        checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -46,9 +53,13 @@ class Classifier(nn.Module):
         self.checkpointing = checkpointing
         if checkpointing and not efficient:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self._compiled = torch.compile(self._forward, dynamic=True) if compiled else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, frozen: FrozenBatch | None = None) -> Tensor:
         """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``; ``frozen`` as ``classify`` takes it."""
+        return (self._compiled or self._forward)(input_ids, attention_mask, frozen)
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor, frozen: FrozenBatch | None) -> Tensor:
         if self.efficient:
             return classify(self.model, self.family, input_ids, attention_mask, self.dtype, self.checkpointing, frozen)
         mixed = self.dtype != torch.float32
@@ -87,7 +98,7 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
     _store_frozen(model, family, dtype)
     if config.method == "lora":
         place_lora(model, family, layer_count, config)
-    return Classifier(model, family, dtype, config.efficient, config.gradient_checkpointing)
+    return Classifier(model, family, dtype, config.efficient, config.gradient_checkpointing, config.compile)
 
 
 def frozen_outputs(

@@ -198,6 +198,9 @@ class RunConfig:
     gradient_checkpointing: bool = setting(
         False, "hardware", "Compute each layer again in backward instead of keeping its activations: less memory."
     )
+    compile: bool = setting(
+        False, "hardware", "Compile the forward with torch.compile; the first steps take minutes. For a GPU."
+    )
     frozen_cache_gb: float = setting(
         4.0,
         "hardware",

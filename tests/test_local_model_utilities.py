@@ -1,4 +1,5 @@
 # mypy: disable-error-code="union-attr,arg-type,operator"
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -104,6 +105,26 @@ def test_selective_trains_the_last_layers_and_the_head(
     head = tuple(f"{name}." for name in family.head)
     trained = {name for name, p in classifier.model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in classifier.model.named_parameters() if name.startswith(last + head)}
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+def test_the_compiled_forward_gives_the_same_logits_and_gradients_at_every_length(
+    tiny_folders: dict[str, Path], efficient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.utils.counters.clear()
+    traced = functools.partial(torch.compile, backend="eager")  # inductor's C++ would take minutes
+    monkeypatch.setattr(torch, "compile", traced)
+    classifier = build(tiny_folders["distilbert"], efficient=efficient, compile=True, lora_mlp=True)
+    fill_lora(classifier.model)
+    trained = [p for p in classifier.model.parameters() if p.requires_grad]
+    for length in (20, 27):
+        ids, mask = batch(length=length)
+        logits, plain = classifier(ids, mask), classifier._forward(ids, mask, None)
+        torch.testing.assert_close(logits, plain)
+        gradients = [torch.autograd.grad(out.square().sum(), trained) for out in (logits, plain)]
+        torch.testing.assert_close(*gradients)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("efficient", [True, False])
