@@ -116,6 +116,18 @@ def test_logits_and_gradients_equal_those_of_hugging_face(family: ModelFamily, m
     assert_same(loss_gradients(model, ours, labels), loss_gradients(model, reference, labels))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@FAMILY
+@pytest.mark.parametrize("method", ["full", "selective", "all"])
+def test_on_a_gpu_logits_and_gradients_equal_those_of_hugging_face(family: ModelFamily, method: str) -> None:
+    model = prepare(family, method).cuda()
+    ids, mask, labels = (tensor.cuda() for tensor in batch(family, padded=True))
+    reference, ours = plain(model, ids, mask), classify(model, family, ids, mask, torch.float32)
+    assert distance(ours, reference) < 1e-5 * size(reference)
+    assert_same(loss_gradients(model, ours, labels), loss_gradients(model, reference, labels), 1e-4)
+
+
 @FAMILY
 @pytest.mark.parametrize("longest", [1, 2, 16, 33, 64])
 def test_lengths_and_evaluation(family: ModelFamily, longest: int) -> None:
