@@ -212,7 +212,21 @@ def notes(study: Study) -> list[str]:
         found.append(f"Times and memory are not shown: {'; '.join(study.cost_obstacles)}.")
     if any(len(row.tested) > 1 for row in study.rows):
         found.append("The command of a row with several seeds is that of the first; the others differ in `--seed`.")
+    for name, extreme in (("greatest", max), ("smallest", min)):
+        at_the_edge = [f"{row} {rate:g}" for row, rate, tried in _tuned_rates(study) if rate == extreme(tried)]
+        if at_the_edge:
+            found.append(
+                f"Tuning took the {name} learning rate that it tried, so a better one may lie beyond:"
+                f" {', '.join(at_the_edge)}."
+            )
     return found
+
+
+def _tuned_rates(study: Study) -> list[tuple[str, float, list[float]]]:
+    """Row, the rate that its final runs took, and those tried, of rows for which more than one was."""
+    scores = tuning_scores(study.tuning)
+    taken = [(row.name, row.common("config", "learning_rate")) for row in study.rows]
+    return [(name, rate, list(scores[name])) for name, rate in taken if rate and len(scores.get(name, ())) > 1]
 
 
 def csv_text(study: Study) -> str:

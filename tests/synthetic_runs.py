@@ -66,26 +66,35 @@ def write_run(
     if correct is not None:
         accuracy = float(np.float32(correct.mean()))  # as torchmetrics gives it
         result["test"] = {"accuracy": accuracy, "examples": len(correct)}
-        labels = np.arange(len(correct)) % 2
-        frame = pd.DataFrame(
-            {
-                "row": np.arange(len(correct), dtype=np.int32) + first_row,
-                "label": labels.astype(np.int8),
-                "predicted": np.where(correct, labels, 1 - labels).astype(np.int8),
-            }
-        )
-        frame.sample(frac=1, random_state=seed).to_parquet(folder / "predictions.parquet")
+        _write_predictions(folder / "predictions.parquet", correct, first_row, seed)
     for key, value in changes.items():
         result[key] = {**result[key], **value} if isinstance(value, dict) and key in result else value
     (folder / "result.json").write_text(json.dumps(result), encoding="utf8")
     if curve:
-        lines = ["step,epoch,train_loss,learning_rate,train_seconds,validation_accuracy"]
-        for step in range(10, 10 * len(curve) * 10 + 1, 10):
-            lines.append(f"{step},{step / 100},{0.7 * np.exp(-step / 150) + 0.1},0.001,{step / 2},")
-            if step % 100 == 0:
-                lines.append(f"{step},{step / 100},,,{step / 2},{curve[step // 100 - 1]}")
-        (folder / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf8")
+        _write_curve(folder / "metrics.csv", curve)
     return folder
+
+
+def _write_predictions(path: Path, correct: np.ndarray, first_row: int, seed: int) -> None:
+    labels = np.arange(len(correct)) % 2
+    frame = pd.DataFrame(
+        {
+            "row": np.arange(len(correct), dtype=np.int32) + first_row,
+            "label": labels.astype(np.int8),
+            "predicted": np.where(correct, labels, 1 - labels).astype(np.int8),
+        }
+    )
+    frame.sample(frac=1, random_state=seed).to_parquet(path)
+
+
+def _write_curve(path: Path, curve: Sequence[float]) -> None:
+    """Ten rows of training to each row of validation."""
+    lines = ["step,epoch,train_loss,learning_rate,train_seconds,validation_accuracy"]
+    for step in range(10, 10 * len(curve) * 10 + 1, 10):
+        lines.append(f"{step},{step / 100},{0.7 * np.exp(-step / 150) + 0.1},0.001,{step / 2},")
+        if step % 100 == 0:
+            lines.append(f"{step},{step / 100},,,{step / 2},{curve[step // 100 - 1]}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf8")
 
 
 def outcomes(accuracy: float, texts: int, seed: int, difficulty: np.ndarray | None = None) -> np.ndarray:

@@ -100,6 +100,21 @@ def test_tuning_never_counts_and_has_a_table_of_its_own(tmp_path: Path) -> None:
     assert tuning_table(study).rows == [("lora", "0.0001: 90.00; 0.001: 91.00; 0.01: 50.00; 1: no score", "0.001")]
 
 
+def test_a_rate_at_the_edge_of_those_tried_is_noted(tmp_path: Path) -> None:
+    tried = {"least": (1e-3, 1e-2), "inner": (1e-4, 1e-3, 1e-2), "most": (1e-4, 1e-3), "alone": (1e-3,)}
+    for row, rates in tried.items():
+        write_run(tmp_path, "s", row, correct=outcomes(0.8, 100, 0))  # at 1e-3
+        for rate in rates:
+            write_run(tmp_path, "s", row, stage="tune", axes={"learning_rate": rate})
+    write_run(tmp_path, "s", "failed_beyond", correct=outcomes(0.8, 100, 0))
+    write_run(tmp_path, "s", "failed_beyond", stage="tune", axes={"learning_rate": 1e-4})
+    write_run(tmp_path, "s", "failed_beyond", stage="tune", status="failed", axes={"learning_rate": 1e-2})
+    assert notes(read_study("s", tmp_path)) == [
+        "Tuning took the greatest learning rate that it tried, so a better one may lie beyond: most 0.001.",
+        "Tuning took the smallest learning rate that it tried, so a better one may lie beyond: least 0.001.",
+    ]
+
+
 def test_commands_are_shown_without_the_places_of_one_machine() -> None:
     command = (
         "python finetune_lora.py --data_dir /data/imdb --q_lora --output_dir /tmp/x --overwrite --epochs 2 --resume"
