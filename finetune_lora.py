@@ -235,7 +235,7 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         parameter_table,
     )
     from local_run_utilities import environment_record, peak_memory, process_seconds, processor_seconds, was_alone
-    from local_training_utilities import make_trainer, quiet_lightning
+    from local_training_utilities import leave_process_group, make_trainer, quiet_lightning
     from training_callbacks import GracefulStop, Meter
 
     config, hardware, first = prepared.config, prepared.hardware, not _is_helper()
@@ -263,6 +263,7 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
             result["process_seconds"] = None if config.resume else process_seconds()
             alone = was_alone(busy, time.perf_counter() - started) if trainer.world_size == 1 else None
             result["environment"]["alone"] = alone
+    leave_process_group()
     if first:
         print(_summary(prepared, result), flush=True)
 

@@ -273,6 +273,12 @@ class FineTuning(pl.LightningModule):
         self.on_load_checkpoint(checkpoint)
 
 
+def leave_process_group() -> None:
+    """Ends the threads by which processes speak; one that runs on while its process ends may abort it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _gather(parts: list[np.ndarray]) -> Predictions:
     """Rows, labels and logits of all ranks, in the order of the rows."""
     gathered = [parts]
