@@ -9,13 +9,23 @@ import numpy as np
 
 from collected_runs import Predictions, Study
 from run_config import UserError
-from study_statistics import LEVEL, Difference, bootstrap_difference, holm, mcnemar, resamples_for
+from study_statistics import (
+    LEVEL,
+    Difference,
+    SeedSpread,
+    bootstrap_difference,
+    holm,
+    mcnemar,
+    resamples_for,
+    seed_spread,
+)
 
 SHOWN = 120  # pairs in a table; 16 rows have as many
 READING = (
     "p: McNemar's exact test between two single runs, which says whether these two runs differ and nothing of other"
-    " seeds; else a bootstrap over test texts and seeds, as is every interval. Corrected by Holm's method over all"
-    f" pairs of the table; not distinguishable: a corrected p of {LEVEL} or more."
+    " seeds; else a bootstrap over test texts, widened by the spread over seeds that the rows share (a single run has"
+    " one, too). Corrected by Holm's method over all pairs of the table, the intervals are not; not distinguishable: a"
+    f" corrected p of {LEVEL} or more, which is no proof that two rows are equal."
 )
 
 
@@ -44,7 +54,9 @@ class Comparison:
         return f"{self.first if self.difference.mean > 0 else self.second} is better"
 
 
-def compare(first: Sequence[Predictions], second: Sequence[Predictions], resamples: int) -> tuple[Difference, str]:
+def compare(
+    first: Sequence[Predictions], second: Sequence[Predictions], spread: SeedSpread | None, resamples: int
+) -> tuple[Difference, str]:
     """The difference between two methods, and the test that its p value is of: McNemar's between two single runs.
 
     The interval is always the bootstrap's.
@@ -52,6 +64,7 @@ def compare(first: Sequence[Predictions], second: Sequence[Predictions], resampl
     Args:
         first: of one method, a run a seed.
         second: of the other one.
+        spread: over seeds, of all methods with these test texts; not used between two single runs.
         resamples: of the bootstrap that gives a p value.
 
     Raises:
@@ -62,7 +75,7 @@ def compare(first: Sequence[Predictions], second: Sequence[Predictions], resampl
     a, b = (np.stack([predictions.correct for predictions in runs]) for runs in (first, second))
     if len(a) == len(b) == 1:
         return replace(bootstrap_difference(a, b), p=mcnemar(a[0], b[0])), "McNemar"
-    return bootstrap_difference(a, b, resamples), "bootstrap"
+    return bootstrap_difference(a, b, spread, resamples), "bootstrap"
 
 
 def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
@@ -73,7 +86,15 @@ def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
     mixed = [name for name, runs in kept.items() if len({p.test_set for p in runs}) > 1]
     usable = {name: runs for name, runs in kept.items() if name not in (*without, *mixed)}
     same = [(a, b) for a, b in itertools.combinations(usable, 2) if usable[a][0].test_set == usable[b][0].test_set]
-    found = [compare(usable[a], usable[b], resamples_for(len(same))) for a, b in same]
+    groups: dict[Any, list[str]] = {}
+    for name, runs in usable.items():
+        groups.setdefault(runs[0].test_set, []).append(name)
+    spreads = {
+        test_set: seed_spread([[float(p.correct.mean()) for p in usable[name]] for name in names])
+        for test_set, names in groups.items()
+    }
+    resamples = resamples_for(len(same))
+    found = [compare(usable[a], usable[b], spreads[usable[a][0].test_set], resamples) for a, b in same]
     corrected = holm([difference.p for difference, _ in found])
     comparisons = [
         Comparison(a, b, difference, p, test)
@@ -84,9 +105,6 @@ def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
         notes.append(f"Not compared with others, for the test predictions were not kept: {', '.join(without)}.")
     if mixed:
         notes.append(f"Not compared with others, for each seed has a test split of its own: {', '.join(mixed)}.")
-    groups: dict[Any, list[str]] = {}
-    for name, runs in usable.items():
-        groups.setdefault(runs[0].test_set, []).append(name)
     if len(groups) > 1:
         shown = "; ".join(", ".join(names) for names in groups.values())
         notes.append(f"Compared only within each group, for the test texts differ between them: {shown}.")
@@ -111,7 +129,7 @@ def headlines(comparisons: Sequence[Comparison]) -> list[str]:
     for best in _highest(comparisons):
         own = [c for c in comparisons if c.first == best]
         equal = [c.second for c in own if c.corrected_p >= LEVEL]
-        others = "the other one" if len(own) == 1 else f"each of the {len(own)} others"
+        others = own[0].second if len(own) == 1 else f"each of the {len(own)} others"
         said = f"Not distinguishable from it: {', '.join(equal)}." if equal else f"Distinguishable from {others}."
-        sentences.append(f"Highest: {best}. {said}")
+        sentences.append(f"Highest of the {len(own) + 1} compared: {best}. {said}")
     return sentences

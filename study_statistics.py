@@ -1,5 +1,6 @@
 """Numbers -> verdicts: McNemar's test, a bootstrap over texts and seeds, Holm's correction, the Pareto front."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,23 @@ class Difference:
     low: float
     high: float
     p: float
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """How far runs of one method lie apart by their seed: the deviation of accuracies, and its degrees of freedom."""
+
+    deviation: float
+    degrees: int
+
+
+def seed_spread(methods: Sequence[Sequence[float]]) -> SeedSpread | None:
+    """Pooled over methods, each with the accuracies of its seeds; ``None`` where none has two."""
+    degrees = sum(len(accuracies) - 1 for accuracies in methods)
+    if not degrees:
+        return None
+    squares = sum(statistics.variance(a) * (len(a) - 1) for a in methods if len(a) > 1)
+    return SeedSpread(math.sqrt(squares / degrees), degrees)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -45,17 +63,22 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def bootstrap_difference(
-    first: np.ndarray, second: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+    first: np.ndarray,
+    second: np.ndarray,
+    spread: SeedSpread | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Difference:
-    """The difference of two methods' mean accuracy, from resamples of the texts and of each method's seeds.
+    """The difference of two methods' mean accuracy, from resamples of the texts and draws of the seeds.
 
-    Texts that all runs treat alike are drawn together, which is the same multinomial with far fewer classes. Of S
-    seeds, S - 1 are drawn: S would give (S - 1) / S of the variance of their mean (McCarthy and Snowden 1985), too
-    little by a third for three seeds. One seed says nothing of the spread over seeds: then only texts are drawn.
+    Texts that all runs treat alike are drawn together, which is the same multinomial with far fewer classes. Seeds are
+    not resampled: three of them would never leave the range of the three, and one would seem to have no spread. Their
+    mean instead moves by a draw of Student's t, scaled to the spread that the methods share; a single run moves most.
 
     Args:
         first: ``(seeds, n)`` bool, whether each run of the first method got each text right.
         second: ``(seeds, n)`` bool for the second method, of the same texts in the same order.
+        spread: over seeds; without it the difference is that of these very runs.
         resamples: the smallest p value that it can give is 2 / (resamples + 1).
         seed: of the generator.
     """
@@ -64,22 +87,14 @@ def bootstrap_difference(
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(texts, counts / texts, size=resamples)  # (resamples, patterns)
     accuracies = drawn @ patterns / texts  # (resamples, runs)
-    split = len(first)
-    differences = _mean_of_drawn_seeds(accuracies[:, :split], generator)
-    differences -= _mean_of_drawn_seeds(accuracies[:, split:], generator)
+    differences = accuracies[:, : len(first)].mean(axis=1) - accuracies[:, len(first) :].mean(axis=1)
+    if spread is not None:
+        scale = spread.deviation * math.sqrt(1 / len(first) + 1 / len(second))
+        differences += scale * generator.standard_t(spread.degrees, size=resamples)
     low, high = np.quantile(differences, [0.025, 0.975])
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     p = min(1.0, 2 * (rarer + 1) / (resamples + 1))  # the data itself counts as one resample: p is never 0
     return Difference(float(first.mean() - second.mean()), float(low), float(high), float(p))
-
-
-def _mean_of_drawn_seeds(accuracies: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """``(resamples,)``: the mean over seeds that are drawn anew in each row of ``accuracies``, (resamples, seeds)."""
-    resamples, seeds = accuracies.shape
-    if seeds == 1:
-        return accuracies[:, 0].copy()
-    times = generator.multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=resamples)
-    return (accuracies * times).sum(axis=1) / (seeds - 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -30,7 +30,7 @@ def test_every_pair_with_the_test_that_fits_it(tmp_path: Path) -> None:
     assert comparisons[2].difference.p == mcnemar(single["a"], single["c"])
     assert [c.corrected_p for c in comparisons] == holm([c.difference.p for c in comparisons])
     assert [c.verdict for c in comparisons[:3]] == ["not distinguishable", "a is better", "a is better"]
-    assert headlines(comparisons) == ["Highest: a. Not distinguishable from it: b."]
+    assert headlines(comparisons) == ["Highest of the 4 compared: a. Not distinguishable from it: b."]
 
 
 def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_different_test_texts_are_never_compared(tmp_path: Path) -> None:
     assert a is not None
     assert b is not None
     with pytest.raises(UserError, match="different texts"):
-        compare([a], [b], resamples=100)
+        compare([a], [b], None, resamples=100)
 
 
 def test_each_group_has_a_highest_row(tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_each_group_has_a_highest_row(tmp_path: Path) -> None:
             write_run(tmp_path, "s", f"{source}-{name}", correct=correct, data={"source": source})
     comparisons, _ = compare_rows(read_study("s", tmp_path))
     assert headlines(comparisons) == [
-        "Highest: imdb-high. Distinguishable from the other one.",
-        "Highest: financial-high. Distinguishable from the other one.",
+        "Highest of the 2 compared: imdb-high. Distinguishable from imdb-low.",
+        "Highest of the 2 compared: financial-high. Distinguishable from financial-low.",
     ]
 
 

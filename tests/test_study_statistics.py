@@ -1,4 +1,3 @@
-from itertools import product
 from math import comb, sqrt
 
 import numpy as np
@@ -7,12 +6,14 @@ from synthetic_runs import outcomes
 
 from study_statistics import (
     LEVEL,
+    SeedSpread,
     bootstrap_difference,
     holm,
     mcnemar,
     mean_and_deviation,
     pareto_front,
     resamples_for,
+    seed_spread,
 )
 
 
@@ -75,35 +76,52 @@ def test_bootstrap_interval_of_two_single_runs_is_the_normal_one() -> None:
     assert found.p == pytest.approx(0.000156, abs=0.00025)  # z = 100 / sqrt(699)
 
 
-def test_bootstrap_over_seeds_has_the_variance_of_their_mean() -> None:
-    """Texts on which runs do not differ but by their seed: only the spread of three seeds is left, s^2 / 3 each."""
-    accuracies = [0.80, 0.83, 0.87]
-    n = 100_000
-    runs = np.stack([outcomes(accuracy, n, seed=0) for accuracy in accuracies])
-    perfect = np.ones((1, n), bool)
-    found = bootstrap_difference(perfect, runs, resamples=20_000)
-    variance = np.var(accuracies, ddof=1) / 3
-    # Drawing 2 of 3 seeds gives each pair's mean: brute force over all nine draws has the same variance.
-    draws = [np.mean(pair) for pair in product(accuracies, repeat=2)]
-    assert np.var(draws) == pytest.approx(variance)
-    assert (found.low, found.high) == pytest.approx((1 - 0.87, 1 - 0.80), abs=0.004)
+def test_the_spread_over_seeds_is_pooled() -> None:
+    """Variances 1 / 2 and 1 with 1 and 2 degrees of freedom; a single run adds nothing."""
+    found = seed_spread([[1.0, 2.0], [5.0, 6.0, 7.0], [3.0]])
+    assert found is not None
+    assert found.deviation == pytest.approx(sqrt((0.5 + 2 * 1.0) / 3))
+    assert found.degrees == 3
+    assert seed_spread([[1.0], [2.0]]) is None
 
 
-def test_bootstrap_of_methods_against_brute_force() -> None:
-    """Resampling texts and seeds one by one, as the method is written, gives the same distribution."""
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_seeds_move_a_difference_as_student_says(seeds: int) -> None:
+    """Texts on which runs do not differ but by their seed: only the spread is left. 4.30 is t's 0.975 quantile."""
+    n, deviation, quantile = 100_000, 0.002, 4.302653
+    first, second = (np.stack([outcomes(0.8, n, seed=0)] * count) for count in (seeds, 3))
+    found = bootstrap_difference(first, second, SeedSpread(deviation, 2), resamples=100_000)
+    half = quantile * deviation * sqrt(1 / seeds + 1 / 3)
+    assert (found.low, found.high) == pytest.approx((-half, half), rel=0.03)
+    assert found.p == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("seeds", [(3, 1), (3, 3)])
+def test_methods_that_are_equal_are_seldom_told_apart(seeds: tuple[int, int]) -> None:
+    """Runs of one accuracy but for a large spread over seeds: no more than one in twenty finds what is not there."""
+    generator, trials, texts = np.random.default_rng(3), 400, 2000
+    found = []
+    for trial in range(trials):
+        first, second = (
+            np.stack([outcomes(0.9 + 0.02 * z, texts, 0) for z in generator.normal(size=count)]) for count in seeds
+        )
+        spread = seed_spread([first.mean(axis=1).tolist(), second.mean(axis=1).tolist()])
+        found.append(bootstrap_difference(first, second, spread, resamples=500, seed=trial).p < LEVEL)
+    assert 0.02 <= np.mean(found) <= 0.07
+
+
+def test_bootstrap_of_texts_against_brute_force() -> None:
+    """Resampling texts one by one, as the method is written, gives the same distribution."""
     generator = np.random.default_rng(5)
     n, resamples = 400, 4000
     difficulty = generator.normal(size=n)
     first = np.stack([outcomes(a, n, seed, difficulty) for seed, a in enumerate([0.86, 0.88, 0.89])])
     second = np.stack([outcomes(a, n, seed + 9, difficulty) for seed, a in enumerate([0.84, 0.87])])
-    differences = []
-    for _ in range(resamples):
-        texts = generator.integers(n, size=n)
-        a, b = (runs[generator.integers(len(runs), size=len(runs) - 1)][:, texts].mean() for runs in (first, second))
-        differences.append(a - b)
+    drawn = generator.integers(n, size=(resamples, n))
+    differences = first.mean(axis=0)[drawn].mean(axis=1) - second.mean(axis=0)[drawn].mean(axis=1)
     found = bootstrap_difference(first, second, resamples=resamples)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=0.004)
-    assert found.p == pytest.approx(2 * np.mean(np.array(differences) <= 0), abs=0.04)
+    assert found.p == pytest.approx(2 * np.mean(differences <= 0), abs=0.04)
 
 
 def test_bootstrap_is_the_same_twice_and_symmetric() -> None:
