@@ -6,20 +6,23 @@ tuned (``tune``) or counts (``final``). One without that key is a row of its own
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from local_run_utilities import accuracy_interval
-from run_config import UserError
+from run_config import NOT_PART_OF_THE_RUN, UserError
 from run_files import METRICS, PREDICTIONS, RESULT
 from study_statistics import mean_and_deviation
 
 MISSING = "missing"  # the status of a run's folder without a result
+OTHER_CONDITIONS = "of another commit, processor, number of threads or torch"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ class Run:
         return int((self.get("config", "seed") or 0) if seed is None else seed)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What the runs of a row share of their configuration."""
+        config = self.get("config") or {}
+        return {key: value for key, value in config.items() if key not in (*NOT_PART_OF_THE_RUN, "seed", "data_dir")}
+
+    @property
     def axes(self) -> dict[str, Any]:
         return self.get("study", "axes") or {}
 
@@ -80,12 +89,41 @@ class Run:
     def finished(self) -> bool:
         return self.status == "finished"
 
+    @property
+    def cost_obstacle(self) -> str | None:
+        """Why times and memory of this run say nothing beside another's; ``None`` where nothing is known to."""
+        if self.get("environment", "alone") is not True:
+            return "not known to have been alone on the machine"
+        if self.get("config", "resume"):
+            return "continued after an interruption, of which only the last part was watched"
+        if self.get("environment", "git", "commit") is None:
+            return "of no known commit"
+        return "of files that differed from their commit" if self.get("environment", "git", "modified") else None
+
+    @property
+    def conditions(self) -> str:
+        """What times and memory depend on beside the settings: commit, processor, threads, kernels, torch."""
+        keys = (("git", "commit"), ("cpu",), ("gpus",), ("threads",), ("cpu_kernels",), ("versions", "torch"))
+        return json.dumps([self.get("environment", *key) for key in keys])
+
     def accuracy(self, split: str) -> float | None:
         """The share of ``split`` that a finished run got right; its texts are counted, so that no float32 shows."""
         accuracy, examples = self.get(split, "accuracy"), self.get(split, "examples")
         if not self.finished or accuracy is None:
             return None
         return round(accuracy * examples) / examples if examples else float(accuracy)
+
+    @property
+    def monitor(self) -> str:
+        """The metric that chose its checkpoint, and of runs that tune the learning rate."""
+        return str(self.get("config", "monitor") or "accuracy")
+
+    @property
+    def monitored(self) -> float | None:
+        """Its best value on validation."""
+        if self.monitor == "accuracy" or not self.finished:
+            return self.accuracy("validation")
+        return self.get("validation", self.monitor)
 
     @cached_property
     def predictions(self) -> Predictions | None:
@@ -167,10 +205,10 @@ class Row:
         values = {run.get(*keys) for run in self.finished}
         return values.pop() if len(values) == 1 else None
 
-    def over_runs(self, combine: Callable[[list[float]], float], *keys: str) -> float | None:
-        """``combine`` of a measurement over the finished runs; ``None`` where one of them lacks it."""
+    def mean(self, *keys: str) -> float | None:
+        """Of a measurement, over the finished runs; ``None`` where one of them lacks it."""
         values = [run.get(*keys) for run in self.finished]
-        return combine(values) if values and None not in values else None
+        return fmean(values) if values and None not in values else None
 
 
 @dataclass(frozen=True)
@@ -201,22 +239,25 @@ class Study:
     def tuning(self) -> list[Run]:
         return [run for run in self.runs if run.tunes]
 
+    def measured(self, row: Row) -> Row:
+        """The row with those runs alone whose times and memory can stand beside the other rows'."""
+        return Row(row.name, tuple(run for run in row.runs if run.name in self._side_by_side))
+
     @cached_property
-    def cost_obstacles(self) -> list[str]:
-        """Why times and memory of this table's runs cannot stand side by side; nothing where they can."""
-        runs = [run for run in self.final if run.finished]
-        hardware = {json.dumps([run.get("environment", key) for key in ("cpu", "gpus", "threads")]) for run in runs}
-        commits = {run.get("environment", "git", "commit") for run in runs}
-        obstacles = {
-            "not every run is known to have been alone on its machine": not all(
-                run.get("environment", "alone") is True for run in runs
-            ),
-            "the runs are of different commits": len(commits) > 1,
-            "the commit of a run is not known": None in commits,
-            "a run's files differed from its commit": any(run.get("environment", "git", "modified") for run in runs),
-            "the runs are of different hardware or numbers of threads": len(hardware) > 1,
-        }
-        return [reason for reason, holds in obstacles.items() if holds]
+    def cost_obstacles(self) -> dict[str, int]:
+        """Why times and memory of finished runs cannot stand beside the others', and of how many."""
+        others = [run for run in self.final if run.finished and run.name not in self._side_by_side]
+        return dict(Counter(run.cost_obstacle or OTHER_CONDITIONS for run in others))
+
+    @cached_property
+    def _side_by_side(self) -> frozenset[str]:
+        """The names of the runs measured under the same conditions; of several conditions those of most rows."""
+        groups: dict[str, list[Run]] = {}
+        for run in self.final:
+            if run.finished and run.cost_obstacle is None:
+                groups.setdefault(run.conditions, []).append(run)
+        most = max(groups.values(), key=lambda runs: (len({run.row for run in runs}), len(runs)), default=[])
+        return frozenset(run.name for run in most)
 
 
 def studies(results: Path) -> list[str]:
@@ -234,10 +275,10 @@ def read_study(study: str, results: Path) -> Study:
     """All runs of a study.
 
     Raises:
-        UserError: a result that cannot be read, or two finished runs of one row and seed.
+        UserError: a result that cannot be read, or finished runs of one row that do not differ in their seeds alone.
     """
     runs = tuple(Run(folder, _read_result(folder / RESULT)) for folder in _run_folders(results / study))
-    _check_seeds(runs)
+    _check_rows(runs)
     question = next((str(run.get("study", "question")) for run in runs if run.get("study", "question")), "")
     return Study(study, " ".join(question.split()), runs)
 
@@ -254,11 +295,18 @@ def _read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _check_seeds(runs: Iterable[Run]) -> None:
-    """Twice the same seed would pass for two."""
-    seen: dict[tuple[str, int], Run] = {}
+def _check_rows(runs: Iterable[Run]) -> None:
+    """Twice the same seed would pass for two, and another setting for a seed."""
+    seen: dict[str, dict[int, Run]] = {}
     for run in runs:
-        if run.finished and not run.tunes:
-            earlier = seen.setdefault((run.row, run.seed), run)
-            if earlier is not run:
-                raise UserError(f"{earlier.folder} and {run.folder} are both seed {run.seed} of row {run.row}")
+        if not run.finished or run.tunes:
+            continue
+        seeds = seen.setdefault(run.row, {})
+        for seed, earlier in seeds.items():
+            where = f"{earlier.folder} and {run.folder} are both"
+            if seed == run.seed:
+                raise UserError(f"{where} seed {run.seed} of row {run.row}")
+            for key, value in run.settings.items():
+                if value != earlier.settings.get(key, value):  # an older version may not have had it
+                    raise UserError(f"{where} of row {run.row}, and differ in --{key}: remove the outdated one")
+        seeds[run.seed] = run

@@ -134,14 +134,15 @@ def _curve(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.n
 
 def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, float] = ("", 1)) -> Plot | None:
     """Each row's test accuracy against what it costs, the Pareto front marked; with two rows at least."""
-    records = [record(study, row) for row in study.rows]
+    records = [record(study, row) | {"source": row.common("data", "source")} for row in study.rows]
     records = [r for r in records if r["accuracy_mean"] is not None and r[key]]
     if len(records) < 2:
         return None
+    sources = [r["source"] for r in records]
     costs = [r[key] / unit[1] for r in records]
     scores = [100 * r["accuracy_mean"] for r in records]
     deviations = [100 * (r["accuracy_std"] or 0) for r in records]
-    front = pareto_front(costs, scores)
+    front = _fronts(sources, costs, scores)
     with _figure(f"{study.name}: test accuracy against {name}") as (figure, (axis,)):
         foot = _percent_scale(axis, scores, deviations)
         heights = [max(score, foot) for score in scores]
@@ -150,8 +151,12 @@ def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, flo
         axis.set_title(axis.get_title(loc="left"), pad=18)
         legend = {"transform": axis.transAxes, "ha": "right", "color": FRONT, "fontsize": 9}
         axis.text(1, 1.015, "\N{BLACK CIRCLE} Pareto front", **legend)
-        steps = _staircase(sorted((x, y) for x, y, on in zip(costs, heights, front, strict=True) if on))
-        axis.plot(*zip(*steps, strict=True), color=FRONT, alpha=0.35, linewidth=2)
+        points = list(zip(sources, costs, heights, front, strict=True))
+        stairs = [
+            _staircase(sorted((x, y) for s, x, y, on in points if on and s == own)) for own in dict.fromkeys(sources)
+        ]
+        for steps in stairs:
+            axis.plot(*zip(*steps, strict=True), color=FRONT, alpha=0.35, linewidth=2)
         labels = []
         for r, x, y, score, deviation, on in zip(records, costs, heights, scores, deviations, front, strict=True):
             color = FRONT if on else BEATEN
@@ -162,11 +167,22 @@ def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, flo
             said = r["row"] if score >= foot else f"{r['row']}, {score:.1f} %"
             labels.append(Label(x, y, said, color if on else "#444444", needed=on))
         bars = [(x, y + part * d) for x, y, d in zip(costs, heights, deviations, strict=True) for part in (-1, 0, 1)]
-        place_labels(axis, sorted(labels, key=lambda label: not label.needed), [steps], bars)
+        place_labels(axis, sorted(labels, key=lambda label: not label.needed), stairs, bars)
         caption = f"Test accuracy against {name}. Filled: the Pareto front, rows that no other one beats on both."
+        caption += " Each test split has a front of its own." if len(stairs) > 1 else ""
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
         caption += f" Triangles: more than {DEPTH:g} points below the best." if min(scores) < foot else ""
         return Plot(file, caption, _png(figure))
+
+
+def _fronts(sources: Sequence[str | None], costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
+    """Which rows no other one that was tested on the same split beats."""
+    front = [False] * len(sources)
+    for source in dict.fromkeys(sources):
+        own = [i for i, other in enumerate(sources) if other == source]
+        for i, on in zip(own, pareto_front([costs[i] for i in own], [scores[i] for i in own]), strict=True):
+            front[i] = on
+    return front
 
 
 def _cost_scale(axis: Any, costs: Sequence[float], log: bool) -> None:
@@ -244,16 +260,16 @@ def _legend(axis: Any, names: Sequence[str]) -> None:
 
 def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
     """Validation accuracy and training loss over steps or seconds: the first seed of each row that kept its metrics."""
-    if key == "train_seconds" and study.cost_obstacles:
-        return None
     curves = []
     for row in study.rows:
+        if key == "train_seconds":
+            row = study.measured(row)
         run = min(row.finished, key=lambda run: run.seed, default=None)
         history = [point for point in (run.history() if run else []) if key in point]
         if any("validation_accuracy" in point for point in history):
             curves.append((row.name, history))
     curves = curves[:CURVES]
-    if not curves:
+    if len(curves) < (2 if key == "train_seconds" else 1):  # one row's times are beside nothing
         return None
     with _figure(f"{study.name}: learning curves", width=7, height=6, rows=2) as (figure, (above, below)):
         accuracies = [_column(history, key, "validation_accuracy", 100) for _, history in curves]

@@ -5,7 +5,6 @@ import io
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from collected_runs import Row, Run, Study
@@ -31,12 +30,13 @@ GIB = 2**30
 def record(study: Study, row: Row) -> dict[str, Any]:
     """One row of a study: accuracies as fractions of 1, seconds, bytes; ``None`` for what was not measured.
 
-    Training seconds are the mean over seeds, peak memory the most of any seed.
+    Training seconds and peak memory are means over those seeds that were measured under the same conditions as the
+    other rows.
     """
     counted = row.tested or row.finished
     mean, deviation = mean_and_deviation(row.accuracies())
     low, high = row.interval
-    alone = not study.cost_obstacles
+    measured = study.measured(row)
     commands = [run.get("command") for run in sorted(counted or row.runs, key=lambda run: run.seed)]
     return {
         "study": study.name,
@@ -50,8 +50,8 @@ def record(study: Study, row: Row) -> dict[str, Any]:
         "seeds": len(counted),
         "test_examples": row.common("test", "examples"),
         "trainable": row.common("parameters", "trainable"),
-        "train_seconds": row.over_runs(fmean, "train", "seconds") if alone else None,
-        "peak_memory_bytes": row.over_runs(max, "memory", "peak_bytes") if alone else None,
+        "train_seconds": measured.mean("train", "seconds"),
+        "peak_memory_bytes": measured.mean("memory", "peak_bytes"),
         "validation_accuracy_mean": None if row.tested else mean_and_deviation(row.accuracies("validation"))[0],
         "command": next((shown_command(command) for command in commands if command), None),
     }
@@ -73,13 +73,13 @@ def shown_command(command: str) -> str:
 
 
 def tuning_scores(runs: Sequence[Run]) -> dict[str, dict[float, float | None]]:
-    """By row and learning rate, the validation accuracy (mean over runs); ``None`` where no run finished."""
+    """By row and learning rate, what was monitored on validation (mean over runs); ``None`` where no run finished."""
     found: dict[str, dict[float, list[float]]] = {}
     for run in runs:
         rate = run.get("config", "learning_rate") or run.axes.get("learning_rate")
         if rate is not None:
-            accuracy = run.accuracy("validation")
-            found.setdefault(run.row, {}).setdefault(float(rate), []).extend([] if accuracy is None else [accuracy])
+            score = run.monitored
+            found.setdefault(run.row, {}).setdefault(float(rate), []).extend([] if score is None else [score])
     return {
         row: {rate: mean_and_deviation(values)[0] for rate, values in sorted(rates.items())}
         for row, rates in sorted(found.items())
@@ -198,18 +198,22 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 def tuning_table(study: Study) -> Table:
     """For each row the learning rates that were tried, and the one that its final runs took."""
     taken = {row.name: row.common("config", "learning_rate") for row in study.rows}
+    monitors = {run.row: run.monitor for run in study.tuning}
     rows = []
     for name, scores in tuning_scores(study.tuning).items():
-        tried = [f"{rate:g}: {_percent(score) or 'no score'}" for rate, score in scores.items()]
-        rows.append((name, "; ".join(tried), _shown(taken.get(name), "{:g}")))
-    return Table(("row", "validation accuracy, %, by learning rate", "learning rate of the final runs"), rows)
+        shown = "{:.4f}".format if monitors[name] == "loss" else _percent
+        tried = [f"{rate:g}: {'no score' if score is None else shown(score)}" for rate, score in scores.items()]
+        rows.append((name, monitors[name], "; ".join(tried), _shown(taken.get(name), "{:g}")))
+    return Table(("row", "monitored", "on validation, %, by learning rate", "learning rate of the final runs"), rows)
 
 
 def notes(study: Study) -> list[str]:
     """What a reader of the main table must know."""
     found = []
-    if study.cost_obstacles and any(run.finished for run in study.final):
-        found.append(f"Times and memory are not shown: {'; '.join(study.cost_obstacles)}.")
+    if study.cost_obstacles:
+        left_out, finished = sum(study.cost_obstacles.values()), sum(run.finished for run in study.final)
+        reasons = "; ".join(f"{count} {reason}" for reason, count in study.cost_obstacles.items())
+        found.append(f"Times and memory leave out {left_out} of {finished} runs: {reasons}.")
     if any(len(row.tested) > 1 for row in study.rows):
         found.append("The command of a row with several seeds is that of the first; the others differ in `--seed`.")
     for name, extreme in (("greatest", max), ("smallest", min)):
@@ -223,7 +227,7 @@ def notes(study: Study) -> list[str]:
 
 
 def _tuned_rates(study: Study) -> list[tuple[str, float, list[float]]]:
-    """Row, the rate that its final runs took, and those tried, of rows for which more than one was."""
+    """Row, the rate that its final runs took, and those that gave a score, of rows for which more than one did."""
     scores = tuning_scores(study.tuning)
     taken = [(row.name, row.common("config", "learning_rate")) for row in study.rows]
     return [(name, rate, list(scores[name])) for name, rate in taken if rate and len(scores.get(name, ())) > 1]

@@ -59,6 +59,15 @@ def test_the_same_seed_twice_is_refused(tmp_path: Path) -> None:
         read_study("s", tmp_path)
 
 
+def test_seeds_of_a_row_differ_in_nothing_else(tmp_path: Path) -> None:
+    write_run(tmp_path, "s", "lora", config={"learning_rate": 1e-3, "output_dir": "a"})
+    write_run(tmp_path, "s", "lora", seed=1, config={"learning_rate": 1e-3, "output_dir": "b", "compile": False})
+    assert len(read_study("s", tmp_path).rows[0].runs) == 2
+    write_run(tmp_path, "s", "lora", seed=2, config={"learning_rate": 1e-2})
+    with pytest.raises(UserError, match=r"row lora, and differ in --learning_rate: remove the outdated one"):
+        read_study("s", tmp_path)
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_result_is_refused(tmp_path: Path, content: str) -> None:
     folder = write_run(tmp_path, "s", "lora")
@@ -92,25 +101,48 @@ def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -
     ("environment", "reason"),
     [
         ({}, None),
-        ({"alone": False}, "alone on its machine"),
-        ({"alone": None}, "alone on its machine"),
-        ({"cpu": "another"}, "different hardware"),
-        ({"gpus": ["one"]}, "different hardware"),
-        ({"threads": 1}, "different hardware or numbers of threads"),
-        ({"git": {"commit": "other", "modified": False}}, "different commits"),
-        ({"git": {"commit": "c0ffee", "modified": True}}, "differed from its commit"),
-        ({"git": None}, "not known"),
+        ({"alone": False}, "not known to have been alone on the machine"),
+        ({"alone": None}, "not known to have been alone on the machine"),
+        ({"cpu": "another"}, "of another commit, processor, number of threads or torch"),
+        ({"gpus": ["one"]}, "of another commit, processor, number of threads or torch"),
+        ({"threads": 1}, "of another commit, processor, number of threads or torch"),
+        ({"git": {"commit": "other", "modified": False}}, "of another commit, processor, number of threads or torch"),
+        ({"git": {"commit": "c0ffee", "modified": True}}, "of files that differed from their commit"),
+        ({"git": None}, "of no known commit"),
+        ({"versions": {"torch": "2.14"}}, "of another commit, processor, number of threads or torch"),
     ],
 )
 def test_what_keeps_times_from_standing_side_by_side(
     tmp_path: Path, environment: dict[str, object], reason: str | None
 ) -> None:
-    write_run(tmp_path, "s", "lora")
     write_run(tmp_path, "s", "full", environment=environment)
+    write_run(tmp_path, "s", "lora")
+    write_run(tmp_path, "s", "lora", seed=1)
+    write_run(tmp_path, "s", "lora", seed=2, environment=environment)
+    write_run(tmp_path, "s", "selective")
     write_run(tmp_path, "s", "broken", status="failed", environment={"alone": False})  # measured nothing
     write_run(tmp_path, "s", "lora", stage="tune", environment={"alone": False})  # nor is it in the table
-    obstacles = read_study("s", tmp_path).cost_obstacles
-    assert obstacles == [] if reason is None else reason in "; ".join(obstacles)
+    study = read_study("s", tmp_path)
+    assert study.cost_obstacles == ({} if reason is None else {reason: 2})
+    measured = {row.name: [run.seed for run in study.measured(row).runs] for row in study.rows}
+    assert measured == {
+        "broken": [], "full": [] if reason else [0], "lora": [0, 1] if reason else [0, 1, 2], "selective": [0],
+    }  # fmt: skip
+
+
+def test_a_continued_run_was_watched_in_part(tmp_path: Path) -> None:
+    write_run(tmp_path, "s", "lora", config={"resume": True})
+    (reason,) = read_study("s", tmp_path).cost_obstacles
+    assert "continued after an interruption" in reason
+
+
+def test_of_several_conditions_those_of_most_rows_count(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path, "s", "lora", seed=seed)
+    for row in ("full", "selective"):
+        write_run(tmp_path, "s", row, environment={"cpu": "another"})
+    study = read_study("s", tmp_path)
+    assert {row.name for row in study.rows if study.measured(row).runs} == {"full", "selective"}
 
 
 def test_studies_and_questions(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from synthetic_runs import outcomes, write_run
 
 from collected_runs import read_study
 from study_page import Plot
-from study_plots import FILES, _rate_scores, _row_without, plots
+from study_plots import FILES, _fronts, _rate_scores, _row_without, plots
 
 
 def drawn(results: Path) -> dict[str, Plot]:
@@ -60,6 +60,19 @@ def test_a_row_far_below_does_not_flatten_the_others(tmp_path: Path, monkeypatch
     ((low, high),) = limits
     assert 90 < low < 92
     assert 93 < high < 94
+
+
+def test_each_test_split_has_a_front_of_its_own(tmp_path: Path) -> None:
+    for source, best in {"imdb": 0.93, "financial": 0.8}.items():
+        for k, size in enumerate([1000, 2000]):
+            correct, trainable = outcomes(best - 0.1 * k, 100, k), {"trainable": size}
+            write_run(
+                tmp_path, "s", f"{source}-{k}", correct=correct, parameters=trainable, data={"source": source},
+                environment={"alone": False},
+            )  # fmt: skip
+    (plot,) = drawn(tmp_path).values()
+    assert "Each test split has a front of its own." in plot.caption
+    assert _fronts(["a", "b", "b", "a"], [1, 1, 2, 2], [0.9, 0.7, 0.6, 0.95]) == [True, True, False, True]
 
 
 def test_rates_are_an_axis_of_studies_that_do_not_tune(tmp_path: Path) -> None:

@@ -68,22 +68,26 @@ def test_what_was_not_measured_is_empty_never_0(tmp_path: Path) -> None:
     assert "0" not in "".join(cells(study)["bare"][key] for key in ("training, s", "peak memory, GiB", "test texts"))
 
 
-def test_times_and_memory_are_shown_only_where_all_were_measured_alone(tmp_path: Path) -> None:
+def test_times_and_memory_are_those_of_the_runs_measured_alone(tmp_path: Path) -> None:
     for seed, seconds in enumerate([100.0, 110.0]):
         write_run(
             tmp_path, "s", "lora", seed=seed, train={"seconds": seconds}, memory={"peak_bytes": (1 + seed) * 2**30}
         )
+    write_run(tmp_path, "s", "other")
     study = read_study("s", tmp_path)
-    (row,) = summary(study)
-    assert (row["train_seconds"], row["peak_memory_bytes"]) == (105.0, 2 * 2**30)  # the mean, the most
-    assert cells(study)["lora"]["peak memory, GiB"] == "2.00"
+    lora, _ = summary(study)
+    assert (lora["train_seconds"], lora["peak_memory_bytes"]) == (105.0, 1.5 * 2**30)  # means
+    assert cells(study)["lora"]["peak memory, GiB"] == "1.50"
     assert not any("Times" in note for note in notes(study))
 
-    write_run(tmp_path, "s", "other", environment={"alone": False})
+    write_run(tmp_path, "s", "lora", seed=2, train={"seconds": 900.0}, environment={"alone": False})
+    write_run(tmp_path, "s", "never alone", environment={"alone": False})
     study = read_study("s", tmp_path)
-    assert [(row["train_seconds"], row["peak_memory_bytes"]) for row in summary(study)] == [(None, None)] * 2
-    assert [row["training, s"] for row in cells(study).values()] == ["", ""]
-    assert "Times and memory are not shown: not every run is known to have been alone on its machine." in notes(study)
+    times = {row["row"]: (row["train_seconds"], row["peak_memory_bytes"]) for row in summary(study)}
+    assert times == {"lora": (105.0, 1.5 * 2**30), "other": (100.0, 2**30), "never alone": (None, None)}
+    assert cells(study)["never alone"]["training, s"] == ""
+    note = "Times and memory leave out 2 of 5 runs: 2 not known to have been alone on the machine."
+    assert note in notes(study)
 
 
 def test_tuning_never_counts_and_has_a_table_of_its_own(tmp_path: Path) -> None:
@@ -97,7 +101,22 @@ def test_tuning_never_counts_and_has_a_table_of_its_own(tmp_path: Path) -> None:
     study = read_study("s", tmp_path)
     (row,) = summary(study)
     assert (row["accuracy_mean"], row["seeds"]) == (0.8, 1)
-    assert tuning_table(study).rows == [("lora", "0.0001: 90.00; 0.001: 91.00; 0.01: 50.00; 1: no score", "0.001")]
+    tried = "0.0001: 90.00; 0.001: 91.00; 0.01: 50.00; 1: no score"
+    assert tuning_table(study).rows == [("lora", "accuracy", tried, "0.001")]
+
+
+def test_rates_stand_beside_what_chose_among_them(tmp_path: Path) -> None:
+    for monitor, scores in {"macro_f1": (0.5, 0.75), "loss": (0.5, 0.3)}.items():
+        for rate, score in zip((1e-4, 1e-3), scores, strict=True):
+            axes, config = {"learning_rate": rate}, {"monitor": monitor}
+            path = write_run(tmp_path, "s", monitor, stage="tune", axes=axes, config=config) / "result.json"
+            result = json.loads(path.read_text())
+            result["validation"][monitor] = score
+            path.write_text(json.dumps(result))
+    assert tuning_table(read_study("s", tmp_path)).rows == [
+        ("loss", "loss", "0.0001: 0.5000; 0.001: 0.3000", ""),
+        ("macro_f1", "macro_f1", "0.0001: 50.00; 0.001: 75.00", ""),
+    ]
 
 
 def test_a_rate_at_the_edge_of_those_tried_is_noted(tmp_path: Path) -> None:
