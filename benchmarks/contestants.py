@@ -200,7 +200,8 @@ class Peft(Contestant):
     """PEFT's LoRA in the Hugging Face Trainer, as its defaults have it or tuned.
 
     Tuned is: texts grouped by length, no dropout at all, and the batch size, attention and storage of frozen weights
-    that were measured to be the fastest (``one.choose``). Texts to predict come sorted by length, in batches of 64.
+    that were measured to be the fastest (``one.choose``). Texts to predict come sorted by length, in batches of 64,
+    with the attention that is the fastest for them.
     The batches are those that the Trainer itself would make; it is given them one after the other, so that some of an
     epoch's can be measured (in its own order the longest of many batches come first).
     """
@@ -288,7 +289,9 @@ class Peft(Contestant):
         measured, self.timer.measured = self.timer.measured, Measured()  # so that predictions do not count
         return measured
 
-    def evaluate(self, split: TokenizedSplit) -> None:
+    def evaluate(self, split: TokenizedSplit, attention: str | None = None) -> None:
+        if attention is not None:
+            self.trainer.model.get_base_model().set_attn_implementation(attention)  # type: ignore[union-attr, operator]
         order = np.argsort(-split.lengths, kind="stable") if self.tuned else np.arange(len(split))
         self.trainer.predict(self.examples(split, order))
 
@@ -359,6 +362,7 @@ CONTESTANTS: dict[str, Callable[[Job, Path], Contestant]] = {
     "suite": Suite,
     "suite_equal_batches": partial(Suite, equal_batches=True),
     "suite_qlora": partial(Suite, q_lora=True),
+    "suite_qlora_equal_batches": partial(Suite, q_lora=True, equal_batches=True),
     "peft_tuned": partial(Peft, tuned=True),
     "peft_tuned_qlora": partial(Peft, tuned=True, q_lora=True),
     "peft_defaults": Peft,

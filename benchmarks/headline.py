@@ -21,16 +21,20 @@ from study_report import README, RESULTS, with_table
 TUTORIALS = ("tutorial_fp32", "tutorial_bf16")
 
 
-def table(runs: Sequence[dict[str, Any]], measurements: Sequence[dict[str, Any]]) -> str:
+def table(runs: Sequence[dict[str, Any]], peers_result: dict[str, Any]) -> str:
     """Markdown: the runs of one row, then how long the tutorial script would train on as many texts.
 
     Args:
         runs: ``result.json`` of each seed.
-        measurements: of ``peers.json``.
+        peers_result: ``peers.json``.
 
     Raises:
-        UserError: a run that was not alone on its machine, or whose time from the command on is not known.
+        UserError: a run that was not alone on its machine, or whose time from the command on is not known; or not all
+            was measured on one processor with one number of threads.
     """
+    machines = {(record["environment"]["cpu"], record["environment"]["threads"]) for record in (*runs, peers_result)}
+    if len(machines) > 1:
+        raise UserError(f"the runs and {peers.OUTPUT.name} are of different machines: {sorted(machines)}")
     for run in runs:
         if not run["environment"].get("alone") or run.get("process_seconds") is None:
             raise UserError(f"{run['study']['run']}: was not alone on its machine from its beginning to its end")
@@ -48,7 +52,7 @@ def table(runs: Sequence[dict[str, Any]], measurements: Sequence[dict[str, Any]]
         f" {statistics.mean(scores):.2f}{spread} |",
     ]
     for name in TUTORIALS:
-        measured = [m for m in measurements if _is_of(m, name, config["max_length"])]
+        measured = [m for m in peers_result["measurements"] if _is_of(m, name, config["max_length"])]
         texts = sum(m["train_examples"] for m in measured)
         if not texts:
             continue
@@ -90,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options: argparse.Namespace = parser.parse_args(argv)
         if not peers.OUTPUT.exists():
             raise UserError(f"{peers.OUTPUT}: is missing, run make benchmark")
-        measurements = json.loads(peers.OUTPUT.read_text(encoding="utf8"))["measurements"]
-        content = table(read_row(options.study, options.row), measurements)
+        content = table(read_row(options.study, options.row), json.loads(peers.OUTPUT.read_text(encoding="utf8")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """Measures one contestant in this process and prints one line of JSON: ``python -m benchmarks.one suite``, see --help.
 
-``--choose True`` instead finds the settings of the tuned peer. ``peers.py`` starts it, once for each measurement.
+``--choose True`` instead finds the settings of a tuned peer. ``peers.py`` starts it, once for each measurement.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from benchmarks.contestants import CONTESTANTS, Contestant, Peft
 from benchmarks.work import Job, prepare, read_split, sample, some_batches
 from command_flags import OneLineParser, parse_bool
 from local_dataset_utilities import TokenizedSplit
-from local_run_utilities import peak_memory
+from local_run_utilities import peak_memory, processor_seconds, was_alone
 from run_config import UserError
 from token_batches import EVALUATION_FACTOR as LOADER_FACTOR
 from token_batches import evaluation_loader
@@ -36,7 +37,9 @@ WARM_UP_STEPS = 2
 FEWEST_STEPS = 3  # measured
 EVALUATED_PER_TRAINED = 2  # texts evaluated for each one trained on: inference takes less than half the time
 MERGED_BATCHES_TOKENS = (6144, 24576)  # the better one counts
-TRIAL_TEXTS, TRIALS = 128, ({"batch_size": 16}, {"batch_size": 64}, {"attention": "eager"}, {"frozen": "bf16"})
+ATTENTIONS = ("sdpa", "eager")
+TRIAL_TEXTS, TRIAL_REPEATS = 128, 2  # the faster of two counts
+TRIAL_BATCHES = (4, 64)  # the least and the greatest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,6 +59,7 @@ def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
         folder: from ``work.prepare``.
         seconds: of training that are aimed at; three steps at least.
     """
+    busy, began = processor_seconds(), time.perf_counter()
     train, held_out = (read_split(folder, name, job.max_length) for name in ("train", "validation"))
     contestant = CONTESTANTS[job.contestant](job, folder)
     loaded = memory_before()
@@ -67,7 +71,6 @@ def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
     trained_on = np.concatenate(batches)
     tokens = int(train.lengths[trained_on].sum())
     evaluated = sample(held_out, EVALUATED_PER_TRAINED * len(trained_on))
-    rate = evaluation_rate(contestant.evaluate, evaluated)
     record = asdict(job) | {
         "trainable_parameters": contestant.trainable_parameters(),
         "train_examples": len(trained_on),
@@ -81,11 +84,15 @@ def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
         "peak_bytes_above_loaded": peak["peak_bytes"] - loaded,
         "peak_source": peak["source"],
         "evaluation_examples": len(evaluated),
-        "evaluation_tokens_per_second": rate,
     }
-    if isinstance(contestant, Peft) and job.contestant == "peft_tuned":
-        record["merged_evaluation_tokens_per_second"] = merged_rate(contestant, job, evaluated)
-    return record
+    if isinstance(contestant, Peft) and contestant.tuned:
+        ways = [partial(contestant.evaluate, attention=attention) for attention in ATTENTIONS]
+        record["evaluation_tokens_per_second"] = rate_of_the_fastest(ways, evaluated)
+        if job.contestant == "peft_tuned":
+            record["merged_evaluation_tokens_per_second"] = merged_rate(contestant, job, evaluated)
+    else:
+        record["evaluation_tokens_per_second"] = evaluation_rate(contestant.evaluate, evaluated)
+    return record | {"alone": was_alone(busy, time.perf_counter() - began)}
 
 
 def evaluation_rate(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) -> float:
@@ -100,19 +107,25 @@ def _timed(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) ->
     return float(split.lengths.sum() / (time.perf_counter() - began))
 
 
-def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
-    """The same for the merged Hugging Face model, in batches sorted by length like the suite's, of the better size."""
-    model = contestant.merge()
+def rate_of_the_fastest(ways: Sequence[Callable[[TokenizedSplit], None]], split: TokenizedSplit) -> float:
+    """The rate of the way to evaluate that is the fastest on a quarter of the texts."""
+    few = sample(split, max(1, len(split) // 4))
+    return _timed(max(ways, key=lambda evaluate: evaluation_rate(evaluate, few)), split)
 
-    def evaluate(part: TokenizedSplit, batch_tokens: int) -> None:
+
+def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
+    """The same for the merged Hugging Face model, in batches sorted by length like the suite's."""
+    model: Any = contestant.merge()
+
+    def evaluate(part: TokenizedSplit, batch_tokens: int, attention: str) -> None:
+        model.set_attn_implementation(attention)
         budget = max(batch_tokens // LOADER_FACTOR, job.max_length)
         with torch.inference_mode():
             for batch in evaluation_loader(part, replace(job.config, batch_tokens=budget), pad_id=0):
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
-    few = sample(split, max(1, len(split) // 4))
-    sizes = [partial(evaluate, batch_tokens=size) for size in MERGED_BATCHES_TOKENS]
-    return _timed(max(sizes, key=lambda evaluate: evaluation_rate(evaluate, few)), split)
+    ways = product(MERGED_BATCHES_TOKENS, ATTENTIONS)
+    return rate_of_the_fastest([partial(evaluate, batch_tokens=size, attention=name) for size, name in ways], split)
 
 
 def memory_before() -> int:
@@ -128,29 +141,45 @@ def memory_before() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the tuned peer's settings
+# a tuned peer's settings
 
 
 def choose(job: Job, folder: Path) -> dict[str, Any]:
-    """The fastest settings of the tuned peer for this work: one change after the other is kept if it trains faster."""
+    """The fastest settings of a tuned peer for this work: one change after the other is kept if it trains faster.
+
+    The batch is halved, or else doubled, for as long as that helps.
+    """
     split = read_split(folder, "train", job.max_length)
     tried = []
 
     def rate(candidate: Job) -> float:
-        contestant: Contestant = CONTESTANTS["peft_tuned"](candidate, folder)
+        contestant: Contestant = CONTESTANTS[job.contestant](candidate, folder)
         epoch = contestant.batches(split)
         contestant.train(split, some_batches(epoch, split.lengths, 1))
         batches = some_batches(epoch, split.lengths, TRIAL_TEXTS // candidate.batch_size)
-        result = float(split.lengths[np.concatenate(batches)].sum() / contestant.train(split, batches).seconds)
+        tokens = int(split.lengths[np.concatenate(batches)].sum())
+        result = tokens / min(contestant.train(split, batches).seconds for _ in range(TRIAL_REPEATS))
         tried.append({**settings(candidate), "train_tokens_per_second": result})
         return result
 
     best, best_rate = job, rate(job)
-    for change in TRIALS:
+
+    def kept(**change: Any) -> bool:
+        nonlocal best, best_rate
         candidate = replace(best, **change)
         candidate_rate = rate(candidate)
-        if candidate_rate > best_rate:
-            best, best_rate = candidate, candidate_rate
+        if candidate_rate <= best_rate:
+            return False
+        best, best_rate = candidate, candidate_rate
+        return True
+
+    kept(attention="eager")
+    kept(frozen="bf16")
+    least, greatest = TRIAL_BATCHES
+    while best.batch_size > least and kept(batch_size=best.batch_size // 2):
+        pass
+    while job.batch_size <= best.batch_size < greatest and kept(batch_size=best.batch_size * 2):
+        pass
     return {"chosen": settings(best), "tried": tried}
 
 

@@ -27,7 +27,10 @@ from study_report import README, ROOT, with_table
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTPUT = RESULTS / "peers.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "peers.json"  # of a run that is not the whole plan
-MEMORY_CONTESTANT = "suite_equal_batches"  # the suite with as many texts in a batch as the tuned peer; once a work
+EQUAL_BATCHES = {  # the suite with as many texts in a batch as the tuned peer, for memory; once a work
+    "peft_tuned": "suite_equal_batches",
+    "peft_tuned_qlora": "suite_qlora_equal_batches",
+}
 COMPARISONS = (
     ("suite", "peft_tuned"),
     ("suite", "peft_defaults"),
@@ -80,7 +83,8 @@ def plan(quick: bool = False, complete: bool = False) -> list[Work]:
         if complete or (model == "minilm" and targets == "qv" and max_length == 512):
             contestants += ["peft_defaults", "tutorial_bf16", "tutorial_fp32"]
         if complete or model == "minilm" or max_length == 256:
-            works.append(Work(model, targets, max_length, (*contestants, MEMORY_CONTESTANT)))
+            for_memory = [EQUAL_BATCHES[name] for name in contestants if name in EQUAL_BATCHES]
+            works.append(Work(model, targets, max_length, (*contestants, *for_memory)))
     return works
 
 
@@ -88,7 +92,7 @@ def rounds(work: Work, repeats: int) -> Iterator[tuple[int, str]]:
     """Round and contestant, in the order of measurement; memory at equal batches hardly varies and is taken once."""
     for number in range(repeats):
         for contestant in work.contestants:
-            if number == 0 or contestant != MEMORY_CONTESTANT:
+            if number == 0 or contestant not in EQUAL_BATCHES.values():
                 yield number, contestant
 
 
@@ -100,17 +104,19 @@ def measure_all(
 ) -> None:
     """Every measurement in its order; ``keep`` is given each as soon as it is there.
 
-    The tuned peer's settings are measured first, once for a model and a length, with LoRA on all linears.
+    A tuned peer's settings are measured first, once for a model and a length, with LoRA on all linears.
     """
-    settings: dict[tuple[str, int], list[str]] = {}
+    settings: dict[tuple[str, int, str], list[str]] = {}
     for work in works:
         size = (work.model, work.max_length)
-        if tune and size not in settings:
-            trial = measure(Work(work.model, "all", work.max_length, ()), "peft_tuned", ["--choose"])
-            keep(trial | {"choice": True, "model": work.model, "max_length": work.max_length})
-            settings[size] = [f"--{name}={value}" for name, value in trial.get("chosen", {}).items()]
+        for peer in EQUAL_BATCHES:
+            if tune and peer in work.contestants and (*size, peer) not in settings:
+                trial = measure(Work(work.model, "all", work.max_length, ()), peer, ["--choose"])
+                keep(trial | {"choice": True, "contestant": peer, "model": work.model, "max_length": work.max_length})
+                flags = [f"--{name}={value}" for name, value in trial.get("chosen", {}).items()]
+                settings |= dict.fromkeys(((*size, peer), (*size, EQUAL_BATCHES[peer])), flags)
         for number, contestant in rounds(work, repeats):
-            record = measure(work, contestant, settings.get(size, []))
+            record = measure(work, contestant, settings.get((*size, contestant), []))
             described = {"contestant": contestant} | {k: v for k, v in vars(work).items() if k != "contestants"}
             keep(record | described | {"round": number})
 
@@ -174,7 +180,8 @@ def compare(records: Sequence[Record]) -> list[Record]:
 
 
 def _comparison(work: tuple[Any, ...], of: dict[str, list[Record]], ours: str, theirs: str) -> Record:
-    equal = of.get(MEMORY_CONTESTANT, []) if (ours, theirs) == ("suite", "peft_tuned") else of[ours]
+    equal = of.get(EQUAL_BATCHES[theirs], []) if theirs in EQUAL_BATCHES else of[ours]
+    peaks = [[r["peak_bytes"] for r in records if "error" not in r] for records in (equal, of[theirs])]
     speeds = [[r["train_tokens_per_second"] for r in of[name] if "error" not in r] for name in (ours, theirs)]
     return {
         "work": work,
@@ -185,6 +192,7 @@ def _comparison(work: tuple[Any, ...], of: dict[str, list[Record]], ours: str, t
         "merged": ratios(of[ours], of[theirs], "evaluation_tokens_per_second", "merged_evaluation_tokens_per_second"),
         "memory": ratios(equal, of[theirs], "peak_bytes_above_loaded"),
         "tokens_per_second": [statistics.median(values) if values else None for values in speeds],
+        "peak_bytes": [statistics.median(values) if values else None for values in peaks],
         "errors": sorted({r["error"] for name in (ours, theirs) for r in of[name] if "error" in r}),
     }
 
@@ -193,8 +201,8 @@ def _comparison(work: tuple[Any, ...], of: dict[str, list[Record]], ours: str, t
 # the table
 
 COLUMNS = (
-    "model, LoRA on, max_length", "against", "training", "evaluation", "evaluation, merged peer", "peak memory",
-    "training, tokens/s: this, that",
+    "model, LoRA on, max_length", "against", "training", "evaluation", "evaluation, merged peer", "memory of training",
+    "training, tokens/s: this, that", "peak of the process, MiB: this, that",
 )  # fmt: skip
 
 
@@ -203,9 +211,11 @@ def table(result: Record) -> str:
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "transformers", "peft"))
     commit = ((environment["git"] or {}).get("commit") or "unknown")[:7]
+    beside_others = sum(record.get("alone") is False for record in result["measurements"])
+    caution = f" {beside_others} measurements were not alone on the machine." if beside_others else ""
     lines = [
         f"{environment['cpu']}, {environment['threads']} threads; {versions}; commit {commit};"
-        f" {result['repeats']} rounds.",
+        f" {result['repeats']} rounds.{caution}",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -216,11 +226,16 @@ def table(result: Record) -> str:
         if row["errors"]:
             name += " (failed at least once)"
         known = ["" if row[key] is None else str(row[key]) for key in ("train", "evaluation", "merged", "memory")]
-        speeds = ", ".join("" if speed is None else f"{speed:,.0f}" for speed in row["tokens_per_second"])
-        lines.append(
-            "| " + " | ".join([f"{MODELS[model]}, {PLACES[targets]}, {max_length}", name, *known, speeds]) + " |"
-        )
+        speeds = _both(row["tokens_per_second"])
+        peaks = _both([peak and peak / 2**20 for peak in row["peak_bytes"]])
+        cells = [f"{MODELS[model]}, {PLACES[targets]}, {max_length}", name, *known, speeds, peaks]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _both(values: Sequence[float | None]) -> str:
+    """This suite's and the other's; nothing where one of them is missing."""
+    return "" if None in values else ", ".join(f"{value:,.0f}" for value in values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,9 +266,10 @@ def chosen_works(arguments: argparse.Namespace) -> tuple[list[Work], bool]:
         raise UserError("--repeats and --seconds must be above 0")
     works = plan(arguments.quick, arguments.complete)
     wanted = arguments.contestants.split(",") if arguments.contestants else None
-    unknown = set(wanted or []) - {*NAMES, MEMORY_CONTESTANT}
+    allowed = (*NAMES, *EQUAL_BATCHES.values())
+    unknown = set(wanted or []) - set(allowed)
     if unknown:
-        raise UserError(f"--contestants {sorted(unknown)[0]}: allowed are {', '.join(NAMES)}, {MEMORY_CONTESTANT}")
+        raise UserError(f"--contestants {sorted(unknown)[0]}: allowed are {', '.join(allowed)}")
     kept = []
     for work in works:
         contestants = tuple(name for name in work.contestants if wanted is None or name in wanted)
@@ -309,12 +325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def line(record: Record) -> str:
     """A measurement in one line, for those who wait."""
-    name, targets = record.get("contestant", "settings of the peer"), record.get("targets", "")
-    what = f"{name:<21}{record['model']:<7}{targets:<4}{record['max_length']:>4}  "
+    name, targets = record["contestant"], record.get("targets", "")
+    what = f"{name:<26}{record['model']:<7}{targets:<4}{record['max_length']:>4}  "
     if "error" in record:
         return f"{what}failed: {record['error']}"
     if "choice" in record:
-        return f"{what}{record['chosen']}"
+        return f"{what}fastest with {record['chosen']}"
     train, evaluation = record["train_tokens_per_second"], record["evaluation_tokens_per_second"]
     memory = record["peak_bytes_above_loaded"] / 2**20
     rates = f"train {train:>8,.0f}  evaluation {evaluation:>8,.0f} tokens/s"

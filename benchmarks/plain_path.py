@@ -50,8 +50,8 @@ def table(measured: dict[str, Any]) -> str:
     config, machine = runs[0]["config"], runs[0]["environment"]
     lines = [
         f"Selective fine-tuning of the last {config['trainable_layers']} layers, {config['limit_train']:,} texts,"
-        f" {config['epochs']} epochs, at most {config['max_length']} tokens; {machine['cpu']},"
-        f" {machine['threads']} threads.",
+        f" {config['epochs']} epochs, at most {config['max_length']} tokens, {1 + max(run['round'] for run in runs)}"
+        f" round(s); {machine['cpu']}, {machine['threads']} threads.",
         "",
         "| | training, s | validation accuracy, % | peak memory, MiB |",
         "|---|---|---|---|",

@@ -26,7 +26,7 @@ RANK, ALPHA = 8, 16
 
 @dataclass(frozen=True)
 class Job:
-    """One way to train, on what, and the settings that only the tuned peer has chosen for it."""
+    """One way to train, on what, and the settings that only a tuned peer has chosen for it."""
 
     contestant: str
     model: str = "minilm"
