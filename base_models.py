@@ -69,7 +69,12 @@ def _packaged_model() -> Path:
 def _hub_model(config: RunConfig) -> Path:
     """The hub's snapshot of a model, from the cache where it is whole, so that compute nodes need no network."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     name = str(config.model_name)
     try:
@@ -89,9 +94,11 @@ def _hub_model(config: RunConfig) -> Path:
     require_hub(f"--model_name {name}", instead)
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        raise UserError(f"--model_name {name}: the hub asks you to accept its terms, and to log in, first") from None
     except RepositoryNotFoundError:
         raise UserError(f"--model_name {name}: the hub has no such model, and no folder has this name") from None
-    except OSError as error:
+    except Exception as error:  # the hub's client passes on what its own HTTP library raises
         raise UserError(f"--model_name {name} could not be downloaded: {first_line(error)}") from None
 
 
@@ -184,6 +191,8 @@ def _from_folder(config: RunConfig, folder: Path, base: Any) -> tuple[nn.Module,
         raise UserError(f"--model_name {config.model_name} cannot be loaded: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(level)
+    for parameter in model.parameters():  # a view of the mapped file: the last to stay fp32 would keep all of it
+        parameter.data = parameter.data.clone()
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
     return model, [*info["missing_keys"], *mismatched]
 

@@ -36,6 +36,28 @@ def parse_bool(text: str) -> bool:
     return words[text.lower()]
 
 
+def without_switches(words: Sequence[str], *flags: str) -> list[str]:
+    """The words of a command line without these flags, which are true or false, and what was given to them."""
+    kept: list[str] = []
+    dropped = False  # the word before
+    for word in words:
+        if dropped and _is_bool(word):
+            dropped = False
+            continue
+        dropped = word in flags
+        if not dropped and word.split("=")[0] not in flags:
+            kept.append(word)
+    return kept
+
+
+def _is_bool(text: str) -> bool:
+    try:
+        parse_bool(text)
+    except argparse.ArgumentTypeError:
+        return False
+    return True
+
+
 def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
     """The parser made from ``RunConfig``'s fields; what was not given is absent from its namespace."""
     parser = OneLineParser(

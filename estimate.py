@@ -1,10 +1,12 @@
 """What a run would take: memory by part, and time per epoch, from a few real steps with the run's own settings.
 
 The first of these steps takes the longest texts, so memory is that of the whole run; the others are spread over the
-lengths, and an epoch is taken to cost per token what they cost.
+lengths, and an epoch is taken to cost per token what they cost. Where outputs of frozen layers are kept, they are made
+again with these, as in every later epoch.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from efficient_encoder import keep_freed_memory
+from frozen_outputs import FrozenOutputs
 from local_dataset_utilities import TokenizedSplit
-from local_model_utilities import Classifier, build_classifier, count_parameters
+from local_model_utilities import Classifier, build_classifier, count_parameters, frozen_outputs
 from local_run_utilities import peak_memory
 from local_training_utilities import Hardware, make_optimizer
 from run_config import RunConfig
@@ -39,33 +42,50 @@ def estimate(
 
     Returns:
         ``memory``: bytes of ``weights``, ``gradients``, ``optimizer``, ``activations`` (what the longest batch keeps
-        for backward) and ``peak``, of the whole process or on the GPU; ``seconds``: ``epoch``, ``validation``,
-        ``test`` and ``run``; ``steps`` in an epoch.
+        for backward), ``kept_outputs`` (of frozen layers, in memory or in a file) and ``peak``, of the whole process
+        or on the GPU; ``seconds``: ``epoch``, ``later_epoch``, ``validation``, ``later_validation``, ``test`` and
+        ``run``; ``steps`` in an epoch.
     """
     keep_freed_memory()
     torch.manual_seed(config.seed)
     device = torch.device("cuda", config.device or 0) if hardware.on_gpu else torch.device("cpu")
+    if hardware.on_gpu:
+        torch.cuda.set_device(device)  # whose memory is asked for below
     classifier = build_classifier(config, model_folder, label_names, hardware.dtype).to(device).train()
     trained = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config, fused=hardware.dtype != torch.float16)
     training = train_loader(splits["train"], config, pad_id)
     batches = _spread(training, MEASURED_STEPS)
+    repeated = {name: splits[name].lengths for name in ("train", "validation")}
+    frozen = {} if hardware.on_gpu else frozen_outputs(classifier, repeated, config)
 
     activations = _kept_for_backward(classifier, _to(batches[0], device))
     for batch in batches[:2]:  # kernels are made, memory is taken
-        _step(classifier, optimizer, _to(batch, device), config)
-    per_token = _seconds_per_token(batches[1:], device, lambda batch: _step(classifier, optimizer, batch, config))
+        _step(classifier, optimizer, _to(batch, device), config, None)
+    seconds = _first_and_later(
+        "epoch", batches[1:], device, training.tokens_per_epoch, frozen.get("train"),
+        lambda batch, outputs: _step(classifier, optimizer, batch, config, outputs),
+    )  # fmt: skip
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
-    seconds = {"epoch": per_token * training.tokens_per_epoch}
+    classifier.eval()
     for name in ("validation", *(["test"] if config.test else [])):
-        seconds[name] = _evaluation_seconds(classifier.eval(), splits[name], config, pad_id, device)
-    seconds["run"] = config.epochs * (seconds["epoch"] + seconds["validation"]) + seconds.get("test", 0.0)
+        evaluated = _spread(evaluation_loader(splits[name], config, pad_id), MEASURED_EVALUATIONS)
+        with torch.inference_mode():
+            _logits(classifier, _to(evaluated[0], device), None)  # a kernel or a compilation of its own
+            seconds |= _first_and_later(
+                name, evaluated, device, int(splits[name].lengths.sum()), frozen.get(name),
+                lambda batch, outputs: _logits(classifier, batch, outputs),
+            )  # fmt: skip
+    later = seconds["later_epoch"] + seconds["later_validation"]
+    seconds["run"] = seconds["epoch"] + seconds["validation"] + (config.epochs - 1) * later + seconds.get("test", 0.0)
+    kept = sum(outputs.bytes for outputs in frozen.values())
     memory = {
         "weights": count_parameters(classifier)["total"].bytes,
         "gradients": sum(p.numel() * p.element_size() for p in trained),
         "optimizer": state,
         "activations": activations,
-        "peak": peak_memory(hardware.on_gpu)["peak_bytes"],
+        "kept_outputs": kept,
+        "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept,
     }
     return {"memory": memory, "seconds": seconds, "steps": training.steps_per_epoch}
 
@@ -80,12 +100,22 @@ def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def _logits(classifier: Classifier, batch: dict[str, Tensor], outputs: FrozenOutputs | None) -> Tensor:
+    """``(B, classes)``; with the outputs of frozen layers where they are kept."""
+    frozen = None if outputs is None else outputs.of(batch["examples"].numpy())
+    logits: Tensor = classifier(batch["input_ids"], batch["attention_mask"], frozen)
+    return logits
+
+
 def _step(
-    classifier: Classifier, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], config: RunConfig
+    classifier: Classifier,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    config: RunConfig,
+    outputs: FrozenOutputs | None,
 ) -> None:
     """One step as the run makes it; without the scaling of losses that fp16 needs, which takes no time."""
-    logits = classifier(batch["input_ids"], batch["attention_mask"])
-    cross_entropy(logits, batch["labels"]).backward()
+    cross_entropy(_logits(classifier, batch, outputs), batch["labels"]).backward()
     if config.gradient_clip:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.gradient_clip)
     optimizer.step()
@@ -109,7 +139,23 @@ def _kept_for_backward(classifier: Classifier, batch: dict[str, Tensor]) -> int:
     return sum(kept.values())
 
 
-def _seconds_per_token(batches: Batches, device: torch.device, work: Any) -> float:
+def _first_and_later(
+    name: str,
+    batches: Batches,
+    device: torch.device,
+    tokens: int,
+    outputs: FrozenOutputs | None,
+    work: Callable[[dict[str, Tensor], FrozenOutputs | None], object],
+) -> dict[str, float]:
+    """Seconds of ``tokens`` tokens in the first epoch, ``NAME``, and in each later one, ``later_NAME``."""
+    rates = [
+        _seconds_per_token(batches, device, lambda batch: work(batch, outputs))
+        for _ in range(1 if outputs is None else 2)  # the second time, they are known
+    ]
+    return {name: rates[0] * tokens, f"later_{name}": rates[-1] * tokens}
+
+
+def _seconds_per_token(batches: Batches, device: torch.device, work: Callable[[dict[str, Tensor]], object]) -> float:
     """Mean time of a real token over the batches; the slowest and the fastest are left out where there are enough."""
     times = []
     for batch in batches:
@@ -128,27 +174,20 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@torch.inference_mode()
-def _evaluation_seconds(
-    classifier: Classifier, split: TokenizedSplit, config: RunConfig, pad_id: int, device: torch.device
-) -> float:
-    batches = _spread(evaluation_loader(split, config, pad_id), MEASURED_EVALUATIONS)
-    per_token = _seconds_per_token(
-        batches, device, lambda batch: classifier(batch["input_ids"], batch["attention_mask"])
-    )
-    return per_token * float(split.lengths.sum())
-
-
 def estimate_table(record: dict[str, Any], config: RunConfig) -> str:
     """The estimate for people."""
     memory, seconds = record["memory"], record["seconds"]
     names = ("weights", "gradients", "optimizer", "activations")
     parts = {name: memory[name] for name in names}
+    if memory["kept_outputs"]:
+        parts["outputs of frozen layers"] = memory["kept_outputs"]
     parts["libraries, buffers, data"] = max(memory["peak"] - sum(parts.values()), 0)
     lines = [f"{'memory':<28}{'MiB':>10}"]
     lines += [f"{name:<28}{size / 2**20:>10,.0f}" for name, size in (parts | {"peak": memory["peak"]}).items()]
     times = {f"one of {config.epochs} epochs, {record['steps']:,} steps": seconds["epoch"]}
     times |= {name: seconds[name] for name in ("validation", "test") if name in seconds}
+    if memory["kept_outputs"]:
+        times |= {f"{name}, from the second on": seconds[f"later_{name}"] for name in ("epoch", "validation")}
     lines += ["", f"{'time':<28}{'seconds':>10}"]
     lines += [f"{name:<28}{value:>10,.0f}" for name, value in (times | {"whole run": seconds["run"]}).items()]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_flags import from_flags
+from command_flags import from_flags, without_switches
 from run_config import RunConfig, UserError, not_installed
 
 if TYPE_CHECKING:  # loaded when a run starts, so that a wrong flag is refused at once
@@ -113,7 +113,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     prepared = prepare(config)
     config, directory = prepared.config, prepared.directory
-    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": _command()}
+    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": _command(sys.argv)}
     try:
         train(prepared, result)
         result["status"] = "finished"
@@ -152,10 +152,9 @@ def _one_line(error: Exception) -> str:
     return text[0] if text else type(error).__name__
 
 
-def _command() -> str:
+def _command(words: Sequence[str]) -> str:
     """The command line as it can be typed in the project's folder; paths relative where they lie below it."""
-    words = [word.replace(f"{Path.cwd()}{os.sep}", "") for word in sys.argv]
-    return shlex.join(["python", *words])
+    return shlex.join(["python", *(word.replace(f"{Path.cwd()}{os.sep}", "") for word in words)])
 
 
 def _python() -> str:
@@ -176,9 +175,10 @@ def _interruption(directory: Path, at_once: bool) -> str:
 
 
 def _command_with(directory: Path, flag: str) -> str:
-    given = any(word.split("=")[0] == "--output_dir" for word in sys.argv)
-    directory_flag = "" if given else f" --output_dir {shlex.quote(str(directory))}"
-    return _command() + directory_flag + ("" if flag in sys.argv else f" {flag}")
+    words = [*without_switches(sys.argv, "--resume", "--overwrite"), flag]
+    if not any(word.split("=")[0] == "--output_dir" for word in words):
+        words[-1:-1] = ["--output_dir", str(directory)]
+    return _command(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,11 +187,14 @@ def _command_with(directory: Path, flag: str) -> str:
 
 def prepare(config: RunConfig) -> Prepared:
     """Checks all that can be checked, reads and tokenizes the data, and opens the run directory at last."""
-    from local_run_utilities import check_directory, default_directory, open_directory
+    from local_run_utilities import check_directory, default_directory, in_slurm_step, open_directory
     from local_training_utilities import quiet_lightning, resolve_hardware, resolve_learning_rate
 
     first = not _is_helper()
     inherited = os.environ.get(DIRECTORY_VARIABLE) if not first else None
+    alike = first or inherited or in_slurm_step()  # Lightning's launcher and srun let processes know of each other
+    if config.output_dir is None and ("TORCHELASTIC_RUN_ID" in os.environ or not alike):
+        raise UserError("--output_dir: is needed where torchrun or several hosts start the processes of a run")
     directory = config.output_dir or Path(inherited or default_directory(config))
     # Complete before it is compared with the run that --resume continues.
     config = replace(config, learning_rate=resolve_learning_rate(config), output_dir=directory)
@@ -202,6 +205,7 @@ def prepare(config: RunConfig) -> Prepared:
     from base_models import find_model, load_tokenizer
     from local_dataset_utilities import load_texts, tokenize
     from local_model_utilities import import_bitsandbytes
+    from token_batches import check_batches
 
     with quiet_lightning():
         hardware = resolve_hardware(config)
@@ -212,6 +216,7 @@ def prepare(config: RunConfig) -> Prepared:
     texts = load_texts(config)
     splits = tokenize(texts, tokenizer, config)
     prepared = Prepared(config, directory, hardware, folder, texts, splits, int(tokenizer.pad_token_id))
+    check_batches(splits, config)
     if writes:
         open_directory(directory, config)
         os.environ[DIRECTORY_VARIABLE] = str(directory)

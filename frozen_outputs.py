@@ -4,6 +4,7 @@ Without dropout the output of the layers below the first trained one never chang
 most of the model. Rows of padding are not kept: nothing reads them.
 """
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class FrozenOutputs:
             raise OSError(f"{folder} has {free:,} bytes left, {self.bytes:,} are needed")
         with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives it
             file.truncate(self.bytes)
+            if hasattr(os, "posix_fallocate"):  # else a disk that fills up later would kill the process
+                os.posix_fallocate(file.fileno(), 0, self.bytes)
             mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(self.bytes,))
         self.rows = torch.from_numpy(mapped).view(dtype).view(shape)
 

@@ -179,11 +179,12 @@ def _split(source: Source, names: list[str], config: RunConfig) -> tuple[dict[st
     kind = config.split or ("official" if "test" in tables else "stratified")
     if kind != "stratified" and "test" not in tables:
         raise UserError(f"--split {kind}: {source.name} ({source.where}) has no test split, allowed is stratified")
-    if kind == "official":
+    if kind == "official" or (config.split is None and "validation" in tables):
         splits = dict(tables)
-        if "validation" not in tables:
-            splits["train"], splits["validation"] = _parts(tables["train"], (90, 10), names, config.data_seed)
-        return {split: splits[split] for split in SPLITS}, f"{source.name}, official test ({source.where})"
+        for missing in {"validation", "test"} - set(tables):  # one at most
+            splits["train"], splits[missing] = _parts(tables["train"], (90, 10), names, config.data_seed)
+        test = "official test" if "test" in tables else "held-out test"
+        return {split: splits[split] for split in SPLITS}, f"{source.name}, {test} ({source.where})"
     shares = (35, 5, 10) if kind == "resplit" else (80, 10, 10)
     # One table keeps its rows: repeated sentences may be missing from it.
     everything = pd.concat([tables[s] for s in SPLITS if s in tables], ignore_index=len(tables) > 1)

@@ -48,10 +48,17 @@ OTHERS_ALLOWED = 0.03  # of the machine's processor time: what its services and 
 
 
 def default_directory(config: RunConfig) -> Path:
-    """``runs/DATASET-METHOD-TIME``; under SLURM the job's number, which all ranks share and a requeue keeps."""
+    """``runs/DATASET-METHOD-TIME``; with srun the numbers of job and step, which all processes of a run share."""
     method = "qlora" if config.q_lora else config.method
-    moment = os.environ.get("SLURM_JOB_ID") or datetime.now().strftime("%Y%m%d-%H%M%S")
+    moment = datetime.now().strftime("%Y%m%d-%H%M%S")
+    if in_slurm_step():
+        moment = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     return Path("runs") / f"{config.dataset}-{method}-{moment}"
+
+
+def in_slurm_step() -> bool:
+    """Whether srun has started this process."""
+    return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ
 
 
 def check_directory(directory: Path, config: RunConfig) -> None:
@@ -306,7 +313,9 @@ def process_seconds() -> float | None:
 
 
 def was_alone(before: tuple[float, float] | None, seconds: float) -> bool | None:
-    """Whether this process had the machine to itself in the last seconds: only then do its time and memory compare.
+    """Whether this process had the processors to itself in the last seconds: only then do its time and memory compare.
+
+    Of other processes on a GPU it knows nothing.
 
     Args:
         before: ``processor_seconds`` at their beginning.

@@ -19,8 +19,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -32,7 +31,7 @@ from frozen_outputs import FrozenOutputs
 from local_model_utilities import Classifier, saved_parameters
 from run_config import RunConfig, UserError
 from run_files import BEST_CHECKPOINT
-from training_callbacks import ProgressLines
+from training_callbacks import ADVICE, NOT_FINITE, BestCheckpoint, PatientStop, ProgressLines, TrainingFailed
 
 Batch = dict[str, Tensor]
 Predictions = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -151,9 +150,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, total_st
     assert config.warmup_fraction is not None
     if config.scheduler == "onecycle":
         rates = [group["lr"] for group in optimizer.param_groups]
-        rising = max(config.warmup_fraction, 1e-9)
+        rising = min(config.warmup_fraction + 1e-9, 1.0)  # torch divides by steps * rising - 1
         return OneCycleLR(optimizer, rates, total_steps, pct_start=rising, cycle_momentum=False)
-    warmup = math.ceil(config.warmup_fraction * total_steps)
+    warmup = min(math.ceil(config.warmup_fraction * total_steps), total_steps - 1)  # the first step of one trains
     return LambdaLR(optimizer, partial(_rate_factor, config.scheduler, warmup, total_steps))
 
 
@@ -192,7 +191,7 @@ class FineTuning(pl.LightningModule):
             {
                 "accuracy": MulticlassAccuracy(class_count, average="micro"),
                 "macro_f1": MulticlassF1Score(class_count, average="macro"),
-                "loss": MeanMetric(),
+                "loss": MeanMetric(nan_strategy="disable"),  # else it leaves out what is not finite
             },
             compute_groups=False,
         )
@@ -242,6 +241,8 @@ class FineTuning(pl.LightningModule):
         values = metrics.compute()  # type: ignore[operator]
         metrics.reset()  # type: ignore[operator]
         self.scores[split] = {name: float(value) for name, value in values.items()}
+        if not math.isfinite(self.scores[split]["loss"]):
+            raise TrainingFailed(f"{NOT_FINITE} in {split}: {ADVICE}")
         parts = [torch.cat(column).cpu().numpy() for column in zip(*self._parts, strict=True)] if self._parts else []
         self._parts = []
         self.predictions[split] = _gather(parts)
@@ -295,10 +296,10 @@ def _gather(parts: list[np.ndarray]) -> Predictions:
 
 
 def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbacks: list[Callback]) -> pl.Trainer:
-    """Lightning's trainer: best and last checkpoint, early stopping, progress bar, TensorBoard if installed."""
+    """Lightning's trainer: best and last checkpoint, early stopping, progress bar."""
     mode = "min" if config.monitor == "loss" else "max"
     monitor = f"validation_{config.monitor}"
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         dirpath=directory,
         filename=BEST_CHECKPOINT.removesuffix(".ckpt"),
         monitor=monitor,
@@ -308,7 +309,8 @@ def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbac
         enable_version_counter=False,
     )
     at_terminal = sys.stdout.isatty()
-    stopping = [EarlyStopping(monitor, patience=config.patience, mode=mode)] if config.patience else []
+    refresh_rate = 20 if hardware.on_gpu else 1  # the loss that it shows waits for the device
+    stopping = [PatientStop(monitor, patience=config.patience, mode=mode)] if config.patience else []
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
@@ -322,9 +324,9 @@ def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbac
             *callbacks,
             *stopping,
             best,
-            TQDMProgressBar() if at_terminal else ProgressLines(),
+            TQDMProgressBar(refresh_rate) if at_terminal else ProgressLines(),
         ],
-        logger=_tensorboard(directory),
+        logger=False,  # metrics.csv is the run's own history
         log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -334,13 +336,6 @@ def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbac
         # requeueing is the job script's: only one of the two may do it
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
     )
-
-
-def _tensorboard(directory: Path) -> TensorBoardLogger | Literal[False]:
-    try:
-        return TensorBoardLogger(directory, name="", version="tensorboard")
-    except ModuleNotFoundError:
-        return False
 
 
 @contextmanager

@@ -72,6 +72,8 @@ def read_texts(path: Path, column: str) -> list[str]:
         UserError: it cannot be read, is not UTF-8, has no such column, or no text at all.
     """
     try:
+        if path.suffix.lower() in (".jsonl", ".parquet"):
+            raise UserError(f"--file {path}: allowed are a CSV file and a file with one text a line")
         is_csv = path.suffix.lower() == ".csv"
         with path.open(encoding="utf-8-sig", newline="" if is_csv else None) as file:  # Excel writes a mark first
             if is_csv:
@@ -111,7 +113,8 @@ def here(config: RunConfig) -> RunConfig:
     accelerator: Literal["cpu", "auto"] = "cpu" if config.accelerator == "cpu" else "auto"
     without_gpu = accelerator == "cpu" or not torch.cuda.is_available()
     precision = "auto" if config.precision == "fp16" and without_gpu else config.precision
-    return replace(config, accelerator=accelerator, precision=precision, device=None, devices=1, num_nodes=1)
+    one = replace(config, device=None, devices=1, num_nodes=1, compile=False)  # to compile takes minutes
+    return replace(one, accelerator=accelerator, precision=precision)
 
 
 def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
@@ -125,6 +128,7 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
         The label names, and one row of probabilities a text.
     """
     config, label_names = load_run(directory)
+    config = here(config)
 
     import numpy as np
     import torch
@@ -134,15 +138,17 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     from local_model_utilities import build_classifier, saved_parameters
     from local_run_utilities import load_trained
     from local_training_utilities import quiet_lightning, resolve_hardware
+    from text_sources import without_breaks
     from token_batches import evaluation_loader
 
     with quiet_lightning():  # its advice on srun
-        hardware = resolve_hardware(here(config))
+        hardware = resolve_hardware(config)
     folder = find_model(config)
     classifier = build_classifier(config, folder, label_names, hardware.dtype)
     load_trained(directory, saved_parameters(classifier), config)
     tokenizer = load_tokenizer(config.model_name, folder)
-    tokens, offsets = encode_texts(list(texts), tokenizer, config)
+    cleaned = [without_breaks(text) for text in texts] if config.dataset == "imdb" else list(texts)
+    tokens, offsets = encode_texts(cleaned, tokenizer, config)
     rows = np.arange(len(texts))
     split = TokenizedSplit(tokens, offsets, labels=np.zeros_like(rows), rows=rows)
     device = torch.device("cuda" if hardware.on_gpu else "cpu")

@@ -88,8 +88,13 @@ def read_source(config: RunConfig) -> Source:
         files = {s: _hub_file("stanfordnlp/imdb", name, INSTEAD_OF_IMDB) for s, name in names.items()}
         tables = {split: _read_table(path, config) for split, path in files.items()}
     name = "IMDb" if "test" in tables else "IMDb train"  # never call a part of train "IMDb test"
-    tables = {k: t.assign(text=t.text.str.replace("<br />", " ", regex=False)) for k, t in tables.items()}
+    tables = {split: table.assign(text=table.text.map(without_breaks)) for split, table in tables.items()}
     return Source(name, where, tables, LABEL_NAMES["imdb"])
+
+
+def without_breaks(review: str) -> str:
+    """A review of IMDb without the line breaks of the page that it comes from."""
+    return review.replace("<br />", " ")
 
 
 def _split_files(folder: Path) -> dict[str, Path]:

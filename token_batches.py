@@ -266,6 +266,18 @@ def train_loader(
     return TokenBatchLoader(split, sampler, pad_id, pin_memory=pin_memory)
 
 
+def check_batches(splits: dict[str, TokenizedSplit], config: RunConfig) -> None:
+    """Makes all batches of a run, which needs no model.
+
+    Raises:
+        UserError: fewer texts than the processes, or one optimizer step, need.
+    """
+    processes = config.devices * config.num_nodes
+    for name, split in splits.items():
+        make = train_loader if name == "train" else evaluation_loader
+        make(split, config, pad_id=0, world_size=processes)
+
+
 def evaluation_loader(
     split: TokenizedSplit,
     config: RunConfig,

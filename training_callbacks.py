@@ -10,12 +10,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from local_run_utilities import write_metrics
 from run_files import LAST_CHECKPOINT
+
+NOT_FINITE = "the loss is not finite"
+ADVICE = "lower --learning_rate, or use another --precision"
 
 
 class TrainingFailed(Exception):
@@ -46,10 +49,11 @@ class Meter(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("rows", "train_seconds", "validation_seconds")}
-        return state | {"earlier_seconds": self.run_seconds, "torch_rng": torch.get_rng_state()}
+        cuda = {"cuda_rng": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+        return state | {"earlier_seconds": self.run_seconds, "torch_rng": torch.get_rng_state()} | cuda
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rng = state.pop("torch_rng")
+        self._rng, self._cuda_rng = state.pop("torch_rng"), state.pop("cuda_rng", None)
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -61,6 +65,8 @@ class Meter(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if hasattr(self, "_rng"):
             torch.set_rng_state(self._rng.cpu())
+            if self._cuda_rng is not None and pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(self._cuda_rng.cpu())
         self._every = max(1, min(50, pl_module.total_steps // self.rows_per_run))
         self._since = _now(pl_module)
 
@@ -83,9 +89,7 @@ class Meter(Callback):
         bad = (~torch.isfinite(recent)).nonzero().flatten().tolist()
         if bad:
             step = trainer.fit_loop.total_batch_idx + 1 - (count - 1 - bad[0])
-            raise TrainingFailed(
-                f"the loss is not finite at batch {step}: lower --learning_rate, or use another --precision"
-            )
+            raise TrainingFailed(f"{NOT_FINITE} at batch {step}: {ADVICE}")
 
     def _add_row(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.tick(pl_module)
@@ -121,6 +125,25 @@ class Meter(Callback):
         self.rows.append({"step": trainer.global_step, "epoch": epoch, "train_seconds": self.train_seconds} | scores)
         if trainer.is_global_zero:
             write_metrics(self.directory, self.rows)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Knows the best checkpoint of a continued run although its directory has moved, or is mounted elsewhere."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        moved = {key: self._here(value) for key, value in state_dict.items() if key.endswith("_path")}
+        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"best_k_models": best, "dirpath": self.dirpath})
+
+    def _here(self, path: str) -> str:
+        return str(Path(self.dirpath or "") / Path(path).name) if path else path
+
+
+class PatientStop(EarlyStopping):
+    """Does not forget, when a run that it has ended is continued, that no epoch is left."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        trainer.should_stop = self.wait_count >= self.patience
 
 
 class ProgressLines(Callback):
@@ -187,11 +210,13 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
+        last = batch_idx + 1 >= trainer.num_training_batches  # its checkpoint comes after the validation
+        if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         asked = self.asked
         if trainer.world_size > 1:  # ranks hear a signal at different steps, and must stop at the same one
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        last = batch_idx + 1 >= trainer.num_training_batches  # its checkpoint comes after the validation
-        if asked and not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if asked:
             self.meter.tick(pl_module)
             trainer.save_checkpoint(self.directory / LAST_CHECKPOINT)
             raise Interrupted

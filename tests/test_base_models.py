@@ -3,10 +3,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import LAYERS, packaged_folder
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoModel, AutoTokenizer
 
 from base_models import find_model, load_pretrained, load_tokenizer
@@ -14,6 +16,10 @@ from model_families import FAMILIES
 from run_config import PACKAGED, RunConfig, UserError
 
 NAMES = ["bad", "good"]
+
+
+def hub_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    return kind("refused", response=SimpleNamespace(headers={}, request=None))
 
 
 def load(folder: Path, **settings: object) -> torch.nn.Module:
@@ -51,6 +57,13 @@ def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monkey
         find_model(RunConfig(model_name=PACKAGED))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_the_file_of_the_weights_does_not_stay_in_memory(tiny_folders: dict[str, Path]) -> None:
+    model = load(tiny_folders["distilbert"])
+    assert sum(1 for _ in model.parameters()) > 10
+    assert str(tiny_folders["distilbert"]) not in Path("/proc/self/maps").read_text()
+
+
 def test_label_names_go_into_the_models_config(tiny_folders: dict[str, Path]) -> None:
     model = load(tiny_folders["bert"])
     assert model.config.id2label == {0: "bad", 1: "good"}
@@ -65,6 +78,24 @@ def test_dropout_flags_reach_every_dropout(tiny_folders: dict[str, Path], model_
     assert len(attention) == LAYERS
     assert {rates.pop(name) for name in attention} == {0.125}
     assert set(rates.values()) == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("the connection was closed"), "could not be downloaded: the connection was closed"),
+        (hub_error(RepositoryNotFoundError), "the hub has no such model"),
+        (hub_error(GatedRepoError), "accept its terms"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
+    def download(*_: object, local_files_only: bool = False, **__: object) -> None:
+        raise LocalEntryNotFoundError("not cached") if local_files_only else error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("base_models.require_hub", lambda *_: None)
+    with pytest.raises(UserError, match=words):
+        find_model(RunConfig(model_name="somebody/something"))
 
 
 def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import config_of_flags, refusal
 
-from command_flags import from_flags, make_parser, parse_bool
+from command_flags import from_flags, make_parser, parse_bool, without_switches
 from run_config import GROUPS, LORA_TARGETS, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +39,11 @@ def test_parse_bool_takes_nothing_else() -> None:
     for word in ("", "2", "t", "on", "None", " true"):
         with pytest.raises(argparse.ArgumentTypeError, match="neither"):
             parse_bool(word)
+
+
+def test_switches_are_taken_out_with_what_was_given_to_them() -> None:
+    words = ["--overwrite", "--seed", "1", "--overwrite=True", "--overwrite", "no", "--resume", "--q_lora", "True"]
+    assert without_switches(words, "--overwrite", "--resume") == ["--seed", "1", "--q_lora", "True"]
 
 
 def test_flags_that_users_know_keep_their_names() -> None:

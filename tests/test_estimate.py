@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_finetune_lora import flags, start
@@ -39,6 +40,20 @@ def test_parts_are_those_that_are_known(
     table = estimate_table(record, config)
     assert "15 steps" in table
     assert "activations" in table
+
+
+def test_outputs_of_frozen_layers_are_part_of_it(tiny_folders: dict[str, Path], review_folder: Path) -> None:
+    settings: dict[str, Any] = {"method": "selective", "trainable_layers": 1, "epochs": 5}
+    record, config = measured(tiny_folders["distilbert"], review_folder, **settings)
+    plain, _ = measured(tiny_folders["distilbert"], review_folder, frozen_cache_gb=0.0, **settings)
+    memory, seconds = record["memory"], record["seconds"]
+    assert plain["memory"]["kept_outputs"] == 0 < memory["kept_outputs"]
+    assert memory["kept_outputs"] % (32 * 4) == 0, "rows of the model's width, in fp32"
+    assert plain["seconds"]["later_epoch"] == plain["seconds"]["epoch"]
+    later = seconds["later_epoch"] + seconds["later_validation"]
+    expected = seconds["epoch"] + seconds["validation"] + 4 * later + seconds["test"]
+    assert seconds["run"] == pytest.approx(expected)
+    assert "outputs of frozen layers" in estimate_table(record, config)
 
 
 def test_checkpointing_keeps_fewer_activations(tiny_folders: dict[str, Path], review_folder: Path) -> None:

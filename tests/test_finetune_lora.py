@@ -1,5 +1,7 @@
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +83,7 @@ def test_a_run_leaves_what_the_design_lists(
     adapter = {"adapter_model.safetensors", "adapter_config.json"}
     weights = {"trained_weights.safetensors"} if "--method" in more else adapter
     expected = {"result.json", "config.json", "predictions.parquet", "metrics.csv", "learning_curve.png", "last.ckpt"}
-    assert {path.name for path in output.iterdir()} - {"tensorboard"} == expected | weights
+    assert {path.name for path in output.iterdir()} == expected | weights
     shown = capsys.readouterr().out
     assert "total" in shown
     assert "test        accuracy" in shown
@@ -106,6 +108,30 @@ def test_patience_stops_early(tiny_folders: dict[str, Path], review_folder: Path
     assert result_of(tmp_path / "run")["train"]["epochs"] == 2
 
 
+def test_patience_is_not_forgotten_by_a_continued_run(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = flags(tiny_folders["distilbert"], review_folder, run, "--epochs", "20", "--patience", "1")
+    assert main([*words, "--learning_rate", "1e-12"]) == 0
+    first = result_of(run)
+    (run / "result.json").unlink()  # as if it had been killed before it could write
+    shutil.copy(run / "last.ckpt", run / "best.ckpt")
+    assert main([*words, "--learning_rate", "1e-12", "--resume"]) == 0
+    assert result_of(run)["train"]["epochs"] == first["train"]["epochs"] == 2
+    assert result_of(run)["validation"]["loss"] == first["validation"]["loss"]
+
+
+def test_processes_that_torchrun_starts_need_to_be_told_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["--offline", "--accelerator", "cpu", "--limit_train", "8", "--epochs", "1"]) == 2
+        assert "error: --output_dir: is needed where torchrun" in capsys.readouterr().err
+
+
 # --- interrupted, continued, failed
 
 
@@ -121,7 +147,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     whole = start(flags(model, data, tmp_path / "whole", *more))
     assert whole.wait(120) == 0, whole.stderr.read() if whole.stderr else ""
 
-    broken = start(flags(model, data, tmp_path / "broken", *more))
+    broken = start(flags(model, data, tmp_path / "broken", *more, "--overwrite", "True"))
     assert broken.stdout is not None
     seen = ""
     while "epoch 1/2  batch 18/" not in seen:  # somewhere in the first epoch
@@ -131,18 +157,23 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     broken.send_signal(number)
     _, rest = broken.communicate(timeout=60)
     assert broken.returncode == 130, seen + rest
+    (told,) = (line for line in rest.splitlines() if line.startswith("interrupted; continue with: python "))
     assert result_of(tmp_path / "broken")["status"] == "interrupted"
     steps = result_of(tmp_path / "broken")["train"]["steps"]
     assert 0 < steps < result_of(tmp_path / "whole")["train"]["steps"] / 2
 
-    continued = start(flags(model, data, tmp_path / "broken", *more, "--resume"))
+    broken_run = tmp_path / "broken"
+    if number == signal.SIGTERM:  # as if the disk had been mounted elsewhere
+        broken_run = broken_run.rename(tmp_path / "moved")
+    words = shlex.split(told.partition("finetune_lora.py ")[2].replace(str(tmp_path / "broken"), str(broken_run)))
+    continued = start(words)
     assert continued.wait(120) == 0, continued.stderr.read() if continued.stderr else ""
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
-    found = load_file(tmp_path / "broken" / "adapter_model.safetensors")
+    found = load_file(broken_run / "adapter_model.safetensors")
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
     for part in ("validation", "test"):
-        assert result_of(tmp_path / "whole")[part]["loss"] == result_of(tmp_path / "broken")[part]["loss"]
-    result = result_of(tmp_path / "broken")
+        assert result_of(tmp_path / "whole")[part]["loss"] == result_of(broken_run)[part]["loss"]
+    result = result_of(broken_run)
     assert result["train"]["steps"] == result_of(tmp_path / "whole")["train"]["steps"]
     assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
 
@@ -217,6 +248,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--max_length", "4"], "--max_length 4"),
         (["--max_length", "1000"], "--max_length 1000"),
         (["--batch_tokens", "8"], "--batch_tokens 8"),
+        (["--accumulate", "1000"], "--accumulate"),
         (["--limit_test", "1000"], "--limit_test 1000"),
         (["--split", "resplit"], "--split resplit"),
         (["--text_column", "body"], "--text_column"),

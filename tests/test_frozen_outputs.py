@@ -1,6 +1,8 @@
 """Outputs of frozen layers: what is loaded is what was saved, in memory and on disk, and a whole run is unchanged."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,20 @@ def test_a_batch_is_known_when_all_of_it_is(tmp_path: Path) -> None:
     outputs.of(np.array([1])).save(torch.ones(1, 1, 4), torch.ones(1, 1, dtype=torch.bool))
     assert outputs.of(np.array([1])).known
     assert not outputs.of(np.array([1, 2])).known
+
+
+def test_a_file_takes_its_room_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the process would be killed, without a word, on a disk that fills up later."""
+    asked: list[int] = []
+
+    def full(_: int, begin: int, size: int) -> None:
+        asked.append(size - begin)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        FrozenOutputs(LENGTHS, 4, torch.float32, 0, tmp_path)
+    assert asked == [11 * 4 * 4]
 
 
 def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:

@@ -126,6 +126,17 @@ def test_given_validation_is_used(tmp_path: Path) -> None:
     assert [len(split.texts) for split in texts.splits.values()] == [40, 10, 8]
 
 
+def test_of_a_given_validation_and_no_test_only_the_test_is_carved_out(tmp_path: Path) -> None:
+    for name, n in (("train", 40), ("validation", 10)):
+        frame(n, word=name).to_parquet(tmp_path / f"{name}.parquet")
+    texts = load_texts(text_config(tmp_path))
+    assert texts.source.endswith(", held-out test (local files)")
+    assert [len(split.texts) for split in texts.splits.values()] == [36, 10, 4]
+    assert {text.split()[0] for text in texts.splits["validation"].texts} == {"validation"}
+    everything = load_texts(text_config(tmp_path, split="stratified"))
+    assert [len(split.texts) for split in everything.splits.values()] == [40, 5, 5]
+
+
 def test_leaks_leave_train_before_the_limit(tmp_path: Path) -> None:
     train, test = frame(40), frame(6, word="test")
     test.loc[0, "text"] = "  train text 4\n"

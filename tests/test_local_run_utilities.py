@@ -177,10 +177,11 @@ def test_resume_of_a_run_whose_configuration_is_damaged_is_refused(tmp_path: Pat
 
 
 def test_default_directory_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert default_directory(RunConfig(q_lora=True)).match("runs/imdb-qlora-*")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert default_directory(RunConfig(method="full")) == Path("runs/imdb-full-77")
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)  # a shell of salloc, in which several runs may follow
+    assert default_directory(RunConfig(q_lora=True)).match("runs/imdb-qlora-20*-*")
+    monkeypatch.setenv("SLURM_STEP_ID", "3")
+    assert default_directory(RunConfig(method="full")) == Path("runs/imdb-full-77.3")
 
 
 # --- trained weights

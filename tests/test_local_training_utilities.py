@@ -18,16 +18,17 @@ from local_training_utilities import (
     resolve_learning_rate,
 )
 from run_config import RunConfig, UserError
+from training_callbacks import TrainingFailed
 
 STEPS = 50
 
 
-def rates(config: RunConfig) -> np.ndarray:
+def rates(config: RunConfig, steps: int = STEPS) -> np.ndarray:
     """The learning rate of each step, as the optimizer really has it."""
     optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config, fused=False)
-    scheduler = make_scheduler(optimizer, config, STEPS)
+    scheduler = make_scheduler(optimizer, config, steps)
     found = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
@@ -71,6 +72,14 @@ def test_onecycle_equals_its_closed_form() -> None:
     found = rates(RunConfig(scheduler="onecycle", learning_rate=top))
     np.testing.assert_allclose(found, np.where(steps <= turn, up, down), rtol=1e-6)
     assert found.max() == pytest.approx(top)
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "onecycle"])
+@pytest.mark.parametrize("steps", [1, 2, 10, 20])
+def test_the_shortest_runs_have_a_schedule_and_learn(scheduler: str, steps: int) -> None:
+    found = rates(RunConfig(scheduler=scheduler, learning_rate=0.1, warmup_fraction=0.1), steps)
+    assert 0 <= found.min() <= found.max() <= 0.1
+    assert found.max() > 0
 
 
 def test_onecycle_leaves_momentum_and_beta_alone() -> None:
@@ -140,6 +149,18 @@ def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, 
     assert not torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
     module.eval()
     assert torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
+
+
+def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -> None:
+    """A single text's loss counts: a mean that leaves it out would hide it."""
+    config = RunConfig(model_name=str(tiny_folders["distilbert"]), max_length=32)
+    classifier = build_classifier(config, find_model(config), ["bad", "good"], torch.float32)
+    module = FineTuning(classifier, config, class_count=2, total_steps=1)
+    logits = torch.tensor([[0.0, 1.0], [math.nan, 0.0]])
+    module._logits = lambda *_: logits  # type: ignore[method-assign]
+    module.validation_step({"labels": torch.tensor([1, 0]), "rows": torch.arange(2)})
+    with pytest.raises(TrainingFailed, match="the loss is not finite in validation: lower --learning_rate"):
+        module.on_validation_epoch_end()
 
 
 # --- hardware

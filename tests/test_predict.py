@@ -104,6 +104,19 @@ def test_long_texts_are_cut_as_in_the_run(runs: dict[str, Path]) -> None:
     assert predict(runs["full"], [begin + end[: len(end) // 2]])[1] != short
 
 
+def test_reviews_of_imdb_lose_their_line_breaks_as_in_training(runs: dict[str, Path], tmp_path: Path) -> None:
+    texts = ["superb<br /><br />plot", "superb  plot"]
+    raw = predict(runs["full"], texts)[1]
+    assert abs(raw[0][0] - raw[1][0]) > 1e-4  # other texts keep what they hold
+    shutil.copytree(runs["full"], tmp_path / "imdb")
+    result = json.loads((tmp_path / "imdb" / RESULT).read_text())
+    result["config"] |= {"dataset": "imdb", "compile": True}  # nor is anything compiled for a few texts
+    (tmp_path / "imdb" / RESULT).write_text(json.dumps(result))
+    first, second = predict(tmp_path / "imdb", texts)[1]
+    assert first == pytest.approx(second, abs=1e-6)
+    assert first == pytest.approx(raw[1], abs=1e-6)
+
+
 # --- the command
 
 
@@ -204,6 +217,7 @@ def test_texts_that_have_no_label(runs: dict[str, Path], tmp_path: Path, capsys:
     refused("a.txt", b"\n  \n", "holds no text")
     refused("a.txt", "d\u00e9j\u00e0 vu".encode("latin-1"), "is not UTF-8")
     refused("a.csv", b"text\n", "holds no text")
+    refused("a.jsonl", b'{"text": "fine"}\n', "allowed are a CSV file and a file with one text a line")
     refused("a.csv", b"", "--text_column text")
     refused("a.csv", b"review,label\nfine,1\n", "has the columns ['review', 'label']")
     refused("a.csv", b"text,label\nfine,1\n", "--text_column review", "--text_column", "review")

@@ -52,7 +52,8 @@ def test_a_signalled_array_task_is_requeued_and_ends_as_if_nothing_had_happened(
 ) -> None:
     directory = tmp_path / "run 3"
     flags = [*flags, "--epochs", "12"]
-    job = ready.submit("--array=3", str(SCRIPT), *flags, "--seed", "%a", f"--output_dir={tmp_path}/run %a")
+    more = ("--seed", "%a", f"--output_dir={tmp_path}/run %a", "--overwrite")  # the requeued job must not do it
+    job = ready.submit("--array=3", str(SCRIPT), *flags, *more)
     number = job.stdout.strip()
     wait_until((directory / "last.ckpt").exists, "the first epoch")
     ready.command("scancel", "--batch", f"--signal={signal.SIGUSR1.name}", f"{number}_3")

@@ -16,6 +16,7 @@ from token_batches import (
     EVALUATION_BATCH_SIZE,
     EVALUATION_FACTOR,
     TokenBatchSampler,
+    check_batches,
     evaluation_loader,
     plan_batches,
     train_loader,
@@ -156,6 +157,15 @@ def test_batches_of_one_that_do_not_divide() -> None:
     with pytest.raises(UserError, match=r"5 training texts.*--batch_size"):
         sampler(np.full(5, 20), batch_size=1, accumulate=2)
     assert len(sampler(np.full(6, 20), batch_size=1, accumulate=2)) == 6
+
+
+def test_batches_that_no_step_can_be_made_of_are_refused_before_a_model_is_there() -> None:
+    splits = {name: make_split(np.full(5, 20)) for name in ("train", "validation")}
+    check_batches(splits, RunConfig(batch_size=1))
+    with pytest.raises(UserError, match="texts"):
+        check_batches(splits, RunConfig(batch_size=1, accumulate=6))
+    with pytest.raises(UserError, match="--devices"):
+        check_batches({"validation": make_split(np.full(1, 20))}, RunConfig(devices=2, strategy="ddp"))
 
 
 def test_training_batches_hold_the_right_tokens() -> None:
