@@ -16,7 +16,7 @@ from typing import Any
 
 from command_flags import from_flags
 from run_config import RunConfig, UserError
-from run_files import CONFIG, LAST_CHECKPOINT, RESULT, read_config, read_status
+from run_files import BEST_CHECKPOINT, CONFIG, LAST_CHECKPOINT, RESULT, read_config, read_status
 from study_plan import RATE, Run, Study
 
 DIVERGED = "the loss is not finite"  # how such a run's error begins: a rate too large, and so an answer to the tuning
@@ -124,7 +124,10 @@ class StudyRuns:
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
-            shutil.copytree(made, half, ignore=shutil.ignore_patterns(LAST_CHECKPOINT))
+            try:
+                shutil.copytree(made, half, ignore=shutil.ignore_patterns(LAST_CHECKPOINT, BEST_CHECKPOINT, ".*"))
+            except OSError:  # its process is still at work there
+                continue
             half.replace(self.directory(run))
             return made
         return None

@@ -1,6 +1,7 @@
 """The state of runs on disk, their locks, and what tuning chooses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
     (other.directory(same) / "last.ckpt").write_bytes(b"large")
     config = other.directory(other_data) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"data_dir": "elsewhere"}))
+    (other.directory(same) / "best.ckpt").write_bytes(b"about to go")
     half = runs.folder / f".{same.name}.half"  # of a copy that was killed
     half.mkdir(parents=True)
     (half / "rest").touch()
@@ -58,6 +60,21 @@ def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
     changed = plan("lora_r = 2\n[axes]\nseed = [0]")
     assert StudyRuns(changed.study, Path("runs/third"), Path("data")).take_over(changed.study.runs[0]) is None
     assert runs.state(missing) == "missing"
+
+
+def test_a_run_whose_files_change_while_it_is_copied_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = plan("[axes]\nseed = [0]").study
+    runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
+    (run,) = study.runs
+    leave_run(other, run)
+
+    def vanished(*_: object, **__: object) -> None:
+        raise shutil.Error("a file was removed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", vanished)
+        assert runs.take_over(run) is None
+    assert runs.take_over(run) == other.directory(run)
 
 
 def test_a_collected_run_counts_where_none_lies_here() -> None:
