@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from synthetic_runs import outcomes, write_run
 
+from collected_runs import read_study, studies
 from run_config import UserError
-from study_report import BEST_PRACTICES, PAGES, RESULTS, build, learning_rates, main, with_table
+from study_comparisons import compare_rows
+from study_report import BEST_PRACTICES, PAGES, README, RESULTS, ROOT, build, learning_rates, main, with_table
 
 MARKED = """top
 <!-- s:begin -->
@@ -55,10 +57,30 @@ def test_best_practices_cite_the_scores_of_the_runs() -> None:
     scores = {
         f"{row['study']}/{row['row']}": f"{100 * row['accuracy_mean']:.2f}" for row in rows if row["accuracy_mean"]
     }
-    text = " ".join(BEST_PRACTICES.read_text(encoding="utf8").split())
+    advice = BEST_PRACTICES.read_text(encoding="utf8").partition("<!--")[0]  # what no table is
+    text = " ".join(advice.split())
     cited = re.findall(r"`(\w+/[\w.+-]+)` (\d+\.\d+) %", text)
-    assert len(cited) >= text.count("_official/") > 0
+    assert len(cited) == len(re.findall(r"\d+\.\d\d %", text)) > 0, "each score stands behind its row"
     assert [(row, scores.get(row)) for row, _ in cited] == cited
+
+
+def test_best_practices_cite_the_p_values_of_the_comparisons() -> None:
+    advice = " ".join(BEST_PRACTICES.read_text(encoding="utf8").partition("<!--")[0].split())
+    cited = re.findall(r"\(`(\w+)/([\w.+-]+)` and `\w+/([\w.+-]+)`: corrected p (\S+)\)", advice)
+    assert len(cited) == advice.count("corrected p") > 0
+    for study, first, second, p in cited:
+        found = {frozenset((c.first, c.second)): c for c in compare_rows(read_study(study, RESULTS))[0]}
+        assert f"{found[frozenset((first, second))].corrected_p:.2g}" == p, (study, first, second)
+
+
+def test_every_study_has_a_place_in_the_best_practices() -> None:
+    text = BEST_PRACTICES.read_text(encoding="utf8")
+    for study in {path.stem for path in (ROOT / "studies").glob("*.toml")} - {"smoke", "imdb_official"}:
+        (shown,) = re.findall(f"<!-- {study}:begin -->\n(.*?)\n<!-- {study}:end -->", text, flags=re.DOTALL)
+        assert (shown == "Not run yet.") == (study not in studies(RESULTS)), study
+    markers = ("earlier_work", "imdb_official", "default_learning_rates", "peers", "headline", "plain_path", "roofline")
+    for name in markers:
+        assert f"<!-- {name}:begin -->" in README.read_text(encoding="utf8")
 
 
 def test_rebuilding_gives_the_same_bytes(results: Path) -> None:
@@ -74,7 +96,7 @@ def test_what_the_report_says(results: Path) -> None:
     readme = (results.parent / "README.md").read_text()
     assert "| lora | 90.50 ± 0.71 | 2 | 300 | 1,234 | 100 | 1.00 |" in readme
     assert "| broken | failed |" in readme
-    assert "Highest: lora. Not distinguishable from it: qlora." in readme  # a tie
+    assert "Highest of the 2 compared: lora. Not distinguishable from it: qlora." in readme  # a tie
     assert readme.startswith("top\n")
     assert readme.endswith("end\n")
     assert "old" not in readme
