@@ -4,23 +4,27 @@ One run, from data to ``result.json``. Exit status: 0 finished, 1 failed, 2 inpu
 """
 
 import os
-import shlex
-import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from command_flags import from_flags, without_switches
 from run_config import RunConfig, UserError, not_installed
-
-if TYPE_CHECKING:  # loaded when a run starts, so that a wrong flag is refused at once
-    from local_dataset_utilities import TextData, TokenizedSplit
-    from local_training_utilities import Hardware
+from run_records import (
+    Prepared,
+    command_line,
+    cpu_kernels_used,
+    data_record,
+    headline,
+    summary,
+    test_record,
+    train_record,
+)
 
 DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier with LoRA, QLoRA, selectively or in full."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -86,21 +90,8 @@ def print_estimate(config: RunConfig) -> None:
             prepared.config, prepared.hardware, prepared.model_folder, prepared.splits, prepared.pad_id,
             prepared.texts.label_names,
         )  # fmt: skip
-    headline = _headline(prepared).rpartition("\n")[0]  # without the run directory, which is not made
-    print(f"{headline}\n\n{estimate_table(record, prepared.config)}")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run needs before it trains; all that can be refused has been."""
-
-    config: RunConfig
-    directory: Path
-    hardware: "Hardware"
-    model_folder: Path
-    texts: "TextData"
-    splits: "dict[str, TokenizedSplit]"
-    pad_id: int
+    shown = headline(prepared).rpartition("\n")[0]  # without the run directory, which is not made
+    print(f"{shown}\n\n{estimate_table(record, prepared.config)}")
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -113,7 +104,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     prepared = prepare(config)
     config, directory = prepared.config, prepared.directory
-    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": _command(sys.argv)}
+    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": command_line(sys.argv)}
     try:
         train(prepared, result)
         result["status"] = "finished"
@@ -152,18 +143,6 @@ def _one_line(error: Exception) -> str:
     return text[0] if text else type(error).__name__
 
 
-def _command(words: Sequence[str]) -> str:
-    """The command line as it can be typed in the project's folder; paths relative where they lie below it."""
-    return shlex.join(["python", *(word.replace(f"{Path.cwd()}{os.sep}", "") for word in words)])
-
-
-def _python() -> str:
-    """How this Python is called from here: by its name, unless that is another one (a venv that is not active)."""
-    found = shutil.which("python")
-    same = found is not None and Path(found).absolute().parent == Path(sys.executable).absolute().parent
-    return "python" if same else os.path.relpath(sys.executable)
-
-
 def _interruption(directory: Path, at_once: bool) -> str:
     """What was kept of an interrupted run, and the command that goes on from there."""
     from run_files import LAST_CHECKPOINT
@@ -178,7 +157,7 @@ def _command_with(directory: Path, flag: str) -> str:
     words = [*without_switches(sys.argv, "--resume", "--overwrite"), flag]
     if not any(word.split("=")[0] == "--output_dir" for word in words):
         words[-1:-1] = ["--output_dir", str(directory)]
-    return _command(words)
+    return command_line(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,12 +227,12 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
     keep_freed_memory()
     with quiet_lightning():
         pl.seed_everything(config.seed, verbose=False)
-    result["environment"] = environment_record() | {"cpu_kernels": _cpu_kernels(prepared)}
+    result["environment"] = environment_record() | {"cpu_kernels": cpu_kernels_used(prepared)}
     classifier = build_classifier(config, prepared.model_folder, prepared.texts.label_names, hardware.dtype)
     groups = count_parameters(classifier)
     result["parameters"] = parameter_record(groups)
     if first:
-        print(f"{_headline(prepared)}\n\n{parameter_table(groups)}\n", flush=True)
+        print(f"{headline(prepared)}\n\n{parameter_table(groups)}\n", flush=True)
         if config.verbose:
             print(module_table(classifier.model), flush=True)
     meter = Meter(prepared.directory)
@@ -270,7 +249,7 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
             result["environment"]["alone"] = alone
     leave_process_group()
     if first:
-        print(_summary(prepared, result), flush=True)
+        print(summary(prepared, result), flush=True)
 
 
 def _fit_and_test(
@@ -288,7 +267,7 @@ def _fit_and_test(
     shares = {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": prepared.hardware.on_gpu}
     training = train_loader(splits["train"], config, prepared.pad_id, **shares)
     validation = evaluation_loader(splits["validation"], config, prepared.pad_id, **shares)
-    result["data"] = _data_record(prepared, training)
+    result["data"] = data_record(prepared, training)
     steps = config.epochs * training.steps_per_epoch
     repeated = {name: splits[name].lengths for name in ("train", "validation")}
     # on a GPU, fetching them takes as long as computing them
@@ -298,7 +277,7 @@ def _fit_and_test(
     try:
         trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
     finally:
-        result["train"] = _train_record(trainer, meter, training, len(splits["train"]))
+        result["train"] = train_record(trainer, meter, training, len(splits["train"]))
     module.load_best(directory / BEST_CHECKPOINT)
     result["validation"] = module.scores["validation"] | {
         "examples": len(splits["validation"]),
@@ -315,100 +294,10 @@ def _fit_and_test(
         test = evaluation_loader(splits["test"], config, prepared.pad_id, **shares)
         began = time.perf_counter()
         trainer.test(module, test, verbose=False)
-        result["test"] = _test_record(module.scores["test"], len(splits["test"]), time.perf_counter() - began)
+        result["test"] = test_record(module.scores["test"], len(splits["test"]), time.perf_counter() - began)
     stop.check()
     if trainer.is_global_zero:
         write_predictions(directory, module.predictions)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# records
-
-
-def _data_record(prepared: Prepared, training: Any) -> dict[str, Any]:
-    texts = prepared.texts
-    return {
-        "source": texts.source,
-        "label_names": texts.label_names,
-        "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
-        "tokens": {name: int(split.lengths.sum()) for name, split in prepared.splits.items()},
-        "padding_fraction": training.padding_fraction,
-        "leaks_dropped": texts.leaks_dropped,
-        "notes": texts.notes,
-    }
-
-
-def _train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict[str, Any]:
-    """Wall clock of the epochs, and what was done in it, over all ranks; only real tokens count."""
-    batches = trainer.fit_loop.total_batch_idx + 1
-    epochs = batches / max(len(training), 1)
-    seconds = meter.train_seconds
-    return {
-        "seconds": seconds,
-        "steps": trainer.global_step,
-        "batches": batches,
-        "epochs": epochs,
-        "examples_per_second": examples * epochs / seconds if seconds else None,
-        "tokens_per_second": training.tokens_per_epoch * epochs / seconds if seconds else None,
-    }
-
-
-def _test_record(scores: dict[str, float], examples: int, seconds: float) -> dict[str, Any]:
-    from local_run_utilities import accuracy_interval
-
-    interval = list(accuracy_interval(scores["accuracy"], examples))
-    return scores | {"accuracy_ci95": interval, "examples": examples, "seconds": seconds}
-
-
-def _headline(prepared: Prepared) -> str:
-    config, texts = prepared.config, prepared.texts
-    sizes = ", ".join(f"{len(split.texts):,} {name}" for name, split in texts.splits.items())
-    precision = str(prepared.hardware.dtype).removeprefix("torch.")
-    lines = [
-        f"data    {texts.source}: {sizes}",
-        f"        {texts.leaks_dropped} training texts left out, before any limit: they stand in validation or test",
-        *(f"        {note}" for note in texts.notes),
-        f"model   {config.model_name}, {'qlora' if config.q_lora else config.method}, {precision} on"
-        f" {prepared.hardware.accelerator}",
-        f"        attention kernel: {_cpu_kernels(prepared)}",
-        f"train   {config.epochs} epochs, {config.optimizer}, {config.scheduler},"
-        f" learning rate {config.learning_rate:g}",
-        f"run     {prepared.directory}",
-    ]
-    return "\n".join(lines)
-
-
-def _cpu_kernels(prepared: Prepared) -> str:
-    """Whether the compiled kernels do this run's attention, or why not."""
-    import torch
-
-    from cpu_kernels import library
-
-    if prepared.hardware.on_gpu or prepared.hardware.dtype != torch.bfloat16 or not prepared.config.efficient:
-        return "not asked for"
-    return library()[1]
-
-
-def _summary(prepared: Prepared, result: dict[str, Any]) -> str:
-    train_record, directory = result["train"], prepared.directory
-    shown = {split: result[split] for split in ("validation", "test") if split in result}
-    lines = [
-        f"{split:<11} accuracy {s['accuracy']:.2%}   macro-F1 {s['macro_f1']:.2%}   loss {s['loss']:.4f}"
-        f"   {s['examples']:,} texts"
-        for split, s in shown.items()
-    ]
-    if "test" in result:
-        low, high = result["test"]["accuracy_ci95"]
-        lines.append(f"{'':<11} 95 % interval of the test accuracy: {low:.2%} to {high:.2%}")
-    lines += [
-        f"{'training':<11} {train_record['seconds']:.1f} s, {train_record['tokens_per_second']:,.0f} tokens/s,"
-        f" {train_record['steps']:,} steps; with evaluation and files {result['seconds']:.1f} s",
-        f"{'memory':<11} {result['memory']['peak_bytes'] / 2**20:,.0f} MiB at most ({result['memory']['source']})",
-        f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
-        f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
-        f'{"try it":<11} {_python()} predict.py {directory} --text "..."',
-    ]
-    return "\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""A run that is ready to train, and what is said of it: records of ``result.json``, what is printed before and after.
+
+No torch is loaded before it is asked for, so that a wrong flag is refused at once.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from run_config import RunConfig
+
+if TYPE_CHECKING:
+    from local_dataset_utilities import TextData, TokenizedSplit
+    from local_training_utilities import Hardware
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before it trains; all that can be refused has been."""
+
+    config: RunConfig
+    directory: Path
+    hardware: "Hardware"
+    model_folder: Path
+    texts: "TextData"
+    splits: "dict[str, TokenizedSplit]"
+    pad_id: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+
+def data_record(prepared: Prepared, training: Any) -> dict[str, Any]:
+    """Where the texts come from, how many there are, and how many tokens; ``training`` is the loader."""
+    texts = prepared.texts
+    return {
+        "source": texts.source,
+        "label_names": texts.label_names,
+        "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
+        "tokens": {name: int(split.lengths.sum()) for name, split in prepared.splits.items()},
+        "padding_fraction": training.padding_fraction,
+        "leaks_dropped": texts.leaks_dropped,
+        "notes": texts.notes,
+    }
+
+
+def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict[str, Any]:
+    """Wall clock of the epochs, and what was done in it, over all ranks; only real tokens count."""
+    batches = trainer.fit_loop.total_batch_idx + 1
+    epochs = batches / max(len(training), 1)
+    seconds = meter.train_seconds
+    return {
+        "seconds": seconds,
+        "steps": trainer.global_step,
+        "batches": batches,
+        "epochs": epochs,
+        "examples_per_second": examples * epochs / seconds if seconds else None,
+        "tokens_per_second": training.tokens_per_epoch * epochs / seconds if seconds else None,
+    }
+
+
+def test_record(scores: dict[str, float], examples: int, seconds: float) -> dict[str, Any]:
+    """The test's scores, with the interval of the accuracy."""
+    from local_run_utilities import accuracy_interval
+
+    interval = list(accuracy_interval(scores["accuracy"], examples))
+    return scores | {"accuracy_ci95": interval, "examples": examples, "seconds": seconds}
+
+
+def headline(prepared: Prepared) -> str:
+    """What is printed before training: data, model, settings, and in its last line the run directory."""
+    config, texts = prepared.config, prepared.texts
+    sizes = ", ".join(f"{len(split.texts):,} {name}" for name, split in texts.splits.items())
+    precision = str(prepared.hardware.dtype).removeprefix("torch.")
+    lines = [
+        f"data    {texts.source}: {sizes}",
+        f"        {texts.leaks_dropped} training texts left out, before any limit: they stand in validation or test",
+        *(f"        {note}" for note in texts.notes),
+        f"model   {config.model_name}, {'qlora' if config.q_lora else config.method}, {precision} on"
+        f" {prepared.hardware.accelerator}",
+        f"        attention kernel: {cpu_kernels_used(prepared)}",
+        f"train   {config.epochs} epochs, {config.optimizer}, {config.scheduler},"
+        f" learning rate {config.learning_rate:g}",
+        f"run     {prepared.directory}",
+    ]
+    return "\n".join(lines)
+
+
+def cpu_kernels_used(prepared: Prepared) -> str:
+    """Whether the compiled kernels do this run's attention, or why not."""
+    import torch
+
+    from cpu_kernels import library
+
+    if prepared.hardware.on_gpu or prepared.hardware.dtype != torch.bfloat16 or not prepared.config.efficient:
+        return "not asked for"
+    return library()[1]
+
+
+def summary(prepared: Prepared, result: dict[str, Any]) -> str:
+    """What is printed after it: scores, time, memory, and a command to try the classifier."""
+    trained, directory = result["train"], prepared.directory
+    shown = {split: result[split] for split in ("validation", "test") if split in result}
+    lines = [
+        f"{split:<11} accuracy {s['accuracy']:.2%}   macro-F1 {s['macro_f1']:.2%}   loss {s['loss']:.4f}"
+        f"   {s['examples']:,} texts"
+        for split, s in shown.items()
+    ]
+    if "test" in result:
+        low, high = result["test"]["accuracy_ci95"]
+        lines.append(f"{'':<11} 95 % interval of the test accuracy: {low:.2%} to {high:.2%}")
+    lines += [
+        f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second']:,.0f} tokens/s,"
+        f" {trained['steps']:,} steps; with evaluation and files {result['seconds']:.1f} s",
+        f"{'memory':<11} {result['memory']['peak_bytes'] / 2**20:,.0f} MiB at most ({result['memory']['source']})",
+        f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
+        f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
+        f'{"try it":<11} {_python()} predict.py {directory} --text "..."',
+    ]
+    return "\n" + "\n".join(lines)
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The command line as it can be typed in the project's folder; paths relative where they lie below it."""
+    return shlex.join(["python", *(word.replace(f"{Path.cwd()}{os.sep}", "") for word in words)])
+
+
+def _python() -> str:
+    """How this Python is called from here: by its name, unless that is another one (a venv that is not active)."""
+    found = shutil.which("python")
+    same = found is not None and Path(found).absolute().parent == Path(sys.executable).absolute().parent
+    return "python" if same else os.path.relpath(sys.executable)
