@@ -5,6 +5,7 @@ import io
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from collected_runs import Row, Run, Study
@@ -214,6 +215,7 @@ def notes(study: Study) -> list[str]:
         left_out, finished = sum(study.cost_obstacles.values()), sum(run.finished for run in study.final)
         reasons = "; ".join(f"{count} {reason}" for reason, count in study.cost_obstacles.items())
         found.append(f"Times and memory leave out {left_out} of {finished} runs: {reasons}.")
+    found += _highest_on_validation(study)
     if any(len(row.tested) > 1 for row in study.rows):
         found.append("The command of a row with several seeds is that of the first; the others differ in `--seed`.")
     for name, extreme in (("greatest", max), ("smallest", min)):
@@ -223,6 +225,20 @@ def notes(study: Study) -> list[str]:
                 f"Tuning took the {name} learning rate that it tried, so a better one may lie beyond:"
                 f" {', '.join(at_the_edge)}."
             )
+    return found
+
+
+def _highest_on_validation(study: Study) -> list[str]:
+    """The row that one would choose without having read the test, of each data set; of equals none."""
+    found = []
+    finished = [row for row in study.rows if row.accuracies("validation")]
+    for source in dict.fromkeys(row.common("data", "source") for row in finished):
+        scores = {
+            row.name: fmean(row.accuracies("validation")) for row in finished if row.common("data", "source") == source
+        }
+        best = [name for name, score in scores.items() if score == max(scores.values())]
+        if len(best) == 1 < len(scores):
+            found.append(f"Highest on validation: {best[0]}, {_percent(scores[best[0]])} %.")
     return found
 
 

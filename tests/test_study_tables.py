@@ -134,6 +134,13 @@ def test_a_rate_at_the_edge_of_those_tried_is_noted(tmp_path: Path) -> None:
     ]
 
 
+def test_the_highest_on_validation_is_named_for_each_data_set(tmp_path: Path) -> None:
+    for source, scores in {"imdb": (0.9, 0.92, 0.91), "financial": (0.8, 0.8)}.items():
+        for k, score in enumerate(scores):
+            write_run(tmp_path, "s", f"{source}{k}", validation=score, data={"source": source})
+    assert notes(read_study("s", tmp_path)) == ["Highest on validation: imdb1, 92.00 %."]  # a tie names none
+
+
 def test_commands_are_shown_without_the_places_of_one_machine() -> None:
     command = (
         "python finetune_lora.py --data_dir /data/imdb --q_lora --output_dir /tmp/x --overwrite --epochs 2 --resume"
