@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from run_config import RunConfig, UserError, cache_dir
@@ -81,7 +82,7 @@ def load_texts(config: RunConfig) -> TextData:
     names, source = _encode_labels(source, config)
     splits, how = _split(source, names, config)
     leaks_dropped = _drop_leaks(splits, names)
-    return TextData(
+    data = TextData(
         source=how,
         label_names=names,
         splits={
@@ -91,6 +92,9 @@ def load_texts(config: RunConfig) -> TextData:
         leaks_dropped=leaks_dropped,
         notes=source.notes,
     )
+    del source, splits
+    pa.default_memory_pool().release_unused()  # it would keep several times the texts' size for the whole run
+    return data
 
 
 def prefetch_texts(config: RunConfig) -> None:

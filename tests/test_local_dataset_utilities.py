@@ -3,10 +3,13 @@
 import dataclasses
 import importlib.util
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import frame, packaged_folder, text_config
 from transformers import AutoTokenizer
@@ -14,6 +17,8 @@ from transformers import AutoTokenizer
 import local_dataset_utilities as data
 from local_dataset_utilities import TextData, load_texts, stratified_parts, tokenize
 from run_config import RunConfig, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +160,32 @@ def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
         frame(20).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match="no text of train"):
         load_texts(text_config(tmp_path))
+
+
+HELD = """
+import gc, sys
+from pathlib import Path
+from local_dataset_utilities import load_texts
+from run_config import RunConfig
+
+def held() -> int:  # KiB that are the process's own
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))
+
+before = held()
+texts = load_texts(RunConfig(dataset="text", data_dir=Path(sys.argv[1])))
+gc.collect()
+print((held() - before) * 1024 / sum(len(text) for split in texts.splits.values() for text in split.texts))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_what_reading_took_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Arrow keeps what it has freed, several times the texts, unless it is told to hand it back."""
+    texts = pd.DataFrame({"text": [f"{i} " + "word and " * 130 for i in range(40_000)], "label": [0, 1] * 20_000})
+    texts.to_parquet(tmp_path / "train.parquet")
+    done = subprocess.run([sys.executable, "-c", HELD, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 1 < float(done.stdout) < 3
 
 
 def test_limits(tmp_path: Path) -> None:
