@@ -189,5 +189,7 @@ def estimate_table(record: dict[str, Any], config: RunConfig) -> str:
     if memory["kept_outputs"]:
         times |= {f"{name}, from the second on": seconds[f"later_{name}"] for name in ("epoch", "validation")}
     lines += ["", f"{'time':<28}{'seconds':>10}"]
-    lines += [f"{name:<28}{value:>10,.0f}" for name, value in (times | {"whole run": seconds["run"]}).items()]
+    lines += [
+        f"{name:<28}{value:>10,.0f}" for name, value in (times | {"training and evaluation": seconds["run"]}).items()
+    ]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from command_flags import from_flags, without_switches
-from run_config import RunConfig, UserError, not_installed
+from run_config import RunConfig, UserError, check_data_dir, not_installed
 from run_records import (
     Prepared,
     command_line,
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
             signal.signal(number, signal.SIG_IGN)
     try:
         config = from_flags(sys.argv[1:] if argv is None else argv, DESCRIPTION, defaults)
+        check_data_dir(config)
         if config.prefetch:
             prefetch(config)
             return 0

@@ -262,6 +262,8 @@ def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor
         )
     below.set(xlabel="step", ylabel=f"validation {metric.replace('_', '-')}, %")
     below.margins(y=0.25)
+    below.set_ylim(top=min(below.get_ylim()[1], 101))
+    below.xaxis.get_major_locator().set_params(integer=True)
     for axis in (above, below):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

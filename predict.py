@@ -79,7 +79,8 @@ def read_texts(path: Path, column: str) -> list[str]:
             if is_csv:
                 reader = csv.DictReader(file)
                 if column not in (reader.fieldnames or []):
-                    raise UserError(f"--text_column {column}: {path} has the columns {reader.fieldnames}")
+                    there = ", ".join(reader.fieldnames or []) or "none"
+                    raise UserError(f"--text_column {column}: {path} has no such column; its header names: {there}")
                 texts = [row[column] or "" for row in reader]
             else:
                 texts = [line.rstrip("\n") for line in file if line.strip()]

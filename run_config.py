@@ -260,6 +260,16 @@ class RunConfig:
         ]
 
 
+def check_data_dir(config: RunConfig) -> None:
+    """Refuses a folder of data that is not there, before anything is loaded.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if config.data_dir is not None and not config.data_dir.exists():
+        raise UserError(f"--data_dir {config.data_dir}: there is no such file or folder")
+
+
 def _dependent_defaults(config: RunConfig) -> dict[str, Any]:
     """Values of the settings that depend on others, for those that were not given."""
     financial = config.dataset == "financial_phrasebank"

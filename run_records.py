@@ -121,7 +121,7 @@ def summary(prepared: Prepared, result: dict[str, Any]) -> str:
         f"{'memory':<11} {result['memory']['peak_bytes'] / 2**20:,.0f} MiB at most ({result['memory']['source']})",
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
-        f'{"try it":<11} {_python()} predict.py {directory} --text "..."',
+        f'{"try it":<11} {_python()} predict.py {shlex.quote(str(directory))} --text "..."',
     ]
     return "\n" + "\n".join(lines)
 

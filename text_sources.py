@@ -29,7 +29,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from run_config import RunConfig, UserError, cache_dir
+from run_config import RunConfig, UserError, cache_dir, check_data_dir
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
@@ -66,8 +66,7 @@ def read_source(config: RunConfig) -> Source:
     Raises:
         UserError: data that is missing or cannot be read.
     """
-    if config.data_dir is not None and not config.data_dir.exists():
-        raise UserError(f"--data_dir {config.data_dir}: there is no such file or folder")
+    check_data_dir(config)
     if config.dataset == "financial_phrasebank":
         return _read_phrasebank(config)
     if config.dataset == "text":
@@ -148,7 +147,7 @@ def _checked(table: pd.DataFrame, path: Path, config: RunConfig) -> pd.DataFrame
         column = getattr(config, flag)
         if column not in table.columns:
             there = ", ".join(map(str, table.columns)) or "none"
-            raise UserError(f"--{flag} {column}: {path} has no such column, but {there}")
+            raise UserError(f"--{flag} {column}: {path} has no such column; its columns are: {there}")
     if table.empty:
         raise UserError(f"--data_dir: {path} holds no rows")
     text, label = table[config.text_column], table[config.label_column]
@@ -158,9 +157,10 @@ def _checked(table: pd.DataFrame, path: Path, config: RunConfig) -> pd.DataFrame
     ):
         if bad.any():
             what = "text" if flag == "text_column" else "label"
+            others = f", nor in {int(bad.sum()) - 1} later one(s)" if bad.sum() > 1 else ""
             raise UserError(
-                f"--{flag} {getattr(config, flag)}: {path} has no {what} in row {int(bad.argmax())} "
-                f"(counted from 0; {int(bad.sum())} such rows)"
+                f"--{flag} {getattr(config, flag)}: {path} has no {what} in row {int(bad.argmax())}, the header not"
+                f" counted and the first being 0{others}: remove such rows"
             )
     return pd.DataFrame({"text": text.astype(str).array, "label": label.array})
 

@@ -219,7 +219,7 @@ def test_texts_that_have_no_label(runs: dict[str, Path], tmp_path: Path, capsys:
     refused("a.csv", b"text\n", "holds no text")
     refused("a.jsonl", b'{"text": "fine"}\n', "allowed are a CSV file and a file with one text a line")
     refused("a.csv", b"", "--text_column text")
-    refused("a.csv", b"review,label\nfine,1\n", "has the columns ['review', 'label']")
+    refused("a.csv", b"review,label\nfine,1\n", "no such column; its header names: review, label")
     refused("a.csv", b"text,label\nfine,1\n", "--text_column review", "--text_column", "review")
     refused("a.csv", b"text,label\nfine,1\n,0\n", "text 2 is empty")
     refused("a.csv", b"text\nd\xe9j\xe0 vu\n", "is not UTF-8")

@@ -15,7 +15,7 @@ from study_plan import read_study
 from study_report import make_parser as make_report_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "DistilRoberta/README.md")
+DOCUMENTS = ("README.md", "DistilRoberta/README.md", "docs/best_practices.md")
 
 
 def commands() -> list[str]:
@@ -23,7 +23,7 @@ def commands() -> list[str]:
     found = []
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf8")
-        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+        for block in re.findall(r"\n *```bash\n(.*?)```", text, flags=re.DOTALL):
             found += [line for line in block.splitlines() if line.strip() and not line.startswith("#")]
     return found
 

@@ -74,7 +74,7 @@ def test_other_columns(tmp_path: Path) -> None:
     assert texts.splits["test"].texts[0].startswith("train text")
     for flag, column in (("text_column", "text"), ("label_column", "label")):
         given = {"text_column": "body", "label_column": "class"} | {flag: column}
-        with pytest.raises(UserError, match=f"--{flag} {column}: .*no such column, but body, class"):
+        with pytest.raises(UserError, match=f"--{flag} {column}: .*no such column; its columns are: body, class"):
             load_texts(text_config(tmp_path, **given))
 
 
@@ -135,7 +135,7 @@ def rows_of(*lines: str) -> str:
     ("name", "content", "message"),
     [
         ("train.csv", rows_of(" ,a"), "no text in row 20"),
-        ("train.csv", rows_of(",a", "x,b", ",a"), "no text in row 20 .*2 such rows"),
+        ("train.csv", rows_of(",a", "x,b", ",a"), "no text in row 20, .*nor in 1 later one"),
         ("train.csv", rows_of("x,"), "no label in row 20"),
         ("train.csv", rows_of("x,c", "y,c"), "class 'c' has 2 texts, a stratified split needs 3"),
         ("train.csv", "text,label\n", "holds no rows"),
