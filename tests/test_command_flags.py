@@ -123,7 +123,9 @@ print([name for name in ("torch", "lightning", "transformers", "numpy") if name 
 """
 
 
-@pytest.mark.parametrize("words", [["--lora_r", "0"], ["--nonsense"], ["--method", "full", "--lora_mlp"], ["--data_dir", "no/where"]])
+@pytest.mark.parametrize(
+    "words", [["--lora_r", "0"], ["--nonsense"], ["--method", "full", "--lora_mlp"], ["--data_dir", "no/where"]]
+)
 def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", CALL, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[] 2\n"
