@@ -71,11 +71,9 @@ def estimate(
     for name in ("validation", *(["test"] if config.test else [])):
         evaluated = _spread(evaluation_loader(splits[name], config, pad_id), MEASURED_EVALUATIONS)
         with torch.inference_mode():
-            _logits(classifier, _to(evaluated[0], device), None)  # a kernel or a compilation of its own
-            seconds |= _first_and_later(
-                name, evaluated, device, int(splits[name].lengths.sum()), frozen.get(name),
-                lambda batch, outputs: _logits(classifier, batch, outputs),
-            )  # fmt: skip
+            classifier.logits(_to(evaluated[0], device))  # a kernel or a compilation of its own
+            tokens = int(splits[name].lengths.sum())
+            seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
     later = seconds["later_epoch"] + seconds["later_validation"]
     seconds["run"] = seconds["epoch"] + seconds["validation"] + (config.epochs - 1) * later + seconds.get("test", 0.0)
     kept = sum(outputs.bytes for outputs in frozen.values())
@@ -100,13 +98,6 @@ def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _logits(classifier: Classifier, batch: dict[str, Tensor], outputs: FrozenOutputs | None) -> Tensor:
-    """``(B, classes)``; with the outputs of frozen layers where they are kept."""
-    frozen = None if outputs is None else outputs.of(batch["examples"].numpy())
-    logits: Tensor = classifier(batch["input_ids"], batch["attention_mask"], frozen)
-    return logits
-
-
 def _step(
     classifier: Classifier,
     optimizer: torch.optim.Optimizer,
@@ -115,7 +106,7 @@ def _step(
     outputs: FrozenOutputs | None,
 ) -> None:
     """One step as the run makes it; without the scaling of losses that fp16 needs, which takes no time."""
-    cross_entropy(_logits(classifier, batch, outputs), batch["labels"]).backward()
+    cross_entropy(classifier.logits(batch, outputs), batch["labels"]).backward()
     if config.gradient_clip:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.gradient_clip)
     optimizer.step()
@@ -134,7 +125,7 @@ def _kept_for_backward(classifier: Classifier, batch: dict[str, Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = classifier(batch["input_ids"], batch["attention_mask"])  # alive, so that no address comes twice
+        logits = classifier.logits(batch)  # alive, so that no address comes twice
     del logits
     return sum(kept.values())
 

@@ -59,6 +59,12 @@ class Classifier(nn.Module):
         """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``; ``frozen`` as ``classify`` takes it."""
         return (self._compiled or self._forward)(input_ids, attention_mask, frozen)
 
+    def logits(self, batch: dict[str, Tensor], outputs: FrozenOutputs | None = None) -> Tensor:
+        """``(B, classes)`` of a loader's batch, with its split's outputs of frozen layers where they are kept."""
+        frozen = None if outputs is None else outputs.of(batch["examples"].numpy())
+        logits: Tensor = self(batch["input_ids"], batch["attention_mask"], frozen)
+        return logits
+
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, frozen: FrozenBatch | None) -> Tensor:
         if self.efficient:
             return classify(self.model, self.family, input_ids, attention_mask, self.dtype, self.checkpointing, frozen)

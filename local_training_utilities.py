@@ -30,8 +30,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from frozen_outputs import FrozenOutputs
 from local_model_utilities import Classifier, saved_parameters
 from run_config import RunConfig, UserError
-from run_files import BEST_CHECKPOINT
-from training_callbacks import ADVICE, NOT_FINITE, BestCheckpoint, PatientStop, ProgressLines, TrainingFailed
+from run_files import BEST_CHECKPOINT, NOT_FINITE
+from training_callbacks import ADVICE, BestCheckpoint, PatientStop, ProgressLines, TrainingFailed
 
 Batch = dict[str, Tensor]
 Predictions = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -203,18 +203,11 @@ class FineTuning(pl.LightningModule):
         self.train()
 
     def training_step(self, batch: Batch) -> Tensor:
-        logits = self._logits(batch, "train")
+        logits = self.classifier.logits(batch, self.frozen.get("train"))
         loss_sum = cross_entropy(logits, batch["labels"], reduction="sum")
         mean = loss_sum.detach() / len(logits)
         self.log("loss", mean, prog_bar=True, logger=False, batch_size=len(logits))
         return {"loss": loss_sum * batch["loss_weight"], "mean_loss": mean}  # type: ignore[return-value]
-
-    def _logits(self, batch: Batch, split: str) -> Tensor:
-        """``(B, classes)``."""
-        outputs = self.frozen.get(split)
-        frozen = None if outputs is None else outputs.of(batch["examples"].numpy())
-        logits: Tensor = self.classifier(batch["input_ids"], batch["attention_mask"], frozen)
-        return logits
 
     def validation_step(self, batch: Batch) -> None:
         self._evaluation_step(batch, "validation")
@@ -229,7 +222,7 @@ class FineTuning(pl.LightningModule):
         self._end_evaluation("test")
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
-        logits = self._logits(batch, split)
+        logits = self.classifier.logits(batch, self.frozen.get(split))
         labels, metrics = batch["labels"], self.metrics[split]
         metrics["accuracy"].update(logits, labels)  # type: ignore[index]
         metrics["macro_f1"].update(logits, labels)  # type: ignore[index]

@@ -5,7 +5,6 @@ Prints CSV: the text, the label, and the probability of every class.
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Literal
 
 from command_flags import OneLineParser
 from run_config import RunConfig, UserError, not_installed, reason
-from run_files import RESULT
+from run_files import RESULT, read_result
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
 
@@ -96,7 +95,7 @@ def read_texts(path: Path, column: str) -> list[str]:
 def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     """Configuration and label names of a finished run."""
     try:
-        result = json.loads((directory / RESULT).read_text(encoding="utf8"))
+        result = read_result(directory)
     except FileNotFoundError:
         raise UserError(f"{directory} is no finished run: it has no {RESULT}") from None
     except (OSError, ValueError) as error:

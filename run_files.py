@@ -20,6 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
+NOT_FINITE = "the loss is not finite"  # how the error of a run that diverged begins in result.json
 RUN_FILES = (
     RESULT,
     CONFIG,
@@ -34,10 +35,19 @@ RUN_FILES = (
 )
 
 
+def read_result(directory: Path) -> dict[str, Any]:
+    """What ``result.json`` holds.
+
+    Raises:
+        OSError, ValueError: there is none, or no JSON.
+    """
+    return json.loads((directory / RESULT).read_text(encoding="utf8"))
+
+
 def read_status(directory: Path) -> str | None:
     """``finished``, ``interrupted`` or ``failed``; ``None`` where no result stands."""
     with suppress(OSError, ValueError):
-        return json.loads((directory / RESULT).read_text(encoding="utf8")).get("status")
+        return read_result(directory).get("status")
     return None
 
 
@@ -49,7 +59,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     if (directory / CONFIG).exists():
         return json.loads((directory / CONFIG).read_text(encoding="utf8"))
-    return json.loads((directory / RESULT).read_text(encoding="utf8"))["config"]
+    return read_result(directory)["config"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,6 +1,7 @@
 """All studies on one HTML page that needs no other file: tables, comparisons, plots; readable on a phone."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -94,6 +95,11 @@ def page(sections: Sequence[Section]) -> str:
 """
 
 
+def _with_code(text: str) -> str:
+    """HTML of a sentence in which Markdown's backticks stand around code."""
+    return re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
+
+
 def _title(study: str) -> str:
     return study.replace("_", " ")
 
@@ -104,7 +110,7 @@ def _section(section: Section) -> str:
         parts.append(f'<p class="question">{escape(section.question)}</p>')
     parts += [f'<p class="headline">{escape(sentence)}</p>' for sentence in section.headlines]
     parts.append(_table(section.table.without("command").without_empty_columns()))
-    parts += [f'<p class="note">{escape(note)}</p>' for note in section.notes]
+    parts += [f'<p class="note">{_with_code(note)}</p>' for note in section.notes]
     parts.append(_commands(section.table))
     if section.plots:
         parts += ['<div class="plots">', *(_figure(plot) for plot in section.plots), "</div>"]

@@ -261,22 +261,22 @@ def _legend(axis: Any, names: Sequence[str]) -> None:
 def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
     """Validation accuracy and training loss over steps or seconds: the first seed of each row that kept its metrics."""
     curves = []
-    for row in study.rows:
+    for place, row in enumerate(study.rows):  # a row's colour is the same over steps and over seconds
         if key == "train_seconds":
             row = study.measured(row)
         run = min(row.finished, key=lambda run: run.seed, default=None)
         history = [point for point in (run.history() if run else []) if key in point]
         if any("validation_accuracy" in point for point in history):
-            curves.append((row.name, history))
+            curves.append((place, row.name, history))
     curves = curves[:CURVES]
     if len(curves) < (2 if key == "train_seconds" else 1):  # one row's times are beside nothing
         return None
     with _figure(f"{study.name}: learning curves", width=7, height=6, rows=2) as (figure, (above, below)):
-        accuracies = [_column(history, key, "validation_accuracy", 100) for _, history in curves]
+        accuracies = [_column(history, key, "validation_accuracy", 100) for *_, history in curves]
         foot = _percent_scale(above, [value for _, values in accuracies for value in values])
         labels = []
-        for k, ((row_name, history), (at, values)) in enumerate(zip(curves, accuracies, strict=True)):
-            style = _curve(above, at, values, foot, k)
+        for (place, row_name, history), (at, values) in zip(curves, accuracies, strict=True):
+            style = _curve(above, at, values, foot, place)
             said = f"{row_name} {values[-1]:.1f}"
             labels.append(Label(at[-1], max(values[-1], foot), said, style["color"]))
             at, losses = _column(history, key, "train_loss")

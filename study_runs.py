@@ -6,7 +6,6 @@ killed is still seen to be running; the system drops it when the last of the two
 """
 
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,16 @@ from typing import Any
 
 from command_flags import from_flags
 from run_config import RunConfig, UserError
-from run_files import BEST_CHECKPOINT, CONFIG, LAST_CHECKPOINT, RESULT, read_config, read_status
+from run_files import (
+    BEST_CHECKPOINT,
+    CONFIG,
+    LAST_CHECKPOINT,
+    NOT_FINITE,
+    read_config,
+    read_result,
+    read_status,
+)
 from study_plan import RATE, Run, Study
-
-DIVERGED = "the loss is not finite"  # how such a run's error begins: a rate too large, and so an answer to the tuning
 
 
 class TuningUnfinished(Exception):
@@ -89,15 +94,15 @@ class StudyRuns:
         """What ``result.json`` of a finished or failed run holds."""
         if not self.holds(run):
             return self._record(run)
-        return json.loads((self.directory(run) / RESULT).read_text(encoding="utf8"))
+        return read_result(self.directory(run))
 
     def _record(self, run: Run) -> dict[str, Any]:
         """The collected ``result.json`` of the run; empty where there is none of the same settings and data."""
         record = self.collected / run.name if self.collected else None
         if record is None or read_status(record) is None or self._differences(run, record):
             return {}
-        same_data = read_config(record)["data_dir"] == run.settings.get("data_dir")
-        return json.loads((record / RESULT).read_text(encoding="utf8")) if same_data else {}
+        result = read_result(record)
+        return result if result["config"]["data_dir"] == run.settings.get("data_dir") else {}
 
     def differences(self, run: Run) -> list[str]:
         """Settings in which the run on disk differs from the plan; not where its data lie, nor an open rate."""
@@ -157,10 +162,10 @@ class StudyRuns:
                 monitor = result["config"]["monitor"]
                 score = result["validation"][monitor]
                 scores.append((-score if monitor == "loss" else score, -rate))
-            elif not result.get("error", "").startswith(DIVERGED):
+            elif not result.get("error", "").startswith(NOT_FINITE):  # a rate too large answers the tuning, too
                 raise TuningUnfinished(f"its learning rate waits for {tuning.name}, which is {self.state(tuning)}")
         if not scores:
-            raise TuningUnfinished(f"at every learning rate of {run.row} {DIVERGED}")
+            raise TuningUnfinished(f"at every learning rate of {run.row} {NOT_FINITE}")
         return run.with_rate(-max(scores)[1])
 
     def tuned_if_possible(self, run: Run) -> Run:

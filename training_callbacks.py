@@ -15,9 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from local_run_utilities import write_metrics
-from run_files import LAST_CHECKPOINT
+from run_files import LAST_CHECKPOINT, NOT_FINITE
 
-NOT_FINITE = "the loss is not finite"
 ADVICE = "lower --learning_rate, or use another --precision"
 
 

@@ -157,7 +157,7 @@ def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -
     classifier = build_classifier(config, find_model(config), ["bad", "good"], torch.float32)
     module = FineTuning(classifier, config, class_count=2, total_steps=1)
     logits = torch.tensor([[0.0, 1.0], [math.nan, 0.0]])
-    module._logits = lambda *_: logits  # type: ignore[method-assign]
+    module.classifier.logits = lambda *_: logits  # type: ignore[method-assign]
     module.validation_step({"labels": torch.tensor([1, 0]), "rows": torch.arange(2)})
     with pytest.raises(TrainingFailed, match="the loss is not finite in validation: lower --learning_rate"):
         module.on_validation_epoch_end()

@@ -32,7 +32,8 @@ class Reader(HTMLParser):
 
 def section(**changes: object) -> Section:
     parts: dict[str, object] = {
-        "study": "one_study", "question": "Which <method>?", "headlines": ["Highest: a & b."], "notes": ["A note."],
+        "study": "one_study", "question": "Which <method>?", "headlines": ["Highest: a & b."],
+        "notes": ["A note on `--seed`."],
         "table": Table(("row", "seeds", "empty", "command"), [("a|<b>", "1", "", "python x.py --flag '<&>'")]),
         "comparisons": EMPTY, "pairs": 0, "tuning": EMPTY, "plots": [],
     }  # fmt: skip
@@ -47,7 +48,7 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
-    for said in ("Which <method>?", "a & b.", "A note.", "a|<b>", "--flag '<&>'", "not distinguishable"):
+    for said in ("Which <method>?", "a & b.", "A note on --seed.", "a|<b>", "--flag '<&>'", "not distinguishable"):
         assert said in reader.text
     assert "empty" not in reader.text  # a column without a value
     assert {address.split(",")[0] for address in reader.addresses} == {
@@ -56,6 +57,7 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
     (encoded,) = re.findall(r"base64,([^\"]+)", text)
     assert base64.b64decode(encoded) == png
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "<code>--seed</code>" in text  # as on a page of Markdown
     assert "url(" not in text
     assert "<script" not in text
 
