@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from local_run_utilities import accuracy_interval
 from run_config import NOT_PART_OF_THE_RUN, UserError
 from run_files import METRICS, PREDICTIONS, RESULT
+from run_records import accuracy_interval
 from study_statistics import mean_and_deviation
 
 MISSING = "missing"  # the status of a run's folder without a result

@@ -219,8 +219,8 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         parameter_record,
         parameter_table,
     )
-    from local_run_utilities import environment_record, peak_memory, process_seconds, processor_seconds, was_alone
     from local_training_utilities import leave_process_group, make_trainer, quiet_lightning
+    from measurements import environment_record, peak_memory, process_seconds, processor_seconds, was_alone
     from training_callbacks import GracefulStop, Meter
 
     config, hardware, first = prepared.config, prepared.hardware, not _is_helper()
@@ -258,11 +258,12 @@ def _fit_and_test(
 ) -> None:
     """Trains, takes the best checkpoint, saves what it holds, and reads the test split once."""
     from local_model_utilities import frozen_outputs, saved_parameters
-    from local_run_utilities import plot_learning_curve, save_trained, write_predictions
+    from local_run_utilities import plot_learning_curve, write_predictions
     from local_training_utilities import FineTuning
     from lora import lora_modules
     from run_files import BEST_CHECKPOINT, LAST_CHECKPOINT
     from token_batches import evaluation_loader, train_loader
+    from trained_weights import save_trained
 
     config, directory, splits = prepared.config, prepared.directory, prepared.splits
     shares = {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": prepared.hardware.on_gpu}

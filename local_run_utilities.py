@@ -1,47 +1,27 @@
-"""A run directory: ``result.json``, predictions, the trained weights, the learning curve, the environment."""
+"""A run directory: whether it can take a run, and the predictions, metrics and learning curve in it."""
 
 import csv
 import json
-import math
 import os
-import platform
-import resource
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from run_config import RunConfig, UserError
 from run_files import (
-    ADAPTER,
-    ADAPTER_CONFIG,
     CONFIG,
     CURVE,
     LAST_CHECKPOINT,
     METRICS,
     PREDICTIONS,
     RUN_FILES,
-    TRAINED_WEIGHTS,
     read_status,
     write_atomically,
     write_json,
 )
-
-PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "bitsandbytes", "peft", "numpy")
-REPOSITORY = Path(__file__).resolve().parent
-OTHERS_ALLOWED = 0.03  # of the machine's processor time: what its services and a shell take
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the directory
@@ -105,91 +85,6 @@ def open_directory(directory: Path, config: RunConfig) -> None:
         write_json(directory / CONFIG, config.to_dict())
     except OSError as error:
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# trained weights
-
-
-def peft_name(name: str, lora: bool) -> str:
-    """A parameter's name in PEFT's files, e.g. ``base_model.model.X.lora_A.weight`` for ``X.lora.lora_A``."""
-    if not lora:
-        return name
-    name = name.replace(".lora.lora_A", ".lora_A.weight").replace(".lora.lora_B", ".lora_B.weight")
-    return "base_model.model." + name.replace(".linear.", ".base_layer.")
-
-
-def save_trained(
-    directory: Path,
-    parameters: dict[str, torch.nn.Parameter],
-    config: RunConfig,
-    targets: Sequence[str],
-    head: Sequence[str],
-) -> Path:
-    """Writes the weights that make the base model this run's classifier.
-
-    Args:
-        directory: the run directory.
-        parameters: from ``local_model_utilities.saved_parameters``.
-        config: the run; with LoRA the file is an adapter in PEFT's format, else it holds the changed weights.
-        targets: full paths of the linears that carry LoRA.
-        head: full paths of the head's linears.
-
-    Returns:
-        The file with the weights.
-    """
-    lora = config.method == "lora"
-    tensors = {peft_name(n, lora): p.detach().to("cpu", copy=True).contiguous() for n, p in parameters.items()}
-    path = directory / (ADAPTER if lora else TRAINED_WEIGHTS)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    if lora:
-        write_json(directory / ADAPTER_CONFIG, adapter_config(config, targets, head))
-    return path
-
-
-def adapter_config(config: RunConfig, targets: Sequence[str], head: Sequence[str]) -> dict[str, Any]:
-    """PEFT's description of the adapter; PEFT knows no raw scaling, but alpha * r divided by r is the same."""
-    assert config.lora_alpha is not None
-    assert config.lora_r is not None
-    raw = config.lora_scaling == "raw"
-    # For SEQ_CLS PEFT saves all of "classifier" by itself; RoBERTa's linears within it must not be named again.
-    trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in head)
-    return {
-        "peft_type": "LORA",
-        # PEFT refuses LoRA on a head together with this task type
-        "task_type": None if config.lora_head else "SEQ_CLS",
-        "base_model_name_or_path": config.model_name,
-        "r": config.lora_r,
-        "lora_alpha": config.lora_alpha * config.lora_r if raw else config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.lora_scaling == "rslora",
-        "target_modules": list(targets),
-        "modules_to_save": None if config.lora_head else list(trained_head),
-        "bias": "none",
-        "inference_mode": True,
-    }
-
-
-def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], config: RunConfig) -> None:
-    """Puts a run's trained weights into a classifier built with the run's configuration.
-
-    Raises:
-        UserError: the file is missing, damaged, or of another model.
-    """
-    lora = config.method == "lora"
-    path = directory / (ADAPTER if lora else TRAINED_WEIGHTS)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    names = {name: peft_name(name, lora) for name in parameters}
-    if set(names.values()) != set(tensors):
-        raise UserError(f"{path} does not hold the weights of this run: was it replaced?")
-    for name, parameter in parameters.items():
-        tensor = tensors[names[name]]
-        if tensor.shape != parameter.shape:
-            raise UserError(f"{path}: {names[name]} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
-        parameter.data.copy_(tensor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,106 +164,3 @@ def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor
         axis.spines[["top", "right"]].set_visible(False)
     write_atomically(directory / CURVE, lambda temporary: figure.savefig(temporary))
     plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what was measured, and on what
-
-
-def accuracy_interval(accuracy: float, examples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927)."""
-    centre = (accuracy + z**2 / (2 * examples)) / (1 + z**2 / examples)
-    spread = z / (1 + z**2 / examples) * math.sqrt(accuracy * (1 - accuracy) / examples + (z / (2 * examples)) ** 2)
-    return max(0.0, centre - spread), min(1.0, centre + spread)
-
-
-def peak_memory(on_gpu: bool) -> dict[str, Any]:
-    """The most memory that this process has held: ``peak_bytes``, and what it was read from."""
-    if on_gpu:
-        return {"peak_bytes": torch.cuda.max_memory_allocated(), "source": "torch.cuda.max_memory_allocated"}
-    with suppress(OSError, StopIteration):  # Linux; its ru_maxrss also counts what the starting process held
-        lines = Path("/proc/self/status").read_text(encoding="utf8").splitlines()
-        kibibytes = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
-        return {"peak_bytes": int(kibibytes) * 1024, "source": "resident set size of the process, VmHWM"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak_bytes": peak, "source": "resident set size of the process, ru_maxrss"}
-
-
-def processor_seconds() -> tuple[float, float] | None:
-    """Seconds that all processors have been busy, and those that this process has taken; None but on Linux."""
-    with suppress(OSError, ValueError):
-        words = Path("/proc/stat").read_text(encoding="utf8").splitlines()[0].split()
-        user, nice, system, _idle, _waiting, irq, softirq = map(int, words[1:8])  # proc(5)
-        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return busy, sum(os.times()[:4])
-    return None
-
-
-def process_seconds() -> float | None:
-    """Wall clock since this process began, with libraries, data and model read in it; None but on Linux."""
-    with suppress(OSError, ValueError):
-        after_name = Path("/proc/self/stat").read_text(encoding="utf8").rpartition(")")[2].split()
-        began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # starttime of proc(5), since the machine's boot
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - began
-    return None
-
-
-def was_alone(before: tuple[float, float] | None, seconds: float) -> bool | None:
-    """Whether this process had the processors to itself in the last seconds: only then do its time and memory compare.
-
-    Of other processes on a GPU it knows nothing.
-
-    Args:
-        before: ``processor_seconds`` at their beginning.
-        seconds: wall clock since.
-    """
-    after = processor_seconds()
-    if before is None or after is None:
-        return None
-    others = (after[0] - before[0]) - (after[1] - before[1])
-    return others < OTHERS_ALLOWED * seconds * (os.cpu_count() or 1)
-
-
-def environment_record() -> dict[str, Any]:
-    """Versions, hardware and the commit, so that a number can be traced."""
-    import watermark
-
-    versions = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "git": _git_commit(),
-        "watermark": watermark.watermark(machine=True, python=True, iso8601=True),
-    }
-
-
-def _cpu_name() -> str:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor()
-
-
-def _git_commit() -> dict[str, Any] | None:
-    """The commit of this suite and whether files differ from it; nothing where it is no git checkout."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-
-    def ask(*words: str) -> str:
-        done = subprocess.run([git, "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    with suppress(subprocess.CalledProcessError):
-        return {"commit": ask("rev-parse", "HEAD"), "modified": bool(ask("status", "--porcelain", "-uno"))}
-    return None

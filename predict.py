@@ -136,10 +136,10 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     from base_models import find_model, load_tokenizer
     from local_dataset_utilities import TokenizedSplit, encode_texts
     from local_model_utilities import build_classifier, saved_parameters
-    from local_run_utilities import load_trained
     from local_training_utilities import quiet_lightning, resolve_hardware
     from text_sources import without_breaks
     from token_batches import evaluation_loader
+    from trained_weights import load_trained
 
     with quiet_lightning():  # its advice on srun
         hardware = resolve_hardware(config)

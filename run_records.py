@@ -3,6 +3,7 @@
 No torch is loaded before it is asked for, so that a wrong flag is refused at once.
 """
 
+import math
 import os
 import shlex
 import shutil
@@ -67,10 +68,15 @@ def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict
 
 def test_record(scores: dict[str, float], examples: int, seconds: float) -> dict[str, Any]:
     """The test's scores, with the interval of the accuracy."""
-    from local_run_utilities import accuracy_interval
-
     interval = list(accuracy_interval(scores["accuracy"], examples))
     return scores | {"accuracy_ci95": interval, "examples": examples, "seconds": seconds}
+
+
+def accuracy_interval(accuracy: float, examples: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (Wilson 1927)."""
+    centre = (accuracy + z**2 / (2 * examples)) / (1 + z**2 / examples)
+    spread = z / (1 + z**2 / examples) * math.sqrt(accuracy * (1 - accuracy) / examples + (z / (2 * examples)) ** 2)
+    return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
 def headline(prepared: Prepared) -> str:

@@ -26,8 +26,8 @@ from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.peers import PLACES
 from benchmarks.work import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
 from command_flags import OneLineParser, parse_bool
-from local_run_utilities import environment_record
 from local_training_utilities import make_optimizer
+from measurements import environment_record
 from run_config import UserError
 from run_files import write_atomically, write_json
 from study_report import README, ROOT, with_table

@@ -1,0 +1,69 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import measurements
+from measurements import environment_record, peak_memory, processor_seconds, was_alone
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_memory_is_that_of_the_process() -> None:
+    before = peak_memory(on_gpu=False)
+    assert before["peak_bytes"] > 50 * 2**20  # torch alone is more
+    block = np.ones(before["peak_bytes"] // 8, dtype=np.float64)
+    after = peak_memory(on_gpu=False)
+    assert before["peak_bytes"] < after["peak_bytes"] < 2.5 * before["peak_bytes"]
+    assert after["source"].startswith("resident set size")
+    # and not of the process that started it, of which Linux' ru_maxrss would tell
+    code = "from measurements import peak_memory; print(peak_memory(False)['peak_bytes'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 50 * 2**20 < int(done.stdout) < block.nbytes
+
+
+def test_environment_says_on_what_a_number_was_measured() -> None:
+    record = environment_record()
+    assert set(record) == {
+        "python", "versions", "cpu", "cpu_capability", "amx", "threads", "gpus", "git", "watermark",
+    }  # fmt: skip
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"lightning", "transformers", "numpy"} <= set(record["versions"])
+    assert record["cpu"]
+    assert record["threads"] == torch.get_num_threads()
+    assert record["git"] is None or (len(record["git"]["commit"]) == 40 and isinstance(record["git"]["modified"], bool))
+    json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize(("others", "alone"), [(0.0, True), (0.29, True), (0.31, False)])
+def test_alone_is_when_others_take_next_to_nothing(monkeypatch: pytest.MonkeyPatch, others: float, alone: bool) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(measurements, "processor_seconds", lambda: (120.0 + others, 30.0))
+    assert was_alone((110.0, 20.0), seconds=5.0) is alone
+    assert was_alone(None, seconds=5.0) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_the_time_of_a_process_begins_with_it() -> None:
+    code = "import time; time.sleep(0.5); from measurements import process_seconds; print(process_seconds())"
+    began = time.monotonic()
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert 0.5 < float(shown) < time.monotonic() - began + 0.02  # the kernel's clock has ticks of 10 ms
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc/stat")
+def test_a_busy_child_counts_as_this_process() -> None:
+    before = processor_seconds()
+    code = "import time; end = time.process_time() + 1\nwhile time.process_time() < end: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    after = processor_seconds()
+    assert before is not None
+    assert after is not None
+    assert after[0] - before[0] > 0.9
+    assert after[1] - before[1] > 0.9

@@ -1,0 +1,216 @@
+# mypy: disable-error-code="union-attr,arg-type,operator"
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYERS
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from base_models import find_model
+from local_model_utilities import Classifier, build_classifier, saved_parameters
+from lora import lora_modules
+from model_families import FAMILIES
+from run_config import RunConfig, UserError
+from run_files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
+from trained_weights import adapter_config, load_trained, peft_name, save_trained
+
+NAMES = ["bad", "good"]
+
+
+@pytest.fixture(scope="module")
+def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny models without a head, as pretrained encoders come: each build draws a head of its own."""
+    folders = {}
+    for model_type, source in tiny_folders.items():
+        folder = tmp_path_factory.mktemp("bases") / model_type
+        shutil.copytree(source, folder)
+        head = tuple(f"{name}." for name in FAMILIES[model_type].head)
+        weights = load_file(folder / "model.safetensors")
+        kept = {name: weight for name, weight in weights.items() if not name.startswith(head)}
+        assert len(weights) - len(kept) == 4
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        folders[model_type] = folder
+    return folders
+
+
+def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:
+    torch.manual_seed(seed)
+    config = RunConfig(model_name=str(folder), max_length=32, **settings)
+    return build_classifier(config, find_model(config), NAMES, torch.float32).eval(), config
+
+
+def train_a_little(classifier: Classifier) -> None:
+    """Moves everything that is trained, LoRA's B away from zero above all."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in classifier.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def save(directory: Path, classifier: Classifier, config: RunConfig) -> Path:
+    targets = [name for name, _ in lora_modules(classifier.model)]
+    return save_trained(directory, saved_parameters(classifier), config, targets, classifier.family.head)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(1000, 30000, (6, 20), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    mask[4, 15:] = 0
+    return torch.where(mask == 1, ids, 1), mask
+
+
+@torch.no_grad()
+def logits(classifier: Classifier) -> torch.Tensor:
+    return classifier(*batch())
+
+
+ALL_BUT_HEAD: dict[str, object] = {"lora_key": True, "lora_projection": True, "lora_mlp": True, "lora_r": 4}
+METHODS: dict[str, dict[str, object]] = {
+    "lora": {},
+    "lora_all": ALL_BUT_HEAD,
+    "lora_head": {"lora_head": True},
+    "q_lora": {"q_lora": True},
+    "full": {"method": "full"},
+    "selective": {"method": "selective", "trainable_layers": 1},
+    "head_alone": {"method": "selective", "trainable_layers": 0},
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_weights_make_the_same_classifier_again(
+    bases: dict[str, Path], tmp_path: Path, model_type: str, method: str
+) -> None:
+    trained, config = build(bases[model_type], 0, **METHODS[method])
+    train_a_little(trained)
+    path = save(tmp_path, trained, config)
+    assert path.name == (ADAPTER if config.method == "lora" else TRAINED_WEIGHTS)
+    fresh, _ = build(bases[model_type], 1, **METHODS[method])
+    expected = logits(trained)
+    assert (logits(fresh) - expected).abs().max() > 0.01
+    load_trained(tmp_path, saved_parameters(fresh), config)
+    assert torch.equal(logits(fresh), expected)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_only_what_was_trained_is_saved(bases: dict[str, Path], tmp_path: Path, model_type: str) -> None:
+    sizes = {}
+    for method in METHODS:
+        classifier, config = build(bases[model_type], 0, **METHODS[method])
+        path = save(tmp_path, classifier, config)
+        tensors = load_file(path)
+        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+        sizes[method] = sum(tensor.numel() for tensor in tensors.values())
+        head = sum(p.numel() for _, p in classifier.family.head_parameters(classifier.model) if not p.requires_grad)
+        trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+        assert sizes[method] == trained + head
+    assert sizes["head_alone"] < sizes["lora"] < sizes["selective"] < sizes["full"]
+
+
+def test_names_in_an_adapter_are_those_of_peft(bases: dict[str, Path], tmp_path: Path) -> None:
+    assert peft_name("a.q_lin.lora.lora_A", lora=True) == "base_model.model.a.q_lin.lora_A.weight"
+    assert peft_name("a.q_lin.lora.lora_B", lora=True) == "base_model.model.a.q_lin.lora_B.weight"
+    assert peft_name("classifier.linear.bias", lora=True) == "base_model.model.classifier.base_layer.bias"
+    assert peft_name("classifier.bias", lora=True) == "base_model.model.classifier.bias"
+    assert peft_name("classifier.bias", lora=False) == "classifier.bias"
+    classifier, config = build(bases["distilbert"], 0, lora_value=False, lora_r=3)
+    tensors = load_file(save(tmp_path, classifier, config))
+    layers = [f"base_model.model.distilbert.transformer.layer.{i}.attention.q_lin" for i in range(LAYERS)]
+    expected = {f"{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
+    head = {f"base_model.model.{n}.{p}" for n in ("pre_classifier", "classifier") for p in ("weight", "bias")}
+    assert set(tensors) == expected | head
+    assert tensors[f"{layers[0]}.lora_A.weight"].shape == (3, 32)  # (r, in)
+    assert tensors[f"{layers[0]}.lora_B.weight"].shape == (32, 3)  # (out, r)
+
+
+def test_adapter_config_says_what_peft_reads(bases: dict[str, Path], tmp_path: Path) -> None:
+    classifier, config = build(bases["bert"], 0, lora_r=4, lora_alpha=2.0, lora_dropout=0.25, lora_value=False)
+    save(tmp_path, classifier, config)
+    stored = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    targets = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(LAYERS)]
+    assert stored["target_modules"] == targets
+    assert (stored["peft_type"], stored["task_type"], stored["bias"]) == ("LORA", "SEQ_CLS", "none")
+    assert (stored["r"], stored["lora_alpha"], stored["lora_dropout"]) == (4, 2.0, 0.25)
+    assert stored["base_model_name_or_path"] == str(bases["bert"])
+    assert stored["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+    assert stored["inference_mode"] is True
+
+    def scale(**settings: object) -> float:
+        written = adapter_config(RunConfig(lora_r=4, lora_alpha=2.0, **settings), [], [])
+        return written["lora_alpha"] / (math.sqrt(written["r"]) if written["use_rslora"] else written["r"])
+
+    assert scale() == 0.5
+    assert scale(lora_scaling="rslora") == 1.0
+    assert scale(lora_scaling="raw") == 2.0
+    roberta = adapter_config(RunConfig(), [], FAMILIES["roberta"].head)
+    assert roberta["modules_to_save"] == ["classifier"]
+    on_head = adapter_config(RunConfig(lora_head=True), ["classifier"], ["classifier"])
+    assert (on_head["task_type"], on_head["modules_to_save"]) == (None, None)
+
+
+def in_peft(folder: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the base model and of PEFT's model on it, from the same head drawn with a seed of its own."""
+    ids, mask = batch()
+    torch.manual_seed(11)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32).eval()
+    with torch.no_grad():
+        before = base(input_ids=ids, attention_mask=mask).logits
+        after = PeftModel.from_pretrained(base, adapter).eval()(input_ids=ids, attention_mask=mask).logits
+    return before, after
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora", "raw"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_adapter_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_type: str, scaling: str) -> None:
+    settings = ALL_BUT_HEAD | {"lora_alpha": 3.0, "lora_scaling": scaling}
+    trained, config = build(bases[model_type], 0, **settings)
+    train_a_little(trained)
+    save(tmp_path, trained, config)
+    base, ours = in_peft(bases[model_type], tmp_path)
+    expected = logits(trained)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert (ours - base).abs().max() > 0.05
+    # and not through the head alone: without the matrices the logits are others
+    for _, module in lora_modules(trained.model):
+        module.lora.lora_B.data.zero_()
+    assert (logits(trained) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_adapter_on_the_head_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_type: str) -> None:
+    trained, config = build(bases[model_type], 0, lora_head=True)
+    train_a_little(trained)
+    save(tmp_path, trained, config)
+    base, ours = in_peft(bases[model_type], tmp_path)
+    torch.testing.assert_close(ours, logits(trained), rtol=1e-4, atol=1e-5)
+    assert (ours - base).abs().max() > 0.05
+
+
+def test_a_damaged_or_foreign_file_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    classifier, config = build(bases["distilbert"], 0)
+
+    def refused(words: str, **settings: object) -> None:
+        other, other_config = build(bases["distilbert"], 1, **settings)
+        before = {name: p.detach().clone() for name, p in saved_parameters(other).items()}
+        with pytest.raises(UserError, match=words) as caught:
+            load_trained(tmp_path, saved_parameters(other), other_config)
+        assert "\n" not in str(caught.value)
+        assert ADAPTER in str(caught.value) or TRAINED_WEIGHTS in str(caught.value)
+        assert all(torch.equal(p, before[name]) for name, p in saved_parameters(other).items())
+
+    refused("cannot be read")
+    path = save(tmp_path, classifier, config)
+    refused("cannot be read", method="full")
+    refused("does not hold the weights of this run", lora_key=True)
+    refused("does not hold the weights of this run", lora_value=False)
+    refused(r"has shape \(8, 32\), not \(4, 32\)", lora_r=4)
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:5], b"", b"\xff" * 64):
+        path.write_bytes(damaged)
+        refused("cannot be read")
