@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from run_config import NOT_PART_OF_THE_RUN, UserError
-from run_files import METRICS, PREDICTIONS, RESULT
+from run_files import METRICS, PLANNED, PREDICTIONS, RESULT
 from run_records import accuracy_interval
 from study_statistics import mean_and_deviation
 
@@ -218,6 +218,13 @@ class Study:
     name: str
     question: str
     runs: tuple[Run, ...]
+    planned: tuple[str, ...] = ()  # names of the final runs; empty where the collector did not say
+
+    @property
+    def missing(self) -> list[str]:
+        """Final runs that the study plans, and of which nothing was collected."""
+        collected = {run.name for run in self.runs}
+        return [name for name in self.planned if name not in collected]
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -277,13 +284,14 @@ def read_study(study: str, results: Path) -> Study:
     Raises:
         UserError: a result that cannot be read, or finished runs of one row that do not differ in their seeds alone.
     """
-    runs = tuple(Run(folder, _read_result(folder / RESULT)) for folder in _run_folders(results / study))
+    runs = tuple(Run(folder, _read_json(folder / RESULT)) for folder in _run_folders(results / study))
     _check_rows(runs)
     question = next((str(run.get("study", "question")) for run in runs if run.get("study", "question")), "")
-    return Study(study, " ".join(question.split()), runs)
+    planned = _read_json(results / study / PLANNED).get("final", [])
+    return Study(study, " ".join(question.split()), runs, tuple(planned))
 
 
-def _read_result(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from command_flags import OneLineParser, from_flags
 from run_config import UserError
-from run_files import LAST_CHECKPOINT, METRICS, PREDICTIONS, RESULT, write_atomically, write_json
+from run_files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT, write_atomically, write_json
 from study_plan import RATE, STAGES, Run, read_study
 from study_runs import StudyRuns, TuningUnfinished
 
@@ -326,6 +326,8 @@ def collect(runs: StudyRuns, options: argparse.Namespace) -> int:
             kept[state] += 1
         else:
             print(f"not collected: {run.name} is {state}", file=sys.stderr)
+    if any(kept.values()):
+        write_json(target / PLANNED, {"final": [run.name for run in runs.study.stage("final")]})
     print(f"{target}: {kept['finished']} finished and {kept['failed']} failed of {len(chosen)} runs")
     return 0
 
@@ -343,6 +345,8 @@ def copy_record(runs: StudyRuns, run: Run, target: Path) -> None:
     result["command"] = shown_command(result["command"])
     result["config"] |= {"data_dir": run.settings.get("data_dir"), "output_dir": None}
     result.pop("traceback", None)
+    if run.stage == "tune":
+        result.pop("test", None)  # of a run that was taken over: nothing is chosen by it
     target.mkdir(parents=True, exist_ok=True)
     if (source / METRICS).exists():
         metrics = (source / METRICS).read_bytes()

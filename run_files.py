@@ -20,6 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
+PLANNED = "planned.json"  # beside a study's collected runs: the names of all that it plans
 NOT_FINITE = "the loss is not finite"  # how the error of a run that diverged begins in result.json
 RUN_FILES = (
     RESULT,

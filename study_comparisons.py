@@ -22,9 +22,9 @@ from study_statistics import (
 
 SHOWN = 120  # pairs in a table; 16 rows have as many
 READING = (
-    "p: McNemar's exact test between two single runs, which says whether these two runs differ and nothing of other"
-    " seeds; else a bootstrap over test texts, widened by the spread over seeds that the rows share (a single run has"
-    " one, too). Corrected by Holm's method over all pairs of the table, the intervals are not; not distinguishable: a"
+    "p: a bootstrap over test texts, widened by the spread over seeds that the rows share (a single run has one, too)."
+    " Where no row has a second seed, McNemar's exact test, which says whether two runs differ and nothing of other"
+    " seeds. Corrected by Holm's method over all pairs of the table, the intervals are not; not distinguishable: a"
     f" corrected p of {LEVEL} or more, which is no proof that two rows are equal."
 )
 
@@ -57,14 +57,15 @@ class Comparison:
 def compare(
     first: Sequence[Predictions], second: Sequence[Predictions], spread: SeedSpread | None, resamples: int
 ) -> tuple[Difference, str]:
-    """The difference between two methods, and the test that its p value is of: McNemar's between two single runs.
+    """The difference between two methods, and the test that its p value is of.
 
-    The interval is always the bootstrap's.
+    That is McNemar's between two single runs where nothing is known of the spread over seeds; the interval is always
+    the bootstrap's.
 
     Args:
         first: of one method, a run a seed.
         second: of the other one.
-        spread: over seeds, of all methods with these test texts; not used between two single runs.
+        spread: over seeds, of all methods with these test texts; ``None`` where none has a second seed.
         resamples: of the bootstrap that gives a p value.
 
     Raises:
@@ -73,7 +74,7 @@ def compare(
     if len({predictions.test_set for predictions in (*first, *second)}) > 1:
         raise UserError("runs that were tested on different texts cannot be compared: give runs of one test split")
     a, b = (np.stack([predictions.correct for predictions in runs]) for runs in (first, second))
-    if len(a) == len(b) == 1:
+    if spread is None and len(a) == len(b) == 1:
         return replace(bootstrap_difference(a, b), p=mcnemar(a[0], b[0])), "McNemar"
     return bootstrap_difference(a, b, spread, resamples), "bootstrap"
 

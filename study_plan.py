@@ -241,7 +241,8 @@ def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
             raise UserError(f"{where}must be {{ {RATE} = [...] }}")
         if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
             raise UserError(f"{where}{RATE}: must be numbers")
-        if any(RATE in place for place in (row, row.get("axes", {}), content.get("axes", {}))):
+        places = (row, row.get("axes", {}), content.get("axes", {}), content.get("defaults", {}))
+        if any(RATE in place for place in places):
             raise UserError(f"{where}{RATE}: is given as well")
     budgets = {row.get("name", ""): len(row.get("tune", {}).get(RATE, [])) for row in rows}
     if len(set(budgets.values())) > 1:

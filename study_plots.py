@@ -206,29 +206,35 @@ def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
 
 
 def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
-    """Validation accuracies, %, by curve and learning rate: of runs that tuned, else where the rate is an axis."""
+    """What chose on validation, %, by curve and learning rate: of runs that tuned, else where the rate is an axis."""
     found: dict[str, dict[float, list[float]]] = {}
-    for run in study.tuning or [run for run in study.final if "learning_rate" in run.axes]:
+    for run in _rated(study):
         rate = run.get("config", "learning_rate") or run.axes.get("learning_rate")
-        accuracy = run.accuracy("validation")
-        if rate is not None and accuracy is not None:
+        score = run.accuracy("validation") if run.monitor == "loss" else run.monitored
+        if rate is not None and score is not None:
             name = run.row if run.tunes else _row_without(run, "learning_rate")
-            found.setdefault(name, {}).setdefault(float(rate), []).append(100 * accuracy)
+            found.setdefault(name, {}).setdefault(float(rate), []).append(100 * score)
     return {name: dict(sorted(rates.items())) for name, rates in found.items() if len(rates) > 1}
 
 
+def _rated(study: Study) -> list[Run]:
+    return study.tuning or [run for run in study.final if "learning_rate" in run.axes]
+
+
 def rate_plot(study: Study) -> Plot | None:
-    """Validation accuracy against the learning rate, a curve a row; each says where it is best."""
+    """Validation accuracy, or macro F1 where that chose, by learning rate; a curve a row says where it is best."""
+    metrics = dict.fromkeys("macro F1" if run.monitor == "macro_f1" else "accuracy" for run in _rated(study))
+    metric = " or ".join(sorted(metrics))
     scores = _rate_scores(study)
     means = {name: {rate: fmean(values) for rate, values in rates.items()} for name, rates in scores.items()}
     ranked = sorted(means, key=lambda name: -max(means[name].values()))[:CURVES]
     if not ranked:
         return None
     every = [value for name in ranked for value in means[name].values()]
-    with _figure(f"{study.name}: validation accuracy by learning rate", width=7) as (figure, (axis,)):
+    with _figure(f"{study.name}: validation {metric} by learning rate", width=7) as (figure, (axis,)):
         foot = _percent_scale(axis, every)
         _log_scale(axis, [rate for name in ranked for rate in means[name]], lambda rate: f"{rate:g}")
-        axis.set(xlabel="peak learning rate", ylabel="validation accuracy, %")
+        axis.set(xlabel="peak learning rate", ylabel=f"validation {metric}, %")
         labels, lines = [], []
         for k, name in enumerate(ranked):
             rates, values = (np.array(column) for column in zip(*means[name].items(), strict=True))
@@ -243,7 +249,7 @@ def rate_plot(study: Study) -> Plot | None:
             place_labels(axis, labels, lines)
         else:
             _legend(axis, [label.text for label in labels])
-        caption = "Validation accuracy by peak learning rate; each name with the rate at which it is best."
+        caption = f"Validation {metric} by peak learning rate; each name with the rate at which it is best."
         caption += f" Triangles: more than {DEPTH:g} points below the best." if min(every) < foot else ""
         return Plot("learning_rates.png", caption, _png(figure))
 

@@ -19,9 +19,11 @@ SUMMARY_KEYS = (
 )  # fmt: skip
 CSV_KEYS = (
     "row", "status", "reported_percent", "accuracy_mean", "accuracy_std", "accuracy_ci95_low", "accuracy_ci95_high",
-    "seeds", "test_examples", "trainable", "train_seconds", "peak_memory_bytes", "validation_accuracy_mean", "command",
+    "macro_f1_mean", "seeds", "test_examples", "trainable", "train_seconds", "peak_memory_bytes",
+    "validation_accuracy_mean", "command",
 )  # fmt: skip
 GIB = 2**30
+NAMED = 12  # runs in a sentence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,12 +50,13 @@ def record(study: Study, row: Row) -> dict[str, Any]:
         "accuracy_std": deviation,
         "accuracy_ci95_low": low,
         "accuracy_ci95_high": high,
+        "macro_f1_mean": row.mean("test", "macro_f1"),
         "seeds": len(counted),
         "test_examples": row.common("test", "examples"),
         "trainable": row.common("parameters", "trainable"),
         "train_seconds": measured.mean("train", "seconds"),
         "peak_memory_bytes": measured.mean("memory", "peak_bytes"),
-        "validation_accuracy_mean": None if row.tested else mean_and_deviation(row.accuracies("validation"))[0],
+        "validation_accuracy_mean": mean_and_deviation(row.accuracies("validation"))[0],
         "command": next((shown_command(command) for command in commands if command), None),
     }
 
@@ -124,22 +127,24 @@ class Table:
 def main_table(study: Study) -> Table:
     """The rows of a study; what was not measured stays empty, a row without a finished run shows its status."""
     records = [record(study, row) for row in study.rows]
+    f1_counts = any(run.monitor == "macro_f1" for run in study.final)  # classes of unequal size
     return Table(
         (
-            "row", "reported by others, %", _accuracy_title(records), "seeds", "test texts", "trainable parameters",
-            "training, s", "peak memory, GiB", "validation accuracy, %", "command",
+            "row", "reported by others, %", _accuracy_title(records), "macro F1, %", "seeds", "test texts",
+            "validation accuracy, %", "trainable parameters", "training, s", "peak memory, GiB", "command",
         ),
         [
             (
                 r["row"],
                 _shown(r["reported_percent"], "{:.2f}"),
                 _accuracy_cell(r),
+                _percent(r["macro_f1_mean"]) if f1_counts else "",
                 _seeds_cell(r),
                 _shown(r["test_examples"], "{:,}"),
+                _percent(r["validation_accuracy_mean"]),
                 _shown(r["trainable"], "{:,}"),
                 _shown(r["train_seconds"], "{:,.0f}"),
                 _shown(r["peak_memory_bytes"] and r["peak_memory_bytes"] / GIB, "{:.2f}"),
-                _percent(r["validation_accuracy_mean"]),
                 r["command"] or "",
             )
             for r in records
@@ -211,6 +216,9 @@ def tuning_table(study: Study) -> Table:
 def notes(study: Study) -> list[str]:
     """What a reader of the main table must know."""
     found = []
+    if study.missing:
+        shown = [*study.missing[:NAMED], *(["and others"] if len(study.missing) > NAMED else [])]
+        found.append(f"Not run yet, {len(study.missing)} of {len(study.planned)}: {', '.join(shown)}.")
     if study.cost_obstacles:
         left_out, finished = sum(study.cost_obstacles.values()), sum(run.finished for run in study.final)
         reasons = "; ".join(f"{count} {reason}" for reason, count in study.cost_obstacles.items())
@@ -243,7 +251,7 @@ def _highest_on_validation(study: Study) -> list[str]:
 
 
 def _tuned_rates(study: Study) -> list[tuple[str, float, list[float]]]:
-    """Row, the rate that its final runs took, and those that gave a score, of rows for which more than one did."""
+    """Row, the rate that its final runs took, and those that were tried, of rows for which more than one was."""
     scores = tuning_scores(study.tuning)
     taken = [(row.name, row.common("config", "learning_rate")) for row in study.rows]
     return [(name, rate, list(scores[name])) for name, rate in taken if rate and len(scores.get(name, ())) > 1]

@@ -177,7 +177,9 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     assert set(first) == {
         *(f"tiny/{finished.name}/{name}" for name in ("result.json", "metrics.csv", "predictions.parquet")),
         *(f"tiny/{failed.name}/{name}" for name in ("result.json", "metrics.csv")),
+        "tiny/planned.json",
     }
+    assert json.loads(first["tiny/planned.json"]) == {"final": [run.name for run in runs.study.runs]}
     record = json.loads(first[f"tiny/{finished.name}/result.json"])
     assert record.pop("study") == {
         "study": "tiny", "question": runs.study.question, "row": "lora_r2", "run": "lora_r2-seed3",
@@ -203,6 +205,16 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     leave_run(runs, finished, "failed", error="no space left")  # was run again, and failed
     assert main(["collect", "tiny.toml"]) == 0
     assert not (Path("results/tiny") / finished.name / "predictions.parquet").exists()
+
+
+def test_of_a_run_that_tuned_no_test_is_collected() -> None:
+    runs = plan(TUNED)
+    tuned, *_ = runs.study.runs
+    leave_run(runs, tuned, validation={"accuracy": 0.9}, test={"accuracy": 0.9})  # taken over from a study that tested it
+    assert main(["collect", "tiny.toml"]) == 0
+    folder = Path("results/tiny") / tuned.name
+    assert "test" not in json.loads((folder / "result.json").read_text())
+    assert not (folder / "predictions.parquet").exists()
 
 
 def test_many_classes_keep_their_numbers() -> None:

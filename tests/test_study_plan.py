@@ -171,6 +171,7 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         ('[[rows]]\nname = "a"\ntune = { learning_rate = [true] }', "row a: tune: learning_rate: must be numbers"),
         ('[[rows]]\nname = "a"\ntune = { learning_rate = [-1.0] }', "row a: learning_rate -1.0: must be finite"),
         ('[[rows]]\nname = "a"\nlearning_rate = 1\ntune = { learning_rate = [1] }', "learning_rate: is given as well"),
+        ("[defaults]\nlearning_rate = 1e-3" + TUNED, "row a: tune: learning_rate: is given as well"),
         ('[[rows]]\nname = "a"\naxes = { lora_r = [1, 2] }\ntune = { learning_rate = [1] }', "axes other than seed"),
         (TUNED.replace("[1e-4, 0.02]", "[1e-4]"), "tune: the same budget for all, but the numbers of learning rates"),
         (TUNED + '[[rows]]\nname = "c"', "are: a 2, b 2, c 0"),

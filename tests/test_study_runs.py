@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,18 @@ def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
     changed = plan("lora_r = 2\n[axes]\nseed = [0]")
     assert StudyRuns(changed.study, Path("runs/third"), Path("data")).take_over(changed.study.runs[0]) is None
     assert runs.state(missing) == "missing"
+
+
+def test_a_run_that_was_tested_stands_for_one_that_only_tunes() -> None:
+    study = plan(TUNED).study
+    runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
+    first = study.runs[0]
+    tested = replace(first, settings={**first.settings, "test": True})
+    leave_run(other, first)
+    assert runs.take_over(tested) is None  # not the other way round
+    leave_run(other, tested)
+    assert runs.take_over(first) == other.directory(tested)
+    assert runs.state(first) == "finished"
 
 
 def test_a_run_whose_files_change_while_it_is_copied_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
     found = cells(study)
     assert [row["seeds"] for row in found.values()] == ["3", "1", "1 (1 failed)", "1", ""]
     assert [row["test texts"] for row in found.values()] == ["1,000", "1,000", "1,000", "", ""]
-    assert [row["validation accuracy, %"] for row in found.values()] == ["", "", "", "87.50", ""]
+    assert [row["validation accuracy, %"] for row in found.values()] == ["90.00"] * 3 + ["87.50", ""]
     assert found["three"]["command"] == "python finetune_lora.py --data_dir PATH --seed 0"
 
 
@@ -132,6 +132,30 @@ def test_a_rate_at_the_edge_of_those_tried_is_noted(tmp_path: Path) -> None:
         "Tuning took the greatest learning rate that it tried, so a better one may lie beyond: most 0.001.",
         "Tuning took the smallest learning rate that it tried, so a better one may lie beyond: least 0.001.",
     ]
+
+
+def test_macro_f1_has_a_column_where_it_chose(tmp_path: Path) -> None:
+    for seed, score in enumerate((0.5, 0.7)):
+        path = write_run(tmp_path, "s", "a", seed=seed, correct=outcomes(0.8, 100, seed))
+        result = json.loads((path / "result.json").read_text())
+        result["test"]["macro_f1"] = score
+        (path / "result.json").write_text(json.dumps(result))
+    assert cells(read_study("s", tmp_path))["a"]["macro F1, %"] == ""
+    write_run(tmp_path, "s", "b", correct=outcomes(0.8, 100, 0), config={"monitor": "macro_f1"})
+    study = read_study("s", tmp_path)
+    assert [cells(study)[row]["macro F1, %"] for row in "ab"] == ["60.00", ""]
+    assert [line["macro_f1_mean"] for line in csv.DictReader(io.StringIO(csv_text(study)))] == ["0.6", ""]
+
+
+def test_what_has_not_run_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "s", "a", correct=outcomes(0.8, 100, 0)).name
+    planned = [run, *(f"b-seed{seed}" for seed in range(14))]
+    (tmp_path / "s" / "planned.json").write_text(json.dumps({"final": planned[:2]}))
+    assert notes(read_study("s", tmp_path)) == ["Not run yet, 1 of 2: b-seed0."]
+    (tmp_path / "s" / "planned.json").write_text(json.dumps({"final": planned}))
+    (note,) = notes(read_study("s", tmp_path))
+    assert note.startswith("Not run yet, 14 of 15: b-seed0, b-seed1, ")
+    assert note.endswith("b-seed11, and others.")
 
 
 def test_the_highest_on_validation_is_named_for_each_data_set(tmp_path: Path) -> None:
