@@ -210,7 +210,7 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
 def test_of_a_run_that_tuned_no_test_is_collected() -> None:
     runs = plan(TUNED)
     tuned, *_ = runs.study.runs
-    leave_run(runs, tuned, validation={"accuracy": 0.9}, test={"accuracy": 0.9})  # taken over from a study that tested it
+    leave_run(runs, tuned, validation={"accuracy": 0.9}, test={"accuracy": 0.9})  # taken over
     assert main(["collect", "tiny.toml"]) == 0
     folder = Path("results/tiny") / tuned.name
     assert "test" not in json.loads((folder / "result.json").read_text())
