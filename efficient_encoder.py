@@ -127,7 +127,8 @@ class _Encoder:
     def as_rows(self, x: Tensor) -> Tensor:
         """``(B, T, D)`` or ``(B, D) -> (N, D)``, with rows of zeros at the end."""
         x = x.flatten(0, -2)
-        return F.pad(x, (0, 0, 0, -len(x) % self.row_multiple))
+        missing = -len(x) % self.row_multiple
+        return F.pad(x, (0, 0, 0, missing)) if missing else x  # a pad by nothing would copy
 
     def as_sequences(self, x: Tensor) -> Tensor:
         """``(N, D) -> (B, T, D)``, a view."""

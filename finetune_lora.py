@@ -82,15 +82,21 @@ def prefetch(config: RunConfig) -> None:
 
 def print_estimate(config: RunConfig) -> None:
     """Says what the run would take; writes nothing but tokens into the cache."""
+    import torch
+
     from estimate import estimate, estimate_table
     from local_training_utilities import quiet_lightning
 
     prepared = prepare(config)
-    with quiet_lightning():
-        record = estimate(
-            prepared.config, prepared.hardware, prepared.model_folder, prepared.splits, prepared.pad_id,
-            prepared.texts.label_names,
-        )  # fmt: skip
+    try:
+        with quiet_lightning():
+            record = estimate(
+                prepared.config, prepared.hardware, prepared.model_folder, prepared.splits, prepared.pad_id,
+                prepared.texts.label_names,
+            )  # fmt: skip
+    except torch.OutOfMemoryError:
+        advice = f"lower --batch_tokens ({prepared.config.batch_tokens}), or use --gradient_checkpointing True"
+        raise UserError(f"--estimate: the GPU has too little memory for a step of this run: {advice}") from None
     shown = headline(prepared).rpartition("\n")[0]  # without the run directory, which is not made
     print(f"{shown}\n\n{estimate_table(record, prepared.config)}")
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -31,7 +31,7 @@ from frozen_outputs import FrozenOutputs
 from local_model_utilities import Classifier, saved_parameters
 from run_config import RunConfig, UserError
 from run_files import BEST_CHECKPOINT, NOT_FINITE
-from training_callbacks import ADVICE, BestCheckpoint, PatientStop, ProgressLines, TrainingFailed
+from training_callbacks import ADVICE, BestCheckpoint, PatientStop, ProgressBar, ProgressLines, TrainingFailed
 
 Batch = dict[str, Tensor]
 Predictions = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -89,7 +89,7 @@ def resolve_hardware(config: RunConfig) -> Hardware:
     if on_gpu and config.devices > gpus:
         raise UserError(f"--devices {config.devices}: this machine has {gpus} GPU(s)")
     devices: int | list[int] = [config.device] if config.device is not None else config.devices
-    return Hardware("gpu" if on_gpu else "cpu", devices, _resolve_dtype(config.precision, on_gpu))
+    return Hardware("gpu" if on_gpu else "cpu", devices, _resolve_dtype(config, on_gpu))
 
 
 def _check_tasks(config: RunConfig) -> None:
@@ -103,14 +103,16 @@ def _check_tasks(config: RunConfig) -> None:
         )
 
 
-def _resolve_dtype(precision: str, on_gpu: bool) -> torch.dtype:
+def _resolve_dtype(config: RunConfig, on_gpu: bool) -> torch.dtype:
     """bf16 where the hardware multiplies it fast, fp16 on GPUs that are older, else fp32."""
+    precision = config.precision
     if precision == "fp16" and not on_gpu:
         raise UserError("--precision fp16 needs a GPU: on a CPU use bf16 or fp32")
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if on_gpu:
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(config.device or 0):  # of two cards, one may be older
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = any(
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )
@@ -205,9 +207,7 @@ class FineTuning(pl.LightningModule):
     def training_step(self, batch: Batch) -> Tensor:
         logits = self.classifier.logits(batch, self.frozen.get("train"))
         loss_sum = cross_entropy(logits, batch["labels"], reduction="sum")
-        mean = loss_sum.detach() / len(logits)
-        self.log("loss", mean, prog_bar=True, logger=False, batch_size=len(logits))
-        return {"loss": loss_sum * batch["loss_weight"], "mean_loss": mean}  # type: ignore[return-value]
+        return {"loss": loss_sum * batch["loss_weight"], "mean_loss": loss_sum.detach() / len(logits)}  # type: ignore[return-value]
 
     def validation_step(self, batch: Batch) -> None:
         self._evaluation_step(batch, "validation")
@@ -317,7 +317,7 @@ def make_trainer(config: RunConfig, hardware: Hardware, directory: Path, callbac
             *callbacks,
             *stopping,
             best,
-            TQDMProgressBar(refresh_rate) if at_terminal else ProgressLines(),
+            ProgressBar(refresh_rate) if at_terminal else ProgressLines(),
         ],
         logger=False,  # metrics.csv is the run's own history
         log_every_n_steps=10,

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -143,6 +143,26 @@ class PatientStop(EarlyStopping):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         trainer.should_stop = self.wait_count >= self.patience
+
+
+class ProgressBar(TQDMProgressBar):
+    """A bar with the latest loss, which is read as often as it is shown.
+
+    What a module logs with ``prog_bar=True`` Lightning reads after every step, shown or not, and on a GPU each reading
+    waits for all work that is queued.
+    """
+
+    _loss: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        self._loss = outputs["mean_loss"]
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
+        latest = {} if self._loss is None else {"loss": float(self._loss)}
+        return super().get_metrics(trainer, pl_module) | latest
 
 
 class ProgressLines(Callback):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_finetune_lora import flags, start
 
 from base_models import find_model, load_tokenizer
@@ -77,6 +78,24 @@ def test_the_command_writes_nothing_and_its_peak_is_the_runs(
     assert process.wait(timeout=120) == 0
     used = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]["peak_bytes"]
     assert peak == pytest.approx(used, rel=0.15)
+
+
+def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
+    tiny_folders: dict[str, Path],
+    review_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("estimate.estimate", too_large)
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--estimate", "--batch_tokens", "4096")
+    assert main(words) == 2
+    *_, line = capsys.readouterr().err.splitlines()  # tokenizing comes first
+    assert line.startswith("error: --estimate: the GPU has too little memory")
+    assert "--batch_tokens (4096)" in line
 
 
 def test_it_is_for_one_device(capsys: pytest.CaptureFixture[str]) -> None:
