@@ -20,7 +20,7 @@ from typing import Any
 from command_flags import OneLineParser, from_flags
 from run_config import UserError
 from run_files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT, write_atomically, write_json
-from study_plan import RATE, STAGES, Run, read_study
+from study_plan import RATE, STAGES, PlannedRun, read_plan
 from study_runs import StudyRuns, TuningUnfinished
 
 ROOT = Path(__file__).resolve().parent
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = make_parser().parse_args(words)
         if options.data_dir is not None and not options.data_dir.is_dir():
             raise UserError(f"--data_dir {options.data_dir}: no such folder")
-        study = read_study(options.study)
+        study = read_plan(options.study)
         results = getattr(options, "results", None)  # count needs none
         runs = StudyRuns(study, options.runs_dir / study.name, options.data_dir, results and results / study.name)
         return {"run": run_study, "count": count, "list": list_runs, "collect": collect}[options.command](runs, options)
@@ -107,7 +107,7 @@ def report(words: list[str]) -> int:
     return report_main(words)
 
 
-def command_words(runs: StudyRuns, run: Run) -> list[str]:
+def command_words(runs: StudyRuns, run: PlannedRun) -> list[str]:
     """The run's command, without ``python``; it names the files as seen from the current folder."""
     entry = os.path.relpath(ROOT / "finetune_lora.py")
     return [entry, *run.flags(runs.data_dir), "--output_dir", str(runs.directory(run))]
@@ -189,7 +189,7 @@ class Work:
         stop: tells whether the command was asked to stop.
     """
 
-    def __init__(self, runs: StudyRuns, chosen: list[Run], retry_failed: bool, stop: Stop) -> None:
+    def __init__(self, runs: StudyRuns, chosen: list[PlannedRun], retry_failed: bool, stop: Stop) -> None:
         self.runs = runs
         self.chosen = chosen
         self.retry_failed = retry_failed
@@ -212,7 +212,7 @@ class Work:
                 time.sleep(POLL_SECONDS)
         return int("failed" in self.ended.values())
 
-    def attend(self, run: Run) -> bool:
+    def attend(self, run: PlannedRun) -> bool:
         """Runs a run, or finds that it has ended or is in other hands. False where it was interrupted."""
         with self.runs.held(run) as lock:
             if lock is None:
@@ -240,7 +240,7 @@ class Work:
                 return self.execute(planned, state, lock)
         return True
 
-    def tuning_goes_on(self, run: Run) -> bool:
+    def tuning_goes_on(self, run: PlannedRun) -> bool:
         """Whether a run that tunes this one is still to be done here, or is running elsewhere."""
         tuning = [self.runs.study.find(name) for name in run.tuned_by]
         chosen = {other.name for other in self.chosen}
@@ -249,7 +249,7 @@ class Work:
             for other in tuning
         )
 
-    def execute(self, run: Run, state: str, lock: int) -> bool:
+    def execute(self, run: PlannedRun, state: str, lock: int) -> bool:
         """Runs the run in a process of its own, which inherits the lock. False where it was interrupted."""
         flags = []
         if state != "missing":
@@ -284,11 +284,11 @@ class Work:
             self.end(run, "failed", f"{what} after {took}: {last}")
         return True
 
-    def place(self, run: Run) -> str:
+    def place(self, run: PlannedRun) -> str:
         number = [other.name for other in self.chosen].index(run.name) + 1
         return f"{number:>{len(str(len(self.chosen)))}}/{len(self.chosen)}  {run.name}"
 
-    def end(self, run: Run, how: str, text: str) -> None:
+    def end(self, run: PlannedRun, how: str, text: str) -> None:
         """Notes and prints how a run ended, with the time that the rest may take."""
         self.ended[run.name] = how
         left = self.seconds_left()
@@ -332,7 +332,7 @@ def collect(runs: StudyRuns, options: argparse.Namespace) -> int:
     return 0
 
 
-def copy_record(runs: StudyRuns, run: Run, target: Path) -> None:
+def copy_record(runs: StudyRuns, run: PlannedRun, target: Path) -> None:
     """Writes ``result.json`` with the run's place in the study, ``metrics.csv``, and the test's predictions."""
     from study_tables import shown_command
 

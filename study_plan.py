@@ -43,7 +43,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of a study.
 
     Attributes:
@@ -68,7 +68,7 @@ class Run:
     def seed(self) -> int:
         return int(self.settings.get("seed", 0))
 
-    def with_rate(self, rate: float) -> "Run":
+    def with_rate(self, rate: float) -> "PlannedRun":
         """The same run with the learning rate that its tuning chose."""
         return replace(self, settings={**self.settings, RATE: rate})
 
@@ -82,25 +82,25 @@ class Run:
         return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-Cell = tuple[list[Run], list[Run]]  # the runs that tune, and the final ones, of one cell of the grid
+Cell = tuple[list[PlannedRun], list[PlannedRun]]  # the runs that tune, and the final ones, of one cell of the grid
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyPlan:
     """A study's name, its question, and its runs: those that tune first, then seed by seed."""
 
     name: str
     question: str
-    runs: tuple[Run, ...]
+    runs: tuple[PlannedRun, ...]
 
-    def stage(self, stage: str) -> list[Run]:
+    def stage(self, stage: str) -> list[PlannedRun]:
         return [run for run in self.runs if stage in ("all", run.stage)]
 
-    def find(self, name: str) -> Run:
+    def find(self, name: str) -> PlannedRun:
         return next(run for run in self.runs if run.name == name)
 
 
-def read_study(path: Path) -> Study:
+def read_plan(path: Path) -> StudyPlan:
     """The study in a TOML file.
 
     Raises:
@@ -116,7 +116,7 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: {error}") from None
 
 
-def _plan(name: str, content: dict[str, Any]) -> Study:
+def _plan(name: str, content: dict[str, Any]) -> StudyPlan:
     _only(content, TABLES, "")
     question = content.get("question")
     if not isinstance(question, str) or not question.strip():
@@ -134,7 +134,7 @@ def _plan(name: str, content: dict[str, Any]) -> Study:
     rounds = itertools.zip_longest(*(final for _, final in cells))  # all first seeds before any second one: what is
     runs = (*tuning, *(run for each in rounds for run in each if run is not None))  # there stays comparable
     _check_runs(runs)
-    return Study(name, question.strip(), runs)
+    return StudyPlan(name, question.strip(), runs)
 
 
 def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
@@ -152,12 +152,12 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
         given = settings | cell | {"seed": seeds[0]}
         overrides = content.get("tuning", {}) | {"test": False}
         tune = [
-            Run(f"tune-{name}-{rate:g}", name, "tune", given | overrides | {RATE: rate}, cell | {RATE: rate})
+            PlannedRun(f"tune-{name}-{rate:g}", name, "tune", given | overrides | {RATE: rate}, cell | {RATE: rate})
             for rate in rates
         ]
         tuned_by = tuple(run.name for run in tune)
         final = [
-            Run(f"{name}-seed{seed}", name, "final", given | {"seed": seed}, cell, tuned_by, row.get("reported"))
+            PlannedRun(f"{name}-seed{seed}", name, "final", given | {"seed": seed}, cell, tuned_by, row.get("reported"))
             for seed in seeds
         ]
         cells.append((tune, final))
@@ -257,7 +257,7 @@ def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         raise UserError(f"[tuning] {RATE}: is what is tuned, give it to the rows")
 
 
-def _check_runs(runs: tuple[Run, ...]) -> None:
+def _check_runs(runs: tuple[PlannedRun, ...]) -> None:
     """Every run through the checks of the command itself, and no two under one name."""
     seen: set[str] = set()
     for run in runs:

@@ -24,7 +24,7 @@ from run_files import (
     read_result,
     read_status,
 )
-from study_plan import RATE, Run, Study
+from study_plan import RATE, PlannedRun, StudyPlan
 
 
 class TuningUnfinished(Exception):
@@ -42,23 +42,23 @@ class StudyRuns:
         collected: ``results/STUDY``, whose records stand for runs that ``folder`` does not hold: of another machine.
     """
 
-    study: Study
+    study: StudyPlan
     folder: Path
     data_dir: Path | None = None
     collected: Path | None = None
 
-    def directory(self, run: Run) -> Path:
+    def directory(self, run: PlannedRun) -> Path:
         return self.folder / run.name
 
-    def holds(self, run: Run) -> bool:
+    def holds(self, run: PlannedRun) -> bool:
         """Whether the run has begun in its directory, so that it is no collected one."""
         return (self.directory(run) / CONFIG).exists()
 
-    def log(self, run: Run) -> Path:
+    def log(self, run: PlannedRun) -> Path:
         return self.folder / f"{run.name}.log"
 
     @contextmanager
-    def held(self, run: Run) -> Iterator[int | None]:
+    def held(self, run: PlannedRun) -> Iterator[int | None]:
         """Holds the run's lock; gives its file descriptor, or ``None`` where another process has it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,14 +75,14 @@ class StudyRuns:
             else:
                 yield file.fileno()
 
-    def state(self, run: Run) -> str:
+    def state(self, run: PlannedRun) -> str:
         """``running``, or what ``state_on_disk`` says."""
         if not (self.folder / f"{run.name}.lock").exists():
             return self.state_on_disk(run)
         with self.held(run) as lock:
             return "running" if lock is None else self.state_on_disk(run)
 
-    def state_on_disk(self, run: Run) -> str:
+    def state_on_disk(self, run: PlannedRun) -> str:
         """``missing``, ``finished``, ``failed``, ``interrupted`` (killed, too), or ``changed``: of other settings."""
         if not self.holds(run):
             return self._record(run).get("status", "missing")
@@ -90,13 +90,13 @@ class StudyRuns:
             return "changed"
         return read_status(self.directory(run)) or "interrupted"
 
-    def result(self, run: Run) -> dict[str, Any]:
+    def result(self, run: PlannedRun) -> dict[str, Any]:
         """What ``result.json`` of a finished or failed run holds."""
         if not self.holds(run):
             return self._record(run)
         return read_result(self.directory(run))
 
-    def _record(self, run: Run) -> dict[str, Any]:
+    def _record(self, run: PlannedRun) -> dict[str, Any]:
         """The collected ``result.json`` of the run; empty where there is none of the same settings and data."""
         record = self.collected / run.name if self.collected else None
         if record is None or read_status(record) is None or self._differences(run, record):
@@ -104,12 +104,12 @@ class StudyRuns:
         result = read_result(record)
         return result if result["config"]["data_dir"] == run.settings.get("data_dir") else {}
 
-    def differences(self, run: Run) -> list[str]:
+    def differences(self, run: PlannedRun) -> list[str]:
         """Settings in which the run on disk differs from the plan; not where its data lie, nor an open rate."""
         return self._differences(run, self.directory(run))
 
     @staticmethod
-    def _differences(run: Run, directory: Path) -> list[str]:
+    def _differences(run: PlannedRun, directory: Path) -> list[str]:
         planned = from_flags(run.flags(Path()), "")
         try:
             made = RunConfig.from_dict(read_config(directory) | {"data_dir": planned.data_dir})
@@ -119,7 +119,7 @@ class StudyRuns:
         texts = planned.differences(made)
         return [text for text in texts if planned.learning_rate is not None or text.split()[0] != f"--{RATE}"]
 
-    def take_over(self, run: Run) -> Path | None:
+    def take_over(self, run: PlannedRun) -> Path | None:
         """Makes a finished run of the same settings and data, of another study beside this one, this run.
 
         Returns where it was made, or ``None`` where there is none. To be called with the run held; killed, it has
@@ -138,7 +138,7 @@ class StudyRuns:
             return made
         return None
 
-    def _same_data(self, run: Run, directory: Path) -> bool:
+    def _same_data(self, run: PlannedRun, directory: Path) -> bool:
         planned = from_flags(run.flags(self.data_dir), "").data_dir
         made = read_config(directory)["data_dir"]
         return (planned and planned.resolve()) == (made and Path(made).resolve())
@@ -146,7 +146,7 @@ class StudyRuns:
     # -----------------------------------------------------------------------------------------------------------------
     # tuning
 
-    def tuned(self, run: Run) -> Run:
+    def tuned(self, run: PlannedRun) -> PlannedRun:
         """The run with the best learning rate of its row: by ``--monitor`` on validation; of equals, the smaller.
 
         Raises:
@@ -169,7 +169,7 @@ class StudyRuns:
             raise TuningUnfinished(f"at every learning rate of {run.row} {NOT_FINITE}")
         return run.with_rate(-max(scores)[1])
 
-    def tuned_if_possible(self, run: Run) -> Run:
+    def tuned_if_possible(self, run: PlannedRun) -> PlannedRun:
         try:
             return self.tuned(run)
         except TuningUnfinished:

@@ -30,7 +30,7 @@ from transformers import (
 
 from command_flags import from_flags
 from run_config import RunConfig, UserError
-from study_plan import Run, read_study
+from study_plan import PlannedRun, read_plan
 from study_runs import StudyRuns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,10 +209,10 @@ DIVERGED = "the loss is not finite at batch 3: lower --learning_rate, or use ano
 
 def plan(rows: str) -> StudyRuns:
     write_study(Path("tiny.toml"), Path("model"), rows)
-    return StudyRuns(read_study(Path("tiny.toml")), Path("runs/tiny"))
+    return StudyRuns(read_plan(Path("tiny.toml")), Path("runs/tiny"))
 
 
-def leave_run(runs: StudyRuns, run: Run, status: str | None = "finished", **more: Any) -> None:
+def leave_run(runs: StudyRuns, run: PlannedRun, status: str | None = "finished", **more: Any) -> None:
     """A run directory as a run leaves it; ``status`` None is one that was killed."""
     directory = runs.directory(run)
     directory.mkdir(parents=True, exist_ok=True)

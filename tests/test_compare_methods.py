@@ -22,7 +22,7 @@ import finetune_lora
 from command_flags import from_flags
 from compare_methods import main
 from local_run_utilities import write_predictions
-from study_plan import Run, read_study
+from study_plan import PlannedRun, read_plan
 from study_runs import StudyRuns, TuningUnfinished
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 240  # for a machine with other work
 pytestmark = pytest.mark.usefixtures("project")
 
 
-def leave_predictions(runs: StudyRuns, run: Run, logits: np.ndarray, labels: np.ndarray) -> None:
+def leave_predictions(runs: StudyRuns, run: PlannedRun, logits: np.ndarray, labels: np.ndarray) -> None:
     """Predictions of a validation of three texts, and of a test in another order than its rows'."""
     order = np.random.default_rng(0).permutation(len(labels))
     splits = {
@@ -286,7 +286,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
     write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
     words = ("tiny.toml", "--data_dir", str(review_folder), "--retry_failed")
     folder = project / "runs" / "tiny"
-    runs = StudyRuns(read_study(Path("tiny.toml")), folder)
+    runs = StudyRuns(read_plan(Path("tiny.toml")), folder)
     orphan, killed, diverges = runs.study.runs
     leave_run(runs, killed, "failed", error="no space left")  # to be tried again
 
@@ -324,7 +324,7 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint(
 ) -> None:
     rows = '[axes]\nseed = [0, 1]\n[[rows]]\nname = "long"\nepochs = 400'
     write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
-    runs = StudyRuns(read_study(Path("tiny.toml")), project / "runs" / "tiny")
+    runs = StudyRuns(read_plan(Path("tiny.toml")), project / "runs" / "tiny")
     with started("tiny.toml", "--data_dir", str(review_folder)) as study:
         wait_for("epoch 1/400  batch 2", runs.log(runs.study.runs[0]))
         study.send_signal(signal.SIGINT)

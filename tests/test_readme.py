@@ -11,7 +11,7 @@ from command_flags import from_flags, make_parser
 from compare_methods import make_parser as make_study_parser
 from finetune_lora import DESCRIPTION
 from predict import make_parser as make_predict_parser
-from study_plan import read_study
+from study_plan import read_plan
 from study_report import make_parser as make_report_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,7 @@ def study_help() -> str:
 def check_study_command(words: list[str]) -> None:
     options = make_study_parser().parse_args(words)
     if options.command != "report":
-        assert read_study(ROOT / options.study).runs
+        assert read_plan(ROOT / options.study).runs
 
 
 def test_every_flag_that_is_mentioned_exists() -> None:

@@ -12,7 +12,7 @@ from slurm_cluster import Cluster, wait_until
 
 import finetune_lora
 from compare_methods import main
-from study_plan import read_study
+from study_plan import read_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "run_study_array.SBATCH"
@@ -74,7 +74,7 @@ def test_an_array_with_a_killed_task_gives_the_table_of_a_local_run(
 
     monkeypatch.chdir(jobs_folder)
     with one_thread():  # as in the jobs: sums in another order would differ in the last bit
-        for run in read_study(Path("tiny.toml")).runs:
+        for run in read_plan(Path("tiny.toml")).runs:
             directory = tmp_path / "runs" / "tiny" / run.name
             assert finetune_lora.main([*run.flags(review_folder), "--output_dir", str(directory)]) == 0
     local = ("--runs_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results"))

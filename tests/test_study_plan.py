@@ -8,7 +8,7 @@ import pytest
 
 from command_flags import from_flags
 from run_config import UserError
-from study_plan import Run, Study, read_study
+from study_plan import PlannedRun, StudyPlan, read_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
@@ -27,17 +27,17 @@ tune = { learning_rate = [1e-4, 0.02] }
 """
 
 
-def study_of(folder: Path, text: str) -> Study:
+def study_of(folder: Path, text: str) -> StudyPlan:
     path = folder / "study.toml"
     path.write_text(f'question = "why"\n{text}')
-    return read_study(path)
+    return read_plan(path)
 
 
-def names(runs: list[Run]) -> list[str]:
+def names(runs: list[PlannedRun]) -> list[str]:
     return [run.name for run in runs]
 
 
-def setting(run: Run, flag: str) -> str | None:
+def setting(run: PlannedRun, flag: str) -> str | None:
     words = run.flags()
     return words[words.index(f"--{flag}") + 1] if f"--{flag}" in words else None
 
@@ -198,12 +198,12 @@ def test_a_refused_study_is_named_with_row_and_key_in_one_line(tmp_path: Path, t
 def test_a_study_says_what_it_asks(tmp_path: Path, content: str) -> None:
     (tmp_path / "study.toml").write_text(content)
     with pytest.raises(UserError, match="question: must say"):
-        read_study(tmp_path / "study.toml")
+        read_plan(tmp_path / "study.toml")
 
 
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.toml cannot be read"):
-        read_study(tmp_path / "nowhere.toml")
+        read_plan(tmp_path / "nowhere.toml")
 
 
 # --- the studies of the suite
@@ -211,13 +211,13 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_of_the_suite_can_be_planned_and_holds_no_place_of_one_machine(path: Path) -> None:
-    study = read_study(path)
+    study = read_plan(path)
     assert study.question.endswith("?")
     assert not [run.name for run in study.runs if "/" in str(run.settings.get("model_name", ""))]
 
 
 def test_the_earlier_list_has_its_rows_and_seeds() -> None:
-    final = read_study(ROOT / "studies" / "earlier_work.toml").stage("final")
+    final = read_plan(ROOT / "studies" / "earlier_work.toml").stage("final")
     rows = ["lora", "selective", "full", "qlora", "adam", "sgd", "sgd_nesterov", "linear", "onecycle"]
     assert list(dict.fromkeys(run.row for run in final)) == rows
     assert {row: sum(run.row == row for run in final) for row in rows} == {
