@@ -21,7 +21,7 @@ from command_flags import OneLineParser, from_flags
 from run_config import UserError
 from run_files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT, write_atomically, write_json
 from study_plan import RATE, STAGES, PlannedRun, read_plan
-from study_runs import StudyRuns, TuningUnfinished
+from study_runs import StudyRuns, TuningUnfinished, forget_test
 
 ROOT = Path(__file__).resolve().parent
 DESCRIPTION = "Run a study, a TOML of runs that answer one question, and collect what came out."
@@ -337,16 +337,13 @@ def copy_record(runs: StudyRuns, run: PlannedRun, target: Path) -> None:
     from study_tables import shown_command
 
     source, result = runs.directory(run), runs.result(run)
-    result["study"] = {
-        "study": runs.study.name, "question": runs.study.question, "row": run.row, "run": run.name,
-        "stage": run.stage, "seed": run.seed, "axes": run.axes, "reported": run.reported,
-    }  # fmt: skip
+    result["study"] = runs.place(run)
     # places of one machine stay there
     result["command"] = shown_command(result["command"])
     result["config"] |= {"data_dir": run.settings.get("data_dir"), "output_dir": None}
     result.pop("traceback", None)
     if run.stage == "tune":
-        result.pop("test", None)  # of a run that was taken over: nothing is chosen by it
+        forget_test(result, target)
     target.mkdir(parents=True, exist_ok=True)
     if (source / METRICS).exists():
         metrics = (source / METRICS).read_bytes()

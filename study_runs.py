@@ -20,9 +20,12 @@ from run_files import (
     CONFIG,
     LAST_CHECKPOINT,
     NOT_FINITE,
+    PREDICTIONS,
+    RESULT,
     read_config,
     read_result,
     read_status,
+    write_json,
 )
 from study_plan import RATE, PlannedRun, StudyPlan
 
@@ -119,14 +122,23 @@ class StudyRuns:
         texts = planned.differences(made)
         return [text for text in texts if planned.learning_rate is not None or text.split()[0] != f"--{RATE}"]
 
+    def place(self, run: PlannedRun) -> dict[str, Any]:
+        """The run's place in the study, as a collected ``result.json`` holds it under ``study``."""
+        return {
+            "study": self.study.name, "question": self.study.question, "row": run.row, "run": run.name,
+            "stage": run.stage, "seed": run.seed, "axes": run.axes, "reported": run.reported,
+        }  # fmt: skip
+
     def take_over(self, run: PlannedRun) -> Path | None:
         """Makes a finished run of the same settings and data, of another study beside this one, this run.
 
         Returns where it was made, or ``None`` where there is none. To be called with the run held; killed, it has
         either not begun or is done.
         """
-        for made in sorted(path.parent for path in self.folder.parent.glob(f"*/[!.]*/{CONFIG}")):
-            if read_status(made) != "finished" or self._differences(run, made) or not self._same_data(run, made):
+        planned = from_flags(run.flags(self.data_dir), "").data_dir
+        for made in self._alike(run, self.folder.parent, CONFIG):
+            data = read_config(made)["data_dir"]
+            if (planned and planned.resolve()) != (data and Path(data).resolve()):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
@@ -136,12 +148,32 @@ class StudyRuns:
                 continue
             half.replace(self.directory(run))
             return made
+        return self._take_over_record(run)
+
+    def _take_over_record(self, run: PlannedRun) -> Path | None:
+        """The same with what was collected of another study."""
+        if self.collected is None:
+            return None
+        for made in self._alike(run, self.collected.parent, RESULT):
+            result = read_result(made) | {"study": self.place(run)}
+            if result["config"]["data_dir"] != run.settings.get("data_dir"):
+                continue
+            half, record = self.collected / f".{run.name}.half", self.collected / run.name
+            shutil.rmtree(half, ignore_errors=True)
+            shutil.copytree(made, half)
+            if run.stage == "tune":
+                forget_test(result, half)
+            write_json(half / RESULT, result)
+            shutil.rmtree(record, ignore_errors=True)  # one of other settings
+            half.replace(record)
+            return made
         return None
 
-    def _same_data(self, run: PlannedRun, directory: Path) -> bool:
-        planned = from_flags(run.flags(self.data_dir), "").data_dir
-        made = read_config(directory)["data_dir"]
-        return (planned and planned.resolve()) == (made and Path(made).resolve())
+    def _alike(self, run: PlannedRun, folder: Path, file: str) -> Iterator[Path]:
+        """Finished runs of the same settings, of all studies in a folder; ``file`` is what each of them has."""
+        for made in sorted(path.parent for path in folder.glob(f"*/[!.]*/{file}")):
+            if read_status(made) == "finished" and not self._differences(run, made):
+                yield made
 
     # -----------------------------------------------------------------------------------------------------------------
     # tuning
@@ -174,3 +206,9 @@ class StudyRuns:
             return self.tuned(run)
         except TuningUnfinished:
             return run
+
+
+def forget_test(result: dict[str, Any], record: Path) -> None:
+    """Takes the test out of the record of a run that tunes, and was tested for another study: it chooses nothing."""
+    result.pop("test", None)
+    (record / PREDICTIONS).unlink(missing_ok=True)

@@ -75,6 +75,32 @@ def test_a_run_that_was_tested_stands_for_one_that_only_tunes() -> None:
     assert runs.state(first) == "finished"
 
 
+def test_what_was_collected_of_another_study_is_taken_over() -> None:
+    study = plan(TUNED).study
+    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
+    others = StudyRuns(study, Path("results/other"))
+    (_, first, _, final), planned = study.runs, study.runs[-1].with_rate(0.001)
+    for run in (replace(first, settings={**first.settings, "test": True}), planned):
+        leave_run(others, run, validation={"accuracy": 0.8}, test={"accuracy": 0.9})
+        folder = others.directory(run)
+        result = others.result(run)
+        result["config"] |= {"data_dir": None}
+        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "config.json").unlink()
+        (folder / "predictions.parquet").write_bytes(b"predictions")
+    (runs.collected or Path()).joinpath(first.name).mkdir(parents=True)  # of a copy that is outdated
+    assert runs.take_over(first) == others.directory(first)
+    assert runs.take_over(planned) == others.directory(final)
+    assert StudyRuns(study, runs.folder, Path("data")).take_over(first) is None  # only where it is asked for
+    assert [runs.state(run) for run in (first, planned)] == ["finished", "finished"]
+    assert (runs.result(planned)["study"], runs.result(planned)["test"]) == (runs.place(planned), {"accuracy": 0.9})
+    assert runs.result(planned)["study"]["study"] == "tiny"
+    assert "test" not in runs.result(first)
+    files = [sorted(path.name for path in Path("results/tiny", run.name).iterdir()) for run in (first, planned)]
+    assert files == [["metrics.csv", "result.json"], ["metrics.csv", "predictions.parquet", "result.json"]]
+    assert sorted(path.name for path in Path("results/tiny").iterdir()) == [final.name, first.name]
+
+
 def test_a_run_whose_files_change_while_it_is_copied_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     study = plan("[axes]\nseed = [0]").study
     runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
