@@ -94,7 +94,7 @@ def test_rebuilding_gives_the_same_bytes(results: Path) -> None:
 def test_what_the_report_says(results: Path) -> None:
     report(results)
     readme = (results.parent / "README.md").read_text()
-    assert "| lora | 90.50 ± 0.71 | 2 | 300 | 1,234 | 100 | 1.00 |" in readme
+    assert "| lora | 90.50 ± 0.71 | 2 | 300 | 90.00 | 1,234 | 100 | 1.00 |" in readme
     assert "| broken | failed |" in readme
     assert "Highest of the 2 compared: lora. Not distinguishable from it: qlora." in readme  # a tie
     assert readme.startswith("top\n")
