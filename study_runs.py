@@ -102,25 +102,14 @@ class StudyRuns:
     def _record(self, run: PlannedRun) -> dict[str, Any]:
         """The collected ``result.json`` of the run; empty where there is none of the same settings and data."""
         record = self.collected / run.name if self.collected else None
-        if record is None or read_status(record) is None or self._differences(run, record):
+        if record is None or read_status(record) is None or _differences(from_flags(run.flags(Path()), ""), record):
             return {}
         result = read_result(record)
         return result if result["config"]["data_dir"] == run.settings.get("data_dir") else {}
 
     def differences(self, run: PlannedRun) -> list[str]:
         """Settings in which the run on disk differs from the plan; not where its data lie, nor an open rate."""
-        return self._differences(run, self.directory(run))
-
-    @staticmethod
-    def _differences(run: PlannedRun, directory: Path) -> list[str]:
-        planned = from_flags(run.flags(Path()), "")
-        try:
-            made = RunConfig.from_dict(read_config(directory) | {"data_dir": planned.data_dir})
-            made = replace(made, test=made.test and planned.test)  # a run that was tested, too, has trained the same
-        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
-            return [f"its settings cannot be used: {error}"]
-        texts = planned.differences(made)
-        return [text for text in texts if planned.learning_rate is not None or text.split()[0] != f"--{RATE}"]
+        return _differences(from_flags(run.flags(Path()), ""), self.directory(run))
 
     def place(self, run: PlannedRun) -> dict[str, Any]:
         """The run's place in the study, as a collected ``result.json`` holds it under ``study``."""
@@ -171,8 +160,9 @@ class StudyRuns:
 
     def _alike(self, run: PlannedRun, folder: Path, file: str) -> Iterator[Path]:
         """Finished runs of the same settings, of all studies in a folder; ``file`` is what each of them has."""
+        planned = from_flags(run.flags(Path()), "")
         for made in sorted(path.parent for path in folder.glob(f"*/[!.]*/{file}")):
-            if read_status(made) == "finished" and not self._differences(run, made):
+            if read_status(made) == "finished" and not _differences(planned, made):
                 yield made
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -212,3 +202,14 @@ def forget_test(result: dict[str, Any], record: Path) -> None:
     """Takes the test out of the record of a run that tunes, and was tested for another study: it chooses nothing."""
     result.pop("test", None)
     (record / PREDICTIONS).unlink(missing_ok=True)
+
+
+def _differences(planned: RunConfig, directory: Path) -> list[str]:
+    """Settings in which a run on disk, or a collected one, differs from the plan; an open rate is none."""
+    try:
+        made = RunConfig.from_dict(read_config(directory) | {"data_dir": planned.data_dir})
+        made = replace(made, test=made.test and planned.test)  # a run that was tested, too, has trained the same
+    except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+        return [f"its settings cannot be used: {error}"]
+    texts = planned.differences(made)
+    return [text for text in texts if planned.learning_rate is not None or text.split()[0] != f"--{RATE}"]
