@@ -1,6 +1,7 @@
 """Every pair of a study's rows, compared on the same test texts."""
 
 import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from study_statistics import (
 )
 
 SHOWN = 120  # pairs in a table; 16 rows have as many
+UNEVEN = 0.9  # of the squares: a row with as much has the spread for itself
 READING = (
     "p: a bootstrap over test texts, widened by the spread over seeds that the rows share (a single run has one, too)."
     " Where no row has a second seed, McNemar's exact test, which says whether two runs differ and nothing of other"
@@ -90,10 +92,8 @@ def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
     groups: dict[Any, list[str]] = {}
     for name, runs in usable.items():
         groups.setdefault(runs[0].test_set, []).append(name)
-    spreads = {
-        test_set: seed_spread([[float(p.correct.mean()) for p in usable[name]] for name in names])
-        for test_set, names in groups.items()
-    }
+    accuracies = {name: [float(p.correct.mean()) for p in runs] for name, runs in usable.items()}
+    spreads = {test_set: seed_spread([accuracies[name] for name in names]) for test_set, names in groups.items()}
     resamples = resamples_for(len(same))
     found = [compare(usable[a], usable[b], spreads[usable[a][0].test_set], resamples) for a, b in same]
     corrected = holm([difference.p for difference, _ in found])
@@ -106,10 +106,25 @@ def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
         notes.append(f"Not compared with others, for the test predictions were not kept: {', '.join(without)}.")
     if mixed:
         notes.append(f"Not compared with others, for each seed has a test split of its own: {', '.join(mixed)}.")
+    uneven = [_with_most_spread({name: accuracies[name] for name in names}) for names in groups.values()]
+    notes += [
+        f"Nearly all of the spread over seeds is that of {name}, and makes all other rows harder to tell apart."
+        for name in uneven
+        if name
+    ]
     if len(groups) > 1:
         shown = "; ".join(", ".join(names) for names in groups.values())
         notes.append(f"Compared only within each group, for the test texts differ between them: {shown}.")
     return comparisons, notes
+
+
+def _with_most_spread(accuracies: dict[str, list[float]]) -> str | None:
+    """The row, of three at least, whose seeds lie so far apart that the spread which all share is its own."""
+    squares = {name: len(a) * statistics.pvariance(a) for name, a in accuracies.items() if len(a) > 1}
+    largest = max(squares, key=lambda name: squares[name], default=None)
+    if largest is None or len(squares) < 3 or squares[largest] <= UNEVEN * sum(squares.values()):
+        return None
+    return largest
 
 
 def worth_showing(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -39,6 +39,21 @@ def test_every_pair_with_the_test_that_fits_the_table(tmp_path: Path) -> None:
     assert {c.verdict for c in comparisons} == {"not distinguishable"}
 
 
+def test_a_row_whose_seeds_fall_apart_is_named(tmp_path: Path) -> None:
+    def write(study: str, accuracies: dict[str, list[float]]) -> None:
+        for k, (row, values) in enumerate(accuracies.items()):
+            for seed, accuracy in enumerate(values):
+                correct = outcomes(accuracy, TEXTS, 10 * k + seed, DIFFICULTY)
+                write_run(tmp_path, study, row, seed=seed, correct=correct)
+
+    even = {"a": [0.90, 0.91], "b": [0.89, 0.90], "c": [0.88, 0.89]}
+    write("even", even)
+    assert compare_rows(read_study("even", tmp_path))[1] == []
+    write("uneven", even | {"collapsed": [0.90, 0.50]})
+    _, (note,) = compare_rows(read_study("uneven", tmp_path))
+    assert note.startswith("Nearly all of the spread over seeds is that of collapsed:")
+
+
 def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
     """Predictions are written in random order: equal outcomes are found equal only if they are aligned by row."""
     for name, seed in {"a": 1, "b": 2}.items():
