@@ -22,7 +22,7 @@ from study_statistics import (
 )
 
 SHOWN = 120  # pairs in a table; 16 rows have as many
-UNEVEN = 0.9  # of the squares: a row with as much has the spread for itself
+UNEVEN = 0.9, 0.01  # a row with so much of the squares, and such a deviation, has the spread for itself
 READING = (
     "p: a bootstrap over test texts, widened by the spread over seeds that the rows share (a single run has one, too)."
     " Where no row has a second seed, McNemar's exact test, which says whether two runs differ and nothing of other"
@@ -122,9 +122,11 @@ def _with_most_spread(accuracies: dict[str, list[float]]) -> str | None:
     """The row, of three at least, whose seeds lie so far apart that the spread which all share is its own."""
     squares = {name: len(a) * statistics.pvariance(a) for name, a in accuracies.items() if len(a) > 1}
     largest = max(squares, key=lambda name: squares[name], default=None)
-    if largest is None or len(squares) < 3 or squares[largest] <= UNEVEN * sum(squares.values()):
+    if largest is None or len(squares) < 3:
         return None
-    return largest
+    share, deviation = UNEVEN
+    alone = squares[largest] > share * sum(squares.values()) and statistics.stdev(accuracies[largest]) > deviation
+    return largest if alone else None
 
 
 def worth_showing(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -51,7 +51,7 @@ def test_a_row_whose_seeds_fall_apart_is_named(tmp_path: Path) -> None:
     assert compare_rows(read_study("even", tmp_path))[1] == []
     write("uneven", even | {"collapsed": [0.90, 0.50]})
     _, (note,) = compare_rows(read_study("uneven", tmp_path))
-    assert note.startswith("Nearly all of the spread over seeds is that of collapsed:")
+    assert note.startswith("Nearly all of the spread over seeds is that of collapsed, ")
 
 
 def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
