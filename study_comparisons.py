@@ -19,6 +19,7 @@ from study_statistics import (
     mcnemar,
     resamples_for,
     seed_spread,
+    squares,
 )
 
 SHOWN = 120  # pairs in a table; 16 rows have as many
@@ -120,12 +121,12 @@ def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
 
 def _with_most_spread(accuracies: dict[str, list[float]]) -> str | None:
     """The row, of three at least, whose seeds lie so far apart that the spread which all share is its own."""
-    squares = {name: len(a) * statistics.pvariance(a) for name, a in accuracies.items() if len(a) > 1}
-    largest = max(squares, key=lambda name: squares[name], default=None)
-    if largest is None or len(squares) < 3:
+    spread = {name: squares(a) for name, a in accuracies.items() if len(a) > 1}
+    if len(spread) < 3:
         return None
+    largest = max(spread, key=lambda name: spread[name])
     share, deviation = UNEVEN
-    alone = squares[largest] > share * sum(squares.values()) and statistics.stdev(accuracies[largest]) > deviation
+    alone = spread[largest] > share * sum(spread.values()) and statistics.stdev(accuracies[largest]) > deviation
     return largest if alone else None
 
 

@@ -102,14 +102,14 @@ class StudyRuns:
     def _record(self, run: PlannedRun) -> dict[str, Any]:
         """The collected ``result.json`` of the run; empty where there is none of the same settings and data."""
         record = self.collected / run.name if self.collected else None
-        if record is None or read_status(record) is None or _differences(from_flags(run.flags(Path()), ""), record):
+        if record is None or read_status(record) is None or _differences(_configuration(run), record):
             return {}
         result = read_result(record)
         return result if result["config"]["data_dir"] == run.settings.get("data_dir") else {}
 
     def differences(self, run: PlannedRun) -> list[str]:
         """Settings in which the run on disk differs from the plan; not where its data lie, nor an open rate."""
-        return _differences(from_flags(run.flags(Path()), ""), self.directory(run))
+        return _differences(_configuration(run), self.directory(run))
 
     def place(self, run: PlannedRun) -> dict[str, Any]:
         """The run's place in the study, as a collected ``result.json`` holds it under ``study``."""
@@ -160,7 +160,7 @@ class StudyRuns:
 
     def _alike(self, run: PlannedRun, folder: Path, file: str) -> Iterator[Path]:
         """Finished runs of the same settings, of all studies in a folder; ``file`` is what each of them has."""
-        planned = from_flags(run.flags(Path()), "")
+        planned = _configuration(run)
         for made in sorted(path.parent for path in folder.glob(f"*/[!.]*/{file}")):
             if read_status(made) == "finished" and not _differences(planned, made):
                 yield made
@@ -202,6 +202,11 @@ def forget_test(result: dict[str, Any], record: Path) -> None:
     """Takes the test out of the record of a run that tunes, and was tested for another study: it chooses nothing."""
     result.pop("test", None)
     (record / PREDICTIONS).unlink(missing_ok=True)
+
+
+def _configuration(run: PlannedRun) -> RunConfig:
+    """The run's settings, all of them; where its data lie is told apart."""
+    return from_flags(run.flags(Path()), "")
 
 
 def _differences(planned: RunConfig, directory: Path) -> list[str]:

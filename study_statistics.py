@@ -34,8 +34,12 @@ def seed_spread(methods: Sequence[Sequence[float]]) -> SeedSpread | None:
     degrees = sum(len(accuracies) - 1 for accuracies in methods)
     if not degrees:
         return None
-    squares = sum(statistics.variance(a) * (len(a) - 1) for a in methods if len(a) > 1)
-    return SeedSpread(math.sqrt(squares / degrees), degrees)
+    return SeedSpread(math.sqrt(sum(map(squares, methods)) / degrees), degrees)
+
+
+def squares(values: Sequence[float]) -> float:
+    """The sum of squared distances from the mean; 0 for a single value."""
+    return statistics.variance(values) * (len(values) - 1) if len(values) > 1 else 0.0
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
