@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from command_flags import from_flags
-from run_config import RunConfig, UserError
+from run_config import NOT_PART_OF_THE_RUN, RunConfig, UserError
 from run_files import (
     BEST_CHECKPOINT,
     CONFIG,
@@ -212,7 +212,8 @@ def _configuration(run: PlannedRun) -> RunConfig:
 def _differences(planned: RunConfig, directory: Path) -> list[str]:
     """Settings in which a run on disk, or a collected one, differs from the plan; an open rate is none."""
     try:
-        made = RunConfig.from_dict(read_config(directory) | {"data_dir": planned.data_dir})
+        config = {key: value for key, value in read_config(directory).items() if key not in NOT_PART_OF_THE_RUN}
+        made = RunConfig.from_dict(config | {"data_dir": planned.data_dir})
         made = replace(made, test=made.test and planned.test)  # a run that was tested, too, has trained the same
     except (OSError, ValueError, TypeError, KeyError, UserError) as error:
         return [f"its settings cannot be used: {error}"]

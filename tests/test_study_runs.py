@@ -122,13 +122,14 @@ def test_a_collected_run_counts_where_none_lies_here() -> None:
     elsewhere = StudyRuns(runs.study, Path("results/tiny"))
     done, other_data, other_settings, here = runs.study.runs
     changes: dict[str, dict[str, str | int]] = {
+        done.name: {"resume": True},  # it had been interrupted
         other_data.name: {"data_dir": "other"},
         other_settings.name: {"epochs": 3},
     }
     for run in runs.study.runs:
         leave_run(elsewhere, run)
         result = elsewhere.result(run)
-        result["config"] |= {"data_dir": None, **changes.get(run.name, {})}
+        result["config"] |= {"data_dir": None, "output_dir": None, **changes.get(run.name, {})}
         (elsewhere.directory(run) / "result.json").write_text(json.dumps(result))
         (elsewhere.directory(run) / "config.json").unlink()  # what is collected has its settings in the result
     leave_run(runs, here, "interrupted")
