@@ -17,12 +17,11 @@ from run_config import RunConfig, UserError, not_installed, reason
 from run_files import RESULT, read_result
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
+BAR_AFTER = 2.0  # seconds; what is done sooner needs no bar
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        description="Labels and probabilities for new texts, from a finished run.", allow_abbrev=False
-    )
+    parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("run", type=Path, help="the run directory")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--text", action="append", help="a text; may be given several times")
@@ -132,6 +131,7 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
 
     import numpy as np
     import torch
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     from base_models import find_model, load_tokenizer
     from local_dataset_utilities import TokenizedSplit, encode_texts
@@ -154,10 +154,12 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     device = torch.device("cuda" if hardware.on_gpu else "cpu")
     classifier.eval().to(device)
     probabilities = torch.empty(len(texts), len(label_names))
-    with torch.inference_mode():
+    bar = tqdm(total=len(texts), desc="predict", unit=" texts", delay=BAR_AFTER, disable=None)  # at a terminal only
+    with torch.inference_mode(), bar:
         for batch in evaluation_loader(split, config, int(tokenizer.pad_token_id)):
             logits = classifier(batch["input_ids"].to(device), batch["attention_mask"].to(device))
             probabilities[batch["rows"]] = logits.softmax(-1).cpu()
+            bar.update(len(logits))
     return label_names, probabilities.tolist()
 
 

@@ -171,6 +171,22 @@ def test_the_command_as_a_process(runs: dict[str, Path], tmp_path: Path) -> None
     assert [row["text"] for row in table(done.stdout)] == ["superb acting"]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (60.0, False)])
+def test_a_terminal_sees_how_far_a_long_prediction_is(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, seconds: float, shown: bool
+) -> None:
+    monkeypatch.setattr("predict.BAR_AFTER", seconds)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    predict(runs["lora"], ["superb acting", "dull"])
+    assert ("2/2" in terminal.getvalue()) is shown
+
+
 # --- refusals
 
 
