@@ -147,6 +147,8 @@ class StudyRuns:
             result = read_result(made) | {"study": self.place(run)}
             if result["config"]["data_dir"] != run.settings.get("data_dir"):
                 continue
+            if run.stage == "final" and result["config"]["test"] and "test" not in result:  # tuned there: forget_test
+                continue
             half, record = self.collected / f".{run.name}.half", self.collected / run.name
             shutil.rmtree(half, ignore_errors=True)
             shutil.copytree(made, half)

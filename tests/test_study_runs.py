@@ -101,6 +101,19 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     assert sorted(path.name for path in Path("results/tiny").iterdir()) == [final.name, first.name]
 
 
+def test_a_record_without_its_test_stands_for_no_final_run() -> None:
+    study = plan(TUNED).study
+    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
+    others = StudyRuns(study, Path("results/other"))
+    first, final = study.runs[0], study.runs[-1]
+    leave_run(others, replace(first, settings={**first.settings, "test": True}))  # it tuned, and its test was forgotten
+    result = others.result(first)
+    result["config"] |= {"data_dir": None}
+    (others.directory(first) / "result.json").write_text(json.dumps(result))
+    assert runs.take_over(final.with_rate(first.settings["learning_rate"])) is None
+    assert runs.take_over(first) == others.directory(first)
+
+
 def test_a_run_whose_files_change_while_it_is_copied_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     study = plan("[axes]\nseed = [0]").study
     runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
