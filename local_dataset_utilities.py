@@ -82,6 +82,8 @@ def load_texts(config: RunConfig) -> TextData:
     names, source = _encode_labels(source, config)
     splits, how = _split(source, names, config)
     leaks_dropped = _drop_leaks(splits, names)
+    given = "validation" in source.tables and config.split in (None, "official")
+    notes = [*_keep_test_unseen(splits, given), *source.notes]
     data = TextData(
         source=how,
         label_names=names,
@@ -90,7 +92,7 @@ def load_texts(config: RunConfig) -> TextData:
             for name, t in _limited(splits, config).items()
         },
         leaks_dropped=leaks_dropped,
-        notes=source.notes,
+        notes=notes,
     )
     del source, splits
     pa.default_memory_pool().release_unused()  # it would keep several times the texts' size for the whole run
@@ -209,6 +211,20 @@ def _drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
             + (f" (after {leaks.sum()} texts that stand there as well were dropped from train)" if leaks.any() else "")
         )
     return int(leaks.sum())
+
+
+def _keep_test_unseen(splits: dict[str, pd.DataFrame], given: bool) -> list[str]:
+    """Remove from validation, in ``splits``, the texts that also stand in test, for validation chooses the checkpoint
+    and the learning rate. One that was ``given`` as a file of its own stays whole. Returns what there is to say."""
+    seen = splits["validation"].text.str.strip().isin(splits["test"].text.str.strip())
+    if not seen.any():
+        return []
+    if given:
+        return [f"{seen.sum()} of {len(seen)} validation texts stand in test: what they choose has seen the test"]
+    if seen.all():
+        raise UserError(f"--data_dir: each text of validation, {len(seen)} held out of train, stands in test as well")
+    splits["validation"] = splits["validation"][~seen]
+    return [f"{seen.sum()} validation texts left out, before any limit: they stand in test"]
 
 
 def _limited(splits: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, pd.DataFrame]:

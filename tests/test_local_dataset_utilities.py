@@ -67,12 +67,16 @@ def test_packaged_reviews(packaged: TextData) -> None:
     assert packaged.label_names == ["negative", "positive"]
     sizes = {name: len(split.texts) for name, split in packaged.splits.items()}
     assert sizes["train"] + packaged.leaks_dropped == 20_000
-    assert sizes["validation"] == sizes["test"] == 2_500
+    assert sizes["validation"] == 2_498
+    assert sizes["test"] == 2_500
+    assert packaged.notes[0] == "2 validation texts left out, before any limit: they stand in test"
     assert packaged.leaks_dropped > 0, "IMDb's train has duplicates"
     rows = np.concatenate([split.rows for split in packaged.splits.values()])
     assert len(np.unique(rows)) == len(rows)
-    for name in ("validation", "test"):
-        assert np.bincount(packaged.splits[name].labels).tolist() == [1250, 1250]
+    texts = {name: {text.strip() for text in split.texts} for name, split in packaged.splits.items()}
+    assert not texts["train"] & (texts["validation"] | texts["test"])
+    assert not texts["validation"] & texts["test"]
+    assert np.bincount(packaged.splits["test"].labels).tolist() == [1250, 1250]
     held_out = {text.strip() for name in ("validation", "test") for text in packaged.splits[name].texts}
     assert not held_out & {text.strip() for text in packaged.splits["train"].texts}
     assert not any("<br />" in text for text in packaged.splits["test"].texts)
@@ -153,6 +157,29 @@ def test_leaks_leave_train_before_the_limit(tmp_path: Path) -> None:
     assert not {4, 5} & set(texts.splits["train"].rows)
     with pytest.raises(UserError, match="--limit_train 39: the train split has 38 texts"):
         load_texts(text_config(tmp_path, limit_train=39))
+
+
+@pytest.mark.parametrize(("split", "validation_size"), [("official", 40), ("stratified", 44)])
+def test_no_text_of_test_chooses(tmp_path: Path, split: str, validation_size: int) -> None:
+    train, test = frame(400), frame(40, word="test")
+    train.loc[200:, "text"] = train.text[:200].to_numpy()  # each twice
+    test.loc[:19, "text"] = train.text[:20].to_numpy()
+    for name, table in (("train", train), ("test", test)):
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    texts = load_texts(text_config(tmp_path, split=split))
+    validation, tested = texts.splits["validation"].texts, texts.splits["test"].texts
+    assert not set(validation) & set(tested)
+    left_out = validation_size - len(validation)
+    assert left_out > 0
+    assert texts.notes == [f"{left_out} validation texts left out, before any limit: they stand in test"]
+
+
+def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("validation", 10), ("test", 4)):
+        frame(count, word="train" if name == "train" else "held out").to_parquet(tmp_path / f"{name}.parquet")
+    texts = load_texts(text_config(tmp_path))
+    assert len(texts.splits["validation"].texts) == 10
+    assert texts.notes == ["4 of 10 validation texts stand in test: what they choose has seen the test"]
 
 
 def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
