@@ -18,6 +18,7 @@ from run_files import (
     METRICS,
     PREDICTIONS,
     RUN_FILES,
+    read_config,
     read_status,
     write_atomically,
     write_json,
@@ -45,7 +46,8 @@ def check_directory(directory: Path, config: RunConfig) -> None:
     """Refuses a directory that cannot take this run; writes nothing.
 
     Raises:
-        UserError: it is a file, cannot be written, holds a run (or, with --resume, none that can be continued).
+        UserError: it is a file, cannot be written, holds a run (or, with --resume, none that can be continued), or
+            files of the same names that are no run's, which not even --overwrite replaces.
     """
     flag = f"--output_dir {directory}"
     if directory.exists() and not directory.is_dir():
@@ -56,8 +58,18 @@ def check_directory(directory: Path, config: RunConfig) -> None:
     held = [name for name in RUN_FILES if (directory / name).exists()]
     if config.resume:
         _check_resumable(directory, config)
+    elif held and not _holds_run(directory):
+        raise UserError(f"{flag} holds a {held[0]} that is no run's, and would be replaced: give another directory")
     elif held and not config.overwrite:
         raise UserError(f"{flag} holds a run already ({held[0]}): give another one, --resume or --overwrite")
+
+
+def _holds_run(directory: Path) -> bool:
+    """Whether the settings there are a run's: models have a ``config.json``, too, and PEFT has an adapter."""
+    try:
+        return "output_dir" in read_config(directory)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_resumable(directory: Path, config: RunConfig) -> None:
@@ -81,7 +93,8 @@ def open_directory(directory: Path, config: RunConfig) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if not config.resume:
             for name in RUN_FILES:
-                (directory / name).unlink(missing_ok=True)
+                if name != CONFIG:  # killed here, it still holds a run
+                    (directory / name).unlink(missing_ok=True)
         write_json(directory / CONFIG, config.to_dict())
     except OSError as error:
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from None

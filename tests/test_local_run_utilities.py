@@ -87,19 +87,30 @@ def test_what_cannot_be_made_is_refused_when_it_is_opened(tmp_path: Path) -> Non
         open_directory(link, CONFIGURATION)
 
 
-@pytest.mark.parametrize("name", RUN_FILES)
-def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("earlier")
+def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
+    open_directory(tmp_path, CONFIGURATION)
+    before = contents(tmp_path)
     message = refusal(tmp_path)
-    assert f"holds a run already ({name})" in message
+    assert f"holds a run already ({CONFIG})" in message
     assert "--resume or --overwrite" in message
     check_directory(tmp_path, replace(CONFIGURATION, overwrite=True))
-    assert contents(tmp_path) == {name: b"earlier"}
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+@pytest.mark.parametrize("text", ['{"model_type": "bert"}', "half a fi", "[]"])
+def test_files_of_others_are_never_replaced(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    for overwrite in (False, True):
+        message = refusal(tmp_path, replace(CONFIGURATION, overwrite=overwrite))
+        assert f"holds a {name} that is no run's" in message
+    assert contents(tmp_path) == {name: text.encode()}
 
 
 def test_overwrite_removes_the_runs_files_and_no_others(tmp_path: Path) -> None:
     mine = {"notes.txt": b"mine", "result.json.bak": b"mine", "my_predictions.parquet": b"mine"}
-    for name in (*RUN_FILES, *mine):
+    open_directory(tmp_path, CONFIGURATION)
+    for name in {*RUN_FILES, *mine} - {CONFIG}:
         (tmp_path / name).write_bytes(mine.get(name, b"earlier"))
     config = replace(CONFIGURATION, overwrite=True, output_dir=tmp_path)
     check_directory(tmp_path, config)
