@@ -23,10 +23,10 @@ BAR_AFTER = 2.0  # seconds; what is done sooner needs no bar
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("run", type=Path, help="the run directory")
-    given = parser.add_mutually_exclusive_group(required=True)
+    given = parser.add_mutually_exclusive_group()  # not required: a misspelled flag is to be told first
     given.add_argument("--text", action="append", help="a text; may be given several times")
     given.add_argument("--file", type=Path, help="a CSV file with a header, or any other file with one text a line")
-    parser.add_argument("--text_column", default="text", help="column of the CSV file (default: text)")
+    parser.add_argument("--text_column", help="column of the CSV file (default: text)")
     return parser
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 2 where the input is refused, 130 interrupted."""
     try:
         arguments = make_parser().parse_args(argv)
-        texts = arguments.text or read_texts(arguments.file, arguments.text_column)
+        texts = given_texts(arguments)
         check_texts(texts, "--text" if arguments.text else f"--file {arguments.file}")
         names, probabilities = predict(arguments.run, texts)
     except UserError as error:
@@ -52,6 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         for text, row in zip(texts, probabilities, strict=True):
             writer.writerow([text, names[row.index(max(row))], *(f"{p:.4f}" for p in row)])
     return 0
+
+
+def given_texts(arguments: argparse.Namespace) -> list[str]:
+    """The texts of ``--text`` or ``--file``; refuses neither, and a column where there is none to choose."""
+    text, file, column = arguments.text, arguments.file, arguments.text_column
+    if text is None and file is None:
+        raise UserError("no text is given: give --text TEXT or --file FILE")
+    if column is not None and (file is None or not _is_csv(file)):
+        raise UserError(f"--text_column {column}: only a CSV file has columns, give --file FILE.csv")
+    return text or read_texts(file, column or "text")
+
+
+def _is_csv(file: Path) -> bool:
+    return file.suffix.lower() == ".csv"
 
 
 def check_texts(texts: Sequence[str], flag: str) -> None:
@@ -72,7 +86,7 @@ def read_texts(path: Path, column: str) -> list[str]:
     try:
         if path.suffix.lower() in (".jsonl", ".parquet"):
             raise UserError(f"--file {path}: allowed are a CSV file and a file with one text a line")
-        is_csv = path.suffix.lower() == ".csv"
+        is_csv = _is_csv(path)
         with path.open(encoding="utf-8-sig", newline="" if is_csv else None) as file:  # Excel writes a mark first
             if is_csv:
                 reader = csv.DictReader(file)

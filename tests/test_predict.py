@@ -245,7 +245,11 @@ def test_texts_that_have_no_label(runs: dict[str, Path], tmp_path: Path, capsys:
 
 def test_wrong_flags(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = runs["lora"]
-    assert "--text --file" in refusal(capsys, run)
+    assert "give --text TEXT or --file FILE" in refusal(capsys, run)
+    assert "did you mean --file?" in refusal(capsys, run, "--files", "a")
+    for words in (["--text", "a"], ["--file", tmp_path / "lines.txt"]):
+        message = refusal(capsys, run, *words, "--text_column", "review")
+        assert "--text_column review: only a CSV file has columns" in message
     assert "not allowed with" in refusal(capsys, run, "--text", "a", "--file", tmp_path)
     assert "run" in refusal(capsys, "--text", "a")
     assert "--topk" in refusal(capsys, run, "--text", "a", "--topk", 3)
