@@ -104,7 +104,7 @@ def report(words: list[str]) -> int:
     """Tables, plots and pages from ``results/``."""
     from study_report import main as report_main
 
-    return report_main(words)
+    return report_main(words, "compare_methods.py report")
 
 
 def command_words(runs: StudyRuns, run: PlannedRun) -> list[str]:

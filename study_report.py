@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from collected_runs import Study, read_study, studies
+from command_flags import OneLineParser
 from run_config import UserError
 from run_files import write_atomically
 from study_comparisons import READING, compare_rows, headlines, worth_showing
@@ -120,26 +121,36 @@ def build(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | None]:
     return files
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
-    parser = argparse.ArgumentParser(description="Rebuild tables, plots and the HTML page from the runs in results/.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="holds the runs as STUDY/RUN/result.json")
-    parser.add_argument(
-        "--pages", type=Path, nargs="*", default=PAGES, help="Markdown whose tables between markers are renewed"
+def make_parser(program: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command; ``program`` is its name where it is not this file's."""
+    parser = OneLineParser(
+        program, description="Rebuild tables, plots and the HTML page from collected runs.", allow_abbrev=False
     )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="PATH",
+        help="holds the runs as STUDY/RUN/result.json, and takes tables and plots (default: results/ of the suite)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pages", type=Path, nargs="*", metavar="FILE",
+        help="Markdown in which what stands between <!-- STUDY:begin --> and <!-- STUDY:end --> is renewed"
+        " (default: README.md and docs/best_practices.md; with other --results: none)",
+    )  # fmt: skip
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 where a file is refused."""
-    options = make_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
+    """The command. Returns the exit status: 0, or 2 where a flag or a file is refused."""
     try:
+        options = make_parser(program).parse_args(argv)
+        pages = options.pages
+        if pages is None:
+            pages = PAGES if options.results.resolve() == RESULTS else ()
         if not options.results.is_dir():
             raise UserError(f"--results {options.results} is not a folder: give one that holds STUDY/RUN/result.json")
-        for path in options.pages:
+        for path in pages:
             if not path.is_file():
                 raise UserError(f"--pages {path} is not a file: give Markdown files with markers")
-        for path, content in build(options.results, options.pages).items():
+        for path, content in build(options.results, pages).items():
             if content is None:
                 path.unlink(missing_ok=True)
             else:

@@ -64,9 +64,10 @@ def study_help() -> str:
 
 
 def check_study_command(words: list[str]) -> None:
-    options = make_study_parser().parse_args(words)
-    if options.command != "report":
-        assert read_plan(ROOT / options.study).runs
+    if words[0] == "report":
+        make_report_parser().parse_args(words[1:])
+    else:
+        assert read_plan(ROOT / make_study_parser().parse_args(words).study).runs
 
 
 def test_every_flag_that_is_mentioned_exists() -> None:

@@ -143,6 +143,20 @@ def test_refused_input_writes_nothing(results: Path, capsys: pytest.CaptureFixtu
     assert contents(results.parent) == before
 
 
+def test_other_results_renew_no_page_of_the_suite(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = results.parent / "README.md"
+    monkeypatch.setattr("study_report.PAGES", (page,))
+    assert main(["--results", str(results)]) == 0
+    assert page.read_text() == MARKED
+    monkeypatch.setattr("study_report.RESULTS", results)
+    assert main(["--results", str(results)]) == 0
+    assert page.read_text() != MARKED
+    assert main(["--result", str(results)], "compare_methods.py report") == 2
+    assert capsys.readouterr().err == f"error: unrecognized arguments: --result {results}; did you mean --results?\n"
+
+
 def test_markers_come_in_pairs_or_not_at_all() -> None:
     assert with_table("text", "study", "table") == "text"
     for text in ("<!-- study:begin -->", "<!-- study:end -->", "<!-- study:end --> <!-- study:begin -->"):
