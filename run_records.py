@@ -91,8 +91,8 @@ def headline(prepared: Prepared) -> str:
         f"model   {config.model_name}, {'qlora' if config.q_lora else config.method}, {precision} on"
         f" {prepared.hardware.accelerator}",
         f"        attention kernel: {cpu_kernels_used(prepared)}",
-        f"train   {config.epochs} epochs, {config.optimizer}, {config.scheduler},"
-        f" learning rate {config.learning_rate:g}",
+        f"train   {config.optimizer}, {config.scheduler}, learning rate {config.learning_rate:g},"
+        f" epochs {config.epochs}",
         f"run     {prepared.directory}",
     ]
     return "\n".join(lines)
