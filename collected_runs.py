@@ -18,7 +18,7 @@ import numpy as np
 
 from run_config import NOT_PART_OF_THE_RUN, UserError
 from run_files import METRICS, PLANNED, PREDICTIONS, RESULT
-from run_records import accuracy_interval
+from run_records import NOT_ASKED_FOR, accuracy_interval
 from study_statistics import mean_and_deviation
 
 MISSING = "missing"  # the status of a run's folder without a result
@@ -102,9 +102,11 @@ class Run:
 
     @property
     def conditions(self) -> str:
-        """What times and memory depend on beside the settings: commit, processor, threads, kernels, torch."""
-        keys = (("git", "commit"), ("cpu",), ("gpus",), ("threads",), ("cpu_kernels",), ("versions", "torch"))
-        return json.dumps([self.get("environment", *key) for key in keys])
+        """What times and memory depend on beside the settings: commit, processor, threads, lacking kernels, torch."""
+        keys = (("git", "commit"), ("cpu",), ("gpus",), ("threads",), ("versions", "torch"))
+        kernels = str(self.get("environment", "cpu_kernels") or "")
+        lacking = "" if kernels.startswith(("compiled", NOT_ASKED_FOR)) else kernels  # not to ask is a setting
+        return json.dumps([lacking, *(self.get("environment", *key) for key in keys)])
 
     def accuracy(self, split: str) -> float | None:
         """The share of ``split`` that a finished run got right; its texts are counted, so that no float32 shows."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from local_dataset_utilities import TextData, TokenizedSplit
     from local_training_utilities import Hardware
 
+NOT_ASKED_FOR = "not asked for"  # what a run says of compiled kernels that its settings do without
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -105,7 +107,7 @@ def cpu_kernels_used(prepared: Prepared) -> str:
     from cpu_kernels import library
 
     if prepared.hardware.on_gpu or prepared.hardware.dtype != torch.bfloat16 or not prepared.config.efficient:
-        return "not asked for"
+        return NOT_ASKED_FOR
     return library()[1]
 
 

@@ -105,6 +105,9 @@ def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -
         ({"alone": None}, "not known to have been alone on the machine"),
         ({"cpu": "another"}, "of another commit, processor, number of threads or torch"),
         ({"gpus": ["one"]}, "of another commit, processor, number of threads or torch"),
+        ({"cpu_kernels": "compiled for AVX512-BF16"}, None),
+        ({"cpu_kernels": "not asked for"}, None),  # a setting, such as the plain forward
+        ({"cpu_kernels": "no C++ compiler"}, "of another commit, processor, number of threads or torch"),
         ({"threads": 1}, "of another commit, processor, number of threads or torch"),
         ({"git": {"commit": "other", "modified": False}}, "of another commit, processor, number of threads or torch"),
         ({"git": {"commit": "c0ffee", "modified": True}}, "of files that differed from their commit"),
