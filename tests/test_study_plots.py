@@ -34,6 +34,7 @@ def test_every_plot_where_there_is_data_for_it_and_the_same_bytes_twice(tmp_path
     for plot in found.values():
         assert plot.png.startswith(b"\x89PNG")
         assert b"tEXt" not in plot.png  # neither date nor version
+        assert plot.png[25] == 3  # a palette: a third of the bytes
         width, height = struct.unpack(">II", plot.png[16:24])
         assert min(width, height) > 300
 
