@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -89,10 +90,13 @@ def environment_record() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Of the first processor, with family and model: virtual machines give one name to processors of unlike speed."""
+    with suppress(OSError, KeyError):
+        first = cpuinfo.read_text(encoding="utf8").partition("\n\n")[0]
+        facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in first.splitlines() if ":" in line)
+        numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+        return facts["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
     return platform.processor()
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -39,6 +40,24 @@ def test_environment_says_on_what_a_number_was_measured() -> None:
     assert record["threads"] == torch.get_num_threads()
     assert record["git"] is None or (len(record["git"]["commit"]) == 40 and isinstance(record["git"]["modified"], bool))
     json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\npower management:\n\n"
+            "processor\t: 1\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n",
+            "AMD EPYC (family 25, model 17)",
+        ),
+        ("processor\t: 0\nmodel name\t: Neoverse: N1\nCPU part\t: 0xd0c\n\n", "Neoverse: N1"),
+        ("processor\t: 0\nCPU part\t: 0xd0c\n\n", platform.processor()),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(tmp_path: Path, cpuinfo: str, name: str) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert measurements._cpu_name(tmp_path / "cpuinfo") == name
+    assert measurements._cpu_name(tmp_path / "none") == platform.processor()
 
 
 @pytest.mark.parametrize(("others", "alone"), [(0.0, True), (0.29, True), (0.31, False)])
