@@ -23,7 +23,7 @@ from collected_runs import Run, Study
 from plot_labels import Label, label_ends, place_labels
 from study_page import Plot
 from study_statistics import mean_and_deviation, pareto_front
-from study_tables import GIB, record
+from study_tables import GIB, record, scores_by_rate
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -213,14 +213,16 @@ def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
 
 def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
     """What chose on validation, %, by curve and learning rate: of runs that tuned, else where the rate is an axis."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for run in _rated(study):
-        rate = run.get("config", "learning_rate") or run.axes.get("learning_rate")
-        score = run.accuracy("validation") if run.monitor == "loss" else run.monitored
-        if rate is not None and score is not None:
-            name = run.row if run.tunes else _row_without(run, "learning_rate")
-            found.setdefault(name, {}).setdefault(float(rate), []).append(100 * score)
-    return {name: dict(sorted(rates.items())) for name, rates in found.items() if len(rates) > 1}
+    found = scores_by_rate(
+        _rated(study),
+        name=lambda run: run.row if run.tunes else _row_without(run, "learning_rate"),
+        score=lambda run: run.accuracy("validation") if run.monitor == "loss" else run.monitored,
+    )
+    curves = {
+        name: {rate: [100 * value for value in values] for rate, values in rates.items() if values}
+        for name, rates in found.items()
+    }
+    return {name: rates for name, rates in curves.items() if len(rates) > 1}
 
 
 def _rated(study: Study) -> list[Run]:

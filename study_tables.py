@@ -3,7 +3,7 @@
 import csv
 import io
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -76,17 +76,26 @@ def shown_command(command: str) -> str:
     return " ".join(kept)
 
 
-def tuning_scores(runs: Sequence[Run]) -> dict[str, dict[float, float | None]]:
-    """By row and learning rate, what was monitored on validation (mean over runs); ``None`` where no run finished."""
+def scores_by_rate(
+    runs: Sequence[Run],
+    name: Callable[[Run], str] = lambda run: run.row,
+    score: Callable[[Run], float | None] = lambda run: run.monitored,
+) -> dict[str, dict[float, list[float]]]:
+    """By ``name`` and rising learning rate the ``score`` of each run; an empty list where none of a rate finished."""
     found: dict[str, dict[float, list[float]]] = {}
     for run in runs:
         rate = run.get("config", "learning_rate") or run.axes.get("learning_rate")
         if rate is not None:
-            score = run.monitored
-            found.setdefault(run.row, {}).setdefault(float(rate), []).extend([] if score is None else [score])
+            reached = score(run)
+            found.setdefault(name(run), {}).setdefault(float(rate), []).extend([] if reached is None else [reached])
+    return {key: dict(sorted(rates.items())) for key, rates in found.items()}
+
+
+def tuning_scores(runs: Sequence[Run]) -> dict[str, dict[float, float | None]]:
+    """By row and learning rate, what was monitored on validation (mean over runs); ``None`` where no run finished."""
     return {
-        row: {rate: mean_and_deviation(values)[0] for rate, values in sorted(rates.items())}
-        for row, rates in sorted(found.items())
+        row: {rate: mean_and_deviation(values)[0] for rate, values in rates.items()}
+        for row, rates in sorted(scores_by_rate(runs).items())
     }
 
 
