@@ -175,7 +175,7 @@ def estimate_table(record: dict[str, Any], config: RunConfig) -> str:
     parts["libraries, buffers, data"] = max(memory["peak"] - sum(parts.values()), 0)
     lines = [f"{'memory':<28}{'MiB':>10}"]
     lines += [f"{name:<28}{size / 2**20:>10,.0f}" for name, size in (parts | {"peak": memory["peak"]}).items()]
-    times = {f"one of {config.epochs} epochs, {record['steps']:,} steps": seconds["epoch"]}
+    times = {f"epoch 1 of {config.epochs}, {record['steps']:,} steps": seconds["epoch"]}
     times |= {name: seconds[name] for name in ("validation", "test") if name in seconds}
     if memory["kept_outputs"]:
         times |= {f"{name}, from the second on": seconds[f"later_{name}"] for name in ("epoch", "validation")}

@@ -17,6 +17,7 @@ from run_config import RunConfig, UserError, not_installed, reason
 from run_files import RESULT, read_result
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
+STANDARD_INPUT = Path("-")
 BAR_AFTER = 2.0  # seconds; what is done sooner needs no bar
 
 
@@ -25,7 +26,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="the run directory")
     given = parser.add_mutually_exclusive_group()  # not required: a misspelled flag is to be told first
     given.add_argument("--text", action="append", help="a text; may be given several times")
-    given.add_argument("--file", type=Path, help="a CSV file with a header, or any other file with one text a line")
+    given.add_argument(
+        "--file",
+        type=Path,
+        help="a CSV file with a header, or any other file (- is standard input) with one text a line",
+    )
     parser.add_argument("--text_column", help="column of the CSV file (default: text)")
     return parser
 
@@ -87,7 +92,8 @@ def read_texts(path: Path, column: str) -> list[str]:
         if path.suffix.lower() in (".jsonl", ".parquet"):
             raise UserError(f"--file {path}: allowed are a CSV file and a file with one text a line")
         is_csv = _is_csv(path)
-        with path.open(encoding="utf-8-sig", newline="" if is_csv else None) as file:  # Excel writes a mark first
+        source, newline = 0 if path == STANDARD_INPUT else path, "" if is_csv else None
+        with open(source, encoding="utf-8-sig", newline=newline, closefd=source != 0) as file:  # Excel writes a mark
             if is_csv:
                 reader = csv.DictReader(file)
                 if column not in (reader.fieldnames or []):

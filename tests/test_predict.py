@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -164,9 +165,10 @@ def test_a_csv_cell_may_hold_lines(tmp_path: Path) -> None:
 
 
 def test_the_command_as_a_process(runs: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "predict.py"), str(runs["q_lora"]), "--text", "superb acting"]
+    command = [sys.executable, str(ROOT / "predict.py"), str(runs["q_lora"]), "--file", "-"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    words: dict[str, Any] = {"capture_output": True, "text": True, "env": environment, "input": "superb acting\n"}
+    done = subprocess.run(command, cwd=tmp_path, **words)
     assert (done.returncode, done.stderr) == (0, "")  # no note of a library, no bar
     assert [row["text"] for row in table(done.stdout)] == ["superb acting"]
 
