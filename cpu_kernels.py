@@ -27,6 +27,7 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 COMPILERS = ("c++", "g++", "clang++")
 WIDTHS = (32, 64)  # of an attention head
 LONGEST = 4096
+BIAS_OVER_WEIGHT = 10.0  # of a norm, root mean square; what bf16 rounds off the output counts so much more in backward
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _parts(query: Tensor, key_value: Tensor | None) -> tuple[Tensor, ...]:
     return query.chunk(3, -1) if key_value is None else (query, *key_value.chunk(2, -1))
 
 
-def _call(name: str, *arguments: Tensor | int | ctypes.c_long | None) -> None:
+def _call(name: str, *arguments: Tensor | int | ctypes.c_long | ctypes.c_float | None) -> None:
     """A kernel of the library; tensors are given as the addresses of their first elements."""
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     getattr(library()[0], name)(*values)
@@ -196,3 +197,44 @@ class _Gelu(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         _call("gelu_backward", x, grad.contiguous(), ctypes.c_long(x.numel()), torch.get_num_threads(), grad_x)
         return grad_x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# norm
+
+
+def takes_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether ``AddNorm`` can be given rows like x; not where bias hides the normalized rows in its output."""
+    suits = x.dtype == torch.bfloat16 and weight.dtype == torch.float32 and x.shape[-1] % 16 == 0
+    if not suits or x.device.type != "cpu" or library()[0] is None:
+        return False
+    with torch.no_grad():
+        return float((bias / weight).square().mean()) < BIAS_OVER_WEIGHT**2
+
+
+class AddNorm(torch.autograd.Function):
+    """Layer norm of ``a + b``, bf16 rows with an fp32 weight and bias; see kernels/norm.cpp.
+
+    Called as ``AddNorm.apply(a, b, weight, bias, eps)`` with ``(N, D), (N, D), (D,), (D,)``. Saves its output and one
+    number a row, and of its inputs nothing, as Apex's memory-efficient layer norm does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, inverse_deviation = torch.empty_like(a), torch.empty(len(a), dtype=torch.float32)
+        sizes = (ctypes.c_long(len(a)), a.shape[1], torch.get_num_threads())
+        inputs = (a.contiguous(), b.contiguous(), weight, bias)
+        _call("add_norm_forward", *inputs, ctypes.c_float(eps), *sizes, y, inverse_deviation)
+        ctx.save_for_backward(y, inverse_deviation, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, inverse_deviation, weight, bias = ctx.saved_tensors
+        threads, grad_x = torch.get_num_threads(), torch.empty_like(y)
+        sums = torch.zeros(2, threads, y.shape[1]) if any(ctx.needs_input_grad[2:4]) else None
+        sizes = (ctypes.c_long(len(y)), y.shape[1], threads)
+        outputs = (grad_x, *((None, None) if sums is None else sums))
+        _call("add_norm_backward", y, inverse_deviation, weight, bias, grad.contiguous(), *sizes, *outputs)
+        return grad_x, grad_x, *((None, None) if sums is None else sums.sum(1)), None

@@ -2,7 +2,7 @@
 
 1. The classifier reads the first token only, so the last layer computes only that one; keys and values for all.
 2. On a CPU attention is done in chunks whose scores stay in cache; torch's fused backward is slow at these lengths.
-3. Query, key and value are one product; a frozen linear saves neither its weight nor a gradient.
+3. Query, key and value are one product; a frozen linear saves neither its weight nor a gradient, a norm not its input.
 4. What lies below the first trained layer is computed once and kept for the later epochs (``frozen_outputs``).
 
 The weights are read from the model's own modules at each call: nothing is copied or patched, and the model's own
@@ -144,6 +144,12 @@ class _Encoder:
             return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
         return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), norm.eps).to(self.dtype)
 
+    def add_norm(self, a: Tensor, b: Tensor, norm: Any) -> Tensor:
+        """Layer norm of a residual and what is added to it."""
+        if cpu_kernels.takes_norm(a, norm.weight, norm.bias):
+            return cpu_kernels.AddNorm.apply(a, b, norm.weight, norm.bias, norm.eps)
+        return self.norm(a + b, norm)
+
     def linear(self, x: Tensor, layer: nn.Module, *names: str, activation: Activation | None = None) -> Tensor:
         return linears(x, [layer.get_submodule(name) for name in names], dequantized, activation)
 
@@ -231,10 +237,10 @@ class _Encoder:
         """Projection and feed-forward network of rows, each with its residual and norm (post-norm, as in BERT)."""
         family = self.family
         projected = self.linear(context, layer, *family.targets["projection"])
-        x = self.norm(x + self.drop(projected, self.dropout), layer.get_submodule(family.attention_norm))
+        x = self.add_norm(x, self.drop(projected, self.dropout), layer.get_submodule(family.attention_norm))
         up, down = family.targets["mlp"]
         mixed = self.linear(self.linear(x, layer, up), layer, down, activation=self.activation)
-        return self.norm(x + self.drop(mixed, self.dropout), layer.get_submodule(family.output_norm))
+        return self.add_norm(x, self.drop(mixed, self.dropout), layer.get_submodule(family.output_norm))
 
     def load(self, frozen: FrozenBatch, count: int) -> Tensor:
         """What the first ``count`` layers gave for this batch, as ``layers`` gave it."""

@@ -11,14 +11,10 @@ namespace {
 
 constexpr long kChunk = 1 << 14;  // elements that a thread takes at once
 
-inline __m512 from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-
 // Masked stores are slow on some processors, so only the last few elements are stored with one.
 struct All {
-    static __m512 load(const bf16* x) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
-    static void store(bf16* x, __m512 value) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), (__m256i)_mm512_cvtneps_pbh(value));
-    }
+    static __m512 load(const bf16* x) { return load_bf16(x); }
+    static void store(bf16* x, __m512 value) { store_bf16(x, value); }
 };
 
 struct Some {

@@ -49,6 +49,14 @@ inline __m512 exp2(__m512 x, __mmask16 keep) {
     return _mm512_maskz_scalef_ps(keep, p, n);
 }
 
+inline __m512 from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// 16 elements
+inline __m512 load_bf16(const bf16* x) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+inline void store_bf16(bf16* x, __m512 value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), (__m256i)_mm512_cvtneps_pbh(value));
+}
+
 inline __m512i to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 inline void transpose(__m512i r[16]) {  // 16 x 16 elements of 32 bits

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import cpu_kernels
-from cpu_kernels import VARIANTS, Attention, Variant, gelu, library, takes_attention
+from cpu_kernels import VARIANTS, AddNorm, Attention, Variant, gelu, library, takes_attention, takes_norm
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name)
@@ -191,6 +191,80 @@ def test_gelu_far_out() -> None:
     assert x.grad is not None
     torch.testing.assert_close(x.grad, torch.tensor([0, 0, 0, 0.5, 1, 1, 1]).bfloat16())
     assert gelu(torch.tensor([float("nan")]).bfloat16()).isnan().all()
+
+
+def norm_inputs(rows: int, width: int, bias: float = 0.2) -> list[Tensor]:
+    """Two summands, weight, bias and the output's gradient."""
+    generator = torch.Generator().manual_seed(rows)
+    a, b, grad = torch.randn(3, rows, width, generator=generator).bfloat16()
+    weight, shift = torch.rand(width, generator=generator) + 0.5, bias * torch.randn(width, generator=generator)
+    return [a, b, weight, shift, grad]
+
+
+def add_norm_errors(inputs: list[Tensor], compiled: bool) -> list[float]:
+    """Distances by tensor norm of the output and of the gradients of both summands, weight and bias from fp64."""
+    outcomes = []
+    for exact in (False, True):
+        *leaves, grad = [(x.double() if exact else x).clone() for x in inputs]
+        a, b, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+        if compiled and not exact:
+            y = AddNorm.apply(a, b, weight, bias, 1e-5)
+        else:
+            y = torch.nn.functional.layer_norm(a + b, b.shape[-1:], weight, bias, 1e-5)
+        outcomes.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
+    return [float((ours.double() - wanted).norm() / wanted.norm()) for ours, wanted in zip(*outcomes, strict=True)]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (300, 384), (65, 768)])
+def test_norm_of_a_sum_equals_its_formula(rows: int, width: int) -> None:
+    inputs = norm_inputs(rows, width)
+    assert takes_norm(inputs[0], *inputs[2:4])
+    ours, torchs = (add_norm_errors(inputs, compiled) for compiled in (True, False))
+    for error, allowed in zip(ours, torchs, strict=True):
+        assert error <= max(1.05 * allowed, 0.003)  # bf16 keeps 8 bits; torch rounds the sum as well
+
+
+@needs_kernels
+def test_a_norm_whose_output_hides_the_normalized_row_is_left_to_torch() -> None:
+    a, b, weight, bias, grad = norm_inputs(300, 384, bias=cpu_kernels.BIAS_OVER_WEIGHT)
+    within = bias * 0.95 * cpu_kernels.BIAS_OVER_WEIGHT / float((bias / weight).square().mean().sqrt())
+    assert takes_norm(a, weight, within)
+    ours, torchs = (add_norm_errors([a, b, weight, within, grad], compiled) for compiled in (True, False))
+    assert max(ours[1:3]) < 1.2 * max(torchs[1:3])
+    assert not takes_norm(a, weight, within / 0.9)
+    assert not takes_norm(a, weight * (torch.arange(384) > 0), bias)  # a weight of 0
+    assert not takes_norm(a, weight * math.nan, bias)
+    assert not takes_norm(a.float(), weight, bias)
+    assert not takes_norm(a, weight.bfloat16(), bias.bfloat16())
+    assert not takes_norm(a[:, :40], weight[:40], within[:40])  # no multiple of 16
+
+
+@needs_kernels
+def test_norm_keeps_its_output_and_a_number_a_row() -> None:
+    a, b, weight, bias, grad = norm_inputs(50, 64)
+    a.requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y = AddNorm.apply(a, b, weight, bias, 1e-5)
+    addresses = {x.data_ptr() for x in kept}
+    assert len(addresses) == 4
+    assert {y.data_ptr(), weight.data_ptr(), bias.data_ptr()} < addresses
+    assert min(x.numel() for x in kept) == 50
+    threads = torch.get_num_threads()
+    try:
+        gradients = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            gradients.append(torch.autograd.grad(AddNorm.apply(a, b, weight, bias, 1e-5), a, grad)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
 def test_what_attention_is_not_for() -> None:
