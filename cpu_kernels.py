@@ -66,6 +66,11 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return kernels, f"compiled for {variant.name}"
 
 
+def available() -> bool:
+    """Whether the kernels can be called; not while torch.compile traces: it joins torch's operators but not these."""
+    return not torch.compiler.is_compiling() and library()[0] is not None
+
+
 def _processor_flags() -> set[str]:
     try:
         return set(Path("/proc/cpuinfo").read_text(encoding="utf8").split())
@@ -107,7 +112,7 @@ def _last_line(text: str) -> str:
 def takes_attention(x: Tensor, width: int, length: int) -> bool:
     """Whether ``Attention`` can be given queries like x, in heads of this width, and sequences of this length."""
     suits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and width in WIDTHS and length <= LONGEST
-    return suits and library()[0] is not None
+    return suits and available()
 
 
 class Attention(torch.autograd.Function):
@@ -173,7 +178,7 @@ def _call(name: str, *arguments: Tensor | int | ctypes.c_long | ctypes.c_float |
 
 def gelu(x: Tensor) -> Tensor:
     """``x Phi(x)``, element by element, by the compiled kernel if it is here and takes x, else by torch."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or library()[0] is None:
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not available():
         return torch.nn.functional.gelu(x)
     y: Tensor = _Gelu.apply(x)
     return y
@@ -206,7 +211,7 @@ class _Gelu(torch.autograd.Function):
 def takes_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether ``AddNorm`` can be given rows like x; not where bias hides the normalized rows in its output."""
     suits = x.dtype == torch.bfloat16 and weight.dtype == torch.float32 and x.shape[-1] % 16 == 0
-    if not suits or x.device.type != "cpu" or library()[0] is None:
+    if not suits or x.device.type != "cpu" or not available():
         return False
     with torch.no_grad():
         return float((bias / weight).square().mean()) < BIAS_OVER_WEIGHT**2

@@ -101,12 +101,13 @@ def headline(prepared: Prepared) -> str:
 
 
 def cpu_kernels_used(prepared: Prepared) -> str:
-    """Whether the compiled kernels do this run's attention, or why not."""
+    """Whether this run calls the compiled kernels, or why not."""
     import torch
 
     from cpu_kernels import library
 
-    if prepared.hardware.on_gpu or prepared.hardware.dtype != torch.bfloat16 or not prepared.config.efficient:
+    config, hardware = prepared.config, prepared.hardware
+    if hardware.on_gpu or hardware.dtype != torch.bfloat16 or config.compile or not config.efficient:
         return NOT_ASKED_FOR
     return library()[1]
 
