@@ -39,8 +39,8 @@ PROFILED_STEPS = 6
 KINDS = {  # of operator -> names in the profiler; the first that matches counts
     "products": r"aten::(mm|addmm|linear|matmul)",
     "attention": r"_?(Chunked)?Attention(Backward)?|aten::(bmm|baddbmm|_?softmax.*|_scaled_dot_product.*)",
-    "activation": r"aten::(gelu|relu|tanh|threshold|silu).*",
-    "norms": r"aten::(native_)?layer_norm.*",
+    "activation": r"_Gelu(Backward)?|aten::(gelu|relu|tanh|threshold|silu).*",
+    "norms": r"AddNorm(Backward)?|aten::(native_)?layer_norm.*",
     "clipping and optimizer": r"Optimizer\..*|aten::(_fused_.*|_foreach_.*|linalg_vector_norm)",
     "elementwise and copies": r"aten::(add|sub|mul|div|neg|copy|fill|zero|cat|_?to_copy|to|clone|constant_pad_nd|pad"
     r"|contiguous|block_diag|slice_backward|select_backward|empty.*|zeros.*|ones.*|index.*|embedding|sum|stack|new_.*)_?",

@@ -400,7 +400,8 @@ def test_the_roofline_of_a_tiny_model(folder: Path) -> None:
     ("operator", "kind"),
     [
         ("aten::addmm", "products"), ("aten::bmm", "attention"), ("AttentionBackward", "attention"),
-        ("aten::gelu_backward", "activation"), ("aten::native_layer_norm_backward", "norms"),
+        ("aten::gelu_backward", "activation"), ("_Gelu", "activation"), ("AddNormBackward", "norms"),
+        ("aten::native_layer_norm_backward", "norms"),
         ("aten::add_", "elementwise and copies"), ("Optimizer.step#AdamW.step", "clipping and optimizer"),
         ("autograd::engine::evaluate_function: MmBackward0", "other"),
     ],
