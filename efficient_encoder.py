@@ -2,7 +2,8 @@
 
 1. The classifier reads the first token only, so the last layer computes only that one; keys and values for all.
 2. On a CPU attention is done in chunks whose scores stay in cache; torch's fused backward is slow at these lengths.
-3. Query, key and value are one product; a frozen linear saves neither its weight nor a gradient, a norm not its input.
+3. Query, key and value are one product; a frozen linear saves neither its weight nor a gradient; a norm on the CPU's
+   kernel does not save its input either, but finds it in the output, up to the rounding of bf16.
 4. What lies below the first trained layer is computed once and kept for the later epochs (``frozen_outputs``).
 
 The weights are read from the model's own modules at each call: nothing is copied or patched, and the model's own

@@ -91,11 +91,13 @@ def environment_record() -> dict[str, Any]:
 
 
 def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Of the first processor, with family and model: virtual machines give one name to processors of unlike speed."""
+    """Of the first processor, with its numbers: virtual machines give one name to processors of unlike speed."""
     with suppress(OSError, KeyError):
         first = cpuinfo.read_text(encoding="utf8").partition("\n\n")[0]
         facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in first.splitlines() if ":" in line)
-        numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+        numbers = [
+            f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts
+        ]
         return facts["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
     return platform.processor()
 

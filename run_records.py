@@ -92,7 +92,7 @@ def headline(prepared: Prepared) -> str:
         *(f"        {note}" for note in texts.notes),
         f"model   {config.model_name}, {'qlora' if config.q_lora else config.method}, {precision} on"
         f" {prepared.hardware.accelerator}",
-        f"        attention kernel: {cpu_kernels_used(prepared)}",
+        f"        CPU kernels: {cpu_kernels_used(prepared)}",
         f"train   {config.optimizer}, {config.scheduler}, learning rate {config.learning_rate:g},"
         f" epochs {config.epochs}",
         f"run     {prepared.directory}",

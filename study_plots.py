@@ -30,7 +30,7 @@ MARKERS = "osD^vPX"
 FRONT, BEATEN = "#0072B2", "#767676"
 CURVES = 12  # more cannot be told apart; the best ones are drawn
 DIRECT = 5  # so many names find room at their curves
-PALETTE = 64  # colours of a file: few hues and their blends with white
+PALETTE = 128  # colours of a file: few hues, and their blends with white
 DEPTH = 10.0  # percentage points below the best; what is lower would flatten all others, and is drawn at a plot's foot
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",

@@ -1,7 +1,7 @@
 // Layer norm of a sum, y = n weight + bias with n = (a + b - mean) / deviation, and its gradient; bf16 rows, fp32 within.
 //
 // The sum is never stored: backward finds n in the output, as (y - bias) / weight, which is needed for the next product
-// anyway. So no weight may be 0, nor small beside its bias.
+// anyway, and carries bf16's rounding. So no weight may be 0, nor small beside its bias (takes_norm in cpu_kernels.py).
 
 #include <omp.h>
 

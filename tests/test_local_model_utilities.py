@@ -126,8 +126,8 @@ def test_the_compiled_forward_gives_the_same_logits_and_gradients_at_every_lengt
         with monkeypatch.context() as patch:  # torch.compile joins torch's operators and leaves the kernels out
             patch.setattr(cpu_kernels, "library", lambda: (None, "no"))
             plain = classifier._forward(ids, mask, None)
-        torch.testing.assert_close(logits, plain)
-        gradients = [torch.autograd.grad(out.square().sum(), trained) for out in (logits, plain)]
+            torch.testing.assert_close(logits, plain)
+            gradients = [torch.autograd.grad(out.square().sum(), trained) for out in (logits, plain)]
         torch.testing.assert_close(*gradients)
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
     torch._dynamo.reset()

@@ -46,9 +46,9 @@ def test_environment_says_on_what_a_number_was_measured() -> None:
     ("cpuinfo", "name"),
     [
         (
-            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\npower management:\n\n"
+            "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\nflags:\n\n"
             "processor\t: 1\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n",
-            "AMD EPYC (family 25, model 17)",
+            "AMD EPYC (family 25, model 17, stepping 1)",
         ),
         ("processor\t: 0\nmodel name\t: Neoverse: N1\nCPU part\t: 0xd0c\n\n", "Neoverse: N1"),
         ("processor\t: 0\nCPU part\t: 0xd0c\n\n", platform.processor()),
