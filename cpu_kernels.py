@@ -66,9 +66,10 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     return kernels, f"compiled for {variant.name}"
 
 
-def available() -> bool:
-    """Whether the kernels can be called; not while torch.compile traces: it joins torch's operators but not these."""
-    return not torch.compiler.is_compiling() and library()[0] is not None
+def available(x: Tensor) -> bool:
+    """Whether a kernel can be given x; not while torch.compile traces: it joins torch's operators but not these."""
+    suits = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return suits and not torch.compiler.is_compiling() and library()[0] is not None
 
 
 def _processor_flags() -> set[str]:
@@ -111,8 +112,7 @@ def _last_line(text: str) -> str:
 
 def takes_attention(x: Tensor, width: int, length: int) -> bool:
     """Whether ``Attention`` can be given queries like x, in heads of this width, and sequences of this length."""
-    suits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and width in WIDTHS and length <= LONGEST
-    return suits and available()
+    return width in WIDTHS and length <= LONGEST and available(x)
 
 
 class Attention(torch.autograd.Function):
@@ -178,7 +178,7 @@ def _call(name: str, *arguments: Tensor | int | ctypes.c_long | ctypes.c_float |
 
 def gelu(x: Tensor) -> Tensor:
     """``x Phi(x)``, element by element, by the compiled kernel if it is here and takes x, else by torch."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not available():
+    if not available(x):
         return torch.nn.functional.gelu(x)
     y: Tensor = _Gelu.apply(x)
     return y
@@ -210,8 +210,7 @@ class _Gelu(torch.autograd.Function):
 
 def takes_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether ``AddNorm`` can be given rows like x; not where bias hides the normalized rows in its output."""
-    suits = x.dtype == torch.bfloat16 and weight.dtype == torch.float32 and x.shape[-1] % 16 == 0
-    if not suits or x.device.type != "cpu" or not available():
+    if weight.dtype != torch.float32 or x.shape[-1] % 16 or not available(x):
         return False
     with torch.no_grad():
         return float((bias / weight).abs().max()) < BIAS_OVER_WEIGHT

@@ -193,11 +193,11 @@ def test_gelu_far_out() -> None:
     assert gelu(torch.tensor([float("nan")]).bfloat16()).isnan().all()
 
 
-def norm_inputs(rows: int, width: int, bias: float = 0.2) -> list[Tensor]:
+def norm_inputs(rows: int, width: int) -> list[Tensor]:
     """Two summands, weight, bias and the output's gradient."""
     generator = torch.Generator().manual_seed(rows)
     a, b, grad = torch.randn(3, rows, width, generator=generator).bfloat16()
-    weight, shift = torch.rand(width, generator=generator) + 0.5, bias * torch.randn(width, generator=generator)
+    weight, shift = torch.rand(width, generator=generator) + 0.5, 0.2 * torch.randn(width, generator=generator)
     return [a, b, weight, shift, grad]
 
 

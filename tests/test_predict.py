@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -167,8 +166,8 @@ def test_a_csv_cell_may_hold_lines(tmp_path: Path) -> None:
 def test_the_command_as_a_process(runs: dict[str, Path], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "predict.py"), str(runs["q_lora"]), "--file", "-"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words: dict[str, Any] = {"capture_output": True, "text": True, "env": environment, "input": "superb acting\n"}
-    done = subprocess.run(command, cwd=tmp_path, **words)
+    given = "superb acting\n"
+    done = subprocess.run(command, cwd=tmp_path, input=given, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")  # no note of a library, no bar
     assert [row["text"] for row in table(done.stdout)] == ["superb acting"]
 
