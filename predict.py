@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from command_flags import OneLineParser
-from run_config import RunConfig, UserError, not_installed, reason
+from run_config import RunConfig, UserError, listed, not_installed, reason
 from run_files import RESULT, read_result
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
@@ -91,24 +91,29 @@ def read_texts(path: Path, column: str) -> list[str]:
     try:
         if path.suffix.lower() in (".jsonl", ".parquet"):
             raise UserError(f"--file {path}: allowed are a CSV file and a file with one text a line")
-        is_csv = _is_csv(path)
-        source, newline = 0 if path == STANDARD_INPUT else path, "" if is_csv else None
-        with open(source, encoding="utf-8-sig", newline=newline, closefd=source != 0) as file:  # Excel writes a mark
-            if is_csv:
-                reader = csv.DictReader(file)
-                if column not in (reader.fieldnames or []):
-                    there = ", ".join(reader.fieldnames or []) or "none"
-                    raise UserError(f"--text_column {column}: {path} has no such column; its header names: {there}")
-                texts = [row[column] or "" for row in reader]
-            else:
-                texts = [line.rstrip("\n") for line in file if line.strip()]
+        texts = _csv_texts(path, column) if _is_csv(path) else _lines(path)
     except UnicodeDecodeError:
         raise UserError(f"--file {path} is not UTF-8") from None
-    except (OSError, csv.Error) as error:
-        raise UserError(f"--file {path} cannot be read: {reason(error)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--file {path} cannot be read: {reason(error).strip()}") from None
     if not texts:
         raise UserError(f"--file {path} holds no text")
     return texts
+
+
+def _csv_texts(path: Path, column: str) -> list[str]:
+    from text_sources import read_csv
+
+    table = read_csv(path, column)
+    if column not in table:
+        raise UserError(f"--text_column {column}: {path} has no such column; its header names: {listed(table)}")
+    return table[column].tolist()
+
+
+def _lines(path: Path) -> list[str]:
+    source = 0 if path == STANDARD_INPUT else path
+    with open(source, encoding="utf-8-sig", closefd=source != 0) as file:  # Excel writes a mark
+        return [line.rstrip("\n") for line in file if line.strip()]
 
 
 def load_run(directory: Path) -> tuple[RunConfig, list[str]]:

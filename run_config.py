@@ -10,7 +10,9 @@ import dataclasses
 import math
 import os
 import sys
+import textwrap
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +41,11 @@ class UserError(Exception):
 def reason(error: Exception) -> str:
     """What an error says, without the number and the path that an ``OSError`` adds to it."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names in one line; long ones, of a file whose first line is no header, in part."""
+    return ", ".join(textwrap.shorten(str(name), 40, placeholder="...") for name in names) or "none"
 
 
 def not_installed(error: ModuleNotFoundError) -> str:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from run_config import RunConfig, UserError, cache_dir, check_data_dir
+from run_config import RunConfig, UserError, cache_dir, check_data_dir, listed
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
@@ -126,14 +127,30 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({reason}): name other data by --data_dir") from error
 
 
+def read_csv(path: Path, text_column: str) -> pd.DataFrame:
+    """A CSV file with a header; ``text_column``, if it is there, as it is written.
+
+    Raises:
+        ValueError: it is not UTF-8, or no table, or a text with a comma does not stand in quotes.
+        OSError: it cannot be read.
+    """
+    # "NA" is a text like any other; utf-8-sig drops the mark that Excel writes
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False, "dtype": {text_column: str}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:  # by default, the first of more fields than names would be an index, and the text the second
+            return pd.read_csv(path, index_col=False, **options)
+        except pd.errors.ParserWarning:
+            raise ValueError("rows have more fields than the header, texts with commas belong in quotes") from None
+
+
 def _read_table(path: Path, config: RunConfig) -> pd.DataFrame:
     """A parquet, CSV or JSON file, checked, as columns text and label."""
     with _readable(path):
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
-        elif path.suffix == ".csv":  # "NA" is a text like any other; utf-8-sig drops the mark that Excel writes
-            options: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False}
-            table = pd.read_csv(path, dtype={config.text_column: str}, **options)
+        elif path.suffix == ".csv":
+            table = read_csv(path, str(config.text_column))
         else:
             content = path.read_text("utf-8-sig")
             lines = [line for line in content.split("\n") if line.strip()]
@@ -146,8 +163,7 @@ def _checked(table: pd.DataFrame, path: Path, config: RunConfig) -> pd.DataFrame
     for flag in ("text_column", "label_column"):
         column = getattr(config, flag)
         if column not in table.columns:
-            there = ", ".join(map(str, table.columns)) or "none"
-            raise UserError(f"--{flag} {column}: {path} has no such column; its columns are: {there}")
+            raise UserError(f"--{flag} {column}: {path} has no such column; its columns are: {listed(table.columns)}")
     if table.empty:
         raise UserError(f"--data_dir: {path} holds no rows")
     text, label = table[config.text_column], table[config.label_column]
