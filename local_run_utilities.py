@@ -46,8 +46,8 @@ def check_directory(directory: Path, config: RunConfig) -> None:
     """Refuses a directory that cannot take this run; writes nothing.
 
     Raises:
-        UserError: it is a file, cannot be written, holds a run (or, with --resume, none that can be continued), or
-            files of the same names that are no run's, which not even --overwrite replaces.
+        UserError: it is a file, cannot be written, holds a run (or, with --resume, none that can be continued),
+            directories of runs, or files of the same names that are no run's, which not even --overwrite replaces.
     """
     flag = f"--output_dir {directory}"
     if directory.exists() and not directory.is_dir():
@@ -62,6 +62,9 @@ def check_directory(directory: Path, config: RunConfig) -> None:
         raise UserError(f"{flag} holds a {held[0]} that is no run's, and would be replaced: give another directory")
     elif held and not config.overwrite:
         raise UserError(f"{flag} holds a run already ({held[0]}): give another one, --resume or --overwrite")
+    for path in sorted(directory.glob(f"*/{CONFIG}")):
+        if not held and _holds_run(path.parent):
+            raise UserError(f"{flag} holds runs ({path.parent.name}): give this one a directory of its own")
 
 
 def _holds_run(directory: Path) -> bool:

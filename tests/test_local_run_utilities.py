@@ -71,6 +71,13 @@ def test_a_new_directory_is_taken_and_checking_writes_nothing(tmp_path: Path) ->
     assert RunConfig.from_dict(stored) == CONFIGURATION
 
 
+def test_a_directory_of_runs_is_no_run_s(tmp_path: Path) -> None:
+    held_run(tmp_path / "first", status="finished")
+    assert "holds runs (first)" in refusal(tmp_path)
+    check_directory(tmp_path / "second", CONFIGURATION)
+    check_directory(held_run(tmp_path), replace(CONFIGURATION, resume=True, output_dir=tmp_path))
+
+
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
