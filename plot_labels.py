@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+NEAR = len(DIRECTIONS)  # places of the nearest ring, from which no line leads to the point
 LINE = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
 CROWD = 15  # of more labels than this, those that would need a line to their point are left out
 REACH_POINTS = (7, 14, 24, 36, 50)  # how far from its point a label may stand, in points of 1/72 inch
@@ -31,16 +32,16 @@ def place_labels(
     lines: Sequence[Points],
     dots: Points = (),
     size: float = 9,
-) -> None:
+) -> int:
     """Puts each label at the nearest place around its point that is free, the first labels first.
 
-    Call it last: the layout of the figure is fixed here.
+    Call it last: the layout of the figure is fixed here. Returns how many labels are left out.
 
     Args:
         axis: a matplotlib axis whose limits are set.
         labels: one that finds no place is left out unless it is needed; in a crowd the place must be near.
         lines: polylines in data coordinates that no label may cover, nor their corners.
-        dots: points in data coordinates that no label may cover.
+        dots: points in data coordinates that no label may cover, nor stand nearer to than to its own without a line.
         size: of the font, in points of 1/72 inch.
     """
     figure = axis.figure
@@ -49,7 +50,8 @@ def place_labels(
     renderer, frame = figure.canvas.get_renderer(), axis.get_window_extent()
     clearance = 4 * figure.dpi / 72
     covered = [_along(axis.transData.transform(line), clearance) for line in lines]
-    obstacles = np.concatenate([*covered, axis.transData.transform(dots) if len(dots) else np.empty((0, 2))])
+    spots = axis.transData.transform(dots) if len(dots) else np.empty((0, 2))
+    obstacles = np.concatenate([*covered, spots])
     taken: list[np.ndarray] = []
     for label in labels:
         text = axis.annotate(
@@ -61,16 +63,20 @@ def place_labels(
         anchor = axis.transData.transform((label.x, label.y))
         boxes = list(_places(anchor, extent.width, extent.height, figure.dpi / 72))
         if len(labels) > CROWD and not label.needed:
-            boxes = boxes[: len(DIRECTIONS)]
-        free = [i for i, box in enumerate(boxes) if _is_free(box, frame, obstacles, clearance, taken)]
+            boxes = boxes[:NEAR]
+        free = [
+            i for i, box in enumerate(boxes)
+            if _is_free(box, frame, obstacles, clearance, taken) and (i >= NEAR or _is_nearest(anchor, box, spots))
+        ]  # fmt: skip
         if not free and not label.needed:
             text.remove()
             continue
         chosen = free[0] if free else 0
         text.xyann = boxes[chosen][0] - anchor
-        if chosen < len(DIRECTIONS):  # so near that a line would only be in the way
+        if chosen < NEAR:  # so near that a line would only be in the way
             text.arrow_patch.set_visible(False)
         taken.append(boxes[chosen])
+    return len(labels) - len(taken)
 
 
 def _along(corners: np.ndarray, distance: float) -> np.ndarray:
@@ -99,6 +105,13 @@ def _is_free(box: np.ndarray, frame: Any, dots: np.ndarray, clearance: float, ta
     if ((dots > box[0] - clearance) & (dots < box[1] + clearance)).all(axis=1).any():
         return False
     return not any((box[0] < other[1]).all() and (other[0] < box[1]).all() for other in taken)
+
+
+def _is_nearest(anchor: np.ndarray, box: np.ndarray, dots: np.ndarray) -> bool:
+    """Whether no other dot is as near to the box as its own."""
+    others = dots[np.abs(dots - anchor).max(axis=1) > 1]
+    own, *rest = (np.hypot(*np.maximum(0, np.maximum(box[0] - dot, dot - box[1]))) for dot in (anchor, *others))
+    return all(own < other for other in rest)
 
 
 def label_ends(axis: Any, labels: Sequence[Label], size: float = 9) -> None:

@@ -32,6 +32,7 @@ CURVES = 12  # more cannot be told apart; the best ones are drawn
 DIRECT = 5  # so many names find room at their curves
 PALETTE = 128  # colours of a file: few hues, and their blends with white
 DEPTH = 10.0  # percentage points below the best; what is lower would flatten all others, and is drawn at a plot's foot
+TRIANGLES = f" Triangles: more than {DEPTH:g} points below the best."
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -172,12 +173,14 @@ def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, flo
             )  # fmt: skip
             said = r["row"] if score >= foot else f"{r['row']}, {score:.1f} %"
             labels.append(Label(x, y, said, color if on else "#444444", needed=on))
-        bars = [(x, y + part * d) for x, y, d in zip(costs, heights, deviations, strict=True) for part in (-1, 0, 1)]
-        place_labels(axis, sorted(labels, key=lambda label: not label.needed), stairs, bars)
+        bars = [[(x, y - d), (x, y + d)] for x, y, d in zip(costs, heights, deviations, strict=True)]
+        labels.sort(key=lambda label: not label.needed)
+        unnamed = place_labels(axis, labels, [*stairs, *bars], list(zip(costs, heights, strict=True)))
         caption = f"Test accuracy against {name}. Filled: the Pareto front, rows that no other one beats on both."
         caption += " Each test split has a front of its own." if len(stairs) > 1 else ""
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
-        caption += f" Triangles: more than {DEPTH:g} points below the best." if min(scores) < foot else ""
+        caption += TRIANGLES if min(scores) < foot else ""
+        caption += f" No room for the names of {unnamed} of {len(labels)} rows: see the table." if unnamed else ""
         return Plot(file, caption, _png(figure))
 
 
@@ -258,7 +261,7 @@ def rate_plot(study: Study) -> Plot | None:
         else:
             _legend(axis, [label.text for label in labels])
         caption = f"Validation {metric} by peak learning rate; each name with the rate at which it is best."
-        caption += f" Triangles: more than {DEPTH:g} points below the best." if min(every) < foot else ""
+        caption += TRIANGLES if min(every) < foot else ""
         return Plot("learning_rates.png", caption, _png(figure))
 
 
@@ -282,7 +285,7 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
         history = [point for point in (run.history() if run else []) if key in point]
         if any("validation_accuracy" in point for point in history):
             curves.append((place, row.name, history))
-    curves = curves[:CURVES]
+    found, curves = len(curves), curves[:CURVES]
     if len(curves) < (2 if key == "train_seconds" else 1):  # one row's times are beside nothing
         return None
     with _figure(f"{study.name}: learning curves", width=7, height=6, rows=2) as (figure, (above, below)):
@@ -300,7 +303,9 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
         above.set(ylabel="validation accuracy, %")
         below.set(xlabel=name, ylabel="training loss, nats", xlim=(0, None), ylim=(0, None))
         label_ends(above, labels)
-        caption = f"Learning curves over {name} of each row's first seed; the training loss is smoothed."
+        whose = f"the {CURVES} of {found} rows that are best on the test" if found > CURVES else "each row"
+        caption = f"Learning curves over {name}, the first seed of {whose}; the training loss is smoothed."
+        caption += TRIANGLES if min(min(values) for _, values in accuracies) < foot else ""
         return Plot(file, caption, _png(figure))
 
 

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from plot_labels import Label, label_ends, place_labels, spread
+from plot_labels import CROWD, Label, label_ends, place_labels, spread
 
 
 def figure_and_axis() -> tuple[Figure, object]:
@@ -56,6 +56,22 @@ def test_only_a_needed_label_stands_where_there_is_no_room() -> None:
     labels = [Label(0.5, 0.5, "needed", "black", needed=True), Label(0.4, 0.5, "other", "black")]
     place_labels(axis, labels, [], everywhere)
     assert [text.get_text() for text in figure.axes[0].texts] == ["needed"]
+
+
+@pytest.mark.parametrize("count", [CROWD, CROWD + 5])
+def test_a_label_without_a_line_is_nearest_to_its_own_point(count: int) -> None:
+    figure, axis = figure_and_axis()
+    points = [(0.1, 0.2 + 0.025 * i) for i in range(count)]  # closer than a label is high
+    labels = [Label(x, y, f"row number {i}", "black") for i, (x, y) in enumerate(points)]
+    left_out = place_labels(axis, labels, [], points)
+    texts = figure.axes[0].texts
+    assert len(texts) == count - left_out > 1
+    spots = axis.transData.transform(points)  # type: ignore[attr-defined]
+    for text, (low, high) in zip(texts, boxes(figure), strict=True):
+        if not text.arrow_patch.get_visible():  # type: ignore[attr-defined]
+            distances = [np.hypot(*np.maximum(0, np.maximum(low - spot, spot - high))) for spot in spots]
+            assert text.get_text() == f"row number {np.argmin(distances)}"
+    assert any(text.arrow_patch.get_visible() for text in texts) == (count <= CROWD)  # type: ignore[attr-defined]
 
 
 def test_names_of_curves_keep_their_order_and_do_not_overlap() -> None:

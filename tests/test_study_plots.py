@@ -63,6 +63,16 @@ def test_a_row_far_below_does_not_flatten_the_others(tmp_path: Path, monkeypatch
     assert 93 < high < 94
 
 
+def test_captions_say_what_is_not_drawn(tmp_path: Path) -> None:
+    for k in range(30):
+        write_run(tmp_path, "s", f"row{k}", correct=outcomes(0.9 + k / 1e4, 1000, 0), curve=[0.5, 0.8 + k / 1e3])
+    found = drawn(tmp_path)
+    assert "of 30 rows: see the table" in found["accuracy_parameters.png"].caption
+    curves = found["learning_curves.png"].caption
+    assert "the first seed of the 12 of 30 rows that are best on the test" in curves
+    assert "Triangles: more than 10 points below the best." in curves
+
+
 def test_each_test_split_has_a_front_of_its_own(tmp_path: Path) -> None:
     for source, best in {"imdb": 0.93, "financial": 0.8}.items():
         for k, size in enumerate([1000, 2000]):
