@@ -32,10 +32,10 @@ def place_labels(
     lines: Sequence[Points],
     dots: Points = (),
     size: float = 9,
-) -> int:
+) -> None:
     """Puts each label at the nearest place around its point that is free, the first labels first.
 
-    Call it last: the layout of the figure is fixed here. Returns how many labels are left out.
+    Call it last: the layout of the figure is fixed here.
 
     Args:
         axis: a matplotlib axis whose limits are set.
@@ -76,7 +76,6 @@ def place_labels(
         if chosen < NEAR:  # so near that a line would only be in the way
             text.arrow_patch.set_visible(False)
         taken.append(boxes[chosen])
-    return len(labels) - len(taken)
 
 
 def _along(corners: np.ndarray, distance: float) -> np.ndarray:

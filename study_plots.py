@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 
 from collected_runs import Run, Study
-from plot_labels import Label, label_ends, place_labels
+from plot_labels import CROWD, Label, label_ends, place_labels
 from study_page import Plot
 from study_statistics import mean_and_deviation, pareto_front
 from study_tables import GIB, record, scores_by_rate
@@ -175,12 +175,12 @@ def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, flo
             labels.append(Label(x, y, said, color if on else "#444444", needed=on))
         bars = [[(x, y - d), (x, y + d)] for x, y, d in zip(costs, heights, deviations, strict=True)]
         labels.sort(key=lambda label: not label.needed)
-        unnamed = place_labels(axis, labels, [*stairs, *bars], list(zip(costs, heights, strict=True)))
+        place_labels(axis, labels, [*stairs, *bars], list(zip(costs, heights, strict=True)))
         caption = f"Test accuracy against {name}. Filled: the Pareto front, rows that no other one beats on both."
         caption += " Each test split has a front of its own." if len(stairs) > 1 else ""
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
         caption += TRIANGLES if min(scores) < foot else ""
-        caption += f" No room for the names of {unnamed} of {len(labels)} rows: see the table." if unnamed else ""
+        caption += " Not every name finds room." if len(labels) > CROWD else ""
         return Plot(file, caption, _png(figure))
 
 

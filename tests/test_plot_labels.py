@@ -63,9 +63,9 @@ def test_a_label_without_a_line_is_nearest_to_its_own_point(count: int) -> None:
     figure, axis = figure_and_axis()
     points = [(0.1, 0.2 + 0.025 * i) for i in range(count)]  # closer than a label is high
     labels = [Label(x, y, f"row number {i}", "black") for i, (x, y) in enumerate(points)]
-    left_out = place_labels(axis, labels, [], points)
+    place_labels(axis, labels, [], points)
     texts = figure.axes[0].texts
-    assert len(texts) == count - left_out > 1
+    assert len(texts) > 1
     spots = axis.transData.transform(points)  # type: ignore[attr-defined]
     for text, (low, high) in zip(texts, boxes(figure), strict=True):
         if not text.arrow_patch.get_visible():  # type: ignore[attr-defined]
