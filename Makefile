@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= runs/first
 
-.PHONY: finetune test lint tables benchmark roofline clean
+.PHONY: install finetune test lint tables benchmark roofline clean
+
+install: $(VENV)/.installed
 
 # One real fine-tuning run on the packaged model and reviews: a progress bar, and a result at the end.
 finetune: $(VENV)/.installed
