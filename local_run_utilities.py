@@ -31,7 +31,7 @@ from run_files import (
 def default_directory(config: RunConfig) -> Path:
     """``runs/DATASET-METHOD-TIME``; with srun the numbers of job and step, which all processes of a run share."""
     method = "qlora" if config.q_lora else config.method
-    moment = datetime.now().strftime("%Y%m%d-%H%M%S")
+    moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]  # a loop starts several in a second
     if in_slurm_step():
         moment = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     return Path("runs") / f"{config.dataset}-{method}-{moment}"
@@ -50,9 +50,9 @@ def check_directory(directory: Path, config: RunConfig) -> None:
             directories of runs, or files of the same names that are no run's, which not even --overwrite replaces.
     """
     flag = f"--output_dir {directory}"
-    if directory.exists() and not directory.is_dir():
+    if os.access(directory, os.F_OK) and not directory.is_dir():
         raise UserError(f"{flag} is a file: give a directory")
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    existing = next(path for path in (directory, *directory.absolute().parents) if os.access(path, os.F_OK))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{flag} cannot be written: {existing} is not a directory that you may write to")
     held = [name for name in RUN_FILES if (directory / name).exists()]
@@ -91,9 +91,15 @@ def _check_resumable(directory: Path, config: RunConfig) -> None:
 
 
 def open_directory(directory: Path, config: RunConfig) -> None:
-    """Makes the directory and notes the configuration in it; an overwritten run's files go first."""
+    """Makes the directory and notes the configuration in it; an overwritten run's files go first.
+
+    Raises:
+        UserError: it cannot be written, or another run has begun there since it was checked.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if not (config.resume or config.overwrite):
+            _claim(directory)
         if not config.resume:
             for name in RUN_FILES:
                 if name != CONFIG:  # killed here, it still holds a run
@@ -101,6 +107,13 @@ def open_directory(directory: Path, config: RunConfig) -> None:
         write_json(directory / CONFIG, config.to_dict())
     except OSError as error:
         raise UserError(f"--output_dir {directory} cannot be written: {error.strerror}") from None
+
+
+def _claim(directory: Path) -> None:
+    try:
+        (directory / CONFIG).touch(exist_ok=False)  # of two processes, one can
+    except FileExistsError:
+        raise UserError(f"--output_dir {directory} holds a run that has just begun: give another one") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

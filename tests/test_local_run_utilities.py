@@ -78,6 +78,16 @@ def test_a_directory_of_runs_is_no_run_s(tmp_path: Path) -> None:
     check_directory(held_run(tmp_path), replace(CONFIGURATION, resume=True, output_dir=tmp_path))
 
 
+def test_of_two_runs_that_begin_in_one_directory_the_second_is_refused(tmp_path: Path) -> None:
+    for _ in range(2):
+        check_directory(tmp_path, CONFIGURATION)  # both find it free
+    held_run(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="a run that has just begun"):
+        open_directory(tmp_path, replace(CONFIGURATION, seed=1))
+    assert contents(tmp_path) == before
+
+
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
