@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
@@ -75,9 +76,12 @@ def resolve_hardware(config: RunConfig) -> Hardware:
     """Asks the machine what ``auto`` means.
 
     Raises:
-        UserError: a GPU that is not there, or a precision that the hardware does not have.
+        UserError: a GPU that is not there, a precision that the hardware does not have, or no strategy's name.
     """
     _check_tasks(config)
+    strategies = ["auto", *StrategyRegistry.available_strategies()]
+    if config.strategy not in strategies:
+        raise UserError(f"--strategy {config.strategy}: allowed are {', '.join(strategies)}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = config.accelerator == "gpu" or config.device is not None
     if wanted and not gpus:

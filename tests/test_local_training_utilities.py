@@ -172,6 +172,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         ({"accelerator": "gpu"}, "--accelerator gpu: this machine has no CUDA GPU"),
         ({"device": 1}, "--device 1: this machine has no CUDA GPU"),
         ({"precision": "fp16"}, "--precision fp16 needs a GPU"),
+        ({"strategy": "dpp"}, "--strategy dpp: allowed are auto, .*ddp, "),
     ):
         with pytest.raises(UserError, match=words):
             resolve_hardware(RunConfig(**settings))
