@@ -6,6 +6,7 @@ cache, which is filled when it can be.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +46,7 @@ def find_model(config: RunConfig) -> Path:
     assert config.model_name is not None
     if config.model_name == PACKAGED:
         folder = _packaged_model()
-    elif Path(config.model_name).is_dir():
+    elif os.access(config.model_name, os.R_OK) and Path(config.model_name).is_dir():
         folder = Path(config.model_name)
     else:
         folder = _hub_model(config)
@@ -120,7 +121,7 @@ def _check_settings(config: RunConfig, folder: Path) -> None:
     family = (
         _as_distilbert(base) if config.model_name == PACKAGED else family_of(base.model_type, config.model_name or "")
     )
-    positions = base.max_position_embeddings - family.position_offset
+    positions = family.longest_input(base)
     if config.max_length > positions:
         raise UserError(f"--max_length {config.max_length}: {config.model_name} has {positions} positions")
     layers = base.num_hidden_layers

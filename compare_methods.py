@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from command_flags import OneLineParser, from_flags
-from run_config import UserError
+from run_config import UserError, not_installed
 from run_files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT, write_atomically, write_json
 from study_plan import RATE, STAGES, PlannedRun, read_plan
 from study_runs import StudyRuns, TuningUnfinished, forget_test
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["report"]:
             return report(words[1:])
         options = make_parser().parse_args(words)
-        if options.data_dir is not None and not options.data_dir.is_dir():
+        if options.data_dir is not None and not (os.access(options.data_dir, os.R_OK) and options.data_dir.is_dir()):
             raise UserError(f"--data_dir {options.data_dir}: no such folder")
         study = read_plan(options.study)
         results = getattr(options, "results", None)  # count needs none
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {"run": run_study, "count": count, "list": list_runs, "collect": collect}[options.command](runs, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(not_installed(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -110,7 +110,7 @@ def prefetch_texts(config: RunConfig) -> None:
 
 def _encode_labels(source: Source, config: RunConfig) -> tuple[list[str], Source]:
     """Label names, and the source with labels 0 ... classes - 1."""
-    labels = pd.concat([table.label for table in source.tables.values()])
+    labels = _comparable(pd.concat({split: table.label for split, table in source.tables.items()}))
     if not pd.api.types.is_numeric_dtype(labels) and not labels.map(lambda label: isinstance(label, str)).all():
         raise UserError(f"--label_column {config.label_column}: labels must be all numbers or all strings")
     known: dict[Any, int]
@@ -126,14 +126,24 @@ def _encode_labels(source: Source, config: RunConfig) -> tuple[list[str], Source
     unknown = labels[~labels.isin(list(known))]
     if len(unknown):
         allowed = ", ".join(f"{i} or {name}" for i, name in enumerate(names))
+        advice = "" if config.dataset == "text" else "; --dataset text takes any labels"
         raise UserError(
-            f"--label_column {config.label_column}: label {unknown.tolist()[0]!r} is not one of {allowed}; "
-            f"--dataset text takes any labels"
+            f"--label_column {config.label_column}: label {unknown.tolist()[0]!r} is not one of {allowed}{advice}"
         )
     if labels.nunique() < 2:
         raise UserError(f"--label_column {config.label_column}: all labels are {labels.tolist()[0]!r}, two are needed")
-    tables = {split: t.assign(label=t.label.map(known).astype(np.int64)) for split, t in source.tables.items()}
+    codes = labels.map(known).astype(np.int64)
+    tables = {split: table.assign(label=codes[split].to_numpy()) for split, table in source.tables.items()}
     return names, dataclasses.replace(source, tables=tables)
+
+
+def _comparable(labels: pd.Series) -> pd.Series:
+    """Labels, of which CSV files give words: as numbers where all are, else words without spaces around them."""
+    words = labels.map(lambda label: isinstance(label, str))
+    if not words.any():
+        return labels
+    numbers = pd.to_numeric(labels.where(words | labels.map(np.isscalar)), errors="coerce")
+    return numbers if numbers.notna().all() else labels.where(~words, labels.astype(str).str.strip())
 
 
 def stratified_parts(labels: np.ndarray, sizes: Sequence[int], seed: int) -> list[np.ndarray]:

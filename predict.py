@@ -89,7 +89,7 @@ def read_texts(path: Path, column: str) -> list[str]:
         UserError: it cannot be read, is not UTF-8, has no such column, or no text at all.
     """
     try:
-        if path.suffix.lower() in (".jsonl", ".parquet"):
+        if path.suffix.lower() in (".json", ".jsonl", ".parquet", ".tsv"):
             raise UserError(f"--file {path}: allowed are a CSV file and a file with one text a line")
         texts = _csv_texts(path, column) if _is_csv(path) else _lines(path)
     except UnicodeDecodeError:

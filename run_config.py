@@ -271,10 +271,10 @@ def check_data_dir(config: RunConfig) -> None:
     """Refuses a folder of data that is not there, before anything is loaded.
 
     Raises:
-        UserError: it does not exist.
+        UserError: it does not exist, or may not be read.
     """
-    if config.data_dir is not None and not config.data_dir.exists():
-        raise UserError(f"--data_dir {config.data_dir}: there is no such file or folder")
+    if config.data_dir is not None and not os.access(config.data_dir, os.R_OK):
+        raise UserError(f"--data_dir {config.data_dir}: there is no such file or folder, or none that you may read")
 
 
 def _dependent_defaults(config: RunConfig) -> dict[str, Any]:

@@ -122,26 +122,30 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path} is not UTF-8 (byte {error.start}): convert it, or name other data by --data_dir"
         ) from error
-    except (OSError, ValueError, pyarrow.ArrowException, zipfile.BadZipFile) as error:
+    except (OSError, TypeError, ValueError, pyarrow.ArrowException, zipfile.BadZipFile) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} cannot be read ({reason}): name other data by --data_dir") from error
 
 
-def read_csv(path: Path, text_column: str) -> pd.DataFrame:
-    """A CSV file with a header; ``text_column``, if it is there, as it is written.
+def read_csv(path: Path, *columns: str) -> pd.DataFrame:
+    """A CSV file with a header; blank lines are skipped, and ``columns``, those that are there, are read as text.
 
     Raises:
         ValueError: it is not UTF-8, or no table, or a text with a comma does not stand in quotes.
         OSError: it cannot be read.
     """
-    # "NA" is a text like any other; utf-8-sig drops the mark that Excel writes
-    options: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False, "dtype": {text_column: str}}
+    # "NA" is a text like any other; utf-8-sig drops the mark that Excel writes; by default, the first of more fields
+    # than names would be an index, and the text the second
+    options: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False, "index_col": False}
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        try:  # by default, the first of more fields than names would be an index, and the text the second
-            return pd.read_csv(path, index_col=False, **options)
-        except pd.errors.ParserWarning:
-            raise ValueError("rows have more fields than the header, texts with commas belong in quotes") from None
+        try:
+            return pd.read_csv(path, dtype=dict.fromkeys(columns, str), **options)
+        except (pd.errors.ParserWarning, pd.errors.ParserError):
+            header = listed(pd.read_csv(path, nrows=0, **options).columns)
+            raise ValueError(
+                f"a row has more fields than the header ({header}), or an open quote; texts with commas go in quotes"
+            ) from None
 
 
 def _read_table(path: Path, config: RunConfig) -> pd.DataFrame:
@@ -150,7 +154,7 @@ def _read_table(path: Path, config: RunConfig) -> pd.DataFrame:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
         elif path.suffix == ".csv":
-            table = read_csv(path, str(config.text_column))
+            table = read_csv(path, str(config.text_column), config.label_column)
         else:
             content = path.read_text("utf-8-sig")
             lines = [line for line in content.split("\n") if line.strip()]
@@ -183,7 +187,7 @@ def _checked(table: pd.DataFrame, path: Path, config: RunConfig) -> pd.DataFrame
 
 def _class_names(path: Path, label_column: str) -> list[str] | None:
     """The label names that the datasets library wrote into a parquet file, if it did."""
-    if path.suffix != ".parquet":
+    if path.suffix != ".parquet" or path.is_dir():  # Spark writes folders
         return None
     metadata = pyarrow.parquet.read_schema(path).metadata or {}
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})

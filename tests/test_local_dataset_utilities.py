@@ -247,6 +247,25 @@ def test_label_names_come_from_the_labels(tmp_path: Path, values: list[Any], nam
         assert split.labels.tolist() == [by_value[table.label[row]] for row in split.rows]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "names"),
+    [
+        ("1,x", "1", ["1", "x"]),  # words in one file, and what looks like a number in the other
+        ("9,10", "9.0", ["9", "10"]),
+        ("0.5,1", "1.0", ["0.5", "1.0"]),
+        ("no, yes", "no ", ["no", "yes"]),
+        ("NA,none", "NA", ["NA", "none"]),
+    ],
+)
+def test_labels_of_csv_files_are_numbers_where_all_are(tmp_path: Path, train: str, test: str, names: list[str]) -> None:
+    for split, labels, count in (("train", train.split(","), 40), ("test", [test], 5)):
+        frame(count, 2, split).assign(label=(labels * count)[:count]).to_csv(tmp_path / f"{split}.csv", index=False)
+    texts = load_texts(text_config(tmp_path))
+    assert texts.label_names == names
+    assert set(texts.splits["train"].labels.tolist()) == {0, 1}
+    assert {names[label] for label in texts.splits["test"].labels} == {test.strip() if test != "9.0" else "9"}
+
+
 def test_labels_that_train_or_the_data_set_does_not_know(tmp_path: Path) -> None:
     frame(30).to_csv(tmp_path / "train.csv", index=False)
     frame(30, 3, "test").to_csv(tmp_path / "test.csv", index=False)
