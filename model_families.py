@@ -6,6 +6,7 @@ RoBERTa the suffix ``output.dense`` also matches ``attention.output.dense``.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -36,9 +37,9 @@ class ModelFamily:
         """One of ``layer_count``, ``head_count``, ``dropout``, ``attention_dropout``, ``head_dropout``."""
         return getattr(model.config, self.settings[name])
 
-    def longest_input(self, model: nn.Module) -> int:
+    def longest_input(self, model_config: Any) -> int:
         """The longest sequence, in tokens, that the position embeddings allow."""
-        return int(model.config.max_position_embeddings) - self.position_offset  # type: ignore[union-attr, arg-type]
+        return model_config.max_position_embeddings - self.position_offset
 
     def head_parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in model.named_parameters() if name.startswith(tuple(f"{h}." for h in self.head))]

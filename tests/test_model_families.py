@@ -20,7 +20,7 @@ def test_every_name_is_a_module_of_the_real_classifier(model_type: str) -> None:
         for norm in (family.attention_norm, family.output_norm):
             assert isinstance(model.get_submodule(f"{family.layers}.{i}.{norm}"), nn.LayerNorm)
     assert family.setting(model, "layer_count") == LAYERS
-    assert family.longest_input(model) == POSITIONS
+    assert family.longest_input(model.config) == POSITIONS
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
