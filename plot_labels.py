@@ -41,7 +41,7 @@ def place_labels(
         axis: a matplotlib axis whose limits are set.
         labels: one that finds no place is left out unless it is needed; in a crowd the place must be near.
         lines: polylines in data coordinates that no label may cover, nor their corners.
-        dots: points in data coordinates that no label may cover, nor stand nearer to than to its own without a line.
+        dots: points in data coordinates that no label may cover, nor be nearest to without a line to its own.
         size: of the font, in points of 1/72 inch.
     """
     figure = axis.figure

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 
 from collected_runs import Run, Study
-from plot_labels import CROWD, Label, label_ends, place_labels
+from plot_labels import Label, label_ends, place_labels
 from study_page import Plot
 from study_statistics import mean_and_deviation, pareto_front
 from study_tables import GIB, record, scores_by_rate
@@ -180,7 +180,7 @@ def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, flo
         caption += " Each test split has a front of its own." if len(stairs) > 1 else ""
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
         caption += TRIANGLES if min(scores) < foot else ""
-        caption += " Not every name finds room." if len(labels) > CROWD else ""
+        caption += " Names that find no room are left out." if len(labels) > DIRECT else ""
         return Plot(file, caption, _png(figure))
 
 
