@@ -62,9 +62,12 @@ def check_directory(directory: Path, config: RunConfig) -> None:
         raise UserError(f"{flag} holds a {held[0]} that is no run's, and would be replaced: give another directory")
     elif held and not config.overwrite:
         raise UserError(f"{flag} holds a run already ({held[0]}): give another one, --resume or --overwrite")
-    for path in sorted(directory.glob(f"*/{CONFIG}")):
-        if not held and _holds_run(path.parent):
-            raise UserError(f"{flag} holds runs ({path.parent.name}): give this one a directory of its own")
+    elif not held and (inside := next(filter(_holds_run, _folders_with_settings(directory)), None)):
+        raise UserError(f"{flag} holds runs ({inside.name}): give this one a directory of its own")
+
+
+def _folders_with_settings(directory: Path) -> list[Path]:
+    return sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
 
 
 def _holds_run(directory: Path) -> bool:
