@@ -118,52 +118,77 @@ def takes_attention(x: Tensor, width: int, length: int) -> bool:
 class Attention(torch.autograd.Function):
     """``softmax(Q K^T / sqrt(d)) V`` for every head, bf16; see kernels/attention.cpp.
 
-    Called as ``Attention.apply(query, key_value, heads, batch, T, padding)``:
+    Called as ``Attention.apply(qkv, heads, batch, T, padding)``:
 
-    - query: ``(N, 3 D)`` of query, key and value, or ``(N', D)`` of the queries of the sequences' first tokens.
-    - key_value: ``None``, or ``(N, 2 D)`` of key and value.
+    - qkv: ``(N, 3 D)`` of query, key and value.
     - padding: ``(batch, T)`` bool, True where a key is padding, or ``None``.
 
     Rows are the tokens of one sequence after the other; those after the last sequence's are not read, and are 0 in
-    the output, ``(N, D)`` or ``(N', D)``. Saves its inputs, its output and one number a query;
-    the probabilities are computed again in backward.
+    the output, ``(N, D)``. Saves its input, its output and one number a query; the probabilities are computed again
+    in backward.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key_value: Tensor | None, heads: int, batch: int, length: int, padding: Tensor | None
-    ) -> Tensor:
-        query = query.contiguous()
-        key_value = None if key_value is None else key_value.contiguous()
-        padding = None if padding is None else padding.contiguous()
-        parts = _parts(query, key_value)
-        queries = length if key_value is None else 1
-        out = query.new_empty(len(query), parts[0].shape[1])
-        out[batch * queries :] = 0
-        log_sum = torch.empty(batch, heads, queries, dtype=torch.float32)
-        ctx.sizes = (batch, queries, length, heads, out.shape[1] // heads, parts[0].stride(0), parts[1].stride(0))
-        _call("attention_forward", *parts, padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
-        ctx.save_for_backward(query, key_value, padding, out, log_sum)
+    def forward(ctx: Any, qkv: Tensor, heads: int, batch: int, length: int, padding: Tensor | None) -> Tensor:
+        qkv, padding = qkv.contiguous(), None if padding is None else padding.contiguous()
+        width = qkv.shape[1] // 3
+        out = qkv.new_empty(len(qkv), width)
+        out[batch * length :] = 0
+        log_sum = torch.empty(batch, heads, length, dtype=torch.float32)
+        ctx.sizes = (batch, length, heads, width // heads, 3 * width)
+        _call("attention_forward", *qkv.chunk(3, -1), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        ctx.save_for_backward(qkv, padding, out, log_sum)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key_value, padding, out, log_sum = ctx.saved_tensors
-        batch, queries, length, *_ = ctx.sizes
-        grad_query, grad_key_value = torch.empty_like(query), None
-        grad_query[batch * queries :] = 0
-        if key_value is not None:
-            grad_key_value = torch.empty_like(key_value)
-            grad_key_value[batch * length :] = 0
-        inputs = (*_parts(query, key_value), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
-        _call("attention_backward", *inputs, grad.contiguous(), *_parts(grad_query, grad_key_value))
-        return grad_query, grad_key_value, None, None, None, None
+        qkv, padding, out, log_sum = ctx.saved_tensors
+        batch, length, *_ = ctx.sizes
+        grad_qkv = torch.empty_like(qkv)
+        grad_qkv[batch * length :] = 0
+        inputs = (*qkv.chunk(3, -1), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        _call("attention_backward", *inputs, grad.contiguous(), *grad_qkv.chunk(3, -1))
+        return grad_qkv, None, None, None, None
 
 
-def _parts(query: Tensor, key_value: Tensor | None) -> tuple[Tensor, ...]:
-    """Views of the queries, keys and values in ``Attention``'s inputs, or in their gradients."""
-    return query.chunk(3, -1) if key_value is None else (query, *key_value.chunk(2, -1))
+def takes_mixture(tokens: Tensor) -> bool:
+    """Whether ``Mixture`` can be given tokens like these."""
+    return tokens.shape[-1] % 32 == 0 and available(tokens)
+
+
+class Mixture(torch.autograd.Function):
+    """``softmax(U X^T scale) X`` for each sequence's tokens X, bf16: means of them; see kernels/mixture.cpp.
+
+    Called as ``Mixture.apply(heads, tokens, scale, padding)``:
+
+    - heads: ``(B, H, D)``, U of each sequence.
+    - tokens: ``(B, T, D)``.
+    - padding: ``(B, T)`` bool, or ``None``.
+
+    Gives ``(B, H, D)``. Saves its inputs, its output and one number a head; the weights are computed again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, tokens: Tensor, scale: float, padding: Tensor | None) -> Tensor:
+        heads, tokens = heads.contiguous(), tokens.contiguous()
+        padding = None if padding is None else padding.contiguous()
+        batch, count, width = heads.shape
+        mixed, log_sum = torch.empty_like(heads), torch.empty(batch, count, dtype=torch.float32)
+        ctx.sizes = (batch, count, tokens.shape[1], width, ctypes.c_float(scale))
+        _call("mixture_forward", heads, tokens, padding, *ctx.sizes, torch.get_num_threads(), mixed, log_sum)
+        ctx.save_for_backward(heads, tokens, padding, mixed, log_sum)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        heads, tokens, padding, mixed, log_sum = ctx.saved_tensors
+        grad_heads = torch.empty_like(heads)
+        grad_tokens = torch.empty_like(tokens) if ctx.needs_input_grad[1] else None
+        inputs = (heads, tokens, padding, *ctx.sizes, torch.get_num_threads(), mixed, log_sum)
+        _call("mixture_backward", *inputs, grad.contiguous(), grad_heads, grad_tokens)
+        return grad_heads, grad_tokens, None, None
 
 
 def _call(name: str, *arguments: Tensor | int | ctypes.c_long | ctypes.c_float | None) -> None:

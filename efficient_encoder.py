@@ -1,6 +1,6 @@
 """Exact rewrites of the encoder's forward: the same logits and gradients as Hugging Face's, with less work.
 
-1. The classifier reads the first token only, so the last layer computes only that one; keys and values for all.
+1. The classifier reads the first token only, so the last layer computes only that one, and no token's key or value.
 2. On a CPU attention is done in chunks whose scores stay in cache; torch's fused backward is slow at these lengths.
 3. Query, key and value are one product; a frozen linear saves neither its weight nor a gradient; a norm on the CPU's
    kernel does not save its input either, but finds it in the output, up to the rounding of bf16.
@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 
 import cpu_kernels
 from frozen_outputs import FrozenBatch
-from lora import Activation, linears
+from lora import Activation, drops_input, linears, transposed
 from model_families import ModelFamily
 
 ROW_MULTIPLE = 64  # on a CPU, see _Encoder
@@ -188,35 +188,56 @@ class _Encoder:
 
     def last_block(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The last encoder layer, of which only the first token is read: ``(N, D) -> (B, D)``."""
-        targets = self.family.targets
         first = self.as_rows(self.as_sequences(x)[:, 0])  # (N', D)
-        query = self.linear(first, layer, *targets["query"])
-        key_value = self.linear(x, layer, *targets["key"], *targets["value"])  # (N, 2 D)
-        return self.after_attention(layer, first, self.attention_of_first(query, key_value))[: self.batch]
-
-    def compiled_attention(self, query: Tensor, key_value: Tensor | None) -> Tensor | None:
-        """Attention by the compiled kernel, if it is here and takes this; see ``cpu_kernels.Attention``."""
-        width = (query.shape[1] // 3 if key_value is None else query.shape[1]) // self.heads
-        if self.attention_dropout > 0 or not cpu_kernels.takes_attention(query, width, self.length):
-            return None
-        return cpu_kernels.Attention.apply(query, key_value, self.heads, self.batch, self.length, self.padding)
+        return self.after_attention(layer, first, self.attention_of_first(layer, first, x))[: self.batch]
 
     def attention(self, qkv: Tensor) -> Tensor:
         """Attention of every token: ``(N, 3 D) -> (N, D)``."""
-        context = self.compiled_attention(qkv, None)
-        if context is not None:
-            return context
+        width = qkv.shape[1] // 3 // self.heads
+        if self.attention_dropout == 0 and cpu_kernels.takes_attention(qkv, width, self.length):
+            return cpu_kernels.Attention.apply(qkv, self.heads, self.batch, self.length, self.padding)
         sequences = self.as_sequences(qkv)
         if qkv.device.type == "cpu" and self.attention_dropout == 0:
             return self.as_rows(_ChunkedAttention.apply(sequences, self.heads, self.padding))
         return self.as_rows(self.fused_attention(*sequences.chunk(3, -1)))
 
-    def attention_of_first(self, query: Tensor, key_value: Tensor) -> Tensor:
-        """Attention of each sequence's first token: ``(N', D), (N, 2 D) -> (N', D)``."""
-        context = self.compiled_attention(query, key_value)
-        if context is not None:
-            return context
-        return self.as_rows(self.attention_of_one(query[: self.batch, None], self.as_sequences(key_value)))
+    def attention_of_first(self, layer: nn.Module, first: Tensor, x: Tensor) -> Tensor:
+        """Attention of each sequence's first token over all of its tokens: ``(N', D), (N, D) -> (N', D)``.
+
+        No token's key or value is computed. Of a head with query q,
+
+        - scores ``q (W_k x + b_k)`` are ``(q W_k) x``, but for ``q b_k``, which is the same for all tokens;
+        - the context ``sum p (W_v x + b_v)`` is ``W_v (sum p x) + b_v``, for the p sum up to 1.
+
+        So the weights meet a row for each head, instead of one for each token. It is how multi-head latent attention
+        takes in its projections (DeepSeek-V2, 2024), in training.
+        """
+        targets, H = self.family.targets, self.heads
+        query = self.linear(first, layer, *targets["query"])[: self.batch]  # (B, D)
+        key, value = (layer.get_submodule(name) for name in (*targets["key"], *targets["value"]))
+        if self.attention_dropout > 0 or drops_input(key) or drops_input(value):  # each token its own
+            key_value = self.as_sequences(self.linear(x, layer, *targets["key"], *targets["value"]))
+            return self.as_rows(self.attention_of_one(query[:, None], key_value))
+        own = torch.eye(H, dtype=self.dtype, device=x.device)[..., None]  # (H, H, 1), of each head its own part
+        queries = query.view(self.batch, 1, H, -1) * own  # (B, H, H, d)
+        heads = transposed(self.as_rows(queries.flatten(2)), key, dequantized)[: self.batch * H]  # (B H, D)
+        mixed = self.mixture(heads.view(self.batch, H, -1), self.as_sequences(x))  # (B, H, D)
+        context = linears(self.as_rows(mixed), [value], dequantized)[: self.batch * H]  # (B H, D)
+        context = context.view(self.batch, H, H, -1).diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # (B, D)
+        bias = getattr(key, "bias", None)
+        if bias is not None and bias.requires_grad:
+            context = context + 0 * bias.sum()  # a gradient of 0, for DistributedDataParallel waits for one
+        return self.as_rows(context)
+
+    def mixture(self, heads: Tensor, tokens: Tensor) -> Tensor:
+        """``softmax(heads tokens^T / sqrt(d)) tokens``: ``(B, H, D), (B, T, D) -> (B, H, D)``."""
+        scale = (heads.shape[-1] // self.heads) ** -0.5
+        if cpu_kernels.takes_mixture(tokens):
+            return cpu_kernels.Mixture.apply(heads, tokens, scale, self.padding)
+        scores = torch.bmm(heads, tokens.transpose(1, 2)) * scale  # (B, H, T)
+        if self.padding is not None:
+            scores = scores.masked_fill(self.padding[:, None], -math.inf)
+        return torch.bmm(scores.softmax(-1), tokens)
 
     def fused_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """torch's own attention: ``(B, Q, D), (B, T, D), (B, T, D) -> (B, Q, D)``."""

@@ -133,7 +133,7 @@ def linears(
 
     bias = _join_bias([_base(m) for m in modules], dtype)
     base_is_trained = any(p.requires_grad for m in modules for p in _base(m).parameters())
-    if base_is_trained or any(m.training and m.lora.dropout.p > 0 for m in adapted):
+    if base_is_trained or any(map(drops_input, adapted)):
         x = x if activation is None else activation(x)
         y = F.linear(x, weight(), bias) if base_is_trained else _frozen_linear(x, None, None, weight, bias)
         return y + torch.cat([_lora_output(x, m) for m in modules], -1) if adapted else y
@@ -146,6 +146,35 @@ def linears(
         merged = torch.addmm(weight(), B, A)  # exact here; in bf16 the sum would round most of the adapter away
         return _frozen_linear(x, None, None, lambda: merged, bias, activation)
     return _frozen_linear(x, A, B, weight, bias, activation)
+
+
+def transposed(x: Tensor, module: nn.Module, unpack: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
+    """A linear's weight from its other side, ``x (W + scale B A)``: ``(..., out) -> (..., in)`` in x's dtype.
+
+    A linear ``W^T`` whose A is ``scale B^T`` and whose B is ``A^T``; the bias and LoRA's dropout have no part in it.
+
+    Args:
+        x: the input, in the dtype in which products are to be done.
+        module: as in ``linears``.
+        unpack: as in ``linears``.
+    """
+    dtype = x.dtype
+
+    def weight() -> Tensor:
+        return _dense_weight(module, unpack).to(dtype).t()  # (in, out)
+
+    A = B = None
+    if isinstance(module, LinearWithLoRA):
+        A, B = _scaled_B(module).t().to(dtype), module.lora.lora_A.t().to(dtype)
+    if not any(p.requires_grad for p in _base(module).parameters()):
+        return _frozen_linear(x, A, B, weight, None)
+    y = F.linear(x, weight())
+    return y if A is None or B is None else y + x @ A.t() @ B.t()
+
+
+def drops_input(module: nn.Module) -> bool:
+    """Whether a linear's LoRA sees another input than the linear does, by its dropout in training."""
+    return isinstance(module, LinearWithLoRA) and module.training and module.lora.dropout.p > 0
 
 
 def _base(module: nn.Module) -> Any:

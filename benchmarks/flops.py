@@ -1,8 +1,9 @@
 """Floating-point operations that a training step of the efficient path executes, by formula.
 
 A product of (n, in) and (in, out) takes 2 n in out. Counted is what is computed: rows are those of the padded batch,
-rounded up as ``efficient_encoder`` does; the last layer's query, projection and MLP have first tokens only; nothing
-flows back into the embeddings. Attention is counted for the batch's own length, not for tiles that are filled up.
+rounded up as ``efficient_encoder`` does; the last layer's query, projection and MLP have first tokens only, its key and
+value one row for each head of these; nothing flows back into the embeddings. Attention is counted for the batch's own
+length, not for tiles that are filled up.
 """
 
 from collections import Counter
@@ -12,11 +13,11 @@ from typing import Any
 
 from efficient_encoder import ROW_MULTIPLE
 
-FORMULAS = {  # n rows, R adapted ranks side by side, B texts of T tokens, D wide
+FORMULAS = {  # n rows, R adapted ranks side by side, B texts of T tokens, D wide, H heads
     "linears": "2 n in out forward, as much backward where the input has a gradient",
     "LoRA": "2 n R (in + out) forward, 2 n R (in + 2 out) backward and 2 n R in where the input has a gradient,"
     " 4 n out for the bias as a column of B",
-    "attention": "4 B T^2 D forward, 10 B T^2 D backward (scores computed again); 12 B T D in the last layer",
+    "attention": "4 B T^2 D forward, 10 B T^2 D backward (scores computed again); 12 B H T D in the last layer",
     "head": "6 B D (D + classes)",
 }
 
@@ -27,6 +28,7 @@ class Size:
 
     layers: int
     width: int
+    heads: int
     inner: int
     classes: int
     rank: int
@@ -35,7 +37,7 @@ class Size:
     @classmethod
     def of(cls, config: Any, rank: int, targets: tuple[str, ...]) -> "Size":
         """From Hugging Face's configuration of a DistilBERT."""
-        return cls(config.n_layers, config.dim, config.hidden_dim, config.num_labels, rank, targets)
+        return cls(config.n_layers, config.dim, config.n_heads, config.hidden_dim, config.num_labels, rank, targets)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Product:
     outputs: int
     input_gradient: bool
     ranks: int  # of all its LoRA matrices together
+    bias: bool = True
 
     @property
     def base_flops(self) -> int:
@@ -58,7 +61,8 @@ class Product:
         if not self.ranks:
             return 0
         with_inputs = self.ranks * self.inputs * (2 + self.input_gradient)  # x A, gradient of A, of x
-        with_outputs = self.outputs * (self.ranks + 2 * (self.ranks + 1))  # gradient B; inner B, gradient of B
+        # gradient B; inner B, gradient of B
+        with_outputs = self.outputs * (self.ranks + 2 * (self.ranks + self.bias))
         return 2 * self.rows * (with_inputs + with_outputs)
 
 
@@ -68,7 +72,7 @@ def round_up(rows: int) -> int:
 
 def products(size: Size, batch: int, length: int) -> Iterator[Product]:
     """Every linear of the encoder in one step over ``batch`` texts of ``length`` tokens."""
-    rows, first = round_up(batch * length), round_up(batch)
+    rows, first, heads = round_up(batch * length), round_up(batch), round_up(batch * size.heads)
     D, inner = size.width, size.inner
 
     def ranks(*names: str) -> int:
@@ -81,7 +85,8 @@ def products(size: Size, batch: int, length: int) -> Iterator[Product]:
             n = rows
         else:
             yield Product(first, D, D, deep, ranks("query"))
-            yield Product(rows, D, 2 * D, deep, ranks("key", "value"))
+            yield Product(heads, D, D, True, ranks("key"), bias=False)
+            yield Product(heads, D, D, True, ranks("value"))
             n = first
         yield Product(n, D, D, True, ranks("projection"))
         yield Product(n, D, inner, True, ranks("mlp"))
@@ -98,7 +103,7 @@ def step_flops(size: Size, batch: int, length: int) -> Counter[str]:
         {
             "linears": sum(p.base_flops for p in linears),
             "LoRA": sum(p.lora_flops for p in linears),
-            "attention": batch * D * T * ((size.layers - 1) * 14 * T + 12),
+            "attention": batch * D * T * ((size.layers - 1) * 14 * T + 12 * size.heads),
             "head": 6 * batch * D * (D + size.classes),
         }
     )

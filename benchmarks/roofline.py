@@ -38,7 +38,8 @@ PLAN = (("minilm", "qv", 256), ("minilm", "all", 256), ("minilm", "all", 512), (
 PROFILED_STEPS = 6
 KINDS = {  # of operator -> names in the profiler; the first that matches counts
     "products": r"aten::(mm|addmm|linear|matmul)",
-    "attention": r"_?(Chunked)?Attention(Backward)?|aten::(bmm|baddbmm|_?softmax.*|_scaled_dot_product.*)",
+    "attention": r"(_?(Chunked)?Attention|Mixture)(Backward)?"
+    r"|aten::(bmm|baddbmm|_?softmax.*|_scaled_dot_product.*)",
     "activation": r"_Gelu(Backward)?|aten::(gelu|relu|tanh|threshold|silu).*",
     "norms": r"AddNorm(Backward)?|aten::(native_)?layer_norm.*",
     "clipping and optimizer": r"Optimizer\..*|aten::(_fused_.*|_foreach_.*|linalg_vector_norm)",
@@ -175,7 +176,7 @@ def table(result: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     counted = "; ".join(f"*{part}* {formula}" for part, formula in FORMULAS.items())
-    letters = "n rows of a product, R ranks side by side, B texts of T tokens, width D"
+    letters = "n rows of a product, R ranks side by side, B texts of T tokens, width D, H heads"
     return "\n".join([*lines, "", f"Operations of a step ({letters}): {counted}."])
 
 

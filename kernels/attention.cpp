@@ -18,9 +18,9 @@
 namespace {
 
 struct Sizes {
-    int batch, queries, keys, heads;
-    int padded_queries, padded_keys;  // rounded up to multiples of 32
-    long query_row, key_row, out_row;  // elements from one token to the next
+    int batch, length, heads;
+    int padded;  // length rounded up to a multiple of 32
+    long row, out_row;  // elements from one token to the next, in queries, keys and values, and in the output
     float scale;
 };
 
@@ -29,30 +29,30 @@ struct Head {
     bf16 *q, *k, *v, *out;
 };
 
-// bias: (padded_keys,) 0 or -inf; log_sum: (queries,) log2 of each query's sum, its factor included
+// bias: (padded,) 0 or -inf; log_sum: (length,) log2 of each query's sum, its factor included
 template <int D>
 void forward_head(const Head& head, const float* bias, const Sizes& size, float* log_sum, Scratch& scratch) {
     constexpr int N = D / 16;
-    const int P = size.padded_keys, Q = size.padded_queries;
+    const int P = size.padded;
     scratch.reset();
-    bf16* rows = scratch.take<bf16>(std::max(P, Q) * D);
-    bf16* transposed = scratch.take<bf16>(std::max(P, Q) * D);
+    bf16* rows = scratch.take<bf16>(P * D);
+    bf16* transposed = scratch.take<bf16>(P * D);
     bf16* k = scratch.take<bf16>(P * D);
     bf16* v = scratch.take<bf16>(P * D);
     float* scores = scratch.take<float>(16 * P);  // tiles [P / 16] of 16 keys x 16 queries
     bf16* weights = scratch.take<bf16>(16 * P);  // B tiles [P / 32]: keys x queries
     float* context = scratch.take<float>(16 * D);  // tiles [N] of 16 columns of D x 16 queries
-    pack_rows<D>(head.v, size.key_row, size.keys, P, rows);
+    pack_rows<D>(head.v, size.row, size.length, P, rows);
     pack_transposed<D>(rows, P, transposed);
     pack_columns<D>(transposed, P, v);
-    pack_rows<D>(head.k, size.key_row, size.keys, P, k);
-    pack_rows<D>(head.q, size.query_row, size.queries, Q, rows);
-    pack_transposed<D>(rows, Q, transposed);
+    pack_rows<D>(head.k, size.row, size.length, P, k);
+    pack_rows<D>(head.q, size.row, size.length, P, rows);
+    pack_transposed<D>(rows, P, transposed);
     const __m512 factor = _mm512_set1_ps(size.scale * kLog2e);
     const __m512i interleave = _mm512_load_si512(kHalves);
 
-    for (int first = 0; first < size.queries; first += 16) {
-        const int count = std::min(16, size.queries - first);
+    for (int first = 0; first < size.length; first += 16) {
+        const int count = std::min(16, size.length - first);
         scores_of<D>(k, transposed + first * D, P, scores);
         __m512 top0 = _mm512_set1_ps(-INFINITY), top1 = top0;
         for (int j = 0; j < P; j += 2) {
@@ -88,41 +88,41 @@ template <int D>
 void backward_head(const Head& head, const Head& grad, const float* bias, const Sizes& size,
                    const float* log_sum, Scratch& scratch) {
     constexpr int N = D / 16;
-    const int P = size.padded_keys, Q = size.padded_queries, blocks = Q / 32;
+    const int P = size.padded, blocks = P / 32;
     scratch.reset();
-    bf16* rows = scratch.take<bf16>(std::max(P, Q) * D);
+    bf16* rows = scratch.take<bf16>(P * D);
     bf16* k_rows = scratch.take<bf16>(P * D);
     bf16* v_rows = scratch.take<bf16>(P * D);
     bf16* k_columns = scratch.take<bf16>(P * D);
-    bf16* q_transposed = scratch.take<bf16>(Q * D);
-    bf16* q_pairs = scratch.take<bf16>(Q * D);
-    bf16* g_transposed = scratch.take<bf16>(Q * D);
-    bf16* g_pairs = scratch.take<bf16>(Q * D);
-    float* grad_q = scratch.take<float>(Q * D);  // tiles [blocks][N][2] of 16 columns of D x 16 queries
-    bf16* weights = scratch.take<bf16>(32 * Q);  // A tiles [2][blocks]: keys x queries
-    bf16* grad_scores = scratch.take<bf16>(32 * Q);  // the same
-    bf16* grad_pairs = scratch.take<bf16>(32 * Q);  // B tiles [blocks][2]: keys x queries
+    bf16* q_transposed = scratch.take<bf16>(P * D);
+    bf16* q_pairs = scratch.take<bf16>(P * D);
+    bf16* g_transposed = scratch.take<bf16>(P * D);
+    bf16* g_pairs = scratch.take<bf16>(P * D);
+    float* grad_q = scratch.take<float>(P * D);  // tiles [blocks][N][2] of 16 columns of D x 16 queries
+    bf16* weights = scratch.take<bf16>(32 * P);  // A tiles [2][blocks]: keys x queries
+    bf16* grad_scores = scratch.take<bf16>(32 * P);  // the same
+    bf16* grad_pairs = scratch.take<bf16>(32 * P);  // B tiles [blocks][2]: keys x queries
     float* scores = scratch.take<float>(4 * kSquare);
     float* grad_weights = scratch.take<float>(4 * kSquare);
-    float* sums = scratch.take<float>(Q);
-    float* delta = scratch.take<float>(Q);
+    float* sums = scratch.take<float>(P);
+    float* delta = scratch.take<float>(P);
     float* C = scratch.take<float>(16 * D);
 
-    pack_rows<D>(head.q, size.query_row, size.queries, Q, rows);
-    pack_transposed<D>(rows, Q, q_transposed);
-    pack_pairs<D>(rows, Q, q_pairs);
-    pack_rows<D>(grad.out, size.out_row, size.queries, Q, rows);
-    pack_transposed<D>(rows, Q, g_transposed);
-    pack_pairs<D>(rows, Q, g_pairs);
-    pack_rows<D>(head.k, size.key_row, size.keys, P, k_rows);
+    pack_rows<D>(head.q, size.row, size.length, P, rows);
+    pack_transposed<D>(rows, P, q_transposed);
+    pack_pairs<D>(rows, P, q_pairs);
+    pack_rows<D>(grad.out, size.out_row, size.length, P, rows);
+    pack_transposed<D>(rows, P, g_transposed);
+    pack_pairs<D>(rows, P, g_pairs);
+    pack_rows<D>(head.k, size.row, size.length, P, k_rows);
     pack_transposed<D>(k_rows, P, rows);
     pack_columns<D>(rows, P, k_columns);
-    pack_rows<D>(head.v, size.key_row, size.keys, P, v_rows);
-    std::memset(grad_q, 0, sizeof(float) * Q * D);
-    for (int i = 0; i < Q; i++) {  // of a padded query all gradients are 0
-        sums[i] = i < size.queries ? log_sum[i] : 0.f;
+    pack_rows<D>(head.v, size.row, size.length, P, v_rows);
+    std::memset(grad_q, 0, sizeof(float) * P * D);
+    for (int i = 0; i < P; i++) {  // of a padded query all gradients are 0
+        sums[i] = i < size.length ? log_sum[i] : 0.f;
         __m512 dot = _mm512_setzero_ps();
-        for (int s = 0; i < size.queries && s < D; s += 32) {
+        for (int s = 0; i < size.length && s < D; s += 32) {
             const __m512i o = _mm512_loadu_si512(head.out + i * size.out_row + s);
             const __m512i g = _mm512_loadu_si512(grad.out + i * size.out_row + s);
             dot = _mm512_dpbf16_ps(dot, (__m512bh)o, (__m512bh)g);
@@ -159,12 +159,12 @@ void backward_head(const Head& head, const Head& grad, const float* bias, const 
                 _mm512_store_si512(pairs + r * 16 + kTile, _mm512_unpackhi_epi16(both[0], both[1]));
             }
         }
-        for (int half = 0; half < 2 && key + 16 * half < size.keys; half++) {
-            const int first = key + 16 * half, count = std::min(16, size.keys - first);
+        for (int half = 0; half < 2 && key + 16 * half < size.length; half++) {
+            const int first = key + 16 * half, count = std::min(16, size.length - first);
             product<D>(weights + half * blocks * kTile, kTile, g_pairs, blocks, C);
-            write_rows<D>(C, ones, grad.v + first * size.key_row, size.key_row, count);
+            write_rows<D>(C, ones, grad.v + first * size.row, size.row, count);
             product<D>(grad_scores + half * blocks * kTile, kTile, q_pairs, blocks, C);
-            write_rows<D>(C, scales, grad.k + first * size.key_row, size.key_row, count);
+            write_rows<D>(C, scales, grad.k + first * size.row, size.row, count);
         }
         for (int n = 0; n < N; n++)
             add_products(k_columns + (key / 32 * N + n) * kTile, grad_pairs, blocks, grad_q + n * 2 * kSquare,
@@ -180,36 +180,33 @@ void backward_head(const Head& head, const Head& grad, const float* bias, const 
                 transpose(r);
                 for (int c = 0; c < 16; c++) {
                     const int query = 32 * block + c / 4 * 8 + half * 4 + c % 4;
-                    if (query >= size.queries) continue;
+                    if (query >= size.length) continue;
                     const __m256i packed = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_castsi512_ps(r[c]), scale));
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(grad.q + query * size.query_row + 16 * n), packed);
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(grad.q + query * size.row + 16 * n), packed);
                 }
             }
 }
 
 constexpr int kLongest = 4096;
 
-int round_up(int n) { return (n + 31) / 32 * 32; }
-
 // What every head of a sequence shares: 0 for a key to attend to, -inf for padding.
 void fill_bias(const bool* padding, int sequence, const Sizes& size, float* bias) {
-    for (int j = 0; j < size.padded_keys; j++)
-        bias[j] = j >= size.keys || (padding && padding[(long)sequence * size.keys + j]) ? -INFINITY : 0.f;
+    for (int j = 0; j < size.padded; j++)
+        bias[j] = j >= size.length || (padding && padding[(long)sequence * size.length + j]) ? -INFINITY : 0.f;
 }
 
 Head at(const Head& all, const Sizes& size, int width, long b, int h) {
-    const long query = b * size.queries * size.query_row + h * width, key = b * size.keys * size.key_row + h * width;
-    return {all.q + query, all.k + key, all.v + key, all.out + b * size.queries * size.out_row + h * width};
+    const long from = b * size.length * size.row + h * width;
+    return {all.q + from, all.k + from, all.v + from, all.out + b * size.length * size.out_row + h * width};
 }
 
 // Calls work(sequence, head, bias, scratch) for each pair of the two, on several threads.
 template <class Work>
 void for_each_head(const Sizes& size, int width, const bool* padding, int threads, const Work& work) {
-    const size_t longest = std::max(size.padded_keys, size.padded_queries);
 #pragma omp parallel num_threads(threads)
     {
         const Products products;
-        Scratch scratch(longest * (20 * width + 32 * 6 + 8) + 64 * width + 16384);  // what backward takes
+        Scratch scratch((size_t)size.padded * (20 * width + 32 * 6 + 8) + 64 * width + 16384);  // what backward takes
         alignas(64) float bias[kLongest];
 #pragma omp for schedule(dynamic, 1) nowait
         for (int item = 0; item < size.batch * size.heads; item++) {
@@ -222,7 +219,7 @@ void for_each_head(const Sizes& size, int width, const bool* padding, int thread
 template <int D>
 void forward(const Head& all, const bool* padding, const Sizes& size, int threads, float* log_sum) {
     for_each_head(size, D, padding, threads, [&](long b, int h, const float* bias, Scratch& scratch) {
-        forward_head<D>(at(all, size, D, b, h), bias, size, log_sum + (b * size.heads + h) * size.queries, scratch);
+        forward_head<D>(at(all, size, D, b, h), bias, size, log_sum + (b * size.heads + h) * size.length, scratch);
     });
 }
 
@@ -231,13 +228,12 @@ void backward(const Head& all, const Head& grad, const bool* padding, const Size
               const float* log_sum) {
     for_each_head(size, D, padding, threads, [&](long b, int h, const float* bias, Scratch& scratch) {
         backward_head<D>(at(all, size, D, b, h), at(grad, size, D, b, h), bias, size,
-                         log_sum + (b * size.heads + h) * size.queries, scratch);
+                         log_sum + (b * size.heads + h) * size.length, scratch);
     });
 }
 
-Sizes sizes(int batch, int queries, int keys, int heads, int width, long query_row, long key_row) {
-    return {batch,     queries, keys,    heads,         round_up(queries),
-            round_up(keys), query_row, key_row, (long)heads * width, 1 / std::sqrt((float)width)};
+Sizes sizes(int batch, int length, int heads, int width, long row) {
+    return {batch, length, heads, (length + 31) / 32 * 32, row, (long)heads * width, 1 / std::sqrt((float)width)};
 }
 
 }  // namespace
@@ -247,21 +243,20 @@ extern "C" {
 // Whether this process may use the instructions.
 int attention_allowed() { return products_allowed(); }
 
-// q (batch, queries, heads, width), k and v (batch, keys, heads, width), all bf16, tokens query_row and key_row apart;
-// padding (batch, keys) or null; out (batch, queries, heads, width) bf16; log_sum (batch, heads, queries) fp32.
-// width is 32 or 64; at most 4096 keys and queries.
-void attention_forward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int queries, int keys, int heads,
-                           int width, int query_row, int key_row, int threads, bf16* out, float* log_sum) {
-    const Sizes size = sizes(batch, queries, keys, heads, width, query_row, key_row);
+// q, k, v (batch, length, heads, width) bf16, tokens row apart; padding (batch, length) or null;
+// out (batch, length, heads, width) bf16; log_sum (batch, heads, length) fp32. width is 32 or 64; length at most 4096.
+void attention_forward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int length, int heads, int width,
+                       int row, int threads, bf16* out, float* log_sum) {
+    const Sizes size = sizes(batch, length, heads, width, row);
     if (width == 32) forward<32>({q, k, v, out}, padding, size, threads, log_sum);
     else forward<64>({q, k, v, out}, padding, size, threads, log_sum);
 }
 
 // The same, what forward gave, and the gradient of out; writes the gradients of q, k and v, laid out as these.
-void attention_backward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int queries, int keys, int heads,
-                            int width, int query_row, int key_row, int threads, bf16* out, const float* log_sum,
-                            bf16* grad_out, bf16* grad_q, bf16* grad_k, bf16* grad_v) {
-    const Sizes size = sizes(batch, queries, keys, heads, width, query_row, key_row);
+void attention_backward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int length, int heads, int width,
+                        int row, int threads, bf16* out, const float* log_sum, bf16* grad_out, bf16* grad_q,
+                        bf16* grad_k, bf16* grad_v) {
+    const Sizes size = sizes(batch, length, heads, width, row);
     const Head all{q, k, v, out}, grad{grad_q, grad_k, grad_v, grad_out};
     if (width == 32) backward<32>(all, grad, padding, size, threads, log_sum);
     else backward<64>(all, grad, padding, size, threads, log_sum);

@@ -375,12 +375,12 @@ def test_operations_by_formula_are_those_that_are_executed(folder: Path, targets
 
 def test_operations_need_lora_in_the_attention() -> None:
     with pytest.raises(ValueError, match="query or value"):
-        step_flops(Size(3, 32, 64, 2, 8, ("mlp",)), 2, 8)
+        step_flops(Size(3, 32, 4, 64, 2, 8, ("mlp",)), 2, 8)
 
 
 def test_the_rate_of_products_counts_every_product_once() -> None:
-    size = Size(2, 64, 128, 2, 8, TARGETS["all"])
-    assert len(list(products(size, 4, 16))) == 2 * 4 + 1
+    size = Size(2, 64, 4, 128, 2, 8, TARGETS["all"])
+    assert len(list(products(size, 4, 16))) == 2 * 4 + 2
     assert roofline.product_rate(size, 4, 16, torch.float32, seconds_per_shape=0.001) > 1e6
 
 
@@ -399,7 +399,8 @@ def test_the_roofline_of_a_tiny_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("operator", "kind"),
     [
-        ("aten::addmm", "products"), ("aten::bmm", "attention"), ("AttentionBackward", "attention"),
+        ("aten::addmm", "products"), ("aten::bmm", "attention"), ("MixtureBackward", "attention"),
+        ("AttentionBackward", "attention"),
         ("aten::gelu_backward", "activation"), ("_Gelu", "activation"), ("AddNormBackward", "norms"),
         ("aten::native_layer_norm_backward", "norms"),
         ("aten::add_", "elementwise and copies"), ("Optimizer.step#AdamW.step", "clipping and optimizer"),

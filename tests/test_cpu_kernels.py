@@ -5,13 +5,25 @@ import math
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import cpu_kernels
-from cpu_kernels import VARIANTS, AddNorm, Attention, Variant, gelu, library, takes_attention, takes_norm
+from cpu_kernels import (
+    VARIANTS,
+    AddNorm,
+    Attention,
+    Mixture,
+    Variant,
+    gelu,
+    library,
+    takes_attention,
+    takes_mixture,
+    takes_norm,
+)
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name)
@@ -47,7 +59,7 @@ def formula(qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
 
 def attention(qkv: Tensor, heads: int, padding: Tensor | None = None) -> Tensor:
     batch, length, _ = qkv.shape
-    return Attention.apply(qkv.flatten(0, 1), None, heads, batch, length, padding).view(batch, length, -1)
+    return Attention.apply(qkv.flatten(0, 1), heads, batch, length, padding).view(batch, length, -1)
 
 
 def attention_errors(qkv: Tensor, grad: Tensor, heads: int, padding: Tensor | None, compiled: bool) -> list[float]:
@@ -130,37 +142,97 @@ def test_threads_give_the_same_bits_and_other_tile_products_still_work() -> None
 
 @needs_kernels
 @pytest.mark.parametrize("width", [32, 64])
-def test_first_token_and_rows_behind_the_last_sequence(width: int) -> None:
-    """The first token's attention is the first row of all tokens'; rows behind the last sequence stay out of it."""
-    generator = torch.Generator().manual_seed(0)
+def test_rows_behind_the_last_sequence_stay_out_of_attention(width: int) -> None:
     batch, length, heads, D = 3, 45, 2, 2 * width
-    rows = torch.randn(batch * length + 7, 3 * D, generator=generator).bfloat16()
-    padding = torch.arange(length).expand(batch, length) >= torch.tensor([[45], [20], [33]])
-    grad = torch.randn(batch, D, generator=generator).bfloat16()
+    rows = torch.randn(batch * length + 7, 3 * D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    alone, more = rows[: batch * length].clone().requires_grad_(), rows.clone().requires_grad_()
+    outs = [Attention.apply(x, heads, batch, length, None) for x in (alone, more)]
+    assert torch.equal(outs[1][: batch * length], outs[0])
+    assert not outs[1][batch * length :].any()
+    for out in outs:
+        out.square().sum().backward()
+    assert alone.grad is not None
+    assert more.grad is not None
+    assert torch.equal(more.grad[: batch * length], alone.grad)
+    assert not more.grad[batch * length :].any()
 
-    full = rows.clone().requires_grad_()
-    out = Attention.apply(full, None, heads, batch, length, padding)
-    assert not out[batch * length :].any()
-    first = out[: batch * length].view(batch, length, D)[:, 0]
-    first.backward(grad)
 
-    query = torch.zeros(8, D, dtype=torch.bfloat16)
-    query[:batch] = rows[: batch * length].view(batch, length, 3 * D)[:, 0, :D]
-    query.requires_grad_()
-    key_value = rows[:, D:].clone().requires_grad_()
-    alone = Attention.apply(query, key_value, heads, batch, length, padding)
-    alone[:batch].backward(grad)
-    assert torch.equal(alone[:batch], first)
-    assert not alone[batch:].any()
+# ---------------------------------------------------------------------------------------------------------------------
+# mixture
 
-    assert full.grad is not None
-    assert query.grad is not None
-    assert key_value.grad is not None
-    torch.testing.assert_close(key_value.grad, full.grad[:, D:])
-    grad_first = full.grad[: batch * length].view(batch, length, 3 * D)[:, 0, :D]
-    torch.testing.assert_close(query.grad[:batch], grad_first)
-    assert not query.grad[batch:].any()
-    assert not key_value.grad[batch * length :].any()
+
+def mixture_formula(heads: Tensor, tokens: Tensor, scale: float, padding: Tensor | None) -> Tensor:
+    scores = heads @ tokens.transpose(1, 2) * scale
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None], -math.inf)
+    return scores.softmax(-1) @ tokens
+
+
+def mixture_errors(inputs: list[Tensor], scale: float, padding: Tensor | None, compiled: bool) -> list[float]:
+    """Distances by tensor norm of the output and of both gradients from the formula in fp64."""
+    outcomes = []
+    for dtype in (torch.bfloat16, torch.float64):
+        heads, tokens, grad = (x.to(dtype).clone() for x in inputs)
+        leaves = [heads.requires_grad_(), tokens.requires_grad_()]
+        function: Any = Mixture.apply if compiled and dtype == torch.bfloat16 else mixture_formula
+        mixed = function(*leaves, scale, padding)
+        outcomes.append([mixed.detach(), *torch.autograd.grad(mixed, leaves, grad)])
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(*outcomes, strict=True)]
+
+
+def mixture_inputs(count: int, length: int, width: int) -> list[Tensor]:
+    """Heads, tokens and the output's gradient of three sequences."""
+    generator = torch.Generator().manual_seed(length)
+    heads, grad = torch.randn(2, 3, count, width, generator=generator).bfloat16()
+    return [heads, torch.randn(3, length, width, generator=generator).bfloat16(), grad]
+
+
+@needs_kernels
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 100, 511])
+@pytest.mark.parametrize(("count", "width"), [(1, 32), (5, 96), (12, 384)])
+def test_mixture_equals_its_formula(count: int, width: int, length: int, padded: bool) -> None:
+    inputs, scale = mixture_inputs(count, length, width), width**-0.5
+    padding = None
+    if padded:
+        padding = torch.rand(3, length, generator=torch.Generator().manual_seed(1)) < 0.4
+        padding[:, 0] = False
+    assert takes_mixture(inputs[1])
+    ours, torchs = (mixture_errors(inputs, scale, padding, compiled) for compiled in (True, False))
+    if length == 1:  # one token is its own mean, whatever the heads
+        assert ours[0] == 0
+        ours, torchs = ours[2:], torchs[2:]
+    for error, allowed in zip(ours, torchs, strict=True):
+        assert error < max(allowed, 0.01)  # bf16 keeps 8 bits
+
+
+@needs_kernels
+def test_padding_is_not_mixed_in_and_gets_no_gradient() -> None:
+    heads, tokens, grad = mixture_inputs(12, 21, 96)
+    longer = torch.cat([tokens, 1e3 * torch.ones(3, 30, 96).bfloat16()], 1).requires_grad_()
+    padding = (torch.arange(51) >= 21).expand(3, 51)
+    mixed = Mixture.apply(heads, longer, 0.1, padding)
+    torch.testing.assert_close(mixed, Mixture.apply(heads, tokens, 0.1, None))
+    mixed.backward(grad)
+    assert longer.grad is not None
+    assert longer.grad[:, :21].any()
+    assert not longer.grad[:, 21:].any()
+
+
+@needs_kernels
+def test_tokens_without_a_gradient_get_none() -> None:
+    heads, tokens, grad = mixture_inputs(12, 50, 96)
+    gradients = []
+    for trained in (False, True):
+        own = heads.clone().requires_grad_()
+        Mixture.apply(own, tokens.clone().requires_grad_(trained), 0.1, None).backward(grad)
+        gradients.append(own.grad)
+    assert torch.equal(*gradients)  # type: ignore[arg-type]
+
+
+def test_what_mixture_is_not_for() -> None:
+    assert not takes_mixture(torch.zeros(2, 3, 64))  # fp32
+    assert not takes_mixture(torch.zeros(2, 3, 48, dtype=torch.bfloat16))
 
 
 @needs_kernels
