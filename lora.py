@@ -7,6 +7,7 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685. Names and layout of A and B ar
 torch and nothing else: a base in 4 bits comes as a callable that gives its dense weight.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -236,9 +237,8 @@ def _frozen_linear(
 class _FrozenLinear(torch.autograd.Function):
     """``y = h W^T + b + (h A^T) B^T`` with ``h = activation(x)``, W and b frozen; the scale is already in B.
 
-    The low-rank product is added in place, so there is no full-size temporary, and the bias is one more column of B,
-    so it takes no pass of its own. W and h are asked for again in backward instead of being saved; of an activation's
-    output only some rows are there at once.
+    The low-rank product is added in place, so there is no full-size temporary. W and h are asked for again in backward
+    instead of being saved; of an activation's output only some rows are there at once.
     """
 
     @staticmethod
@@ -252,17 +252,15 @@ class _FrozenLinear(torch.autograd.Function):
         activation: Activation | None,
     ) -> Tensor:
         ctx.weight, ctx.activation = weight, activation
-        W = weight().t()  # (in, out)
+        W = weight()  # (out, in)
         parts = (x,) if activation is None else (activation(part) for part in x.split(_rows_at_once(x)))  # h
         if A is None or B is None:
             ctx.save_for_backward(x if activation is not None else None, None, None, None)
-            return _join([h @ W if bias is None else torch.addmm(bias, h, W) for h in parts])  # (N, out)
-        with_bias = B if bias is None else torch.cat([B, bias[:, None]], 1)  # (out, R), with a bias R + 1 wide
+            return _join([_product(h, W, bias) for h in parts])  # (N, out)
         outputs, inners = [], []
         for h in parts:
-            inner = F.pad(h @ A.t(), (0, with_bias.shape[1] - len(A)), value=1.0)  # (N, R) or (N, R + 1)
-            outputs.append((h @ W).addmm_(inner, with_bias.t()))
-            inners.append(inner)
+            inners.append(h @ A.t())  # (N, R)
+            outputs.append(_product(h, W, bias).addmm_(inners[-1], B.t()))
         ctx.save_for_backward(x, A, B, _join(inners))
         return _join(outputs)
 
@@ -280,10 +278,25 @@ class _FrozenLinear(torch.autograd.Function):
             if need_A and ctx.activation is None:
                 grad_A = grad_inner.t() @ x  # (R, in)
             # (out, R); on a CPU this order of the product takes half the time of the other
-            grad_B = (inner.t() @ grad).t()[:, : B.shape[1]] if need_B else None
+            grad_B = (inner.t() @ grad).t() if need_B else None
         if ctx.activation is not None and (need_x or need_A):
             grad_A = _activated_backward(ctx.activation, x, grad_x, grad_inner if need_A else None)
         return grad_x, grad_A, grad_B, None, None, None
+
+
+def _product(h: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """``h W^T + bias``."""
+    if bias is None:
+        return h @ W.t()
+    fused = _fused_linear() if h.device.type == "cpu" and h.dtype == torch.bfloat16 and W.is_contiguous() else None
+    return torch.addmm(bias, h, W.t()) if fused is None else fused(h, W, bias, "none", [], "")
+
+
+@functools.cache
+def _fused_linear() -> Callable[..., Tensor] | None:
+    """The linear that torch's compiler takes on a CPU, if it is here: ``addmm`` spends another pass on the bias."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if supported and supported() else None
 
 
 def _rows_at_once(x: Tensor) -> int:

@@ -15,8 +15,7 @@ from efficient_encoder import ROW_MULTIPLE
 
 FORMULAS = {  # n rows, R adapted ranks side by side, B texts of T tokens, D wide, H heads
     "linears": "2 n in out forward, as much backward where the input has a gradient",
-    "LoRA": "2 n R (in + out) forward, 2 n R (in + 2 out) backward and 2 n R in where the input has a gradient,"
-    " 4 n out for the bias as a column of B",
+    "LoRA": "2 n R (in + out) forward, 2 n R (in + 2 out) backward and 2 n R in where the input has a gradient",
     "attention": "4 B T^2 D forward, 10 B T^2 D backward (scores computed again); 12 B H T D in the last layer",
     "head": "6 B D (D + classes)",
 }
@@ -49,7 +48,6 @@ class Product:
     outputs: int
     input_gradient: bool
     ranks: int  # of all its LoRA matrices together
-    bias: bool = True
 
     @property
     def base_flops(self) -> int:
@@ -57,13 +55,8 @@ class Product:
 
     @property
     def lora_flops(self) -> int:
-        """The bias is one more column of B (``lora._FrozenLinear``), forward and in the gradient of B."""
-        if not self.ranks:
-            return 0
-        with_inputs = self.ranks * self.inputs * (2 + self.input_gradient)  # x A, gradient of A, of x
-        # gradient B; inner B, gradient of B
-        with_outputs = self.outputs * (self.ranks + 2 * (self.ranks + self.bias))
-        return 2 * self.rows * (with_inputs + with_outputs)
+        """With A: x A, its gradient, that of x; with B: inner B, its gradient, that of inner."""
+        return 2 * self.rows * self.ranks * (self.inputs * (2 + self.input_gradient) + self.outputs * 3)
 
 
 def round_up(rows: int) -> int:
@@ -85,7 +78,7 @@ def products(size: Size, batch: int, length: int) -> Iterator[Product]:
             n = rows
         else:
             yield Product(first, D, D, deep, ranks("query"))
-            yield Product(heads, D, D, True, ranks("key"), bias=False)
+            yield Product(heads, D, D, True, ranks("key"))
             yield Product(heads, D, D, True, ranks("value"))
             n = first
         yield Product(n, D, D, True, ranks("projection"))

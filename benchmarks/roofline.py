@@ -37,7 +37,7 @@ PARTIAL_OUTPUT = ROOT / "runs" / "roofline.json"
 PLAN = (("minilm", "qv", 256), ("minilm", "all", 256), ("minilm", "all", 512), ("base", "all", 256))
 PROFILED_STEPS = 6
 KINDS = {  # of operator -> names in the profiler; the first that matches counts
-    "products": r"aten::(mm|addmm|linear|matmul)",
+    "products": r"aten::(mm|addmm|linear|matmul)|mkldnn::_linear_pointwise",
     "attention": r"(_?(Chunked)?Attention|Mixture)(Backward)?"
     r"|aten::(bmm|baddbmm|_?softmax.*|_scaled_dot_product.*)",
     "activation": r"_Gelu(Backward)?|aten::(gelu|relu|tanh|threshold|silu).*",
