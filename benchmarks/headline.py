@@ -1,7 +1,8 @@
 """Whole runs, from the command to the result, beside the tutorial script: ``python -m benchmarks.headline``.
 
 Measures nothing itself: the runs are those of a row of a study in ``results/``, the tutorial script's time a text is
-that of ``make benchmark``. Prints a table and renews README's.
+that of ``make benchmark`` on the machine of the runs, kept in ``headline.json`` for when another has been measured
+since. Prints a table and renews README's.
 """
 
 import argparse
@@ -15,9 +16,10 @@ from typing import Any
 from benchmarks import peers
 from command_flags import OneLineParser
 from run_config import UserError
-from run_files import RESULT, write_atomically
+from run_files import RESULT, write_atomically, write_json
 from study_report import README, RESULTS, with_table
 
+OUTPUT = peers.RESULTS / "headline.json"
 TUTORIALS = ("tutorial_fp32", "tutorial_bf16")
 
 
@@ -26,13 +28,13 @@ def table(runs: Sequence[dict[str, Any]], peers_result: dict[str, Any]) -> str:
 
     Args:
         runs: ``result.json`` of each seed.
-        peers_result: ``peers.json``.
+        peers_result: from ``measured_beside``.
 
     Raises:
         UserError: a run that was not alone on its machine, or whose time from the command on is not known; or not all
             was measured on one processor with one number of threads.
     """
-    machines = {(record["environment"]["cpu"], record["environment"]["threads"]) for record in (*runs, peers_result)}
+    machines = set(map(_machine, (*runs, peers_result)))
     if len(machines) > 1:
         raise UserError(f"the runs and {peers.OUTPUT.name} are of different machines: {sorted(machines)}")
     for run in runs:
@@ -66,6 +68,24 @@ def table(runs: Sequence[dict[str, Any]], peers_result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _machine(record: dict[str, Any]) -> tuple[str, int]:
+    return record["environment"]["cpu"], record["environment"]["threads"]
+
+
+def measured_beside(runs: Sequence[dict[str, Any]], files: Sequence[Path] = (peers.OUTPUT, OUTPUT)) -> dict[str, Any]:
+    """The environment, and the tutorial script's measurements, of the first file that is of the first run's machine.
+
+    Raises:
+        UserError: none is.
+    """
+    for path in filter(Path.exists, files):
+        result = json.loads(path.read_text(encoding="utf8"))
+        if _machine(result) == _machine(runs[0]):
+            tutorials = [m for m in result["measurements"] if m.get("contestant") in TUTORIALS]
+            return {"environment": result["environment"], "measurements": tutorials}
+    raise UserError(f"make benchmark has not run on {_machine(runs[0])[0]}, the machine of the runs")
+
+
 def _is_of(measurement: dict[str, Any], contestant: str, max_length: int) -> bool:
     """It pads every text to ``max_length``, so that a text takes the same time whatever its length."""
     wanted = {"contestant": contestant, "model": "minilm", "targets": "qv", "max_length": max_length}
@@ -92,12 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--row", default="lora", help="of the study (default: lora)")
     try:
         options: argparse.Namespace = parser.parse_args(argv)
-        if not peers.OUTPUT.exists():
-            raise UserError(f"{peers.OUTPUT}: is missing, run make benchmark")
-        content = table(read_row(options.study, options.row), json.loads(peers.OUTPUT.read_text(encoding="utf8")))
+        runs = read_row(options.study, options.row)
+        peers_result = measured_beside(runs)
+        content = table(runs, peers_result)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    write_json(OUTPUT, peers_result)
     print(content)
     text = with_table(README.read_text(encoding="utf8"), "headline", content)
     write_atomically(README, lambda path: path.write_text(text, encoding="utf8"))

@@ -258,6 +258,18 @@ def test_the_headline_extrapolates_the_tutorial_script_to_as_many_texts(tmp_path
         headline.read_row(tmp_path, "full")
 
 
+def test_the_headline_takes_what_was_measured_on_the_machine_of_its_runs(tmp_path: Path) -> None:
+    files = [tmp_path / "peers.json", tmp_path / "missing.json", tmp_path / "headline.json"]
+    for path, cpu, seconds in ((files[0], "Another", 1.0), (files[2], "A CPU", 2.0)):
+        measured = [{"contestant": name, "train_seconds": seconds} for name in ("suite", "tutorial_bf16")]
+        path.write_text(json.dumps({"environment": {"cpu": cpu, "threads": 2}, "measurements": measured}))
+    runs = [whole_run(0, 60.0, 0.9)]
+    wanted = [{"contestant": "tutorial_bf16", "train_seconds": 2.0}]
+    assert headline.measured_beside(runs, files)["measurements"] == wanted
+    with pytest.raises(UserError, match="has not run on A CPU"):
+        headline.measured_beside(runs, files[:2])
+
+
 def test_both_paths_are_trained_in_turns_and_compared_by_their_seconds() -> None:
     measured = plain_path.measure(1, "--epochs 1 --limit_train 8 --max_length 16")
     runs = measured["runs"]
@@ -285,8 +297,8 @@ def test_readme_has_the_tables_of_the_committed_results() -> None:
         assert with_table(text, name, content) == text, f"run make benchmark or make roofline: {name}"
     try:
         runs = headline.read_row(headline.RESULTS / "earlier_work", "lora")
-        content = headline.table(runs, json.loads(peers.OUTPUT.read_text(encoding="utf8")))
-    except (UserError, OSError):
+        content = headline.table(runs, headline.measured_beside(runs))
+    except UserError:
         content = "Not measured yet."
     assert with_table(text, "headline", content) == text, "run make tables"
 
