@@ -7,7 +7,6 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685. Names and layout of A and B ar
 torch and nothing else: a base in 4 bits comes as a callable that gives its dense weight.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +18,15 @@ from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]  # differentiable, element by element
 ROWS_AT_ONCE = 1024  # of an activation's output, on a CPU: 3 MB at MiniLM's size
+
+
+def _fused_linear() -> Callable[..., Tensor] | None:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if supported and supported() else None
+
+
+# what torch's compiler takes for a bf16 linear on a CPU, if it is here; ``addmm`` spends another pass on the bias
+FUSED_LINEAR = _fused_linear()
 
 SCALES: dict[str, Callable[[float, int], float]] = {
     "standard": lambda alpha, rank: alpha / rank,  # Hu et al. 2021
@@ -288,15 +296,9 @@ def _product(h: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     """``h W^T + bias``."""
     if bias is None:
         return h @ W.t()
-    fused = _fused_linear() if h.device.type == "cpu" and h.dtype == torch.bfloat16 and W.is_contiguous() else None
-    return torch.addmm(bias, h, W.t()) if fused is None else fused(h, W, bias, "none", [], "")
-
-
-@functools.cache
-def _fused_linear() -> Callable[..., Tensor] | None:
-    """The linear that torch's compiler takes on a CPU, if it is here: ``addmm`` spends another pass on the bias."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if supported and supported() else None
+    if FUSED_LINEAR is not None and h.device.type == "cpu" and h.dtype == torch.bfloat16 and W.is_contiguous():
+        return FUSED_LINEAR(h, W, bias, "none", [], "")
+    return torch.addmm(bias, h, W.t())
 
 
 def _rows_at_once(x: Tensor) -> int:
