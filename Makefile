@@ -26,7 +26,7 @@ tables: $(VENV)/.installed
 	$(BIN)/python study_report.py
 	$(BIN)/python -m benchmarks.headline
 
-# This suite beside its peers, about 40 minutes on 2 cores that do nothing else; BENCHMARK_FLAGS=--quick: a few minutes.
+# This suite beside its peers, about an hour on 2 cores that do nothing else; BENCHMARK_FLAGS=--quick: a few minutes.
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.peers $(BENCHMARK_FLAGS)
 
