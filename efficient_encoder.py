@@ -234,10 +234,7 @@ class _Encoder:
         scale = (heads.shape[-1] // self.heads) ** -0.5
         if cpu_kernels.takes_mixture(tokens):
             return cpu_kernels.Mixture.apply(heads, tokens, scale, self.padding)
-        scores = torch.bmm(heads, tokens.transpose(1, 2)) * scale  # (B, H, T)
-        if self.padding is not None:
-            scores = scores.masked_fill(self.padding[:, None], -math.inf)
-        return torch.bmm(scores.softmax(-1), tokens)
+        return self.attend(heads, tokens, tokens, scale)
 
     def fused_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """torch's own attention: ``(B, Q, D), (B, T, D), (B, T, D) -> (B, Q, D)``."""
@@ -249,11 +246,15 @@ class _Encoder:
         """Attention of one query per sequence, by the formula: ``(B, 1, D), (B, T, 2 D) -> (B, 1, D)``."""
         B, H = len(query), self.heads
         k, v = key_value.unflatten(-1, (2, H, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each
-        scores = torch.bmm(query.view(B * H, 1, -1), k.transpose(1, 2)) * k.shape[-1] ** -0.5  # (B H, 1, T)
+        return self.attend(query.view(B * H, 1, -1), k, v, k.shape[-1] ** -0.5).view(B, 1, -1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The formula, G a multiple of B: ``(G, Q, d), (G, T, d), (G, T, d) -> (G, Q, d)``."""
+        scores = torch.bmm(query, key.transpose(1, 2)) * scale  # (G, Q, T)
         if self.padding is not None:
-            scores = scores.masked_fill(self.padding.repeat_interleave(H, 0)[:, None], -math.inf)
-        probabilities = self.drop(scores.softmax(-1), self.attention_dropout)
-        return torch.bmm(probabilities, v).view(B, 1, -1)
+            groups = len(query) // self.batch
+            scores = scores.masked_fill(self.padding.repeat_interleave(groups, 0)[:, None], -math.inf)
+        return torch.bmm(self.drop(scores.softmax(-1), self.attention_dropout), value)
 
     def after_attention(self, layer: nn.Module, x: Tensor, context: Tensor) -> Tensor:
         """Projection and feed-forward network of rows, each with its residual and norm (post-norm, as in BERT)."""
