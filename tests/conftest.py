@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from slurm_cluster import Cluster, running_cluster
+from tests.slurm_cluster import Cluster, running_cluster
 from transformers import (
     AutoTokenizer,
     BertConfig,

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_runs import outcomes, write_run
+from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import Row, Study, read_study, studies
 from run_config import UserError

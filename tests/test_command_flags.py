@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from conftest import config_of_flags, refusal
+from tests.conftest import config_of_flags, refusal
 
 from command_flags import from_flags, make_parser, parse_bool, without_switches
 from run_config import GROUPS, LORA_TARGETS, RunConfig

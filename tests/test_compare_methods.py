@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
+from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
 from safetensors.torch import load_file
 
 import finetune_lora

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier
+from tests.conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification

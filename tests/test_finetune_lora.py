@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_reviews
+from tests.conftest import write_reviews
 from safetensors.numpy import load_file
 
 from finetune_lora import main

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import frame, packaged_folder, text_config
+from tests.conftest import frame, packaged_folder, text_config
 from transformers import AutoTokenizer
 
 import local_dataset_utilities as data

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HEADS, INNER, LAYERS, WIDTH
+from tests.conftest import HEADS, INNER, LAYERS, WIDTH
 from safetensors.torch import load_file
 
 import cpu_kernels

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, tiny_classifier
+from tests.conftest import LAYERS, tiny_classifier
 from torch import Tensor, nn
 from torch.nn import functional as F
 

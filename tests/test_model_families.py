@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import LAYERS, POSITIONS, tiny_classifier
+from tests.conftest import LAYERS, POSITIONS, tiny_classifier
 from torch import nn
 
 from model_families import FAMILIES, family_of

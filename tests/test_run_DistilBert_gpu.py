@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_thread
+from tests.conftest import one_thread
 from safetensors.torch import load_file
-from slurm_cluster import Cluster, wait_until
+from tests.slurm_cluster import Cluster, wait_until
 
 import finetune_lora
 

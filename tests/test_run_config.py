@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import config_of_flags, refusal
+from tests.conftest import config_of_flags, refusal
 
 from command_flags import make_parser
 from run_config import (

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import one_thread, write_study
-from slurm_cluster import Cluster, wait_until
+from tests.conftest import one_thread, write_study
+from tests.slurm_cluster import Cluster, wait_until
 
 import finetune_lora
 from compare_methods import main

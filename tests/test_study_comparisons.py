@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import outcomes, write_run
+from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import read_study
 from run_config import UserError

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
-from synthetic_runs import outcomes, write_run
+from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import read_study
 from study_page import Plot

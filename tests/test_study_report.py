@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
-from synthetic_runs import outcomes, write_run
+from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import read_study, studies
 from run_config import UserError

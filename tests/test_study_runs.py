@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import DIVERGED, TUNED, leave_run, plan, scored
+from tests.conftest import DIVERGED, TUNED, leave_run, plan, scored
 
 from study_runs import StudyRuns
 

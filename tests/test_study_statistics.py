@@ -2,7 +2,7 @@ from math import comb, sqrt
 
 import numpy as np
 import pytest
-from synthetic_runs import outcomes
+from tests.synthetic_runs import outcomes
 
 from study_statistics import (
     LEVEL,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_runs import outcomes, write_run
+from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import Study, read_study
 from study_tables import SUMMARY_KEYS, Table, csv_text, main_table, notes, shown_command, summary, tuning_table

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import frame, text_config, write_texts, write_tree
+from tests.conftest import frame, text_config, write_texts, write_tree
 
 import text_sources as sources
 from local_dataset_utilities import load_texts, prefetch_texts
