@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from run_config import NOT_PART_OF_THE_RUN, UserError
+from finetuning.settings import NOT_PART_OF_THE_RUN, UserError
 from run_files import METRICS, PLANNED, PREDICTIONS, RESULT
 from run_records import NOT_ASKED_FOR, accuracy_interval
 from study_statistics import mean_and_deviation

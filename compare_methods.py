@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from command_flags import OneLineParser, from_flags
-from run_config import UserError, not_installed
+from finetuning.flags import OneLineParser, from_flags
+from finetuning.settings import UserError, not_installed
 from run_files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT, write_atomically, write_json
 from study_plan import RATE, STAGES, PlannedRun, read_plan
 from study_runs import StudyRuns, TuningUnfinished, forget_test

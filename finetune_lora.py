@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from command_flags import from_flags, without_switches
-from run_config import RunConfig, UserError, check_data_dir, not_installed
+from finetuning.flags import from_flags, without_switches
+from finetuning.settings import RunConfig, UserError, check_data_dir, not_installed
 from run_records import (
     Prepared,
     command_line,

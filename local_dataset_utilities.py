@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from run_config import RunConfig, UserError, cache_dir
+from finetuning.settings import RunConfig, UserError, cache_dir
 from text_sources import SPLITS, Source, read_source
 
 

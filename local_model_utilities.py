@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from base_models import first_line, load_pretrained
 from efficient_encoder import classify, count_frozen_layers, dequantized
+from finetuning.settings import RunConfig, UserError, cache_dir
 from frozen_outputs import FrozenBatch, FrozenOutputs
 from lora import LinearWithLoRA, LoRALayer
 from model_families import ModelFamily
-from run_config import RunConfig, UserError, cache_dir
 
 
 class Classifier(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from run_config import RunConfig, UserError
+from finetuning.settings import RunConfig, UserError
 from run_files import (
     CONFIG,
     CURVE,

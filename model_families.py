@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from run_config import UserError
+from finetuning.settings import UserError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from command_flags import OneLineParser
-from run_config import RunConfig, UserError, listed, not_installed, reason
+from finetuning.flags import OneLineParser
+from finetuning.settings import RunConfig, UserError, listed, not_installed, reason
 from run_files import RESULT, read_result
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from run_config import RunConfig
+from finetuning.settings import RunConfig
 
 if TYPE_CHECKING:
     from local_dataset_utilities import TextData, TokenizedSplit

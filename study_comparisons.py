@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from collected_runs import Predictions, Study
-from run_config import UserError
+from finetuning.settings import UserError
 from study_statistics import (
     LEVEL,
     Difference,

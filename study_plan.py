@@ -30,8 +30,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from command_flags import from_flags
-from run_config import RunConfig, UserError, reason
+from finetuning.flags import from_flags
+from finetuning.settings import RunConfig, UserError, reason
 
 TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
 FLAGS = {setting.name for setting in dataclasses.fields(RunConfig)}

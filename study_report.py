@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from collected_runs import Study, read_study, studies
-from command_flags import OneLineParser
-from run_config import UserError
+from finetuning.flags import OneLineParser
+from finetuning.settings import UserError
 from run_files import write_atomically
 from study_comparisons import READING, compare_rows, headlines, worth_showing
 from study_page import Section, page

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from command_flags import from_flags
-from run_config import NOT_PART_OF_THE_RUN, RunConfig, UserError
+from finetuning.flags import from_flags
+from finetuning.settings import NOT_PART_OF_THE_RUN, RunConfig, UserError
 from run_files import (
     BEST_CHECKPOINT,
     CONFIG,

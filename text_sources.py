@@ -30,7 +30,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from run_config import RunConfig, UserError, cache_dir, check_data_dir, listed
+from finetuning.settings import RunConfig, UserError, cache_dir, check_data_dir, listed
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")

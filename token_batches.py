@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from finetuning.settings import RunConfig, UserError
 from local_dataset_utilities import TokenizedSplit
-from run_config import RunConfig, UserError
 
 BLOCK_BATCHES = 4  # batches whose examples mix: more means more chance and more padding
 EVALUATION_FACTOR = 4  # without gradients, batches may be this much larger

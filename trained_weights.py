@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from run_config import RunConfig, UserError
+from finetuning.settings import RunConfig, UserError
 from run_files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, write_atomically, write_json
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
-from command_flags import OneLineParser
-from run_config import UserError
+from finetuning.flags import OneLineParser
+from finetuning.settings import UserError
 from run_files import RESULT, write_atomically, write_json
 from study_report import README, RESULTS, with_table
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.work import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
-from command_flags import OneLineParser, parse_bool
+from finetuning.flags import OneLineParser, parse_bool
+from finetuning.settings import UserError
 from measurements import environment_record
-from run_config import UserError
 from run_files import write_atomically, write_json
 from study_report import README, ROOT, with_table
 

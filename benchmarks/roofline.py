@@ -25,10 +25,10 @@ from benchmarks.contestants import Suite
 from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.peers import PLACES
 from benchmarks.work import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
-from command_flags import OneLineParser, parse_bool
+from finetuning.flags import OneLineParser, parse_bool
+from finetuning.settings import UserError
 from local_training_utilities import make_optimizer
 from measurements import environment_record
-from run_config import UserError
 from run_files import write_atomically, write_json
 from study_report import README, ROOT, with_table
 

@@ -13,8 +13,8 @@ import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from base_models import find_model, load_pretrained, load_tokenizer
+from finetuning.settings import RunConfig
 from local_dataset_utilities import TokenizedSplit, load_texts, tokenize
-from run_config import RunConfig
 
 MODELS = {"minilm": "MiniLM", "base": "DistilBERT-base's size"}
 TARGETS = {"qv": ("query", "value"), "all": ("query", "key", "value", "projection", "mlp")}

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tests.slurm_cluster import Cluster, running_cluster
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -28,10 +27,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from command_flags import from_flags
-from run_config import RunConfig, UserError
+from finetuning.flags import from_flags
+from finetuning.settings import RunConfig, UserError
 from study_plan import PlannedRun, read_plan
 from study_runs import StudyRuns
+from tests.slurm_cluster import Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.conftest import LAYERS, packaged_folder
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoModel, AutoTokenizer
 
 from base_models import find_model, load_pretrained, load_tokenizer
+from finetuning.settings import PACKAGED, RunConfig, UserError
 from model_families import FAMILIES
-from run_config import PACKAGED, RunConfig, UserError
+from tests.conftest import LAYERS, packaged_folder
 
 NAMES = ["bad", "good"]
 

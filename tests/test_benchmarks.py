@@ -16,8 +16,8 @@ from benchmarks import headline, one, peers, plain_path, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.work import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
+from finetuning.settings import UserError
 from local_dataset_utilities import TokenizedSplit
-from run_config import UserError
 from study_report import README, with_table
 
 MAX_LENGTH = 32

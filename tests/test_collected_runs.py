@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import Row, Study, read_study, studies
-from run_config import UserError
+from finetuning.settings import UserError
+from tests.synthetic_runs import outcomes, write_run
 
 
 def rows(study: Study) -> dict[str, Row]:

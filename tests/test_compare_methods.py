@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
 from safetensors.torch import load_file
 
 import finetune_lora
-from command_flags import from_flags
 from compare_methods import main
+from finetuning.flags import from_flags
 from local_run_utilities import write_predictions
 from study_plan import PlannedRun, read_plan
 from study_runs import StudyRuns, TuningUnfinished
+from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 240  # for a machine with other work

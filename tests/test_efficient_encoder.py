@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification
@@ -19,6 +18,7 @@ from efficient_encoder import classify
 from frozen_outputs import FrozenOutputs
 from lora import LinearWithLoRA, LoRALayer, mark_only_lora_as_trainable
 from model_families import FAMILIES, ModelFamily
+from tests.conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 METHODS = ("full", "selective", "head_only", *TARGETS, "query+value", "all")

@@ -11,9 +11,9 @@ from test_finetune_lora import flags, start
 from base_models import find_model, load_tokenizer
 from estimate import estimate, estimate_table
 from finetune_lora import main
+from finetuning.settings import RunConfig, UserError
 from local_dataset_utilities import load_texts, tokenize
 from local_training_utilities import resolve_hardware
-from run_config import RunConfig, UserError
 
 
 def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig]:

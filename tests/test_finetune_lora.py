@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.conftest import write_reviews
 from safetensors.numpy import load_file
 
 from finetune_lora import main
+from tests.conftest import write_reviews
 
 ROOT = Path(__file__).resolve().parent.parent
 

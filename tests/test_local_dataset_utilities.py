@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tests.conftest import frame, packaged_folder, text_config
 from transformers import AutoTokenizer
 
 import local_dataset_utilities as data
+from finetuning.settings import RunConfig, UserError
 from local_dataset_utilities import TextData, load_texts, stratified_parts, tokenize
-from run_config import RunConfig, UserError
+from tests.conftest import frame, packaged_folder, text_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -191,7 +191,7 @@ HELD = """
 import gc, sys
 from pathlib import Path
 from local_dataset_utilities import load_texts
-from run_config import RunConfig
+from finetuning.settings import RunConfig
 
 def held() -> int:  # KiB that are the process's own
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))

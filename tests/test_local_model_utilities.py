@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import HEADS, INNER, LAYERS, WIDTH
 from safetensors.torch import load_file
 
 import cpu_kernels
 from base_models import find_model
 from efficient_encoder import dequantized
+from finetuning.settings import LORA_TARGETS, PACKAGED, RunConfig, UserError
 from local_model_utilities import (
     Classifier,
     build_classifier,
@@ -24,7 +24,7 @@ from local_model_utilities import (
 )
 from lora import LinearWithLoRA, lora_modules
 from model_families import FAMILIES
-from run_config import LORA_TARGETS, PACKAGED, RunConfig, UserError
+from tests.conftest import HEADS, INNER, LAYERS, WIDTH
 
 NAMES = ["bad", "good"]
 

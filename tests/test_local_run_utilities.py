@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from finetuning.settings import RunConfig, UserError
 from local_run_utilities import (
     check_directory,
     default_directory,
@@ -18,7 +19,6 @@ from local_run_utilities import (
     write_metrics,
     write_predictions,
 )
-from run_config import RunConfig, UserError
 from run_files import (
     CONFIG,
     CURVE,

@@ -8,6 +8,7 @@ import torch
 from transformers import get_scheduler
 
 from base_models import find_model
+from finetuning.settings import RunConfig, UserError
 from local_model_utilities import build_classifier
 from local_training_utilities import (
     DEFAULT_LEARNING_RATES,
@@ -17,7 +18,6 @@ from local_training_utilities import (
     resolve_hardware,
     resolve_learning_rate,
 )
-from run_config import RunConfig, UserError
 from training_callbacks import TrainingFailed
 
 STEPS = 50

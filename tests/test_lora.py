@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import LAYERS, tiny_classifier
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora
 from lora import LinearWithLoRA, LoRALayer, linears, lora_modules, mark_only_lora_as_trainable, merge_lora
 from model_families import FAMILIES, ModelFamily
+from tests.conftest import LAYERS, tiny_classifier
 
 RANK, ALPHA = 3, 5.0
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")

@@ -1,11 +1,11 @@
 from pathlib import Path
 
 import pytest
-from tests.conftest import LAYERS, POSITIONS, tiny_classifier
 from torch import nn
 
+from finetuning.settings import UserError
 from model_families import FAMILIES, family_of
-from run_config import UserError
+from tests.conftest import LAYERS, POSITIONS, tiny_classifier
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import finetune_lora
+from finetuning.settings import RunConfig, UserError
 from predict import here, load_run, main, predict, read_texts
-from run_config import RunConfig, UserError
 from run_files import ADAPTER, CONFIG, PREDICTIONS, RESULT, TRAINED_WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent

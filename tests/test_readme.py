@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from command_flags import from_flags, make_parser
 from compare_methods import make_parser as make_study_parser
 from finetune_lora import DESCRIPTION
+from finetuning.flags import from_flags, make_parser
 from predict import make_parser as make_predict_parser
 from study_plan import read_plan
 from study_report import make_parser as make_report_parser

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import one_thread
 from safetensors.torch import load_file
-from tests.slurm_cluster import Cluster, wait_until
 
 import finetune_lora
+from tests.conftest import one_thread
+from tests.slurm_cluster import Cluster, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "run_DistilBert_gpu.SBATCH"

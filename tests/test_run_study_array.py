@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import one_thread, write_study
-from tests.slurm_cluster import Cluster, wait_until
 
 import finetune_lora
 from compare_methods import main
 from study_plan import read_plan
+from tests.conftest import one_thread, write_study
+from tests.slurm_cluster import Cluster, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "run_study_array.SBATCH"

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import read_study
-from run_config import UserError
+from finetuning.settings import UserError
 from study_comparisons import Comparison, compare, compare_rows, headlines, worth_showing
 from study_statistics import Difference, holm, mcnemar
+from tests.synthetic_runs import outcomes, write_run
 
 TEXTS = 2000
 DIFFICULTY = np.random.default_rng(0).normal(size=TEXTS)

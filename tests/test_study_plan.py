@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from command_flags import from_flags
-from run_config import UserError
+from finetuning.flags import from_flags
+from finetuning.settings import UserError
 from study_plan import PlannedRun, StudyPlan, read_plan
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
-from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import read_study
 from study_page import Plot
 from study_plots import FILES, _fronts, _rate_scores, _row_without, plots
+from tests.synthetic_runs import outcomes, write_run
 
 
 def drawn(results: Path) -> dict[str, Plot]:

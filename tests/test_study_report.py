@@ -3,12 +3,12 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import read_study, studies
-from run_config import UserError
+from finetuning.settings import UserError
 from study_comparisons import compare_rows
 from study_report import BEST_PRACTICES, PAGES, README, RESULTS, ROOT, build, learning_rates, main, with_table
+from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top
 <!-- s:begin -->

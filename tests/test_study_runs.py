@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.conftest import DIVERGED, TUNED, leave_run, plan, scored
 
 from study_runs import StudyRuns
+from tests.conftest import DIVERGED, TUNED, leave_run, plan, scored
 
 pytestmark = pytest.mark.usefixtures("project")
 

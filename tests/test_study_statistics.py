@@ -2,7 +2,6 @@ from math import comb, sqrt
 
 import numpy as np
 import pytest
-from tests.synthetic_runs import outcomes
 
 from study_statistics import (
     LEVEL,
@@ -15,6 +14,7 @@ from study_statistics import (
     resamples_for,
     seed_spread,
 )
+from tests.synthetic_runs import outcomes
 
 
 def paired(only_first: int, only_second: int, both: int = 5, neither: int = 3) -> tuple[np.ndarray, np.ndarray]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.synthetic_runs import outcomes, write_run
 
 from collected_runs import Study, read_study
 from study_tables import SUMMARY_KEYS, Table, csv_text, main_table, notes, shown_command, summary, tuning_table
+from tests.synthetic_runs import outcomes, write_run
 
 
 def cells(study: Study) -> dict[str, dict[str, str]]:

@@ -16,11 +16,11 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tests.conftest import frame, text_config, write_texts, write_tree
 
 import text_sources as sources
+from finetuning.settings import RunConfig, UserError
 from local_dataset_utilities import load_texts, prefetch_texts
-from run_config import RunConfig, UserError
+from tests.conftest import frame, text_config, write_texts, write_tree
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from finetuning.settings import RunConfig, UserError
 from local_dataset_utilities import TokenizedSplit
-from run_config import RunConfig, UserError
 from token_batches import (
     EVALUATION_BATCH_SIZE,
     EVALUATION_FACTOR,

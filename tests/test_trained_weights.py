@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import LAYERS
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from base_models import find_model
+from finetuning.settings import RunConfig, UserError
 from local_model_utilities import Classifier, build_classifier, saved_parameters
 from lora import lora_modules
 from model_families import FAMILIES
-from run_config import RunConfig, UserError
 from run_files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
+from tests.conftest import LAYERS
 from trained_weights import adapter_config, load_trained, peft_name, save_trained
 
 NAMES = ["bad", "good"]

@@ -9,10 +9,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from tests.conftest import config_of_flags, refusal
 
-from command_flags import from_flags, make_parser, parse_bool, without_switches
-from run_config import GROUPS, LORA_TARGETS, RunConfig
+from finetuning.flags import from_flags, make_parser, parse_bool, without_switches
+from finetuning.settings import GROUPS, LORA_TARGETS, RunConfig
+from tests.conftest import config_of_flags, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 

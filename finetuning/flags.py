@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from run_config import GROUPS, RunConfig, UserError, choices_of, value_type
+from finetuning.settings import GROUPS, RunConfig, UserError, choices_of, value_type
 
 
 class OneLineParser(argparse.ArgumentParser):

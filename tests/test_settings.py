@@ -3,10 +3,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.conftest import config_of_flags, refusal
 
-from command_flags import make_parser
-from run_config import (
+from finetuning.flags import make_parser
+from finetuning.settings import (
     DEFAULT_MODEL,
     LORA_TARGETS,
     NOT_PART_OF_THE_RUN,
@@ -15,6 +14,7 @@ from run_config import (
     UserError,
     cache_dir,
 )
+from tests.conftest import config_of_flags, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA_FLAGS = [f.name for f in dataclasses.fields(RunConfig) if f.metadata["given_with"] == "lora"]
