@@ -18,8 +18,8 @@ from types import FrameType
 from typing import Any
 
 from finetuning.flags import OneLineParser, from_flags
+from finetuning.runs.files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT, write_atomically, write_json
 from finetuning.settings import UserError, not_installed
-from run_files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT, write_atomically, write_json
 from study_plan import RATE, STAGES, PlannedRun, read_plan
 from study_runs import StudyRuns, TuningUnfinished, forget_test
 

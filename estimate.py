@@ -17,12 +17,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from efficient_encoder import keep_freed_memory
+from finetuning.runs.measurements import peak_memory
 from finetuning.settings import RunConfig
 from frozen_outputs import FrozenOutputs
 from local_dataset_utilities import TokenizedSplit
 from local_model_utilities import Classifier, build_classifier, count_parameters, frozen_outputs
 from local_training_utilities import Hardware, make_optimizer
-from measurements import peak_memory
 from token_batches import evaluation_loader, train_loader
 
 MEASURED_STEPS = 8

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.flags import from_flags, without_switches
-from finetuning.settings import RunConfig, UserError, check_data_dir, not_installed
-from run_records import (
+from finetuning.runs.records import (
     Prepared,
     command_line,
     cpu_kernels_used,
@@ -25,6 +24,7 @@ from run_records import (
     test_record,
     train_record,
 )
+from finetuning.settings import RunConfig, UserError, check_data_dir, not_installed
 
 DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier with LoRA, QLoRA, selectively or in full."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -132,7 +132,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _write_result(directory: Path, result: dict[str, Any]) -> None:
     """Writes ``result.json``; where that is not possible, the run has failed, for the reason it had or for this."""
-    from run_files import BEST_CHECKPOINT, RESULT, write_json
+    from finetuning.runs.files import BEST_CHECKPOINT, RESULT, write_json
 
     try:
         write_json(directory / RESULT, result)
@@ -152,7 +152,7 @@ def _one_line(error: Exception) -> str:
 
 def _interruption(directory: Path, at_once: bool) -> str:
     """What was kept of an interrupted run, and the command that goes on from there."""
-    from run_files import LAST_CHECKPOINT
+    from finetuning.runs.files import LAST_CHECKPOINT
 
     if not (directory / LAST_CHECKPOINT).exists():
         return f"interrupted before the first checkpoint; start again with: {_command_with(directory, '--overwrite')}"
@@ -173,7 +173,7 @@ def _command_with(directory: Path, flag: str) -> str:
 
 def prepare(config: RunConfig) -> Prepared:
     """Checks all that can be checked, reads and tokenizes the data, and opens the run directory at last."""
-    from local_run_utilities import check_directory, default_directory, in_slurm_step, open_directory
+    from finetuning.runs.directory import check_directory, default_directory, in_slurm_step, open_directory
     from local_training_utilities import quiet_lightning, resolve_hardware, resolve_learning_rate
 
     first = not _is_helper()
@@ -218,6 +218,13 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
     import lightning.pytorch as pl
 
     from efficient_encoder import keep_freed_memory
+    from finetuning.runs.measurements import (
+        environment_record,
+        peak_memory,
+        process_seconds,
+        processor_seconds,
+        was_alone,
+    )
     from local_model_utilities import (
         build_classifier,
         count_parameters,
@@ -226,7 +233,6 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         parameter_table,
     )
     from local_training_utilities import leave_process_group, make_trainer, quiet_lightning
-    from measurements import environment_record, peak_memory, process_seconds, processor_seconds, was_alone
     from training_callbacks import GracefulStop, Meter
 
     config, hardware, first = prepared.config, prepared.hardware, not _is_helper()
@@ -263,13 +269,13 @@ def _fit_and_test(
     prepared: Prepared, trainer: Any, classifier: Any, meter: Any, stop: Any, result: dict[str, Any]
 ) -> None:
     """Trains, takes the best checkpoint, saves what it holds, and reads the test split once."""
+    from finetuning.runs.directory import plot_learning_curve, write_predictions
+    from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
+    from finetuning.runs.weights import save_trained
     from local_model_utilities import frozen_outputs, saved_parameters
-    from local_run_utilities import plot_learning_curve, write_predictions
     from local_training_utilities import FineTuning
     from lora import lora_modules
-    from run_files import BEST_CHECKPOINT, LAST_CHECKPOINT
     from token_batches import evaluation_loader, train_loader
-    from trained_weights import save_trained
 
     config, directory, splits = prepared.config, prepared.directory, prepared.splits
     shares = {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": prepared.hardware.on_gpu}

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from finetuning.flags import OneLineParser
+from finetuning.runs.files import RESULT, read_result
 from finetuning.settings import RunConfig, UserError, listed, not_installed, reason
-from run_files import RESULT, read_result
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
 STANDARD_INPUT = Path("-")
@@ -159,12 +159,12 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from base_models import find_model, load_tokenizer
+    from finetuning.runs.weights import load_trained
     from local_dataset_utilities import TokenizedSplit, encode_texts
     from local_model_utilities import build_classifier, saved_parameters
     from local_training_utilities import quiet_lightning, resolve_hardware
     from text_sources import without_breaks
     from token_batches import evaluation_loader
-    from trained_weights import load_trained
 
     with quiet_lightning():  # its advice on srun
         hardware = resolve_hardware(config)

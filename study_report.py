@@ -14,8 +14,8 @@ from pathlib import Path
 
 from collected_runs import Study, read_study, studies
 from finetuning.flags import OneLineParser
+from finetuning.runs.files import write_atomically
 from finetuning.settings import UserError
-from run_files import write_atomically
 from study_comparisons import READING, compare_rows, headlines, worth_showing
 from study_page import Section, page
 from study_plots import FILES, plots

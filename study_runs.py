@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.flags import from_flags
-from finetuning.settings import NOT_PART_OF_THE_RUN, RunConfig, UserError
-from run_files import (
+from finetuning.runs.files import (
     BEST_CHECKPOINT,
     CONFIG,
     LAST_CHECKPOINT,
@@ -27,6 +26,7 @@ from run_files import (
     read_status,
     write_json,
 )
+from finetuning.settings import NOT_PART_OF_THE_RUN, RunConfig, UserError
 from study_plan import RATE, PlannedRun, StudyPlan
 
 

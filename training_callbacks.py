@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from local_run_utilities import write_metrics
-from run_files import LAST_CHECKPOINT, NOT_FINITE
+from finetuning.runs.directory import write_metrics
+from finetuning.runs.files import LAST_CHECKPOINT, NOT_FINITE
 
 ADVICE = "lower --learning_rate, or use another --precision"
 

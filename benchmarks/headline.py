@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks import peers
 from finetuning.flags import OneLineParser
+from finetuning.runs.files import RESULT, write_atomically, write_json
 from finetuning.settings import UserError
-from run_files import RESULT, write_atomically, write_json
 from study_report import README, RESULTS, with_table
 
 OUTPUT = peers.RESULTS / "headline.json"

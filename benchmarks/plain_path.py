@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.peers import spread
 from finetuning.flags import OneLineParser
+from finetuning.runs.files import RESULT, write_atomically, write_json
 from finetuning.settings import UserError
-from run_files import RESULT, write_atomically, write_json
 from study_report import README, ROOT, with_table
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "plain_path.json"

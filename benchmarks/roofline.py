@@ -26,10 +26,10 @@ from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.peers import PLACES
 from benchmarks.work import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
 from finetuning.flags import OneLineParser, parse_bool
+from finetuning.runs.files import write_atomically, write_json
+from finetuning.runs.measurements import environment_record
 from finetuning.settings import UserError
 from local_training_utilities import make_optimizer
-from measurements import environment_record
-from run_files import write_atomically, write_json
 from study_report import README, ROOT, with_table
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "roofline.json"

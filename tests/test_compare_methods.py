@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import finetune_lora
 from compare_methods import main
 from finetuning.flags import from_flags
-from local_run_utilities import write_predictions
+from finetuning.runs.directory import write_predictions
 from study_plan import PlannedRun, read_plan
 from study_runs import StudyRuns, TuningUnfinished
 from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import finetune_lora
+from finetuning.runs.files import ADAPTER, CONFIG, PREDICTIONS, RESULT, TRAINED_WEIGHTS
 from finetuning.settings import RunConfig, UserError
 from predict import here, load_run, main, predict, read_texts
-from run_files import ADAPTER, CONFIG, PREDICTIONS, RESULT, TRAINED_WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {

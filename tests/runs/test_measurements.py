@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import measurements
-from measurements import environment_record, peak_memory, processor_seconds, was_alone
+from finetuning.runs import measurements
+from finetuning.runs.measurements import environment_record, peak_memory, processor_seconds, was_alone
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_memory_is_that_of_the_process() -> None:

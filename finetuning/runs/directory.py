@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.settings import RunConfig, UserError
-from run_files import (
+from finetuning.runs.files import (
     CONFIG,
     CURVE,
     LAST_CHECKPOINT,
@@ -23,6 +22,7 @@ from run_files import (
     write_atomically,
     write_json,
 )
+from finetuning.settings import RunConfig, UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the directory

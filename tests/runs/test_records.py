@@ -1,7 +1,7 @@
 import pytest
 
-import run_records
-from run_records import accuracy_interval
+from finetuning.runs import records as run_records
+from finetuning.runs.records import accuracy_interval
 
 
 def test_wilson_interval() -> None:

@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, write_atomically, write_json
 from finetuning.settings import RunConfig, UserError
-from run_files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, write_atomically, write_json
 
 
 def peft_name(name: str, lora: bool) -> str:

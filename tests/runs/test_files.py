@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from run_files import RESULT, read_status, write_atomically, write_json
+from finetuning.runs.files import RESULT, read_status, write_atomically, write_json
 
 
 def contents(directory: Path) -> dict[str, bytes]:

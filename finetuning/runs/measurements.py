@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "bitsandbytes", "peft", "numpy")
-REPOSITORY = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 OTHERS_ALLOWED = 0.03  # of the machine's processor time: what its services and a shell take
 
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from base_models import find_model
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
+from finetuning.runs.weights import adapter_config, load_trained, peft_name, save_trained
 from finetuning.settings import RunConfig, UserError
 from local_model_utilities import Classifier, build_classifier, saved_parameters
 from lora import lora_modules
 from model_families import FAMILIES
-from run_files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from tests.conftest import LAYERS
-from trained_weights import adapter_config, load_trained, peft_name, save_trained
 
 NAMES = ["bad", "good"]
 

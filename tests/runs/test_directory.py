@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from finetuning.settings import RunConfig, UserError
-from local_run_utilities import (
+from finetuning.runs.directory import (
     check_directory,
     default_directory,
     open_directory,
@@ -19,7 +18,7 @@ from local_run_utilities import (
     write_metrics,
     write_predictions,
 )
-from run_files import (
+from finetuning.runs.files import (
     CONFIG,
     CURVE,
     LAST_CHECKPOINT,
@@ -30,8 +29,9 @@ from run_files import (
     read_status,
     write_json,
 )
+from finetuning.settings import RunConfig, UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["bad", "good"]
 CONFIGURATION = RunConfig(learning_rate=1e-3, epochs=3)
 
