@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from efficient_encoder import keep_freed_memory
+from finetuning.models.encoder import keep_freed_memory
+from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.measurements import peak_memory
 from finetuning.settings import RunConfig
-from frozen_outputs import FrozenOutputs
 from local_dataset_utilities import TokenizedSplit
 from local_model_utilities import Classifier, build_classifier, count_parameters, frozen_outputs
 from local_training_utilities import Hardware, make_optimizer

@@ -72,7 +72,7 @@ def _is_helper() -> bool:
 
 def prefetch(config: RunConfig) -> None:
     """Fills the caches with model and data, on a machine that has a network."""
-    from base_models import find_model
+    from finetuning.models.pretrained import find_model
     from local_dataset_utilities import prefetch_texts
 
     print(f"model: {find_model(config)}")
@@ -188,7 +188,7 @@ def prepare(config: RunConfig) -> Prepared:
     if writes:
         check_directory(directory, config)
 
-    from base_models import find_model, load_tokenizer
+    from finetuning.models.pretrained import find_model, load_tokenizer
     from local_dataset_utilities import load_texts, tokenize
     from local_model_utilities import import_bitsandbytes
     from token_batches import check_batches
@@ -217,7 +217,7 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
     """Builds, trains, chooses, saves and tests; ``result`` is filled as things become known."""
     import lightning.pytorch as pl
 
-    from efficient_encoder import keep_freed_memory
+    from finetuning.models.encoder import keep_freed_memory
     from finetuning.runs.measurements import (
         environment_record,
         peak_memory,
@@ -269,12 +269,12 @@ def _fit_and_test(
     prepared: Prepared, trainer: Any, classifier: Any, meter: Any, stop: Any, result: dict[str, Any]
 ) -> None:
     """Trains, takes the best checkpoint, saves what it holds, and reads the test split once."""
+    from finetuning.models.lora import lora_modules
     from finetuning.runs.directory import plot_learning_curve, write_predictions
     from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
     from finetuning.runs.weights import save_trained
     from local_model_utilities import frozen_outputs, saved_parameters
     from local_training_utilities import FineTuning
-    from lora import lora_modules
     from token_batches import evaluation_loader, train_loader
 
     config, directory, splits = prepared.config, prepared.directory, prepared.splits

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from base_models import first_line, load_pretrained
-from efficient_encoder import classify, count_frozen_layers, dequantized
+from finetuning.models.encoder import classify, count_frozen_layers, dequantized
+from finetuning.models.families import ModelFamily
+from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
+from finetuning.models.lora import LinearWithLoRA, LoRALayer
+from finetuning.models.pretrained import first_line, load_pretrained
 from finetuning.settings import RunConfig, UserError, cache_dir
-from frozen_outputs import FrozenBatch, FrozenOutputs
-from lora import LinearWithLoRA, LoRALayer
-from model_families import ModelFamily
 
 
 class Classifier(nn.Module):

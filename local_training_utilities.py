@@ -28,9 +28,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.files import BEST_CHECKPOINT, NOT_FINITE
 from finetuning.settings import RunConfig, UserError
-from frozen_outputs import FrozenOutputs
 from local_model_utilities import Classifier, saved_parameters
 from training_callbacks import ADVICE, BestCheckpoint, PatientStop, ProgressBar, ProgressLines, TrainingFailed
 

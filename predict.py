@@ -158,7 +158,7 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    from base_models import find_model, load_tokenizer
+    from finetuning.models.pretrained import find_model, load_tokenizer
     from finetuning.runs.weights import load_trained
     from local_dataset_utilities import TokenizedSplit, encode_texts
     from local_model_utilities import build_classifier, saved_parameters

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from efficient_encoder import ROW_MULTIPLE
+from finetuning.models.encoder import ROW_MULTIPLE
 
 FORMULAS = {  # n rows, R adapted ranks side by side, B texts of T tokens, D wide, H heads
     "linears": "2 n in out forward, as much backward where the input has a gradient",

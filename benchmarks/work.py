@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from base_models import find_model, load_pretrained, load_tokenizer
+from finetuning.models.pretrained import find_model, load_pretrained, load_tokenizer
 from finetuning.settings import RunConfig
 from local_dataset_utilities import TokenizedSplit, load_texts, tokenize
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_finetune_lora import flags, start
 
-from base_models import find_model, load_tokenizer
 from estimate import estimate, estimate_table
 from finetune_lora import main
+from finetuning.models.pretrained import find_model, load_tokenizer
 from finetuning.settings import RunConfig, UserError
 from local_dataset_utilities import load_texts, tokenize
 from local_training_utilities import resolve_hardware

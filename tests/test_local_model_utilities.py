@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cpu_kernels
-from base_models import find_model
-from efficient_encoder import dequantized
+from finetuning.models import cpu_kernels
+from finetuning.models.encoder import dequantized
+from finetuning.models.families import FAMILIES
+from finetuning.models.lora import LinearWithLoRA, lora_modules
+from finetuning.models.pretrained import find_model
 from finetuning.settings import LORA_TARGETS, PACKAGED, RunConfig, UserError
 from local_model_utilities import (
     Classifier,
@@ -22,8 +24,6 @@ from local_model_utilities import (
     parameter_table,
     saved_parameters,
 )
-from lora import LinearWithLoRA, lora_modules
-from model_families import FAMILIES
 from tests.conftest import HEADS, INNER, LAYERS, WIDTH
 
 NAMES = ["bad", "good"]

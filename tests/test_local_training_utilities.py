@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from base_models import find_model
+from finetuning.models.pretrained import find_model
 from finetuning.settings import RunConfig, UserError
 from local_model_utilities import build_classifier
 from local_training_utilities import (

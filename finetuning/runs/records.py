@@ -104,7 +104,7 @@ def cpu_kernels_used(prepared: Prepared) -> str:
     """Whether this run calls the compiled kernels, or why not."""
     import torch
 
-    from cpu_kernels import library
+    from finetuning.models.cpu_kernels import library
 
     config, hardware = prepared.config, prepared.hardware
     if hardware.on_gpu or hardware.dtype != torch.bfloat16 or config.compile or not config.efficient:

@@ -10,13 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from base_models import find_model
+from finetuning.models.families import FAMILIES
+from finetuning.models.lora import lora_modules
+from finetuning.models.pretrained import find_model
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from finetuning.runs.weights import adapter_config, load_trained, peft_name, save_trained
 from finetuning.settings import RunConfig, UserError
 from local_model_utilities import Classifier, build_classifier, saved_parameters
-from lora import lora_modules
-from model_families import FAMILIES
 from tests.conftest import LAYERS
 
 NAMES = ["bad", "good"]

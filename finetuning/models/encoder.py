@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-import cpu_kernels
-from frozen_outputs import FrozenBatch
-from lora import Activation, drops_input, linears, transposed
-from model_families import ModelFamily
+from finetuning.models import cpu_kernels
+from finetuning.models.families import ModelFamily
+from finetuning.models.frozen_outputs import FrozenBatch
+from finetuning.models.lora import Activation, drops_input, linears, transposed
 
 ROW_MULTIPLE = 64  # on a CPU, see _Encoder
 SCORES_IN_CACHE = 1_000_000  # attention scores worked on at once: in bf16 1 MB for each of 2 cores

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import cpu_kernels
-from cpu_kernels import (
+from finetuning.models import cpu_kernels
+from finetuning.models.cpu_kernels import (
     VARIANTS,
     AddNorm,
     Attention,

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lora
-from lora import LinearWithLoRA, LoRALayer, linears, lora_modules, mark_only_lora_as_trainable, merge_lora
-from model_families import FAMILIES, ModelFamily
+from finetuning.models import lora
+from finetuning.models.families import FAMILIES, ModelFamily
+from finetuning.models.lora import (
+    LinearWithLoRA,
+    LoRALayer,
+    linears,
+    lora_modules,
+    mark_only_lora_as_trainable,
+    merge_lora,
+)
 from tests.conftest import LAYERS, tiny_classifier
 
 RANK, ALPHA = 3, 5.0

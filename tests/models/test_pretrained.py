@@ -10,9 +10,9 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoModel, AutoTokenizer
 
-from base_models import find_model, load_pretrained, load_tokenizer
+from finetuning.models.families import FAMILIES
+from finetuning.models.pretrained import find_model, load_pretrained, load_tokenizer
 from finetuning.settings import PACKAGED, RunConfig, UserError
-from model_families import FAMILIES
 from tests.conftest import LAYERS, packaged_folder
 
 NAMES = ["bad", "good"]
@@ -93,7 +93,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error
         raise LocalEntryNotFoundError("not cached") if local_files_only else error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("base_models.require_hub", lambda *_: None)
+    monkeypatch.setattr("finetuning.models.pretrained.require_hub", lambda *_: None)
     with pytest.raises(UserError, match=words):
         find_model(RunConfig(model_name="somebody/something"))
 

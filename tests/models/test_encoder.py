@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 from transformers.activations import ACT2FN
 
-import efficient_encoder
-from efficient_encoder import classify
-from frozen_outputs import FrozenOutputs
-from lora import LinearWithLoRA, LoRALayer, mark_only_lora_as_trainable
-from model_families import FAMILIES, ModelFamily
+from finetuning.models import encoder as efficient_encoder
+from finetuning.models.encoder import classify
+from finetuning.models.families import FAMILIES, ModelFamily
+from finetuning.models.frozen_outputs import FrozenOutputs
+from finetuning.models.lora import LinearWithLoRA, LoRALayer, mark_only_lora_as_trainable
 from tests.conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")

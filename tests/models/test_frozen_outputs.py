@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from test_finetune_lora import flags
 
 from finetune_lora import main
-from frozen_outputs import FrozenOutputs
+from finetuning.models.frozen_outputs import FrozenOutputs
 
 LENGTHS = np.array([3, 1, 5, 2])
 
