@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from finetuning.data.batches import evaluation_loader, train_loader
 from finetuning.models.encoder import keep_freed_memory
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.measurements import peak_memory
@@ -23,7 +24,6 @@ from finetuning.settings import RunConfig
 from local_dataset_utilities import TokenizedSplit
 from local_model_utilities import Classifier, build_classifier, count_parameters, frozen_outputs
 from local_training_utilities import Hardware, make_optimizer
-from token_batches import evaluation_loader, train_loader
 
 MEASURED_STEPS = 8
 MEASURED_EVALUATIONS = 3

@@ -188,10 +188,10 @@ def prepare(config: RunConfig) -> Prepared:
     if writes:
         check_directory(directory, config)
 
+    from finetuning.data.batches import check_batches
     from finetuning.models.pretrained import find_model, load_tokenizer
     from local_dataset_utilities import load_texts, tokenize
     from local_model_utilities import import_bitsandbytes
-    from token_batches import check_batches
 
     with quiet_lightning():
         hardware = resolve_hardware(config)
@@ -269,13 +269,13 @@ def _fit_and_test(
     prepared: Prepared, trainer: Any, classifier: Any, meter: Any, stop: Any, result: dict[str, Any]
 ) -> None:
     """Trains, takes the best checkpoint, saves what it holds, and reads the test split once."""
+    from finetuning.data.batches import evaluation_loader, train_loader
     from finetuning.models.lora import lora_modules
     from finetuning.runs.directory import plot_learning_curve, write_predictions
     from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
     from finetuning.runs.weights import save_trained
     from local_model_utilities import frozen_outputs, saved_parameters
     from local_training_utilities import FineTuning
-    from token_batches import evaluation_loader, train_loader
 
     config, directory, splits = prepared.config, prepared.directory, prepared.splits
     shares = {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": prepared.hardware.on_gpu}

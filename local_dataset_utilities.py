@@ -22,8 +22,8 @@ import pandas as pd
 import pyarrow as pa
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from finetuning.data.sources import SPLITS, Source, read_source
 from finetuning.settings import RunConfig, UserError, cache_dir
-from text_sources import SPLITS, Source, read_source
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def read_texts(path: Path, column: str) -> list[str]:
 
 
 def _csv_texts(path: Path, column: str) -> list[str]:
-    from text_sources import read_csv
+    from finetuning.data.sources import read_csv
 
     table = read_csv(path, column)
     if column not in table:
@@ -158,13 +158,13 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
 
+    from finetuning.data.batches import evaluation_loader
+    from finetuning.data.sources import without_breaks
     from finetuning.models.pretrained import find_model, load_tokenizer
     from finetuning.runs.weights import load_trained
     from local_dataset_utilities import TokenizedSplit, encode_texts
     from local_model_utilities import build_classifier, saved_parameters
     from local_training_utilities import quiet_lightning, resolve_hardware
-    from text_sources import without_breaks
-    from token_batches import evaluation_loader
 
     with quiet_lightning():  # its advice on srun
         hardware = resolve_hardware(config)

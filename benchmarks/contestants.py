@@ -30,12 +30,12 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.work import ALPHA, LABELS, RANK, TARGETS, Job
+from finetuning.data.batches import BatchIndices, evaluation_loader, train_loader
 from finetuning.models.encoder import keep_freed_memory
 from finetuning.models.families import FAMILIES
 from local_dataset_utilities import TokenizedSplit
 from local_model_utilities import build_classifier, import_bitsandbytes
 from local_training_utilities import FineTuning, make_trainer, quiet_lightning, resolve_hardware
-from token_batches import BatchIndices, evaluation_loader, train_loader
 from training_callbacks import Meter
 
 FAMILY = FAMILIES["distilbert"]

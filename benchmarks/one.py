@@ -26,12 +26,12 @@ import torch
 
 from benchmarks.contestants import CONTESTANTS, Contestant, Peft
 from benchmarks.work import Job, prepare, read_split, sample, some_batches
+from finetuning.data.batches import EVALUATION_FACTOR as LOADER_FACTOR
+from finetuning.data.batches import evaluation_loader
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.runs.measurements import peak_memory, processor_seconds, was_alone
 from finetuning.settings import UserError
 from local_dataset_utilities import TokenizedSplit
-from token_batches import EVALUATION_FACTOR as LOADER_FACTOR
-from token_batches import evaluation_loader
 
 WARM_UP_STEPS = 2
 FEWEST_STEPS = 3  # measured

@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from finetuning.data.sources import require_hub
 from finetuning.models.families import FAMILIES, ModelFamily, family_of
 from finetuning.settings import PACKAGED, RunConfig, UserError
-from text_sources import require_hub
 
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]

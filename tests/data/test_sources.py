@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import text_sources as sources
+from finetuning.data import sources as sources
 from finetuning.settings import RunConfig, UserError
 from local_dataset_utilities import load_texts, prefetch_texts
 from tests.conftest import frame, text_config, write_texts, write_tree

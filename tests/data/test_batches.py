@@ -10,9 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from finetuning.settings import RunConfig, UserError
-from local_dataset_utilities import TokenizedSplit
-from token_batches import (
+from finetuning.data.batches import (
     EVALUATION_BATCH_SIZE,
     EVALUATION_FACTOR,
     TokenBatchSampler,
@@ -21,6 +19,8 @@ from token_batches import (
     plan_batches,
     train_loader,
 )
+from finetuning.settings import RunConfig, UserError
+from local_dataset_utilities import TokenizedSplit
 
 PAD = 99
 
