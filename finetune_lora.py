@@ -84,8 +84,8 @@ def print_estimate(config: RunConfig) -> None:
     """Says what the run would take; writes nothing but tokens into the cache."""
     import torch
 
-    from estimate import estimate, estimate_table
-    from local_training_utilities import quiet_lightning
+    from finetuning.training.estimate import estimate, estimate_table
+    from finetuning.training.module import quiet_lightning
 
     prepared = prepare(config)
     try:
@@ -107,7 +107,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: input that is refused; nothing was written.
     """
-    from training_callbacks import Interrupted
+    from finetuning.training.callbacks import Interrupted
 
     prepared = prepare(config)
     config, directory = prepared.config, prepared.directory
@@ -174,7 +174,7 @@ def _command_with(directory: Path, flag: str) -> str:
 def prepare(config: RunConfig) -> Prepared:
     """Checks all that can be checked, reads and tokenizes the data, and opens the run directory at last."""
     from finetuning.runs.directory import check_directory, default_directory, in_slurm_step, open_directory
-    from local_training_utilities import quiet_lightning, resolve_hardware, resolve_learning_rate
+    from finetuning.training.module import quiet_lightning, resolve_hardware, resolve_learning_rate
 
     first = not _is_helper()
     inherited = os.environ.get(DIRECTORY_VARIABLE) if not first else None
@@ -225,6 +225,8 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         processor_seconds,
         was_alone,
     )
+    from finetuning.training.callbacks import GracefulStop, Meter
+    from finetuning.training.module import leave_process_group, make_trainer, quiet_lightning
     from local_model_utilities import (
         build_classifier,
         count_parameters,
@@ -232,8 +234,6 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         parameter_record,
         parameter_table,
     )
-    from local_training_utilities import leave_process_group, make_trainer, quiet_lightning
-    from training_callbacks import GracefulStop, Meter
 
     config, hardware, first = prepared.config, prepared.hardware, not _is_helper()
     started, busy = time.perf_counter(), processor_seconds()
@@ -274,8 +274,8 @@ def _fit_and_test(
     from finetuning.runs.directory import plot_learning_curve, write_predictions
     from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
     from finetuning.runs.weights import save_trained
+    from finetuning.training.module import FineTuning
     from local_model_utilities import frozen_outputs, saved_parameters
-    from local_training_utilities import FineTuning
 
     config, directory, splits = prepared.config, prepared.directory, prepared.splits
     shares = {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": prepared.hardware.on_gpu}

@@ -162,9 +162,9 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     from finetuning.data.sources import without_breaks
     from finetuning.models.pretrained import find_model, load_tokenizer
     from finetuning.runs.weights import load_trained
+    from finetuning.training.module import quiet_lightning, resolve_hardware
     from local_dataset_utilities import TokenizedSplit, encode_texts
     from local_model_utilities import build_classifier, saved_parameters
-    from local_training_utilities import quiet_lightning, resolve_hardware
 
     with quiet_lightning():  # its advice on srun
         hardware = resolve_hardware(config)

@@ -31,7 +31,7 @@ DEFAULT_RATES = "default_learning_rates"
 
 def learning_rates() -> str:
     """The suite's default peak learning rates as a Markdown table."""
-    from local_training_utilities import DEFAULT_LEARNING_RATES
+    from finetuning.training.module import DEFAULT_LEARNING_RATES
 
     methods, optimizers = (list(dict.fromkeys(key[i] for key in DEFAULT_LEARNING_RATES)) for i in range(2))
     lines = ["| | " + " | ".join(f"`{name}`" for name in optimizers) + " |", "|---|" + "---|" * len(optimizers)]

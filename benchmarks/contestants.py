@@ -33,10 +33,10 @@ from benchmarks.work import ALPHA, LABELS, RANK, TARGETS, Job
 from finetuning.data.batches import BatchIndices, evaluation_loader, train_loader
 from finetuning.models.encoder import keep_freed_memory
 from finetuning.models.families import FAMILIES
+from finetuning.training.callbacks import Meter
+from finetuning.training.module import FineTuning, make_trainer, quiet_lightning, resolve_hardware
 from local_dataset_utilities import TokenizedSplit
 from local_model_utilities import build_classifier, import_bitsandbytes
-from local_training_utilities import FineTuning, make_trainer, quiet_lightning, resolve_hardware
-from training_callbacks import Meter
 
 FAMILY = FAMILIES["distilbert"]
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}

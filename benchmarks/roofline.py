@@ -29,7 +29,7 @@ from finetuning.flags import OneLineParser, parse_bool
 from finetuning.runs.files import write_atomically, write_json
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import UserError
-from local_training_utilities import make_optimizer
+from finetuning.training.module import make_optimizer
 from study_report import README, ROOT, with_table
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "roofline.json"

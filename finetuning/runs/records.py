@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from finetuning.settings import RunConfig
 
 if TYPE_CHECKING:
+    from finetuning.training.module import Hardware
     from local_dataset_utilities import TextData, TokenizedSplit
-    from local_training_utilities import Hardware
 
 NOT_ASKED_FOR = "not asked for"  # what a run says of compiled kernels that its settings do without
 

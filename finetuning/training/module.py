@@ -31,8 +31,15 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.files import BEST_CHECKPOINT, NOT_FINITE
 from finetuning.settings import RunConfig, UserError
+from finetuning.training.callbacks import (
+    ADVICE,
+    BestCheckpoint,
+    PatientStop,
+    ProgressBar,
+    ProgressLines,
+    TrainingFailed,
+)
 from local_model_utilities import Classifier, saved_parameters
-from training_callbacks import ADVICE, BestCheckpoint, PatientStop, ProgressBar, ProgressLines, TrainingFailed
 
 Batch = dict[str, Tensor]
 Predictions = tuple[np.ndarray, np.ndarray, np.ndarray]

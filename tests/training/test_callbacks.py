@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from test_finetune_lora import ROOT, flags
 
-from training_callbacks import BestCheckpoint
+from finetuning.training.callbacks import BestCheckpoint
 
 
 def test_the_best_checkpoint_is_known_where_its_directory_has_moved(tmp_path: Path) -> None:

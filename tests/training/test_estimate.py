@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_finetune_lora import flags, start
 
-from estimate import estimate, estimate_table
 from finetune_lora import main
 from finetuning.models.pretrained import find_model, load_tokenizer
 from finetuning.settings import RunConfig, UserError
+from finetuning.training.estimate import estimate, estimate_table
+from finetuning.training.module import resolve_hardware
 from local_dataset_utilities import load_texts, tokenize
-from local_training_utilities import resolve_hardware
 
 
 def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig]:
@@ -90,7 +90,7 @@ def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("estimate.estimate", too_large)
+    monkeypatch.setattr("finetuning.training.estimate.estimate", too_large)
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--estimate", "--batch_tokens", "4096")
     assert main(words) == 2
     *_, line = capsys.readouterr().err.splitlines()  # tokenizing comes first

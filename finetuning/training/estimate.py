@@ -21,9 +21,9 @@ from finetuning.models.encoder import keep_freed_memory
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.measurements import peak_memory
 from finetuning.settings import RunConfig
+from finetuning.training.module import Hardware, make_optimizer
 from local_dataset_utilities import TokenizedSplit
 from local_model_utilities import Classifier, build_classifier, count_parameters, frozen_outputs
-from local_training_utilities import Hardware, make_optimizer
 
 MEASURED_STEPS = 8
 MEASURED_EVALUATIONS = 3

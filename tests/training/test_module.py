@@ -9,8 +9,8 @@ from transformers import get_scheduler
 
 from finetuning.models.pretrained import find_model
 from finetuning.settings import RunConfig, UserError
-from local_model_utilities import build_classifier
-from local_training_utilities import (
+from finetuning.training.callbacks import TrainingFailed
+from finetuning.training.module import (
     DEFAULT_LEARNING_RATES,
     FineTuning,
     make_optimizer,
@@ -18,7 +18,7 @@ from local_training_utilities import (
     resolve_hardware,
     resolve_learning_rate,
 )
-from training_callbacks import TrainingFailed
+from local_model_utilities import build_classifier
 
 STEPS = 50
 
