@@ -23,7 +23,7 @@ lint: $(VENV)/.installed-dev
 
 # Tables, plots, results/report.html and README's tables, from the runs in results/.
 tables: $(VENV)/.installed
-	$(BIN)/python study_report.py
+	$(BIN)/python compare_methods.py report
 	$(BIN)/python -m benchmarks.headline
 
 # This suite beside its peers, about an hour on 2 cores that do nothing else; BENCHMARK_FLAGS=--quick: a few minutes.

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from finetuning.comparison.plan import RATE, STAGES, PlannedRun, read_plan
+from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished, forget_test
 from finetuning.flags import OneLineParser, from_flags
 from finetuning.runs.files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT, write_atomically, write_json
 from finetuning.settings import UserError, not_installed
-from study_plan import RATE, STAGES, PlannedRun, read_plan
-from study_runs import StudyRuns, TuningUnfinished, forget_test
 
 ROOT = Path(__file__).resolve().parent
 DESCRIPTION = "Run a study, a TOML of runs that answer one question, and collect what came out."
@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the subcommands."""
     study = OneLineParser(add_help=False)
-    study.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, see studies/ and study_plan.py")
+    study.add_argument(
+        "study", type=Path, metavar="STUDY.toml", help="the study, see studies/ and finetuning/comparison/plan.py"
+    )
     study.add_argument("--runs_dir", type=Path, default=Path("runs"), metavar="PATH", help="where runs lie (runs)")
     study.add_argument(
         "--data_dir", type=Path, metavar="PATH", help="folder above the data folders that the study names"
@@ -105,7 +107,7 @@ def list_runs(runs: StudyRuns, options: argparse.Namespace) -> int:
 
 def report(words: list[str]) -> int:
     """Tables, plots and pages from ``results/``."""
-    from study_report import main as report_main
+    from finetuning.comparison.report import main as report_main
 
     return report_main(words, "compare_methods.py report")
 
@@ -337,7 +339,7 @@ def collect(runs: StudyRuns, options: argparse.Namespace) -> int:
 
 def copy_record(runs: StudyRuns, run: PlannedRun, target: Path) -> None:
     """Writes ``result.json`` with the run's place in the study, ``metrics.csv``, and the test's predictions."""
-    from study_tables import shown_command
+    from finetuning.comparison.tables import shown_command
 
     source, result = runs.directory(run), runs.result(run)
     result["study"] = runs.place(run)

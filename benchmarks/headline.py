@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from finetuning.comparison.report import README, RESULTS, with_table
 from finetuning.flags import OneLineParser
 from finetuning.runs.files import RESULT, write_atomically, write_json
 from finetuning.settings import UserError
-from study_report import README, RESULTS, with_table
 
 OUTPUT = peers.RESULTS / "headline.json"
 TUTORIALS = ("tutorial_fp32", "tutorial_bf16")

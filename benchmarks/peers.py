@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.work import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
+from finetuning.comparison.report import README, ROOT, with_table
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.runs.files import write_atomically, write_json
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import UserError
-from study_report import README, ROOT, with_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTPUT = RESULTS / "peers.json"

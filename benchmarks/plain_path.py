@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import spread
+from finetuning.comparison.report import README, ROOT, with_table
 from finetuning.flags import OneLineParser
 from finetuning.runs.files import RESULT, write_atomically, write_json
 from finetuning.settings import UserError
-from study_report import README, ROOT, with_table
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "plain_path.json"
 FLAGS = "--offline --method selective --trainable_layers 2 --limit_validation 200 --test False --accelerator cpu"

@@ -25,12 +25,12 @@ from benchmarks.contestants import Suite
 from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.peers import PLACES
 from benchmarks.work import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
+from finetuning.comparison.report import README, ROOT, with_table
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.runs.files import write_atomically, write_json
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import UserError
 from finetuning.training.module import make_optimizer
-from study_report import README, ROOT, with_table
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "roofline.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "roofline.json"

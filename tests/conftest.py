@@ -27,10 +27,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from finetuning.comparison.plan import PlannedRun, read_plan
+from finetuning.comparison.study_runs import StudyRuns
 from finetuning.flags import from_flags
 from finetuning.settings import RunConfig, UserError
-from study_plan import PlannedRun, read_plan
-from study_runs import StudyRuns
 from tests.slurm_cluster import Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,9 +16,9 @@ from benchmarks import headline, one, peers, plain_path, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.work import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
+from finetuning.comparison.report import README, with_table
 from finetuning.settings import UserError
 from local_dataset_utilities import TokenizedSplit
-from study_report import README, with_table
 
 MAX_LENGTH = 32
 DENSE = [name for name in CONTESTANTS if "qlora" not in name]

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import finetune_lora
 from compare_methods import main
+from finetuning.comparison.plan import PlannedRun, read_plan
+from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.flags import from_flags
 from finetuning.runs.directory import write_predictions
-from study_plan import PlannedRun, read_plan
-from study_runs import StudyRuns, TuningUnfinished
 from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
 
 ROOT = Path(__file__).resolve().parent.parent

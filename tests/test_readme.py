@@ -9,10 +9,10 @@ import pytest
 
 from compare_methods import make_parser as make_study_parser
 from finetune_lora import DESCRIPTION
+from finetuning.comparison.plan import read_plan
+from finetuning.comparison.report import make_parser as make_report_parser
 from finetuning.flags import from_flags, make_parser
 from predict import make_parser as make_predict_parser
-from study_plan import read_plan
-from study_report import make_parser as make_report_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "DistilRoberta/README.md", "docs/best_practices.md")
@@ -39,7 +39,7 @@ def test_every_command_parses(command: str) -> None:
     elif words[0] == "sbatch":
         script = next(i for i, word in enumerate(words) if word.endswith(".SBATCH"))
         assert (ROOT / words[script]).is_file()
-        if words[script] == "run_study_array.SBATCH":
+        if words[script] == "studies/run_study_array.SBATCH":
             check_study_command(["run", *words[script + 1 :]])
         else:
             from_flags(words[script + 1 :], DESCRIPTION)

@@ -10,12 +10,12 @@ import pytest
 
 import finetune_lora
 from compare_methods import main
-from study_plan import read_plan
+from finetuning.comparison.plan import read_plan
 from tests.conftest import one_thread, write_study
 from tests.slurm_cluster import Cluster, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "run_study_array.SBATCH"
+SCRIPT = ROOT / "studies" / "run_study_array.SBATCH"
 ROWS = """
 [axes]
 seed = [0, 1]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from collected_runs import Row, Run, Study
-from study_comparisons import Comparison
-from study_statistics import mean_and_deviation
+from finetuning.comparison.collected import Row, Run, Study
+from finetuning.comparison.pairs import Comparison
+from finetuning.comparison.statistics import mean_and_deviation
 
 OMITTED = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # where things lie on one machine
 SUMMARY_KEYS = (

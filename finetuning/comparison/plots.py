@@ -19,11 +19,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from collected_runs import Run, Study
-from plot_labels import Label, label_ends, place_labels
-from study_page import Plot
-from study_statistics import mean_and_deviation, pareto_front
-from study_tables import GIB, record, scores_by_rate
+from finetuning.comparison.collected import Run, Study
+from finetuning.comparison.labels import Label, label_ends, place_labels
+from finetuning.comparison.page import Plot
+from finetuning.comparison.statistics import mean_and_deviation, pareto_front
+from finetuning.comparison.tables import GIB, record, scores_by_rate
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"

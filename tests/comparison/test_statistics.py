@@ -3,7 +3,7 @@ from math import comb, sqrt
 import numpy as np
 import pytest
 
-from study_statistics import (
+from finetuning.comparison.statistics import (
     LEVEL,
     SeedSpread,
     bootstrap_difference,

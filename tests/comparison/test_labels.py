@@ -5,7 +5,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from plot_labels import CROWD, Label, label_ends, place_labels, spread
+from finetuning.comparison.labels import CROWD, Label, label_ends, place_labels, spread
 
 
 def figure_and_axis() -> tuple[Figure, object]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetuning.comparison.plan import RATE, PlannedRun, StudyPlan
 from finetuning.flags import from_flags
 from finetuning.runs.files import (
     BEST_CHECKPOINT,
@@ -27,7 +28,6 @@ from finetuning.runs.files import (
     write_json,
 )
 from finetuning.settings import NOT_PART_OF_THE_RUN, RunConfig, UserError
-from study_plan import RATE, PlannedRun, StudyPlan
 
 
 class TuningUnfinished(Exception):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from finetuning.comparison.plan import PlannedRun, StudyPlan, read_plan
 from finetuning.flags import from_flags
 from finetuning.settings import UserError
-from study_plan import PlannedRun, StudyPlan, read_plan
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
 TUNED = """
 [axes]

@@ -2,8 +2,8 @@ import base64
 import re
 from html.parser import HTMLParser
 
-from study_page import Plot, Section, page
-from study_tables import Table
+from finetuning.comparison.page import Plot, Section, page
+from finetuning.comparison.tables import Table
 
 EMPTY = Table(("row",), [])
 VOID = {"meta", "link", "img"}

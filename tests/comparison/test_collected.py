@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from collected_runs import Row, Study, read_study, studies
+from finetuning.comparison.collected import Row, Study, read_study, studies
 from finetuning.settings import UserError
 from tests.synthetic_runs import outcomes, write_run
 

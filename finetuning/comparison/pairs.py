@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from collected_runs import Predictions, Study
-from finetuning.settings import UserError
-from study_statistics import (
+from finetuning.comparison.collected import Predictions, Study
+from finetuning.comparison.statistics import (
     LEVEL,
     Difference,
     SeedSpread,
@@ -21,6 +20,7 @@ from study_statistics import (
     seed_spread,
     squares,
 )
+from finetuning.settings import UserError
 
 SHOWN = 120  # pairs in a table; 16 rows have as many
 UNEVEN = 0.9, 0.01  # a row with so much of the squares, and such a deviation, has the spread for itself

@@ -4,10 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from collected_runs import read_study, studies
+from finetuning.comparison.collected import read_study, studies
+from finetuning.comparison.pairs import compare_rows
+from finetuning.comparison.report import (
+    BEST_PRACTICES,
+    PAGES,
+    README,
+    RESULTS,
+    ROOT,
+    build,
+    learning_rates,
+    main,
+    with_table,
+)
 from finetuning.settings import UserError
-from study_comparisons import compare_rows
-from study_report import BEST_PRACTICES, PAGES, README, RESULTS, ROOT, build, learning_rates, main, with_table
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top
@@ -147,10 +157,10 @@ def test_other_results_renew_no_page_of_the_suite(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = results.parent / "README.md"
-    monkeypatch.setattr("study_report.PAGES", (page,))
+    monkeypatch.setattr("finetuning.comparison.report.PAGES", (page,))
     assert main(["--results", str(results)]) == 0
     assert page.read_text() == MARKED
-    monkeypatch.setattr("study_report.RESULTS", results)
+    monkeypatch.setattr("finetuning.comparison.report.RESULTS", results)
     assert main(["--results", str(results)]) == 0
     assert page.read_text() != MARKED
     assert main(["--result", str(results)], "compare_methods.py report") == 2

@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 
-from collected_runs import Study, read_study
-from study_tables import SUMMARY_KEYS, Table, csv_text, main_table, notes, shown_command, summary, tuning_table
+from finetuning.comparison.collected import Study, read_study
+from finetuning.comparison.tables import (
+    SUMMARY_KEYS,
+    Table,
+    csv_text,
+    main_table,
+    notes,
+    shown_command,
+    summary,
+    tuning_table,
+)
 from tests.synthetic_runs import outcomes, write_run
 
 

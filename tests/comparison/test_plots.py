@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from matplotlib.axes import Axes
 
-from collected_runs import read_study
-from study_page import Plot
-from study_plots import FILES, _fronts, _rate_scores, _row_without, plots
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.page import Plot
+from finetuning.comparison.plots import FILES, _fronts, _rate_scores, _row_without, plots
 from tests.synthetic_runs import outcomes, write_run
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from study_comparisons import READING
-from study_tables import Table
+from finetuning.comparison.pairs import READING
+from finetuning.comparison.tables import Table
 
 STYLE = """
 :root { color-scheme: light; }

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collected_runs import read_study
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.pairs import Comparison, compare, compare_rows, headlines, worth_showing
+from finetuning.comparison.statistics import Difference, holm, mcnemar
 from finetuning.settings import UserError
-from study_comparisons import Comparison, compare, compare_rows, headlines, worth_showing
-from study_statistics import Difference, holm, mcnemar
 from tests.synthetic_runs import outcomes, write_run
 
 TEXTS = 2000

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from collected_runs import Study, read_study, studies
+from finetuning.comparison.collected import Study, read_study, studies
+from finetuning.comparison.page import Section, page
+from finetuning.comparison.pairs import READING, compare_rows, headlines, worth_showing
+from finetuning.comparison.plots import FILES, plots
+from finetuning.comparison.tables import comparison_table, csv_text, main_table, notes, summary, tuning_table
 from finetuning.flags import OneLineParser
 from finetuning.runs.files import write_atomically
 from finetuning.settings import UserError
-from study_comparisons import READING, compare_rows, headlines, worth_showing
-from study_page import Section, page
-from study_plots import FILES, plots
-from study_tables import comparison_table, csv_text, main_table, notes, summary, tuning_table
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 BEST_PRACTICES = ROOT / "docs" / "best_practices.md"
 PAGES = (README, BEST_PRACTICES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from study_runs import StudyRuns
+from finetuning.comparison.study_runs import StudyRuns
 from tests.conftest import DIVERGED, TUNED, leave_run, plan, scored
 
 pytestmark = pytest.mark.usefixtures("project")
