@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from test_finetune_lora import flags
 
 from finetune_lora import main
 from finetuning.models.frozen_outputs import FrozenOutputs
+from tests.test_finetune_lora import flags
 
 LENGTHS = np.array([3, 1, 5, 2])
 

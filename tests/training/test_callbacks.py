@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from test_finetune_lora import ROOT, flags
 
 from finetuning.training.callbacks import BestCheckpoint
+from tests.test_finetune_lora import ROOT, flags
 
 
 def test_the_best_checkpoint_is_known_where_its_directory_has_moved(tmp_path: Path) -> None:

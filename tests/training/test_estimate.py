@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_finetune_lora import flags, start
 
 from finetune_lora import main
 from finetuning.models.pretrained import find_model, load_tokenizer
@@ -14,6 +13,7 @@ from finetuning.settings import RunConfig, UserError
 from finetuning.training.estimate import estimate, estimate_table
 from finetuning.training.module import resolve_hardware
 from local_dataset_utilities import load_texts, tokenize
+from tests.test_finetune_lora import flags, start
 
 
 def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig]:
