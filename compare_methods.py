@@ -19,9 +19,10 @@ from typing import Any
 
 from finetuning.comparison.plan import RATE, STAGES, PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished, forget_test
+from finetuning.errors import UserError, not_installed
 from finetuning.flags import OneLineParser, from_flags
-from finetuning.runs.files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT, write_atomically, write_json
-from finetuning.settings import UserError, not_installed
+from finetuning.runs.files import LAST_CHECKPOINT, METRICS, PLANNED, PREDICTIONS, RESULT
+from finetuning.storage import write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent
 DESCRIPTION = "Run a study, a TOML of runs that answer one question, and collect what came out."
@@ -122,7 +123,7 @@ def check_commands(runs: StudyRuns) -> None:
     """Refuses a study that lacks a ``--data_dir``, before anything runs."""
     for run in runs.study.runs:
         try:
-            from_flags(run.flags(runs.data_dir), "")
+            from_flags(run.flags(runs.data_dir))
         except UserError as error:
             raise UserError(f"row {run.row}: {error}") from None
 

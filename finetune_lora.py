@@ -3,32 +3,50 @@
 One run, from data to ``result.json``. Exit status: 0 finished, 1 failed, 2 input refused, 130 interrupted.
 """
 
-import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetuning.flags import from_flags, without_switches
+from finetuning.config import RunConfig, check_data_dir, continued
+from finetuning.errors import Interrupted, UserError, first_line, not_installed
+from finetuning.flags import given_flags
+from finetuning.processes import is_helper, share_directory, shared_directory
+from finetuning.runs.directory import (
+    check_directory,
+    default_directory,
+    has_checkpoint,
+    interrupted_settings,
+    open_directory,
+)
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RESULT
 from finetuning.runs.records import (
-    Prepared,
+    NOT_ASKED_FOR,
     command_line,
-    cpu_kernels_used,
-    data_record,
     headline,
     summary,
     test_record,
     train_record,
 )
-from finetuning.settings import RunConfig, UserError, check_data_dir, not_installed
+from finetuning.storage import write_json
+
+if TYPE_CHECKING:  # a wrong flag is refused before torch is loaded
+    import lightning.pytorch as pl
+
+    from finetuning.data.texts import TextData
+    from finetuning.data.tokens import TokenizedSplit
+    from finetuning.models.classifier import Classifier
+    from finetuning.training.callbacks import GracefulStop, Meter
+    from finetuning.training.hardware import Hardware
+    from finetuning.training.module import FineTuning
 
 DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier with LoRA, QLoRA, selectively or in full."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
-DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # how processes that Lightning starts learn their run's directory
 
 
 def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = None) -> int:
@@ -36,19 +54,19 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
 
     Args:
         argv: the flags; those of the process if not given.
-        defaults: settings that a thin entry wants where a flag was not given.
+        defaults: settings that a thin entry wants for flags that are not given.
     """
-    helper = _is_helper()
+    helper = is_helper()
     if helper:  # until it listens to them: the first process hears them too, and stops all at the same step
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
     try:
-        config = from_flags(sys.argv[1:] if argv is None else argv, DESCRIPTION, defaults)
-        check_data_dir(config)
-        if config.prefetch:
+        config = read_settings_of(sys.argv[1:] if argv is None else argv, defaults or {})
+        check_data_dir(config.data.data_dir)
+        if config.run.prefetch:
             prefetch(config)
             return 0
-        if config.estimate:
+        if config.run.estimate:
             print_estimate(config)
             return 0
         status = run(config)["status"]
@@ -65,18 +83,27 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         return EXIT_STATUS["interrupted"]
 
 
-def _is_helper() -> bool:
-    """Whether Lightning, srun or torchrun started this process beside the first one, which writes the results."""
-    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+def read_settings_of(argv: Sequence[str], defaults: dict[str, Any]) -> RunConfig:
+    """The configuration that the flags ask for; with ``--resume`` that of the run in ``--output_dir``."""
+    given = given_flags(argv, DESCRIPTION, defaults)
+    if not (given.get("resume") and "output_dir" in given):
+        return RunConfig.of(**{**defaults, **given})
+    directory = given["output_dir"]
+    config = continued(interrupted_settings(directory), given)
+    if has_checkpoint(directory):
+        return config
+    if not is_helper():
+        print(f"{directory} has no checkpoint yet: the run starts over", flush=True)
+    return config.changed(resume=False, overwrite=True)
 
 
 def prefetch(config: RunConfig) -> None:
     """Fills the caches with model and data, on a machine that has a network."""
-    from finetuning.models.pretrained import find_model
     from local_dataset_utilities import prefetch_texts
+    from local_model_utilities import find_base_model
 
-    print(f"model: {find_model(config)}")
-    prefetch_texts(config)
+    print(f"model: {find_base_model(config)}")
+    prefetch_texts(config.data)
     print("data: in the cache; runs with the same --model_name and --dataset need no network now")
 
 
@@ -85,148 +112,122 @@ def print_estimate(config: RunConfig) -> None:
     import torch
 
     from finetuning.training.estimate import estimate, estimate_table
-    from finetuning.training.module import quiet_lightning
+    from finetuning.training.hardware import keep_freed_memory
+    from finetuning.training.trainer import quiet_lightning
+    from local_model_utilities import build_classifier, count_parameters
 
-    prepared = prepare(config)
+    setup = prepare(config)
+    training, hardware = setup.config.training, setup.hardware
+    keep_freed_memory()
+    torch.manual_seed(training.seed)
+    classifier = build_classifier(setup.config, setup.model_folder, setup.texts.label_names, hardware.dtype)
+    weight_bytes = count_parameters(classifier)["total"].bytes
     try:
         with quiet_lightning():
             record = estimate(
-                prepared.config, prepared.hardware, prepared.model_folder, prepared.splits, prepared.pad_id,
-                prepared.texts.label_names,
-            )  # fmt: skip
+                classifier, setup.splits, setup.pad_id, training, hardware, config.hardware.frozen_cache_gb
+            )
     except torch.OutOfMemoryError:
-        advice = f"lower --batch_tokens ({prepared.config.batch_tokens}), or use --gradient_checkpointing True"
+        advice = f"lower --batch_tokens ({training.batch_tokens}), or use --gradient_checkpointing True"
         raise UserError(f"--estimate: the GPU has too little memory for a step of this run: {advice}") from None
-    shown = headline(prepared).rpartition("\n")[0]  # without the run directory, which is not made
-    print(f"{shown}\n\n{estimate_table(record, prepared.config)}")
+    print(f"{setup.headline()}\n\n{estimate_table(record, weight_bytes, training.epochs)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run needs before its model is built. Everything that can be refused has been checked."""
+
+    config: RunConfig
+    directory: Path
+    hardware: "Hardware"
+    model_folder: Path
+    texts: "TextData"
+    splits: "dict[str, TokenizedSplit]"
+    pad_id: int
+
+    def data_record(self) -> dict[str, Any]:
+        """Where the texts come from, how many there are, and how many tokens."""
+        texts = self.texts
+        return {
+            "source": texts.source,
+            "label_names": texts.label_names,
+            "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
+            "tokens": {name: int(split.lengths.sum()) for name, split in self.splits.items()},
+            "leaks_dropped": texts.leaks_dropped,
+            "notes": texts.notes,
+        }
+
+    def kernels(self) -> str:
+        """Whether the run calls the compiled CPU kernels, or why not."""
+        import torch
+
+        from finetuning.models.cpu_kernels import library
+
+        settings, hardware = self.config.hardware, self.hardware
+        asked = not hardware.on_gpu and hardware.dtype == torch.bfloat16 and settings.efficient and not settings.compile
+        return library()[1] if asked else NOT_ASKED_FOR
+
+    def headline(self) -> str:
+        """What is printed before training."""
+        return headline(self.config, self.data_record(), self.hardware.described, self.kernels())
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """One run. Returns what ``result.json`` in its directory holds.
+    """One run: data, model, training, evaluation, record. Returns what ``result.json`` in its directory holds.
 
     Raises:
-        UserError: input that is refused; nothing was written.
+        UserError: refused input; nothing was written.
     """
-    from finetuning.training.callbacks import Interrupted
-
-    prepared = prepare(config)
-    config, directory = prepared.config, prepared.directory
-    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": command_line(sys.argv)}
-    try:
-        train(prepared, result)
-        result["status"] = "finished"
-    except (Interrupted, KeyboardInterrupt, SystemExit) as error:  # Lightning turns a second Ctrl-C into SystemExit
-        result["status"] = "interrupted"
-        if not _is_helper():
-            print(_interruption(directory, at_once=not isinstance(error, Interrupted)), file=sys.stderr)
-    except Exception as error:
-        result |= {"error": _one_line(error), "traceback": traceback.format_exc()}
-    if not _is_helper():
-        _write_result(directory, result)
-    if result["status"] == "failed":
-        print(f"failed: {result['error']}", file=sys.stderr)
-        if config.verbose:
-            print(result["traceback"], file=sys.stderr)
+    setup = prepare(config)
+    with recorded(setup) as result:
+        classifier = build_model(setup, result)
+        with watched(setup, result) as (meter, stop):
+            trainer, module = train(setup, classifier, meter, stop, result)
+            evaluate(setup, trainer, module, stop, result)
     return result
 
 
-def _write_result(directory: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json``; where that is not possible, the run has failed, for the reason it had or for this."""
-    from finetuning.runs.files import BEST_CHECKPOINT, RESULT, write_json
-
-    try:
-        write_json(directory / RESULT, result)
-        if result["status"] == "finished":  # its weights are saved; until here a killed run can still go on
-            (directory / BEST_CHECKPOINT).unlink()
-    except OSError as error:
-        reason = f"{RESULT} cannot be written: {error.strerror}"
-        earlier = f"{result['error']}; " if "error" in result else ""
-        result |= {"status": "failed", "error": earlier + reason}
-        result.setdefault("traceback", traceback.format_exc())
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
-
-
-def _interruption(directory: Path, at_once: bool) -> str:
-    """What was kept of an interrupted run, and the command that goes on from there."""
-    from finetuning.runs.files import LAST_CHECKPOINT
-
-    if not (directory / LAST_CHECKPOINT).exists():
-        return f"interrupted before the first checkpoint; start again with: {_command_with(directory, '--overwrite')}"
-    note = "\nit was stopped at once: the last checkpoint is that of an earlier epoch" if at_once else ""
-    return f"interrupted; continue with: {_command_with(directory, '--resume')}{note}"
-
-
-def _command_with(directory: Path, flag: str) -> str:
-    words = [*without_switches(sys.argv, "--resume", "--overwrite"), flag]
-    if not any(word.split("=")[0] == "--output_dir" for word in words):
-        words[-1:-1] = ["--output_dir", str(directory)]
-    return command_line(words)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# before training
-
-
-def prepare(config: RunConfig) -> Prepared:
-    """Checks all that can be checked, reads and tokenizes the data, and opens the run directory at last."""
-    from finetuning.runs.directory import check_directory, default_directory, in_slurm_step, open_directory
-    from finetuning.training.module import quiet_lightning, resolve_hardware, resolve_learning_rate
-
-    first = not _is_helper()
-    inherited = os.environ.get(DIRECTORY_VARIABLE) if not first else None
-    alike = first or inherited or in_slurm_step()  # Lightning's launcher and srun let processes know of each other
-    if config.output_dir is None and ("TORCHELASTIC_RUN_ID" in os.environ or not alike):
-        raise UserError("--output_dir: is needed where torchrun or several hosts start the processes of a run")
-    directory = config.output_dir or Path(inherited or default_directory(config))
-    # Complete before it is compared with the run that --resume continues.
-    config = replace(config, learning_rate=resolve_learning_rate(config), output_dir=directory)
-    writes = first and not config.estimate
-    if writes:
-        check_directory(directory, config)
-
+def prepare(config: RunConfig) -> Setup:
+    """Data: checks all that can be checked, reads and tokenizes the texts, and at last opens the run directory."""
     from finetuning.data.batches import check_batches
-    from finetuning.models.pretrained import find_model, load_tokenizer
+    from finetuning.models.pretrained import load_tokenizer
+    from finetuning.models.quantization import import_bitsandbytes
+    from finetuning.training.hardware import resolve_hardware
+    from finetuning.training.trainer import quiet_lightning
     from local_dataset_utilities import load_texts, tokenize
-    from local_model_utilities import import_bitsandbytes
+    from local_model_utilities import find_base_model
 
-    with quiet_lightning():
-        hardware = resolve_hardware(config)
-    if config.q_lora:
-        import_bitsandbytes()
-    folder = find_model(config)
-    tokenizer = load_tokenizer(config.model_name, folder)
-    texts = load_texts(config)
-    splits = tokenize(texts, tokenizer, config)
-    prepared = Prepared(config, directory, hardware, folder, texts, splits, int(tokenizer.pad_token_id))
-    check_batches(splits, config)
+    directory = config.run.output_dir or shared_directory() or default_directory(config.data.dataset, config.name)
+    config = config.changed(output_dir=directory)
+    writes = not is_helper() and not config.run.estimate
     if writes:
-        open_directory(directory, config)
-        os.environ[DIRECTORY_VARIABLE] = str(directory)
-    return prepared
+        check_directory(directory, config.run.resume, config.run.overwrite)
+    with quiet_lightning():
+        hardware = resolve_hardware(config.hardware)
+    if config.lora is not None and config.lora.q_lora:
+        import_bitsandbytes()
+    folder = find_base_model(config)
+    tokenizer = load_tokenizer(config.model.model_name, folder)
+    texts = load_texts(config.data, config.run.offline)
+    splits = tokenize(texts, tokenizer, config.data, config.run.test)
+    check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
+    if writes:
+        open_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite)
+        share_directory(directory)
+    return Setup(config, directory, hardware, folder, texts, splits, int(tokenizer.pad_token_id))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
-
-
-def train(prepared: Prepared, result: dict[str, Any]) -> None:
-    """Builds, trains, chooses, saves and tests; ``result`` is filled as things become known."""
+def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
+    """Model: the classifier with its LoRA layers, and what is said of it before training."""
     import lightning.pytorch as pl
 
-    from finetuning.models.encoder import keep_freed_memory
-    from finetuning.runs.measurements import (
-        environment_record,
-        peak_memory,
-        process_seconds,
-        processor_seconds,
-        was_alone,
-    )
-    from finetuning.training.callbacks import GracefulStop, Meter
-    from finetuning.training.module import leave_process_group, make_trainer, quiet_lightning
+    from finetuning.runs.measurements import environment_record
+    from finetuning.training.hardware import keep_freed_memory
+    from finetuning.training.trainer import quiet_lightning
     from local_model_utilities import (
         build_classifier,
         count_parameters,
@@ -235,59 +236,44 @@ def train(prepared: Prepared, result: dict[str, Any]) -> None:
         parameter_table,
     )
 
-    config, hardware, first = prepared.config, prepared.hardware, not _is_helper()
-    started, busy = time.perf_counter(), processor_seconds()
+    config = setup.config
     keep_freed_memory()
     with quiet_lightning():
-        pl.seed_everything(config.seed, verbose=False)
-    result["environment"] = environment_record() | {"cpu_kernels": cpu_kernels_used(prepared)}
-    classifier = build_classifier(config, prepared.model_folder, prepared.texts.label_names, hardware.dtype)
+        pl.seed_everything(config.training.seed, verbose=False)
+    result["environment"] = environment_record() | {"cpu_kernels": setup.kernels()}
+    classifier = build_classifier(config, setup.model_folder, setup.texts.label_names, setup.hardware.dtype)
     groups = count_parameters(classifier)
     result["parameters"] = parameter_record(groups)
-    if first:
-        print(f"{headline(prepared)}\n\n{parameter_table(groups)}\n", flush=True)
-        if config.verbose:
+    if not is_helper():
+        print(f"{setup.headline()}\nrun     {setup.directory}\n\n{parameter_table(groups)}\n", flush=True)
+        if config.run.verbose:
             print(module_table(classifier.model), flush=True)
-    meter = Meter(prepared.directory)
-    stop = GracefulStop(prepared.directory, meter)
-    with quiet_lightning(), stop.listening():
-        trainer = make_trainer(config, hardware, prepared.directory, [meter, stop])
-        try:
-            _fit_and_test(prepared, trainer, classifier, meter, stop, result)
-        finally:
-            result["memory"] = peak_memory(hardware.on_gpu)
-            result["seconds"] = meter.run_seconds
-            result["process_seconds"] = None if config.resume else process_seconds()
-            alone = was_alone(busy, time.perf_counter() - started) if trainer.world_size == 1 else None
-            result["environment"]["alone"] = alone
-    leave_process_group()
-    if first:
-        print(summary(prepared, result), flush=True)
+    return classifier
 
 
-def _fit_and_test(
-    prepared: Prepared, trainer: Any, classifier: Any, meter: Any, stop: Any, result: dict[str, Any]
-) -> None:
-    """Trains, takes the best checkpoint, saves what it holds, and reads the test split once."""
+def train(
+    setup: Setup, classifier: "Classifier", meter: "Meter", stop: "GracefulStop", result: dict[str, Any]
+) -> "tuple[pl.Trainer, FineTuning]":
+    """Training: fits the classifier, takes the best checkpoint, and saves what it holds."""
     from finetuning.data.batches import evaluation_loader, train_loader
     from finetuning.models.lora import lora_modules
-    from finetuning.runs.directory import plot_learning_curve, write_predictions
-    from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
+    from finetuning.runs.history import plot_learning_curve
     from finetuning.runs.weights import save_trained
     from finetuning.training.module import FineTuning
-    from local_model_utilities import frozen_outputs, saved_parameters
+    from finetuning.training.trainer import make_trainer
 
-    config, directory, splits = prepared.config, prepared.directory, prepared.splits
-    shares = {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": prepared.hardware.on_gpu}
-    training = train_loader(splits["train"], config, prepared.pad_id, **shares)
-    validation = evaluation_loader(splits["validation"], config, prepared.pad_id, **shares)
-    result["data"] = data_record(prepared, training)
-    steps = config.epochs * training.steps_per_epoch
+    config, directory, splits, hardware = setup.config, setup.directory, setup.splits, setup.hardware
+    trainer = make_trainer(config.training, config.hardware, hardware, directory, [meter, stop])
+    ranks = shares(trainer, hardware)
+    training = train_loader(splits["train"], config.training, setup.pad_id, **ranks)
+    validation = evaluation_loader(splits["validation"], config.training, setup.pad_id, **ranks)
+    result["data"] = setup.data_record() | {"padding_fraction": training.padding_fraction}
     repeated = {name: splits[name].lengths for name in ("train", "validation")}
-    # on a GPU, fetching them takes as long as computing them
-    frozen = {} if prepared.hardware.on_gpu else frozen_outputs(classifier, repeated, config)
-    module = FineTuning(classifier, config, len(prepared.texts.label_names), steps, frozen)
-    checkpoint = directory / LAST_CHECKPOINT if config.resume else None
+    keeps = config.training.epochs > 1 and not hardware.on_gpu  # a GPU computes them as fast as it fetches them
+    frozen = classifier.frozen_outputs(repeated, config.hardware.frozen_cache_gb) if keeps else {}
+    steps = config.training.epochs * training.steps_per_epoch
+    module = FineTuning(classifier, config.training, len(setup.texts.label_names), steps, frozen)
+    checkpoint = directory / LAST_CHECKPOINT if config.run.resume else None
     try:
         trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
     finally:
@@ -299,19 +285,114 @@ def _fit_and_test(
     }
     if trainer.is_global_zero:
         targets = [name for name, _ in lora_modules(classifier.model)]
-        saved = save_trained(directory, saved_parameters(classifier), config, targets, classifier.family.head)
+        saved = save_trained(
+            directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets,
+            classifier.family.head,
+        )  # fmt: skip
         result["files"] = {path.name: path.stat().st_size for path in (saved, directory / LAST_CHECKPOINT)}
-        title = f"{prepared.texts.source}: {config.method}, {config.optimizer}, {config.learning_rate:g}"
-        plot_learning_curve(directory, meter.rows, str(config.monitor), title)
+        optimizer = f"{config.training.optimizer}, {config.training.learning_rate:g}"
+        title = f"{setup.texts.source}: {config.method.method}, {optimizer}"
+        plot_learning_curve(directory, meter.rows, config.training.monitor, title)
+    return trainer, module
+
+
+def shares(trainer: "pl.Trainer", hardware: "Hardware") -> dict[str, Any]:
+    """Which part of the batches this process gets, as the loaders take it."""
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": hardware.on_gpu}
+
+
+def evaluate(
+    setup: Setup, trainer: "pl.Trainer", module: "FineTuning", stop: "GracefulStop", result: dict[str, Any]
+) -> None:
+    """Evaluation: reads the test split once, with the checkpoint that validation chose."""
+    from finetuning.data.batches import evaluation_loader
+    from finetuning.runs.history import write_predictions
+
     stop.check()
-    if config.test:
-        test = evaluation_loader(splits["test"], config, prepared.pad_id, **shares)
+    if setup.config.run.test:
+        ranks = shares(trainer, setup.hardware)
+        test = evaluation_loader(setup.splits["test"], setup.config.training, setup.pad_id, **ranks)
         began = time.perf_counter()
         trainer.test(module, test, verbose=False)
-        result["test"] = test_record(module.scores["test"], len(splits["test"]), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        result["test"] = test_record(module.scores["test"], len(setup.splits["test"]), seconds)
     stop.check()
     if trainer.is_global_zero:
-        write_predictions(directory, module.predictions)
+        write_predictions(setup.directory, module.predictions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# record
+
+
+@contextmanager
+def recorded(setup: Setup) -> Iterator[dict[str, Any]]:
+    """Record: writes ``result.json``, however the steps in the context end."""
+    config, directory = setup.config, setup.directory
+    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": command_line(sys.argv)}
+    try:
+        yield result
+        result["status"] = "finished"
+        if not is_helper():
+            print(summary(directory, result), flush=True)
+    except (Interrupted, KeyboardInterrupt, SystemExit) as error:  # Lightning turns a second Ctrl-C into SystemExit
+        result["status"] = "interrupted"
+        if not is_helper():
+            print(_interruption(directory, at_once=not isinstance(error, Interrupted)), file=sys.stderr)
+    except Exception as error:
+        result |= {"error": first_line(error, name_file=True), "traceback": traceback.format_exc()}
+    if not is_helper():
+        _write_result(directory, result)
+    if result["status"] == "failed":
+        print(f"failed: {result['error']}", file=sys.stderr)
+        if config.run.verbose:
+            print(result["traceback"], file=sys.stderr)
+
+
+@contextmanager
+def watched(setup: Setup, result: dict[str, Any]) -> "Iterator[tuple[Meter, GracefulStop]]":
+    """Listens to signals, and measures memory, time, and whether the machine was shared, into ``result``."""
+    from finetuning.runs.measurements import peak_memory, process_seconds, processor_seconds, was_alone
+    from finetuning.training.callbacks import GracefulStop, Meter
+    from finetuning.training.trainer import leave_process_group, quiet_lightning
+
+    config = setup.config
+    started, busy = time.perf_counter(), processor_seconds()
+    meter = Meter(setup.directory)
+    stop = GracefulStop(setup.directory, meter)
+    with quiet_lightning(), stop.listening():
+        try:
+            yield meter, stop
+        finally:
+            result["memory"] = peak_memory(setup.hardware.on_gpu)
+            result["seconds"] = meter.run_seconds
+            result["process_seconds"] = None if config.run.resume else process_seconds()
+            one_process = config.hardware.devices * config.hardware.num_nodes == 1
+            alone = was_alone(busy, time.perf_counter() - started) if one_process else None
+            result["environment"]["alone"] = alone
+    leave_process_group()
+
+
+def _write_result(directory: Path, result: dict[str, Any]) -> None:
+    """Writes ``result.json``. If that is not possible, the run has failed: for the reason it had, or for this one."""
+    try:
+        write_json(directory / RESULT, result)
+        if result["status"] == "finished":  # its weights are saved; until here a killed run can still go on
+            (directory / BEST_CHECKPOINT).unlink()
+    except OSError as error:
+        reason = f"{RESULT} cannot be written: {error.strerror}"
+        earlier = f"{result['error']}; " if "error" in result else ""
+        result |= {"status": "failed", "error": earlier + reason}
+        result.setdefault("traceback", traceback.format_exc())
+
+
+def _interruption(directory: Path, at_once: bool) -> str:
+    """The command that continues an interrupted run, and what was lost."""
+    command = command_line([sys.argv[0], "--resume", "--output_dir", str(directory)])
+    if not has_checkpoint(directory):
+        return f"interrupted before the first checkpoint; start over with: {command}"
+    note = "\nit was stopped at once: the last checkpoint is that of an earlier epoch" if at_once else ""
+    return f"interrupted; continue with: {command}{note}"
 
 
 if __name__ == "__main__":

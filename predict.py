@@ -8,13 +8,13 @@ import csv
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
+from finetuning.config import RunConfig
+from finetuning.datasets import DATASETS
+from finetuning.errors import UserError, first_line, listed, not_installed
 from finetuning.flags import OneLineParser
 from finetuning.runs.files import RESULT, read_result
-from finetuning.settings import RunConfig, UserError, listed, not_installed, reason
 
 DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
 STANDARD_INPUT = Path("-")
@@ -95,14 +95,14 @@ def read_texts(path: Path, column: str) -> list[str]:
     except UnicodeDecodeError:
         raise UserError(f"--file {path} is not UTF-8") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--file {path} cannot be read: {reason(error).strip()}") from None
+        raise UserError(f"--file {path} cannot be read: {first_line(error)}") from None
     if not texts:
         raise UserError(f"--file {path} holds no text")
     return texts
 
 
 def _csv_texts(path: Path, column: str) -> list[str]:
-    from finetuning.data.sources import read_csv
+    from finetuning.data.tables import read_csv
 
     table = read_csv(path, column)
     if column not in table:
@@ -123,22 +123,24 @@ def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     except FileNotFoundError:
         raise UserError(f"{directory} is no finished run: it has no {RESULT}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory} is no finished run: {RESULT}: {reason(error)}") from None
+        raise UserError(f"{directory} is no finished run: {RESULT}: {first_line(error)}") from None
     status = result.get("status") if isinstance(result, dict) else None
     if status != "finished":
         raise UserError(f"{directory} is no finished run: its status is {status!r}")
     return RunConfig.from_dict(result["config"]), result["data"]["label_names"]
 
 
-def here(config: RunConfig) -> RunConfig:
-    """The run's settings for one process of this machine: a run from a GPU also predicts where there is none."""
+def for_this_machine(config: RunConfig) -> RunConfig:
+    """The run's settings for one process of this machine: a run from a GPU can also predict on a CPU."""
     import torch
 
-    accelerator: Literal["cpu", "auto"] = "cpu" if config.accelerator == "cpu" else "auto"
+    accelerator = "cpu" if config.hardware.accelerator == "cpu" else "auto"
     without_gpu = accelerator == "cpu" or not torch.cuda.is_available()
-    precision = "auto" if config.precision == "fp16" and without_gpu else config.precision
-    one = replace(config, device=None, devices=1, num_nodes=1, compile=False)  # to compile takes minutes
-    return replace(one, accelerator=accelerator, precision=precision)
+    precision = "auto" if config.hardware.precision == "fp16" and without_gpu else config.hardware.precision
+    return config.changed(
+        device=None, devices=1, num_nodes=1, accelerator=accelerator, precision=precision,
+        compile=False,  # it would take minutes
+    )  # fmt: skip
 
 
 def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
@@ -152,36 +154,36 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
         The label names, and one row of probabilities a text.
     """
     config, label_names = load_run(directory)
-    config = here(config)
+    config = for_this_machine(config)
 
     import numpy as np
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from finetuning.data.batches import evaluation_loader
-    from finetuning.data.sources import without_breaks
-    from finetuning.models.pretrained import find_model, load_tokenizer
+    from finetuning.data.tokens import TokenizedSplit, encode_texts
+    from finetuning.models.pretrained import load_tokenizer
     from finetuning.runs.weights import load_trained
-    from finetuning.training.module import quiet_lightning, resolve_hardware
-    from local_dataset_utilities import TokenizedSplit, encode_texts
-    from local_model_utilities import build_classifier, saved_parameters
+    from finetuning.training.hardware import resolve_hardware
+    from finetuning.training.trainer import quiet_lightning
+    from local_model_utilities import build_classifier, find_base_model
 
     with quiet_lightning():  # its advice on srun
-        hardware = resolve_hardware(config)
-    folder = find_model(config)
+        hardware = resolve_hardware(config.hardware)
+    folder = find_base_model(config)
     classifier = build_classifier(config, folder, label_names, hardware.dtype)
-    load_trained(directory, saved_parameters(classifier), config)
-    tokenizer = load_tokenizer(config.model_name, folder)
-    cleaned = [without_breaks(text) for text in texts] if config.dataset == "imdb" else list(texts)
-    tokens, offsets = encode_texts(cleaned, tokenizer, config)
+    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
+    tokenizer = load_tokenizer(config.model.model_name, folder)
+    clean = DATASETS[config.data.dataset].clean
+    tokens, offsets = encode_texts([clean(text) for text in texts], tokenizer, config.data)
     rows = np.arange(len(texts))
     split = TokenizedSplit(tokens, offsets, labels=np.zeros_like(rows), rows=rows)
-    device = torch.device("cuda" if hardware.on_gpu else "cpu")
+    device = hardware.device
     classifier.eval().to(device)
     probabilities = torch.empty(len(texts), len(label_names))
     bar = tqdm(total=len(texts), desc="predict", unit=" texts", delay=BAR_AFTER, disable=None)  # at a terminal only
     with torch.inference_mode(), bar:
-        for batch in evaluation_loader(split, config, int(tokenizer.pad_token_id)):
+        for batch in evaluation_loader(split, config.training, int(tokenizer.pad_token_id)):
             logits = classifier(batch["input_ids"].to(device), batch["attention_mask"].to(device))
             probabilities[batch["rows"]] = logits.softmax(-1).cpu()
             bar.update(len(logits))

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -29,14 +30,16 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from benchmarks.work import ALPHA, LABELS, RANK, TARGETS, Job
+from benchmarks.workload import ALPHA, LABELS, RANK, TARGETS, Job
 from finetuning.data.batches import BatchIndices, evaluation_loader, train_loader
-from finetuning.models.encoder import keep_freed_memory
+from finetuning.data.tokens import TokenizedSplit
 from finetuning.models.families import FAMILIES
+from finetuning.models.quantization import import_bitsandbytes
 from finetuning.training.callbacks import Meter
-from finetuning.training.module import FineTuning, make_trainer, quiet_lightning, resolve_hardware
-from local_dataset_utilities import TokenizedSplit
-from local_model_utilities import build_classifier, import_bitsandbytes
+from finetuning.training.hardware import keep_freed_memory, resolve_hardware
+from finetuning.training.module import FineTuning
+from finetuning.training.trainer import make_trainer, quiet_lightning
+from local_model_utilities import build_classifier
 
 FAMILY = FAMILIES["distilbert"]
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
@@ -110,7 +113,7 @@ def linear_names(targets: str) -> list[str]:
 
 
 def _in_bf16(job: Job) -> bool:
-    return resolve_hardware(job.config).dtype == torch.bfloat16
+    return resolve_hardware(job.config.hardware).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,15 +326,15 @@ class Suite(Contestant):
     def __init__(self, job: Job, folder: Path, q_lora: bool = False, equal_batches: bool = False) -> None:
         torch.manual_seed(0)
         keep_freed_memory()
-        config = replace(job.config, model_name=str(folder / job.model), q_lora=q_lora)
+        config = job.config.changed(model_name=str(folder / job.model), q_lora=q_lora)
         if equal_batches:
-            config = replace(config, batch_size=job.batch_size, batch_tokens=job.batch_size * job.max_length)
-        self.config, self.hardware = config, resolve_hardware(config)
+            config = config.changed(batch_size=job.batch_size, batch_tokens=job.batch_size * job.max_length)
+        self.config, self.hardware = config, resolve_hardware(config.hardware)
         self.classifier = self.model = build_classifier(config, folder / job.model, LABELS, self.hardware.dtype)
         self.pad_id = int(self.classifier.model.config.pad_token_id)  # type: ignore[union-attr, arg-type]
 
     def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
-        return [batch.examples for batch in train_loader(split, self.config, self.pad_id).token_batches]
+        return [batch.examples for batch in train_loader(split, self.config.training, self.pad_id).token_batches]
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         self.classifier.eval()
@@ -341,21 +344,26 @@ class Suite(Contestant):
     def loader(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> DataLoader[dict[str, Tensor]]:
         """``train_loader``, with these batches instead of an epoch's."""
         chosen: Any = [BatchIndices(batch, 1 / len(batch)) for batch in batches]
-        return DataLoader(train_loader(split, self.config, self.pad_id).dataset, batch_size=None, sampler=chosen)
+        return DataLoader(
+            train_loader(split, self.config.training, self.pad_id).dataset, batch_size=None, sampler=chosen
+        )
 
     def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
-        module, timer = FineTuning(self.classifier, self.config, len(LABELS), len(batches)), _LightningTimer()
+        module, timer = FineTuning(self.classifier, self.config.training, len(LABELS), len(batches)), _LightningTimer()
         with tempfile.TemporaryDirectory() as directory, quiet_lightning():
-            trainer = make_trainer(self.config, self.hardware, Path(directory), [Meter(Path(directory)), timer])
+            trainer = self.trainer(Path(directory), Meter(Path(directory)), timer)
             trainer.fit(module, self.loader(split, batches))
         timer.measured.padded_tokens = sum(len(batch) * int(split.lengths[batch].max()) for batch in batches)
         return timer.measured
 
+    def trainer(self, directory: Path, *callbacks: Callback) -> pl.Trainer:
+        return make_trainer(self.config.training, self.config.hardware, self.hardware, directory, [*callbacks])
+
     def evaluate(self, split: TokenizedSplit) -> None:
-        module = FineTuning(self.classifier, self.config, len(LABELS), 1)
-        loader = evaluation_loader(split, self.config, self.pad_id)
+        module = FineTuning(self.classifier, self.config.training, len(LABELS), 1)
+        loader = evaluation_loader(split, self.config.training, self.pad_id)
         with tempfile.TemporaryDirectory() as directory, quiet_lightning():
-            make_trainer(self.config, self.hardware, Path(directory), []).test(module, loader, verbose=False)
+            self.trainer(Path(directory)).test(module, loader, verbose=False)
 
 
 CONTESTANTS: dict[str, Callable[[Job, Path], Contestant]] = {

@@ -15,9 +15,10 @@ from typing import Any
 
 from benchmarks import peers
 from finetuning.comparison.report import README, RESULTS, with_table
+from finetuning.errors import UserError
 from finetuning.flags import OneLineParser
-from finetuning.runs.files import RESULT, write_atomically, write_json
-from finetuning.settings import UserError
+from finetuning.runs.files import RESULT
+from finetuning.storage import write_atomically, write_json
 
 OUTPUT = peers.RESULTS / "headline.json"
 TUTORIALS = ("tutorial_fp32", "tutorial_bf16")

@@ -17,12 +17,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.work import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
+from benchmarks.workload import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
 from finetuning.comparison.report import README, ROOT, with_table
+from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
-from finetuning.runs.files import write_atomically, write_json
 from finetuning.runs.measurements import environment_record
-from finetuning.settings import UserError
+from finetuning.storage import write_atomically, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTPUT = RESULTS / "peers.json"
@@ -124,7 +124,7 @@ def measure_all(
 def measure_in_process(work: Work, contestant: str, flags: Sequence[str], folder: Path, seconds: float) -> Record:
     """What ``one.py`` prints; the last line of its complaint, under ``error``, where it fails."""
     described = ["--model", work.model, "--targets", work.targets, "--max_length", str(work.max_length)]
-    command = [sys.executable, "-m", "benchmarks.one", contestant, *described, *flags]
+    command = [sys.executable, "-m", "benchmarks.measure", contestant, *described, *flags]
     command += ["--folder", str(folder), "--seconds", str(seconds)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode:

@@ -15,9 +15,10 @@ from typing import Any
 
 from benchmarks.peers import spread
 from finetuning.comparison.report import README, ROOT, with_table
+from finetuning.errors import UserError
 from finetuning.flags import OneLineParser
-from finetuning.runs.files import RESULT, write_atomically, write_json
-from finetuning.settings import UserError
+from finetuning.runs.files import RESULT
+from finetuning.storage import write_atomically, write_json
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "plain_path.json"
 FLAGS = "--offline --method selective --trainable_layers 2 --limit_validation 200 --test False --accelerator cpu"

@@ -24,13 +24,13 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.contestants import Suite
 from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.peers import PLACES
-from benchmarks.work import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
+from benchmarks.workload import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
 from finetuning.comparison.report import README, ROOT, with_table
+from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
-from finetuning.runs.files import write_atomically, write_json
 from finetuning.runs.measurements import environment_record
-from finetuning.settings import UserError
-from finetuning.training.module import make_optimizer
+from finetuning.storage import write_atomically, write_json
+from finetuning.training.optimization import make_optimizer
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "roofline.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "roofline.json"
@@ -88,7 +88,7 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
 
     Args:
         job: model, LoRA targets and length.
-        folder: from ``work.prepare``.
+        folder: from ``workload.prepare``.
         steps: so many are measured, after a warm-up of six.
         seconds_per_shape: for which each product is repeated to find its rate.
     """
@@ -123,13 +123,13 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
 def time_shares(suite: Suite, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Share of the time of plain steps by kind of operator, from torch's profiler; ``other`` includes Python."""
     parameters = [p for p in suite.model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(parameters, suite.config, fused=True)
+    optimizer = make_optimizer(parameters, suite.config.training, fused=True)
     suite.model.train()
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         logits = suite.classifier(batch["input_ids"], batch["attention_mask"])
         (cross_entropy(logits, batch["labels"], reduction="sum") * batch["loss_weight"]).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, suite.config.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(parameters, suite.config.training.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,17 +1,18 @@
-"""Flags of the command line, made from the fields of ``RunConfig``.
+"""Flags of the command line, made from the fields of the sections in ``settings.py``.
 
 Nothing here imports torch, so that a wrong flag is refused at once.
 """
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from finetuning.settings import GROUPS, RunConfig, UserError, choices_of, value_type
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.settings import FLAGS, SECTIONS
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -59,38 +60,45 @@ def _is_bool(text: str) -> bool:
 
 
 def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
-    """The parser made from ``RunConfig``'s fields; what was not given is absent from its namespace."""
+    """The parser of all settings; what was not given is absent from its namespace."""
     parser = OneLineParser(
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )
-    groups = {name: parser.add_argument_group(name, text) for name, text in GROUPS.items()}
-    for field in dataclasses.fields(RunConfig):
-        kind, choices = value_type(field), choices_of(field)
-        shown = (defaults or {}).get(field.name, field.metadata["shown"] or field.default)
-        options: dict[str, Any] = {"help": f"{field.metadata['help']} (default: {shown})".replace("%", "%%")}
-        if choices:
-            options |= {"choices": choices}
-        elif kind is bool:
+    groups = {name: parser.add_argument_group(name, kind.__doc__) for name, kind in SECTIONS.items()}
+    for flag in FLAGS.values():
+        shown = (defaults or {}).get(flag.name, flag.shown)
+        options: dict[str, Any] = {"help": f"{flag.help} (default: {shown})".replace("%", "%%")}
+        if flag.choices:
+            options |= {"choices": flag.choices}
+        elif flag.kind is bool:
             options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:
-            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[kind]}
-        groups[field.metadata["group"]].add_argument(f"--{field.name}", **options)
+            options |= {"type": flag.kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind]}
+        groups[flag.section].add_argument(f"--{flag.name}", **options)
     return parser
 
 
-def from_flags(argv: Sequence[str], description: str, defaults: dict[str, Any] | None = None) -> RunConfig:
-    """The configuration that command-line flags ask for.
+def given_flags(argv: Sequence[str], description: str = "", defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The settings that a command line gives, and no others.
 
     Args:
         argv: the flags, without the program's name.
         description: what ``--help`` says first.
-        defaults: settings of a thin entry such as DistilRoberta's, used where a flag was not given.
+        defaults: settings of a thin entry such as DistilRoberta's, which ``--help`` shows as defaults.
+
+    Raises:
+        UserError: a flag that does not exist, or a value of another type.
+    """
+    return vars(make_parser(description, defaults).parse_args(argv))
+
+
+def from_flags(argv: Sequence[str]) -> RunConfig:
+    """The configuration that command-line flags ask for.
 
     Raises:
         UserError: a flag that does not exist, or a value that is not allowed.
     """
-    given = vars(make_parser(description, defaults).parse_args(argv))
-    return RunConfig(**{**(defaults or {}), **given})
+    return RunConfig.of(**given_flags(argv))

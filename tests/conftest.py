@@ -29,8 +29,9 @@ from transformers import (
 
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.flags import from_flags
-from finetuning.settings import RunConfig, UserError
 from tests.slurm_cluster import Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +115,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 def config_of_flags(line: str) -> RunConfig:
     """What a command line asks for."""
-    return from_flags(line.split(), "a test")
+    return from_flags(line.split())
 
 
 def refusal(line: str) -> str:
@@ -132,7 +133,7 @@ def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
 
 
 def text_config(folder: Path, **options: Any) -> RunConfig:
-    return RunConfig(dataset="text", data_dir=folder, **options)
+    return RunConfig.of(dataset="text", data_dir=folder, **options)
 
 
 def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfig:

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import headline, one, peers, plain_path, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
-from benchmarks.work import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
+from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
 from finetuning.comparison.report import README, with_table
-from finetuning.settings import UserError
-from local_dataset_utilities import TokenizedSplit
+from finetuning.data.tokens import TokenizedSplit
+from finetuning.errors import UserError
 
 MAX_LENGTH = 32
 DENSE = [name for name in CONTESTANTS if "qlora" not in name]
@@ -36,7 +36,7 @@ def tokens(count: int, seed: int) -> TokenizedSplit:
 
 @pytest.fixture(scope="module")
 def folder(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``work.prepare`` writes, with a tiny model."""
+    """What ``workload.prepare`` writes, with a tiny model."""
     folder = tmp_path_factory.mktemp("work")
     shutil.copytree(tiny_folders["distilbert"], folder / "tiny")
     save_split(folder, "train", MAX_LENGTH, tokens(200, seed=1))

@@ -57,8 +57,12 @@ def test_list_tells_state_and_command_of_each_run(capsys: pytest.CaptureFixture[
     assert [line.split()[:3] for line in lines] == [[str(i), s, f"run-seed{i}"] for i, s in enumerate(states)]
     words = lines[missing.seed].split("python ")[1].split()
     assert Path(words[0]).resolve() == ROOT / "finetune_lora.py"
-    config = from_flags(words[1:], "")
-    assert (config.output_dir, config.data_dir, config.epochs) == (Path("runs/tiny/run-seed0"), Path(), 1)
+    config = from_flags(words[1:])
+    assert (config.run.output_dir, config.data.data_dir, config.training.epochs) == (
+        Path("runs/tiny/run-seed0"),
+        Path(),
+        1,
+    )
 
 
 def test_a_run_of_other_settings_is_neither_taken_for_the_planned_one_nor_overwritten(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from finetuning.config import RunConfig
 from finetuning.flags import from_flags, make_parser, parse_bool, without_switches
-from finetuning.settings import GROUPS, LORA_TARGETS, RunConfig
+from finetuning.settings import GROUPS, LORA_TARGETS
 from tests.conftest import config_of_flags, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +52,14 @@ def test_flags_that_users_know_keep_their_names() -> None:
         "--q_lora True --lora_r 4 --lora_alpha 8 --lora_query False --lora_key True --lora_value False"
         " --lora_projection True --lora_mlp True --lora_head True --device 1 --verbose True"
     )
-    assert (config.q_lora, config.lora_r, config.lora_alpha, config.device, config.verbose) == (True, 4, 8.0, 1, True)
-    assert config.lora_targets == ("key", "projection", "mlp", "head")
+    assert (
+        config.lora.q_lora,
+        config.lora.lora_r,
+        config.lora.lora_alpha,
+        config.hardware.device,
+        config.run.verbose,
+    ) == (True, 4, 8.0, 1, True)
+    assert config.lora.targets == ("key", "projection", "mlp", "head")
 
 
 def test_types_of_values() -> None:
@@ -60,16 +67,16 @@ def test_types_of_values() -> None:
         "--lora_alpha 3 --learning_rate 1e-3 --output_dir a/b --data_dir c --dataset financial_phrasebank"
         " --agreement all --limit_train 7 --strategy ddp"
     )
-    assert (config.lora_alpha, config.learning_rate, config.limit_train) == (3.0, 1e-3, 7)
-    assert isinstance(config.lora_alpha, float)
-    assert (config.output_dir, config.data_dir) == (Path("a/b"), Path("c"))
-    assert (config.agreement, config.strategy) == ("all", "ddp")
+    assert (config.lora.lora_alpha, config.training.learning_rate, config.data.limit_train) == (3.0, 1e-3, 7)
+    assert isinstance(config.lora.lora_alpha, float)
+    assert (config.run.output_dir, config.data.data_dir) == (Path("a/b"), Path("c"))
+    assert (config.data.agreement, config.hardware.strategy) == ("all", "ddp")
 
 
 def test_defaults_of_a_thin_entry_give_way_to_flags() -> None:
     entry = {"dataset": "financial_phrasebank", "epochs": 4, "method": "full"}
     config = from_flags(["--epochs", "1"], "a test", entry)
-    assert (config.dataset, config.epochs, config.method, config.monitor) == (
+    assert (config.data.dataset, config.training.epochs, config.method.method, config.training.monitor) == (
         "financial_phrasebank", 1, "full", "macro_f1",
     )  # fmt: skip
     shown = next(a.help for a in make_parser("", entry)._actions if "--epochs" in a.option_strings)

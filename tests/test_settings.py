@@ -4,16 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
+from finetuning.errors import UserError
 from finetuning.flags import make_parser
-from finetuning.settings import (
-    DEFAULT_MODEL,
-    LORA_TARGETS,
-    NOT_PART_OF_THE_RUN,
-    PACKAGED,
-    RunConfig,
-    UserError,
-    cache_dir,
-)
+from finetuning.settings import DEFAULT_MODEL, LORA_TARGETS, PACKAGED
+from finetuning.storage import cache_dir
 from tests.conftest import config_of_flags, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,13 +20,18 @@ LORA_FLAGS = [f.name for f in dataclasses.fields(RunConfig) if f.metadata["given
 
 def test_lora_defaults() -> None:
     config = config_of_flags("")
-    assert config == RunConfig()
-    assert (config.method, config.lora_r, config.lora_alpha, config.lora_scaling) == ("lora", 8, 16.0, "standard")
-    assert (config.q_lora, config.lora_dropout, config.double_quantization) == (False, 0.0, None)
-    assert config.lora_targets == ("query", "value")
-    assert config.trainable_layers is None
-    assert config_of_flags("--q_lora").double_quantization is True
-    assert config_of_flags("--q_lora --double_quantization no").double_quantization is False
+    assert config == RunConfig.of()
+    assert (config.method.method, config.lora.lora_r, config.lora.lora_alpha, config.lora.lora_scaling) == (
+        "lora",
+        8,
+        16.0,
+        "standard",
+    )
+    assert (config.lora.q_lora, config.lora.lora_dropout, config.lora.double_quantization) == (False, 0.0, None)
+    assert config.lora.targets == ("query", "value")
+    assert config.method.trainable_layers is None
+    assert config_of_flags("--q_lora").lora.double_quantization is True
+    assert config_of_flags("--q_lora --double_quantization no").lora.double_quantization is False
     assert config_of_flags("--lora_mlp").lora_targets == ("query", "value", "mlp")
 
 
@@ -39,9 +39,9 @@ def test_lora_defaults() -> None:
 def test_lora_settings_stay_unset_without_lora(method: str) -> None:
     config = config_of_flags(f"--method {method}")
     assert {name: getattr(config, name) for name in LORA_FLAGS} == dict.fromkeys(LORA_FLAGS)
-    assert config.lora_targets == ()
-    assert config.trainable_layers == (2 if method == "selective" else None)
-    assert config_of_flags("--method selective --trainable_layers 0").trainable_layers == 0
+    assert config.lora.targets == ()
+    assert config.method.trainable_layers == (2 if method == "selective" else None)
+    assert config_of_flags("--method selective --trainable_layers 0").method.trainable_layers == 0
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_lora_settings_stay_unset_without_lora(method: str) -> None:
 )
 def test_batch_bounds(line: str, tokens: int, texts: int) -> None:
     config = config_of_flags(line)
-    assert (config.batch_tokens, config.batch_size) == (tokens, texts)
+    assert (config.training.batch_tokens, config.training.batch_size) == (tokens, texts)
 
 
 @pytest.mark.parametrize(
@@ -68,33 +68,37 @@ def test_batch_bounds(line: str, tokens: int, texts: int) -> None:
 )
 def test_defaults_of_optimizers(optimizer: str, momentum: float | None, decay: float) -> None:
     config = config_of_flags(f"--optimizer {optimizer}")
-    assert (config.momentum, config.weight_decay) == (momentum, decay)
-    assert config_of_flags(f"--optimizer {optimizer} --weight_decay 0.5").weight_decay == 0.5
-    assert config.learning_rate is None  # its table stands with the optimizers
+    assert (config.training.momentum, config.training.weight_decay) == (momentum, decay)
+    assert config_of_flags(f"--optimizer {optimizer} --weight_decay 0.5").training.weight_decay == 0.5
+    assert config.training.learning_rate is None  # its table stands with the optimizers
 
 
 def test_given_values_win_over_dependent_defaults() -> None:
-    assert config_of_flags("--optimizer sgd --momentum 0.5").momentum == 0.5
-    assert config_of_flags("--optimizer adamw --weight_decay 0").weight_decay == 0.0
-    assert config_of_flags("--scheduler onecycle").warmup_fraction == 0.3
-    assert config_of_flags("--scheduler cosine").warmup_fraction == 0.06
-    assert config_of_flags("--scheduler onecycle --warmup_fraction 0").warmup_fraction == 0.0
+    assert config_of_flags("--optimizer sgd --momentum 0.5").training.momentum == 0.5
+    assert config_of_flags("--optimizer adamw --weight_decay 0").training.weight_decay == 0.0
+    assert config_of_flags("--scheduler onecycle").training.warmup_fraction == 0.3
+    assert config_of_flags("--scheduler cosine").training.warmup_fraction == 0.06
+    assert config_of_flags("--scheduler onecycle --warmup_fraction 0").training.warmup_fraction == 0.0
 
 
 def test_defaults_of_data_sets() -> None:
     imdb, financial = config_of_flags(""), config_of_flags("--dataset financial_phrasebank")
-    assert (imdb.monitor, imdb.text_column, imdb.agreement) == ("accuracy", "text", None)
-    assert (financial.monitor, financial.text_column, financial.agreement) == ("macro_f1", "sentence", "50")
+    assert (imdb.training.monitor, imdb.data.text_column, imdb.data.agreement) == ("accuracy", "text", None)
+    assert (financial.training.monitor, financial.data.text_column, financial.data.agreement) == (
+        "macro_f1",
+        "sentence",
+        "50",
+    )
     changed = config_of_flags("--dataset financial_phrasebank --monitor loss --text_column t --agreement 75")
-    assert (changed.monitor, changed.text_column, changed.agreement) == ("loss", "t", "75")
-    assert config_of_flags("--dataset text --data_dir d").split is None
+    assert (changed.training.monitor, changed.data.text_column, changed.data.agreement) == ("loss", "t", "75")
+    assert config_of_flags("--dataset text --data_dir d").data.split is None
 
 
 def test_offline_means_the_packaged_model() -> None:
-    assert config_of_flags("").model_name == DEFAULT_MODEL
-    assert config_of_flags("--offline").model_name == PACKAGED
-    assert config_of_flags("--offline --model_name some/folder").model_name == "some/folder"
-    assert config_of_flags("--offline False").model_name == DEFAULT_MODEL
+    assert config_of_flags("").model.model_name == DEFAULT_MODEL
+    assert config_of_flags("--offline").model.model_name == PACKAGED
+    assert config_of_flags("--offline --model_name some/folder").model.model_name == "some/folder"
+    assert config_of_flags("--offline False").model.model_name == DEFAULT_MODEL
 
 
 # --- refusals
@@ -111,7 +115,7 @@ def test_unknown_choices(name: str) -> None:
     assert choices
     assert all(str(choice) in message for choice in choices)
     with pytest.raises(UserError, match=f"^--{name} nonsense: allowed are {', '.join(map(str, choices))}$"):
-        RunConfig(**{name: "nonsense"})  # type: ignore[arg-type]
+        RunConfig.of(**{name: "nonsense"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("line", ["--lora_r eight", "--lora_r 1.5", "--learning_rate fast", "--epochs two"])
@@ -154,7 +158,7 @@ def test_numbers_at_their_bounds_are_taken() -> None:
         "--lora_r 1 --max_length 8 --batch_tokens 8 --epochs 1 --patience 0 --device 0 --warmup_fraction 0"
         " --seed 4294967295 --dropout 0.999 --gradient_clip 0 --limit_test 1"
     )
-    assert (config.seed, config.dropout, config.batch_tokens) == (2**32 - 1, 0.999, 8)
+    assert (config.training.seed, config.model.dropout, config.training.batch_tokens) == (2**32 - 1, 0.999, 8)
 
 
 @pytest.mark.parametrize("value", ["1", "-0.1", "nan"])
@@ -249,7 +253,7 @@ def test_round_trip_through_json(line: str) -> None:
     again = RunConfig.from_dict(stored)
     assert again == config
     assert again.differences(config) == []
-    assert isinstance(again.output_dir, type(config.output_dir))
+    assert isinstance(again.run.output_dir, type(config.run.output_dir))
 
 
 def test_differences_name_what_changes_the_run() -> None:
@@ -265,7 +269,7 @@ def test_differences_name_what_changes_the_run() -> None:
 
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RunConfig().epochs = 3  # type: ignore[misc]
+        RunConfig.of().epochs = 3  # type: ignore[misc]
 
 
 def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

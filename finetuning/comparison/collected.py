@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from finetuning.comparison.statistics import mean_and_deviation
+from finetuning.config import NOT_PART_OF_THE_RUN
+from finetuning.errors import UserError
 from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT
 from finetuning.runs.records import NOT_ASKED_FOR, accuracy_interval
-from finetuning.settings import NOT_PART_OF_THE_RUN, UserError
 
 MISSING = "missing"  # the status of a run's folder without a result
 OTHER_CONDITIONS = "of another commit, processor, number of threads or torch"

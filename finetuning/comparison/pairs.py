@@ -20,7 +20,7 @@ from finetuning.comparison.statistics import (
     seed_spread,
     squares,
 )
-from finetuning.settings import UserError
+from finetuning.errors import UserError
 
 SHOWN = 120  # pairs in a table; 16 rows have as many
 UNEVEN = 0.9, 0.01  # a row with so much of the squares, and such a deviation, has the spread for itself

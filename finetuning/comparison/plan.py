@@ -21,7 +21,6 @@ each cell of the grid. ``data_dir`` is a folder below the one that ``compare_met
 places of data differ from machine to machine.
 """
 
-import dataclasses
 import itertools
 import random
 import re
@@ -30,11 +29,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finetuning.errors import UserError, first_line
 from finetuning.flags import from_flags
-from finetuning.settings import RunConfig, UserError, reason
+from finetuning.settings import FLAGS
 
 TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
-FLAGS = {setting.name for setting in dataclasses.fields(RunConfig)}
 OF_A_ROW = ("name", "axes", "tune", "reported")  # what else than flags a row may hold
 MANAGED = ("output_dir", "resume", "overwrite", "prefetch", "verbose")  # the study's own business
 RATE = "learning_rate"
@@ -109,7 +108,7 @@ def read_plan(path: Path) -> StudyPlan:
     try:
         content = tomllib.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError) as error:  # of which TOMLDecodeError and UnicodeDecodeError are two
-        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     try:
         return _plan(path.stem, content)
     except UserError as error:
@@ -268,6 +267,6 @@ def _check_runs(runs: tuple[PlannedRun, ...]) -> None:
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise UserError(f"row {run.row}: data_dir: is {folder}, must be a folder below that of --data_dir")
         try:
-            from_flags(run.flags(Path()), "")
+            from_flags(run.flags(Path()))
         except UserError as error:
             raise UserError(f"row {run.row}: {str(error).removeprefix('--')}") from None

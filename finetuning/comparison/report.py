@@ -17,9 +17,10 @@ from finetuning.comparison.page import Section, page
 from finetuning.comparison.pairs import READING, compare_rows, headlines, worth_showing
 from finetuning.comparison.plots import FILES, plots
 from finetuning.comparison.tables import comparison_table, csv_text, main_table, notes, summary, tuning_table
+from finetuning.config import DEFAULT_LEARNING_RATES
+from finetuning.errors import UserError
 from finetuning.flags import OneLineParser
-from finetuning.runs.files import write_atomically
-from finetuning.settings import UserError
+from finetuning.storage import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -31,8 +32,6 @@ DEFAULT_RATES = "default_learning_rates"
 
 def learning_rates() -> str:
     """The suite's default peak learning rates as a Markdown table."""
-    from finetuning.training.module import DEFAULT_LEARNING_RATES
-
     methods, optimizers = (list(dict.fromkeys(key[i] for key in DEFAULT_LEARNING_RATES)) for i in range(2))
     lines = ["| | " + " | ".join(f"`{name}`" for name in optimizers) + " |", "|---|" + "---|" * len(optimizers)]
     for method in methods:

@@ -9,25 +9,26 @@ import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetuning.comparison.plan import RATE, PlannedRun, StudyPlan
+from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
+from finetuning.errors import UserError, first_line
 from finetuning.flags import from_flags
 from finetuning.runs.files import (
     BEST_CHECKPOINT,
-    CONFIG,
     LAST_CHECKPOINT,
     NOT_FINITE,
     PREDICTIONS,
     RESULT,
-    read_config,
     read_result,
+    read_settings,
     read_status,
-    write_json,
+    settings_file,
 )
-from finetuning.settings import NOT_PART_OF_THE_RUN, RunConfig, UserError
+from finetuning.storage import write_json
 
 
 class TuningUnfinished(Exception):
@@ -55,7 +56,7 @@ class StudyRuns:
 
     def holds(self, run: PlannedRun) -> bool:
         """Whether the run has begun in its directory, so that it is no collected one."""
-        return (self.directory(run) / CONFIG).exists()
+        return settings_file(self.directory(run)) is not None
 
     def log(self, run: PlannedRun) -> Path:
         return self.folder / f"{run.name}.log"
@@ -102,14 +103,14 @@ class StudyRuns:
     def _record(self, run: PlannedRun) -> dict[str, Any]:
         """The collected ``result.json`` of the run; empty where there is none of the same settings and data."""
         record = self.collected / run.name if self.collected else None
-        if record is None or read_status(record) is None or _differences(_configuration(run), record):
+        if record is None or read_status(record) is None or _differences(run, record):
             return {}
         result = read_result(record)
         return result if result["config"]["data_dir"] == run.settings.get("data_dir") else {}
 
     def differences(self, run: PlannedRun) -> list[str]:
         """Settings in which the run on disk differs from the plan; not where its data lie, nor an open rate."""
-        return _differences(_configuration(run), self.directory(run))
+        return _differences(run, self.directory(run))
 
     def place(self, run: PlannedRun) -> dict[str, Any]:
         """The run's place in the study, as a collected ``result.json`` holds it under ``study``."""
@@ -124,9 +125,9 @@ class StudyRuns:
         Returns where it was made, or ``None`` where there is none. To be called with the run held; killed, it has
         either not begun or is done.
         """
-        planned = from_flags(run.flags(self.data_dir), "").data_dir
-        for made in self._alike(run, self.folder.parent, CONFIG):
-            data = read_config(made)["data_dir"]
+        planned = from_flags(run.flags(self.data_dir)).data.data_dir
+        for made in self._alike(run, self.folder.parent):
+            data = read_settings(made)["data_dir"]
             if (planned and planned.resolve()) != (data and Path(data).resolve()):
                 continue
             half = self.folder / f".{run.name}.half"
@@ -143,7 +144,7 @@ class StudyRuns:
         """The same with what was collected of another study."""
         if self.collected is None:
             return None
-        for made in self._alike(run, self.collected.parent, RESULT):
+        for made in self._alike(run, self.collected.parent):
             result = read_result(made) | {"study": self.place(run)}
             if result["config"]["data_dir"] != run.settings.get("data_dir"):
                 continue
@@ -160,11 +161,10 @@ class StudyRuns:
             return made
         return None
 
-    def _alike(self, run: PlannedRun, folder: Path, file: str) -> Iterator[Path]:
-        """Finished runs of the same settings, of all studies in a folder; ``file`` is what each of them has."""
-        planned = _configuration(run)
-        for made in sorted(path.parent for path in folder.glob(f"*/[!.]*/{file}")):
-            if read_status(made) == "finished" and not _differences(planned, made):
+    def _alike(self, run: PlannedRun, folder: Path) -> Iterator[Path]:
+        """Finished runs of the same settings, of all studies in a folder."""
+        for made in sorted(path.parent for path in folder.glob(f"*/[!.]*/{RESULT}")):
+            if read_status(made) == "finished" and not _differences(run, made):
                 yield made
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -206,18 +206,18 @@ def forget_test(result: dict[str, Any], record: Path) -> None:
     (record / PREDICTIONS).unlink(missing_ok=True)
 
 
-def _configuration(run: PlannedRun) -> RunConfig:
-    """The run's settings, all of them; where its data lie is told apart."""
-    return from_flags(run.flags(Path()), "")
+def _differences(run: PlannedRun, directory: Path) -> list[str]:
+    """Settings in which a run on disk, or a collected one, differs from the plan.
 
-
-def _differences(planned: RunConfig, directory: Path) -> list[str]:
-    """Settings in which a run on disk, or a collected one, differs from the plan; an open rate is none."""
+    Where its data are does not count, nor does a learning rate that the plan leaves open.
+    """
+    planned = from_flags(run.flags(Path()))
     try:
-        config = {key: value for key, value in read_config(directory).items() if key not in NOT_PART_OF_THE_RUN}
-        made = RunConfig.from_dict(config | {"data_dir": planned.data_dir})
-        made = replace(made, test=made.test and planned.test)  # a run that was tested, too, has trained the same
+        stored = {key: value for key, value in read_settings(directory).items() if key not in NOT_PART_OF_THE_RUN}
+        made = RunConfig.from_dict(stored | {"data_dir": planned.data.data_dir})
+        made = made.changed(test=made.run.test and planned.run.test)  # also tested: it was trained in the same way
+        if RATE not in run.settings:
+            made = made.changed(learning_rate=planned.training.learning_rate)
     except (OSError, ValueError, TypeError, KeyError, UserError) as error:
-        return [f"its settings cannot be used: {error}"]
-    texts = planned.differences(made)
-    return [text for text in texts if planned.learning_rate is not None or text.split()[0] != f"--{RATE}"]
+        return [f"its settings cannot be used: {first_line(error)}"]
+    return planned.differences(made)

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from finetuning.settings import RunConfig, UserError
-from local_dataset_utilities import TokenizedSplit
+from finetuning.data.tokens import TokenizedSplit
+from finetuning.errors import UserError
+from finetuning.settings import TrainingSettings
 
 BLOCK_BATCHES = 4  # batches whose examples mix: more means more chance and more padding
 EVALUATION_FACTOR = 4  # without gradients, batches may be this much larger
@@ -247,7 +248,7 @@ class TokenBatchLoader(DataLoader[dict[str, torch.Tensor]]):
 
 def train_loader(
     split: TokenizedSplit,
-    config: RunConfig,
+    training: TrainingSettings,
     pad_id: int,
     rank: int = 0,
     world_size: int = 1,
@@ -258,29 +259,32 @@ def train_loader(
     Raises:
         UserError: fewer texts than one optimizer step needs.
     """
-    assert config.batch_tokens is not None
-    assert config.batch_size is not None
     sampler = TokenBatchSampler(
-        split.lengths, config.batch_tokens, config.batch_size, config.seed, config.accumulate, rank, world_size
+        split.lengths,
+        training.batch_tokens,
+        training.batch_size,
+        training.seed,
+        training.accumulate,
+        rank,
+        world_size,
     )
     return TokenBatchLoader(split, sampler, pad_id, pin_memory=pin_memory)
 
 
-def check_batches(splits: dict[str, TokenizedSplit], config: RunConfig) -> None:
-    """Makes all batches of a run, which needs no model.
+def check_batches(splits: dict[str, TokenizedSplit], training: TrainingSettings, processes: int) -> None:
+    """Makes all batches of a run, which needs no model; ``processes`` are those of all nodes.
 
     Raises:
         UserError: fewer texts than the processes, or one optimizer step, need.
     """
-    processes = config.devices * config.num_nodes
     for name, split in splits.items():
         make = train_loader if name == "train" else evaluation_loader
-        make(split, config, pad_id=0, world_size=processes)
+        make(split, training, pad_id=0, world_size=processes)
 
 
 def evaluation_loader(
     split: TokenizedSplit,
-    config: RunConfig,
+    training: TrainingSettings,
     pad_id: int,
     rank: int = 0,
     world_size: int = 1,
@@ -295,11 +299,10 @@ def evaluation_loader(
     Raises:
         UserError: fewer texts than processes.
     """
-    assert config.batch_tokens is not None
     if len(split) < world_size:
         raise UserError(f"{len(split)} texts to evaluate are fewer than the {world_size} processes: lower --devices")
     order = np.argsort(-split.lengths, kind="stable")
-    batch_tokens = EVALUATION_FACTOR * config.batch_tokens
+    batch_tokens = EVALUATION_FACTOR * training.batch_tokens
     plan = plan_batches(split.lengths[order], batch_tokens, EVALUATION_BATCH_SIZE, world_size)
     batches = [BatchIndices(examples, 1 / len(split)) for examples in np.split(order, plan.cuts[1:-1])]
     return DataLoader(

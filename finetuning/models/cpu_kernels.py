@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetuning.settings import cache_dir
+from finetuning.storage import cache_dir
 
 SOURCES = sorted((Path(__file__).resolve().parent / "kernels").iterdir())
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")

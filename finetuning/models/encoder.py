@@ -10,25 +10,23 @@ The weights are read from the model's own modules at each call: nothing is copie
 forward remains usable beside this one.
 """
 
-import ctypes
 import math
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from finetuning.models import cpu_kernels
+from finetuning.models.chunked_attention import ChunkedAttention
 from finetuning.models.families import ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch
-from finetuning.models.lora import Activation, drops_input, linears, transposed
+from finetuning.models.linears import Activation, drops_input, linears, transposed
+from finetuning.models.quantization import dequantized
 
 ROW_MULTIPLE = 64  # on a CPU, see _Encoder
-SCORES_IN_CACHE = 1_000_000  # attention scores worked on at once: in bf16 1 MB for each of 2 cores
 
 
 def classify(
@@ -76,27 +74,6 @@ def count_frozen_layers(model: nn.Module, family: ModelFamily) -> int:
     return max(next((i for i, is_trained in enumerate(trained) if is_trained), len(layers) + 1) - 1, 0)
 
 
-def keep_freed_memory() -> bool:
-    """Lets a process keep the memory of freed tensors for the next ones, where the C library is glibc.
-
-    Every step allocates and frees the same few hundred MB. By default glibc hands them back to the kernel, which
-    zeroes each page again at the next step: a fifth of a step's time on a CPU. Call it once, at the start.
-
-    Returns:
-        Whether the library took the settings.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, 32 * 2**20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def dequantized(linear: Any) -> Tensor:
-    """The dense weight ``(out, in)`` of a 4-bit linear, in the precision of the products."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-
-
 class _Encoder:
     """The steps of one forward, with what they have in common.
 
@@ -115,14 +92,13 @@ class _Encoder:
         # on a GPU the question would wait for all work that is queued there
         self.padding = None if on_cpu and bool(self.keep.all()) else ~self.keep  # (B, T)
         self.row_multiple = ROW_MULTIPLE if on_cpu else 1
-        config: Any = model.config
         self.layer_count = int(family.setting(model, "layer_count"))
         self.heads = int(family.setting(model, "head_count"))
-        activation = config.activation if family.model_type == "distilbert" else config.hidden_act
+        activation = family.setting(model, "activation")
         self.activation = cpu_kernels.gelu if activation == "gelu" else ACT2FN[activation]
         self.dropout = float(family.setting(model, "dropout"))
         self.attention_dropout = float(family.setting(model, "attention_dropout")) if model.training else 0.0
-        head_dropout = getattr(config, family.settings["head_dropout"])
+        head_dropout = family.setting(model, "head_dropout")
         self.head_dropout = self.dropout if head_dropout is None else float(head_dropout)
 
     def as_rows(self, x: Tensor) -> Tensor:
@@ -157,15 +133,15 @@ class _Encoder:
     # -----------------------------------------------------------------------------------------------------------------
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """``(B, T) -> (N, D)``: word, position and, but for DistilBERT, token-type embedding, then norm."""
+        """``(B, T) -> (N, D)``: word, position and, if the family has it, token-type embedding, then norm."""
         embeddings: Any = self.model.get_submodule(f"{self.family.base}.embeddings")
-        if self.family.model_type == "roberta":  # positions count real tokens only, from padding_idx + 1
+        if self.family.padded_positions:
             real = input_ids.ne(embeddings.padding_idx)
             positions = embeddings.position_embeddings(real.cumsum(1) * real + embeddings.padding_idx)  # (B, T, D)
         else:
             positions = embeddings.position_embeddings.weight[: input_ids.shape[1]]  # (T, D)
         x = embeddings.word_embeddings(input_ids).float() + positions.float()
-        if self.family.model_type != "distilbert":
+        if self.family.token_types:
             x = x + embeddings.token_type_embeddings.weight[0].float()
         return self.as_rows(self.drop(self.norm(x, embeddings.LayerNorm).to(self.dtype), self.dropout))
 
@@ -198,7 +174,7 @@ class _Encoder:
             return cpu_kernels.Attention.apply(qkv, self.heads, self.batch, self.length, self.padding)
         sequences = self.as_sequences(qkv)
         if qkv.device.type == "cpu" and self.attention_dropout == 0:
-            return self.as_rows(_ChunkedAttention.apply(sequences, self.heads, self.padding))
+            return self.as_rows(ChunkedAttention.apply(sequences, self.heads, self.padding))
         return self.as_rows(self.fused_attention(*sequences.chunk(3, -1)))
 
     def attention_of_first(self, layer: nn.Module, first: Tensor, x: Tensor) -> Tensor:
@@ -278,62 +254,9 @@ class _Encoder:
 
     def head(self, first: Tensor) -> Tensor:
         """``(B, D) -> (B, classes)`` in fp32."""
-        kind = self.family.model_type
         inner, outer = (self.model.get_submodule(name) for name in self.family.head)
         x = first.float()
-        if kind == "roberta":  # the one that drops before its first linear, too
+        if self.family.drops_before_head:
             x = self.drop(x, self.head_dropout)
-        x = linears(x, [inner])
-        x = x.relu() if kind == "distilbert" else x.tanh()
+        x = getattr(linears(x, [inner]), self.family.head_activation)()
         return linears(self.drop(x, self.head_dropout), [outer])
-
-
-class _ChunkedAttention(torch.autograd.Function):
-    """``softmax(Q K^T / sqrt(d)) V`` for every head on a CPU: ``(B, T, 3 D) -> (B, T, D)``.
-
-    Forward is torch's fused kernel. Its backward, slow on a CPU, is replaced by batched products over a few heads at
-    a time, whose scores stay in the processor's cache; the probabilities are computed again, not saved.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d) each, views
-        bias = None
-        if padding is not None:
-            bias = torch.zeros(padding.shape, dtype=qkv.dtype).masked_fill_(padding, -math.inf)[:, None, None]
-        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-        ctx.save_for_backward(qkv, bias)
-        ctx.heads = heads
-        return out.transpose(1, 2).flatten(2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias = ctx.saved_tensors
-        (B, T, _), H = grad.shape, ctx.heads
-        q, k, v = qkv.view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each, copied
-        grad = grad.view(B, T, H, -1).transpose(1, 2).flatten(0, 1)  # (B H, T, d)
-        if bias is not None:
-            bias = bias.expand(B, H, 1, T).flatten(0, 1)  # (B H, 1, T)
-        gradients = torch.empty(3, *q.shape, dtype=q.dtype)
-        scale, step = q.shape[-1] ** -0.5, min(B * H, max(1, SCORES_IN_CACHE // T**2))
-        scores, grad_P = torch.empty(2, step, T, T, dtype=q.dtype)
-        parts = [z.split(step) for z in (q, k, v, grad, *gradients)]
-        for i, (q, k, v, grad, grad_q, grad_k, grad_v) in enumerate(zip(*parts, strict=True)):
-            if len(q) < len(scores):  # the last part
-                scores, grad_P = scores[: len(q)], grad_P[: len(q)]
-            P = _scaled_bmm(q, k.transpose(1, 2), scale, out=scores)  # (c, T, T)
-            if bias is not None:
-                P.add_(bias[i * step : i * step + len(q)])
-            torch.softmax(P, -1, out=P)
-            torch.bmm(P.transpose(1, 2), grad, out=grad_v)
-            torch.bmm(grad, v.transpose(1, 2), out=grad_P)
-            grad_S = torch._softmax_backward_data(grad_P, P, -1, P.dtype)
-            _scaled_bmm(grad_S, k, scale, out=grad_q)
-            _scaled_bmm(grad_S.transpose(1, 2), q, scale, out=grad_k)
-        return gradients.view(3, B, H, T, -1).permute(1, 3, 0, 2, 4).reshape(B, T, -1), None, None
-
-
-def _scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
-    """``scale * a b``, the scale applied before rounding and without a pass of its own."""
-    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)

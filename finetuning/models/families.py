@@ -6,11 +6,11 @@ RoBERTa the suffix ``output.dense`` also matches ``attention.output.dense``.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from finetuning.settings import UserError
+from finetuning.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class ModelFamily:
     output_norm: str
     head: tuple[str, ...]  # paths of the head's linears, in the order in which they are applied
     settings: dict[str, str]  # this suite's name -> the name in the family's config
+    head_activation: Literal["relu", "tanh"]  # between the head's two linears
+    drops_before_head: bool = False  # dropout before the head's first linear as well
+    token_types: bool = True  # whether a token-type embedding is added
+    padded_positions: bool = False  # positions count real tokens only, from padding_idx + 1
     position_offset: int = 0  # positions that are never used by a token
 
     def linear_names(self, target: str, layer_count: int) -> list[str]:
@@ -33,8 +37,8 @@ class ModelFamily:
             return list(self.head)
         return [f"{self.layers}.{i}.{name}" for i in range(layer_count) for name in self.targets[target]]
 
-    def setting(self, model: nn.Module, name: str) -> int | float:
-        """One of ``layer_count``, ``head_count``, ``dropout``, ``attention_dropout``, ``head_dropout``."""
+    def setting(self, model: nn.Module, name: str) -> Any:
+        """``layer_count``, ``head_count``, ``activation``, ``dropout``, ``attention_dropout`` or ``head_dropout``."""
         return getattr(model.config, self.settings[name])
 
     def longest_input(self, model_config: Any) -> int:
@@ -55,6 +59,7 @@ _BERT_TARGETS = {
 _BERT_SETTINGS = {
     "layer_count": "num_hidden_layers",
     "head_count": "num_attention_heads",
+    "activation": "hidden_act",
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
     "head_dropout": "classifier_dropout",
@@ -80,10 +85,13 @@ FAMILIES = {
             settings={
                 "layer_count": "n_layers",
                 "head_count": "n_heads",
+                "activation": "activation",
                 "dropout": "dropout",
                 "attention_dropout": "attention_dropout",
                 "head_dropout": "seq_classif_dropout",
             },
+            head_activation="relu",
+            token_types=False,
         ),
         ModelFamily(
             model_type="bert",
@@ -94,6 +102,7 @@ FAMILIES = {
             output_norm="output.LayerNorm",
             head=("bert.pooler.dense", "classifier"),
             settings=_BERT_SETTINGS,
+            head_activation="tanh",
         ),
         ModelFamily(
             model_type="roberta",
@@ -104,7 +113,10 @@ FAMILIES = {
             output_norm="output.LayerNorm",
             head=("classifier.dense", "classifier.out_proj"),
             settings=_BERT_SETTINGS,
-            position_offset=2,  # positions count from padding_idx + 1
+            head_activation="tanh",
+            drops_before_head=True,
+            padded_positions=True,
+            position_offset=2,
         ),
     )
 }

@@ -49,7 +49,7 @@ class FrozenOutputs:
             mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(self.bytes,))
         self.rows = torch.from_numpy(mapped).view(dtype).view(shape)
 
-    def of(self, examples: np.ndarray) -> "FrozenBatch":
+    def batch(self, examples: np.ndarray) -> "FrozenBatch":
         """The part that belongs to a batch of examples, (B,) positions in the split."""
         return FrozenBatch(self, examples)
 

@@ -25,9 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from finetuning.data.sources import require_hub
+from finetuning.errors import UserError, first_line
+from finetuning.hub import require_hub
 from finetuning.models.families import FAMILIES, ModelFamily, family_of
-from finetuning.settings import PACKAGED, RunConfig, UserError
+from finetuning.settings import PACKAGED, LoRASettings, MethodSettings, ModelSettings
 
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
@@ -37,21 +38,22 @@ HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 # where the base model lies
 
 
-def find_model(config: RunConfig) -> Path:
-    """The folder of the base model; downloads it where the hub's cache does not hold it.
+def find_model(model_name: str, offline: bool, instead: str) -> Path:
+    """The folder of the base model; downloads it if the hub's cache does not hold it.
+
+    Args:
+        model_name: ``--model_name``.
+        offline: whether the network must not be used.
+        instead: the flags to advise if the hub cannot be reached.
 
     Raises:
-        UserError: no such model, no hub, a family that is not supported, or settings that do not fit the model.
+        UserError: no such model, or no hub.
     """
-    assert config.model_name is not None
-    if config.model_name == PACKAGED:
-        folder = _packaged_model()
-    elif os.access(config.model_name, os.R_OK) and Path(config.model_name).is_dir():
-        folder = Path(config.model_name)
-    else:
-        folder = _hub_model(config)
-    _check_settings(config, folder)
-    return folder
+    if model_name == PACKAGED:
+        return _packaged_model()
+    if os.access(model_name, os.R_OK) and Path(model_name).is_dir():
+        return Path(model_name)
+    return _hub_model(model_name, offline, instead)
 
 
 def _packaged_model() -> Path:
@@ -67,7 +69,7 @@ def _packaged_model() -> Path:
     return folder
 
 
-def _hub_model(config: RunConfig) -> Path:
+def _hub_model(name: str, offline: bool, instead: str) -> Path:
     """The hub's snapshot of a model, from the cache where it is whole, so that compute nodes need no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -77,7 +79,6 @@ def _hub_model(config: RunConfig) -> Path:
         RepositoryNotFoundError,
     )
 
-    name = str(config.model_name)
     try:
         cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
         if (cached / "config.json").is_file() and list(cached.glob("*.safetensors")):
@@ -86,12 +87,8 @@ def _hub_model(config: RunConfig) -> Path:
         pass
     except HFValidationError:
         raise UserError(f"--model_name {name}: neither a folder, nor '{PACKAGED}', nor a hub id") from None
-    if config.offline:
+    if offline:
         raise UserError(f"--model_name {name} is not in the hub's cache, and --offline was given: --prefetch it first")
-    instead = f"--model_name {PACKAGED} or --model_name PATH"
-    if config.data_dir is None:
-        packaged = config.dataset == "imdb" and not config.prefetch
-        instead += ", and --data_dir PATH" + ("; or --offline for packaged model and reviews" if packaged else "")
     require_hub(f"--model_name {name}", instead)
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
@@ -103,11 +100,7 @@ def _hub_model(config: RunConfig) -> Path:
         raise UserError(f"--model_name {name} could not be downloaded: {first_line(error)}") from None
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _read_config(model_name: str | None, folder: Path) -> Any:
+def _read_config(model_name: str, folder: Path) -> Any:
     try:
         json.loads((folder / "config.json").read_text(encoding="utf8"))
         return AutoConfig.from_pretrained(folder)
@@ -115,22 +108,24 @@ def _read_config(model_name: str | None, folder: Path) -> Any:
         raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
 
 
-def _check_settings(config: RunConfig, folder: Path) -> None:
-    """What only the model's config can tell: positions, layers, widths."""
-    base = _read_config(config.model_name, folder)
-    family = (
-        _as_distilbert(base) if config.model_name == PACKAGED else family_of(base.model_type, config.model_name or "")
-    )
+def check_fits(
+    model_name: str, folder: Path, max_length: int, method: MethodSettings, lora: LoRASettings | None
+) -> None:
+    """Refuses settings that this model cannot take: what only its ``config.json`` can tell.
+
+    Raises:
+        UserError: a family that is not supported; more positions or layers than it has; a rank above its width.
+    """
+    base = _read_config(model_name, folder)
+    family = _as_distilbert(base) if model_name == PACKAGED else family_of(base.model_type, model_name)
     positions = family.longest_input(base)
-    if config.max_length > positions:
-        raise UserError(f"--max_length {config.max_length}: {config.model_name} has {positions} positions")
-    layers = base.num_hidden_layers
-    if config.trainable_layers is not None and config.trainable_layers > layers:
-        raise UserError(f"--trainable_layers {config.trainable_layers}: {config.model_name} has {layers} layers")
-    if config.lora_r is not None and config.lora_r > base.hidden_size:
-        raise UserError(
-            f"--lora_r {config.lora_r}: the layers of {config.model_name} are {base.hidden_size} wide, so 1 to that"
-        )
+    if max_length > positions:
+        raise UserError(f"--max_length {max_length}: {model_name} has {positions} positions")
+    layers, wanted = base.num_hidden_layers, method.trainable_layers
+    if wanted is not None and wanted > layers:
+        raise UserError(f"--trainable_layers {wanted}: {model_name} has {layers} layers")
+    if lora is not None and lora.lora_r > base.hidden_size:
+        raise UserError(f"--lora_r {lora.lora_r}: the layers of {model_name} are {base.hidden_size} wide, so 1 to that")
 
 
 def _as_distilbert(bert_config: Any) -> ModelFamily:
@@ -139,7 +134,7 @@ def _as_distilbert(bert_config: Any) -> ModelFamily:
     return FAMILIES["distilbert"]
 
 
-def load_tokenizer(model_name: str | None, folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_name: str, folder: Path) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, a fast one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
@@ -154,33 +149,35 @@ def load_tokenizer(model_name: str | None, folder: Path) -> PreTrainedTokenizerB
 # the pretrained classifier
 
 
-def load_pretrained(config: RunConfig, folder: Path, label_names: Sequence[str]) -> tuple[nn.Module, ModelFamily]:
+def load_pretrained(settings: ModelSettings, folder: Path, label_names: Sequence[str]) -> tuple[nn.Module, ModelFamily]:
     """The Hugging Face classifier in fp32, its head new (drawn from torch's global generator), and its family."""
-    base = _read_config(config.model_name, folder)
+    base = _read_config(settings.model_name, folder)
     weights = None
-    if config.model_name == PACKAGED:
+    if settings.model_name == PACKAGED:
         weights = distilbert_weights(load_file(folder / "model.safetensors"))
         base = distilbert_config(base)
-    family = family_of(base.model_type, config.model_name or "")
+    family = family_of(base.model_type, settings.model_name)
     base.num_labels = len(label_names)  # makes placeholder names, replaced by the real ones
     base.id2label = dict(enumerate(label_names))
     base.label2id = {name: i for i, name in enumerate(label_names)}
-    for ours, value in (("dropout", config.dropout), ("attention_dropout", config.attention_dropout)):
+    for ours, value in (("dropout", settings.dropout), ("attention_dropout", settings.attention_dropout)):
         setattr(base, family.settings[ours], value)
-    setattr(base, family.settings["head_dropout"], config.dropout)
+    setattr(base, family.settings["head_dropout"], settings.dropout)
     base.attn_implementation = "sdpa"
     if weights is not None:
         model = AutoModelForSequenceClassification.from_config(base)
         missing = [k for k in model.load_state_dict(weights, strict=False).missing_keys if k.startswith(family.base)]
     else:
-        model, missing = _from_folder(config, folder, base)
+        model, missing = _from_folder(settings.model_name, folder, base)
     unloaded = [name for name in missing if not name.startswith(family.head)]
     if unloaded:
-        raise UserError(f"--model_name {config.model_name} is damaged: it lacks {len(unloaded)} weights of the encoder")
+        raise UserError(
+            f"--model_name {settings.model_name} is damaged: it lacks {len(unloaded)} weights of the encoder"
+        )
     return model, family
 
 
-def _from_folder(config: RunConfig, folder: Path, base: Any) -> tuple[nn.Module, list[str]]:
+def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, list[str]]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # that the head is new is no news here
     transformers_logging.disable_progress_bar()
@@ -189,7 +186,7 @@ def _from_folder(config: RunConfig, folder: Path, base: Any) -> tuple[nn.Module,
             folder, config=base, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"--model_name {config.model_name} cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"--model_name {model_name} cannot be loaded: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(level)
     for parameter in model.parameters():  # a view of the mapped file: the last to stay fp32 would keep all of it

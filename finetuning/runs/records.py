@@ -1,6 +1,6 @@
-"""A run that is ready to train, and what is said of it: records of ``result.json``, what is printed before and after.
+"""What is said of a run: records of ``result.json``, and what is printed before and after it.
 
-No torch is loaded before it is asked for, so that a wrong flag is refused at once.
+No torch is loaded, so that a wrong flag is refused at once.
 """
 
 import math
@@ -9,48 +9,12 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from finetuning.settings import RunConfig
+from finetuning.config import RunConfig
 
-if TYPE_CHECKING:
-    from finetuning.training.module import Hardware
-    from local_dataset_utilities import TextData, TokenizedSplit
-
-NOT_ASKED_FOR = "not asked for"  # what a run says of compiled kernels that its settings do without
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run needs before it trains; all that can be refused has been."""
-
-    config: RunConfig
-    directory: Path
-    hardware: "Hardware"
-    model_folder: Path
-    texts: "TextData"
-    splits: "dict[str, TokenizedSplit]"
-    pad_id: int
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# records
-
-
-def data_record(prepared: Prepared, training: Any) -> dict[str, Any]:
-    """Where the texts come from, how many there are, and how many tokens; ``training`` is the loader."""
-    texts = prepared.texts
-    return {
-        "source": texts.source,
-        "label_names": texts.label_names,
-        "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
-        "tokens": {name: int(split.lengths.sum()) for name, split in prepared.splits.items()},
-        "padding_fraction": training.padding_fraction,
-        "leaks_dropped": texts.leaks_dropped,
-        "notes": texts.notes,
-    }
+NOT_ASKED_FOR = "not asked for"  # what a run says of compiled kernels if its settings do without
 
 
 def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict[str, Any]:
@@ -81,40 +45,33 @@ def accuracy_interval(accuracy: float, examples: int, z: float = 1.959964) -> tu
     return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
-def headline(prepared: Prepared) -> str:
-    """What is printed before training: data, model, settings, and in its last line the run directory."""
-    config, texts = prepared.config, prepared.texts
-    sizes = ", ".join(f"{len(split.texts):,} {name}" for name, split in texts.splits.items())
-    precision = str(prepared.hardware.dtype).removeprefix("torch.")
+def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: str) -> str:
+    """What is printed before training: data, model, settings.
+
+    Args:
+        config: the run.
+        data: its data as ``result.json`` has it.
+        hardware: precision and device.
+        kernels: whether compiled CPU kernels are used, or why not.
+    """
+    sizes = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items())
+    training = config.training
     lines = [
-        f"data    {texts.source}: {sizes}",
-        f"        {texts.leaks_dropped} training texts left out, before any limit: they stand in validation or test",
-        *(f"        {note}" for note in texts.notes),
-        f"model   {config.model_name}, {'qlora' if config.q_lora else config.method}, {precision} on"
-        f" {prepared.hardware.accelerator}",
-        f"        CPU kernels: {cpu_kernels_used(prepared)}",
-        f"train   {config.optimizer}, {config.scheduler}, learning rate {config.learning_rate:g},"
-        f" epochs {config.epochs}",
-        f"run     {prepared.directory}",
+        f"data    {data['source']}: {sizes}",
+        f"        removed {data['leaks_dropped']} training texts that also appear in validation or test"
+        " (before --limit_train)",
+        *(f"        {note}" for note in data["notes"]),
+        f"model   {config.model.model_name}, {config.name}, {hardware}",
+        f"        CPU kernels: {kernels}",
+        f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g},"
+        f" epochs {training.epochs}",
     ]
     return "\n".join(lines)
 
 
-def cpu_kernels_used(prepared: Prepared) -> str:
-    """Whether this run calls the compiled kernels, or why not."""
-    import torch
-
-    from finetuning.models.cpu_kernels import library
-
-    config, hardware = prepared.config, prepared.hardware
-    if hardware.on_gpu or hardware.dtype != torch.bfloat16 or config.compile or not config.efficient:
-        return NOT_ASKED_FOR
-    return library()[1]
-
-
-def summary(prepared: Prepared, result: dict[str, Any]) -> str:
+def summary(directory: Path, result: dict[str, Any]) -> str:
     """What is printed after it: scores, time, memory, and a command to try the classifier."""
-    trained, directory = result["train"], prepared.directory
+    trained = result["train"]
     shown = {split: result[split] for split in ("validation", "test") if split in result}
     lines = [
         f"{split:<11} accuracy {s['accuracy']:.2%}   macro-F1 {s['macro_f1']:.2%}   loss {s['loss']:.4f}"

@@ -8,8 +8,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, write_atomically, write_json
-from finetuning.settings import RunConfig, UserError
+from finetuning.errors import UserError
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
+from finetuning.settings import LoRASettings
+from finetuning.storage import write_atomically, write_json
 
 
 def peft_name(name: str, lora: bool) -> str:
@@ -23,7 +25,8 @@ def peft_name(name: str, lora: bool) -> str:
 def save_trained(
     directory: Path,
     parameters: dict[str, torch.nn.Parameter],
-    config: RunConfig,
+    lora: LoRASettings | None,
+    model_name: str,
     targets: Sequence[str],
     head: Sequence[str],
 ) -> Path:
@@ -31,53 +34,52 @@ def save_trained(
 
     Args:
         directory: the run directory.
-        parameters: from ``local_model_utilities.saved_parameters``.
-        config: the run; with LoRA the file is an adapter in PEFT's format, else it holds the changed weights.
+        parameters: the classifier's ``saved_parameters()``.
+        lora: with LoRA the file is an adapter in PEFT's format; without (``None``) it holds the changed weights.
+        model_name: the base model.
         targets: full paths of the linears that carry LoRA.
         head: full paths of the head's linears.
 
     Returns:
         The file with the weights.
     """
-    lora = config.method == "lora"
-    tensors = {peft_name(n, lora): p.detach().to("cpu", copy=True).contiguous() for n, p in parameters.items()}
-    path = directory / (ADAPTER if lora else TRAINED_WEIGHTS)
+    tensors = {
+        peft_name(n, lora is not None): p.detach().to("cpu", copy=True).contiguous() for n, p in parameters.items()
+    }
+    path = directory / (TRAINED_WEIGHTS if lora is None else ADAPTER)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    if lora:
-        write_json(directory / ADAPTER_CONFIG, adapter_config(config, targets, head))
+    if lora is not None:
+        write_json(directory / ADAPTER_CONFIG, adapter_config(lora, model_name, targets, head))
     return path
 
 
-def adapter_config(config: RunConfig, targets: Sequence[str], head: Sequence[str]) -> dict[str, Any]:
+def adapter_config(lora: LoRASettings, model_name: str, targets: Sequence[str], head: Sequence[str]) -> dict[str, Any]:
     """PEFT's description of the adapter; PEFT knows no raw scaling, but alpha * r divided by r is the same."""
-    assert config.lora_alpha is not None
-    assert config.lora_r is not None
-    raw = config.lora_scaling == "raw"
+    raw = lora.lora_scaling == "raw"
     # For SEQ_CLS PEFT saves all of "classifier" by itself; RoBERTa's linears within it must not be named again.
     trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in head)
     return {
         "peft_type": "LORA",
         # PEFT refuses LoRA on a head together with this task type
-        "task_type": None if config.lora_head else "SEQ_CLS",
-        "base_model_name_or_path": config.model_name,
-        "r": config.lora_r,
-        "lora_alpha": config.lora_alpha * config.lora_r if raw else config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.lora_scaling == "rslora",
+        "task_type": None if lora.lora_head else "SEQ_CLS",
+        "base_model_name_or_path": model_name,
+        "r": lora.lora_r,
+        "lora_alpha": lora.lora_alpha * lora.lora_r if raw else lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "use_rslora": lora.lora_scaling == "rslora",
         "target_modules": list(targets),
-        "modules_to_save": None if config.lora_head else list(trained_head),
+        "modules_to_save": None if lora.lora_head else list(trained_head),
         "bias": "none",
         "inference_mode": True,
     }
 
 
-def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], config: RunConfig) -> None:
-    """Puts a run's trained weights into a classifier built with the run's configuration.
+def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], lora: bool) -> None:
+    """Puts a run's trained weights into a classifier built with the run's configuration; ``lora``: it has an adapter.
 
     Raises:
         UserError: the file is missing, damaged, or of another model.
     """
-    lora = config.method == "lora"
     path = directory / (ADAPTER if lora else TRAINED_WEIGHTS)
     try:
         tensors = load_file(path)

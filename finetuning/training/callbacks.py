@@ -14,18 +14,11 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from finetuning.runs.directory import write_metrics
+from finetuning.errors import Interrupted, TrainingFailed
 from finetuning.runs.files import LAST_CHECKPOINT, NOT_FINITE
+from finetuning.runs.history import write_metrics
 
 ADVICE = "lower --learning_rate, or use another --precision"
-
-
-class TrainingFailed(Exception):
-    """A run that cannot go on, in one line. Exit status 1."""
-
-
-class Interrupted(Exception):
-    """A run that was asked to stop and has written its checkpoint. Exit status 130."""
 
 
 class Meter(Callback):

@@ -7,7 +7,6 @@ again with these, as in every later epoch.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from finetuning.data.batches import evaluation_loader, train_loader
-from finetuning.models.encoder import keep_freed_memory
+from finetuning.data.tokens import TokenizedSplit
+from finetuning.models.classifier import Classifier
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.measurements import peak_memory
-from finetuning.settings import RunConfig
-from finetuning.training.module import Hardware, make_optimizer
-from local_dataset_utilities import TokenizedSplit
-from local_model_utilities import Classifier, build_classifier, count_parameters, frozen_outputs
+from finetuning.settings import TrainingSettings
+from finetuning.training.hardware import Hardware
+from finetuning.training.optimization import make_optimizer
 
 MEASURED_STEPS = 8
 MEASURED_EVALUATIONS = 3
@@ -31,61 +30,67 @@ Batches = list[dict[str, Tensor]]
 
 
 def estimate(
-    config: RunConfig,
-    hardware: Hardware,
-    model_folder: Path,
+    classifier: Classifier,
     splits: dict[str, TokenizedSplit],
     pad_id: int,
-    label_names: list[str],
+    training: TrainingSettings,
+    hardware: Hardware,
+    frozen_cache_gb: float,
 ) -> dict[str, Any]:
     """Measures a few steps and evaluations, on one device.
 
+    Args:
+        classifier: the run's, on the CPU.
+        splits: train and validation, and test if the run will read it.
+        pad_id: the id of a padding token.
+        training: batches, optimizer, number of epochs.
+        hardware: where to measure.
+        frozen_cache_gb: memory for outputs of frozen layers, as the run has it.
+
     Returns:
-        ``memory``: bytes of ``weights``, ``gradients``, ``optimizer``, ``activations`` (what the longest batch keeps
-        for backward), ``kept_outputs`` (of frozen layers, in memory or in a file) and ``peak``, of the whole process
-        or on the GPU; ``seconds``: ``epoch``, ``later_epoch``, ``validation``, ``later_validation``, ``test`` and
-        ``run``; ``steps`` in an epoch.
+        ``memory``: bytes of ``gradients``, ``optimizer``, ``activations`` (what the longest batch keeps for backward),
+        ``kept_outputs`` (of frozen layers, in memory or in a file) and ``peak``, of the whole process or on the GPU;
+        ``seconds``: ``epoch``, ``later_epoch``, ``validation``, ``later_validation``, ``test`` and ``run``; ``steps``
+        in an epoch.
     """
-    keep_freed_memory()
-    torch.manual_seed(config.seed)
-    device = torch.device("cuda", config.device or 0) if hardware.on_gpu else torch.device("cpu")
+    device = hardware.device
     if hardware.on_gpu:
         torch.cuda.set_device(device)  # whose memory is asked for below
-    classifier = build_classifier(config, model_folder, label_names, hardware.dtype).to(device).train()
+    classifier = classifier.to(device).train()
     trained = [p for p in classifier.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, config, fused=hardware.dtype != torch.float16)
-    training = train_loader(splits["train"], config, pad_id)
-    batches = _spread(training, MEASURED_STEPS)
+    optimizer = make_optimizer(trained, training, fused=hardware.dtype != torch.float16)
+    loader = train_loader(splits["train"], training, pad_id)
+    batches = _spread(loader, MEASURED_STEPS)
     repeated = {name: splits[name].lengths for name in ("train", "validation")}
-    frozen = {} if hardware.on_gpu else frozen_outputs(classifier, repeated, config)
+    keeps = not hardware.on_gpu and training.epochs > 1
+    frozen = classifier.frozen_outputs(repeated, frozen_cache_gb) if keeps else {}
 
     activations = _kept_for_backward(classifier, _to(batches[0], device))
     for batch in batches[:2]:  # kernels are made, memory is taken
-        _step(classifier, optimizer, _to(batch, device), config, None)
+        _step(classifier, optimizer, _to(batch, device), training.gradient_clip, None)
     seconds = _first_and_later(
-        "epoch", batches[1:], device, training.tokens_per_epoch, frozen.get("train"),
-        lambda batch, outputs: _step(classifier, optimizer, batch, config, outputs),
+        "epoch", batches[1:], device, loader.tokens_per_epoch, frozen.get("train"),
+        lambda batch, outputs: _step(classifier, optimizer, batch, training.gradient_clip, outputs),
     )  # fmt: skip
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
     classifier.eval()
-    for name in ("validation", *(["test"] if config.test else [])):
-        evaluated = _spread(evaluation_loader(splits[name], config, pad_id), MEASURED_EVALUATIONS)
+    for name in (name for name in ("validation", "test") if name in splits):
+        evaluated = _spread(evaluation_loader(splits[name], training, pad_id), MEASURED_EVALUATIONS)
         with torch.inference_mode():
             classifier.logits(_to(evaluated[0], device))  # a kernel or a compilation of its own
             tokens = int(splits[name].lengths.sum())
             seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
-    later = seconds["later_epoch"] + seconds["later_validation"]
-    seconds["run"] = seconds["epoch"] + seconds["validation"] + (config.epochs - 1) * later + seconds.get("test", 0.0)
+    later = (training.epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
+    seconds["run"] = seconds["epoch"] + seconds["validation"] + later + seconds.get("test", 0.0)
     kept = sum(outputs.bytes for outputs in frozen.values())
     memory = {
-        "weights": count_parameters(classifier)["total"].bytes,
         "gradients": sum(p.numel() * p.element_size() for p in trained),
         "optimizer": state,
         "activations": activations,
         "kept_outputs": kept,
         "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept,
     }
-    return {"memory": memory, "seconds": seconds, "steps": training.steps_per_epoch}
+    return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
 
 
 def _spread(loader: DataLoader[dict[str, Tensor]], count: int) -> Batches:
@@ -102,13 +107,13 @@ def _step(
     classifier: Classifier,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Tensor],
-    config: RunConfig,
+    gradient_clip: float,
     outputs: FrozenOutputs | None,
 ) -> None:
     """One step as the run makes it; without the scaling of losses that fp16 needs, which takes no time."""
     cross_entropy(classifier.logits(batch, outputs), batch["labels"]).backward()
-    if config.gradient_clip:
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.gradient_clip)
+    if gradient_clip:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -165,17 +170,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def estimate_table(record: dict[str, Any], config: RunConfig) -> str:
+def estimate_table(record: dict[str, Any], weight_bytes: int, epochs: int) -> str:
     """The estimate for people."""
     memory, seconds = record["memory"], record["seconds"]
-    names = ("weights", "gradients", "optimizer", "activations")
-    parts = {name: memory[name] for name in names}
+    parts = {"weights": weight_bytes} | {name: memory[name] for name in ("gradients", "optimizer", "activations")}
     if memory["kept_outputs"]:
         parts["outputs of frozen layers"] = memory["kept_outputs"]
     parts["libraries, buffers, data"] = max(memory["peak"] - sum(parts.values()), 0)
     lines = [f"{'memory':<28}{'MiB':>10}"]
     lines += [f"{name:<28}{size / 2**20:>10,.0f}" for name, size in (parts | {"peak": memory["peak"]}).items()]
-    times = {f"epoch 1 of {config.epochs}, {record['steps']:,} steps": seconds["epoch"]}
+    times = {f"epoch 1 of {epochs}, {record['steps']:,} steps": seconds["epoch"]}
     times |= {name: seconds[name] for name in ("validation", "test") if name in seconds}
     if memory["kept_outputs"]:
         times |= {f"{name}, from the second on": seconds[f"later_{name}"] for name in ("epoch", "validation")}

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from finetuning.comparison.collected import Row, Study, read_study, studies
-from finetuning.settings import UserError
+from finetuning.errors import UserError
 from tests.synthetic_runs import outcomes, write_run
 
 

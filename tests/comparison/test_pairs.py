@@ -7,7 +7,7 @@ import pytest
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.pairs import Comparison, compare, compare_rows, headlines, worth_showing
 from finetuning.comparison.statistics import Difference, holm, mcnemar
-from finetuning.settings import UserError
+from finetuning.errors import UserError
 from tests.synthetic_runs import outcomes, write_run
 
 TEXTS = 2000

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from finetuning.comparison.plan import PlannedRun, StudyPlan, read_plan
+from finetuning.errors import UserError
 from finetuning.flags import from_flags
-from finetuning.settings import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
@@ -225,10 +225,14 @@ def test_the_earlier_list_has_its_rows_and_seeds() -> None:
     }
     configs = [from_flags(run.flags(Path()), "") for run in final]
     assert all(
-        config.lora_targets == ("query", "key", "value", "projection", "mlp") for config in configs if config.lora_r
+        config.lora.targets == ("query", "key", "value", "projection", "mlp")
+        for config in configs
+        if config.lora.lora_r
     )
-    assert all((config.lora_r, config.lora_alpha) == (8, 16) for config in configs if config.method == "lora")
-    assert {config.limit_test for config in configs} == {None}
+    assert all(
+        (config.lora.lora_r, config.lora.lora_alpha) == (8, 16) for config in configs if config.method.method == "lora"
+    )
+    assert {config.data.limit_test for config in configs} == {None}
 
 
 def test_a_plan_needs_no_torch() -> None:

@@ -17,7 +17,7 @@ from finetuning.comparison.report import (
     main,
     with_table,
 )
-from finetuning.settings import UserError
+from finetuning.errors import UserError
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top

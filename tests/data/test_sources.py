@@ -17,8 +17,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from finetuning.config import RunConfig
 from finetuning.data import sources as sources
-from finetuning.settings import RunConfig, UserError
+from finetuning.errors import UserError
 from local_dataset_utilities import load_texts, prefetch_texts
 from tests.conftest import frame, text_config, write_texts, write_tree
 
@@ -81,7 +82,7 @@ def test_other_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inside", ["", "aclImdb"])
 def test_imdb_tree(tmp_path: Path, inside: str) -> None:
     write_tree(tmp_path / inside)
-    texts = load_texts(RunConfig(data_dir=tmp_path))
+    texts = load_texts(RunConfig.of(data_dir=tmp_path))
     assert [len(split.texts) for split in texts.splits.values()] == [36, 4, 40]
     assert texts.splits["test"].labels.tolist() == [0] * 20 + [1] * 20
     assert texts.splits["test"].texts[0] == "test neg 0  end é"
@@ -89,9 +90,9 @@ def test_imdb_tree(tmp_path: Path, inside: str) -> None:
 
 def test_imdb_with_train_only_is_not_called_test(tmp_path: Path) -> None:
     frame(30).to_csv(tmp_path / "train.csv", index=False)
-    assert load_texts(RunConfig(data_dir=tmp_path)).source == "IMDb train, held out (local files)"
+    assert load_texts(RunConfig.of(data_dir=tmp_path)).source == "IMDb train, held out (local files)"
     with pytest.raises(UserError, match="--split official"):
-        load_texts(RunConfig(data_dir=tmp_path, split="official"))
+        load_texts(RunConfig.of(data_dir=tmp_path, split="official"))
 
 
 PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@{label}" for i in range(20) for label in ("positive",)]
@@ -109,7 +110,7 @@ def test_phrasebank(tmp_path: Path, name: str) -> None:
         pd.DataFrame({"sentence": [p[0] for p in pairs], "label": [ids[p[2]] for p in pairs]}).to_parquet(
             tmp_path / name
         )
-    texts = load_texts(RunConfig(dataset="financial_phrasebank", data_dir=tmp_path))
+    texts = load_texts(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path))
     assert texts.label_names == ["negative", "neutral", "positive"]
     assert texts.source == "Financial PhraseBank 50agree, held out (local files)"
     assert texts.notes == ["dropped 1 repeated sentences and 2 with conflicting labels"]
@@ -119,7 +120,7 @@ def test_phrasebank(tmp_path: Path, name: str) -> None:
         lines = [f"{t}@{texts.label_names[i]}" for t, i in zip(split.texts, split.labels, strict=True)]
         assert lines == [PHRASES[row] for row in split.rows]
     with pytest.raises(UserError, match="--agreement"):
-        load_texts(RunConfig(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+        load_texts(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,14 +183,14 @@ def test_imdb_tree_not_utf8_or_empty(tmp_path: Path) -> None:
     review = tmp_path / "train" / "pos" / "0_1.txt"
     review.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"0_1\.txt is not UTF-8"):
-        load_texts(RunConfig(data_dir=tmp_path))
+        load_texts(RunConfig.of(data_dir=tmp_path))
     review.write_text(" \n")
     with pytest.raises(UserError, match=r"0_1\.txt is empty"):
-        load_texts(RunConfig(data_dir=tmp_path))
+        load_texts(RunConfig.of(data_dir=tmp_path))
     for path in (tmp_path / "train" / "neg").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="neg holds no"):
-        load_texts(RunConfig(data_dir=tmp_path))
+        load_texts(RunConfig.of(data_dir=tmp_path))
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,9 +205,9 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_missing_or_empty_data_dir(tmp_path: Path) -> None:
     for dataset in ("imdb", "text", "financial_phrasebank"):
         with pytest.raises(UserError, match="no such file or folder"):
-            load_texts(RunConfig(dataset=dataset, data_dir=tmp_path / "nowhere"))
+            load_texts(RunConfig.of(dataset=dataset, data_dir=tmp_path / "nowhere"))
         with pytest.raises(UserError, match=f"--data_dir {tmp_path}"):
-            load_texts(RunConfig(dataset=dataset, data_dir=tmp_path))
+            load_texts(RunConfig.of(dataset=dataset, data_dir=tmp_path))
 
 
 def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None
 def test_phrasebank_line_without_label(tmp_path: Path) -> None:
     (tmp_path / "Sentences_AllAgree.txt").write_text("Fine .@positive\nno label here\n")
     with pytest.raises(UserError, match=r"row 1 .*sentence@label"):
-        load_texts(RunConfig(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+        load_texts(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def stanford(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
     return path
 
 
-STANFORD = RunConfig(data_source="stanford")
+STANFORD = RunConfig.of(data_source="stanford")
 
 
 def test_stanford_download(stanford: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +317,7 @@ def test_unreachable_hosts_are_reported_in_time(monkeypatch: pytest.MonkeyPatch,
     began = time.monotonic()
     imdb = "cannot be reached: give --data_dir PATH, or --offline for packaged reviews and a packaged model$"
     financial = "cannot be reached: give --data_dir PATH$"  # that set is not packaged
-    cases = ((RunConfig(), imdb), (STANFORD, imdb), (RunConfig(dataset="financial_phrasebank"), financial))
+    cases = ((RunConfig.of(), imdb), (STANFORD, imdb), (RunConfig.of(dataset="financial_phrasebank"), financial))
     for config, line in cases:
         with pytest.raises(UserError, match=line):
             load_texts(config)
@@ -357,7 +358,7 @@ def test_hub_files_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
         return str(path)
 
     monkeypatch.setattr(sources, "hf_hub_download", download)
-    texts = load_texts(RunConfig())
+    texts = load_texts(RunConfig.of())
     assert texts.source == "IMDb, official test (Hugging Face hub)"
     assert asked == [
         ("stanfordnlp/imdb", f"plain_text/{split}-00000-of-00001.parquet", "dataset", True)
@@ -372,8 +373,8 @@ def test_phrasebank_from_the_hubs_archive(tmp_path: Path, monkeypatch: pytest.Mo
             content = "\r\n".join(PHRASES if level == "50Agree" else PHRASES[:-2]).encode("latin-1")
             archive.writestr(f"FinancialPhraseBank-v1.0/Sentences_{level}.txt", content)
     monkeypatch.setattr(sources, "hf_hub_download", lambda *_, **__: str(path))
-    texts = load_texts(RunConfig(dataset="financial_phrasebank"))
+    texts = load_texts(RunConfig.of(dataset="financial_phrasebank"))
     assert sum(len(split.texts) for split in texts.splits.values()) == 59
-    texts = load_texts(RunConfig(dataset="financial_phrasebank", agreement="all"))
+    texts = load_texts(RunConfig.of(dataset="financial_phrasebank", agreement="all"))
     assert sum(len(split.texts) for split in texts.splits.values()) == 60
-    prefetch_texts(RunConfig(dataset="financial_phrasebank"))
+    prefetch_texts(RunConfig.of(dataset="financial_phrasebank"))

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from finetuning.errors import UserError
 from finetuning.models.families import FAMILIES, family_of
-from finetuning.settings import UserError
 from tests.conftest import LAYERS, POSITIONS, tiny_classifier
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.runs.directory import (
     check_directory,
     default_directory,
@@ -18,22 +20,12 @@ from finetuning.runs.directory import (
     write_metrics,
     write_predictions,
 )
-from finetuning.runs.files import (
-    CONFIG,
-    CURVE,
-    LAST_CHECKPOINT,
-    METRICS,
-    PREDICTIONS,
-    RESULT,
-    RUN_FILES,
-    read_status,
-    write_json,
-)
-from finetuning.settings import RunConfig, UserError
+from finetuning.runs.files import CONFIG, CURVE, LAST_CHECKPOINT, METRICS, PREDICTIONS, RESULT, RUN_FILES, read_status
+from finetuning.storage import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["bad", "good"]
-CONFIGURATION = RunConfig(learning_rate=1e-3, epochs=3)
+CONFIGURATION = RunConfig.of(learning_rate=1e-3, epochs=3)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -179,9 +171,9 @@ def test_resume_of_a_run_whose_configuration_is_damaged_is_refused(tmp_path: Pat
 def test_default_directory_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)  # a shell of salloc, in which several runs may follow
-    assert default_directory(RunConfig(q_lora=True)).match("runs/imdb-qlora-20*-*")
+    assert default_directory(RunConfig.of(q_lora=True)).match("runs/imdb-qlora-20*-*")
     monkeypatch.setenv("SLURM_STEP_ID", "3")
-    assert default_directory(RunConfig(method="full")) == Path("runs/imdb-full-77.3")
+    assert default_directory(RunConfig.of(method="full")) == Path("runs/imdb-full-77.3")
 
 
 # --- predictions, metrics, curve

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.runs.files import RESULT, read_status, write_atomically, write_json
+from finetuning.runs.files import RESULT, read_status
+from finetuning.storage import write_atomically, write_json
 
 
 def contents(directory: Path) -> dict[str, bytes]:

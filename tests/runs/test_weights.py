@@ -10,12 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
 from finetuning.models.pretrained import find_model
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from finetuning.runs.weights import adapter_config, load_trained, peft_name, save_trained
-from finetuning.settings import RunConfig, UserError
 from local_model_utilities import Classifier, build_classifier, saved_parameters
 from tests.conftest import LAYERS
 
@@ -40,7 +41,7 @@ def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:
     torch.manual_seed(seed)
-    config = RunConfig(model_name=str(folder), max_length=32, **settings)
+    config = RunConfig.of(model_name=str(folder), max_length=32, **settings)
     return build_classifier(config, find_model(config), NAMES, torch.float32).eval(), config
 
 
@@ -90,7 +91,7 @@ def test_saved_weights_make_the_same_classifier_again(
     trained, config = build(bases[model_type], 0, **METHODS[method])
     train_a_little(trained)
     path = save(tmp_path, trained, config)
-    assert path.name == (ADAPTER if config.method == "lora" else TRAINED_WEIGHTS)
+    assert path.name == (ADAPTER if config.method.method == "lora" else TRAINED_WEIGHTS)
     fresh, _ = build(bases[model_type], 1, **METHODS[method])
     expected = logits(trained)
     assert (logits(fresh) - expected).abs().max() > 0.01
@@ -142,15 +143,15 @@ def test_adapter_config_says_what_peft_reads(bases: dict[str, Path], tmp_path: P
     assert stored["inference_mode"] is True
 
     def scale(**settings: object) -> float:
-        written = adapter_config(RunConfig(lora_r=4, lora_alpha=2.0, **settings), [], [])
+        written = adapter_config(RunConfig.of(lora_r=4, lora_alpha=2.0, **settings), [], [])
         return written["lora_alpha"] / (math.sqrt(written["r"]) if written["use_rslora"] else written["r"])
 
     assert scale() == 0.5
     assert scale(lora_scaling="rslora") == 1.0
     assert scale(lora_scaling="raw") == 2.0
-    roberta = adapter_config(RunConfig(), [], FAMILIES["roberta"].head)
+    roberta = adapter_config(RunConfig.of(), [], FAMILIES["roberta"].head)
     assert roberta["modules_to_save"] == ["classifier"]
-    on_head = adapter_config(RunConfig(lora_head=True), ["classifier"], ["classifier"])
+    on_head = adapter_config(RunConfig.of(lora_head=True), ["classifier"], ["classifier"])
     assert (on_head["task_type"], on_head["modules_to_save"]) == (None, None)
 
 

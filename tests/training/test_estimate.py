@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from finetune_lora import main
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.models.pretrained import find_model, load_tokenizer
-from finetuning.settings import RunConfig, UserError
 from finetuning.training.estimate import estimate, estimate_table
 from finetuning.training.module import resolve_hardware
 from local_dataset_utilities import load_texts, tokenize
@@ -17,11 +18,11 @@ from tests.test_finetune_lora import flags, start
 
 
 def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig]:
-    config = RunConfig(
+    config = RunConfig.of(
         model_name=str(folder), dataset="text", data_dir=data, max_length=32, batch_size=8, accelerator="cpu",
         precision="fp32", **settings,  # type: ignore[arg-type]
     )  # fmt: skip
-    texts, tokenizer = load_texts(config), load_tokenizer(config.model_name, folder)
+    texts, tokenizer = load_texts(config), load_tokenizer(config.model.model_name, folder)
     splits = tokenize(texts, tokenizer, config)
     hardware = resolve_hardware(config)
     return estimate(config, hardware, find_model(config), splits, int(tokenizer.pad_token_id), ["bad", "good"]), config
@@ -100,6 +101,6 @@ def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
 
 def test_it_is_for_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="--estimate"):
-        RunConfig(estimate=True, devices=2)
+        RunConfig.of(estimate=True, devices=2)
     assert main(["--offline", "--estimate", "--devices", "2"]) == 2
     assert "--estimate True: is for one device" in capsys.readouterr().err

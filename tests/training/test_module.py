@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.models.pretrained import find_model
-from finetuning.settings import RunConfig, UserError
 from finetuning.training.callbacks import TrainingFailed
 from finetuning.training.module import (
     DEFAULT_LEARNING_RATES,
@@ -44,7 +45,7 @@ def test_linear_equals_its_closed_form(warmup: float) -> None:
     steps = np.arange(STEPS)
     expected = 0.2 * np.where(steps < rising, steps / max(rising, 1), (STEPS - steps) / (STEPS - rising))
     np.testing.assert_allclose(
-        rates(RunConfig(scheduler="linear", learning_rate=0.2, warmup_fraction=warmup)), expected
+        rates(RunConfig.of(scheduler="linear", learning_rate=0.2, warmup_fraction=warmup)), expected
     )
 
 
@@ -59,7 +60,7 @@ def test_schedules_equal_those_of_transformers(ours: str, theirs: str) -> None:
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    np.testing.assert_allclose(rates(RunConfig(scheduler=ours, learning_rate=0.3, warmup_fraction=0.1)), expected)
+    np.testing.assert_allclose(rates(RunConfig.of(scheduler=ours, learning_rate=0.3, warmup_fraction=0.1)), expected)
 
 
 def test_onecycle_equals_its_closed_form() -> None:
@@ -69,7 +70,7 @@ def test_onecycle_equals_its_closed_form() -> None:
     up = top / 25 + (top - top / 25) * (1 - np.cos(np.pi * steps / turn)) / 2
     share = (steps - turn) / (STEPS - 1 - turn)
     down = top / 25 / 1e4 + (top - top / 25 / 1e4) * (1 + np.cos(np.pi * share)) / 2
-    found = rates(RunConfig(scheduler="onecycle", learning_rate=top))
+    found = rates(RunConfig.of(scheduler="onecycle", learning_rate=top))
     np.testing.assert_allclose(found, np.where(steps <= turn, up, down), rtol=1e-6)
     assert found.max() == pytest.approx(top)
 
@@ -77,14 +78,14 @@ def test_onecycle_equals_its_closed_form() -> None:
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "onecycle"])
 @pytest.mark.parametrize("steps", [1, 2, 10, 20])
 def test_the_shortest_runs_have_a_schedule_and_learn(scheduler: str, steps: int) -> None:
-    found = rates(RunConfig(scheduler=scheduler, learning_rate=0.1, warmup_fraction=0.1), steps)
+    found = rates(RunConfig.of(scheduler=scheduler, learning_rate=0.1, warmup_fraction=0.1), steps)
     assert 0 <= found.min() <= found.max() <= 0.1
     assert found.max() > 0
 
 
 def test_onecycle_leaves_momentum_and_beta_alone() -> None:
     for name, key in (("sgd_nesterov", "momentum"), ("adamw", "betas")):
-        config = RunConfig(optimizer=name, scheduler="onecycle", learning_rate=0.1)
+        config = RunConfig.of(optimizer=name, scheduler="onecycle", learning_rate=0.1)
         optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config, fused=False)
         before = optimizer.param_groups[0][key]
         scheduler = make_scheduler(optimizer, config, STEPS)
@@ -110,7 +111,7 @@ def test_onecycle_leaves_momentum_and_beta_alone() -> None:
 def test_optimizers_step_as_torchs_own(name: str, kind: type, settings: dict[str, float], fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
-    first = make_optimizer([ours], RunConfig(optimizer=name, learning_rate=0.01), fused)
+    first = make_optimizer([ours], RunConfig.of(optimizer=name, learning_rate=0.01), fused)
     second = kind([theirs], **settings)
     for _ in range(5):
         ours.grad = torch.randn(3, 3, generator=generator)
@@ -123,7 +124,7 @@ def test_optimizers_step_as_torchs_own(name: str, kind: type, settings: dict[str
 
 def test_weight_decay_spares_vectors() -> None:
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer([matrix, vector], RunConfig(learning_rate=0.1, weight_decay=0.5), fused=False)
+    optimizer = make_optimizer([matrix, vector], RunConfig.of(learning_rate=0.1, weight_decay=0.5), fused=False)
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert torch.equal(vector, torch.ones(2))
@@ -133,16 +134,16 @@ def test_weight_decay_spares_vectors() -> None:
 def test_every_method_and_optimizer_has_a_default_rate() -> None:
     for method in ("lora", "full", "selective"):
         for optimizer in ("adam", "adamw", "sgd", "sgd_nesterov"):
-            config = RunConfig(method=method, optimizer=optimizer)
+            config = RunConfig.of(method=method, optimizer=optimizer)
             assert resolve_learning_rate(config) == DEFAULT_LEARNING_RATES[method, optimizer]
-    assert resolve_learning_rate(RunConfig(learning_rate=0.5)) == 0.5
+    assert resolve_learning_rate(RunConfig.of(learning_rate=0.5)) == 0.5
 
 
 # --- the module
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, Path]) -> None:
-    config = RunConfig(model_name=str(tiny_folders["distilbert"]), max_length=32, dropout=0.3)
+    config = RunConfig.of(model_name=str(tiny_folders["distilbert"]), max_length=32, dropout=0.3)
     classifier = build_classifier(config, find_model(config), ["bad", "good"], torch.float32)
     module = FineTuning(classifier, config, class_count=2, total_steps=1)
     ids, mask = torch.arange(1000, 1020)[None], torch.ones(1, 20, dtype=torch.long)
@@ -153,7 +154,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, 
 
 def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -> None:
     """A single text's loss counts: a mean that leaves it out would hide it."""
-    config = RunConfig(model_name=str(tiny_folders["distilbert"]), max_length=32)
+    config = RunConfig.of(model_name=str(tiny_folders["distilbert"]), max_length=32)
     classifier = build_classifier(config, find_model(config), ["bad", "good"], torch.float32)
     module = FineTuning(classifier, config, class_count=2, total_steps=1)
     logits = torch.tensor([[0.0, 1.0], [math.nan, 0.0]])
@@ -175,20 +176,20 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         ({"strategy": "dpp"}, "--strategy dpp: allowed are auto, .*ddp, "),
     ):
         with pytest.raises(UserError, match=words):
-            resolve_hardware(RunConfig(**settings))
+            resolve_hardware(RunConfig.of(**settings))
 
 
 def test_precision_that_is_asked_for_is_taken() -> None:
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        hardware = resolve_hardware(RunConfig(precision=name, accelerator="cpu"))
+        hardware = resolve_hardware(RunConfig.of(precision=name, accelerator="cpu"))
         assert (hardware.accelerator, hardware.dtype) == ("cpu", dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_auto_takes_the_gpu() -> None:
-    hardware = resolve_hardware(RunConfig())
+    hardware = resolve_hardware(RunConfig.of())
     assert hardware.on_gpu
     assert hardware.dtype in (torch.bfloat16, torch.float16)
     with pytest.raises(UserError, match="numbered from 0"):
-        resolve_hardware(RunConfig(device=99))
+        resolve_hardware(RunConfig.of(device=99))

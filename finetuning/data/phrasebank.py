@@ -1,0 +1,54 @@
+"""Financial PhraseBank (Malo et al. 2014): sentences of financial news with a sentiment."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import pandas as pd
+
+from finetuning.data.tables import SUFFIXES, read_table, readable
+from finetuning.data.texts import Source
+from finetuning.datasets import DATASETS
+from finetuning.errors import UserError
+from finetuning.hub import hub_file
+from finetuning.settings import DataSettings
+
+
+def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
+    """Financial PhraseBank (Malo et al. 2014) at one level of agreement, each sentence once."""
+    wanted = f"sentences_{data.agreement}agree"
+    if data.data_dir is None:
+        path = hub_file("takala/financial_phrasebank", "data/FinancialPhraseBank-v1.0.zip")
+        with readable(path), zipfile.ZipFile(path) as archive:
+            members = {Path(name).stem.lower(): name for name in archive.namelist()}
+            table = _parse(archive.read(members[wanted]), path)
+    else:
+        files = [data.data_dir] if data.data_dir.is_file() else sorted(data.data_dir.iterdir())
+        matching = [p for p in files if p.stem.lower() == wanted and p.suffix in (*SUFFIXES, ".txt")]
+        if not matching:
+            raise UserError(f"--data_dir {data.data_dir}: holds no {wanted}.parquet or .txt (--agreement chooses it)")
+        path = matching[0]
+        with readable(path):
+            content = path.read_bytes()
+        table = _parse(content, path) if path.suffix == ".txt" else read_table(path, data)
+    key = table.text.str.strip()
+    conflicting = table.groupby(key).label.transform("nunique") > 1
+    repeated = ~conflicting & key.duplicated()
+    notes = []
+    if conflicting.any() or repeated.any():
+        notes.append(f"dropped {repeated.sum()} repeated sentences and {conflicting.sum()} with conflicting labels")
+    name = f"Financial PhraseBank {data.agreement}agree"
+    where = "local files" if data.data_dir else "Hugging Face hub"
+    return Source(
+        name, where, {"train": table[~conflicting & ~repeated]}, DATASETS["financial_phrasebank"].label_names, notes
+    )
+
+
+def _parse(content: bytes, path: Path) -> pd.DataFrame:
+    """Lines of ``sentence@label`` in Latin-1."""
+    lines = [line.rstrip("\r\n") for line in io.StringIO(content.decode("latin-1"), newline="\n")]
+    pairs = [line.rpartition("@") for line in lines]
+    for row, (sentence, _, _) in enumerate(pairs):
+        if not sentence.strip():
+            raise UserError(f"--data_dir: {path} row {row} (counted from 0) is not of the form sentence@label")
+    return pd.DataFrame({"text": [pair[0] for pair in pairs], "label": [pair[2].strip() for pair in pairs]})

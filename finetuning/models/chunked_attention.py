@@ -1,0 +1,61 @@
+"""Attention in torch operators for a CPU without the compiled kernels."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SCORES_IN_CACHE = 1_000_000  # attention scores worked on at once: in bf16 1 MB for each of 2 cores
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """``softmax(Q K^T / sqrt(d)) V`` for every head on a CPU: ``(B, T, 3 D) -> (B, T, D)``.
+
+    Forward is torch's fused kernel. Its backward, slow on a CPU, is replaced by batched products over a few heads at
+    a time, whose scores stay in the processor's cache; the probabilities are computed again, not saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d) each, views
+        bias = None
+        if padding is not None:
+            bias = torch.zeros(padding.shape, dtype=qkv.dtype).masked_fill_(padding, -math.inf)[:, None, None]
+        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+        ctx.save_for_backward(qkv, bias)
+        ctx.heads = heads
+        return out.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, bias = ctx.saved_tensors
+        (B, T, _), H = grad.shape, ctx.heads
+        q, k, v = qkv.view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each, copied
+        grad = grad.view(B, T, H, -1).transpose(1, 2).flatten(0, 1)  # (B H, T, d)
+        if bias is not None:
+            bias = bias.expand(B, H, 1, T).flatten(0, 1)  # (B H, 1, T)
+        gradients = torch.empty(3, *q.shape, dtype=q.dtype)
+        scale, step = q.shape[-1] ** -0.5, min(B * H, max(1, SCORES_IN_CACHE // T**2))
+        scores, grad_P = torch.empty(2, step, T, T, dtype=q.dtype)
+        parts = [z.split(step) for z in (q, k, v, grad, *gradients)]
+        for i, (q, k, v, grad, grad_q, grad_k, grad_v) in enumerate(zip(*parts, strict=True)):
+            if len(q) < len(scores):  # the last part
+                scores, grad_P = scores[: len(q)], grad_P[: len(q)]
+            P = _scaled_bmm(q, k.transpose(1, 2), scale, out=scores)  # (c, T, T)
+            if bias is not None:
+                P.add_(bias[i * step : i * step + len(q)])
+            torch.softmax(P, -1, out=P)
+            torch.bmm(P.transpose(1, 2), grad, out=grad_v)
+            torch.bmm(grad, v.transpose(1, 2), out=grad_P)
+            grad_S = torch._softmax_backward_data(grad_P, P, -1, P.dtype)
+            _scaled_bmm(grad_S, k, scale, out=grad_q)
+            _scaled_bmm(grad_S.transpose(1, 2), q, scale, out=grad_k)
+        return gradients.view(3, B, H, T, -1).permute(1, 3, 0, 2, 4).reshape(B, T, -1), None, None
+
+
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
+    """``scale * a b``, the scale applied before rounding and without a pass of its own."""
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)

@@ -1,0 +1,236 @@
+"""Linears of one input in one product, with hand-written backward passes for frozen weights.
+
+A linear is an ``nn.Linear``, a linear packed in 4 bits, or one with LoRA (``LinearWithLoRA`` of ``lora.py``, known here
+by its parts ``linear`` and ``lora``).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Activation = Callable[[Tensor], Tensor]  # differentiable, element by element
+ROWS_AT_ONCE = 1024  # of an activation's output, on a CPU: 3 MB at MiniLM's size
+
+
+def _fused_linear() -> Callable[..., Tensor] | None:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if supported and supported() else None
+
+
+# torch.compile's own choice for a bf16 linear on a CPU, if this torch has it: ``addmm`` spends another pass on the bias
+FUSED_LINEAR = _fused_linear()
+
+
+def linears(
+    x: Tensor,
+    modules: Sequence[nn.Module],
+    unpack: Callable[[nn.Module], Tensor] | None = None,
+    activation: Activation | None = None,
+) -> Tensor:
+    """Several linears of one input, side by side: ``(..., in) -> (..., sum of out)`` in x's dtype.
+
+    One product with all weights, one with all A and one with all B (block-diagonal) take less time than one for each.
+
+    Args:
+        x: the input, in the dtype in which products are to be done; weights are cast to it.
+        modules: ``nn.Linear``, ``LinearWithLoRA``, or linears packed in 4 bits.
+        unpack: gives the dense weight of a packed linear that has no LoRA.
+        activation: applied to x first. Frozen linears compute it again in backward instead of saving its output.
+    """
+    adapted: list[Any] = [m for m in modules if _has_lora(m)]
+    dtype = x.dtype  # so that what follows does not hold on to x until backward
+
+    def weight() -> Tensor:
+        return _join([dense_weight(m, unpack) for m in modules]).to(dtype)  # (out, in)
+
+    bias = _join_bias([_base(m) for m in modules], dtype)
+    base_is_trained = any(p.requires_grad for m in modules for p in _base(m).parameters())
+    if base_is_trained or any(map(drops_input, adapted)):
+        x = x if activation is None else activation(x)
+        y = F.linear(x, weight(), bias) if base_is_trained else _frozen_linear(x, None, None, weight, bias)
+        return y + torch.cat([_lora_output(x, m) for m in modules], -1) if adapted else y
+    if not adapted:
+        return _frozen_linear(x, None, None, weight, bias, activation)
+    blocks = [_scaled_B(m) for m in modules]
+    A = _join([m.lora.lora_A for m in adapted]).to(dtype)  # (R, in)
+    B = (blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)).to(dtype)  # (out, R)
+    if dtype == torch.float32 and not torch.is_grad_enabled():
+        merged = torch.addmm(weight(), B, A)  # exact here; in bf16 the sum would round most of the adapter away
+        return _frozen_linear(x, None, None, lambda: merged, bias, activation)
+    return _frozen_linear(x, A, B, weight, bias, activation)
+
+
+def transposed(x: Tensor, module: Any, unpack: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
+    """A linear's weight from its other side, ``x (W + scale B A)``: ``(..., out) -> (..., in)`` in x's dtype.
+
+    A linear ``W^T`` whose A is ``scale B^T`` and whose B is ``A^T``; the bias and LoRA's dropout have no part in it.
+
+    Args:
+        x: the input, in the dtype in which products are to be done.
+        module: as in ``linears``.
+        unpack: as in ``linears``.
+    """
+    dtype = x.dtype
+
+    def weight() -> Tensor:
+        return dense_weight(module, unpack).to(dtype).t()  # (in, out)
+
+    A = B = None
+    if _has_lora(module):
+        A, B = _scaled_B(module).t().to(dtype), module.lora.lora_A.t().to(dtype)
+    if not any(p.requires_grad for p in _base(module).parameters()):
+        return _frozen_linear(x, A, B, weight, None)
+    y = F.linear(x, weight())
+    return y if A is None or B is None else y + x @ A.t() @ B.t()
+
+
+def drops_input(module: Any) -> bool:
+    """Whether a linear's LoRA sees another input than the linear does, by its dropout in training."""
+    return _has_lora(module) and module.training and module.lora.dropout.p > 0
+
+
+def _has_lora(module: nn.Module) -> bool:
+    return hasattr(module, "lora")
+
+
+def _base(module: Any) -> Any:
+    return module.linear if _has_lora(module) else module
+
+
+def dense_weight(module: Any, unpack: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
+    """The weight ``(out, in)`` of a linear, LoRA left out; ``unpack`` gives that of a packed one without LoRA."""
+    if _has_lora(module) and module.dense_weight is not None:
+        return module.dense_weight()
+    linear = _base(module)
+    if linear.weight.is_floating_point():
+        return linear.weight
+    if unpack is None:
+        raise TypeError(f"{type(linear).__name__} is packed, and nothing was given that unpacks it")
+    return unpack(linear)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _join_bias(modules: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
+    if all(m.bias is None for m in modules):
+        return None
+    device = modules[0].weight.device
+    return _join(
+        [
+            torch.zeros(m.out_features, dtype=dtype, device=device) if m.bias is None else m.bias.to(dtype)
+            for m in modules
+        ]
+    )
+
+
+def _scaled_B(module: Any) -> Tensor:
+    """``scale * B`` ``(out, rank)`` of a linear with LoRA, and of one without it a block of rank 0."""
+    if _has_lora(module):
+        return module.lora.scale * module.lora.lora_B
+    return torch.empty(module.out_features, 0, device=module.weight.device)
+
+
+def _lora_output(x: Tensor, module: Any) -> Tensor:
+    if _has_lora(module):
+        return module.lora(x)
+    return x.new_zeros(*x.shape[:-1], module.out_features)
+
+
+def _frozen_linear(
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    weight: Callable[[], Tensor],
+    bias: Tensor | None,
+    activation: Activation | None = None,
+) -> Tensor:
+    y: Tensor = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), A, B, weight, bias, activation)
+    return y.view(*x.shape[:-1], -1)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """``y = h W^T + b + (h A^T) B^T`` with ``h = activation(x)``, W and b frozen; the scale is already in B.
+
+    The low-rank product is added in place, so there is no full-size temporary. W and h are asked for again in backward
+    instead of being saved; of an activation's output only some rows are there at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        activation: Activation | None,
+    ) -> Tensor:
+        ctx.weight, ctx.activation = weight, activation
+        W = weight()  # (out, in)
+        parts = (x,) if activation is None else (activation(part) for part in x.split(_rows_at_once(x)))  # h
+        if A is None or B is None:
+            ctx.save_for_backward(x if activation is not None else None, None, None, None)
+            return _join([_product(h, W, bias) for h in parts])  # (N, out)
+        outputs, inners = [], []
+        for h in parts:
+            inners.append(h @ A.t())  # (N, R)
+            outputs.append(_product(h, W, bias).addmm_(inners[-1], B.t()))
+        ctx.save_for_backward(x, A, B, _join(inners))
+        return _join(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_A, need_B, *_ = ctx.needs_input_grad
+        x, A, B, inner = ctx.saved_tensors
+        grad_x = grad @ ctx.weight() if need_x else None  # (N, in), of h until the end
+        grad_A = grad_B = grad_inner = None
+        if A is not None:
+            grad_inner = grad @ B  # (N, R)
+            if grad_x is not None:
+                grad_x.addmm_(grad_inner, A)
+            if need_A and ctx.activation is None:
+                grad_A = grad_inner.t() @ x  # (R, in)
+            # (out, R); on a CPU this order of the product takes half the time of the other
+            grad_B = (inner.t() @ grad).t() if need_B else None
+        if ctx.activation is not None and (need_x or need_A):
+            grad_A = _activated_backward(ctx.activation, x, grad_x, grad_inner if need_A else None)
+        return grad_x, grad_A, grad_B, None, None, None
+
+
+def _product(h: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """``h W^T + bias``."""
+    if bias is None:
+        return h @ W.t()
+    if FUSED_LINEAR is not None and h.device.type == "cpu" and h.dtype == torch.bfloat16 and W.is_contiguous():
+        return FUSED_LINEAR(h, W, bias, "none", [], "")
+    return torch.addmm(bias, h, W.t())
+
+
+def _rows_at_once(x: Tensor) -> int:
+    return ROWS_AT_ONCE if x.device.type == "cpu" else max(len(x), 1)  # a GPU would rather have few large products
+
+
+def _activated_backward(
+    activation: Activation, x: Tensor, grad: Tensor | None, grad_inner: Tensor | None
+) -> Tensor | None:
+    """Makes ``grad`` ``(N, in)`` of ``h = activation(x)`` that of x, in place; returns A's, ``grad_inner^T h``."""
+    sums = torch.promote_types(x.dtype, torch.float32)
+    grad_A = None if grad_inner is None else x.new_zeros(grad_inner.shape[1], x.shape[1], dtype=sums)
+    count = _rows_at_once(x)
+    for start in range(0, len(x), count):
+        rows = slice(start, start + count)
+        part = x[rows].detach().requires_grad_(grad is not None)
+        with torch.enable_grad():
+            h = activation(part)
+        if grad_A is not None and grad_inner is not None:
+            grad_A += grad_inner[rows].t() @ h.detach()
+        if grad is not None:
+            (grad[rows],) = torch.autograd.grad(h, part, grad[rows])
+    return None if grad_A is None else grad_A.to(x.dtype)

@@ -1,0 +1,71 @@
+"""Linears in 4 bits (NF4, through bitsandbytes): quantizing, dequantizing, and telling them apart."""
+
+import logging
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetuning.errors import UserError, first_line
+from finetuning.models.families import ModelFamily
+
+
+def quantize_linears(model: nn.Module, family: ModelFamily, dtype: torch.dtype, double: bool) -> None:
+    """Replaces every linear of the encoder's layers by a 4-bit NF4 one; head and embeddings stay as they are.
+
+    QLoRA, Dettmers et al. 2023. Quantized on the CPU from the fp32 weights, at once, so that no dense copy stays.
+    """
+    bnb = import_bitsandbytes()
+    for target in family.targets:
+        for name in family.linear_names(target, family.setting(model, "layer_count")):
+            dense = model.get_submodule(name)
+            assert isinstance(dense, nn.Linear)
+            linear = bnb.nn.Linear4bit(
+                dense.in_features,
+                dense.out_features,
+                compute_dtype=dtype,
+                compress_statistics=double,
+                quant_type="nf4",
+                device="meta",  # its own first weights are never wanted, nor the random numbers they would take
+            )
+            linear.weight = bnb.nn.Params4bit(
+                dense.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4"
+            )
+            linear.bias = nn.Parameter(dense.bias.data.to(dtype), requires_grad=False)
+            linear.to("cpu")  # this is what quantizes
+            linear.weight.quant_state.dtype = dtype  # dequantize straight into the precision of the products
+            # Else an evaluation repacks the weights in place and the next training step is wrong or fails.
+            linear.support_avx512bf16_for_cpu = False
+            model.set_submodule(name, linear)
+
+
+def import_bitsandbytes() -> Any:
+    """The library, kept from looking for a CPU kernel to download, which it does where ``kernels`` is installed.
+
+    Raises:
+        UserError: it is not installed or does not work here.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it tells users that the kernel is missing
+    hidden = {"kernels": sys.modules.get("kernels")}
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it now fails
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"--q_lora True needs bitsandbytes: {first_line(error)}; pip install bitsandbytes") from None
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update({name: module for name, module in hidden.items() if module is not None})
+    return bitsandbytes
+
+
+def is_quantized(linear: nn.Module) -> bool:
+    """Whether the linear holds 4-bit weights, told without importing bitsandbytes."""
+    return hasattr(linear.weight, "quant_state")
+
+
+def dequantized(linear: Any) -> Tensor:
+    """The dense weight ``(out, in)`` of a 4-bit linear, in the precision of the products."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)

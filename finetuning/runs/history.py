@@ -1,0 +1,86 @@
+"""What a run leaves besides weights and result: predictions, metrics over the steps, and the learning curve."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetuning.runs.files import CURVE, METRICS, PREDICTIONS
+from finetuning.storage import write_atomically
+
+
+def write_predictions(directory: Path, splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+    """``predictions.parquet``: split, row in its source, label, one list of logits a text.
+
+    Args:
+        directory: the run directory.
+        splits: by name (rows ``(n,)``, labels ``(n,)``, logits ``(n, classes)``).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "split": np.concatenate([np.full(len(rows), name) for name, (rows, _, _) in splits.items()]).tolist(),
+        "row": np.concatenate([rows for rows, _, _ in splits.values()]),
+        "label": np.concatenate([labels for _, labels, _ in splits.values()]).astype(np.int16),
+        "logits": [row for _, _, logits in splits.values() for row in logits.astype(np.float32)],
+    }
+    table = pa.table({name: pa.array(values) for name, values in columns.items()})
+    write_atomically(directory / PREDICTIONS, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+
+def write_metrics(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """``metrics.csv``: one row a measurement; what was not measured at a step stays empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(directory / METRICS, write)
+
+
+def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor: str, title: str) -> None:
+    """Training and validation loss over the steps, and beneath them the monitored metric with its best point."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    training = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss") is not None]
+    validated = [row for row in rows if row.get("validation_loss") is not None]
+    metric = "accuracy" if monitor == "loss" else monitor
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 2), layout="constrained", dpi=150
+    )
+    steps, losses = [s for s, _ in training], [loss for _, loss in training]
+    above.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss")
+    if len(losses) >= 20:
+        width = max(len(losses) // 20, 3)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        above.plot(steps[width - 1 :], smooth, color="#2171b5", linewidth=2, label=f"mean of {width} points")
+    at = [row["step"] for row in validated]
+    above.plot(at, [row["validation_loss"] for row in validated], "o-", color="#d94801", label="validation loss")
+    above.set(ylabel="cross-entropy, nats", ylim=(0, None))
+    above.set_title(title, parse_math=False)  # a folder's name may hold $
+    above.legend(frameon=False)
+    values = [100 * row[f"validation_{metric}"] for row in validated]
+    below.plot(at, values, "o-", color="#d94801")
+    if values:
+        best = int(np.argmax(values))
+        below.annotate(
+            f"{values[best]:.2f} %", (at[best], values[best]), xytext=(-6, 6), textcoords="offset points", ha="right"
+        )
+    below.set(xlabel="step", ylabel=f"validation {metric.replace('_', '-')}, %")
+    below.margins(y=0.25)
+    below.set_ylim(top=min(below.get_ylim()[1], 101))
+    below.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (above, below):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    write_atomically(directory / CURVE, lambda temporary: figure.savefig(temporary))
+    plt.close(figure)
