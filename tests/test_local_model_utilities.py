@@ -11,20 +11,17 @@ from safetensors.torch import load_file
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models import cpu_kernels
-from finetuning.models.encoder import dequantized
+from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import LinearWithLoRA, lora_modules
-from finetuning.models.pretrained import find_model
+from finetuning.models.quantization import dequantized, import_bitsandbytes, is_quantized
 from finetuning.settings import LORA_TARGETS, PACKAGED
 from local_model_utilities import (
-    Classifier,
     build_classifier,
     count_parameters,
-    import_bitsandbytes,
-    is_quantized,
+    find_base_model,
     parameter_record,
     parameter_table,
-    saved_parameters,
 )
 from tests.conftest import HEADS, INNER, LAYERS, WIDTH
 
@@ -34,7 +31,7 @@ NAMES = ["bad", "good"]
 def build(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Classifier:
     torch.manual_seed(0)
     config = RunConfig.of(model_name=str(folder), max_length=32, **settings)
-    return build_classifier(config, find_model(config), NAMES, dtype)
+    return build_classifier(config, find_base_model(config), NAMES, dtype)
 
 
 def batch(count: int = 5, length: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,7 +230,7 @@ def test_what_is_quantized_and_what_it_weighs(tiny_folders: dict[str, Path]) -> 
 
 
 def test_the_new_head_is_saved_beneath_lora(tiny_folders: dict[str, Path]) -> None:
-    names = set(saved_parameters(build(tiny_folders["roberta"], lora_head=True, lora_query=False, lora_value=False)))
+    names = set(build(tiny_folders["roberta"], lora_head=True, lora_query=False, lora_value=False).saved_parameters())
     assert names == {
         f"classifier.{part}.{rest}"
         for part in ("dense", "out_proj")

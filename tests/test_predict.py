@@ -15,8 +15,8 @@ import torch
 import finetune_lora
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.runs.files import ADAPTER, CONFIG, PREDICTIONS, RESULT, TRAINED_WEIGHTS
-from predict import here, load_run, main, predict, read_texts
+from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS
+from predict import for_this_machine, load_run, main, predict, read_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {
@@ -199,7 +199,7 @@ def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: 
         assert words in message
 
     refused("no finished run")
-    shutil.copy(runs["lora"] / CONFIG, tmp_path)
+    shutil.copy(runs["lora"] / SETTINGS, tmp_path)
     refused("no finished run")
     result = json.loads((runs["lora"] / RESULT).read_text())
     for status in ("interrupted", "failed"):
@@ -284,11 +284,11 @@ def test_a_run_of_another_machine_predicts_on_this_one(
 
 
 def test_precision_is_one_that_this_machine_has() -> None:
-    assert here(RunConfig.of(precision="bf16", device=3)).precision == "bf16"
-    assert here(RunConfig.of(precision="fp16", accelerator="gpu")).precision == (
+    assert for_this_machine(RunConfig.of(precision="bf16", device=3)).hardware.precision == "bf16"
+    assert for_this_machine(RunConfig.of(precision="fp16", accelerator="gpu")).hardware.precision == (
         "fp16" if torch.cuda.is_available() else "auto"
     )
-    assert here(RunConfig.of(accelerator="cpu")).accelerator == "cpu"
+    assert for_this_machine(RunConfig.of(accelerator="cpu")).hardware.accelerator == "cpu"
 
 
 def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def encode_texts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of ``texts``. A text of more than ``max_length`` tokens, special tokens included, is cut.
 
-    ``head`` keeps its beginning, ``head_tail`` the first quarter of what fits and the rest from its end (Sun et al. 2019,
-    arXiv:1905.05583).
+    ``head`` keeps its beginning, ``head_tail`` the first quarter of what fits and the rest from its end
+    (Sun et al. 2019, arXiv:1905.05583).
 
     Args:
         texts: at least one.

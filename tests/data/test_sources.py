@@ -7,6 +7,7 @@ import json
 import tarfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from finetuning import hub
 from finetuning.config import RunConfig
-from finetuning.data import sources as sources
+from finetuning.data import imdb
 from finetuning.errors import UserError
-from local_dataset_utilities import load_texts, prefetch_texts
-from tests.conftest import frame, text_config, write_texts, write_tree
+from local_dataset_utilities import prefetch_texts
+from tests.conftest import frame, text_config, texts_of, write_texts, write_tree
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def test_all_formats_give_the_same(tmp_path: Path, suffix: str, single: bool) ->
         table.to_csv(path, index=False, encoding="utf-8-sig")
     else:
         table.to_json(path, orient="records", lines=suffix == ".jsonl", force_ascii=False)
-    texts = load_texts(text_config(path if single else tmp_path))
+    texts = texts_of(text_config(path if single else tmp_path))
     assert texts.label_names == ["bad", "good", "so-so"]
     assert "held out" in texts.source
     assert sum(len(split.texts) for split in texts.splits.values()) == 30
@@ -64,25 +66,25 @@ def test_label_names_of_the_datasets_library(tmp_path: Path) -> None:
     features = {"info": {"features": {"label": {"names": ["zebra", "ape"], "_type": "ClassLabel"}}}}
     table = pyarrow.Table.from_pandas(frame(30)).replace_schema_metadata({"huggingface": json.dumps(features)})
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
-    texts = load_texts(text_config(tmp_path))
+    texts = texts_of(text_config(tmp_path))
     assert texts.label_names == ["zebra", "ape"]
     assert (texts.splits["train"].labels == texts.splits["train"].rows % 2).all()
 
 
 def test_other_columns(tmp_path: Path) -> None:
     frame(30).rename(columns={"text": "body", "label": "class"}).to_csv(tmp_path / "train.csv", index=False)
-    texts = load_texts(text_config(tmp_path, text_column="body", label_column="class"))
+    texts = texts_of(text_config(tmp_path, text_column="body", label_column="class"))
     assert texts.splits["test"].texts[0].startswith("train text")
     for flag, column in (("text_column", "text"), ("label_column", "label")):
         given = {"text_column": "body", "label_column": "class"} | {flag: column}
         with pytest.raises(UserError, match=f"--{flag} {column}: .*no such column; its columns are: body, class"):
-            load_texts(text_config(tmp_path, **given))
+            texts_of(text_config(tmp_path, **given))
 
 
 @pytest.mark.parametrize("inside", ["", "aclImdb"])
 def test_imdb_tree(tmp_path: Path, inside: str) -> None:
     write_tree(tmp_path / inside)
-    texts = load_texts(RunConfig.of(data_dir=tmp_path))
+    texts = texts_of(RunConfig.of(data_dir=tmp_path))
     assert [len(split.texts) for split in texts.splits.values()] == [36, 4, 40]
     assert texts.splits["test"].labels.tolist() == [0] * 20 + [1] * 20
     assert texts.splits["test"].texts[0] == "test neg 0  end é"
@@ -90,9 +92,9 @@ def test_imdb_tree(tmp_path: Path, inside: str) -> None:
 
 def test_imdb_with_train_only_is_not_called_test(tmp_path: Path) -> None:
     frame(30).to_csv(tmp_path / "train.csv", index=False)
-    assert load_texts(RunConfig.of(data_dir=tmp_path)).source == "IMDb train, held out (local files)"
+    assert texts_of(RunConfig.of(data_dir=tmp_path)).source == "IMDb train, held out (local files)"
     with pytest.raises(UserError, match="--split official"):
-        load_texts(RunConfig.of(data_dir=tmp_path, split="official"))
+        texts_of(RunConfig.of(data_dir=tmp_path, split="official"))
 
 
 PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@{label}" for i in range(20) for label in ("positive",)]
@@ -110,7 +112,7 @@ def test_phrasebank(tmp_path: Path, name: str) -> None:
         pd.DataFrame({"sentence": [p[0] for p in pairs], "label": [ids[p[2]] for p in pairs]}).to_parquet(
             tmp_path / name
         )
-    texts = load_texts(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path))
+    texts = texts_of(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path))
     assert texts.label_names == ["negative", "neutral", "positive"]
     assert texts.source == "Financial PhraseBank 50agree, held out (local files)"
     assert texts.notes == ["dropped 1 repeated sentences and 2 with conflicting labels"]
@@ -120,7 +122,7 @@ def test_phrasebank(tmp_path: Path, name: str) -> None:
         lines = [f"{t}@{texts.label_names[i]}" for t, i in zip(split.texts, split.labels, strict=True)]
         assert lines == [PHRASES[row] for row in split.rows]
     with pytest.raises(UserError, match="--agreement"):
-        load_texts(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+        texts_of(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ def rows_of(*lines: str) -> str:
 )
 def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        load_texts(write_texts(tmp_path, content, name))
+        texts_of(write_texts(tmp_path, content, name))
     assert "\n" not in str(caught.value)
     assert "--" in str(caught.value), "the message names a flag"
 
@@ -175,7 +177,7 @@ def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> Non
 def test_not_utf8(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes("text,label\nna\xefve,a\n".encode("latin-1"))
     with pytest.raises(UserError, match=f"{name} is not UTF-8"):
-        load_texts(text_config(tmp_path))
+        texts_of(text_config(tmp_path))
 
 
 def test_imdb_tree_not_utf8_or_empty(tmp_path: Path) -> None:
@@ -183,14 +185,14 @@ def test_imdb_tree_not_utf8_or_empty(tmp_path: Path) -> None:
     review = tmp_path / "train" / "pos" / "0_1.txt"
     review.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"0_1\.txt is not UTF-8"):
-        load_texts(RunConfig.of(data_dir=tmp_path))
+        texts_of(RunConfig.of(data_dir=tmp_path))
     review.write_text(" \n")
     with pytest.raises(UserError, match=r"0_1\.txt is empty"):
-        load_texts(RunConfig.of(data_dir=tmp_path))
+        texts_of(RunConfig.of(data_dir=tmp_path))
     for path in (tmp_path / "train" / "neg").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="neg holds no"):
-        load_texts(RunConfig.of(data_dir=tmp_path))
+        texts_of(RunConfig.of(data_dir=tmp_path))
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,31 +201,31 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(pd, "read_csv", refuse)
     with pytest.raises(UserError, match=r"cannot be read \(.*Permission denied"):
-        load_texts(write_texts(tmp_path, rows_of()))
+        texts_of(write_texts(tmp_path, rows_of()))
 
 
 def test_missing_or_empty_data_dir(tmp_path: Path) -> None:
     for dataset in ("imdb", "text", "financial_phrasebank"):
         with pytest.raises(UserError, match="no such file or folder"):
-            load_texts(RunConfig.of(dataset=dataset, data_dir=tmp_path / "nowhere"))
+            texts_of(RunConfig.of(dataset=dataset, data_dir=tmp_path / "nowhere"))
         with pytest.raises(UserError, match=f"--data_dir {tmp_path}"):
-            load_texts(RunConfig.of(dataset=dataset, data_dir=tmp_path))
+            texts_of(RunConfig.of(dataset=dataset, data_dir=tmp_path))
 
 
 def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None:
     write_texts(tmp_path, rows_of())
     config = write_texts(tmp_path, '{"text": "x", "label": 0}', "train.jsonl")
     with pytest.raises(UserError, match=r"train\.csv and train\.jsonl are both train"):
-        load_texts(config)
+        texts_of(config)
     (tmp_path / "notes.xlsx").touch()
     with pytest.raises(UserError, match=r"single file must end in one of \.parquet"):
-        load_texts(text_config(tmp_path / "notes.xlsx"))
+        texts_of(text_config(tmp_path / "notes.xlsx"))
 
 
 def test_phrasebank_line_without_label(tmp_path: Path) -> None:
     (tmp_path / "Sentences_AllAgree.txt").write_text("Fine .@positive\nno label here\n")
     with pytest.raises(UserError, match=r"row 1 .*sentence@label"):
-        load_texts(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+        texts_of(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def stanford(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
     with tarfile.open(path, "w:gz") as tar:
         tar.add(tmp_path / "aclImdb", "aclImdb")
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(sources, "STANFORD_IMDB", sources.Archive(f"{server[0]}/aclImdb.tar.gz", md5))
+    monkeypatch.setattr(imdb, "STANFORD", hub.Archive(f"{server[0]}/aclImdb.tar.gz", md5))
     return path
 
 
@@ -265,21 +267,21 @@ STANFORD = RunConfig.of(data_source="stanford")
 
 
 def test_stanford_download(stanford: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = load_texts(STANFORD)
+    texts = texts_of(STANFORD)
     assert "aclImdb.tar.gz" in capsys.readouterr().err, "a progress bar"
     assert texts.source == "IMDb, official test (Stanford)"
     assert [len(split.texts) for split in texts.splits.values()] == [36, 4, 40]
     assert not any("unsup" in text for split in texts.splits.values() for text in split.texts)
     assert [path.name for path in cache.iterdir()] == ["imdb_stanford"]
     stanford.unlink()
-    again = load_texts(STANFORD)
+    again = texts_of(STANFORD)
     assert again.splits["train"].texts == texts.splits["train"].texts, "the second time without network"
 
 
 def test_stanford_archive_damaged(stanford: Path, cache: Path) -> None:
     stanford.write_bytes(stanford.read_bytes()[:-10])
     with pytest.raises(UserError, match="arrived damaged"):
-        load_texts(STANFORD)
+        texts_of(STANFORD)
     assert list(cache.iterdir()) == []
 
 
@@ -289,9 +291,9 @@ def test_stanford_download_interrupted(cache: Path, monkeypatch: pytest.MonkeyPa
         assert list(cache.rglob("archive.tar.gz")), "interrupted while the temporary file is there"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources.tqdm, "update", interrupt)
+    monkeypatch.setattr(hub.tqdm, "update", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        load_texts(STANFORD)
+        texts_of(STANFORD)
     assert list(cache.iterdir()) == []
 
 
@@ -304,23 +306,23 @@ def test_stanford_archive_that_escapes_its_folder(
         member.size = 4
         tar.addfile(member, io.BytesIO(b"evil"))
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(sources, "STANFORD_IMDB", sources.Archive(f"{server[0]}/evil.tar.gz", md5))
+    monkeypatch.setattr(imdb, "STANFORD", hub.Archive(f"{server[0]}/evil.tar.gz", md5))
     with pytest.raises(tarfile.OutsideDestinationError):
-        load_texts(STANFORD)
+        texts_of(STANFORD)
     assert list(cache.iterdir()) == []
 
 
 def test_unreachable_hosts_are_reported_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sources.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(sources.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(sources, "STANFORD_IMDB", sources.Archive("http://127.0.0.1:9/a.tar.gz", ""))
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(imdb, "STANFORD", hub.Archive("http://127.0.0.1:9/a.tar.gz", ""))
     began = time.monotonic()
-    imdb = "cannot be reached: give --data_dir PATH, or --offline for packaged reviews and a packaged model$"
+    no_imdb = "cannot be reached: give --data_dir PATH, or --offline for packaged reviews and a packaged model$"
     financial = "cannot be reached: give --data_dir PATH$"  # that set is not packaged
-    cases = ((RunConfig.of(), imdb), (STANFORD, imdb), (RunConfig.of(dataset="financial_phrasebank"), financial))
+    cases = ((RunConfig.of(), no_imdb), (STANFORD, no_imdb), (RunConfig.of(dataset="financial_phrasebank"), financial))
     for config, line in cases:
         with pytest.raises(UserError, match=line):
-            load_texts(config)
+            texts_of(config)
     assert time.monotonic() - began < 10
 
 
@@ -329,22 +331,22 @@ def test_a_host_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(1)
         return io.BytesIO()
 
-    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.2)
-    monkeypatch.setattr(sources.urllib.request, "urlopen", sleep)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", sleep)
     began = time.monotonic()
     with pytest.raises(UserError, match="the model x is not on this machine"):
-        sources.require_hub("the model x", "y")
+        hub.require_hub("the model x", "y")
     assert time.monotonic() - began < 1
 
 
 def test_hub_switched_off_by_its_own_variable(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.constants, "ENDPOINT", server[0])
-    sources.require_hub("anything", "--offline")
-    monkeypatch.setattr(sources.constants, "ENDPOINT", f"{server[0]}/missing")  # a 404 is an answer
-    sources.require_hub("anything", "--offline")
-    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", server[0])
+    hub.require_hub("anything", "--offline")
+    monkeypatch.setattr(hub.constants, "ENDPOINT", f"{server[0]}/missing")  # a 404 is an answer
+    hub.require_hub("anything", "--offline")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="--offline"):
-        sources.require_hub("anything", "--offline")
+        hub.require_hub("anything", "--offline")
 
 
 def test_hub_files_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,8 +359,8 @@ def test_hub_files_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
         frame(40, word=path.stem).to_parquet(path)
         return str(path)
 
-    monkeypatch.setattr(sources, "hf_hub_download", download)
-    texts = load_texts(RunConfig.of())
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    texts = texts_of(RunConfig.of())
     assert texts.source == "IMDb, official test (Hugging Face hub)"
     assert asked == [
         ("stanfordnlp/imdb", f"plain_text/{split}-00000-of-00001.parquet", "dataset", True)
@@ -368,13 +370,13 @@ def test_hub_files_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_phrasebank_from_the_hubs_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bank.zip"
-    with sources.zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w") as archive:
         for level in ("50Agree", "AllAgree"):
             content = "\r\n".join(PHRASES if level == "50Agree" else PHRASES[:-2]).encode("latin-1")
             archive.writestr(f"FinancialPhraseBank-v1.0/Sentences_{level}.txt", content)
-    monkeypatch.setattr(sources, "hf_hub_download", lambda *_, **__: str(path))
-    texts = load_texts(RunConfig.of(dataset="financial_phrasebank"))
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(path))
+    texts = texts_of(RunConfig.of(dataset="financial_phrasebank"))
     assert sum(len(split.texts) for split in texts.splits.values()) == 59
-    texts = load_texts(RunConfig.of(dataset="financial_phrasebank", agreement="all"))
+    texts = texts_of(RunConfig.of(dataset="financial_phrasebank", agreement="all"))
     assert sum(len(split.texts) for split in texts.splits.values()) == 60
-    prefetch_texts(RunConfig.of(dataset="financial_phrasebank"))
+    prefetch_texts(RunConfig.of(dataset="financial_phrasebank").data)

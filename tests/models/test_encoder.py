@@ -17,8 +17,8 @@ from finetuning.models import encoder as efficient_encoder
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.frozen_outputs import FrozenOutputs
-from finetuning.models.lora import LinearWithLoRA, LoRALayer, mark_only_lora_as_trainable
-from tests.conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier
+from finetuning.models.lora import LinearWithLoRA, LoRALayer
+from tests.conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier, train_only_lora
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 METHODS = ("full", "selective", "head_only", *TARGETS, "query+value", "all")
@@ -36,7 +36,7 @@ def place_lora(model: nn.Module, family: ModelFamily, targets: tuple[str, ...], 
         lora = LoRALayer(linear.in_features, linear.out_features, 4, 8, dropout=dropout)
         nn.init.normal_(lora.lora_B, std=0.05, generator=generator)
         model.set_submodule(name, LinearWithLoRA(linear, lora))
-    mark_only_lora_as_trainable(model)
+    train_only_lora(model)
     if "head" not in targets:
         for _, parameter in family.head_parameters(model):
             parameter.requires_grad_(True)
@@ -280,10 +280,6 @@ def test_packaged_weights() -> None:
     assert our_gradients < 2 * their_gradients
 
 
-def test_keep_freed_memory_is_harmless() -> None:
-    assert isinstance(efficient_encoder.keep_freed_memory(), bool)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # no work for what is frozen, no dense copy of what is packed
 
@@ -326,7 +322,7 @@ def test_outputs_of_frozen_layers_are_computed_once(
     ids, mask, labels = batch(family, padded=True)
     lengths = mask.sum(1).numpy() if trained else np.ones(len(ids), dtype=np.int64)
     outputs = FrozenOutputs(lengths[[3, 4, 5, 6, 0, 1, 2]], WIDTH, torch.float32, memory_bytes, tmp_path)
-    frozen = outputs.of(np.array([4, 5, 6, 0, 1, 2, 3]))  # where the batch's examples stand in the split
+    frozen = outputs.batch(np.array([4, 5, 6, 0, 1, 2, 3]))  # where the batch's examples stand in the split
     calls: list[nn.Module] = []
     for name in ("block", "last_block"):
         original = getattr(efficient_encoder._Encoder, name)

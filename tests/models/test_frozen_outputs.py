@@ -26,22 +26,22 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, memory_bytes: int, dty
     everything = torch.randn(4, 5, 4).to(dtype)
     mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
     for examples in ([2, 0], [1, 3]):
-        batch = outputs.of(np.array(examples))
+        batch = outputs.batch(np.array(examples))
         assert not batch.known
         batch.save(everything[examples], mask[examples])
         assert batch.known
-    assert not outputs.of(np.array([0])).load(mask[[0]])[:, 3:].any()
+    assert not outputs.batch(np.array([0])).load(mask[[0]])[:, 3:].any()
     other = np.array([3, 2, 1])  # another batch than any that was saved
-    assert outputs.of(other).known
+    assert outputs.batch(other).known
     expected = everything * mask[..., None]
-    assert torch.equal(outputs.of(other).load(mask[other]), expected[other])
+    assert torch.equal(outputs.batch(other).load(mask[other]), expected[other])
 
 
 def test_a_batch_is_known_when_all_of_it_is(tmp_path: Path) -> None:
     outputs = FrozenOutputs(LENGTHS, 4, torch.float32, 10**6, tmp_path)
-    outputs.of(np.array([1])).save(torch.ones(1, 1, 4), torch.ones(1, 1, dtype=torch.bool))
-    assert outputs.of(np.array([1])).known
-    assert not outputs.of(np.array([1, 2])).known
+    outputs.batch(np.array([1])).save(torch.ones(1, 1, 4), torch.ones(1, 1, dtype=torch.bool))
+    assert outputs.batch(np.array([1])).known
+    assert not outputs.batch(np.array([1, 2])).known
 
 
 def test_a_file_takes_its_room_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

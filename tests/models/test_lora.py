@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetuning.models import lora
+from finetuning.models import linears as linears_module
 from finetuning.models.families import FAMILIES, ModelFamily
+from finetuning.models.linears import linears
 from finetuning.models.lora import (
     LinearWithLoRA,
     LoRALayer,
-    linears,
     lora_modules,
-    mark_only_lora_as_trainable,
     merge_lora,
 )
-from tests.conftest import LAYERS, tiny_classifier
+from tests.conftest import LAYERS, tiny_classifier, train_only_lora
 
 RANK, ALPHA = 3, 5.0
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -36,7 +35,7 @@ def lora_linear(n_in: int = 10, n_out: int = 7, seed: int = 0, **settings: objec
     torch.manual_seed(seed)
     module = LinearWithLoRA(nn.Linear(n_in, n_out), LoRALayer(n_in, n_out, RANK, ALPHA, **settings))  # type: ignore[arg-type]
     nn.init.normal_(module.lora.lora_B)
-    mark_only_lora_as_trainable(module)
+    train_only_lora(module)
     return module
 
 
@@ -90,13 +89,13 @@ def test_without_gradients_the_adapter_is_merged_where_that_is_exact(
 ) -> None:
     module, x = lora_linear(), torch.randn(2, 5, 10, dtype=dtype)
     merged: list[bool] = []
-    apply = lora._frozen_linear
+    apply = linears_module._frozen_linear
 
     def watched(x: Tensor, A: Tensor | None, *rest: Any) -> Tensor:
         merged.append(A is None)
         return apply(x, A, *rest)
 
-    monkeypatch.setattr(lora, "_frozen_linear", watched)
+    monkeypatch.setattr(linears_module, "_frozen_linear", watched)
     with torch.no_grad():
         fast, plain = linears(x, [module]), module.linear(x.float()) + module.lora(x.float())
     assert relative_error(fast, plain) < (1e-6 if dtype == torch.float32 else 1e-2)
@@ -115,13 +114,13 @@ def test_several_linears_of_one_input_equal_each_alone() -> None:
         assert relative_error(ours, reference) < 1e-5
 
 
-@pytest.mark.parametrize("rows_at_once", [2, 5, lora.ROWS_AT_ONCE])  # of five: 2 + 2 + 1, exactly all, all
+@pytest.mark.parametrize("rows_at_once", [2, 5, linears_module.ROWS_AT_ONCE])  # of five: 2 + 2 + 1, exactly all, all
 @pytest.mark.parametrize("kind", ["lora", "frozen", "trained"])
 @pytest.mark.parametrize("input_is_trained", [True, False])
 def test_activation_equals_the_plain_formula_and_its_output_is_not_saved(
     kind: str, input_is_trained: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(linears_module, "ROWS_AT_ONCE", rows_at_once)
     module: nn.Module = lora_linear() if kind == "lora" else nn.Linear(10, 7).requires_grad_(kind == "trained")
     x = torch.randn(5, 10, requires_grad=input_is_trained)
     inputs = [*([x] if input_is_trained else []), *(p for p in module.parameters() if p.requires_grad)]
@@ -208,7 +207,7 @@ def place(model: nn.Module, family: ModelFamily, targets: tuple[str, ...], scali
         lora = LoRALayer(linear.in_features, linear.out_features, RANK, ALPHA, scaling)
         nn.init.normal_(lora.lora_B, std=0.1)
         model.set_submodule(name, LinearWithLoRA(linear, lora))
-    mark_only_lora_as_trainable(model)
+    train_only_lora(model)
     return names
 
 
@@ -282,7 +281,7 @@ def quantized(linear: nn.Linear) -> tuple[nn.Module, LinearWithLoRA]:
     lora = LoRALayer(linear.in_features, linear.out_features, RANK, ALPHA)
     nn.init.normal_(lora.lora_B)
     lora_on_dense = LinearWithLoRA(dense, copy.deepcopy(lora))
-    mark_only_lora_as_trainable(lora_on_dense)
+    train_only_lora(lora_on_dense)
     return LinearWithLoRA(packed, lora, unpack), lora_on_dense
 
 

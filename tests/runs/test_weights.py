@@ -12,12 +12,13 @@ from transformers import AutoModelForSequenceClassification
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
-from finetuning.models.pretrained import find_model
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from finetuning.runs.weights import adapter_config, load_trained, peft_name, save_trained
-from local_model_utilities import Classifier, build_classifier, saved_parameters
+from finetuning.settings import LoRASettings
+from local_model_utilities import build_classifier, find_base_model
 from tests.conftest import LAYERS
 
 NAMES = ["bad", "good"]
@@ -42,7 +43,7 @@ def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:
     torch.manual_seed(seed)
     config = RunConfig.of(model_name=str(folder), max_length=32, **settings)
-    return build_classifier(config, find_model(config), NAMES, torch.float32).eval(), config
+    return build_classifier(config, find_base_model(config), NAMES, torch.float32).eval(), config
 
 
 def train_a_little(classifier: Classifier) -> None:
@@ -53,9 +54,17 @@ def train_a_little(classifier: Classifier) -> None:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
+def lora_settings(**settings: object) -> LoRASettings:
+    lora = RunConfig.of(**settings).lora
+    assert lora is not None
+    return lora
+
+
 def save(directory: Path, classifier: Classifier, config: RunConfig) -> Path:
     targets = [name for name, _ in lora_modules(classifier.model)]
-    return save_trained(directory, saved_parameters(classifier), config, targets, classifier.family.head)
+    return save_trained(
+        directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets, classifier.family.head
+    )
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +104,7 @@ def test_saved_weights_make_the_same_classifier_again(
     fresh, _ = build(bases[model_type], 1, **METHODS[method])
     expected = logits(trained)
     assert (logits(fresh) - expected).abs().max() > 0.01
-    load_trained(tmp_path, saved_parameters(fresh), config)
+    load_trained(tmp_path, fresh.saved_parameters(), config.lora is not None)
     assert torch.equal(logits(fresh), expected)
 
 
@@ -143,15 +152,15 @@ def test_adapter_config_says_what_peft_reads(bases: dict[str, Path], tmp_path: P
     assert stored["inference_mode"] is True
 
     def scale(**settings: object) -> float:
-        written = adapter_config(RunConfig.of(lora_r=4, lora_alpha=2.0, **settings), [], [])
+        written = adapter_config(lora_settings(lora_r=4, lora_alpha=2.0, **settings), "base", [], [])
         return written["lora_alpha"] / (math.sqrt(written["r"]) if written["use_rslora"] else written["r"])
 
     assert scale() == 0.5
     assert scale(lora_scaling="rslora") == 1.0
     assert scale(lora_scaling="raw") == 2.0
-    roberta = adapter_config(RunConfig.of(), [], FAMILIES["roberta"].head)
+    roberta = adapter_config(lora_settings(), "base", [], FAMILIES["roberta"].head)
     assert roberta["modules_to_save"] == ["classifier"]
-    on_head = adapter_config(RunConfig.of(lora_head=True), ["classifier"], ["classifier"])
+    on_head = adapter_config(lora_settings(lora_head=True), "base", ["classifier"], ["classifier"])
     assert (on_head["task_type"], on_head["modules_to_save"]) == (None, None)
 
 
@@ -198,12 +207,12 @@ def test_a_damaged_or_foreign_file_is_refused(bases: dict[str, Path], tmp_path: 
 
     def refused(words: str, **settings: object) -> None:
         other, other_config = build(bases["distilbert"], 1, **settings)
-        before = {name: p.detach().clone() for name, p in saved_parameters(other).items()}
+        before = {name: p.detach().clone() for name, p in other.saved_parameters().items()}
         with pytest.raises(UserError, match=words) as caught:
-            load_trained(tmp_path, saved_parameters(other), other_config)
+            load_trained(tmp_path, other.saved_parameters(), other_config.lora is not None)
         assert "\n" not in str(caught.value)
         assert ADAPTER in str(caught.value) or TRAINED_WEIGHTS in str(caught.value)
-        assert all(torch.equal(p, before[name]) for name, p in saved_parameters(other).items())
+        assert all(torch.equal(p, before[name]) for name, p in other.saved_parameters().items())
 
     refused("cannot be read")
     path = save(tmp_path, classifier, config)

@@ -10,44 +10,49 @@ import torch
 from finetune_lora import main
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.models.pretrained import find_model, load_tokenizer
+from finetuning.models.pretrained import load_tokenizer
 from finetuning.training.estimate import estimate, estimate_table
-from finetuning.training.module import resolve_hardware
-from local_dataset_utilities import load_texts, tokenize
+from finetuning.training.hardware import resolve_hardware
+from local_dataset_utilities import tokenize
+from local_model_utilities import build_classifier, count_parameters, find_base_model
+from tests.conftest import texts_of
 from tests.test_finetune_lora import flags, start
 
 
-def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig]:
+def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig, int]:
     config = RunConfig.of(
         model_name=str(folder), dataset="text", data_dir=data, max_length=32, batch_size=8, accelerator="cpu",
-        precision="fp32", **settings,  # type: ignore[arg-type]
+        precision="fp32", **settings,
     )  # fmt: skip
-    texts, tokenizer = load_texts(config), load_tokenizer(config.model.model_name, folder)
-    splits = tokenize(texts, tokenizer, config)
-    hardware = resolve_hardware(config)
-    return estimate(config, hardware, find_model(config), splits, int(tokenizer.pad_token_id), ["bad", "good"]), config
+    tokenizer = load_tokenizer(config.model.model_name, folder)
+    splits = tokenize(texts_of(config), tokenizer, config.data)
+    hardware = resolve_hardware(config.hardware)
+    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], hardware.dtype)
+    pad_id, cache_gb = int(tokenizer.pad_token_id), config.hardware.frozen_cache_gb
+    record = estimate(classifier, splits, pad_id, config.training, hardware, cache_gb)
+    return record, config, count_parameters(classifier)["total"].bytes
 
 
 @pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2), ("sgd_nesterov", 1), ("sgd", 0)])
 def test_parts_are_those_that_are_known(
     tiny_folders: dict[str, Path], review_folder: Path, optimizer: str, states: int
 ) -> None:
-    record, config = measured(tiny_folders["distilbert"], review_folder, method="full", optimizer=optimizer)
+    record, config, weights = measured(tiny_folders["distilbert"], review_folder, method="full", optimizer=optimizer)
     memory, seconds = record["memory"], record["seconds"]
-    assert memory["gradients"] == memory["weights"]  # all is trained, in fp32
-    assert memory["optimizer"] == states * memory["weights"]
+    assert memory["gradients"] == weights  # all is trained, in fp32
+    assert memory["optimizer"] == states * weights
     assert memory["peak"] > memory["activations"] > 0
     assert record["steps"] == 15
     assert seconds["run"] == pytest.approx(2 * (seconds["epoch"] + seconds["validation"]) + seconds["test"])
-    table = estimate_table(record, config)
+    table = estimate_table(record, weights, config.training.epochs)
     assert "15 steps" in table
     assert "activations" in table
 
 
 def test_outputs_of_frozen_layers_are_part_of_it(tiny_folders: dict[str, Path], review_folder: Path) -> None:
     settings: dict[str, Any] = {"method": "selective", "trainable_layers": 1, "epochs": 5}
-    record, config = measured(tiny_folders["distilbert"], review_folder, **settings)
-    plain, _ = measured(tiny_folders["distilbert"], review_folder, frozen_cache_gb=0.0, **settings)
+    record, config, weights = measured(tiny_folders["distilbert"], review_folder, **settings)
+    plain, *_ = measured(tiny_folders["distilbert"], review_folder, frozen_cache_gb=0.0, **settings)
     memory, seconds = record["memory"], record["seconds"]
     assert plain["memory"]["kept_outputs"] == 0 < memory["kept_outputs"]
     assert memory["kept_outputs"] % (32 * 4) == 0, "rows of the model's width, in fp32"
@@ -55,7 +60,7 @@ def test_outputs_of_frozen_layers_are_part_of_it(tiny_folders: dict[str, Path], 
     later = seconds["later_epoch"] + seconds["later_validation"]
     expected = seconds["epoch"] + seconds["validation"] + 4 * later + seconds["test"]
     assert seconds["run"] == pytest.approx(expected)
-    assert "outputs of frozen layers" in estimate_table(record, config)
+    assert "outputs of frozen layers" in estimate_table(record, weights, config.training.epochs)
 
 
 def test_checkpointing_keeps_fewer_activations(tiny_folders: dict[str, Path], review_folder: Path) -> None:

@@ -4,42 +4,37 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
+from finetuning.config import DEFAULT_LEARNING_RATES, MAY_CHANGE, NOT_PART_OF_THE_RUN, RunConfig, continued
 from finetuning.errors import UserError
-from finetuning.flags import make_parser
-from finetuning.settings import DEFAULT_MODEL, LORA_TARGETS, PACKAGED
+from finetuning.flags import given_flags, make_parser
+from finetuning.settings import DEFAULT_MODEL, FLAGS, LORA_TARGETS, PACKAGED
 from finetuning.storage import cache_dir
-from tests.conftest import config_of_flags, refusal
+from tests.conftest import config_of_flags, lora_of_flags, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
-LORA_FLAGS = [f.name for f in dataclasses.fields(RunConfig) if f.metadata["given_with"] == "lora"]
+LORA_FLAGS = [flag.name for flag in FLAGS.values() if flag.section == "lora"]
 
 
 # --- defaults that depend on others
 
 
 def test_lora_defaults() -> None:
-    config = config_of_flags("")
+    config, lora = config_of_flags(""), lora_of_flags("")
     assert config == RunConfig.of()
-    assert (config.method.method, config.lora.lora_r, config.lora.lora_alpha, config.lora.lora_scaling) == (
-        "lora",
-        8,
-        16.0,
-        "standard",
-    )
-    assert (config.lora.q_lora, config.lora.lora_dropout, config.lora.double_quantization) == (False, 0.0, None)
-    assert config.lora.targets == ("query", "value")
-    assert config.method.trainable_layers is None
-    assert config_of_flags("--q_lora").lora.double_quantization is True
-    assert config_of_flags("--q_lora --double_quantization no").lora.double_quantization is False
-    assert config_of_flags("--lora_mlp").lora_targets == ("query", "value", "mlp")
+    assert (config.method.method, config.method.trainable_layers) == ("lora", None)
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_scaling, lora.lora_dropout) == (8, 16.0, "standard", 0.0)
+    assert (lora.q_lora, lora.double_quantization) == (False, None)
+    assert lora.targets == ("query", "value")
+    assert lora_of_flags("--q_lora").double_quantization is True
+    assert lora_of_flags("--q_lora --double_quantization no").double_quantization is False
+    assert lora_of_flags("--lora_mlp").targets == ("query", "value", "mlp")
 
 
 @pytest.mark.parametrize("method", ["full", "selective"])
 def test_lora_settings_stay_unset_without_lora(method: str) -> None:
     config = config_of_flags(f"--method {method}")
-    assert {name: getattr(config, name) for name in LORA_FLAGS} == dict.fromkeys(LORA_FLAGS)
-    assert config.lora.targets == ()
+    assert {name: config.to_dict()[name] for name in LORA_FLAGS} == dict.fromkeys(LORA_FLAGS)
+    assert config.lora is None
     assert config.method.trainable_layers == (2 if method == "selective" else None)
     assert config_of_flags("--method selective --trainable_layers 0").method.trainable_layers == 0
 
@@ -70,7 +65,7 @@ def test_defaults_of_optimizers(optimizer: str, momentum: float | None, decay: f
     config = config_of_flags(f"--optimizer {optimizer}")
     assert (config.training.momentum, config.training.weight_decay) == (momentum, decay)
     assert config_of_flags(f"--optimizer {optimizer} --weight_decay 0.5").training.weight_decay == 0.5
-    assert config.training.learning_rate is None  # its table stands with the optimizers
+    assert config.training.learning_rate == DEFAULT_LEARNING_RATES["lora", optimizer]
 
 
 def test_given_values_win_over_dependent_defaults() -> None:
@@ -115,7 +110,7 @@ def test_unknown_choices(name: str) -> None:
     assert choices
     assert all(str(choice) in message for choice in choices)
     with pytest.raises(UserError, match=f"^--{name} nonsense: allowed are {', '.join(map(str, choices))}$"):
-        RunConfig.of(**{name: "nonsense"})  # type: ignore[arg-type]
+        RunConfig.of(**{name: "nonsense"})
 
 
 @pytest.mark.parametrize("line", ["--lora_r eight", "--lora_r 1.5", "--learning_rate fast", "--epochs two"])
@@ -230,6 +225,66 @@ def test_their_allowed_neighbours(line: str) -> None:
     config_of_flags(line)
 
 
+# --- continuing a run
+
+
+STORED = "--lora_r 4 --output_dir d --optimizer adam --data_dir old"
+
+
+def resumed(stored: str, given: str) -> RunConfig:
+    flags = given_flags([*given.split(), "--resume", "--output_dir", "d"])
+    return continued(json.loads(json.dumps(config_of_flags(stored).to_dict())), flags)
+
+
+def test_a_continued_run_has_its_stored_settings() -> None:
+    config = resumed(STORED, "")
+    assert config.run.resume
+    assert config.differences(config_of_flags(STORED)) == []
+    assert not resumed(f"{STORED} --overwrite", "").run.overwrite
+    assert resumed(STORED, "--lora_r 4 --optimizer adam --overwrite no").differences(config_of_flags(STORED)) == []
+
+
+def test_where_things_are_and_the_hardware_may_change() -> None:
+    config = resumed(STORED, "--data_dir new --model_name m --accelerator cpu --efficient no --devices 2 --verbose")
+    assert (config.data.data_dir, config.model.model_name, config.hardware.devices) == (Path("new"), "m", 2)
+    assert config.training.optimizer == "adam"
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "line"),
+    [
+        (STORED, "--lora_r 8", "--lora_r 8: the run in d has --lora_r 4, "),
+        (STORED, "--precision fp32", "--precision fp32: the run in d has --precision auto, "),
+        ("--method full --output_dir d", "--lora_r 8", "--lora_r 8: the run in d has --lora_r None, "),
+        (STORED, "--epochs 9", "--epochs 9: the run in d has --epochs 2, "),
+        ("--output_dir d --scheduler constant", "--epochs 9", "--epochs 9: the run in d has --epochs 2, "),
+        (
+            "--output_dir d --scheduler constant --warmup_fraction 0",
+            "--epochs 1",
+            "--epochs 1: the run in d has --epochs 2, ",
+        ),
+        (STORED, "--overwrite", "--resume True: cannot go with --overwrite"),
+    ],
+)
+def test_a_flag_that_contradicts_the_run_is_refused_with_both_values(stored: str, given: str, line: str) -> None:
+    with pytest.raises(UserError, match=f"^{line}"):
+        resumed(stored, given)
+
+
+def test_more_epochs_at_a_level_rate() -> None:
+    assert resumed("--scheduler constant --warmup_fraction 0", "--epochs 9").training.epochs == 9
+
+
+@pytest.mark.parametrize("damaged", [{"lora_rank": 8}, {"epochs": 0}, {"epochs": "two"}])
+def test_stored_settings_that_make_no_sense_are_refused(damaged: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"^--resume: the settings stored in d cannot be used: "):
+        continued(damaged, {"output_dir": Path("d"), "resume": True})
+
+
+def test_what_may_change_exists() -> None:
+    assert set(MAY_CHANGE) <= set(FLAGS)
+
+
 # --- to JSON and back
 
 
@@ -249,7 +304,7 @@ def test_their_allowed_neighbours(line: str) -> None:
 def test_round_trip_through_json(line: str) -> None:
     config = config_of_flags(line)
     stored = json.loads(json.dumps(config.to_dict(), allow_nan=False))
-    assert set(stored) == {f.name for f in dataclasses.fields(RunConfig)}
+    assert set(stored) == set(FLAGS)
     again = RunConfig.from_dict(stored)
     assert again == config
     assert again.differences(config) == []
@@ -264,12 +319,12 @@ def test_differences_name_what_changes_the_run() -> None:
     method = config_of_flags("--method full").differences(config_of_flags(""))
     assert "--method lora -> full" in method
     assert "--lora_r 8 -> None" in method
-    assert set(NOT_PART_OF_THE_RUN) <= {f.name for f in dataclasses.fields(RunConfig)}
+    assert set(NOT_PART_OF_THE_RUN) <= set(FLAGS)
 
 
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RunConfig.of().epochs = 3  # type: ignore[misc]
+        RunConfig.of().training.epochs = 3  # type: ignore[misc]
 
 
 def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
