@@ -1,7 +1,7 @@
 """Floating-point operations that a training step of the efficient path executes, by formula.
 
 A product of (n, in) and (in, out) takes 2 n in out. Counted is what is computed: rows are those of the padded batch,
-rounded up as ``efficient_encoder`` does; the last layer's query, projection and MLP have first tokens only, its key and
+rounded up as ``encoder`` does; the last layer's query, projection and MLP have first tokens only, its key and
 value one row for each head of these; nothing flows back into the embeddings. Attention is counted for the batch's own
 length, not for tiles that are filled up.
 """

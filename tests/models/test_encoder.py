@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 from transformers.activations import ACT2FN
 
-from finetuning.models import encoder as efficient_encoder
+from finetuning.models import chunked_attention, encoder
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.frozen_outputs import FrozenOutputs
@@ -149,7 +149,7 @@ def test_mask_with_holes() -> None:
 
 @pytest.mark.parametrize("scores", [1, 19 * 19 * 5, 10**6], ids=["one_head", "uneven_chunks", "one_chunk"])
 def test_attention_is_the_same_in_any_chunks(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(efficient_encoder, "SCORES_IN_CACHE", scores)
+    monkeypatch.setattr(chunked_attention, "SCORES_IN_CACHE", scores)
     test_logits_and_gradients_equal_those_of_hugging_face(FAMILIES["bert"], "full", padded=True)
 
 
@@ -295,13 +295,13 @@ def test_nothing_below_the_first_trained_layer_builds_a_graph(
         layer.requires_grad_(True)
     inputs: list[bool] = []
     for name in ("block", "last_block"):
-        original = getattr(efficient_encoder._Encoder, name)
+        original = getattr(encoder._Encoder, name)
 
         def spy(self: object, layer: nn.Module, x: Tensor, *rest: object, original: Callable = original) -> Tensor:
             inputs.append(x.grad_fn is not None)
             return original(self, layer, x, *rest)
 
-        monkeypatch.setattr(efficient_encoder._Encoder, name, spy)
+        monkeypatch.setattr(encoder._Encoder, name, spy)
     ids, mask, _ = batch(family, padded=True)
     classify(model, family, ids, mask, torch.float32)
     first = LAYERS - trained
@@ -318,20 +318,20 @@ def test_outputs_of_frozen_layers_are_computed_once(
     layers = list(model.get_submodule(family.layers).children())
     for layer in layers[LAYERS - trained :]:
         layer.requires_grad_(True)
-    assert efficient_encoder.count_frozen_layers(model, family) == LAYERS - trained
+    assert encoder.count_frozen_layers(model, family) == LAYERS - trained
     ids, mask, labels = batch(family, padded=True)
     lengths = mask.sum(1).numpy() if trained else np.ones(len(ids), dtype=np.int64)
     outputs = FrozenOutputs(lengths[[3, 4, 5, 6, 0, 1, 2]], WIDTH, torch.float32, memory_bytes, tmp_path)
     frozen = outputs.batch(np.array([4, 5, 6, 0, 1, 2, 3]))  # where the batch's examples stand in the split
     calls: list[nn.Module] = []
     for name in ("block", "last_block"):
-        original = getattr(efficient_encoder._Encoder, name)
+        original = getattr(encoder._Encoder, name)
 
         def spy(self: object, layer: nn.Module, x: Tensor, original: Callable = original) -> Tensor:
             calls.append(layer)
             return original(self, layer, x)
 
-        monkeypatch.setattr(efficient_encoder._Encoder, name, spy)
+        monkeypatch.setattr(encoder._Encoder, name, spy)
     plainly = classify(model, family, ids, mask, torch.float32)
     for expected in (layers, layers[LAYERS - trained :]):
         calls.clear()
@@ -347,8 +347,8 @@ def test_nothing_is_frozen_below_trained_embeddings() -> None:
     family = FAMILIES["distilbert"]
     model = prepare(family, "head_only")
     model.get_submodule("distilbert.embeddings").requires_grad_(True)
-    assert efficient_encoder.count_frozen_layers(model, family) == 0
-    assert efficient_encoder.count_frozen_layers(prepare(family, "query"), family) == 0
+    assert encoder.count_frozen_layers(model, family) == 0
+    assert encoder.count_frozen_layers(prepare(family, "query"), family) == 0
 
 
 @FAMILY
@@ -379,7 +379,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(family: ModelFami
 def test_four_bits_equal_the_dequantized_model_and_save_no_dense_weight(
     targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(efficient_encoder, "ROW_MULTIPLE", 1)  # else activations have as many rows as weights
+    monkeypatch.setattr(encoder, "ROW_MULTIPLE", 1)  # else activations have as many rows as weights
     bnb = pytest.importorskip("bitsandbytes")
     family = FAMILIES["distilbert"]
     dense = prepare(family, "head_only")

@@ -24,7 +24,7 @@ def test_memory_is_that_of_the_process() -> None:
     assert before["peak_bytes"] < after["peak_bytes"] < 2.5 * before["peak_bytes"]
     assert after["source"].startswith("resident set size")
     # and not of the process that started it, of which Linux' ru_maxrss would tell
-    code = "from measurements import peak_memory; print(peak_memory(False)['peak_bytes'])"
+    code = "from finetuning.runs.measurements import peak_memory; print(peak_memory(False)['peak_bytes'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 50 * 2**20 < int(done.stdout) < block.nbytes
 
@@ -70,7 +70,7 @@ def test_alone_is_when_others_take_next_to_nothing(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 def test_the_time_of_a_process_begins_with_it() -> None:
-    code = "import time; time.sleep(0.5); from measurements import process_seconds; print(process_seconds())"
+    code = "import time; time.sleep(0.5); from finetuning.runs.measurements import process_seconds; print(process_seconds())"
     began = time.monotonic()
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert 0.5 < float(shown) < time.monotonic() - began + 0.02  # the kernel's clock has ticks of 10 ms

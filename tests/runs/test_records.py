@@ -1,6 +1,6 @@
 import pytest
 
-from finetuning.runs import records as run_records
+from finetuning.runs import records
 from finetuning.runs.records import accuracy_interval
 
 
@@ -16,6 +16,6 @@ def test_wilson_interval() -> None:
 
 
 def test_the_record_of_the_test_brings_the_interval_of_its_accuracy() -> None:
-    record = run_records.test_record({"accuracy": 0.8, "loss": 0.4}, examples=100, seconds=2.5)
+    record = records.test_record({"accuracy": 0.8, "loss": 0.4}, examples=100, seconds=2.5)
     interval = list(accuracy_interval(0.8, 100))
     assert record == {"accuracy": 0.8, "loss": 0.4, "accuracy_ci95": interval, "examples": 100, "seconds": 2.5}
