@@ -12,6 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# Each worker of pytest-xdist has one thread, and so have the processes that tests start. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,10 +123,19 @@ def review_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share the cluster run in one worker; so do those of a module with costly fixtures."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests write their tokens to a folder of their own."""
-    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    """Tests write tokens to a folder of their own. The workers of a session share it, so kernels are compiled once."""
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(session / "cache"))
 
 
 def config_of_flags(line: str) -> RunConfig:

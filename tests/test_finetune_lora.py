@@ -82,7 +82,7 @@ def test_a_run_leaves_what_the_design_lists(
     assert np.mean(right) == pytest.approx(result["test"]["accuracy"])
     adapter = {"adapter_model.safetensors", "adapter_config.json"}
     weights = {"trained_weights.safetensors"} if "--method" in more else adapter
-    expected = {"result.json", "config.json", "predictions.parquet", "metrics.csv", "learning_curve.png", "last.ckpt"}
+    expected = {"result.json", "settings.json", "predictions.parquet", "metrics.csv", "learning_curve.png", "last.ckpt"}
     assert {path.name for path in output.iterdir()} == expected | weights
     shown = capsys.readouterr().out
     assert "total" in shown
@@ -129,7 +129,7 @@ def test_processes_that_torchrun_starts_need_to_be_told_where(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert main(["--offline", "--accelerator", "cpu", "--limit_train", "8", "--epochs", "1"]) == 2
-        assert "error: --output_dir: is needed where torchrun" in capsys.readouterr().err
+        assert "error: --output_dir: is needed if torchrun" in capsys.readouterr().err
 
 
 # --- interrupted, continued, failed
@@ -158,6 +158,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     _, rest = broken.communicate(timeout=60)
     assert broken.returncode == 130, seen + rest
     (told,) = (line for line in rest.splitlines() if line.startswith("interrupted; continue with: python "))
+    assert told.endswith(f" --resume --output_dir {tmp_path / 'broken'}"), "the run knows its other settings"
     assert result_of(tmp_path / "broken")["status"] == "interrupted"
     steps = result_of(tmp_path / "broken")["train"]["steps"]
     assert 0 < steps < result_of(tmp_path / "whole")["train"]["steps"] / 2
@@ -176,6 +177,25 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     result = result_of(broken_run)
     assert result["train"]["steps"] == result_of(tmp_path / "whole")["train"]["steps"]
     assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
+
+
+def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(flags(tiny_folders["distilbert"], review_folder, run, "--epochs", "1", "--lora_r", "3")) == 0
+    weights = load_file(run / "adapter_model.safetensors")
+    for path in run.iterdir():
+        if path.name != "settings.json":  # as if it had been killed in the first epoch
+            path.unlink()
+    resume = ["--resume", "--output_dir", str(run)]
+    assert main([*resume, "--lora_r", "4"]) == 2
+    assert "--lora_r 4: the run in" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["settings.json"]
+    assert main(resume) == 0
+    assert "has no checkpoint yet: the run starts over" in capsys.readouterr().out
+    again = load_file(run / "adapter_model.safetensors")
+    assert all(np.array_equal(weights[name], again[name]) for name in weights)
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_good_checkpoint(
