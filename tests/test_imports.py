@@ -1,0 +1,63 @@
+"""The direction of imports that import-linter does not see: root modules, and torch through other libraries."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = {"local_dataset_utilities", "local_model_utilities"}
+COMMANDS = {"finetune_lora", "predict", "compare_methods"}
+ABOVE = COMMANDS | LIBRARY | {"benchmarks", "tests"}  # of finetuning/
+# what each may import of the others
+ALLOWED = {
+    **dict.fromkeys(LIBRARY, set()),
+    "finetune_lora": LIBRARY,
+    "predict": LIBRARY,
+    "compare_methods": set(),  # it starts finetune_lora.py as a process
+}
+
+
+def imported(path: Path) -> set[str]:
+    """First parts of all names that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by a relative name"
+            found.add(str(node.module).split(".")[0])
+    return found
+
+
+def test_every_root_module_is_known() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} == COMMANDS | LIBRARY
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS | LIBRARY))
+def test_root_modules_import_downward(name: str) -> None:
+    assert imported(ROOT / f"{name}.py") & ABOVE <= ALLOWED[name]
+
+
+@pytest.mark.parametrize("room", ["", "data", "models", "training", "runs", "comparison"])
+def test_the_package_never_imports_what_is_above_it(room: str) -> None:
+    files = sorted((ROOT / "finetuning" / room).glob("*.py"))
+    assert files
+    for path in files:
+        assert not imported(path) & ABOVE, path
+
+
+def test_the_ground_floor_and_comparison_start_without_torch() -> None:
+    rooms = [ROOT / "finetuning", ROOT / "finetuning" / "comparison"]
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for room in rooms
+        for path in sorted(room.glob("*.py"))
+        if path.stem != "__init__"
+    ]
+    code = f"import sys, importlib\nfor name in {[*names, 'compare_methods']!r}: importlib.import_module(name)\n"
+    code += "print([name for name in ('torch', 'transformers', 'lightning') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
