@@ -105,7 +105,8 @@ def test_every_flag_that_is_mentioned_exists(document: str) -> None:
 def tree() -> dict[str, bool]:
     """The names in the README's tree, relative to the root -> whether they are entries of the root."""
     (block,) = re.findall(r"## The house\n.*?```\n(.*?)```", read("README.md"), flags=re.DOTALL)
-    names, folder = {}, ""
+    names: dict[str, bool] = {}
+    folder = ""
     for line in block.splitlines():
         words = re.split(r"  +", line.strip())[0].split()
         inside = line.startswith(" ")
