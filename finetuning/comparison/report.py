@@ -7,11 +7,13 @@ the markers of README.md and docs/best_practices.md.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from finetuning.comparison.advice import with_rows
 from finetuning.comparison.collected import Study, read_study, studies
 from finetuning.comparison.page import Section, page
 from finetuning.comparison.pairs import READING, compare_rows, headlines, worth_showing
@@ -116,6 +118,7 @@ def build(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | None]:
         text = path.read_text(encoding="utf8")
         for name, table in tables.items():
             text = with_table(text, name, table)
+        text = with_rows(text, found, os.path.relpath(results, path.parent))
         files[path] = text.encode()
     return files
 
