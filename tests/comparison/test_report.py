@@ -1,17 +1,12 @@
 import json
-import re
 from pathlib import Path
 
 import pytest
 
-from finetuning.comparison.collected import read_study, studies
-from finetuning.comparison.pairs import compare_rows
 from finetuning.comparison.report import (
-    BEST_PRACTICES,
     PAGES,
     README,
     RESULTS,
-    ROOT,
     build,
     learning_rates,
     main,
@@ -62,34 +57,16 @@ def test_the_committed_report_is_that_of_the_committed_runs() -> None:
             assert path.is_file() == (content is not None), "run: make tables"
 
 
-def test_best_practices_cite_the_scores_of_the_runs() -> None:
-    rows = json.loads((RESULTS / "summary.json").read_text(encoding="utf8"))
-    scores = {
-        f"{row['study']}/{row['row']}": f"{100 * row['accuracy_mean']:.2f}" for row in rows if row["accuracy_mean"]
-    }
-    advice = BEST_PRACTICES.read_text(encoding="utf8").partition("<!--")[0]  # what no table is
-    text = " ".join(advice.split())
-    cited = re.findall(r"`(\w+/[\w.+-]+)` (\d+\.\d+) %", text)
-    assert len(cited) == len(re.findall(r"\d+\.\d\d %", text)) > 0, "each score stands behind its row"
-    assert [(row, scores.get(row)) for row, _ in cited] == cited
-
-
-def test_best_practices_cite_the_p_values_of_the_comparisons() -> None:
-    advice = " ".join(BEST_PRACTICES.read_text(encoding="utf8").partition("<!--")[0].split())
-    cited = re.findall(r"\(`(\w+)/([\w.+-]+)` and `\w+/([\w.+-]+)`: corrected p (\S+)\)", advice)
-    assert len(cited) == advice.count("corrected p") > 0
-    for study, first, second, p in cited:
-        found = {frozenset((c.first, c.second)): c for c in compare_rows(read_study(study, RESULTS))[0]}
-        assert f"{found[frozenset((first, second))].corrected_p:.2g}" == p, (study, first, second)
-
-
-def test_every_study_has_a_place_in_the_best_practices() -> None:
-    text = BEST_PRACTICES.read_text(encoding="utf8")
-    for study in {path.stem for path in (ROOT / "studies").glob("*.toml")} - {"smoke", "imdb_official"}:
-        (shown,) = re.findall(f"<!-- {study}:begin -->\n(.*?)\n<!-- {study}:end -->", text, flags=re.DOTALL)
-        assert (shown == "Not run yet.") == (study not in studies(RESULTS)), study
-    markers = ("earlier_work", "imdb_official", "default_learning_rates", "peers", "headline", "plain_path", "roofline")
-    for name in markers:
+def test_readme_has_its_markers() -> None:
+    for name in (
+        "earlier_work",
+        "imdb_official",
+        "default_learning_rates",
+        "peers",
+        "headline",
+        "plain_path",
+        "roofline",
+    ):
         assert f"<!-- {name}:begin -->" in README.read_text(encoding="utf8")
 
 
