@@ -3,10 +3,10 @@
     <!-- rows: methods/lora full | best/lora lora-epochs3; learning rate, saved -->
     <!-- end -->
 
-becomes a table of these rows, in this order, with two columns more than usual (``COLUMNS``). A row without a study
-belongs to the study before it. The last column compares
-each row with a reference: the first row of the same study, anew after each ``|``. ``<!-- studies -->`` becomes a table
-of all studies. A marker may run over several lines.
+becomes a table of these four rows, in this order, with two extra columns (``COLUMNS`` lists all). A row without a study
+belongs to the study named before it. The last column compares each row with a reference, which is the first row of its
+study; after a ``|`` the next reference begins. ``<!-- studies -->`` becomes a table of all studies. A marker may take
+several lines.
 """
 
 import re
@@ -22,7 +22,7 @@ BEGIN = re.compile(r"<!--\s*(rows|studies)\b:?(.*?)-->", flags=re.DOTALL)
 END = "<!-- end -->"
 SAVED = ("adapter_model.safetensors", "trained_weights.safetensors")  # what a run keeps of its training
 REFERENCE = "(reference)"
-SMALLEST_P = 0.001
+SMALLEST_P = 0.001  # below it, digits would only distract
 
 
 def with_rows(text: str, studies: Sequence[Study], link: str) -> str:
@@ -121,6 +121,8 @@ class Tables:
 
     def _p(self, study: Study, row: Row, group: Sequence[Row]) -> str:
         """The corrected p of ``row`` and the first row of its study in a group; empty if the two were not compared."""
+        if len(group) == 1:
+            return ""
         if study.name not in self._compared:
             self._compared[study.name] = {frozenset((c.first, c.second)): c for c in compare_rows(study)[0]}
         compared = self._compared[study.name]
@@ -137,7 +139,7 @@ def shown_p(p: float) -> str:
 
 
 def _values(values: Iterable[Any]) -> str:
-    """Different values in rising order: ``3,869, 5,000``."""
+    """Different values in rising order: ``3,869; 5,000``."""
     return "; ".join(f"{value:,}" for value in sorted({value for value in values if value is not None}))
 
 
