@@ -80,8 +80,7 @@ def estimate(
             classifier.logits(_to(evaluated[0], device))  # a kernel or a compilation of its own
             tokens = int(splits[name].lengths.sum())
             seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
-    later = (training.epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
-    seconds["run"] = seconds["epoch"] + seconds["validation"] + later + seconds.get("test", 0.0)
+    seconds["run"] = _run_seconds(seconds, training.epochs)
     kept = sum(outputs.bytes for outputs in frozen.values())
     memory = {
         "gradients": sum(p.numel() * p.element_size() for p in trained),
@@ -91,6 +90,12 @@ def estimate(
         "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept,
     }
     return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
+
+
+def _run_seconds(seconds: dict[str, float], epochs: int) -> float:
+    """Training, a validation after each epoch, and the test."""
+    later = (epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
+    return seconds["epoch"] + seconds["validation"] + later + seconds.get("test", 0.0)
 
 
 def _spread(loader: DataLoader[dict[str, Tensor]], count: int) -> Batches:

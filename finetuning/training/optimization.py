@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,14 @@ def make_optimizer(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    rate = training.learning_rate
-    if training.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=rate, fused=fused)
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, fused=fused)
-    nesterov = training.optimizer == "sgd_nesterov"
-    return torch.optim.SGD(groups, lr=rate, momentum=training.momentum or 0.0, nesterov=nesterov, fused=fused)
+    rate, momentum = training.learning_rate, training.momentum or 0.0
+    make: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adam": lambda: torch.optim.Adam(groups, lr=rate, fused=fused),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=rate, fused=fused),
+        "sgd": lambda: torch.optim.SGD(groups, lr=rate, momentum=momentum, fused=fused),
+        "sgd_nesterov": lambda: torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=True, fused=fused),
+    }
+    return make[training.optimizer]()
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, training: TrainingSettings, total_steps: int) -> LRScheduler:
