@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import headline, one, peers, plain_path, roofline
+from benchmarks import headline, measure, peers, plain_path, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
@@ -144,9 +144,9 @@ def test_one_measurement_from_the_command_to_its_record(folder: Path) -> None:
     work = peers.Work("tiny", "all", MAX_LENGTH, ())
     flags = ["--precision=fp32", "--batch_size=16", "--attention=eager"]
     record = peers.measure_in_process(work, "peft_tuned", flags, folder, seconds=0.01)
-    assert record["train_steps"] == one.FEWEST_STEPS, record
+    assert record["train_steps"] == measure.FEWEST_STEPS, record
     assert record["batch_size"] == 16
-    assert record["train_examples"] == 16 * one.FEWEST_STEPS
+    assert record["train_examples"] == 16 * measure.FEWEST_STEPS
     assert record["train_tokens_per_second"] == pytest.approx(record["train_tokens"] / record["train_seconds"])
     assert 0 < record["padding_fraction"] < 0.5
     assert record["peak_bytes_above_loaded"] == record["peak_bytes"] - record["loaded_bytes"] > 0
@@ -162,7 +162,7 @@ def test_a_measurement_that_fails_says_why(folder: Path) -> None:
 
 
 def test_the_tuned_peer_takes_the_fastest_settings(folder: Path) -> None:
-    result = one.choose(job("peft_tuned"), folder)
+    result = measure.choose(job("peft_tuned"), folder)
     chosen, tried = result["chosen"], result["tried"]
     assert chosen.items() <= max(tried, key=lambda trial: trial["train_tokens_per_second"]).items()
     assert len({json.dumps(trial | {"train_tokens_per_second": 0}) for trial in tried}) == len(tried)

@@ -72,13 +72,13 @@ def test_a_run_of_other_settings_is_neither_taken_for_the_planned_one_nor_overwr
     (run,) = runs.study.runs
     leave_run(runs, run)
     runs = plan("lora_r = 2")
-    before = (runs.directory(run) / "config.json").read_bytes()
+    before = (runs.directory(run) / "settings.json").read_bytes()
     assert runs.state(runs.study.runs[0]) == "changed"
     assert main(["run", "tiny.toml", "--data_dir", "."]) == 1
     assert "holds a run of other settings (--lora_r 8 -> 2): remove it, or rename the row" in capsys.readouterr().out
     assert main(["collect", "tiny.toml"]) == 0
     assert "not collected: run-seed0 is changed" in capsys.readouterr().err
-    assert (runs.directory(run) / "config.json").read_bytes() == before
+    assert (runs.directory(run) / "settings.json").read_bytes() == before
 
 
 def test_what_has_ended_is_not_run_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,7 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         data_source = "stanford"
         """,
     )
-    here = {run.row: from_flags(run.flags(Path("/data")), "").data_dir for run in study.runs}
+    here = {run.row: from_flags(run.flags(Path("/data"))).data.data_dir for run in study.runs}
     data = Path("/data")
     assert here == {"hub": data, "below": data / "imdb", "packaged": None, "financial": data, "stanford": None}
     assert all("--data_dir" not in run.flags() for run in study.runs)
@@ -223,11 +223,11 @@ def test_the_earlier_list_has_its_rows_and_seeds() -> None:
     assert {row: sum(run.row == row for run in final) for row in rows} == {
         row: 3 if row in ("lora", "full", "qlora") else 1 for row in rows
     }
-    configs = [from_flags(run.flags(Path()), "") for run in final]
+    configs = [from_flags(run.flags(Path())) for run in final]
     assert all(
         config.lora.targets == ("query", "key", "value", "projection", "mlp")
         for config in configs
-        if config.lora.lora_r
+        if config.lora is not None
     )
     assert all(
         (config.lora.lora_r, config.lora.lora_alpha) == (8, 16) for config in configs if config.method.method == "lora"
