@@ -22,7 +22,7 @@ from compare_methods import main
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.flags import from_flags
-from finetuning.runs.directory import write_predictions
+from finetuning.runs.history import write_predictions
 from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
 
 ROOT = Path(__file__).resolve().parent.parent
