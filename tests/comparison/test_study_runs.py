@@ -97,7 +97,10 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     assert runs.take_over(planned) == others.directory(final)
     assert StudyRuns(study, runs.folder, Path("data")).take_over(first) is None  # only where it is asked for
     assert [runs.state(run) for run in (first, planned)] == ["finished", "finished"]
-    assert (runs.result(planned)["study"], runs.result(planned)["test"]) == (runs.place(planned), {"accuracy": 0.9})
+    assert (runs.result(planned)["study"], runs.result(planned)["test"]) == (
+        runs.place_in_study(planned),
+        {"accuracy": 0.9},
+    )
     assert runs.result(planned)["study"]["study"] == "tiny"
     assert "test" not in runs.result(first)
     files = [sorted(path.name for path in Path("results/tiny", run.name).iterdir()) for run in (first, planned)]
