@@ -9,7 +9,6 @@ import pytest
 
 from compare_methods import make_parser as make_study_parser
 from finetune_lora import DESCRIPTION
-from finetuning.comparison import report
 from finetuning.comparison.plan import read_plan
 from finetuning.flags import from_flags, make_parser
 from predict import make_parser as make_predict_parser
@@ -71,18 +70,15 @@ def test_every_command_parses(command: str) -> None:
 
 
 def study_help() -> str:
-    """The help of the subcommands that take flags, and of the report if it has a parser of its own."""
+    """The help of all subcommands."""
     (commands,) = (action.choices for action in make_study_parser()._actions if isinstance(action.choices, dict))
-    parsers = [*commands.values(), *([report.make_parser()] if hasattr(report, "make_parser") else [])]
-    return "".join(parser.format_help() for parser in parsers)
+    return "".join(parser.format_help() for parser in commands.values())
 
 
 def check_study_command(words: list[str]) -> None:
-    if words[0] == "report":  # a subcommand, or a command with a parser of its own
-        own = hasattr(report, "make_parser")
-        (report.make_parser() if own else make_study_parser()).parse_args(words[own:])
-    else:
-        assert read_plan(ROOT / make_study_parser().parse_args(words).study).runs
+    options = make_study_parser().parse_args(words)
+    if words[0] != "report":
+        assert read_plan(ROOT / options.study).runs
 
 
 def benchmark_flags() -> set[str]:

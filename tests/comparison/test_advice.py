@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from finetuning.comparison.advice import COLUMNS, END, shown_p, with_rows
-from finetuning.comparison.collected import Study, read_study, studies
+from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.pairs import compare_rows
-from finetuning.comparison.report import BEST_PRACTICES, RESULTS, ROOT
 from finetuning.comparison.statistics import LEVEL
 from finetuning.config import DEFAULT_LEARNING_RATES
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
+from finetuning.pages import BEST_PRACTICES, RESULTS, ROOT
 from tests.synthetic_runs import outcomes, write_run
 
 
@@ -240,7 +240,7 @@ def test_what_the_text_says_in_words() -> None:
 
 
 def test_times_are_of_two_threads() -> None:
-    for name in studies(RESULTS):
+    for name in study_names(RESULTS):
         measured = [run for row in study(name).rows for run in study(name).measured(row).runs]
         assert {run.get("environment", "threads") for run in measured} <= {2}, name
 
@@ -273,7 +273,7 @@ def test_each_advice_has_its_row_in_the_first_table() -> None:
 
 def test_every_study_has_a_place_on_the_page() -> None:
     shown = {name.partition("/")[0] for text in sections().values() for name in rows_of(text)}
-    assert shown == set(studies(RESULTS))
+    assert shown == set(study_names(RESULTS))
     assert shown == {path.stem for path in (ROOT / "studies").glob("*.toml")} - {"smoke"}
 
 

@@ -5,10 +5,8 @@ from pathlib import Path
 import pytest
 
 from compare_methods import main
-from finetuning.comparison.collected import read_study, study_names
-from finetuning.comparison.pairs import compare_rows
 from finetuning.comparison.report import README_PLOT, build_report, default_rates_table
-from finetuning.pages import BEST_PRACTICES, GUIDE, PAGES, README, RESULTS, ROOT, SPEED
+from finetuning.pages import GUIDE, PAGES, README, RESULTS, SPEED
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top
