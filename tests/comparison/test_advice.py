@@ -31,7 +31,7 @@ def found(tmp_path: Path) -> list[Study]:
     )  # fmt: skip
     write_run(tmp_path, "b", "x", correct=outcomes(0.8, 500, 3), environment={"alone": False})
     write_run(tmp_path, "b", "broken", status="failed")
-    return [read_study(name, tmp_path) for name in studies(tmp_path)]
+    return [read_study(name, tmp_path) for name in study_names(tmp_path)]
 
 
 def made(found: list[Study], spec: str) -> list[list[str]]:
