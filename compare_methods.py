@@ -7,7 +7,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, unknown = make_parser().parse_known_args(argv)
         if unknown:
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # it knows the similar flags
-        return COMMANDS[options.command](options)
+        return options.execute(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,41 +44,45 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     study = OneLineParser(add_help=False)
     study.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, for example studies/smoke.toml")
-    study.add_argument("--runs_dir", type=Path, default=Path("runs"), metavar="PATH", help="folder of all runs (runs)")
+    study.add_argument(
+        "--runs_dir", type=Path, default=Path("runs"), metavar="PATH", help="folder of all runs (default: runs)"
+    )
     study.add_argument(
         "--data_dir", type=Path, metavar="PATH", help="folder with the data folders that the study names"
     )
-    study.add_argument("--stage", choices=STAGES, default="all", help="only tuning runs, or only final runs (all)")
+    study.add_argument(
+        "--stage", choices=STAGES, default="all", help="only tuning runs, or only final runs (default: all)"
+    )
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser)
 
-    def command(name: str, text: str, *parents: OneLineParser) -> argparse.ArgumentParser:
+    def command(name: str, execute: Callable[..., int], text: str, *parents: OneLineParser) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
-        added.set_defaults(parser=added)
+        added.set_defaults(parser=added, execute=execute)
         return added
 
-    run = command("run", "Run what is missing; continue what was interrupted.", study)
+    run = command("run", run_command, "Run what is missing; continue what was interrupted.", study)
     run.add_argument("--index", type=int, metavar="N", help="only run number N of --stage, from 0 (for job arrays)")
     run.add_argument("--retry_failed", action="store_true", help="start failed runs over")
-    command("count", "Print the number of runs.", study)
-    listed = command("list", "Print each run's number, state and command.", study)
+    command("count", count_command, "Print the number of runs.", study)
+    listed = command("list", list_command, "Print each run's number, state and command.", study)
     for reader in (run, listed):
         reader.add_argument(
-            "--results", type=Path, metavar="PATH", help="also count runs collected here as done (none)"
+            "--results", type=Path, metavar="PATH", help="also count runs collected here as done (default: none)"
         )
-    collected = command("collect", "Copy what the report needs from each run that has ended.", study)
+    collected = command("collect", collect_command, "Copy what the report needs from each run that has ended.", study)
     collected.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="PATH", help="where to copy it (results)"
+        "--results", type=Path, default=Path("results"), metavar="PATH", help="where to copy it (default: results)"
     )
-    report = command("report", "Make tables, plots and one HTML page from collected runs.")
+    report = command("report", report_command, "Make tables, plots and one HTML page from collected runs.")
     report.add_argument(
         "--results", type=Path, default=RESULTS, metavar="PATH",
-        help="folder with STUDY/RUN/result.json; tables and plots are written there (results/ of the suite)",
+        help="folder with STUDY/RUN/result.json; tables and plots are written there (default: results/)",
     )  # fmt: skip
     report.add_argument(
         "--pages", type=Path, nargs="*", metavar="FILE",
         help="Markdown files; text between <!-- STUDY:begin --> and <!-- STUDY:end --> is replaced by the study's table"
-        " (README.md and pages in docs/; none if --results is another folder)",
+        " (default: README.md and pages in docs/; none if --results is another folder)",
     )  # fmt: skip
     return parser
 
@@ -143,14 +147,6 @@ def report_command(options: argparse.Namespace) -> int:
         raise UserError(first_line(error, name_file=True)) from None
     return 0
 
-
-COMMANDS = {
-    "run": run_command,
-    "count": count_command,
-    "list": list_command,
-    "collect": collect_command,
-    "report": report_command,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

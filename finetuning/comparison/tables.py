@@ -217,7 +217,7 @@ def short_table(study: Study) -> Table:
 
 
 def answer_table(study: Study, answers: Sequence[Answer]) -> Table:
-    """What the study found: its best row, or that of each group with the same test texts, what it costs, how sure."""
+    """What the study found: its best row (one for each group with the same test texts), the cost, how sure it is."""
     records = {row.name: record(study, row) for row in study.rows}
     certainties = {
         answer.best: answer.certainty(most=NAMED_IN_ANSWER) + ("; other rows not compared" if answer.uncompared else "")

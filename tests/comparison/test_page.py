@@ -37,7 +37,7 @@ def section(**changes: object) -> Section:
         "study": "one_study", "question": "Which <method>?", "headlines": ["Best: a & b."],
         "answers": Table(ANSWER_COLUMNS, [("a|<b>", "93.13", "", "1.00", "not compared & sure")]),
         "notes": ["A note on `--seed`."],
-        "table": Table(("row", "seeds", "empty", "command"), [("a|<b>", "1", "", "python x.py --flag '<&>'")]),
+        "table": Table(("row", "seeds", "no value", "command"), [("a|<b>", "1", "", "python x.py --flag '<&>'")]),
         "comparisons": EMPTY, "pairs": 0, "tuning": EMPTY, "plots": [],
     }  # fmt: skip
     return Section(**parts | changes)  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
         "no significant difference",
     ):
         assert said in reader.text
-    assert "empty" not in reader.text  # a column without a value
+    assert "no value" not in reader.text  # a column without a value
     assert {address.split(",")[0] for address in reader.addresses} == {
         "#answers", "#one_study", "#other", "data:", "data:image/png;base64",
     }  # fmt: skip
