@@ -217,9 +217,10 @@ def _comparison(work: tuple[Any, ...], by_contestant: dict[str, list[Record]], o
 # the tables
 
 COLUMNS = (
-    "model, LoRA on, max_length", "compared with", f"training speed {RATIO}", f"evaluation speed {RATIO}",
-    "evaluation speed (suite / merged peer)", f"memory of training {RATIO}", "training, tokens/s: suite, peer",
-    "peak memory of the process, MiB: suite, peer",
+    "model, LoRA on, max_length", "compared with", "training", "evaluation", "evaluation, merged peer", "memory",
+)  # fmt: skip
+ABSOLUTE = (
+    "model, LoRA on, max_length", "compared with", "training, tokens/s: suite, peer", "peak memory, MiB: suite, peer",
 )  # fmt: skip
 
 
@@ -234,9 +235,12 @@ def table(result: Record) -> str:
         f"{environment['cpu']}, {environment['threads']} threads; {versions}; commit {commit};"
         f" {result['repeats']} rounds.{caution}",
         "",
+        f"Speed of training and of evaluation, and memory of training, each {RATIO}, median (minimum to maximum):",
+        "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
     ]
+    absolute = ["", "The same, measured values:", "", "| " + " | ".join(ABSOLUTE) + " |", "|" + "---|" * len(ABSOLUTE)]
     for row in compare(result["measurements"]):
         model, targets, max_length = row["work"]
         name = NAMES[row["theirs"]] if row["ours"] == "suite" else f"{NAMES[row['theirs']]} (suite: QLoRA)"
@@ -245,9 +249,10 @@ def table(result: Record) -> str:
         known = ["" if row[key] is None else str(row[key]) for key in ("train", "evaluation", "merged", "memory")]
         speeds = _both(row["tokens_per_second"])
         peaks = _both([peak and peak / 2**20 for peak in row["peak_bytes"]])
-        cells = [f"{MODELS[model]}, {PLACES[targets]}, {max_length}", name, *known, speeds, peaks]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        work = f"{MODELS[model]}, {PLACES[targets]}, {max_length}"
+        lines.append("| " + " | ".join([work, name, *known]) + " |")
+        absolute.append("| " + " | ".join([work, name, speeds, peaks]) + " |")
+    return "\n".join([*lines, *absolute])
 
 
 def short_table(result: Record) -> str:

@@ -159,9 +159,10 @@ def kind_of(operator: str) -> str:
 def table(result: dict[str, Any]) -> str:
     """Markdown: one row for each work, and how operations are counted."""
     environment = result["environment"]
-    columns = ["model, LoRA on, max_length", "products alone, GFLOP/s", "step, GFLOP/s", "share", *KINDS, "other"]
+    kinds = [name.replace("clipping and ", "").replace(" and copies", "") for name in KINDS]
+    columns = ["model, LoRA on, max_length", "products, GFLOP/s", "step, GFLOP/s", "share", *kinds, "other"]
     lines = [
-        f"{environment['cpu']}, {environment['threads']} threads. Columns after the share: where the time goes, in %.",
+        f"{environment['cpu']}, {environment['threads']} threads. After the share: where the time goes, in %.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
@@ -176,9 +177,11 @@ def table(result: dict[str, Any]) -> str:
             *(f"{100 * row['time_shares'][kind]:.0f}" for kind in (*KINDS, "other")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    counted = "; ".join(f"*{part}* {formula}" for part, formula in FORMULAS.items())
     letters = "n rows of a product, R ranks of all LoRA matrices together, B texts of T tokens, width D, H heads"
-    return "\n".join([*lines, "", f"Operations of a step ({letters}): {counted}."])
+    counted = [f"| {part} | {formula} |" for part, formula in FORMULAS.items()]
+    return "\n".join(
+        [*lines, "", f"Operations of a step ({letters}):", "", "| part | operations |", "|---|---|", *counted]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
