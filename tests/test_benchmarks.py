@@ -214,10 +214,10 @@ def test_the_table() -> None:
     not_alone = [*MEASUREMENTS, record("tutorial_fp32", 0, 1.0, alone=False)]
     first = peers.table({"environment": environment, "repeats": 3, "measurements": not_alone}).splitlines()[0]
     assert first.endswith("3 rounds. Measurements that were not alone on the machine: 1.")
-    assert lines[-1] == (
-        "| MiniLM, query, value, 256 | PEFT + Trainer, tuned (failed at least once) | 2.50 (2.00 to 3.00)"
-        " | 2.50 (2.00 to 3.00) | 2.00 | 0.50 | 300, 120 | 1, 3 |"
-    )
+    work = "| MiniLM, query, value, 256 | PEFT + Trainer, tuned (failed at least once) |"
+    ratios = f"{work} 2.50 (2.00 to 3.00) | 2.50 (2.00 to 3.00) | 2.00 | 0.50 |"
+    assert lines[-1] == f"{work} 300, 120 | 1, 3 |"
+    assert ratios in lines[: lines.index("The same, measured values:")]
 
 
 def whole_run(seed: int, seconds: float | None, accuracy: float) -> dict[str, Any]:
