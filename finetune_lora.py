@@ -87,7 +87,7 @@ def read_settings_of(argv: Sequence[str], defaults: dict[str, Any]) -> RunConfig
     """The configuration that the flags ask for; with ``--resume`` that of the run in ``--output_dir``."""
     given = given_flags(argv, DESCRIPTION, defaults)
     if not (given.get("resume") and "output_dir" in given):
-        return RunConfig.of(**{**defaults, **given})
+        return RunConfig.from_settings(**{**defaults, **given})
     directory = given["output_dir"]
     config = continued(interrupted_settings(directory), given)
     if has_checkpoint(directory):
@@ -264,7 +264,7 @@ def train(
 
     config, directory, splits, hardware = setup.config, setup.directory, setup.splits, setup.hardware
     trainer = make_trainer(config.training, config.hardware, hardware, directory, [meter, stop])
-    ranks = shares(trainer, hardware)
+    ranks = loader_shares(trainer, hardware)
     training = train_loader(splits["train"], config.training, setup.pad_id, **ranks)
     validation = evaluation_loader(splits["validation"], config.training, setup.pad_id, **ranks)
     result["data"] = setup.data_record() | {"padding_fraction": training.padding_fraction}
@@ -296,7 +296,7 @@ def train(
     return trainer, module
 
 
-def shares(trainer: "pl.Trainer", hardware: "Hardware") -> dict[str, Any]:
+def loader_shares(trainer: "pl.Trainer", hardware: "Hardware") -> dict[str, Any]:
     """Which part of the batches this process gets, as the loaders take it."""
     return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": hardware.on_gpu}
 
@@ -310,7 +310,7 @@ def evaluate(
 
     stop.check()
     if setup.config.run.test:
-        ranks = shares(trainer, setup.hardware)
+        ranks = loader_shares(trainer, setup.hardware)
         test = evaluation_loader(setup.splits["test"], setup.config.training, setup.pad_id, **ranks)
         began = time.perf_counter()
         trainer.test(module, test, verbose=False)

@@ -42,7 +42,7 @@ class Job:
     @property
     def config(self) -> RunConfig:
         """The suite's settings for the same work."""
-        return RunConfig.of(
+        return RunConfig.from_settings(
             offline=True,
             accelerator="cpu",
             precision=self.precision,
@@ -61,7 +61,7 @@ class Job:
 
 def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None:
     """Writes the models to ``folder/MODEL`` and the tokens to ``folder/SPLIT-LENGTH.npz``."""
-    base = RunConfig.of(offline=True)
+    base = RunConfig.from_settings(offline=True)
     for model in models:
         _save_model(folder / model, model, base)
     for max_length in lengths:

@@ -69,7 +69,7 @@ class RunConfig:
     run: RunSettings
 
     @classmethod
-    def of(cls, **given: Any) -> "RunConfig":
+    def from_settings(cls, **given: Any) -> "RunConfig":
         """The configuration of these settings, by the names of the flags; ``None`` is "not given".
 
         Raises:
@@ -94,7 +94,7 @@ class RunConfig:
             UserError: a setting that does not exist, or a value that is not allowed.
         """
         paths = {name: Path(value) for name, value in stored.items() if _is_path(name) and value is not None}
-        return cls.of(**{**stored, **paths})
+        return cls.from_settings(**{**stored, **paths})
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting under its flag's name, as JSON can hold it; ``None`` for those of another method."""
@@ -107,7 +107,7 @@ class RunConfig:
 
     def changed(self, **changes: Any) -> "RunConfig":
         """The same configuration with other values; nothing else follows from them."""
-        return self.of(**{**self._values(), **changes})
+        return self.from_settings(**{**self._values(), **changes})
 
     @property
     def instead_of_hub(self) -> str:

@@ -101,4 +101,4 @@ def from_flags(argv: Sequence[str]) -> RunConfig:
     Raises:
         UserError: a flag that does not exist, or a value that is not allowed.
     """
-    return RunConfig.of(**given_flags(argv))
+    return RunConfig.from_settings(**given_flags(argv))

@@ -165,7 +165,7 @@ def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
 
 
 def text_config(folder: Path, **options: Any) -> RunConfig:
-    return RunConfig.of(dataset="text", data_dir=folder, **options)
+    return RunConfig.from_settings(dataset="text", data_dir=folder, **options)
 
 
 def texts_of(config: RunConfig) -> TextData:

@@ -20,7 +20,7 @@ LORA_FLAGS = [flag.name for flag in FLAGS.values() if flag.section == "lora"]
 
 def test_lora_defaults() -> None:
     config, lora = config_of_flags(""), lora_of_flags("")
-    assert config == RunConfig.of()
+    assert config == RunConfig.from_settings()
     assert (config.method.method, config.method.trainable_layers) == ("lora", None)
     assert (lora.lora_r, lora.lora_alpha, lora.lora_scaling, lora.lora_dropout) == (8, 16.0, "standard", 0.0)
     assert (lora.q_lora, lora.double_quantization) == (False, None)
@@ -110,7 +110,7 @@ def test_unknown_choices(name: str) -> None:
     assert choices
     assert all(str(choice) in message for choice in choices)
     with pytest.raises(UserError, match=f"^--{name} nonsense: allowed are {', '.join(map(str, choices))}$"):
-        RunConfig.of(**{name: "nonsense"})
+        RunConfig.from_settings(**{name: "nonsense"})
 
 
 @pytest.mark.parametrize("line", ["--lora_r eight", "--lora_r 1.5", "--learning_rate fast", "--epochs two"])
@@ -324,7 +324,7 @@ def test_differences_name_what_changes_the_run() -> None:
 
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RunConfig.of().training.epochs = 3  # type: ignore[misc]
+        RunConfig.from_settings().training.epochs = 3  # type: ignore[misc]
 
 
 def test_cache_dir_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,11 +284,11 @@ def test_a_run_of_another_machine_predicts_on_this_one(
 
 
 def test_precision_is_one_that_this_machine_has() -> None:
-    assert for_this_machine(RunConfig.of(precision="bf16", device=3)).hardware.precision == "bf16"
-    assert for_this_machine(RunConfig.of(precision="fp16", accelerator="gpu")).hardware.precision == (
+    assert for_this_machine(RunConfig.from_settings(precision="bf16", device=3)).hardware.precision == "bf16"
+    assert for_this_machine(RunConfig.from_settings(precision="fp16", accelerator="gpu")).hardware.precision == (
         "fp16" if torch.cuda.is_available() else "auto"
     )
-    assert for_this_machine(RunConfig.of(accelerator="cpu")).hardware.accelerator == "cpu"
+    assert for_this_machine(RunConfig.from_settings(accelerator="cpu")).hardware.accelerator == "cpu"
 
 
 def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_other_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inside", ["", "aclImdb"])
 def test_imdb_tree(tmp_path: Path, inside: str) -> None:
     write_tree(tmp_path / inside)
-    texts = texts_of(RunConfig.of(data_dir=tmp_path))
+    texts = texts_of(RunConfig.from_settings(data_dir=tmp_path))
     assert [len(split.texts) for split in texts.splits.values()] == [36, 4, 40]
     assert texts.splits["test"].labels.tolist() == [0] * 20 + [1] * 20
     assert texts.splits["test"].texts[0] == "test neg 0  end é"
@@ -92,9 +92,9 @@ def test_imdb_tree(tmp_path: Path, inside: str) -> None:
 
 def test_imdb_with_train_only_is_not_called_test(tmp_path: Path) -> None:
     frame(30).to_csv(tmp_path / "train.csv", index=False)
-    assert texts_of(RunConfig.of(data_dir=tmp_path)).source == "IMDb train, held out (local files)"
+    assert texts_of(RunConfig.from_settings(data_dir=tmp_path)).source == "IMDb train, held out (local files)"
     with pytest.raises(UserError, match="--split official"):
-        texts_of(RunConfig.of(data_dir=tmp_path, split="official"))
+        texts_of(RunConfig.from_settings(data_dir=tmp_path, split="official"))
 
 
 PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@{label}" for i in range(20) for label in ("positive",)]
@@ -112,7 +112,7 @@ def test_phrasebank(tmp_path: Path, name: str) -> None:
         pd.DataFrame({"sentence": [p[0] for p in pairs], "label": [ids[p[2]] for p in pairs]}).to_parquet(
             tmp_path / name
         )
-    texts = texts_of(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path))
+    texts = texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path))
     assert texts.label_names == ["negative", "neutral", "positive"]
     assert texts.source == "Financial PhraseBank 50agree, held out (local files)"
     assert texts.notes == ["dropped 1 repeated sentences and 2 with conflicting labels"]
@@ -122,7 +122,7 @@ def test_phrasebank(tmp_path: Path, name: str) -> None:
         lines = [f"{t}@{texts.label_names[i]}" for t, i in zip(split.texts, split.labels, strict=True)]
         assert lines == [PHRASES[row] for row in split.rows]
     with pytest.raises(UserError, match="--agreement"):
-        texts_of(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+        texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,14 +185,14 @@ def test_imdb_tree_not_utf8_or_empty(tmp_path: Path) -> None:
     review = tmp_path / "train" / "pos" / "0_1.txt"
     review.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"0_1\.txt is not UTF-8"):
-        texts_of(RunConfig.of(data_dir=tmp_path))
+        texts_of(RunConfig.from_settings(data_dir=tmp_path))
     review.write_text(" \n")
     with pytest.raises(UserError, match=r"0_1\.txt is empty"):
-        texts_of(RunConfig.of(data_dir=tmp_path))
+        texts_of(RunConfig.from_settings(data_dir=tmp_path))
     for path in (tmp_path / "train" / "neg").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="neg holds no"):
-        texts_of(RunConfig.of(data_dir=tmp_path))
+        texts_of(RunConfig.from_settings(data_dir=tmp_path))
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +207,9 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_missing_or_empty_data_dir(tmp_path: Path) -> None:
     for dataset in ("imdb", "text", "financial_phrasebank"):
         with pytest.raises(UserError, match="no such file or folder"):
-            texts_of(RunConfig.of(dataset=dataset, data_dir=tmp_path / "nowhere"))
+            texts_of(RunConfig.from_settings(dataset=dataset, data_dir=tmp_path / "nowhere"))
         with pytest.raises(UserError, match=f"--data_dir {tmp_path}"):
-            texts_of(RunConfig.of(dataset=dataset, data_dir=tmp_path))
+            texts_of(RunConfig.from_settings(dataset=dataset, data_dir=tmp_path))
 
 
 def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None
 def test_phrasebank_line_without_label(tmp_path: Path) -> None:
     (tmp_path / "Sentences_AllAgree.txt").write_text("Fine .@positive\nno label here\n")
     with pytest.raises(UserError, match=r"row 1 .*sentence@label"):
-        texts_of(RunConfig.of(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+        texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def stanford(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
     return path
 
 
-STANFORD = RunConfig.of(data_source="stanford")
+STANFORD = RunConfig.from_settings(data_source="stanford")
 
 
 def test_stanford_download(stanford: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,7 +319,11 @@ def test_unreachable_hosts_are_reported_in_time(monkeypatch: pytest.MonkeyPatch,
     began = time.monotonic()
     no_imdb = "cannot be reached: give --data_dir PATH, or --offline for packaged reviews and a packaged model$"
     financial = "cannot be reached: give --data_dir PATH$"  # that set is not packaged
-    cases = ((RunConfig.of(), no_imdb), (STANFORD, no_imdb), (RunConfig.of(dataset="financial_phrasebank"), financial))
+    cases = (
+        (RunConfig.from_settings(), no_imdb),
+        (STANFORD, no_imdb),
+        (RunConfig.from_settings(dataset="financial_phrasebank"), financial),
+    )
     for config, line in cases:
         with pytest.raises(UserError, match=line):
             texts_of(config)
@@ -360,7 +364,7 @@ def test_hub_files_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
         return str(path)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    texts = texts_of(RunConfig.of())
+    texts = texts_of(RunConfig.from_settings())
     assert texts.source == "IMDb, official test (Hugging Face hub)"
     assert asked == [
         ("stanfordnlp/imdb", f"plain_text/{split}-00000-of-00001.parquet", "dataset", True)
@@ -375,8 +379,8 @@ def test_phrasebank_from_the_hubs_archive(tmp_path: Path, monkeypatch: pytest.Mo
             content = "\r\n".join(PHRASES if level == "50Agree" else PHRASES[:-2]).encode("latin-1")
             archive.writestr(f"FinancialPhraseBank-v1.0/Sentences_{level}.txt", content)
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(path))
-    texts = texts_of(RunConfig.of(dataset="financial_phrasebank"))
+    texts = texts_of(RunConfig.from_settings(dataset="financial_phrasebank"))
     assert sum(len(split.texts) for split in texts.splits.values()) == 59
-    texts = texts_of(RunConfig.of(dataset="financial_phrasebank", agreement="all"))
+    texts = texts_of(RunConfig.from_settings(dataset="financial_phrasebank", agreement="all"))
     assert sum(len(split.texts) for split in texts.splits.values()) == 60
-    prefetch_texts(RunConfig.of(dataset="financial_phrasebank").data)
+    prefetch_texts(RunConfig.from_settings(dataset="financial_phrasebank").data)

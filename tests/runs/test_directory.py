@@ -25,7 +25,7 @@ from finetuning.runs.files import (
 )
 from finetuning.storage import write_json
 
-STORED = RunConfig.of(learning_rate=1e-3, epochs=3).to_dict()
+STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -42,7 +42,7 @@ def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:
     torch.manual_seed(seed)
-    config = RunConfig.of(model_name=str(folder), max_length=32, **settings)
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
     return build_classifier(config, find_base_model(config), NAMES, torch.float32).eval(), config
 
 
@@ -55,7 +55,7 @@ def train_a_little(classifier: Classifier) -> None:
 
 
 def lora_settings(**settings: object) -> LoRASettings:
-    lora = RunConfig.of(**settings).lora
+    lora = RunConfig.from_settings(**settings).lora
     assert lora is not None
     return lora
 

@@ -20,7 +20,7 @@ from tests.test_finetune_lora import flags, start
 
 
 def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig, int]:
-    config = RunConfig.of(
+    config = RunConfig.from_settings(
         model_name=str(folder), dataset="text", data_dir=data, max_length=32, batch_size=8, accelerator="cpu",
         precision="fp32", **settings,
     )  # fmt: skip
@@ -106,6 +106,6 @@ def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
 
 def test_it_is_for_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="--estimate"):
-        RunConfig.of(estimate=True, devices=2)
+        RunConfig.from_settings(estimate=True, devices=2)
     assert main(["--offline", "--estimate", "--devices", "2"]) == 2
     assert "--estimate True: is for one device" in capsys.readouterr().err
