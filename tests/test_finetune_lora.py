@@ -129,7 +129,7 @@ def test_processes_that_torchrun_starts_need_to_be_told_where(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert main(["--offline", "--accelerator", "cpu", "--limit_train", "8", "--epochs", "1"]) == 2
-        assert "error: --output_dir: is needed if torchrun" in capsys.readouterr().err
+        assert "error: --output_dir: must be given if torchrun" in capsys.readouterr().err
 
 
 # --- interrupted, continued, failed
