@@ -108,4 +108,4 @@ def test_it_is_for_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="--estimate"):
         RunConfig.from_settings(estimate=True, devices=2)
     assert main(["--offline", "--estimate", "--devices", "2"]) == 2
-    assert "--estimate True: is for one device" in capsys.readouterr().err
+    assert "--estimate True: needs --devices 1 and --num_nodes 1" in capsys.readouterr().err
