@@ -119,7 +119,7 @@ class DataSettings:
     )
     split: Literal["official", "resplit", "stratified"] | None = setting(
         None,
-        "The data's own test split (official), IMDb as 35,000 / 5,000 / 10,000 (resplit), or 80 / 10 / 10 % (stratified).",
+        "The data's test split (official), IMDb as 35,000 / 5,000 / 10,000 (resplit), or 80 / 10 / 10 % (stratified).",
         "official if the data has a test split, else stratified",
     )
     max_length: int = setting(256, "Cut texts to N tokens.", at_least=8)

@@ -71,7 +71,7 @@ def test_packaged_reviews(packaged: TextData) -> None:
     assert sizes["train"] + packaged.leaks_dropped == 20_000
     assert sizes["validation"] == 2_498
     assert sizes["test"] == 2_500
-    assert packaged.notes[0] == "2 validation texts left out, before any limit: they stand in test"
+    assert packaged.notes[0] == "removed 2 validation texts that also appear in test (before --limit_validation)"
     assert packaged.leaks_dropped > 0, "IMDb's train has duplicates"
     rows = np.concatenate([split.rows for split in packaged.splits.values()])
     assert len(np.unique(rows)) == len(rows)
@@ -88,7 +88,7 @@ def test_packaged_reviews(packaged: TextData) -> None:
 
 @pytest.mark.parametrize("split", ["official", "resplit"])
 def test_packaged_reviews_have_no_test_split(split: Any) -> None:
-    with pytest.raises(UserError, match=f"--split {split}.*no test split, allowed is stratified"):
+    with pytest.raises(UserError, match=f"--split {split}: must be stratified, because .* has no test split"):
         texts_of(RunConfig.from_settings(offline=True, split=split))
 
 
@@ -155,7 +155,7 @@ def test_leaks_leave_train_before_the_limit(tmp_path: Path) -> None:
     texts = texts_of(text_config(tmp_path, limit_train=38))
     assert texts.leaks_dropped == 2
     assert not {4, 5} & set(texts.splits["train"].rows)
-    with pytest.raises(UserError, match="--limit_train 39: the train split has 38 texts"):
+    with pytest.raises(UserError, match="--limit_train 39: must be from 2 to 38, because the train split has 38 texts"):
         texts_of(text_config(tmp_path, limit_train=39))
 
 
@@ -171,7 +171,7 @@ def test_no_text_of_test_chooses(tmp_path: Path, split: str, validation_size: in
     assert not set(validation) & set(tested)
     left_out = validation_size - len(validation)
     assert left_out > 0
-    assert texts.notes == [f"{left_out} validation texts left out, before any limit: they stand in test"]
+    assert texts.notes == [f"removed {left_out} validation texts that also appear in test (before --limit_validation)"]
 
 
 def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
         frame(count, word="train" if name == "train" else "held out").to_parquet(tmp_path / f"{name}.parquet")
     texts = texts_of(text_config(tmp_path))
     assert len(texts.splits["validation"].texts) == 10
-    assert texts.notes == ["4 of 10 validation texts stand in test: what they choose has seen the test"]
+    assert texts.notes == ["warning: 4 of 10 validation texts also appear in test, so the test score may be too high"]
 
 
 def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
     for name in ("train", "test"):
         frame(20).to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(UserError, match="no text of train"):
+    with pytest.raises(UserError, match="in validation or test but not in train"):
         texts_of(text_config(tmp_path))
 
 
@@ -222,7 +222,10 @@ def test_limits(tmp_path: Path) -> None:
     texts = texts_of(text_config(tmp_path, **limits))
     assert [np.bincount(split.labels).tolist() for split in texts.splits.values()] == [[30, 30], [5, 5], [10, 10]]
     for name, size in (("validation", 20), ("test", 50)):
-        with pytest.raises(UserError, match=f"--limit_{name} {size + 1}: the {name} split has {size} texts"):
+        with pytest.raises(
+            UserError,
+            match=f"--limit_{name} {size + 1}: must be from . to {size}, because the {name} split has {size} texts",
+        ):
             texts_of(text_config(tmp_path, **{f"limit_{name}": size + 1}))
     with pytest.raises(UserError, match="--limit_train 1"):
         texts_of(text_config(tmp_path, limit_train=1))
@@ -271,7 +274,7 @@ def test_labels_of_csv_files_are_numbers_where_all_are(tmp_path: Path, train: st
 def test_labels_that_train_or_the_data_set_does_not_know(tmp_path: Path) -> None:
     frame(30).to_csv(tmp_path / "train.csv", index=False)
     frame(30, 3, "test").to_csv(tmp_path / "test.csv", index=False)
-    with pytest.raises(UserError, match="label '2' stands in validation or test, but on no text of train"):
+    with pytest.raises(UserError, match="label '2' appears in validation or test but not in train"):
         texts_of(text_config(tmp_path))
     with pytest.raises(UserError, match="label 2 is not one of 0 or negative, 1 or positive"):
         texts_of(RunConfig.from_settings(data_dir=tmp_path))
@@ -282,7 +285,7 @@ def test_too_few_texts_to_split(tmp_path: Path) -> None:
     frame(6, 2, "test").to_csv(tmp_path / "test.csv", index=False)
     assert len(texts_of(text_config(tmp_path)).splits["validation"].texts) == 1
     frame(4, 2).to_csv(tmp_path / "train.csv", index=False)
-    with pytest.raises(UserError, match="4 texts are too few to be split 90:10"):
+    with pytest.raises(UserError, match="4 texts are too few for a split 90:10"):
         texts_of(text_config(tmp_path))
 
 
