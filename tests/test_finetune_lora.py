@@ -301,7 +301,7 @@ def test_a_run_is_not_overwritten_unless_asked(
     assert main(words) == 0
     first = (tmp_path / "run" / "result.json").read_bytes()
     assert main(words) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 2
     assert "has finished" in capsys.readouterr().err
     assert (tmp_path / "run" / "result.json").read_bytes() == first

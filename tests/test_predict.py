@@ -213,7 +213,7 @@ def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: 
     (tmp_path / RESULT).write_text(json.dumps(result))
     refused(f"{ADAPTER} cannot be read")
     shutil.copy(runs["full"] / TRAINED_WEIGHTS, tmp_path / ADAPTER)
-    refused("does not hold the weights of this run")
+    refused("does not contain the weights of this run")
     assert "no finished run: it has no result.json" in refusal(capsys, tmp_path / "nowhere", "--text", "a film")
     assert "no finished run" in refusal(capsys, tmp_path / RESULT, "--text", "a film")
 

@@ -217,9 +217,9 @@ def test_a_damaged_or_foreign_file_is_refused(bases: dict[str, Path], tmp_path: 
     refused("cannot be read")
     path = save(tmp_path, classifier, config)
     refused("cannot be read", method="full")
-    refused("does not hold the weights of this run", lora_key=True)
-    refused("does not hold the weights of this run", lora_value=False)
-    refused(r"has shape \(8, 32\), not \(4, 32\)", lora_r=4)
+    refused("does not contain the weights of this run", lora_key=True)
+    refused("does not contain the weights of this run", lora_value=False)
+    refused(r"has shape \(8, 32\), must be \(4, 32\)", lora_r=4)
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole[:5], b"", b"\xff" * 64):
         path.write_bytes(damaged)
