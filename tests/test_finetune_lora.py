@@ -193,7 +193,7 @@ def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
     assert "--lora_r 4: the run in" in capsys.readouterr().err
     assert [path.name for path in run.iterdir()] == ["settings.json"]
     assert main(resume) == 0
-    assert "has no checkpoint yet: the run starts over" in capsys.readouterr().out
+    assert "has no checkpoint yet: starting over" in capsys.readouterr().out
     again = load_file(run / "adapter_model.safetensors")
     assert all(np.array_equal(weights[name], again[name]) for name in weights)
 
