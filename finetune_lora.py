@@ -1,4 +1,4 @@
-"""Fine-tunes a text classifier in one run: ``python finetune_lora.py FLAGS``, see ``--help`` or README.md.
+"""Fine-tunes a text classifier: ``python finetune_lora.py FLAGS``, see ``--help`` or README.md.
 
 Exit status: 0 finished, 1 failed, 2 input refused, 130 interrupted.
 """
@@ -45,9 +45,7 @@ if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fai
     from finetuning.training.hardware import Hardware
     from finetuning.training.module import FineTuning
 
-DESCRIPTION = (
-    "Fine-tune a DistilBERT, BERT or RoBERTa text classifier: with LoRA, QLoRA, the last layers, or all weights."
-)
+DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier: LoRA, QLoRA, the last layers or all weights."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
 
 

@@ -56,7 +56,7 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is trained, and how the rest is held
+# trained and frozen weights
 
 
 def choose_trained(model: nn.Module, family: ModelFamily, method: MethodSettings, head: bool) -> None:

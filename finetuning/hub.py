@@ -79,7 +79,7 @@ def hub_file(repository: str, filename: str, instead: str = "--data_dir PATH") -
         require_hub(f"the data set {repository}", instead)
     try:
         return Path(fetch())
-    except Exception as error:  # the hub's errors, and those of its HTTP library, which changes between versions
+    except Exception as error:  # errors of the hub and of its HTTP library, which changes between versions
         reason = first_line(error)
         raise UserError(f"the data set {repository} cannot be downloaded ({reason}): give --data_dir PATH") from error
 

@@ -51,7 +51,7 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """What is trained."""
+    """Which weights are trained."""
 
     method: Literal["lora", "full", "selective"] = setting(
         "lora", "Train LoRA matrices, all weights, or the last layers."

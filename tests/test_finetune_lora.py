@@ -276,7 +276,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--data_dir", str(tmp_path / "nowhere")], "--data_dir"),
         (["--data_dir", str(empty)], "--data_dir"),
         (["--data_dir", str(latin)], "UTF-8"),
-        (["--data_dir", str(one_class)], "all labels are"),
+        (["--data_dir", str(one_class)], "must have at least two labels, but all are 'x'"),
         (["--model_name", str(gpt)], "gpt2"),
         (["--output_dir", str(a_file)], "is a file"),
         (["--output_dir", str(a_file / "below")], "--output_dir"),

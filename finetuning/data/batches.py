@@ -55,7 +55,7 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int, shards
         shards: batches in one optimizer step, over all processes.
 
     Raises:
-        UserError: batches hold one example each, and ``shards`` does not divide the number of examples.
+        UserError: each batch contains one example, and ``shards`` does not divide the number of examples.
     """
     sizes: list[int] = []
     blocks: list[int] = []  # of each batch
@@ -69,7 +69,7 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int, shards
             count = shards * -(-left // (shards * capacity))
             if count > left:
                 raise UserError(
-                    f"{total} training texts: must be a multiple of {shards}, the batches per step, if a batch holds "
+                    f"{total} training texts: must be a multiple of {shards}, the batches per step, if a batch has "
                     f"one text: raise --batch_size or --batch_tokens, or change --accumulate or --limit_train"
                 )
             group_sizes = [left // count + (i < left % count) for i in range(count)]
