@@ -75,14 +75,9 @@ def estimate(
         lambda batch, outputs: _step(classifier, optimizer, batch, training.gradient_clip, outputs),
     )  # fmt: skip
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
-    classifier.eval()
-    for name in (name for name in ("validation", "test") if name in splits):
-        evaluated = _spread(evaluation_loader(splits[name], training, pad_id), MEASURED_EVALUATIONS)
-        with torch.inference_mode():
-            classifier.logits(_to(evaluated[0], device))  # warm-up: evaluation uses other kernels
-            tokens = int(splits[name].lengths.sum())
-            seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
-    seconds["run"] = _run_seconds(seconds, training.epochs)
+    seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
+    later = (training.epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
+    seconds["run"] = seconds["epoch"] + seconds["validation"] + later + seconds.get("test", 0.0)
     kept = sum(outputs.bytes for outputs in frozen.values())
     memory = {
         "gradients": sum(p.numel() * p.element_size() for p in trained),
@@ -94,10 +89,23 @@ def estimate(
     return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
 
 
-def _run_seconds(seconds: dict[str, float], epochs: int) -> float:
-    """Training, a validation after each epoch, and the test."""
-    later = (epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
-    return seconds["epoch"] + seconds["validation"] + later + seconds.get("test", 0.0)
+@torch.inference_mode()
+def _evaluation_seconds(
+    classifier: Classifier,
+    splits: dict[str, TokenizedSplit],
+    pad_id: int,
+    training: TrainingSettings,
+    device: torch.device,
+    frozen: dict[str, FrozenOutputs],
+) -> dict[str, float]:
+    """Seconds to evaluate validation and test, see ``_first_and_later``."""
+    seconds: dict[str, float] = {}
+    for name in (name for name in ("validation", "test") if name in splits):
+        evaluated = _spread(evaluation_loader(splits[name], training, pad_id), MEASURED_EVALUATIONS)
+        classifier.logits(_to(evaluated[0], device))  # warm-up: evaluation uses other kernels
+        tokens = int(splits[name].lengths.sum())
+        seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
+    return seconds
 
 
 def _spread(loader: DataLoader[dict[str, Tensor]], count: int) -> Batches:
