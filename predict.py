@@ -31,7 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         help="A CSV file with a header, or a file with one text per line; - reads standard input.",
     )
-    parser.add_argument("--text_column", help="Column of the CSV file with the text. (default: text)")
+    parser.add_argument(
+        "--text_column", help="Column of the CSV file with the text. (default: the column that the run was trained on)"
+    )
     return parser
 
 
@@ -39,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0 finished, 2 input refused, 130 interrupted."""
     try:
         arguments = make_parser().parse_args(argv)
-        texts = given_texts(arguments)
+        check_flags(arguments)
+        column = arguments.text_column or load_run(arguments.run)[0].data.text_column
+        texts = arguments.text or read_texts(arguments.file, column)
         check_texts(texts, "--text" if arguments.text else f"--file {arguments.file}")
         names, probabilities = predict(arguments.run, texts)
     except UserError as error:
@@ -59,18 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def given_texts(arguments: argparse.Namespace) -> list[str]:
-    """The texts of ``--text`` or ``--file``.
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Refuses a command without a text, and a column for what has none.
 
     Raises:
-        UserError: neither is given, ``--text_column`` is given without a CSV file, or the file cannot be read.
+        UserError: neither ``--text`` nor ``--file`` is given, or ``--text_column`` without a CSV file.
     """
     text, file, column = arguments.text, arguments.file, arguments.text_column
     if text is None and file is None:
         raise UserError("no text: give --text TEXT or --file FILE")
     if column is not None and (file is None or not _is_csv(file)):
         raise UserError(f"--text_column {column}: needs --file FILE.csv, because only a CSV file has columns")
-    return text or read_texts(file, column or "text")
 
 
 def _is_csv(file: Path) -> bool:

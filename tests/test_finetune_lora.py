@@ -38,6 +38,12 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def finish(process: subprocess.Popen[str]) -> None:
+    """Waits for a process that must succeed."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
 # --- a run from end to end
 
 
@@ -145,7 +151,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
         write_reviews(data / f"{name}.csv", count, seed=count)
     model, more = tiny_folders["distilbert"], ["--epochs", "2", "--dropout", "0.1", "--precision", "fp32"]
     whole = start(flags(model, data, tmp_path / "whole", *more))
-    assert whole.wait(120) == 0, whole.stderr.read() if whole.stderr else ""
+    finish(whole)
 
     broken = start(flags(model, data, tmp_path / "broken", *more, "--overwrite", "True"))
     assert broken.stdout is not None
@@ -167,8 +173,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     if number == signal.SIGTERM:  # as if the disk had been mounted elsewhere
         broken_run = broken_run.rename(tmp_path / "moved")
     words = shlex.split(told.partition("finetune_lora.py ")[2].replace(str(tmp_path / "broken"), str(broken_run)))
-    continued = start(words)
-    assert continued.wait(120) == 0, continued.stderr.read() if continued.stderr else ""
+    finish(start(words))
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     found = load_file(broken_run / "adapter_model.safetensors")
     assert all(np.array_equal(expected[key], found[key]) for key in expected)

@@ -101,7 +101,8 @@ def cached_tokens(texts: list[str], tokenizer: Any, data: DataSettings, progress
         UserError: the cache cannot be written.
     """
     path = cache_dir() / "tokens" / f"{_tokens_key(texts, tokenizer, data)}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as stored:
+    damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with contextlib.suppress(*damaged), path.open("rb") as file, np.load(file) as stored:
         return stored["tokens"], stored["offsets"]
     tokens, offsets = encode_texts(texts, tokenizer, data, progress)
 

@@ -49,7 +49,8 @@ def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{flag}: contains a {held[0]} from another program: give another directory")
     if holds_run and not overwrite:
         file = held[0] if held else OLD_SETTINGS
-        raise UserError(f"{flag}: already contains a run ({file}): give another directory, --resume or --overwrite")
+        ways = "or --overwrite" if read_status(directory) == "finished" else "--resume or --overwrite"
+        raise UserError(f"{flag}: already contains a run ({file}): give another directory, {ways}")
     if not holds_run and (inside := next(filter(_holds_run, sorted(directory.glob("*/"))), None)):
         raise UserError(f"{flag}: contains other runs ({inside.name}): give a new directory inside it")
 
@@ -73,7 +74,7 @@ def interrupted_settings(directory: Path) -> dict[str, Any]:
     if file is None:
         raise UserError(f"{flag} contains no run (no {SETTINGS}): leave out --resume to start one")
     if read_status(directory) == "finished":
-        raise UserError(f"{flag} contains a run that has finished: give another directory, or --overwrite")
+        raise UserError(f"{flag} contains a run that has finished: to replace it, give --overwrite without --resume")
     try:
         return read_settings(directory)
     except (OSError, ValueError) as error:

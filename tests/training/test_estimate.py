@@ -16,7 +16,7 @@ from finetuning.training.hardware import resolve_hardware
 from local_dataset_utilities import tokenize
 from local_model_utilities import build_classifier, count_parameters, find_base_model
 from tests.conftest import texts_of
-from tests.test_finetune_lora import flags, start
+from tests.test_finetune_lora import finish, flags, start
 
 
 def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig, int]:
@@ -80,8 +80,7 @@ def test_the_command_writes_nothing_and_its_peak_is_the_runs(
     assert process.returncode == 0, errors
     assert not (tmp_path / "run").exists()
     peak = float(next(line for line in shown.splitlines() if line.startswith("peak")).split()[1]) * 2**20
-    process = start(words)
-    assert process.wait(timeout=120) == 0
+    finish(start(words))
     used = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]["peak_bytes"]
     assert peak == pytest.approx(used, rel=0.15)
 
