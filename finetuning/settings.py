@@ -192,7 +192,8 @@ class HardwareSettings:
     num_nodes: int = setting(1, "Number of nodes.", at_least=1)
     strategy: str = setting("auto", "Lightning's strategy, for example ddp.")
     efficient: bool = setting(
-        True, "Use the suite's faster encoder code, which gives the same result; False uses Hugging Face's code."
+        True,
+        "Use the suite's faster encoder code: the same result up to rounding. False uses Hugging Face's code.",
     )
     gradient_checkpointing: bool = setting(
         False, "Save memory: recompute activations in the backward pass instead of keeping them."
