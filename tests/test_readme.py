@@ -33,7 +33,8 @@ def commands() -> list[str]:
     found = []
     for document in DOCUMENTS:
         for block in re.findall(r"\n *```bash\n(.*?)```", read(document), flags=re.DOTALL):
-            found += [line.strip() for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
+            lines = block.replace("\\\n", " ").splitlines()  # a command may go on in the next line
+            found += [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     return found
 
 

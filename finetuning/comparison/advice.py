@@ -22,6 +22,7 @@ BEGIN = re.compile(r"<!--\s*(rows|studies)\b:?(.*?)-->", flags=re.DOTALL)
 END = "<!-- end -->"
 SAVED = ("adapter_model.safetensors", "trained_weights.safetensors")  # what a run keeps of its training
 REFERENCE = "(reference)"
+Cell = Callable[[dict[str, Any], Row], str]  # from a row's record, with that of its reference as "reference"
 SMALLEST_P = 0.001  # below it, digits would only distract
 
 
@@ -72,12 +73,13 @@ class Tables:
                 raise UserError(f"--pages: no column {column!r} for a table of rows: there are {', '.join(COLUMNS)}")
         groups = self._groups(names)
         shown = ["test accuracy, %", *columns, "seeds", "training, s", "peak memory, GiB"]
-        cells = [
-            (self._link(study), row.name, *(CELLS[column](record(study, row), row) for column in shown),
-             self._p(study, row, [other for s, other in group if s is study]))
-            for group in groups
-            for study, row in group
-        ]  # fmt: skip
+        cells = []
+        for group in groups:
+            for study, row in group:
+                same_study = [other for s, other in group if s is study]
+                values = record(study, row) | {"reference": record(study, same_study[0])}
+                made = (CELLS[column](values, row) for column in shown)
+                cells.append((self._link(study), row.name, *made, self._p(study, row, same_study)))
         titles = [TITLES.get(column, column) for column in shown]
         return Table(("study", "row", *titles, "corrected p"), cells).without_empty_columns()
 
@@ -157,15 +159,28 @@ def _accuracy(r: dict[str, Any], _: Row) -> str:
     return f"{mean} ± {deviation}" if deviation else f"{mean} ({low} to {high})" if low else mean
 
 
+def _difference(key: str, form: str, factor: float) -> Cell:
+    """What a row has more of than its reference; empty for the reference itself, and if one of the two is unknown."""
+
+    def cell(r: dict[str, Any], _: Row) -> str:
+        value, of_reference = r[key], r["reference"][key]
+        if r["row"] == r["reference"]["row"] or value is None or of_reference is None:
+            return ""
+        return f"{factor * (value - of_reference):+{form}}"
+
+    return cell
+
+
 def _saved(_: dict[str, Any], row: Row) -> str:
     bytes_ = next((size for name in SAVED if (size := row.common("files", name)) is not None), None)
     return _shown(bytes_, "{:.1f}", 1e-6)
 
 
-Cell = Callable[[dict[str, Any], Row], str]
 COLUMNS: dict[str, Cell] = {  # that a marker may ask for
+    "GiB": _difference("peak_memory_bytes", ".2f", 1 / GIB),
     "learning rate": lambda _, row: _shown(row.common("config", "learning_rate"), "{:g}"),
     "macro F1": lambda r, _: _shown(r["macro_f1_mean"], "{:.2f}", 100),
+    "points": _difference("accuracy_mean", ".2f", 100),
     "saved": _saved,
     "trained": lambda r, _: _shown(r["trainable"], "{:,}"),
     "validation": lambda r, _: _shown(r["validation_accuracy_mean"], "{:.2f}", 100),
@@ -177,6 +192,6 @@ CELLS: dict[str, Cell] = COLUMNS | {
     "peak memory, GiB": lambda r, _: _shown(r["peak_memory_bytes"], "{:.2f}", 1 / GIB),
 }
 TITLES = {
-    "macro F1": "macro F1, %", "saved": "saved, MB", "trained": "trained parameters",
-    "validation": "validation accuracy, %",
+    "GiB": "difference, GiB", "macro F1": "macro F1, %", "points": "difference, points", "saved": "saved, MB",
+    "trained": "trained parameters", "validation": "validation accuracy, %",
 }  # fmt: skip

@@ -25,12 +25,24 @@ from finetuning.comparison.tables import (
     summary,
     tuning_table,
 )
-from finetuning.config import DEFAULT_LEARNING_RATES
+from finetuning.config import DEFAULT_LEARNING_RATES, RunConfig
 from finetuning.errors import UserError
 from finetuning.pages import page_with_tables
 from finetuning.storage import write_bytes
 
 DEFAULT_RATES = "default_learning_rates"  # the name of the table of default learning rates, in its markers
+DEFAULTS = "default_settings"  # the same for other defaults, with these flags and what each is
+DEFAULT_FLAGS = {
+    "max_length": "longest text, in tokens",
+    "truncation": "part of a longer text that is kept",
+    "batch_tokens": "largest batch, in tokens with padding",
+    "epochs": "passes over the training texts",
+    "optimizer": "optimizer",
+    "scheduler": "learning-rate schedule",
+    "warmup_fraction": "share of all steps in which the rate rises",
+    "lora_r": "rank of LoRA",
+    "lora_alpha": "alpha of LoRA",
+}
 SHORT = "_short"  # what the name of a study's short table ends with
 README_PLOT, README_STUDY, README_ROWS = "accuracy_time.png", "earlier_work", ("lora", "qlora", "selective", "full")
 
@@ -74,7 +86,7 @@ def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | Non
     studies = [read_study(name, results) for name in study_names(results)]
     sections = [make_section(study) for study in studies]
     files: dict[Path, bytes | None] = {results / README_PLOT: None}
-    tables = {DEFAULT_RATES: default_rates_table()}
+    tables = {DEFAULT_RATES: default_rates_table(), DEFAULTS: defaults_table()}
     for study, section in zip(studies, sections, strict=True):
         folder = results / study.name
         files |= dict.fromkeys(folder / name for name in FILES)
@@ -127,6 +139,17 @@ def study_text(section: Section) -> str:
         parts += ["## Learning rates tried on validation", section.tuning.markdown()]
     parts += [f"![{plot.caption}]({plot.file})" for plot in section.plots]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def defaults_table() -> str:
+    """Defaults of a run with LoRA as a Markdown table."""
+    settings = RunConfig.from_settings().to_dict()
+    lines = [f"| `--{name}` | {_plain(settings[name])} | {what} |" for name, what in DEFAULT_FLAGS.items()]
+    return "\n".join(["| flag | default | what it is |", "|---|---|---|", *lines])
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def default_rates_table() -> str:

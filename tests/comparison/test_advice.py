@@ -112,10 +112,17 @@ def test_every_column_can_be_asked_for(found: list[Study]) -> None:
     assert made(found, f"rows: a/x; {', '.join(COLUMNS)}")
 
 
+def test_differences_are_from_the_reference(found: list[Study]) -> None:
+    head, _, *rows = made(found, "rows: a/x y b/broken | a/y x; points, GiB")
+    assert head[3:5] == ["difference, points", "difference, GiB"]
+    assert [row[3:5] for row in rows] == [["", ""], ["-40.50", "+0.00"], ["", ""], ["", ""], ["+40.50", "+0.00"]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # docs/best_practices.md
 
 PAGE = BEST_PRACTICES.read_text(encoding="utf8")
+CHANCE = "reached 50 %, which is chance"
 SEEDS = {"one": 1, "three": 3}
 
 
@@ -140,6 +147,7 @@ def prose(text: str) -> str:
     text = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", text, flags=re.DOTALL)
     text = re.sub(rf"<!-- (rows|studies)\b.*?{END}", "", text, flags=re.DOTALL)
     text = re.sub(r"```bash\n.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"^\d\. ", "", text, flags=re.MULTILINE)  # numbers of a list
     return " ".join(re.sub(r"\]\([^)]*\)", "]", text).split())
 
 
@@ -165,7 +173,8 @@ def unchecked_numbers(text: str) -> list[str]:
         if re.search(r"\d", span) and (span in scores() or span.startswith("--")):
             text = text.replace(f"`{span}`", "")
     parameters = scores()["methods/full"]["trainable"]  # all of the model's
-    for known in ("macro F1", "bf16", "95 % interval", f"{LEVEL:g} or more", f"{parameters / 1e6:.1f} M parameters"):
+    checked = (CHANCE, f"{LEVEL:g} or more", f"{parameters / 1e6:.1f} M parameters")
+    for known in ("macro F1", "bf16", "95 % interval", *checked):
         text = text.replace(known, "")
     return [word for word in text.split() if re.search(r"\d", word)]
 
@@ -239,6 +248,43 @@ def test_what_the_text_says_in_words() -> None:
     assert all(float(p) >= LEVEL for pair, p in pairs if not any("r2-" in name for name in pair))
 
 
+def test_rows_that_the_text_calls_the_same() -> None:
+    def results(name: str) -> dict[int, tuple[float, float]]:
+        """Accuracy and loss on the test split of each seed."""
+        study_name, _, row_name = name.partition("/")
+        (row,) = (row for row in study(study_name).rows if row.name == row_name)
+        return {run.seed: (run.get("test", "accuracy"), run.get("test", "loss")) for run in row.tested}
+
+    one_run = results("compute_memory/base")
+    for name in (
+        "learning_rates/lora-adamw-learning_rate0.001",
+        "lora_rank_alpha/lora_r8-lora_alpha16",
+        "lora_targets/all",
+    ):
+        assert results(name) == one_run
+    three_runs = results("methods/lora")
+    for name in ("optimizers/adamw", "schedulers/linear", "datasets/imdb-lora"):
+        assert results(name) == three_runs
+    assert one_run.items() < three_runs.items()
+    for best, row in {"full": "full", "lora": "lora", "lora-no_warmup": "linear", "lora-onecycle": "onecycle"}.items():
+        assert results(f"best/{best}") == results(f"earlier_work/{row}")
+
+
+def test_what_the_text_says_of_significance() -> None:
+    def significant(name: str, first: str, second: str) -> bool:
+        return float(p_values(name)[frozenset((first, second))].removeprefix("< ")) < LEVEL
+
+    assert significant("compute_memory", "base", "max_length-512")
+    assert not significant("compute_memory", "max_length-256", "max_length-512")
+    assert significant("compute_memory", "base", "q_lora")
+    assert significant("schedulers", "cosine", "constant")
+    assert not significant("schedulers", "linear", "constant")
+    assert not significant("methods", "lora", "selective")
+    assert significant("earlier_work", "lora", "selective")
+    assert not significant("best", "lora-onecycle", "lora-onecycle-5e-4")
+    assert significant("lora_rank_alpha", "lora_r8-lora_alpha64", "lora_r2-lora_alpha64")
+
+
 def test_times_are_of_two_threads() -> None:
     for name in study_names(RESULTS):
         measured = [run for row in study(name).rows for run in study(name).measured(row).runs]
@@ -256,7 +302,7 @@ def test_the_default_rates_are_the_best_of_five_on_validation() -> None:
         best = max(curve, key=lambda rate: curve[rate])
         assert best == DEFAULT_LEARNING_RATES[key]
         assert min(curve) < best < max(curve)
-        assert all(curve[rate] == 0.5 for rate in curve if rate > 9 * best)  # "only guessed"
+        assert all(curve[rate] == 0.5 for rate in curve if rate > 9 * best)  # CHANCE
 
 
 def test_each_advice_has_its_row_in_the_first_table() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from compare_methods import main
 from finetuning.comparison.report import README_PLOT, build_report, default_rates_table
-from finetuning.pages import GUIDE, PAGES, README, RESULTS, SPEED
+from finetuning.pages import BEST_PRACTICES, GUIDE, PAGES, README, RESULTS, SPEED
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top
@@ -60,6 +60,7 @@ def test_the_committed_report_is_that_of_the_committed_runs() -> None:
     [
         (README, ("earlier_work_short", "speed_short")),
         (GUIDE, ("default_learning_rates",)),
+        (BEST_PRACTICES, ("default_learning_rates", "default_settings")),
         (SPEED, ("peers", "headline", "plain_path", "roofline")),
     ],
     ids=lambda value: value.name if isinstance(value, Path) else "",
