@@ -36,7 +36,7 @@ from finetuning.data.tokens import TokenizedSplit
 from finetuning.models.families import FAMILIES
 from finetuning.models.quantization import import_bitsandbytes
 from finetuning.training.callbacks import Meter
-from finetuning.training.hardware import keep_freed_memory, resolve_hardware
+from finetuning.training.hardware import prepare_process, resolve_hardware
 from finetuning.training.module import FineTuning
 from finetuning.training.trainer import make_trainer, quiet_lightning
 from local_model_utilities import build_classifier
@@ -325,11 +325,11 @@ class Suite(Contestant):
 
     def __init__(self, job: Job, folder: Path, q_lora: bool = False, equal_batches: bool = False) -> None:
         torch.manual_seed(0)
-        keep_freed_memory()
         config = job.config.changed(model_name=str(folder / job.model), q_lora=q_lora)
         if equal_batches:
             config = config.changed(batch_size=job.batch_size, batch_tokens=job.batch_size * job.max_length)
         self.config, self.hardware = config, resolve_hardware(config.hardware)
+        prepare_process(self.hardware)
         self.classifier = self.model = build_classifier(config, folder / job.model, LABELS, self.hardware.dtype)
         self.pad_id = int(self.classifier.model.config.pad_token_id)  # type: ignore[union-attr, arg-type]
 

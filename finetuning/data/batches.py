@@ -24,6 +24,7 @@ from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
 
+Batch = dict[str, Any]  # tensors, and ``padded``
 BLOCK_BATCHES = 4  # batches whose examples mix: more means more chance and more padding
 EVALUATION_FACTOR = 4  # without gradients, batches may be this much larger
 EVALUATION_BATCH_SIZE = 256
@@ -190,7 +191,7 @@ class TokenBatchSampler(Sampler[BatchIndices]):
         return 1 - float(self.lengths.sum() / (longest * self.plan.sizes).sum())
 
 
-class _Batches(Dataset[dict[str, torch.Tensor]]):
+class _Batches(Dataset[Batch]):
     """Collates: a batch's indices -> its tensors, padded to its own longest sequence."""
 
     def __init__(self, split: TokenizedSplit, pad_id: int) -> None:
@@ -199,7 +200,7 @@ class _Batches(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, batch: BatchIndices) -> dict[str, torch.Tensor]:
+    def __getitem__(self, batch: BatchIndices) -> Batch:
         split, examples = self.split, batch.examples
         starts, lengths = split.offsets[examples], split.lengths[examples]
         columns = np.arange(lengths.max())
@@ -213,14 +214,16 @@ class _Batches(Dataset[dict[str, torch.Tensor]]):
             "rows": torch.from_numpy(split.rows[examples]),  # (B,)
             "examples": torch.from_numpy(examples),  # (B,)
             "loss_weight": torch.tensor(batch.loss_weight),  # ()
+            "padded": bool(lengths.min() < lengths.max()),  # known here; a GPU would have to be asked and waited for
         }
 
 
-class TokenBatchLoader(DataLoader[dict[str, torch.Tensor]]):
+class TokenBatchLoader(DataLoader[Batch]):
     """Training batches, and what is known of an epoch before it runs. Lightning keeps its state in checkpoints.
 
     Each batch is a dict of ``input_ids`` and ``attention_mask`` (B, T) int64, ``labels``, ``rows`` (in the source) and
     ``examples`` (positions in the split) (B,) int64 and
+    ``padded``, whether the mask has a 0, and
     ``loss_weight`` () float32: world_size * accumulate / examples in the optimizer step. The *sum* of the batch's
     losses times ``loss_weight`` is what to call backward on: after Lightning has divided by ``accumulate`` and DDP
     has averaged over ranks, the gradient is the mean over all examples of the step, however they were dealt.
@@ -289,7 +292,7 @@ def evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-) -> DataLoader[dict[str, torch.Tensor]]:
+) -> DataLoader[Batch]:
     """One rank's share of a split to evaluate, longest texts first, so that memory peaks at once.
 
     Over all ranks each text comes exactly once, and all ranks have the same number of batches (in a forward, DDP
