@@ -62,6 +62,12 @@ class Measured:
     def step(self) -> None:
         self.ends.append(time.perf_counter())
 
+    def stop(self) -> None:
+        """After the last step, whose work a GPU may still have to do."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            self.ends[-1] = time.perf_counter()
+
     @property
     def seconds(self) -> float:
         return self.ends[-1] - self.began
@@ -198,6 +204,9 @@ class _TrainerTimer(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.measured.step()
 
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.measured.stop()
+
 
 class Peft(Contestant):
     """PEFT's LoRA in the Hugging Face Trainer, as its defaults have it or tuned.
@@ -212,10 +221,14 @@ class Peft(Contestant):
     def __init__(self, job: Job, folder: Path, tuned: bool = False, q_lora: bool = False) -> None:
         torch.manual_seed(0)
         self.tuned, self.bf16, self.timer = tuned, _in_bf16(job), _TrainerTimer()
+        self.on_cpu = job.accelerator == "cpu"
         self.batch_size = job.batch_size if tuned else DEFAULT_BATCH
         options: dict[str, Any] = NO_DROPOUT | {"attn_implementation": job.attention} if tuned else {}
         if q_lora:
-            options |= {"quantization_config": self.four_bits(), "device_map": {"": "cpu"}}
+            options |= {
+                "quantization_config": self.four_bits(),
+                "device_map": {"": "cpu" if job.accelerator == "cpu" else 0},
+            }
         narrow = self.bf16 and tuned and job.frozen == "bf16"
         base = DistilBertForSequenceClassification.from_pretrained(
             folder / job.model, dtype=torch.bfloat16 if narrow else torch.float32, **options
@@ -263,7 +276,7 @@ class Peft(Contestant):
             train_sampling_strategy="sequential",
             learning_rate=PEER_LEARNING_RATE,
             bf16=self.bf16,
-            use_cpu=True,
+            use_cpu=self.on_cpu,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -318,6 +331,9 @@ class _LightningTimer(Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         self.measured.step()
 
+    def on_train_end(self, *_: Any) -> None:
+        self.measured.stop()
+
 
 class Suite(Contestant):
     """What ``finetune_lora.py`` runs, without validation; with its defaults, or with as many texts in a batch as a
@@ -345,7 +361,10 @@ class Suite(Contestant):
         """``train_loader``, with these batches instead of an epoch's."""
         chosen: Any = [BatchIndices(batch, 1 / len(batch)) for batch in batches]
         return DataLoader(
-            train_loader(split, self.config.training, self.pad_id).dataset, batch_size=None, sampler=chosen
+            train_loader(split, self.config.training, self.pad_id).dataset,
+            batch_size=None,
+            sampler=chosen,
+            pin_memory=self.hardware.on_gpu,
         )
 
     def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def _set_dropout(model: nn.Module, family: ModelFamily, kind: str, p: float) -> 
 
 
 def low_precision_errors(
-    model: nn.Module, family: ModelFamily, ids: Tensor, mask: Tensor, labels: Tensor, dtype: torch.dtype, **more: bool
+    model: nn.Module, family: ModelFamily, ids: Tensor, mask: Tensor, labels: Tensor, dtype: torch.dtype, **more: Any
 ) -> tuple[float, float, float, float]:
     """Errors against fp32: our logits, theirs under autocast, our gradients, theirs."""
     exact = plain(model, ids, mask)
