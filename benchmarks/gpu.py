@@ -6,6 +6,7 @@ Writes one JSON file, after each part, and prints one table.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -78,11 +79,11 @@ def plan(sizes: Sizes) -> list[Part]:
 def run_part(part: Part, folder: Path, sizes: Sizes) -> Record:
     """What the part gives, or ``{"error": its reason in one line}``.
 
-    The process is forked from this one, which has imported the libraries but has never used torch nor a GPU.
+    A forked process needs this one not to have used torch: its threads do not come along.
     """
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=(part, folder, sizes, answer))
+    process = multiprocessing.get_context(sizes.start).Process(target=_answer, args=(part, folder, sizes, answer))
     process.start()
     process.join(part.limit_seconds)
     if process.is_alive():
@@ -182,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    with suppress(ImportError):  # once for all parts; one that is missing is told by the parts that need it
-        import benchmarks.contestants
-        import finetune_lora  # noqa: F401
+    if sizes.start == "fork":
+        with suppress(ImportError):  # once for all parts; a part that needs what is missing says so
+            importlib.import_module("benchmarks.contestants")
     partly = arguments.small or arguments.parts
     output = arguments.output or (PARTIAL_OUTPUT if partly else OUTPUT)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,7 @@ class Sizes:
     """How much is done, and where."""
 
     accelerator: Literal["cpu", "gpu"] = "gpu"
+    start: Literal["spawn", "fork"] = "spawn"  # of a part's process; a forked one cannot use a GPU, but starts at once
     texts: int = 2000
     max_length: int = 256
     layers: int = 6
@@ -52,7 +53,7 @@ class Sizes:
 
 
 SMALL = Sizes(
-    accelerator="cpu", texts=48, max_length=32, layers=2, width=32, heads=2, vocabulary=500, steps=3,
+    accelerator="cpu", start="fork", texts=48, max_length=32, layers=2, width=32, heads=2, vocabulary=500, steps=3,
     batch_sizes=(8,), lengths=(16,), tokens=64, precisions=("fp32",),
 )  # fmt: skip
 
@@ -111,7 +112,7 @@ def _text(generator: random.Random, words: list[str], label: int, max_length: in
 # environment and tests
 
 
-def environment(folder: Path, sizes: Sizes) -> Record:
+def environment(_: Path, sizes: Sizes) -> Record:
     """Versions and hardware, and what this card can do."""
     import torch
 
@@ -131,7 +132,7 @@ def environment(folder: Path, sizes: Sizes) -> Record:
     return record
 
 
-def gpu_tests(folder: Path, sizes: Sizes) -> Record:
+def gpu_tests(_: Path, sizes: Sizes) -> Record:
     """The tests that need a GPU; without one all are skipped."""
     import pytest
 
@@ -189,11 +190,15 @@ def _command(words: list[str]) -> int:
 
 def interrupt_and_resume(folder: Path, sizes: Sizes) -> Record:
     """A run that SIGTERM ends after its first batches and that is continued, against one that was left alone."""
-    more = ("--batch_size", "8", "--test", "False")
-    whole, parts = folder / "whole", folder / "interrupted"
-    statuses = [_in_a_process(_words(folder, sizes, whole, *more), whole)]
-    statuses.append(_in_a_process(_words(folder, sizes, parts, *more), parts, interrupt=True))
-    statuses.append(_in_a_process(["--resume", "--output_dir", str(parts)], parts))
+    more = ("--batch_size", str(max(1, sizes.texts // 250)), "--test", "False", "--precision", "fp32")
+    whole, parts = folder / "whole", folder / "interrupted"  # with many batches, so that there is time
+    statuses = [
+        _in_a_process(sizes, _words(folder, sizes, whole, *more), whole),
+        _in_a_process(sizes, _words(folder, sizes, parts, *more), parts, interrupt=True),
+        _in_a_process(sizes, ["--resume", "--output_dir", str(parts)], parts),
+    ]
+    if statuses != [0, 130, 0]:
+        raise RuntimeError(f"exit statuses {statuses} instead of 0, 130 and 0")
 
     import torch
     from safetensors.torch import load_file
@@ -201,14 +206,14 @@ def interrupt_and_resume(folder: Path, sizes: Sizes) -> Record:
     first, second = (load_file(path / "adapter_model.safetensors") for path in (whole, parts))
     far = max(float((first[name] - second[name]).norm() / first[name].norm().clamp(min=1e-9)) for name in first)
     equal = all(torch.equal(first[name], second[name]) for name in first)
-    return {"exit_statuses": statuses, "largest_relative_difference": far, "equal": equal}
+    return {"largest_relative_difference": far, "equal": equal}
 
 
-def _in_a_process(words: list[str], output: Path, interrupt: bool = False) -> int:
-    """The exit status of the command; forked, because signals go to whole processes."""
+def _in_a_process(sizes: Sizes, words: list[str], output: Path, interrupt: bool = False) -> int:
+    """The exit status of the command, in a process of its own because signals go to whole processes."""
     log = output.with_suffix(".log")
     log.write_text("", encoding="utf8")
-    process = multiprocessing.get_context("fork").Process(target=_logged, args=(words, log))
+    process = multiprocessing.get_context(sizes.start).Process(target=_logged, args=(words, log))
     process.start()
     while interrupt and process.is_alive():
         if "  batch " in log.read_text(encoding="utf8"):
@@ -236,7 +241,7 @@ def _contestant(folder: Path, sizes: Sizes, name: str, batch_size: int) -> tuple
 
     job = Job(
         name, model="model", targets="all", max_length=sizes.max_length, batch_size=batch_size,
-        accelerator=sizes.accelerator, frozen="bf16",
+        accelerator=sizes.accelerator, frozen="bf16", precision="auto" if sizes.accelerator == "gpu" else "fp32",
     )  # fmt: skip
     split = read_split(folder, "train", sizes.max_length)
     peer = CONTESTANTS["peft_tuned"](replace(job, contestant="peft_tuned"), folder)
@@ -310,7 +315,7 @@ def synchronisations(folder: Path, sizes: Sizes) -> Record:
     }
 
 
-def attention(folder: Path, sizes: Sizes) -> Record:
+def attention(_: Path, sizes: Sizes) -> Record:
     """Milliseconds of attention, forward and backward, by length: without a mask and with one, by torch's kernel."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -362,7 +367,7 @@ def _seconds(call: Callable[[], None], sizes: Sizes) -> float:
 
 
 def profile_steps(folder: Path, sizes: Sizes) -> Record:
-    """Ten steps under torch's profiler: the operators that take the most time, and the GPU's share of the wall clock."""
+    """Ten steps under torch's profiler: what takes the most time, and the share of the time that the GPU works."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
