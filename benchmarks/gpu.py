@@ -83,7 +83,8 @@ def run_part(part: Part, folder: Path, sizes: Sizes) -> Record:
     """
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
-    process = multiprocessing.get_context(sizes.start).Process(target=_answer, args=(part, folder, sizes, answer))
+    context: Any = multiprocessing.get_context(sizes.start)
+    process = context.Process(target=_answer, args=(part, folder, sizes, answer))
     process.start()
     process.join(part.limit_seconds)
     if process.is_alive():

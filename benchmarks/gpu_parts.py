@@ -65,7 +65,7 @@ SMALL = Sizes(
 def make_folder(folder: Path, sizes: Sizes) -> Record:
     """A model with random weights, a tokenizer with one token a word, texts whose words tell the label, and tokens."""
     import torch
-    from transformers import BertTokenizerFast, DistilBertConfig, DistilBertForSequenceClassification
+    from transformers import BertTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
     from benchmarks.workload import save_split
     from finetuning.config import RunConfig
@@ -81,7 +81,7 @@ def make_folder(folder: Path, sizes: Sizes) -> Record:
     DistilBertForSequenceClassification(config).save_pretrained(model)
     words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL))]
     (model / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n", encoding="utf8")
-    BertTokenizerFast(str(model / "vocab.txt")).save_pretrained(model)
+    BertTokenizer(str(model / "vocab.txt")).save_pretrained(model)
     texts.mkdir()
     generator = random.Random(0)
     for name, count in {"train": sizes.texts, "validation": 200, "test": 200}.items():
@@ -213,7 +213,8 @@ def _in_a_process(sizes: Sizes, words: list[str], output: Path, interrupt: bool 
     """The exit status of the command, in a process of its own because signals go to whole processes."""
     log = output.with_suffix(".log")
     log.write_text("", encoding="utf8")
-    process = multiprocessing.get_context(sizes.start).Process(target=_logged, args=(words, log))
+    context: Any = multiprocessing.get_context(sizes.start)
+    process = context.Process(target=_logged, args=(words, log))
     process.start()
     while interrupt and process.is_alive():
         if "  batch " in log.read_text(encoding="utf8"):
@@ -246,6 +247,7 @@ def _contestant(folder: Path, sizes: Sizes, name: str, batch_size: int) -> tuple
     split = read_split(folder, "train", sizes.max_length)
     peer = CONTESTANTS["peft_tuned"](replace(job, contestant="peft_tuned"), folder)
     batches = some_batches(peer.batches(split), split.lengths, sizes.steps)
+    batches = (batches * sizes.steps)[: sizes.steps]  # of large batches there are fewer than steps
     contestant = peer if name == "peft_tuned" else CONTESTANTS[name](job, folder)
     return contestant, split, batches
 

@@ -5,6 +5,7 @@ by its parts ``linear`` and ``lora``).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,12 +131,8 @@ def _join_bias(modules: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
     if all(m.bias is None for m in modules):
         return None
     device = modules[0].weight.device
-    return _join(
-        [
-            torch.zeros(m.out_features, dtype=dtype, device=device) if m.bias is None else m.bias.to(dtype)
-            for m in modules
-        ]
-    )
+    missing = partial(torch.zeros, dtype=dtype, device=device)
+    return _join([missing(m.out_features) if m.bias is None else m.bias for m in modules]).to(dtype)
 
 
 def _scaled_B(module: Any) -> Tensor:

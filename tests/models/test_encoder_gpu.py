@@ -45,7 +45,7 @@ COUNTS = {
     ("all", "half"): 83,  # (105)
     ("qlora_query+value", "half"): 81,  # (93), of which 36 are bitsandbytes'
     ("full", "fp32"): 31,  # (32)
-    ("full", "half"): 59,  # (60)
+    ("full", "half"): 55,  # (60)
     ("selective", "fp32"): 12,  # a frozen layer, forward only
     ("selective", "half"): 16,
 }
