@@ -37,7 +37,7 @@ QLORA = ("qlora_mlp", "qlora_query+value", "qlora_all")
 B, T = 4, 19
 
 # Operators that compute or copy, in forward and backward of one layer more, as counted when this test was written.
-# Each takes a GPU's host about 5 microseconds. In brackets: before batches without padding had no mask, and so on.
+# Each takes a GPU's host about 5 microseconds. In brackets: before masks, casts and slices were removed.
 COUNTS = {
     ("query+value", "fp32"): 37,  # (45)
     ("query+value", "half"): 45,  # (57)
