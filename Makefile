@@ -1,4 +1,4 @@
-# `make finetune` and `make test` need nothing but Python 3.11 or newer and this folder.
+# `make finetune` and `make test` need only Python 3.11 or newer and this folder.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -22,16 +22,16 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
-# Tables, plots, results/report.html and README's tables, from the runs in results/.
+# Tables, plots, results/report.html and the tables of README and docs/, from the runs in results/.
 tables: $(VENV)/.installed
 	$(BIN)/python compare_methods.py report
 	$(BIN)/python -m benchmarks.headline
 
-# This suite beside its peers, about an hour on 2 cores that do nothing else; BENCHMARK_FLAGS=--quick: a few minutes.
+# Compares this suite with its peers: about an hour on 2 idle cores, a few minutes with BENCHMARK_FLAGS=--quick.
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.peers $(BENCHMARK_FLAGS)
 
-# How near a step comes to the machine's rate of bf16 products, and where the rest of its time goes.
+# Measures how close a step comes to the machine's rate of bf16 products, and where the rest of its time goes.
 roofline: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.roofline $(BENCHMARK_FLAGS)
 

@@ -1,6 +1,6 @@
 """Fine-tunes a text classifier: ``python finetune_lora.py FLAGS``, see ``--help`` or README.md.
 
-One run, from data to ``result.json``. Exit status: 0 finished, 1 failed, 2 input refused, 130 interrupted.
+Exit status: 0 finished, 1 failed, 2 input refused, 130 interrupted.
 """
 
 import signal
@@ -35,7 +35,7 @@ from finetuning.runs.records import (
 )
 from finetuning.storage import write_json
 
-if TYPE_CHECKING:  # a wrong flag is refused before torch is loaded
+if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
     import lightning.pytorch as pl
 
     from finetuning.data.texts import TextData
@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # a wrong flag is refused before torch is loaded
     from finetuning.training.hardware import Hardware
     from finetuning.training.module import FineTuning
 
-DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier with LoRA, QLoRA, selectively or in full."
+DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier: LoRA, QLoRA, the last layers or all weights."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
     """The command. Returns the exit status.
 
     Args:
-        argv: the flags; those of the process if not given.
-        defaults: settings that a thin entry wants for flags that are not given.
+        argv: the flags; ``None`` takes them from ``sys.argv``.
+        defaults: defaults that replace the usual ones, for example those of DistilRoberta.
     """
     helper = is_helper()
-    if helper:  # until it listens to them: the first process hears them too, and stops all at the same step
+    if helper:  # until its own handlers are installed: the first process stops all processes at the same step
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
     try:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
             print_estimate(config)
             return 0
         status = run(config)["status"]
-        # Lightning and srun kill the first process, which may still write, when another ends with anything but 0.
+        # If another process ends with another status, Lightning and srun kill the first one while it may still write.
         return 0 if helper and status == "interrupted" else EXIT_STATUS[status]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,31 +84,31 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
 
 
 def read_settings_of(argv: Sequence[str], defaults: dict[str, Any]) -> RunConfig:
-    """The configuration that the flags ask for; with ``--resume`` that of the run in ``--output_dir``."""
+    """The configuration for these flags. With ``--resume``, it comes from the run in ``--output_dir``."""
     given = given_flags(argv, DESCRIPTION, defaults)
     if not (given.get("resume") and "output_dir" in given):
-        return RunConfig.of(**{**defaults, **given})
+        return RunConfig.from_settings(**{**defaults, **given})
     directory = given["output_dir"]
     config = continued(interrupted_settings(directory), given)
     if has_checkpoint(directory):
         return config
     if not is_helper():
-        print(f"{directory} has no checkpoint yet: the run starts over", flush=True)
+        print(f"{directory} has no checkpoint yet: starting over", flush=True)
     return config.changed(resume=False, overwrite=True)
 
 
 def prefetch(config: RunConfig) -> None:
-    """Fills the caches with model and data, on a machine that has a network."""
+    """Downloads model and data into the caches."""
     from local_dataset_utilities import prefetch_texts
     from local_model_utilities import find_base_model
 
     print(f"model: {find_base_model(config)}")
     prefetch_texts(config.data)
-    print("data: in the cache; runs with the same --model_name and --dataset need no network now")
+    print("data: in the cache; runs with the same --model_name and --dataset now need no network")
 
 
 def print_estimate(config: RunConfig) -> None:
-    """Says what the run would take; writes nothing but tokens into the cache."""
+    """Prints the memory and time that the run needs. It writes only tokens, into the cache."""
     import torch
 
     from finetuning.training.estimate import estimate, estimate_table
@@ -129,7 +129,7 @@ def print_estimate(config: RunConfig) -> None:
             )
     except torch.OutOfMemoryError:
         advice = f"lower --batch_tokens ({training.batch_tokens}), or use --gradient_checkpointing True"
-        raise UserError(f"--estimate: the GPU has too little memory for a step of this run: {advice}") from None
+        raise UserError(f"--estimate: the GPU has too little memory for one step of this run: {advice}") from None
     print(f"{setup.headline()}\n\n{estimate_table(record, weight_bytes, training.epochs)}")
 
 
@@ -139,7 +139,7 @@ def print_estimate(config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run needs before its model is built. Everything that can be refused has been checked."""
+    """Everything that a run needs before it builds the model. All checks of the input are done."""
 
     config: RunConfig
     directory: Path
@@ -150,7 +150,7 @@ class Setup:
     pad_id: int
 
     def data_record(self) -> dict[str, Any]:
-        """Where the texts come from, how many there are, and how many tokens."""
+        """The source of the texts, and the numbers of texts and tokens, for ``result.json``."""
         texts = self.texts
         return {
             "source": texts.source,
@@ -162,25 +162,25 @@ class Setup:
         }
 
     def kernels(self) -> str:
-        """Whether the run calls the compiled CPU kernels, or why not."""
+        """Whether the run uses the compiled CPU kernels, or why not."""
         import torch
 
         from finetuning.models.cpu_kernels import library
 
         settings, hardware = self.config.hardware, self.hardware
-        asked = not hardware.on_gpu and hardware.dtype == torch.bfloat16 and settings.efficient and not settings.compile
-        return library()[1] if asked else NOT_ASKED_FOR
+        used = not hardware.on_gpu and hardware.dtype == torch.bfloat16 and settings.efficient and not settings.compile
+        return library()[1] if used else NOT_ASKED_FOR
 
     def headline(self) -> str:
-        """What is printed before training."""
+        """The text that the run prints before training."""
         return headline(self.config, self.data_record(), self.hardware.described, self.kernels())
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """One run: data, model, training, evaluation, record. Returns what ``result.json`` in its directory holds.
+    """Does one run: data, model, training, evaluation, record. Returns the content of ``result.json``.
 
     Raises:
-        UserError: refused input; nothing was written.
+        UserError: input is refused, and nothing was written.
     """
     setup = prepare(config)
     with recorded(setup) as result:
@@ -192,7 +192,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def prepare(config: RunConfig) -> Setup:
-    """Data: checks all that can be checked, reads and tokenizes the texts, and at last opens the run directory."""
+    """Data: does all checks, reads and tokenizes the texts, and then opens the run directory."""
     from finetuning.data.batches import check_batches
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.models.quantization import try_four_bits
@@ -222,7 +222,7 @@ def prepare(config: RunConfig) -> Setup:
 
 
 def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
-    """Model: the classifier with its LoRA layers, and what is said of it before training."""
+    """Model: builds the classifier with its LoRA layers, and prints settings and parameter counts."""
     import lightning.pytorch as pl
 
     from finetuning.runs.measurements import environment_record
@@ -254,7 +254,7 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
 def train(
     setup: Setup, classifier: "Classifier", meter: "Meter", stop: "GracefulStop", result: dict[str, Any]
 ) -> "tuple[pl.Trainer, FineTuning]":
-    """Training: fits the classifier, takes the best checkpoint, and saves what it holds."""
+    """Training: fits the classifier, loads the best checkpoint and saves its weights."""
     from finetuning.data.batches import evaluation_loader, train_loader
     from finetuning.models.lora import lora_modules
     from finetuning.runs.history import plot_learning_curve
@@ -264,12 +264,12 @@ def train(
 
     config, directory, splits, hardware = setup.config, setup.directory, setup.splits, setup.hardware
     trainer = make_trainer(config.training, config.hardware, hardware, directory, [meter, stop])
-    ranks = shares(trainer, hardware)
+    ranks = loader_shares(trainer, hardware)
     training = train_loader(splits["train"], config.training, setup.pad_id, **ranks)
     validation = evaluation_loader(splits["validation"], config.training, setup.pad_id, **ranks)
     result["data"] = setup.data_record() | {"padding_fraction": training.padding_fraction}
     repeated = {name: splits[name].lengths for name in ("train", "validation")}
-    keeps = config.training.epochs > 1 and not hardware.on_gpu  # a GPU computes them as fast as it fetches them
+    keeps = config.training.epochs > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
     frozen = classifier.frozen_outputs(repeated, config.hardware.frozen_cache_gb) if keeps else {}
     steps = config.training.epochs * training.steps_per_epoch
     module = FineTuning(classifier, config.training, len(setup.texts.label_names), steps, frozen)
@@ -296,21 +296,21 @@ def train(
     return trainer, module
 
 
-def shares(trainer: "pl.Trainer", hardware: "Hardware") -> dict[str, Any]:
-    """Which part of the batches this process gets, as the loaders take it."""
+def loader_shares(trainer: "pl.Trainer", hardware: "Hardware") -> dict[str, Any]:
+    """The loaders' arguments that give this process its part of the batches."""
     return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": hardware.on_gpu}
 
 
 def evaluate(
     setup: Setup, trainer: "pl.Trainer", module: "FineTuning", stop: "GracefulStop", result: dict[str, Any]
 ) -> None:
-    """Evaluation: reads the test split once, with the checkpoint that validation chose."""
+    """Evaluation: evaluates the test split once, with the checkpoint that validation chose."""
     from finetuning.data.batches import evaluation_loader
     from finetuning.runs.history import write_predictions
 
     stop.check()
     if setup.config.run.test:
-        ranks = shares(trainer, setup.hardware)
+        ranks = loader_shares(trainer, setup.hardware)
         test = evaluation_loader(setup.splits["test"], setup.config.training, setup.pad_id, **ranks)
         began = time.perf_counter()
         trainer.test(module, test, verbose=False)
@@ -327,7 +327,7 @@ def evaluate(
 
 @contextmanager
 def recorded(setup: Setup) -> Iterator[dict[str, Any]]:
-    """Record: writes ``result.json``, however the steps in the context end."""
+    """Record: writes ``result.json``, whether the steps in the context finish, fail or are interrupted."""
     config, directory = setup.config, setup.directory
     result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": command_line(sys.argv)}
     try:
@@ -351,7 +351,7 @@ def recorded(setup: Setup) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def watched(setup: Setup, result: dict[str, Any]) -> "Iterator[tuple[Meter, GracefulStop]]":
-    """Listens to signals, and measures memory, time, and whether the machine was shared, into ``result``."""
+    """Handles signals, and writes memory, time and whether the machine was shared into ``result``."""
     from finetuning.runs.measurements import peak_memory, process_seconds, processor_seconds, was_alone
     from finetuning.training.callbacks import GracefulStop, Meter
     from finetuning.training.trainer import leave_process_group, quiet_lightning
@@ -374,10 +374,10 @@ def watched(setup: Setup, result: dict[str, Any]) -> "Iterator[tuple[Meter, Grac
 
 
 def _write_result(directory: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json``. If that is not possible, the run has failed: for the reason it had, or for this one."""
+    """Writes ``result.json``. If that fails, the run counts as failed."""
     try:
         write_json(directory / RESULT, result)
-        if result["status"] == "finished":  # its weights are saved; until here a killed run can still go on
+        if result["status"] == "finished":  # removed last, so that a run killed before this point can continue
             (directory / BEST_CHECKPOINT).unlink()
     except OSError as error:
         reason = f"{RESULT} cannot be written: {error.strerror}"
@@ -387,11 +387,11 @@ def _write_result(directory: Path, result: dict[str, Any]) -> None:
 
 
 def _interruption(directory: Path, at_once: bool) -> str:
-    """The command that continues an interrupted run, and what was lost."""
+    """The message of an interrupted run, with the command that continues it."""
     command = command_line([sys.argv[0], "--resume", "--output_dir", str(directory)])
     if not has_checkpoint(directory):
         return f"interrupted before the first checkpoint; start over with: {command}"
-    note = "\nit was stopped at once: the last checkpoint is that of an earlier epoch" if at_once else ""
+    note = "\nit stopped at once, so the last checkpoint is from an earlier epoch" if at_once else ""
     return f"interrupted; continue with: {command}{note}"
 
 

@@ -1,7 +1,7 @@
 """Texts and labels of a run: splits, leaks, limits, tokens.
 
-``load_texts`` gives train, validation and test as plain texts; ``tokenize`` gives each as one flat array of tokens.
-Everything is decided by the data's content and ``--data_seed``, so a run can be repeated on another machine.
+``load_texts`` returns train, validation and test as texts. ``tokenize`` turns each split into one flat array of tokens.
+Both depend only on the data and the settings, so another machine can repeat a run.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from finetuning.settings import DataSettings
 
 
 def load_texts(data: DataSettings, offline: bool) -> TextData:
-    """Reads, checks, splits, removes leaks, applies the limits.
+    """Reads, checks and splits the data, removes leaks, and applies the limits.
 
     Args:
         data: the settings of the data.
-        offline: whether the network must not be used; IMDb is then the packaged reviews, unless there is a folder.
+        offline: never use the network. IMDb is then the packaged reviews, unless ``data.data_dir`` is given.
 
     Raises:
-        UserError: data that is missing, cannot be read, or does not fit the flags.
+        UserError: the data is missing, cannot be read, or does not fit the settings.
     """
     names, source = encode_labels(read_source(data, offline), data)
     splits, how = split_source(source, names, data)
@@ -42,23 +42,27 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
         notes=notes,
     )
     del source, splits
-    pa.default_memory_pool().release_unused()  # it would keep several times the texts' size for the whole run
+    pa.default_memory_pool().release_unused()  # otherwise it keeps several times the size of the texts
     return texts
 
 
 def prefetch_texts(data: DataSettings) -> None:
-    """Fills the download caches for these settings, and checks that what they hold can be read."""
+    """Downloads the data into the caches, and checks that it can be read.
+
+    Raises:
+        UserError: like ``load_texts``.
+    """
     load_texts(data, offline=False)
 
 
 def tokenize(texts: TextData, tokenizer: Any, data: DataSettings, test: bool = True) -> dict[str, TokenizedSplit]:
-    """Tokens of each split, from the cache if it holds them.
+    """The tokens of each split, from the cache if possible.
 
     Args:
         texts: from ``load_texts``.
-        tokenizer: a fast tokenizer of transformers; its own truncation and padding are not used.
+        tokenizer: a fast tokenizer of transformers; its own truncation and padding are ignored.
         data: ``max_length`` and ``truncation``, see ``encode_texts``.
-        test: whether the test split is wanted.
+        test: whether to include the test split.
 
     Raises:
         UserError: the cache cannot be written.

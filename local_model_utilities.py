@@ -1,6 +1,6 @@
-"""A base model -> a classifier ready to train: LoRA placement, 4-bit base, what is trained, counting parameters.
+"""Turns a base model into a classifier to train: LoRA placement, 4-bit base, trained weights, parameter counts.
 
-What is frozen is stored in the precision of the products (or in 4 bits); what is trained is stored in fp32.
+Frozen weights are stored in the precision of the matrix products, or in 4 bits. Trained weights are stored in fp32.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from finetuning.settings import LoRASettings, MethodSettings
 
 
 def find_base_model(config: RunConfig) -> Path:
-    """The folder of the base model, downloaded if need be.
+    """The folder of the base model, downloaded if necessary.
 
     Raises:
-        UserError: no such model, no hub, a family that is not supported, or settings that do not fit the model.
+        UserError: the model does not exist or is not supported, the hub cannot be reached, or settings do not fit.
     """
     folder = find_model(config.model.model_name, config.run.offline, config.instead_of_hub)
     check_fits(config.model.model_name, folder, config.data.max_length, config.method, config.lora)
@@ -33,16 +33,16 @@ def find_base_model(config: RunConfig) -> Path:
 
 
 def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str], dtype: torch.dtype) -> Classifier:
-    """A classifier ready to train as the settings of method, LoRA, model and hardware say.
+    """Builds the classifier that the settings of method, LoRA, model and hardware describe.
 
     Args:
-        config: the run.
-        folder: the base model, from ``find_model``.
-        label_names: one per class, in the order of the labels.
-        dtype: precision of the products and of frozen weights: float32, bfloat16 or float16.
+        config: the run's settings.
+        folder: the folder of the base model, from ``find_base_model``.
+        label_names: one name per class, in the order of the labels.
+        dtype: precision of matrix products and frozen weights: float32, bfloat16 or float16.
 
     Raises:
-        UserError: a damaged model, or 4 bits without bitsandbytes.
+        UserError: the model is damaged, or 4 bits are set without bitsandbytes.
     """
     model, family = load_pretrained(config.model, folder, label_names)
     lora, hardware = config.lora, config.hardware
@@ -56,11 +56,14 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is trained, and how the rest is held
+# trained and frozen weights
 
 
 def choose_trained(model: nn.Module, family: ModelFamily, method: MethodSettings, head: bool) -> None:
-    """Marks the base model's own parameters as trained or frozen: all, the last layers, or none; and the head."""
+    """Marks parameters as trained or frozen: all are trained (full), the last layers (selective) or none (lora).
+
+    ``head`` says whether the classification head is trained.
+    """
     model.requires_grad_(method.method == "full")
     if method.trainable_layers:
         for layer in list(model.get_submodule(family.layers).children())[-method.trainable_layers :]:
@@ -71,7 +74,7 @@ def choose_trained(model: nn.Module, family: ModelFamily, method: MethodSettings
 
 
 def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:
-    """Frozen linears and embeddings of the encoder go to ``dtype``; norms stay fp32, they are small and sensitive."""
+    """Converts frozen linear layers and embeddings to ``dtype``. Norms stay fp32: they are small and sensitive."""
     for module in model.get_submodule(family.base).modules():
         if type(module) in (nn.Linear, nn.Embedding):
             for parameter in module.parameters(recurse=False):
@@ -80,7 +83,7 @@ def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> 
 
 
 def place_lora(model: nn.Module, family: ModelFamily, settings: LoRASettings) -> None:
-    """Wraps each linear that the placement flags name in a ``LinearWithLoRA``."""
+    """Wraps each linear layer that the placement flags select in a ``LinearWithLoRA``."""
     for target in settings.targets:
         for name in family.linear_names(target, family.setting(model, "layer_count")):
             linear: Any = model.get_submodule(name)
@@ -102,7 +105,7 @@ def place_lora(model: nn.Module, family: ModelFamily, settings: LoRASettings) ->
 
 @dataclass
 class ParameterCount:
-    """Numbers of weights and the bytes they take; a 4-bit weight counts as the weights that it stands for."""
+    """Numbers of weights and their bytes. A byte of two 4-bit weights counts as two weights."""
 
     parameters: int = 0
     trainable: int = 0
@@ -121,14 +124,14 @@ class ParameterCount:
 
 
 def _state_bytes(state: Any) -> int:
-    """Bytes of a quantization state: scales, and with double quantization the scales of these."""
+    """Bytes of a quantization state: the scales, and with double quantization the scales of the scales."""
     tensors = [value for value in vars(state).values() if isinstance(value, Tensor)]
     nested = 0 if state.state2 is None else _state_bytes(state.state2)
     return sum(t.numel() * t.element_size() for t in tensors) + nested
 
 
 def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
-    """Counts by group: embeddings, encoder, lora, head and total; LoRA matrices on the head count as lora."""
+    """Counts by group: embeddings, encoder, lora, head and total. LoRA matrices on the head count as lora."""
     family, groups = (
         classifier.family,
         {g: ParameterCount() for g in ("embeddings", "encoder", "lora", "head", "total")},
@@ -144,7 +147,7 @@ def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
 
 
 def parameter_record(groups: dict[str, ParameterCount]) -> dict[str, int]:
-    """The counts as ``result.json`` holds them."""
+    """The counts as a record for ``result.json``."""
     record = {"total": groups["total"].parameters, "trainable": groups["total"].trainable}
     record |= {name: groups[name].parameters for name in ("lora", "head")}
     record |= {"total_bytes": groups["total"].bytes, "trainable_bytes": groups["total"].trainable_bytes}
@@ -152,7 +155,7 @@ def parameter_record(groups: dict[str, ParameterCount]) -> dict[str, int]:
 
 
 def parameter_table(groups: dict[str, ParameterCount]) -> str:
-    """The counts as a table for people."""
+    """The counts as a table to print."""
     rows = [f"{'group':<12}{'parameters':>14}{'trainable':>14}{'share':>9}{'bytes':>14}"]
     for name, count in groups.items():
         share = f"{count.trainable / count.parameters:.2%}" if count.parameters else ""
@@ -161,7 +164,7 @@ def parameter_table(groups: dict[str, ParameterCount]) -> str:
 
 
 def module_table(model: nn.Module) -> str:
-    """Every module with parameters of its own: name, type, shape, precision, trained or not."""
+    """A table of every parameter: name, trained or frozen, precision, shape."""
     lines = []
     for name, parameter in model.named_parameters():
         state = "trained" if parameter.requires_grad else "frozen"

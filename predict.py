@@ -1,6 +1,6 @@
-"""Labels for new text from a finished run: ``python predict.py RUN --text "..."`` or ``--file FILE``.
+"""Labels new texts with a finished run: ``python predict.py RUN --text "..."`` or ``--file FILE``.
 
-Prints CSV: the text, the label, and the probability of every class.
+Prints CSV: the text, its label, and the probability of each class.
 """
 
 import argparse
@@ -16,30 +16,34 @@ from finetuning.errors import UserError, first_line, listed, not_installed
 from finetuning.flags import OneLineParser
 from finetuning.runs.files import RESULT, read_result
 
-DESCRIPTION = "Labels and probabilities for new texts, from a finished run."
+DESCRIPTION = "Label new texts with a finished run. Prints CSV: text, label, and the probability of each class."
 STANDARD_INPUT = Path("-")
-BAR_AFTER = 2.0  # seconds; what is done sooner needs no bar
+BAR_AFTER = 2.0  # seconds before the progress bar appears
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="the run directory")
-    given = parser.add_mutually_exclusive_group()  # not required: a misspelled flag is to be told first
-    given.add_argument("--text", action="append", help="a text; may be given several times")
+    parser.add_argument("run", type=Path, help="The run directory.")
+    given = parser.add_mutually_exclusive_group()  # not required=True, which would hide the error of a misspelled flag
+    given.add_argument("--text", action="append", help="A text; repeat the flag for more texts.")
     given.add_argument(
         "--file",
         type=Path,
-        help="a CSV file with a header, or any other file (- is standard input) with one text a line",
+        help="A CSV file with a header, or a file with one text per line; - reads standard input.",
     )
-    parser.add_argument("--text_column", help="column of the CSV file (default: text)")
+    parser.add_argument(
+        "--text_column", help="Column of the CSV file with the text. (default: the column that the run was trained on)"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 where the input is refused, 130 interrupted."""
+    """The command. Returns the exit status: 0 finished, 2 input refused, 130 interrupted."""
     try:
         arguments = make_parser().parse_args(argv)
-        texts = given_texts(arguments)
+        check_flags(arguments)
+        column = arguments.text_column or load_run(arguments.run)[0].data.text_column
+        texts = arguments.text or read_texts(arguments.file, column)
         check_texts(texts, "--text" if arguments.text else f"--file {arguments.file}")
         names, probabilities = predict(arguments.run, texts)
     except UserError as error:
@@ -59,14 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def given_texts(arguments: argparse.Namespace) -> list[str]:
-    """The texts of ``--text`` or ``--file``; refuses neither, and a column where there is none to choose."""
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Refuses a command without a text, and a column for what has none.
+
+    Raises:
+        UserError: neither ``--text`` nor ``--file`` is given, or ``--text_column`` without a CSV file.
+    """
     text, file, column = arguments.text, arguments.file, arguments.text_column
     if text is None and file is None:
-        raise UserError("no text is given: give --text TEXT or --file FILE")
+        raise UserError("no text: give --text TEXT or --file FILE")
     if column is not None and (file is None or not _is_csv(file)):
-        raise UserError(f"--text_column {column}: only a CSV file has columns, give --file FILE.csv")
-    return text or read_texts(file, column or "text")
+        raise UserError(f"--text_column {column}: needs --file FILE.csv, because only a CSV file has columns")
 
 
 def _is_csv(file: Path) -> bool:
@@ -74,30 +81,34 @@ def _is_csv(file: Path) -> bool:
 
 
 def check_texts(texts: Sequence[str], flag: str) -> None:
-    """Refuses what has no label: empty texts, and bytes of the command line that are no text."""
+    """Checks that every text can be labelled.
+
+    Raises:
+        UserError: a text is empty, or bytes of the command line are not UTF-8.
+    """
     for number, text in enumerate(texts, 1):
         if not text.strip():
-            raise UserError(f"{flag}: text {number} is empty, and an empty text has no label")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{flag}: text {number} is not UTF-8")
+            raise UserError(f"{flag}: text {number} is empty: remove it")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python decodes bytes that are not UTF-8
+            raise UserError(f"{flag}: text {number} is not UTF-8: convert it")
 
 
 def read_texts(path: Path, column: str) -> list[str]:
-    """The texts of a file, in its order; blank lines of a text file are skipped.
+    """The texts of a file, in its order, without blank lines.
 
     Raises:
-        UserError: it cannot be read, is not UTF-8, has no such column, or no text at all.
+        UserError: the file cannot be read, is not UTF-8, has no such column, or contains no text.
     """
     try:
         if path.suffix.lower() in (".json", ".jsonl", ".parquet", ".tsv"):
-            raise UserError(f"--file {path}: allowed are a CSV file and a file with one text a line")
+            raise UserError(f"--file {path}: must be a CSV file, or a file with one text per line")
         texts = _csv_texts(path, column) if _is_csv(path) else _lines(path)
     except UnicodeDecodeError:
-        raise UserError(f"--file {path} is not UTF-8") from None
+        raise UserError(f"--file {path}: is not UTF-8: convert it") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--file {path} cannot be read: {first_line(error)}") from None
+        raise UserError(f"--file {path}: cannot be read: {first_line(error)}") from None
     if not texts:
-        raise UserError(f"--file {path} holds no text")
+        raise UserError(f"--file {path}: contains no text")
     return texts
 
 
@@ -106,32 +117,38 @@ def _csv_texts(path: Path, column: str) -> list[str]:
 
     table = read_csv(path, column)
     if column not in table:
-        raise UserError(f"--text_column {column}: {path} has no such column; its header names: {listed(table)}")
+        raise UserError(f"--text_column {column}: must be a column of {path}, which has: {listed(table)}")
     return table[column].tolist()
 
 
 def _lines(path: Path) -> list[str]:
     source = 0 if path == STANDARD_INPUT else path
-    with open(source, encoding="utf-8-sig", closefd=source != 0) as file:  # Excel writes a mark
+    with open(source, encoding="utf-8-sig", closefd=source != 0) as file:  # Excel writes a byte order mark
         return [line.rstrip("\n") for line in file if line.strip()]
 
 
 def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
-    """Configuration and label names of a finished run."""
+    """The settings and label names of a finished run.
+
+    Raises:
+        UserError: the directory does not contain a finished run.
+    """
     try:
         result = read_result(directory)
     except FileNotFoundError:
-        raise UserError(f"{directory} is no finished run: it has no {RESULT}") from None
+        raise UserError(f"{directory}: must be a finished run, but has no {RESULT}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory} is no finished run: {RESULT}: {first_line(error)}") from None
+        raise UserError(
+            f"{directory}: must be a finished run, but {RESULT} cannot be read: {first_line(error)}"
+        ) from None
     status = result.get("status") if isinstance(result, dict) else None
     if status != "finished":
-        raise UserError(f"{directory} is no finished run: its status is {status!r}")
+        raise UserError(f"{directory}: must be a finished run, but its status is {status!r}")
     return RunConfig.from_dict(result["config"]), result["data"]["label_names"]
 
 
 def for_this_machine(config: RunConfig) -> RunConfig:
-    """The run's settings for one process of this machine: a run from a GPU can also predict on a CPU."""
+    """The run's settings, changed for one process on this machine. A run from a GPU can also predict on a CPU."""
     import torch
 
     accelerator = "cpu" if config.hardware.accelerator == "cpu" else "auto"
@@ -139,19 +156,22 @@ def for_this_machine(config: RunConfig) -> RunConfig:
     precision = "auto" if config.hardware.precision == "fp16" and without_gpu else config.hardware.precision
     return config.changed(
         device=None, devices=1, num_nodes=1, accelerator=accelerator, precision=precision,
-        compile=False,  # it would take minutes
+        compile=False,  # compilation would take minutes
     )  # fmt: skip
 
 
 def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
-    """Probabilities of the classes for each text.
+    """The probability of each class, for each text.
 
     Args:
         directory: a finished run.
-        texts: any number of texts; long ones are cut as the run cut its own.
+        texts: at least one text; long texts are cut as in the run.
 
     Returns:
-        The label names, and one row of probabilities a text.
+        The label names, and one row of probabilities per text.
+
+    Raises:
+        UserError: there is no finished run, or its model or weights cannot be loaded.
     """
     config, label_names = load_run(directory)
     config = for_this_machine(config)
@@ -168,7 +188,7 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     from finetuning.training.trainer import quiet_lightning
     from local_model_utilities import build_classifier, find_base_model
 
-    with quiet_lightning():  # its advice on srun
+    with quiet_lightning():  # hides Lightning's advice to use srun
         hardware = resolve_hardware(config.hardware)
     prepare_process(hardware)
     folder = find_base_model(config)
@@ -182,7 +202,9 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     device = hardware.device
     classifier.eval().to(device)
     probabilities = torch.empty(len(texts), len(label_names))
-    bar = tqdm(total=len(texts), desc="predict", unit=" texts", delay=BAR_AFTER, disable=None)  # at a terminal only
+    bar = tqdm(
+        total=len(texts), desc="predict", unit=" texts", delay=BAR_AFTER, disable=None
+    )  # None: on a terminal only
     with torch.inference_mode(), bar:
         for batch in evaluation_loader(split, config.training, int(tokenizer.pad_token_id)):
             ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))

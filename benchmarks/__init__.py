@@ -1,1 +1,1 @@
-"""This suite beside its peers, and beside what the machine can do. Imports the suite; nothing imports it."""
+"""Compares this suite with other ways to train, and with what the machine can do. Nothing imports this package."""

@@ -1,4 +1,4 @@
-"""The ways to train that are compared: a common tutorial script, PEFT with the Hugging Face Trainer, this suite.
+"""The contestants: a common tutorial script, PEFT with the Hugging Face Trainer, and this suite.
 
 All start from the same weights and train the same parameters: LoRA of rank 8 and the head.
 """
@@ -44,22 +44,24 @@ from local_model_utilities import build_classifier
 FAMILY = FAMILIES["distilbert"]
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
 PEER_LEARNING_RATE = 5e-4
-REPACKING = "support_avx512bf16_for_cpu"  # of bitsandbytes; off, or training after an evaluation fails or is wrong
+REPACKING = "support_avx512bf16_for_cpu"  # bitsandbytes: must be off, or training after an evaluation is wrong
 TUTORIAL_BATCH, DEFAULT_BATCH, TUNED_EVALUATION_BATCH = 12, 8, 64
 
 
 @dataclass
 class Measured:
-    """The clock of some steps: from the loop's beginning to the end of its last step."""
+    """Times of some steps, from the start of the loop to the end of the last step."""
 
     began: float = 0.0
     ends: list[float] = field(default_factory=list)  # of each step
     padded_tokens: int = 0  # in all batches, padding included
 
     def start(self) -> None:
+        """Starts the clock."""
         self.began = time.perf_counter()
 
     def step(self) -> None:
+        """Notes the end of a step."""
         self.ends.append(time.perf_counter())
 
     def stop(self) -> None:
@@ -70,29 +72,30 @@ class Measured:
 
     @property
     def seconds(self) -> float:
+        """The time of all steps."""
         return self.ends[-1] - self.began
 
     @property
     def seconds_per_step(self) -> float:
-        """The median step, the first left out where there are more."""
+        """The median time of a step, without the first one if there are more."""
         return float(np.median(np.diff(self.ends if len(self.ends) > 1 else [self.began, *self.ends])))
 
 
 class Contestant:
-    """One way to train. ``model`` is ready to train once the contestant is made."""
+    """One way to train. ``model`` is ready for training."""
 
     model: nn.Module
 
     def batches(self, split: TokenizedSplit) -> list[np.ndarray]:
-        """The batches that it makes of an epoch: positions in the split; a last one that is not full is left out."""
+        """The batches of an epoch, as positions in the split; a last batch that is not full is left out."""
         raise NotImplementedError
 
     def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
-        """One step for each of the batches, in their order."""
+        """Does one step for each batch, in their order."""
         raise NotImplementedError
 
     def evaluate(self, split: TokenizedSplit) -> None:
-        """Logits of every text of the split, the way a user would ask for them."""
+        """Computes the logits of every text, in the way that a user would."""
         raise NotImplementedError
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -102,19 +105,22 @@ class Contestant:
             return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def trainable_parameters(self) -> int:
+        """The number of parameters that are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
 def random_batches(split: TokenizedSplit, size: int) -> list[np.ndarray]:
+    """Batches of texts in random order."""
     return full_batches(np.random.default_rng(0).permutation(len(split)), size)
 
 
 def full_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
+    """Batches of texts in this order; a last one that is not full is left out."""
     return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
 
 
 def linear_names(targets: str) -> list[str]:
-    """What PEFT calls ``target_modules``: names of the linears within a layer, without their parents."""
+    """PEFT's ``target_modules``: the names of the linears in a layer, without their parents."""
     return [name.rpartition(".")[2] for target in TARGETS[targets] for name in FAMILY.targets[target]]
 
 
@@ -127,7 +133,7 @@ def _in_bf16(job: Job) -> bool:
 
 
 class PlainLoRA(nn.Module):
-    """LoRA as tutorials write it."""
+    """LoRA as in tutorials."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -209,13 +215,12 @@ class _TrainerTimer(TrainerCallback):
 
 
 class Peft(Contestant):
-    """PEFT's LoRA in the Hugging Face Trainer, as its defaults have it or tuned.
+    """PEFT's LoRA in the Hugging Face Trainer, with its defaults or tuned.
 
-    Tuned is: texts grouped by length, no dropout at all, and the batch size, attention and storage of frozen weights
-    that were measured to be the fastest (``one.choose``). Texts to predict come sorted by length, in batches of 64,
-    with the attention that is the fastest for them.
-    The batches are those that the Trainer itself would make; it is given them one after the other, so that some of an
-    epoch's can be measured (in its own order the longest of many batches come first).
+    Tuned means: texts grouped by length, no dropout, and the fastest batch size, attention and storage of frozen
+    weights (``measure.choose``). Texts to predict are sorted by length, in batches of 64, with the attention that is
+    fastest for them. The Trainer gets its own batches one after the other, so that a part of an epoch can be measured:
+    in its own order the longest batches come first.
     """
 
     def __init__(self, job: Job, folder: Path, tuned: bool = False, q_lora: bool = False) -> None:
@@ -251,6 +256,7 @@ class Peft(Contestant):
         self.trainer = self.make_trainer(AutoTokenizer.from_pretrained(folder / job.model))
 
     def four_bits(self) -> BitsAndBytesConfig:
+        """The 4-bit configuration of QLoRA."""
         import_bitsandbytes()
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -261,6 +267,7 @@ class Peft(Contestant):
         )
 
     def make_trainer(self, tokenizer: Any) -> Trainer:
+        """A Trainer that counts tokens and keeps the time of steps."""
         pad = DataCollatorWithPadding(tokenizer)
 
         def collate(examples: list[dict[str, Any]]) -> Any:
@@ -292,7 +299,7 @@ class Peft(Contestant):
 
     @staticmethod
     def examples(split: TokenizedSplit, order: np.ndarray) -> Any:
-        """A list, which is faster to read than an Arrow table."""
+        """The texts as a list, which is faster to read than an Arrow table."""
         return [
             {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(split.labels[i])}
             for i, ids in ((i, split.sequence(i).tolist()) for i in order)
@@ -312,7 +319,7 @@ class Peft(Contestant):
         self.trainer.predict(self.examples(split, order))
 
     def merge(self) -> nn.Module:
-        """The adapter merged into a bf16 Hugging Face model, for evaluation alone; trains no more afterwards."""
+        """Merges the adapter into a bf16 Hugging Face model, for evaluation only; it cannot train afterwards."""
         self.model = self.model.merge_and_unload().to(torch.bfloat16 if self.bf16 else torch.float32)  # type: ignore[operator]
         return self.model.eval()
 
@@ -336,8 +343,10 @@ class _LightningTimer(Callback):
 
 
 class Suite(Contestant):
-    """What ``finetune_lora.py`` runs, without validation; with its defaults, or with as many texts in a batch as a
-    peer has (``equal_batches``), to compare memory."""
+    """This suite with its defaults and without validation.
+
+    To compare memory, ``equal_batches`` puts as many texts in a batch as a peer has.
+    """
 
     def __init__(self, job: Job, folder: Path, q_lora: bool = False, equal_batches: bool = False) -> None:
         torch.manual_seed(0)
@@ -358,7 +367,7 @@ class Suite(Contestant):
             return self.classifier(input_ids, attention_mask)
 
     def loader(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> DataLoader[dict[str, Tensor]]:
-        """``train_loader``, with these batches instead of an epoch's."""
+        """The suite's loader with these batches instead of a whole epoch."""
         chosen: Any = [BatchIndices(batch, 1 / len(batch)) for batch in batches]
         return DataLoader(
             train_loader(split, self.config.training, self.pad_id).dataset,
@@ -376,6 +385,7 @@ class Suite(Contestant):
         return timer.measured
 
     def trainer(self, directory: Path, *callbacks: Callback) -> pl.Trainer:
+        """The suite's own trainer."""
         return make_trainer(self.config.training, self.config.hardware, self.hardware, directory, [*callbacks])
 
     def evaluate(self, split: TokenizedSplit) -> None:

@@ -1,9 +1,9 @@
 """Floating-point operations that a training step of the efficient path executes, by formula.
 
-A product of (n, in) and (in, out) takes 2 n in out. Counted is what is computed: rows are those of the padded batch,
-rounded up as ``encoder`` does; the last layer's query, projection and MLP have first tokens only, its key and
-value one row for each head of these; nothing flows back into the embeddings. Attention is counted for the batch's own
-length, not for tiles that are filled up.
+A product of (n, in) and (in, out) takes 2 n in out operations. Only what is computed counts. The rows include padding
+and are rounded up as in ``finetuning/models/encoder.py``. In the last layer, query, projection and MLP see first tokens
+only, and key and value have one row for each head of a first token. The embeddings have no gradient. Attention is
+counted for the batch's own length, without padding to whole tiles.
 """
 
 from collections import Counter
@@ -13,17 +13,17 @@ from typing import Any
 
 from finetuning.models.encoder import ROW_MULTIPLE
 
-FORMULAS = {  # n rows, R adapted ranks side by side, B texts of T tokens, D wide, H heads
-    "linears": "2 n in out forward, as much backward where the input has a gradient",
-    "LoRA": "2 n R (in + out) forward, 2 n R (in + 2 out) backward and 2 n R in where the input has a gradient",
-    "attention": "4 B T^2 D forward, 10 B T^2 D backward (scores computed again); 12 B H T D in the last layer",
+FORMULAS = {  # n rows, R ranks of all LoRA matrices together, B texts of T tokens, width D, H heads
+    "linears": "2 n in out forward, the same backward if the input has a gradient",
+    "LoRA": "2 n R (in + out) forward, 2 n R (in + 2 out) backward, and 2 n R in if the input has a gradient",
+    "attention": "4 B T^2 D forward, 10 B T^2 D backward (scores are computed again); 12 B H T D in the last layer",
     "head": "6 B D (D + classes)",
 }
 
 
 @dataclass(frozen=True)
 class Size:
-    """A DistilBERT classifier and where LoRA is on it."""
+    """The size of a DistilBERT classifier, and which linears have LoRA."""
 
     layers: int
     width: int
@@ -31,17 +31,17 @@ class Size:
     inner: int
     classes: int
     rank: int
-    targets: tuple[str, ...]  # of query, key, value, projection, mlp; query or value among them
+    targets: tuple[str, ...]  # from query, key, value, projection, mlp; with query or value
 
     @classmethod
-    def of(cls, config: Any, rank: int, targets: tuple[str, ...]) -> "Size":
+    def from_config(cls, config: Any, rank: int, targets: tuple[str, ...]) -> "Size":
         """From Hugging Face's configuration of a DistilBERT."""
         return cls(config.n_layers, config.dim, config.n_heads, config.hidden_dim, config.num_labels, rank, targets)
 
 
 @dataclass(frozen=True)
 class Product:
-    """A frozen linear, or several of one input side by side: ``(rows, inputs) -> (rows, outputs)``."""
+    """A frozen linear, or several with one input, done as one: ``(rows, inputs) -> (rows, outputs)``."""
 
     rows: int
     inputs: int
@@ -51,15 +51,17 @@ class Product:
 
     @property
     def base_flops(self) -> int:
+        """Operations of the frozen weights, forward and backward."""
         return 2 * self.rows * self.inputs * self.outputs * (1 + self.input_gradient)
 
     @property
     def lora_flops(self) -> int:
-        """With A: x A, its gradient, that of x; with B: inner B, its gradient, that of inner."""
+        """Operations of A (x A, gradients of A and x) and of B (inner B, gradients of B and inner)."""
         return 2 * self.rows * self.ranks * (self.inputs * (2 + self.input_gradient) + self.outputs * 3)
 
 
 def round_up(rows: int) -> int:
+    """The number of rows that the encoder computes for so many rows."""
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -72,7 +74,7 @@ def products(size: Size, batch: int, length: int) -> Iterator[Product]:
         return size.rank * sum(name in size.targets for name in names)
 
     for layer in range(size.layers):
-        deep = layer > 0  # of the first layer's input nothing needs a gradient
+        deep = layer > 0  # the first layer's input needs no gradient
         if layer < size.layers - 1:
             yield Product(rows, D, 3 * D, deep, ranks("query", "key", "value"))
             n = rows
@@ -87,7 +89,7 @@ def products(size: Size, batch: int, length: int) -> Iterator[Product]:
 
 
 def step_flops(size: Size, batch: int, length: int) -> Counter[str]:
-    """Operations of a step, forward and backward, by part; the keys are those of ``FORMULAS``."""
+    """Operations of a step, forward and backward, by the keys of ``FORMULAS``."""
     if not {"query", "value"} & set(size.targets):
         raise ValueError("without LoRA on query or value the first layer's attention has no backward")
     linears = list(products(size, batch, length))

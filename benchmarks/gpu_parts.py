@@ -89,7 +89,7 @@ def make_folder(folder: Path, sizes: Sizes) -> Record:
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
             writer.writerows(_text(generator, words, i % 2, sizes.max_length) for i in range(count))
-    run = RunConfig.of(dataset="text", data_dir=texts, model_name=str(model), max_length=sizes.max_length)
+    run = RunConfig.from_settings(dataset="text", data_dir=texts, model_name=str(model), max_length=sizes.max_length)
     splits = tokenize(load_texts(run.data, offline=True), load_tokenizer(str(model), model), run.data, test=False)
     save_split(folder, "train", sizes.max_length, splits["train"])
     lengths = splits["train"].lengths
@@ -147,8 +147,9 @@ def gpu_tests(_: Path, sizes: Sizes) -> Record:
                 failed.append(report.nodeid)
 
     files = [ROOT / "tests" / "test_gpu_runs.py"] if sizes.accelerator == "cpu" else [ROOT / "tests"]
-    options = ["-m", "gpu", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts=", "--rootdir", ROOT]
-    status = int(pytest.main([*map(str, options), *map(str, files)], plugins=[Plugin()]))
+    # Some modules are imported already: their asserts cannot be rewritten.
+    options = "-m gpu -q -p no:xdist -p no:cacheprovider -o addopts= -o filterwarnings=default --assert=plain"
+    status = int(pytest.main([*options.split(), "--rootdir", str(ROOT), *map(str, files)], plugins=[Plugin()]))
     return {**outcomes, "failed_tests": failed, "exit_status": status}
 
 

@@ -1,12 +1,11 @@
-"""Whole runs, from the command to the result, beside the tutorial script: ``python -m benchmarks.headline``.
+"""Compares whole runs with the tutorial script, and renews the tables about speed: ``python -m benchmarks.headline``.
 
-Measures nothing itself: the runs are those of a row of a study in ``results/``, the tutorial script's time a text is
-that of ``make benchmark`` on the machine of the runs, kept in ``headline.json`` for when another has been measured
-since. Prints a table and renews README's.
+Nothing is measured here. The runs are from a row of a study in ``results/``. The tutorial script's time for a text is
+from ``make benchmark`` on the machine of these runs. It is also kept in ``headline.json``, because a later benchmark on
+another machine replaces ``peers.json``. The table goes to docs/speed.md, and a short table of all peers to README.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -14,48 +13,48 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
-from finetuning.comparison.report import README, RESULTS, with_table
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser
+from finetuning.pages import README, RESULTS, SPEED, renew_tables
 from finetuning.runs.files import RESULT
-from finetuning.storage import write_atomically, write_json
+from finetuning.storage import read_json, write_json
 
 OUTPUT = peers.RESULTS / "headline.json"
 TUTORIALS = ("tutorial_fp32", "tutorial_bf16")
 
 
 def table(runs: Sequence[dict[str, Any]], peers_result: dict[str, Any]) -> str:
-    """Markdown: the runs of one row, then how long the tutorial script would train on as many texts.
+    """Markdown: the runs of one row, and how long the tutorial script would train on as many texts.
 
     Args:
         runs: ``result.json`` of each seed.
-        peers_result: from ``measured_beside``.
+        peers_result: from ``measured_on_same_machine``.
 
     Raises:
-        UserError: a run that was not alone on its machine, or whose time from the command on is not known; or not all
-            was measured on one processor with one number of threads.
+        UserError: a run was not alone on its machine or has no time for the whole command, or the processor or the
+            number of threads differs between the measurements.
     """
     machines = set(map(_machine, (*runs, peers_result)))
     if len(machines) > 1:
-        raise UserError(f"the runs and {peers.OUTPUT.name} are of different machines: {sorted(machines)}")
+        raise UserError(f"the runs and {peers.OUTPUT.name} were measured on different machines: {sorted(machines)}")
     for run in runs:
         if not run["environment"].get("alone") or run.get("process_seconds") is None:
-            raise UserError(f"{run['study']['run']}: was not alone on its machine from its beginning to its end")
+            raise UserError(f"{run['study']['run']}: was not alone on its machine all the time")
     scores = [100 * run["test"]["accuracy"] for run in runs]
     minutes = [run["process_seconds"] / 60 for run in runs]
     config, sizes, machine = runs[0]["config"], runs[0]["data"]["sizes"], runs[0]["environment"]
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
     lines = [
-        f"{sizes['train']:,} training and {sizes['test']:,} test texts, {config['epochs']} epochs, at most"
+        f"{sizes['train']:,} training and {sizes['test']:,} test texts, {config['epochs']} epochs, up to"
         f" {config['max_length']} tokens; {machine['cpu']}, {machine['threads']} threads.",
         "",
         "| | minutes | test accuracy, % |",
         "|---|---|---|",
-        f"| this suite, from the command to its result ({len(runs)} seeds) | {peers.spread(minutes)} |"
+        f"| this suite, the whole command ({len(runs)} seeds) | {peers.spread(minutes)} |"
         f" {statistics.mean(scores):.2f}{spread} |",
     ]
     for name in TUTORIALS:
-        measured = [m for m in peers_result["measurements"] if _is_of(m, name, config["max_length"])]
+        measured = [m for m in peers_result["measurements"] if _is_measurement_of(m, name, config["max_length"])]
         texts = sum(m["train_examples"] for m in measured)
         if not texts:
             continue
@@ -63,8 +62,8 @@ def table(runs: Sequence[dict[str, Any]], peers_result: dict[str, Any]) -> str:
         extrapolated = seconds_per_text * sizes["train"] * config["epochs"] / 60
         factor = extrapolated / statistics.median(minutes)
         lines.append(
-            f"| {peers.NAMES[name]}, training alone, extrapolated from {texts} texts | {extrapolated:,.0f}"
-            f" ({factor:.0f} times as long) | not run to its end |"
+            f"| {peers.NAMES[name]}, training only, extrapolated from {texts} texts | {extrapolated:,.0f}"
+            f" ({factor:.0f} times as long) | not measured |"
         )
     return "\n".join(lines)
 
@@ -73,56 +72,63 @@ def _machine(record: dict[str, Any]) -> tuple[str, int]:
     return record["environment"]["cpu"], record["environment"]["threads"]
 
 
-def measured_beside(runs: Sequence[dict[str, Any]], files: Sequence[Path] = (peers.OUTPUT, OUTPUT)) -> dict[str, Any]:
-    """The environment, and the tutorial script's measurements, of the first file that is of the first run's machine.
+def measured_on_same_machine(
+    runs: Sequence[dict[str, Any]], files: Sequence[Path] = (peers.OUTPUT, OUTPUT)
+) -> dict[str, Any]:
+    """The environment and the tutorial script's measurements, from the first file of the runs' machine.
 
     Raises:
-        UserError: none is.
+        UserError: no file was measured on this machine.
     """
     for path in filter(Path.exists, files):
-        result = json.loads(path.read_text(encoding="utf8"))
+        result = read_json(path)
         if _machine(result) == _machine(runs[0]):
             tutorials = [m for m in result["measurements"] if m.get("contestant") in TUTORIALS]
             return {"environment": result["environment"], "measurements": tutorials}
-    raise UserError(f"make benchmark has not run on {_machine(runs[0])[0]}, the machine of the runs")
+    raise UserError(f"make benchmark has not run on {_machine(runs[0])[0]}, the machine of the runs: run it there")
 
 
-def _is_of(measurement: dict[str, Any], contestant: str, max_length: int) -> bool:
-    """It pads every text to ``max_length``, so that a text takes the same time whatever its length."""
+def _is_measurement_of(measurement: dict[str, Any], contestant: str, max_length: int) -> bool:
+    """The tutorial script pads every text to ``max_length``, so each text takes the same time."""
     wanted = {"contestant": contestant, "model": "minilm", "targets": "qv", "max_length": max_length}
     return "error" not in measurement and wanted.items() <= measurement.items()
 
 
 def read_row(study: Path, row: str) -> list[dict[str, Any]]:
-    """``result.json`` of each finished final run of a study's row, by seed.
+    """``result.json`` of each finished final run of a row, ordered by seed.
 
     Raises:
-        UserError: there is none.
+        UserError: the study has no such run.
     """
-    found = [json.loads(path.read_text(encoding="utf8")) for path in sorted(study.glob(f"{row}-seed*/{RESULT}"))]
+    found = [read_json(path) for path in sorted(study.glob(f"{row}-seed*/{RESULT}"))]
     runs = [run for run in found if run["status"] == "finished" and run["study"]["row"] == row]
     if not runs:
-        raise UserError(f"--row {row}: {study} holds no finished run of it")
+        raise UserError(f"--row {row}: {study} has no finished run of this row")
     return sorted(runs, key=lambda run: run["study"]["seed"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table and writes README's. Returns the exit status."""
-    parser = OneLineParser(description="Whole runs beside the tutorial script.", allow_abbrev=False)
-    parser.add_argument("--study", type=Path, default=RESULTS / "earlier_work", help="collected runs")
-    parser.add_argument("--row", default="lora", help="of the study (default: lora)")
+    """Prints the table, and renews docs/speed.md and README. Returns the exit status."""
+    parser = OneLineParser(description="Compare whole runs with the tutorial script.", allow_abbrev=False)
+    parser.add_argument(
+        "--study",
+        type=Path,
+        default=RESULTS / "earlier_work",
+        help="folder of collected runs (default: results/earlier_work)",
+    )
+    parser.add_argument("--row", default="lora", help="row of the study (default: lora)")
     try:
         options: argparse.Namespace = parser.parse_args(argv)
         runs = read_row(options.study, options.row)
-        peers_result = measured_beside(runs)
+        peers_result = measured_on_same_machine(runs)
         content = table(runs, peers_result)
+        renew_tables(SPEED, {"headline": content})
+        renew_tables(README, {"speed_short": peers.short_table(read_json(peers.OUTPUT))})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_json(OUTPUT, peers_result)
     print(content)
-    text = with_table(README.read_text(encoding="utf8"), "headline", content)
-    write_atomically(README, lambda path: path.write_text(text, encoding="utf8"))
     return 0
 
 

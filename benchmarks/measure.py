@@ -1,6 +1,6 @@
-"""Measures one contestant in this process and prints one line of JSON: ``python -m benchmarks.measure suite``, see --help.
+"""Measures one contestant in this process and prints one line of JSON: ``python -m benchmarks.measure suite``.
 
-``--choose True`` instead finds the settings of a tuned peer. ``peers.py`` starts it, once for each measurement.
+With ``--choose`` it finds the best settings of a tuned peer instead. ``peers.py`` starts it for each measurement.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from finetuning.flags import OneLineParser, parse_bool
 from finetuning.runs.measurements import peak_memory, processor_seconds, was_alone
 
 WARM_UP_STEPS = 2
-FEWEST_STEPS = 3  # measured
-EVALUATED_PER_TRAINED = 2  # texts evaluated for each one trained on: inference takes less than half the time
-MERGED_BATCHES_TOKENS = (6144, 24576)  # the better one counts
+FEWEST_STEPS = 3  # measured steps, at least
+EVALUATED_PER_TRAINED = 2  # texts evaluated for each text trained on: inference takes less than half the time
+MERGED_BATCHES_TOKENS = (6144, 24576)  # the faster one counts
 ATTENTIONS = ("sdpa", "eager")
 TRIAL_TEXTS, TRIAL_REPEATS = 128, 2  # the faster of two counts
-TRIAL_BATCHES = (4, 64)  # the least and the greatest
+TRIAL_BATCHES = (4, 64)  # the smallest and the largest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,17 +47,16 @@ TRIAL_BATCHES = (4, 64)  # the least and the greatest
 
 
 def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
-    """Trains for about ``seconds`` after a warm-up of two steps, then evaluates; rates count real tokens only.
+    """Trains for about ``seconds`` after a warm-up of two steps, then evaluates. Rates count real tokens only.
 
-    Everybody makes batches of the same texts, more than can be gone through, and trains on some of these batches: how
-    many follows from the speed of the warm-up, and short and long ones keep their shares (``workload.some_batches``).
-    Memory is the most that the process held from the warm-up's beginning to the end of training, less what it held
-    before, with libraries imported and weights loaded.
+    All contestants make batches of the same texts and train on some of them. The speed of the warm-up decides how many
+    batches. Short and long batches keep their shares (``workload.some_batches``). Memory is the peak from the start of
+    the warm-up to the end of training, minus what the process held before: libraries and loaded weights.
 
     Args:
         job: who trains, and on what.
         folder: from ``workload.prepare``.
-        seconds: of training that are aimed at; three steps at least.
+        seconds: training time to aim at; at least three steps are done.
     """
     busy, began = processor_seconds(), time.perf_counter()
     train, held_out = (read_split(folder, name, job.max_length) for name in ("train", "validation"))
@@ -96,7 +95,7 @@ def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def evaluation_rate(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) -> float:
-    """Real tokens in a second of the whole call, after an eighth of the texts that does not count."""
+    """Real tokens per second of the whole call, after a warm-up with an eighth of the texts."""
     evaluate(sample(split, max(1, len(split) // 8)))
     return _timed(evaluate, split)
 
@@ -108,13 +107,13 @@ def _timed(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) ->
 
 
 def rate_of_the_fastest(ways: Sequence[Callable[[TokenizedSplit], None]], split: TokenizedSplit) -> float:
-    """The rate of the way to evaluate that is the fastest on a quarter of the texts."""
+    """The rate of the fastest way to evaluate, chosen on a quarter of the texts."""
     few = sample(split, max(1, len(split) // 4))
     return _timed(max(ways, key=lambda evaluate: evaluation_rate(evaluate, few)), split)
 
 
 def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
-    """The same for the merged Hugging Face model, in batches sorted by length like the suite's."""
+    """The evaluation rate of the merged Hugging Face model, in batches sorted by length like the suite's."""
     model: Any = contestant.merge()
 
     def evaluate(part: TokenizedSplit, batch_tokens: int, attention: str) -> None:
@@ -129,7 +128,7 @@ def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
 
 
 def memory_before() -> int:
-    """Bytes held now; hands freed memory back first, and lets the record of the most memory begin anew on Linux."""
+    """Bytes held now. Freed memory is returned to the system first; on Linux the record of the peak is reset."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -145,9 +144,9 @@ def memory_before() -> int:
 
 
 def choose(job: Job, folder: Path) -> dict[str, Any]:
-    """The fastest settings of a tuned peer for this work: one change after the other is kept if it trains faster.
+    """The fastest settings of a tuned peer for this work. One setting is changed at a time and kept if it is faster.
 
-    The batch is halved, or else doubled, for as long as that helps.
+    The batch is halved, or doubled, as long as that helps.
     """
     split = read_split(folder, "train", job.max_length)
     tried = []
@@ -159,7 +158,7 @@ def choose(job: Job, folder: Path) -> dict[str, Any]:
         batches = some_batches(epoch, split.lengths, TRIAL_TEXTS // candidate.batch_size)
         tokens = int(split.lengths[np.concatenate(batches)].sum())
         result = tokens / min(contestant.train(split, batches).seconds for _ in range(TRIAL_REPEATS))
-        tried.append({**settings(candidate), "train_tokens_per_second": result})
+        tried.append({**tuned_settings(candidate), "train_tokens_per_second": result})
         return result
 
     best, best_rate = job, rate(job)
@@ -180,10 +179,11 @@ def choose(job: Job, folder: Path) -> dict[str, Any]:
         pass
     while job.batch_size <= best.batch_size < greatest and kept(batch_size=best.batch_size * 2):
         pass
-    return {"chosen": settings(best), "tried": tried}
+    return {"chosen": tuned_settings(best), "tried": tried}
 
 
-def settings(job: Job) -> dict[str, Any]:
+def tuned_settings(job: Job) -> dict[str, Any]:
+    """The settings that are chosen for a tuned peer."""
     return {name: getattr(job, name) for name in ("batch_size", "attention", "frozen")}
 
 
@@ -192,6 +192,7 @@ def settings(job: Job) -> dict[str, Any]:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command."""
     parser = OneLineParser(description="Measure one contestant.", allow_abbrev=False)
     parser.add_argument("contestant", choices=CONTESTANTS)
     for field in dataclasses.fields(Job):
@@ -199,14 +200,14 @@ def make_parser() -> argparse.ArgumentParser:
             choices = getattr(field.type, "__args__", None)
             kind = int if field.type is int else str
             parser.add_argument(f"--{field.name}", type=kind, default=field.default, choices=choices)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of training, about (default: 10)")
-    parser.add_argument("--folder", type=Path, help="models and tokens; made for this call if not given")
+    parser.add_argument("--seconds", type=float, default=10.0, help="training time to aim at (default: 10)")
+    parser.add_argument("--folder", type=Path, help="prepared models and tokens (default: made for this call)")
     parser.add_argument("--choose", type=parse_bool, nargs="?", const=True, default=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints one line of JSON. Returns the exit status: 0, or 2 where the input is refused."""
+    """Prints one line of JSON. Returns the exit status: 0, or 2 if the input is refused."""
     try:
         arguments = make_parser().parse_args(argv)
         job = Job(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Job)})

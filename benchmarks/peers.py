@@ -1,7 +1,8 @@
-"""This suite beside a tutorial script and PEFT with the Hugging Face Trainer: ``make benchmark``, or see ``--help``.
+"""Compares this suite with a tutorial script and with PEFT and the Hugging Face Trainer: ``make benchmark``.
 
-Each measurement is a process of its own (``one.py``), and those of one kind of work alternate: A B C A B C. A ratio
-is that of two measurements of the same round; its median, least and greatest over the rounds go into the table.
+Each measurement is a process of its own (``measure.py``). The contestants take turns: A B C A B C. A ratio is from two
+measurements of the same round. The tables show the median of a ratio over the rounds, and its smallest and largest
+value.
 """
 
 import argparse
@@ -18,16 +19,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.workload import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
-from finetuning.comparison.report import README, ROOT, with_table
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
+from finetuning.pages import README, ROOT, SPEED, renew_tables
 from finetuning.runs.measurements import environment_record
-from finetuning.storage import write_atomically, write_json
+from finetuning.storage import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTPUT = RESULTS / "peers.json"
-PARTIAL_OUTPUT = ROOT / "runs" / "peers.json"  # of a run that is not the whole plan
-EQUAL_BATCHES = {  # the suite with as many texts in a batch as the tuned peer, for memory; once a work
+PARTIAL_OUTPUT = ROOT / "runs" / "peers.json"  # if only a part of the plan is measured
+EQUAL_BATCHES = {  # for memory: the suite with as many texts in a batch as the tuned peer
     "peft_tuned": "suite_equal_batches",
     "peft_tuned_qlora": "suite_qlora_equal_batches",
 }
@@ -49,6 +50,13 @@ NAMES = {
     "tutorial_fp32": "tutorial script, fp32",
 }
 PLACES = {"qv": "query, value", "all": "all linears"}
+RATIO = "(suite / peer)"
+SHORT = (  # model, LoRA on, max_length, peer: the rows of README's table
+    ("minilm", "all", 256, "peft_tuned"),
+    ("minilm", "all", 512, "peft_tuned"),
+    ("base", "all", 256, "peft_tuned"),
+    ("minilm", "qv", 512, "tutorial_bf16"),
+)
 Record = dict[str, Any]
 
 
@@ -58,7 +66,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """A model, where LoRA is put on it, how long texts may be, and who does this work."""
+    """A model, the linears with LoRA, the longest text in tokens, and who is measured."""
 
     model: str
     targets: str
@@ -67,11 +75,11 @@ class Work:
 
 
 def plan(quick: bool = False, complete: bool = False) -> list[Work]:
-    """The works that are measured.
+    """The works to measure.
 
     Args:
-        quick: one work, four contestants.
-        complete: every contestant at every work; hours.
+        quick: one work and four contestants.
+        complete: every contestant at every work, which takes hours.
     """
     if quick:
         return [Work("minilm", "qv", 256, ("suite", "peft_tuned", "peft_defaults", "tutorial_bf16"))]
@@ -89,7 +97,7 @@ def plan(quick: bool = False, complete: bool = False) -> list[Work]:
 
 
 def rounds(work: Work, repeats: int) -> Iterator[tuple[int, str]]:
-    """Round and contestant, in the order of measurement; memory at equal batches hardly varies and is taken once."""
+    """Round and contestant in the order of measurement. Memory at equal batches hardly varies and is measured once."""
     for number in range(repeats):
         for contestant in work.contestants:
             if number == 0 or contestant not in EQUAL_BATCHES.values():
@@ -102,9 +110,16 @@ Measure = Callable[[Work, str, Sequence[str]], Record]  # work, contestant, furt
 def measure_all(
     works: Sequence[Work], repeats: int, measure: Measure, tune: bool, keep: Callable[[Record], None]
 ) -> None:
-    """Every measurement in its order; ``keep`` is given each as soon as it is there.
+    """Makes every measurement in its order.
 
-    A tuned peer's settings are measured first, once for a model and a length, with LoRA on all linears.
+    The settings of a tuned peer are chosen first, once for each model and length, with LoRA on all linears.
+
+    Args:
+        works: from ``plan``.
+        repeats: number of rounds.
+        measure: makes one measurement.
+        tune: whether to choose the settings of tuned peers.
+        keep: gets each measurement at once.
     """
     settings: dict[tuple[str, int, str], list[str]] = {}
     for work in works:
@@ -122,7 +137,7 @@ def measure_all(
 
 
 def measure_in_process(work: Work, contestant: str, flags: Sequence[str], folder: Path, seconds: float) -> Record:
-    """What ``one.py`` prints; the last line of its complaint, under ``error``, where it fails."""
+    """What ``measure.py`` prints. If it fails, the last line of its error output, under ``error``."""
     described = ["--model", work.model, "--targets", work.targets, "--max_length", str(work.max_length)]
     command = [sys.executable, "-m", "benchmarks.measure", contestant, *described, *flags]
     command += ["--folder", str(folder), "--seconds", str(seconds)]
@@ -138,7 +153,7 @@ def measure_in_process(work: Work, contestant: str, flags: Sequence[str], folder
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, least and greatest of some numbers."""
+    """Median, smallest and largest of some numbers."""
 
     median: float
     least: float
@@ -151,90 +166,112 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Nothing where nothing was measured."""
+    """The spread of these values; ``None`` without values."""
     return Spread(statistics.median(values), min(values), max(values)) if values else None
 
 
 def ratios(ours: Sequence[Record], theirs: Sequence[Record], key: str, their_key: str | None = None) -> Spread | None:
-    """``key`` of ours over that of theirs in the same round; rounds in which one of them is missing are left out."""
+    """Our ``key`` divided by theirs in the same round. A round in which one of them is missing is left out."""
     by_round = {record["round"]: record.get(their_key or key) for record in theirs}
     pairs = [(record.get(key), by_round.get(record["round"])) for record in ours]
     return spread([ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None])
 
 
 def compare(records: Sequence[Record]) -> list[Record]:
-    """One comparison a row, from the measurements: who, on what, and the ratios. A ratio that is not known is None."""
+    """The rows of the table: who is compared, at which work, and the ratios. An unknown ratio is ``None``."""
     rows = []
     works = dict.fromkeys(
         (r["model"], r["targets"], r["max_length"]) for r in records if "contestant" in r and "round" in r
     )
     for work in works:
-        of: dict[str, list[Record]] = {}
+        by_contestant: dict[str, list[Record]] = {}
         for record in records:
             if "round" in record and (record["model"], record["targets"], record["max_length"]) == work:
-                of.setdefault(record["contestant"], []).append(record)
+                by_contestant.setdefault(record["contestant"], []).append(record)
         for ours, theirs in COMPARISONS:
-            if ours in of and theirs in of:
-                rows.append(_comparison(work, of, ours, theirs))
+            if ours in by_contestant and theirs in by_contestant:
+                rows.append(_comparison(work, by_contestant, ours, theirs))
     return rows
 
 
-def _comparison(work: tuple[Any, ...], of: dict[str, list[Record]], ours: str, theirs: str) -> Record:
-    equal = of.get(EQUAL_BATCHES[theirs], []) if theirs in EQUAL_BATCHES else of[ours]
-    peaks = [[r["peak_bytes"] for r in records if "error" not in r] for records in (equal, of[theirs])]
-    speeds = [[r["train_tokens_per_second"] for r in of[name] if "error" not in r] for name in (ours, theirs)]
+def _comparison(work: tuple[Any, ...], by_contestant: dict[str, list[Record]], ours: str, theirs: str) -> Record:
+    mine, peer = by_contestant[ours], by_contestant[theirs]
+    equal = by_contestant.get(EQUAL_BATCHES[theirs], []) if theirs in EQUAL_BATCHES else mine
+    peaks = [[r["peak_bytes"] for r in records if "error" not in r] for records in (equal, peer)]
+    speeds = [[r["train_tokens_per_second"] for r in records if "error" not in r] for records in (mine, peer)]
     return {
         "work": work,
         "ours": ours,
         "theirs": theirs,
-        "train": ratios(of[ours], of[theirs], "train_tokens_per_second"),
-        "evaluation": ratios(of[ours], of[theirs], "evaluation_tokens_per_second"),
-        "merged": ratios(of[ours], of[theirs], "evaluation_tokens_per_second", "merged_evaluation_tokens_per_second"),
-        "memory": ratios(equal, of[theirs], "peak_bytes_above_loaded"),
+        "train": ratios(mine, peer, "train_tokens_per_second"),
+        "evaluation": ratios(mine, peer, "evaluation_tokens_per_second"),
+        "merged": ratios(mine, peer, "evaluation_tokens_per_second", "merged_evaluation_tokens_per_second"),
+        "memory": ratios(equal, peer, "peak_bytes_above_loaded"),
         "tokens_per_second": [statistics.median(values) if values else None for values in speeds],
         "peak_bytes": [statistics.median(values) if values else None for values in peaks],
-        "errors": sorted({r["error"] for name in (ours, theirs) for r in of[name] if "error" in r}),
+        "errors": sorted({r["error"] for r in (*mine, *peer) if "error" in r}),
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the table
+# the tables
 
 COLUMNS = (
-    "model, LoRA on, max_length", "against", "training", "evaluation", "evaluation, merged peer", "memory of training",
-    "training, tokens/s: this, that", "peak of the process, MiB: this, that",
+    "model, LoRA on, max_length", "compared with", "training", "evaluation", "evaluation, merged peer", "memory",
+)  # fmt: skip
+ABSOLUTE = (
+    "model, LoRA on, max_length", "compared with", "training, tokens/s: suite, peer", "peak memory, MiB: suite, peer",
 )  # fmt: skip
 
 
 def table(result: Record) -> str:
-    """What the measurements say, in Markdown; what was not measured stays empty."""
+    """All comparisons in Markdown; what was not measured stays empty."""
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "transformers", "peft"))
     commit = ((environment["git"] or {}).get("commit") or "unknown")[:7]
-    beside_others = sum(record.get("alone") is False for record in result["measurements"])
-    caution = f" {beside_others} measurements were not alone on the machine." if beside_others else ""
+    not_alone = sum(record.get("alone") is False for record in result["measurements"])
+    caution = f" Measurements that were not alone on the machine: {not_alone}." if not_alone else ""
     lines = [
         f"{environment['cpu']}, {environment['threads']} threads; {versions}; commit {commit};"
         f" {result['repeats']} rounds.{caution}",
         "",
+        f"Speed of training and of evaluation, and memory of training, each {RATIO}, median (minimum to maximum):",
+        "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
     ]
+    absolute = ["", "The same, measured values:", "", "| " + " | ".join(ABSOLUTE) + " |", "|" + "---|" * len(ABSOLUTE)]
     for row in compare(result["measurements"]):
         model, targets, max_length = row["work"]
-        name = NAMES[row["theirs"]] if row["ours"] == "suite" else f"{NAMES[row['theirs']]} (by QLoRA)"
+        name = NAMES[row["theirs"]] if row["ours"] == "suite" else f"{NAMES[row['theirs']]} (suite: QLoRA)"
         if row["errors"]:
             name += " (failed at least once)"
         known = ["" if row[key] is None else str(row[key]) for key in ("train", "evaluation", "merged", "memory")]
         speeds = _both(row["tokens_per_second"])
         peaks = _both([peak and peak / 2**20 for peak in row["peak_bytes"]])
-        cells = [f"{MODELS[model]}, {PLACES[targets]}, {max_length}", name, *known, speeds, peaks]
-        lines.append("| " + " | ".join(cells) + " |")
+        work = f"{MODELS[model]}, {PLACES[targets]}, {max_length}"
+        lines.append("| " + " | ".join([work, name, *known]) + " |")
+        absolute.append("| " + " | ".join([work, name, speeds, peaks]) + " |")
+    return "\n".join([*lines, *absolute])
+
+
+def short_table(result: Record) -> str:
+    """The comparisons of ``SHORT`` in Markdown, medians only; a row that was not measured is left out."""
+    found = {(*row["work"], row["theirs"]): row for row in compare(result["measurements"]) if row["ours"] == "suite"}
+    columns = ("compared with", "model, LoRA on, max_length", f"training speed {RATIO}", f"memory of training {RATIO}")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for model, targets, max_length, peer in SHORT:
+        row = found.get((model, targets, max_length, peer))
+        if row is not None:
+            speed, memory = (row[key] and f"{row[key].median:.2f}" for key in ("train", "memory"))
+            lines.append(
+                f"| {NAMES[peer]} | {MODELS[model]}, {PLACES[targets]}, {max_length} | {speed or ''} | {memory or ''} |"
+            )
     return "\n".join(lines)
 
 
 def _both(values: Sequence[float | None]) -> str:
-    """This suite's and the other's; nothing where one of them is missing."""
+    """The suite's value and the peer's; empty if one of them is missing."""
     return "" if None in values else ", ".join(f"{value:,.0f}" for value in values)
 
 
@@ -243,12 +280,15 @@ def _both(values: Sequence[float | None]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description="This suite beside its peers, on a CPU.", allow_abbrev=False)
+    """The parser of the command."""
+    parser = OneLineParser(description="Compare this suite with its peers on a CPU.", allow_abbrev=False)
     flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    parser.add_argument("--quick", help="one work, few texts, a few minutes; README stays as it is", **flag)
-    parser.add_argument("--complete", help="every contestant at every work, hours; else a choice of them", **flag)
-    parser.add_argument("--repeats", type=int, metavar="N", help="rounds (default: 3; 2 with --quick)")
-    parser.add_argument("--seconds", type=float, metavar="X", help="of training aimed at (default: 6; 3 with --quick)")
+    parser.add_argument("--quick", help="one work with few texts, a few minutes; changes no page", **flag)
+    parser.add_argument("--complete", help="every contestant at every work, takes hours", **flag)
+    parser.add_argument("--repeats", type=int, metavar="N", help="number of rounds (default: 3; 2 with --quick)")
+    parser.add_argument(
+        "--seconds", type=float, metavar="X", help="training time of one measurement (default: 6; 3 with --quick)"
+    )
     for name, allowed, kind in (("model", list(MODELS), str), ("targets", list(TARGETS), str)):
         parser.add_argument(f"--{name}", choices=allowed, type=kind, help="only this one")
     parser.add_argument("--max_length", choices=LENGTHS, type=int, help="only this one")
@@ -257,10 +297,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def chosen_works(arguments: argparse.Namespace) -> tuple[list[Work], bool]:
-    """The works that the flags ask for, and whether these are less than the whole plan.
+    """The works that the flags ask for, and whether they are only a part of the plan.
 
     Raises:
-        UserError: nothing is left, or a contestant that does not exist.
+        UserError: no work is left, or a contestant does not exist.
     """
     if (arguments.repeats is not None and arguments.repeats < 1) or (arguments.seconds or 1) <= 0:
         raise UserError("--repeats and --seconds must be above 0")
@@ -277,12 +317,12 @@ def chosen_works(arguments: argparse.Namespace) -> tuple[list[Work], bool]:
         if given and contestants:
             kept.append(Work(work.model, work.targets, work.max_length, contestants))
     if not kept:
-        raise UserError("nothing to measure is left of the plan: see --complete for every contestant at every work")
+        raise UserError("nothing to measure with these flags: --complete adds every contestant at every work")
     return kept, arguments.quick or kept != works
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints as it goes, writes JSON and, after the whole plan, README's table. Returns the exit status."""
+    """Measures, prints each measurement, writes JSON and, after the whole plan, pages. Returns the exit status."""
     try:
         arguments = make_parser().parse_args(argv)
         works, partly = chosen_works(arguments)
@@ -306,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def keep(record: Record) -> None:
         result["measurements"].append(record)
         write_json(output, result)
-        print(line(record), flush=True)
+        print(record_line(record), flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -316,15 +356,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return measure_in_process(work, contestant, flags, folder, seconds)
 
         measure_all(works, repeats, cast(Measure, measure), not arguments.quick, keep)
-    print("\n" + table(result) + f"\n\nevery measurement: {output.relative_to(ROOT)}")
+    print("\n" + table(result) + f"\n\nall measurements: {output.relative_to(ROOT)}")
     if not partly:
-        text = with_table(README.read_text(encoding="utf8"), "peers", table(result))
-        write_atomically(README, lambda path: path.write_text(text, encoding="utf8"))
+        renew_tables(SPEED, {"peers": table(result)})
+        renew_tables(README, {"speed_short": short_table(result)})
     return 0
 
 
-def line(record: Record) -> str:
-    """A measurement in one line, for those who wait."""
+def record_line(record: Record) -> str:
+    """A measurement in one line of output."""
     name, targets = record["contestant"], record.get("targets", "")
     what = f"{name:<26}{record['model']:<7}{targets:<4}{record['max_length']:>4}  "
     if "error" in record:

@@ -1,11 +1,10 @@
-"""Selective fine-tuning on the efficient path beside the plain one: ``python -m benchmarks.plain_path``.
+"""Compares the efficient path with Hugging Face's code in selective fine-tuning: ``python -m benchmarks.plain_path``.
 
-Whole trainings of ``finetune_lora.py`` that differ in ``--efficient`` only, in turns, each in a process of its own.
-Prints a table, writes JSON and renews README's table.
+Runs ``finetune_lora.py`` several times with ``--efficient True`` and ``False`` in turns, each in a process of its own.
+Prints a table, writes JSON and renews docs/speed.md.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import spread
-from finetuning.comparison.report import README, ROOT, with_table
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser
+from finetuning.pages import ROOT, SPEED, renew_tables
 from finetuning.runs.files import RESULT
-from finetuning.storage import write_atomically, write_json
+from finetuning.storage import read_json, write_json
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "plain_path.json"
 FLAGS = "--offline --method selective --trainable_layers 2 --limit_validation 200 --test False --accelerator cpu"
@@ -27,8 +26,12 @@ FLAGS = "--offline --method selective --trainable_layers 2 --limit_validation 20
 def measure(repeats: int, flags: str) -> dict[str, Any]:
     """Trains ``repeats`` times on each path.
 
+    Args:
+        repeats: number of rounds.
+        flags: further flags of ``finetune_lora.py``.
+
     Raises:
-        UserError: a training has failed; the message ends with its last line.
+        UserError: a training failed; the message ends with its last line.
     """
     records = []
     for number in range(repeats):
@@ -38,7 +41,7 @@ def measure(repeats: int, flags: str) -> dict[str, Any]:
                 done = subprocess.run([sys.executable, *words.split()], check=False, capture_output=True, text=True)
                 if done.returncode:
                     raise UserError(f"{words}: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
-                result = json.loads((Path(folder) / "run" / RESULT).read_text(encoding="utf8"))
+                result = read_json(Path(folder) / "run" / RESULT)
             kept = {name: result[name] for name in ("config", "train", "validation", "memory", "environment")}
             records.append({"round": number, "efficient": efficient, **kept})
             print(f"efficient {efficient}: {result['train']['seconds']:.0f} s", file=sys.stderr, flush=True)
@@ -46,15 +49,15 @@ def measure(repeats: int, flags: str) -> dict[str, Any]:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """Markdown: seconds of training, validation accuracy and peak memory on each path, and the ratio of the seconds."""
+    """Markdown: training time, validation accuracy and peak memory of each path, and the ratio of the times."""
     runs = measured["runs"]
     config, machine = runs[0]["config"], runs[0]["environment"]
     lines = [
         f"Selective fine-tuning of the last {config['trainable_layers']} layers, {config['limit_train']:,} texts,"
-        f" {config['epochs']} epochs, at most {config['max_length']} tokens, {1 + max(run['round'] for run in runs)}"
+        f" {config['epochs']} epochs, up to {config['max_length']} tokens, {1 + max(run['round'] for run in runs)}"
         f" round(s); {machine['cpu']}, {machine['threads']} threads.",
         "",
-        "| | training, s | validation accuracy, % | peak memory, MiB |",
+        "| | training time, s | validation accuracy, % | peak memory, MiB |",
         "|---|---|---|---|",
     ]
     seconds: dict[bool, list[float]] = {}
@@ -65,15 +68,15 @@ def table(measured: dict[str, Any]) -> str:
         memory = max(run["memory"]["peak_bytes"] for run in mine) / 2**20
         lines.append(f"| {name} | {spread(seconds[efficient])} | {', '.join(accuracies)} | {memory:,.0f} |")
     ratios = spread([plain / ours for plain, ours in zip(seconds[False], seconds[True], strict=True)])
-    return "\n".join([*lines, f"| plain over efficient | {ratios} | | |"])
+    return "\n".join([*lines, f"| plain / efficient | {ratios} | | |"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table, writes JSON and README. Returns the exit status."""
-    parser = OneLineParser(description="The efficient path beside the plain one.", allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=2, help="trainings on each path (default: 2)")
-    parser.add_argument("--epochs", type=int, default=5, help="of a training (default: 5)")
-    parser.add_argument("--limit_train", type=int, default=1000, help="texts of an epoch (default: 1000)")
+    """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
+    parser = OneLineParser(description="Compare the efficient path with Hugging Face's own code.", allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=2, help="number of trainings on each path (default: 2)")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of a training (default: 5)")
+    parser.add_argument("--limit_train", type=int, default=1000, help="training texts (default: 1000)")
     try:
         options: argparse.Namespace = parser.parse_args(argv)
         if min(vars(options).values()) < 1:
@@ -85,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = table(measured)
     print(content)
     write_json(OUTPUT, measured)
-    text = with_table(README.read_text(encoding="utf8"), "plain_path", content)
-    write_atomically(README, lambda path: path.write_text(text, encoding="utf8"))
+    renew_tables(SPEED, {"plain_path": content})
     return 0
 
 

@@ -1,8 +1,9 @@
-"""How near a training step comes to the machine's rate of bf16 products, and where the rest of its time goes.
+"""Measures which share of the machine's rate of bf16 products a training step reaches, and what takes the rest.
 
-The share is the operations that a step executes, by formula (``flops.py``), over its wall-clock time, over the rate of
-plain bf16 products at the shapes of the model's own frozen linears, each weighted by how often a step has it. Both
-are measured in the same run, the rate before and after the steps. ``make roofline``, or see ``--help``.
+A step's rate is its operations, counted by formula (``flops.py``), divided by its wall-clock time. The machine's rate
+is measured with plain bf16 products that have the shapes of the model's frozen linears, weighted by how often a step
+has them, before and after the steps of the same run. The share is the first rate divided by the second. ``make
+roofline`` runs it.
 """
 
 import argparse
@@ -25,18 +26,18 @@ from benchmarks.contestants import Suite
 from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.peers import PLACES
 from benchmarks.workload import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
-from finetuning.comparison.report import README, ROOT, with_table
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
+from finetuning.pages import ROOT, SPEED, renew_tables
 from finetuning.runs.measurements import environment_record
-from finetuning.storage import write_atomically, write_json
+from finetuning.storage import write_json
 from finetuning.training.optimization import make_optimizer
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "roofline.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "roofline.json"
 PLAN = (("minilm", "qv", 256), ("minilm", "all", 256), ("minilm", "all", 512), ("base", "all", 256))
 PROFILED_STEPS = 6
-KINDS = {  # of operator -> names in the profiler; the first that matches counts
+KINDS = {  # kind of operator -> its names in the profiler; the first match counts
     "products": r"aten::(mm|addmm|linear|matmul)|mkldnn::_linear_pointwise",
     "attention": r"(_?(Chunked)?Attention|Mixture)(Backward)?"
     r"|aten::(bmm|baddbmm|_?softmax.*|_scaled_dot_product.*)",
@@ -53,7 +54,7 @@ KINDS = {  # of operator -> names in the profiler; the first that matches counts
 
 
 def product_rate(size: Size, batch: int, length: int, dtype: torch.dtype, seconds_per_shape: float) -> float:
-    """FLOP/s of the base linears of one step, forward and backward, done alone, one after the other."""
+    """FLOP/s of the frozen linears of one step, forward and backward, done one after the other and alone."""
     flops = seconds = 0.0
     for product, count in Counter(products(size, batch, length)).items():
         x = torch.randn(product.rows, product.inputs).to(dtype)
@@ -68,7 +69,7 @@ def product_rate(size: Size, batch: int, length: int, dtype: torch.dtype, second
 
 
 def _seconds(call: Callable[[], Any], limit: float) -> float:
-    """The median time of a call, repeated for ``limit`` seconds after two calls that do not count."""
+    """The median time of a call, repeated for ``limit`` seconds. Two calls before that do not count."""
     call()
     call()
     times: list[float] = []
@@ -84,17 +85,17 @@ def _seconds(call: Callable[[], Any], limit: float) -> float:
 
 
 def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) -> dict[str, Any]:
-    """Rate, steps and where their time goes, for the suite at one work; steps are those of its own trainer.
+    """Rates and time shares of the suite at one work; the steps are done by its own trainer.
 
     Args:
         job: model, LoRA targets and length.
         folder: from ``workload.prepare``.
-        steps: so many are measured, after a warm-up of six.
-        seconds_per_shape: for which each product is repeated to find its rate.
+        steps: number of measured steps, after six for warm-up.
+        seconds_per_shape: how long each product is repeated to find its rate.
     """
     split = read_split(folder, "train", job.max_length)
     suite = Suite(job, folder)
-    size = Size.of(suite.classifier.model.config, RANK, TARGETS[job.targets])
+    size = Size.from_config(suite.classifier.model.config, RANK, TARGETS[job.targets])
     few, many = (some_batches(suite.batches(split), split.lengths, n) for n in (PROFILED_STEPS, steps))
     suite.train(split, few)
     shapes = [(len(batch), int(split.lengths[batch].max())) for batch in many]  # (B, T)
@@ -121,7 +122,7 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
 
 
 def time_shares(suite: Suite, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Share of the time of plain steps by kind of operator, from torch's profiler; ``other`` includes Python."""
+    """Share of a step's time by kind of operator, from torch's profiler; ``other`` includes Python."""
     parameters = [p for p in suite.model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, suite.config.training, fused=True)
     suite.model.train()
@@ -156,11 +157,12 @@ def kind_of(operator: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: one row a work, then how operations are counted."""
+    """Markdown: one row for each work, and how operations are counted."""
     environment = result["environment"]
-    columns = ["model, LoRA on, max_length", "products alone, GFLOP/s", "step, GFLOP/s", "share", *KINDS, "other"]
+    kinds = [name.replace("clipping and ", "").replace(" and copies", "") for name in KINDS]
+    columns = ["model, LoRA on, max_length", "products, GFLOP/s", "step, GFLOP/s", "share", *kinds, "other"]
     lines = [
-        f"{environment['cpu']}, {environment['threads']} threads. Right of the share: where the time goes, %.",
+        f"{environment['cpu']}, {environment['threads']} threads. After the share: where the time goes, in %.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
@@ -175,9 +177,11 @@ def table(result: dict[str, Any]) -> str:
             *(f"{100 * row['time_shares'][kind]:.0f}" for kind in (*KINDS, "other")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    counted = "; ".join(f"*{part}* {formula}" for part, formula in FORMULAS.items())
-    letters = "n rows of a product, R ranks side by side, B texts of T tokens, width D, H heads"
-    return "\n".join([*lines, "", f"Operations of a step ({letters}): {counted}."])
+    letters = "n rows of a product, R ranks of all LoRA matrices together, B texts of T tokens, width D, H heads"
+    counted = [f"| {part} | {formula} |" for part, formula in FORMULAS.items()]
+    return "\n".join(
+        [*lines, "", f"Operations of a step ({letters}):", "", "| part | operations |", "|---|---|", *counted]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,14 +189,17 @@ def table(result: dict[str, Any]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description="A step's share of the rate of bf16 products, on a CPU.", allow_abbrev=False)
+    """The parser of the command."""
+    parser = OneLineParser(
+        description="Measure which share of the CPU's rate of bf16 products a step reaches.", allow_abbrev=False
+    )
     flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    parser.add_argument("--quick", help="one work and few steps; README stays as it is", **flag)
+    parser.add_argument("--quick", help="one work and few steps; changes no page", **flag)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints the table, writes JSON and README's table. Returns the exit status."""
+    """Measures, prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
     try:
         arguments = make_parser().parse_args(argv)
     except UserError as error:
@@ -211,8 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, result)
     if not arguments.quick:
-        text = with_table(README.read_text(encoding="utf8"), "roofline", table(result))
-        write_atomically(README, lambda path: path.write_text(text, encoding="utf8"))
+        renew_tables(SPEED, {"roofline": table(result)})
     return 0
 
 

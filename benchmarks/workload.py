@@ -1,6 +1,6 @@
-"""What is compared: base models with one head for all, and the tokens of a sample of the packaged reviews.
+"""What all contestants start from: base models with one head, and the tokens of a sample of the packaged reviews.
 
-Both are written once into a folder, so that every contestant, in a process of its own, starts from the same bytes.
+Both are written once into a folder, so that every contestant's process starts from the same bytes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ RANK, ALPHA = 8, 16
 
 @dataclass(frozen=True)
 class Job:
-    """One way to train, on what, and the settings that only a tuned peer has chosen for it."""
+    """One way to train, at which work, and the settings that are chosen for a tuned peer."""
 
     contestant: str
     model: str = "minilm"
@@ -43,7 +43,7 @@ class Job:
     @property
     def config(self) -> RunConfig:
         """The suite's settings for the same work."""
-        return RunConfig.of(
+        return RunConfig.from_settings(
             offline=True,
             accelerator=self.accelerator,
             precision=self.precision,
@@ -61,8 +61,8 @@ class Job:
 
 
 def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None:
-    """Writes the models, ``folder/MODEL``, and the tokens, ``folder/SPLIT-LENGTH.npz``."""
-    base = RunConfig.of(offline=True)
+    """Writes the models to ``folder/MODEL`` and the tokens to ``folder/SPLIT-LENGTH.npz``."""
+    base = RunConfig.from_settings(offline=True)
     for model in models:
         _save_model(folder / model, model, base)
     for max_length in lengths:
@@ -89,6 +89,7 @@ def _save_model(folder: Path, model: str, config: RunConfig) -> None:
 
 
 def save_split(folder: Path, name: str, max_length: int, split: TokenizedSplit) -> None:
+    """Writes a split for ``read_split``."""
     np.savez(folder / f"{name}-{max_length}.npz", **vars(split))
 
 
@@ -99,11 +100,11 @@ def read_split(folder: Path, name: str, max_length: int) -> TokenizedSplit:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# parts of it, so that rates of contestants that get through different numbers of texts can be compared
+# samples with the same mix of lengths, because contestants get through different numbers of texts
 
 
 def some_batches(batches: Sequence[np.ndarray], lengths: np.ndarray, count: int) -> list[np.ndarray]:
-    """``count`` of an epoch's batches, spread evenly from the shortest to the longest, in random order."""
+    """``count`` batches of an epoch, spread evenly from the shortest to the longest, in random order."""
     order = sorted(range(len(batches)), key=lambda i: (lengths[batches[i]].max(), lengths[batches[i]].sum()))
     return [batches[order[place]] for place in _places(len(batches), count)]
 

@@ -1,7 +1,7 @@
-"""All settings of one run: what was given, what follows from it, and what is refused.
+"""All settings of one run: given values, defaults that depend on other settings, and checks.
 
-Users see flat flags, code sees the sections of ``settings.py``. What the flags alone can tell is checked here. What
-only data, model or machine can tell is checked where it is found, with the same ``UserError``.
+Users see flat flags; code sees the sections of ``settings.py``. This module checks everything that needs only the
+flags. Checks that need the data, the model or the machine are next to the code that reads them.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ from finetuning.settings import (
     TrainingSettings,
 )
 
-# What may differ between two runs that compute the same: where they are, and what they print.
+# Settings that do not change what a run computes.
 NOT_PART_OF_THE_RUN = ("output_dir", "resume", "overwrite", "verbose")
-# What may differ when a run is continued: also where model and data are, and the hardware.
+# Settings that --resume may change: also the location of model and data, and the hardware.
 MAY_CHANGE = (
     *NOT_PART_OF_THE_RUN, "model_name", "data_dir", "data_source", "offline", "accelerator", "device", "devices",
     "num_nodes", "strategy", "efficient", "gradient_checkpointing", "compile", "frozen_cache_gb",
 )  # fmt: skip
 
-# Peak learning rates if --learning_rate is not given. LoRA's are about ten times those of full fine-tuning. SGD's are
-# far higher, because its step is not scaled by the size of past gradients.
+# Peak learning rates if --learning_rate is not given. LoRA needs about ten times the rate of full fine-tuning. SGD
+# needs a far higher rate, because it does not scale its step by the size of past gradients.
 DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
     ("lora", "adam"): 1e-3,
     ("lora", "adamw"): 1e-3,
@@ -58,10 +58,10 @@ DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Every setting of one run, complete and consistent. A function takes the section it needs, not all of it."""
+    """Every setting of one run, complete and consistent."""
 
     method: MethodSettings
-    lora: LoRASettings | None  # None with another method
+    lora: LoRASettings | None  # None unless the method is lora
     model: ModelSettings
     data: DataSettings
     training: TrainingSettings
@@ -69,15 +69,17 @@ class RunConfig:
     run: RunSettings
 
     @classmethod
-    def of(cls, **given: Any) -> "RunConfig":
-        """The configuration of these settings, by the names of the flags; ``None`` is "not given".
+    def from_settings(cls, **given: Any) -> "RunConfig":
+        """Builds the configuration from settings named like the flags. ``None`` means "not given".
 
         Raises:
-            UserError: a setting, or a pair of settings, that makes no sense.
+            UserError: a setting is unknown, a value is not allowed, or two settings exclude each other.
         """
         unknown = sorted(set(given) - set(FLAGS))
         if unknown:
-            raise UserError(f"unknown settings {', '.join(unknown)}: written by another version of this suite?")
+            raise UserError(
+                f"unknown settings {', '.join(unknown)}: this version does not have them, use the one that wrote them"
+            )
         values = _resolved({name: value for name, value in given.items() if value is not None})
         parts = {
             name: kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
@@ -88,16 +90,16 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "RunConfig":
-        """What ``to_dict`` gave.
+        """Builds the configuration from the result of ``to_dict``.
 
         Raises:
-            UserError: a setting that does not exist, or a value that is not allowed.
+            UserError: like ``from_settings``.
         """
         paths = {name: Path(value) for name, value in stored.items() if _is_path(name) and value is not None}
-        return cls.of(**{**stored, **paths})
+        return cls.from_settings(**{**stored, **paths})
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting under its flag's name, as JSON can hold it; ``None`` for those of another method."""
+        """Every setting under its flag's name, ready for JSON. Settings of other methods are ``None``."""
         values = dict.fromkeys(FLAGS) | self._values()
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
@@ -106,8 +108,8 @@ class RunConfig:
         return {f.name: getattr(part, f.name) for part in parts if part is not None for f in dataclasses.fields(part)}
 
     def changed(self, **changes: Any) -> "RunConfig":
-        """The same configuration with other values; nothing else follows from them."""
-        return self.of(**{**self._values(), **changes})
+        """A copy with other values. Defaults that depend on them are not computed again."""
+        return self.from_settings(**{**self._values(), **changes})
 
     @property
     def instead_of_hub(self) -> str:
@@ -120,11 +122,11 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """What is trained, for people: lora, qlora, full or selective."""
+        """The method, for people: lora, qlora, full or selective."""
         return "qlora" if self.lora is not None and self.lora.q_lora else self.method.method
 
     def differences(self, other: "RunConfig") -> list[str]:
-        """Flags in which two runs differ, of those that change what is computed."""
+        """The flags whose values differ and change what the run computes, for example ``--seed 0 -> 1``."""
         mine, others = self.to_dict(), other.to_dict()
         return [
             f"--{name} {others[name]} -> {mine[name]}"
@@ -137,12 +139,12 @@ def continued(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
     """The configuration with which ``--resume`` continues a run.
 
     Args:
-        stored: the run's own settings.
-        given: the flags of this command. One that contradicts the run is refused, unless it is in ``MAY_CHANGE``;
-            there may be more epochs if the learning rate of the epochs before does not depend on their number.
+        stored: the settings that the run stored.
+        given: the flags of this command. Only flags in ``MAY_CHANGE`` may differ from the run. ``--epochs`` may grow
+            if the learning rate is constant, because earlier epochs then do not depend on it.
 
     Raises:
-        UserError: a contradiction, or stored settings that are not this suite's.
+        UserError: a flag contradicts the run, or the stored settings cannot be used.
     """
     try:
         run = RunConfig.from_dict({**stored, "resume": False, "overwrite": False})
@@ -155,8 +157,8 @@ def continued(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
         more_epochs = name == "epochs" and level and now > before
         if now != before and name not in MAY_CHANGE and not more_epochs:
             raise UserError(
-                f"--{name} {now}: the run in {given['output_dir']} has --{name} {before}, and --resume continues it as"
-                f" it is: leave this flag out, or start another run"
+                f"--{name} {now}: the run in {given['output_dir']} has --{name} {before}, and --resume cannot change"
+                f" it: leave out this flag, or start another run"
             )
     return RunConfig.from_dict({**values, **given, "resume": True})
 
@@ -166,13 +168,13 @@ def _is_path(name: str) -> bool:
 
 
 def check_data_dir(data_dir: Path | None) -> None:
-    """Refuses a folder of data that does not exist, before anything is loaded.
+    """Checks that the data exists, before anything is loaded.
 
     Raises:
-        UserError: it does not exist, or may not be read.
+        UserError: it does not exist or is not readable.
     """
     if data_dir is not None and not os.access(data_dir, os.R_OK):
-        raise UserError(f"--data_dir {data_dir}: there is no such file or folder, or you may not read it")
+        raise UserError(f"--data_dir {data_dir}: no such file or folder, or you may not read it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,16 +182,16 @@ def check_data_dir(data_dir: Path | None) -> None:
 
 
 def _resolved(given: dict[str, Any]) -> dict[str, Any]:
-    """Every setting, those that depend on others included; ``None`` for those that do not apply."""
+    """The value of every setting, checked; ``None`` if it does not apply."""
     for name, value in given.items():
         choices = FLAGS[name].choices
         if choices and value not in choices:
-            raise UserError(f"--{name} {value}: allowed are {', '.join(choices)}")
+            raise UserError(f"--{name} {value}: must be one of {', '.join(choices)}")
     for name in given:
         flag, method = FLAGS[name], given.get("method", FLAGS["method"].default)
         wanted = "lora" if flag.section == "lora" else "selective" if name == "trainable_layers" else method
         if wanted != method:
-            raise UserError(f"--{name} was given with --method {method}: it belongs to --method {wanted} only")
+            raise UserError(f"--{name} {given[name]}: needs --method {wanted}, but the method is {method}")
     defaults = {name: flag.default for name, flag in FLAGS.items()}
     _check_combinations(SimpleNamespace(**defaults | dict.fromkeys(_LORA_FLAGS) | given))
     defaults |= _dependent_defaults(SimpleNamespace(**defaults | given))
@@ -202,7 +204,7 @@ _LORA_FLAGS = tuple(flag.name for flag in FLAGS.values() if flag.section == "lor
 
 
 def _dependent_defaults(s: SimpleNamespace) -> dict[str, Any]:
-    """Values for the settings that depend on others, as if none of them was given."""
+    """Defaults of the settings whose default depends on other settings."""
     traits = DATASETS[s.dataset]
     defaults: dict[str, Any] = {
         "model_name": PACKAGED if s.offline else DEFAULT_MODEL,
@@ -225,41 +227,43 @@ def _dependent_defaults(s: SimpleNamespace) -> dict[str, Any]:
 
 
 def _check_combinations(s: SimpleNamespace) -> None:
-    """Settings that exclude each other; what was not given, and depends on others, is ``None``."""
+    """Refuses settings that exclude each other. A setting that was not given and depends on others is ``None``."""
 
-    def need(allowed: bool, name: str, what: str) -> None:
+    def require(allowed: bool, name: str, message: str) -> None:
         if not allowed:
-            raise UserError(f"--{name} {getattr(s, name)}: {what}")
+            raise UserError(f"--{name} {getattr(s, name)}: {message}")
 
     traits = DATASETS[s.dataset]
     with_agreement = [name for name, other in DATASETS.items() if other.agreement]
     with_resplit = [name for name, other in DATASETS.items() if other.resplit]
     with_source = [name for name, other in DATASETS.items() if other.downloads]
-    need(s.double_quantization is None or bool(s.q_lora), "double_quantization", "needs --q_lora True")
-    need(s.data_dir is not None or traits.on_hub, "dataset", "needs --data_dir PATH")
-    need(s.agreement is None or bool(traits.agreement), "agreement", f"needs --dataset {' or '.join(with_agreement)}")
-    need(s.split != "resplit" or bool(traits.resplit), "split", f"needs --dataset {' or '.join(with_resplit)}")
+    require(s.double_quantization is None or bool(s.q_lora), "double_quantization", "needs --q_lora True")
+    require(s.data_dir is not None or traits.on_hub, "dataset", "needs --data_dir PATH")
+    require(
+        s.agreement is None or bool(traits.agreement), "agreement", f"needs --dataset {' or '.join(with_agreement)}"
+    )
+    require(s.split != "resplit" or bool(traits.resplit), "split", f"needs --dataset {' or '.join(with_resplit)}")
     found = s.data_dir is not None or not s.offline or traits.packaged
-    need(found, "offline", f"{s.dataset} is not packaged, give --data_dir PATH")
+    require(found, "offline", f"no package contains {s.dataset}: give --data_dir PATH")
     downloads = bool(traits.downloads) and s.data_dir is None and not s.offline
-    only = f"only for --dataset {' or '.join(with_source)} without --data_dir and --offline"
-    need(s.data_source is None or downloads, "data_source", only)
-    need(s.momentum is None or s.optimizer.startswith("sgd"), "momentum", "needs an sgd --optimizer")
-    need(s.device is None or s.accelerator != "cpu", "device", "is a GPU, but --accelerator is cpu")
-    need(s.device is None or s.devices == 1, "device", "is one GPU, but --devices asks for more")
-    need(not (s.resume and s.overwrite), "resume", "cannot go with --overwrite")
-    need(not s.resume or s.output_dir is not None, "resume", "needs --output_dir, the run to continue")
-    need(not (s.estimate and s.devices * s.num_nodes > 1), "estimate", "is for one device")
-    need(not (s.prefetch and s.offline), "prefetch", "needs the network, but --offline was given")
+    only = f"needs --dataset {' or '.join(with_source)} without --data_dir and --offline"
+    require(s.data_source is None or downloads, "data_source", only)
+    require(s.momentum is None or s.optimizer.startswith("sgd"), "momentum", "needs an sgd --optimizer")
+    require(s.device is None or s.accelerator != "cpu", "device", "needs a GPU: leave out --accelerator cpu")
+    require(s.device is None or s.devices == 1, "device", f"needs --devices 1, but --devices is {s.devices}")
+    require(not (s.resume and s.overwrite), "resume", "cannot be used with --overwrite")
+    require(not s.resume or s.output_dir is not None, "resume", "needs --output_dir PATH, the run to continue")
+    require(not (s.estimate and s.devices * s.num_nodes > 1), "estimate", "needs --devices 1 and --num_nodes 1")
+    require(not (s.prefetch and s.offline), "prefetch", "needs the network: leave out --offline")
 
 
 def _check_ranges(s: SimpleNamespace) -> None:
-    """Every number against the bounds of its field, and those that bound each other."""
+    """Checks every number against its bounds, and numbers that limit each other."""
     for name, flag in FLAGS.items():
         value = getattr(s, name)
         if value is None or not flag.bounds:
             continue
-        # In this order: whole numbers can be too large for a float
+        # The bounds come before the comparison with infinity: a whole number can be too large for a float.
         inside = all(_within(value, word, bound) for word, bound in flag.bounds.items())
         if not inside or not value < math.inf:
             words = " and ".join(f"{word} {bound}" for word, bound in flag.bounds.items())
@@ -267,7 +271,7 @@ def _check_ranges(s: SimpleNamespace) -> None:
                 f"--{name} {value}: must be {words if 'above' not in flag.bounds else 'finite and ' + words}"
             )
     if s.method == "lora" and not any(getattr(s, name) for name in LORA_TARGETS):
-        raise UserError(f"no LoRA target: at least one of --{' --'.join(LORA_TARGETS)} must be True")
+        raise UserError(f"no LoRA target: at least one of --{', --'.join(LORA_TARGETS)} must be True")
     if s.batch_tokens < s.max_length:
         raise UserError(f"--batch_tokens {s.batch_tokens}: must be at least --max_length {s.max_length}")
     if s.optimizer == "sgd_nesterov" and not s.momentum:

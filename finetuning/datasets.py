@@ -1,6 +1,6 @@
-"""What the flags of a run need to know of each ``--dataset``; how its texts are read is the room ``data``'s.
+"""What the flags must know about each ``--dataset``. The package ``data`` reads the texts.
 
-A new data set is a row here and a reader in ``finetuning/data/sources.py``.
+To add a data set, add a row here and a reader in ``finetuning/data/sources.py``.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ class DatasetTraits:
     """One value of ``--dataset``.
 
     Attributes:
-        text_column: the column with the text, unless ``--text_column`` names another one.
-        monitor: the validation metric that chooses the checkpoint, unless ``--monitor`` names another one.
+        text_column: default of ``--text_column``.
+        monitor: default of ``--monitor``, the validation metric that chooses the checkpoint.
         label_names: names of the classes 0, 1, ...; ``None`` if they come from the data.
-        resplit: shares of train, validation and test with ``--split resplit``; ``None`` if that is refused.
-        agreement: ``--agreement`` if it is not given; ``None`` if the flag does not belong to this data set.
-        downloads: values of ``--data_source``; empty if the flag does not belong to this data set.
-        on_hub: whether it can be downloaded at all; otherwise ``--data_dir`` is needed.
-        packaged: whether ``--offline`` finds it in the packages of requirements-offline.txt.
-        line_breaks: markup that separates lines in a text, replaced by a space; empty if there is none.
+        resplit: ratio of train, validation and test with ``--split resplit``; ``None`` if that is not allowed.
+        agreement: default of ``--agreement``; ``None`` if the flag is not allowed.
+        downloads: allowed values of ``--data_source``; empty if the flag is not allowed.
+        on_hub: whether it can be downloaded; if not, ``--data_dir`` is required.
+        packaged: whether a package of requirements-offline.txt contains it, for ``--offline``.
+        line_breaks: markup between the lines of a text, replaced by a space; empty if there is none.
     """
 
     text_column: str = "text"
@@ -33,7 +33,7 @@ class DatasetTraits:
     line_breaks: str = ""
 
     def clean(self, text: str) -> str:
-        """A text as training and prediction see it."""
+        """The text as the model reads it, in training and in prediction."""
         return text.replace(self.line_breaks, " ") if self.line_breaks else text
 
 
@@ -47,7 +47,7 @@ DATASETS = {
     ),
     "financial_phrasebank": DatasetTraits(
         text_column="sentence",
-        monitor="macro_f1",  # its classes are of unequal size
+        monitor="macro_f1",  # because its classes differ in size
         label_names=("negative", "neutral", "positive"),
         agreement="50",
     ),

@@ -1,4 +1,4 @@
-"""How a run can end early, each a type of its own, and how any error is put into one line."""
+"""The three ways a run ends early, and how any error becomes one line."""
 
 import sys
 import textwrap
@@ -6,23 +6,23 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Refused input. Its text is one line: what was given, what is allowed, which flag. Exit status 2."""
+    """Refused input, in one line: the flag and its value, what is allowed, what to do. Exit status 2."""
 
 
 class TrainingFailed(Exception):
-    """A run that cannot go on, in one line. Exit status 1."""
+    """A run that cannot continue, in one line. Exit status 1."""
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop and has written its checkpoint. Exit status 130."""
+    """A run that a signal stopped after it wrote its checkpoint. Exit status 130."""
 
 
 def first_line(error: BaseException, name_file: bool = False) -> str:
-    """What an error says, in one line.
+    """The first line of an error's message.
 
     Args:
         error: any error.
-        name_file: whether to name the file of an ``OSError``; not needed if the message around it does.
+        name_file: whether to name the file of an ``OSError``. Leave it out if the text around the line names it.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -31,10 +31,10 @@ def first_line(error: BaseException, name_file: bool = False) -> str:
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names in one line. A long name is shortened: the first line of a file without a header can be a whole text."""
+    """Names in one line. Long names are shortened, because the first line of a file without a header can be a text."""
     return ", ".join(textwrap.shorten(str(name), 40, placeholder="...") for name in names) or "none"
 
 
 def not_installed(error: ModuleNotFoundError) -> str:
     """The line to print if a package of requirements.txt is missing."""
-    return f"error: {error.name} is not installed for {sys.executable}: activate the venv first"
+    return f"error: {error.name} is not installed for {sys.executable}: activate the virtual environment first"

@@ -1,6 +1,6 @@
-"""Flags of the command line, made from the fields of the sections in ``settings.py``.
+"""Command-line flags, built from the fields of the sections in ``settings.py``.
 
-Nothing here imports torch, so that a wrong flag is refused at once.
+Nothing here imports torch, so a wrong flag fails at once.
 """
 
 import argparse
@@ -14,33 +14,55 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.settings import FLAGS, SECTIONS
 
+ALLOWED = {"int": "a whole number", "float": "a number", "parse_bool": "True, yes, 1, False, no or 0"}  # by type
+
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, instead of argparse's usage block."""
+    """Prints an error as one line that says what is allowed, instead of argparse's usage block."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument ") + self._hint(message))
+        """Raises ``UserError`` for argparse's message."""
+        message = message.removeprefix("argument ")
+        raise UserError((_wrong_type(message) or _wrong_choice(message) or message) + self._hint(message))
 
     def _hint(self, message: str) -> str:
-        """The flag that was perhaps meant, where one does not exist."""
+        """Suggests the existing flag that is most like an unknown one."""
         unknown = re.match(r"unrecognized arguments: (--\w+)", message)
         known = [option for action in self._actions for option in action.option_strings]
         near = get_close_matches(unknown[1], known, n=1, cutoff=0.8) if unknown else []
         return f"; did you mean {near[0]}?" if near else ""
 
 
+def _wrong_type(message: str) -> str | None:
+    """``--lora_r: invalid int value: 'eight'`` -> ``--lora_r eight: must be a whole number``."""
+    found = re.fullmatch(r"(\S+): invalid (\w+) value: (['\"])(.*)\3", message, re.DOTALL)
+    if not found or found[2] not in ALLOWED:
+        return None
+    return f"{found[1]} {found[4]}: must be {ALLOWED[found[2]]}"
+
+
+def _wrong_choice(message: str) -> str | None:
+    """``--method: invalid choice: 'x' (choose from 'a', 'b')`` -> ``--method x: must be one of a, b``."""
+    found = re.fullmatch(r"(\S+): invalid choice: (['\"])(.*)\2 \(choose from (.*)\)", message, re.DOTALL)
+    return f"{found[1]} {found[3]}: must be one of {found[4].replace(chr(39), '')}" if found else None
+
+
 def parse_bool(text: str) -> bool:
-    """``True/False/yes/no/1/0`` in any case."""
+    """Reads ``True/False/yes/no/1/0`` in upper or lower case.
+
+    Raises:
+        ValueError: any other text.
+    """
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True/yes/1 nor False/no/0")
+        raise ValueError(f"{text!r} is neither True/yes/1 nor False/no/0")
     return words[text.lower()]
 
 
 def without_switches(words: Sequence[str], *flags: str) -> list[str]:
-    """The words of a command line without these flags, which are true or false, and what was given to them."""
+    """Removes these true-or-false flags and their values from the words of a command line."""
     kept: list[str] = []
-    dropped = False  # the word before
+    dropped = False  # whether the word before was removed
     for word in words:
         if dropped and _is_bool(word):
             dropped = False
@@ -54,13 +76,13 @@ def without_switches(words: Sequence[str], *flags: str) -> list[str]:
 def _is_bool(text: str) -> bool:
     try:
         parse_bool(text)
-    except argparse.ArgumentTypeError:
+    except ValueError:
         return False
     return True
 
 
 def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
-    """The parser of all settings; what was not given is absent from its namespace."""
+    """The parser of all settings. Its namespace holds only the flags that were given."""
     parser = OneLineParser(
         description=description,
         allow_abbrev=False,
@@ -82,23 +104,23 @@ def make_parser(description: str, defaults: dict[str, Any] | None = None) -> arg
 
 
 def given_flags(argv: Sequence[str], description: str = "", defaults: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The settings that a command line gives, and no others.
+    """The settings that a command line gives, without any defaults.
 
     Args:
         argv: the flags, without the program's name.
-        description: what ``--help`` says first.
-        defaults: settings of a thin entry such as DistilRoberta's, which ``--help`` shows as defaults.
+        description: the first sentence of ``--help``.
+        defaults: defaults that ``--help`` prints instead of the usual ones, for example those of DistilRoberta.
 
     Raises:
-        UserError: a flag that does not exist, or a value of another type.
+        UserError: a flag does not exist, or a value has the wrong type.
     """
     return vars(make_parser(description, defaults).parse_args(argv))
 
 
 def from_flags(argv: Sequence[str]) -> RunConfig:
-    """The configuration that command-line flags ask for.
+    """The configuration for these command-line flags.
 
     Raises:
-        UserError: a flag that does not exist, or a value that is not allowed.
+        UserError: a flag does not exist, or a value is not allowed.
     """
-    return RunConfig.of(**given_flags(argv))
+    return RunConfig.from_settings(**given_flags(argv))

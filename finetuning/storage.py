@@ -1,4 +1,4 @@
-"""Files: where the cache is, and writing a file so that a reader finds the old one or the new one, never half of it."""
+"""Files: the cache folder, and atomic writes. A reader finds the old file or the new one, never half of it."""
 
 import json
 import os
@@ -9,26 +9,26 @@ from typing import Any
 
 
 def cache_dir() -> Path:
-    """Where downloads, tokens and kernels are kept: ``$FINETUNE_LORA_CACHE``, or ``~/.cache/finetune_lora``."""
+    """The folder for downloads, tokens and kernels: ``$FINETUNE_LORA_CACHE``, or ``~/.cache/finetune_lora``."""
     return Path(os.environ.get("FINETUNE_LORA_CACHE") or Path.home() / ".cache" / "finetune_lora")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` with a temporary path next to ``path`` and renames it. On failure nothing is left behind.
+    """Calls ``write`` with a temporary path next to ``path``, then renames it. A failure leaves no file behind.
 
-    Several processes may write the same path at once: each has a temporary file of its own, and the last one wins.
+    Several processes may write the same path at once. Each uses its own temporary file, and the last one wins.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # some libraries hide their files from the user's group
+        temporary.chmod(0o666 & ~_umask())  # some libraries make files that the user's group cannot read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
-    mask = os.umask(0)  # the only way to read it is to set it
+    mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     return mask
 
@@ -44,19 +44,20 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file, atomically; NaN and infinity are refused, because JSON has neither.
+    """Writes a JSON file, atomically.
 
     Raises:
-        ValueError: a number that is not finite.
+        ValueError: a number is NaN or infinite, which JSON does not allow.
     """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds.
+    """Reads a JSON file.
 
     Raises:
-        OSError, ValueError: there is no such file, or it holds no JSON.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON.
     """
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
     return content

@@ -165,7 +165,7 @@ def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
 
 
 def text_config(folder: Path, **options: Any) -> RunConfig:
-    return RunConfig.of(dataset="text", data_dir=folder, **options)
+    return RunConfig.from_settings(dataset="text", data_dir=folder, **options)
 
 
 def texts_of(config: RunConfig) -> TextData:
@@ -255,7 +255,7 @@ def leave_run(runs: StudyRuns, run: PlannedRun, status: str | None = "finished",
     directory = runs.directory(run)
     directory.mkdir(parents=True, exist_ok=True)
     config = from_flags(run.flags(Path("data"))).to_dict()
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "settings.json").write_text(json.dumps(config))
     if status is not None:
         command = f"python {Path.cwd()}/finetune_lora.py {' '.join(run.flags(Path('/home/me/data')))} --output_dir x"
         result = {"status": status, "config": config, "command": command, "seconds": 10.0} | more

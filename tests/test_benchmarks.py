@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import headline, one, peers, plain_path, roofline
+from benchmarks import headline, measure, peers, plain_path, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
-from finetuning.comparison.report import README, with_table
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
+from finetuning.pages import README, RESULTS, SPEED, with_table
 
 MAX_LENGTH = 32
 DENSE = [name for name in CONTESTANTS if "qlora" not in name]
@@ -144,9 +144,9 @@ def test_one_measurement_from_the_command_to_its_record(folder: Path) -> None:
     work = peers.Work("tiny", "all", MAX_LENGTH, ())
     flags = ["--precision=fp32", "--batch_size=16", "--attention=eager"]
     record = peers.measure_in_process(work, "peft_tuned", flags, folder, seconds=0.01)
-    assert record["train_steps"] == one.FEWEST_STEPS, record
+    assert record["train_steps"] == measure.FEWEST_STEPS, record
     assert record["batch_size"] == 16
-    assert record["train_examples"] == 16 * one.FEWEST_STEPS
+    assert record["train_examples"] == 16 * measure.FEWEST_STEPS
     assert record["train_tokens_per_second"] == pytest.approx(record["train_tokens"] / record["train_seconds"])
     assert 0 < record["padding_fraction"] < 0.5
     assert record["peak_bytes_above_loaded"] == record["peak_bytes"] - record["loaded_bytes"] > 0
@@ -162,7 +162,7 @@ def test_a_measurement_that_fails_says_why(folder: Path) -> None:
 
 
 def test_the_tuned_peer_takes_the_fastest_settings(folder: Path) -> None:
-    result = one.choose(job("peft_tuned"), folder)
+    result = measure.choose(job("peft_tuned"), folder)
     chosen, tried = result["chosen"], result["tried"]
     assert chosen.items() <= max(tried, key=lambda trial: trial["train_tokens_per_second"]).items()
     assert len({json.dumps(trial | {"train_tokens_per_second": 0}) for trial in tried}) == len(tried)
@@ -211,13 +211,13 @@ def test_the_table() -> None:
     }  # fmt: skip
     lines = peers.table({"environment": environment, "repeats": 3, "measurements": MEASUREMENTS}).splitlines()
     assert lines[0] == "A CPU, 2 threads; torch 1, transformers 2, peft 3; commit unknown; 3 rounds."
-    beside_others = [*MEASUREMENTS, record("tutorial_fp32", 0, 1.0, alone=False)]
-    first = peers.table({"environment": environment, "repeats": 3, "measurements": beside_others}).splitlines()[0]
-    assert first.endswith("3 rounds. 1 measurements were not alone on the machine.")
-    assert lines[-1] == (
-        "| MiniLM, query, value, 256 | PEFT + Trainer, tuned (failed at least once) | 2.50 (2.00 to 3.00)"
-        " | 2.50 (2.00 to 3.00) | 2.00 | 0.50 | 300, 120 | 1, 3 |"
-    )
+    not_alone = [*MEASUREMENTS, record("tutorial_fp32", 0, 1.0, alone=False)]
+    first = peers.table({"environment": environment, "repeats": 3, "measurements": not_alone}).splitlines()[0]
+    assert first.endswith("3 rounds. Measurements that were not alone on the machine: 1.")
+    work = "| MiniLM, query, value, 256 | PEFT + Trainer, tuned (failed at least once) |"
+    ratios = f"{work} 2.50 (2.00 to 3.00) | 2.50 (2.00 to 3.00) | 2.00 | 0.50 |"
+    assert lines[-1] == f"{work} 300, 120 | 1, 3 |"
+    assert ratios in lines[: lines.index("The same, measured values:")]
 
 
 def whole_run(seed: int, seconds: float | None, accuracy: float) -> dict[str, Any]:
@@ -244,11 +244,10 @@ def test_the_headline_extrapolates_the_tutorial_script_to_as_many_texts(tmp_path
     others = [work | {"max_length": 256, "train_examples": 1, "train_seconds": 1.0}, work | {"error": "no memory"}]
     result = {"environment": {"cpu": "A CPU", "threads": 2}, "measurements": [*measured, *others]}
     lines = headline.table(runs, result).splitlines()
-    assert lines[0] == "1,000 training and 500 test texts, 2 epochs, at most 512 tokens; A CPU, 2 threads."
+    assert lines[0] == "1,000 training and 500 test texts, 2 epochs, up to 512 tokens; A CPU, 2 threads."
     assert lines[-2:] == [
-        "| this suite, from the command to its result (3 seeds) | 1.10 (1.00 to 1.20) | 91.00 ± 1.00 |",
-        "| tutorial script, fp32, training alone, extrapolated from 30 texts | 33 (30 times as long)"
-        " | not run to its end |",
+        "| this suite, the whole command (3 seeds) | 1.10 (1.00 to 1.20) | 91.00 ± 1.00 |",
+        "| tutorial script, fp32, training only, extrapolated from 30 texts | 33 (30 times as long) | not measured |",
     ]
     with pytest.raises(UserError, match="lora-seed7: was not alone"):
         headline.table([whole_run(7, None, 0.9)], result)
@@ -265,9 +264,9 @@ def test_the_headline_takes_what_was_measured_on_the_machine_of_its_runs(tmp_pat
         path.write_text(json.dumps({"environment": {"cpu": cpu, "threads": 2}, "measurements": measured}))
     runs = [whole_run(0, 60.0, 0.9)]
     wanted = [{"contestant": "tutorial_bf16", "train_seconds": 2.0}]
-    assert headline.measured_beside(runs, files)["measurements"] == wanted
+    assert headline.measured_on_same_machine(runs, files)["measurements"] == wanted
     with pytest.raises(UserError, match="has not run on A CPU"):
-        headline.measured_beside(runs, files[:2])
+        headline.measured_on_same_machine(runs, files[:2])
 
 
 def test_both_paths_are_trained_in_turns_and_compared_by_their_seconds() -> None:
@@ -279,16 +278,16 @@ def test_both_paths_are_trained_in_turns_and_compared_by_their_seconds() -> None
     for run, seconds in zip(runs, (10.0, 30.0, 20.0, 40.0), strict=True):
         run["train"]["seconds"], run["validation"]["accuracy"] = seconds, 0.5
     lines = plain_path.table(measured).splitlines()
-    assert "8 texts, 1 epochs, at most 16 tokens, 1 round(s); " in lines[0]
+    assert "8 texts, 1 epochs, up to 16 tokens, 1 round(s); " in lines[0]
     assert lines[-3].startswith("| plain path (`--efficient False`) | 35.00 (30.00 to 40.00) | 50.0 | ")
     assert lines[-2].startswith("| efficient path | 15.00 (10.00 to 20.00) | 50.0 | ")
-    assert lines[-1] == "| plain over efficient | 2.50 (2.00 to 3.00) | | |"
+    assert lines[-1] == "| plain / efficient | 2.50 (2.00 to 3.00) | | |"
     with pytest.raises(UserError, match="--limit_train 0"):
         plain_path.measure(1, "--limit_train 0")
 
 
-def test_readme_has_the_tables_of_the_committed_results() -> None:
-    text = README.read_text(encoding="utf8")
+def test_the_pages_have_the_tables_of_the_committed_results() -> None:
+    text = SPEED.read_text(encoding="utf8")
     for name, path, table in (
         ("peers", peers.OUTPUT, peers.table), ("roofline", roofline.OUTPUT, roofline.table),
         ("plain_path", plain_path.OUTPUT, plain_path.table),
@@ -296,11 +295,31 @@ def test_readme_has_the_tables_of_the_committed_results() -> None:
         content = table(json.loads(path.read_text(encoding="utf8"))) if path.exists() else "Not measured yet."
         assert with_table(text, name, content) == text, f"run make benchmark or make roofline: {name}"
     try:
-        runs = headline.read_row(headline.RESULTS / "earlier_work", "lora")
-        content = headline.table(runs, headline.measured_beside(runs))
+        runs = headline.read_row(RESULTS / "earlier_work", "lora")
+        content = headline.table(runs, headline.measured_on_same_machine(runs))
     except UserError:
         content = "Not measured yet."
     assert with_table(text, "headline", content) == text, "run make tables"
+    short = peers.short_table(json.loads(peers.OUTPUT.read_text(encoding="utf8")))
+    readme = README.read_text(encoding="utf8")
+    assert with_table(readme, "speed_short", short) == readme, "run make tables"
+
+
+def test_the_short_table_has_medians_of_chosen_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = (("minilm", "qv", 256, "peft_tuned"), ("base", "qv", 256, "peft_tuned"))  # the last was not measured
+    monkeypatch.setattr(peers, "SHORT", wanted)
+    lines = peers.short_table({"measurements": MEASUREMENTS}).splitlines()
+    assert lines == [
+        "| compared with | model, LoRA on, max_length | training speed (suite / peer)"
+        " | memory of training (suite / peer) |",
+        "|---|---|---|---|",
+        "| PEFT + Trainer, tuned | MiniLM, query, value, 256 | 2.50 | 0.50 |",
+    ]
+
+
+def test_every_row_of_the_short_table_is_in_the_plan() -> None:
+    planned = {(w.model, w.targets, w.max_length, name) for w in peers.plan() for name in w.contestants}
+    assert set(peers.SHORT) <= planned
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +390,7 @@ def test_less_than_the_plan_never_replaces_its_results() -> None:
 def test_operations_by_formula_are_those_that_are_executed(folder: Path, targets: str, B: int, T: int) -> None:
     suite = make("suite", folder, targets)
     assert isinstance(suite, Suite)
-    size = Size.of(suite.classifier.model.config, RANK, TARGETS[targets])
+    size = Size.from_config(suite.classifier.model.config, RANK, TARGETS[targets])
     ids, mask = torch.randint(1, 30522, (B, T)), torch.ones(B, T, dtype=torch.long)
     mask[0, T // 2 :] = 0
 

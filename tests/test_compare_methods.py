@@ -22,7 +22,7 @@ from compare_methods import main
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.flags import from_flags
-from finetuning.runs.directory import write_predictions
+from finetuning.runs.history import write_predictions
 from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,13 +72,13 @@ def test_a_run_of_other_settings_is_neither_taken_for_the_planned_one_nor_overwr
     (run,) = runs.study.runs
     leave_run(runs, run)
     runs = plan("lora_r = 2")
-    before = (runs.directory(run) / "config.json").read_bytes()
+    before = (runs.directory(run) / "settings.json").read_bytes()
     assert runs.state(runs.study.runs[0]) == "changed"
     assert main(["run", "tiny.toml", "--data_dir", "."]) == 1
-    assert "holds a run of other settings (--lora_r 8 -> 2): remove it, or rename the row" in capsys.readouterr().out
+    assert "has other settings (--lora_r 8 -> 2): remove it or rename the row" in capsys.readouterr().out
     assert main(["collect", "tiny.toml"]) == 0
     assert "not collected: run-seed0 is changed" in capsys.readouterr().err
-    assert (runs.directory(run) / "config.json").read_bytes() == before
+    assert (runs.directory(run) / "settings.json").read_bytes() == before
 
 
 def test_what_has_ended_is_not_run_again(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +88,7 @@ def test_what_has_ended_is_not_run_again(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["run", "tiny.toml", "--data_dir", "."]) == 1
     shown = capsys.readouterr().out
     assert "2 runs, 1 failed, 1 finished" in shown
-    assert "2/2  run-seed1  failed before: no space left (--retry_failed)" in shown
+    assert "2/2  run-seed1  failed earlier: no space left (run it again with --retry_failed)" in shown
     assert main(["run", "tiny.toml", "--data_dir", ".", "--index", "0"]) == 0
 
 
@@ -119,14 +119,14 @@ def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest
     for words, line in (
         (["run", "tiny.toml"], "error: row run: --dataset text: needs --data_dir PATH"),
         (["run", "tiny.toml", "--data_dir", "nowhere"], "error: --data_dir nowhere: no such folder"),
-        (["run", "tiny.toml", "--data_dir", ".", "--index", "2"], "error: --index 2: the study has runs 0 to 1"),
+        (["run", "tiny.toml", "--data_dir", ".", "--index", "2"], "error: --index 2: must be from 0 to 1"),
         (["run", "other.toml"], "error: other.toml cannot be read"),
-        (["count", "tiny.toml", "--stage", "first"], "error: --stage: invalid choice"),
+        (["count", "tiny.toml", "--stage", "first"], "error: --stage first: must be one of "),
         (
             ["run", "tiny.toml", "--data_dir", ".", "--runs_dir", "tiny.toml"],
             "error: --runs_dir: tiny.toml/tiny cannot",
         ),
-        (["walk", "tiny.toml"], "error: COMMAND: invalid choice: 'walk'"),
+        (["walk", "tiny.toml"], "error: COMMAND walk: must be one of "),
     ):
         assert main(words) == 2, words
         (shown,) = capsys.readouterr().err.splitlines()
@@ -140,9 +140,9 @@ def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("scores", "reason"),
     [
-        ((0.7, 0.9, None), "its learning rate waits for tune-a-0.003, which is missing"),
-        ((0.7, "no space left", 0.8), "its learning rate waits for tune-a-0.002, which is failed"),
-        ((DIVERGED, DIVERGED, DIVERGED), "at every learning rate of a the loss is not finite"),
+        ((0.7, 0.9, None), "its learning rate depends on tune-a-0.003, which is missing"),
+        ((0.7, "no space left", 0.8), "its learning rate depends on tune-a-0.002, which is failed"),
+        ((DIVERGED, DIVERGED, DIVERGED), "the loss is not finite at any learning rate of a"),
     ],
 )
 def test_a_final_run_without_its_tuning_is_not_started(
@@ -334,7 +334,7 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint(
         study.send_signal(signal.SIGINT)
         shown, _ = study.communicate(timeout=PATIENCE_SECONDS)
     assert study.returncode == 130, shown
-    assert "interrupted; the same command goes on from here" in shown
+    assert "interrupted: run the same command again to continue" in shown
     assert [runs.state(run) for run in runs.study.runs] == ["interrupted", "missing"]
     assert runs.result(runs.study.runs[0])["status"] == "interrupted"
     assert (runs.directory(runs.study.runs[0]) / "last.ckpt").exists()

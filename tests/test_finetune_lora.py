@@ -38,6 +38,12 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def finish(process: subprocess.Popen[str]) -> None:
+    """Waits for a process that must succeed."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
 # --- a run from end to end
 
 
@@ -129,7 +135,7 @@ def test_processes_that_torchrun_starts_need_to_be_told_where(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert main(["--offline", "--accelerator", "cpu", "--limit_train", "8", "--epochs", "1"]) == 2
-        assert "error: --output_dir: is needed if torchrun" in capsys.readouterr().err
+        assert "error: --output_dir: must be given if torchrun" in capsys.readouterr().err
 
 
 # --- interrupted, continued, failed
@@ -145,7 +151,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
         write_reviews(data / f"{name}.csv", count, seed=count)
     model, more = tiny_folders["distilbert"], ["--epochs", "2", "--dropout", "0.1", "--precision", "fp32"]
     whole = start(flags(model, data, tmp_path / "whole", *more))
-    assert whole.wait(120) == 0, whole.stderr.read() if whole.stderr else ""
+    finish(whole)
 
     broken = start(flags(model, data, tmp_path / "broken", *more, "--overwrite", "True"))
     assert broken.stdout is not None
@@ -167,8 +173,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     if number == signal.SIGTERM:  # as if the disk had been mounted elsewhere
         broken_run = broken_run.rename(tmp_path / "moved")
     words = shlex.split(told.partition("finetune_lora.py ")[2].replace(str(tmp_path / "broken"), str(broken_run)))
-    continued = start(words)
-    assert continued.wait(120) == 0, continued.stderr.read() if continued.stderr else ""
+    finish(start(words))
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     found = load_file(broken_run / "adapter_model.safetensors")
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
@@ -193,7 +198,7 @@ def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
     assert "--lora_r 4: the run in" in capsys.readouterr().err
     assert [path.name for path in run.iterdir()] == ["settings.json"]
     assert main(resume) == 0
-    assert "has no checkpoint yet: the run starts over" in capsys.readouterr().out
+    assert "has no checkpoint yet: starting over" in capsys.readouterr().out
     again = load_file(run / "adapter_model.safetensors")
     assert all(np.array_equal(weights[name], again[name]) for name in weights)
 
@@ -262,8 +267,8 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--lora_alpha", "inf"], "--lora_alpha"),
         (["--learning_rate", "-1"], "--learning_rate"),
         (["--lora_query", "no", "--lora_value", "no"], "no LoRA target"),
-        (["--method", "full", "--lora_alpha", "3"], "--lora_alpha was given with --method full"),
-        (["--method", "full", "--q_lora"], "--q_lora was given with --method full"),
+        (["--method", "full", "--lora_alpha", "3"], "--lora_alpha 3.0: needs --method lora, but the method is full"),
+        (["--method", "full", "--q_lora"], "--q_lora True: needs --method lora, but the method is full"),
         (["--method", "selective", "--trainable_layers", "9"], "--trainable_layers 9"),
         (["--max_length", "4"], "--max_length 4"),
         (["--max_length", "1000"], "--max_length 1000"),
@@ -276,7 +281,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--data_dir", str(tmp_path / "nowhere")], "--data_dir"),
         (["--data_dir", str(empty)], "--data_dir"),
         (["--data_dir", str(latin)], "UTF-8"),
-        (["--data_dir", str(one_class)], "all labels are"),
+        (["--data_dir", str(one_class)], "must have at least two labels, but all are 'x'"),
         (["--model_name", str(gpt)], "gpt2"),
         (["--output_dir", str(a_file)], "is a file"),
         (["--output_dir", str(a_file / "below")], "--output_dir"),
@@ -301,7 +306,7 @@ def test_a_run_is_not_overwritten_unless_asked(
     assert main(words) == 0
     first = (tmp_path / "run" / "result.json").read_bytes()
     assert main(words) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 2
     assert "has finished" in capsys.readouterr().err
     assert (tmp_path / "run" / "result.json").read_bytes() == first

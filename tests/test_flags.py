@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from finetune_lora import read_settings_of
-from finetuning.flags import given_flags, make_parser, parse_bool, without_switches
+from finetuning.errors import UserError
+from finetuning.flags import OneLineParser, given_flags, make_parser, parse_bool, without_switches
 from finetuning.settings import FLAGS, LORA_TARGETS, SECTIONS
 from tests.conftest import config_of_flags, lora_of_flags, refusal
 
@@ -33,14 +34,12 @@ def test_booleans(flag: str) -> None:
         assert read(f"{others}--{flag} {word}") is False
     assert read(f"{others}--{flag}") is True
     assert read(f"--{flag} --seed 3 {others}") is True
-    message = refusal(f"--{flag} maybe")
-    assert f"--{flag}" in message
-    assert "'maybe' is neither True/yes/1 nor False/no/0" in message
+    assert refusal(f"--{flag} maybe") == f"--{flag} maybe: must be True, yes, 1, False, no or 0"
 
 
 def test_parse_bool_takes_nothing_else() -> None:
     for word in ("", "2", "t", "on", "None", " true"):
-        with pytest.raises(argparse.ArgumentTypeError, match="neither"):
+        with pytest.raises(ValueError, match="neither"):
             parse_bool(word)
 
 
@@ -81,6 +80,33 @@ def test_defaults_of_a_thin_entry_give_way_to_flags() -> None:
     shown = next(a.help for a in make_parser("", entry)._actions if "--epochs" in a.option_strings)
     assert shown is not None
     assert shown.endswith("(default: 4)")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--count", "eight"], "--count eight: must be a whole number"),
+        (["--count", "it's"], "--count it's: must be a whole number"),
+        (["--count", ""], "--count : must be a whole number"),
+        (["--rate", "fast"], "--rate fast: must be a number"),
+        (["--rate=1,5"], "--rate 1,5: must be a number"),
+        (["--color", "blue"], "--color blue: must be one of red, green"),
+        (["--color", "it's blue"], "--color it's blue: must be one of red, green"),
+        (["--folder", "a"], "--folder: a: not empty"),  # a type that explains itself
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_what_is_allowed(words: list[str], line: str) -> None:
+    def folder(text: str) -> str:
+        raise argparse.ArgumentTypeError(f"{text}: not empty")
+
+    parser = OneLineParser()
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--color", choices=("red", "green"))
+    parser.add_argument("--folder", type=folder)
+    with pytest.raises(UserError) as refused:
+        parser.parse_args(words)
+    assert str(refused.value) == line
 
 
 def test_unknown_flags_and_unfinished_ones() -> None:

@@ -12,8 +12,9 @@ LIBRARY = {"local_dataset_utilities", "local_model_utilities"}
 COMMANDS = {"finetune_lora", "predict", "compare_methods"}
 ABOVE = COMMANDS | LIBRARY | {"benchmarks", "tests"}  # of finetuning/
 # what each may import of the others
-ALLOWED = {
-    **dict.fromkeys(LIBRARY, set()),
+ALLOWED: dict[str, set[str]] = {
+    "local_dataset_utilities": set(),
+    "local_model_utilities": set(),
     "finetune_lora": LIBRARY,
     "predict": LIBRARY,
     "compare_methods": set(),  # it starts finetune_lora.py as a process

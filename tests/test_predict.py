@@ -198,24 +198,24 @@ def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: 
         assert str(tmp_path) in message
         assert words in message
 
-    refused("no finished run")
+    refused("must be a finished run")
     shutil.copy(runs["lora"] / SETTINGS, tmp_path)
-    refused("no finished run")
+    refused("must be a finished run")
     result = json.loads((runs["lora"] / RESULT).read_text())
     for status in ("interrupted", "failed"):
         (tmp_path / RESULT).write_text(json.dumps(result | {"status": status}))
         refused(f"its status is '{status}'")
     for damaged in ("", "[]", "{}", '{"status": "finished"'):
         (tmp_path / RESULT).write_text(damaged)
-        refused("no finished run")
+        refused("must be a finished run")
     (tmp_path / RESULT).write_bytes(b"\xff")
-    refused("no finished run")
+    refused("must be a finished run")
     (tmp_path / RESULT).write_text(json.dumps(result))
     refused(f"{ADAPTER} cannot be read")
     shutil.copy(runs["full"] / TRAINED_WEIGHTS, tmp_path / ADAPTER)
-    refused("does not hold the weights of this run")
-    assert "no finished run: it has no result.json" in refusal(capsys, tmp_path / "nowhere", "--text", "a film")
-    assert "no finished run" in refusal(capsys, tmp_path / RESULT, "--text", "a film")
+    refused("does not contain the weights of this run")
+    assert "must be a finished run, but has no result.json" in refusal(capsys, tmp_path / "nowhere", "--text", "a film")
+    assert "must be a finished run" in refusal(capsys, tmp_path / RESULT, "--text", "a film")
 
 
 def test_texts_that_have_no_label(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,22 +231,22 @@ def test_texts_that_have_no_label(runs: dict[str, Path], tmp_path: Path, capsys:
         assert words in message
         assert str(path) in message
 
-    refused("a.txt", b"", "holds no text")
-    refused("a.txt", b"\n  \n", "holds no text")
+    refused("a.txt", b"", "contains no text")
+    refused("a.txt", b"\n  \n", "contains no text")
     refused("a.txt", "d\u00e9j\u00e0 vu".encode("latin-1"), "is not UTF-8")
-    refused("a.csv", b"text\n", "holds no text")
-    refused("a.json", b'[{"text": "fine"}]', "allowed are a CSV file and a file with one text a line")
-    refused("a.jsonl", b'{"text": "fine"}\n', "allowed are a CSV file and a file with one text a line")
+    refused("a.csv", b"text\n", "contains no text")
+    refused("a.json", b'[{"text": "fine"}]', "must be a CSV file, or a file with one text per line")
+    refused("a.jsonl", b'{"text": "fine"}\n', "must be a CSV file, or a file with one text per line")
     refused("a.csv", b"", "cannot be read: No columns")
-    refused("a.csv", b"review,label\nfine,1\n", "no such column; its header names: review, label")
+    refused("a.csv", b"review,label\nfine,1\n", "which has: review, label")
     refused("a.csv", b"text,label\nfine,1\n", "--text_column review", "--text_column", "review")
     refused("a.csv", b"text,label\nfine,1\n,0\n", "text 2 is empty")
     refused("a.csv", b"label,text\n1,fine\n0\n", "text 2 is empty")
     refused("a.csv", b"text,label\nfine, really,1\n", "more fields than the header (text, label)")
     refused("a.csv", b"text,label\nfine,1\nfine, really,1\n", "more fields than the header (text, label)")
     refused("a.csv", b"text\nd\xe9j\xe0 vu\n", "is not UTF-8")
-    assert f"--file {tmp_path / 'none'} cannot be read" in refusal(capsys, run, "--file", tmp_path / "none")
-    assert f"--file {tmp_path} cannot be read" in refusal(capsys, run, "--file", tmp_path)
+    assert f"--file {tmp_path / 'none'}: cannot be read" in refusal(capsys, run, "--file", tmp_path / "none")
+    assert f"--file {tmp_path}: cannot be read" in refusal(capsys, run, "--file", tmp_path)
 
 
 def test_wrong_flags(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +255,7 @@ def test_wrong_flags(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     assert "did you mean --file?" in refusal(capsys, run, "--files", "a")
     for words in (["--text", "a"], ["--file", tmp_path / "lines.txt"]):
         message = refusal(capsys, run, *words, "--text_column", "review")
-        assert "--text_column review: only a CSV file has columns" in message
+        assert "--text_column review: needs --file FILE.csv, because only a CSV file has columns" in message
     assert "not allowed with" in refusal(capsys, run, "--text", "a", "--file", tmp_path)
     assert "run" in refusal(capsys, "--text", "a")
     assert "--topk" in refusal(capsys, run, "--text", "a", "--topk", 3)
@@ -284,11 +284,11 @@ def test_a_run_of_another_machine_predicts_on_this_one(
 
 
 def test_precision_is_one_that_this_machine_has() -> None:
-    assert for_this_machine(RunConfig.of(precision="bf16", device=3)).hardware.precision == "bf16"
-    assert for_this_machine(RunConfig.of(precision="fp16", accelerator="gpu")).hardware.precision == (
+    assert for_this_machine(RunConfig.from_settings(precision="bf16", device=3)).hardware.precision == "bf16"
+    assert for_this_machine(RunConfig.from_settings(precision="fp16", accelerator="gpu")).hardware.precision == (
         "fp16" if torch.cuda.is_available() else "auto"
     )
-    assert for_this_machine(RunConfig.of(accelerator="cpu")).hardware.accelerator == "cpu"
+    assert for_this_machine(RunConfig.from_settings(accelerator="cpu")).hardware.accelerator == "cpu"
 
 
 def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every command, flag and file that README names is real."""
+"""Every command, flag, file and link that the documents name is real, and every line is short enough to read."""
 
 import re
 import shlex
@@ -10,21 +10,30 @@ import pytest
 from compare_methods import make_parser as make_study_parser
 from finetune_lora import DESCRIPTION
 from finetuning.comparison.plan import read_plan
-from finetuning.comparison.report import make_parser as make_report_parser
 from finetuning.flags import from_flags, make_parser
 from predict import make_parser as make_predict_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "DistilRoberta/README.md", "docs/best_practices.md")
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    "DistilRoberta/README.md",
+)
+SLURM_FLAGS = {"--array", "--dependency", "--gres", "--partition", "--time", "--parsable"}
+WIDEST_LINE = 160  # characters
+MOST_LINES = 200  # of the README
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf8")
 
 
 def commands() -> list[str]:
     """The lines of all shell blocks, without comments."""
     found = []
     for document in DOCUMENTS:
-        text = (ROOT / document).read_text(encoding="utf8")
-        for block in re.findall(r"\n *```bash\n(.*?)```", text, flags=re.DOTALL):
-            found += [line for line in block.splitlines() if line.strip() and not line.startswith("#")]
+        for block in re.findall(r"\n *```bash\n(.*?)```", read(document), flags=re.DOTALL):
+            found += [line.strip() for line in block.splitlines() if line.strip() and not line.strip().startswith("#")]
     return found
 
 
@@ -42,11 +51,13 @@ def test_every_command_parses(command: str) -> None:
         if words[script] == "studies/run_study_array.SBATCH":
             check_study_command(["run", *words[script + 1 :]])
         else:
-            from_flags(words[script + 1 :])
+            from_flags([word.replace("%a", "0") for word in words[script + 1 :]])
     elif words[:2] == ["python", "predict.py"]:
         make_predict_parser().parse_args(words[2:])
     elif words[:2] == ["python", "compare_methods.py"]:
         check_study_command(words[2:])
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), command
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), command
         if words[-1] == "--help":
@@ -58,31 +69,91 @@ def test_every_command_parses(command: str) -> None:
 
 
 def study_help() -> str:
-    """The help of the subcommands that take flags."""
+    """The help of all subcommands."""
     (commands,) = (action.choices for action in make_study_parser()._actions if isinstance(action.choices, dict))
     return "".join(parser.format_help() for parser in commands.values())
 
 
 def check_study_command(words: list[str]) -> None:
-    if words[0] == "report":
-        make_report_parser().parse_args(words[1:])
-    else:
-        assert read_plan(ROOT / make_study_parser().parse_args(words).study).runs
+    options = make_study_parser().parse_args(words)
+    if words[0] != "report":
+        assert read_plan(ROOT / options.study).runs
 
 
-def test_every_flag_that_is_mentioned_exists() -> None:
-    shown = [p.format_help() for p in (make_parser(DESCRIPTION), make_predict_parser(), make_report_parser())]
-    known = set(re.findall(r"--\w+", "".join([*shown, study_help()])))
-    for document in DOCUMENTS:
-        mentioned = set(re.findall(r"`(--\w+)", (ROOT / document).read_text(encoding="utf8")))
-        assert mentioned <= known, document
+def benchmark_flags() -> set[str]:
+    """Flags that the benchmarks' files name, and fields of their classes, which ``benchmarks.measure`` has as flags."""
+    text = "".join(path.read_text(encoding="utf8") for path in sorted((ROOT / "benchmarks").glob("*.py")))
+    return set(re.findall(r"--[a-z_]+", text)) | {f"--{name}" for name in re.findall(r"\n    ([a-z_]+): ", text)}
 
 
-def test_the_tree_is_that_of_the_repository() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf8")
-    (tree,) = re.findall(r"## The house\n.*?```\n(.*?)```", text, flags=re.DOTALL)
-    named = {word for line in tree.splitlines() for word in re.split(r"  +", line)[0].split()}
-    for name in named:
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_flag_that_is_mentioned_exists(document: str) -> None:
+    shown = [make_parser(DESCRIPTION).format_help(), make_predict_parser().format_help(), study_help()]
+    known = set(re.findall(r"--\w+", "".join(shown))) | SLURM_FLAGS
+    text = re.sub(r"```.*?```", "", read(document), flags=re.DOTALL)  # commands have a test of their own
+    for span in re.findall(r"`([^`\n]+)`", text):
+        mentioned = set(re.findall(r"(?<![\w-])--[a-z_]+", span))
+        allowed = known if span.startswith("--") else known | benchmark_flags()
+        assert mentioned <= allowed, span
+
+
+def tree() -> dict[str, bool]:
+    """The names in the README's tree, relative to the root -> whether they are entries of the root."""
+    (block,) = re.findall(r"## The house\n.*?```\n(.*?)```", read("README.md"), flags=re.DOTALL)
+    names: dict[str, bool] = {}
+    folder = ""
+    for line in block.splitlines():
+        words = re.split(r"  +", line.strip())[0].split()
+        inside = line.startswith(" ")
+        if not inside:
+            folder = words[0] if words[0].endswith("/") else ""
+        names |= {(folder if inside else "") + word: not inside for word in words}
+    return names
+
+
+def test_every_name_in_the_tree_exists() -> None:
+    for name in tree():
         assert list(ROOT.glob(name)), name
-    modules = {path.name for path in ROOT.glob("*.py")}
-    assert modules <= named
+
+
+def test_the_tree_names_every_entry_of_the_root() -> None:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("this copy is not a git checkout")
+    entries = {line.split("/")[0] for line in done.stdout.splitlines() if not line.startswith(".")}
+    named = {path.name for name, at_root in tree().items() if at_root for path in ROOT.glob(name)}
+    assert entries <= named
+
+
+def test_the_rooms_are_in_the_tree() -> None:
+    rooms = {f"finetuning/{path.parent.name}/" for path in (ROOT / "finetuning").glob("*/__init__.py")}
+    floor = {f"finetuning/{path.name}" for path in (ROOT / "finetuning").glob("[a-z]*.py")}
+    assert rooms | floor <= set(tree())
+
+
+def anchors(text: str) -> set[str]:
+    """The headings of a page, as GitHub links to them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document: str) -> None:
+    for link in re.findall(r"(?<!!)\[[^]\n]*\]\(([^)\s]+)\)", read(document)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / name if name else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf8")), link
+
+
+def test_the_readme_is_short() -> None:
+    assert len(read("README.md").splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_line_is_too_wide(document: str) -> None:
+    text = read(document)
+    assert [line for line in text.splitlines() if len(line) > WIDEST_LINE] == []

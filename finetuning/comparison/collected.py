@@ -1,7 +1,7 @@
-"""Collected runs: ``results/STUDY/RUN/result.json``, and beside it ``predictions.parquet`` and ``metrics.csv``.
+"""Collected runs: ``results/STUDY/RUN/result.json``, with ``predictions.parquet`` and ``metrics.csv`` next to it.
 
-A run says under ``study`` which row of the table it belongs to, its seed, its place on the study's axes, and whether it
-tuned (``tune``) or counts (``final``). One without that key is a row of its own, named after its folder.
+Under ``study``, a result says to which row of the table the run belongs, its seed, its values on the study's axes, and
+whether it tuned (``tune``) or counts (``final``). A run without this key is a row of its own, named after its folder.
 """
 
 import csv
@@ -22,13 +22,13 @@ from finetuning.errors import UserError
 from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT
 from finetuning.runs.records import NOT_ASKED_FOR, accuracy_interval
 
-MISSING = "missing"  # the status of a run's folder without a result
-OTHER_CONDITIONS = "of another commit, processor, number of threads or torch"
+MISSING = "missing"  # the status of a folder without a result
+OTHER_CONDITIONS = "another commit, processor, number of threads or torch version"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run said of its test texts, in the order of their rows: each array ``(n,)``."""
+    """What a run predicted for its test texts, in the order of their rows; each array is ``(n,)``."""
 
     source: str
     rows: np.ndarray
@@ -37,7 +37,7 @@ class Predictions:
 
     @property
     def test_set(self) -> tuple[str, bytes, bytes]:
-        """Equal for two runs exactly if they were tested on the same rows of one source, with the same labels."""
+        """Equal for two runs if they were tested on the same rows of one source, with the same labels."""
         return self.source, self.rows.tobytes(), self.labels.tobytes()
 
 
@@ -49,7 +49,7 @@ class Run:
     result: dict[str, Any]
 
     def get(self, *keys: str) -> Any:
-        """A value of the result, ``None`` where it or anything above it is missing."""
+        """A value of the result; ``None`` if it, or a key above it, is missing."""
         value: Any = self.result
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -57,60 +57,67 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Its folder's name."""
         return self.folder.name
 
     @property
     def row(self) -> str:
+        """The row of the table that it belongs to."""
         return str(self.get("study", "row") or self.name)
 
     @property
     def tunes(self) -> bool:
+        """Whether it only tuned the learning rate."""
         return self.get("study", "stage") == "tune"
 
     @property
     def seed(self) -> int:
+        """Its seed."""
         seed = self.get("study", "seed")
         return int((self.get("config", "seed") or 0) if seed is None else seed)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the runs of a row share of their configuration."""
+        """The settings that must be equal for all runs of a row."""
         config = self.get("config") or {}
         return {key: value for key, value in config.items() if key not in (*NOT_PART_OF_THE_RUN, "seed", "data_dir")}
 
     @property
     def axes(self) -> dict[str, Any]:
+        """Its values on the axes of the study."""
         return self.get("study", "axes") or {}
 
     @property
     def status(self) -> str:
+        """``finished``, ``failed``, ``interrupted`` or ``missing``."""
         return str(self.get("status") or MISSING)
 
     @property
     def finished(self) -> bool:
+        """Whether it came to its end."""
         return self.status == "finished"
 
     @property
     def cost_obstacle(self) -> str | None:
-        """Why times and memory of this run say nothing beside another's; ``None`` where nothing is known to."""
+        """Why its time and memory cannot be compared with other runs; ``None`` if nothing speaks against it."""
         if self.get("environment", "alone") is not True:
-            return "not known to have been alone on the machine"
+            return "possibly not alone on the machine"
         if self.get("config", "resume"):
-            return "continued after an interruption, of which only the last part was watched"
+            return "continued after an interruption, so only the last part was measured"
         if self.get("environment", "git", "commit") is None:
-            return "of no known commit"
-        return "of files that differed from their commit" if self.get("environment", "git", "modified") else None
+            return "unknown commit"
+        return "code differed from its commit" if self.get("environment", "git", "modified") else None
 
     @property
     def conditions(self) -> str:
-        """What times and memory depend on beside the settings: commit, processor, threads, lacking kernels, torch."""
+        """What time and memory depend on besides the settings: commit, processor, threads, missing kernels, torch."""
         keys = (("git", "commit"), ("cpu",), ("gpus",), ("threads",), ("versions", "torch"))
         kernels = str(self.get("environment", "cpu_kernels") or "")
-        lacking = "" if kernels.startswith(("compiled", NOT_ASKED_FOR)) else kernels  # not to ask is a setting
-        return json.dumps([lacking, *(self.get("environment", *key) for key in keys)])
+        missing = "" if kernels.startswith(("compiled", NOT_ASKED_FOR)) else kernels  # that is a setting
+        return json.dumps([missing, *(self.get("environment", *key) for key in keys)])
 
     def accuracy(self, split: str) -> float | None:
-        """The share of ``split`` that a finished run got right; its texts are counted, so that no float32 shows."""
+        """The share of ``split`` that a finished run got right, as a ratio of whole texts (no float32 rounding)."""
         accuracy, examples = self.get(split, "accuracy"), self.get(split, "examples")
         if not self.finished or accuracy is None:
             return None
@@ -118,7 +125,7 @@ class Run:
 
     @property
     def monitor(self) -> str:
-        """The metric that chose its checkpoint, and of runs that tune the learning rate."""
+        """The metric that chose its checkpoint. If it tuned, the metric also chose the learning rate."""
         return str(self.get("config", "monitor") or "accuracy")
 
     @property
@@ -130,10 +137,10 @@ class Run:
 
     @cached_property
     def predictions(self) -> Predictions | None:
-        """The test predictions; ``None`` where none were kept.
+        """The test predictions; ``None`` if they were not kept.
 
         Raises:
-            UserError: the file is not what its name says, or of another run.
+            UserError: the file has other content, or belongs to another run.
         """
         import pandas as pd
 
@@ -142,19 +149,21 @@ class Run:
             return None
         try:
             frame = pd.read_parquet(path, columns=["row", "label", "predicted"]).sort_values("row")
-        except (OSError, ValueError) as error:  # pyarrow's errors are these too
+        except (OSError, ValueError) as error:  # includes pyarrow's errors
             raise UserError(f"{path} cannot be read (columns row, label, predicted): {error}") from None
         rows, labels = frame["row"].to_numpy(np.int64), frame["label"].to_numpy(np.int64)
         correct = labels == frame["predicted"].to_numpy(np.int64)
         accuracy = self.accuracy("test")
         if len(np.unique(rows)) != len(rows) or not len(rows):
-            raise UserError(f"{path}: its column row must name every test text once")
+            raise UserError(f"{path}: column row must name every test text once")
         if accuracy is not None and abs(correct.mean() - accuracy) > 0.5 / len(rows):
-            raise UserError(f"{path} has an accuracy of {correct.mean():.4%}, {RESULT} beside it {accuracy:.4%}")
+            raise UserError(
+                f"{path} has an accuracy of {correct.mean():.4%}, but {RESULT} next to it says {accuracy:.4%}"
+            )
         return Predictions(str(self.get("data", "source")), rows, labels, correct)
 
     def history(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv`` without their empty cells; none where there is no such file."""
+        """The rows of ``metrics.csv`` without their empty cells; no rows if there is no such file."""
         path = self.folder / METRICS
         if not path.is_file():
             return []
@@ -162,27 +171,29 @@ class Run:
             try:
                 return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
             except (TypeError, ValueError) as error:
-                raise UserError(f"{path} holds what is not a number: {error}") from None
+                raise UserError(f"{path} must hold only numbers: {error}") from None
 
 
 @dataclass(frozen=True)
 class Row:
-    """The final runs of one row of a table, over seeds."""
+    """The final runs of one row of a table, one for each seed."""
 
     name: str
     runs: tuple[Run, ...]
 
     @property
     def finished(self) -> list[Run]:
+        """The runs that came to their end."""
         return [run for run in self.runs if run.finished]
 
     @property
     def tested(self) -> list[Run]:
+        """The runs with a test accuracy."""
         return [run for run in self.runs if run.accuracy("test") is not None]
 
     @property
     def status(self) -> str:
-        """``finished``, or what became of its runs: ``2 finished, 1 failed``; one that was only tuned has none."""
+        """``finished``, or how its runs ended: ``2 finished, 1 failed``; ``only tuned`` without final runs."""
         statuses = [run.status for run in self.runs]
         kinds = sorted(set(statuses), key=lambda status: (status != "finished", status))
         if not kinds:
@@ -190,11 +201,12 @@ class Row:
         return kinds[0] if len(kinds) == 1 else ", ".join(f"{statuses.count(kind)} {kind}" for kind in kinds)
 
     def accuracies(self, split: str = "test") -> list[float]:
+        """The accuracy of each run that has one."""
         return [value for run in self.runs if (value := run.accuracy(split)) is not None]
 
     @property
     def interval(self) -> tuple[float | None, float | None]:
-        """The 95 % interval of a single run's test accuracy; of several runs the deviation says more."""
+        """The 95 % interval of the test accuracy, for a row with one run; several runs have a deviation instead."""
         if len(self.tested) != 1:
             return None, None
         given, examples = (self.tested[0].get("test", key) for key in ("accuracy_ci95", "examples"))
@@ -204,12 +216,12 @@ class Row:
         return low, high
 
     def common(self, *keys: str) -> Any:
-        """A value that all finished runs share, e.g. the number of test texts; ``None`` where they differ."""
+        """A value that all finished runs share, for example the number of test texts; ``None`` if they differ."""
         values = {run.get(*keys) for run in self.finished}
         return values.pop() if len(values) == 1 else None
 
     def mean(self, *keys: str) -> float | None:
-        """Of a measurement, over the finished runs; ``None`` where one of them lacks it."""
+        """The mean of a measurement over the finished runs; ``None`` if one of them lacks it."""
         values = [run.get(*keys) for run in self.finished]
         return fmean(values) if values and None not in values else None
 
@@ -221,17 +233,17 @@ class Study:
     name: str
     question: str
     runs: tuple[Run, ...]
-    planned: tuple[str, ...] = ()  # names of the final runs; empty where the collector did not say
+    planned: tuple[str, ...] = ()  # names of the final runs; empty if unknown
 
     @property
     def missing(self) -> list[str]:
-        """Final runs that the study plans, and of which nothing was collected."""
+        """Names of planned final runs that were not collected."""
         collected = {run.name for run in self.runs}
         return [name for name in self.planned if name not in collected]
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The best first, by test accuracy, then those that have none by validation; without scores last."""
+        """The rows, best test accuracy first; then by validation accuracy; rows without scores come last."""
         names = dict.fromkeys(run.row for run in self.runs)
         rows = [Row(name, tuple(r for r in self.final if r.row == name)) for name in names]
 
@@ -243,25 +255,27 @@ class Study:
 
     @property
     def final(self) -> list[Run]:
+        """The runs that count."""
         return [run for run in self.runs if not run.tunes]
 
     @property
     def tuning(self) -> list[Run]:
+        """The runs that only tuned the learning rate."""
         return [run for run in self.runs if run.tunes]
 
     def measured(self, row: Row) -> Row:
-        """The row with those runs alone whose times and memory can stand beside the other rows'."""
-        return Row(row.name, tuple(run for run in row.runs if run.name in self._side_by_side))
+        """The row, with only the runs whose time and memory can be compared with other rows."""
+        return Row(row.name, tuple(run for run in row.runs if run.name in self._comparable))
 
     @cached_property
     def cost_obstacles(self) -> dict[str, int]:
-        """Why times and memory of finished runs cannot stand beside the others', and of how many."""
-        others = [run for run in self.final if run.finished and run.name not in self._side_by_side]
+        """Why time and memory of finished runs cannot be compared, and of how many runs."""
+        others = [run for run in self.final if run.finished and run.name not in self._comparable]
         return dict(Counter(run.cost_obstacle or OTHER_CONDITIONS for run in others))
 
     @cached_property
-    def _side_by_side(self) -> frozenset[str]:
-        """The names of the runs measured under the same conditions; of several conditions those of most rows."""
+    def _comparable(self) -> frozenset[str]:
+        """Names of the runs that were measured under the same conditions: the conditions that most rows have."""
         groups: dict[str, list[Run]] = {}
         for run in self.final:
             if run.finished and run.cost_obstacle is None:
@@ -270,7 +284,7 @@ class Study:
         return frozenset(run.name for run in most)
 
 
-def studies(results: Path) -> list[str]:
+def study_names(results: Path) -> list[str]:
     """The names of all studies that have a run."""
     if not results.is_dir():
         return []
@@ -285,7 +299,7 @@ def read_study(study: str, results: Path) -> Study:
     """All runs of a study.
 
     Raises:
-        UserError: a result that cannot be read, or finished runs of one row that do not differ in their seeds alone.
+        UserError: a result cannot be read, or finished runs of one row differ in more than their seed.
     """
     runs = tuple(Run(folder, _read_json(folder / RESULT)) for folder in _run_folders(results / study))
     _check_rows(runs)
@@ -307,17 +321,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_rows(runs: Iterable[Run]) -> None:
-    """Twice the same seed would pass for two, and another setting for a seed."""
+    """The same seed twice would count as two runs, and another setting would look like another seed."""
     seen: dict[str, dict[int, Run]] = {}
     for run in runs:
         if not run.finished or run.tunes:
             continue
         seeds = seen.setdefault(run.row, {})
         for seed, earlier in seeds.items():
-            where = f"{earlier.folder} and {run.folder} are both"
+            both = f"{earlier.folder} and {run.folder}"
             if seed == run.seed:
-                raise UserError(f"{where} seed {run.seed} of row {run.row}")
+                raise UserError(f"{both} are both seed {run.seed} of row {run.row}: remove one")
             for key, value in run.settings.items():
-                if value != earlier.settings.get(key, value):  # an older version may not have had it
-                    raise UserError(f"{where} of row {run.row}, and differ in --{key}: remove the outdated one")
+                if value != earlier.settings.get(key, value):  # an older version may lack it
+                    raise UserError(f"{both} are both row {run.row} but differ in --{key}: remove the outdated one")
         seeds[run.seed] = run

@@ -1,4 +1,7 @@
-"""Names beside what they name: labels in a plot that do not cover each other, points or lines."""
+"""Labels in a plot that do not cover each other, points or lines.
+
+The libraries adjustText and textalloc were tried. In crowded plots they put names next to the wrong points.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -8,16 +11,16 @@ from typing import Any
 import numpy as np
 
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-NEAR = len(DIRECTIONS)  # places of the nearest ring, from which no line leads to the point
+NEAR = len(DIRECTIONS)  # number of places so near to the point that a label needs no line
 LINE = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-CROWD = 15  # of more labels than this, those that would need a line to their point are left out
-REACH_POINTS = (7, 14, 24, 36, 50)  # how far from its point a label may stand, in points of 1/72 inch
+CROWD = 15  # with more labels than this, a label that would need a line is left out
+REACH_POINTS = (7, 14, 24, 36, 50)  # possible distances of a label from its point, in points of 1/72 inch
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Label:
-    """A text for the point ``(x, y)`` in data coordinates; one that is needed stands even where there is no room."""
+    """A text for the point ``(x, y)`` in data coordinates. A label that is needed is drawn even without space."""
 
     x: float
     y: float
@@ -33,15 +36,15 @@ def place_labels(
     dots: Points = (),
     size: float = 9,
 ) -> None:
-    """Puts each label at the nearest place around its point that is free, the first labels first.
+    """Puts each label at the nearest free place around its point, in the order of the labels.
 
-    Call it last: the layout of the figure is fixed here.
+    Call it last, because it fixes the layout of the figure.
 
     Args:
         axis: a matplotlib axis whose limits are set.
-        labels: one that finds no place is left out unless it is needed; in a crowd the place must be near.
-        lines: polylines in data coordinates that no label may cover, nor their corners.
-        dots: points in data coordinates that no label may cover, nor be nearest to without a line to its own.
+        labels: a label without a free place is left out, unless it is needed. With many labels, only near places count.
+        lines: polylines in data coordinates that no label may cover.
+        dots: points in data coordinates that no label may cover. A label without a line must be nearest to its own.
         size: of the font, in points of 1/72 inch.
     """
     figure = axis.figure
@@ -73,13 +76,13 @@ def place_labels(
             continue
         chosen = free[0] if free else 0
         text.xyann = boxes[chosen][0] - anchor
-        if chosen < NEAR:  # so near that a line would only be in the way
+        if chosen < NEAR:  # a line would only be in the way
             text.arrow_patch.set_visible(False)
         taken.append(boxes[chosen])
 
 
 def _along(corners: np.ndarray, distance: float) -> np.ndarray:
-    """Points on a polyline, ``(n, 2)``, at most ``distance`` apart."""
+    """Points on a polyline, at most ``distance`` apart: ``(n, 2)``."""
     pieces = [corners[:1]]
     for start, end in itertools.pairwise(corners):
         count = int(np.hypot(*(end - start)) // distance) + 1
@@ -88,7 +91,7 @@ def _along(corners: np.ndarray, distance: float) -> np.ndarray:
 
 
 def _places(anchor: np.ndarray, width: float, height: float, pixels: float) -> Iterator[np.ndarray]:
-    """Boxes around a point, the nearest first: each ``(2, 2)``, lower left and upper right corner in pixels."""
+    """Boxes around a point, nearest first. Each is ``(2, 2)``: lower left and upper right corner, in pixels."""
     for reach in REACH_POINTS:
         for right, up in DIRECTIONS:
             distance = reach * pixels * (0.7 if right and up else 1)
@@ -114,7 +117,7 @@ def _is_nearest(anchor: np.ndarray, box: np.ndarray, dots: np.ndarray) -> bool:
 
 
 def label_ends(axis: Any, labels: Sequence[Label], size: float = 9) -> None:
-    """Names curves in a column right of the axis, in the order of their ends, a thin line leading to each."""
+    """Names curves in a column to the right of the axis, in the order of their ends; a thin line leads to each."""
     axis.figure.canvas.draw()  # the axis takes its height
     gap = 1.25 * size / 72 * axis.figure.dpi / axis.get_window_extent().height
     ends = axis.transAxes.inverted().transform(axis.transData.transform([(label.x, label.y) for label in labels]))

@@ -1,4 +1,4 @@
-"""Every pair of a study's rows, compared on the same test texts."""
+"""Compares every pair of a study's rows on the same test texts, and says which row is best and how sure that is."""
 
 import itertools
 import statistics
@@ -22,26 +22,28 @@ from finetuning.comparison.statistics import (
 )
 from finetuning.errors import UserError
 
-SHOWN = 120  # pairs in a table; 16 rows have as many
-UNEVEN = 0.9, 0.01  # a row with so much of the squares, and such a deviation, has the spread for itself
+SHOWN = 120  # largest number of pairs in a table: 16 rows have 120
+UNEVEN = 0.9, 0.01  # share of the squares, standard deviation: above both, the spread comes from one row
+NOT_SIGNIFICANT = "no significant difference"
 READING = (
-    "p: a bootstrap over test texts, widened by the spread over seeds that the rows share (a single run has one, too)."
-    " Where no row has a second seed, McNemar's exact test, which says whether two runs differ and nothing of other"
-    " seeds. Corrected by Holm's method over all pairs of the table, the intervals are not; not distinguishable: a"
-    f" corrected p of {LEVEL} or more, which is no proof that two rows are equal."
+    "p is from a bootstrap over test texts, widened by the spread over seeds. All rows share one spread, so it also"
+    " applies to rows with a single seed. If no row has a second seed, p is from McNemar's exact test, which compares"
+    " these two runs only and says nothing about other seeds. The p values are corrected by Holm's method for the"
+    f" number of pairs; the intervals are not. No significant difference: the corrected p is {LEVEL} or more. This does"
+    " not prove that two rows are equal."
 )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two rows of a table, on the same test texts.
+    """Two rows of a table, compared on the same test texts.
 
     Attributes:
-        first: a row's name.
-        second: another's.
+        first: the name of a row.
+        second: the name of another row.
         difference: the first minus the second, with the p value of ``test``.
-        corrected_p: after Holm's correction over the table.
-        test: what the p value is of.
+        corrected_p: the p value after Holm's correction over the table.
+        test: which test the p value is from.
     """
 
     first: str
@@ -52,30 +54,31 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
+        """Which row is better, if the difference is significant."""
         if self.corrected_p >= LEVEL:
-            return "not distinguishable"
+            return NOT_SIGNIFICANT
         return f"{self.first if self.difference.mean > 0 else self.second} is better"
 
 
 def compare(
     first: Sequence[Predictions], second: Sequence[Predictions], spread: SeedSpread | None, resamples: int
 ) -> tuple[Difference, str]:
-    """The difference between two methods, and the test that its p value is of.
+    """The difference between two methods, and the name of the test that its p value is from.
 
-    That is McNemar's between two single runs where nothing is known of the spread over seeds; the interval is always
-    the bootstrap's.
+    Two single runs are compared by McNemar's test if the spread over seeds is unknown. The interval is always from the
+    bootstrap.
 
     Args:
-        first: of one method, a run a seed.
-        second: of the other one.
-        spread: over seeds, of all methods with these test texts; ``None`` where none has a second seed.
-        resamples: of the bootstrap that gives a p value.
+        first: predictions of one method, one entry for each seed.
+        second: predictions of the other method.
+        spread: the spread over seeds of all methods with these test texts; ``None`` if no method has a second seed.
+        resamples: number of draws of the bootstrap.
 
     Raises:
         UserError: the runs were tested on different texts.
     """
     if len({predictions.test_set for predictions in (*first, *second)}) > 1:
-        raise UserError("runs that were tested on different texts cannot be compared: give runs of one test split")
+        raise UserError("cannot compare runs that were tested on different texts: give runs with the same test split")
     a, b = (np.stack([predictions.correct for predictions in runs]) for runs in (first, second))
     if spread is None and len(a) == len(b) == 1:
         return replace(bootstrap_difference(a, b), p=mcnemar(a[0], b[0])), "McNemar"
@@ -83,7 +86,7 @@ def compare(
 
 
 def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
-    """Every pair of rows whose test predictions were kept, Holm's correction over all; and notes on the others."""
+    """Compares every pair of rows whose test predictions were kept, and gives notes about the other rows."""
     predictions = {row.name: [run.predictions for run in row.tested] for row in study.rows if row.tested}
     kept = {name: [p for p in runs if p is not None] for name, runs in predictions.items()}
     without = [name for name, runs in kept.items() if len(runs) < len(predictions[name])]
@@ -104,23 +107,23 @@ def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
     ]
     notes = []
     if without and len(predictions) > 1:
-        notes.append(f"Not compared with others, for the test predictions were not kept: {', '.join(without)}.")
+        notes.append(f"Not compared, because the test predictions were not kept: {', '.join(without)}.")
     if mixed:
-        notes.append(f"Not compared with others, for each seed has a test split of its own: {', '.join(mixed)}.")
+        notes.append(f"Not compared, because each seed has its own test split: {', '.join(mixed)}.")
     uneven = [_with_most_spread({name: accuracies[name] for name in names}) for names in groups.values()]
     notes += [
-        f"Nearly all of the spread over seeds is that of {name}, and makes all other rows harder to tell apart."
+        f"Nearly all of the spread over seeds comes from {name}. It makes all other rows harder to tell apart."
         for name in uneven
         if name
     ]
     if len(groups) > 1:
         shown = "; ".join(", ".join(names) for names in groups.values())
-        notes.append(f"Compared only within each group, for the test texts differ between them: {shown}.")
+        notes.append(f"Only rows with the same test texts are compared. The groups are: {shown}.")
     return comparisons, notes
 
 
 def _with_most_spread(accuracies: dict[str, list[float]]) -> str | None:
-    """The row, of three at least, whose seeds lie so far apart that the spread which all share is its own."""
+    """The row from which nearly all of the spread over seeds comes; ``None`` with fewer than three rows."""
     spread = {name: squares(a) for name, a in accuracies.items() if len(a) > 1}
     if len(spread) < 3:
         return None
@@ -131,24 +134,61 @@ def _with_most_spread(accuracies: dict[str, list[float]]) -> str | None:
 
 
 def worth_showing(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """All of them, or where that would be an endless table those with a highest row."""
+    """All comparisons; if there are too many for a table, only the ones with a best row."""
     highest = _highest(comparisons)
     return [c for c in comparisons if len(comparisons) <= SHOWN or c.first in highest]
 
 
 def _highest(comparisons: Sequence[Comparison]) -> list[str]:
-    """The highest row, or that of each group of rows with test texts of its own; comparisons name the higher first."""
+    """The best row of each group of rows with the same test texts. The first row of a comparison is the better one."""
     lower = {c.second for c in comparisons}
     return list(dict.fromkeys(c.first for c in comparisons if c.first not in lower))
 
 
-def headlines(comparisons: Sequence[Comparison]) -> list[str]:
-    """What the comparisons say of the highest row, or of the highest of each group with test texts of its own."""
-    sentences = []
+@dataclass(frozen=True)
+class Answer:
+    """The best row of a study, or of a group of its rows with the same test texts.
+
+    Attributes:
+        best: the row's name.
+        accuracy: its test accuracy as a fraction, mean over seeds.
+        equal: rows that do not differ significantly from it.
+        worse: rows that are significantly worse.
+        uncompared: whether the study has other tested rows, with which no row could be compared.
+    """
+
+    best: str
+    accuracy: float
+    equal: tuple[str, ...]
+    worse: tuple[str, ...]
+    uncompared: bool = False
+
+    def certainty(self, most: int | None = None) -> str:
+        """How sure it is that this row is the best; ``most`` limits how many names are listed."""
+        if self.equal:
+            shown = list(self.equal[:most])
+            rest = len(self.equal) - len(shown)
+            return f"{NOT_SIGNIFICANT}: {', '.join(shown)}" + (f" and {rest} more" if rest else "")
+        others = self.worse[0] if len(self.worse) == 1 else f"all {len(self.worse)} others"
+        return f"significantly better than {others}"
+
+    @property
+    def sentence(self) -> str:
+        """The answer as text."""
+        certainty = self.certainty()
+        best = f"Best of the {1 + len(self.equal) + len(self.worse)} compared rows" if self.uncompared else "Best"
+        return f"{best}: {self.best} ({100 * self.accuracy:.2f} %). {certainty[0].upper()}{certainty[1:]}."
+
+
+def answers(study: Study, comparisons: Sequence[Comparison]) -> list[Answer]:
+    """The best row, or the best one of each group of rows with the same test texts."""
+    accuracies = {row.name: row.accuracies() for row in study.rows}
+    compared = {name for c in comparisons for name in (c.first, c.second)}
+    uncompared = any(row.tested and row.name not in compared for row in study.rows)
+    found = []
     for best in _highest(comparisons):
         own = [c for c in comparisons if c.first == best]
-        equal = [c.second for c in own if c.corrected_p >= LEVEL]
-        others = own[0].second if len(own) == 1 else f"each of the {len(own)} others"
-        said = f"Not distinguishable from it: {', '.join(equal)}." if equal else f"Distinguishable from {others}."
-        sentences.append(f"Highest of the {len(own) + 1} compared: {best}. {said}")
-    return sentences
+        equal = tuple(c.second for c in own if c.corrected_p >= LEVEL)
+        worse = tuple(c.second for c in own if c.corrected_p < LEVEL)
+        found.append(Answer(best, statistics.fmean(accuracies[best]), equal, worse, uncompared))
+    return found

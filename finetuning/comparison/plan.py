@@ -1,29 +1,30 @@
-"""A study: one TOML file -> the list of its runs, every one checked; no torch.
+"""A study: one TOML file -> the list of its runs, each one checked. Nothing here imports torch.
 
 .. code-block:: toml
 
-    question = "what the study asks"      # needed
+    question = "what the study asks"      # required
     [defaults]                            # flags of finetune_lora.py, for every run
-    [axes]                                # a list each: the grid of all combinations
+    [axes]                                # lists of values: the study runs all combinations
     seed = [0, 1, 2]
-    [sample]                              # instead of the whole grid: so many of its cells, drawn with a seed
+    [sample]                              # run only some of the combinations, drawn at random with a seed
     count = 20
     seed = 0
-    [[rows]]                              # what is compared, by name, with flags of its own
+    [[rows]]                              # what is compared: a name, and flags for this row only
     name = "lora"
     axes = { seed = [0] }                 # replaces axes of the same name; a plain flag narrows an axis to one value
-    tune = { learning_rate = [1e-3] }     # tried on validation first; as many values in every row
-    reported = 89.71                      # %, what others have reported for it: a column of its own in the table
-    [tuning]                              # what differs in the runs that tune: less data, fewer epochs
+    tune = { learning_rate = [1e-3] }     # tried on validation first; every row needs the same number of values
+    reported = 89.71                      # accuracy in % that others reported; shown in a column of its own
+    [tuning]                              # flags of the runs that tune, for example less data or fewer epochs
 
-A *row* is what the report compares: all its runs differ in the seed alone. Axes other than the seed make one row of
-each cell of the grid. ``data_dir`` is a folder below the one that ``compare_methods.py --data_dir`` names, for the
-places of data differ from machine to machine.
+A *row* is what the report compares: its runs differ only in their seed. Axes other than the seed make one row of each
+combination. ``data_dir`` is a folder inside the one that ``compare_methods.py --data_dir`` names, because data is
+somewhere else on each machine.
 """
 
 import itertools
 import random
 import re
+import shlex
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,8 +35,9 @@ from finetuning.flags import from_flags
 from finetuning.settings import FLAGS
 
 TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
-OF_A_ROW = ("name", "axes", "tune", "reported")  # what else than flags a row may hold
-MANAGED = ("output_dir", "resume", "overwrite", "prefetch", "verbose")  # the study's own business
+KEYS_OF_A_ROW = ("name", "axes", "tune", "reported")  # what a row may hold besides flags
+MANAGED = ("output_dir", "resume", "overwrite", "prefetch", "verbose")  # the study sets these itself
+NOT_SHOWN = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # they depend on the machine
 RATE = "learning_rate"
 STAGES = ("tune", "final", "all")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
@@ -47,11 +49,11 @@ class PlannedRun:
 
     Attributes:
         name: the run's directory, unique in the study.
-        row: what the report compares; equal for runs that differ in the seed alone.
+        row: what the report compares; runs that differ only in their seed have the same row.
         stage: ``tune`` or ``final``.
         settings: flags of ``finetune_lora.py``, as the TOML gives them; ``data_dir`` is relative.
-        axes: what tells this run from others of its study, the seed apart.
-        tuned_by: names of the runs whose best learning rate this one takes; empty where it has its own.
+        axes: its values on the axes of the study, without the seed.
+        tuned_by: names of the runs that tune its learning rate; empty if it has a rate of its own.
         reported: test accuracy in % that others have reported for the row.
     """
 
@@ -72,7 +74,7 @@ class PlannedRun:
         return replace(self, settings={**self.settings, RATE: rate})
 
     def flags(self, data_dir: Path | None = None) -> list[str]:
-        """The run as words of a command line, data below ``data_dir`` where one is given."""
+        """The run as words of a command line; its data is inside ``data_dir`` if one is given."""
         settings = dict(self.settings)
         below = settings.pop("data_dir", None)
         packaged = settings.get("offline") and settings.get("dataset", "imdb") == "imdb" and below is None
@@ -81,33 +83,50 @@ class PlannedRun:
         return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-Cell = tuple[list[PlannedRun], list[PlannedRun]]  # the runs that tune, and the final ones, of one cell of the grid
+Cell = tuple[list[PlannedRun], list[PlannedRun]]  # one combination of the axes: runs that tune, final runs
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A study's name, its question, and its runs: those that tune first, then seed by seed."""
+    """A study's name, its question, and its runs: first the ones that tune, then all others seed by seed."""
 
     name: str
     question: str
     runs: tuple[PlannedRun, ...]
 
     def stage(self, stage: str) -> list[PlannedRun]:
+        """The runs that tune, the final ones, or all of them."""
         return [run for run in self.runs if stage in ("all", run.stage)]
 
     def find(self, name: str) -> PlannedRun:
+        """The run of this name."""
         return next(run for run in self.runs if run.name == name)
+
+
+def shown_command(command: str) -> str:
+    """A command without the paths of one machine; the value of ``--data_dir`` becomes ``PATH``."""
+    words, kept = shlex.split(command), []
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag not in NOT_SHOWN:
+            kept.append(shlex.quote(word))
+            continue
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        kept += [flag, "PATH"] if flag == "--data_dir" and value else []
+    return " ".join(kept)
 
 
 def read_plan(path: Path) -> StudyPlan:
     """The study in a TOML file.
 
     Raises:
-        UserError: the file cannot be read, or a key or value is not allowed; the line names file, row and key.
+        UserError: the file cannot be read, or a key or value is not allowed. The message names file, row and key.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:  # of which TOMLDecodeError and UnicodeDecodeError are two
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     try:
         return _plan(path.stem, content)
@@ -116,34 +135,35 @@ def read_plan(path: Path) -> StudyPlan:
 
 
 def _plan(name: str, content: dict[str, Any]) -> StudyPlan:
-    _only(content, TABLES, "")
+    _check_keys(content, TABLES, "")
     question = content.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise UserError("question: must say, in words, what the study asks")
+        raise UserError("question: must be a text that says what the study asks")
     for table in ("defaults", "axes", "sample", "tuning"):
         if not isinstance(content.get(table, {}), dict):
             raise UserError(f"{table}: must be a table, [{table}]")
     rows = content.get("rows", [{}])
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError("rows: must be tables, [[rows]], one at least")
+        raise UserError("rows: must be tables, [[rows]], at least one")
     _check_rows(content, rows)
     _check_tuning(content, rows)
     cells = _sampled([cell for row in rows for cell in _expand(content, row)], content.get("sample"))
     tuning = [run for tune, _ in cells for run in tune]
-    rounds = itertools.zip_longest(*(final for _, final in cells))  # all first seeds before any second one: what is
-    runs = (*tuning, *(run for each in rounds for run in each if run is not None))  # there stays comparable
+    # the first seed of every row comes before any second seed, so that a study that is stopped early can be compared
+    rounds = itertools.zip_longest(*(final for _, final in cells))
+    runs = (*tuning, *(run for each in rounds for run in each if run is not None))
     _check_runs(runs)
     return StudyPlan(name, question.strip(), runs)
 
 
 def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
-    """The cells of one ``[[rows]]``: its grid, the seed apart."""
+    """All combinations of the axes of one ``[[rows]]``, without the seed."""
     where = f"row {row['name']}: " if "name" in row else ""
     settings, axes = _settings_and_axes(content, row, where)
     seeds = axes.pop("seed", [settings.get("seed", 0)])
     rates = row.get("tune", {}).get(RATE, [])
     if rates and any(len(values) > 1 for values in axes.values()):
-        raise UserError(f"{where}tune: cannot go with axes other than seed: make a row of each combination")
+        raise UserError(f"{where}tune: not allowed with axes other than seed: make a row of each combination")
     cells = []
     for values in itertools.product(*axes.values()):
         cell = dict(zip(axes, values, strict=True))
@@ -164,7 +184,7 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
 
 
 def _part(key: str, value: Any) -> str:
-    """An axis and its value as part of a file's name, e.g. ``lora_r8``, ``precision-bf16``."""
+    """An axis and its value as part of a file name, for example ``lora_r8`` or ``precision-bf16``."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     text = f"{key}{value:g}" if number else f"{key}-{value}"
     return re.sub(r"[^A-Za-z0-9_.+=-]+", "_", text)
@@ -173,36 +193,36 @@ def _part(key: str, value: Any) -> str:
 def _settings_and_axes(
     content: dict[str, Any], row: dict[str, Any], where: str
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Flags and axes of a row: its own before those of the study, the last word for a name counts."""
-    own = {key: value for key, value in row.items() if key not in OF_A_ROW}
+    """Flags and axes of a row; what the row says overrides what the study says."""
+    own = {key: value for key, value in row.items() if key not in KEYS_OF_A_ROW}
     row_axes = row.get("axes", {})
     axes = {k: v for k, v in (content.get("axes", {}) | row_axes).items() if k in row_axes or k not in own}
     twice = sorted(set(own) & set(row_axes))
     if twice:
-        raise UserError(f"{where}{twice[0]}: is given as a flag and as an axis")
+        raise UserError(f"{where}{twice[0]}: given as a flag and as an axis")
     parts = [("[defaults] ", content.get("defaults", {})), ("[tuning] ", content.get("tuning", {}))]
     for place, keys in [*parts, (where, own), (f"{where}axes: ", axes)]:
         for key in keys:
             if key not in FLAGS:
                 raise UserError(f"{place}{key}: finetune_lora.py has no flag of this name")
             if key in MANAGED:
-                raise UserError(f"{place}{key}: is set by the study itself")
+                raise UserError(f"{place}{key}: not allowed, the study sets it itself")
     for key, values in axes.items():
         if not isinstance(values, list) or not values or len({str(value) for value in values}) < len(values):
-            raise UserError(f"{where}axes: {key}: must be a list of different values, one at least")
+            raise UserError(f"{where}axes: {key}: must be a list of different values, at least one")
     return content.get("defaults", {}) | own, axes
 
 
 def _sampled(cells: list[Cell], sample: dict[str, Any] | None) -> list[Cell]:
-    """A seeded random sample of the grid's cells, in their order; all of them where none is asked for."""
+    """Some combinations, drawn at random with a seed, in their order; all of them if ``sample`` is ``None``."""
     if sample is None:
         return cells
-    _only(sample, ("count", "seed"), "[sample] ")
+    _check_keys(sample, ("count", "seed"), "[sample] ")
     count, seed = sample.get("count"), sample.get("seed", 0)
     if not isinstance(count, int) or not 1 <= count <= len(cells):
-        raise UserError(f"[sample] count: is {count}, must be a number from 1 to {len(cells)}, the cells of the grid")
+        raise UserError(f"[sample] count {count}: must be from 1 to {len(cells)}, the number of combinations")
     if not isinstance(seed, int):
-        raise UserError(f"[sample] seed: is {seed}, must be a whole number")
+        raise UserError(f"[sample] seed {seed}: must be a whole number")
     return [cells[i] for i in sorted(random.Random(seed).sample(range(len(cells)), count))]
 
 
@@ -210,28 +230,28 @@ def _sampled(cells: list[Cell], sample: dict[str, Any] | None) -> list[Cell]:
 # checks
 
 
-def _only(table: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
+def _check_keys(table: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
     unknown = [key for key in table if key not in allowed]
     if unknown:
-        raise UserError(f"{where}{unknown[0]}: is no key of a study, allowed are {', '.join(allowed)}")
+        raise UserError(f"{where}{unknown[0]}: unknown key, allowed are {', '.join(allowed)}")
 
 
 def _check_rows(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     for number, row in enumerate(rows, start=1):
         name = row.get("name", "" if "rows" in content else "run")
         if not isinstance(name, str) or not NAME.fullmatch(name) or name.startswith("tune-"):
-            rule = "letters, digits and _ . + = - (and not tune- at its beginning)"
-            raise UserError(f"row {number}: name: is {name!r}, must be a file's name of {rule}")
+            rule = "must consist of letters, digits and _ . + = -, and must not begin with tune-"
+            raise UserError(f"row {number}: name {name!r}: {rule}")
         for table in ("axes", "tune"):
             if not isinstance(row.get(table, {}), dict):
                 raise UserError(f"row {name}: {table}: must be a table of lists")
         reported = row.get("reported", 0)
         if isinstance(reported, bool) or not isinstance(reported, int | float) or not 0 <= reported <= 100:
-            raise UserError(f"row {name}: reported: is {reported!r}, must be an accuracy in %, from 0 to 100")
+            raise UserError(f"row {name}: reported {reported!r}: must be an accuracy in %, from 0 to 100")
 
 
 def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """The same number of learning rates for each row: what may try more often wins more often."""
+    """Every row must try the same number of learning rates, because more tries alone give a better score."""
     for row in rows:
         if "tune" not in row:
             continue
@@ -242,22 +262,22 @@ def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
             raise UserError(f"{where}{RATE}: must be numbers")
         places = (row, row.get("axes", {}), content.get("axes", {}), content.get("defaults", {}))
         if any(RATE in place for place in places):
-            raise UserError(f"{where}{RATE}: is given as well")
+            raise UserError(f"{where}{RATE}: must not be given as well")
     budgets = {row.get("name", ""): len(row.get("tune", {}).get(RATE, [])) for row in rows}
     if len(set(budgets.values())) > 1:
         shown = ", ".join(f"{name} {count}" for name, count in budgets.items())
-        raise UserError(f"tune: the same budget for all, but the numbers of learning rates are: {shown}")
+        raise UserError(f"tune: every row needs the same number of learning rates, but they have: {shown}")
     tuning = content.get("tuning", {})
     if tuning and not any(budgets.values()):
-        raise UserError(f"[tuning] no row has anything to tune, give each tune = {{ {RATE} = [...] }}")
+        raise UserError(f"[tuning] no row has anything to tune: give each row tune = {{ {RATE} = [...] }}")
     if tuning.get("test", False) is not False:
-        raise UserError("[tuning] test: must be false, for learning rates are chosen on validation")
+        raise UserError("[tuning] test: must be false, because learning rates are chosen on validation")
     if RATE in tuning:
-        raise UserError(f"[tuning] {RATE}: is what is tuned, give it to the rows")
+        raise UserError(f"[tuning] {RATE}: not allowed, because it is what is tuned: give it to the rows")
 
 
 def _check_runs(runs: tuple[PlannedRun, ...]) -> None:
-    """Every run through the checks of the command itself, and no two under one name."""
+    """Every run must pass the checks of finetune_lora.py, and no two runs may have one name."""
     seen: set[str] = set()
     for run in runs:
         if run.name in seen:
@@ -265,7 +285,7 @@ def _check_runs(runs: tuple[PlannedRun, ...]) -> None:
         seen.add(run.name)
         folder = run.settings.get("data_dir", "")
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise UserError(f"row {run.row}: data_dir: is {folder}, must be a folder below that of --data_dir")
+            raise UserError(f"row {run.row}: data_dir {folder}: must be a folder inside the one of --data_dir")
         try:
             from_flags(run.flags(Path()))
         except UserError as error:

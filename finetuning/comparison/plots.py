@@ -1,13 +1,14 @@
 """A study's numbers -> plots: accuracy against each cost, learning rates, learning curves, rank by alpha.
 
-Every file of the same runs has the same bytes. Colours are those of Okabe and Ito (2008), which colour-blind people can
-tell apart; a curve has a marker of its own besides.
+The same runs give the same bytes. The colours are from Okabe and Ito (2008): colour-blind people can tell them apart.
+Each curve also has its own marker.
 """
 
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -28,10 +29,10 @@ from finetuning.comparison.tables import GIB, record, scores_by_rate
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 FRONT, BEATEN = "#0072B2", "#767676"
-CURVES = 12  # more cannot be told apart; the best ones are drawn
-DIRECT = 5  # so many names find room at their curves
-PALETTE = 128  # colours of a file: few hues, and their blends with white
-DEPTH = 10.0  # percentage points below the best; what is lower would flatten all others, and is drawn at a plot's foot
+CURVES = 12  # more curves cannot be told apart, so only the best ones are drawn
+DIRECT = 5  # up to this many names have space next to their curves
+PALETTE = 128  # colours of a file: there are few hues, and their blends with white
+DEPTH = 10.0  # percentage points below the best; lower points would flatten all others, so they are drawn at the foot
 TRIANGLES = f" Triangles: more than {DEPTH:g} points below the best."
 STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold",
@@ -50,8 +51,8 @@ FILES = (
 # what all plots share
 
 
-def plots(study: Study) -> list[Plot]:
-    """The plots that the study has data for."""
+def draw_plots(study: Study) -> list[Plot]:
+    """The plots for which the study has data."""
     drawn = (
         cost_plot(study, "accuracy_parameters.png", "trainable", "trainable parameters"),
         cost_plot(study, "accuracy_seconds.png", "train_seconds", "training time", ("minutes", 60)),
@@ -62,6 +63,13 @@ def plots(study: Study) -> list[Plot]:
         rank_alpha_plot(study),
     )
     return [plot for plot in drawn if plot is not None]
+
+
+def draw_readme_plot(study: Study, rows: Sequence[str], file: str) -> Plot | None:
+    """Test accuracy against training time of some rows, for README; ``None`` if fewer than two have a time."""
+    shown = replace(study, runs=tuple(run for run in study.runs if run.row in rows))
+    title = "Test accuracy against training time"
+    return cost_plot(shown, file, "train_seconds", "training time", ("minutes", 60), title)
 
 
 @contextmanager
@@ -76,7 +84,7 @@ def _figure(title: str, width: float = 6, height: float = 4.5, rows: int = 1) ->
 
 
 def _png(figure: Figure) -> bytes:
-    """The figure without version or date. A palette, a third of the bytes, for plots are committed and in the page."""
+    """The figure without version or date. Plots are committed, so a palette saves two thirds of the bytes."""
     canvas: Any = figure.canvas
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -86,7 +94,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _row_without(run: Run, *axes: str) -> str:
-    """What these axes leave of a row's name: ``adam`` of ``adam-learning_rate0.001``, ``all`` where nothing is left."""
+    """A row's name without these axes: ``adam`` for ``adam-learning_rate0.001``, ``all`` if nothing is left."""
     name = run.row
     for axis in axes:
         name = name.replace(f"{axis}{run.axes[axis]:g}", "", 1)
@@ -94,7 +102,7 @@ def _row_without(run: Run, *axes: str) -> str:
 
 
 def _short(value: float) -> str:
-    """``500 k``, ``3.7 M``."""
+    """A large number in short, for example ``500 k`` or ``3.7 M``."""
     for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= size:
             return f"{value / size:g}{letter}"
@@ -102,7 +110,7 @@ def _short(value: float) -> str:
 
 
 def _log_scale(axis: Any, values: Sequence[float], form: Callable[[float], str] = _short) -> None:
-    """A logarithmic x axis with round ticks in full, and room for labels at both ends."""
+    """A logarithmic x axis with round ticks, and space for labels at both ends."""
     low, high = min(values), max(values)
     room = max((high / low) ** 0.12, 1.5)
     axis.set_xscale("log")
@@ -114,7 +122,7 @@ def _log_scale(axis: Any, values: Sequence[float], form: Callable[[float], str] 
 
 
 def _percent_scale(axis: Any, values: Sequence[float], deviations: Sequence[float] = (0.0,)) -> float:
-    """Limits for accuracies in percent. Returns the foot, at which all that is far below the best is drawn."""
+    """Sets limits for accuracies in percent. Returns the foot, where points far below the best are drawn."""
     high = max(values)
     low = min(value for value in values if value >= high - DEPTH)
     room = max(0.15 * (high - low), *deviations, 0.1) * 1.3
@@ -125,7 +133,7 @@ def _percent_scale(axis: Any, values: Sequence[float], deviations: Sequence[floa
 
 
 def _curve(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, foot: float, k: int) -> Any:
-    """Draws the k-th curve of a plot; points below the foot become open triangles at it. Returns its colour."""
+    """Draws the k-th curve. Points below the foot become open triangles at the foot. Returns the line's style."""
     color, low = COLORS[k % len(COLORS)], np.asarray(y) < foot
     line = {"color": color, "linestyle": "-" if k < len(COLORS) else "--"}
     heights = np.maximum(y, foot)
@@ -139,8 +147,19 @@ def _curve(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.n
 # accuracy against a cost
 
 
-def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, float] = ("", 1)) -> Plot | None:
-    """Each row's test accuracy against what it costs, the Pareto front marked; with two rows at least."""
+def cost_plot(
+    study: Study, file: str, key: str, name: str, unit: tuple[str, float] = ("", 1), title: str | None = None
+) -> Plot | None:
+    """The test accuracy of each row against its cost, with the Pareto front; ``None`` with fewer than two rows.
+
+    Args:
+        study: any study.
+        file: the name of the plot's file.
+        key: the cost, a key of ``tables.record``.
+        name: the cost in words.
+        unit: the name of the unit on the axis, and its size.
+        title: the title, if it is not made from the study's name and the cost.
+    """
     records = [record(study, row) | {"source": row.common("data", "source")} for row in study.rows]
     records = [r for r in records if r["accuracy_mean"] is not None and r[key]]
     if len(records) < 2:
@@ -150,7 +169,7 @@ def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, flo
     scores = [100 * r["accuracy_mean"] for r in records]
     deviations = [100 * (r["accuracy_std"] or 0) for r in records]
     front = _fronts(sources, costs, scores)
-    with _figure(f"{study.name}: test accuracy against {name}") as (figure, (axis,)):
+    with _figure(title or f"{study.name}: test accuracy against {name}") as (figure, (axis,)):
         foot = _percent_scale(axis, scores, deviations)
         heights = [max(score, foot) for score in scores]
         _cost_scale(axis, costs, log=key == "trainable" or max(costs) > 8 * min(costs))
@@ -176,16 +195,16 @@ def cost_plot(study: Study, file: str, key: str, name: str, unit: tuple[str, flo
         bars = [[(x, y - d), (x, y + d)] for x, y, d in zip(costs, heights, deviations, strict=True)]
         labels.sort(key=lambda label: not label.needed)
         place_labels(axis, labels, [*stairs, *bars], list(zip(costs, heights, strict=True)))
-        caption = f"Test accuracy against {name}. Filled: the Pareto front, rows that no other one beats on both."
-        caption += " Each test split has a front of its own." if len(stairs) > 1 else ""
+        caption = f"Test accuracy against {name}. Filled: no other row is at least as good in both and better in one"
+        caption += " (the Pareto front)." + (" Each test split has its own front." if len(stairs) > 1 else "")
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
         caption += TRIANGLES if min(scores) < foot else ""
-        caption += " Names that find no room are left out." if len(labels) > DIRECT else ""
+        caption += " Names without space are left out." if len(labels) > DIRECT else ""
         return Plot(file, caption, _png(figure))
 
 
 def _fronts(sources: Sequence[str | None], costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
-    """Which rows no other one that was tested on the same split beats."""
+    """Which rows are on the Pareto front of their test split."""
     front = [False] * len(sources)
     for source in dict.fromkeys(sources):
         own = [i for i, other in enumerate(sources) if other == source]
@@ -203,7 +222,7 @@ def _cost_scale(axis: Any, costs: Sequence[float], log: bool) -> None:
 
 
 def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The corners of the front: what is reached at a cost stays reached at a higher one."""
+    """The corners of the front: a higher cost reaches at least what a lower one does."""
     corners = list(points[:1])
     for x, y in points[1:]:
         corners += [(x, corners[-1][1]), (x, y)]
@@ -215,7 +234,7 @@ def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
 
 
 def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
-    """What chose on validation, %, by curve and learning rate: of runs that tuned, else where the rate is an axis."""
+    """The metric that chose on validation, in %, by curve and learning rate."""
     found = scores_by_rate(
         _rated(study),
         name=lambda run: run.row if run.tunes else _row_without(run, "learning_rate"),
@@ -229,11 +248,12 @@ def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
 
 
 def _rated(study: Study) -> list[Run]:
+    """The runs that tuned; without tuning, the runs for which the learning rate is an axis."""
     return study.tuning or [run for run in study.final if "learning_rate" in run.axes]
 
 
 def rate_plot(study: Study) -> Plot | None:
-    """Validation accuracy, or macro F1 where that chose, by learning rate; a curve a row says where it is best."""
+    """The metric that chose on validation by learning rate: a curve for each row, named with its best rate."""
     metrics = dict.fromkeys("macro F1" if run.monitor == "macro_f1" else "accuracy" for run in _rated(study))
     metric = " or ".join(sorted(metrics))
     scores = _rate_scores(study)
@@ -260,13 +280,13 @@ def rate_plot(study: Study) -> Plot | None:
             place_labels(axis, labels, lines)
         else:
             _legend(axis, [label.text for label in labels])
-        caption = f"Validation {metric} by peak learning rate; each name with the rate at which it is best."
+        caption = f"Validation {metric} by peak learning rate. Each name shows the rate at which it is best."
         caption += TRIANGLES if min(every) < foot else ""
         return Plot("learning_rates.png", caption, _png(figure))
 
 
 def _legend(axis: Any, names: Sequence[str]) -> None:
-    """Names beside the plot, the best curve first, where they are too many to stand at their curves."""
+    """Names next to the plot, the best curve first, for more curves than names fit into it."""
     handles = [
         Line2D([], [], color=COLORS[k % len(COLORS)], marker=MARKERS[k % len(MARKERS)], markersize=5,
                linestyle="-" if k < len(COLORS) else "--")
@@ -276,9 +296,9 @@ def _legend(axis: Any, names: Sequence[str]) -> None:
 
 
 def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
-    """Validation accuracy and training loss over steps or seconds: the first seed of each row that kept its metrics."""
+    """Validation accuracy and training loss over steps or seconds, for the first seed of each row with metrics."""
     curves = []
-    for place, row in enumerate(study.rows):  # a row's colour is the same over steps and over seconds
+    for place, row in enumerate(study.rows):  # a row has the same colour over steps and over seconds
         if key == "train_seconds":
             row = study.measured(row)
         run = min(row.finished, key=lambda run: run.seed, default=None)
@@ -286,7 +306,7 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
         if any("validation_accuracy" in point for point in history):
             curves.append((place, row.name, history))
     found, curves = len(curves), curves[:CURVES]
-    if len(curves) < (2 if key == "train_seconds" else 1):  # one row's times are beside nothing
+    if len(curves) < (2 if key == "train_seconds" else 1):  # the times of one row have nothing to compare with
         return None
     with _figure(f"{study.name}: learning curves", width=7, height=6, rows=2) as (figure, (above, below)):
         accuracies = [_column(history, key, "validation_accuracy", 100) for *_, history in curves]
@@ -303,8 +323,8 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
         above.set(ylabel="validation accuracy, %")
         below.set(xlabel=name, ylabel="training loss, nats", xlim=(0, None), ylim=(0, None))
         label_ends(above, labels)
-        whose = f"the {CURVES} of {found} rows that are best on the test" if found > CURVES else "each row"
-        caption = f"Learning curves over {name}, the first seed of {whose}; the training loss is smoothed."
+        whose = f"the {CURVES} rows (of {found}) that are best on the test" if found > CURVES else "each row"
+        caption = f"Learning curves over {name}, for the first seed of {whose}. The training loss is smoothed."
         caption += TRIANGLES if min(min(values) for _, values in accuracies) < foot else ""
         return Plot(file, caption, _png(figure))
 
@@ -319,7 +339,7 @@ def _column(history: Sequence[dict[str, float]], key: str, value: str, scale: fl
 
 
 def rank_alpha_plot(study: Study) -> Plot | None:
-    """A heat map of accuracy over ``lora_r`` and ``lora_alpha``, one for all rows that differ only in these."""
+    """Heat maps of accuracy by ``lora_r`` and ``lora_alpha``: one for all rows that differ only in these two."""
     runs = [run for run in study.final if {"lora_r", "lora_alpha"} <= run.axes.keys()]
     split = "test" if any(run.accuracy("test") is not None for run in runs) else "validation"
     found: dict[str, dict[tuple[float, float], list[float]]] = {}
@@ -345,7 +365,9 @@ def rank_alpha_plot(study: Study) -> Plot | None:
         if len(maps) > 1:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         axes[-1].set_xlabel("alpha")
-        caption = f"Mean {split} accuracy, %, by rank and alpha; the best is bold, an empty cell has no finished run."
+        caption = (
+            f"Mean {split} accuracy in % by rank and alpha. The best value is bold. An empty cell has no finished run."
+        )
         return Plot("rank_alpha.png", caption, _png(figure))
 
 
@@ -356,7 +378,7 @@ def _heat_map(
     alphas: Sequence[float],
     limits: tuple[float, float],
 ) -> None:
-    """Coloured cells with their values, which stand out from dark and from light ones."""
+    """Coloured cells with their values, in white on dark cells and in black on light ones."""
     grid = np.full((len(ranks), len(alphas)), np.nan)
     low, high = limits
     for (rank, alpha), value in cells.items():

@@ -1,86 +1,126 @@
-"""Collected runs -> the report: ``python study_report.py``, see ``--help``.
+"""Collected runs -> the report, that is what ``python compare_methods.py report`` writes.
 
-From the run files in ``results/`` alone, the same ones giving the same bytes: for each study ``table.md``,
-``table.csv`` and plots; for all of them ``summary.json`` and ``report.html``; and the tables between
-the markers of README.md and docs/best_practices.md.
+The report is made only from the run files in ``results/``, and the same files give the same bytes. Each study gets
+``table.md``, ``table.csv`` and plots. All studies together get ``summary.json``, ``report.html`` and the picture of
+README, and the tables between markers in README and ``docs/``.
 """
 
-import argparse
 import json
-import sys
+import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from finetuning.comparison.collected import Study, read_study, studies
-from finetuning.comparison.page import Section, page
-from finetuning.comparison.pairs import READING, compare_rows, headlines, worth_showing
-from finetuning.comparison.plots import FILES, plots
-from finetuning.comparison.tables import comparison_table, csv_text, main_table, notes, summary, tuning_table
+from finetuning.comparison.advice import with_rows
+from finetuning.comparison.collected import Study, read_study, study_names
+from finetuning.comparison.page import Section, render_page
+from finetuning.comparison.pairs import READING, answers, compare_rows, worth_showing
+from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
+from finetuning.comparison.tables import (
+    answer_table,
+    comparison_table,
+    csv_text,
+    main_table,
+    notes,
+    short_table,
+    summary,
+    tuning_table,
+)
 from finetuning.config import DEFAULT_LEARNING_RATES
 from finetuning.errors import UserError
-from finetuning.flags import OneLineParser
-from finetuning.storage import write_atomically
+from finetuning.pages import page_with_tables
+from finetuning.storage import write_bytes
 
-ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-BEST_PRACTICES = ROOT / "docs" / "best_practices.md"
-PAGES = (README, BEST_PRACTICES)
-RESULTS = ROOT / "results"
-DEFAULT_RATES = "default_learning_rates"
+DEFAULT_RATES = "default_learning_rates"  # the name of the table of default learning rates, in its markers
+SHORT = "_short"  # what the name of a study's short table ends with
+README_PLOT, README_STUDY, README_ROWS = "accuracy_time.png", "earlier_work", ("lora", "qlora", "selective", "full")
 
 
-def learning_rates() -> str:
-    """The suite's default peak learning rates as a Markdown table."""
-    methods, optimizers = (list(dict.fromkeys(key[i] for key in DEFAULT_LEARNING_RATES)) for i in range(2))
-    lines = ["| | " + " | ".join(f"`{name}`" for name in optimizers) + " |", "|---|" + "---|" * len(optimizers)]
-    for method in methods:
-        rates = [f"{DEFAULT_LEARNING_RATES[method, name]:g}" for name in optimizers]
-        lines.append(f"| `{method}` | " + " | ".join(rates) + " |")
-    return "\n".join(lines)
+def write_report(results: Path, pages: Sequence[Path]) -> Path:
+    """Makes the report and writes it; a refused input leaves every file as it was.
 
+    Args:
+        results: the folder with STUDY/RUN/result.json, in which tables and plots are written as well.
+        pages: Markdown files with markers; the tables between the markers are renewed.
 
-def with_table(text: str, study: str, content: str) -> str:
-    """``text`` with what stands between the study's markers replaced; unchanged where it has none.
+    Returns:
+        The HTML page with all studies.
 
     Raises:
-        UserError: a marker without the other.
+        UserError: a folder or file is missing or cannot be read.
     """
-    begin, end = f"<!-- {study}:begin -->", f"<!-- {study}:end -->"
-    if begin not in text and end not in text:
-        return text
-    before, _, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not closed:
-        raise UserError(f"--pages: the markers of a table must come as {begin} ... {end}")
-    return f"{before}{begin}\n{content}\n{end}{after}"
+    if not results.is_dir():
+        raise UserError(f"--results {results}: must be a folder with STUDY/RUN/result.json")
+    for page in pages:
+        if not page.is_file():
+            raise UserError(f"--pages {page}: must be a Markdown file")
+    for path, content in build_report(results, pages).items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_bytes(path, content)
+    return results / "report.html"
 
 
-def section(study: Study) -> Section:
-    """All that the report says of a study."""
+def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | None]:
+    """The content of every file of the report; writes nothing.
+
+    Args:
+        results: holds a folder for each study.
+        pages: Markdown files with markers.
+
+    Returns:
+        The content by path; ``None`` for a plot that has no data any more and must be deleted.
+    """
+    studies = [read_study(name, results) for name in study_names(results)]
+    sections = [make_section(study) for study in studies]
+    files: dict[Path, bytes | None] = {results / README_PLOT: None}
+    tables = {DEFAULT_RATES: default_rates_table()}
+    for study, section in zip(studies, sections, strict=True):
+        folder = results / study.name
+        files |= dict.fromkeys(folder / name for name in FILES)
+        files |= {folder / plot.file: plot.png for plot in section.plots}
+        files[folder / "table.md"] = study_text(section).encode()
+        files[folder / "table.csv"] = csv_text(study).encode()
+        tables[study.name] = study_summary(section)
+        tables[study.name + SHORT] = short_table(study).without_empty_columns().markdown()
+        if study.name == README_STUDY and (plot := draw_readme_plot(study, README_ROWS, README_PLOT)):
+            files[results / README_PLOT] = plot.png
+    rows = [row for study in studies for row in summary(study)]
+    files[results / "summary.json"] = (json.dumps(rows, indent=2, allow_nan=False) + "\n").encode()
+    files[results / "report.html"] = render_page(sections).encode()
+    for page in pages:
+        text = with_rows(page_with_tables(page, tables), studies, os.path.relpath(results, page.parent))
+        files[page] = text.encode()
+    return files
+
+
+def make_section(study: Study) -> Section:
+    """What the report says about a study."""
     comparisons, not_compared = compare_rows(study)
+    best = answers(study, comparisons)
     return Section(
         study=study.name,
         question=study.question,
+        answers=answer_table(study, best),
         table=main_table(study),
-        headlines=headlines(comparisons),
+        headlines=[answer.sentence for answer in best],
         notes=[*notes(study), *not_compared],
         comparisons=comparison_table(worth_showing(comparisons)),
         pairs=len(comparisons),
         tuning=tuning_table(study),
-        plots=plots(study),
+        plots=draw_plots(study),
     )
 
 
-def short_table(section: Section) -> str:
-    """The study as a page of Markdown shows it: no empty columns, what was found, what is missing."""
+def study_summary(section: Section) -> str:
+    """The study as part of a Markdown page: its table without empty columns, what was found, and what is missing."""
     text = " ".join([*section.headlines, *section.notes])
     return section.table.without_empty_columns().markdown() + (f"\n\n{text}" if text else "")
 
 
 def study_text(section: Section) -> str:
     """``table.md``: everything about a study."""
-    parts = [f"# {section.study}", section.question, section.table.markdown(), *section.headlines, *section.notes]
+    parts = [f"# {section.study}", section.question, *section.headlines, section.table.markdown(), *section.notes]
     if section.comparisons.rows:
         parts += [f"## {section.comparisons_title}", section.comparisons.markdown(), READING]
     if section.tuning.rows:
@@ -89,81 +129,11 @@ def study_text(section: Section) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def build(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | None]:
-    """The report, before anything is written.
-
-    Args:
-        results: holds a folder a study.
-        pages: Markdown with markers.
-
-    Returns:
-        Contents of every file below ``results``, ``None`` for a plot that must go; and of the pages.
-    """
-    found = [read_study(name, results) for name in studies(results)]
-    sections = [section(study) for study in found]
-    files: dict[Path, bytes | None] = {}
-    for study, said in zip(found, sections, strict=True):
-        folder = results / study.name
-        files |= dict.fromkeys(folder / name for name in FILES)  # a plot goes when its data has gone
-        files |= {folder / plot.file: plot.png for plot in said.plots}
-        files[folder / "table.md"] = study_text(said).encode()
-        files[folder / "table.csv"] = csv_text(study).encode()
-    rows = [row for study in found for row in summary(study)]
-    files[results / "summary.json"] = (json.dumps(rows, indent=2, allow_nan=False) + "\n").encode()
-    files[results / "report.html"] = page(sections).encode()
-    tables = {said.study: short_table(said) for said in sections} | {DEFAULT_RATES: learning_rates()}
-    for path in pages:
-        text = path.read_text(encoding="utf8")
-        for name, table in tables.items():
-            text = with_table(text, name, table)
-        files[path] = text.encode()
-    return files
-
-
-def make_parser(program: str | None = None) -> argparse.ArgumentParser:
-    """The parser of the command; ``program`` is its name where it is not this file's."""
-    parser = OneLineParser(
-        program, description="Rebuild tables, plots and the HTML page from collected runs.", allow_abbrev=False
-    )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="PATH",
-        help="holds the runs as STUDY/RUN/result.json, and takes tables and plots (default: results/ of the suite)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pages", type=Path, nargs="*", metavar="FILE",
-        help="Markdown in which what stands between <!-- STUDY:begin --> and <!-- STUDY:end --> is renewed"
-        " (default: README.md and docs/best_practices.md; with other --results: none)",
-    )  # fmt: skip
-    return parser
-
-
-def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 where a flag or a file is refused."""
-    try:
-        options = make_parser(program).parse_args(argv)
-        pages = options.pages
-        if pages is None:
-            pages = PAGES if options.results.resolve() == RESULTS else ()
-        if not options.results.is_dir():
-            raise UserError(f"--results {options.results} is not a folder: give one that holds STUDY/RUN/result.json")
-        for path in pages:
-            if not path.is_file():
-                raise UserError(f"--pages {path} is not a file: give Markdown files with markers")
-        for path, content in build(options.results, pages).items():
-            if content is None:
-                path.unlink(missing_ok=True)
-            else:
-                write_atomically(path, partial(_write, content))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(options.results / "report.html")
-    return 0
-
-
-def _write(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def default_rates_table() -> str:
+    """The suite's default peak learning rates as a Markdown table."""
+    methods, optimizers = (list(dict.fromkeys(key[i] for key in DEFAULT_LEARNING_RATES)) for i in range(2))
+    lines = ["| | " + " | ".join(f"`{name}`" for name in optimizers) + " |", "|---|" + "---|" * len(optimizers)]
+    for method in methods:
+        rates = [f"{DEFAULT_LEARNING_RATES[method, name]:g}" for name in optimizers]
+        lines.append(f"| `{method}` | " + " | ".join(rates) + " |")
+    return "\n".join(lines)

@@ -1,11 +1,13 @@
-"""The runs of a study on disk: where each lies, in which state it is, who runs it, what its tuning chose; no torch.
+"""The runs of a study on disk: where each one is, its state, and which learning rate its tuning chose.
 
-``runs/STUDY/RUN/`` is a run's directory, ``RUN.log`` beside it what it printed, ``RUN.lock`` a file that is never
-removed: whoever runs RUN holds a lock on it. The run's own process inherits the lock, so that a run whose study was
-killed is still seen to be running; the system drops it when the last of the two has ended, however it ended.
+``runs/STUDY/RUN/`` is the directory of a run. Next to it, ``RUN.log`` holds what the run printed. ``RUN.lock`` is never
+removed: the process that does the run holds a lock on it. The run's own process inherits the lock, so the run still
+counts as running if the study was killed. The system frees the lock when both processes have ended, however they end.
+Nothing here imports torch.
 """
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,9 +43,10 @@ class StudyRuns:
 
     Args:
         study: the study.
-        folder: where its runs lie.
-        data_dir: what lies above the data folders that the study names.
-        collected: ``results/STUDY``, whose records stand for runs that ``folder`` does not hold: of another machine.
+        folder: where its runs are.
+        data_dir: the folder with the data folders that the study names.
+        collected: ``results/STUDY``; its records count if ``folder`` does not hold the run, so another machine may
+            have done it.
     """
 
     study: StudyPlan
@@ -52,18 +55,41 @@ class StudyRuns:
     collected: Path | None = None
 
     def directory(self, run: PlannedRun) -> Path:
+        """Where the run is written."""
         return self.folder / run.name
 
     def holds(self, run: PlannedRun) -> bool:
-        """Whether the run has begun in its directory, so that it is no collected one."""
+        """Whether the run has begun in its directory, so it is not only collected."""
         return settings_file(self.directory(run)) is not None
 
     def log(self, run: PlannedRun) -> Path:
+        """The file with what the run printed."""
         return self.folder / f"{run.name}.log"
+
+    def command_words(self, run: PlannedRun, script: Path) -> list[str]:
+        """The run's command without ``python``; its paths are relative to the current folder.
+
+        Args:
+            run: one of the study's runs.
+            script: the path of ``finetune_lora.py``.
+        """
+        return [os.path.relpath(script), *run.flags(self.data_dir), "--output_dir", str(self.directory(run))]
+
+    def check_flags(self) -> None:
+        """Checks the flags of every run with the real ``--data_dir``, before anything runs.
+
+        Raises:
+            UserError: a run cannot start; the message names its row.
+        """
+        for run in self.study.runs:
+            try:
+                from_flags(run.flags(self.data_dir))
+            except UserError as error:
+                raise UserError(f"row {run.row}: {error}") from None
 
     @contextmanager
     def held(self, run: PlannedRun) -> Iterator[int | None]:
-        """Holds the run's lock; gives its file descriptor, or ``None`` where another process has it."""
+        """Holds the run's lock. Gives its file descriptor, or ``None`` if another process holds it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / f"{run.name}.lock").open("a")
@@ -87,7 +113,7 @@ class StudyRuns:
             return "running" if lock is None else self.state_on_disk(run)
 
     def state_on_disk(self, run: PlannedRun) -> str:
-        """``missing``, ``finished``, ``failed``, ``interrupted`` (killed, too), or ``changed``: of other settings."""
+        """``missing``, ``finished``, ``failed``, ``interrupted`` (or killed), or ``changed`` (other settings)."""
         if not self.holds(run):
             return self._record(run).get("status", "missing")
         if self.differences(run):
@@ -101,7 +127,7 @@ class StudyRuns:
         return read_result(self.directory(run))
 
     def _record(self, run: PlannedRun) -> dict[str, Any]:
-        """The collected ``result.json`` of the run; empty where there is none of the same settings and data."""
+        """The collected ``result.json`` of the run; empty if there is none with the same settings and data."""
         record = self.collected / run.name if self.collected else None
         if record is None or read_status(record) is None or _differences(run, record):
             return {}
@@ -109,72 +135,74 @@ class StudyRuns:
         return result if result["config"]["data_dir"] == run.settings.get("data_dir") else {}
 
     def differences(self, run: PlannedRun) -> list[str]:
-        """Settings in which the run on disk differs from the plan; not where its data lie, nor an open rate."""
+        """Settings in which the run on disk differs from the plan, except paths and a rate left to tuning."""
         return _differences(run, self.directory(run))
 
-    def place(self, run: PlannedRun) -> dict[str, Any]:
-        """The run's place in the study, as a collected ``result.json`` holds it under ``study``."""
+    def place_in_study(self, run: PlannedRun) -> dict[str, Any]:
+        """What a collected ``result.json`` says of the run under ``study``: its row, seed, stage and axes."""
         return {
             "study": self.study.name, "question": self.study.question, "row": run.row, "run": run.name,
             "stage": run.stage, "seed": run.seed, "axes": run.axes, "reported": run.reported,
         }  # fmt: skip
 
     def take_over(self, run: PlannedRun) -> Path | None:
-        """Makes a finished run of the same settings and data, of another study beside this one, this run.
+        """Copies a finished run with the same settings and data from another study. Call it with the run's lock held.
 
-        Returns where it was made, or ``None`` where there is none. To be called with the run held; killed, it has
-        either not begun or is done.
+        If the process is killed, the copy either does not exist or is complete.
+
+        Returns:
+            Where the run was found; ``None`` if no other study has it.
         """
         planned = from_flags(run.flags(self.data_dir)).data.data_dir
-        for made in self._alike(run, self.folder.parent):
-            data = read_settings(made)["data_dir"]
+        for source in self._same_runs(run, self.folder.parent):
+            data = read_settings(source)["data_dir"]
             if (planned and planned.resolve()) != (data and Path(data).resolve()):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
             try:
-                shutil.copytree(made, half, ignore=shutil.ignore_patterns(LAST_CHECKPOINT, BEST_CHECKPOINT, ".*"))
-            except OSError:  # its process is still at work there
+                shutil.copytree(source, half, ignore=shutil.ignore_patterns(LAST_CHECKPOINT, BEST_CHECKPOINT, ".*"))
+            except OSError:  # its files still change
                 continue
             half.replace(self.directory(run))
-            return made
+            return source
         return self._take_over_record(run)
 
     def _take_over_record(self, run: PlannedRun) -> Path | None:
-        """The same with what was collected of another study."""
+        """Copies such a run from what was collected of another study."""
         if self.collected is None:
             return None
-        for made in self._alike(run, self.collected.parent):
-            result = read_result(made) | {"study": self.place(run)}
+        for source in self._same_runs(run, self.collected.parent):
+            result = read_result(source) | {"study": self.place_in_study(run)}
             if result["config"]["data_dir"] != run.settings.get("data_dir"):
                 continue
-            if run.stage == "final" and result["config"]["test"] and "test" not in result:  # tuned there: forget_test
+            if run.stage == "final" and result["config"]["test"] and "test" not in result:  # see forget_test
                 continue
             half, record = self.collected / f".{run.name}.half", self.collected / run.name
             shutil.rmtree(half, ignore_errors=True)
-            shutil.copytree(made, half)
+            shutil.copytree(source, half)
             if run.stage == "tune":
                 forget_test(result, half)
             write_json(half / RESULT, result)
-            shutil.rmtree(record, ignore_errors=True)  # one of other settings
+            shutil.rmtree(record, ignore_errors=True)  # it had other settings
             half.replace(record)
-            return made
+            return source
         return None
 
-    def _alike(self, run: PlannedRun, folder: Path) -> Iterator[Path]:
-        """Finished runs of the same settings, of all studies in a folder."""
-        for made in sorted(path.parent for path in folder.glob(f"*/[!.]*/{RESULT}")):
-            if read_status(made) == "finished" and not _differences(run, made):
-                yield made
+    def _same_runs(self, run: PlannedRun, folder: Path) -> Iterator[Path]:
+        """Finished runs with the same settings, in all studies of a folder."""
+        for source in sorted(path.parent for path in folder.glob(f"*/[!.]*/{RESULT}")):
+            if read_status(source) == "finished" and not _differences(run, source):
+                yield source
 
     # -----------------------------------------------------------------------------------------------------------------
     # tuning
 
     def tuned(self, run: PlannedRun) -> PlannedRun:
-        """The run with the best learning rate of its row: by ``--monitor`` on validation; of equals, the smaller.
+        """The run with the best learning rate of its row, by ``--monitor`` on validation. Of equal ones the smaller.
 
         Raises:
-            TuningUnfinished: one of the runs that tune has neither finished nor diverged, or all have diverged.
+            TuningUnfinished: a run that tunes has neither finished nor diverged, or all of them have diverged.
         """
         if not run.tuned_by:
             return run
@@ -187,13 +215,14 @@ class StudyRuns:
                 monitor = result["config"]["monitor"]
                 score = result["validation"][monitor]
                 scores.append((-score if monitor == "loss" else score, -rate))
-            elif not result.get("error", "").startswith(NOT_FINITE):  # a rate too large answers the tuning, too
-                raise TuningUnfinished(f"its learning rate waits for {tuning.name}, which is {self.state(tuning)}")
+            elif not result.get("error", "").startswith(NOT_FINITE):  # a rate that is too large is an answer as well
+                raise TuningUnfinished(f"its learning rate depends on {tuning.name}, which is {self.state(tuning)}")
         if not scores:
-            raise TuningUnfinished(f"at every learning rate of {run.row} {NOT_FINITE}")
+            raise TuningUnfinished(f"{NOT_FINITE} at any learning rate of {run.row}")
         return run.with_rate(-max(scores)[1])
 
     def tuned_if_possible(self, run: PlannedRun) -> PlannedRun:
+        """The run with its tuned learning rate, or without one if its tuning has not finished."""
         try:
             return self.tuned(run)
         except TuningUnfinished:
@@ -201,21 +230,21 @@ class StudyRuns:
 
 
 def forget_test(result: dict[str, Any], record: Path) -> None:
-    """Takes the test out of the record of a run that tunes, and was tested for another study: it chooses nothing."""
+    """Removes the test from the record of a run that tunes: another study tested it, but a test must choose nothing."""
     result.pop("test", None)
     (record / PREDICTIONS).unlink(missing_ok=True)
 
 
 def _differences(run: PlannedRun, directory: Path) -> list[str]:
-    """Settings in which a run on disk, or a collected one, differs from the plan.
+    """Settings in which a run, on disk or collected, differs from the plan.
 
-    Where its data are does not count, nor does a learning rate that the plan leaves open.
+    The path of its data does not count. A learning rate does not count if the plan leaves it to tuning.
     """
     planned = from_flags(run.flags(Path()))
     try:
         stored = {key: value for key, value in read_settings(directory).items() if key not in NOT_PART_OF_THE_RUN}
         made = RunConfig.from_dict(stored | {"data_dir": planned.data.data_dir})
-        made = made.changed(test=made.run.test and planned.run.test)  # also tested: it was trained in the same way
+        made = made.changed(test=made.run.test and planned.run.test)  # a test changes nothing in the training
         if RATE not in run.settings:
             made = made.changed(learning_rate=planned.training.learning_rate)
     except (OSError, ValueError, TypeError, KeyError, UserError) as error:

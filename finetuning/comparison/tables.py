@@ -1,18 +1,17 @@
-"""A study's rows -> records and tables, as Markdown, CSV and the objects of ``summary.json``."""
+"""A study's rows -> records, and tables as Markdown, CSV and the objects of ``summary.json``."""
 
 import csv
 import io
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from finetuning.comparison.collected import Row, Run, Study
-from finetuning.comparison.pairs import Comparison
+from finetuning.comparison.pairs import Answer, Comparison
+from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import mean_and_deviation
 
-OMITTED = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # where things lie on one machine
 SUMMARY_KEYS = (
     "study", "row", "accuracy_mean", "accuracy_std", "seeds", "test_examples", "trainable", "train_seconds",
     "peak_memory_bytes", "command",
@@ -23,7 +22,14 @@ CSV_KEYS = (
     "validation_accuracy_mean", "command",
 )  # fmt: skip
 GIB = 2**30
-NAMED = 12  # runs in a sentence
+REPORTED, ACCURACY, SECONDS, MEMORY = (
+    "reported by others, %",
+    "test accuracy, %",
+    "training time, s",
+    "peak memory, GiB",
+)
+NAMED_IN_ANSWER = 4  # largest number of names in the table of answers
+NAMED = 12  # largest number of names in a note
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,10 +37,9 @@ NAMED = 12  # runs in a sentence
 
 
 def record(study: Study, row: Row) -> dict[str, Any]:
-    """One row of a study: accuracies as fractions of 1, seconds, bytes; ``None`` for what was not measured.
+    """One row of a study: accuracies as fractions, times in seconds, memory in bytes; ``None`` if not measured.
 
-    Training seconds and peak memory are means over those seeds that were measured under the same conditions as the
-    other rows.
+    Time and memory are means over the seeds that were measured under the same conditions as the other rows.
     """
     counted = row.tested or row.finished
     mean, deviation = mean_and_deviation(row.accuracies())
@@ -61,27 +66,18 @@ def record(study: Study, row: Row) -> dict[str, Any]:
     }
 
 
-def shown_command(command: str) -> str:
-    """The command without the places of one machine, ``--data_dir`` apart, which becomes a placeholder."""
-    words, kept = shlex.split(command), []
-    while words:
-        word = words.pop(0)
-        flag, equals, value = word.partition("=")
-        if flag not in OMITTED:
-            kept.append(shlex.quote(word))
-            continue
-        if not equals and words and not words[0].startswith("--"):
-            value = words.pop(0)
-        kept += [flag, "PATH"] if flag == "--data_dir" and value else []
-    return " ".join(kept)
-
-
 def scores_by_rate(
     runs: Sequence[Run],
     name: Callable[[Run], str] = lambda run: run.row,
     score: Callable[[Run], float | None] = lambda run: run.monitored,
 ) -> dict[str, dict[float, list[float]]]:
-    """By ``name`` and rising learning rate the ``score`` of each run; an empty list where none of a rate finished."""
+    """The scores by curve and rising learning rate; an empty list if no run with this rate finished.
+
+    Args:
+        runs: any runs; the ones without a learning rate are left out.
+        name: gives the name of a run's curve.
+        score: gives the score of a run.
+    """
     found: dict[str, dict[float, list[float]]] = {}
     for run in runs:
         rate = run.get("config", "learning_rate") or run.axes.get("learning_rate")
@@ -92,7 +88,7 @@ def scores_by_rate(
 
 
 def tuning_scores(runs: Sequence[Run]) -> dict[str, dict[float, float | None]]:
-    """By row and learning rate, what was monitored on validation (mean over runs); ``None`` where no run finished."""
+    """The monitored metric on validation by row and learning rate, mean over runs; ``None`` if no run finished."""
     return {
         row: {rate: mean_and_deviation(values)[0] for rate, values in rates.items()}
         for row, rates in sorted(scores_by_rate(runs).items())
@@ -105,26 +101,31 @@ def tuning_scores(runs: Sequence[Run]) -> dict[str, dict[float, float | None]]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain text; the code columns hold commands. Markdown and HTML are made from it."""
+    """A table of plain text, from which Markdown and HTML are made. The columns in ``code`` hold commands."""
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     code: tuple[str, ...] = ("command",)
 
     def column(self, name: str) -> list[str]:
+        """The cells of a column."""
         return [row[self.columns.index(name)] for row in self.rows]
 
     def without_empty_columns(self) -> "Table":
-        return self._only([i for i in range(len(self.columns)) if any(row[i] for row in self.rows)])
+        """The same table without columns that have no value."""
+        return self.only(*(name for name in self.columns if any(self.column(name))))
 
     def without(self, column: str) -> "Table":
-        return self._only([i for i, name in enumerate(self.columns) if name != column])
+        """The same table without one column."""
+        return self.only(*(name for name in self.columns if name != column))
 
-    def _only(self, kept: Sequence[int]) -> "Table":
-        rows = [tuple(row[i] for i in kept) for row in self.rows]
-        return Table(tuple(self.columns[i] for i in kept), rows, self.code)
+    def only(self, *columns: str) -> "Table":
+        """The same table with these columns only."""
+        kept = [self.columns.index(name) for name in columns]
+        return Table(columns, [tuple(row[i] for i in kept) for row in self.rows], self.code)
 
     def markdown(self) -> str:
+        """The table in Markdown."""
         lines = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
         for row in self.rows:
             cells = [cell.replace("|", "\\|") for cell in row]
@@ -134,13 +135,13 @@ class Table:
 
 
 def main_table(study: Study) -> Table:
-    """The rows of a study; what was not measured stays empty, a row without a finished run shows its status."""
+    """The rows of a study. What was not measured stays empty; a row without a finished run shows its status."""
     records = [record(study, row) for row in study.rows]
     f1_counts = any(run.monitor == "macro_f1" for run in study.final)  # classes of unequal size
     return Table(
         (
-            "row", "reported by others, %", _accuracy_title(records), "macro F1, %", "seeds", "test texts",
-            "validation accuracy, %", "trainable parameters", "training, s", "peak memory, GiB", "command",
+            "row", REPORTED, _accuracy_title(records), "macro F1, %", "seeds", "test texts",
+            "validation accuracy, %", "trainable parameters", SECONDS, MEMORY, "command",
         ),
         [
             (
@@ -153,7 +154,7 @@ def main_table(study: Study) -> Table:
                 _percent(r["validation_accuracy_mean"]),
                 _shown(r["trainable"], "{:,}"),
                 _shown(r["train_seconds"], "{:,.0f}"),
-                _shown(r["peak_memory_bytes"] and r["peak_memory_bytes"] / GIB, "{:.2f}"),
+                _memory_cell(r),
                 r["command"] or "",
             )
             for r in records
@@ -167,7 +168,7 @@ def _accuracy_title(records: Sequence[dict[str, Any]]) -> str:
         parts.append("95 % interval")
     if any(r["accuracy_std"] is not None for r in records):
         parts.append("± standard deviation over seeds")
-    return "test accuracy, %" + (f" ({', or '.join(parts)})" if parts else "")
+    return ACCURACY + (f" ({', or '.join(parts)})" if parts else "")
 
 
 def _accuracy_cell(r: dict[str, Any]) -> str:
@@ -184,8 +185,12 @@ def _accuracy_cell(r: dict[str, Any]) -> str:
 def _seeds_cell(r: dict[str, Any]) -> str:
     if not r["seeds"]:
         return ""
-    others = r["status"].split(", ", 1)[1:]  # beside the finished ones
+    others = r["status"].split(", ", 1)[1:]  # besides the finished ones
     return str(r["seeds"]) + (f" ({others[0]})" if others else "")
+
+
+def _memory_cell(r: dict[str, Any]) -> str:
+    return _shown(r["peak_memory_bytes"] and r["peak_memory_bytes"] / GIB, "{:.2f}")
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -196,9 +201,50 @@ def _percent(value: float | None) -> str:
     return _shown(None if value is None else 100 * value, "{:.2f}")
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+def short_table(study: Study) -> Table:
+    """The rows of a study without commands, costs and details, for a page that only gives an overview."""
+    records = [record(study, row) for row in study.rows]
     return Table(
-        ("row", "other row", "difference, points (95 % interval)", "p", "p, corrected", "test", "verdict"),
+        ("row", REPORTED, ACCURACY, "trainable parameters"),
+        [
+            (
+                r["row"], _shown(r["reported_percent"], "{:.2f}"), _percent(r["accuracy_mean"]),
+                _shown(r["trainable"], "{:,}"),
+            )
+            for r in records
+        ],
+    )  # fmt: skip
+
+
+def answer_table(study: Study, answers: Sequence[Answer]) -> Table:
+    """What the study found: its best row (one for each group with the same test texts), the cost, how sure it is."""
+    records = {row.name: record(study, row) for row in study.rows}
+    certainties = {
+        answer.best: answer.certainty(most=NAMED_IN_ANSWER) + ("; other rows not compared" if answer.uncompared else "")
+        for answer in answers
+    }
+    if not certainties:  # no two rows can be compared
+        certainties = {name: "not compared" for name, r in records.items() if r["accuracy_mean"] is not None}
+        certainties = dict(list(certainties.items())[:1])
+    return Table(
+        ("best row", ACCURACY, SECONDS, MEMORY, "how sure"),
+        [
+            (
+                name,
+                _percent(records[name]["accuracy_mean"]),
+                _shown(records[name]["train_seconds"], "{:,.0f}"),
+                _memory_cell(records[name]),
+                certainty,
+            )
+            for name, certainty in certainties.items()
+        ],
+    )
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """A row for each pair: its difference in percentage points, the p value, and what follows from it."""
+    return Table(
+        ("row", "other row", "difference, points (95 % interval)", "p", "corrected p", "test", "verdict"),
         [
             (
                 c.first, c.second,
@@ -211,7 +257,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def tuning_table(study: Study) -> Table:
-    """For each row the learning rates that were tried, and the one that its final runs took."""
+    """For each row the learning rates that were tried, and the one that its final runs use."""
     taken = {row.name: row.common("config", "learning_rate") for row in study.rows}
     monitors = {run.row: run.monitor for run in study.tuning}
     rows = []
@@ -219,34 +265,37 @@ def tuning_table(study: Study) -> Table:
         shown = "{:.4f}".format if monitors[name] == "loss" else _percent
         tried = [f"{rate:g}: {'no score' if score is None else shown(score)}" for rate, score in scores.items()]
         rows.append((name, monitors[name], "; ".join(tried), _shown(taken.get(name), "{:g}")))
-    return Table(("row", "monitored", "on validation, %, by learning rate", "learning rate of the final runs"), rows)
+    return Table(
+        ("row", "metric", "metric on validation, %, by learning rate", "learning rate of the final runs"), rows
+    )
 
 
 def notes(study: Study) -> list[str]:
-    """What a reader of the main table must know."""
+    """What a reader of the main table must know, one sentence or two each."""
     found = []
     if study.missing:
         shown = [*study.missing[:NAMED], *(["and others"] if len(study.missing) > NAMED else [])]
-        found.append(f"Not run yet, {len(study.missing)} of {len(study.planned)}: {', '.join(shown)}.")
+        found.append(f"Not run yet ({len(study.missing)} of {len(study.planned)}): {', '.join(shown)}.")
     if study.cost_obstacles:
         left_out, finished = sum(study.cost_obstacles.values()), sum(run.finished for run in study.final)
-        reasons = "; ".join(f"{count} {reason}" for reason, count in study.cost_obstacles.items())
-        found.append(f"Times and memory leave out {left_out} of {finished} runs: {reasons}.")
-    found += _highest_on_validation(study)
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in study.cost_obstacles.items())
+        found.append(f"Time and memory exclude {left_out} of {finished} runs: {reasons}.")
+    found += _best_on_validation(study)
     if any(len(row.tested) > 1 for row in study.rows):
-        found.append("The command of a row with several seeds is that of the first; the others differ in `--seed`.")
-    for name, extreme in (("greatest", max), ("smallest", min)):
-        at_the_edge = [f"{row} {rate:g}" for row, rate, tried in _tuned_rates(study) if rate == extreme(tried)]
+        found.append(
+            "If a row has several seeds, its command is for the first one; the others differ only in `--seed`."
+        )
+    for name, extreme in (("largest", max), ("smallest", min)):
+        at_the_edge = [f"{row} ({rate:g})" for row, rate, tried in _tuned_rates(study) if rate == extreme(tried)]
         if at_the_edge:
             found.append(
-                f"Tuning took the {name} learning rate that it tried, so a better one may lie beyond:"
-                f" {', '.join(at_the_edge)}."
+                f"The learning-rate grid was too narrow: tuning chose its {name} value for {', '.join(at_the_edge)}."
             )
     return found
 
 
-def _highest_on_validation(study: Study) -> list[str]:
-    """The row that one would choose without having read the test, of each data set; of equals none."""
+def _best_on_validation(study: Study) -> list[str]:
+    """The row to choose without reading the test, for each data set; none if two rows are equal."""
     found = []
     finished = [row for row in study.rows if row.accuracies("validation")]
     for source in dict.fromkeys(row.common("data", "source") for row in finished):
@@ -255,19 +304,19 @@ def _highest_on_validation(study: Study) -> list[str]:
         }
         best = [name for name, score in scores.items() if score == max(scores.values())]
         if len(best) == 1 < len(scores):
-            found.append(f"Highest on validation: {best[0]}, {_percent(scores[best[0]])} %.")
+            found.append(f"Best on validation: {best[0]} ({_percent(scores[best[0]])} %).")
     return found
 
 
 def _tuned_rates(study: Study) -> list[tuple[str, float, list[float]]]:
-    """Row, the rate that its final runs took, and those that were tried, of rows for which more than one was."""
+    """For each row with more than one tried rate: its name, the rate of its final runs, and all tried rates."""
     scores = tuning_scores(study.tuning)
     taken = [(row.name, row.common("config", "learning_rate")) for row in study.rows]
     return [(name, rate, list(scores[name])) for name, rate in taken if rate and len(scores.get(name, ())) > 1]
 
 
 def csv_text(study: Study) -> str:
-    """The main table for programs: fractions of 1, seconds, bytes; empty where not measured."""
+    """The main table for programs, in fractions, seconds and bytes; a cell is empty if not measured."""
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_KEYS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -276,5 +325,5 @@ def csv_text(study: Study) -> str:
 
 
 def summary(study: Study) -> list[dict[str, Any]]:
-    """One object a row, as ``results/summary.json`` holds it."""
+    """One object for each row, as in ``results/summary.json``."""
     return [{key: value for key, value in record(study, row).items() if key in SUMMARY_KEYS} for row in study.rows]

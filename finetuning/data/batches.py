@@ -1,15 +1,15 @@
 """Batches of nearly equal length under a token budget: their plan, their order in each epoch, ranks and collation.
 
-Training examples, sorted from longest to shortest, are cut into batches once, at set-up; that plan depends on the
-lengths alone, so every epoch and every rank has the same number of batches. An epoch then decides by chance which
-examples of equal length come first, mixes neighbouring batches (a *block*) and shuffles the optimizer steps::
+At set-up, training examples are sorted from longest to shortest and cut into batches. This plan depends only on the
+lengths, so every epoch and every rank has the same number of batches. Each epoch then shuffles three things: the
+order of examples of equal length, the examples of neighbouring batches (a *block*), and the optimizer steps::
 
     sorted lengths   |512 512 ... 512|511 498 ... 470|470 466 ... | ... 12|
     batches           b0 | b1 | b2 | b3   b4 | b5 | ...
     steps             s0: world_size * accumulate consecutive batches, nearly equal in length
     in a step         batch a * world_size + r belongs to rank r, accumulation index a
 
-So one process that accumulates 2 batches makes the same steps as two processes that accumulate none.
+So one process that accumulates 2 batches takes the same steps as two processes that do not accumulate.
 """
 
 from collections.abc import Iterator
@@ -25,37 +25,38 @@ from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
 
 Batch = dict[str, Any]  # tensors, and ``padded``
-BLOCK_BATCHES = 4  # batches whose examples mix: more means more chance and more padding
-EVALUATION_FACTOR = 4  # without gradients, batches may be this much larger
+BLOCK_BATCHES = 4  # batches whose examples are mixed; a larger number means more randomness and more padding
+EVALUATION_FACTOR = 4  # evaluation batches are this much larger, because they keep no activations for gradients
 EVALUATION_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Where batches begin in the examples sorted from longest to shortest."""
+    """Where each batch begins in the examples, sorted from longest to shortest."""
 
-    cuts: np.ndarray  # (batches + 1,) first position of each batch, and the number of examples
-    blocks: np.ndarray  # (examples,) the block that each sorted position belongs to, ascending
+    cuts: np.ndarray  # (batches + 1,) first position of each batch; the last entry is the number of examples
+    blocks: np.ndarray  # (examples,) block of each sorted position, ascending
 
     @property
     def sizes(self) -> np.ndarray:
-        """Examples in each batch, (batches,)."""
+        """Number of examples in each batch, (batches,)."""
         return np.diff(self.cuts)
 
 
 def plan_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int, shards: int) -> BatchPlan:
-    """Cut examples into batches of at most ``batch_tokens`` tokens, padding included, and ``batch_size`` examples.
+    """Cuts examples into batches of at most ``batch_tokens`` tokens, including padding, and ``batch_size`` examples.
 
-    The number of batches is a multiple of ``shards``. Whichever examples of a block come together, both bounds hold.
+    The number of batches is a multiple of ``shards``. Both limits hold for every mix of a block's examples.
 
     Args:
-        lengths: (examples,) tokens, descending, none above ``batch_tokens``; at least ``shards`` of them.
+        lengths: (examples,) tokens of each example, descending, each at most ``batch_tokens``; at least ``shards``
+            examples.
         batch_tokens: largest batch, in tokens.
         batch_size: largest batch, in examples.
         shards: batches in one optimizer step, over all processes.
 
     Raises:
-        UserError: batches of one example, and a number of examples that ``shards`` does not divide.
+        UserError: each batch contains one example, and ``shards`` does not divide the number of examples.
     """
     sizes: list[int] = []
     blocks: list[int] = []  # of each batch
@@ -65,12 +66,12 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int, shards
         left, group = total - start, BLOCK_BATCHES * shards
         if left - group * capacity >= shards:
             group_sizes = [capacity] * group
-        else:  # what remains, split evenly
+        else:  # the last batches share the remaining examples evenly
             count = shards * -(-left // (shards * capacity))
             if count > left:
                 raise UserError(
-                    f"{total} training texts, one per batch, do not divide into steps of {shards} batches: "
-                    f"give a larger --batch_size or --batch_tokens, another --accumulate, or --limit_train"
+                    f"{total} training texts: must be a multiple of {shards}, the batches per step, if a batch has "
+                    f"one text: raise --batch_size or --batch_tokens, or change --accumulate or --limit_train"
                 )
             group_sizes = [left // count + (i < left % count) for i in range(count)]
         first_block = blocks[-1] + 1 if blocks else 0
@@ -83,30 +84,29 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int, shards
 
 @dataclass(frozen=True)
 class BatchIndices:
-    """One batch before it is collated."""
+    """One batch before collation."""
 
     examples: np.ndarray  # (B,) positions in the split
     loss_weight: float
 
 
 class TokenBatchSampler(Sampler[BatchIndices]):
-    """One rank's training batches. Their order depends on ``seed`` and ``epoch`` only; see the top of this file.
+    """One rank's training batches. Their order depends only on ``seed`` and ``epoch``, see the top of this file.
 
-    It has state: ``state_dict`` after k batches, loaded into another sampler, makes that one give the rest of the
-    epoch. Lightning calls ``set_epoch`` before each epoch's first batch, but after ``iter``; therefore nothing is
-    decided before the first batch is asked for.
+    To continue an epoch after k batches, load the ``state_dict`` taken then into a new sampler. Lightning calls
+    ``set_epoch`` after ``iter`` but before the first batch, so the order is chosen only at the first batch.
 
     Args:
         lengths: (examples,) tokens of each example, in the split's order.
-        batch_tokens: largest batch, in tokens, padding included.
+        batch_tokens: largest batch, in tokens, including padding.
         batch_size: largest batch, in examples.
-        seed: what the order depends on, besides the epoch.
+        seed: seed of the order, together with the epoch.
         accumulate: batches of one rank in one optimizer step.
-        rank: this process, from 0.
-        world_size: all processes.
+        rank: index of this process, from 0.
+        world_size: number of processes.
 
     Raises:
-        UserError: fewer examples than one step needs.
+        UserError: there are fewer examples than one step needs.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class TokenBatchSampler(Sampler[BatchIndices]):
         self.shards = world_size * accumulate
         if len(lengths) < self.shards:
             raise UserError(
-                f"{len(lengths)} training texts are fewer than the {self.shards} batches of one step "
+                f"{len(lengths)} training texts: must be at least {self.shards}, the batches per step "
                 f"({world_size} processes x --accumulate {accumulate}): lower --accumulate or --devices"
             )
         self.lengths, self.seed = lengths, seed
@@ -138,18 +138,18 @@ class TokenBatchSampler(Sampler[BatchIndices]):
         return len(self.plan.sizes) // self.shards
 
     def __len__(self) -> int:
-        """Batches of this rank in a whole epoch, also when it resumes in the middle of one."""
+        """Batches of this rank in a whole epoch, even if it resumes in the middle of one."""
         return self.steps * self.accumulate
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; another epoch than before starts at its first batch."""
+        """Selects the epoch. If it changes, the next batch is the epoch's first one."""
         if epoch != self.epoch:
             self.epoch, self.position, self._resume_at = epoch, 0, 0
 
     def epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Examples in the plan's order, (examples,), and the steps in the epoch's order, (steps,)."""
+        """Examples in the order of the plan, (examples,), and steps in the order of the epoch, (steps,)."""
         random = np.random.default_rng((self.seed, epoch))
-        order = random.permutation(len(self.lengths))  # so that chance decides between equal lengths
+        order = random.permutation(len(self.lengths))  # shuffles examples of equal length
         order = order[np.argsort(-self.lengths[order], kind="stable")]
         order = order[np.lexsort((random.random(len(order)), self.plan.blocks))]
         return order, random.permutation(self.steps)
@@ -167,11 +167,11 @@ class TokenBatchSampler(Sampler[BatchIndices]):
             yield BatchIndices(order[cuts[batch] : cuts[batch + 1]], self.shards / step_examples)
 
     def state_dict(self) -> dict[str, int]:
-        """Where this epoch stands; equal on all ranks."""
+        """The position in this epoch, equal on all ranks."""
         return {"epoch": self.epoch, "position": self.position, "batches": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches that were given when ``state`` was taken.
+        """Continues after the batches that were done when ``state`` was taken.
 
         Raises:
             UserError: the state belongs to other batches.
@@ -179,20 +179,20 @@ class TokenBatchSampler(Sampler[BatchIndices]):
         if state["batches"] != len(self):
             raise UserError(
                 f"--resume: the interrupted run had {state['batches']} batches per epoch, this one has {len(self)}: "
-                f"data, --batch_tokens, --batch_size, --accumulate, --devices and --num_nodes must be the same"
+                f"use the same data, --batch_tokens, --batch_size, --accumulate, --devices and --num_nodes"
             )
         self.epoch = state["epoch"]
         self.position = self._resume_at = state["position"]
 
     def padding_fraction(self) -> float:
-        """Share of padding in all ranks' batches of the current epoch."""
+        """Fraction of padding tokens in the current epoch, over all ranks."""
         order, _ = self.epoch_order(self.epoch)
         longest = np.maximum.reduceat(self.lengths[order], self.plan.cuts[:-1])
         return 1 - float(self.lengths.sum() / (longest * self.plan.sizes).sum())
 
 
 class _Batches(Dataset[Batch]):
-    """Collates: a batch's indices -> its tensors, padded to its own longest sequence."""
+    """Turns a batch's indices into tensors, padded to the longest sequence of the batch."""
 
     def __init__(self, split: TokenizedSplit, pad_id: int) -> None:
         self.split, self.pad_id = split, pad_id
@@ -219,27 +219,30 @@ class _Batches(Dataset[Batch]):
 
 
 class TokenBatchLoader(DataLoader[Batch]):
-    """Training batches, and what is known of an epoch before it runs. Lightning keeps its state in checkpoints.
+    """Training batches, and the sizes of an epoch before it runs. Lightning stores its state in checkpoints.
 
-    Each batch is a dict of ``input_ids`` and ``attention_mask`` (B, T) int64, ``labels``, ``rows`` (in the source) and
-    ``examples`` (positions in the split) (B,) int64 and
-    ``padded``, whether the mask has a 0, and
-    ``loss_weight`` () float32: world_size * accumulate / examples in the optimizer step. The *sum* of the batch's
-    losses times ``loss_weight`` is what to call backward on: after Lightning has divided by ``accumulate`` and DDP
-    has averaged over ranks, the gradient is the mean over all examples of the step, however they were dealt.
+    Each batch is a dict of
 
-    Whoever reads ``trainer.estimated_stepping_batches`` before ``on_train_start`` (in ``configure_optimizers``, say)
-    makes Lightning set the loader up before it knows the checkpoint's loops, and then it never loads this state:
-    call ``trainer.fit_loop._load_combined_loader_states()`` in ``on_train_start``, or count with ``steps_per_epoch``.
+    * ``input_ids`` and ``attention_mask``: (B, T) int64
+    * ``labels``, ``rows`` (in the source) and ``examples`` (positions in the split): (B,) int64
+    * ``padded``: bool, whether the mask has a 0
+    * ``loss_weight``: () float32, world_size * accumulate / examples in the optimizer step
+
+    Call backward on the *sum* of the batch's losses times ``loss_weight``. Lightning then divides by ``accumulate``,
+    and DDP averages over ranks, so the gradient is the mean over all examples of the step.
+
+    Do not read ``trainer.estimated_stepping_batches`` before ``on_train_start``, for example in
+    ``configure_optimizers``: Lightning then sets up the loader too early and never loads this state from the
+    checkpoint. Use ``steps_per_epoch`` instead.
     """
 
     def __init__(self, split: TokenizedSplit, sampler: TokenBatchSampler, pad_id: int, **options: Any) -> None:
-        # Without automatic batching (batch_size=None) the sampler gives whole batches, and stands where Lightning
-        # looks for set_epoch. No workers: collating is one copy out of a flat array.
+        # batch_size=None turns off automatic batching: the sampler gives whole batches, and Lightning finds its
+        # set_epoch. Workers would not help, because collating is one copy out of a flat array.
         super().__init__(_Batches(split, pad_id), batch_size=None, sampler=sampler, **options)
         self.token_batches = sampler
-        self.padding_fraction = sampler.padding_fraction()  # of all ranks, epoch 0; the others differ little
-        self.tokens_per_epoch = int(split.lengths.sum())  # real tokens, all ranks
+        self.padding_fraction = sampler.padding_fraction()  # of all ranks in epoch 0; other epochs differ little
+        self.tokens_per_epoch = int(split.lengths.sum())  # of all ranks, without padding
         self.steps_per_epoch = sampler.steps  # optimizer steps
 
     def state_dict(self) -> dict[str, int]:
@@ -257,10 +260,10 @@ def train_loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> TokenBatchLoader:
-    """The training split's batches for one rank; the trainer needs ``use_distributed_sampler=False``.
+    """The training batches of one rank. The trainer must have ``use_distributed_sampler=False``.
 
     Raises:
-        UserError: fewer texts than one optimizer step needs.
+        UserError: there are fewer texts than one optimizer step needs.
     """
     sampler = TokenBatchSampler(
         split.lengths,
@@ -275,10 +278,15 @@ def train_loader(
 
 
 def check_batches(splits: dict[str, TokenizedSplit], training: TrainingSettings, processes: int) -> None:
-    """Makes all batches of a run, which needs no model; ``processes`` are those of all nodes.
+    """Checks that all batches of a run can be made, before the model is loaded.
+
+    Args:
+        splits: the tokens of each split.
+        training: batches and accumulation.
+        processes: number of processes on all nodes.
 
     Raises:
-        UserError: fewer texts than the processes, or one optimizer step, need.
+        UserError: there are fewer texts than processes, or than one optimizer step needs.
     """
     for name, split in splits.items():
         make = train_loader if name == "train" else evaluation_loader
@@ -293,17 +301,19 @@ def evaluation_loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """One rank's share of a split to evaluate, longest texts first, so that memory peaks at once.
+    """One rank's part of a split to evaluate. The longest texts come first, so that memory peaks at the start.
 
-    Over all ranks each text comes exactly once, and all ranks have the same number of batches (in a forward, DDP
-    synchronizes buffers: a rank with one batch more would wait for ever). ``loss_weight`` is 1 / texts in the split:
-    the sum of all losses times it, over all batches and ranks, is the split's mean.
+    Over all ranks, each text appears exactly once. All ranks have the same number of batches, because DDP
+    synchronizes buffers in a forward and a rank with one more batch would wait for ever. ``loss_weight`` is
+    1 / texts in the split: the sum of all losses times it, over all batches and ranks, is the mean loss.
 
     Raises:
-        UserError: fewer texts than processes.
+        UserError: there are fewer texts than processes.
     """
     if len(split) < world_size:
-        raise UserError(f"{len(split)} texts to evaluate are fewer than the {world_size} processes: lower --devices")
+        raise UserError(
+            f"{len(split)} texts to evaluate: must be at least {world_size}, the number of processes: lower --devices"
+        )
     order = np.argsort(-split.lengths, kind="stable")
     batch_tokens = EVALUATION_FACTOR * training.batch_tokens
     plan = plan_batches(split.lengths[order], batch_tokens, EVALUATION_BATCH_SIZE, world_size)

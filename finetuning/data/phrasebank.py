@@ -1,4 +1,4 @@
-"""Financial PhraseBank (Malo et al. 2014): sentences of financial news with a sentiment."""
+"""Financial PhraseBank (Malo et al. 2014): sentences from financial news, labelled with their sentiment."""
 
 import io
 import zipfile
@@ -15,7 +15,7 @@ from finetuning.settings import DataSettings
 
 
 def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
-    """Financial PhraseBank (Malo et al. 2014) at one level of agreement, each sentence once."""
+    """The sentences at one level of ``--agreement``. Repeated sentences and conflicting labels are dropped."""
     wanted = f"sentences_{data.agreement}agree"
     if data.data_dir is None:
         path = hub_file("takala/financial_phrasebank", "data/FinancialPhraseBank-v1.0.zip")
@@ -26,7 +26,9 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
         files = [data.data_dir] if data.data_dir.is_file() else sorted(data.data_dir.iterdir())
         matching = [p for p in files if p.stem.lower() == wanted and p.suffix in (*SUFFIXES, ".txt")]
         if not matching:
-            raise UserError(f"--data_dir {data.data_dir}: holds no {wanted}.parquet or .txt (--agreement chooses it)")
+            raise UserError(
+                f"--data_dir {data.data_dir}: must contain {wanted}.txt or .parquet for --agreement {data.agreement}"
+            )
         path = matching[0]
         with readable(path):
             content = path.read_bytes()
@@ -45,10 +47,10 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
 
 
 def _parse(content: bytes, path: Path) -> pd.DataFrame:
-    """Lines of ``sentence@label`` in Latin-1."""
+    """Reads lines of the form ``sentence@label``, encoded in Latin-1."""
     lines = [line.rstrip("\r\n") for line in io.StringIO(content.decode("latin-1"), newline="\n")]
     pairs = [line.rpartition("@") for line in lines]
     for row, (sentence, _, _) in enumerate(pairs):
         if not sentence.strip():
-            raise UserError(f"--data_dir: {path} row {row} (counted from 0) is not of the form sentence@label")
+            raise UserError(f"--data_dir: {path}, row {row} (counted from 0): must be of the form sentence@label")
     return pd.DataFrame({"text": [pair[0] for pair in pairs], "label": [pair[2].strip() for pair in pairs]})

@@ -1,4 +1,4 @@
-"""Where texts come from: one reader for each ``--dataset``."""
+"""Reads the texts: one reader for each ``--dataset``."""
 
 from collections.abc import Callable
 
@@ -11,18 +11,18 @@ from finetuning.settings import DataSettings
 
 
 def read_source(data: DataSettings, offline: bool) -> Source:
-    """The tables that the flags ask for, downloaded if need be.
+    """Reads the tables for these settings and downloads them if necessary.
 
     Raises:
-        UserError: data that is missing or cannot be read.
+        UserError: the data is missing or cannot be read.
     """
     check_data_dir(data.data_dir)
     return READERS[data.dataset](data, offline)
 
 
 def read_own_files(data: DataSettings, _offline: bool) -> Source:
-    """``--dataset text``: the files ``train``, ``validation`` and ``test`` in a folder, or a single file."""
-    assert data.data_dir is not None  # the flags were checked
+    """``--dataset text``: the files ``train``, ``validation`` and ``test`` in a folder, or one file."""
+    assert data.data_dir is not None  # config.py requires it for this data set
     files = split_files(data.data_dir)
     tables = {split: read_table(path, data) for split, path in files.items()}
     return Source(data.data_dir.resolve().name, "local files", tables, class_names(files["train"], data.label_column))

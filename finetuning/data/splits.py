@@ -1,4 +1,4 @@
-"""Splits of labelled texts: label codes, stratified parts, leaks between splits, limits."""
+"""Splits of labelled texts: label codes, stratified parts, removal of leaks, limits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,11 @@ from finetuning.settings import DataSettings
 
 
 def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source]:
-    """Label names, and the source with labels 0 ... classes - 1."""
+    """The label names, and the source with its labels as numbers 0 ... classes - 1.
+
+    Raises:
+        UserError: a label is not allowed, or all labels are equal.
+    """
     labels = _comparable(pd.concat({split: table.label for split, table in source.tables.items()}))
     if not pd.api.types.is_numeric_dtype(labels) and not labels.map(lambda label: isinstance(label, str)).all():
         raise UserError(f"--label_column {data.label_column}: labels must be all numbers or all strings")
@@ -31,19 +35,21 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
     unknown = labels[~labels.isin(list(known))]
     if len(unknown):
         allowed = ", ".join(f"{i} or {name}" for i, name in enumerate(names))
-        advice = "" if data.dataset == "text" else "; --dataset text takes any labels"
+        advice = "" if data.dataset == "text" else ": use --dataset text for other labels"
         raise UserError(
             f"--label_column {data.label_column}: label {unknown.tolist()[0]!r} is not one of {allowed}{advice}"
         )
     if labels.nunique() < 2:
-        raise UserError(f"--label_column {data.label_column}: all labels are {labels.tolist()[0]!r}, two are needed")
+        raise UserError(
+            f"--label_column {data.label_column}: must have at least two labels, but all are {labels.tolist()[0]!r}"
+        )
     codes = labels.map(known).astype(np.int64)
     tables = {split: table.assign(label=codes[split].to_numpy()) for split, table in source.tables.items()}
     return names, dataclasses.replace(source, tables=tables)
 
 
 def _comparable(labels: pd.Series) -> pd.Series:
-    """Labels, of which CSV files give words: as numbers where all are, else words without spaces around them."""
+    """Labels as numbers if all are numbers, else with strings stripped, because CSV files give strings."""
     words = labels.map(lambda label: isinstance(label, str))
     if not words.any():
         return labels
@@ -52,15 +58,15 @@ def _comparable(labels: pd.Series) -> pd.Series:
 
 
 def stratified_parts(labels: np.ndarray, sizes: Sequence[int], seed: int) -> list[np.ndarray]:
-    """Disjoint random parts of exactly ``sizes`` examples, each with all classes in proportion, within two examples.
+    """Disjoint random parts of exactly ``sizes`` examples. Class counts are proportional, within two examples.
 
-    Each class's examples, in random order, are spread evenly over the interval from 0 to 1; all are sorted by that
-    place and cut. (The counts are those of Webster's method of apportionment.)
+    The examples of each class, in random order, are spread evenly over the interval from 0 to 1. All examples are
+    then sorted by their place in it and cut. The class counts follow Webster's method of apportionment.
 
     Args:
         labels: (n,) class of each example.
-        sizes: of the parts; together at most n. The first part of a smaller request lies in that of a larger one.
-        seed: repeats the same parts.
+        sizes: size of each part; their sum is at most n. A smaller first part is contained in a larger first part.
+        seed: the same seed gives the same parts.
 
     Returns:
         Positions in ``labels``, one array (size,) for each part.
@@ -75,7 +81,7 @@ def stratified_parts(labels: np.ndarray, sizes: Sequence[int], seed: int) -> lis
 
 
 def _sizes(total: int, shares: Sequence[int]) -> list[int]:
-    """``total`` divided in proportion to ``shares``, by largest remainder."""
+    """Divides ``total`` in proportion to ``shares``, by largest remainder."""
     exact = total * np.array(shares) / sum(shares)
     sizes = np.floor(exact).astype(int)
     sizes[np.argsort(sizes - exact, kind="stable")[: total - sizes.sum()]] += 1
@@ -83,32 +89,34 @@ def _sizes(total: int, shares: Sequence[int]) -> list[int]:
 
 
 def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], seed: int) -> list[pd.DataFrame]:
-    """``table`` cut into stratified parts in proportion to ``shares``."""
+    """Cuts ``table`` into stratified parts in proportion to ``shares``."""
     counts = table.label.value_counts()
     if counts.min() < len(shares):
-        count = f"class {names[counts.idxmin()]!r} has {counts.min()} texts"
-        raise UserError(f"--label_column: {count}, a stratified split needs {len(shares)}")
+        raise UserError(
+            f"--label_column: class {names[counts.idxmin()]!r} has {counts.min()} texts: must be at least"
+            f" {len(shares)} for a stratified split"
+        )
     sizes = _sizes(len(table), shares)
     if 0 in sizes:
-        raise UserError(f"--data_dir: {len(table)} texts are too few to be split {':'.join(map(str, shares))}")
+        raise UserError(f"--data_dir: {len(table)} texts are too few for a split {':'.join(map(str, shares))}")
     return [table.iloc[part] for part in stratified_parts(table.label.to_numpy(), sizes, seed)]
 
 
 def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[dict[str, pd.DataFrame], str]:
-    """Train, validation and test as ``--split`` says, and how the result is to be called."""
+    """Train, validation and test as ``--split`` says, and a name for them that shows how they were split."""
     tables = source.tables
     kind = data.split or ("official" if "test" in tables else "stratified")
     if kind != "stratified" and "test" not in tables:
-        raise UserError(f"--split {kind}: {source.name} ({source.where}) has no test split, allowed is stratified")
+        raise UserError(f"--split {kind}: must be stratified, because {source.name} ({source.where}) has no test split")
     if kind == "official" or (data.split is None and "validation" in tables):
         splits = dict(tables)
-        for missing in {"validation", "test"} - set(tables):  # one at most
+        for missing in {"validation", "test"} - set(tables):  # at most one
             splits["train"], splits[missing] = _parts(tables["train"], (90, 10), names, data.data_seed)
         test = "official test" if "test" in tables else "held-out test"
         return {split: splits[split] for split in SPLITS}, f"{source.name}, {test} ({source.where})"
     resplit = DATASETS[data.dataset].resplit if kind == "resplit" else None
     shares = resplit or (80, 10, 10)
-    # One table keeps its rows: repeated sentences may be missing from it.
+    # A single table keeps its row numbers, which have gaps where repeated sentences were dropped.
     everything = pd.concat([tables[s] for s in SPLITS if s in tables], ignore_index=len(tables) > 1)
     splits = dict(zip(SPLITS, _parts(everything, shares, names, data.data_seed), strict=True))
     name = source.name if len(tables) == 1 else f"{source.name} {' + '.join(tables)}"
@@ -116,35 +124,61 @@ def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[
 
 
 def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
-    """Remove from train, in ``splits``, the texts that also stand in validation or test; their number."""
+    """Removes from train, in ``splits``, the texts that also appear in validation or test. Returns their number.
+
+    Raises:
+        UserError: a label of validation or test does not appear in train.
+    """
     held_out = pd.concat([splits["validation"], splits["test"]])
     leaks = splits["train"].text.str.strip().isin(held_out.text.str.strip())
     splits["train"] = splits["train"][~leaks]
     missing = sorted(set(held_out.label) - set(splits["train"].label))
     if missing:
+        removed = f" (after {leaks.sum()} texts that also appear in validation or test were removed from train)"
         raise UserError(
-            f"--data_dir: label {names[missing[0]]!r} stands in validation or test, but on no text of train"
-            + (f" (after {leaks.sum()} texts that stand there as well were dropped from train)" if leaks.any() else "")
+            f"--data_dir: label {names[missing[0]]!r} appears in validation or test but not in train"
+            + (removed if leaks.any() else "")
         )
     return int(leaks.sum())
 
 
 def keep_test_unseen(splits: dict[str, pd.DataFrame], given: bool) -> list[str]:
-    """Remove from validation, in ``splits``, the texts that also stand in test, for validation chooses the checkpoint
-    and the learning rate. One that was ``given`` as a file of its own stays whole. Returns what there is to say."""
+    """Removes from validation, in ``splits``, the texts that also appear in test.
+
+    Validation chooses the checkpoint and the learning rate, so it must not see the test split.
+
+    Args:
+        splits: train, validation and test; validation is replaced.
+        given: whether validation was a file of its own. It is then kept whole, and only the note warns.
+
+    Returns:
+        Notes for the user, at most one.
+
+    Raises:
+        UserError: all texts of validation appear in test.
+    """
     seen = splits["validation"].text.str.strip().isin(splits["test"].text.str.strip())
     if not seen.any():
         return []
     if given:
-        return [f"{seen.sum()} of {len(seen)} validation texts stand in test: what they choose has seen the test"]
+        return [
+            f"warning: {seen.sum()} of {len(seen)} validation texts also appear in test, so the test score may be"
+            f" too high"
+        ]
     if seen.all():
-        raise UserError(f"--data_dir: each text of validation, {len(seen)} held out of train, stands in test as well")
+        raise UserError(
+            f"--data_dir: all {len(seen)} validation texts, taken from train, also appear in test: remove repeats"
+        )
     splits["validation"] = splits["validation"][~seen]
-    return [f"{seen.sum()} validation texts left out, before any limit: they stand in test"]
+    return [f"removed {seen.sum()} validation texts that also appear in test (before --limit_validation)"]
 
 
 def limited(splits: dict[str, pd.DataFrame], data: DataSettings) -> dict[str, pd.DataFrame]:
-    """Stratified subsamples of the sizes that ``--limit_train`` and so on ask for."""
+    """Stratified samples of the sizes that ``--limit_train``, ``--limit_validation`` and ``--limit_test`` give.
+
+    Raises:
+        UserError: a limit is larger than its split, or smaller than the number of classes in train.
+    """
     kept = dict(splits)
     for name, table in splits.items():
         limit = data.limit(name)
@@ -153,8 +187,8 @@ def limited(splits: dict[str, pd.DataFrame], data: DataSettings) -> dict[str, pd
         classes = table.label.nunique() if name == "train" else 1
         if not classes <= limit <= len(table):
             raise UserError(
-                f"--limit_{name} {limit}: the {name} split has {len(table)} texts in {table.label.nunique()} classes, "
-                f"allowed is {classes} to {len(table)}"
+                f"--limit_{name} {limit}: must be from {classes} to {len(table)}, because the {name} split has"
+                f" {len(table)} texts in {table.label.nunique()} classes"
             )
         kept[name] = table.iloc[stratified_parts(table.label.to_numpy(), [limit], data.data_seed)[0]]
     return kept

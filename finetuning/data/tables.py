@@ -1,4 +1,4 @@
-"""Files with a table: parquet, CSV, JSON and JSON lines, read and checked."""
+"""Reads and checks tables: parquet, CSV, JSON and JSON lines."""
 
 import contextlib
 import json
@@ -20,7 +20,11 @@ SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 
 
 def split_files(folder: Path) -> dict[str, Path]:
-    """The one file of each split in ``folder``; a single file instead of a folder is train."""
+    """The file of each split in ``folder``. If ``folder`` is a file, it is the train split.
+
+    Raises:
+        UserError: there is no train file, two files for one split, or a file of another type.
+    """
     if folder.is_file():
         if folder.suffix not in SUFFIXES:
             raise UserError(f"--data_dir {folder}: a single file must end in one of {', '.join(SUFFIXES)}")
@@ -28,35 +32,39 @@ def split_files(folder: Path) -> dict[str, Path]:
     found = {split: [p for suffix in SUFFIXES if (p := folder / f"{split}{suffix}").exists()] for split in SPLITS}
     if not found["train"]:
         wanted = ", ".join(f"train{suffix}" for suffix in SUFFIXES)
-        raise UserError(f"--data_dir {folder}: expected one of {wanted} (or, for imdb, an aclImdb tree), found none")
+        raise UserError(f"--data_dir {folder}: must contain one of {wanted} (or, for imdb, an aclImdb folder)")
     for split, paths in found.items():
         if len(paths) > 1:
-            raise UserError(f"--data_dir {folder}: {' and '.join(p.name for p in paths)} are both {split}, keep one")
+            raise UserError(f"--data_dir {folder}: {' and '.join(p.name for p in paths)} are both {split}: keep one")
     return {split: paths[0] for split, paths in found.items() if paths}
 
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Whatever goes wrong in reading ``path`` becomes one line."""
+    """Turns every error of reading ``path`` into a ``UserError`` of one line."""
     try:
         yield
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 (byte {error.start}): convert it, or name other data by --data_dir"
+            f"{path} is not UTF-8 (byte {error.start}): convert it, or give other data with --data_dir"
         ) from error
     except (OSError, TypeError, ValueError, pyarrow.ArrowException, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): name other data by --data_dir") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}): give other data with --data_dir") from error
 
 
 def read_csv(path: Path, *columns: str) -> pd.DataFrame:
-    """A CSV file with a header; blank lines are skipped, and ``columns``, those that are there, are read as text.
+    """Reads a CSV file with a header, without its blank lines.
+
+    Args:
+        path: the file.
+        columns: columns to read as text; they may be missing.
 
     Raises:
-        ValueError: it is not UTF-8, or no table, or a text with a comma does not stand in quotes.
-        OSError: it cannot be read.
+        ValueError: the file is not UTF-8, is no table, or has a text with a comma but without quotes.
+        OSError: the file cannot be read.
     """
-    # "NA" is a text like any other; utf-8-sig drops the mark that Excel writes; by default, the first of more fields
-    # than names would be an index, and the text the second
+    # keep_default_na: "NA" is a text like any other. utf-8-sig: Excel writes a byte order mark. index_col: if a row
+    # has more fields than the header, pandas would take the first field as an index.
     options: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False, "index_col": False}
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -65,12 +73,16 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
         except (pd.errors.ParserWarning, pd.errors.ParserError):
             header = listed(pd.read_csv(path, nrows=0, **options).columns)
             raise ValueError(
-                f"a row has more fields than the header ({header}), or an open quote; texts with commas go in quotes"
+                f"a row has more fields than the header ({header}), or an open quote: put texts with commas in quotes"
             ) from None
 
 
 def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
-    """A parquet, CSV or JSON file, checked, as columns text and label."""
+    """Reads a parquet, CSV or JSON file into the columns text and label.
+
+    Raises:
+        UserError: like ``checked``, or the file cannot be read.
+    """
     with readable(path):
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
@@ -84,12 +96,16 @@ def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
 
 
 def checked(table: pd.DataFrame, path: Path, data: DataSettings) -> pd.DataFrame:
-    """Columns text and label of ``table``; every text and label is there."""
+    """The columns text and label of ``table``, without any other column.
+
+    Raises:
+        UserError: a column is missing, the table is empty, or a row has no text or no label.
+    """
     for flag, column in (("text_column", data.text_column), ("label_column", data.label_column)):
         if column not in table.columns:
-            raise UserError(f"--{flag} {column}: {path} has no such column; its columns are: {listed(table.columns)}")
+            raise UserError(f"--{flag} {column}: must be a column of {path}, which has: {listed(table.columns)}")
     if table.empty:
-        raise UserError(f"--data_dir: {path} holds no rows")
+        raise UserError(f"--data_dir: {path} has no rows")
     text, label = table[data.text_column], table[data.label_column]
     for what, flag, bad in (
         (
@@ -104,17 +120,17 @@ def checked(table: pd.DataFrame, path: Path, data: DataSettings) -> pd.DataFrame
         ),
     ):
         if bad.any():
-            others = f", nor in {int(bad.sum()) - 1} later one(s)" if bad.sum() > 1 else ""
+            rows = f"{bad.sum()} rows, first in row" if bad.sum() > 1 else "row"
             raise UserError(
-                f"{flag}: {path} has no {what} in row {int(bad.argmax())}, the header not"
-                f" counted and the first being 0{others}: remove such rows"
+                f"{flag}: {path} has no {what} in {rows} {bad.argmax()} (counted from 0 after the header): remove"
+                f" such rows"
             )
     return pd.DataFrame({"text": text.astype(str).array, "label": label.array})
 
 
 def class_names(path: Path, label_column: str) -> list[str] | None:
-    """The label names that the datasets library wrote into a parquet file, if it did."""
-    if path.suffix != ".parquet" or path.is_dir():  # Spark writes folders
+    """The label names that the datasets library stored in a parquet file; ``None`` if there are none."""
+    if path.suffix != ".parquet" or path.is_dir():  # Spark writes a parquet table as a folder
         return None
     metadata = pyarrow.parquet.read_schema(path).metadata or {}
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})

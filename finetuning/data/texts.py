@@ -1,4 +1,4 @@
-"""Texts with labels: as a source gives them, and as three splits ready to be tokenized."""
+"""Texts with labels: as a source gives them, and as three splits ready for the tokenizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,21 +11,21 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Source:
-    """What was read: a table for each split that the source has, with columns text and label."""
+    """The data as it was read: one table per split, with the columns text and label."""
 
     name: str
     where: str
     tables: dict[str, pd.DataFrame]
-    label_names: Sequence[str] | None  # None: taken from the labels
+    label_names: Sequence[str] | None  # None if the names come from the labels
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """One split. ``rows`` say where each text stands in its source.
+    """One split. ``rows`` gives the position of each text in its source, counted from 0.
 
-    With ``--split official`` that is the position in the split's own file (a validation split that was carved out
-    of train: in train's), from 0; otherwise the position in train, validation and test put one after another.
+    With ``--split official``, the source is the split's own file, or the train file for a split carved out of train.
+    With other splits, the source is train, validation and test one after another.
     """
 
     texts: list[str]
@@ -35,10 +35,10 @@ class LabelledTexts:
 
 @dataclass(frozen=True)
 class TextData:
-    """Three splits and what is to be told of them."""
+    """Three splits, and notes about them for the user."""
 
     source: str  # for people, e.g. "IMDb (Stanford), official test"
     label_names: list[str]
     splits: dict[str, LabelledTexts]  # train, validation, test
-    leaks_dropped: int  # texts removed from train because they also stand in validation or test
-    notes: list[str] = field(default_factory=list)  # what was done to the data, one sentence each
+    leaks_dropped: int  # texts removed from train because they also appear in validation or test
+    notes: list[str] = field(default_factory=list)  # one sentence for each change of the data

@@ -1,4 +1,4 @@
-"""Texts -> token ids, cut to the longest input, in one flat array; kept in a cache."""
+"""Turns texts into token ids, cut to ``--max_length``, in one flat array. A cache keeps them."""
 
 import contextlib
 import hashlib
@@ -19,10 +19,10 @@ from finetuning.storage import cache_dir, write_atomically
 
 @dataclass(frozen=True)
 class TokenizedSplit:
-    """Token sequences, special tokens included, one after another."""
+    """Token sequences with their special tokens, one after another."""
 
     tokens: np.ndarray  # (all tokens,) int32
-    offsets: np.ndarray  # (n + 1,) int64, where each sequence begins
+    offsets: np.ndarray  # (n + 1,) int64, the start of each sequence and the end of the last one
     labels: np.ndarray  # (n,) int64
     rows: np.ndarray  # (n,) int64
 
@@ -40,9 +40,9 @@ class TokenizedSplit:
 
 
 def _tokens_key(texts: list[str], tokenizer: Any, data: DataSettings) -> str:
-    """A hash of all that the tokens depend on."""
+    """A hash of everything that the tokens depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("truncation", "padding"):  # left by whichever call came last
+    for state in ("truncation", "padding"):  # earlier calls change them, but they do not change our tokens
         backend.pop(state, None)
     digest = hashlib.blake2b(json.dumps([1, data.max_length, data.truncation, backend]).encode(), digest_size=16)
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
@@ -54,21 +54,21 @@ def _tokens_key(texts: list[str], tokenizer: Any, data: DataSettings) -> str:
 def encode_texts(
     texts: list[str], tokenizer: Any, data: DataSettings, progress: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of ``texts``. A text of more than ``max_length`` tokens, special tokens included, is cut.
+    """Tokens of ``texts``, each text cut to ``max_length`` tokens including special tokens.
 
-    ``head`` keeps its beginning, ``head_tail`` the first quarter of what fits and the rest from its end
-    (Sun et al. 2019, arXiv:1905.05583).
+    ``head`` keeps the start of a long text. ``head_tail`` fills a quarter of the length from its start and the rest
+    from its end (Sun et al. 2019, arXiv:1905.05583).
 
     Args:
-        texts: at least one.
+        texts: at least one text.
         tokenizer: a fast tokenizer of transformers.
-        config: ``max_length`` and ``truncation``.
-        progress: what the progress bar is called; None is no bar.
+        data: ``max_length`` and ``truncation``.
+        progress: title of the progress bar; ``None`` shows no bar.
 
     Returns:
-        All sequences one after another, (all tokens,) int32, and where each begins, (n + 1,) int64.
+        All sequences one after another, (all tokens,) int32, and their offsets, (n + 1,) int64.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # all cores; unset, the library may choose one
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # otherwise the library may use only one core
     probe = tokenizer("a", return_special_tokens_mask=True, truncation=False, padding=False)
     body = np.flatnonzero(np.array(probe["special_tokens_mask"]) == 0)
     prefix, suffix = probe["input_ids"][: body[0]], probe["input_ids"][body[-1] + 1 :]
@@ -80,11 +80,11 @@ def encode_texts(
             batch = tokenizer(
                 texts[start : start + 1000],
                 add_special_tokens=False,
-                truncation=False,  # both said, because a tokenizer's file may bring its own
+                truncation=False,  # a tokenizer's file may set its own truncation and padding
                 padding=False,
                 return_attention_mask=False,
                 return_token_type_ids=False,
-                verbose=False,  # not "longer than the model's maximum": it is cut below
+                verbose=False,  # no warning about long texts, because they are cut below
             )["input_ids"]
             for ids in batch:
                 kept = ids if len(ids) <= room else ids[:head] + ids[len(ids) - (room - head) :]
@@ -95,13 +95,14 @@ def encode_texts(
 
 
 def cached_tokens(texts: list[str], tokenizer: Any, data: DataSettings, progress: str) -> tuple[np.ndarray, np.ndarray]:
-    """``encode_texts``, from the cache if it holds these texts, undamaged.
+    """Like ``encode_texts``, but reads the tokens from the cache if they are there and not damaged.
 
     Raises:
         UserError: the cache cannot be written.
     """
     path = cache_dir() / "tokens" / f"{_tokens_key(texts, tokenizer, data)}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(path) as stored:
+    damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with contextlib.suppress(*damaged), path.open("rb") as file, np.load(file) as stored:
         return stored["tokens"], stored["offsets"]
     tokens, offsets = encode_texts(texts, tokenizer, data, progress)
 
@@ -113,5 +114,7 @@ def cached_tokens(texts: list[str], tokenizer: Any, data: DataSettings, progress
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save)
     except OSError as error:
-        raise UserError(f"tokens cannot be kept in {path.parent} ({error}): set FINETUNE_LORA_CACHE") from error
+        raise UserError(
+            f"tokens cannot be stored in {path.parent} ({error}): set FINETUNE_LORA_CACHE to another folder"
+        ) from error
     return tokens, offsets

@@ -1,4 +1,4 @@
-"""The files of a run directory: their names, and what is read back from them; no torch."""
+"""The files of a run directory: their names, and functions that read them. Nothing here imports torch."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from finetuning.storage import read_json
 
 RESULT = "result.json"
-SETTINGS = "settings.json"  # not config.json, which is Hugging Face's name
-OLD_SETTINGS = "config.json"  # the name in earlier versions
+SETTINGS = "settings.json"  # not config.json, because Hugging Face uses that name
+OLD_SETTINGS = "config.json"  # the name in earlier versions of the suite
 PREDICTIONS = "predictions.parquet"
 METRICS = "metrics.csv"
 CURVE = "learning_curve.png"
@@ -17,8 +17,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 LAST_CHECKPOINT = "last.ckpt"
 BEST_CHECKPOINT = "best.ckpt"
-PLANNED = "planned.json"  # next to a study's collected runs: the names of all runs that it plans
-NOT_FINITE = "the loss is not finite"  # how the error of a run that diverged begins in result.json
+PLANNED = "planned.json"  # next to a study's collected runs: the names of all its planned runs
+NOT_FINITE = "the loss is not finite"  # the error of a diverged run in result.json starts with it
 RUN_FILES = (
     RESULT,
     SETTINGS,
@@ -34,36 +34,37 @@ RUN_FILES = (
 
 
 def read_result(directory: Path) -> dict[str, Any]:
-    """What ``result.json`` holds.
+    """Reads ``result.json``.
 
     Raises:
-        OSError, ValueError: there is none, or no JSON.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON.
     """
     return read_json(directory / RESULT)
 
 
 def read_status(directory: Path) -> str | None:
-    """``finished``, ``interrupted`` or ``failed``; ``None`` if there is no result."""
+    """The run's status, ``finished``, ``interrupted`` or ``failed``; ``None`` if there is no result."""
     with suppress(OSError, ValueError):
         return read_result(directory).get("status")
     return None
 
 
 def settings_file(directory: Path) -> Path | None:
-    """The file with a run's settings, under its present name or the earlier one; ``None`` if no run has begun."""
+    """The file with a run's settings, under its present or its earlier name; ``None`` if no run has started."""
     if (directory / SETTINGS).exists():
         return directory / SETTINGS
     with suppress(OSError, ValueError, TypeError):
-        if "output_dir" in read_json(directory / OLD_SETTINGS):  # else it is a model's
+        if "output_dir" in read_json(directory / OLD_SETTINGS):  # otherwise it is a model's config.json
             return directory / OLD_SETTINGS
     return None
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """The settings of a run; those of a collected run are in its ``result.json``.
+    """Reads the settings of a run. A collected run has them in its ``result.json``.
 
     Raises:
-        OSError, ValueError, KeyError: there are none.
+        OSError, ValueError, KeyError: there are no settings.
     """
     file = settings_file(directory)
     settings: dict[str, Any] = read_result(directory)["config"] if file is None else read_json(file)

@@ -1,4 +1,4 @@
-"""What a run leaves besides weights and result: predictions, metrics over the steps, and the learning curve."""
+"""Writes the predictions, the metrics over the steps, and the learning curve of a run."""
 
 import csv
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from finetuning.storage import write_atomically
 
 
 def write_predictions(directory: Path, splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
-    """``predictions.parquet``: split, row in its source, label, one list of logits a text.
+    """Writes ``predictions.parquet``: for each text its split, row in the source, label and logits.
 
     Args:
         directory: the run directory.
-        splits: by name (rows ``(n,)``, labels ``(n,)``, logits ``(n, classes)``).
+        splits: split name -> rows (n,), labels (n,), logits (n, classes).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -32,7 +32,7 @@ def write_predictions(directory: Path, splits: dict[str, tuple[np.ndarray, np.nd
 
 
 def write_metrics(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """``metrics.csv``: one row a measurement; what was not measured at a step stays empty."""
+    """Writes ``metrics.csv``: one row per measurement. Fields that were not measured stay empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def write(path: Path) -> None:
@@ -45,7 +45,7 @@ def write_metrics(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor: str, title: str) -> None:
-    """Training and validation loss over the steps, and beneath them the monitored metric with its best point."""
+    """Plots training and validation loss over the steps and, below them, the monitored metric with its best point."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -66,7 +66,7 @@ def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor
     at = [row["step"] for row in validated]
     above.plot(at, [row["validation_loss"] for row in validated], "o-", color="#d94801", label="validation loss")
     above.set(ylabel="cross-entropy, nats", ylim=(0, None))
-    above.set_title(title, parse_math=False)  # a folder's name may hold $
+    above.set_title(title, parse_math=False)  # a folder's name may contain $
     above.legend(frameon=False)
     values = [100 * row[f"validation_{metric}"] for row in validated]
     below.plot(at, values, "o-", color="#d94801")

@@ -1,4 +1,4 @@
-"""What a run takes of its machine, whether it had it to itself, and which machine, versions and commit that were."""
+"""Memory and time of a run, whether other programs used the machine, and the hardware, versions and commit."""
 
 import os
 import platform
@@ -17,14 +17,14 @@ import torch
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "bitsandbytes", "peft", "numpy")
 REPOSITORY = Path(__file__).resolve().parents[2]
-OTHERS_ALLOWED = 0.03  # of the machine's processor time: what its services and a shell take
+OTHERS_ALLOWED = 0.03  # fraction of all processor time that system services and a shell may use
 
 
 def peak_memory(on_gpu: bool) -> dict[str, Any]:
-    """The most memory that this process has held: ``peak_bytes``, and what it was read from."""
+    """The peak memory of this process: ``peak_bytes``, and the ``source`` of the number."""
     if on_gpu:
         return {"peak_bytes": torch.cuda.max_memory_allocated(), "source": "torch.cuda.max_memory_allocated"}
-    with suppress(OSError, StopIteration):  # Linux; its ru_maxrss also counts what the starting process held
+    with suppress(OSError, StopIteration):  # Linux, where ru_maxrss would include memory of the parent process
         lines = Path("/proc/self/status").read_text(encoding="utf8").splitlines()
         kibibytes = next(line.split()[1] for line in lines if line.startswith("VmHWM:"))
         return {"peak_bytes": int(kibibytes) * 1024, "source": "resident set size of the process, VmHWM"}
@@ -34,7 +34,7 @@ def peak_memory(on_gpu: bool) -> dict[str, Any]:
 
 
 def processor_seconds() -> tuple[float, float] | None:
-    """Seconds that all processors have been busy, and those that this process has taken; None but on Linux."""
+    """Busy seconds of all processors together, and processor seconds of this process; ``None`` unless on Linux."""
     with suppress(OSError, ValueError):
         words = Path("/proc/stat").read_text(encoding="utf8").splitlines()[0].split()
         user, nice, system, _idle, _waiting, irq, softirq = map(int, words[1:8])  # proc(5)
@@ -44,22 +44,22 @@ def processor_seconds() -> tuple[float, float] | None:
 
 
 def process_seconds() -> float | None:
-    """Wall clock since this process began, with libraries, data and model read in it; None but on Linux."""
+    """Wall-clock seconds since this process started, including imports; ``None`` unless on Linux."""
     with suppress(OSError, ValueError):
         after_name = Path("/proc/self/stat").read_text(encoding="utf8").rpartition(")")[2].split()
-        began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # starttime of proc(5), since the machine's boot
+        began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # starttime in proc(5), counted from boot
         return time.clock_gettime(time.CLOCK_BOOTTIME) - began
     return None
 
 
 def was_alone(before: tuple[float, float] | None, seconds: float) -> bool | None:
-    """Whether this process had the processors to itself in the last seconds: only then do its time and memory compare.
+    """Whether no other process used the processors, so that times can be compared; ``None`` if that is unknown.
 
-    Of other processes on a GPU it knows nothing.
+    It does not see other processes on a GPU.
 
     Args:
-        before: ``processor_seconds`` at their beginning.
-        seconds: wall clock since.
+        before: ``processor_seconds`` at the start of the measured time.
+        seconds: wall-clock seconds since then.
     """
     after = processor_seconds()
     if before is None or after is None:
@@ -69,7 +69,7 @@ def was_alone(before: tuple[float, float] | None, seconds: float) -> bool | None
 
 
 def environment_record() -> dict[str, Any]:
-    """Versions, hardware and the commit, so that a number can be traced."""
+    """Versions, hardware and the commit, so that each result can be traced back."""
     import watermark
 
     versions = {}
@@ -91,7 +91,7 @@ def environment_record() -> dict[str, Any]:
 
 
 def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Of the first processor, with its numbers: virtual machines give one name to processors of unlike speed."""
+    """Name and model numbers of the first processor: on virtual machines, processors of one name differ in speed."""
     with suppress(OSError, KeyError):
         first = cpuinfo.read_text(encoding="utf8").partition("\n\n")[0]
         facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in first.splitlines() if ":" in line)
@@ -103,15 +103,16 @@ def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _git_commit() -> dict[str, Any] | None:
-    """The commit of this suite and whether files differ from it; nothing where it is no git checkout."""
+    """The commit of this suite, and whether files differ from it; ``None`` without git or a git checkout."""
     git = shutil.which("git")
     if git is None:
         return None
 
-    def ask(*words: str) -> str:
+    def output_of(*words: str) -> str:
         done = subprocess.run([git, "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     with suppress(subprocess.CalledProcessError):
-        return {"commit": ask("rev-parse", "HEAD"), "modified": bool(ask("status", "--porcelain", "-uno"))}
+        modified = bool(output_of("status", "--porcelain", "-uno"))
+        return {"commit": output_of("rev-parse", "HEAD"), "modified": modified}
     return None

@@ -1,6 +1,6 @@
-"""What is said of a run: records of ``result.json``, and what is printed before and after it.
+"""Records for ``result.json``, and the text that a run prints before and after training.
 
-No torch is loaded, so that a wrong flag is refused at once.
+Nothing here imports torch, so a wrong flag fails at once.
 """
 
 import math
@@ -14,11 +14,11 @@ from typing import Any
 
 from finetuning.config import RunConfig
 
-NOT_ASKED_FOR = "not asked for"  # what a run says of compiled kernels if its settings do without
+NOT_ASKED_FOR = "not asked for"  # what a run reports if its settings do not use the compiled kernels
 
 
 def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict[str, Any]:
-    """Wall clock of the epochs, and what was done in it, over all ranks; only real tokens count."""
+    """Wall-clock seconds of training, and the work done, over all ranks. Padding tokens do not count."""
     batches = trainer.fit_loop.total_batch_idx + 1
     epochs = batches / max(len(training), 1)
     seconds = meter.train_seconds
@@ -33,26 +33,26 @@ def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict
 
 
 def test_record(scores: dict[str, float], examples: int, seconds: float) -> dict[str, Any]:
-    """The test's scores, with the interval of the accuracy."""
+    """The test scores, with the 95 % interval of the accuracy."""
     interval = list(accuracy_interval(scores["accuracy"], examples))
     return scores | {"accuracy_ci95": interval, "examples": examples, "seconds": seconds}
 
 
 def accuracy_interval(accuracy: float, examples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (Wilson 1927)."""
+    """Wilson's score interval of a proportion, 95 % with the default ``z`` (Wilson 1927)."""
     centre = (accuracy + z**2 / (2 * examples)) / (1 + z**2 / examples)
     spread = z / (1 + z**2 / examples) * math.sqrt(accuracy * (1 - accuracy) / examples + (z / (2 * examples)) ** 2)
     return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
 def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: str) -> str:
-    """What is printed before training: data, model, settings.
+    """The text that a run prints before training: data, model, settings.
 
     Args:
-        config: the run.
-        data: its data as ``result.json`` has it.
-        hardware: precision and device.
-        kernels: whether compiled CPU kernels are used, or why not.
+        config: the run's settings.
+        data: the ``data`` of ``result.json``.
+        hardware: precision and device, as text.
+        kernels: whether the run uses compiled CPU kernels, or why not.
     """
     sizes = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items())
     training = config.training
@@ -70,7 +70,7 @@ def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: st
 
 
 def summary(directory: Path, result: dict[str, Any]) -> str:
-    """What is printed after it: scores, time, memory, and a command to try the classifier."""
+    """The text that a run prints at the end: scores, time, memory, and a command to try the classifier."""
     trained = result["train"]
     shown = {split: result[split] for split in ("validation", "test") if split in result}
     lines = [
@@ -83,8 +83,8 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         lines.append(f"{'':<11} 95 % interval of the test accuracy: {low:.2%} to {high:.2%}")
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second']:,.0f} tokens/s,"
-        f" {trained['steps']:,} steps; with evaluation and files {result['seconds']:.1f} s",
-        f"{'memory':<11} {result['memory']['peak_bytes'] / 2**20:,.0f} MiB at most ({result['memory']['source']})",
+        f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
+        f"{'memory':<11} peak {result['memory']['peak_bytes'] / 2**20:,.0f} MiB ({result['memory']['source']})",
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
         f'{"try it":<11} {_python()} predict.py {shlex.quote(str(directory))} --text "..."',
@@ -93,12 +93,12 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """The command line as it can be typed in the project's folder; paths relative where they lie below it."""
+    """The command line to type in the current folder. Paths below it become relative."""
     return shlex.join(["python", *(word.replace(f"{Path.cwd()}{os.sep}", "") for word in words)])
 
 
 def _python() -> str:
-    """How this Python is called from here: by its name, unless that is another one (a venv that is not active)."""
+    """How to call this Python: ``python``, or its path if ``python`` is another one (the venv is not active)."""
     found = shutil.which("python")
     same = found is not None and Path(found).absolute().parent == Path(sys.executable).absolute().parent
     return "python" if same else os.path.relpath(sys.executable)

@@ -1,4 +1,4 @@
-"""What a run has trained, as files: an adapter in PEFT's format, or the weights that changed."""
+"""Saves and loads the trained weights: an adapter in PEFT's format, or only the weights that changed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,15 +30,15 @@ def save_trained(
     targets: Sequence[str],
     head: Sequence[str],
 ) -> Path:
-    """Writes the weights that make the base model this run's classifier.
+    """Writes the trained weights. The base model plus these weights is the run's classifier.
 
     Args:
         directory: the run directory.
         parameters: the classifier's ``saved_parameters()``.
-        lora: with LoRA the file is an adapter in PEFT's format; without (``None``) it holds the changed weights.
+        lora: with LoRA, the file is an adapter in PEFT's format. With ``None``, it contains the changed weights.
         model_name: the base model.
-        targets: full paths of the linears that carry LoRA.
-        head: full paths of the head's linears.
+        targets: full names of the linear layers with LoRA.
+        head: full names of the head's linear layers.
 
     Returns:
         The file with the weights.
@@ -54,13 +54,16 @@ def save_trained(
 
 
 def adapter_config(lora: LoRASettings, model_name: str, targets: Sequence[str], head: Sequence[str]) -> dict[str, Any]:
-    """PEFT's description of the adapter; PEFT knows no raw scaling, but alpha * r divided by r is the same."""
+    """The content of PEFT's ``adapter_config.json``.
+
+    PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r.
+    """
     raw = lora.lora_scaling == "raw"
-    # For SEQ_CLS PEFT saves all of "classifier" by itself; RoBERTa's linears within it must not be named again.
+    # For SEQ_CLS, PEFT saves all of "classifier", so RoBERTa's layers inside it must not be listed again.
     trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in head)
     return {
         "peft_type": "LORA",
-        # PEFT refuses LoRA on a head together with this task type
+        # PEFT does not allow LoRA on a head with the task type SEQ_CLS
         "task_type": None if lora.lora_head else "SEQ_CLS",
         "base_model_name_or_path": model_name,
         "r": lora.lora_r,
@@ -75,10 +78,15 @@ def adapter_config(lora: LoRASettings, model_name: str, targets: Sequence[str], 
 
 
 def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], lora: bool) -> None:
-    """Puts a run's trained weights into a classifier built with the run's configuration; ``lora``: it has an adapter.
+    """Copies a run's trained weights into a classifier that was built with the run's settings.
+
+    Args:
+        directory: the run directory.
+        parameters: the classifier's ``saved_parameters()``.
+        lora: whether the weights are an adapter.
 
     Raises:
-        UserError: the file is missing, damaged, or of another model.
+        UserError: the file is missing or damaged, or belongs to another model.
     """
     path = directory / (ADAPTER if lora else TRAINED_WEIGHTS)
     try:
@@ -87,9 +95,12 @@ def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], lor
         raise UserError(f"{path} cannot be read: {error}") from None
     names = {name: peft_name(name, lora) for name in parameters}
     if set(names.values()) != set(tensors):
-        raise UserError(f"{path} does not hold the weights of this run: was it replaced?")
+        raise UserError(f"{path} does not contain the weights of this run: restore the file, or train again")
     for name, parameter in parameters.items():
         tensor = tensors[names[name]]
         if tensor.shape != parameter.shape:
-            raise UserError(f"{path}: {names[name]} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+            raise UserError(
+                f"{path}: {names[name]} has shape {tuple(tensor.shape)}, must be {tuple(parameter.shape)}: restore the"
+                f" file, or train again"
+            )
         parameter.data.copy_(tensor)

@@ -1,4 +1,4 @@
-"""What watches a run while it trains: the clock, the history of losses, and the signals that end it in good order."""
+"""Lightning callbacks: the clock, the history of losses, progress output, and a clean stop on signals."""
 
 import signal
 import time
@@ -22,10 +22,10 @@ ADVICE = "lower --learning_rate, or use another --precision"
 
 
 class Meter(Callback):
-    """Measures training time, keeps the history of losses and metrics, and stops a loss that is not finite.
+    """Measures training time, keeps the history of losses and metrics, and stops if the loss is not finite.
 
-    Its state is part of every checkpoint, so that a continued run has one history and one clock. On a GPU
-    the losses are read once a row, not once a step, for each reading waits for the device.
+    Checkpoints contain its state, so a continued run has one history and one clock. On a GPU it reads the losses
+    once per row of the history, not once per step, because each reading waits for the device.
     """
 
     def __init__(self, directory: Path, rows_per_run: int = 200) -> None:
@@ -34,7 +34,7 @@ class Meter(Callback):
         self.rows: list[dict[str, Any]] = []
         self.train_seconds = 0.0
         self.validation_seconds = 0.0
-        self.earlier_seconds = 0.0  # of the whole run, before it was interrupted
+        self.earlier_seconds = 0.0  # wall clock of the run before the interruption
         self._made = time.perf_counter()
         self._losses: list[Tensor] = []
         self._since: float | None = None
@@ -51,7 +51,7 @@ class Meter(Callback):
 
     @property
     def run_seconds(self) -> float:
-        """Wall clock of the run until now, without the time between an interruption and the continuation."""
+        """Wall-clock seconds of the run until now, without the time between interruption and resume."""
         return self.earlier_seconds + time.perf_counter() - self._made
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -99,7 +99,7 @@ class Meter(Callback):
         self._losses.clear()
 
     def tick(self, pl_module: Any) -> None:
-        """Adds the time since the last call to the training time, if the clock runs."""
+        """Adds the time since the last call to the training time, unless the clock is stopped."""
         if self._since is not None:
             now = _now(pl_module)
             self.train_seconds += now - self._since
@@ -120,29 +120,28 @@ class Meter(Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Knows the best checkpoint of a continued run although its directory has moved, or is mounted elsewhere."""
+    """Finds the best checkpoint of a continued run even if its directory was moved or mounted elsewhere."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        moved = {key: self._here(value) for key, value in state_dict.items() if key.endswith("_path")}
-        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        moved = {key: self._in_this_directory(value) for key, value in state_dict.items() if key.endswith("_path")}
+        best = {self._in_this_directory(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | moved | {"best_k_models": best, "dirpath": self.dirpath})
 
-    def _here(self, path: str) -> str:
+    def _in_this_directory(self, path: str) -> str:
         return str(Path(self.dirpath or "") / Path(path).name) if path else path
 
 
 class PatientStop(EarlyStopping):
-    """Does not forget, when a run that it has ended is continued, that no epoch is left."""
+    """Early stopping that also stops a continued run if ``patience`` was used up before the interruption."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         trainer.should_stop = self.wait_count >= self.patience
 
 
 class ProgressBar(TQDMProgressBar):
-    """A bar with the latest loss, which is read as often as it is shown.
+    """A progress bar that reads the latest loss only when it is shown.
 
-    What a module logs with ``prog_bar=True`` Lightning reads after every step, shown or not, and on a GPU each reading
-    waits for all work that is queued.
+    With ``prog_bar=True``, Lightning would read it after every step. On a GPU each reading waits for all queued work.
     """
 
     _loss: Tensor | None = None
@@ -159,7 +158,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class ProgressLines(Callback):
-    """Twenty lines an epoch and one a validation, where output goes to a file and a bar would be of no use."""
+    """Prints 20 lines per epoch and one per validation. It replaces the bar if the output goes to a file."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -176,17 +175,17 @@ class ProgressLines(Callback):
 
 
 def _now(pl_module: Any) -> float:
-    """Seconds; on a GPU, of work that is done, not of work that waits."""
+    """The clock in seconds, read after the GPU has finished its queued work."""
     if pl_module.device.type == "cuda":
         torch.cuda.synchronize(pl_module.device)
     return time.perf_counter()
 
 
 class GracefulStop(Callback):
-    """Ctrl-C, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint that continues it.
+    """Ctrl-C, SIGTERM and SIGUSR1 stop the run after the current step and write a checkpoint to continue from.
 
-    During a validation the run goes on to its end first; a second Ctrl-C stops at once. A Ctrl-C in a terminal
-    reaches all processes of a run: the first one decides, so that none ends before the others.
+    A validation finishes first. A second Ctrl-C stops at once. A terminal sends Ctrl-C to all processes of a run, so
+    only the first process decides to stop at once. Otherwise one process could end before the others.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -194,18 +193,20 @@ class GracefulStop(Callback):
     def __init__(self, directory: Path, meter: Meter) -> None:
         self.directory = directory
         self.meter = meter
-        self.asked = False
+        self.requested = False
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT and getattr(rank_zero_only, "rank", 0) == 0:
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT and getattr(rank_zero_only, "rank", 0) == 0:
             raise KeyboardInterrupt
-        self.asked = True
-        rank_zero_only(print)("\nstopping after this step, with a checkpoint; again to stop at once", flush=True)
+        self.requested = True
+        rank_zero_only(print)(
+            "\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once", flush=True
+        )
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals for as long as the context lasts."""
-        earlier = {number: signal.signal(number, self._ask) for number in self.signals}
+        """Handles the signals inside the context."""
+        earlier = {number: signal.signal(number, self._request_stop) for number in self.signals}
         try:
             yield
         finally:
@@ -213,27 +214,31 @@ class GracefulStop(Callback):
                 signal.signal(number, handler)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # Lightning has put its own SIGTERM handler first, which stops in the middle of a validation, and under DDP
-        # broadcasts from wherever the process stands: the ranks then wait for each other for ever.
-        signal.signal(signal.SIGTERM, self._ask)
+        # Lightning has installed its own SIGTERM handler. It stops in the middle of a validation, and with DDP its
+        # broadcast makes the ranks wait for each other for ever.
+        signal.signal(signal.SIGTERM, self._request_stop)
 
     on_test_start = on_train_start
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        last = batch_idx + 1 >= trainer.num_training_batches  # its checkpoint comes after the validation
+        last = batch_idx + 1 >= trainer.num_training_batches  # Lightning writes a checkpoint after the validation
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        asked = self.asked
-        if trainer.world_size > 1:  # ranks hear a signal at different steps, and must stop at the same one
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked:
+        requested = self.requested
+        if trainer.world_size > 1:  # ranks receive a signal at different steps but must stop at the same step
+            requested = trainer.strategy.reduce_boolean_decision(requested, all=False)
+        if requested:
             self.meter.tick(pl_module)
             trainer.save_checkpoint(self.directory / LAST_CHECKPOINT)
             raise Interrupted
 
     def check(self) -> None:
-        """Between the phases of a run."""
-        if self.asked:
+        """Stops the run between two phases, if a signal has arrived.
+
+        Raises:
+            Interrupted: a signal has arrived.
+        """
+        if self.requested:
             raise Interrupted

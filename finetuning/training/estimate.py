@@ -1,8 +1,8 @@
-"""What a run would take: memory by part, and time per epoch, from a few real steps with the run's own settings.
+"""Estimates memory by part and time per epoch, from a few real steps with the run's settings.
 
-The first of these steps takes the longest texts, so memory is that of the whole run; the others are spread over the
-lengths, and an epoch is taken to cost per token what they cost. Where outputs of frozen layers are kept, they are made
-again with these, as in every later epoch.
+The first step uses the longest texts, so it needs as much memory as the whole run. The other steps use texts of all
+lengths, and their time per token gives the time of an epoch. If a run keeps outputs of frozen layers, the steps are
+measured again with these outputs, as in every later epoch.
 """
 
 import time
@@ -40,22 +40,24 @@ def estimate(
     """Measures a few steps and evaluations, on one device.
 
     Args:
-        classifier: the run's, on the CPU.
-        splits: train and validation, and test if the run will read it.
+        classifier: the run's classifier, on the CPU.
+        splits: train and validation, and test if the run will evaluate it.
         pad_id: the id of a padding token.
         training: batches, optimizer, number of epochs.
-        hardware: where to measure.
-        frozen_cache_gb: memory for outputs of frozen layers, as the run has it.
+        hardware: the device to measure on.
+        frozen_cache_gb: memory in GiB for outputs of frozen layers.
 
     Returns:
-        ``memory``: bytes of ``gradients``, ``optimizer``, ``activations`` (what the longest batch keeps for backward),
-        ``kept_outputs`` (of frozen layers, in memory or in a file) and ``peak``, of the whole process or on the GPU;
-        ``seconds``: ``epoch``, ``later_epoch``, ``validation``, ``later_validation``, ``test`` and ``run``; ``steps``
-        in an epoch.
+        A record with
+
+        * ``memory``, in bytes: ``gradients``, ``optimizer``, ``activations`` (kept by the longest batch for backward),
+          ``kept_outputs`` (of frozen layers, in memory or in a file), and ``peak`` of the process or the GPU
+        * ``seconds``: ``epoch``, ``later_epoch``, ``validation``, ``later_validation``, ``test`` and ``run``
+        * ``steps``: optimizer steps in an epoch
     """
     device = hardware.device
     if hardware.on_gpu:
-        torch.cuda.set_device(device)  # whose memory is asked for below
+        torch.cuda.set_device(device)  # peak_memory reads the current device
     classifier = classifier.to(device).train()
     trained = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, training, fused=hardware.dtype != torch.float16)
@@ -66,20 +68,14 @@ def estimate(
     frozen = classifier.frozen_outputs(repeated, frozen_cache_gb) if keeps else {}
 
     activations = _kept_for_backward(classifier, _to(batches[0], device))
-    for batch in batches[:2]:  # kernels are made, memory is taken
+    for batch in batches[:2]:  # warm-up: the first steps build kernels and allocate memory
         _step(classifier, optimizer, _to(batch, device), training.gradient_clip, None)
     seconds = _first_and_later(
         "epoch", batches[1:], device, loader.tokens_per_epoch, frozen.get("train"),
         lambda batch, outputs: _step(classifier, optimizer, batch, training.gradient_clip, outputs),
     )  # fmt: skip
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
-    classifier.eval()
-    for name in (name for name in ("validation", "test") if name in splits):
-        evaluated = _spread(evaluation_loader(splits[name], training, pad_id), MEASURED_EVALUATIONS)
-        with torch.inference_mode():
-            classifier.logits(_to(evaluated[0], device))  # a kernel or a compilation of its own
-            tokens = int(splits[name].lengths.sum())
-            seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
+    seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
     later = (training.epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
     seconds["run"] = seconds["epoch"] + seconds["validation"] + later + seconds.get("test", 0.0)
     kept = sum(outputs.bytes for outputs in frozen.values())
@@ -93,8 +89,27 @@ def estimate(
     return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
 
 
+@torch.inference_mode()
+def _evaluation_seconds(
+    classifier: Classifier,
+    splits: dict[str, TokenizedSplit],
+    pad_id: int,
+    training: TrainingSettings,
+    device: torch.device,
+    frozen: dict[str, FrozenOutputs],
+) -> dict[str, float]:
+    """Seconds to evaluate validation and test, see ``_first_and_later``."""
+    seconds: dict[str, float] = {}
+    for name in (name for name in ("validation", "test") if name in splits):
+        evaluated = _spread(evaluation_loader(splits[name], training, pad_id), MEASURED_EVALUATIONS)
+        classifier.logits(_to(evaluated[0], device))  # warm-up: evaluation uses other kernels
+        tokens = int(splits[name].lengths.sum())
+        seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
+    return seconds
+
+
 def _spread(loader: DataLoader[dict[str, Tensor]], count: int) -> Batches:
-    """Some of a loader's batches, evenly over their sizes in tokens a text, the longest texts first."""
+    """Some of a loader's batches, spread evenly over the text lengths, longest first."""
     batches = sorted(loader, key=lambda batch: -batch["input_ids"].shape[1])
     return [batches[i] for i in np.linspace(0, len(batches) - 1, min(count + 1, len(batches))).astype(int)]
 
@@ -110,7 +125,7 @@ def _step(
     gradient_clip: float,
     outputs: FrozenOutputs | None,
 ) -> None:
-    """One step as the run makes it; without the scaling of losses that fp16 needs, which takes no time."""
+    """One training step as in the run, but without fp16's loss scaling, which takes no time."""
     cross_entropy(classifier.logits(batch, outputs), batch["labels"]).backward()
     if gradient_clip:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip)
@@ -119,7 +134,7 @@ def _step(
 
 
 def _kept_for_backward(classifier: Classifier, batch: dict[str, Tensor]) -> int:
-    """Bytes that the forward of a batch keeps for its backward, parameters apart; views of one tensor count once."""
+    """Bytes that a forward keeps for backward, without parameters. Views of one tensor count once."""
     parameters = {p.untyped_storage().data_ptr() for p in classifier.parameters()}
     kept: dict[int, int] = {}
 
@@ -130,7 +145,7 @@ def _kept_for_backward(classifier: Classifier, batch: dict[str, Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = classifier.logits(batch)  # alive, so that no address comes twice
+        logits = classifier.logits(batch)  # keeps all tensors alive, so that no address is used twice
     del logits
     return sum(kept.values())
 
@@ -143,16 +158,16 @@ def _first_and_later(
     outputs: FrozenOutputs | None,
     work: Callable[[dict[str, Tensor], FrozenOutputs | None], object],
 ) -> dict[str, float]:
-    """Seconds of ``tokens`` tokens in the first epoch, ``NAME``, and in each later one, ``later_NAME``."""
+    """Seconds for ``tokens`` tokens in the first epoch (``NAME``) and in each later epoch (``later_NAME``)."""
     rates = [
         _seconds_per_token(batches, device, lambda batch: work(batch, outputs))
-        for _ in range(1 if outputs is None else 2)  # the second time, they are known
+        for _ in range(1 if outputs is None else 2)  # the second time reuses the outputs
     ]
     return {name: rates[0] * tokens, f"later_{name}": rates[-1] * tokens}
 
 
 def _seconds_per_token(batches: Batches, device: torch.device, work: Callable[[dict[str, Tensor]], object]) -> float:
-    """Mean time of a real token over the batches; the slowest and the fastest are left out where there are enough."""
+    """Mean seconds per token without padding. With five batches or more, the slowest and the fastest do not count."""
     times = []
     for batch in batches:
         moved, tokens = _to(batch, device), int(batch["attention_mask"].sum())
@@ -171,7 +186,7 @@ def _wait(device: torch.device) -> None:
 
 
 def estimate_table(record: dict[str, Any], weight_bytes: int, epochs: int) -> str:
-    """The estimate for people."""
+    """The estimate as a table to print."""
     memory, seconds = record["memory"], record["seconds"]
     parts = {"weights": weight_bytes} | {name: memory[name] for name in ("gradients", "optimizer", "activations")}
     if memory["kept_outputs"]:

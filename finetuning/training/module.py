@@ -1,7 +1,7 @@
 """The Lightning module that trains a classifier.
 
-The loss of a batch is a sum over its texts, multiplied by the weight that the loader gives with it, so that the
-gradient of a step is the mean over all texts of the step, however they are spread over batches and ranks.
+The loss of a batch is the sum over its texts times the batch's ``loss_weight``. So the gradient of a step is the mean
+over all texts of the step, however they are spread over batches and ranks.
 """
 
 import math
@@ -29,7 +29,7 @@ Predictions = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class FineTuning(pl.LightningModule):
-    """Trains a classifier; its checkpoints hold what is trained and no base weights."""
+    """Trains a classifier. Its checkpoints contain the trained weights but no frozen weights."""
 
     def __init__(
         self,
@@ -42,25 +42,25 @@ class FineTuning(pl.LightningModule):
         super().__init__()
         self.classifier = classifier
         self.settings = training
-        # Not the trainer's estimated_stepping_batches: to ask for that before a checkpoint is read makes Lightning
-        # forget the place in the epoch at which the loader is to go on.
+        # The trainer's estimated_stepping_batches is not used: reading it before a checkpoint is loaded makes
+        # Lightning lose the position in the epoch.
         self.total_steps = total_steps
-        self.frozen = frozen or {}  # split -> outputs of frozen layers, kept from epoch to epoch
-        self.strict_loading = False  # checkpoints lack the base model
+        self.frozen = frozen or {}  # split -> outputs of frozen layers, reused in every epoch
+        self.strict_loading = False  # checkpoints do not contain the base model
         # Without validate_args: to look at the labels' values a GPU has to be waited for at every batch.
         metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(class_count, average="micro", validate_args=False),
                 "macro_f1": MulticlassF1Score(class_count, average="macro", validate_args=False),
-                "loss": MeanMetric(nan_strategy="disable"),  # else it leaves out what is not finite
+                "loss": MeanMetric(nan_strategy="disable"),  # by default it would skip NaN
             },
             compute_groups=False,
         )
         self.metrics = torch.nn.ModuleDict({split: metrics.clone() for split in ("validation", "test")})
-        self.scores: dict[str, dict[str, float]] = {}  # split -> metric -> value, of the latest evaluation
-        self.predictions: dict[str, Predictions] = {}  # split -> rows, labels, logits of the latest evaluation
+        self.scores: dict[str, dict[str, float]] = {}  # split -> metric -> value, from the latest evaluation
+        self.predictions: dict[str, Predictions] = {}  # split -> rows, labels, logits, from the latest evaluation
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        # A loaded model is in evaluation mode, and Lightning leaves it there: without this no dropout would act.
+        # A loaded model is in evaluation mode, and Lightning does not change that, so dropout would stay off.
         self.train()
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -103,7 +103,7 @@ class FineTuning(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        fused = self.classifier.dtype != torch.float16  # fused steps unscale by themselves: no clipping then
+        fused = self.classifier.dtype != torch.float16  # with fp16, a fused step unscales by itself: too late to clip
         optimizer = make_optimizer(parameters, self.settings, fused)
         scheduler = make_scheduler(optimizer, self.settings, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -111,7 +111,7 @@ class FineTuning(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {f"classifier.model.{name}" for name in self.classifier.saved_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        # A checkpoint that is chosen later brings the validation that it was chosen for.
+        # load_best restores the scores and predictions of the best epoch from here.
         checkpoint["scores"] = dict(self.scores)
         checkpoint["predictions"] = {s: tuple(map(torch.from_numpy, p)) for s, p in self.predictions.items()}
 
@@ -120,14 +120,14 @@ class FineTuning(pl.LightningModule):
         self.predictions = {s: tuple(t.numpy() for t in p) for s, p in checkpoint["predictions"].items()}
 
     def load_best(self, path: Path) -> None:
-        """Takes the weights and the validation of the best checkpoint."""
+        """Loads the weights and the validation scores of the best checkpoint."""
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
         self.on_load_checkpoint(checkpoint)
 
 
 def _gather(parts: list[np.ndarray]) -> Predictions:
-    """Rows, labels and logits of all ranks, in the order of the rows."""
+    """Rows, labels and logits of all ranks, sorted by row."""
     gathered = [parts]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gathered = [[] for _ in range(torch.distributed.get_world_size())]

@@ -1,4 +1,4 @@
-"""Lightning's trainer for a run, and what keeps Lightning quiet."""
+"""Lightning's trainer for a run, and a context that hides Lightning's notes."""
 
 import logging
 import sys
@@ -25,7 +25,7 @@ def make_trainer(
     directory: Path,
     callbacks: list[Callback],
 ) -> pl.Trainer:
-    """Lightning's trainer: best and last checkpoint, early stopping, progress bar."""
+    """Lightning's trainer with best and last checkpoint, early stopping and progress output."""
     mode = "min" if training.monitor == "loss" else "max"
     monitor = f"validation_{training.monitor}"
     best = BestCheckpoint(
@@ -38,14 +38,14 @@ def make_trainer(
         enable_version_counter=False,
     )
     at_terminal = sys.stdout.isatty()
-    refresh_rate = 20 if hardware.on_gpu else 1  # the loss that it shows waits for the device
+    refresh_rate = 20 if hardware.on_gpu else 1  # on a GPU, each refresh waits for the device
     stopping = [PatientStop(monitor, patience=training.patience, mode=mode)] if training.patience else []
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=settings.num_nodes,
         strategy=settings.strategy,
-        precision="16-mixed" if hardware.dtype == torch.float16 else "32-true",  # bf16 is the classifier's own affair
+        precision="16-mixed" if hardware.dtype == torch.float16 else "32-true",  # the classifier handles bf16 itself
         max_epochs=training.epochs,
         accumulate_grad_batches=training.accumulate,
         gradient_clip_val=training.gradient_clip or None,
@@ -55,28 +55,28 @@ def make_trainer(
             best,
             ProgressBar(refresh_rate) if at_terminal else ProgressLines(),
         ],
-        logger=False,  # metrics.csv is the run's own history
+        logger=False,  # Meter writes metrics.csv instead
         log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=at_terminal,
         default_root_dir=directory,
-        # requeueing is the job script's: only one of the two may do it
+        # the job script requeues the job; Lightning must not do it a second time
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
     )
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keeps notes from users that are about Lightning and not about their run."""
+    """Hides notes that are about Lightning and not about the user's run."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     notes = ("does not have many workers", "Checkpoint directory", "srun", "isinstance", "sync_dist=True")
     with warnings.catch_warnings():
-        for note in notes:  # sync_dist: what is logged is equal on all ranks already
+        for note in notes:  # sync_dist: logged values are already equal on all ranks
             warnings.filterwarnings("ignore", f".*{note}.*")
         try:
             yield
@@ -86,6 +86,6 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def leave_process_group() -> None:
-    """Ends the threads by which processes speak; one that runs on while its process ends may abort it."""
+    """Ends the communication threads, because a thread still running when its process ends may abort it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from finetuning.comparison.collected import Row, Study, read_study, studies
+from finetuning.comparison.collected import Row, Study, read_study, study_names
 from finetuning.errors import UserError
 from tests.synthetic_runs import outcomes, write_run
 
@@ -64,7 +64,7 @@ def test_seeds_of_a_row_differ_in_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora", seed=1, config={"learning_rate": 1e-3, "output_dir": "b", "compile": False})
     assert len(read_study("s", tmp_path).rows[0].runs) == 2
     write_run(tmp_path, "s", "lora", seed=2, config={"learning_rate": 1e-2})
-    with pytest.raises(UserError, match=r"row lora, and differ in --learning_rate: remove the outdated one"):
+    with pytest.raises(UserError, match=r"row lora but differ in --learning_rate: remove the outdated one"):
         read_study("s", tmp_path)
 
 
@@ -87,7 +87,7 @@ def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -
     path = folder / "predictions.parquet"
     frame = pd.read_parquet(path)
     frame.assign(predicted=1 - frame["predicted"]).to_parquet(path)
-    with pytest.raises(UserError, match=r"accuracy of 20\.0000%, result\.json beside it 80\.0000%"):
+    with pytest.raises(UserError, match=r"accuracy of 20\.0000%, but result\.json next to it says 80\.0000%"):
         _ = read_study("s", tmp_path).runs[0].predictions
     frame.assign(row=7).to_parquet(path)
     with pytest.raises(UserError, match="every test text once"):
@@ -101,21 +101,24 @@ def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -
     ("environment", "reason"),
     [
         ({}, None),
-        ({"alone": False}, "not known to have been alone on the machine"),
-        ({"alone": None}, "not known to have been alone on the machine"),
-        ({"cpu": "another"}, "of another commit, processor, number of threads or torch"),
-        ({"gpus": ["one"]}, "of another commit, processor, number of threads or torch"),
+        ({"alone": False}, "possibly not alone on the machine"),
+        ({"alone": None}, "possibly not alone on the machine"),
+        ({"cpu": "another"}, "another commit, processor, number of threads or torch version"),
+        ({"gpus": ["one"]}, "another commit, processor, number of threads or torch version"),
         ({"cpu_kernels": "compiled for AVX512-BF16"}, None),
         ({"cpu_kernels": "not asked for"}, None),  # a setting, such as the plain forward
-        ({"cpu_kernels": "no C++ compiler"}, "of another commit, processor, number of threads or torch"),
-        ({"threads": 1}, "of another commit, processor, number of threads or torch"),
-        ({"git": {"commit": "other", "modified": False}}, "of another commit, processor, number of threads or torch"),
-        ({"git": {"commit": "c0ffee", "modified": True}}, "of files that differed from their commit"),
-        ({"git": None}, "of no known commit"),
-        ({"versions": {"torch": "2.14"}}, "of another commit, processor, number of threads or torch"),
+        ({"cpu_kernels": "no C++ compiler"}, "another commit, processor, number of threads or torch version"),
+        ({"threads": 1}, "another commit, processor, number of threads or torch version"),
+        (
+            {"git": {"commit": "other", "modified": False}},
+            "another commit, processor, number of threads or torch version",
+        ),
+        ({"git": {"commit": "c0ffee", "modified": True}}, "code differed from its commit"),
+        ({"git": None}, "unknown commit"),
+        ({"versions": {"torch": "2.14"}}, "another commit, processor, number of threads or torch version"),
     ],
 )
-def test_what_keeps_times_from_standing_side_by_side(
+def test_what_keeps_times_from_being_compared(
     tmp_path: Path, environment: dict[str, object], reason: str | None
 ) -> None:
     write_run(tmp_path, "s", "full", environment=environment)
@@ -152,9 +155,9 @@ def test_studies_and_questions(tmp_path: Path) -> None:
     write_run(tmp_path, "b", "lora", question="Which\n one?")
     write_run(tmp_path, "a", "lora")
     (tmp_path / "empty").mkdir()
-    assert studies(tmp_path) == ["a", "b"]
+    assert study_names(tmp_path) == ["a", "b"]
     assert [read_study(name, tmp_path).question for name in "ab"] == ["", "Which one?"]
-    assert studies(tmp_path / "nowhere") == []
+    assert study_names(tmp_path / "nowhere") == []
 
 
 def test_a_history_without_its_empty_cells(tmp_path: Path) -> None:

@@ -2,15 +2,16 @@ import base64
 import re
 from html.parser import HTMLParser
 
-from finetuning.comparison.page import Plot, Section, page
+from finetuning.comparison.page import Plot, Section, render_page
 from finetuning.comparison.tables import Table
 
 EMPTY = Table(("row",), [])
+ANSWER_COLUMNS = ("best row", "test accuracy, %", "training time, s", "peak memory, GiB", "how sure")
 VOID = {"meta", "link", "img"}
 
 
 class Reader(HTMLParser):
-    """Fails on an element that is not closed in order; keeps texts and addresses."""
+    """Fails on an element that is not closed in order; keeps addresses, and the text that a reader sees."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,14 +28,16 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open[-1:] != ["style"]:
+            self.text += data
 
 
 def section(**changes: object) -> Section:
     parts: dict[str, object] = {
-        "study": "one_study", "question": "Which <method>?", "headlines": ["Highest: a & b."],
+        "study": "one_study", "question": "Which <method>?", "headlines": ["Best: a & b."],
+        "answers": Table(ANSWER_COLUMNS, [("a|<b>", "93.13", "", "1.00", "not compared & sure")]),
         "notes": ["A note on `--seed`."],
-        "table": Table(("row", "seeds", "empty", "command"), [("a|<b>", "1", "", "python x.py --flag '<&>'")]),
+        "table": Table(("row", "seeds", "no value", "command"), [("a|<b>", "1", "", "python x.py --flag '<&>'")]),
         "comparisons": EMPTY, "pairs": 0, "tuning": EMPTY, "plots": [],
     }  # fmt: skip
     return Section(**parts | changes)  # type: ignore[arg-type]
@@ -43,16 +46,25 @@ def section(**changes: object) -> Section:
 def test_the_page_is_whole_and_needs_no_other_file() -> None:
     png = b"\x89PNG bytes"
     plots = [Plot("p.png", 'A "plot" < another', png)]
-    comparison = Table(("row", "verdict"), [("a", "not distinguishable")])
-    text = page([section(plots=plots, comparisons=comparison, pairs=1, tuning=comparison), section(study="other")])
+    comparison = Table(("row", "verdict"), [("a", "no significant difference")])
+    text = render_page(
+        [section(plots=plots, comparisons=comparison, pairs=1, tuning=comparison), section(study="other")]
+    )
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
-    for said in ("Which <method>?", "a & b.", "A note on --seed.", "a|<b>", "--flag '<&>'", "not distinguishable"):
+    for said in (
+        "Which <method>?",
+        "a & b.",
+        "A note on --seed.",
+        "a|<b>",
+        "--flag '<&>'",
+        "no significant difference",
+    ):
         assert said in reader.text
-    assert "empty" not in reader.text  # a column without a value
+    assert "no value" not in reader.text  # a column without a value
     assert {address.split(",")[0] for address in reader.addresses} == {
-        "#one_study", "#other", "data:", "data:image/png;base64",
+        "#answers", "#one_study", "#other", "data:", "data:image/png;base64",
     }  # fmt: skip
     (encoded,) = re.findall(r"base64,([^\"]+)", text)
     assert base64.b64decode(encoded) == png
@@ -63,4 +75,20 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
 
 
 def test_a_page_without_studies_says_so() -> None:
-    assert "No runs yet." in page([])
+    assert "No runs yet." in render_page([])
+
+
+def test_the_page_begins_with_the_answers() -> None:
+    unanswered = section(study="two", answers=Table(ANSWER_COLUMNS, []))
+    text = render_page([section(), unanswered])
+    beginning = text.partition("<section")[0]
+    reader = Reader()
+    reader.feed(beginning.partition("<body>")[2])
+    assert reader.addresses == ["#one_study", "#two"]
+    for said in (*ANSWER_COLUMNS, "Which <method>?", "93.13", "1.00", "not compared & sure", "no test result yet"):
+        assert said in reader.text
+    assert '<section id="two">' in text
+
+
+def test_the_same_sections_give_the_same_page() -> None:
+    assert render_page([section()]) == render_page([section()])

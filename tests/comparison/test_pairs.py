@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.pairs import Comparison, compare, compare_rows, headlines, worth_showing
+from finetuning.comparison.pairs import Answer, Comparison, answers, compare, compare_rows, worth_showing
 from finetuning.comparison.statistics import Difference, holm, mcnemar
 from finetuning.errors import UserError
 from tests.synthetic_runs import outcomes, write_run
@@ -19,14 +19,17 @@ def test_every_pair_with_the_test_that_fits_the_table(tmp_path: Path) -> None:
               enumerate({"a": 0.90, "b": 0.90, "c": 0.80}.items())}  # fmt: skip
     for name, correct in single.items():
         write_run(tmp_path, "s", name, correct=correct)
-    comparisons, notes = compare_rows(read_study("s", tmp_path))
+    study = read_study("s", tmp_path)
+    comparisons, notes = compare_rows(study)
     assert notes == []
     pairs = [("a", "b"), ("a", "c"), ("b", "c")]
     assert [(c.first, c.second, c.test) for c in comparisons] == [(*pair, "McNemar") for pair in pairs]
     assert comparisons[1].difference.p == mcnemar(single["a"], single["c"])
     assert [c.corrected_p for c in comparisons] == holm([c.difference.p for c in comparisons])
-    assert [c.verdict for c in comparisons] == ["not distinguishable", "a is better", "b is better"]
-    assert headlines(comparisons) == ["Highest of the 3 compared: a. Not distinguishable from it: b."]
+    assert [c.verdict for c in comparisons] == ["no significant difference", "a is better", "b is better"]
+    (answer,) = answers(study, comparisons)
+    assert answer.sentence == "Best: a (90.00 %). No significant difference: b."
+    assert (answer.equal, answer.worse) == (("b",), ("c",))
 
     # Once seeds are known to differ, single runs differ by that much, too.
     for seed, accuracy in enumerate([0.75, 0.85, 0.95]):
@@ -36,7 +39,7 @@ def test_every_pair_with_the_test_that_fits_the_table(tmp_path: Path) -> None:
         ("a", "b"), ("a", "d"), ("a", "c"), ("b", "d"), ("b", "c"), ("d", "c"),
     ]  # fmt: skip
     assert {c.test for c in comparisons} == {"bootstrap"}
-    assert {c.verdict for c in comparisons} == {"not distinguishable"}
+    assert {c.verdict for c in comparisons} == {"no significant difference"}
 
 
 def test_a_row_whose_seeds_fall_apart_is_named(tmp_path: Path) -> None:
@@ -51,7 +54,7 @@ def test_a_row_whose_seeds_fall_apart_is_named(tmp_path: Path) -> None:
     assert compare_rows(read_study("even", tmp_path))[1] == []
     write("uneven", even | {"collapsed": [0.90, 0.50]})
     _, (note,) = compare_rows(read_study("uneven", tmp_path))
-    assert note.startswith("Nearly all of the spread over seeds is that of collapsed, ")
+    assert note.startswith("Nearly all of the spread over seeds comes from collapsed. ")
 
 
 def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
@@ -60,7 +63,7 @@ def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
         write_run(tmp_path, "s", name, seed=seed, correct=outcomes(0.8, TEXTS, 5))
     (tie,), _ = compare_rows(read_study("s", tmp_path))
     assert (tie.difference.mean, tie.difference.low, tie.difference.high, tie.corrected_p) == (0, 0, 0, 1)
-    assert tie.verdict == "not distinguishable"
+    assert tie.verdict == "no significant difference"
 
 
 def test_different_test_texts_are_never_compared(tmp_path: Path) -> None:
@@ -70,7 +73,7 @@ def test_different_test_texts_are_never_compared(tmp_path: Path) -> None:
     study = read_study("s", tmp_path)
     comparisons, notes = compare_rows(study)
     assert comparisons == []
-    assert notes == ["Compared only within each group, for the test texts differ between them: a; b; c."]
+    assert notes == ["Only rows with the same test texts are compared. The groups are: a; b; c."]
     a, b = (run.predictions for run in study.runs[:2])
     assert a is not None
     assert b is not None
@@ -78,16 +81,24 @@ def test_different_test_texts_are_never_compared(tmp_path: Path) -> None:
         compare([a], [b], None, resamples=100)
 
 
-def test_each_group_has_a_highest_row(tmp_path: Path) -> None:
+def test_each_group_has_a_best_row(tmp_path: Path) -> None:
     for k, source in enumerate(["imdb", "financial"]):
         for name, accuracy in {"low": 0.6, "high": 0.9}.items():
             correct = outcomes(accuracy - 0.01 * k, 300, 1)
             write_run(tmp_path, "s", f"{source}-{name}", correct=correct, data={"source": source})
-    comparisons, _ = compare_rows(read_study("s", tmp_path))
-    assert headlines(comparisons) == [
-        "Highest of the 2 compared: imdb-high. Distinguishable from imdb-low.",
-        "Highest of the 2 compared: financial-high. Distinguishable from financial-low.",
+    study = read_study("s", tmp_path)
+    comparisons, _ = compare_rows(study)
+    assert [answer.sentence for answer in answers(study, comparisons)] == [
+        "Best: imdb-high (90.00 %). Significantly better than imdb-low.",
+        "Best: financial-high (89.00 %). Significantly better than financial-low.",
     ]
+
+
+def test_an_answer_says_how_sure_it_is() -> None:
+    equal = Answer("a", 0.9, ("b", "c", "d"), ("e",))
+    assert equal.certainty(most=2) == "no significant difference: b, c and 1 more"
+    assert equal.certainty(most=3) == "no significant difference: b, c, d"
+    assert Answer("a", 0.9, (), ("b", "c")).sentence == "Best: a (90.00 %). Significantly better than all 2 others."
 
 
 def test_rows_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
@@ -98,15 +109,18 @@ def test_rows_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     for seed in range(2):
         write_run(tmp_path, "s", "mixed", seed=seed, correct=outcomes(0.9, 100, 0), first_row=seed)
     write_run(tmp_path, "s", "failed", status="failed")
-    comparisons, notes = compare_rows(read_study("s", tmp_path))
+    study = read_study("s", tmp_path)
+    comparisons, notes = compare_rows(study)
     assert [(c.first, c.second) for c in comparisons] == [("a", "b")]
     assert notes == [
-        "Not compared with others, for the test predictions were not kept: lost.",
-        "Not compared with others, for each seed has a test split of its own: mixed.",
+        "Not compared, because the test predictions were not kept: lost.",
+        "Not compared, because each seed has its own test split: mixed.",
     ]
+    (answer,) = answers(study, comparisons)
+    assert answer.sentence.startswith("Best of the 2 compared rows: a (90.00 %).")
 
 
-def test_of_very_many_pairs_those_with_the_highest_row_are_shown() -> None:
+def test_of_very_many_pairs_those_with_the_best_row_are_shown() -> None:
     difference = Difference(0.1, 0.0, 0.2, 0.5)
     names = [f"row {i}" for i in range(20)]
     comparisons = [Comparison(a, b, difference, 1.0, "McNemar") for a, b in itertools.combinations(names, 2)]

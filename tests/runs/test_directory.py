@@ -25,7 +25,7 @@ from finetuning.runs.files import (
 )
 from finetuning.storage import write_json
 
-STORED = RunConfig.of(learning_rate=1e-3, epochs=3).to_dict()
+STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -79,7 +79,7 @@ def test_a_new_directory_is_taken_and_checking_writes_nothing(tmp_path: Path) ->
 
 def test_a_directory_of_runs_is_no_run_s(tmp_path: Path) -> None:
     held_run(tmp_path / "first", status="finished")
-    assert "holds runs (first)" in refusal(tmp_path)
+    assert "contains other runs (first)" in refusal(tmp_path)
     check(tmp_path / "second")
     check(held_run(tmp_path), resume=True)
 
@@ -89,7 +89,7 @@ def test_of_two_runs_that_begin_in_one_directory_the_second_is_refused(tmp_path:
         check(tmp_path)  # both find it free
     held_run(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="a run that has just begun"):
+    with pytest.raises(UserError, match="another run has just started"):
         begin(tmp_path, STORED | {"seed": 1})
     assert contents(tmp_path) == before
 
@@ -106,7 +106,7 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
 def test_what_cannot_be_made_is_refused_when_it_is_opened(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=f"--output_dir {link} cannot be written"):
+    with pytest.raises(UserError, match=f"--output_dir {link}: cannot be written"):
         begin(link)
 
 
@@ -114,7 +114,7 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     begin(tmp_path)
     before = contents(tmp_path)
     message = refusal(tmp_path)
-    assert f"holds a run already ({SETTINGS})" in message
+    assert f"already contains a run ({SETTINGS})" in message
     assert "--resume or --overwrite" in message
     check(tmp_path, overwrite=True)
     assert contents(tmp_path) == before
@@ -126,7 +126,7 @@ def test_files_of_others_are_never_replaced(tmp_path: Path, name: str, text: str
     (tmp_path / name).write_text(text)
     for overwrite in (False, True):
         message = refusal(tmp_path, overwrite=overwrite)
-        assert f"holds a {name} that is no run's" in message
+        assert f"contains a {name} from another program" in message
     assert contents(tmp_path) == {name: text.encode()}
 
 
@@ -143,11 +143,11 @@ def test_overwrite_removes_the_runs_files_and_no_others(tmp_path: Path) -> None:
 
 
 def test_resume_needs_a_run(tmp_path: Path) -> None:
-    assert f"holds no run (no {SETTINGS})" in resume_refusal(tmp_path / "new")
+    assert f"contains no run (no {SETTINGS})" in resume_refusal(tmp_path / "new")
     (tmp_path / LAST_CHECKPOINT).touch()
-    assert f"holds no run (no {SETTINGS})" in resume_refusal(tmp_path)
+    assert f"contains no run (no {SETTINGS})" in resume_refusal(tmp_path)
     (tmp_path / OLD_SETTINGS).write_text('{"model_type": "bert"}')  # a model's
-    assert f"holds no run (no {SETTINGS})" in resume_refusal(tmp_path)
+    assert f"contains no run (no {SETTINGS})" in resume_refusal(tmp_path)
 
 
 def test_a_run_without_a_checkpoint_can_only_start_over(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_resume_of_a_finished_run_is_refused(tmp_path: Path) -> None:
 def test_resume_of_a_run_whose_settings_are_damaged_is_refused(tmp_path: Path, damaged: str) -> None:
     held_run(tmp_path)
     (tmp_path / SETTINGS).write_bytes(damaged.encode(errors="surrogateescape"))
-    assert f"{SETTINGS} cannot be used" in resume_refusal(tmp_path)
+    assert f"{SETTINGS} cannot be read" in resume_refusal(tmp_path)
 
 
 def test_settings_under_their_earlier_name_are_still_read_and_renamed(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_settings_under_their_earlier_name_are_still_read_and_renamed(tmp_path: 
     (tmp_path / SETTINGS).rename(tmp_path / OLD_SETTINGS)
     assert settings_file(tmp_path) == tmp_path / OLD_SETTINGS
     assert interrupted_settings(tmp_path) == STORED
-    assert "holds a run already" in refusal(tmp_path)
+    assert "already contains a run" in refusal(tmp_path)
     begin(tmp_path, resume=True)
     assert settings_file(tmp_path) == tmp_path / SETTINGS
     assert not (tmp_path / OLD_SETTINGS).exists()

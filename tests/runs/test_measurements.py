@@ -70,7 +70,9 @@ def test_alone_is_when_others_take_next_to_nothing(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 def test_the_time_of_a_process_begins_with_it() -> None:
-    code = "import time; time.sleep(0.5); from finetuning.runs.measurements import process_seconds; print(process_seconds())"
+    code = (
+        "import time; time.sleep(0.5); from finetuning.runs import measurements; print(measurements.process_seconds())"
+    )
     began = time.monotonic()
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert 0.5 < float(shown) < time.monotonic() - began + 0.02  # the kernel's clock has ticks of 10 ms

@@ -42,7 +42,7 @@ def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:
     torch.manual_seed(seed)
-    config = RunConfig.of(model_name=str(folder), max_length=32, **settings)
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
     return build_classifier(config, find_base_model(config), NAMES, torch.float32).eval(), config
 
 
@@ -55,7 +55,7 @@ def train_a_little(classifier: Classifier) -> None:
 
 
 def lora_settings(**settings: object) -> LoRASettings:
-    lora = RunConfig.of(**settings).lora
+    lora = RunConfig.from_settings(**settings).lora
     assert lora is not None
     return lora
 
@@ -217,9 +217,9 @@ def test_a_damaged_or_foreign_file_is_refused(bases: dict[str, Path], tmp_path: 
     refused("cannot be read")
     path = save(tmp_path, classifier, config)
     refused("cannot be read", method="full")
-    refused("does not hold the weights of this run", lora_key=True)
-    refused("does not hold the weights of this run", lora_value=False)
-    refused(r"has shape \(8, 32\), not \(4, 32\)", lora_r=4)
+    refused("does not contain the weights of this run", lora_key=True)
+    refused("does not contain the weights of this run", lora_value=False)
+    refused(r"has shape \(8, 32\), must be \(4, 32\)", lora_r=4)
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole[:5], b"", b"\xff" * 64):
         path.write_bytes(damaged)

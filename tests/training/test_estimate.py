@@ -16,11 +16,11 @@ from finetuning.training.hardware import resolve_hardware
 from local_dataset_utilities import tokenize
 from local_model_utilities import build_classifier, count_parameters, find_base_model
 from tests.conftest import texts_of
-from tests.test_finetune_lora import flags, start
+from tests.test_finetune_lora import finish, flags, start
 
 
 def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig, int]:
-    config = RunConfig.of(
+    config = RunConfig.from_settings(
         model_name=str(folder), dataset="text", data_dir=data, max_length=32, batch_size=8, accelerator="cpu",
         precision="fp32", **settings,
     )  # fmt: skip
@@ -80,8 +80,7 @@ def test_the_command_writes_nothing_and_its_peak_is_the_runs(
     assert process.returncode == 0, errors
     assert not (tmp_path / "run").exists()
     peak = float(next(line for line in shown.splitlines() if line.startswith("peak")).split()[1]) * 2**20
-    process = start(words)
-    assert process.wait(timeout=120) == 0
+    finish(start(words))
     used = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]["peak_bytes"]
     assert peak == pytest.approx(used, rel=0.15)
 
@@ -106,6 +105,6 @@ def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
 
 def test_it_is_for_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="--estimate"):
-        RunConfig.of(estimate=True, devices=2)
+        RunConfig.from_settings(estimate=True, devices=2)
     assert main(["--offline", "--estimate", "--devices", "2"]) == 2
-    assert "--estimate True: is for one device" in capsys.readouterr().err
+    assert "--estimate True: needs --devices 1 and --num_nodes 1" in capsys.readouterr().err

@@ -18,23 +18,23 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         ({"strategy": "dpp"}, "--strategy dpp: allowed are auto, .*ddp, "),
     ):
         with pytest.raises(UserError, match=words):
-            resolve_hardware(RunConfig.of(**settings).hardware)
+            resolve_hardware(RunConfig.from_settings(**settings).hardware)
 
 
 def test_precision_that_is_asked_for_is_taken() -> None:
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        hardware = resolve_hardware(RunConfig.of(precision=name, accelerator="cpu").hardware)
+        hardware = resolve_hardware(RunConfig.from_settings(precision=name, accelerator="cpu").hardware)
         assert (hardware.accelerator, hardware.dtype) == ("cpu", dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_auto_takes_the_gpu() -> None:
-    hardware = resolve_hardware(RunConfig.of().hardware)
+    hardware = resolve_hardware(RunConfig.from_settings().hardware)
     assert hardware.on_gpu
     assert hardware.dtype in (torch.bfloat16, torch.float16)
     with pytest.raises(UserError, match="numbered from 0"):
-        resolve_hardware(RunConfig.of(device=99).hardware)
+        resolve_hardware(RunConfig.from_settings(device=99).hardware)
 
 
 def test_keep_freed_memory_is_harmless() -> None:
@@ -83,7 +83,7 @@ def test_precision_follows_from_the_runs_own_cards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake_gpus(monkeypatch, *cards)
-    hardware = resolve_hardware(RunConfig.of(**settings).hardware)
+    hardware = resolve_hardware(RunConfig.from_settings(**settings).hardware)
     assert (hardware.accelerator, hardware.dtype, hardware.devices) == ("gpu", dtype, devices)
 
 
@@ -91,8 +91,8 @@ def test_bf16_is_refused_on_a_card_without_it(monkeypatch: pytest.MonkeyPatch) -
     fake_gpus(monkeypatch, H100, T4)
     for settings in ({"device": 1}, {"devices": 2}):
         with pytest.raises(UserError, match="--precision bf16: GPU 1, card 1, has no bf16; use --precision fp16"):
-            resolve_hardware(RunConfig.of(precision="bf16", **settings).hardware)
-    resolve_hardware(RunConfig.of(precision="bf16", device=0).hardware)
+            resolve_hardware(RunConfig.from_settings(precision="bf16", **settings).hardware)
+    resolve_hardware(RunConfig.from_settings(precision="bf16", device=0).hardware)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from local_model_utilities import build_classifier, find_base_model
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, Path]) -> None:
-    config = RunConfig.of(model_name=str(tiny_folders["distilbert"]), max_length=32, dropout=0.3)
+    config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32, dropout=0.3)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
     module = FineTuning(classifier, config.training, class_count=2, total_steps=1)
     ids, mask = torch.arange(1000, 1020)[None], torch.ones(1, 20, dtype=torch.long)
@@ -22,7 +22,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, 
 
 def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -> None:
     """A single text's loss counts: a mean that leaves it out would hide it."""
-    config = RunConfig.of(model_name=str(tiny_folders["distilbert"]), max_length=32)
+    config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
     module = FineTuning(classifier, config.training, class_count=2, total_steps=1)
     logits = torch.tensor([[0.0, 1.0], [math.nan, 0.0]])

@@ -33,7 +33,7 @@ def test_linear_equals_its_closed_form(warmup: float) -> None:
     steps = np.arange(STEPS)
     expected = 0.2 * np.where(steps < rising, steps / max(rising, 1), (STEPS - steps) / (STEPS - rising))
     np.testing.assert_allclose(
-        rates(RunConfig.of(scheduler="linear", learning_rate=0.2, warmup_fraction=warmup)), expected
+        rates(RunConfig.from_settings(scheduler="linear", learning_rate=0.2, warmup_fraction=warmup)), expected
     )
 
 
@@ -48,7 +48,9 @@ def test_schedules_equal_those_of_transformers(ours: str, theirs: str) -> None:
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    np.testing.assert_allclose(rates(RunConfig.of(scheduler=ours, learning_rate=0.3, warmup_fraction=0.1)), expected)
+    np.testing.assert_allclose(
+        rates(RunConfig.from_settings(scheduler=ours, learning_rate=0.3, warmup_fraction=0.1)), expected
+    )
 
 
 def test_onecycle_equals_its_closed_form() -> None:
@@ -58,7 +60,7 @@ def test_onecycle_equals_its_closed_form() -> None:
     up = top / 25 + (top - top / 25) * (1 - np.cos(np.pi * steps / turn)) / 2
     share = (steps - turn) / (STEPS - 1 - turn)
     down = top / 25 / 1e4 + (top - top / 25 / 1e4) * (1 + np.cos(np.pi * share)) / 2
-    found = rates(RunConfig.of(scheduler="onecycle", learning_rate=top))
+    found = rates(RunConfig.from_settings(scheduler="onecycle", learning_rate=top))
     np.testing.assert_allclose(found, np.where(steps <= turn, up, down), rtol=1e-6)
     assert found.max() == pytest.approx(top)
 
@@ -66,14 +68,14 @@ def test_onecycle_equals_its_closed_form() -> None:
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "onecycle"])
 @pytest.mark.parametrize("steps", [1, 2, 10, 20])
 def test_the_shortest_runs_have_a_schedule_and_learn(scheduler: str, steps: int) -> None:
-    found = rates(RunConfig.of(scheduler=scheduler, learning_rate=0.1, warmup_fraction=0.1), steps)
+    found = rates(RunConfig.from_settings(scheduler=scheduler, learning_rate=0.1, warmup_fraction=0.1), steps)
     assert 0 <= found.min() <= found.max() <= 0.1
     assert found.max() > 0
 
 
 def test_onecycle_leaves_momentum_and_beta_alone() -> None:
     for name, key in (("sgd_nesterov", "momentum"), ("adamw", "betas")):
-        config = RunConfig.of(optimizer=name, scheduler="onecycle", learning_rate=0.1)
+        config = RunConfig.from_settings(optimizer=name, scheduler="onecycle", learning_rate=0.1)
         optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training, fused=False)
         before = optimizer.param_groups[0][key]
         scheduler = make_scheduler(optimizer, config.training, STEPS)
@@ -99,7 +101,7 @@ def test_onecycle_leaves_momentum_and_beta_alone() -> None:
 def test_optimizers_step_as_torchs_own(name: str, kind: type, settings: dict[str, float], fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
-    first = make_optimizer([ours], RunConfig.of(optimizer=name, learning_rate=0.01).training, fused)
+    first = make_optimizer([ours], RunConfig.from_settings(optimizer=name, learning_rate=0.01).training, fused)
     second = kind([theirs], **settings)
     for _ in range(5):
         ours.grad = torch.randn(3, 3, generator=generator)
@@ -113,7 +115,7 @@ def test_optimizers_step_as_torchs_own(name: str, kind: type, settings: dict[str
 def test_weight_decay_spares_vectors() -> None:
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     optimizer = make_optimizer(
-        [matrix, vector], RunConfig.of(learning_rate=0.1, weight_decay=0.5).training, fused=False
+        [matrix, vector], RunConfig.from_settings(learning_rate=0.1, weight_decay=0.5).training, fused=False
     )
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
@@ -124,6 +126,6 @@ def test_weight_decay_spares_vectors() -> None:
 def test_every_method_and_optimizer_has_a_default_rate() -> None:
     for method in ("lora", "full", "selective"):
         for optimizer in ("adam", "adamw", "sgd", "sgd_nesterov"):
-            config = RunConfig.of(method=method, optimizer=optimizer)
+            config = RunConfig.from_settings(method=method, optimizer=optimizer)
             assert config.training.learning_rate == DEFAULT_LEARNING_RATES[method, optimizer]
-    assert RunConfig.of(learning_rate=0.5).training.learning_rate == 0.5
+    assert RunConfig.from_settings(learning_rate=0.5).training.learning_rate == 0.5

@@ -1,0 +1,62 @@
+"""Pages in Markdown with generated tables: a table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetuning.errors import UserError
+from finetuning.storage import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+GUIDE = ROOT / "docs" / "guide.md"
+BEST_PRACTICES = ROOT / "docs" / "best_practices.md"
+SPEED = ROOT / "docs" / "speed.md"
+PAGES = (README, GUIDE, BEST_PRACTICES, SPEED)
+RESULTS = ROOT / "results"
+
+
+def with_table(text: str, name: str, content: str) -> str:
+    """A page's text with a new table between the markers of this name; unchanged if the page has no such markers.
+
+    Raises:
+        UserError: only one of the two markers is there, or they are in the wrong order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in text and end not in text:
+        return text
+    before, _, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not closed:
+        raise UserError(f"the markers of a table must be {begin} and, below it, {end}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def page_with_tables(page: Path, tables: Mapping[str, str]) -> str:
+    """The text of a page with all of these tables renewed; nothing is written.
+
+    Args:
+        page: a Markdown file.
+        tables: the content of each table, by the name in its markers.
+
+    Raises:
+        UserError: the page cannot be read, or the markers of a table are not a pair.
+    """
+    try:
+        text = page.read_text(encoding="utf8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{page} cannot be read: {error}") from None
+    for name, content in tables.items():
+        try:
+            text = with_table(text, name, content)
+        except UserError as error:
+            raise UserError(f"{page}: {error}") from None
+    return text
+
+
+def renew_tables(page: Path, tables: Mapping[str, str]) -> None:
+    """Renews these tables in a page and writes it in one step: a reader sees the old page or the new one.
+
+    Raises:
+        UserError: see ``page_with_tables``.
+    """
+    write_text(page, page_with_tables(page, tables))

@@ -1,0 +1,281 @@
+"""Small tables in a page; and docs/best_practices.md: no number in its text that the runs do not give."""
+
+import json
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.comparison.advice import COLUMNS, END, shown_p, with_rows
+from finetuning.comparison.collected import Study, read_study, study_names
+from finetuning.comparison.pairs import compare_rows
+from finetuning.comparison.statistics import LEVEL
+from finetuning.config import DEFAULT_LEARNING_RATES
+from finetuning.errors import UserError
+from finetuning.flags import from_flags
+from finetuning.pages import BEST_PRACTICES, RESULTS, ROOT
+from tests.synthetic_runs import outcomes, write_run
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> list[Study]:
+    """Study a: x (two seeds) and y (one, and slower); study b: x, and broken, which failed."""
+    for seed in range(2):
+        write_run(tmp_path, "a", "x", seed=seed, correct=outcomes(0.90 + 0.01 * seed, 1000, seed))
+    write_run(
+        tmp_path, "a", "y", correct=outcomes(0.5, 1000, 9), train={"seconds": 2000.4},
+        files={"adapter_model.safetensors": 1_932_152, "last.ckpt": 9_000_000},
+    )  # fmt: skip
+    write_run(tmp_path, "b", "x", correct=outcomes(0.8, 500, 3), environment={"alone": False})
+    write_run(tmp_path, "b", "broken", status="failed")
+    return [read_study(name, tmp_path) for name in study_names(tmp_path)]
+
+
+def made(found: list[Study], spec: str) -> list[list[str]]:
+    """The cells of the table that a marker makes."""
+    text = with_rows(f"top\n<!-- {spec} -->\nold\n{END}\nend\n", found, "../results")
+    assert text.startswith(f"top\n<!-- {spec} -->\n|")
+    assert text.endswith(f"\n{END}\nend\n")
+    assert "old" not in text
+    assert with_rows(text, found, "../results") == text
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_rows_in_the_order_of_the_marker(found: list[Study]) -> None:
+    head, _, *rows = made(found, "rows: a/y x")
+    assert head == ["study", "row", "test accuracy, %", "seeds", "training, s", "peak memory, GiB", "corrected p"]
+    assert rows[0] == [
+        "[a](../results/a/table.md)", "y", "50.00 (46.91 to 53.09)", "1", "2,000", "1.00", "(reference)",
+    ]  # fmt: skip
+    assert rows[1][1:] == ["x", "90.50 ± 0.71", "2", "100", "1.00", shown_p(compare_rows(found[0])[0][0].corrected_p)]
+
+
+def test_columns_that_are_asked_for(found: list[Study]) -> None:
+    head, _, first, second = made(found, "rows: a/x y; learning rate, saved,\n trained, validation")
+    assert head[3:7] == ["learning rate", "saved, MB", "trained parameters", "validation accuracy, %"]
+    assert first[3:7] == ["0.001", "", "1,234", "90.00"]
+    assert second[4] == "1.9"
+
+
+def test_a_reference_for_each_group_and_study(found: list[Study]) -> None:
+    head, _, *rows = made(found, "rows: a/x y b/x | a/y a/x")
+    p = rows[1][-1]
+    assert [row[-1] for row in rows] == ["(reference)", p, "", "(reference)", p]
+    assert "training, s" in head
+    assert rows[2][4:6] == ["", ""]  # not alone on its machine
+    head, _, *rows = made(found, "rows: b/x broken | a/x")
+    assert [row[2] for row in rows] == ["80.00 (76.27 to 83.27)", "failed", "90.50 ± 0.71"]
+    assert "corrected p" not in head
+
+
+def test_all_studies(found: list[Study]) -> None:
+    head, _, *rows = made(found, "studies")
+    assert head[-2:] == ["rows", "seeds a row"]
+    assert [(row[0], row[3], *row[-2:]) for row in rows] == [
+        ("[a](../results/a/table.md)", "1,000", "2", "1; 2"),
+        ("[b](../results/b/table.md)", "500", "2", "1"),
+    ]
+
+
+def test_a_page_without_markers_stays_as_it_is(found: list[Study]) -> None:
+    assert with_rows("text <!-- note -->\n", found, "..") == "text <!-- note -->\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"<!-- rows: c/x -->{END}", "no study 'c' (row 'x'): there are a, b"),
+        (f"<!-- rows: x -->{END}", "no study ''"),
+        (f"<!-- rows: a/x z -->{END}", "no row 'z' in study a: there are x, y"),
+        (f"<!-- rows: a/x; speed -->{END}", "no column 'speed'"),
+        (f"<!-- rows: -->{END}", "without a row"),
+        (f"<!-- rows: a/x | -->{END}", "without a row"),
+        ("<!-- rows: a/x -->", "needs <!-- end -->"),
+        (f"<!-- rows: a/x --> <!-- studies --> {END}", "needs <!-- end -->"),
+        (f"{END} <!-- studies --> {END}", "needs <!-- end -->"),
+        (f"<!-- studies --> {END} {END}", "has no <!-- rows: ... -->"),
+        (END, "has no <!-- rows: ... -->"),
+    ],
+)
+def test_a_wrong_marker_is_refused_in_one_line(found: list[Study], text: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        with_rows(text, found, "..")
+    assert said in str(error.value)
+    assert str(error.value).startswith("--pages: ")
+    assert "\n" not in str(error.value)
+
+
+def test_every_column_can_be_asked_for(found: list[Study]) -> None:
+    assert made(found, f"rows: a/x; {', '.join(COLUMNS)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/best_practices.md
+
+PAGE = BEST_PRACTICES.read_text(encoding="utf8")
+SEEDS = {"one": 1, "three": 3}
+
+
+@cache
+def study(name: str) -> Study:
+    return read_study(name, RESULTS)
+
+
+@cache
+def scores() -> dict[str, dict[str, Any]]:
+    rows = json.loads((RESULTS / "summary.json").read_text(encoding="utf8"))
+    return {f"{row['study']}/{row['row']}": row for row in rows}
+
+
+@cache
+def p_values(name: str) -> dict[frozenset[str], str]:
+    return {frozenset((c.first, c.second)): shown_p(c.corrected_p) for c in compare_rows(study(name))[0]}
+
+
+def prose(text: str) -> str:
+    """What no table is made of, no command and no address."""
+    text = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", text, flags=re.DOTALL)
+    text = re.sub(rf"<!-- (rows|studies)\b.*?{END}", "", text, flags=re.DOTALL)
+    text = re.sub(r"```bash\n.*?```", "", text, flags=re.DOTALL)
+    return " ".join(re.sub(r"\]\([^)]*\)", "]", text).split())
+
+
+def wrong_scores(text: str) -> list[str]:
+    """Scores and p values in ``text`` that are not those of the runs."""
+    wrong = []
+    for name, said in re.findall(r"`(\w+/[\w.+-]+)` (\d+\.\d+) %", text):
+        if name not in scores() or f"{100 * scores()[name]['accuracy_mean']:.2f}" != said:
+            wrong.append(f"{name} {said}")
+    for name, first, second, p in re.findall(
+        r"`(\w+)/([\w.+-]+)` and `\w+/([\w.+-]+)`: corrected p ((?:< )?[\d.]+)", text
+    ):
+        if p_values(name).get(frozenset((first, second))) != p:
+            wrong.append(f"{name}/{first} and {second}: {p}")
+    return wrong
+
+
+def unchecked_numbers(text: str) -> list[str]:
+    """What is left of ``text`` with a digit in it, without all that a test compares with runs, code or flags."""
+    text = re.sub(r"`\w+/[\w.+-]+` \d+\.\d+ %", "", text)
+    text = re.sub(r"`\w+/[\w.+-]+` and `\w+/[\w.+-]+`: corrected p (?:< )?[\d.]+", "", text)
+    for span in re.findall(r"`([^`]*)`", text):
+        if re.search(r"\d", span) and (span in scores() or span.startswith("--")):
+            text = text.replace(f"`{span}`", "")
+    parameters = scores()["methods/full"]["trainable"]  # all of the model's
+    for known in ("macro F1", "bf16", "95 % interval", f"{LEVEL:g} or more", f"{parameters / 1e6:.1f} M parameters"):
+        text = text.replace(known, "")
+    return [word for word in text.split() if re.search(r"\d", word)]
+
+
+def sections() -> dict[str, str]:
+    """Heading and text of each advice."""
+    parts = re.split(r"^## (.+)\n", PAGE, flags=re.MULTILINE)[1:]
+    found = dict(zip(parts[::2], parts[1::2], strict=True))
+    found.pop("How the scores were made")
+    return found
+
+
+def rows_of(text: str) -> list[str]:
+    """``study/row`` of each line of the tables of ``text``."""
+    return [f"{name}/{row}" for name, row in re.findall(r"^\| \[(\w+)\]\([^)]*\) \| ([^ ]+) \|", text, re.MULTILINE)]
+
+
+def test_every_number_in_the_text_is_that_of_the_runs() -> None:
+    assert wrong_scores(prose(PAGE)) == []
+    assert unchecked_numbers(prose(PAGE)) == []
+
+
+def test_a_wrong_or_unchecked_number_would_be_seen() -> None:
+    right = f"`methods/lora` {100 * scores()['methods/lora']['accuracy_mean']:.2f} %"
+    p = p_values("methods")[frozenset(("lora", "full"))]
+    right += f" (`methods/lora` and `methods/full`: corrected p {p}), `--lora_r 8`, `best/full-epochs3`"
+    assert (wrong_scores(right), unchecked_numbers(right)) == ([], [])
+    assert wrong_scores("`methods/lora` 99.99 %, `methods/none` 88.61 %") == [
+        "methods/lora 99.99",
+        "methods/none 88.61",
+    ]
+    assert wrong_scores("`methods/lora` and `methods/full`: corrected p 0.01") == ["methods/lora and full: 0.01"]
+    assert unchecked_numbers("by 2 points, 93 s, `r 8`, 0.05, p < 0.01") == ["2", "93", "8`,", "0.05,", "0.01"]
+
+
+def test_flags_with_values_in_the_text_are_accepted() -> None:
+    spans = re.findall(r"`(--\w+ [^`]+)`", prose(PAGE))
+    assert spans
+    for span in spans:
+        from_flags(shlex.split(span))
+
+
+def test_what_the_text_says_of_seeds() -> None:
+    for heading, text in sections().items():
+        seeds = {name: scores()[name]["seeds"] for name in rows_of(text)}
+        said = " ".join(text.split())
+        for number, only in re.findall(r"(?i)\b(one|three) seeds? each(?: in `(\w+)`)?", said):
+            counted = {count for name, count in seeds.items() if name.startswith(only)}
+            assert counted == {SEEDS[number.lower()]}, heading
+        if "up to three seeds" in said:
+            assert max(seeds.values()) == 3, heading
+        assert "seed" in said or heading.startswith("Start"), heading
+
+
+def test_what_the_text_says_in_words() -> None:
+    def seconds(name: str) -> float:
+        return scores()[name]["train_seconds"]
+
+    assert prose(PAGE).lower().count("less than half") == 3  # the first table, selective fine-tuning, the encoder
+    for slow, fast in (
+        ("methods/lora", "methods/selective"),
+        ("earlier_work/lora", "earlier_work/selective"),
+        ("compute_memory/efficient-false", "compute_memory/base"),
+    ):
+        assert 2 * seconds(fast) < seconds(slow)
+    rates = DEFAULT_LEARNING_RATES
+    assert all(10 * rates["full", o] == pytest.approx(rates["lora", o]) for o in ("adam", "adamw"))
+    high = [row for name, row in scores().items() if re.match(r"lora_rank_alpha/lora_r(8|16|64)-", name)]
+    pairs = p_values("lora_rank_alpha").items()
+    assert len(high) == 12
+    assert all(float(p) >= LEVEL for pair, p in pairs if not any("r2-" in name for name in pair))
+
+
+def test_times_are_of_two_threads() -> None:
+    for name in study_names(RESULTS):
+        measured = [run for row in study(name).rows for run in study(name).measured(row).runs]
+        assert {run.get("environment", "threads") for run in measured} <= {2}, name
+
+
+def test_the_default_rates_are_the_best_of_five_on_validation() -> None:
+    curves: dict[tuple[str, str], dict[float, float]] = {}
+    for run in study("learning_rates").final:
+        key = run.get("config", "method"), run.get("config", "optimizer")
+        curves.setdefault(key, {})[run.get("config", "learning_rate")] = run.monitored or 0
+    assert len(curves) == 6  # "six curves"
+    assert {len(curve) for curve in curves.values()} == {5}
+    for key, curve in curves.items():
+        best = max(curve, key=lambda rate: curve[rate])
+        assert best == DEFAULT_LEARNING_RATES[key]
+        assert min(curve) < best < max(curve)
+        assert all(curve[rate] == 0.5 for rate in curve if rate > 9 * best)  # "only guessed"
+
+
+def test_each_advice_has_its_row_in_the_first_table() -> None:
+    rows = re.findall(r"^\| .* \| .*\]\(#([\w-]+)\) \| .* \| (sure|likely|open) \|$", PAGE, flags=re.MULTILINE)
+    said = {}
+    for heading, text in sections().items():
+        anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        (said[anchor],) = re.findall(r"^\*\*How sure:\*\* (sure|likely|open)\b", text, flags=re.MULTILINE)
+        assert len(re.findall(r"```bash\n[^\n]+\n```", text)) == 1, heading
+        assert rows_of(text), heading
+    assert dict(rows) == said
+    assert len(rows) == len(said)
+
+
+def test_every_study_has_a_place_on_the_page() -> None:
+    shown = {name.partition("/")[0] for text in sections().values() for name in rows_of(text)}
+    assert shown == set(study_names(RESULTS))
+    assert shown == {path.stem for path in (ROOT / "studies").glob("*.toml")} - {"smoke"}
+
+
+def test_no_line_of_the_page_is_wide() -> None:
+    assert max(map(len, PAGE.splitlines())) <= 160
