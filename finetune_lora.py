@@ -112,13 +112,13 @@ def print_estimate(config: RunConfig) -> None:
     import torch
 
     from finetuning.training.estimate import estimate, estimate_table
-    from finetuning.training.hardware import keep_freed_memory
+    from finetuning.training.hardware import prepare_process
     from finetuning.training.trainer import quiet_lightning
     from local_model_utilities import build_classifier, count_parameters
 
     setup = prepare(config)
     training, hardware = setup.config.training, setup.hardware
-    keep_freed_memory()
+    prepare_process(hardware)
     torch.manual_seed(training.seed)
     classifier = build_classifier(setup.config, setup.model_folder, setup.texts.label_names, hardware.dtype)
     weight_bytes = count_parameters(classifier)["total"].bytes
@@ -195,7 +195,7 @@ def prepare(config: RunConfig) -> Setup:
     """Data: does all checks, reads and tokenizes the texts, and then opens the run directory."""
     from finetuning.data.batches import check_batches
     from finetuning.models.pretrained import load_tokenizer
-    from finetuning.models.quantization import import_bitsandbytes
+    from finetuning.models.quantization import try_four_bits
     from finetuning.training.hardware import resolve_hardware
     from finetuning.training.trainer import quiet_lightning
     from local_dataset_utilities import load_texts, tokenize
@@ -208,8 +208,8 @@ def prepare(config: RunConfig) -> Setup:
         check_directory(directory, config.run.resume, config.run.overwrite)
     with quiet_lightning():
         hardware = resolve_hardware(config.hardware)
-    if config.lora is not None and config.lora.q_lora:
-        import_bitsandbytes()
+    if config.lora is not None and config.lora.q_lora and not is_helper():  # who would take memory on the first GPU
+        try_four_bits(hardware.device, hardware.dtype)
     folder = find_base_model(config)
     tokenizer = load_tokenizer(config.model.model_name, folder)
     texts = load_texts(config.data, config.run.offline)
@@ -226,7 +226,7 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     import lightning.pytorch as pl
 
     from finetuning.runs.measurements import environment_record
-    from finetuning.training.hardware import keep_freed_memory
+    from finetuning.training.hardware import prepare_process
     from finetuning.training.trainer import quiet_lightning
     from local_model_utilities import (
         build_classifier,
@@ -237,7 +237,7 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     )
 
     config = setup.config
-    keep_freed_memory()
+    prepare_process(setup.hardware)
     with quiet_lightning():
         pl.seed_everything(config.training.seed, verbose=False)
     result["environment"] = environment_record() | {"cpu_kernels": setup.kernels()}

@@ -184,12 +184,13 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     from finetuning.data.tokens import TokenizedSplit, encode_texts
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.runs.weights import load_trained
-    from finetuning.training.hardware import resolve_hardware
+    from finetuning.training.hardware import prepare_process, resolve_hardware
     from finetuning.training.trainer import quiet_lightning
     from local_model_utilities import build_classifier, find_base_model
 
     with quiet_lightning():  # hides Lightning's advice to use srun
         hardware = resolve_hardware(config.hardware)
+    prepare_process(hardware)
     folder = find_base_model(config)
     classifier = build_classifier(config, folder, label_names, hardware.dtype)
     load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
@@ -206,7 +207,8 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     )  # None: on a terminal only
     with torch.inference_mode(), bar:
         for batch in evaluation_loader(split, config.training, int(tokenizer.pad_token_id)):
-            logits = classifier(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+            ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+            logits = classifier(ids, mask, padded=batch["padded"])
             probabilities[batch["rows"]] = logits.softmax(-1).cpu()
             bar.update(len(logits))
     return label_names, probabilities.tolist()

@@ -36,7 +36,7 @@ from finetuning.data.tokens import TokenizedSplit
 from finetuning.models.families import FAMILIES
 from finetuning.models.quantization import import_bitsandbytes
 from finetuning.training.callbacks import Meter
-from finetuning.training.hardware import keep_freed_memory, resolve_hardware
+from finetuning.training.hardware import prepare_process, resolve_hardware
 from finetuning.training.module import FineTuning
 from finetuning.training.trainer import make_trainer, quiet_lightning
 from local_model_utilities import build_classifier
@@ -63,6 +63,12 @@ class Measured:
     def step(self) -> None:
         """Notes the end of a step."""
         self.ends.append(time.perf_counter())
+
+    def stop(self) -> None:
+        """After the last step, whose work a GPU may still have to do."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            self.ends[-1] = time.perf_counter()
 
     @property
     def seconds(self) -> float:
@@ -204,6 +210,9 @@ class _TrainerTimer(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.measured.step()
 
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.measured.stop()
+
 
 class Peft(Contestant):
     """PEFT's LoRA in the Hugging Face Trainer, with its defaults or tuned.
@@ -217,10 +226,14 @@ class Peft(Contestant):
     def __init__(self, job: Job, folder: Path, tuned: bool = False, q_lora: bool = False) -> None:
         torch.manual_seed(0)
         self.tuned, self.bf16, self.timer = tuned, _in_bf16(job), _TrainerTimer()
+        self.on_cpu = job.accelerator == "cpu"
         self.batch_size = job.batch_size if tuned else DEFAULT_BATCH
         options: dict[str, Any] = NO_DROPOUT | {"attn_implementation": job.attention} if tuned else {}
         if q_lora:
-            options |= {"quantization_config": self.four_bits(), "device_map": {"": "cpu"}}
+            options |= {
+                "quantization_config": self.four_bits(),
+                "device_map": {"": "cpu" if job.accelerator == "cpu" else 0},
+            }
         narrow = self.bf16 and tuned and job.frozen == "bf16"
         base = DistilBertForSequenceClassification.from_pretrained(
             folder / job.model, dtype=torch.bfloat16 if narrow else torch.float32, **options
@@ -270,7 +283,7 @@ class Peft(Contestant):
             train_sampling_strategy="sequential",
             learning_rate=PEER_LEARNING_RATE,
             bf16=self.bf16,
-            use_cpu=True,
+            use_cpu=self.on_cpu,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -325,6 +338,9 @@ class _LightningTimer(Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         self.measured.step()
 
+    def on_train_end(self, *_: Any) -> None:
+        self.measured.stop()
+
 
 class Suite(Contestant):
     """This suite with its defaults and without validation.
@@ -334,11 +350,11 @@ class Suite(Contestant):
 
     def __init__(self, job: Job, folder: Path, q_lora: bool = False, equal_batches: bool = False) -> None:
         torch.manual_seed(0)
-        keep_freed_memory()
         config = job.config.changed(model_name=str(folder / job.model), q_lora=q_lora)
         if equal_batches:
             config = config.changed(batch_size=job.batch_size, batch_tokens=job.batch_size * job.max_length)
         self.config, self.hardware = config, resolve_hardware(config.hardware)
+        prepare_process(self.hardware)
         self.classifier = self.model = build_classifier(config, folder / job.model, LABELS, self.hardware.dtype)
         self.pad_id = int(self.classifier.model.config.pad_token_id)  # type: ignore[union-attr, arg-type]
 
@@ -354,7 +370,10 @@ class Suite(Contestant):
         """The suite's loader with these batches instead of a whole epoch."""
         chosen: Any = [BatchIndices(batch, 1 / len(batch)) for batch in batches]
         return DataLoader(
-            train_loader(split, self.config.training, self.pad_id).dataset, batch_size=None, sampler=chosen
+            train_loader(split, self.config.training, self.pad_id).dataset,
+            batch_size=None,
+            sampler=chosen,
+            pin_memory=self.hardware.on_gpu,
         )
 
     def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:

@@ -38,13 +38,14 @@ class Job:
     batch_size: int = 32  # texts
     attention: Literal["sdpa", "eager"] = "sdpa"
     frozen: Literal["fp32", "bf16"] = "fp32"  # how frozen weights are stored
+    accelerator: Literal["cpu", "gpu"] = "cpu"
 
     @property
     def config(self) -> RunConfig:
         """The suite's settings for the same work."""
         return RunConfig.from_settings(
             offline=True,
-            accelerator="cpu",
+            accelerator=self.accelerator,
             precision=self.precision,
             max_length=self.max_length,
             truncation="head",

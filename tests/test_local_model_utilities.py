@@ -3,6 +3,7 @@ import functools
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from safetensors.torch import load_file
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.models import classifier as classifier_module
 from finetuning.models import cpu_kernels
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import LinearWithLoRA, lora_modules
-from finetuning.models.quantization import dequantized, import_bitsandbytes, is_quantized
+from finetuning.models.quantization import dequantized, import_bitsandbytes, is_quantized, try_four_bits
 from finetuning.settings import LORA_TARGETS, PACKAGED
 from local_model_utilities import (
     build_classifier,
@@ -132,6 +134,42 @@ def test_the_compiled_forward_gives_the_same_logits_and_gradients_at_every_lengt
     torch._dynamo.reset()
 
 
+def test_what_the_loader_knows_of_padding_reaches_the_encoder(
+    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, seen = build(tiny_folders["bert"]), []
+    original = classifier_module.classify
+
+    def watched(*given: Any) -> torch.Tensor:
+        seen.append(given[-1])
+        return original(*given)
+
+    monkeypatch.setattr(classifier_module, "classify", watched)
+    ids, mask = batch()
+    for padded in (True, None):
+        classifier.logits({"input_ids": ids, "attention_mask": mask, "padded": padded})
+    classifier.logits({"input_ids": ids, "attention_mask": mask})
+    assert seen == [True, None, None]
+
+
+class OnCuda:
+    """Of a tensor on a GPU that it gives its values to the CPU only."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def cpu(self) -> torch.Tensor:
+        return self.values
+
+
+def test_positions_of_examples_may_be_on_a_gpu(tiny_folders: dict[str, Path]) -> None:
+    classifier, (ids, mask) = build(tiny_folders["bert"], method="selective", trainable_layers=1), batch()
+    outputs = classifier.frozen_outputs({"train": mask.sum(1).numpy()}, memory_gb=1)["train"]
+    given = {"input_ids": ids, "attention_mask": mask, "examples": OnCuda(torch.arange(len(ids)))}
+    first, later = (classifier.logits(given, outputs) for _ in range(2))
+    assert torch.equal(first, later)
+
+
 @pytest.mark.parametrize("efficient", [True, False])
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize(
@@ -174,6 +212,44 @@ def test_missing_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match="--q_lora True needs bitsandbytes"):
         import_bitsandbytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_bits_are_tried_where_they_work(dtype: torch.dtype) -> None:
+    state = torch.get_rng_state()
+    try_four_bits(torch.device("cpu"), dtype)
+    assert torch.equal(torch.get_rng_state(), state), "a trial changes no run"
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (RuntimeError("no library for CUDA 13\nmore"), "no library for CUDA 13"),
+        (AttributeError("no symbol cquantize"), "no symbol cquantize"),
+        (torch.zeros(8, 8), "its values are wrong"),
+    ],
+)
+def test_four_bits_that_fail_are_refused_in_one_line(
+    result: Exception | torch.Tensor, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+
+    def fails(*_: object, **__: object) -> torch.Tensor:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(functional, "dequantize_4bit", fails)
+    with pytest.raises(UserError) as caught:
+        try_four_bits(torch.device("cpu"), torch.float32)
+    advice = "install a bitsandbytes for this machine, or leave out --q_lora"
+    assert str(caught.value) == f"--q_lora True: bitsandbytes fails on cpu: {reason}; {advice}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_four_bits_on_a_device_that_is_not_there_are_refused() -> None:
+    with pytest.raises(UserError, match="--q_lora True: bitsandbytes fails on cuda:0: "):
+        try_four_bits(torch.device("cuda", 0), torch.float16)
 
 
 @pytest.mark.parametrize("double", [True, False])

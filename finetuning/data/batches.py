@@ -24,6 +24,7 @@ from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
 
+Batch = dict[str, Any]  # tensors, and ``padded``
 BLOCK_BATCHES = 4  # batches whose examples are mixed; a larger number means more randomness and more padding
 EVALUATION_FACTOR = 4  # evaluation batches are this much larger, because they keep no activations for gradients
 EVALUATION_BATCH_SIZE = 256
@@ -190,7 +191,7 @@ class TokenBatchSampler(Sampler[BatchIndices]):
         return 1 - float(self.lengths.sum() / (longest * self.plan.sizes).sum())
 
 
-class _Batches(Dataset[dict[str, torch.Tensor]]):
+class _Batches(Dataset[Batch]):
     """Turns a batch's indices into tensors, padded to the longest sequence of the batch."""
 
     def __init__(self, split: TokenizedSplit, pad_id: int) -> None:
@@ -199,7 +200,7 @@ class _Batches(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, batch: BatchIndices) -> dict[str, torch.Tensor]:
+    def __getitem__(self, batch: BatchIndices) -> Batch:
         split, examples = self.split, batch.examples
         starts, lengths = split.offsets[examples], split.lengths[examples]
         columns = np.arange(lengths.max())
@@ -213,16 +214,18 @@ class _Batches(Dataset[dict[str, torch.Tensor]]):
             "rows": torch.from_numpy(split.rows[examples]),  # (B,)
             "examples": torch.from_numpy(examples),  # (B,)
             "loss_weight": torch.tensor(batch.loss_weight),  # ()
+            "padded": bool(lengths.min() < lengths.max()),  # known here; a GPU would have to be asked and waited for
         }
 
 
-class TokenBatchLoader(DataLoader[dict[str, torch.Tensor]]):
+class TokenBatchLoader(DataLoader[Batch]):
     """Training batches, and the sizes of an epoch before it runs. Lightning stores its state in checkpoints.
 
     Each batch is a dict of
 
     * ``input_ids`` and ``attention_mask``: (B, T) int64
     * ``labels``, ``rows`` (in the source) and ``examples`` (positions in the split): (B,) int64
+    * ``padded``: bool, whether the mask has a 0
     * ``loss_weight``: () float32, world_size * accumulate / examples in the optimizer step
 
     Call backward on the *sum* of the batch's losses times ``loss_weight``. Lightning then divides by ``accumulate``,
@@ -297,7 +300,7 @@ def evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-) -> DataLoader[dict[str, torch.Tensor]]:
+) -> DataLoader[Batch]:
     """One rank's part of a split to evaluate. The longest texts come first, so that memory peaks at the start.
 
     Over all ranks, each text appears exactly once. All ranks have the same number of batches, because DDP

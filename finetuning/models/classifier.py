@@ -1,6 +1,7 @@
 """A classifier: token ids -> logits, what of it is trained, and what of it can be kept from epoch to epoch."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,19 +44,29 @@ class Classifier(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self._compiled = torch.compile(self._forward, dynamic=True) if compiled else None
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, frozen: FrozenBatch | None = None) -> Tensor:
-        """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``; ``frozen`` as ``classify`` takes it."""
-        return (self._compiled or self._forward)(input_ids, attention_mask, frozen)
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        frozen: FrozenBatch | None = None,
+        padded: bool | None = None,
+    ) -> Tensor:
+        """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``; the rest as ``classify`` takes it."""
+        return (self._compiled or self._forward)(input_ids, attention_mask, frozen, padded)
 
-    def logits(self, batch: dict[str, Tensor], outputs: FrozenOutputs | None = None) -> Tensor:
+    def logits(self, batch: dict[str, Any], outputs: FrozenOutputs | None = None) -> Tensor:
         """``(B, classes)`` of a loader's batch, with its split's outputs of frozen layers where they are kept."""
-        frozen = None if outputs is None else outputs.batch(batch["examples"].numpy())
-        logits: Tensor = self(batch["input_ids"], batch["attention_mask"], frozen)
+        frozen = None if outputs is None else outputs.batch(batch["examples"].cpu().numpy())
+        logits: Tensor = self(batch["input_ids"], batch["attention_mask"], frozen, batch.get("padded"))
         return logits
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor, frozen: FrozenBatch | None) -> Tensor:
+    def _forward(
+        self, input_ids: Tensor, attention_mask: Tensor, frozen: FrozenBatch | None, padded: bool | None = None
+    ) -> Tensor:
         if self.efficient:
-            return classify(self.model, self.family, input_ids, attention_mask, self.dtype, self.checkpointing, frozen)
+            return classify(
+                self.model, self.family, input_ids, attention_mask, self.dtype, self.checkpointing, frozen, padded
+            )
         mixed = self.dtype != torch.float32
         with torch.autocast(input_ids.device.type, dtype=self.dtype if mixed else None, enabled=mixed):
             return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()

@@ -68,17 +68,17 @@ class FrozenBatch:
     def load(self, mask: Tensor) -> Tensor:
         """``(B, T)``, True at the rows that are kept ``-> (B, T, D)``, zeros elsewhere."""
         rows = self.outputs.rows
-        x = torch.zeros(*mask.shape, rows.shape[1], dtype=rows.dtype)
-        x[mask] = rows[self._places(mask)]
+        x = torch.zeros(*mask.shape, rows.shape[1], dtype=rows.dtype, device=mask.device)
+        x[mask] = rows[self._places(mask)].to(mask.device)
         return x
 
     def save(self, x: Tensor, mask: Tensor) -> None:
         """``(B, T, D)``, of which the rows in ``mask`` ``(B, T)`` are kept."""
-        self.outputs.rows[self._places(mask)] = x.detach()[mask]
+        self.outputs.rows[self._places(mask)] = x.detach()[mask].cpu()
         self.outputs.known[self.examples] = True
 
     def _places(self, mask: Tensor) -> Tensor:
         """Where the rows in the mask lie, one example after the other."""
-        lengths = mask.sum(1).numpy()
+        lengths = mask.sum(1).cpu().numpy()
         ends = self.outputs.ends[self.examples]
         return torch.from_numpy(np.concatenate([np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]))

@@ -5,6 +5,7 @@ by its parts ``linear`` and ``lora``).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def linears(
     modules: Sequence[nn.Module],
     unpack: Callable[[nn.Module], Tensor] | None = None,
     activation: Activation | None = None,
+    on_cpu: bool | None = None,
 ) -> Tensor:
     """Several linears of one input, side by side: ``(..., in) -> (..., sum of out)`` in x's dtype.
 
@@ -39,8 +41,13 @@ def linears(
         x: the input, in the dtype in which products are to be done; weights are cast to it.
         modules: ``nn.Linear``, ``LinearWithLoRA``, or linears packed in 4 bits.
         unpack: gives the dense weight of a packed linear that has no LoRA.
-        activation: applied to x first. Frozen linears compute it again in backward instead of saving its output.
+        activation: applied to x first. Frozen linears compute it again in backward instead of saving its output; on a
+            GPU only if it is ``F.gelu``.
+        on_cpu: whether to take the steps for a CPU; if not given, where x is.
     """
+    on_cpu = x.device.type == "cpu" if on_cpu is None else on_cpu
+    if activation is not None and not on_cpu and activation is not F.gelu:
+        x, activation = activation(x), None
     adapted: list[Any] = [m for m in modules if _has_lora(m)]
     dtype = x.dtype  # so that what follows does not hold on to x until backward
 
@@ -51,20 +58,22 @@ def linears(
     base_is_trained = any(p.requires_grad for m in modules for p in _base(m).parameters())
     if base_is_trained or any(map(drops_input, adapted)):
         x = x if activation is None else activation(x)
-        y = F.linear(x, weight(), bias) if base_is_trained else _frozen_linear(x, None, None, weight, bias)
+        y = F.linear(x, weight(), bias) if base_is_trained else _frozen_linear(x, None, None, weight, bias, on_cpu)
         return y + torch.cat([_lora_output(x, m) for m in modules], -1) if adapted else y
     if not adapted:
-        return _frozen_linear(x, None, None, weight, bias, activation)
+        return _frozen_linear(x, None, None, weight, bias, on_cpu, activation)
     blocks = [_scaled_B(m) for m in modules]
     A = _join([m.lora.lora_A for m in adapted]).to(dtype)  # (R, in)
     B = (blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)).to(dtype)  # (out, R)
     if dtype == torch.float32 and not torch.is_grad_enabled():
         merged = torch.addmm(weight(), B, A)  # exact here; in bf16 the sum would round most of the adapter away
-        return _frozen_linear(x, None, None, lambda: merged, bias, activation)
-    return _frozen_linear(x, A, B, weight, bias, activation)
+        return _frozen_linear(x, None, None, lambda: merged, bias, on_cpu, activation)
+    return _frozen_linear(x, A, B, weight, bias, on_cpu, activation)
 
 
-def transposed(x: Tensor, module: Any, unpack: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
+def transposed(
+    x: Tensor, module: Any, unpack: Callable[[nn.Module], Tensor] | None = None, on_cpu: bool | None = None
+) -> Tensor:
     """A linear's weight from its other side, ``x (W + scale B A)``: ``(..., out) -> (..., in)`` in x's dtype.
 
     A linear ``W^T`` whose A is ``scale B^T`` and whose B is ``A^T``; the bias and LoRA's dropout have no part in it.
@@ -72,8 +81,9 @@ def transposed(x: Tensor, module: Any, unpack: Callable[[nn.Module], Tensor] | N
     Args:
         x: the input, in the dtype in which products are to be done.
         module: as in ``linears``.
-        unpack: as in ``linears``.
+        unpack, on_cpu: as in ``linears``.
     """
+    on_cpu = x.device.type == "cpu" if on_cpu is None else on_cpu
     dtype = x.dtype
 
     def weight() -> Tensor:
@@ -83,7 +93,7 @@ def transposed(x: Tensor, module: Any, unpack: Callable[[nn.Module], Tensor] | N
     if _has_lora(module):
         A, B = _scaled_B(module).t().to(dtype), module.lora.lora_A.t().to(dtype)
     if not any(p.requires_grad for p in _base(module).parameters()):
-        return _frozen_linear(x, A, B, weight, None)
+        return _frozen_linear(x, A, B, weight, None, on_cpu)
     y = F.linear(x, weight())
     return y if A is None or B is None else y + x @ A.t() @ B.t()
 
@@ -121,12 +131,8 @@ def _join_bias(modules: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
     if all(m.bias is None for m in modules):
         return None
     device = modules[0].weight.device
-    return _join(
-        [
-            torch.zeros(m.out_features, dtype=dtype, device=device) if m.bias is None else m.bias.to(dtype)
-            for m in modules
-        ]
-    )
+    missing = partial(torch.zeros, dtype=dtype, device=device)
+    return _join([missing(m.out_features) if m.bias is None else m.bias for m in modules]).to(dtype)
 
 
 def _scaled_B(module: Any) -> Tensor:
@@ -148,9 +154,11 @@ def _frozen_linear(
     B: Tensor | None,
     weight: Callable[[], Tensor],
     bias: Tensor | None,
+    on_cpu: bool,
     activation: Activation | None = None,
 ) -> Tensor:
-    y: Tensor = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), A, B, weight, bias, activation)
+    function = _FrozenLinear if on_cpu else _FrozenLinearOnGPU
+    y: Tensor = function.apply(x.reshape(-1, x.shape[-1]), A, B, weight, bias, activation)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -173,7 +181,7 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.activation = weight, activation
         W = weight()  # (out, in)
-        parts = (x,) if activation is None else (activation(part) for part in x.split(_rows_at_once(x)))  # h
+        parts = (x,) if activation is None else (activation(part) for part in x.split(ROWS_AT_ONCE))  # h
         if A is None or B is None:
             ctx.save_for_backward(x if activation is not None else None, None, None, None)
             return _join([_product(h, W, bias) for h in parts])  # (N, out)
@@ -204,6 +212,49 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, grad_A, grad_B, None, None, None
 
 
+class _FrozenLinearOnGPU(torch.autograd.Function):
+    """The same in few large operators, all of which ``torch.compile`` joins; the activation is GELU or none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        activation: Activation | None,
+    ) -> Tensor:
+        ctx.weight, ctx.gelu = weight, activation is not None
+        h = F.gelu(x) if ctx.gelu else x
+        W = weight()  # (out, in)
+        y = h @ W.t() if bias is None else torch.addmm(bias, h, W.t())  # (N, out)
+        inner = None
+        if A is not None and B is not None:
+            inner = h @ A.t()  # (N, R)
+            y = y.addmm_(inner, B.t())
+        ctx.save_for_backward(x if ctx.gelu or inner is not None else None, A, B, inner)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_A, need_B, *_ = ctx.needs_input_grad
+        x, A, B, inner = ctx.saved_tensors
+        grad_x = grad @ ctx.weight() if need_x else None  # (N, in), of h until the end
+        grad_A = grad_B = None
+        if A is not None:
+            grad_inner = grad @ B  # (N, R)
+            if grad_x is not None:
+                grad_x = grad_x.addmm_(grad_inner, A)
+            if need_A:
+                grad_A = grad_inner.t() @ (F.gelu(x) if ctx.gelu else x)  # (R, in)
+            grad_B = grad.t() @ inner if need_B else None  # (out, R)
+        if ctx.gelu and grad_x is not None:
+            grad_x = torch.ops.aten.gelu_backward(grad_x, x)
+        return grad_x, grad_A, grad_B, None, None, None
+
+
 def _product(h: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     """``h W^T + bias``."""
     if bias is None:
@@ -213,19 +264,14 @@ def _product(h: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addmm(bias, h, W.t())
 
 
-def _rows_at_once(x: Tensor) -> int:
-    return ROWS_AT_ONCE if x.device.type == "cpu" else max(len(x), 1)  # a GPU would rather have few large products
-
-
 def _activated_backward(
     activation: Activation, x: Tensor, grad: Tensor | None, grad_inner: Tensor | None
 ) -> Tensor | None:
     """Makes ``grad`` ``(N, in)`` of ``h = activation(x)`` that of x, in place; returns A's, ``grad_inner^T h``."""
     sums = torch.promote_types(x.dtype, torch.float32)
     grad_A = None if grad_inner is None else x.new_zeros(grad_inner.shape[1], x.shape[1], dtype=sums)
-    count = _rows_at_once(x)
-    for start in range(0, len(x), count):
-        rows = slice(start, start + count)
+    for start in range(0, len(x), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
         part = x[rows].detach().requires_grad_(grad is not None)
         with torch.enable_grad():
             h = activation(part)

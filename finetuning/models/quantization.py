@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from finetuning.errors import UserError, first_line
 from finetuning.models.families import ModelFamily
 
+LARGEST_ERROR = 0.2  # of NF4, for values from -1 to 1: half of its largest step is 0.15
+
 
 def quantize_linears(model: nn.Module, family: ModelFamily, dtype: torch.dtype, double: bool) -> None:
     """Replaces every linear of the encoder's layers by a 4-bit NF4 one; head and embeddings stay as they are.
@@ -38,6 +40,31 @@ def quantize_linears(model: nn.Module, family: ModelFamily, dtype: torch.dtype, 
             # Else an evaluation repacks the weights in place and the next training step is wrong or fails.
             linear.support_avx512bf16_for_cpu = False
             model.set_submodule(name, linear)
+
+
+def try_four_bits(device: torch.device, dtype: torch.dtype) -> None:
+    """Quantizes 64 values on a device, gets them back and multiplies with them, as every step of QLoRA does.
+
+    Without a CUDA library that fits, bitsandbytes can be imported and fails at the first step.
+
+    Raises:
+        UserError: bitsandbytes is not installed, or fails on this device.
+    """
+    import_bitsandbytes()
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    values = torch.linspace(-1, 1, 64, dtype=dtype).view(8, 8)
+    try:
+        values = values.to(device)
+        unpacked = dequantize_4bit(*quantize_4bit(values, quant_type="nf4"))
+        wrong = float((unpacked - values).abs().max())
+        works = wrong < LARGEST_ERROR and bool((values @ unpacked).isfinite().all())
+        reason = "its values are wrong"
+    except Exception as error:  # of a missing library, symbol, kernel or driver: each has its own type
+        works, reason = False, first_line(error)
+    if not works:
+        advice = "install a bitsandbytes for this machine, or leave out --q_lora"
+        raise UserError(f"--q_lora True: bitsandbytes fails on {device}: {reason}; {advice}")
 
 
 def import_bitsandbytes() -> Any:

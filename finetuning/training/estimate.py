@@ -115,7 +115,7 @@ def _spread(loader: DataLoader[dict[str, Tensor]], count: int) -> Batches:
 
 
 def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _step(

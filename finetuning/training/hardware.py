@@ -13,6 +13,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from finetuning.errors import UserError
 from finetuning.settings import HardwareSettings
 
+FIRST_WITH_BF16 = (8, 0)  # compute capability: Ampere
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -60,9 +62,8 @@ def resolve_hardware(settings: HardwareSettings) -> Hardware:
     if on_gpu and settings.devices > gpus:
         raise UserError(f"--devices {settings.devices}: this machine has {gpus} GPU(s)")
     devices: int | list[int] = [settings.device] if settings.device is not None else settings.devices
-    return Hardware(
-        "gpu" if on_gpu else "cpu", devices, _resolve_dtype(settings.precision, on_gpu, settings.device or 0)
-    )
+    cards = [] if not on_gpu else devices if isinstance(devices, list) else list(range(devices))
+    return Hardware("gpu" if on_gpu else "cpu", devices, _resolve_dtype(settings.precision, cards))
 
 
 def _check_tasks(devices: int, num_nodes: int) -> None:
@@ -76,19 +77,45 @@ def _check_tasks(devices: int, num_nodes: int) -> None:
         )
 
 
-def _resolve_dtype(precision: str, on_gpu: bool, device: int) -> torch.dtype:
-    """bf16 where the hardware multiplies it fast, fp16 on GPUs that are older, else fp32."""
-    if precision == "fp16" and not on_gpu:
+def _resolve_dtype(precision: str, cards: list[int]) -> torch.dtype:
+    """bf16 where the hardware multiplies it fast, fp16 on GPUs that are older, else fp32.
+
+    Args:
+        precision: as the flag.
+        cards: numbers of the run's GPUs, none on a CPU. All ranks look at all of them, so that all choose the same.
+    """
+    if precision == "fp16" and not cards:
         raise UserError("--precision fp16 needs a GPU: on a CPU use bf16 or fp32")
+    without_bf16 = [card for card in cards if not _multiplies_bf16(card)]
+    if precision == "bf16" and without_bf16:
+        card = without_bf16[0]
+        name = torch.cuda.get_device_name(card)
+        raise UserError(f"--precision bf16: GPU {card}, {name}, has no bf16; use --precision fp16")
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    if on_gpu:
-        with torch.cuda.device(device):  # of two cards, one may be older
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if cards:
+        return torch.float16 if without_bf16 else torch.bfloat16
     fast = any(
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )
     return torch.bfloat16 if fast else torch.float32
+
+
+def _multiplies_bf16(card: int) -> bool:
+    """Whether a GPU has bf16, from its number in CUDA's list: torch's own test takes memory on the first GPU."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(card) >= FIRST_WITH_BF16
+
+
+def prepare_process(hardware: Hardware) -> None:
+    """Settings of the process for the run's hardware. Call it once, before the model is built."""
+    keep_freed_memory()
+    if not hardware.on_gpu:
+        return
+    # For each new shape cuDNN's attention makes a plan, which takes 0.5 s (FunASR#3704), and with a mask its gradient
+    # can be NaN (pytorch#196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if hardware.dtype == torch.float32:  # products in TF32, eight times as fast, with the accuracy of fp16
+        torch.set_float32_matmul_precision("high")
 
 
 def keep_freed_memory() -> bool:

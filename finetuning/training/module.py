@@ -24,7 +24,7 @@ from finetuning.settings import TrainingSettings
 from finetuning.training.callbacks import ADVICE
 from finetuning.training.optimization import make_optimizer, make_scheduler
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # as the loaders of finetuning/data/batches.py make it
 Predictions = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -47,10 +47,11 @@ class FineTuning(pl.LightningModule):
         self.total_steps = total_steps
         self.frozen = frozen or {}  # split -> outputs of frozen layers, reused in every epoch
         self.strict_loading = False  # checkpoints do not contain the base model
+        # Without validate_args: to look at the labels' values a GPU has to be waited for at every batch.
         metrics = MetricCollection(
             {
-                "accuracy": MulticlassAccuracy(class_count, average="micro"),
-                "macro_f1": MulticlassF1Score(class_count, average="macro"),
+                "accuracy": MulticlassAccuracy(class_count, average="micro", validate_args=False),
+                "macro_f1": MulticlassF1Score(class_count, average="macro", validate_args=False),
                 "loss": MeanMetric(nan_strategy="disable"),  # by default it would skip NaN
             },
             compute_groups=False,

@@ -176,6 +176,7 @@ def test_training_batches_hold_the_right_tokens() -> None:
     rows, real, padded = [], 0, 0
     for batch in loader:
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        assert batch.pop("padded") is not bool(mask.all())
         assert {key: value.dtype for key, value in batch.items()} == {
             **dict.fromkeys(("input_ids", "attention_mask", "labels", "rows", "examples"), torch.int64),
             "loss_weight": torch.float32,

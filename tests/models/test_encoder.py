@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def _set_dropout(model: nn.Module, family: ModelFamily, kind: str, p: float) -> 
 
 
 def low_precision_errors(
-    model: nn.Module, family: ModelFamily, ids: Tensor, mask: Tensor, labels: Tensor, dtype: torch.dtype
+    model: nn.Module, family: ModelFamily, ids: Tensor, mask: Tensor, labels: Tensor, dtype: torch.dtype, **more: Any
 ) -> tuple[float, float, float, float]:
     """Errors against fp32: our logits, theirs under autocast, our gradients, theirs."""
     exact = plain(model, ids, mask)
@@ -225,10 +226,10 @@ def low_precision_errors(
         return distance(logits, exact), wrong**0.5
 
     def theirs() -> Tensor:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(ids.device.type, dtype):
             return plain(model, ids, mask).float()
 
-    ours, reference = errors(lambda: classify(model, family, ids, mask, dtype)), errors(theirs)
+    ours, reference = errors(lambda: classify(model, family, ids, mask, dtype, **more)), errors(theirs)
     return ours[0], reference[0], ours[1], reference[1]
 
 

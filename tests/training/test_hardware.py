@@ -1,9 +1,12 @@
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.training.hardware import keep_freed_memory, resolve_hardware
+from finetuning.training.hardware import Hardware, keep_freed_memory, prepare_process, resolve_hardware
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -36,3 +39,85 @@ def test_auto_takes_the_gpu() -> None:
 
 def test_keep_freed_memory_is_harmless() -> None:
     assert isinstance(keep_freed_memory(), bool)
+
+
+# --- GPUs that are not there
+
+H100, T4 = (9, 0), (7, 5)
+
+
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """Makes torch see GPUs of these compute capabilities; whatever takes memory on one of them fails."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("this makes a context on a GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capabilities[card])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: f"card {card}")
+    for name in ("device", "set_device", "is_bf16_supported", "current_device", "init"):
+        monkeypatch.setattr(torch.cuda, name, refused)
+
+
+@pytest.mark.parametrize(
+    ("cards", "settings", "dtype", "devices"),
+    [
+        ([H100], {}, torch.bfloat16, 1),
+        ([T4], {}, torch.float16, 1),
+        ([T4, H100], {}, torch.float16, 1),
+        ([T4, H100], {"device": 1}, torch.bfloat16, [1]),
+        ([H100, T4], {"device": 1}, torch.float16, [1]),
+        ([H100, T4], {"devices": 2}, torch.float16, 2),  # every rank chooses the same
+        ([H100, H100], {"devices": 2}, torch.bfloat16, 2),
+        ([T4], {"precision": "fp32"}, torch.float32, 1),
+        ([H100], {"precision": "fp16"}, torch.float16, 1),
+        ([H100], {"precision": "bf16"}, torch.bfloat16, 1),
+    ],
+)
+def test_precision_follows_from_the_runs_own_cards(
+    cards: list[tuple[int, int]],
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    devices: int | list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_gpus(monkeypatch, *cards)
+    hardware = resolve_hardware(RunConfig.from_settings(**settings).hardware)
+    assert (hardware.accelerator, hardware.dtype, hardware.devices) == ("gpu", dtype, devices)
+
+
+def test_bf16_is_refused_on_a_card_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch, H100, T4)
+    for settings in ({"device": 1}, {"devices": 2}):
+        with pytest.raises(UserError, match="--precision bf16: GPU 1, card 1, has no bf16; use --precision fp16"):
+            resolve_hardware(RunConfig.from_settings(precision="bf16", **settings).hardware)
+    resolve_hardware(RunConfig.from_settings(precision="bf16", device=0).hardware)
+
+
+@pytest.fixture
+def process_settings() -> Iterator[None]:
+    """Puts back what ``prepare_process`` sets."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+@pytest.mark.usefixtures("process_settings")
+@pytest.mark.parametrize(
+    ("hardware", "precision", "cudnn"),
+    [
+        (Hardware("cpu", 1, torch.float32), "highest", True),
+        (Hardware("gpu", 1, torch.float32), "high", False),
+        (Hardware("gpu", 1, torch.bfloat16), "highest", False),
+    ],
+)
+def test_on_a_gpu_fp32_multiplies_in_tf32_and_cudnn_has_no_attention(
+    hardware: Hardware, precision: str, cudnn: bool
+) -> None:
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    prepare_process(hardware)
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cuda.cudnn_sdp_enabled() is cudnn

@@ -1,0 +1,395 @@
+"""The parts of ``benchmarks.gpu``. Each runs in a process of its own and gives a record that JSON can hold.
+
+A part gets ``Sizes``: on a GPU those of DistilBERT-base, in the small form those of a toy on a CPU. They need a folder
+with a model and texts, which the first part makes from random numbers.
+"""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN_LIMITS = ("--limit_validation", "200", "--limit_test", "200")
+METHODS: dict[str, tuple[str, ...]] = {
+    "lora": ("--lora_key", "True", "--lora_projection", "True", "--lora_mlp", "True"),
+    "qlora": ("--q_lora", "True"),
+    "full": ("--method", "full"),
+    "selective": ("--method", "selective"),
+    "lora, plain path": ("--efficient", "False"),
+}
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done, and where."""
+
+    accelerator: Literal["cpu", "gpu"] = "gpu"
+    start: Literal["spawn", "fork"] = "spawn"  # of a part's process; a forked one cannot use a GPU, but starts at once
+    texts: int = 2000
+    max_length: int = 256
+    layers: int = 6
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 30522
+    steps: int = 30
+    batch_sizes: tuple[int, ...] = (16, 64, 128, 256)
+    lengths: tuple[int, ...] = (64, 128, 256, 512)
+    tokens: int = 32_768  # of attention at each length
+    precisions: tuple[str, ...] = ("bf16", "fp16", "fp32")
+
+
+SMALL = Sizes(
+    accelerator="cpu", start="fork", texts=48, max_length=32, layers=2, width=32, heads=2, vocabulary=500, steps=3,
+    batch_sizes=(8,), lengths=(16,), tokens=64, precisions=("fp32",),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model and texts
+
+
+def make_folder(folder: Path, sizes: Sizes) -> Record:
+    """A model with random weights, a tokenizer with one token a word, texts whose words tell the label, and tokens."""
+    import torch
+    from transformers import BertTokenizer, DistilBertConfig, DistilBertForSequenceClassification
+
+    from benchmarks.workload import save_split
+    from finetuning.config import RunConfig
+    from finetuning.models.pretrained import load_tokenizer
+    from local_dataset_utilities import load_texts, tokenize
+
+    torch.manual_seed(0)
+    model, texts = folder / "model", folder / "texts"
+    config = DistilBertConfig(
+        vocab_size=sizes.vocabulary, dim=sizes.width, n_layers=sizes.layers, n_heads=sizes.heads,
+        hidden_dim=4 * sizes.width,
+    )  # fmt: skip
+    DistilBertForSequenceClassification(config).save_pretrained(model)
+    words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL))]
+    (model / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n", encoding="utf8")
+    BertTokenizer(str(model / "vocab.txt")).save_pretrained(model)
+    texts.mkdir()
+    generator = random.Random(0)
+    for name, count in {"train": sizes.texts, "validation": 200, "test": 200}.items():
+        with (texts / f"{name}.csv").open("w", newline="", encoding="utf8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows(_text(generator, words, i % 2, sizes.max_length) for i in range(count))
+    run = RunConfig.from_settings(dataset="text", data_dir=texts, model_name=str(model), max_length=sizes.max_length)
+    splits = tokenize(load_texts(run.data, offline=True), load_tokenizer(str(model), model), run.data, test=False)
+    save_split(folder, "train", sizes.max_length, splits["train"])
+    lengths = splits["train"].lengths
+    return {
+        "texts": len(lengths),
+        "tokens": int(lengths.sum()),
+        "longest_share": float((lengths == lengths.max()).mean()),
+    }
+
+
+def _text(generator: random.Random, words: list[str], label: int, max_length: int) -> tuple[str, int]:
+    """A text of IMDb's spread of lengths; a third of its words come from the label's half of the vocabulary."""
+    count = max(4, min(int(generator.lognormvariate(0, 0.7) * max_length * 0.8), 4 * max_length))
+    half = len(words) // 2
+    own = words[:half] if label else words[half:]
+    return " ".join(generator.choice(own if i % 3 == 0 else words) for i in range(count)), label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# environment and tests
+
+
+def environment(_: Path, sizes: Sizes) -> Record:
+    """Versions and hardware, and what this card can do."""
+    import torch
+
+    from finetuning.runs.measurements import environment_record
+
+    record = environment_record()
+    if sizes.accelerator == "gpu":
+        card = torch.cuda.get_device_properties(0)
+        record |= {
+            "gpu": card.name,
+            "gpu_memory_bytes": card.total_memory,
+            "compute_capability": f"{card.major}.{card.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "flash_attention": torch.backends.cuda.is_flash_attention_available(),
+        }
+    return record
+
+
+def gpu_tests(_: Path, sizes: Sizes) -> Record:
+    """The tests that need a GPU; without one all are skipped."""
+    import pytest
+
+    outcomes: Counter[str] = Counter()
+    failed: list[str] = []
+
+    class Plugin:
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                outcomes[report.outcome] += 1
+            if report.outcome == "failed":
+                failed.append(report.nodeid)
+
+    files = [ROOT / "tests" / "test_gpu_runs.py"] if sizes.accelerator == "cpu" else [ROOT / "tests"]
+    # Some modules are imported already: their asserts cannot be rewritten.
+    options = "-m gpu -q -p no:xdist -p no:cacheprovider -o addopts= -o filterwarnings=default --assert=plain"
+    status = int(pytest.main([*options.split(), "--rootdir", str(ROOT), *map(str, files)], plugins=[Plugin()]))
+    return {**outcomes, "failed_tests": failed, "exit_status": status}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole runs
+
+
+def one_run(folder: Path, sizes: Sizes, method: str, precision: str) -> Record:
+    """One epoch of the command, with its test."""
+    output = folder / f"run-{method}-{precision}".replace(", ", "-").replace(" ", "-")
+    status = _command(_words(folder, sizes, output, "--precision", precision, *METHODS[method]))
+    result = json.loads((output / "result.json").read_text(encoding="utf8"))
+    if status:
+        raise RuntimeError(result["error"])
+    tokens = result["data"]["tokens"]["train"]
+    return {
+        "test_accuracy": result["test"]["accuracy"],
+        "train_seconds": result["train"]["seconds"],
+        "run_seconds": result["seconds"],
+        "train_tokens_per_second": tokens / result["train"]["seconds"],
+        "peak_bytes": result["memory"]["peak_bytes"],
+    }
+
+
+def _words(folder: Path, sizes: Sizes, output: Path, *more: str) -> list[str]:
+    return [
+        "--model_name", str(folder / "model"), "--dataset", "text", "--data_dir", str(folder / "texts"),
+        "--output_dir", str(output), "--max_length", str(sizes.max_length), "--epochs", "1", *RUN_LIMITS,
+        "--accelerator", sizes.accelerator, *more,
+    ]  # fmt: skip
+
+
+def _command(words: list[str]) -> int:
+    from finetune_lora import main
+
+    sys.argv = ["finetune_lora.py", *words]
+    return main(words)
+
+
+def interrupt_and_resume(folder: Path, sizes: Sizes) -> Record:
+    """A run that SIGTERM ends after its first batches and that is continued, against one that was left alone."""
+    more = ("--batch_size", str(max(1, sizes.texts // 250)), "--test", "False", "--precision", "fp32")
+    whole, parts = folder / "whole", folder / "interrupted"  # with many batches, so that there is time
+    statuses = [
+        _in_a_process(sizes, _words(folder, sizes, whole, *more), whole),
+        _in_a_process(sizes, _words(folder, sizes, parts, *more), parts, interrupt=True),
+        _in_a_process(sizes, ["--resume", "--output_dir", str(parts)], parts),
+    ]
+    if statuses != [0, 130, 0]:
+        raise RuntimeError(f"exit statuses {statuses} instead of 0, 130 and 0")
+
+    import torch
+    from safetensors.torch import load_file
+
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (whole, parts))
+    far = max(float((first[name] - second[name]).norm() / first[name].norm().clamp(min=1e-9)) for name in first)
+    equal = all(torch.equal(first[name], second[name]) for name in first)
+    return {"largest_relative_difference": far, "equal": equal}
+
+
+def _in_a_process(sizes: Sizes, words: list[str], output: Path, interrupt: bool = False) -> int:
+    """The exit status of the command, in a process of its own because signals go to whole processes."""
+    log = output.with_suffix(".log")
+    log.write_text("", encoding="utf8")
+    context: Any = multiprocessing.get_context(sizes.start)
+    process = context.Process(target=_logged, args=(words, log))
+    process.start()
+    while interrupt and process.is_alive():
+        if "  batch " in log.read_text(encoding="utf8"):
+            os.kill(int(process.pid or 0), signal.SIGTERM)
+            break
+        time.sleep(0.01)
+    process.join()
+    return int(process.exitcode or 0)
+
+
+def _logged(words: list[str], log: Path) -> None:
+    with log.open("w", encoding="utf8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        status = _command(words)
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# steps
+
+
+def _contestant(folder: Path, sizes: Sizes, name: str, batch_size: int) -> tuple[Any, Any, list[Any]]:
+    """A contestant, the training texts, and the batches that the Trainer would make of them."""
+    from benchmarks.contestants import CONTESTANTS
+    from benchmarks.workload import Job, read_split, some_batches
+
+    job = Job(
+        name, model="model", targets="all", max_length=sizes.max_length, batch_size=batch_size,
+        accelerator=sizes.accelerator, frozen="bf16", precision="auto" if sizes.accelerator == "gpu" else "fp32",
+    )  # fmt: skip
+    split = read_split(folder, "train", sizes.max_length)
+    peer = CONTESTANTS["peft_tuned"](replace(job, contestant="peft_tuned"), folder)
+    batches = some_batches(peer.batches(split), split.lengths, sizes.steps)
+    batches = (batches * sizes.steps)[: sizes.steps]  # of large batches there are fewer than steps
+    contestant = peer if name == "peft_tuned" else CONTESTANTS[name](job, folder)
+    return contestant, split, batches
+
+
+def steps_per_second(folder: Path, sizes: Sizes, name: str, batch_size: int) -> Record:
+    """Real tokens a second of training steps, and the most memory they take; the same batches for everybody."""
+    contestant, split, batches = _contestant(folder, sizes, name, batch_size)
+    contestant.train(split, batches[:3])
+    _forget_peak(sizes)
+    measured = contestant.train(split, batches)
+    tokens = sum(int(split.lengths[batch].sum()) for batch in batches)
+    return {
+        "steps": len(measured.ends),
+        "train_tokens_per_second": tokens / measured.seconds,
+        "padding_fraction": 1 - tokens / measured.padded_tokens,
+        "peak_bytes": _peak(sizes),
+    }
+
+
+def _forget_peak(sizes: Sizes) -> None:
+    import torch
+
+    if sizes.accelerator == "gpu":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(sizes: Sizes) -> int:
+    from finetuning.runs.measurements import peak_memory
+
+    return int(peak_memory(sizes.accelerator == "gpu")["peak_bytes"])
+
+
+def memory(folder: Path, sizes: Sizes) -> Record:
+    """Most memory of training steps by texts in a batch, for this suite's LoRA and QLoRA."""
+    record = {}
+    for name in ("suite_equal_batches", "suite_qlora_equal_batches"):
+        for batch_size in sizes.batch_sizes:
+            contestant, split, batches = _contestant(folder, sizes, name, batch_size)
+            _forget_peak(sizes)
+            contestant.train(split, batches[:3])
+            record[f"{name}, {batch_size} texts"] = _peak(sizes)
+            del contestant
+    return {"peak_bytes": record}
+
+
+def synchronisations(folder: Path, sizes: Sizes) -> Record:
+    """How often a training step waits for the GPU, and where; ``None`` on a CPU."""
+    import torch
+
+    contestant, split, batches = _contestant(folder, sizes, "suite_equal_batches", sizes.batch_sizes[-1])
+    contestant.train(split, batches[:3])
+    on_gpu = sizes.accelerator == "gpu"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            contestant.train(split, batches)
+        finally:
+            if on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    return {
+        "per_step": places.total() / len(batches) if on_gpu else None,
+        "places": dict(places.most_common(10)),
+        "steps": len(batches),
+    }
+
+
+def attention(_: Path, sizes: Sizes) -> Record:
+    """Milliseconds of attention, forward and backward, by length: without a mask and with one, by torch's kernel."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    device = "cuda" if sizes.accelerator == "gpu" else "cpu"
+    kernels = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
+    kernels |= {"cudnn": SDPBackend.CUDNN_ATTENTION} if sizes.accelerator == "gpu" else {}
+    record: Record = {}
+    for length in sizes.lengths:
+        shape = (max(1, sizes.tokens // length), sizes.heads, length, sizes.width // sizes.heads)
+        q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        bias = torch.zeros(shape[0], 1, 1, length, device=device, dtype=torch.bfloat16).expand(*shape[:3], length)
+        for name, kernel in kernels.items():
+            for masked in (None, bias):
+
+                def call(mask: Any = masked, q: Any = q, k: Any = k, v: Any = v) -> None:
+                    scaled_dot_product_attention(q, k, v, mask).sum().backward()
+
+                key = f"{length} tokens, {name}, {'without a' if masked is None else 'with a'} mask"
+                try:
+                    with sdpa_kernel(kernel):
+                        record[key] = 1000 * _seconds(call, sizes)
+                except RuntimeError as error:  # a kernel that does not take this
+                    record[key] = str(error).splitlines()[0][:80]
+    return {"milliseconds": record}
+
+
+def _seconds(call: Callable[[], None], sizes: Sizes) -> float:
+    """Mean time of a call."""
+    import torch
+
+    def wait() -> None:
+        if sizes.accelerator == "gpu":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        call()
+    wait()
+    began = time.perf_counter()
+    for _ in range(sizes.steps):
+        call()
+    wait()
+    return (time.perf_counter() - began) / sizes.steps
+
+
+def profile_steps(folder: Path, sizes: Sizes) -> Record:
+    """Ten steps under torch's profiler: what takes the most time, and the share of the time that the GPU works."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    contestant, split, batches = _contestant(folder, sizes, "suite_equal_batches", sizes.batch_sizes[-1])
+    contestant.train(split, batches[:3])
+    on_gpu = sizes.accelerator == "gpu"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        measured = contestant.train(split, batches[:10])
+        if on_gpu:
+            torch.cuda.synchronize()
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))
+    kernels = [event for event in events if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(getattr(event, name) for event in kernels)
+    return {
+        "steps": len(measured.ends),
+        "seconds": measured.seconds,
+        "device_share": total / 1e6 / measured.seconds if on_gpu else None,
+        "milliseconds": {event.key[:80]: getattr(event, name) / 1e3 for event in kernels[:20]},
+        "launches_per_step": sum(event.count for event in kernels) / len(measured.ends) if on_gpu else None,
+    }
