@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetuning.config import RunConfig, check_data_dir, continued
 from finetuning.errors import Interrupted, UserError, first_line, not_installed
 from finetuning.flags import given_flags
-from finetuning.processes import is_helper, share_directory, shared_directory
+from finetuning.processes import is_helper, share_directory, share_processors, shared_directory
 from finetuning.runs.directory import (
     check_directory,
     default_directory,
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
     try:
         config = read_settings_of(sys.argv[1:] if argv is None else argv, defaults or {})
         check_data_dir(config.data.data_dir)
+        share_processors()
         if config.run.prefetch:
             prefetch(config)
             return 0

@@ -14,6 +14,7 @@ from finetuning.config import RunConfig
 from finetuning.datasets import DATASETS
 from finetuning.errors import UserError, first_line, listed, not_installed
 from finetuning.flags import OneLineParser
+from finetuning.processes import share_processors
 from finetuning.runs.files import RESULT, read_result
 
 DESCRIPTION = "Label new texts with a finished run. Prints CSV: text, label, and the probability of each class."
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
         check_flags(arguments)
+        share_processors()
         column = arguments.text_column or load_run(arguments.run)[0].data.text_column
         texts = arguments.text or read_texts(arguments.file, column)
         check_texts(texts, "--text" if arguments.text else f"--file {arguments.file}")

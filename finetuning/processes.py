@@ -1,10 +1,14 @@
 """How the processes of one run find each other: Lightning, srun or torchrun may have started several."""
 
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from finetuning.errors import UserError
 
+PROBE_SECONDS = 0.2  # how long other processes are watched
+BUSY = 0.3  # cores; a shell and the services of a machine take less
 DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # passes the run directory to the processes that Lightning starts
 
 
@@ -34,3 +38,37 @@ def shared_directory() -> Path | None:
 def share_directory(directory: Path) -> None:
     """Passes the run directory to the processes that Lightning will start."""
     os.environ[DIRECTORY_VARIABLE] = str(directory)
+
+
+def processor_seconds() -> tuple[float, float] | None:
+    """Busy seconds of all processors together, and processor seconds of this process; ``None`` unless on Linux."""
+    with suppress(OSError, ValueError):
+        words = Path("/proc/stat").read_text(encoding="utf8").splitlines()[0].split()
+        user, nice, system, _idle, _waiting, irq, softirq = map(int, words[1:8])  # proc(5)
+        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:4])
+    return None
+
+
+def busy_cores(seconds: float) -> float:
+    """Cores that other processes have kept busy for the next ``seconds``; 0 if the system does not say."""
+    before = processor_seconds()
+    time.sleep(seconds)
+    after = processor_seconds()
+    if before is None or after is None:
+        return 0.0
+    return ((after[0] - before[0]) - (after[1] - before[1])) / seconds
+
+
+def share_processors() -> None:
+    """Makes OpenMP's waiting threads sleep soon if other processes use the CPU; to be called before torch is imported.
+
+    By default a waiting thread spins for milliseconds, in place of the thread that it waits for. Next to one busy
+    process on two cores a run then takes 2.7 times as long. If threads sleep after 100 spins, it takes 1.8 times as
+    long. But that costs up to a quarter with short texts on an idle machine, so it is done only where cores are busy
+    when the run begins (docs/log.md). A user's own setting wins. Only GNU's OpenMP reads it, which torch has on Linux.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    if busy_cores(PROBE_SECONDS) > BUSY:
+        os.environ["GOMP_SPINCOUNT"] = "100"

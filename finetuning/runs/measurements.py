@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from finetuning.processes import processor_seconds
+
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "bitsandbytes", "peft", "numpy")
 REPOSITORY = Path(__file__).resolve().parents[2]
 OTHERS_ALLOWED = 0.03  # fraction of all processor time that system services and a shell may use
@@ -31,16 +33,6 @@ def peak_memory(on_gpu: bool) -> dict[str, Any]:
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"peak_bytes": peak, "source": "resident set size of the process, ru_maxrss"}
-
-
-def processor_seconds() -> tuple[float, float] | None:
-    """Busy seconds of all processors together, and processor seconds of this process; ``None`` unless on Linux."""
-    with suppress(OSError, ValueError):
-        words = Path("/proc/stat").read_text(encoding="utf8").splitlines()[0].split()
-        user, nice, system, _idle, _waiting, irq, softirq = map(int, words[1:8])  # proc(5)
-        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-        return busy, sum(os.times()[:4])
-    return None
 
 
 def process_seconds() -> float | None:

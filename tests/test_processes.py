@@ -1,0 +1,60 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from finetuning import processes
+from finetuning.processes import busy_cores, share_processors
+
+SPINNING = "while True: pass"
+
+
+@contextmanager
+def another_process(code: str) -> Iterator[None]:
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc")
+def test_a_process_that_spins_is_seen_and_this_one_is_not() -> None:
+    with another_process(SPINNING):
+        time.sleep(0.5)  # it starts
+        assert busy_cores(0.5) > processes.BUSY
+    end = time.perf_counter() + 0.3
+    before = processes.processor_seconds()
+    assert before is not None
+    while time.perf_counter() < end:
+        pass
+    after = processes.processor_seconds()
+    assert after is not None
+    assert after[1] - before[1] > 0.1, "what this process takes is counted apart"
+
+
+@pytest.mark.parametrize(
+    ("busy", "given", "expected"),
+    [
+        (1.0, {}, "100"),
+        (0.1, {}, None),
+        (1.0, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (1.0, {"OMP_WAIT_POLICY": "active"}, None),
+    ],
+    ids=["busy", "idle", "a number of spins", "a policy"],
+)
+def test_threads_sleep_next_to_a_busy_process_unless_the_user_says_otherwise(
+    busy: float, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "busy_cores", lambda _: busy)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    share_processors()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
