@@ -37,6 +37,7 @@ from finetuning.config import RunConfig
 from finetuning.data.texts import TextData
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
+from finetuning.models.families import FAMILIES
 from finetuning.models.lora import LinearWithLoRA
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
@@ -70,11 +71,18 @@ def tiny_classifier(model_type: str, vocabulary: int = 30522, classes: int = 2) 
         "intermediate_size": INNER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
         "num_labels": classes,
     }  # fmt: skip
-    if model_type == "bert":
-        return BertForSequenceClassification(BertConfig(max_position_embeddings=POSITIONS, **shape))
-    return RobertaForSequenceClassification(
-        RobertaConfig(max_position_embeddings=POSITIONS + 2, type_vocab_size=1, pad_token_id=1, **shape)
-    )
+    kinds = {  # a family that is not here is a KeyError, not another family's class
+        "bert": (BertForSequenceClassification, BertConfig, {"max_position_embeddings": POSITIONS}),
+        "roberta": (
+            RobertaForSequenceClassification,
+            RobertaConfig,
+            {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1, "pad_token_id": 1},
+        ),
+    }
+    model_class, config_class, more = kinds[model_type]
+    model = model_class(config_class(**shape, **more))
+    assert model.config.model_type == model_type
+    return model
 
 
 def train_only_lora(model: torch.nn.Module) -> None:
@@ -89,7 +97,7 @@ def train_only_lora(model: torch.nn.Module) -> None:
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model folder for each family, with the packaged tokenizer; its weights are large enough to learn from."""
     folders = {}
-    for model_type in ("distilbert", "bert", "roberta"):
+    for model_type in FAMILIES:
         folder = tmp_path_factory.mktemp(model_type)
         model = tiny_classifier(model_type)
         for module in model.modules():

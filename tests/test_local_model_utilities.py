@@ -90,7 +90,12 @@ def test_exactly_the_asked_modules_carry_lora(tiny_folders: dict[str, Path], mod
         "bert": {"bert.pooler.dense", "classifier"},
         "roberta": {"classifier.dense", "classifier.out_proj"},
     }
-    layers = "distilbert.transformer.layer" if model_type == "distilbert" else f"{model_type}.encoder.layer"
+    paths = {
+        "distilbert": "distilbert.transformer.layer",
+        "bert": "bert.encoder.layer",
+        "roberta": "roberta.encoder.layer",
+    }
+    layers = paths[model_type]
     names = (distilbert if model_type == "distilbert" else bert).get(target, [])
     expected = {f"{layers}.{i}.{name}" for i in range(LAYERS) for name in names} or heads[model_type]
     assert {name for name, _ in lora_modules(model)} == expected

@@ -1,11 +1,11 @@
-"""What differs between the DistilBERT, BERT and RoBERTa classifiers of Hugging Face: names, head, positions.
+"""What differs between the families of Hugging Face classifiers that the encoder takes: names, head, positions.
 
 Everything else in the suite speaks of *targets* (query, key, value, projection, mlp, head) and of *parts* of an
 encoder layer; this file says what these are called in each family. Paths are full ones, never suffixes: in
 RoBERTa the suffix ``output.dense`` also matches ``attention.output.dense``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -65,61 +65,54 @@ _BERT_SETTINGS = {
     "head_dropout": "classifier_dropout",
 }
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        ModelFamily(
-            model_type="distilbert",
-            base="distilbert",
-            layers="distilbert.transformer.layer",
-            targets={
-                "query": ("attention.q_lin",),
-                "key": ("attention.k_lin",),
-                "value": ("attention.v_lin",),
-                "projection": ("attention.out_lin",),
-                "mlp": ("ffn.lin1", "ffn.lin2"),
-            },
-            attention_norm="sa_layer_norm",
-            output_norm="output_layer_norm",
-            head=("pre_classifier", "classifier"),
-            settings={
-                "layer_count": "n_layers",
-                "head_count": "n_heads",
-                "activation": "activation",
-                "dropout": "dropout",
-                "attention_dropout": "attention_dropout",
-                "head_dropout": "seq_classif_dropout",
-            },
-            head_activation="relu",
-            token_types=False,
-        ),
-        ModelFamily(
-            model_type="bert",
-            base="bert",
-            layers="bert.encoder.layer",
-            targets=_BERT_TARGETS,
-            attention_norm="attention.output.LayerNorm",
-            output_norm="output.LayerNorm",
-            head=("bert.pooler.dense", "classifier"),
-            settings=_BERT_SETTINGS,
-            head_activation="tanh",
-        ),
-        ModelFamily(
-            model_type="roberta",
-            base="roberta",
-            layers="roberta.encoder.layer",
-            targets=_BERT_TARGETS,
-            attention_norm="attention.output.LayerNorm",
-            output_norm="output.LayerNorm",
-            head=("classifier.dense", "classifier.out_proj"),
-            settings=_BERT_SETTINGS,
-            head_activation="tanh",
-            drops_before_head=True,
-            padded_positions=True,
-            position_offset=2,
-        ),
-    )
-}
+_DISTILBERT = ModelFamily(
+    model_type="distilbert",
+    base="distilbert",
+    layers="distilbert.transformer.layer",
+    targets={
+        "query": ("attention.q_lin",),
+        "key": ("attention.k_lin",),
+        "value": ("attention.v_lin",),
+        "projection": ("attention.out_lin",),
+        "mlp": ("ffn.lin1", "ffn.lin2"),
+    },
+    attention_norm="sa_layer_norm",
+    output_norm="output_layer_norm",
+    head=("pre_classifier", "classifier"),
+    settings={
+        "layer_count": "n_layers",
+        "head_count": "n_heads",
+        "activation": "activation",
+        "dropout": "dropout",
+        "attention_dropout": "attention_dropout",
+        "head_dropout": "seq_classif_dropout",
+    },
+    head_activation="relu",
+    token_types=False,
+)
+_BERT = ModelFamily(
+    model_type="bert",
+    base="bert",
+    layers="bert.encoder.layer",
+    targets=_BERT_TARGETS,
+    attention_norm="attention.output.LayerNorm",
+    output_norm="output.LayerNorm",
+    head=("bert.pooler.dense", "classifier"),
+    settings=_BERT_SETTINGS,
+    head_activation="tanh",
+)
+_ROBERTA = replace(
+    _BERT,
+    model_type="roberta",
+    base="roberta",
+    layers="roberta.encoder.layer",
+    head=("classifier.dense", "classifier.out_proj"),
+    drops_before_head=True,
+    padded_positions=True,
+    position_offset=2,
+)
+
+FAMILIES = {family.model_type: family for family in (_DISTILBERT, _BERT, _ROBERTA)}
 
 
 def family_of(model_type: str, model_name: str) -> ModelFamily:

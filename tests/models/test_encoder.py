@@ -68,7 +68,7 @@ def batch(family: ModelFamily, padded: bool, count: int = 7, longest: int = 19, 
     lengths[0] = longest
     mask = (torch.arange(longest) < lengths[:, None]).long()
     ids = torch.randint(5, VOCABULARY, (count, longest), generator=generator)
-    pad = 1 if family.model_type == "roberta" else 0
+    pad = 1 if family.padded_positions else 0  # RoBERTa counts positions from it
     return ids * mask + pad * (1 - mask), mask, torch.randint(0, 3, (count,), generator=generator)
 
 

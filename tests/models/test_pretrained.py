@@ -117,7 +117,7 @@ def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> No
     other = tmp_path / "gpt2"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "gpt2"}')
-    refused(other, "'gpt2': supported are bert, distilbert, roberta")
+    refused(other, "'gpt2': supported are bert, distilbert, roberta$")
 
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny_folders["bert"], damaged)
