@@ -33,5 +33,5 @@ def test_head_parameters_are_those_outside_the_pretrained_encoder(model_type: st
 
 
 def test_other_families_are_refused() -> None:
-    with pytest.raises(UserError, match="'gpt2': supported are bert, distilbert, roberta$"):
+    with pytest.raises(UserError, match=r"'gpt2': supported are bert, distilbert, roberta$"):
         family_of("gpt2", str(Path("folder")))
