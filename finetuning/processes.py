@@ -64,9 +64,9 @@ def share_processors() -> None:
     """Makes OpenMP's waiting threads sleep soon if other processes use the CPU; to be called before torch is imported.
 
     By default a waiting thread spins for milliseconds, in place of the thread that it waits for. Next to one busy
-    process on two cores a run then takes 2.7 times as long. If threads sleep after 100 spins, it takes 1.8 times as
-    long. But that costs up to a quarter with short texts on an idle machine, so it is done only where cores are busy
-    when the run begins (docs/log.md). A user's own setting wins. Only GNU's OpenMP reads it, which torch has on Linux.
+    process on two cores a run then takes 2.8 times as long. If threads sleep after 100 spins, it takes 1.9 times as
+    long. But that costs up to a quarter with short texts on an idle machine, so it is done only if cores are busy when
+    the run begins (docs/log.md). A user's own setting wins. Only GNU's OpenMP reads it, which torch has on Linux.
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return

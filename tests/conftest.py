@@ -132,10 +132,11 @@ def review_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share the cluster run in one worker; so do those of a module with costly fixtures."""
-    for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+    """Tests that share the cluster run in one worker. They and whole runs come first: so both workers end together."""
+    cluster = [item for item in items if "cluster" in getattr(item, "fixturenames", ())]
+    for item in cluster:
+        item.add_marker(pytest.mark.xdist_group("cluster"))
+    items.sort(key=lambda item: (item not in cluster, item.path.parent.name != "tests"))  # stable: else as collected
 
 
 @pytest.fixture(autouse=True)
