@@ -1,4 +1,4 @@
-"""Attention in torch operators for a CPU without the compiled kernels."""
+"""Attention in torch operators, for a CPU without the compiled kernels."""
 
 import math
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SCORES_IN_CACHE = 1_000_000  # attention scores worked on at once: in bf16 1 MB for each of 2 cores
+SCORES_IN_CACHE = 1_000_000  # attention scores computed at once: in bf16 1 MB for each of 2 cores
 
 
 class ChunkedAttention(torch.autograd.Function):
     """``softmax(Q K^T / sqrt(d)) V`` for every head on a CPU: ``(B, T, 3 D) -> (B, T, D)``.
 
-    Forward is torch's fused kernel. Its backward, slow on a CPU, is replaced by batched products over a few heads at
-    a time, whose scores stay in the processor's cache; the probabilities are computed again, not saved.
+    Forward is torch's fused kernel, whose backward is slow on a CPU. Here backward uses batched products over a few
+    heads at a time, so that the scores stay in the processor's cache. It computes the probabilities again.
     """
 
     @staticmethod
@@ -57,5 +57,5 @@ class ChunkedAttention(torch.autograd.Function):
 
 
 def _scaled_bmm(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
-    """``scale * a b``, the scale applied before rounding and without a pass of its own."""
+    """``scale * a b``. The scale is applied before rounding, without an extra pass."""
     return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)

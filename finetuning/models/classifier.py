@@ -1,4 +1,4 @@
-"""A classifier: token ids -> logits, what of it is trained, and what of it can be kept from epoch to epoch."""
+"""A classifier: token ids -> logits, the weights it saves, and the layer outputs it keeps from epoch to epoch."""
 
 import warnings
 from typing import Any
@@ -14,15 +14,15 @@ from finetuning.storage import cache_dir
 
 
 class Classifier(nn.Module):
-    """Token ids -> logits, on Hugging Face's forward or on the efficient one.
+    """Token ids -> logits, with Hugging Face's forward or the efficient one.
 
     Attributes:
-        model: the Hugging Face classifier, its linears replaced where LoRA or 4 bits are asked for.
-        family: the names in it.
+        model: the Hugging Face classifier. With LoRA or 4 bits, some of its linears are replaced.
+        family: names of the model's modules and settings.
         dtype: the precision of the products.
-        efficient: whether ``encoder.classify`` runs it, instead of Hugging Face's own forward.
-        checkpointing: whether layers are computed again in backward instead of keeping their activations.
-        compiled: whether ``torch.compile`` makes the forward faster, at its first calls; once for all lengths.
+        efficient: whether ``encoder.classify`` runs the model, instead of Hugging Face's own forward.
+        checkpointing: whether backward computes layers again, so that their activations are not kept.
+        compiled: whether ``torch.compile`` compiles the forward, during its first calls and once for all lengths.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Classifier(nn.Module):
         frozen: FrozenBatch | None = None,
         padded: bool | None = None,
     ) -> Tensor:
-        """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``; the rest as ``classify`` takes it."""
+        """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``; other arguments as in ``classify``."""
         return (self._compiled or self._forward)(input_ids, attention_mask, frozen, padded)
 
     def logits(self, batch: dict[str, Any], outputs: FrozenOutputs | None = None) -> Tensor:
-        """``(B, classes)`` of a loader's batch, with its split's outputs of frozen layers where they are kept."""
+        """``(B, classes)`` for a loader's batch; ``outputs`` keeps the frozen layers' outputs of its split."""
         frozen = None if outputs is None else outputs.batch(batch["examples"].cpu().numpy())
         logits: Tensor = self(batch["input_ids"], batch["attention_mask"], frozen, batch.get("padded"))
         return logits
@@ -72,10 +72,10 @@ class Classifier(nn.Module):
             return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
-        """What makes the base model this run's classifier, by name: all that is trained, and the head in any case.
+        """The parameters, by name, that turn the base model into this classifier: all trained ones and the head.
 
-        With LoRA on the head, the head itself is frozen. But it is new, drawn from the run's seed, so no base model
-        holds it.
+        With LoRA on the head, the head itself is frozen. It is saved because it is drawn from the run's seed, so no
+        base model contains it.
         """
         head = tuple(f"{name}." for name in self.family.head)
         return {
@@ -85,13 +85,13 @@ class Classifier(nn.Module):
         }
 
     def frozen_outputs(self, lengths: dict[str, np.ndarray], memory_gb: float) -> dict[str, FrozenOutputs]:
-        """Where the outputs of frozen layers are kept for each split, if there are such layers.
+        """Stores for the outputs of frozen layers, one per split; empty if no layer is frozen.
 
-        Only for a model without dropout, on the efficient path.
+        Only a model without dropout on the efficient path has them.
 
         Args:
-            lengths: split -> (examples,) tokens of each example, for splits that are gone through more than once.
-            memory_gb: held in memory up to this many GiB over all splits, beyond that in a file.
+            lengths: split -> (examples,) tokens of each example, for splits that the run reads more than once.
+            memory_gb: GiB of memory for all splits together. A split that does not fit is kept in a file.
         """
         count = count_frozen_layers(self.model, self.family)
         drops = any(self.family.setting(self.model, name) for name in ("dropout", "attention_dropout"))

@@ -1,8 +1,8 @@
 """Compiled kernels of the efficient path for CPUs with AMX or AVX512-BF16, called through ctypes.
 
-They are built once from ``kernels/*.cpp``. Nothing needs them: where the processor, the compiler or the cache is
-missing, ``library`` says so and the efficient path stays with torch's operators. They parallelize with OpenMP in the
-very library that torch loads, so that its threads do their work and no second set of threads competes with them.
+They are built once from ``kernels/*.cpp``. They are optional: without the processor, a compiler or the cache,
+``library`` says why and the efficient path uses torch's operators. The kernels use the OpenMP library that torch has
+loaded. So torch's threads run them, and no second set of threads competes.
 """
 
 import ctypes
@@ -27,16 +27,16 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 COMPILERS = ("c++", "g++", "clang++")
 WIDTHS = (32, 64)  # of an attention head
 LONGEST = 4096
-BIAS_OVER_WEIGHT = 32.0  # of a norm, at most; what bf16 rounds off the output counts so much more in backward
+BIAS_OVER_WEIGHT = 32.0  # largest allowed ratio in a norm; the output's bf16 rounding error grows with it in backward
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way in which the kernels can be compiled."""
+    """One way to compile the kernels."""
 
     name: str
-    instructions: frozenset[str]  # as /proc/cpuinfo has them
-    architecture: str  # as compilers have it
+    instructions: frozenset[str]  # named as in /proc/cpuinfo
+    architecture: str  # as compilers name it
 
 
 _AVX512 = frozenset({"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"})
@@ -48,7 +48,7 @@ VARIANTS = (  # the fastest first
 
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels, compiled at the first call on a machine, and for what, or why there are none."""
+    """The kernels, compiled at the first call on a machine, and a text: compiled for what, or why there are none."""
     variant = next((v for v in VARIANTS if v.instructions <= _processor_flags()), None)
     if variant is None:
         return None, f"no: the processor has neither {' nor '.join(v.name for v in VARIANTS)}"
@@ -67,7 +67,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def available(x: Tensor) -> bool:
-    """Whether a kernel can be given x; not while torch.compile traces: it joins torch's operators but not these."""
+    """Whether the kernels accept x. Not while torch.compile traces: it can fuse torch's operators but not these."""
     suits = x.dtype == torch.bfloat16 and x.device.type == "cpu"
     return suits and not torch.compiler.is_compiling() and library()[0] is not None
 
@@ -80,13 +80,13 @@ def _processor_flags() -> set[str]:
 
 
 def _build(compiler: str, variant: Variant) -> Path:
-    """The shared library of the sources as they are now, from the cache or compiled into it."""
+    """The shared library of the current sources, from the cache or compiled into it."""
     command: list[str | Path] = [compiler, *FLAGS, f"-march={variant.architecture}"]
     identity = hashlib.sha256("\0".join([*map(str, command), *(s.read_text("utf8") for s in SOURCES)]).encode())
     path = cache_dir() / "kernels" / f"{identity.hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may build the same
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may build it at once
         try:
             command += ["-o", temporary, *(s for s in SOURCES if s.suffix == ".cpp"), *_torchs_openmp()]
             subprocess.run(command, check=True, capture_output=True, text=True)
@@ -97,7 +97,7 @@ def _build(compiler: str, variant: Variant) -> Path:
 
 
 def _torchs_openmp() -> list[Path]:
-    """The OpenMP library that torch brings; it is loaded already, and is taken again by its name."""
+    """torch's own OpenMP library. It is already loaded, and the loader finds it again by its name."""
     return sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
 
 
@@ -111,7 +111,7 @@ def _last_line(text: str) -> str:
 
 
 def takes_attention(x: Tensor, width: int, length: int) -> bool:
-    """Whether ``Attention`` can be given queries like x, in heads of this width, and sequences of this length."""
+    """Whether ``Attention`` accepts queries like x, heads of this width, and sequences of this length."""
     return width in WIDTHS and length <= LONGEST and available(x)
 
 
@@ -120,12 +120,11 @@ class Attention(torch.autograd.Function):
 
     Called as ``Attention.apply(qkv, heads, batch, T, padding)``:
 
-    - qkv: ``(N, 3 D)`` of query, key and value.
+    - qkv: ``(N, 3 D)``, query, key and value.
     - padding: ``(batch, T)`` bool, True where a key is padding, or ``None``.
 
-    Rows are the tokens of one sequence after the other; those after the last sequence's are not read, and are 0 in
-    the output, ``(N, D)``. Saves its input, its output and one number a query; the probabilities are computed again
-    in backward.
+    Rows are the tokens of one sequence after the other. Rows after the last sequence are not read, and are 0 in the
+    output, ``(N, D)``. Saves its input, its output and one number per query. Backward computes the probabilities again.
     """
 
     @staticmethod
@@ -153,12 +152,12 @@ class Attention(torch.autograd.Function):
 
 
 def takes_mixture(tokens: Tensor) -> bool:
-    """Whether ``Mixture`` can be given tokens like these."""
+    """Whether ``Mixture`` accepts tokens like these."""
     return tokens.shape[-1] % 32 == 0 and available(tokens)
 
 
 class Mixture(torch.autograd.Function):
-    """``softmax(U X^T scale) X`` for each sequence's tokens X, bf16: means of them; see kernels/mixture.cpp.
+    """``softmax(U X^T scale) X`` for each sequence's tokens X, bf16: weighted means of them; see kernels/mixture.cpp.
 
     Called as ``Mixture.apply(heads, tokens, scale, padding)``:
 
@@ -166,7 +165,7 @@ class Mixture(torch.autograd.Function):
     - tokens: ``(B, T, D)``.
     - padding: ``(B, T)`` bool, or ``None``.
 
-    Gives ``(B, H, D)``. Saves its inputs, its output and one number a head; the weights are computed again in backward.
+    Returns ``(B, H, D)``. Saves its inputs, its output and one number per head. Backward computes the weights again.
     """
 
     @staticmethod
@@ -192,7 +191,7 @@ class Mixture(torch.autograd.Function):
 
 
 def _call(name: str, *arguments: Tensor | int | ctypes.c_long | ctypes.c_float | None) -> None:
-    """A kernel of the library; tensors are given as the addresses of their first elements."""
+    """Calls a kernel of the library. Tensors are passed as the addresses of their first elements."""
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     getattr(library()[0], name)(*values)
 
@@ -202,7 +201,7 @@ def _call(name: str, *arguments: Tensor | int | ctypes.c_long | ctypes.c_float |
 
 
 def gelu(x: Tensor) -> Tensor:
-    """``x Phi(x)``, element by element, by the compiled kernel if it is here and takes x, else by torch."""
+    """``x Phi(x)``, element by element. Uses the compiled kernel if it is available and accepts x, else torch."""
     if not available(x):
         return torch.nn.functional.gelu(x)
     y: Tensor = _Gelu.apply(x)
@@ -234,7 +233,7 @@ class _Gelu(torch.autograd.Function):
 
 
 def takes_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether ``AddNorm`` can be given rows like x; not where bias hides the normalized rows in its output."""
+    """Whether ``AddNorm`` accepts rows like x. Not if a large bias hides the normalized rows in its output."""
     if weight.dtype != torch.float32 or x.shape[-1] % 16 or not available(x):
         return False
     with torch.no_grad():
@@ -245,7 +244,7 @@ class AddNorm(torch.autograd.Function):
     """Layer norm of ``a + b``, bf16 rows with an fp32 weight and bias; see kernels/norm.cpp.
 
     Called as ``AddNorm.apply(a, b, weight, bias, eps)`` with ``(N, D), (N, D), (D,), (D,)``. Saves its output and one
-    number a row, and of its inputs nothing, as Apex's memory-efficient layer norm does.
+    number per row, but not its inputs a and b, like Apex's memory-efficient layer norm.
     """
 
     @staticmethod

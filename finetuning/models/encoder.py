@@ -1,15 +1,15 @@
 """Exact rewrites of the encoder's forward: the same logits and gradients as Hugging Face's, with less work.
 
-1. The classifier reads the first token only, so the last layer computes only that one, and no token's key or value.
-2. On a CPU attention is done in chunks whose scores stay in cache; torch's fused backward is slow at these lengths.
-3. Query, key and value are one product; a frozen linear saves neither its weight nor a gradient; a norm on the CPU's
-   kernel does not save its input either, but finds it in the output, up to the rounding of bf16.
-4. What lies below the first trained layer is computed once and kept for the later epochs (``frozen_outputs``).
-5. On a GPU there is no mask for a batch without padding, so that torch can take its fastest attention, and no step asks
-   the device for a value.
+1. The classifier reads only the first token. So the last layer computes only that token, and no keys or values.
+2. On a CPU attention works in chunks whose scores stay in cache. torch's fused backward is slow at these lengths.
+3. One product computes query, key and value. A frozen linear does not save its weight and has no weight gradient.
+   The CPU's norm kernel does not save its input: backward recovers it from the output, up to the rounding of bf16.
+4. The output below the first trained layer is computed once and kept for the later epochs (``frozen_outputs``).
+5. On a GPU a batch without padding has no mask, so that torch can use its fastest attention. No step waits for a value
+   from the device.
 
-The weights are read from the model's own modules at each call: nothing is copied or patched, and the model's own
-forward remains usable beside this one.
+Each call reads the weights from the model's own modules. Nothing is copied or patched, so the model's own forward still
+works.
 """
 
 import math
@@ -31,7 +31,7 @@ from finetuning.models.linears import Activation, drops_input, linears, transpos
 from finetuning.models.quantization import dequantized
 
 ROW_MULTIPLE = 64  # on a CPU, see _Encoder
-BIAS_MULTIPLE = 8  # elements; torch's attention copies a bias whose rows begin elsewhere, at each call
+BIAS_MULTIPLE = 8  # elements; torch's attention copies a bias at each call unless its rows begin at such multiples
 
 
 def classify(
@@ -49,21 +49,21 @@ def classify(
 
     Args:
         model: Hugging Face's classifier; some of its linears may be ``LinearWithLoRA`` or packed in 4 bits.
-        family: the names in it.
+        family: names of the model's modules and settings.
         input_ids: ``(B, T)``.
-        attention_mask: ``(B, T)``, 0 where there is padding; the first token is never padding.
+        attention_mask: ``(B, T)``, 0 at padding; the first token is never padding.
         dtype: the precision of products and activations; weights in another one are cast to it.
-        checkpointing: of each layer keep its input only, and compute the layer again in backward.
-        frozen: where the output of the layers below the first trained one is kept from epoch to epoch. For a model
-            without dropout there.
-        padded: whether the mask has a 0, as the loader knows. If not given, a CPU looks, and elsewhere it is true.
-        on_cpu: whether to take the steps for a CPU; if not given, where the tensors are. Tests take the other ones.
+        checkpointing: keep only each layer's input, and compute the layer again in backward.
+        frozen: keeps the output of the layers below the first trained one from epoch to epoch. These layers must have
+            no dropout.
+        padded: whether the mask has a 0; the loader knows. Default: a CPU checks, other devices assume true.
+        on_cpu: whether to use the steps for a CPU. Default: where the tensors are. Tests set it to try the other steps.
 
     Returns:
-        ``(B, classes)`` in fp32; the head on top of the first token is computed in fp32.
+        ``(B, classes)`` in fp32; the head is computed in fp32.
     """
     on_cpu = attention_mask.device.type == "cpu" if on_cpu is None else on_cpu
-    if padded is None:  # on a GPU the question would wait for all work that is queued there
+    if padded is None:  # on a GPU this check would wait for all queued work
         padded = not on_cpu or not bool(attention_mask.all())
     encoder = _Encoder(model, family, dtype, attention_mask, checkpointing, padded, on_cpu)
     with _without_autocast(input_ids.device):
@@ -79,13 +79,13 @@ def classify(
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if device.type == "meta":  # it has none
+    if device.type == "meta":  # meta has no autocast
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def count_frozen_layers(model: nn.Module, family: ModelFamily) -> int:
-    """Encoder layers below everything in the encoder that is trained; 0 if the embeddings are."""
+    """Number of encoder layers below the first trained one; 0 if the embeddings are trained."""
     embeddings = model.get_submodule(f"{family.base}.embeddings")
     layers = list(model.get_submodule(family.layers).children())
     trained = (any(p.requires_grad for p in module.parameters()) for module in (embeddings, *layers))
@@ -93,11 +93,11 @@ def count_frozen_layers(model: nn.Module, family: ModelFamily) -> int:
 
 
 class _Encoder:
-    """The steps of one forward, with what they have in common.
+    """The steps of one forward, and the values they share.
 
-    Between the steps, tokens are rows of a matrix ``(N, D)``: one sequence after the other, padding included, and on
-    a CPU some more rows, so that batches of different lengths have the same few N. For each new shape oneDNN makes
-    new kernels, which takes time (a quarter of a step) and memory, and its cache is soon full of them.
+    Between the steps, tokens are rows of a matrix ``(N, D)``: one sequence after the other, padding included. On a CPU
+    some rows are added, so that batches of different lengths share a few values of N. oneDNN makes new kernels for
+    each new shape. They cost time (a quarter of a step) and memory, and soon fill its cache.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class _Encoder:
         self.head_dropout = self.dropout if head_dropout is None else float(head_dropout)
 
     def attention_bias(self) -> Tensor:
-        """What is added to scores, 0 or minus infinity, ``(B, 1, 1, T)``: once for all layers."""
+        """The term added to the scores, 0 or minus infinity, ``(B, 1, 1, T)``; made once for all layers."""
         padding = F.pad(self.mask == 0, (0, -self.length % BIAS_MULTIPLE))
         bias = torch.zeros(padding.shape, dtype=self.dtype, device=padding.device).masked_fill_(padding, -math.inf)
         return bias[:, None, None, : self.length]
@@ -136,14 +136,14 @@ class _Encoder:
         """``(B, T, D)`` or ``(B, D) -> (N, D)``, with rows of zeros at the end."""
         x = x.flatten(0, -2)
         missing = -len(x) % self.row_multiple
-        return F.pad(x, (0, 0, 0, missing)) if missing else x  # a pad by nothing would copy
+        return F.pad(x, (0, 0, 0, missing)) if missing else x  # padding by 0 rows would copy
 
     def as_sequences(self, x: Tensor) -> Tensor:
         """``(N, D) -> (B, T, D)``, a view."""
         return self.real(x, self.batch * self.length).view(self.batch, self.length, -1)
 
     def real(self, x: Tensor, count: int) -> Tensor:
-        """The first ``count`` rows, without those that ``as_rows`` put at the end; on a GPU, where it puts none, x."""
+        """The first ``count`` rows, without those added by ``as_rows``. On a GPU it adds none, so this is x."""
         return x if self.row_multiple == 1 else x[:count]
 
     def drop(self, x: Tensor, p: float) -> Tensor:
@@ -152,14 +152,14 @@ class _Encoder:
     def norm(self, x: Tensor, norm: Any) -> Tensor:
         """Layer norm with statistics in fp32, whatever the dtype of x."""
         weight, bias = norm.weight, norm.bias
-        if not self.on_cpu:  # takes one dtype, and has the statistics in fp32 in any case
+        if not self.on_cpu:  # a GPU needs one dtype, and always computes the statistics in fp32
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        elif weight.dtype != torch.float32:  # this mixture is native on a CPU only
+        elif weight.dtype != torch.float32:  # a CPU's norm mixes dtypes natively only with an fp32 weight
             return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), norm.eps).to(self.dtype)
         return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
 
     def add_norm(self, a: Tensor, b: Tensor, norm: Any) -> Tensor:
-        """Layer norm of a residual and what is added to it."""
+        """Layer norm of ``a + b``, a residual sum."""
         if self.on_cpu and cpu_kernels.takes_norm(a, norm.weight, norm.bias):
             return cpu_kernels.AddNorm.apply(a, b, norm.weight, norm.bias, norm.eps)
         return self.norm(a + b, norm)
@@ -177,7 +177,7 @@ class _Encoder:
             positions = embeddings.position_embeddings(real.cumsum(1) * real + embeddings.padding_idx)  # (B, T, D)
         else:
             positions = embeddings.position_embeddings.weight[: input_ids.shape[1]]  # (T, D)
-        x = embeddings.word_embeddings(input_ids) + positions.float()  # a sum in fp32, for one of the two is
+        x = embeddings.word_embeddings(input_ids) + positions.float()  # the sum is fp32 because one term is
         if self.family.token_types:
             x = x + embeddings.token_type_embeddings.weight[0].float()
         return self.as_rows(self.drop(self.norm(x, embeddings.LayerNorm).to(self.dtype), self.dropout))
@@ -200,7 +200,7 @@ class _Encoder:
         return self.after_attention(layer, x, self.attention(qkv))
 
     def last_block(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The last encoder layer, of which only the first token is read: ``(N, D) -> (B, D)``."""
+        """The last encoder layer, only for each sequence's first token: ``(N, D) -> (B, D)``."""
         tokens = self.as_sequences(x)  # (B, T, D)
         if self.on_cpu:
             first = tokens[:, 0]
@@ -224,21 +224,21 @@ class _Encoder:
     def attention_of_first(self, layer: nn.Module, first: Tensor, x: Tensor) -> Tensor:
         """Attention of each sequence's first token over all of its tokens: ``(N', D), (N, D) -> (N', D)``.
 
-        No token's key or value is computed. Of a head with query q,
+        No token's key or value is computed. For a head with query q:
 
-        - scores ``q (W_k x + b_k)`` are ``(q W_k) x``, but for ``q b_k``, which is the same for all tokens;
-        - the context ``sum p (W_v x + b_v)`` is ``W_v (sum p x) + b_v``, for the p sum up to 1.
+        - The scores ``q (W_k x + b_k)`` are ``(q W_k) x + q b_k``. All tokens share ``q b_k``, so softmax drops it.
+        - The context ``sum p (W_v x + b_v)`` is ``W_v (sum p x) + b_v``, because the p sum to 1.
 
-        So the weights meet a row for each head, instead of one for each token. It is how multi-head latent attention
-        takes in its projections (DeepSeek-V2, 2024), in training.
+        So the weights multiply one row per head instead of one row per token. Multi-head latent attention absorbs its
+        projections in the same way (DeepSeek-V2, 2024). Here it is done in training.
         """
         targets, H = self.family.targets, self.heads
         query = self.real(self.linear(first, layer, *targets["query"]), self.batch)  # (B, D)
         key, value = (layer.get_submodule(name) for name in (*targets["key"], *targets["value"]))
-        if self.attention_dropout > 0 or drops_input(key) or drops_input(value):  # each token its own
+        if self.attention_dropout > 0 or drops_input(key) or drops_input(value):  # each token needs its own
             key_value = self.as_sequences(self.linear(x, layer, *targets["key"], *targets["value"]))
             return self.as_rows(self.attention_of_one(query[:, None], key_value))
-        own = torch.eye(H, dtype=self.dtype, device=x.device)[..., None]  # (H, H, 1), of each head its own part
+        own = torch.eye(H, dtype=self.dtype, device=x.device)[..., None]  # (H, H, 1), selects each head's own part
         queries = query.view(self.batch, 1, H, -1) * own  # (B, H, H, d)
         heads = transposed(self.as_rows(queries.flatten(2)), key, dequantized, self.on_cpu)  # (N'', D)
         heads = self.real(heads, self.batch * H).view(self.batch, H, -1)
@@ -248,7 +248,7 @@ class _Encoder:
         context = context.view(self.batch, H, H, -1).diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # (B, D)
         bias = getattr(key, "bias", None)
         if bias is not None and bias.requires_grad:
-            context = context + 0 * bias.sum()  # a gradient of 0, for DistributedDataParallel waits for one
+            context = context + 0 * bias.sum()  # a gradient of 0, because DistributedDataParallel waits for one
         return self.as_rows(context)
 
     def mixture(self, heads: Tensor, tokens: Tensor) -> Tensor:
@@ -271,13 +271,13 @@ class _Encoder:
         return self.as_rows(out.transpose(1, 2).flatten(2))
 
     def attention_of_one(self, query: Tensor, key_value: Tensor) -> Tensor:
-        """Attention of one query per sequence, by the formula: ``(B, 1, D), (B, T, 2 D) -> (B, 1, D)``."""
+        """Attention of one query per sequence, by the plain formula: ``(B, 1, D), (B, T, 2 D) -> (B, 1, D)``."""
         B, H = len(query), self.heads
         k, v = key_value.unflatten(-1, (2, H, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each
         return self.attend(query.view(B * H, 1, -1), k, v, k.shape[-1] ** -0.5).view(B, 1, -1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """The formula, G a multiple of B: ``(G, Q, d), (G, T, d), (G, T, d) -> (G, Q, d)``."""
+        """The plain formula of attention; G is a multiple of B: ``(G, Q, d), (G, T, d), (G, T, d) -> (G, Q, d)``."""
         scores = torch.bmm(query, key.transpose(1, 2)) * scale  # (G, Q, T)
         if self.padding is not None:
             groups = len(query) // self.batch
@@ -285,7 +285,7 @@ class _Encoder:
         return torch.bmm(self.drop(scores.softmax(-1), self.attention_dropout), value)
 
     def after_attention(self, layer: nn.Module, x: Tensor, context: Tensor) -> Tensor:
-        """Projection and feed-forward network of rows, each with its residual and norm (post-norm, as in BERT)."""
+        """Projection and feed-forward network, each followed by its residual and norm (post-norm, as in BERT)."""
         family = self.family
         projected = self.linear(context, layer, *family.targets["projection"])
         x = self.add_norm(x, self.drop(projected, self.dropout), layer.get_submodule(family.attention_norm))
@@ -294,14 +294,14 @@ class _Encoder:
         return self.add_norm(x, self.drop(mixed, self.dropout), layer.get_submodule(family.output_norm))
 
     def load(self, frozen: FrozenBatch, count: int) -> Tensor:
-        """What the first ``count`` layers gave for this batch, as ``layers`` gave it."""
+        """The output of the first ``count`` layers for this batch, in the form that ``layers`` returns."""
         whole = count == self.layer_count
         keep = self.mask.bool()
         x = frozen.load(keep[:, :1] if whole else keep)
         return x[:, 0] if whole else self.as_rows(x)
 
     def save(self, frozen: FrozenBatch, count: int, x: Tensor) -> None:
-        """Keeps what ``load`` gives back: every real token's row, or after the last layer the first token's."""
+        """Keeps the rows that ``load`` returns: each real token's, or after the last layer only the first token's."""
         whole = count == self.layer_count
         keep = self.mask.bool()
         frozen.save(x[:, None] if whole else self.as_sequences(x), keep[:, :1] if whole else keep)

@@ -1,8 +1,8 @@
-"""What differs between the families of Hugging Face classifiers that the encoder takes: names, head, positions.
+"""Differences between the supported families of Hugging Face classifiers: names, head, positions.
 
-Everything else in the suite speaks of *targets* (query, key, value, projection, mlp, head) and of *parts* of an
-encoder layer; this file says what these are called in each family. Paths are full ones, never suffixes: in
-RoBERTa the suffix ``output.dense`` also matches ``attention.output.dense``.
+The rest of the suite uses the words *targets* (query, key, value, projection, mlp, head) and *parts* of an encoder
+layer. This file gives their names in each family. Paths are complete, never suffixes, because in RoBERTa the suffix
+``output.dense`` also matches ``attention.output.dense``.
 """
 
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ from finetuning.errors import UserError
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Names in one family's sequence classifier; those of ``targets`` and norms are relative to an encoder layer."""
+    """Names in one family's sequence classifier. Names of targets and norms are relative to an encoder layer."""
 
     model_type: str
     base: str  # the encoder's attribute in the classifier
     layers: str  # path of the list of encoder layers in the classifier
-    targets: dict[str, tuple[str, ...]]  # placement flag without its lora_ -> linears in each layer
+    targets: dict[str, tuple[str, ...]]  # placement flag without lora_ -> linears in each layer
     attention_norm: str
     output_norm: str
     head: tuple[str, ...]  # paths of the head's linears, in the order in which they are applied
@@ -29,10 +29,10 @@ class ModelFamily:
     drops_before_head: bool = False  # dropout before the head's first linear as well
     token_types: bool = True  # whether a token-type embedding is added
     padded_positions: bool = False  # positions count real tokens only, from padding_idx + 1
-    position_offset: int = 0  # positions that are never used by a token
+    position_offset: int = 0  # positions that no token uses
 
     def linear_names(self, target: str, layer_count: int) -> list[str]:
-        """Full paths of the linears that a placement flag stands for, e.g. ``query`` -> one in each layer."""
+        """Full paths of the linears that a placement flag selects, e.g. ``query`` -> one in each layer."""
         if target == "head":
             return list(self.head)
         return [f"{self.layers}.{i}.{name}" for i in range(layer_count) for name in self.targets[target]]
@@ -119,7 +119,7 @@ def family_of(model_type: str, model_name: str) -> ModelFamily:
     """The family of a model whose config says ``model_type``.
 
     Raises:
-        UserError: a family that this suite does not know.
+        UserError: the suite does not support this family.
     """
     if model_type not in FAMILIES:
         raise UserError(

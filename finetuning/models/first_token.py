@@ -1,6 +1,6 @@
-"""Attention of each sequence's first token, in torch operators that a GPU runs and ``torch.compile`` joins.
+"""Attention of each sequence's first token, in torch operators for a GPU that ``torch.compile`` can fuse.
 
-Slices of a whole tensor cost a backward of the whole tensor's size each. These two functions have none.
+The backward of each slice of a tensor writes a gradient as large as the whole tensor. These two functions avoid it.
 """
 
 import math
@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 class TakeFirst(torch.autograd.Function):
     """``(B, T, D) -> (B, D), (B, T, D)``: each sequence's first token, and all of them.
 
-    Backward adds the first's gradient to the tokens' in one pass, instead of writing zeros, the row and a sum.
+    Backward adds the first token's gradient to the tokens' gradient in one pass. A slice would write zeros, the row and
+    a sum.
     """
 
     @staticmethod
@@ -28,7 +29,7 @@ class TakeFirst(torch.autograd.Function):
 
 
 class Mixture(torch.autograd.Function):
-    """``softmax(U X^T scale) X`` for each sequence's tokens X: means of them.
+    """``softmax(U X^T scale) X`` for each sequence's tokens X: weighted means of the tokens.
 
     Called as ``Mixture.apply(heads, tokens, scale, padding)``:
 
@@ -36,7 +37,7 @@ class Mixture(torch.autograd.Function):
     - tokens: ``(B, T, D)``.
     - padding: ``(B, T)`` bool, or ``None``.
 
-    Gives ``(B, H, D)``. Saves its inputs and the probabilities. The tokens' two gradients are summed in the product.
+    Returns ``(B, H, D)``. Saves its inputs and the probabilities. One product also sums the tokens' two gradients.
     """
 
     @staticmethod

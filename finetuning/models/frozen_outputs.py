@@ -1,7 +1,7 @@
-"""What frozen layers give for each text, computed in the first epoch and used again in every later one.
+"""The output of frozen layers for each text, computed in the first epoch and used again in every later one.
 
-Without dropout the output of the layers below the first trained one never changes. For selective fine-tuning that is
-most of the model. Rows of padding are not kept: nothing reads them.
+Without dropout, the output of the layers below the first trained one never changes. In selective fine-tuning these
+layers are most of the model. Rows of padding are not kept, because nothing reads them.
 """
 
 import os
@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 class FrozenOutputs:
-    """One split's outputs: one row for each token, or one for each text where only the first token is read.
+    """One split's outputs: one row per token, or one row per text if only the first token is read.
 
     Args:
         lengths: (examples,) rows of each example.
-        width: of a row.
-        dtype: of a row: the precision of the products, so that nothing is rounded.
-        memory_bytes: held in memory up to so many bytes, beyond them in a file without a name, gone with the process.
-        folder: where that file is made.
+        width: width of a row.
+        dtype: dtype of a row: the precision of the products, so that nothing is rounded.
+        memory_bytes: larger outputs go into a file without a name, which disappears with the process.
+        folder: the folder of that file.
 
     Raises:
         OSError: the disk has no room for the file.
@@ -36,27 +36,27 @@ class FrozenOutputs:
         self.bytes = shape[0] * width * dtype.itemsize
         self.on_disk = self.bytes > memory_bytes
         if not self.on_disk:
-            self.rows = torch.empty(shape, dtype=dtype)  # the pages are taken as they are written
+            self.rows = torch.empty(shape, dtype=dtype)  # memory is used only as rows are written
             return
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if free < self.bytes:
             raise OSError(f"{folder} has {free:,} bytes left, {self.bytes:,} are needed")
-        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives it
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping stays valid after the file is closed
             file.truncate(self.bytes)
-            if hasattr(os, "posix_fallocate"):  # else a disk that fills up later would kill the process
+            if hasattr(os, "posix_fallocate"):  # without it, a disk that fills up later would kill the process
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
             mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(self.bytes,))
         self.rows = torch.from_numpy(mapped).view(dtype).view(shape)
 
     def batch(self, examples: np.ndarray) -> "FrozenBatch":
-        """The part that belongs to a batch of examples, (B,) positions in the split."""
+        """The outputs of a batch of examples, given as (B,) positions in the split."""
         return FrozenBatch(self, examples)
 
 
 @dataclass(frozen=True)
 class FrozenBatch:
-    """The outputs of one batch, to be loaded if they are known, or saved once computed."""
+    """The outputs of one batch: loaded if they are known, saved once they are computed."""
 
     outputs: FrozenOutputs
     examples: np.ndarray  # (B,)
@@ -66,19 +66,19 @@ class FrozenBatch:
         return bool(self.outputs.known[self.examples].all())
 
     def load(self, mask: Tensor) -> Tensor:
-        """``(B, T)``, True at the rows that are kept ``-> (B, T, D)``, zeros elsewhere."""
+        """``(B, T) -> (B, T, D)``: the kept rows where the mask is True, zeros elsewhere."""
         rows = self.outputs.rows
         x = torch.zeros(*mask.shape, rows.shape[1], dtype=rows.dtype, device=mask.device)
         x[mask] = rows[self._places(mask)].to(mask.device)
         return x
 
     def save(self, x: Tensor, mask: Tensor) -> None:
-        """``(B, T, D)``, of which the rows in ``mask`` ``(B, T)`` are kept."""
+        """Keeps the rows of x ``(B, T, D)`` where ``mask`` ``(B, T)`` is True."""
         self.outputs.rows[self._places(mask)] = x.detach()[mask].cpu()
         self.outputs.known[self.examples] = True
 
     def _places(self, mask: Tensor) -> Tensor:
-        """Where the rows in the mask lie, one example after the other."""
+        """Positions of the mask's rows in ``outputs.rows``, one example after the other."""
         lengths = mask.sum(1).cpu().numpy()
         ends = self.outputs.ends[self.examples]
         return torch.from_numpy(np.concatenate([np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]))

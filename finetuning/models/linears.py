@@ -1,7 +1,7 @@
-"""Linears of one input in one product, with hand-written backward passes for frozen weights.
+"""Computes linears of one input in one product, with hand-written backward passes for frozen weights.
 
-A linear is an ``nn.Linear``, a linear packed in 4 bits, or one with LoRA (``LinearWithLoRA`` of ``lora.py``, known here
-by its parts ``linear`` and ``lora``).
+A linear is an ``nn.Linear``, a linear packed in 4 bits, or one with LoRA (``LinearWithLoRA`` of ``lora.py``). This file
+recognizes LoRA by its attributes ``linear`` and ``lora``.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]  # differentiable, element by element
-ROWS_AT_ONCE = 1024  # of an activation's output, on a CPU: 3 MB at MiniLM's size
+ROWS_AT_ONCE = 1024  # rows of an activation's output computed at once on a CPU: 3 MB at MiniLM's size
 
 
 def _fused_linear() -> Callable[..., Tensor] | None:
@@ -22,7 +22,8 @@ def _fused_linear() -> Callable[..., Tensor] | None:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if supported and supported() else None
 
 
-# torch.compile's own choice for a bf16 linear on a CPU, if this torch has it: ``addmm`` spends another pass on the bias
+# The operator that torch.compile uses for a bf16 linear on a CPU, if this torch has it. ``addmm`` needs an extra pass
+# for the bias.
 FUSED_LINEAR = _fused_linear()
 
 
@@ -33,23 +34,23 @@ def linears(
     activation: Activation | None = None,
     on_cpu: bool | None = None,
 ) -> Tensor:
-    """Several linears of one input, side by side: ``(..., in) -> (..., sum of out)`` in x's dtype.
+    """Several linears of one input, outputs concatenated: ``(..., in) -> (..., sum of out)`` in x's dtype.
 
-    One product with all weights, one with all A and one with all B (block-diagonal) take less time than one for each.
+    One product with all weights, one with all A and one with all B (block-diagonal) are faster than one per linear.
 
     Args:
-        x: the input, in the dtype in which products are to be done; weights are cast to it.
+        x: the input, in the dtype of the products; weights are cast to it.
         modules: ``nn.Linear``, ``LinearWithLoRA``, or linears packed in 4 bits.
-        unpack: gives the dense weight of a packed linear that has no LoRA.
-        activation: applied to x first. Frozen linears compute it again in backward instead of saving its output; on a
-            GPU only if it is ``F.gelu``.
-        on_cpu: whether to take the steps for a CPU; if not given, where x is.
+        unpack: returns the dense weight of a packed linear that has no LoRA.
+        activation: applied to x first. Frozen linears compute it again in backward instead of saving its output. On a
+            GPU they do so only for ``F.gelu``.
+        on_cpu: whether to use the steps for a CPU. Default: where x is.
     """
     on_cpu = x.device.type == "cpu" if on_cpu is None else on_cpu
     if activation is not None and not on_cpu and activation is not F.gelu:
         x, activation = activation(x), None
     adapted: list[Any] = [m for m in modules if _has_lora(m)]
-    dtype = x.dtype  # so that what follows does not hold on to x until backward
+    dtype = x.dtype  # a local name, so that ``weight`` below does not keep x alive until backward
 
     def weight() -> Tensor:
         return _join([dense_weight(m, unpack) for m in modules]).to(dtype)  # (out, in)
@@ -74,12 +75,13 @@ def linears(
 def transposed(
     x: Tensor, module: Any, unpack: Callable[[nn.Module], Tensor] | None = None, on_cpu: bool | None = None
 ) -> Tensor:
-    """A linear's weight from its other side, ``x (W + scale B A)``: ``(..., out) -> (..., in)`` in x's dtype.
+    """Multiplies x by a linear's transposed weight, ``x (W + scale B A)``: ``(..., out) -> (..., in)`` in x's dtype.
 
-    A linear ``W^T`` whose A is ``scale B^T`` and whose B is ``A^T``; the bias and LoRA's dropout have no part in it.
+    It is a linear with weight ``W^T``, whose A is ``scale B^T`` and whose B is ``A^T``. It ignores the bias and LoRA's
+    dropout.
 
     Args:
-        x: the input, in the dtype in which products are to be done.
+        x: the input, in the dtype of the products.
         module: as in ``linears``.
         unpack, on_cpu: as in ``linears``.
     """
@@ -99,7 +101,7 @@ def transposed(
 
 
 def drops_input(module: Any) -> bool:
-    """Whether a linear's LoRA sees another input than the linear does, by its dropout in training."""
+    """Whether a linear's LoRA has another input than the linear itself, because of its dropout in training."""
     return _has_lora(module) and module.training and module.lora.dropout.p > 0
 
 
@@ -112,7 +114,7 @@ def _base(module: Any) -> Any:
 
 
 def dense_weight(module: Any, unpack: Callable[[nn.Module], Tensor] | None = None) -> Tensor:
-    """The weight ``(out, in)`` of a linear, LoRA left out; ``unpack`` gives that of a packed one without LoRA."""
+    """A linear's weight ``(out, in)`` without LoRA's part. ``unpack`` returns it for a packed linear without LoRA."""
     if _has_lora(module) and module.dense_weight is not None:
         return module.dense_weight()
     linear = _base(module)
@@ -136,7 +138,7 @@ def _join_bias(modules: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
 
 
 def _scaled_B(module: Any) -> Tensor:
-    """``scale * B`` ``(out, rank)`` of a linear with LoRA, and of one without it a block of rank 0."""
+    """``scale * B`` ``(out, rank)`` of a linear with LoRA. A linear without LoRA gets a block of rank 0."""
     if _has_lora(module):
         return module.lora.scale * module.lora.lora_B
     return torch.empty(module.out_features, 0, device=module.weight.device)
@@ -163,10 +165,10 @@ def _frozen_linear(
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """``y = h W^T + b + (h A^T) B^T`` with ``h = activation(x)``, W and b frozen; the scale is already in B.
+    """``y = h W^T + b + (h A^T) B^T`` with ``h = activation(x)``. W and b are frozen, and B includes the scale.
 
-    The low-rank product is added in place, so there is no full-size temporary. W and h are asked for again in backward
-    instead of being saved; of an activation's output only some rows are there at once.
+    The low-rank product is added in place, so it needs no full-size temporary. Backward computes W and h again instead
+    of saving them. Only some rows of an activation's output exist at once.
     """
 
     @staticmethod
@@ -205,7 +207,7 @@ class _FrozenLinear(torch.autograd.Function):
                 grad_x.addmm_(grad_inner, A)
             if need_A and ctx.activation is None:
                 grad_A = grad_inner.t() @ x  # (R, in)
-            # (out, R); on a CPU this order of the product takes half the time of the other
+            # (out, R); on a CPU this order of the product takes half the time of ``grad.t() @ inner``
             grad_B = (inner.t() @ grad).t() if need_B else None
         if ctx.activation is not None and (need_x or need_A):
             grad_A = _activated_backward(ctx.activation, x, grad_x, grad_inner if need_A else None)
@@ -213,7 +215,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class _FrozenLinearOnGPU(torch.autograd.Function):
-    """The same in few large operators, all of which ``torch.compile`` joins; the activation is GELU or none."""
+    """The same in a few large operators that ``torch.compile`` can fuse; the activation is GELU or none."""
 
     @staticmethod
     def forward(
@@ -267,7 +269,10 @@ def _product(h: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 def _activated_backward(
     activation: Activation, x: Tensor, grad: Tensor | None, grad_inner: Tensor | None
 ) -> Tensor | None:
-    """Makes ``grad`` ``(N, in)`` of ``h = activation(x)`` that of x, in place; returns A's, ``grad_inner^T h``."""
+    """Turns ``grad`` ``(N, in)`` from the gradient of ``h = activation(x)`` into x's gradient, in place.
+
+    Returns A's gradient, ``grad_inner^T h``.
+    """
     sums = torch.promote_types(x.dtype, torch.float32)
     grad_A = None if grad_inner is None else x.new_zeros(grad_inner.shape[1], x.shape[1], dtype=sums)
     for start in range(0, len(x), ROWS_AT_ONCE):

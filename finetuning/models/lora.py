@@ -3,9 +3,9 @@
         x (N, in) ──┬── W (out, in), frozen ─────────────────────────┬──> y (N, out)
                     └── A (rank, in) ── B (out, rank) ── * scale ──(+)
 
-Hu et al. 2021, https://arxiv.org/abs/2106.09685. Names and layout of A and B are those of PEFT. A 4-bit base comes as a
-callable that gives its dense weight. How several linears are computed at once, and what is saved for backward, is in
-``linears.py``.
+Hu et al. 2021, https://arxiv.org/abs/2106.09685. A and B have PEFT's names and layout. A 4-bit base is passed as a
+callable that returns its dense weight. ``linears.py`` computes several linears at once and decides what to save for
+backward.
 """
 
 import math
@@ -25,7 +25,7 @@ SCALES: dict[str, Callable[[float, int], float]] = {
 
 
 class LoRALayer(nn.Module):
-    """The trained part: ``x -> scale * B A dropout(x)``. Zero at first, because B is.
+    """The trained part: ``x -> scale * B A dropout(x)``. Its output is zero at first, because B is zero.
 
     Args:
         in_features: width of x.
@@ -33,7 +33,7 @@ class LoRALayer(nn.Module):
         rank: inner width, at least 1.
         alpha: numerator of the scale.
         scaling: ``standard`` alpha / rank, ``rslora`` alpha / sqrt(rank), ``raw`` alpha.
-        dropout: probability that an element of x is dropped in training.
+        dropout: probability of dropping an element of x in training.
 
     Raises:
         ValueError: a rank below 1 or a scaling that does not exist.
@@ -61,11 +61,11 @@ class LoRALayer(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear and PEFT do
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., in) -> (..., out)`` in x's dtype; the plain formula, which the fast one is held against."""
+        """``(..., in) -> (..., out)`` in x's dtype; the plain formula, the reference for the fast one."""
         return self.scale * F.linear(F.linear(self.dropout(x), self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
     def delta_weight(self) -> Tensor:
-        """What the layer adds to a weight: ``scale * B A``, ``(out, in)``, fp32."""
+        """The matrix that the layer adds to a weight: ``scale * B A``, ``(out, in)``, fp32."""
         return self.scale * (self.lora_B @ self.lora_A)
 
     def extra_repr(self) -> str:
@@ -73,13 +73,13 @@ class LoRALayer(nn.Module):
 
 
 class LinearWithLoRA(nn.Module):
-    """A frozen linear and the LoRA layer beside it.
+    """A frozen linear and the LoRA layer next to it.
 
     Args:
         linear: an ``nn.Linear`` in any precision, or a linear whose weight is packed in 4 bits.
         lora: the trained part, of the same widths.
-        dense_weight: for a packed linear, gives its weight ``(out, in)``; called again in backward, so that no dense
-            copy outlives the forward.
+        dense_weight: returns the weight ``(out, in)`` of a packed linear. It is called again in backward, so that no
+            dense copy outlives the forward.
     """
 
     def __init__(self, linear: nn.Module, lora: LoRALayer, dense_weight: Callable[[], Tensor] | None = None) -> None:
@@ -99,7 +99,7 @@ class LinearWithLoRA(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """The one weight that does the work of both, ``(out, in)``, fp32."""
+        """The single weight that replaces both, ``(out, in)``, fp32."""
         return dense_weight(self).float() + self.lora.delta_weight()
 
 
@@ -110,10 +110,10 @@ def lora_modules(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Replaces every linear with LoRA by one plain fp32 ``nn.Linear`` that does the work of both.
+    """Replaces every linear with LoRA by one plain fp32 ``nn.Linear`` that computes the same.
 
-    Over a 4-bit base the delta goes into the dequantized weight, the one that training saw: adding it to the original
-    weight, or quantizing again, moves the logits.
+    With a 4-bit base, the delta is added to the dequantized weight, because training used that weight. Adding it to the
+    original weight, or quantizing again, would change the logits.
     """
     for name, module in list(lora_modules(model)):
         bias = module.linear.bias

@@ -1,7 +1,7 @@
-"""The pretrained model of a run: where it lies, its tokenizer, and its classifier with a new head, in fp32.
+"""The pretrained model of a run: its folder, its tokenizer, and its classifier with a new head, in fp32.
 
-A base model is always loaded from a local folder: the packaged MiniLM, a folder of the user's, or the hub's
-cache, which is filled when it can be.
+A base model is always loaded from a local folder: the packaged MiniLM, the user's own folder, or the hub's cache. If
+the cache lacks the model, it is downloaded if possible.
 """
 
 import hashlib
@@ -35,19 +35,19 @@ HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# where the base model lies
+# the folder of the base model
 
 
 def find_model(model_name: str, offline: bool, instead: str) -> Path:
-    """The folder of the base model; downloads it if the hub's cache does not hold it.
+    """The folder of the base model; downloads it if the hub's cache does not contain it.
 
     Args:
         model_name: ``--model_name``.
-        offline: whether the network must not be used.
-        instead: the flags to advise if the hub cannot be reached.
+        offline: if true, the network is not used.
+        instead: the flags that the error message advises if the hub cannot be reached.
 
     Raises:
-        UserError: no such model, or no hub.
+        UserError: the model does not exist, or the hub cannot be reached.
     """
     if model_name == PACKAGED:
         return _packaged_model()
@@ -70,7 +70,7 @@ def _packaged_model() -> Path:
 
 
 def _hub_model(name: str, offline: bool, instead: str) -> Path:
-    """The hub's snapshot of a model, from the cache where it is whole, so that compute nodes need no network."""
+    """The hub's snapshot of a model, from the cache if it is complete there: compute nodes then need no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -96,7 +96,7 @@ def _hub_model(name: str, offline: bool, instead: str) -> Path:
         raise UserError(f"--model_name {name}: the hub asks you to accept its terms, and to log in, first") from None
     except RepositoryNotFoundError:
         raise UserError(f"--model_name {name}: the hub has no such model, and no folder has this name") from None
-    except Exception as error:  # the hub's client passes on what its own HTTP library raises
+    except Exception as error:  # the hub's client does not catch the errors of its HTTP library
         raise UserError(f"--model_name {name} could not be downloaded: {first_line(error)}") from None
 
 
@@ -111,10 +111,10 @@ def _read_config(model_name: str, folder: Path) -> Any:
 def check_fits(
     model_name: str, folder: Path, max_length: int, method: MethodSettings, lora: LoRASettings | None
 ) -> None:
-    """Refuses settings that this model cannot take: what only its ``config.json`` can tell.
+    """Refuses settings that do not fit this model. Only its ``config.json`` tells its sizes.
 
     Raises:
-        UserError: a family that is not supported; more positions or layers than it has; a rank above its width.
+        UserError: the family is not supported, more positions or layers than the model has, or a rank above its width.
     """
     base = _read_config(model_name, folder)
     family = _as_distilbert(base) if model_name == PACKAGED else family_of(base.model_type, model_name)
@@ -129,16 +129,16 @@ def check_fits(
 
 
 def _as_distilbert(bert_config: Any) -> ModelFamily:
-    """MiniLM is stored as a BERT and used as a DistilBERT."""
+    """The packaged MiniLM is stored as a BERT and used as a DistilBERT."""
     assert bert_config.model_type == "bert"
     return FAMILIES["distilbert"]
 
 
 def load_tokenizer(model_name: str, folder: Path) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, a fast one."""
+    """The model's own tokenizer, which must be a fast one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-    except Exception as error:  # whatever a damaged file makes the library raise
+    except Exception as error:  # a damaged file can make the library raise any type
         raise UserError(f"--model_name {model_name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"--model_name {model_name}: needs a fast tokenizer with a padding token")
@@ -150,14 +150,14 @@ def load_tokenizer(model_name: str, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_pretrained(settings: ModelSettings, folder: Path, label_names: Sequence[str]) -> tuple[nn.Module, ModelFamily]:
-    """The Hugging Face classifier in fp32, its head new (drawn from torch's global generator), and its family."""
+    """The Hugging Face classifier in fp32 and its family. The head is new, drawn from torch's global generator."""
     base = _read_config(settings.model_name, folder)
     weights = None
     if settings.model_name == PACKAGED:
         weights = distilbert_weights(load_file(folder / "model.safetensors"))
         base = distilbert_config(base)
     family = family_of(base.model_type, settings.model_name)
-    base.num_labels = len(label_names)  # makes placeholder names, replaced by the real ones
+    base.num_labels = len(label_names)  # sets placeholder names; the next lines set the real ones
     base.id2label = dict(enumerate(label_names))
     base.label2id = {name: i for i, name in enumerate(label_names)}
     for ours, value in (("dropout", settings.dropout), ("attention_dropout", settings.attention_dropout)):
@@ -179,7 +179,7 @@ def load_pretrained(settings: ModelSettings, folder: Path, label_names: Sequence
 
 def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, list[str]]:
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # that the head is new is no news here
+    transformers_logging.set_verbosity_error()  # users need no warning that the head is new
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -189,7 +189,7 @@ def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, l
         raise UserError(f"--model_name {model_name} cannot be loaded: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(level)
-    for parameter in model.parameters():  # a view of the mapped file: the last to stay fp32 would keep all of it
+    for parameter in model.parameters():  # views of the mapped file: one that stays fp32 would keep all of it
         parameter.data = parameter.data.clone()
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
     return model, [*info["missing_keys"], *mismatched]
@@ -210,10 +210,10 @@ def distilbert_config(bert: Any) -> DistilBertConfig:
 
 
 def distilbert_weights(bert: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BERT weights under DistilBERT's names; the same function of the tokens, but for the pooler.
+    """BERT weights under DistilBERT's names. They compute the same function of the tokens, without the pooler.
 
-    DistilBERT is BERT without token types and pooler (Sanh et al. 2019). All tokens have type 0 here, so that
-    row of the type embedding goes into every position embedding.
+    DistilBERT is BERT without token types and pooler (Sanh et al. 2019). All tokens have type 0 here, so row 0 of the
+    type embedding is added to every position embedding.
     """
     names = {f"{bert_name}.": f"{distil_name}." for bert_name, distil_name in _bert_to_distilbert()}
     weights = {}
@@ -230,7 +230,7 @@ def distilbert_weights(bert: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _bert_to_distilbert() -> Iterator[tuple[str, str]]:
-    """Names in a layer, BERT's beside DistilBERT's."""
+    """Pairs of names in a layer: BERT's and DistilBERT's."""
     bert, distilbert = FAMILIES["bert"], FAMILIES["distilbert"]
     for target, linears in bert.targets.items():
         yield from zip(linears, distilbert.targets[target], strict=True)

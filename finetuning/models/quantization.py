@@ -1,4 +1,4 @@
-"""Linears in 4 bits (NF4, through bitsandbytes): quantizing, dequantizing, and telling them apart."""
+"""Linears in 4 bits (NF4, with bitsandbytes): quantizes, dequantizes and recognizes them."""
 
 import logging
 import sys
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from finetuning.errors import UserError, first_line
 from finetuning.models.families import ModelFamily
 
-LARGEST_ERROR = 0.2  # of NF4, for values from -1 to 1: half of its largest step is 0.15
+LARGEST_ERROR = 0.2  # for values from -1 to 1; NF4's own error is at most 0.15, half of its largest step
 
 
 def quantize_linears(model: nn.Module, family: ModelFamily, dtype: torch.dtype, double: bool) -> None:
-    """Replaces every linear of the encoder's layers by a 4-bit NF4 one; head and embeddings stay as they are.
+    """Replaces every linear of the encoder's layers by a 4-bit NF4 one. Head and embeddings do not change.
 
-    QLoRA, Dettmers et al. 2023. Quantized on the CPU from the fp32 weights, at once, so that no dense copy stays.
+    QLoRA, Dettmers et al. 2023. Each linear is quantized at once, on the CPU and from fp32, so no dense copy remains.
     """
     bnb = import_bitsandbytes()
     for target in family.targets:
@@ -29,23 +29,23 @@ def quantize_linears(model: nn.Module, family: ModelFamily, dtype: torch.dtype, 
                 compute_dtype=dtype,
                 compress_statistics=double,
                 quant_type="nf4",
-                device="meta",  # its own first weights are never wanted, nor the random numbers they would take
+                device="meta",  # its own first weights are not needed and must draw no random numbers
             )
             linear.weight = bnb.nn.Params4bit(
                 dense.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4"
             )
             linear.bias = nn.Parameter(dense.bias.data.to(dtype), requires_grad=False)
-            linear.to("cpu")  # this is what quantizes
+            linear.to("cpu")  # bitsandbytes quantizes in this call
             linear.weight.quant_state.dtype = dtype  # dequantize straight into the precision of the products
-            # Else an evaluation repacks the weights in place and the next training step is wrong or fails.
+            # Otherwise an evaluation repacks the weights in place, and the next training step is wrong or fails.
             linear.support_avx512bf16_for_cpu = False
             model.set_submodule(name, linear)
 
 
 def try_four_bits(device: torch.device, dtype: torch.dtype) -> None:
-    """Quantizes 64 values on a device, gets them back and multiplies with them, as every step of QLoRA does.
+    """Quantizes 64 values on a device, dequantizes them and multiplies with them, as every step of QLoRA does.
 
-    Without a CUDA library that fits, bitsandbytes can be imported and fails at the first step.
+    Without a matching CUDA library, bitsandbytes can be imported but fails at the first step.
 
     Raises:
         UserError: bitsandbytes is not installed, or fails on this device.
@@ -60,7 +60,7 @@ def try_four_bits(device: torch.device, dtype: torch.dtype) -> None:
         wrong = float((unpacked - values).abs().max())
         works = wrong < LARGEST_ERROR and bool((values @ unpacked).isfinite().all())
         reason = "its values are wrong"
-    except Exception as error:  # of a missing library, symbol, kernel or driver: each has its own type
+    except Exception as error:  # a missing library, symbol, kernel or driver: each has its own type
         works, reason = False, first_line(error)
     if not works:
         advice = "install a bitsandbytes for this machine, or leave out --q_lora"
@@ -68,12 +68,12 @@ def try_four_bits(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def import_bitsandbytes() -> Any:
-    """The library, kept from looking for a CPU kernel to download, which it does where ``kernels`` is installed.
+    """Imports the library. If ``kernels`` is installed, stops it from looking for a CPU kernel to download.
 
     Raises:
         UserError: it is not installed or does not work here.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it tells users that the kernel is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # otherwise it warns users that the kernel is missing
     hidden = {"kernels": sys.modules.get("kernels")}
     sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it now fails
     try:
@@ -87,7 +87,7 @@ def import_bitsandbytes() -> Any:
 
 
 def is_quantized(linear: nn.Module) -> bool:
-    """Whether the linear holds 4-bit weights, told without importing bitsandbytes."""
+    """Whether the linear has 4-bit weights. Does not import bitsandbytes."""
     return hasattr(linear.weight, "quant_state")
 
 
