@@ -224,7 +224,7 @@ def test_limits(tmp_path: Path) -> None:
     for name, size in (("validation", 20), ("test", 50)):
         with pytest.raises(
             UserError,
-            match=f"--limit_{name} {size + 1}: must be from . to {size}, because the {name} split has {size} texts",
+            match=f"--limit_{name} {size + 1}: must be from 1 to {size}, because the {name} split has {size} texts",
         ):
             texts_of(text_config(tmp_path, **{f"limit_{name}": size + 1}))
     with pytest.raises(UserError, match="--limit_train 1"):
