@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = make_parser().parse_args(argv)
         check_flags(arguments)
         share_processors()
-        column = arguments.text_column or load_run(arguments.run)[0].data.text_column
-        texts = arguments.text or read_texts(arguments.file, column)
+        texts = arguments.text or read_texts(
+            arguments.file, arguments.text_column or load_run(arguments.run)[0].data.text_column
+        )
         check_texts(texts, "--text" if arguments.text else f"--file {arguments.file}")
         names, probabilities = predict(arguments.run, texts)
     except UserError as error:

@@ -59,28 +59,6 @@ def parse_bool(text: str) -> bool:
     return words[text.lower()]
 
 
-def without_switches(words: Sequence[str], *flags: str) -> list[str]:
-    """Removes these true-or-false flags and their values from the words of a command line."""
-    kept: list[str] = []
-    dropped = False  # whether the word before was removed
-    for word in words:
-        if dropped and _is_bool(word):
-            dropped = False
-            continue
-        dropped = word in flags
-        if not dropped and word.split("=")[0] not in flags:
-            kept.append(word)
-    return kept
-
-
-def _is_bool(text: str) -> bool:
-    try:
-        parse_bool(text)
-    except ValueError:
-        return False
-    return True
-
-
 def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
     """The parser of all settings. Its namespace holds only the flags that were given."""
     parser = OneLineParser(

@@ -11,7 +11,7 @@ import pytest
 
 from finetune_lora import read_settings_of
 from finetuning.errors import UserError
-from finetuning.flags import OneLineParser, given_flags, make_parser, parse_bool, without_switches
+from finetuning.flags import OneLineParser, given_flags, make_parser, parse_bool
 from finetuning.settings import FLAGS, LORA_TARGETS, SECTIONS
 from tests.conftest import config_of_flags, lora_of_flags, refusal
 
@@ -41,11 +41,6 @@ def test_parse_bool_takes_nothing_else() -> None:
     for word in ("", "2", "t", "on", "None", " true"):
         with pytest.raises(ValueError, match="neither"):
             parse_bool(word)
-
-
-def test_switches_are_taken_out_with_what_was_given_to_them() -> None:
-    words = ["--overwrite", "--seed", "1", "--overwrite=True", "--overwrite", "no", "--resume", "--q_lora", "True"]
-    assert without_switches(words, "--overwrite", "--resume") == ["--seed", "1", "--q_lora", "True"]
 
 
 def test_flags_that_users_know_keep_their_names() -> None:

@@ -283,6 +283,21 @@ def test_a_run_of_another_machine_predicts_on_this_one(
     )
 
 
+def test_the_column_is_that_of_the_run_unless_another_is_named(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs["lora"], tmp_path / "run")
+    result = json.loads((run / RESULT).read_text())
+    result["config"]["text_column"] = "review"
+    (run / RESULT).write_text(json.dumps(result))
+    pd.DataFrame({"review": ["a dull film", "superb"], "other": ["x", "y"]}).to_csv(tmp_path / "a.csv", index=False)
+    shown = []
+    for more in ([], ["--text_column", "review"], ["--text_column", "other"]):
+        assert main([str(run), "--file", str(tmp_path / "a.csv"), *more]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != shown[2]
+
+
 def test_precision_is_one_that_this_machine_has() -> None:
     assert for_this_machine(RunConfig.from_settings(precision="bf16", device=3)).hardware.precision == "bf16"
     assert for_this_machine(RunConfig.from_settings(precision="fp16", accelerator="gpu")).hardware.precision == (
