@@ -17,6 +17,7 @@ from finetuning.config import RunConfig, check_data_dir, continued
 from finetuning.errors import Interrupted, UserError, first_line, not_installed
 from finetuning.flags import given_flags
 from finetuning.processes import is_helper, share_directory, share_processors, shared_directory
+from finetuning.processor import limit_libraries
 from finetuning.runs.directory import (
     check_directory,
     default_directory,
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
     try:
         config = read_settings_of(sys.argv[1:] if argv is None else argv, defaults or {})
         check_data_dir(config.data.data_dir)
+        limit_libraries()
         share_processors()
         if config.run.prefetch:
             prefetch(config)
@@ -166,9 +168,11 @@ class Setup:
         """Whether the run uses the compiled CPU kernels, or why not."""
         import torch
 
-        from finetuning.models.cpu_kernels import library
+        from finetuning.models.compiled import library
 
         settings, hardware = self.config.hardware, self.hardware
+        if hardware.int8:
+            return library(without_bf16=True)[1]
         used = not hardware.on_gpu and hardware.dtype == torch.bfloat16 and settings.efficient and not settings.compile
         return library()[1] if used else NOT_ASKED_FOR
 
@@ -197,7 +201,7 @@ def prepare(config: RunConfig) -> Setup:
     from finetuning.data.batches import check_batches
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.models.quantization import try_four_bits
-    from finetuning.training.hardware import resolve_hardware
+    from finetuning.training.hardware import fastest_precision, resolve_hardware
     from finetuning.training.trainer import quiet_lightning
     from local_dataset_utilities import load_texts, tokenize
     from local_model_utilities import find_base_model
@@ -208,6 +212,11 @@ def prepare(config: RunConfig) -> Setup:
     if writes:
         check_directory(directory, config.run.resume, config.run.overwrite)
     with quiet_lightning():
+        if config.hardware.precision == "fast":
+            precision, why = fastest_precision(config.hardware, config.excludes_int8)
+            config = config.changed(precision=precision)
+            if not is_helper():
+                print(f"--precision fast: {precision} ({why})", flush=True)
         hardware = resolve_hardware(config.hardware)
     if config.lora is not None and config.lora.q_lora and not is_helper():  # who would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
+from finetuning.models.int8 import Int8Linear, use_int8
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
 from finetuning.models.pretrained import check_fits, find_model, load_pretrained
 from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
@@ -32,7 +33,9 @@ def find_base_model(config: RunConfig) -> Path:
     return folder
 
 
-def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str], dtype: torch.dtype) -> Classifier:
+def build_classifier(
+    config: RunConfig, folder: Path, label_names: Sequence[str], dtype: torch.dtype, int8_products: bool = True
+) -> Classifier:
     """Builds the classifier that the settings of method, LoRA, model and hardware describe.
 
     Args:
@@ -40,6 +43,8 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
         folder: the folder of the base model, from ``find_base_model``.
         label_names: one name per class, in the order of the labels.
         dtype: precision of matrix products and frozen weights: float32, bfloat16 or float16.
+        int8_products: with ``--precision int8``, whether this machine has its products. If not, the linears hold the
+            same weights in ``dtype``: enough to predict.
 
     Raises:
         UserError: the model is damaged, or 4 bits are set without bitsandbytes.
@@ -49,6 +54,8 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
     choose_trained(model, family, config.method, head=lora is None or not lora.lora_head)
     if lora is not None and lora.q_lora:
         quantize_linears(model, family, dtype, double=bool(lora.double_quantization))
+    if hardware.precision == "int8":
+        use_int8(model, family, packed=int8_products)
     _store_frozen(model, family, dtype)
     if lora is not None:
         place_lora(model, family, lora)
@@ -137,6 +144,10 @@ def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
         {g: ParameterCount() for g in ("embeddings", "encoder", "lora", "head", "total")},
     )
     head = tuple(f"{name}." for name in family.head)
+    for module in classifier.model.modules():
+        if isinstance(module, Int8Linear):
+            for group in ("encoder", "total"):
+                groups[group].bytes += module.scale.numel() * module.scale.element_size()
     for name, parameter in classifier.model.named_parameters():
         in_lora = ".lora.lora_" in name
         in_encoder = name.startswith(f"{family.layers}.")

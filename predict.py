@@ -8,6 +8,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from finetuning.config import RunConfig
@@ -187,15 +188,18 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     from finetuning.data.tokens import TokenizedSplit, encode_texts
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.runs.weights import load_trained
-    from finetuning.training.hardware import prepare_process, resolve_hardware
+    from finetuning.training.hardware import fastest_precision, prepare_process, resolve_hardware
     from finetuning.training.trainer import quiet_lightning
     from local_model_utilities import build_classifier, find_base_model
 
     with quiet_lightning():  # hides Lightning's advice to use srun
-        hardware = resolve_hardware(config.hardware)
+        settings = config.hardware
+        if settings.precision == "int8":  # a machine without these products computes with the same weights
+            settings = replace(settings, precision=fastest_precision(settings, excluded=None)[0])
+        hardware = resolve_hardware(settings)
     prepare_process(hardware)
     folder = find_base_model(config)
-    classifier = build_classifier(config, folder, label_names, hardware.dtype)
+    classifier = build_classifier(config, folder, label_names, hardware.dtype, int8_products=hardware.int8)
     load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
     tokenizer = load_tokenizer(config.model.model_name, folder)
     clean = DATASETS[config.data.dataset].clean

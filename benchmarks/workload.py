@@ -34,7 +34,7 @@ class Job:
     model: str = "minilm"
     targets: Literal["qv", "all"] = "qv"
     max_length: int = 256
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
     batch_size: int = 32  # texts
     attention: Literal["sdpa", "eager"] = "sdpa"
     frozen: Literal["fp32", "bf16"] = "fp32"  # how frozen weights are stored

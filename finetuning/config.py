@@ -125,6 +125,11 @@ class RunConfig:
         """The method, for people: lora, qlora, full or selective."""
         return "qlora" if self.lora is not None and self.lora.q_lora else self.method.method
 
+    @property
+    def excludes_int8(self) -> str | None:
+        """The setting that excludes 8-bit products of frozen linears; ``None`` if none does."""
+        return _excludes_int8(SimpleNamespace(**self._values() | {"q_lora": self.name == "qlora"}))
+
     def differences(self, other: "RunConfig") -> list[str]:
         """The flags whose values differ and change what the run computes, for example ``--seed 0 -> 1``."""
         mine, others = self.to_dict(), other.to_dict()
@@ -154,13 +159,15 @@ def continued(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
     level = run.training.scheduler == "constant" and run.training.warmup_fraction == 0
     for name, value in given.items():
         before, now = values[name], str(value) if isinstance(value, Path) else value
+        if (name, now) == ("precision", "fast"):  # the run stored what it meant
+            continue
         more_epochs = name == "epochs" and level and now > before
         if now != before and name not in MAY_CHANGE and not more_epochs:
             raise UserError(
                 f"--{name} {now}: the run in {given['output_dir']} has --{name} {before}, and --resume cannot change"
                 f" it: leave out this flag, or start another run"
             )
-    return RunConfig.from_dict({**values, **given, "resume": True})
+    return RunConfig.from_dict({**values, **given, "resume": True, "precision": values["precision"]})
 
 
 def _is_path(name: str) -> bool:
@@ -249,12 +256,23 @@ def _check_combinations(s: SimpleNamespace) -> None:
     only = f"needs --dataset {' or '.join(with_source)} without --data_dir and --offline"
     require(s.data_source is None or downloads, "data_source", only)
     require(s.momentum is None or s.optimizer.startswith("sgd"), "momentum", "needs an sgd --optimizer")
+    excludes = _excludes_int8(s)
+    require(s.precision != "int8" or excludes is None, "precision", f"cannot be used, because {excludes}")
     require(s.device is None or s.accelerator != "cpu", "device", "needs a GPU: leave out --accelerator cpu")
     require(s.device is None or s.devices == 1, "device", f"needs --devices 1, but --devices is {s.devices}")
     require(not (s.resume and s.overwrite), "resume", "cannot be used with --overwrite")
     require(not s.resume or s.output_dir is not None, "resume", "needs --output_dir PATH, the run to continue")
     require(not (s.estimate and s.devices * s.num_nodes > 1), "estimate", "needs --devices 1 and --num_nodes 1")
     require(not (s.prefetch and s.offline), "prefetch", "needs the network: leave out --offline")
+
+
+def _excludes_int8(s: SimpleNamespace) -> str | None:
+    """The setting that excludes ``--precision int8``, if any."""
+    if s.method == "full":
+        return "--method full trains all weights"
+    if s.q_lora:
+        return "--q_lora True holds the frozen weights in 4 bits"
+    return "--compile True" if s.compile else None
 
 
 def _check_ranges(s: SimpleNamespace) -> None:

@@ -1,109 +1,23 @@
-"""Compiled kernels of the efficient path for CPUs with AMX or AVX512-BF16, called through ctypes.
-
-They are built once from ``kernels/*.cpp``. They are optional: without the processor, a compiler or the cache,
-``library`` says why and the efficient path uses torch's operators. The kernels use the OpenMP library that torch has
-loaded. So torch's threads run them, and no second set of threads competes.
-"""
+"""Compiled steps of the efficient path on bf16, for CPUs with AMX or AVX512-BF16: attention, GELU, layer norm."""
 
 import ctypes
-import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import uuid
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetuning.storage import cache_dir
+from finetuning.models.compiled import call, library
 
-SOURCES = sorted((Path(__file__).resolve().parent / "kernels").iterdir())
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
-COMPILERS = ("c++", "g++", "clang++")
 WIDTHS = (32, 64)  # of an attention head
 LONGEST = 4096
 BIAS_OVER_WEIGHT = 32.0  # largest allowed ratio in a norm; the output's bf16 rounding error grows with it in backward
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compile the kernels."""
-
-    name: str
-    instructions: frozenset[str]  # named as in /proc/cpuinfo
-    architecture: str  # as compilers name it
-
-
-_AVX512 = frozenset({"avx512_bf16", "avx512bw", "avx512dq", "avx512vl"})
-VARIANTS = (  # the fastest first
-    Variant("AMX", _AVX512 | {"amx_tile", "amx_bf16"}, "sapphirerapids"),
-    Variant("AVX512-BF16", _AVX512, "cooperlake"),
-)
-
-
-@functools.cache
-def library() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels, compiled at the first call on a machine, and a text: compiled for what, or why there are none."""
-    variant = next((v for v in VARIANTS if v.instructions <= _processor_flags()), None)
-    if variant is None:
-        return None, f"no: the processor has neither {' nor '.join(v.name for v in VARIANTS)}"
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        return None, f"no: none of the compilers {', '.join(COMPILERS)} is installed, and CXX is not set"
-    try:
-        kernels = ctypes.CDLL(str(_build(compiler, variant)))
-    except subprocess.CalledProcessError as error:
-        return None, f"no: {compiler} failed: {_last_line(error.stderr)}"
-    except OSError as error:
-        return None, f"no: not built: {error}"
-    if not kernels.attention_allowed():
-        return None, f"no: the operating system does not let this process use {variant.name}"
-    return kernels, f"compiled for {variant.name}"
 
 
 def available(x: Tensor) -> bool:
     """Whether the kernels accept x. Not while torch.compile traces: it can fuse torch's operators but not these."""
     suits = x.dtype == torch.bfloat16 and x.device.type == "cpu"
     return suits and not torch.compiler.is_compiling() and library()[0] is not None
-
-
-def _processor_flags() -> set[str]:
-    try:
-        return set(Path("/proc/cpuinfo").read_text(encoding="utf8").split())
-    except OSError:
-        return set()
-
-
-def _build(compiler: str, variant: Variant) -> Path:
-    """The shared library of the current sources, from the cache or compiled into it."""
-    command: list[str | Path] = [compiler, *FLAGS, f"-march={variant.architecture}"]
-    identity = hashlib.sha256("\0".join([*map(str, command), *(s.read_text("utf8") for s in SOURCES)]).encode())
-    path = cache_dir() / "kernels" / f"{identity.hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may build it at once
-        try:
-            command += ["-o", temporary, *(s for s in SOURCES if s.suffix == ".cpp"), *_torchs_openmp()]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def _torchs_openmp() -> list[Path]:
-    """torch's own OpenMP library. It is already loaded, and the loader finds it again by its name."""
-    return sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "no message"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +49,7 @@ class Attention(torch.autograd.Function):
         out[batch * length :] = 0
         log_sum = torch.empty(batch, heads, length, dtype=torch.float32)
         ctx.sizes = (batch, length, heads, width // heads, 3 * width)
-        _call("attention_forward", *qkv.chunk(3, -1), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        call("attention_forward", *qkv.chunk(3, -1), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
         ctx.save_for_backward(qkv, padding, out, log_sum)
         return out
 
@@ -147,7 +61,7 @@ class Attention(torch.autograd.Function):
         grad_qkv = torch.empty_like(qkv)
         grad_qkv[batch * length :] = 0
         inputs = (*qkv.chunk(3, -1), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
-        _call("attention_backward", *inputs, grad.contiguous(), *grad_qkv.chunk(3, -1))
+        call("attention_backward", *inputs, grad.contiguous(), *grad_qkv.chunk(3, -1))
         return grad_qkv, None, None, None, None
 
 
@@ -175,7 +89,7 @@ class Mixture(torch.autograd.Function):
         batch, count, width = heads.shape
         mixed, log_sum = torch.empty_like(heads), torch.empty(batch, count, dtype=torch.float32)
         ctx.sizes = (batch, count, tokens.shape[1], width, ctypes.c_float(scale))
-        _call("mixture_forward", heads, tokens, padding, *ctx.sizes, torch.get_num_threads(), mixed, log_sum)
+        call("mixture_forward", heads, tokens, padding, *ctx.sizes, torch.get_num_threads(), mixed, log_sum)
         ctx.save_for_backward(heads, tokens, padding, mixed, log_sum)
         return mixed
 
@@ -186,14 +100,8 @@ class Mixture(torch.autograd.Function):
         grad_heads = torch.empty_like(heads)
         grad_tokens = torch.empty_like(tokens) if ctx.needs_input_grad[1] else None
         inputs = (heads, tokens, padding, *ctx.sizes, torch.get_num_threads(), mixed, log_sum)
-        _call("mixture_backward", *inputs, grad.contiguous(), grad_heads, grad_tokens)
+        call("mixture_backward", *inputs, grad.contiguous(), grad_heads, grad_tokens)
         return grad_heads, grad_tokens, None, None
-
-
-def _call(name: str, *arguments: Tensor | int | ctypes.c_long | ctypes.c_float | None) -> None:
-    """Calls a kernel of the library. Tensors are passed as the addresses of their first elements."""
-    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
-    getattr(library()[0], name)(*values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +124,7 @@ class _Gelu(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x)
         y = torch.empty_like(x)
-        _call("gelu_forward", x, ctypes.c_long(x.numel()), torch.get_num_threads(), y)
+        call("gelu_forward", x, ctypes.c_long(x.numel()), torch.get_num_threads(), y)
         return y
 
     @staticmethod
@@ -224,7 +132,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        _call("gelu_backward", x, grad.contiguous(), ctypes.c_long(x.numel()), torch.get_num_threads(), grad_x)
+        call("gelu_backward", x, grad.contiguous(), ctypes.c_long(x.numel()), torch.get_num_threads(), grad_x)
         return grad_x
 
 
@@ -252,7 +160,7 @@ class AddNorm(torch.autograd.Function):
         a, b = a.contiguous(), b.contiguous()
         y, inverse_deviation = torch.empty_like(a), torch.empty(len(a), dtype=torch.float32)
         sizes = (ctypes.c_long(len(a)), a.shape[1], torch.get_num_threads())
-        _call("add_norm_forward", a, b, weight, bias, ctypes.c_float(eps), *sizes, y, inverse_deviation)
+        call("add_norm_forward", a, b, weight, bias, ctypes.c_float(eps), *sizes, y, inverse_deviation)
         ctx.save_for_backward(y, inverse_deviation, weight, bias)
         return y
 
@@ -265,5 +173,5 @@ class AddNorm(torch.autograd.Function):
         sums = torch.zeros(2, threads, y.shape[1], dtype=torch.float32) if trained else None
         sizes = (ctypes.c_long(len(y)), y.shape[1], threads)
         outputs = (grad_x, *((None, None) if sums is None else sums))
-        _call("add_norm_backward", y, inverse_deviation, weight, bias, grad.contiguous(), *sizes, *outputs)
+        call("add_norm_backward", y, inverse_deviation, weight, bias, grad.contiguous(), *sizes, *outputs)
         return grad_x, grad_x, *((None, None) if sums is None else sums.sum(1)), None

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from finetuning.models.int8 import Int8Linear, int8_linears
+
 Activation = Callable[[Tensor], Tensor]  # differentiable, element by element
 ROWS_AT_ONCE = 1024  # rows of an activation's output computed at once on a CPU: 3 MB at MiniLM's size
 
@@ -50,6 +52,8 @@ def linears(
     if activation is not None and not on_cpu and activation is not F.gelu:
         x, activation = activation(x), None
     adapted: list[Any] = [m for m in modules if _has_lora(m)]
+    if isinstance(_base(modules[0]), Int8Linear):
+        return _int8_linears(x, modules, activation)
     dtype = x.dtype  # a local name, so that ``weight`` below does not keep x alive until backward
 
     def weight() -> Tensor:
@@ -70,6 +74,15 @@ def linears(
         merged = torch.addmm(weight(), B, A)  # exact here; in bf16 the sum would round most of the adapter away
         return _frozen_linear(x, None, None, lambda: merged, bias, on_cpu, activation)
     return _frozen_linear(x, A, B, weight, bias, on_cpu, activation)
+
+
+def _int8_linears(x: Tensor, modules: Sequence[Any], activation: Activation | None) -> Tensor:
+    bases = [_base(m) for m in modules]
+    if not any(map(drops_input, modules)):
+        loras = [(m.lora.lora_A, _scaled_B(m)) if _has_lora(m) else None for m in modules]
+        return int8_linears(x, bases, loras, activation)
+    x = x if activation is None else activation(x)
+    return int8_linears(x, bases, [None] * len(bases)) + torch.cat([_lora_output(x, m) for m in modules], -1)
 
 
 def transposed(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from finetuning.errors import UserError, first_line
 from finetuning.models.families import ModelFamily
+from finetuning.models.int8 import Int8Linear
 
 LARGEST_ERROR = 0.2  # for values from -1 to 1; NF4's own error is at most 0.15, half of its largest step
 
@@ -87,12 +88,14 @@ def import_bitsandbytes() -> Any:
 
 
 def is_quantized(linear: nn.Module) -> bool:
-    """Whether the linear has 4-bit weights. Does not import bitsandbytes."""
-    return hasattr(linear.weight, "quant_state")
+    """Whether the linear's weight is packed in 4 or 8 bits. Does not import bitsandbytes."""
+    return isinstance(linear, Int8Linear) or hasattr(linear.weight, "quant_state")
 
 
 def dequantized(linear: Any) -> Tensor:
-    """The dense weight ``(out, in)`` of a 4-bit linear, in the precision of the products."""
+    """The dense weight ``(out, in)`` of a linear in 4 or 8 bits: in the precision of the products, or in fp32."""
+    if isinstance(linear, Int8Linear):
+        return linear.dense_weight()
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(linear.weight.data, linear.weight.quant_state)

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,8 +11,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 
 from finetuning.errors import UserError
+from finetuning.models import int8_products
+from finetuning.models.compiled import library
+from finetuning.processor import instructions, limited
 from finetuning.settings import HardwareSettings
 
+BF16 = frozenset({"amx_bf16", "avx512_bf16"})
 FIRST_WITH_BF16 = (8, 0)  # compute capability: Ampere
 
 
@@ -23,6 +27,7 @@ class Hardware:
     accelerator: Literal["cpu", "gpu"]
     devices: int | list[int]
     dtype: torch.dtype
+    int8: bool = False  # the products of the frozen linears
 
     @property
     def on_gpu(self) -> bool:
@@ -38,7 +43,8 @@ class Hardware:
     @property
     def described(self) -> str:
         """For people, e.g. ``bfloat16 on cpu``."""
-        return f"{str(self.dtype).removeprefix('torch.')} on {self.accelerator}"
+        products = "int8 products of frozen linears, else " if self.int8 else ""
+        return f"{products}{str(self.dtype).removeprefix('torch.')} on {self.accelerator}"
 
 
 def resolve_hardware(settings: HardwareSettings) -> Hardware:
@@ -63,7 +69,32 @@ def resolve_hardware(settings: HardwareSettings) -> Hardware:
         raise UserError(f"--devices {settings.devices}: this machine has {gpus} GPU(s)")
     devices: int | list[int] = [settings.device] if settings.device is not None else settings.devices
     cards = [] if not on_gpu else devices if isinstance(devices, list) else list(range(devices))
-    return Hardware("gpu" if on_gpu else "cpu", devices, _resolve_dtype(settings.precision, cards))
+    int8 = settings.precision == "int8"
+    if int8:
+        _check_int8(on_gpu)
+    dtype = _resolve_dtype("auto" if int8 else settings.precision, cards)
+    return Hardware("gpu" if on_gpu else "cpu", devices, dtype, int8)
+
+
+def _check_int8(on_gpu: bool) -> None:
+    if on_gpu:
+        raise UserError("--precision int8 needs a CPU: use bf16, or --accelerator cpu")
+    reason = int8_products.refused()
+    if reason is not None:
+        raise UserError(f"--precision int8: {reason}; use --precision auto")
+
+
+def fastest_precision(settings: HardwareSettings, excluded: str | None) -> tuple[Literal["int8", "auto"], str]:
+    """What ``--precision fast`` means here: ``int8`` if that is possible and fast, else ``auto``; and why.
+
+    Args:
+        settings: the run's hardware settings.
+        excluded: a setting of the run that excludes int8, or ``None``.
+    """
+    on_gpu = resolve_hardware(replace(settings, precision="auto")).on_gpu
+    slow = None if int8_products.is_fast() else f"CPU kernels: {library(without_bf16=True)[1]}"
+    reason = excluded or ("a GPU" if on_gpu else int8_products.refused() or slow)
+    return ("int8", "exact and fast on this processor") if reason is None else ("auto", reason)
 
 
 def _check_tasks(devices: int, num_nodes: int) -> None:
@@ -95,9 +126,10 @@ def _resolve_dtype(precision: str, cards: list[int]) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if cards:
         return torch.float16 if without_bf16 else torch.bfloat16
-    fast = any(
-        getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    )
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    if limited():
+        fast = not BF16.isdisjoint(instructions())
     return torch.bfloat16 if fast else torch.float32
 
 

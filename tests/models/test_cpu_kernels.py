@@ -1,10 +1,6 @@
 """The compiled kernels equal their formula in fp64 at least as well as torch's own bf16 operators do."""
 
-import ctypes
 import math
-import multiprocessing
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,40 +9,16 @@ from torch import Tensor
 
 from finetuning.models import cpu_kernels
 from finetuning.models.cpu_kernels import (
-    VARIANTS,
     AddNorm,
     Attention,
     Mixture,
-    Variant,
     gelu,
-    library,
     takes_attention,
     takes_mixture,
     takes_norm,
 )
 
-
-@pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Variant]:
-    """Each way of compiling the kernels that this processor can run."""
-    if not request.param.instructions <= cpu_kernels._processor_flags():
-        pytest.skip(f"the processor has no {request.param.name}")
-    monkeypatch.setattr(cpu_kernels, "VARIANTS", (request.param,))
-    library.cache_clear()
-    yield request.param
-    library.cache_clear()
-
-
-needs_kernels = pytest.mark.usefixtures("variant")
-
-
-@pytest.fixture
-def fresh_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and a library that nothing has asked for yet."""
-    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path))
-    library.cache_clear()
-    yield tmp_path
-    library.cache_clear()
+needs_kernels = pytest.mark.usefixtures("bf16_variant")
 
 
 def formula(qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
@@ -366,44 +338,3 @@ def test_what_attention_is_not_for() -> None:
     assert not takes_attention(torch.zeros(4, 64), 32, 4)  # fp32
     assert not takes_attention(torch.zeros(4, 16, dtype=torch.bfloat16), 8, 4)
     assert not takes_attention(torch.zeros(4, 32, dtype=torch.bfloat16), 32, 5000)
-
-
-@needs_kernels
-@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(
-    compiler: str, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", compiler)
-    kernels, state = library()
-    assert kernels is None
-    assert compiler in state
-    assert not list(fresh_library.glob("kernels/*"))
-    assert not takes_attention(torch.zeros(4, 64, dtype=torch.bfloat16), 32, 4)
-
-
-def test_a_processor_without_the_instructions(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, "_processor_flags", lambda: {"sse2"})
-    assert library() == (None, "no: the processor has neither AMX nor AVX512-BF16")
-    assert not list(fresh_library.iterdir())
-
-
-def _load(results: "multiprocessing.Queue[str]") -> None:
-    library.cache_clear()
-    results.put(library()[1])
-
-
-def test_processes_that_build_at_once_share_one_library(fresh_library: Path) -> None:
-    if not any(variant.instructions <= cpu_kernels._processor_flags() for variant in VARIANTS):
-        pytest.skip(f"the processor has neither {' nor '.join(variant.name for variant in VARIANTS)}")
-    context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[str] = context.Queue()
-    processes = [context.Process(target=_load, args=(results,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    states = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
-    assert [path.suffix for path in (fresh_library / "kernels").iterdir()] == [".so"]
-    kernels, state = library()
-    assert isinstance(kernels, ctypes.CDLL)
-    assert states == [state] * 3

@@ -1,7 +1,5 @@
 // GELU, x Phi(x) with Phi the normal distribution function, and its gradient; bf16 in and out, fp32 within.
-//
-// erfc is formula 7.1.26 of Abramowitz and Stegun, absolute error 1.5e-7. Its exponential is the normal density too,
-// so one pass gives the function and its derivative.
+// One pass over x gives the function and its derivative.
 
 #include <algorithm>
 
@@ -24,28 +22,6 @@ struct Some {
         _mm256_mask_storeu_epi16(x, lanes, (__m256i)_mm512_cvtneps_pbh(value));
     }
 };
-
-struct Normal {
-    __m512 distribution, density;
-};
-
-inline Normal normal(__m512 x) {
-    const __m512 half_square = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.5f));
-    const __m512 e = exp2(_mm512_mul_ps(half_square, _mm512_set1_ps(-kLog2e)), 0xffff);  // exp(-x^2 / 2)
-    const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678f));
-    const __m512 one = _mm512_set1_ps(1.f);
-    const __m512 d = _mm512_fmadd_ps(z, _mm512_set1_ps(0.3275911f), one);
-    __m512 t = _mm512_rcp14_ps(d);  // 1 / d, to 14 bits, and to all after a Newton step
-    t = _mm512_mul_ps(t, _mm512_fnmadd_ps(d, t, _mm512_set1_ps(2.f)));
-    __m512 p = _mm512_set1_ps(1.061405429f);
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-    const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), _mm512_mul_ps(e, _mm512_set1_ps(0.5f)));  // Phi(-|x|)
-    const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-    return {_mm512_mask_blend_ps(negative, _mm512_sub_ps(one, tail), tail), _mm512_mul_ps(e, _mm512_set1_ps(0.39894228f))};
-}
 
 // Calls work(at, lanes) for every 16 of `count` elements, on several threads.
 template <class Work> void for_each_sixteen(long count, int threads, const Work& work) {

@@ -1,0 +1,191 @@
+"""8-bit products of a frozen weight with activations or gradients on a CPU: quantize, multiply, dequantize.
+
+A row of x becomes integers q from -127 to 127 and a scale, ``x = scale q``. Products of integers are exact in 32 bits:
+
+    y = x W^T + b + inner B^T        row by row: scale (q Q^T) columns + b + inner B^T,   W = columns[:, None] Q
+    g W + inner A                    the columns' scales multiply g before it is quantized, so one copy Q is enough
+
+LoRA's part comes along, because it needs the same rows: ``inner = x A^T`` while they are quantized, ``inner B^T`` while
+the sums are dequantized. Each step is a compiled kernel (kernels/int8.cpp), or the same in torch's operators.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from finetuning.models.compiled import call, library
+from finetuning.processor import instructions
+
+LARGEST = 127  # -128 is not used, so that the integers are symmetric
+SMALLEST = 1e-30  # a row below it counts as zeros, as in the kernel
+NEEDED = frozenset({"avx512_vnni", "avx512bw"})  # without them torch's 8-bit product is a slow loop, or wrong
+RANK_MULTIPLE = 4  # of a LoRA matrix for the kernels
+WIDTH_MULTIPLE = 32  # of rows for the kernels
+
+
+@dataclass(frozen=True)
+class Thin:
+    """LoRA matrices of several linears as one, ``(R, D)``: A of all, or the block-diagonal B^T of all.
+
+    Attributes:
+        rows: ``(R, D)``, in the dtype of the products.
+        ends: block i has the columns up to ``ends[i]`` ...
+        ranks: ... and the next ``ranks[i]`` rows; all other elements are zero.
+    """
+
+    rows: Tensor
+    ends: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def pairs(self) -> Tensor:
+        """As the kernels multiply them, with neighbouring rows interleaved: ``(R / 2, D, 2)``; in fp32 as they are."""
+        if self.rows.dtype == torch.float32:
+            return self.rows
+        return self.rows.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
+
+
+def takes(x: Tensor, thin: Thin | None, *widths: int) -> bool:
+    """Whether the kernels accept x, LoRA matrices like these, and rows of these widths."""
+    fits = all(width % WIDTH_MULTIPLE == 0 for width in widths)
+    if thin is not None:
+        fits = (
+            fits and not any(n % WIDTH_MULTIPLE for n in thin.ends) and not any(n % RANK_MULTIPLE for n in thin.ranks)
+        )
+    without_bf16 = x.dtype == torch.float32
+    return fits and library(without_bf16)[0] is not None
+
+
+def quantize(
+    x: Tensor, columns: Tensor | None = None, thin: Thin | None = None, activate: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantizes each row of ``h columns``, where h is x or its GELU.
+
+    Args:
+        x: ``(N, D)``.
+        columns: ``(D,)`` fp32, a factor of each column.
+        thin: ``(R, D)``.
+        activate: whether h is ``gelu(x)``.
+
+    Returns:
+        q ``(N, D)`` int8, scales ``(N,)`` fp32, and ``h thin^T`` ``(N, R)`` in x's dtype. The scale of a row that is
+        not finite is NaN.
+    """
+    count, width = x.shape
+    if not takes(x, thin, width):
+        h = F.gelu(x) if activate else x
+        return *_quantize(
+            h.float() if columns is None else h.float() * columns
+        ), None if thin is None else h @ thin.rows.t()
+    q, scales = torch.empty(count, width, dtype=torch.int8), torch.empty(count)
+    inner = None if thin is None else x.new_empty(count, len(thin.rows))
+    _call(
+        "quantize", x, x, columns, int(activate), count, width, None if thin is None else thin.rows,
+        *_segments(thin, width), torch.get_num_threads(), q, scales, inner,
+    )  # fmt: skip
+    return q, scales, inner
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    largest = x.abs().amax(1)  # NaN if an element is
+    usable = largest.isfinite() & (largest >= SMALLEST)
+    factors = torch.where(usable, LARGEST / largest, 0.0)
+    q = (x.nan_to_num(0.0, 0.0, 0.0) * factors[:, None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+    return q, torch.where(usable, largest / LARGEST, torch.where(largest.isfinite(), 0.0, torch.nan))
+
+
+def dequantize(
+    sums: Tensor,
+    scales: Tensor,
+    out: Tensor,
+    columns: Tensor | None = None,
+    bias: Tensor | None = None,
+    inner: Tensor | None = None,
+    thin: Thin | None = None,
+    gelu_input: Tensor | None = None,
+) -> Tensor | None:
+    """Writes ``scales sums columns + bias + inner thin`` to ``out``, times ``gelu'(gelu_input)`` if that is given.
+
+    Args:
+        sums: ``(N, D)`` int32, of a product of integers.
+        scales: ``(N,)`` fp32.
+        out: ``(N, D)``.
+        columns: ``(D,)`` fp32.
+        bias: ``(D,)`` fp32.
+        inner: ``(N, R)`` in out's dtype.
+        thin: ``(R, D)``.
+        gelu_input: ``(N, D)`` in out's dtype.
+
+    Returns:
+        ``gelu(gelu_input)``, if that is given.
+    """
+    count, width = sums.shape
+    if not takes(out, thin, width):
+        y = sums * scales[:, None] if columns is None else sums * scales[:, None] * columns
+        y = y if bias is None else y + bias
+        y = y if inner is None or thin is None else y + inner.float() @ thin.rows.float()
+        if gelu_input is None:
+            out.copy_(y)
+            return None
+        out.copy_(torch.ops.aten.gelu_backward(y, gelu_input.float()))
+        return F.gelu(gelu_input)
+    h = None if gelu_input is None else torch.empty_like(out)
+    _call(
+        "dequantize", out, sums, scales, columns, bias, inner, None if thin is None else thin.pairs, gelu_input,
+        count, width, *_segments(thin, width), torch.get_num_threads(), out, h,
+    )  # fmt: skip
+    return h
+
+
+def accumulate(inner: Tensor, x: Tensor, sums: Tensor, ends: Sequence[int] = (), ranks: Sequence[int] = ()) -> None:
+    """Adds ``inner^T x`` to ``sums``: ``(N, R), (N, D) -> (R, D)`` fp32; only the blocks of a ``Thin``, if given."""
+    width = x.shape[1]
+    thin = Thin(sums, tuple(ends) or (width,), tuple(ranks) or (len(sums),))
+    if not takes(x, thin, width):
+        sums += inner.float().t() @ x.float()
+        return
+    _call("accumulate", x, inner, x, len(x), width, *_segments(thin, width), torch.get_num_threads(), sums)
+
+
+def _segments(thin: Thin | None, width: int) -> tuple[int | Tensor, ...]:
+    """A Thin's blocks as the kernels take them: count, ends, ranks, sum of ranks."""
+    ends, ranks = ((width,), (0,)) if thin is None else (thin.ends, thin.ranks)
+    return len(ends), torch.tensor(ends, dtype=torch.int32), torch.tensor(ranks, dtype=torch.int32), sum(ranks)
+
+
+def _call(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
+    """Calls a kernel of int8.cpp in its form for the dtype of ``like``."""
+    call(f"{name}_{'bf16' if like.dtype == torch.bfloat16 else 'fp32'}", *arguments)
+
+
+def multiply(q: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
+    """Exact product ``q weight``: ``(N, K), (K, D) -> (N, D)`` int32, written to the first rows of ``sums``."""
+    return torch._int_mm(q, weight, out=sums[: len(q)])
+
+
+@functools.cache
+def refused() -> str | None:
+    """Why this machine cannot multiply 8-bit integers fast and exactly; ``None`` if it can.
+
+    Older processors and libraries add pairs of products in 16 bits, which overflow without an error. So one product is
+    compared with the exact one.
+    """
+    if not NEEDED.issubset(instructions()):
+        return "the processor has no AVX512-VNNI"
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-LARGEST, LARGEST + 1, (96, 96), generator=generator) for _ in range(2))
+    left[:32], right[:, :32] = LARGEST, -LARGEST  # extreme sums
+    exact = (left.double() @ right.double()).to(torch.int32)
+    for weight in (right.to(torch.int8), right.t().contiguous().to(torch.int8).t()):
+        if not torch.equal(torch._int_mm(left.to(torch.int8), weight), exact):
+            return "torch's 8-bit products are wrong on this processor"
+    return None
+
+
+def is_fast() -> bool:
+    """Whether the kernels are compiled. Without them, the steps around a product take longer than 8 bits save."""
+    return library(without_bf16=True)[0] is not None

@@ -1,0 +1,55 @@
+"""The kernels are compiled once on a machine; without the means for it, the reason is told."""
+
+import ctypes
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetuning.models import compiled
+from finetuning.models.compiled import VARIANTS, library
+from finetuning.models.cpu_kernels import takes_attention
+from finetuning.processor import instructions
+
+
+@pytest.mark.usefixtures("bf16_variant")
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false"])
+def test_a_compiler_that_fails_is_named_and_leaves_nothing(
+    compiler: str, fresh_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    kernels, state = library()
+    assert kernels is None
+    assert compiler in state
+    assert not list(fresh_library.glob("kernels/*"))
+    assert not takes_attention(torch.zeros(4, 64, dtype=torch.bfloat16), 32, 4)
+
+
+def test_a_processor_without_the_instructions(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "instructions", lambda: {"sse2"})
+    assert library() == (None, "no: the processor has neither AMX nor AVX512-BF16")
+    assert library(without_bf16=True) == (None, "no: the processor has neither AMX nor AVX512-BF16 nor AVX512-VNNI")
+    assert not list(fresh_library.iterdir())
+
+
+def _load(results: "multiprocessing.Queue[str]") -> None:
+    library.cache_clear()
+    results.put(library()[1])
+
+
+def test_processes_that_build_at_once_share_one_library(fresh_library: Path) -> None:
+    if not any(variant.instructions <= instructions() for variant in VARIANTS if variant.has_bf16):
+        pytest.skip("the processor has neither AMX nor AVX512-BF16")
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[str] = context.Queue()
+    processes = [context.Process(target=_load, args=(results,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    states = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert [path.suffix for path in (fresh_library / "kernels").iterdir()] == [".so"]
+    kernels, state = library()
+    assert isinstance(kernels, ctypes.CDLL)
+    assert states == [state] * 3

@@ -1,0 +1,136 @@
+"""8-bit linears equal the same formula in fp64 on the dequantized operands, and stay close to the dense linear."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetuning.models import int8
+from finetuning.models.int8 import Int8Linear, int8_linears
+from finetuning.models.int8_products import quantize, refused
+from finetuning.models.linears import linears
+from finetuning.models.lora import LinearWithLoRA, LoRALayer, merge_lora
+
+pytestmark = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
+EXACT = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
+
+
+def distance(value: Tensor, reference: Tensor) -> float:
+    return float((value.detach().double() - reference.detach()).norm() / reference.detach().norm())
+
+
+def rounded(x: Tensor, columns: Tensor | None = None) -> Tensor:
+    """x times the columns' factors, as the 8-bit rows say it, in fp64."""
+    q, scales, _ = quantize(x, columns)
+    return q.double() * scales.double()[:, None]
+
+
+def with_lora(linear: Int8Linear, rank: int, dropout: float = 0.0) -> LinearWithLoRA:
+    lora = LoRALayer(linear.in_features, linear.out_features, rank, 2 * rank, dropout=dropout)
+    nn.init.normal_(lora.lora_B, std=0.1)
+    return LinearWithLoRA(linear, lora, linear.dense_weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(130, 384, 1536), (64, 1536, 384), (3, 32, 64), (5, 40, 24)])
+def test_forward_and_input_gradient_equal_the_dequantized_operands(
+    dtype: torch.dtype, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "ROWS_AT_ONCE", 60)
+    torch.manual_seed(0)
+    count, width, out = shape
+    linear = Int8Linear(nn.Linear(width, out, bias=False))
+    x, grad = torch.randn(count, width).to(dtype).requires_grad_(), torch.randn(count, out).to(dtype)
+    y = linears(x, [linear])
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    assert (y.dtype, grad_x.dtype) == (dtype, dtype)
+    weight = linear.weight.double()
+    assert distance(y, rounded(x.detach()) @ weight.t() * linear.scale.double()) < EXACT[dtype]
+    assert distance(grad_x, rounded(grad, linear.scale) @ weight) < EXACT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, F.gelu, torch.relu], ids=["none", "gelu", "relu"])
+@pytest.mark.parametrize("ranks", [(0,), (8,), (8, 0, 8), (6, 6, 6)])
+def test_the_same_as_dense_linears_up_to_8_bits(
+    dtype: torch.dtype, activation: int8.Callable[[Tensor], Tensor] | None, ranks: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    dense = [nn.Linear(384, 192) for _ in ranks]
+    packed = [Int8Linear(linear) for linear in dense]
+    adapted = [with_lora(p, rank) if rank else p for p, rank in zip(packed, ranks, strict=True)]
+    x, grad = torch.randn(50, 384).to(dtype).requires_grad_(), torch.randn(50, 192 * len(ranks)).to(dtype)
+    trained = [p for module in adapted for p in module.parameters() if p.requires_grad]
+    y = linears(x, adapted, activation=activation)
+    gradients = torch.autograd.grad(y, [x, *trained], grad)
+
+    exact_x = x.detach().double().requires_grad_()
+    h = exact_x if activation is None else activation(exact_x)
+    matrices = [p.detach().double().requires_grad_() for p in trained]
+    pairs, parts = iter(matrices), []
+    for linear, rank in zip(packed, ranks, strict=True):
+        part = h @ linear.dense_weight().double().t() + linear.bias.double()
+        parts.append(part + 2 * h @ next(pairs).t() @ next(pairs).t() if rank else part)
+    exact = torch.cat(parts, -1)
+    references = torch.autograd.grad(exact, [exact_x, *matrices], grad.double())
+    assert distance(y, exact) < 0.012
+    assert distance(gradients[0], references[0]) < 0.015
+    for value, reference in zip(gradients[1:], references[1:], strict=True):
+        assert value.dtype == torch.float32
+        assert distance(value, reference) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_value_that_is_not_finite_is_never_hidden() -> None:
+    linear = Int8Linear(nn.Linear(64, 64))
+    for bad in (torch.nan, torch.inf):
+        x = torch.randn(5, 64)
+        x[2, 3] = bad
+        y = int8_linears(x, [linear], [None])
+        assert y[2].isnan().all()
+        assert y[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_one_huge_value_costs_its_row_alone_its_precision() -> None:
+    linear = Int8Linear(nn.Linear(64, 64, bias=False))
+    x = torch.randn(5, 64)
+    alone = int8_linears(x, [linear], [None])
+    x[2, 3] = 1e6
+    y = int8_linears(x, [linear], [None])
+    torch.testing.assert_close(y[[0, 1, 3, 4]], alone[[0, 1, 3, 4]], rtol=0, atol=0)
+    assert distance(y[2], rounded(x)[2] @ linear.dense_weight().double().t()) < 1e-6
+
+
+def test_a_row_of_zeros_gives_the_bias() -> None:
+    linear = Int8Linear(nn.Linear(64, 64))
+    torch.testing.assert_close(int8_linears(torch.zeros(3, 64), [linear], [None]), linear.bias.expand(3, 64))
+
+
+def test_dropout_of_lora_leaves_the_frozen_linear_its_whole_input() -> None:
+    torch.manual_seed(0)
+    linear = Int8Linear(nn.Linear(64, 64))
+    module = with_lora(linear, 8, dropout=0.5).train()
+    x = torch.randn(50, 64)
+    torch.manual_seed(1)
+    y = module(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, int8_linears(x, [linear], [None]) + module.lora(x))
+
+
+def test_no_dense_weight_is_kept_for_backward() -> None:
+    linear = Int8Linear(nn.Linear(64, 96))
+    x = torch.randn(5, 64, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        int8_linears(x, [linear], [None])
+    assert not [t for t in saved if t.shape in ((96, 64), (64, 96))]
+    assert sum(t.numel() * t.element_size() for t in (linear.weight, linear.scale)) == 96 * 64 + 96 * 4
+
+
+def test_lora_merges_into_the_weight_that_training_saw() -> None:
+    torch.manual_seed(0)
+    module = with_lora(Int8Linear(nn.Linear(64, 64)), 8)
+    model = nn.Sequential(module)
+    merged = module.merged_weight()
+    merge_lora(model)
+    torch.testing.assert_close(model[0].weight, merged)
