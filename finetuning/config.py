@@ -272,7 +272,7 @@ def _excludes_int8(s: SimpleNamespace) -> str | None:
         return "--method full trains all weights"
     if s.q_lora:
         return "--q_lora True holds the frozen weights in 4 bits"
-    return "--compile True" if s.compile else None
+    return "--compile True is for GPUs" if s.compile else None
 
 
 def _check_ranges(s: SimpleNamespace) -> None:

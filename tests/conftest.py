@@ -38,12 +38,14 @@ from finetuning.data.texts import TextData
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
 from finetuning.models.families import FAMILIES
+from finetuning.models.int8_products import refused
 from finetuning.models.lora import LinearWithLoRA
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
 from tests.slurm_cluster import Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
 GOOD = ("a wonderful and moving film", "superb acting, a joy", "I loved every minute", "brilliant, funny and warm")
 BAD = ("a dull and tedious mess", "terrible acting, a waste", "I hated every minute", "boring, stupid and cold")

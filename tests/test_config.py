@@ -212,6 +212,12 @@ def test_every_lora_flag_is_known_to_the_test_above() -> None:
         ("--optimizer sgd_nesterov --momentum 0", "--momentum 0.0: must be above 0 with --optimizer sgd_nesterov"),
         ("--device 0 --accelerator cpu", "--device 0: needs a GPU: leave out --accelerator cpu"),
         ("--device 0 --devices 2", "--device 0: needs --devices 1, but --devices is 2"),
+        (
+            "--precision int8 --method full",
+            "--precision int8: cannot be used, because --method full trains all weights",
+        ),
+        ("--precision int8 --q_lora", "--precision int8: cannot be used, because --q_lora True holds the frozen"),
+        ("--precision int8 --compile", "--precision int8: cannot be used, because --compile True"),
         ("--resume --overwrite --output_dir d", "--resume True: cannot be used with --overwrite"),
         ("--resume", "--resume True: needs --output_dir"),
         ("--prefetch --offline", "--prefetch True: needs the network: leave out --offline"),
@@ -286,6 +292,14 @@ def test_a_flag_that_contradicts_the_run_is_refused_with_both_values(stored: str
 
 def test_more_epochs_at_a_level_rate() -> None:
     assert resumed("--scheduler constant --warmup_fraction 0", "--epochs 9").training.epochs == 9
+
+
+def test_fast_is_what_the_run_stored() -> None:
+    stored = RunConfig.from_settings(precision="int8", output_dir=Path("d")).to_dict()
+    given = {"precision": "fast", "resume": True, "output_dir": Path("d")}
+    assert continued(stored, given).hardware.precision == "int8"
+    with pytest.raises(UserError, match="--precision bf16: the run in d has --precision int8"):
+        continued(stored, given | {"precision": "bf16"})
 
 
 @pytest.mark.parametrize("damaged", [{"lora_rank": 8}, {"epochs": 0}, {"epochs": "two"}])

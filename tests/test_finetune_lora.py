@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from finetune_lora import main
-from tests.conftest import write_reviews
+from tests.conftest import needs_int8, write_reviews
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,11 +52,13 @@ def finish(process: subprocess.Popen[str]) -> None:
     [
         ("distilbert", ["--lora_mlp", "True"]),
         ("distilbert", ["--q_lora", "True"]),
+        pytest.param("distilbert", ["--precision", "int8", "--lora_mlp", "True"], marks=needs_int8),
+        pytest.param("bert", ["--precision", "fast", "--method", "selective"], marks=needs_int8),
         ("bert", ["--method", "full"]),
         ("roberta", ["--method", "selective", "--trainable_layers", "2", "--monitor", "loss"]),
         ("roberta", ["--lora_head", "True", "--efficient", "False"]),
     ],
-    ids=["lora", "qlora", "full", "selective", "lora_head"],
+    ids=["lora", "qlora", "int8", "fast", "full", "selective", "lora_head"],
 )
 def test_a_run_leaves_what_the_design_lists(
     tiny_folders: dict[str, Path],

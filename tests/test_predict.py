@@ -15,8 +15,10 @@ import torch
 import finetune_lora
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.models.int8_products import refused
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS
 from predict import for_this_machine, load_run, main, predict, read_texts
+from tests.conftest import needs_int8
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {
@@ -27,6 +29,8 @@ METHODS = {
     "selective": "--method selective --trainable_layers 1 --learning_rate 1e-2",
     "bf16": "--lora_mlp True --learning_rate 1e-2 --precision bf16",
 }
+if refused() is None:
+    METHODS["int8"] = "--lora_mlp True --learning_rate 1e-2 --precision int8"
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +44,7 @@ def runs(
         for method, line in METHODS.items():
             common = f"--dataset text --data_dir {review_folder} --model_name {tiny_folders['distilbert']}"
             common += f" --max_length 32 --epochs 2 --batch_size 8 --accelerator cpu --output_dir {folder / method}"
-            if method != "bf16":
+            if "--precision" not in line:
                 common += " --precision fp32"
             assert finetune_lora.main([*common.split(), *line.split()]) == 0, method
     return {method: folder / method for method in METHODS}
@@ -281,6 +285,17 @@ def test_a_run_of_another_machine_predicts_on_this_one(
     np.testing.assert_allclose(
         predict(tmp_path, test_reviews[:5])[1], predict(runs["lora"], test_reviews[:5])[1], atol=1e-4
     )
+
+
+@needs_int8
+def test_a_run_in_8_bits_predicts_on_a_processor_without_them(
+    runs: dict[str, Path], test_reviews: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = predict(runs["int8"], test_reviews)[1]
+    monkeypatch.setattr("finetuning.models.int8_products.refused", lambda: "the processor has no AVX512-VNNI")
+    there = predict(runs["int8"], test_reviews)[1]
+    assert here != there, "the products were the same"
+    np.testing.assert_allclose(here, there, atol=0.02)
 
 
 def test_the_column_is_that_of_the_run_unless_another_is_named(

@@ -44,6 +44,13 @@ class Int8Linear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in) -> (..., out)`` in x's dtype or autocast's, for Hugging Face's own forward."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return int8_linears(x, [self], [None])
+
     def dense_weight(self) -> Tensor:
         """The weight that training sees, ``(out, in)`` fp32."""
         return self.weight * self.scale[:, None]

@@ -7,11 +7,12 @@ from torch.nn import functional as F
 
 from finetuning.models import int8
 from finetuning.models.int8 import Int8Linear, int8_linears
-from finetuning.models.int8_products import quantize, refused
+from finetuning.models.int8_products import quantize
 from finetuning.models.linears import linears
 from finetuning.models.lora import LinearWithLoRA, LoRALayer, merge_lora
+from tests.conftest import needs_int8
 
-pytestmark = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
+pytestmark = needs_int8
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
 EXACT = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 

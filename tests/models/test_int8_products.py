@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from finetuning.models import compiled, int8_products
 from finetuning.models.compiled import library
 from finetuning.models.int8_products import Thin, accumulate, dequantize, multiply, quantize, refused
+from tests.conftest import needs_int8
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # relative, by tensor norm
 both_ways = pytest.mark.usefixtures("steps")
-needs_products = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -131,7 +131,7 @@ def test_gradients_of_lora_are_added_up(dtype: torch.dtype, count: int, ranks: t
     assert distance(blocks.rows - before, exact) < 1e-5
 
 
-@needs_products
+@needs_int8
 @pytest.mark.parametrize("extreme", [False, True])
 def test_products_are_exact(extreme: bool) -> None:
     q, weight = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((70, 768), (3072, 768)))
@@ -144,7 +144,7 @@ def test_products_are_exact(extreme: bool) -> None:
     assert torch.equal(multiply(grad, weight, sums), (grad.double() @ weight.double()).to(torch.int32))
 
 
-@needs_products
+@needs_int8
 def test_a_wrong_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def saturating(a: Tensor, b: Tensor) -> Tensor:  # as AVX2 does it: a as 0 to 255, pairs of products in 16 bits
         pairs = [(a[:, i : i + 2].int() + 128) @ b[i : i + 2].int() for i in range(0, a.shape[1], 2)]

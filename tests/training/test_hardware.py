@@ -6,7 +6,15 @@ import torch
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.training.hardware import Hardware, keep_freed_memory, prepare_process, resolve_hardware
+from finetuning.models import int8_products
+from finetuning.processor import VARIABLE
+from finetuning.training.hardware import (
+    Hardware,
+    fastest_precision,
+    keep_freed_memory,
+    prepare_process,
+    resolve_hardware,
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -121,3 +129,69 @@ def test_on_a_gpu_fp32_multiplies_in_tf32_and_cudnn_has_no_attention(
     prepare_process(hardware)
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cuda.cudnn_sdp_enabled() is cudnn
+
+
+# --- 8-bit products
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with exact 8-bit products and compiled kernels."""
+    monkeypatch.setattr(int8_products, "refused", lambda: None)
+    monkeypatch.setattr(int8_products, "is_fast", lambda: True)
+
+
+def settings_of(**settings: Any) -> RunConfig:
+    return RunConfig.from_settings(**{"accelerator": "cpu", **settings})
+
+
+@pytest.mark.usefixtures("products")
+def test_int8_leaves_the_other_products_in_the_precision_of_auto() -> None:
+    hardware = resolve_hardware(settings_of(precision="int8").hardware)
+    assert hardware.int8
+    assert hardware.dtype == resolve_hardware(settings_of().hardware).dtype
+    assert hardware.described.startswith("int8 products of frozen linears, else ")
+
+
+def test_int8_is_refused_where_it_is_wrong_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_products, "refused", lambda: "the processor has no AVX512-VNNI")
+    with pytest.raises(UserError, match="--precision int8: the processor has no AVX512-VNNI; use --precision auto"):
+        resolve_hardware(settings_of(precision="int8").hardware)
+    config = settings_of(precision="fast")
+    assert fastest_precision(config.hardware, None) == ("auto", "the processor has no AVX512-VNNI")
+
+
+@pytest.mark.usefixtures("products")
+def test_int8_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch, H100)
+    with pytest.raises(UserError, match="--precision int8 needs a CPU: use bf16, or --accelerator cpu"):
+        resolve_hardware(settings_of(precision="int8", accelerator="auto").hardware)
+    assert fastest_precision(settings_of(precision="fast", accelerator="auto").hardware, None) == ("auto", "a GPU")
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize(
+    ("settings", "precision", "reason"),
+    [
+        ({}, "int8", "exact and fast"),
+        ({"method": "selective"}, "int8", "exact and fast"),
+        ({"method": "full"}, "auto", "--method full trains all weights"),
+        ({"q_lora": True}, "auto", "--q_lora True holds the frozen weights in 4 bits"),
+        ({"compile": True}, "auto", "--compile True"),
+    ],
+)
+def test_fast_takes_int8_where_the_method_allows_it(settings: dict[str, Any], precision: str, reason: str) -> None:
+    config = settings_of(precision="fast", **settings)
+    taken, why = fastest_precision(config.hardware, config.excludes_int8)
+    assert (taken, reason in why) == (precision, True)
+
+
+@pytest.mark.usefixtures("products")
+def test_fast_does_not_take_int8_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_products, "is_fast", lambda: False)
+    assert fastest_precision(settings_of(precision="fast").hardware, None)[0] == "auto"
+
+
+def test_a_limited_processor_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "avx512_vnni")
+    assert resolve_hardware(settings_of().hardware).dtype == torch.float32
