@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from finetuning.config import RunConfig
-from finetuning.datasets import DATASETS
+from finetuning.datasets import traits_of
 from finetuning.errors import UserError, first_line, not_installed
 from finetuning.flags import OneLineParser
 from finetuning.processes import share_processors
@@ -152,7 +152,9 @@ def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     status = result.get("status") if isinstance(result, dict) else None
     if status != "finished":
         raise UserError(f"{directory}: must be a finished run, but its status is {status!r}")
-    return RunConfig.from_dict(result["config"]), result["data"]["label_names"]
+    settings, data = result["config"], result["data"]
+    found = {name: column for name, column in data.get("columns", {}).items() if not settings[name]}  # in a hub set
+    return RunConfig.from_dict(settings | found), data["label_names"]
 
 
 def for_this_machine(config: RunConfig) -> RunConfig:
@@ -203,7 +205,7 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     classifier = build_classifier(config, folder, label_names, hardware.dtype)
     load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
     tokenizer = load_tokenizer(config.model.model_name, folder)
-    clean = DATASETS[config.data.dataset].clean
+    clean = traits_of(config.data.dataset).clean
     tokens, offsets = encode_texts([clean(text) for text in texts], tokenizer, config.data)
     rows = np.arange(len(texts))
     split = TokenizedSplit(tokens, offsets, labels=np.zeros_like(rows), rows=rows)

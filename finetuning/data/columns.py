@@ -1,12 +1,15 @@
-"""Which columns of a table hold the texts."""
+"""Which columns of a table hold the texts and the labels."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
+from typing import Literal
 
 import pandas as pd
 
 from finetuning.errors import UserError, listed
 
 JOINED_WITH = " "
+Kind = Literal["text", "classes", "other"]  # of a column; classes: numbers that have names
 
 
 def text_columns(wanted: str, available: Collection[str]) -> list[str]:
@@ -42,3 +45,42 @@ def _joined(parts: tuple[object, ...]) -> str | None:
     """``None`` if a part is no string."""
     words = [part for part in parts if isinstance(part, str)]
     return JOINED_WITH.join(word for word in words if word.strip()) if len(words) == len(parts) else None
+
+
+def find_label_column(kinds: Mapping[str, Kind], flag: str) -> str:
+    """The only column that can hold the labels: one with class names, else one named label, else the only number.
+
+    Args:
+        kinds: every column of the data set that is not in use yet, with its kind.
+        flag: ``--dataset`` and its value, for the message.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    ways = (
+        [name for name, kind in kinds.items() if kind == "classes"],
+        [name for name in kinds if name.lower() in ("label", "labels")],
+        [name for name, kind in kinds.items() if kind == "other" and not _is_id(name)],
+    )
+    return _only(next(filter(None, ways), []), kinds, flag, "labels", "--label_column NAME")
+
+
+def find_text_column(kinds: Mapping[str, Kind], flag: str) -> str:
+    """The only column that can hold the texts: strings that are neither an id nor a label's name.
+
+    Args, Raises: as ``find_label_column``.
+    """
+    found = [n for n, kind in kinds.items() if kind == "text" and not _is_id(n) and not n.lower().startswith("label")]
+    return _only(found, kinds, flag, "texts", "--text_column NAME, or A,B for two columns joined")
+
+
+def _is_id(name: str) -> bool:
+    return re.fullmatch(r"(.*_)?(id|idx|uuid|index)", name.lower()) is not None
+
+
+def _only(found: list[str], kinds: Mapping[str, Kind], flag: str, what: str, advice: str) -> str:
+    if len(found) == 1:
+        return found[0]
+    problem = f"{' or '.join(found)} can be the {what}" if found else f"no column can be the {what}"
+    columns = listed(f"{name} ({kind})" for name, kind in kinds.items())
+    raise UserError(f"{flag}: {problem}: give {advice}; the columns are {columns}")

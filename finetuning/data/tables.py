@@ -7,7 +7,7 @@ import pandas as pd
 
 from finetuning.data.columns import texts_in
 from finetuning.data.files import allowed_endings, name_and_format, parquet_schema, read_frame, readable
-from finetuning.data.texts import SPLITS
+from finetuning.datasets import SPLITS
 from finetuning.errors import UserError, listed
 from finetuning.settings import DataSettings
 
@@ -47,7 +47,7 @@ def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
     return checked(table, path, data)
 
 
-def checked(table: pd.DataFrame, path: Path, data: DataSettings) -> pd.DataFrame:
+def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.DataFrame:
     """The columns text and label of ``table``, without any other column.
 
     Raises:
@@ -59,7 +59,7 @@ def checked(table: pd.DataFrame, path: Path, data: DataSettings) -> pd.DataFrame
             f"--label_column {data.label_column}: must be a column of {path}, which has: {listed(table.columns)}"
         )
     if table.empty:
-        raise UserError(f"--data_dir: {path} has no rows")
+        raise UserError(f"{path} has no rows: give other data with --data_dir or --dataset")
     label = table[data.label_column]
     for what, flag, bad in (
         (

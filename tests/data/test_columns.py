@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from finetuning.data.columns import texts_in
+from finetuning.data.columns import Kind, find_label_column, find_text_column, texts_in
 from finetuning.errors import UserError
 
 TABLE = pd.DataFrame(
@@ -38,3 +38,38 @@ def test_missing_columns() -> None:
         texts_in(TABLE, "text", "here")
     with pytest.raises(UserError, match=f"--text_column title,text: must be columns of here, {columns}"):
         texts_in(TABLE, "title,text", "here")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "text", "label"),
+    [
+        ({"text": "text", "label": "classes"}, "text", "label"),
+        ({"sentence": "text", "idx": "other", "intent": "classes"}, "sentence", "intent"),
+        ({"text": "text", "labels": "classes", "id": "text"}, "text", "labels"),
+        ({"text": "text", "label": "other", "label_text": "text"}, "text", "label"),
+        ({"tweet_id": "other", "tweet": "text", "Label": "text", "length": "other"}, "tweet", "Label"),
+        ({"review": "text", "stars": "other", "review_id": "text"}, "review", "stars"),
+        ({"question": "text", "coarse": "classes", "fine": "classes"}, "question", None),
+        ({"text": "text", "length": "other", "stars": "other"}, "text", None),
+        ({"review": "text", "sentiment": "text"}, None, None),
+        ({"premise": "text", "hypothesis": "text", "label": "classes"}, None, "label"),
+        ({"audio": "other", "label": "classes"}, None, "label"),
+        ({"text": "text", "id": "other"}, "text", None),
+    ],
+)
+def test_columns_are_found_where_there_is_only_one_answer(
+    kinds: dict[str, Kind], text: str | None, label: str | None
+) -> None:
+    if label is None:
+        with pytest.raises(
+            UserError, match=r"^--dataset me/x: .* the labels: give --label_column NAME; the columns are"
+        ):
+            find_label_column(kinds, "--dataset me/x")
+    else:
+        assert find_label_column(kinds, "--dataset me/x") == label
+    rest = {name: kind for name, kind in kinds.items() if name != label}
+    if text is None:
+        with pytest.raises(UserError, match=r"^--dataset me/x: .* the texts: give --text_column NAME, or A,B for two"):
+            find_text_column(rest, "--dataset me/x")
+    else:
+        assert find_text_column(rest, "--dataset me/x") == text
