@@ -17,7 +17,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.runs.files import RESULT
 from tests.conftest import ROOT, frame, texts_of
-from tests.hub_cache import COMMIT, card, parquet, write_hub_cache
+from tests.hub_cache import COMMIT, card, hub_server, parquet, write_hub_cache
 
 SPLITS = {"train": 40, "validation": 12, "test": 10}
 
@@ -224,22 +224,49 @@ def test_from_prefetch_to_prediction(
     assert capsys.readouterr().err.startswith("error: --dataset me/nothing is not in the hub's cache")
 
 
+# Python code that reads a data set, for a process that does not import torch.
+READ = """
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from local_dataset_utilities import load_texts, prefetch_texts
+
+def read(dataset, how):
+    config = RunConfig.from_settings(dataset=dataset)
+    try:
+        print(how(config.data) if how is prefetch_texts else how(config.data, False).source)
+    except UserError as error:
+        print(error)
+"""
+
+
+def in_a_process(code: str, **variables: str) -> list[str]:
+    """The lines that Python code prints; a warning is an error, and nothing else may be printed."""
+    variables = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
+    command = [sys.executable, "-W", "error", "-c", READ + code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables)
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout.splitlines()
+
+
 def test_hf_home_in_a_process_of_its_own(tmp_path: Path) -> None:
     write_hub_cache(tmp_path / "hub", "me/films", {"README.md": card("plain"), **files_of("plain")})
-    code = (
-        "import json; from tests.hub_cache import *; from finetuning.flags import from_flags;"
-        "from local_dataset_utilities import load_texts;"
-        "config = from_flags(['--dataset', 'me/films', '--offline']); texts = load_texts(config.data, True);"
-        "print(json.dumps([texts.source, len(texts.splits['train'].texts)]))"
-    )
-    variables = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | variables,
-    )
-    assert (done.stderr, done.returncode) == ("", 0)
-    assert json.loads(done.stdout) == ["me/films, official test (Hugging Face hub)", 40]
+    shown = in_a_process("read('me/films', load_texts)", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert shown == ["me/films, official test (Hugging Face hub)"]
     assert (tmp_path / "datasets").is_dir()
+
+
+def test_prefetch_downloads_what_a_machine_without_network_needs(tmp_path: Path) -> None:
+    write_hub_cache(tmp_path / "hub", "me/films", {"README.md": card("plain")})  # what another program has fetched
+    with hub_server({"README.md": card("plain"), **files_of("plain")}) as address:
+        variables = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": address}
+        names = ("me/films", "me/nothing", "me/gated")
+        assert in_a_process("".join(f"read('{name}', prefetch_texts)\n" for name in names), **variables) == [
+            "None",
+            "--dataset me/nothing: the hub has no such dataset, or it is private",
+            "--dataset me/gated: the hub asks you to accept its terms, and to log in, first",
+        ]
+    assert in_a_process("read('me/films', load_texts)\nread('me/nothing', load_texts)", **variables) == [
+        "me/films, official test (Hugging Face hub)",
+        f"--dataset me/nothing is not on this machine, and {address} cannot be reached: give --dataset text"
+        f" --data_dir PATH",
+    ]
