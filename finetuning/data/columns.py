@@ -47,30 +47,33 @@ def _joined(parts: tuple[object, ...]) -> str | None:
     return JOINED_WITH.join(word for word in words if word.strip()) if len(words) == len(parts) else None
 
 
-def find_label_column(kinds: Mapping[str, Kind], flag: str) -> str:
+def find_label_column(kinds: Mapping[str, Kind], taken: Collection[str], flag: str) -> str:
     """The only column that can hold the labels: one with class names, else one named label, else the only number.
 
     Args:
-        kinds: every column of the data set that is not in use yet, with its kind.
+        kinds: every column of the data set, with its kind.
+        taken: columns that have another use.
         flag: ``--dataset`` and its value, for the message.
 
     Raises:
         UserError: there is none, or more than one.
     """
+    free = {name: kind for name, kind in kinds.items() if name not in taken and not _is_id(name)}
     ways = (
-        [name for name, kind in kinds.items() if kind == "classes"],
-        [name for name in kinds if name.lower() in ("label", "labels")],
-        [name for name, kind in kinds.items() if kind == "other" and not _is_id(name)],
+        [name for name, kind in free.items() if kind == "classes"],
+        [name for name in free if name.lower() in ("label", "labels")],
+        [name for name, kind in free.items() if kind == "other"],
     )
     return _only(next(filter(None, ways), []), kinds, flag, "labels", "--label_column NAME")
 
 
-def find_text_column(kinds: Mapping[str, Kind], flag: str) -> str:
+def find_text_column(kinds: Mapping[str, Kind], taken: Collection[str], flag: str) -> str:
     """The only column that can hold the texts: strings that are neither an id nor a label's name.
 
     Args, Raises: as ``find_label_column``.
     """
-    found = [n for n, kind in kinds.items() if kind == "text" and not _is_id(n) and not n.lower().startswith("label")]
+    strings = [name for name, kind in kinds.items() if kind == "text" and name not in taken]
+    found = [name for name in strings if not _is_id(name) and not name.lower().startswith("label")]
     return _only(found, kinds, flag, "texts", "--text_column NAME, or A,B for two columns joined")
 
 

@@ -170,12 +170,9 @@ def _with_labelled_test(tables: dict[str, pd.DataFrame], label: str) -> tuple[di
 
 def _columns(features: Mapping[str, Any], data: DataSettings, flag: str) -> dict[str, Any]:
     """``--text_column`` and ``--label_column``: as given, else the only ones that are possible."""
-    free = {name: _kind(feature) for name, feature in features.items()}
-    for name in text_columns(data.text_column, features):
-        free.pop(name, None)
-    label = data.label_column or find_label_column(free, flag)
-    free.pop(label, None)
-    return {"text_column": data.text_column or find_text_column(free, flag), "label_column": label}
+    kinds = {name: _kind(feature) for name, feature in features.items()}
+    label = data.label_column or find_label_column(kinds, text_columns(data.text_column, kinds), flag)
+    return {"text_column": data.text_column or find_text_column(kinds, [label], flag), "label_column": label}
 
 
 def _kind(feature: Any) -> Kind:

@@ -64,12 +64,12 @@ def test_columns_are_found_where_there_is_only_one_answer(
         with pytest.raises(
             UserError, match=r"^--dataset me/x: .* the labels: give --label_column NAME; the columns are"
         ):
-            find_label_column(kinds, "--dataset me/x")
+            find_label_column(kinds, [], "--dataset me/x")
     else:
-        assert find_label_column(kinds, "--dataset me/x") == label
-    rest = {name: kind for name, kind in kinds.items() if name != label}
+        assert find_label_column(kinds, [], "--dataset me/x") == label
+    taken = [] if label is None else [label]
     if text is None:
         with pytest.raises(UserError, match=r"^--dataset me/x: .* the texts: give --text_column NAME, or A,B for two"):
-            find_text_column(rest, "--dataset me/x")
+            find_text_column(kinds, taken, "--dataset me/x")
     else:
-        assert find_text_column(rest, "--dataset me/x") == text
+        assert find_text_column(kinds, taken, "--dataset me/x") == text

@@ -130,7 +130,7 @@ def test_other_columns(cache: Path) -> None:
     write_hub_cache(cache, "me/reviews", {"train.csv": table.to_csv(index=False)})
     line = refusal("me/reviews")
     assert "body or title can be the texts: give --text_column NAME, or A,B for two columns joined" in line
-    assert "the columns are body (text), id (text), title (text)" in line
+    assert "the columns are body (text), stars (other), id (text), title (text)" in line
     texts = texts_of(config_of("me/reviews", text_column="title,body"))
     assert texts.columns == {"text_column": "title,body", "label_column": "stars"}
     assert texts.splits["test"].texts[0].startswith("A title train text")
