@@ -157,6 +157,7 @@ class Setup:
         texts = self.texts
         return {
             "source": texts.source,
+            "columns": texts.columns,
             "label_names": texts.label_names,
             "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
             "tokens": {name: int(split.lengths.sum()) for name, split in self.splits.items()},

@@ -4,6 +4,7 @@
 Both depend only on the data and the settings, so another machine can repeat a run.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     Raises:
         UserError: the data is missing, cannot be read, or does not fit the settings.
     """
-    names, source = encode_labels(read_source(data, offline), data)
+    source = read_source(data, offline)
+    data = dataclasses.replace(data, **source.found)
+    names, source = encode_labels(source, data)
     splits, how = split_source(source, names, data)
     leaks_dropped = drop_leaks(splits, names)
     given = "validation" in source.tables and data.split in (None, "official")
@@ -40,6 +43,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
         },
         leaks_dropped=leaks_dropped,
         notes=notes,
+        columns={"text_column": data.text_column, "label_column": data.label_column},
     )
     del source, splits
     pa.default_memory_pool().release_unused()  # otherwise it keeps several times the size of the texts

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from finetuning.datasets import DATASETS
+from finetuning.datasets import DATASETS, hub_name, split_names, traits_of
 from finetuning.errors import UserError
 from finetuning.settings import (
     DEFAULT_MODEL,
@@ -117,8 +117,9 @@ class RunConfig:
         advice = f"--model_name {PACKAGED} or --model_name PATH"
         if self.data.data_dir is not None:
             return advice
-        packaged = DATASETS[self.data.dataset].packaged and not self.run.prefetch
-        return f"{advice}, and --data_dir PATH" + ("; or --offline for packaged model and reviews" if packaged else "")
+        packaged = traits_of(self.data.dataset).packaged and not self.run.prefetch
+        files = "--dataset text --data_dir PATH" if hub_name(self.data.dataset) else "--data_dir PATH"
+        return f"{advice}, and {files}" + ("; or --offline for packaged model and reviews" if packaged else "")
 
     @property
     def name(self) -> str:
@@ -212,10 +213,11 @@ _LORA_FLAGS = tuple(flag.name for flag in FLAGS.values() if flag.section == "lor
 
 def _dependent_defaults(s: SimpleNamespace) -> dict[str, Any]:
     """Defaults of the settings whose default depends on other settings."""
-    traits = DATASETS[s.dataset]
+    traits = traits_of(s.dataset)
     defaults: dict[str, Any] = {
         "model_name": PACKAGED if s.offline else DEFAULT_MODEL,
         "text_column": traits.text_column,
+        "label_column": traits.label_column,
         "agreement": traits.agreement,
         "monitor": traits.monitor,
         "learning_rate": DEFAULT_LEARNING_RATES[s.method, s.optimizer],
@@ -240,7 +242,7 @@ def _check_combinations(s: SimpleNamespace) -> None:
         if not allowed:
             raise UserError(f"--{name} {getattr(s, name)}: {message}")
 
-    traits = DATASETS[s.dataset]
+    traits, on_hub = traits_of(s.dataset), hub_name(s.dataset) is not None
     with_agreement = [name for name, other in DATASETS.items() if other.agreement]
     with_resplit = [name for name, other in DATASETS.items() if other.resplit]
     with_source = [name for name, other in DATASETS.items() if other.downloads]
@@ -250,7 +252,10 @@ def _check_combinations(s: SimpleNamespace) -> None:
         s.agreement is None or bool(traits.agreement), "agreement", f"needs --dataset {' or '.join(with_agreement)}"
     )
     require(s.split != "resplit" or bool(traits.resplit), "split", f"needs --dataset {' or '.join(with_resplit)}")
-    found = s.data_dir is not None or not s.offline or traits.packaged
+    require(not (on_hub and s.data_dir), "data_dir", f"needs --dataset text, but --dataset is {s.dataset}")
+    require(not s.split_names or on_hub, "split_names", "needs --dataset OWNER/NAME, a data set of the hub")
+    split_names(s.split_names)
+    found = s.data_dir is not None or not s.offline or traits.packaged or on_hub  # the cache may have a hub set
     require(found, "offline", f"no package contains {s.dataset}: give --data_dir PATH")
     downloads = bool(traits.downloads) and s.data_dir is None and not s.offline
     only = f"needs --dataset {' or '.join(with_source)} without --data_dir and --offline"

@@ -6,11 +6,18 @@ import http.client
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from finetuning.errors import UserError, first_line
@@ -82,6 +89,51 @@ def hub_file(repository: str, filename: str, instead: str = "--data_dir PATH") -
     except Exception as error:  # errors of the hub and of its HTTP library, which changes between versions
         reason = first_line(error)
         raise UserError(f"the data set {repository} cannot be downloaded ({reason}): give --data_dir PATH") from error
+
+
+def hub_snapshot(
+    flag: str,
+    repository: str,
+    offline: bool,
+    instead: str,
+    is_complete: Callable[[Path], bool],
+    repo_type: Literal["model", "dataset"],
+    patterns: list[str] | None = None,
+) -> Path:
+    """The folder with the files of a repository, from the hub's cache if it is complete there.
+
+    Args:
+        flag: the flag and its value, for messages.
+        repository: the hub id.
+        offline: never use the network; the cache is then taken as it is.
+        instead: the flags to advise if the hub cannot be reached.
+        is_complete: whether a folder of the cache has all that is needed, so that the hub need not be asked.
+        repo_type: what the repository holds.
+        patterns: the files to download; ``None`` downloads all.
+
+    Raises:
+        UserError: it does not exist, is not in the cache and cannot be downloaded, or needs permission.
+    """
+    fetch = functools.partial(snapshot_download, repository, repo_type=repo_type, allow_patterns=patterns)
+    try:
+        cached = Path(fetch(local_files_only=True))
+        if is_complete(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    except HFValidationError:
+        raise UserError(f"{flag}: is no hub id, and no folder has this name") from None
+    if offline:
+        raise UserError(f"{flag} is not in the hub's cache, and --offline was given: --prefetch it first")
+    require_hub(flag, instead)
+    try:
+        return Path(fetch())
+    except GatedRepoError:
+        raise UserError(f"{flag}: the hub asks you to accept its terms, and to log in, first") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{flag}: the hub has no such {repo_type}, or it is private") from None
+    except Exception as error:  # the hub's client does not catch the errors of its HTTP library
+        raise UserError(f"{flag} could not be downloaded: {first_line(error)}") from None
 
 
 def download(archive: Archive, target: Path) -> None:

@@ -87,6 +87,13 @@ def test_defaults_of_data_sets() -> None:
     changed = config_of_flags("--dataset financial_phrasebank --monitor loss --text_column t --agreement 75")
     assert (changed.training.monitor, changed.data.text_column, changed.data.agreement) == ("loss", "t", "75")
     assert config_of_flags("--dataset text --data_dir d").data.split is None
+    columns = [
+        (config.data.text_column, config.data.label_column)
+        for config in (imdb, financial, config_of_flags("--dataset me/films"))
+    ]
+    assert columns == [("text", "label"), ("sentence", "label"), ("", "")]  # those of a hub set are found in it
+    assert imdb.instead_of_hub.endswith("and --data_dir PATH; or --offline for packaged model and reviews")
+    assert config_of_flags("--dataset me/films").instead_of_hub.endswith("and --dataset text --data_dir PATH")
 
 
 def test_offline_means_the_packaged_model() -> None:
@@ -109,6 +116,24 @@ def test_unknown_choices(name: str) -> None:
     assert refusal(f"--{name} nonsense") == line
     with pytest.raises(UserError, match=f"^{line}$"):
         RunConfig.from_settings(**{name: "nonsense"})
+
+
+@pytest.mark.parametrize(
+    "name", ["imbd", "me/", "/films", "me/films/plain", "me/films:", "-me/films", "./films", "../films"]
+)
+def test_unknown_data_sets(name: str) -> None:
+    allowed = "must be one of imdb, financial_phrasebank, text, or OWNER/NAME[:CONFIG], a data set of the hub"
+    with pytest.raises(UserError) as caught:
+        RunConfig.from_settings(dataset=name)
+    assert str(caught.value) == f"--dataset {name}: {allowed}"
+
+
+@pytest.mark.parametrize(
+    "names", ["a", "train", "train=", "train=a,dev=b", "validation=a", "train=a,train=b", "train=a,test=a", "train=a,,"]
+)
+def test_names_of_splits_that_make_no_sense(names: str) -> None:
+    line = refusal(f"--dataset me/films --split_names {names}")
+    assert line.startswith(f"--split_names {names}: must be of the form train=NAME,validation=NAME,test=NAME")
 
 
 @pytest.mark.parametrize(
@@ -195,6 +220,11 @@ def test_every_lora_flag_is_known_to_the_test_above() -> None:
         ("--batch_tokens -5 --batch_size 2", "--batch_tokens -5: must be at least --max_length 256"),
         ("--dataset text", "--dataset text: needs --data_dir PATH"),
         ("--agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
+        ("--dataset me/films --agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
+        ("--dataset me/films --split resplit", "--split resplit: needs --dataset imdb"),
+        ("--dataset me/films --data_source hub", "--data_source hub: needs --dataset imdb"),
+        ("--dataset me/films --data_dir d", "--data_dir d: needs --dataset text, but --dataset is me/films"),
+        ("--split_names train=a", "--split_names train=a: needs --dataset OWNER/NAME"),
         ("--dataset financial_phrasebank --split resplit", "--split resplit: needs --dataset imdb"),
         ("--dataset text --data_dir d --split resplit", "--split resplit: needs --dataset imdb"),
         ("--dataset financial_phrasebank --offline", "--offline True: no package contains financial_phrasebank"),
@@ -231,6 +261,8 @@ def test_settings_that_exclude_each_other(line: str, words: str) -> None:
     "line",
     [
         "--dataset financial_phrasebank --offline --data_dir d",
+        "--dataset me/films:plain --offline",
+        "--dataset me/films --split_names train=a,test=b --split stratified",
         "--data_source stanford",
         "--split resplit",
         "--device 1 --accelerator gpu",

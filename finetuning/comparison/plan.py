@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finetuning.datasets import hub_name
 from finetuning.errors import UserError, first_line
 from finetuning.flags import from_flags
 from finetuning.settings import FLAGS
@@ -77,8 +78,9 @@ class PlannedRun:
         """The run as words of a command line; its data is inside ``data_dir`` if one is given."""
         settings = dict(self.settings)
         below = settings.pop("data_dir", None)
-        packaged = settings.get("offline") and settings.get("dataset", "imdb") == "imdb" and below is None
-        if data_dir is not None and not packaged and "data_source" not in settings:
+        dataset = settings.get("dataset", "imdb")
+        packaged = settings.get("offline") and dataset == "imdb" and below is None
+        if data_dir is not None and not packaged and hub_name(str(dataset)) is None and "data_source" not in settings:
             settings["data_dir"] = data_dir / (below or "")
         return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 

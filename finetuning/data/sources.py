@@ -1,8 +1,9 @@
-"""Reads the texts: one reader for each ``--dataset``."""
+"""Reads the texts: one reader for each named ``--dataset``, and one for all data sets of the hub."""
 
 from collections.abc import Callable
 
 from finetuning.config import check_data_dir
+from finetuning.data.hub_sets import read_hub_set
 from finetuning.data.imdb import read_imdb
 from finetuning.data.phrasebank import read_phrasebank
 from finetuning.data.tables import class_names, read_table, split_files
@@ -17,7 +18,7 @@ def read_source(data: DataSettings, offline: bool) -> Source:
         UserError: the data is missing or cannot be read.
     """
     check_data_dir(data.data_dir)
-    return READERS[data.dataset](data, offline)
+    return READERS.get(data.dataset, read_hub_set)(data, offline)
 
 
 def read_own_files(data: DataSettings, _offline: bool) -> Source:

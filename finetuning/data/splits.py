@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from finetuning.data.texts import SPLITS, Source
-from finetuning.datasets import DATASETS
+from finetuning.data.texts import Source
+from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 
@@ -35,7 +35,7 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
     unknown = labels[~labels.isin(list(known))]
     if len(unknown):
         allowed = ", ".join(f"{i} or {name}" for i, name in enumerate(names))
-        advice = "" if data.dataset == "text" else ": use --dataset text for other labels"
+        advice = ": use --dataset text for other labels" if traits_of(data.dataset).label_names else ""
         raise UserError(
             f"--label_column {data.label_column}: label {unknown.tolist()[0]!r} is not one of {allowed}{advice}"
         )
@@ -112,7 +112,7 @@ def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[
         splits = dict(tables)
         for missing in {"validation", "test"} - set(tables):  # at most one
             splits["train"], splits[missing] = _parts(tables["train"], (90, 10), names, data.data_seed)
-        test = "official test" if "test" in tables else "held-out test"
+        test = source.test_is if "test" in tables else "held-out test"
         return {split: splits[split] for split in SPLITS}, f"{source.name}, {test} ({source.where})"
     resplit = DATASETS[data.dataset].resplit if kind == "resplit" else None
     shares = resplit or (80, 10, 10)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -18,6 +17,8 @@ class Source:
     tables: dict[str, pd.DataFrame]
     label_names: Sequence[str] | None  # None if the names come from the labels
     notes: list[str] = field(default_factory=list)
+    test_is: str = "official test"  # for people: what the test split is
+    found: dict[str, Any] = field(default_factory=dict)  # settings that the reader found: text_column, label_column
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,4 @@ class TextData:
     splits: dict[str, LabelledTexts]  # train, validation, test
     leaks_dropped: int  # texts removed from train because they also appear in validation or test
     notes: list[str] = field(default_factory=list)  # one sentence for each change of the data
+    columns: dict[str, str] = field(default_factory=dict)  # text_column and label_column, as given or found

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from finetuning.errors import UserError, first_line
-from finetuning.hub import require_hub
+from finetuning.hub import hub_snapshot
 from finetuning.models.families import FAMILIES, ModelFamily, family_of
 from finetuning.settings import PACKAGED, LoRASettings, MethodSettings, ModelSettings
 
@@ -71,33 +71,11 @@ def _packaged_model() -> Path:
 
 def _hub_model(name: str, offline: bool, instead: str) -> Path:
     """The hub's snapshot of a model, from the cache if it is complete there: compute nodes then need no network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
 
-    try:
-        cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-        if (cached / "config.json").is_file() and list(cached.glob("*.safetensors")):
-            return cached
-    except LocalEntryNotFoundError:
-        pass
-    except HFValidationError:
-        raise UserError(f"--model_name {name}: neither a folder, nor '{PACKAGED}', nor a hub id") from None
-    if offline:
-        raise UserError(f"--model_name {name} is not in the hub's cache, and --offline was given: --prefetch it first")
-    require_hub(f"--model_name {name}", instead)
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except GatedRepoError:
-        raise UserError(f"--model_name {name}: the hub asks you to accept its terms, and to log in, first") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"--model_name {name}: the hub has no such model, and no folder has this name") from None
-    except Exception as error:  # the hub's client does not catch the errors of its HTTP library
-        raise UserError(f"--model_name {name} could not be downloaded: {first_line(error)}") from None
+    def is_complete(folder: Path) -> bool:
+        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+    return hub_snapshot(f"--model_name {name}", name, offline, instead, is_complete, "model", HUB_FILES)
 
 
 def _read_config(model_name: str, folder: Path) -> Any:

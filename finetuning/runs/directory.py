@@ -1,6 +1,7 @@
 """A run directory: its name, the checks before a run, and how a run starts in it."""
 
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def default_directory(dataset: str, method: str) -> Path:
     moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]  # a shell loop can start several runs in a second
     if in_slurm_step():  # the processes of a run share these numbers, but may start at different times
         moment = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
-    return Path("runs") / f"{dataset}-{method}-{moment}"
+    name = re.sub(r"[^\w.-]+", "-", dataset)  # a data set of the hub has a slash
+    return Path("runs") / f"{name}-{method}-{moment}"
 
 
 def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,8 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
     data = Path("/data")
     assert here == {"hub": data, "below": data / "imdb", "packaged": None, "financial": data, "stanford": None}
     assert all("--data_dir" not in run.flags() for run in study.runs)
+    from_the_hub = replace(study.runs[0], settings={"dataset": "me/films"})
+    assert from_the_hub.flags(Path("/data")) == ["--dataset", "me/films"]
 
 
 # --- what is refused

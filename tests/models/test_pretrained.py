@@ -95,8 +95,8 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error
     def download(*_: object, local_files_only: bool = False, **__: object) -> None:
         raise LocalEntryNotFoundError("not cached") if local_files_only else error
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("finetuning.models.pretrained.require_hub", lambda *_: None)
+    monkeypatch.setattr("finetuning.hub.snapshot_download", download)
+    monkeypatch.setattr("finetuning.hub.require_hub", lambda *_: None)
     with pytest.raises(UserError, match=words):
         find_base_model(RunConfig.from_settings(model_name="somebody/something"))
 

@@ -203,5 +203,6 @@ def test_default_directory_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)  # a shell of salloc, in which several runs may follow
     assert default_directory("imdb", "qlora").match("runs/imdb-qlora-20*-*")
+    assert default_directory("me/films:plain text", "lora").match("runs/me-films-plain-text-lora-20*-*")
     monkeypatch.setenv("SLURM_STEP_ID", "3")
     assert default_directory("imdb", "full") == Path("runs/imdb-full-77.3")

@@ -1,0 +1,89 @@
+"""Which columns of a table hold the texts and the labels."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+import pandas as pd
+
+from finetuning.errors import UserError, listed
+
+JOINED_WITH = " "
+Kind = Literal["text", "classes", "other"]  # of a column; classes: numbers that have names
+
+
+def text_columns(wanted: str, available: Collection[str]) -> list[str]:
+    """The names in ``--text_column``: one column, or several separated by commas."""
+    return [wanted] if wanted in available else [name.strip() for name in wanted.split(",")]
+
+
+def texts_in(table: pd.DataFrame, wanted: str, where: object) -> pd.Series:
+    """The text of each row. Several columns are joined with a space; empty parts are left out.
+
+    Args:
+        table: any table.
+        wanted: ``--text_column``.
+        where: the table's file, for the message.
+
+    Returns:
+        (rows,) texts. A row without a text is whatever the table has there: empty, ``None`` or no string.
+
+    Raises:
+        UserError: a column is missing.
+    """
+    names = text_columns(wanted, table.columns)
+    if not set(names) <= set(table.columns):
+        what = "a column" if len(names) == 1 else "columns"
+        raise UserError(f"--text_column {wanted}: must be {what} of {where}, which has: {listed(table.columns)}")
+    if len(names) == 1:
+        return table[names[0]]
+    parts = table[names].astype(object).where(table[names].notna(), "")
+    return pd.Series([_joined(row) for row in parts.itertuples(index=False, name=None)], table.index, dtype=object)
+
+
+def _joined(parts: tuple[object, ...]) -> str | None:
+    """``None`` if a part is no string."""
+    words = [part for part in parts if isinstance(part, str)]
+    return JOINED_WITH.join(word for word in words if word.strip()) if len(words) == len(parts) else None
+
+
+def find_label_column(kinds: Mapping[str, Kind], taken: Collection[str], flag: str) -> str:
+    """The only column that can hold the labels: one with class names, else one named label, else the only number.
+
+    Args:
+        kinds: every column of the data set, with its kind.
+        taken: columns that have another use.
+        flag: ``--dataset`` and its value, for the message.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    free = {name: kind for name, kind in kinds.items() if name not in taken and not _is_id(name)}
+    ways = (
+        [name for name, kind in free.items() if kind == "classes"],
+        [name for name in free if name.lower() in ("label", "labels")],
+        [name for name, kind in free.items() if kind == "other"],
+    )
+    return _only(next(filter(None, ways), []), kinds, flag, "labels", "--label_column NAME")
+
+
+def find_text_column(kinds: Mapping[str, Kind], taken: Collection[str], flag: str) -> str:
+    """The only column that can hold the texts: strings that are neither an id nor a label's name.
+
+    Args, Raises: as ``find_label_column``.
+    """
+    strings = [name for name, kind in kinds.items() if kind == "text" and name not in taken]
+    found = [name for name in strings if not _is_id(name) and not name.lower().startswith("label")]
+    return _only(found, kinds, flag, "texts", "--text_column NAME, or A,B for two columns joined")
+
+
+def _is_id(name: str) -> bool:
+    return re.fullmatch(r"(.*_)?(id|idx|uuid|index)", name.lower()) is not None
+
+
+def _only(found: list[str], kinds: Mapping[str, Kind], flag: str, what: str, advice: str) -> str:
+    if len(found) == 1:
+        return found[0]
+    problem = f"{' or '.join(found)} can be the {what}" if found else f"no column can be the {what}"
+    columns = listed(f"{name} ({kind})" for name, kind in kinds.items())
+    raise UserError(f"{flag}: {problem}: give {advice}; the columns are {columns}")

@@ -1,0 +1,75 @@
+"""Texts in one column or in several."""
+
+import pandas as pd
+import pytest
+
+from finetuning.data.columns import Kind, find_label_column, find_text_column, texts_in
+from finetuning.errors import UserError
+
+TABLE = pd.DataFrame(
+    {
+        "title": ["Good", "", None, "Bad", "  "],
+        "body": ["film", "only a body", "no title", None, ""],
+        "year": [1, 2, 3, 4, 5],
+        "a,b": list("vwxyz"),
+    }
+)
+
+
+def test_one_column_is_as_it_is() -> None:
+    assert texts_in(TABLE, "body", "here").tolist()[:3] == ["film", "only a body", "no title"]
+    assert texts_in(TABLE, "year", "here").tolist() == [1, 2, 3, 4, 5]
+    assert texts_in(TABLE, "a,b", "here").tolist() == list("vwxyz"), "a column of this name comes first"
+
+
+def test_several_are_joined_with_a_space_without_empty_parts() -> None:
+    for wanted in ("title,body", "title, body"):
+        assert texts_in(TABLE, wanted, "here").tolist() == ["Good film", "only a body", "no title", "Bad", ""]
+    assert texts_in(TABLE, "body,title", "here")[0] == "film Good"
+
+
+def test_a_number_is_no_part_of_a_text() -> None:
+    assert texts_in(TABLE, "title,year", "here").isna().all()
+
+
+def test_missing_columns() -> None:
+    columns = "which has: title, body, year, a,b$"
+    with pytest.raises(UserError, match=f"--text_column text: must be a column of here, {columns}"):
+        texts_in(TABLE, "text", "here")
+    with pytest.raises(UserError, match=f"--text_column title,text: must be columns of here, {columns}"):
+        texts_in(TABLE, "title,text", "here")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "text", "label"),
+    [
+        ({"text": "text", "label": "classes"}, "text", "label"),
+        ({"sentence": "text", "idx": "other", "intent": "classes"}, "sentence", "intent"),
+        ({"text": "text", "labels": "classes", "id": "text"}, "text", "labels"),
+        ({"text": "text", "label": "other", "label_text": "text"}, "text", "label"),
+        ({"tweet_id": "other", "tweet": "text", "Label": "text", "length": "other"}, "tweet", "Label"),
+        ({"review": "text", "stars": "other", "review_id": "text"}, "review", "stars"),
+        ({"question": "text", "coarse": "classes", "fine": "classes"}, "question", None),
+        ({"text": "text", "length": "other", "stars": "other"}, "text", None),
+        ({"review": "text", "sentiment": "text"}, None, None),
+        ({"premise": "text", "hypothesis": "text", "label": "classes"}, None, "label"),
+        ({"audio": "other", "label": "classes"}, None, "label"),
+        ({"text": "text", "id": "other"}, "text", None),
+    ],
+)
+def test_columns_are_found_where_there_is_only_one_answer(
+    kinds: dict[str, Kind], text: str | None, label: str | None
+) -> None:
+    if label is None:
+        with pytest.raises(
+            UserError, match=r"^--dataset me/x: .* the labels: give --label_column NAME; the columns are"
+        ):
+            find_label_column(kinds, [], "--dataset me/x")
+    else:
+        assert find_label_column(kinds, [], "--dataset me/x") == label
+    taken = [] if label is None else [label]
+    if text is None:
+        with pytest.raises(UserError, match=r"^--dataset me/x: .* the texts: give --text_column NAME, or A,B for two"):
+            find_text_column(kinds, taken, "--dataset me/x")
+    else:
+        assert find_text_column(kinds, taken, "--dataset me/x") == text
