@@ -107,7 +107,8 @@ def table(result: Record) -> str:
     machine, records = result["environment"], result["measurements"]
     not_alone = sum(record["alone"] is False for record in records)
     lines = [
-        f"{machine['cpu']}, {machine['threads']} threads; torch {machine['versions']['torch']}; {result['rounds']} rounds."
+        f"{machine['cpu']}, {machine['threads']} threads; torch {machine['versions']['torch']};"
+        f" {result['rounds']} rounds."
         + (f" Measurements that were not alone on the machine: {not_alone}." if not_alone else ""),
         "",
         "| model, LoRA on, max_length | without int8 | tokens/s: int8, without | training, int8 / without"

@@ -18,7 +18,7 @@ from finetuning.models import cpu_kernels
 from finetuning.models.families import ModelFamily
 from finetuning.models.int8_products import RANK_MULTIPLE, Thin, accumulate, dequantize, multiply, quantize
 
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE = 1024  # rows of a product computed at once: their sums, 6 MB at MiniLM's size, stay in the cache
 
 
 class Int8Linear(nn.Module):
@@ -192,7 +192,7 @@ class _FrozenInt8(torch.autograd.Function):
             elif ctx.activate and need_A:
                 h = F.gelu(x[rows])
             if grad_A is not None and h is not None and grad_inner is not None:
-                accumulate(grad_inner, h, grad_A)
+                accumulate(grad_inner, h, grad_A, A)
             if grad_B is not None:
-                accumulate(inner[rows], grad[rows], grad_B, B.ends, B.ranks)
+                accumulate(inner[rows], grad[rows], grad_B, B)
         return grad_x, grad_A, None if grad_B is None else grad_B.t(), None, None, None, None

@@ -10,7 +10,6 @@ the sums are dequantized. Each step is a compiled kernel (kernels/int8.cpp), or 
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +40,18 @@ class Thin:
     ends: tuple[int, ...]
     ranks: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def pairs(self) -> Tensor:
         """As the kernels multiply them, with neighbouring rows interleaved: ``(R / 2, D, 2)``; in fp32 as they are."""
         if self.rows.dtype == torch.float32:
             return self.rows
         return self.rows.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
+
+    @functools.cached_property
+    def segments(self) -> tuple[int | Tensor, ...]:
+        """The blocks as the kernels take them: count, ends, ranks, sum of ranks."""
+        ends, ranks = (torch.tensor(values, dtype=torch.int32) for values in (self.ends, self.ranks))
+        return len(self.ends), ends, ranks, sum(self.ranks)
 
 
 def takes(x: Tensor, thin: Thin | None, *widths: int) -> bool:
@@ -85,7 +90,7 @@ def quantize(
     inner = None if thin is None else x.new_empty(count, len(thin.rows))
     _call(
         "quantize", x, x, columns, int(activate), count, width, None if thin is None else thin.rows,
-        *_segments(thin, width), torch.get_num_threads(), q, scales, inner,
+        *(_no_segments(width) if thin is None else thin.segments), torch.get_num_threads(), q, scales, inner,
     )  # fmt: skip
     return q, scales, inner
 
@@ -136,25 +141,24 @@ def dequantize(
     h = None if gelu_input is None else torch.empty_like(out)
     _call(
         "dequantize", out, sums, scales, columns, bias, inner, None if thin is None else thin.pairs, gelu_input,
-        count, width, *_segments(thin, width), torch.get_num_threads(), out, h,
+        count, width, *(_no_segments(width) if thin is None else thin.segments), torch.get_num_threads(), out, h,
     )  # fmt: skip
     return h
 
 
-def accumulate(inner: Tensor, x: Tensor, sums: Tensor, ends: Sequence[int] = (), ranks: Sequence[int] = ()) -> None:
-    """Adds ``inner^T x`` to ``sums``: ``(N, R), (N, D) -> (R, D)`` fp32; only the blocks of a ``Thin``, if given."""
+def accumulate(inner: Tensor, x: Tensor, sums: Tensor, like: Thin) -> None:
+    """Adds ``inner^T x`` to ``sums``, ``(N, R), (N, D) -> (R, D)`` fp32; the kernel only the blocks of ``like``."""
     width = x.shape[1]
-    thin = Thin(sums, tuple(ends) or (width,), tuple(ranks) or (len(sums),))
-    if not takes(x, thin, width):
+    if not takes(x, like, width):
         sums += inner.float().t() @ x.float()
         return
-    _call("accumulate", x, inner, x, len(x), width, *_segments(thin, width), torch.get_num_threads(), sums)
+    _call("accumulate", x, inner, x, len(x), width, *like.segments, torch.get_num_threads(), sums)
 
 
-def _segments(thin: Thin | None, width: int) -> tuple[int | Tensor, ...]:
-    """A Thin's blocks as the kernels take them: count, ends, ranks, sum of ranks."""
-    ends, ranks = ((width,), (0,)) if thin is None else (thin.ends, thin.ranks)
-    return len(ends), torch.tensor(ends, dtype=torch.int32), torch.tensor(ranks, dtype=torch.int32), sum(ranks)
+@functools.cache
+def _no_segments(width: int) -> tuple[int | Tensor, ...]:
+    """One block of rank 0."""
+    return 1, torch.tensor([width], dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 0
 
 
 def _call(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:

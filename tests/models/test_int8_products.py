@@ -124,7 +124,7 @@ def test_gradients_of_lora_are_added_up(dtype: torch.dtype, count: int, ranks: t
     x, inner = torch.randn(count, 192).to(dtype), torch.randn(count, sum(ranks)).to(dtype)
     blocks = thin(torch.float32, 192, ranks)
     before = blocks.rows.clone()
-    accumulate(inner, x, blocks.rows, blocks.ends, blocks.ranks)
+    accumulate(inner, x, blocks.rows, blocks)
     exact = (inner.double().t() @ x.double()) * (before != 0)
     if steps == "torch" or any(r % int8_products.RANK_MULTIPLE for r in ranks):
         exact = inner.double().t() @ x.double()  # torch's product fills the zeros of the blocks, too

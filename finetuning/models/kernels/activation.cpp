@@ -1,8 +1,8 @@
-// GELU, x Phi(x) with Phi the normal distribution function, and its gradient; bf16 in and out, fp32 within.
-// One pass over x gives the function and its derivative.
+// GELU and its gradient; bf16 in and out, fp32 within.
 
 #include <algorithm>
 
+#include "gelu.h"
 #include "packing.h"
 
 namespace {
@@ -39,18 +39,14 @@ extern "C" {
 // y = gelu(x), `count` elements each
 void gelu_forward(const bf16* x, long count, int threads, bf16* y) {
     for_each_sixteen(count, threads, [=](long at, auto lanes) {
-        const __m512 value = lanes.load(x + at);
-        lanes.store(y + at, _mm512_mul_ps(value, normal(value).distribution));
+        lanes.store(y + at, gelu(lanes.load(x + at)));
     });
 }
 
 // grad_x = grad gelu'(x)
 void gelu_backward(const bf16* x, const bf16* grad, long count, int threads, bf16* grad_x) {
     for_each_sixteen(count, threads, [=](long at, auto lanes) {
-        const __m512 value = lanes.load(x + at);
-        const Normal n = normal(value);
-        const __m512 slope = _mm512_fmadd_ps(value, n.density, n.distribution);
-        lanes.store(grad_x + at, _mm512_mul_ps(lanes.load(grad + at), slope));
+        lanes.store(grad_x + at, _mm512_mul_ps(lanes.load(grad + at), gelu_slope(lanes.load(x + at))));
     });
 }
 }

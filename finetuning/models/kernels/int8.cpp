@@ -13,7 +13,7 @@
 #include <cstring>
 #include <vector>
 
-#include "normal.h"
+#include "gelu.h"
 
 namespace {
 
@@ -197,9 +197,8 @@ void dequantize_columns(const int32_t* sums, const float* scales, const Output<T
         const long at = (row + r) * o.width + c;
         if (o.x) {
             const __m512 x = load(o.x + at);
-            const Normal n = normal(x);
-            store(o.h + at, _mm512_mul_ps(x, n.distribution));
-            y[r] = _mm512_mul_ps(y[r], _mm512_fmadd_ps(x, n.density, n.distribution));
+            store(o.h + at, gelu(x));
+            y[r] = _mm512_mul_ps(y[r], gelu_slope(x));
         }
         store(o.y + at, y[r]);
     }
@@ -245,43 +244,56 @@ inline void pair_rows(const bf16* first, const bf16* second, __m512i* lanes) {
 }
 #endif
 
-// out (ranks, width) += inner^T x for 32 columns from c; `pairs` (rows / kPer, ranks) holds inner's lanes
-template <class T>
-void accumulate_columns(const T* x, const int32_t* pairs, int rows, int width, int ranks, int c, int first, int last, float* out) {
-    for (int k = first; k < last; k += kRanks) {
-        __m512 total[kRanks][2];
-        for (int j = 0; j < kRanks; j++)
-            for (int i = 0; i < 2; i++) total[j][i] = _mm512_loadu_ps(out + long(k + j) * width + c + 16 * i);
-        for (int r = 0; r < rows; r += kPer<T>) {
-            __m512i lanes[2];
-            const T* row = x + long(r) * width + c;
-            pair_rows(row, r + 1 < rows ? row + width : row, lanes);  // the pair of a last odd row has a factor 0
-#pragma GCC unroll 4
-            for (int j = 0; j < kRanks; j++) {
-                const __m512i factor = _mm512_set1_epi32(pairs[long(r / kPer<T>) * ranks + k + j]);
+// The lanes of two rows of inner, or of one: {first, second} of each rank
+inline void pair_ranks(const float* first, const float*, int ranks, int32_t* lanes) {
+    std::memcpy(lanes, first, ranks * sizeof(float));
+}
+
+#ifdef __AVX512BF16__
+inline void pair_ranks(const bf16* first, const bf16* second, int ranks, int32_t* lanes) {
+    for (int k = 0; k < ranks; k++) lanes[k] = first[k] | int32_t(second ? second[k] : 0) << 16;
+}
+#endif
+
+// out (Ranks rows from k) += inner^T x for 32 columns from c; `pairs` (rows / kPer, ranks) holds inner's lanes
+template <class T, int Ranks>
+void accumulate_columns(const T* x, const int32_t* pairs, int rows, int width, int ranks, int c, int k, float* out) {
+    __m512 total[Ranks][2];
+#pragma GCC unroll 8
+    for (int j = 0; j < Ranks; j++)
+        for (int i = 0; i < 2; i++) total[j][i] = _mm512_loadu_ps(out + long(k + j) * width + c + 16 * i);
+    for (int r = 0; r < rows; r += kPer<T>, pairs += ranks) {
+        __m512i lanes[2];
+        const T* row = x + long(r) * width + c;
+        pair_rows(row, r + 1 < rows ? row + width : row, lanes);  // the pair of a last odd row has a factor 0
+#pragma GCC unroll 8
+        for (int j = 0; j < Ranks; j++)
 #pragma GCC unroll 2
-                for (int i = 0; i < 2; i++) total[j][i] = multiply_add(total[j][i], factor, lanes[i], x);
-            }
-        }
-        for (int j = 0; j < kRanks; j++)
-            for (int i = 0; i < 2; i++) _mm512_storeu_ps(out + long(k + j) * width + c + 16 * i, total[j][i]);
+            for (int i = 0; i < 2; i++)
+                total[j][i] = multiply_add(total[j][i], _mm512_set1_epi32(pairs[k + j]), lanes[i], x);
     }
+#pragma GCC unroll 8
+    for (int j = 0; j < Ranks; j++)
+        for (int i = 0; i < 2; i++) _mm512_storeu_ps(out + long(k + j) * width + c + 16 * i, total[j][i]);
 }
 
 template <class T>
 void accumulate(const T* inner, const T* x, int rows, int width, Segments segments, int ranks, int threads, float* out) {
-    std::vector<int32_t> pairs(long(rows + 1) / kPer<T> * ranks);
-    for (int r = 0; r < rows; r++)
-        for (int k = 0; k < ranks; k++)
-            std::memcpy(reinterpret_cast<T*>(&pairs[long(r / kPer<T>) * ranks + k]) + r % kPer<T>, inner + long(r) * ranks + k,
-                        sizeof(T));
+    std::vector<int32_t> pairs(long(rows + kPer<T> - 1) / kPer<T> * ranks);
+    for (int r = 0; r < rows; r += kPer<T>) {
+        const T* first = inner + long(r) * ranks;
+        pair_ranks(first, r + 1 < rows ? first + ranks : nullptr, ranks, &pairs[long(r / kPer<T>) * ranks]);
+    }
     std::vector<int> first(width / 32), last(width / 32);
     for_each_segment(segments, [&](int begin, int end, int from, int to) {
         for (int i = begin / 32; i < end / 32; i++) first[i] = from, last[i] = to;
     });
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < width / 32; i++)
-        accumulate_columns<T>(x, pairs.data(), rows, width, ranks, 32 * i, first[i], last[i], out);
+    for (int i = 0; i < width / 32; i++) {
+        int k = first[i];
+        for (; k + 8 <= last[i]; k += 8) accumulate_columns<T, 8>(x, pairs.data(), rows, width, ranks, 32 * i, k, out);
+        if (k < last[i]) accumulate_columns<T, 4>(x, pairs.data(), rows, width, ranks, 32 * i, k, out);
+    }
 }
 
 }  // namespace

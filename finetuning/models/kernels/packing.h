@@ -11,14 +11,13 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "normal.h"
-
 // Each source file has its own copy, so that nothing of it is visible outside.
 namespace {
 
 using bf16 = uint16_t;
 constexpr int kTile = 16 * 32;  // bf16 in a tile of A or B
 constexpr int kSquare = 16 * 16;  // fp32 in a tile of C
+constexpr float kLog2e = 1.4426950408889634f;
 
 // One thread's scratch memory, cut into parts as they are asked for.
 class Scratch {
@@ -35,6 +34,20 @@ class Scratch {
   private:
     char *base_, *next_;
 };
+
+// 2^x for x <= 0 or slightly above; lanes outside `keep` are 0.
+inline __m512 exp2(__m512 x, __mmask16 keep) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));  // also -inf, of keys that are padding
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, n);  // [-1/2, 1/2]; relative error of the polynomial 2e-6
+    __m512 p = _mm512_set1_ps(1.3333558e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
+    return _mm512_maskz_scalef_ps(keep, p, n);
+}
 
 inline __m512 from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
