@@ -7,6 +7,7 @@ flags. Checks that need the data, the model or the machine are next to the code 
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,27 @@ def continued(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_dict({**values, **given, "resume": True})
 
 
+def parsed_class_weights(setting: str) -> dict[str, float]:
+    """The weights that ``--class_weights NAME=WEIGHT,...`` gives, by name. A name may contain commas.
+
+    Raises:
+        UserError: it has another form, a class twice, a weight that is negative or not finite, or no weight above 0.
+    """
+    parts = re.findall(r"(.+?)=([^=,]*)(?:,|$)", setting)
+    try:
+        weights = {name.strip(): float(weight) for name, weight in parts}
+    except ValueError:
+        weights = {}
+    whole = ",".join(f"{name}={weight}" for name, weight in parts) == setting.rstrip(",")
+    allowed = all(0 <= weight < math.inf for weight in weights.values())
+    if not (weights and whole and allowed) or len(weights) < len(parts) or not any(weights.values()):
+        raise UserError(
+            f"--class_weights {setting}: must be balanced, none, or NAME=WEIGHT,NAME=WEIGHT with each class once,"
+            f" weights of at least 0, and one above 0"
+        )
+    return weights
+
+
 def _is_path(name: str) -> bool:
     return name in FLAGS and FLAGS[name].kind is Path
 
@@ -254,6 +276,8 @@ def _check_combinations(s: SimpleNamespace) -> None:
     require(not (s.resume and s.overwrite), "resume", "cannot be used with --overwrite")
     require(not s.resume or s.output_dir is not None, "resume", "needs --output_dir PATH, the run to continue")
     require(not (s.estimate and s.devices * s.num_nodes > 1), "estimate", "needs --devices 1 and --num_nodes 1")
+    if s.class_weights not in ("none", "balanced"):
+        parsed_class_weights(s.class_weights)
     require(not (s.prefetch and s.offline), "prefetch", "needs the network: leave out --offline")
 
 

@@ -170,7 +170,13 @@ class TrainingSettings:
         None, "Largest batch, in tokens including padding.", "6144; no limit if only --batch_size is given"
     )
     batch_size: int = setting(None, "Largest batch, in texts.", "64", at_least=1)
-    monitor: Literal["accuracy", "macro_f1", "loss"] = setting(
+    class_weights: str = setting(
+        "none", "Weight of a training text by its class: balanced, none, or NAME=WEIGHT,... (others weigh 1)."
+    )
+    label_smoothing: float = setting(
+        0.0, "Share of a training label that is spread over all classes.", "0", at_least=0, below=1
+    )
+    monitor: Literal["accuracy", "macro_f1", "micro_f1", "mcc", "auroc", "loss"] = setting(
         None, "Validation metric that chooses the checkpoint.", "accuracy; macro_f1 for financial_phrasebank"
     )
     patience: int = setting(0, "Stop after N epochs in which --monitor did not improve; 0 never stops.", at_least=0)

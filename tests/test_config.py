@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config import DEFAULT_LEARNING_RATES, MAY_CHANGE, NOT_PART_OF_THE_RUN, RunConfig, continued
+from finetuning.config import (
+    DEFAULT_LEARNING_RATES,
+    MAY_CHANGE,
+    NOT_PART_OF_THE_RUN,
+    RunConfig,
+    continued,
+    parsed_class_weights,
+)
 from finetuning.errors import UserError
 from finetuning.flags import given_flags, make_parser
 from finetuning.settings import DEFAULT_MODEL, FLAGS, LORA_TARGETS, PACKAGED
@@ -134,7 +141,7 @@ OUT_OF_RANGE = [
     *((name, "-1", "must be at least 0") for name in ("patience", "device", "weight_decay", "gradient_clip")),
     *((name, value, "must be at least 0") for name in ("weight_decay", "gradient_clip") for value in ("nan", "inf")),
     *((name, value, "must be at least 0 and below 1")
-      for name in ("lora_dropout", "dropout", "attention_dropout", "warmup_fraction")
+      for name in ("lora_dropout", "dropout", "attention_dropout", "warmup_fraction", "label_smoothing")
       for value in ("1", "1.5", "-0.1", "nan", "inf")),
     *((name, value, "must be at least 0 and at most 4294967295")
       for name in ("seed", "data_seed") for value in ("-1", "4294967296", "9" * 400)),
@@ -176,6 +183,20 @@ def test_lora_flags_belong_to_lora(name: str, method: str) -> None:
 def test_every_lora_flag_is_known_to_the_test_above() -> None:
     named = {"lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "q_lora", "double_quantization", *LORA_TARGETS}
     assert set(LORA_FLAGS) == named
+
+
+@pytest.mark.parametrize(
+    "given", ["", "heavy", "a", "a=1,b", "a=-1", "a=nan", "a=inf", "a=one", "=1", "a=1,a=2", "a=0", "a=0,b=0"]
+)
+def test_class_weights_of_another_form(given: str) -> None:
+    with pytest.raises(UserError, match=rf"^--class_weights {given}: must be balanced, none, or NAME=WEIGHT,NAME="):
+        RunConfig.from_settings(class_weights=given)
+
+
+def test_class_weights_by_name() -> None:
+    assert parsed_class_weights("a=1,b, or c=2.5,d=0") == {"a": 1.0, "b, or c": 2.5, "d": 0.0}
+    for given in ("balanced", "none", "a=3"):
+        assert config_of_flags(f"--class_weights {given}").training.class_weights == given
 
 
 @pytest.mark.parametrize(
