@@ -5,6 +5,7 @@ Prints CSV: the text, its label, and the probability of each class.
 
 import argparse
 import csv
+import io
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from finetuning.config import RunConfig
 from finetuning.datasets import DATASETS
-from finetuning.errors import UserError, first_line, listed, not_installed
+from finetuning.errors import UserError, first_line, not_installed
 from finetuning.flags import OneLineParser
 from finetuning.processes import share_processors
 from finetuning.runs.files import RESULT, read_result
@@ -30,10 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
     given.add_argument(
         "--file",
         type=Path,
-        help="A CSV file with a header, or a file with one text per line; - reads standard input.",
+        help="A table (parquet, CSV, TSV, JSON, JSON lines, also with .gz), or a file with one text per line;"
+        " - reads standard input.",
     )
     parser.add_argument(
-        "--text_column", help="Column of the CSV file with the text. (default: the column that the run was trained on)"
+        "--text_column",
+        help="Column of the table with the text, or several (a,b), joined with a space."
+        " (default: the column that the run was trained on)",
     )
     return parser
 
@@ -70,17 +74,22 @@ def check_flags(arguments: argparse.Namespace) -> None:
     """Refuses a command without a text, and a column for what has none.
 
     Raises:
-        UserError: neither ``--text`` nor ``--file`` is given, or ``--text_column`` without a CSV file.
+        UserError: neither ``--text`` nor ``--file`` is given, or ``--text_column`` without a table.
     """
     text, file, column = arguments.text, arguments.file, arguments.text_column
     if text is None and file is None:
         raise UserError("no text: give --text TEXT or --file FILE")
-    if column is not None and (file is None or not _is_csv(file)):
-        raise UserError(f"--text_column {column}: needs --file FILE.csv, because only a CSV file has columns")
+    if column is not None and (file is None or not is_table(file)):
+        raise UserError(
+            f"--text_column {column}: needs --file with a table, for example .csv, because text has no columns"
+        )
 
 
-def _is_csv(file: Path) -> bool:
-    return file.suffix.lower() == ".csv"
+def is_table(file: Path) -> bool:
+    """Whether the file's ending names a table; any other file has one text per line."""
+    from finetuning.data.files import name_and_format
+
+    return name_and_format(file)[1] is not None
 
 
 def check_texts(texts: Sequence[str], flag: str) -> None:
@@ -90,6 +99,8 @@ def check_texts(texts: Sequence[str], flag: str) -> None:
         UserError: a text is empty, or bytes of the command line are not UTF-8.
     """
     for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):  # JSON and parquet hold other values, too
+            raise UserError(f"{flag}: text {number} is {text!r}, no text: remove or correct it")
         if not text.strip():
             raise UserError(f"{flag}: text {number} is empty: remove it")
         if any("\ud800" <= character <= "\udfff" for character in text):  # how Python decodes bytes that are not UTF-8
@@ -102,31 +113,25 @@ def read_texts(path: Path, column: str) -> list[str]:
     Raises:
         UserError: the file cannot be read, is not UTF-8, has no such column, or contains no text.
     """
+    from finetuning.data.columns import texts_in
+    from finetuning.data.files import UNREADABLE, read_frame
+
     try:
-        if path.suffix.lower() in (".json", ".jsonl", ".parquet", ".tsv"):
-            raise UserError(f"--file {path}: must be a CSV file, or a file with one text per line")
-        texts = _csv_texts(path, column) if _is_csv(path) else _lines(path)
+        texts = texts_in(read_frame(path), column, path).tolist() if is_table(path) else _lines(path)
     except UnicodeDecodeError:
         raise UserError(f"--file {path}: is not UTF-8: convert it") from None
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"--file {path}: cannot be read: {first_line(error)}") from None
     if not texts:
         raise UserError(f"--file {path}: contains no text")
     return texts
 
 
-def _csv_texts(path: Path, column: str) -> list[str]:
-    from finetuning.data.tables import read_csv
-
-    table = read_csv(path, column)
-    if column not in table:
-        raise UserError(f"--text_column {column}: must be a column of {path}, which has: {listed(table)}")
-    return table[column].tolist()
-
-
 def _lines(path: Path) -> list[str]:
-    source = 0 if path == STANDARD_INPUT else path
-    with open(source, encoding="utf-8-sig", closefd=source != 0) as file:  # Excel writes a byte order mark
+    from finetuning.data.files import opened
+
+    source = sys.stdin.buffer if path == STANDARD_INPUT else opened(path)
+    with source, io.TextIOWrapper(source, encoding="utf-8-sig") as file:  # Excel writes a byte order mark
         return [line.rstrip("\n") for line in file if line.strip()]
 
 

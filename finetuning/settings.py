@@ -107,12 +107,16 @@ class DataSettings:
 
     dataset: str = setting("imdb", "The data set; 'text' reads your own data from --data_dir.", choices=tuple(DATASETS))
     data_dir: Path | None = setting(
-        None, "File or folder with the data: parquet, CSV, JSON, JSON lines, aclImdb or Sentences_*.txt.", "none"
+        None,
+        "File or folder with the data: parquet, CSV, TSV, JSON, JSON lines, also with .gz; aclImdb or Sentences_*.txt.",
+        "none",
     )
     data_source: Literal["hub", "stanford"] | None = setting(
         None, "Download IMDb from the Hugging Face hub or from Stanford's archive.", "hub"
     )
-    text_column: str = setting(None, "Column with the text.", "text; sentence for financial_phrasebank")
+    text_column: str = setting(
+        None, "Column with the text, or several (a,b), joined with a space.", "text; sentence for financial_phrasebank"
+    )
     label_column: str = setting("label", "Column with the label, a number or a string.")
     agreement: Literal["50", "66", "75", "all"] | None = setting(
         None, "For financial_phrasebank: use sentences on which at least this percentage of annotators agree.", "50"

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import io
 import json
 import os
@@ -156,6 +157,17 @@ def test_files(
         pd.DataFrame({column: texts, "other": range(4)}).to_csv(tmp_path / name, index=False, encoding=encoding)
         assert main([*words, str(tmp_path / name), "--text_column", column]) == 0
         assert capsys.readouterr().out == from_lines
+    halves = pd.DataFrame([text.partition(" ")[::2] for text in texts], columns=["first", "rest"])
+    halves.to_parquet(tmp_path / "a.parquet")
+    halves.to_json(tmp_path / "a.JSONL.gz", orient="records", lines=True)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    for name, more in (
+        ("a.parquet", ["--text_column", "first,rest"]),
+        ("a.JSONL.gz", ["--text_column", "first, rest"]),
+        ("a.txt.gz", []),
+    ):
+        assert main([*words, str(tmp_path / name), *more]) == 0
+        assert capsys.readouterr().out == from_lines
 
 
 def test_a_csv_cell_may_hold_lines(tmp_path: Path) -> None:
@@ -235,8 +247,12 @@ def test_texts_that_have_no_label(runs: dict[str, Path], tmp_path: Path, capsys:
     refused("a.txt", b"\n  \n", "contains no text")
     refused("a.txt", "d\u00e9j\u00e0 vu".encode("latin-1"), "is not UTF-8")
     refused("a.csv", b"text\n", "contains no text")
-    refused("a.json", b'[{"text": "fine"}]', "must be a CSV file, or a file with one text per line")
-    refused("a.jsonl", b'{"text": "fine"}\n', "must be a CSV file, or a file with one text per line")
+    refused("a.json", b'[{"text": 3}]', "text 1 is 3, no text")
+    refused("a.jsonl", b'{"text": "fine"}\n{"review": "fine"}\n', "text 2 is nan, no text")
+    refused("a.jsonl", b'{"text": "fine"}\n{broken', "line 2 is not JSON")
+    refused("a.parquet", b"PAR1 nonsense PAR1", "cannot be read")
+    refused("a.csv.gz", b"text\nfine\n", "cannot be read: Not a gzipped file")
+    refused("a.txt.gz", gzip.compress(b"fine\n")[:-3], "cannot be read: Compressed file ended")
     refused("a.csv", b"", "cannot be read: No columns")
     refused("a.csv", b"review,label\nfine,1\n", "which has: review, label")
     refused("a.csv", b"text,label\nfine,1\n", "--text_column review", "--text_column", "review")
@@ -255,7 +271,7 @@ def test_wrong_flags(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     assert "did you mean --file?" in refusal(capsys, run, "--files", "a")
     for words in (["--text", "a"], ["--file", tmp_path / "lines.txt"]):
         message = refusal(capsys, run, *words, "--text_column", "review")
-        assert "--text_column review: needs --file FILE.csv, because only a CSV file has columns" in message
+        assert "--text_column review: needs --file with a table, for example .csv, because text has no" in message
     assert "not allowed with" in refusal(capsys, run, "--text", "a", "--file", tmp_path)
     assert "run" in refusal(capsys, "--text", "a")
     assert "--topk" in refusal(capsys, run, "--text", "a", "--topk", 3)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from finetuning.data.tables import read_table, readable, split_files
+from finetuning.data.files import readable
+from finetuning.data.tables import read_table, split_files
 from finetuning.data.texts import Source
 from finetuning.datasets import DATASETS
 from finetuning.errors import UserError

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from finetuning.data.tables import SUFFIXES, read_table, readable
+from finetuning.data.files import name_and_format, readable
+from finetuning.data.tables import read_table
 from finetuning.data.texts import Source
 from finetuning.datasets import DATASETS
 from finetuning.errors import UserError
@@ -24,15 +25,18 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
             table = _parse(archive.read(members[wanted]), path)
     else:
         files = [data.data_dir] if data.data_dir.is_file() else sorted(data.data_dir.iterdir())
-        matching = [p for p in files if p.stem.lower() == wanted and p.suffix in (*SUFFIXES, ".txt")]
-        if not matching:
+        tables = [p for p in files if name_and_format(p)[1] and name_and_format(p)[0].lower() == wanted]
+        sentences = [p for p in files if p.name.lower() == f"{wanted}.txt"]
+        if tables:
+            table = read_table(tables[0], data)
+        elif sentences:
+            with readable(sentences[0]):
+                content = sentences[0].read_bytes()
+            table = _parse(content, sentences[0])
+        else:
             raise UserError(
                 f"--data_dir {data.data_dir}: must contain {wanted}.txt or .parquet for --agreement {data.agreement}"
             )
-        path = matching[0]
-        with readable(path):
-            content = path.read_bytes()
-        table = _parse(content, path) if path.suffix == ".txt" else read_table(path, data)
     key = table.text.str.strip()
     conflicting = table.groupby(key).label.transform("nunique") > 1
     repeated = ~conflicting & key.duplicated()

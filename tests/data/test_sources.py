@@ -37,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 # formats
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl", ".json"])
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".TSV", ".jsonl", ".json", ".csv.gz", ".JSONL.GZ"])
 @pytest.mark.parametrize("single", [False, True])
 def test_all_formats_give_the_same(tmp_path: Path, suffix: str, single: bool) -> None:
     table = pd.DataFrame(
@@ -49,10 +49,10 @@ def test_all_formats_give_the_same(tmp_path: Path, suffix: str, single: bool) ->
     path = tmp_path / f"train{suffix}"
     if suffix == ".parquet":
         table.to_parquet(path)
-    elif suffix == ".csv":
-        table.to_csv(path, index=False, encoding="utf-8-sig")
+    elif suffix in (".csv", ".TSV", ".csv.gz"):
+        table.to_csv(path, index=False, encoding="utf-8-sig", sep="\t" if suffix == ".TSV" else ",")
     else:
-        table.to_json(path, orient="records", lines=suffix == ".jsonl", force_ascii=False)
+        table.to_json(path, orient="records", lines=suffix != ".json", force_ascii=False)
     texts = texts_of(text_config(path if single else tmp_path))
     assert texts.label_names == ["bad", "good", "so-so"]
     assert "held out" in texts.source
@@ -79,6 +79,16 @@ def test_other_columns(tmp_path: Path) -> None:
         given = {"text_column": "body", "label_column": "class"} | {flag: column}
         with pytest.raises(UserError, match=f"--{flag} {column}: must be a column of .*, which has: body, class"):
             texts_of(text_config(tmp_path, **given))
+
+
+def test_several_text_columns(tmp_path: Path) -> None:
+    frame(30).assign(title="A title:").to_csv(tmp_path / "train.csv", index=False)
+    texts = texts_of(text_config(tmp_path, text_column="title,text"))
+    assert texts.splits["test"].texts[0].startswith("A title: train text")
+    with pytest.raises(
+        UserError, match=r"--text_column title,body: must be columns of .*, which has: text, label, title"
+    ):
+        texts_of(text_config(tmp_path, text_column="title,body"))
 
 
 @pytest.mark.parametrize("inside", ["", "aclImdb"])
@@ -161,9 +171,9 @@ def rows_of(*lines: str) -> str:
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y", "label": "a"}', "all numbers or all strings"),
         ("train.jsonl", '{"text": "x", "label": [0]}\n{"text": "y", "label": [1]}', "all numbers or all strings"),
         ("train.jsonl", '{"text": "x", "label": 0}\n[1, 2]', "cannot be read"),
-        ("train.json", "[1, 2]", "--text_column text: must be a column of "),
+        ("train.json", "[1, 2]", "element 1 must be an object"),
         ("train.parquet", "PAR1 nonsense PAR1", "cannot be read"),
-        ("other.csv", rows_of(), r"must contain one of train\.parquet"),
+        ("other.csv", rows_of(), r"must contain train with one of the endings \.parquet"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -216,6 +226,9 @@ def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None
     write_texts(tmp_path, rows_of())
     config = write_texts(tmp_path, '{"text": "x", "label": 0}', "train.jsonl")
     with pytest.raises(UserError, match=r"train\.csv and train\.jsonl are both train"):
+        texts_of(config)
+    write_texts(tmp_path, rows_of(), "Train.CSV.gz")
+    with pytest.raises(UserError, match=r"Train\.CSV\.gz and train\.csv and train\.jsonl are both train"):
         texts_of(config)
     (tmp_path / "notes.xlsx").touch()
     with pytest.raises(UserError, match=r"single file must end in one of \.parquet"):

@@ -1,0 +1,208 @@
+"""Reads a table of any format, whole or in chunks: parquet, CSV, TSV, JSON and JSON lines, and gzip of these.
+
+Training and prediction read files through this module, so a file means the same to both.
+"""
+
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+
+from finetuning.errors import UserError, first_line, listed
+
+FORMATS = ("parquet", "csv", "tsv", "jsonl", "json")
+PACKED = ".gz"
+UNREADABLE = (OSError, EOFError, TypeError, ValueError, zlib.error, pyarrow.ArrowException, zipfile.BadZipFile)
+
+
+def name_and_format(path: Path) -> tuple[str, str | None]:
+    """A file's name without its ending, and its format; capitals count as small letters.
+
+    ``train.CSV.gz`` is ``("train", "csv")``. The format is ``None`` if the ending names no format of a table.
+    """
+    inner = Path(path.stem) if path.suffix.lower() == PACKED else path
+    ending = inner.suffix.lower().removeprefix(".")
+    return (inner.stem, ending) if ending in FORMATS else (inner.name, None)
+
+
+def allowed_endings() -> str:
+    """The endings of tables, for messages."""
+    return f"{', '.join(f'.{name}' for name in FORMATS)}, also with {PACKED}"
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns every error of reading ``path`` into a ``UserError`` of one line."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: convert it, or give other data with --data_dir") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): give other data with --data_dir") from error
+
+
+def opened(path: Path) -> BinaryIO:
+    """The file's bytes, unpacked if its name ends in ``.gz``.
+
+    Raises:
+        OSError: the file cannot be opened. Reading raises ``EOFError`` or ``zlib.error`` if its gzip is damaged.
+    """
+    if path.suffix.lower() == PACKED:
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """All rows of a table, as ``read_chunks`` reads them."""
+    return next(read_chunks(path, None))
+
+
+def read_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
+    """The rows of a table, one chunk after another, with its columns even if it has no row.
+
+    Memory is bounded by a chunk, except for a JSON list and for parquet in gzip: these can only be read whole. CSV
+    and TSV need a header, and all their values are text.
+
+    Args:
+        path: a file whose ending names a format, see ``name_and_format``. Parquet may be a folder if ``rows`` is None.
+        rows: rows in a chunk, at most; ``None`` gives all rows in one chunk.
+
+    Raises:
+        UnicodeDecodeError: the file is not UTF-8.
+        OSError, EOFError, TypeError, ValueError, zlib.error, pyarrow.ArrowException: the file is damaged, is no table,
+            or cannot be read. These are ``UNREADABLE``.
+    """
+    kind = name_and_format(path)[1]
+    if kind == "parquet":
+        return _parquet_chunks(path, rows)
+    return (
+        _csv_chunks(path, rows, "\t" if kind == "tsv" else ",") if kind in ("csv", "tsv") else _json_chunks(path, rows)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parquet
+
+
+def parquet_schema(path: Path) -> pyarrow.Schema:
+    """The columns of a parquet file with their types and metadata, without reading its rows."""
+    return pyarrow.parquet.read_schema(_seekable(path))
+
+
+def _seekable(path: Path) -> Path | io.BytesIO:
+    """Parquet is read from its end, which gzip does not allow."""
+    if path.suffix.lower() != PACKED:
+        return path
+    with opened(path) as file:
+        return io.BytesIO(file.read())
+
+
+def _parquet_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
+    if rows is None:
+        yield pd.read_parquet(_seekable(path))
+        return
+    with pyarrow.parquet.ParquetFile(_seekable(path)) as file:
+        if file.metadata.num_rows == 0:
+            yield file.schema_arrow.empty_table().to_pandas()
+        for batch in file.iter_batches(batch_size=rows):
+            yield batch.to_pandas()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSV and TSV
+
+
+def _csv_chunks(path: Path, rows: int | None, separator: str) -> Iterator[pd.DataFrame]:
+    # keep_default_na: "NA" is a text like any other. utf-8-sig: Excel writes a byte order mark. index_col: if a row
+    # has more fields than the header, pandas would take the first field as an index.
+    options: dict[str, Any] = {
+        "sep": separator, "dtype": str, "encoding": "utf-8-sig", "keep_default_na": False, "index_col": False,
+    }  # fmt: skip
+    with opened(path) as file:
+        with _strict_csv(path, options):
+            reader = pd.read_csv(file, iterator=True, **options)
+        while True:
+            try:
+                with _strict_csv(path, options):
+                    chunk = reader.read(rows)
+            except StopIteration:
+                return
+            if separator == "\t":
+                _check_quotes(chunk)
+            yield chunk
+
+
+@contextlib.contextmanager
+def _strict_csv(path: Path, options: dict[str, Any]) -> Iterator[None]:
+    """Turns what pandas says about a wrong row into a ``ValueError`` that says what to do."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            yield
+    except (pd.errors.ParserWarning, pd.errors.ParserError):
+        with opened(path) as file:
+            header = listed(pd.read_csv(file, nrows=0, **options).columns)
+        kept = "tabs" if options["sep"] == "\t" else "commas"
+        raise ValueError(
+            f"a row has more fields than the header ({header}), or an open quote: put texts with {kept} in quotes"
+        ) from None
+
+
+def _check_quotes(table: pd.DataFrame) -> None:
+    """Refuses an open quote, which is common in TSV files: it would swallow the rows up to the next quote."""
+    for name in table.columns:
+        cells = table[name].astype(str).str
+        swallowed = cells.contains("\t", regex=False) & cells.contains("\n", regex=False)
+        if swallowed.any():
+            begin = table[name][swallowed].iloc[0]
+            raise ValueError(
+                f"an open quote in column {name}, at {listed([begin])}: put texts with quotes in quotes, and double the"
+                f" quotes inside"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON and JSON lines
+
+
+def _json_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
+    """Objects in a list, or one in each line: both occur under both endings."""
+    with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="\n") as text:
+        start = text.read(1)
+        while start.isspace():
+            start = text.read(1)
+        text.seek(0)
+        if start == "[":
+            objects: Iterator[tuple[int, Any]] = enumerate(json.load(text), 1)
+        else:
+            lines = ((number, line) for number, line in enumerate(text, 1) if line.strip())
+            objects = ((number, _parsed(number, line)) for number, line in lines)
+        kept = (_checked_object("element" if start == "[" else "line", *pair) for pair in objects)
+        chunk = list(itertools.islice(kept, rows))
+        yield pd.DataFrame(chunk)
+        while rows is not None and (chunk := list(itertools.islice(kept, rows))):
+            yield pd.DataFrame(chunk)
+
+
+def _parsed(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is not JSON: {error.msg} in column {error.colno}") from None
+
+
+def _checked_object(where: str, number: int, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f'{where} {number} must be an object like {{"text": "...", "label": "..."}}')
+    return value

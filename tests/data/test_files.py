@@ -1,0 +1,125 @@
+"""Every format, whole and in chunks; damaged files."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from finetuning.data.files import UNREADABLE, name_and_format, read_chunks, read_frame, readable
+from finetuning.errors import UserError
+
+ROWS = pd.DataFrame(
+    {"text": [*(f'a "text", {i}\nwith lines\u2028, é' for i in range(8)), "NA"], "label": list("abc" * 3)}
+)
+NAMES = ("a.parquet", "a.csv", "a.tsv", "a.json", "a.jsonl")
+
+
+def write(folder: Path, name: str, table: pd.DataFrame = ROWS) -> Path:
+    """The table in the format of a name; ``.gz`` packs it."""
+    path = folder / name
+    kind = name_and_format(path)[1]
+    plain = folder / f"plain.{kind}"
+    if kind == "parquet":
+        table.to_parquet(plain)
+    elif kind in ("csv", "tsv"):
+        table.to_csv(plain, index=False, sep="," if kind == "csv" else "\t", encoding="utf-8-sig")
+    else:
+        table.to_json(plain, orient="records", lines=kind == "jsonl", force_ascii=False)
+    content = plain.read_bytes()
+    plain.unlink()
+    path.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    return path
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", [str, str.upper, "{}.gz".format, lambda name: f"{name.upper()}.GZ"])
+@pytest.mark.parametrize("rows", [None, 1, 3, 9, 100])
+def test_formats_and_chunks(tmp_path: Path, name: str, change: object, rows: int | None) -> None:
+    assert callable(change)
+    path = write(tmp_path, change(name))
+    chunks = list(read_chunks(path, rows))
+    assert max(len(chunk) for chunk in chunks) == min(rows or 9, 9)
+    found = pd.concat(chunks, ignore_index=True)
+    assert list(found.columns) == ["text", "label"]
+    assert found.to_numpy().tolist() == ROWS.to_numpy().tolist()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.tsv"])
+@pytest.mark.parametrize("rows", [None, 3])
+def test_a_table_without_rows_has_its_columns(tmp_path: Path, name: str, rows: int | None) -> None:
+    (chunk,) = read_chunks(write(tmp_path, name, ROWS[:0]), rows)
+    assert (len(chunk), list(chunk.columns)) == (0, ["text", "label"])
+
+
+def test_numbers_stay_numbers_where_the_format_has_them(tmp_path: Path) -> None:
+    table = pd.DataFrame({"label": [3, 1]})
+    for name, label in (("a.parquet", 3), ("a.jsonl", 3), ("a.csv", "3"), ("a.tsv", "3")):
+        assert read_frame(write(tmp_path, name, table)).label[0] == label
+
+
+def test_names() -> None:
+    for name, expected in (
+        ("train.csv", ("train", "csv")),
+        ("Train.TSV.GZ", ("Train", "tsv")),
+        ("a.b.jsonl", ("a.b", "jsonl")),
+        ("lines.txt", ("lines.txt", None)),
+        ("lines.txt.gz", ("lines.txt", None)),
+        ("csv", ("csv", None)),
+    ):
+        assert name_and_format(Path(name)) == expected
+
+
+def test_json_lists_and_lines_under_either_ending(tmp_path: Path) -> None:
+    objects = [{"text": "x", "label": 0}, {"text": "y", "label": 1}]
+    (tmp_path / "list.jsonl").write_text(" \n" + json.dumps(objects, indent=1))
+    (tmp_path / "lines.json").write_text("\n\n".join(map(json.dumps, objects)), "utf-8-sig")
+    for name in ("list.jsonl", "lines.json"):
+        assert read_frame(tmp_path / name).to_dict("records") == objects
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_gzip(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, f"{name}.gz")
+    whole = path.read_bytes()
+    broken = {
+        "cut": whole[:-6],
+        "no gzip": b"text,label\n",
+        "wrong checksum": whole[:-6] + bytes(2) + whole[-4:],
+        "wrong bytes": whole[:30] + b"\xff" * 20 + whole[50:],
+    }
+    for content in broken.values():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path.name} (cannot be read|is not UTF-8)") as caught, readable(path):
+            read_frame(path)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UNREADABLE):
+            list(read_chunks(path, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{broken', "line 3 is not JSON: Expecting property name"),
+        ("a.jsonl", '{"text": "x"}\n[1, 2]\n', r'line 2 must be an object like \{"text"'),
+        ("a.json", '[{"text": "x"}, 3]', "element 2 must be an object"),
+        ("a.csv", "text,label\nfine,1\nfine, really,1\n", r"header \(text, label\), .* texts with commas in quotes"),
+        ("a.tsv", "text\tlabel\nfine\t1\nfine\treally\t1\n", r"header \(text, label\), .* texts with tabs in quotes"),
+        ("a.tsv", 'text\tlabel\n"open\t1\nfine\t1\nshut"\t1\n', "open quote in column text, at open 1 fine 1 shut"),
+    ],
+)
+@pytest.mark.parametrize("rows", [None, 2])
+def test_wrong_rows(tmp_path: Path, name: str, content: str, message: str, rows: int | None) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_chunks(tmp_path / name, rows))
+
+
+def test_chunks_need_little_memory(tmp_path: Path) -> None:
+    """The first chunk comes before the end of the file is read."""
+    for name, good in (("a.csv", "text\nfine\nfine\n"), ("a.jsonl", '{"text": "fine"}\n' * 2)):
+        content = good.encode() + b"x" * 5_000_000
+        path = tmp_path / f"{name}.gz"
+        path.write_bytes(gzip.compress(content)[:-20])
+        assert next(read_chunks(path, 2)).text.tolist() == ["fine", "fine"]
