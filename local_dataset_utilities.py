@@ -35,7 +35,12 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
         source=how,
         label_names=names,
         splits={
-            name: LabelledTexts(t.text.tolist(), t.label.to_numpy(np.int64), t.index.to_numpy(np.int64))
+            name: LabelledTexts(
+                t.text.tolist(),
+                t.label.to_numpy(np.int64),
+                t.index.to_numpy(np.int64),
+                t.pair.tolist() if "pair" in t else None,
+            )
             for name, t in limited(splits, data).items()
         },
         leaks_dropped=leaks_dropped,
@@ -65,12 +70,11 @@ def tokenize(texts: TextData, tokenizer: Any, data: DataSettings, test: bool = T
         test: whether to include the test split.
 
     Raises:
-        UserError: the cache cannot be written.
+        UserError: the cache cannot be written, or ``max_length`` leaves no room for both texts of a pair.
     """
     wanted = {name: split for name, split in texts.splits.items() if test or name != "test"}
-    return {
-        name: TokenizedSplit(
-            *cached_tokens(split.texts, tokenizer, data, f"tokenizing {name}"), split.labels, split.rows
-        )
-        for name, split in wanted.items()
-    }
+    tokenized = {}
+    for name, split in wanted.items():
+        tokens, offsets, seconds = cached_tokens(split.texts, tokenizer, data, f"tokenizing {name}", split.pairs)
+        tokenized[name] = TokenizedSplit(tokens, offsets, split.labels, split.rows, seconds)
+    return tokenized

@@ -265,6 +265,11 @@ def _check_combinations(s: SimpleNamespace) -> None:
         s.agreement is None or bool(traits.agreement), "agreement", f"needs --dataset {' or '.join(with_agreement)}"
     )
     require(s.split != "resplit" or bool(traits.resplit), "split", f"needs --dataset {' or '.join(with_resplit)}")
+    others = (s.text_column or traits.text_column, s.label_column)
+    named = traits.label_names is not None  # its reader knows the columns
+    pairs = s.text_pair_column is None or not named
+    require(pairs, "text_pair_column", f"{s.dataset} has no pairs of texts: use --dataset text")
+    require(s.text_pair_column not in others, "text_pair_column", "must be another column than text and label")
     found = s.data_dir is not None or not s.offline or traits.packaged
     require(found, "offline", f"no package contains {s.dataset}: give --data_dir PATH")
     downloads = bool(traits.downloads) and s.data_dir is None and not s.offline

@@ -117,6 +117,9 @@ class DataSettings:
     text_column: str = setting(
         None, "Column with the text, or several (a,b), joined with a space.", "text; sentence for financial_phrasebank"
     )
+    text_pair_column: str | None = setting(
+        None, "Column with the second text of each pair, for data sets of pairs.", "none: single texts"
+    )
     label_column: str = setting("label", "Column with the label, a number or a string.")
     agreement: Literal["50", "66", "75", "all"] | None = setting(
         None, "For financial_phrasebank: use sentences on which at least this percentage of annotators agree.", "50"

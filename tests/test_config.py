@@ -215,6 +215,18 @@ def test_class_weights_by_name() -> None:
         ("--batch_tokens 0", "--batch_tokens 0: must be at least --max_length 256"),
         ("--batch_tokens -5 --batch_size 2", "--batch_tokens -5: must be at least --max_length 256"),
         ("--dataset text", "--dataset text: needs --data_dir PATH"),
+        (
+            "--text_pair_column b",
+            "--text_pair_column b: imdb has no pairs of texts: use --dataset text",
+        ),
+        (
+            "--dataset text --data_dir d --text_pair_column text",
+            "--text_pair_column text: must be another column than text and label",
+        ),
+        (
+            "--dataset text --data_dir d --text_pair_column label",
+            "--text_pair_column label: must be another column than text and label",
+        ),
         ("--agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
         ("--dataset financial_phrasebank --split resplit", "--split resplit: needs --dataset imdb"),
         ("--dataset text --data_dir d --split resplit", "--split resplit: needs --dataset imdb"),
@@ -252,6 +264,7 @@ def test_settings_that_exclude_each_other(line: str, words: str) -> None:
         "--resume --output_dir d",
         "--method selective --trainable_layers 0",
         "--lora_query no --lora_value no --lora_head",
+        "--dataset text --data_dir d --text_column a --text_pair_column text",
         "--optimizer sgd --momentum 0",
     ],
 )

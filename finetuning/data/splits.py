@@ -123,6 +123,12 @@ def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[
     return splits, f"{name}, {'resplit' if kind == 'resplit' else 'held out'} ({source.where})"
 
 
+def _content(table: pd.DataFrame) -> pd.Series:
+    """What must not appear in two splits: the text, or both texts of a pair."""
+    text = table.text.str.strip()
+    return text if "pair" not in table else text + "\0" + table.pair.str.strip()
+
+
 def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
     """Removes from train, in ``splits``, the texts that also appear in validation or test. Returns their number.
 
@@ -130,7 +136,7 @@ def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
         UserError: a label of validation or test does not appear in train.
     """
     held_out = pd.concat([splits["validation"], splits["test"]])
-    leaks = splits["train"].text.str.strip().isin(held_out.text.str.strip())
+    leaks = _content(splits["train"]).isin(_content(held_out))
     splits["train"] = splits["train"][~leaks]
     missing = sorted(set(held_out.label) - set(splits["train"].label))
     if missing:
@@ -157,7 +163,7 @@ def keep_test_unseen(splits: dict[str, pd.DataFrame], given: bool) -> list[str]:
     Raises:
         UserError: all texts of validation appear in test.
     """
-    seen = splits["validation"].text.str.strip().isin(splits["test"].text.str.strip())
+    seen = _content(splits["validation"]).isin(_content(splits["test"]))
     if not seen.any():
         return []
     if given:

@@ -11,7 +11,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Source:
-    """The data as it was read: one table per split, with the columns text and label."""
+    """The data as it was read: one table per split, with the columns text and label, and pair for pairs of texts."""
 
     name: str
     where: str
@@ -31,6 +31,7 @@ class LabelledTexts:
     texts: list[str]
     labels: np.ndarray  # (n,) int64
     rows: np.ndarray  # (n,) int64
+    pairs: list[str] | None = None  # the second text of each pair
 
 
 @dataclass(frozen=True)

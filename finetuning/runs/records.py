@@ -77,6 +77,7 @@ def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: st
 def summary(directory: Path, result: dict[str, Any]) -> str:
     """The text that a run prints at the end: scores, time, memory, and a command to try the classifier."""
     trained = result["train"]
+    example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
     monitor = result["config"]["monitor"]
     lines = [f"{split:<11} {scores_line(scores, monitor)}" for split, scores in shown.items()]
@@ -90,7 +91,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
         *(f"{'advice':<11} {sentence}" for sentence in result["advice"]),
-        f'{"try it":<11} {_python()} predict.py {shlex.quote(str(directory))} --text "..."',
+        f"{'try it':<11} {_python()} predict.py {shlex.quote(str(directory))} {example}",
     ]
     return "\n" + "\n".join(lines)
 
