@@ -251,7 +251,7 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     result["environment"] = environment_record() | {"cpu_kernels": setup.kernels()}
     classifier = build_classifier(config, setup.model_folder, setup.texts.label_names, setup.hardware.dtype)
     groups = count_parameters(classifier)
-    result |= {"parameters": parameter_record(groups), "task": setup.task.record()}
+    result["parameters"] = parameter_record(groups)
     if not is_helper():
         print(f"{setup.headline()}\nrun     {setup.directory}\n\n{parameter_table(groups)}\n", flush=True)
         if config.run.verbose:
@@ -288,6 +288,7 @@ def train(
     finally:
         result["train"] = train_record(trainer, meter, training, len(splits["train"]))
     module.load_best(directory / BEST_CHECKPOINT)
+    result["task"] = setup.task.record()
     measured = {"examples": len(splits["validation"]), "seconds": meter.validation_seconds}
     result["validation"] = module.record("validation") | measured
     _, _, logits = module.predictions["validation"]

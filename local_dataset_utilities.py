@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from finetuning.data.labels import STRATIFIED, unseen_labels
 from finetuning.data.sources import read_source
 from finetuning.data.splits import drop_leaks, encode_labels, keep_test_unseen, limited, split_source
 from finetuning.data.texts import LabelledTexts, TextData
@@ -31,13 +32,15 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     leaks_dropped = drop_leaks(splits, names)
     given = "validation" in source.tables and data.split in (None, "official")
     notes = [*keep_test_unseen(splits, given), *source.notes]
+    if "labels" in splits["train"]:
+        notes += [STRATIFIED, *unseen_labels(splits, names)]
     texts = TextData(
         source=how,
         label_names=names,
         splits={
             name: LabelledTexts(
                 t.text.tolist(),
-                t.label.to_numpy(np.int64),
+                np.stack(t.labels.tolist()) if "labels" in t else t.label.to_numpy(np.int64),
                 t.index.to_numpy(np.int64),
                 t.pair.tolist() if "pair" in t else None,
             )

@@ -9,6 +9,7 @@ import io
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from finetuning.config import RunConfig
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         share_processors()
         texts, pairs = given_texts(arguments)
         names, probabilities = predict(arguments.run, texts, pairs)
+        threshold = read_threshold(arguments.run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,8 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         columns = {"text": texts} | ({"text_pair": pairs} if pairs else {})
         writer.writerow([*columns, "label", *(f"probability_{name}" for name in names)])
         for *given, row in zip(*columns.values(), probabilities, strict=True):
-            writer.writerow([*given, names[row.index(max(row))], *(f"{p:.4f}" for p in row)])
+            writer.writerow([*given, answer(names, row, threshold), *(f"{p:.4f}" for p in row)])
     return 0
+
+
+def answer(names: Sequence[str], probabilities: Sequence[float], threshold: float | None) -> str:
+    """The most probable class. With a threshold all labels above it, separated by commas: there may be none."""
+    if threshold is None:
+        return names[probabilities.index(max(probabilities))]
+    return ",".join(name for name, p in zip(names, probabilities, strict=True) if p > threshold)
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -185,6 +194,12 @@ def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     return RunConfig.from_dict(result["config"]), result["data"]["label_names"]
 
 
+def read_threshold(directory: Path) -> float | None:
+    """The probability above which a run gives a label; ``None`` if each text has one label."""
+    threshold: float | None = read_result(directory).get("task", {}).get("threshold")  # older runs have no task
+    return threshold
+
+
 def for_this_machine(config: RunConfig) -> RunConfig:
     """The run's settings, changed for one process on this machine. A run from a GPU can also predict on a CPU."""
     import torch
@@ -209,7 +224,7 @@ def predict(
         pairs: the second text of each pair, for a run on pairs.
 
     Returns:
-        The label names, and one row of probabilities per text.
+        The label names, and one row of probabilities per text. They sum to 1, unless texts have several labels.
 
     Raises:
         UserError: there is no finished run, its model or weights cannot be loaded, or it was not trained on pairs, or
@@ -250,6 +265,7 @@ def predict(
     split = TokenizedSplit(tokens, offsets, np.zeros_like(rows), rows, seconds)
     device = hardware.device
     classifier.eval().to(device)
+    to_probabilities = torch.sigmoid if read_threshold(directory) is not None else partial(torch.softmax, dim=-1)
     probabilities = torch.empty(len(texts), len(label_names))
     bar = tqdm(
         total=len(texts), desc="predict", unit=" texts", delay=BAR_AFTER, disable=None
@@ -258,7 +274,7 @@ def predict(
         for batch in evaluation_loader(split, config.training, int(tokenizer.pad_token_id)):
             given = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
             logits = classifier.logits(given)
-            probabilities[batch["rows"]] = logits.softmax(-1).cpu()
+            probabilities[batch["rows"]] = to_probabilities(logits).cpu()
             bar.update(len(logits))
     return label_names, probabilities.tolist()
 

@@ -269,6 +269,10 @@ def _check_combinations(s: SimpleNamespace) -> None:
     named = traits.label_names is not None  # its reader knows the columns
     pairs = s.text_pair_column is None or not named
     require(pairs, "text_pair_column", f"{s.dataset} has no pairs of texts: use --dataset text")
+    require(s.label_separator is None or not named, "label_separator", f"{s.dataset} has one label a text")
+    require(s.label_separator != "", "label_separator", "must not be empty")
+    threshold = s.threshold in (None, "tuned") or _is_share(s.threshold)
+    require(threshold, "threshold", "must be tuned, or above 0 and below 1")
     require(s.text_pair_column not in others, "text_pair_column", "must be another column than text and label")
     found = s.data_dir is not None or not s.offline or traits.packaged
     require(found, "offline", f"no package contains {s.dataset}: give --data_dir PATH")
@@ -305,6 +309,14 @@ def _check_ranges(s: SimpleNamespace) -> None:
         raise UserError(f"--batch_tokens {s.batch_tokens}: must be at least --max_length {s.max_length}")
     if s.optimizer == "sgd_nesterov" and not s.momentum:
         raise UserError(f"--momentum {s.momentum}: must be above 0 with --optimizer sgd_nesterov")
+
+
+def _is_share(text: str) -> bool:
+    """Whether it is a number above 0 and below 1."""
+    try:
+        return 0 < float(text) < 1
+    except ValueError:
+        return False
 
 
 def _within(value: float, word: str, bound: float) -> bool:

@@ -120,7 +120,10 @@ class DataSettings:
     text_pair_column: str | None = setting(
         None, "Column with the second text of each pair, for data sets of pairs.", "none: single texts"
     )
-    label_column: str = setting("label", "Column with the label, a number or a string.")
+    label_column: str = setting("label", "Column with the label: a number, a string, or a list of several.")
+    label_separator: str | None = setting(
+        None, "With several labels a text: what separates them in the label column.", "none: one label, or lists"
+    )
     agreement: Literal["50", "66", "75", "all"] | None = setting(
         None, "For financial_phrasebank: use sentences on which at least this percentage of annotators agree.", "50"
     )
@@ -182,6 +185,11 @@ class TrainingSettings:
     )
     label_smoothing: float = setting(
         0.0, "Share of a training label that is spread over all classes.", "0", at_least=0, below=1
+    )
+    threshold: str | None = setting(
+        None,
+        "With several labels a text: give labels above this probability; tuned chooses it on validation.",
+        "0.5",
     )
     monitor: Literal["accuracy", "macro_f1", "micro_f1", "mcc", "auroc", "loss"] = setting(
         None, "Validation metric that chooses the checkpoint.", "accuracy; macro_f1 for financial_phrasebank"

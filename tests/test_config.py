@@ -227,6 +227,11 @@ def test_class_weights_by_name() -> None:
             "--dataset text --data_dir d --text_pair_column label",
             "--text_pair_column label: must be another column than text and label",
         ),
+        ("--label_separator ,", "--label_separator ,: imdb has one label a text"),
+        *(
+            (f"--threshold {value}", f"--threshold {value}: must be tuned, or above 0 and below 1")
+            for value in ("0", "1", "half", "-0.5", "nan")
+        ),
         ("--agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
         ("--dataset financial_phrasebank --split resplit", "--split resplit: needs --dataset imdb"),
         ("--dataset text --data_dir d --split resplit", "--split resplit: needs --dataset imdb"),

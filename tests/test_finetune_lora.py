@@ -319,6 +319,8 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--device", "64"], "--device 64"),
         (["--class_weights", "ugly=2"], "--class_weights ugly=2: class 'ugly' must be one of bad, good"),
         (["--monitor", "micro_f1"], "--monitor micro_f1: with one label a text it must be one of accuracy"),
+        (["--threshold", "tuned"], "--threshold tuned: needs several labels a text, not one"),
+        (["--label_separator", ","], "--label_separator ',': never occurs in column label"),
         (["--label_smoothing", "1"], "--label_smoothing 1.0: must be at least 0 and below 1"),
     ]
     for more, words in cases:

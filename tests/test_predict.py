@@ -377,3 +377,40 @@ def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) 
     (tmp_path / RESULT).write_text(json.dumps(result))
     with pytest.raises(UserError, match="unknown settings lora_rank"):
         load_run(tmp_path)
+
+
+def test_several_labels_are_predicted_as_in_the_run(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"superb": "good", "boring": "bad", "camera": "technical"}
+    for name, count in (("train", 240), ("validation", 40), ("test", 40)):
+        chosen = [[word for bit, word in enumerate(words) if i >> bit & 1] for i in range(count)]
+        texts = [f"{' '.join(row)} film, number {name} {i}" for i, row in enumerate(chosen)]
+        labels = [";".join(words[word] for word in row) or "none" for row in chosen]
+        pd.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / f"{name}.csv", index=False)
+    run = tmp_path / "run"
+    more = ["--epochs", "3", "--method", "full", "--label_separator", ";", "--threshold", "tuned"]
+    line = flags(tiny_folders["distilbert"], tmp_path, run, *more, "--monitor", "micro_f1", "--precision", "fp32")
+    assert finetune_lora.main(line) == 0
+    shown = capsys.readouterr().out
+    assert "exact match" in shown
+    assert "micro F1" in shown
+    result = json.loads((run / RESULT).read_text())
+    threshold = result["task"]["threshold"]
+    assert result["test"]["micro_f1"] > 0.9
+    assert result["test"]["accuracy"] == pytest.approx(result["test"]["exact_match"])
+    stored = pd.read_parquet(run / PREDICTIONS)
+    stored = stored[stored["split"] == "test"].sort_values("row")
+    names, found = predict(run, pd.read_csv(tmp_path / "test.csv")["text"].tolist())
+    assert names == ["bad", "good", "none", "technical"]
+    expected = torch.from_numpy(np.stack(stored["logits"])).sigmoid().numpy()
+    np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=1e-6)
+    truth = np.array([[i in row for i in range(4)] for row in stored["label"]])
+    assert ((expected > threshold) == truth).all(1).mean() == pytest.approx(result["test"]["exact_match"])
+
+    assert main([str(run), "--text", "superb boring film, number 3", "--text", "superb boring camera"]) == 0
+    rows = table(capsys.readouterr().out)
+    for row in rows:
+        above = [name for name in names if float(row[f"probability_{name}"]) > threshold]
+        assert row["label"].split(",") == above
+    assert rows[0]["label"] == "bad,good"

@@ -210,7 +210,7 @@ class _Batches(Dataset[Batch]):
         tensors = {
             "input_ids": torch.from_numpy(input_ids),  # (B, T)
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),  # (B, T)
-            "labels": torch.from_numpy(split.labels[examples]),  # (B,)
+            "labels": torch.from_numpy(split.labels[examples]),  # (B,) or (B, names)
             "rows": torch.from_numpy(split.rows[examples]),  # (B,)
             "examples": torch.from_numpy(examples),  # (B,)
             "loss_weight": torch.tensor(batch.loss_weight),  # ()
@@ -228,7 +228,8 @@ class TokenBatchLoader(DataLoader[Batch]):
     Each batch is a dict of
 
     * ``input_ids`` and ``attention_mask``: (B, T) int64
-    * ``labels``, ``rows`` (in the source) and ``examples`` (positions in the split): (B,) int64
+    * ``labels``: (B,) int64, or (B, names) int8 with several labels a text
+    * ``rows`` (in the source) and ``examples`` (positions in the split): (B,) int64
     * ``padded``: bool, whether the mask has a 0
     * ``token_type_ids``: (B, T) int64, 1 in the second text; only for pairs of texts
     * ``loss_weight``: () float32, world_size * accumulate / examples in the optimizer step

@@ -88,4 +88,8 @@ def class_names(path: Path, label_column: str) -> list[str] | None:
         return None
     metadata = parquet_schema(path).metadata or {}
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return features.get(label_column, {}).get("names")
+    feature = features.get(label_column, {})
+    if isinstance(feature, list):  # how older versions of the library write a list of labels
+        feature = feature[0]
+    names: list[str] | None = feature.get("feature", feature).get("names")
+    return names

@@ -83,7 +83,8 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     lines = [f"{split:<11} {scores_line(scores, monitor)}" for split, scores in shown.items()]
     if "test" in result:
         low, high = result["test"]["accuracy_ci95"]
-        lines.append(f"{'':<11} 95 % interval of the test accuracy: {low:.2%} to {high:.2%}")
+        name = "exact match" if "exact_match" in result["test"] else "accuracy"
+        lines.append(f"{'':<11} 95 % interval of the test {name}: {low:.2%} to {high:.2%}")
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second']:,.0f} tokens/s,"
         f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
@@ -98,8 +99,10 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
 
 def scores_line(scores: dict[str, Any], monitor: str) -> str:
     """The main scores of a split, and the one that chose the checkpoint."""
-    names = dict.fromkeys(("accuracy", "macro_f1", monitor))
-    parts = [f"{SCORES[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
+    several = "exact_match" in scores
+    names = dict.fromkeys(("accuracy", *(("micro_f1",) if several else ()), "macro_f1", monitor))
+    shown = SCORES | ({"accuracy": "exact match"} if several else {})
+    parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
     return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
 
 

@@ -85,6 +85,8 @@ class FineTuning(pl.LightningModule):
         self._parts = []
         self.predictions[split] = _gather(parts)
         _, labels, logits = self.predictions[split]
+        if split == "validation":
+            self.task.tune(labels, logits)
         scores = self.task.scores(labels, logits)
         self.scores[split] = {"accuracy": scores.pop("accuracy"), "loss": loss} | scores
         for name, value in self.scores[split].items():
@@ -102,10 +104,12 @@ class FineTuning(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         # load_best restores the scores and predictions of the best epoch from here.
         checkpoint["scores"] = dict(self.scores)
+        checkpoint["decoding"] = dict(self.task.decoding)
         checkpoint["predictions"] = {s: tuple(map(torch.from_numpy, p)) for s, p in self.predictions.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.scores = dict(checkpoint["scores"])
+        self.task.decoding.update(checkpoint.get("decoding", {}))  # older checkpoints have none
         self.predictions = {s: tuple(t.numpy() for t in p) for s, p in checkpoint["predictions"].items()}
 
     def record(self, split: str) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_the_cache_tells_pairs_from_single_texts(tokenizer: Any) -> None:
     data = DataSettings(max_length=32)
     first, again = (cached_tokens(TEXTS, tokenizer, data, "pairs", PAIRS) for _ in range(2))
     for one, other in zip(first, again, strict=True):
-        np.testing.assert_array_equal(one, other)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(one, other)
     tokens, _, seconds = cached_tokens(TEXTS, tokenizer, data, "single")
     assert seconds is None
     assert len(tokens) < len(first[0])

@@ -1,12 +1,20 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
-from finetuning.training.tasks import OneLabel, class_weights, imbalance_advice, make_task, one_answer_advice
+from finetuning.training.tasks import (
+    OneLabel,
+    SeveralLabels,
+    class_weights,
+    imbalance_advice,
+    label_weights,
+    make_task,
+    one_answer_advice,
+)
 
 NAMES = ["bad", "fair", "good"]
 
@@ -104,7 +112,7 @@ def test_class_weights_keep_the_mean_over_the_texts() -> None:
         ),
         (
             {"monitor": "auroc"},
-            "--monitor auroc: needs validation texts of at least two classes, but all have the same label",
+            "--monitor auroc: all validation texts have the same label, but it needs at least two",
         ),
     ],
 )
@@ -113,6 +121,96 @@ def test_what_the_labels_do_not_allow_is_refused(settings: dict[str, object], li
     with pytest.raises(UserError) as caught:
         make_task(labels, NAMES, training(**settings))
     assert str(caught.value) == line
+
+
+# --- several labels
+
+
+TRUTH = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]], dtype=np.int8)
+GIVEN = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
+
+
+def test_loss_of_several_labels_is_the_mean_over_labels() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 3), torch.from_numpy(TRUTH)
+    task = SeveralLabels(NAMES)
+    plain = binary_cross_entropy_with_logits(logits, labels.float())
+    assert float(task.training_loss(logits, labels) / 4) == pytest.approx(float(plain))
+    assert float(task.losses(logits, labels).mean()) == pytest.approx(float(plain))
+    weighted = SeveralLabels(NAMES, torch.tensor([1.0, 3.0, 1.0]))
+    heavier = -3 * (labels * logits.sigmoid().log())[:, 1] - ((1 - labels) * (-logits).sigmoid().log())[:, 1]
+    kept = [0, 2]
+    others = binary_cross_entropy_with_logits(logits[:, kept], labels[:, kept].float(), reduction="sum") / 3
+    assert float(weighted.training_loss(logits, labels)) == pytest.approx(float(heavier.sum() / 3 + others))
+    assert torch.equal(weighted.losses(logits, labels), task.losses(logits, labels))
+
+
+def test_scores_of_several_labels_by_hand() -> None:
+    task, logits = SeveralLabels(NAMES), (GIVEN * 4 - 2).astype(np.float32)
+    scores, details = task.scores(TRUTH, logits), task.details(TRUTH, logits)
+    assert scores["accuracy"] == details["exact_match"] == 2 / 4
+    assert scores["micro_f1"] == pytest.approx(2 * 3 / (4 + 4))
+    assert scores["macro_f1"] == pytest.approx(np.mean([1, 1 / 2, 0]))
+    assert details["per_class"]["fair"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    # good has no text, so it does not count; of fair, one of its two texts is above half of the others
+    assert scores["auroc"] == pytest.approx(np.mean([1, (0.5 + 1 + 0 + 0.5) / 4]))  # pairs won; equal ones count half
+    assert scores["mean_average_precision"] == pytest.approx(np.mean([1, 0.5]))
+    nothing = task.scores(TRUTH[2:3], logits[2:3])
+    assert "auroc" not in nothing
+    assert "mean_average_precision" not in nothing
+
+
+def test_the_threshold_is_the_one_of_validation() -> None:
+    probabilities = np.array([[0.30, 0.20], [0.255, 0.10], [0.10, 0.28], [0.20, 0.05]])
+    logits, truth = (
+        np.log(probabilities / (1 - probabilities)).astype(np.float32),
+        (probabilities > 0.25).astype(np.int8),
+    )
+    fixed, tuned = SeveralLabels(["a", "b"]), SeveralLabels(["a", "b"], threshold=None)
+    for task in (fixed, tuned):
+        task.tune(truth, logits)
+    assert fixed.decoding == {"threshold": 0.5}
+    assert tuned.decoding == {"threshold": 0.25}  # of 0.20 to 0.25, which are equal, the nearest to 0.5
+    assert (fixed.scores(truth, logits)["micro_f1"], tuned.scores(truth, logits)["micro_f1"]) == (0, 1)
+    assert fixed.only_answer(logits) == "no label"
+    assert tuned.only_answer(logits) is None
+    assert tuned.record()["threshold_tuned"]
+
+
+def test_weights_of_several_labels() -> None:
+    assert label_weights("none", NAMES, TRUTH) is None
+    balanced = label_weights("balanced", NAMES, TRUTH[:3])
+    assert balanced is not None
+    assert balanced.tolist() == pytest.approx([1 / 2, 2, 1])  # texts without the label / texts with it
+    named = label_weights("fair=3", NAMES, TRUTH)
+    assert named is not None
+    assert named.tolist() == [1, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"label_smoothing": 0.1}, "--label_smoothing 0.1: needs one label a text, not several"),
+        ({"class_weights": "ugly=2"}, "--class_weights ugly=2: class 'ugly' must be one of bad, fair, good"),
+        (
+            {"monitor": "mcc"},
+            "--monitor mcc: with several labels a text it must be one of accuracy, macro_f1, micro_f1, auroc, loss",
+        ),
+    ],
+)
+def test_what_several_labels_do_not_allow_is_refused(settings: dict[str, object], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(**settings))
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("threshold", ["tuned", "0.3"])
+def test_a_threshold_needs_several_labels(threshold: str) -> None:
+    labels = {"train": np.array([0, 1, 2]), "validation": np.array([0, 1])}
+    with pytest.raises(UserError, match=f"^--threshold {threshold}: needs several labels a text, not one$"):
+        make_task(labels, NAMES, training(threshold=threshold))
+    task = make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(threshold=threshold))
+    assert task.decoding == {"threshold": 0.5 if threshold == "tuned" else 0.3}
 
 
 # --- advice
