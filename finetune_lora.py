@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fai
     from finetuning.training.callbacks import GracefulStop, Meter
     from finetuning.training.hardware import Hardware
     from finetuning.training.module import FineTuning
+    from finetuning.training.tasks import Task
 
 DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier: LoRA, QLoRA, the last layers or all weights."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -128,7 +129,7 @@ def print_estimate(config: RunConfig) -> None:
     try:
         with quiet_lightning():
             record = estimate(
-                classifier, setup.splits, setup.pad_id, training, hardware, config.hardware.frozen_cache_gb
+                classifier, setup.task, setup.splits, setup.pad_id, training, hardware, config.hardware.frozen_cache_gb
             )
     except torch.OutOfMemoryError:
         advice = f"lower --batch_tokens ({training.batch_tokens}), or use --gradient_checkpointing True"
@@ -149,6 +150,8 @@ class Setup:
     hardware: "Hardware"
     model_folder: Path
     texts: "TextData"
+    task: "Task"
+    advice: list[str]
     splits: "dict[str, TokenizedSplit]"
     pad_id: int
 
@@ -179,7 +182,7 @@ class Setup:
 
     def headline(self) -> str:
         """The text that the run prints before training."""
-        return headline(self.config, self.data_record(), self.hardware.described, self.kernels())
+        return headline(self.config, self.data_record(), self.hardware.described, self.kernels(), self.advice)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -203,6 +206,7 @@ def prepare(config: RunConfig) -> Setup:
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.models.quantization import try_four_bits
     from finetuning.training.hardware import fastest_precision, resolve_hardware
+    from finetuning.training.tasks import imbalance_advice, make_task
     from finetuning.training.trainer import quiet_lightning
     from local_dataset_utilities import load_texts, tokenize
     from local_model_utilities import find_base_model
@@ -224,12 +228,15 @@ def prepare(config: RunConfig) -> Setup:
     folder = find_base_model(config)
     tokenizer = load_tokenizer(config.model.model_name, folder)
     texts = load_texts(config.data, config.run.offline)
+    labels = {name: split.labels for name, split in texts.splits.items()}
+    task = make_task(labels, texts.label_names, config.training)
+    advice = imbalance_advice(task, task.counts(labels["train"]), config.training)
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
     check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
     if writes:
         open_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite)
         share_directory(directory)
-    return Setup(config, directory, hardware, folder, texts, splits, int(tokenizer.pad_token_id))
+    return Setup(config, directory, hardware, folder, texts, task, advice, splits, int(tokenizer.pad_token_id))
 
 
 def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
@@ -271,6 +278,7 @@ def train(
     from finetuning.runs.history import plot_learning_curve
     from finetuning.runs.weights import save_trained
     from finetuning.training.module import FineTuning
+    from finetuning.training.tasks import one_answer_advice
     from finetuning.training.trainer import make_trainer
 
     config, directory, splits, hardware = setup.config, setup.directory, setup.splits, setup.hardware
@@ -283,17 +291,18 @@ def train(
     keeps = config.training.epochs > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
     frozen = classifier.frozen_outputs(repeated, config.hardware.frozen_cache_gb) if keeps else {}
     steps = config.training.epochs * training.steps_per_epoch
-    module = FineTuning(classifier, config.training, len(setup.texts.label_names), steps, frozen)
+    module = FineTuning(classifier, config.training, setup.task, steps, frozen)
     checkpoint = directory / LAST_CHECKPOINT if config.run.resume else None
     try:
         trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
     finally:
         result["train"] = train_record(trainer, meter, training, len(splits["train"]))
     module.load_best(directory / BEST_CHECKPOINT)
-    result["validation"] = module.scores["validation"] | {
-        "examples": len(splits["validation"]),
-        "seconds": meter.validation_seconds,
-    }
+    result["task"] = setup.task.record()
+    measured = {"examples": len(splits["validation"]), "seconds": meter.validation_seconds}
+    result["validation"] = module.record("validation") | measured
+    _, _, logits = module.predictions["validation"]
+    result["advice"] = [*setup.advice, *one_answer_advice(setup.task, logits, config.training)]
     if trainer.is_global_zero:
         targets = [name for name, _ in lora_modules(classifier.model)]
         saved = save_trained(
@@ -326,7 +335,7 @@ def evaluate(
         began = time.perf_counter()
         trainer.test(module, test, verbose=False)
         seconds = time.perf_counter() - began
-        result["test"] = test_record(module.scores["test"], len(setup.splits["test"]), seconds)
+        result["test"] = test_record(module.record("test"), len(setup.splits["test"]), seconds)
     stop.check()
     if trainer.is_global_zero:
         write_predictions(setup.directory, module.predictions)

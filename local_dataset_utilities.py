@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from finetuning.data.labels import STRATIFIED, unseen_labels
 from finetuning.data.sources import read_source
 from finetuning.data.splits import drop_leaks, encode_labels, keep_test_unseen, limited, split_source
 from finetuning.data.texts import LabelledTexts, TextData
@@ -34,11 +35,18 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     leaks_dropped = drop_leaks(splits, names)
     given = "validation" in source.tables and data.split in (None, "official")
     notes = [*keep_test_unseen(splits, given), *source.notes]
+    if "labels" in splits["train"]:
+        notes += [STRATIFIED, *unseen_labels(splits, names)]
     texts = TextData(
         source=how,
         label_names=names,
         splits={
-            name: LabelledTexts(t.text.tolist(), t.label.to_numpy(np.int64), t.index.to_numpy(np.int64))
+            name: LabelledTexts(
+                t.text.tolist(),
+                np.stack(t.labels.tolist()) if "labels" in t else t.label.to_numpy(np.int64),
+                t.index.to_numpy(np.int64),
+                t.pair.tolist() if "pair" in t else None,
+            )
             for name, t in limited(splits, data).items()
         },
         leaks_dropped=leaks_dropped,
@@ -69,12 +77,11 @@ def tokenize(texts: TextData, tokenizer: Any, data: DataSettings, test: bool = T
         test: whether to include the test split.
 
     Raises:
-        UserError: the cache cannot be written.
+        UserError: the cache cannot be written, or ``max_length`` leaves no room for both texts of a pair.
     """
     wanted = {name: split for name, split in texts.splits.items() if test or name != "test"}
-    return {
-        name: TokenizedSplit(
-            *cached_tokens(split.texts, tokenizer, data, f"tokenizing {name}"), split.labels, split.rows
-        )
-        for name, split in wanted.items()
-    }
+    tokenized = {}
+    for name, split in wanted.items():
+        tokens, offsets, seconds = cached_tokens(split.texts, tokenizer, data, f"tokenizing {name}", split.pairs)
+        tokenized[name] = TokenizedSplit(tokens, offsets, split.labels, split.rows, seconds)
+    return tokenized

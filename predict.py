@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from finetuning.config import RunConfig
@@ -29,6 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="The run directory.")
     given = parser.add_mutually_exclusive_group()  # not required=True, which would hide the error of a misspelled flag
     given.add_argument("--text", action="append", help="A text; repeat the flag for more texts.")
+    parser.add_argument(
+        "--text_pair", action="append", help="The second text of a pair; once for each --text. For runs on pairs."
+    )
     given.add_argument(
         "--file",
         type=Path,
@@ -40,6 +44,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="Column of the table with the text, or several (a,b), joined with a space."
         " (default: the column that the run was trained on)",
     )
+    parser.add_argument(
+        "--text_pair_column",
+        help="Column of the table with the second text of each pair. (default: the column that the run was trained on)",
+    )
     return parser
 
 
@@ -49,11 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = make_parser().parse_args(argv)
         check_flags(arguments)
         share_processors()
-        texts = arguments.text or read_texts(
-            arguments.file, arguments.text_column or load_run(arguments.run)[0].data.text_column
-        )
-        check_texts(texts, "--text" if arguments.text else f"--file {arguments.file}")
-        names, probabilities = predict(arguments.run, texts)
+        texts, pairs = given_texts(arguments)
+        names, probabilities = predict(arguments.run, texts, pairs)
+        threshold = read_threshold(arguments.run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,10 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     with suppress(BrokenPipeError):
         writer = csv.writer(sys.stdout)
-        writer.writerow(["text", "label", *(f"probability_{name}" for name in names)])
-        for text, row in zip(texts, probabilities, strict=True):
-            writer.writerow([text, names[row.index(max(row))], *(f"{p:.4f}" for p in row)])
+        columns = {"text": texts} | ({"text_pair": pairs} if pairs else {})
+        writer.writerow([*columns, "label", *(f"probability_{name}" for name in names)])
+        for *given, row in zip(*columns.values(), probabilities, strict=True):
+            writer.writerow([*given, answer(names, row, threshold), *(f"{p:.4f}" for p in row)])
     return 0
+
+
+def answer(names: Sequence[str], probabilities: Sequence[float], threshold: float | None) -> str:
+    """The most probable class. With a threshold all labels above it, separated by commas: there may be none."""
+    if threshold is None:
+        return names[probabilities.index(max(probabilities))]
+    return ",".join(name for name, p in zip(names, probabilities, strict=True) if p > threshold)
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -77,13 +91,38 @@ def check_flags(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: neither ``--text`` nor ``--file`` is given, or ``--text_column`` without a table.
     """
-    text, file, column = arguments.text, arguments.file, arguments.text_column
+    text, pair, file = arguments.text, arguments.text_pair, arguments.file
     if text is None and file is None:
         raise UserError("no text: give --text TEXT or --file FILE")
-    if column is not None and (file is None or not is_table(file)):
-        raise UserError(
-            f"--text_column {column}: needs --file with a table, for example .csv, because text has no columns"
-        )
+    if pair is not None and len(pair) != len(text or ()):
+        raise UserError(f"--text_pair: must be given once for each --text, so {len(text or ())} times")
+    for flag in ("text_column", "text_pair_column"):
+        column = getattr(arguments, flag)
+        if column is not None and (file is None or not is_table(file)):
+            raise UserError(
+                f"--{flag} {column}: needs --file with a table, for example .csv, because text has no columns"
+            )
+
+
+def given_texts(arguments: argparse.Namespace) -> tuple[list[str], list[str] | None]:
+    """The texts to label, checked, and their second texts if the run was trained on pairs.
+
+    Raises:
+        UserError: the file cannot be read or lacks a column, or a text cannot be labelled.
+    """
+    if arguments.text:
+        texts, pairs, flags = arguments.text, arguments.text_pair, ("--text", "--text_pair")
+    else:
+        file, run = arguments.file, load_run(arguments.run)[0].data
+        pair_column = arguments.text_pair_column or run.text_pair_column
+        if pair_column and not is_table(file):
+            raise UserError(f"--file {file}: the run was trained on pairs, so it must be a table, for example .csv")
+        texts = read_texts(file, arguments.text_column or run.text_column)
+        pairs = read_texts(file, pair_column, "text_pair_column") if pair_column else None
+        flags = (f"--file {file}",) * 2
+    for column, flag in zip((texts, pairs or ()), flags, strict=True):
+        check_texts(column, flag)
+    return texts, pairs
 
 
 def is_table(file: Path) -> bool:
@@ -108,8 +147,8 @@ def check_texts(texts: Sequence[str], flag: str) -> None:
             raise UserError(f"{flag}: text {number} is not UTF-8: convert it")
 
 
-def read_texts(path: Path, column: str) -> list[str]:
-    """The texts of a file, in its order, without blank lines.
+def read_texts(path: Path, column: str, flag: str = "text_column") -> list[str]:
+    """The texts of a file, in its order, without blank lines. ``flag`` is where ``column`` comes from.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, has no such column, or contains no text.
@@ -118,7 +157,7 @@ def read_texts(path: Path, column: str) -> list[str]:
     from finetuning.data.files import UNREADABLE, read_frame
 
     try:
-        texts = texts_in(read_frame(path), column, path).tolist() if is_table(path) else _lines(path)
+        texts = texts_in(read_frame(path), column, path, flag).tolist() if is_table(path) else _lines(path)
     except UnicodeDecodeError:
         raise UserError(f"--file {path}: is not UTF-8: convert it") from None
     except UNREADABLE as error:
@@ -158,6 +197,12 @@ def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     return RunConfig.from_dict(settings | found), data["label_names"]
 
 
+def read_threshold(directory: Path) -> float | None:
+    """The probability above which a run gives a label; ``None`` if each text has one label."""
+    threshold: float | None = read_result(directory).get("task", {}).get("threshold")  # older runs have no task
+    return threshold
+
+
 def for_this_machine(config: RunConfig) -> RunConfig:
     """The run's settings, changed for one process on this machine. A run from a GPU can also predict on a CPU."""
     import torch
@@ -171,20 +216,30 @@ def for_this_machine(config: RunConfig) -> RunConfig:
     )  # fmt: skip
 
 
-def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list[float]]]:
+def predict(
+    directory: Path, texts: Sequence[str], pairs: Sequence[str] | None = None
+) -> tuple[list[str], list[list[float]]]:
     """The probability of each class, for each text.
 
     Args:
         directory: a finished run.
         texts: at least one text; long texts are cut as in the run.
+        pairs: the second text of each pair, for a run on pairs.
 
     Returns:
-        The label names, and one row of probabilities per text.
+        The label names, and one row of probabilities per text. They sum to 1, unless texts have several labels.
 
     Raises:
-        UserError: there is no finished run, or its model or weights cannot be loaded.
+        UserError: there is no finished run, its model or weights cannot be loaded, or it was not trained on pairs, or
+            only on pairs.
     """
     config, label_names = load_run(directory)
+    if (pairs is None) != (config.data.text_pair_column is None):
+        raise UserError(
+            f"{directory}: was trained on pairs of texts: give --text_pair for each --text"
+            if pairs is None
+            else f"{directory}: was trained on single texts: leave out --text_pair and --text_pair_column"
+        )
     config = for_this_machine(config)
 
     import numpy as np
@@ -192,7 +247,7 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     from finetuning.data.batches import evaluation_loader
-    from finetuning.data.tokens import TokenizedSplit, encode_texts
+    from finetuning.data.tokens import TokenizedSplit, encode
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.runs.weights import load_trained
     from finetuning.training.hardware import fastest_precision, prepare_process, resolve_hardware
@@ -210,20 +265,22 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
     tokenizer = load_tokenizer(config.model.model_name, folder)
     clean = traits_of(config.data.dataset).clean
-    tokens, offsets = encode_texts([clean(text) for text in texts], tokenizer, config.data)
+    seconds_of = list(pairs) if pairs is not None else None  # data sets of pairs need no cleaning
+    tokens, offsets, seconds = encode([clean(text) for text in texts], seconds_of, tokenizer, config.data)
     rows = np.arange(len(texts))
-    split = TokenizedSplit(tokens, offsets, labels=np.zeros_like(rows), rows=rows)
+    split = TokenizedSplit(tokens, offsets, np.zeros_like(rows), rows, seconds)
     device = hardware.device
     classifier.eval().to(device)
+    to_probabilities = torch.sigmoid if read_threshold(directory) is not None else partial(torch.softmax, dim=-1)
     probabilities = torch.empty(len(texts), len(label_names))
     bar = tqdm(
         total=len(texts), desc="predict", unit=" texts", delay=BAR_AFTER, disable=None
     )  # None: on a terminal only
     with torch.inference_mode(), bar:
         for batch in evaluation_loader(split, config.training, int(tokenizer.pad_token_id)):
-            ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
-            logits = classifier(ids, mask, padded=batch["padded"])
-            probabilities[batch["rows"]] = logits.softmax(-1).cpu()
+            given = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+            logits = classifier.logits(given)
+            probabilities[batch["rows"]] = to_probabilities(logits).cpu()
             bar.update(len(logits))
     return label_names, probabilities.tolist()
 

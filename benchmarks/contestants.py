@@ -38,6 +38,7 @@ from finetuning.models.quantization import import_bitsandbytes
 from finetuning.training.callbacks import Meter
 from finetuning.training.hardware import prepare_process, resolve_hardware
 from finetuning.training.module import FineTuning
+from finetuning.training.tasks import OneLabel
 from finetuning.training.trainer import make_trainer, quiet_lightning
 from local_model_utilities import build_classifier
 
@@ -377,19 +378,23 @@ class Suite(Contestant):
         )
 
     def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
-        module, timer = FineTuning(self.classifier, self.config.training, len(LABELS), len(batches)), _LightningTimer()
+        module, timer = self.module(len(batches)), _LightningTimer()
         with tempfile.TemporaryDirectory() as directory, quiet_lightning():
             trainer = self.trainer(Path(directory), Meter(Path(directory)), timer)
             trainer.fit(module, self.loader(split, batches))
         timer.measured.padded_tokens = sum(len(batch) * int(split.lengths[batch].max()) for batch in batches)
         return timer.measured
 
+    def module(self, total_steps: int) -> FineTuning:
+        """The suite's own Lightning module."""
+        return FineTuning(self.classifier, self.config.training, OneLabel(LABELS), total_steps)
+
     def trainer(self, directory: Path, *callbacks: Callback) -> pl.Trainer:
         """The suite's own trainer."""
         return make_trainer(self.config.training, self.config.hardware, self.hardware, directory, [*callbacks])
 
     def evaluate(self, split: TokenizedSplit) -> None:
-        module = FineTuning(self.classifier, self.config.training, len(LABELS), 1)
+        module = self.module(total_steps=1)
         loader = evaluation_loader(split, self.config.training, self.pad_id)
         with tempfile.TemporaryDirectory() as directory, quiet_lightning():
             self.trainer(Path(directory)).test(module, loader, verbose=False)

@@ -90,7 +90,8 @@ def _save_model(folder: Path, model: str, config: RunConfig) -> None:
 
 def save_split(folder: Path, name: str, max_length: int, split: TokenizedSplit) -> None:
     """Writes a split for ``read_split``."""
-    np.savez(folder / f"{name}-{max_length}.npz", **vars(split))
+    arrays = {key: array for key, array in vars(split).items() if array is not None}
+    np.savez(folder / f"{name}-{max_length}.npz", **arrays)
 
 
 def read_split(folder: Path, name: str, max_length: int) -> TokenizedSplit:

@@ -7,6 +7,7 @@ flags. Checks that need the data, the model or the machine are next to the code 
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +172,27 @@ def continued(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_dict({**values, **given, "resume": True, "precision": values["precision"]})
 
 
+def parsed_class_weights(setting: str) -> dict[str, float]:
+    """The weights that ``--class_weights NAME=WEIGHT,...`` gives, by name. A name may contain commas.
+
+    Raises:
+        UserError: it has another form, a class twice, a weight that is negative or not finite, or no weight above 0.
+    """
+    parts = re.findall(r"(.+?)=([^=,]*)(?:,|$)", setting)
+    try:
+        weights = {name.strip(): float(weight) for name, weight in parts}
+    except ValueError:
+        weights = {}
+    whole = ",".join(f"{name}={weight}" for name, weight in parts) == setting.rstrip(",")
+    allowed = all(0 <= weight < math.inf for weight in weights.values())
+    if not (weights and whole and allowed) or len(weights) < len(parts) or not any(weights.values()):
+        raise UserError(
+            f"--class_weights {setting}: must be balanced, none, or NAME=WEIGHT,NAME=WEIGHT with each class once,"
+            f" weights of at least 0, and one above 0"
+        )
+    return weights
+
+
 def _is_path(name: str) -> bool:
     return name in FLAGS and FLAGS[name].kind is Path
 
@@ -255,6 +277,19 @@ def _check_combinations(s: SimpleNamespace) -> None:
     require(not (on_hub and s.data_dir), "data_dir", f"needs --dataset text, but --dataset is {s.dataset}")
     require(not s.split_names or on_hub, "split_names", "needs --dataset OWNER/NAME, a data set of the hub")
     split_names(s.split_names)
+    others = (s.text_column or traits.text_column, s.label_column or traits.label_column)
+    named = traits.label_names is not None  # its reader knows the columns
+    pairs = s.text_pair_column is None or not named
+    require(pairs, "text_pair_column", f"{s.dataset} has no pairs of texts: use --dataset text")
+    require(s.label_separator is None or not named, "label_separator", f"{s.dataset} has one label a text")
+    require(s.label_separator != "", "label_separator", "must not be empty")
+    threshold = s.threshold in (None, "tuned") or _is_share(s.threshold)
+    require(threshold, "threshold", "must be tuned, or above 0 and below 1")
+    require(
+        s.text_pair_column is None or s.text_pair_column not in others,
+        "text_pair_column",
+        "must be another column than text and label",
+    )
     found = s.data_dir is not None or not s.offline or traits.packaged or on_hub  # the cache may have a hub set
     require(found, "offline", f"no package contains {s.dataset}: give --data_dir PATH")
     downloads = bool(traits.downloads) and s.data_dir is None and not s.offline
@@ -268,6 +303,8 @@ def _check_combinations(s: SimpleNamespace) -> None:
     require(not (s.resume and s.overwrite), "resume", "cannot be used with --overwrite")
     require(not s.resume or s.output_dir is not None, "resume", "needs --output_dir PATH, the run to continue")
     require(not (s.estimate and s.devices * s.num_nodes > 1), "estimate", "needs --devices 1 and --num_nodes 1")
+    if s.class_weights not in ("none", "balanced"):
+        parsed_class_weights(s.class_weights)
     require(not (s.prefetch and s.offline), "prefetch", "needs the network: leave out --offline")
 
 
@@ -299,6 +336,14 @@ def _check_ranges(s: SimpleNamespace) -> None:
         raise UserError(f"--batch_tokens {s.batch_tokens}: must be at least --max_length {s.max_length}")
     if s.optimizer == "sgd_nesterov" and not s.momentum:
         raise UserError(f"--momentum {s.momentum}: must be above 0 with --optimizer sgd_nesterov")
+
+
+def _is_share(text: str) -> bool:
+    """Whether it is a number above 0 and below 1."""
+    try:
+        return 0 < float(text) < 1
+    except ValueError:
+        return False
 
 
 def _within(value: float, word: str, bound: float) -> bool:

@@ -123,9 +123,17 @@ class DataSettings:
         "Column with the text, or several (a,b), joined with a space.",
         "text; sentence for financial_phrasebank; found in hub sets",
     )
-    label_column: str = setting(None, "Column with the label, a number or a string.", "label; found in hub sets")
+    label_column: str = setting(
+        None, "Column with the label: a number, a string, or a list of several.", "label; found in hub sets"
+    )
     split_names: str = setting(
         "", "Splits of a hub set with other names, for example train=train,test=validation_matched.", "none"
+    )
+    text_pair_column: str | None = setting(
+        None, "Column with the second text of each pair, for data sets of pairs.", "none: single texts"
+    )
+    label_separator: str | None = setting(
+        None, "With several labels a text: what separates them in the label column.", "none: one label, or lists"
     )
     agreement: Literal["50", "66", "75", "all"] | None = setting(
         None, "For financial_phrasebank: use sentences on which at least this percentage of annotators agree.", "50"
@@ -183,7 +191,18 @@ class TrainingSettings:
         None, "Largest batch, in tokens including padding.", "6144; no limit if only --batch_size is given"
     )
     batch_size: int = setting(None, "Largest batch, in texts.", "64", at_least=1)
-    monitor: Literal["accuracy", "macro_f1", "loss"] = setting(
+    class_weights: str = setting(
+        "none", "Weight of a training text by its class: balanced, none, or NAME=WEIGHT,... (others weigh 1)."
+    )
+    label_smoothing: float = setting(
+        0.0, "Share of a training label that is spread over all classes.", "0", at_least=0, below=1
+    )
+    threshold: str | None = setting(
+        None,
+        "With several labels a text: give labels above this probability; tuned chooses it on validation.",
+        "0.5",
+    )
+    monitor: Literal["accuracy", "macro_f1", "micro_f1", "mcc", "auroc", "loss"] = setting(
         None, "Validation metric that chooses the checkpoint.", "accuracy; macro_f1 for financial_phrasebank"
     )
     patience: int = setting(0, "Stop after N epochs in which --monitor did not improve; 0 never stops.", at_least=0)

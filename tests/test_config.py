@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config import DEFAULT_LEARNING_RATES, MAY_CHANGE, NOT_PART_OF_THE_RUN, RunConfig, continued
+from finetuning.config import (
+    DEFAULT_LEARNING_RATES,
+    MAY_CHANGE,
+    NOT_PART_OF_THE_RUN,
+    RunConfig,
+    continued,
+    parsed_class_weights,
+)
 from finetuning.errors import UserError
 from finetuning.flags import given_flags, make_parser
 from finetuning.settings import DEFAULT_MODEL, FLAGS, LORA_TARGETS, PACKAGED
@@ -159,7 +166,7 @@ OUT_OF_RANGE = [
     *((name, "-1", "must be at least 0") for name in ("patience", "device", "weight_decay", "gradient_clip")),
     *((name, value, "must be at least 0") for name in ("weight_decay", "gradient_clip") for value in ("nan", "inf")),
     *((name, value, "must be at least 0 and below 1")
-      for name in ("lora_dropout", "dropout", "attention_dropout", "warmup_fraction")
+      for name in ("lora_dropout", "dropout", "attention_dropout", "warmup_fraction", "label_smoothing")
       for value in ("1", "1.5", "-0.1", "nan", "inf")),
     *((name, value, "must be at least 0 and at most 4294967295")
       for name in ("seed", "data_seed") for value in ("-1", "4294967296", "9" * 400)),
@@ -204,6 +211,20 @@ def test_every_lora_flag_is_known_to_the_test_above() -> None:
 
 
 @pytest.mark.parametrize(
+    "given", ["", "heavy", "a", "a=1,b", "a=-1", "a=nan", "a=inf", "a=one", "=1", "a=1,a=2", "a=0", "a=0,b=0"]
+)
+def test_class_weights_of_another_form(given: str) -> None:
+    with pytest.raises(UserError, match=rf"^--class_weights {given}: must be balanced, none, or NAME=WEIGHT,NAME="):
+        RunConfig.from_settings(class_weights=given)
+
+
+def test_class_weights_by_name() -> None:
+    assert parsed_class_weights("a=1,b, or c=2.5,d=0") == {"a": 1.0, "b, or c": 2.5, "d": 0.0}
+    for given in ("balanced", "none", "a=3"):
+        assert config_of_flags(f"--class_weights {given}").training.class_weights == given
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ("--lora_query False --lora_value no", "no LoRA target: at least one of --lora_query, --lora_key"),
@@ -219,6 +240,23 @@ def test_every_lora_flag_is_known_to_the_test_above() -> None:
         ("--batch_tokens 0", "--batch_tokens 0: must be at least --max_length 256"),
         ("--batch_tokens -5 --batch_size 2", "--batch_tokens -5: must be at least --max_length 256"),
         ("--dataset text", "--dataset text: needs --data_dir PATH"),
+        (
+            "--text_pair_column b",
+            "--text_pair_column b: imdb has no pairs of texts: use --dataset text",
+        ),
+        (
+            "--dataset text --data_dir d --text_pair_column text",
+            "--text_pair_column text: must be another column than text and label",
+        ),
+        (
+            "--dataset text --data_dir d --text_pair_column label",
+            "--text_pair_column label: must be another column than text and label",
+        ),
+        ("--label_separator ,", "--label_separator ,: imdb has one label a text"),
+        *(
+            (f"--threshold {value}", f"--threshold {value}: must be tuned, or above 0 and below 1")
+            for value in ("0", "1", "half", "-0.5", "nan")
+        ),
         ("--agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
         ("--dataset me/films --agreement 75", "--agreement 75: needs --dataset financial_phrasebank"),
         ("--dataset me/films --split resplit", "--split resplit: needs --dataset imdb"),
@@ -269,6 +307,7 @@ def test_settings_that_exclude_each_other(line: str, words: str) -> None:
         "--resume --output_dir d",
         "--method selective --trainable_layers 0",
         "--lora_query no --lora_value no --lora_head",
+        "--dataset text --data_dir d --text_column a --text_pair_column text",
         "--optimizer sgd --momentum 0",
     ],
 )

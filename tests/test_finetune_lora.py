@@ -97,6 +97,35 @@ def test_a_run_leaves_what_the_design_lists(
     assert "test        accuracy" in shown
 
 
+def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "validation", "test"):
+        write_reviews(tmp_path / f"{name}.csv", 80, seed=len(name))
+        rows = (tmp_path / f"{name}.csv").read_text(encoding="utf8").splitlines()
+        kept = [row for i, row in enumerate(rows[1:]) if i % 2 or i % 8 == 0]  # bad is every eighth, good every second
+        (tmp_path / f"{name}.csv").write_text("\n".join([rows[0], *kept]), encoding="utf8")
+    words = flags(tiny_folders["bert"], tmp_path, tmp_path / "run", "--epochs", "1", "--learning_rate", "0.05")
+    assert main([*words, "--class_weights", "bad=0.01", "--label_smoothing", "0.1"]) == 0  # it learns to say good
+    result = result_of(tmp_path / "run")
+    weights = result["task"]["class_weights"]
+    assert weights["bad"] == pytest.approx(0.01 * weights["good"])
+    for split in ("validation", "test"):
+        scores = result[split]
+        assert {name: row["support"] for name, row in scores["per_class"].items()} == {"bad": 10, "good": 40}
+        assert np.sum(scores["confusion_matrix"], axis=1).tolist() == [10, 40]
+        assert (scores["accuracy"], scores["mcc"]) == pytest.approx((0.8, 0))
+        assert 0 <= scores["auroc"] <= 1
+    before, after = result["advice"]
+    assert before.startswith("class 'good' has 4.0 times the training texts of 'bad', so --monitor accuracy may")
+    assert after.startswith(
+        "the chosen checkpoint answers 'good' for every validation text: consider --monitor macro_f1"
+    )
+    shown = capsys.readouterr().out
+    assert f"advice  {before}" in shown.partition("parameters")[0]  # before training
+    assert after in shown
+
+
 def test_a_run_is_repeatable_and_its_seed_matters(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
 ) -> None:
@@ -290,6 +319,11 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--output_dir", "/proc/run"], "--output_dir"),
         (["--resume"], "--resume"),
         (["--device", "64"], "--device 64"),
+        (["--class_weights", "ugly=2"], "--class_weights ugly=2: class 'ugly' must be one of bad, good"),
+        (["--monitor", "micro_f1"], "--monitor micro_f1: with one label a text it must be one of accuracy"),
+        (["--threshold", "tuned"], "--threshold tuned: needs several labels a text, not one"),
+        (["--label_separator", ","], "--label_separator ',': never occurs in column label"),
+        (["--label_smoothing", "1"], "--label_smoothing 1.0: must be at least 0 and below 1"),
     ]
     for more, words in cases:
         assert main([*base, *more]) == 2, more

@@ -18,7 +18,7 @@ from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
 from local_dataset_utilities import tokenize
-from tests.conftest import frame, packaged_folder, text_config, texts_of
+from tests.conftest import frame, packaged_folder, text_config, texts_of, write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -287,6 +287,33 @@ def test_too_few_texts_to_split(tmp_path: Path) -> None:
     frame(4, 2).to_csv(tmp_path / "train.csv", index=False)
     with pytest.raises(UserError, match="4 texts are too few for a split 90:10"):
         texts_of(text_config(tmp_path))
+
+
+def test_of_pairs_both_texts_make_a_leak(tmp_path: Path) -> None:
+    rows = [("a", "x", 0), ("a", "y", 1), ("b", "x", 0), ("c", "z", 1)]
+    for name, kept in (("train", rows), ("validation", rows[:1]), ("test", [("a", "z", 1)])):
+        pd.DataFrame(kept, columns=["text", "second", "label"]).to_csv(tmp_path / f"{name}.csv", index=False)
+    found = texts_of(text_config(tmp_path, text_pair_column="second"))
+    assert found.leaks_dropped == 1
+    train = found.splits["train"]
+    assert list(zip(train.texts, train.pairs or (), train.labels, strict=True)) == [
+        ("a", "y", 1), ("b", "x", 0), ("c", "z", 1),
+    ]  # fmt: skip
+    assert texts_of(text_config(tmp_path)).splits["train"].pairs is None
+
+
+@pytest.mark.parametrize(
+    ("content", "column", "line"),
+    [
+        ("text,label\na,0\nb,1", "second", "--text_pair_column second: must be a column of .*, which has: text, label"),
+        ("text,second,label\na,,0\nb,c,1", "second", "--text_pair_column second: .* has no text in row 0 "),
+        ("premise,second,label\na,b,0", "second", "--text_column text: must be a column of .*: premise, second, label"),
+    ],
+)
+def test_pairs_that_cannot_be_read(tmp_path: Path, content: str, column: str, line: str) -> None:
+    write_texts(tmp_path, content)
+    with pytest.raises(UserError, match=f"^{line}"):
+        texts_of(text_config(tmp_path, text_pair_column=column))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -147,9 +147,9 @@ def test_what_the_loader_knows_of_padding_reaches_the_encoder(
     classifier, seen = build(tiny_folders["bert"]), []
     original = classifier_module.classify
 
-    def watched(*given: Any) -> torch.Tensor:
+    def watched(*given: Any, **more: Any) -> torch.Tensor:
         seen.append(given[-1])
-        return original(*given)
+        return original(*given, **more)
 
     monkeypatch.setattr(classifier_module, "classify", watched)
     ids, mask = batch()

@@ -20,6 +20,7 @@ from finetuning.models.int8_products import refused
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS
 from predict import for_this_machine, load_run, main, predict, read_texts
 from tests.conftest import needs_int8
+from tests.test_finetune_lora import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {
@@ -329,6 +330,52 @@ def test_the_column_is_that_of_the_run_unless_another_is_named(
     assert shown[0] == shown[1] != shown[2]
 
 
+def test_pairs_are_predicted_as_in_the_run(
+    runs: dict[str, Path], tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count in (("train", 40), ("test", 12)):
+        rows = [(f"the plot is number {i}", f"no, it is {i + i % 2}", f"class {i % 2}") for i in range(count)]
+        pd.DataFrame(rows, columns=["premise", "claim", "label"]).to_csv(tmp_path / f"{name}.csv", index=False)
+    columns = ["--text_column", "premise", "--text_pair_column", "claim"]
+    run = tmp_path / "run"
+    words = flags(tiny_folders["bert"], tmp_path, run, *columns, "--epochs", "1", "--method", "full")
+    assert finetune_lora.main([*words, "--split", "stratified", "--precision", "fp32"]) == 0
+    assert '--text "..." --text_pair "..."' in capsys.readouterr().out
+    stored = pd.read_parquet(run / PREDICTIONS)
+    stored = stored[stored["split"] == "test"]
+    everything = pd.concat([pd.read_csv(tmp_path / f"{name}.csv") for name in ("train", "test")], ignore_index=True)
+    tested = everything.iloc[stored["row"]]
+    expected = torch.from_numpy(np.stack(stored["logits"])).softmax(-1).numpy()
+    _, found = predict(run, tested["premise"].tolist(), tested["claim"].tolist())
+    np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=1e-6)
+    swapped = predict(run, tested["claim"].tolist(), tested["premise"].tolist())[1]
+    assert np.abs(np.array(swapped) - expected).max() > 1e-4
+
+    tested.to_csv(tmp_path / "new.csv", index=False)
+    assert main([str(run), "--file", str(tmp_path / "new.csv")]) == 0
+    shown = table(capsys.readouterr().out)
+    assert [row["text_pair"] for row in shown] == tested["claim"].tolist()
+    assert [float(row["probability_class 0"]) for row in shown] == pytest.approx(expected[:, 0], abs=1e-4)
+    assert main([str(run), "--text", "a", "--text_pair", "b"]) == 0
+    assert table(capsys.readouterr().out)[0]["text_pair"] == "b"
+
+    (tmp_path / "lines.txt").write_text("a\nb\n")
+    assert "was trained on pairs of texts: give --text_pair" in refusal(capsys, run, "--text", "a")
+    assert "--text_pair: must be given once for each --text, so 1 times" in refusal(
+        capsys, run, "--text", "a", "--text_pair", "b", "--text_pair", "c"
+    )
+    assert "the run was trained on pairs, so it must be a table" in refusal(
+        capsys, run, "--file", tmp_path / "lines.txt"
+    )
+    assert "--text_pair_column x: must be a column of" in refusal(
+        capsys, run, "--file", tmp_path / "new.csv", "--text_pair_column", "x"
+    )
+    assert "was trained on single texts: leave out --text_pair" in refusal(
+        capsys, runs["lora"], "--text", "a", "--text_pair", "b"
+    )
+    assert "--text_pair: text 1 is empty: remove it" in refusal(capsys, run, "--text", "a", "--text_pair", " ")
+
+
 def test_precision_is_one_that_this_machine_has() -> None:
     assert for_this_machine(RunConfig.from_settings(precision="bf16", device=3)).hardware.precision == "bf16"
     assert for_this_machine(RunConfig.from_settings(precision="fp16", accelerator="gpu")).hardware.precision == (
@@ -345,3 +392,40 @@ def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) 
     (tmp_path / RESULT).write_text(json.dumps(result))
     with pytest.raises(UserError, match="unknown settings lora_rank"):
         load_run(tmp_path)
+
+
+def test_several_labels_are_predicted_as_in_the_run(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"superb": "good", "boring": "bad", "camera": "technical"}
+    for name, count in (("train", 240), ("validation", 40), ("test", 40)):
+        chosen = [[word for bit, word in enumerate(words) if i >> bit & 1] for i in range(count)]
+        texts = [f"{' '.join(row)} film, number {name} {i}" for i, row in enumerate(chosen)]
+        labels = [";".join(words[word] for word in row) or "none" for row in chosen]
+        pd.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / f"{name}.csv", index=False)
+    run = tmp_path / "run"
+    more = ["--epochs", "3", "--method", "full", "--label_separator", ";", "--threshold", "tuned"]
+    line = flags(tiny_folders["distilbert"], tmp_path, run, *more, "--monitor", "micro_f1", "--precision", "fp32")
+    assert finetune_lora.main(line) == 0
+    shown = capsys.readouterr().out
+    assert "exact match" in shown
+    assert "micro F1" in shown
+    result = json.loads((run / RESULT).read_text())
+    threshold = result["task"]["threshold"]
+    assert result["test"]["micro_f1"] > 0.9
+    assert result["test"]["accuracy"] == pytest.approx(result["test"]["exact_match"])
+    stored = pd.read_parquet(run / PREDICTIONS)
+    stored = stored[stored["split"] == "test"].sort_values("row")
+    names, found = predict(run, pd.read_csv(tmp_path / "test.csv")["text"].tolist())
+    assert names == ["bad", "good", "none", "technical"]
+    expected = torch.from_numpy(np.stack(stored["logits"])).sigmoid().numpy()
+    np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=1e-6)
+    truth = np.array([[i in row for i in range(4)] for row in stored["label"]])
+    assert ((expected > threshold) == truth).all(1).mean() == pytest.approx(result["test"]["exact_match"])
+
+    assert main([str(run), "--text", "superb boring film, number 3", "--text", "superb boring camera"]) == 0
+    rows = table(capsys.readouterr().out)
+    for row in rows:
+        above = [name for name in names if float(row[f"probability_{name}"]) > threshold]
+        assert row["label"].split(",") == above
+    assert rows[0]["label"] == "bad,good"

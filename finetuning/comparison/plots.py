@@ -25,6 +25,7 @@ from finetuning.comparison.labels import Label, label_ends, place_labels
 from finetuning.comparison.page import Plot
 from finetuning.comparison.statistics import mean_and_deviation, pareto_front
 from finetuning.comparison.tables import GIB, record, scores_by_rate
+from finetuning.runs.records import SCORES
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -254,7 +255,7 @@ def _rated(study: Study) -> list[Run]:
 
 def rate_plot(study: Study) -> Plot | None:
     """The metric that chose on validation by learning rate: a curve for each row, named with its best rate."""
-    metrics = dict.fromkeys("macro F1" if run.monitor == "macro_f1" else "accuracy" for run in _rated(study))
+    metrics = dict.fromkeys(SCORES.get(run.monitor, SCORES["accuracy"]) for run in _rated(study))
     metric = " or ".join(sorted(metrics))
     scores = _rate_scores(study)
     means = {name: {rate: fmean(values) for rate, values in rates.items()} for name, rates in scores.items()}

@@ -137,7 +137,7 @@ class Table:
 def main_table(study: Study) -> Table:
     """The rows of a study. What was not measured stays empty; a row without a finished run shows its status."""
     records = [record(study, row) for row in study.rows]
-    f1_counts = any(run.monitor == "macro_f1" for run in study.final)  # classes of unequal size
+    f1_counts = any(run.monitor in ("macro_f1", "mcc") for run in study.final)  # classes of unequal size
     return Table(
         (
             "row", REPORTED, _accuracy_title(records), "macro F1, %", "seeds", "test texts",

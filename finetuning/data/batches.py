@@ -207,15 +207,19 @@ class _Batches(Dataset[Batch]):
         mask = columns < lengths[:, None]  # (B, T)
         input_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         input_ids[mask] = split.tokens[(starts[:, None] + columns)[mask]]
-        return {
+        tensors = {
             "input_ids": torch.from_numpy(input_ids),  # (B, T)
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),  # (B, T)
-            "labels": torch.from_numpy(split.labels[examples]),  # (B,)
+            "labels": torch.from_numpy(split.labels[examples]),  # (B,) or (B, names)
             "rows": torch.from_numpy(split.rows[examples]),  # (B,)
             "examples": torch.from_numpy(examples),  # (B,)
             "loss_weight": torch.tensor(batch.loss_weight),  # ()
             "padded": bool(lengths.min() < lengths.max()),  # known here; a GPU would have to be asked and waited for
         }
+        if split.seconds is not None:
+            types = mask & (columns >= split.seconds[examples][:, None])
+            tensors["token_type_ids"] = torch.from_numpy(types.astype(np.int64))  # (B, T)
+        return tensors
 
 
 class TokenBatchLoader(DataLoader[Batch]):
@@ -224,8 +228,10 @@ class TokenBatchLoader(DataLoader[Batch]):
     Each batch is a dict of
 
     * ``input_ids`` and ``attention_mask``: (B, T) int64
-    * ``labels``, ``rows`` (in the source) and ``examples`` (positions in the split): (B,) int64
+    * ``labels``: (B,) int64, or (B, names) int8 with several labels a text
+    * ``rows`` (in the source) and ``examples`` (positions in the split): (B,) int64
     * ``padded``: bool, whether the mask has a 0
+    * ``token_type_ids``: (B, T) int64, 1 in the second text; only for pairs of texts
     * ``loss_weight``: () float32, world_size * accumulate / examples in the optimizer step
 
     Call backward on the *sum* of the batch's losses times ``loss_weight``. Lightning then divides by ``accumulate``,

@@ -17,13 +17,14 @@ def text_columns(wanted: str, available: Collection[str]) -> list[str]:
     return [wanted] if wanted in available else [name.strip() for name in wanted.split(",")]
 
 
-def texts_in(table: pd.DataFrame, wanted: str, where: object) -> pd.Series:
+def texts_in(table: pd.DataFrame, wanted: str, where: object, flag: str = "text_column") -> pd.Series:
     """The text of each row. Several columns are joined with a space; empty parts are left out.
 
     Args:
         table: any table.
-        wanted: ``--text_column``.
+        wanted: ``--text_column``, or the other flag's value.
         where: the table's file, for the message.
+        flag: the flag that ``wanted`` comes from.
 
     Returns:
         (rows,) texts. A row without a text is whatever the table has there: empty, ``None`` or no string.
@@ -34,7 +35,7 @@ def texts_in(table: pd.DataFrame, wanted: str, where: object) -> pd.Series:
     names = text_columns(wanted, table.columns)
     if not set(names) <= set(table.columns):
         what = "a column" if len(names) == 1 else "columns"
-        raise UserError(f"--text_column {wanted}: must be {what} of {where}, which has: {listed(table.columns)}")
+        raise UserError(f"--{flag} {wanted}: must be {what} of {where}, which has: {listed(table.columns)}")
     if len(names) == 1:
         return table[names[0]]
     parts = table[names].astype(object).where(table[names].notna(), "")
@@ -74,7 +75,13 @@ def find_text_column(kinds: Mapping[str, Kind], taken: Collection[str], flag: st
     """
     strings = [name for name, kind in kinds.items() if kind == "text" and name not in taken]
     found = [name for name in strings if not _is_id(name) and not name.lower().startswith("label")]
-    return _only(found, kinds, flag, "texts", "--text_column NAME, or A,B for two columns joined")
+    return _only(
+        found,
+        kinds,
+        flag,
+        "texts",
+        "--text_column NAME, or A,B for two columns joined; for pairs also --text_pair_column NAME",
+    )
 
 
 def _is_id(name: str) -> bool:

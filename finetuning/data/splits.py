@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from finetuning.data.labels import encode_several_labels, has_several_labels
 from finetuning.data.texts import Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError
@@ -16,9 +17,13 @@ from finetuning.settings import DataSettings
 def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source]:
     """The label names, and the source with its labels as numbers 0 ... classes - 1.
 
+    If the texts have several labels each, see ``encode_several_labels``.
+
     Raises:
         UserError: a label is not allowed, or all labels are equal.
     """
+    if has_several_labels(source, data):
+        return encode_several_labels(source, data)
     labels = _comparable(pd.concat({split: table.label for split, table in source.tables.items()}))
     if not pd.api.types.is_numeric_dtype(labels) and not labels.map(lambda label: isinstance(label, str)).all():
         raise UserError(f"--label_column {data.label_column}: labels must be all numbers or all strings")
@@ -91,7 +96,7 @@ def _sizes(total: int, shares: Sequence[int]) -> list[int]:
 def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], seed: int) -> list[pd.DataFrame]:
     """Cuts ``table`` into stratified parts in proportion to ``shares``."""
     counts = table.label.value_counts()
-    if counts.min() < len(shares):
+    if counts.min() < len(shares) and "labels" not in table:
         raise UserError(
             f"--label_column: class {names[counts.idxmin()]!r} has {counts.min()} texts: must be at least"
             f" {len(shares)} for a stratified split"
@@ -123,6 +128,12 @@ def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[
     return splits, f"{name}, {'resplit' if kind == 'resplit' else 'held out'} ({source.where})"
 
 
+def _content(table: pd.DataFrame) -> pd.Series:
+    """What must not appear in two splits: the text, or both texts of a pair."""
+    text = table.text.str.strip()
+    return text if "pair" not in table else text + "\0" + table.pair.str.strip()
+
+
 def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
     """Removes from train, in ``splits``, the texts that also appear in validation or test. Returns their number.
 
@@ -130,8 +141,10 @@ def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
         UserError: a label of validation or test does not appear in train.
     """
     held_out = pd.concat([splits["validation"], splits["test"]])
-    leaks = splits["train"].text.str.strip().isin(held_out.text.str.strip())
+    leaks = _content(splits["train"]).isin(_content(held_out))
     splits["train"] = splits["train"][~leaks]
+    if "labels" in held_out:  # several labels: unseen_labels warns
+        return int(leaks.sum())
     missing = sorted(set(held_out.label) - set(splits["train"].label))
     if missing:
         removed = f" (after {leaks.sum()} texts that also appear in validation or test were removed from train)"
@@ -157,7 +170,7 @@ def keep_test_unseen(splits: dict[str, pd.DataFrame], given: bool) -> list[str]:
     Raises:
         UserError: all texts of validation appear in test.
     """
-    seen = splits["validation"].text.str.strip().isin(splits["test"].text.str.strip())
+    seen = _content(splits["validation"]).isin(_content(splits["test"]))
     if not seen.any():
         return []
     if given:
@@ -184,7 +197,7 @@ def limited(splits: dict[str, pd.DataFrame], data: DataSettings) -> dict[str, pd
         limit = data.limit(name)
         if limit is None:
             continue
-        classes = table.label.nunique() if name == "train" else 1
+        classes = table.label.nunique() if name == "train" and "labels" not in table else 1
         if not classes <= limit <= len(table):
             raise UserError(
                 f"--limit_{name} {limit}: must be from {classes} to {len(table)}, because the {name} split has"

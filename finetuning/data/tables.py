@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from finetuning.data.columns import texts_in
@@ -48,12 +49,14 @@ def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
 
 
 def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.DataFrame:
-    """The columns text and label of ``table``, without any other column.
+    """The columns text, label and, for pairs of texts, pair of ``table``, without any other column.
 
     Raises:
         UserError: a column is missing, the table is empty, or a row has no text or no label.
     """
-    text = texts_in(table, data.text_column, path)
+    texts = {"text": texts_in(table, data.text_column, path)}
+    if data.text_pair_column is not None:
+        texts["pair"] = texts_in(table, data.text_pair_column, path, "text_pair_column")
     if data.label_column not in table.columns:
         raise UserError(
             f"--label_column {data.label_column}: must be a column of {path}, which has: {listed(table.columns)}"
@@ -61,25 +64,22 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     if table.empty:
         raise UserError(f"{path} has no rows: give other data with --data_dir or --dataset")
     label = table[data.label_column]
-    for what, flag, bad in (
-        (
-            "text",
-            f"--text_column {data.text_column}",
-            ~text.map(lambda value: isinstance(value, str) and value.strip() != "").to_numpy(bool),
-        ),
-        (
-            "label",
-            f"--label_column {data.label_column}",
-            (label.isna() | (label.astype(str).str.strip() == "")).to_numpy(bool),
-        ),
-    ):
-        if bad.any():
-            rows = f"{bad.sum()} rows, first in row" if bad.sum() > 1 else "row"
-            raise UserError(
-                f"{flag}: {path} has no {what} in {rows} {bad.argmax()} (counted from 0 after the header): remove"
-                f" such rows"
-            )
-    return pd.DataFrame({"text": text.astype(str).array, "label": label.array})
+    flags = {"text": f"--text_column {data.text_column}", "pair": f"--text_pair_column {data.text_pair_column}"}
+    for name, text in texts.items():
+        empty = ~text.map(lambda value: isinstance(value, str) and value.strip() != "").to_numpy(bool)
+        _refuse_rows(empty, "text", flags[name], path)
+    empty = (label.isna() | (label.astype(str).str.strip() == "")).to_numpy(bool)
+    _refuse_rows(empty, "label", f"--label_column {data.label_column}", path)
+    return pd.DataFrame({name: text.astype(str).array for name, text in texts.items()} | {"label": label.array})
+
+
+def _refuse_rows(bad: np.ndarray, what: str, flag: str, path: Path | str) -> None:
+    """Refuses rows that lack something; ``bad`` is (rows,) bool."""
+    if bad.any():
+        rows = f"{bad.sum()} rows, first in row" if bad.sum() > 1 else "row"
+        raise UserError(
+            f"{flag}: {path} has no {what} in {rows} {bad.argmax()} (counted from 0 after the header): remove such rows"
+        )
 
 
 def class_names(path: Path, label_column: str) -> list[str] | None:
@@ -88,4 +88,8 @@ def class_names(path: Path, label_column: str) -> list[str] | None:
         return None
     metadata = parquet_schema(path).metadata or {}
     features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return features.get(label_column, {}).get("names")
+    feature = features.get(label_column, {})
+    if isinstance(feature, list):  # how older versions of the library write a list of labels
+        feature = feature[0]
+    names: list[str] | None = feature.get("feature", feature).get("names")
+    return names

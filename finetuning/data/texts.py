@@ -10,7 +10,7 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class Source:
-    """The data as it was read: one table per split, with the columns text and label."""
+    """The data as it was read: one table per split, with the columns text and label, and pair for pairs of texts."""
 
     name: str
     where: str
@@ -30,8 +30,9 @@ class LabelledTexts:
     """
 
     texts: list[str]
-    labels: np.ndarray  # (n,) int64
+    labels: np.ndarray  # (n,) int64; with several labels a text (n, names) int8, 0 or 1
     rows: np.ndarray  # (n,) int64
+    pairs: list[str] | None = None  # the second text of each pair
 
 
 @dataclass(frozen=True)

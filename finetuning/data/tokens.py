@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from finetuning.storage import cache_dir, write_atomically
 
 @dataclass(frozen=True)
 class TokenizedSplit:
-    """Token sequences with their special tokens, one after another."""
+    """Token sequences with their special tokens, one after another. The two texts of a pair are one sequence."""
 
     tokens: np.ndarray  # (all tokens,) int32
     offsets: np.ndarray  # (n + 1,) int64, the start of each sequence and the end of the last one
-    labels: np.ndarray  # (n,) int64
+    labels: np.ndarray  # (n,) int64; with several labels a text (n, names) int8, 0 or 1
     rows: np.ndarray  # (n,) int64
+    seconds: np.ndarray | None = None  # (n,) int64, where token type 1 begins in each sequence of two texts
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,15 +41,16 @@ class TokenizedSplit:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
 
-def _tokens_key(texts: list[str], tokenizer: Any, data: DataSettings) -> str:
+def _tokens_key(texts: list[str], tokenizer: Any, data: DataSettings, pairs: list[str] | None) -> str:
     """A hash of everything that the tokens depend on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # earlier calls change them, but they do not change our tokens
         backend.pop(state, None)
     digest = hashlib.blake2b(json.dumps([1, data.max_length, data.truncation, backend]).encode(), digest_size=16)
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    digest.update(np.array([len(text) for text in encoded]).tobytes())
-    digest.update(b"".join(encoded))
+    for column in (texts, pairs) if pairs is not None else (texts,):
+        encoded = [text.encode("utf-8", "surrogatepass") for text in column]
+        digest.update(np.array([len(text) for text in encoded]).tobytes())
+        digest.update(b"".join(encoded))
     return digest.hexdigest()
 
 
@@ -73,42 +76,109 @@ def encode_texts(
     body = np.flatnonzero(np.array(probe["special_tokens_mask"]) == 0)
     prefix, suffix = probe["input_ids"][: body[0]], probe["input_ids"][body[-1] + 1 :]
     room = data.max_length - len(prefix) - len(suffix)
+    sequences = [
+        np.array([*prefix, *_cut(ids, room, data), *suffix], dtype=np.int32)
+        for (ids,) in _plain_ids(tokenizer, progress, texts)
+    ]
+    return _joined(sequences)
+
+
+def encode_pairs(
+    texts: list[str], pairs: list[str], tokenizer: Any, data: DataSettings, progress: str | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Tokens of pairs of texts, joined as the tokenizer joins them, and cut to ``max_length`` tokens together.
+
+    Tokens are taken from the longer text first, so that neither text vanishes (``longest_first`` in Hugging Face's
+    tokenizers). ``truncation`` says which part of each text is kept, as in ``encode_texts``.
+
+    Args:
+        texts: the first text of each pair; at least one.
+        pairs: the second texts, in the same order.
+        tokenizer, data, progress: as in ``encode_texts``.
+
+    Returns:
+        Tokens and offsets as ``encode_texts``, and where token type 1 begins in each sequence, (n,) int64; ``None`` if
+        the tokenizer gives all tokens the same type.
+
+    Raises:
+        UserError: ``max_length`` leaves no room for both texts.
+    """
+    probe = tokenizer("a", "b", return_token_type_ids=True, truncation=False, padding=False)
+    owner, ids, types = np.array(probe.sequence_ids(), dtype=float), probe["input_ids"], probe["token_type_ids"]
+    first, second = np.flatnonzero(owner == 0), np.flatnonzero(owner == 1)  # special tokens have no owner
+    prefix, middle, suffix = ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :]
+    special = len(prefix) + len(middle) + len(suffix)
+    room = data.max_length - special
+    if room < 2:
+        raise UserError(
+            f"--max_length {data.max_length}: must be at least {special + 2} for pairs of texts, because a pair has"
+            f" {special} special tokens"
+        )
+    sequences, begins = [], []
+    for a, b in _plain_ids(tokenizer, progress, texts, pairs):
+        shorter = min(len(a), len(b), room // 2)
+        rooms = (shorter, room - shorter) if len(a) <= len(b) else (room - shorter, shorter)
+        kept_a, kept_b = (_cut(text, kept, data) for text, kept in zip((a, b), rooms, strict=True))
+        sequences.append(np.array([*prefix, *kept_a, *middle, *kept_b, *suffix], dtype=np.int32))
+        begins.append(len(prefix) + len(kept_a) + len(middle))
+    typed = 1 in types
+    shift = types.index(1) - int(second[0]) if typed else 0
+    return *_joined(sequences), np.array(begins) + shift if typed else None
+
+
+def _plain_ids(tokenizer: Any, progress: str | None, *columns: list[str]) -> Iterator[tuple[list[int], ...]]:
+    """For each row of the columns, the token ids of its texts, without special tokens and uncut."""
+    total = len(columns[0])
+    with tqdm(total=total, desc=progress, unit=" texts", mininterval=1, disable=progress is None) as bar:
+        for start in range(0, total, 1000):
+            batch = [
+                tokenizer(
+                    column[start : start + 1000],
+                    add_special_tokens=False,
+                    truncation=False,  # a tokenizer's file may set its own truncation and padding
+                    padding=False,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    verbose=False,  # no warning about long texts, because they are cut later
+                )["input_ids"]
+                for column in columns
+            ]
+            yield from zip(*batch, strict=True)
+            bar.update(len(batch[0]))
+
+
+def _cut(ids: list[int], room: int, data: DataSettings) -> list[int]:
+    """At most ``room`` tokens of a text: its start, or its start and its end."""
     head = room if data.truncation == "head" else room // 4
-    sequences = []
-    with tqdm(total=len(texts), desc=progress, unit=" texts", mininterval=1, disable=progress is None) as bar:
-        for start in range(0, len(texts), 1000):
-            batch = tokenizer(
-                texts[start : start + 1000],
-                add_special_tokens=False,
-                truncation=False,  # a tokenizer's file may set its own truncation and padding
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,  # no warning about long texts, because they are cut below
-            )["input_ids"]
-            for ids in batch:
-                kept = ids if len(ids) <= room else ids[:head] + ids[len(ids) - (room - head) :]
-                sequences.append(np.array([*prefix, *kept, *suffix], dtype=np.int32))
-            bar.update(len(batch))
+    return ids if len(ids) <= room else ids[:head] + ids[len(ids) - (room - head) :]
+
+
+def _joined(sequences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """All sequences one after another, and their offsets."""
     lengths = [len(sequence) for sequence in sequences]
     return np.concatenate(sequences), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def cached_tokens(texts: list[str], tokenizer: Any, data: DataSettings, progress: str) -> tuple[np.ndarray, np.ndarray]:
-    """Like ``encode_texts``, but reads the tokens from the cache if they are there and not damaged.
+def cached_tokens(
+    texts: list[str], tokenizer: Any, data: DataSettings, progress: str, pairs: list[str] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Like ``encode_pairs``, or ``encode_texts`` without ``pairs``, but reads the tokens from the cache.
+
+    Tokens that are not in the cache, or damaged there, are made and written to it.
 
     Raises:
-        UserError: the cache cannot be written.
+        UserError: the cache cannot be written, or as in ``encode_pairs``.
     """
-    path = cache_dir() / "tokens" / f"{_tokens_key(texts, tokenizer, data)}.npz"
+    path = cache_dir() / "tokens" / f"{_tokens_key(texts, tokenizer, data, pairs)}.npz"
     damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
     with contextlib.suppress(*damaged), path.open("rb") as file, np.load(file) as stored:
-        return stored["tokens"], stored["offsets"]
-    tokens, offsets = encode_texts(texts, tokenizer, data, progress)
+        return stored["tokens"], stored["offsets"], stored.get("seconds")
+    arrays = encode(texts, pairs, tokenizer, data, progress)
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez(file, tokens=tokens, offsets=offsets)
+            named: dict[str, Any] = dict(zip(("tokens", "offsets", "seconds"), arrays, strict=True))
+            np.savez(file, **{name: array for name, array in named.items() if array is not None})
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,4 +187,13 @@ def cached_tokens(texts: list[str], tokenizer: Any, data: DataSettings, progress
         raise UserError(
             f"tokens cannot be stored in {path.parent} ({error}): set FINETUNE_LORA_CACHE to another folder"
         ) from error
-    return tokens, offsets
+    return arrays
+
+
+def encode(
+    texts: list[str], pairs: list[str] | None, tokenizer: Any, data: DataSettings, progress: str | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """``encode_pairs``, or ``encode_texts`` if there are no ``pairs``."""
+    if pairs is not None:
+        return encode_pairs(texts, pairs, tokenizer, data, progress)
+    return *encode_texts(texts, tokenizer, data, progress), None

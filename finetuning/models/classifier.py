@@ -50,26 +50,40 @@ class Classifier(nn.Module):
         attention_mask: Tensor,
         frozen: FrozenBatch | None = None,
         padded: bool | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
-        """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``; other arguments as in ``classify``."""
-        return (self._compiled or self._forward)(input_ids, attention_mask, frozen, padded)
+        """Logits ``(B, classes)`` in fp32 for ids and mask ``(B, T)``; other arguments as in ``classify``.
+
+        ``token_types`` is left out if the model does not tell the texts of a pair apart by their types.
+        """
+        types = token_types if getattr(self.model.config, "type_vocab_size", 0) > 1 else None
+        return (self._compiled or self._forward)(input_ids, attention_mask, frozen, padded, types)
 
     def logits(self, batch: dict[str, Any], outputs: FrozenOutputs | None = None) -> Tensor:
         """``(B, classes)`` for a loader's batch; ``outputs`` keeps the frozen layers' outputs of its split."""
         frozen = None if outputs is None else outputs.batch(batch["examples"].cpu().numpy())
-        logits: Tensor = self(batch["input_ids"], batch["attention_mask"], frozen, batch.get("padded"))
+        logits: Tensor = self(
+            batch["input_ids"], batch["attention_mask"], frozen, batch.get("padded"), batch.get("token_type_ids")
+        )
         return logits
 
     def _forward(
-        self, input_ids: Tensor, attention_mask: Tensor, frozen: FrozenBatch | None, padded: bool | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        frozen: FrozenBatch | None,
+        padded: bool | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
         if self.efficient:
             return classify(
-                self.model, self.family, input_ids, attention_mask, self.dtype, self.checkpointing, frozen, padded
-            )
+                self.model, self.family, input_ids, attention_mask, self.dtype, self.checkpointing, frozen, padded,
+                token_types=token_types,
+            )  # fmt: skip
+        types = {} if token_types is None else {"token_type_ids": token_types}
         mixed = self.dtype != torch.float32
         with torch.autocast(input_ids.device.type, dtype=self.dtype if mixed else None, enabled=mixed):
-            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits.float()
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters, by name, that turn the base model into this classifier: all trained ones and the head.

@@ -44,6 +44,7 @@ def classify(
     frozen: FrozenBatch | None = None,
     padded: bool | None = None,
     on_cpu: bool | None = None,
+    token_types: Tensor | None = None,
 ) -> Tensor:
     """Logits of a sequence classifier of one of ``FAMILIES``.
 
@@ -58,6 +59,7 @@ def classify(
             no dropout.
         padded: whether the mask has a 0; the loader knows. Default: a CPU checks, other devices assume true.
         on_cpu: whether to use the steps for a CPU. Default: where the tensors are. Tests set it to try the other steps.
+        token_types: ``(B, T)``, 1 in the second text of a pair. Default: all 0, without a tensor for it.
 
     Returns:
         ``(B, classes)`` in fp32; the head is computed in fp32.
@@ -68,12 +70,12 @@ def classify(
     encoder = _Encoder(model, family, dtype, attention_mask, checkpointing, padded, on_cpu)
     with _without_autocast(input_ids.device):
         if frozen is None:
-            return encoder.head(encoder.layers(encoder.embed(input_ids)))
+            return encoder.head(encoder.layers(encoder.embed(input_ids, token_types)))
         count = count_frozen_layers(model, family)
         if frozen.known:
             x = encoder.load(frozen, count)
         else:
-            x = encoder.layers(encoder.embed(input_ids), stop=count)
+            x = encoder.layers(encoder.embed(input_ids, token_types), stop=count)
             encoder.save(frozen, count, x)
         return encoder.head(encoder.layers(x, start=count))
 
@@ -169,7 +171,7 @@ class _Encoder:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         """``(B, T) -> (N, D)``: word, position and, if the family has it, token-type embedding, then norm."""
         embeddings: Any = self.model.get_submodule(f"{self.family.base}.embeddings")
         if self.family.padded_positions:
@@ -179,7 +181,8 @@ class _Encoder:
             positions = embeddings.position_embeddings.weight[: input_ids.shape[1]]  # (T, D)
         x = embeddings.word_embeddings(input_ids) + positions.float()  # the sum is fp32 because one term is
         if self.family.token_types:
-            x = x + embeddings.token_type_embeddings.weight[0].float()
+            types = embeddings.token_type_embeddings
+            x = x + (types.weight[0] if token_types is None else types(token_types)).float()
         return self.as_rows(self.drop(self.norm(x, embeddings.LayerNorm).to(self.dtype), self.dropout))
 
     def layers(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:

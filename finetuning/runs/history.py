@@ -16,7 +16,8 @@ def write_predictions(directory: Path, splits: dict[str, tuple[np.ndarray, np.nd
 
     Args:
         directory: the run directory.
-        splits: split name -> rows (n,), labels (n,), logits (n, classes).
+        splits: split name -> rows (n,), labels (n,), logits (n, classes). With several labels a text, labels is
+            (n, classes) of 0 and 1, and the file has a list of classes for each text.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -24,11 +25,18 @@ def write_predictions(directory: Path, splits: dict[str, tuple[np.ndarray, np.nd
     columns = {
         "split": np.concatenate([np.full(len(rows), name) for name, (rows, _, _) in splits.items()]).tolist(),
         "row": np.concatenate([rows for rows, _, _ in splits.values()]),
-        "label": np.concatenate([labels for _, labels, _ in splits.values()]).astype(np.int16),
+        "label": [row for _, labels, _ in splits.values() for row in _label_cells(labels)],
         "logits": [row for _, _, logits in splits.values() for row in logits.astype(np.float32)],
     }
-    table = pa.table({name: pa.array(values) for name, values in columns.items()})
+    several = any(labels.ndim == 2 for _, labels, _ in splits.values())
+    types = {"label": pa.list_(pa.int16()) if several else pa.int16()}
+    table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
     write_atomically(directory / PREDICTIONS, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+
+def _label_cells(labels: np.ndarray) -> Sequence[Any] | np.ndarray:
+    """The number of each text's class, or the numbers of all of its labels."""
+    return labels if labels.ndim == 1 else [np.flatnonzero(row) for row in labels]
 
 
 def write_metrics(directory: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 from finetuning.config import RunConfig
 
+SCORES = {  # as people read them
+    "accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1", "mcc": "MCC", "auroc": "AUROC",
+}  # fmt: skip
 NOT_ASKED_FOR = "not asked for"  # what a run reports if its settings do not use the compiled kernels
 
 
@@ -45,7 +48,7 @@ def accuracy_interval(accuracy: float, examples: int, z: float = 1.959964) -> tu
     return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
-def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: str) -> str:
+def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: str, advice: Sequence[str] = ()) -> str:
     """The text that a run prints before training: data, model, settings.
 
     Args:
@@ -53,6 +56,7 @@ def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: st
         data: the ``data`` of ``result.json``.
         hardware: precision and device, as text.
         kernels: whether the run uses compiled CPU kernels, or why not.
+        advice: what the user may want to change, one sentence each.
     """
     sizes = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items())
     training = config.training
@@ -65,6 +69,7 @@ def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: st
         f"        CPU kernels: {kernels}",
         f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g},"
         f" epochs {training.epochs}",
+        *(f"advice  {sentence}" for sentence in advice),
     ]
     return "\n".join(lines)
 
@@ -72,24 +77,33 @@ def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: st
 def summary(directory: Path, result: dict[str, Any]) -> str:
     """The text that a run prints at the end: scores, time, memory, and a command to try the classifier."""
     trained = result["train"]
+    example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
-    lines = [
-        f"{split:<11} accuracy {s['accuracy']:.2%}   macro-F1 {s['macro_f1']:.2%}   loss {s['loss']:.4f}"
-        f"   {s['examples']:,} texts"
-        for split, s in shown.items()
-    ]
+    monitor = result["config"]["monitor"]
+    lines = [f"{split:<11} {scores_line(scores, monitor)}" for split, scores in shown.items()]
     if "test" in result:
         low, high = result["test"]["accuracy_ci95"]
-        lines.append(f"{'':<11} 95 % interval of the test accuracy: {low:.2%} to {high:.2%}")
+        name = "exact match" if "exact_match" in result["test"] else "accuracy"
+        lines.append(f"{'':<11} 95 % interval of the test {name}: {low:.2%} to {high:.2%}")
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second']:,.0f} tokens/s,"
         f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
         f"{'memory':<11} peak {result['memory']['peak_bytes'] / 2**20:,.0f} MiB ({result['memory']['source']})",
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
-        f'{"try it":<11} {_python()} predict.py {shlex.quote(str(directory))} --text "..."',
+        *(f"{'advice':<11} {sentence}" for sentence in result["advice"]),
+        f"{'try it':<11} {_python()} predict.py {shlex.quote(str(directory))} {example}",
     ]
     return "\n" + "\n".join(lines)
+
+
+def scores_line(scores: dict[str, Any], monitor: str) -> str:
+    """The main scores of a split, and the one that chose the checkpoint."""
+    several = "exact_match" in scores
+    names = dict.fromkeys(("accuracy", *(("micro_f1",) if several else ()), "macro_f1", monitor))
+    shown = SCORES | ({"accuracy": "exact match"} if several else {})
+    parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
+    return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -19,13 +19,16 @@ from finetuning.runs.files import LAST_CHECKPOINT, NOT_FINITE
 from finetuning.runs.history import write_metrics
 
 ADVICE = "lower --learning_rate, or use another --precision"
+NOTHING_LEARNED = "no step was taken yet, so use another --precision, or check the model's weights"
+GUARDED_STEPS = 20  # most runs that diverge do it here, so each of these losses is read at once
 
 
 class Meter(Callback):
     """Measures training time, keeps the history of losses and metrics, and stops if the loss is not finite.
 
     Checkpoints contain its state, so a continued run has one history and one clock. On a GPU it reads the losses
-    once per row of the history, not once per step, because each reading waits for the device.
+    once per row of the history, not once per step, because each reading waits for the device. Only the first
+    ``GUARDED_STEPS`` are read one by one.
     """
 
     def __init__(self, directory: Path, rows_per_run: int = 200) -> None:
@@ -71,7 +74,7 @@ class Meter(Callback):
         self._losses.append(outputs["mean_loss"])
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = stepped and trainer.global_step % self._every == 0
-        if due or pl_module.device.type == "cpu":
+        if due or trainer.global_step <= GUARDED_STEPS or pl_module.device.type == "cpu":
             self._check_finite(trainer, len(self._losses))
         if due:
             self._add_row(trainer, pl_module)
@@ -81,7 +84,8 @@ class Meter(Callback):
         bad = (~torch.isfinite(recent)).nonzero().flatten().tolist()
         if bad:
             step = trainer.fit_loop.total_batch_idx + 1 - (count - 1 - bad[0])
-            raise TrainingFailed(f"{NOT_FINITE} at batch {step}: {ADVICE}")
+            advice = NOTHING_LEARNED if step <= trainer.accumulate_grad_batches else ADVICE
+            raise TrainingFailed(f"{NOT_FINITE} at batch {step}: {advice}")
 
     def _add_row(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.tick(pl_module)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from finetuning.data.batches import evaluation_loader, train_loader
@@ -23,6 +22,7 @@ from finetuning.runs.measurements import peak_memory
 from finetuning.settings import TrainingSettings
 from finetuning.training.hardware import Hardware
 from finetuning.training.optimization import make_optimizer
+from finetuning.training.tasks import Task
 
 MEASURED_STEPS = 8
 MEASURED_EVALUATIONS = 3
@@ -31,6 +31,7 @@ Batches = list[dict[str, Tensor]]
 
 def estimate(
     classifier: Classifier,
+    task: Task,
     splits: dict[str, TokenizedSplit],
     pad_id: int,
     training: TrainingSettings,
@@ -41,6 +42,7 @@ def estimate(
 
     Args:
         classifier: the run's classifier, on the CPU.
+        task: the run's task, for its loss.
         splits: train and validation, and test if the run will evaluate it.
         pad_id: the id of a padding token.
         training: batches, optimizer, number of epochs.
@@ -58,7 +60,7 @@ def estimate(
     device = hardware.device
     if hardware.on_gpu:
         torch.cuda.set_device(device)  # peak_memory reads the current device
-    classifier = classifier.to(device).train()
+    classifier, task = classifier.to(device).train(), task.to(device)
     trained = [p for p in classifier.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, training, fused=hardware.dtype != torch.float16)
     loader = train_loader(splits["train"], training, pad_id)
@@ -69,10 +71,10 @@ def estimate(
 
     activations = _kept_for_backward(classifier, _to(batches[0], device))
     for batch in batches[:2]:  # warm-up: the first steps build kernels and allocate memory
-        _step(classifier, optimizer, _to(batch, device), training.gradient_clip, None)
+        _step(classifier, task, optimizer, _to(batch, device), training.gradient_clip, None)
     seconds = _first_and_later(
         "epoch", batches[1:], device, loader.tokens_per_epoch, frozen.get("train"),
-        lambda batch, outputs: _step(classifier, optimizer, batch, training.gradient_clip, outputs),
+        lambda batch, outputs: _step(classifier, task, optimizer, batch, training.gradient_clip, outputs),
     )  # fmt: skip
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
     seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
@@ -120,13 +122,15 @@ def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
 
 def _step(
     classifier: Classifier,
+    task: Task,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, Tensor],
     gradient_clip: float,
     outputs: FrozenOutputs | None,
 ) -> None:
     """One training step as in the run, but without fp16's loss scaling, which takes no time."""
-    cross_entropy(classifier.logits(batch, outputs), batch["labels"]).backward()
+    loss = task.training_loss(classifier.logits(batch, outputs), batch["labels"])
+    (loss / len(batch["labels"])).backward()
     if gradient_clip:
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip)
     optimizer.step()

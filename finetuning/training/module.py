@@ -12,9 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics import MeanMetric
 
 from finetuning.errors import TrainingFailed
 from finetuning.models.classifier import Classifier
@@ -23,6 +21,7 @@ from finetuning.runs.files import NOT_FINITE
 from finetuning.settings import TrainingSettings
 from finetuning.training.callbacks import ADVICE
 from finetuning.training.optimization import make_optimizer, make_scheduler
+from finetuning.training.tasks import Task
 
 Batch = dict[str, Any]  # as the loaders of finetuning/data/batches.py make it
 Predictions = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -35,28 +34,20 @@ class FineTuning(pl.LightningModule):
         self,
         classifier: Classifier,
         training: TrainingSettings,
-        class_count: int,
+        task: Task,
         total_steps: int,
         frozen: dict[str, FrozenOutputs] | None = None,
     ) -> None:
         super().__init__()
         self.classifier = classifier
         self.settings = training
+        self.task = task
         # The trainer's estimated_stepping_batches is not used: reading it before a checkpoint is loaded makes
         # Lightning lose the position in the epoch.
         self.total_steps = total_steps
         self.frozen = frozen or {}  # split -> outputs of frozen layers, reused in every epoch
         self.strict_loading = False  # checkpoints do not contain the base model
-        # Without validate_args: to look at the labels' values a GPU has to be waited for at every batch.
-        metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(class_count, average="micro", validate_args=False),
-                "macro_f1": MulticlassF1Score(class_count, average="macro", validate_args=False),
-                "loss": MeanMetric(nan_strategy="disable"),  # by default it would skip NaN
-            },
-            compute_groups=False,
-        )
-        self.metrics = torch.nn.ModuleDict({split: metrics.clone() for split in ("validation", "test")})
+        self.mean_loss = MeanMetric(nan_strategy="disable")  # of the present evaluation; by default it would skip NaN
         self.scores: dict[str, dict[str, float]] = {}  # split -> metric -> value, from the latest evaluation
         self.predictions: dict[str, Predictions] = {}  # split -> rows, labels, logits, from the latest evaluation
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -65,7 +56,7 @@ class FineTuning(pl.LightningModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         logits = self.classifier.logits(batch, self.frozen.get("train"))
-        loss_sum = cross_entropy(logits, batch["labels"], reduction="sum")
+        loss_sum = self.task.training_loss(logits, batch["labels"])
         return {"loss": loss_sum * batch["loss_weight"], "mean_loss": loss_sum.detach() / len(logits)}  # type: ignore[return-value]
 
     def validation_step(self, batch: Batch) -> None:
@@ -82,23 +73,23 @@ class FineTuning(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch, split: str) -> None:
         logits = self.classifier.logits(batch, self.frozen.get(split))
-        labels, metrics = batch["labels"], self.metrics[split]
-        metrics["accuracy"].update(logits, labels)  # type: ignore[index]
-        metrics["macro_f1"].update(logits, labels)  # type: ignore[index]
-        metrics["loss"].update(cross_entropy(logits, labels, reduction="none"))  # type: ignore[index]
-        self._parts.append((batch["rows"], labels, logits))
+        self.mean_loss.update(self.task.losses(logits, batch["labels"]))
+        self._parts.append((batch["rows"], batch["labels"], logits))
 
     def _end_evaluation(self, split: str) -> None:
-        metrics = self.metrics[split]
-        values = metrics.compute()  # type: ignore[operator]
-        metrics.reset()  # type: ignore[operator]
-        self.scores[split] = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(self.scores[split]["loss"]):
+        loss = float(self.mean_loss.compute())  # over all ranks
+        self.mean_loss.reset()
+        if not math.isfinite(loss):
             raise TrainingFailed(f"{NOT_FINITE} in {split}: {ADVICE}")
         parts = [torch.cat(column).cpu().numpy() for column in zip(*self._parts, strict=True)] if self._parts else []
         self._parts = []
         self.predictions[split] = _gather(parts)
-        for name, value in values.items():
+        _, labels, logits = self.predictions[split]
+        if split == "validation":
+            self.task.tune(labels, logits)
+        scores = self.task.scores(labels, logits)
+        self.scores[split] = {"accuracy": scores.pop("accuracy"), "loss": loss} | scores
+        for name, value in self.scores[split].items():
             self.log(f"{split}_{name}", value, prog_bar=name == self.settings.monitor, logger=False)
 
     def configure_optimizers(self) -> Any:
@@ -113,11 +104,18 @@ class FineTuning(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         # load_best restores the scores and predictions of the best epoch from here.
         checkpoint["scores"] = dict(self.scores)
+        checkpoint["decoding"] = dict(self.task.decoding)
         checkpoint["predictions"] = {s: tuple(map(torch.from_numpy, p)) for s, p in self.predictions.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.scores = dict(checkpoint["scores"])
+        self.task.decoding.update(checkpoint.get("decoding", {}))  # older checkpoints have none
         self.predictions = {s: tuple(t.numpy() for t in p) for s, p in checkpoint["predictions"].items()}
+
+    def record(self, split: str) -> dict[str, Any]:
+        """The scores of the latest evaluation of a split, and their details by class."""
+        _, labels, logits = self.predictions[split]
+        return self.scores[split] | self.task.details(labels, logits)
 
     def load_best(self, path: Path) -> None:
         """Loads the weights and the validation scores of the best checkpoint."""

@@ -1,6 +1,7 @@
 """Batch plans, epoch orders, ranks, collation, and what a real Lightning trainer makes of them."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def make_split(lengths: np.ndarray, classes: int = 2) -> TokenizedSplit:
         labels=np.arange(n) % classes,
         rows=np.arange(n) + 1000,
     )
+
+
+def test_pairs_have_types_and_single_texts_have_no_tensor_for_them() -> None:
+    single = make_split(np.array([5, 3]))
+    training = RunConfig.from_settings(max_length=8, batch_size=2).training
+    (batch,) = train_loader(single, training, PAD)
+    assert "token_type_ids" not in batch
+    (batch,) = train_loader(replace(single, seconds=np.array([2, 1])), training, PAD)
+    types = dict(zip(batch["examples"].tolist(), batch["token_type_ids"].tolist(), strict=True))
+    assert types == {0: [0, 0, 1, 1, 1], 1: [0, 1, 1, 0, 0]}  # padding has type 0
 
 
 def review_lengths(n: int, seed: int, longest: int = 256) -> np.ndarray:

@@ -143,6 +143,26 @@ def test_other_columns(cache: Path) -> None:
     )
 
 
+def test_pairs_of_texts(cache: Path) -> None:
+    table = frame(40).rename(columns={"text": "premise"})
+    table["hypothesis"] = [f"claim {i}" for i in range(40)]
+    write_hub_cache(cache, "me/pairs", {"train.csv": table.to_csv(index=False)})
+    assert "premise or hypothesis can be the texts" in refusal("me/pairs")
+    texts = texts_of(config_of("me/pairs", text_pair_column="hypothesis"))
+    assert texts.columns == {"text_column": "premise", "label_column": "label"}
+    pairs = texts.splits["train"].pairs
+    assert pairs is not None
+    assert pairs[0].startswith("claim ")
+
+
+def test_several_labels_a_text(cache: Path) -> None:
+    table = frame(40).assign(labels=[[i % 3] if i % 4 else [0, 2] for i in range(40)]).drop(columns="label")
+    write_hub_cache(cache, "me/several", {"train.parquet": parquet(table)})
+    texts = texts_of(config_of("me/several"))
+    assert texts.columns == {"text_column": "text", "label_column": "labels"}
+    assert texts.label_names == ["0", "1", "2"]
+
+
 def test_a_text_that_trains_is_not_tested(cache: Path) -> None:
     files = files_of("plain", test=frame(10, word="train"))
     write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files})

@@ -169,7 +169,11 @@ def rows_of(*lines: str) -> str:
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": 7, "label": 1}', "no text in row 1"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y"}', "no label in row 1"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y", "label": "a"}', "all numbers or all strings"),
-        ("train.jsonl", '{"text": "x", "label": [0]}\n{"text": "y", "label": [1]}', "all numbers or all strings"),
+        (
+            "train.jsonl",
+            '{"text": "x", "label": {"a": 0}}\n{"text": "y", "label": {"a": 1}}',
+            "all numbers or all strings",
+        ),
         ("train.jsonl", '{"text": "x", "label": 0}\n[1, 2]', "cannot be read"),
         ("train.json", "[1, 2]", "element 1 must be an object"),
         ("train.parquet", "PAR1 nonsense PAR1", "cannot be read"),

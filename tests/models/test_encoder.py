@@ -139,6 +139,19 @@ def test_lengths_and_evaluation(family: ModelFamily, longest: int) -> None:
     assert distance(ours, reference) < 1e-5 * size(reference)
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_token_types_of_pairs(on_cpu: bool) -> None:
+    family = FAMILIES["bert"]
+    model = prepare(family, "full")
+    ids, mask, labels = batch(family, padded=True)
+    types = (torch.arange(ids.shape[1]) >= 3).long().expand_as(ids) * mask
+    reference = model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+    ours = classify(model, family, ids, mask, torch.float32, on_cpu=on_cpu, token_types=types)
+    assert distance(ours, reference) < 1e-5 * size(reference)
+    assert distance(ours, classify(model, family, ids, mask, torch.float32)) > 1e-3 * size(reference)
+    assert_same(loss_gradients(model, ours, labels), loss_gradients(model, reference, labels))
+
+
 def test_mask_with_holes() -> None:
     family = FAMILIES["bert"]
     model = prepare(family, "full")

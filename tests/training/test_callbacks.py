@@ -2,18 +2,23 @@
 test_finetune_lora.py."""
 
 import fcntl
+import math
 import os
 import pty
 import struct
 import subprocess
 import sys
 import termios
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
-from finetuning.training.callbacks import BestCheckpoint
+from finetuning.errors import TrainingFailed
+from finetuning.training.callbacks import BestCheckpoint, Meter
 from tests.test_finetune_lora import ROOT, flags
 
 
@@ -32,6 +37,32 @@ def test_the_best_checkpoint_is_known_where_its_directory_has_moved(tmp_path: Pa
         here = str(tmp_path / folder / "best.ckpt")
         assert (later.best_model_path, later.kth_best_model_path) == (here, here)
         assert (later.best_k_models, later.best_model_score, later.last_model_path) == ({here: score}, score, "")
+
+
+@pytest.mark.parametrize(
+    ("step", "losses", "said"),
+    [
+        (1, [math.nan], "at batch 1: no step was taken yet, so use another --precision, or check the model's weights"),
+        (2, [0.5, math.inf], "at batch 2: lower --learning_rate, or use another --precision"),
+        (20, [0.5] * 19 + [math.nan], "at batch 20: lower --learning_rate"),
+        (21, [0.5] * 20 + [math.nan], None),  # from here on a GPU is asked only for each row of the history
+        (50, [0.5] * 49 + [math.nan], "at batch 50: lower --learning_rate"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_found_at_once_in_the_first_steps(
+    tmp_path: Path, step: int, losses: list[float], said: str | None
+) -> None:
+    """Also on a GPU, where each reading waits for the device."""
+    meter = Meter(tmp_path)
+    meter._every = 50
+    meter._losses = [torch.tensor(loss) for loss in losses[:-1]]
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=1, global_step=step, fit_loop=SimpleNamespace(total_batch_idx=step - 1)
+    )
+    module = SimpleNamespace(device=torch.device("meta"))
+    refused = nullcontext() if said is None else pytest.raises(TrainingFailed, match=said)
+    with refused:
+        meter.on_train_batch_end(trainer, module, {"mean_loss": torch.tensor(losses[-1])}, {}, step - 1)
 
 
 def test_at_a_terminal_a_bar_shows_the_latest_loss(

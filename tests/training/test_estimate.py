@@ -13,6 +13,7 @@ from finetuning.errors import UserError
 from finetuning.models.pretrained import load_tokenizer
 from finetuning.training.estimate import estimate, estimate_table
 from finetuning.training.hardware import resolve_hardware
+from finetuning.training.tasks import OneLabel
 from local_dataset_utilities import tokenize
 from local_model_utilities import build_classifier, count_parameters, find_base_model
 from tests.conftest import texts_of
@@ -29,7 +30,7 @@ def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunCon
     hardware = resolve_hardware(config.hardware)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], hardware.dtype)
     pad_id, cache_gb = int(tokenizer.pad_token_id), config.hardware.frozen_cache_gb
-    record = estimate(classifier, splits, pad_id, config.training, hardware, cache_gb)
+    record = estimate(classifier, OneLabel(["bad", "good"]), splits, pad_id, config.training, hardware, cache_gb)
     return record, config, count_parameters(classifier)["total"].bytes
 
 

@@ -1,0 +1,94 @@
+"""Several labels a text: lists of labels, or one text with a separator -> a 0 or 1 for each label.
+
+Splits and limits are stratified by each text's rarest label, because few texts share a whole set of labels. So rare
+labels reach every part in proportion, as far as their texts allow.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from finetuning.data.texts import Source
+from finetuning.errors import UserError
+from finetuning.settings import DataSettings
+
+STRATIFIED = "splits and limits are stratified by each text's rarest label"
+
+
+def has_several_labels(source: Source, data: DataSettings) -> bool:
+    """Whether the labels are lists, or text that ``--label_separator`` splits."""
+    return data.label_separator is not None or any(table.label.map(_is_list).any() for table in source.tables.values())
+
+
+def encode_several_labels(source: Source, data: DataSettings) -> tuple[list[str], Source]:
+    """The label names, and the source with the columns ``labels`` and ``label``.
+
+    ``labels`` has an array (names,) int8 of 0 and 1 for each text. ``label`` is the stratum of the text: the number of
+    its rarest label, or the number of names for a text without a label.
+
+    Raises:
+        UserError: labels are of mixed kinds or not allowed, or the separator does not fit them.
+    """
+    flag = f"--label_column {data.label_column}"
+    lists = pd.concat({split: _as_lists(table.label, data) for split, table in source.tables.items()})
+    if data.label_separator is not None and lists.map(len).max() < 2:
+        raise UserError(f"--label_separator {data.label_separator!r}: never occurs in column {data.label_column}")
+    values = [value for row in lists for value in row]
+    kinds = {type(value) for value in values}
+    if len(kinds) > 1 or not kinds <= {str, int}:
+        raise UserError(f"{flag}: the labels in the lists must be all whole numbers or all strings")
+    names = [str(value) for value in sorted(set(values))] if source.label_names is None else list(source.label_names)
+    known: dict[Any, int] = {key: i for i, name in enumerate(names) for key in (name, i)}
+    if source.label_names is None:
+        known = {value: i for i, value in enumerate(sorted(set(values)))}
+    unknown = [value for value in values if value not in known]
+    if unknown:
+        raise UserError(f"{flag}: label {unknown[0]!r} is not one of {', '.join(names)}")
+    if len(names) < 2:
+        raise UserError(f"{flag}: must have at least two different labels, but has {', '.join(names) or 'none'}")
+    given = np.zeros((len(lists), len(names)), dtype=np.int8)
+    rows = np.repeat(np.arange(len(lists)), lists.map(len))
+    given[rows, [known[value] for value in values]] = 1
+    strata = pd.Series(_rarest(given), lists.index)
+    labels = pd.Series(list(given), lists.index)
+    tables = {
+        split: table.assign(label=strata[split].to_numpy(), labels=labels[split].array)
+        for split, table in source.tables.items()
+    }
+    return names, dataclasses.replace(source, tables=tables)
+
+
+def unseen_labels(splits: dict[str, pd.DataFrame], names: list[str]) -> list[str]:
+    """A warning about labels that no training text has but others have; empty without such labels."""
+    counts = {split: np.sum(table.labels.tolist(), axis=0) for split, table in splits.items()}
+    missing = (counts["train"] == 0) & (counts["validation"] + counts["test"] > 0)
+    found = [name for name, is_missing in zip(names, missing, strict=True) if is_missing]
+    return [f"warning: no training text has the label {', '.join(found)}, but other texts have it"] if found else []
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple | np.ndarray)
+
+
+def _as_lists(labels: pd.Series, data: DataSettings) -> pd.Series:
+    """Each text's labels as a list."""
+    lists = labels.map(_is_list)
+    if data.label_separator is None:
+        if not lists.all():
+            single = labels[~lists].tolist()[0]
+            raise UserError(f"--label_column {data.label_column}: labels must be all lists, but one is {single!r}")
+        return labels.map(lambda label: np.asarray(label, dtype=object).tolist())
+    if not labels.map(lambda label: isinstance(label, str)).all():
+        kind = "lists, so leave it out" if lists.any() else "numbers, and only text has a separator"
+        raise UserError(f"--label_separator {data.label_separator!r}: column {data.label_column} has {kind}")
+    parts = labels.str.split(data.label_separator, regex=False)
+    return parts.map(lambda words: [word.strip() for word in words if word.strip()])
+
+
+def _rarest(given: np.ndarray) -> np.ndarray:
+    """The number of each text's rarest label, (n, names) -> (n,); the number of names without a label."""
+    none = given.sum(1) == 0
+    counts = np.where(given == 1, given.sum(0), len(given) + 1)
+    return np.where(none, given.shape[1], counts.argmin(1))

@@ -1,0 +1,373 @@
+"""What is learned from the labels: the losses, the metrics by torchmetrics, and what a run advises about the labels.
+
+A task is a module, so that its weights move to the device with the classifier. Nothing of it is saved in checkpoints.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torchmetrics.functional import classification as metrics
+
+from finetuning.config import parsed_class_weights
+from finetuning.errors import UserError
+from finetuning.settings import TrainingSettings
+
+DEFAULT_THRESHOLD = 0.5
+THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --threshold tuned tries
+IMBALANCED = 3  # times the texts of the smallest class: from here on accuracy can hide that small classes are ignored
+
+
+class OneLabel(nn.Module):
+    """Each text has one of several classes: softmax and cross-entropy.
+
+    Args:
+        names: the names of the classes, in the order of the logits.
+        weights: (classes,) the weight of a training text by its class; ``None`` weighs all texts alike.
+        smoothing: the share of a label that is spread over all classes in training (Szegedy et al. 2016).
+    """
+
+    kind = "one label a text"
+    monitors = ("accuracy", "macro_f1", "mcc", "auroc", "loss")
+    fair_monitors = ("macro_f1", "mcc", "auroc")  # small classes count as much as large ones
+
+    weights: Tensor | None
+
+    def __init__(self, names: Sequence[str], weights: Tensor | None = None, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.names, self.smoothing = list(names), smoothing
+        self.decoding: dict[str, float] = {}  # what turns logits into answers and is kept in checkpoints: nothing
+        self.register_buffer("weights", weights, persistent=False)
+
+    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum over texts of the weighted and smoothed loss: ``(B, classes), (B,) -> ()``."""
+        return cross_entropy(logits, labels, self.weights, reduction="sum", label_smoothing=self.smoothing)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The plain loss of each text, so that runs with other weights can be compared: ``-> (B,)``."""
+        return cross_entropy(logits, labels, reduction="none")
+
+    def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
+        """Nothing: the most probable class is the answer."""
+
+    def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+        """The metrics of a split. ``auroc`` is missing if all labels are equal.
+
+        Args:
+            labels: (n,) classes.
+            logits: (n, classes).
+        """
+        given, predicted = torch.from_numpy(labels), torch.from_numpy(logits)
+        count: dict[str, Any] = {"num_classes": len(self.names), "validate_args": False}
+        found = {
+            "accuracy": metrics.multiclass_accuracy(predicted, given, average="micro", **count),
+            "macro_f1": metrics.multiclass_f1_score(predicted, given, average="macro", **count),
+            "mcc": metrics.multiclass_matthews_corrcoef(predicted, given, **count),
+        }
+        if self.only_answer(logits) is not None or (given == given[0]).all():
+            found["mcc"] = torch.tensor(0.0)  # by convention; for two classes torchmetrics can give more than 0.2
+        one_hot = given[:, None] == torch.arange(len(self.names))
+        auroc = mean_over_classes(metrics.binary_auroc, predicted.double().softmax(-1), one_hot)
+        return {name: float(value) for name, value in found.items()} | ({} if auroc is None else {"auroc": auroc})
+
+    def details(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+        """Precision, recall, F1 and support by class, and the confusion matrix: a row for each true class."""
+        given, predicted = torch.from_numpy(labels), torch.from_numpy(logits)
+        count: dict[str, Any] = {"num_classes": len(self.names), "validate_args": False}
+        matrix = metrics.multiclass_confusion_matrix(predicted, given, **count)
+        columns = {
+            "precision": metrics.multiclass_precision(predicted, given, average=None, **count).tolist(),
+            "recall": metrics.multiclass_recall(predicted, given, average=None, **count).tolist(),
+            "f1": metrics.multiclass_f1_score(predicted, given, average=None, **count).tolist(),
+            "support": matrix.sum(1).tolist(),
+        }
+        return {"per_class": by_name(self.names, columns), "confusion_matrix": matrix.tolist()}
+
+    def only_answer(self, logits: np.ndarray) -> str | None:
+        """The class that all texts get; ``None`` if they get different ones."""
+        predicted = np.unique(logits.argmax(1))
+        return self.names[predicted[0]] if len(predicted) == 1 else None
+
+    def counts(self, labels: np.ndarray) -> np.ndarray:
+        """Texts of each class, (classes,)."""
+        return np.bincount(labels, minlength=len(self.names))
+
+    def record(self) -> dict[str, Any]:
+        """What ``result.json`` says about the task."""
+        weights = None if self.weights is None else dict(zip(self.names, self.weights.tolist(), strict=True))
+        return {"kind": self.kind, "class_weights": weights}
+
+
+class SeveralLabels(nn.Module):
+    """Each text has any number of labels: a sigmoid and binary cross-entropy for each label.
+
+    Args:
+        names: the names of the labels, in the order of the logits.
+        weights: (labels,) the weight of each label in the training texts that have it; ``None`` is 1.
+        threshold: the probability above which a label is given; ``None`` chooses it on validation.
+    """
+
+    kind = "several labels a text"
+    monitors = ("accuracy", "macro_f1", "micro_f1", "auroc", "loss")  # accuracy is the exact match of all labels
+    fair_monitors = ("macro_f1", "auroc")
+
+    weights: Tensor | None
+
+    def __init__(
+        self, names: Sequence[str], weights: Tensor | None = None, threshold: float | None = DEFAULT_THRESHOLD
+    ) -> None:
+        super().__init__()
+        self.names, self.tuned = list(names), threshold is None
+        self.decoding = {"threshold": DEFAULT_THRESHOLD if threshold is None else threshold}
+        self.register_buffer("weights", weights, persistent=False)
+
+    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum over texts of the mean weighted loss over labels: ``(B, labels), (B, labels) -> ()``."""
+        total = binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=self.weights, reduction="sum")
+        return total / len(self.names)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The plain loss of each text, the mean over labels: ``-> (B,)``."""
+        return binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(1)
+
+    def given(self, logits: np.ndarray) -> np.ndarray:
+        """The labels that each text gets, (n, labels) bool."""
+        return probabilities_of(logits) > self.decoding["threshold"]
+
+    def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
+        """Sets the threshold with the highest micro F1 on validation, if the run asks for it."""
+        if not self.tuned:
+            return
+        probabilities, truth = probabilities_of(logits), labels == 1
+        scores = {threshold: micro_f1(truth, probabilities > threshold) for threshold in THRESHOLDS}
+        best = max(scores.values())
+        equal = [threshold for threshold, score in scores.items() if score == best]
+        self.decoding["threshold"] = min(equal, key=lambda threshold: abs(threshold - DEFAULT_THRESHOLD))
+
+    def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+        """The metrics of a split; ``accuracy`` is the share of texts with exactly the right labels.
+
+        ``auroc`` and ``mean_average_precision`` are means over the labels that some texts have and others do not. They
+        are missing if there is no such label.
+
+        Args:
+            labels: (n, labels) of 0 and 1.
+            logits: (n, labels).
+        """
+        truth, answers = torch.from_numpy(labels).long(), torch.from_numpy(self.given(logits)).long()
+        count: dict[str, Any] = {"num_labels": len(self.names), "validate_args": False}
+        found = {
+            "accuracy": metrics.multilabel_exact_match(answers, truth, **count),
+            "macro_f1": metrics.multilabel_f1_score(answers, truth, average="macro", **count),
+            "micro_f1": metrics.multilabel_f1_score(answers, truth, average="micro", **count),
+        }
+        probabilities = torch.from_numpy(probabilities_of(logits))
+        means = {
+            "auroc": mean_over_classes(metrics.binary_auroc, probabilities, truth == 1),
+            "mean_average_precision": mean_over_classes(metrics.binary_average_precision, probabilities, truth == 1),
+        }
+        return {name: float(value) for name, value in (found | means).items() if value is not None}
+
+    def details(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+        """The exact match under its own name, and precision, recall, F1 and support by label."""
+        truth, answers = torch.from_numpy(labels).long(), torch.from_numpy(self.given(logits)).long()
+        count: dict[str, Any] = {"num_labels": len(self.names), "validate_args": False, "average": None}
+        columns = {
+            "precision": metrics.multilabel_precision(answers, truth, **count).tolist(),
+            "recall": metrics.multilabel_recall(answers, truth, **count).tolist(),
+            "f1": metrics.multilabel_f1_score(answers, truth, **count).tolist(),
+            "support": truth.sum(0).tolist(),
+        }
+        exact = float((truth == answers).all(1).float().mean())
+        return {"exact_match": exact, "per_class": by_name(self.names, columns)}
+
+    def only_answer(self, logits: np.ndarray) -> str | None:
+        """The labels that all texts get; ``None`` if they get different ones."""
+        answers = np.unique(self.given(logits), axis=0)
+        if len(answers) > 1:
+            return None
+        return ", ".join(np.array(self.names)[answers[0]]) or "no label"
+
+    def counts(self, labels: np.ndarray) -> np.ndarray:
+        """Texts with each label, (labels,)."""
+        return labels.sum(0, dtype=np.int64)
+
+    def record(self) -> dict[str, Any]:
+        """What ``result.json`` says about the task."""
+        weights = None if self.weights is None else dict(zip(self.names, self.weights.tolist(), strict=True))
+        return {"kind": self.kind, "class_weights": weights, **self.decoding, "threshold_tuned": self.tuned}
+
+
+Task = OneLabel | SeveralLabels
+
+
+def probabilities_of(logits: np.ndarray) -> np.ndarray:
+    """The probability of each label by itself, in fp64."""
+    return torch.from_numpy(logits).double().sigmoid().numpy()
+
+
+def micro_f1(truth: np.ndarray, answers: np.ndarray) -> float:
+    """F1 over all labels of all texts, both (n, labels) bool; 0 if there is nothing to find and nothing found."""
+    both = truth.sum() + answers.sum()
+    return float(2 * (truth & answers).sum() / both) if both else 0.0
+
+
+def mean_over_classes(metric: Callable[[Tensor, Tensor], Tensor], probabilities: Tensor, truth: Tensor) -> float | None:
+    """The mean of a metric of two classes: each class against all others.
+
+    Classes that no text has, or that all texts have, do not count, because the metric is not defined for them.
+
+    Args:
+        metric: takes probabilities (n,) and truth (n,).
+        probabilities: (n, classes).
+        truth: (n, classes) bool.
+    """
+    defined = (truth.any(0) & ~truth.all(0)).nonzero().flatten().tolist()
+    values = [float(metric(probabilities[:, i], truth[:, i].long())) for i in defined]
+    return float(np.mean(values)) if values else None
+
+
+def by_name(names: Sequence[str], columns: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """Columns of values as one record for each class."""
+    return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(names)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the task of a run
+
+
+def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: TrainingSettings) -> Task:
+    """The task that the labels and the settings ask for.
+
+    Args:
+        labels: split -> the labels of the training and the validation texts: (n,) classes, or with several labels a
+            text (n, names) of 0 and 1.
+        names: the names of the classes.
+        training: ``class_weights``, ``label_smoothing``, ``threshold`` and ``monitor``.
+
+    Raises:
+        UserError: a setting does not fit the labels, a class with a weight does not exist, or all weights are 0.
+    """
+    task: Task
+    if labels["train"].ndim == 2:
+        if training.label_smoothing:
+            raise UserError(f"--label_smoothing {training.label_smoothing:g}: needs one label a text, not several")
+        threshold = None if training.threshold == "tuned" else float(training.threshold or DEFAULT_THRESHOLD)
+        task = SeveralLabels(names, label_weights(training.class_weights, names, labels["train"]), threshold)
+    else:
+        if training.threshold is not None:
+            raise UserError(f"--threshold {training.threshold}: needs several labels a text, not one")
+        counts = np.bincount(labels["train"], minlength=len(names))
+        task = OneLabel(names, class_weights(training.class_weights, names, counts), training.label_smoothing)
+    check_monitor(task, training.monitor, labels["validation"])
+    return task
+
+
+def check_monitor(task: Task, monitor: str, labels: np.ndarray) -> None:
+    """Checks that the task has the metric that chooses the checkpoint, and that it is defined for these labels.
+
+    Raises:
+        UserError: it has no such metric, or the metric is not defined.
+    """
+    if monitor not in task.monitors:
+        raise UserError(f"--monitor {monitor}: with {task.kind} it must be one of {', '.join(task.monitors)}")
+    no_answers = np.zeros((len(labels), len(task.names)), dtype=np.float32)
+    if monitor == "auroc" and monitor not in task.scores(labels, no_answers):
+        raise UserError("--monitor auroc: all validation texts have the same label, but it needs at least two")
+
+
+def class_weights(setting: str, names: Sequence[str], counts: np.ndarray) -> Tensor | None:
+    """The weight of a training text by its class, (classes,); ``None`` if all texts weigh alike.
+
+    ``balanced`` gives all classes the same total weight. The mean over all training texts is 1, so that a learning
+    rate means the same with and without weights.
+
+    Args:
+        setting: ``--class_weights``.
+        names: the names of the classes.
+        counts: (classes,) training texts of each class.
+
+    Raises:
+        UserError: a class does not exist, or no training text has a weight above 0.
+    """
+    if setting == "none":
+        return None
+    if setting == "balanced":
+        weights = np.divide(1.0, counts, out=np.zeros(len(names)), where=counts > 0)
+    else:
+        weights = named_weights(setting, names)
+    total = float(weights @ counts)
+    if total == 0:
+        raise UserError(f"--class_weights {setting}: at least one class with training texts needs a weight above 0")
+    return torch.tensor(weights * counts.sum() / total, dtype=torch.float32)
+
+
+def label_weights(setting: str, names: Sequence[str], labels: np.ndarray) -> Tensor | None:
+    """The weight of each label in the training texts that have it, (labels,); ``None`` if all weigh 1.
+
+    ``balanced`` gives the texts that have a label the same total weight as the texts that do not.
+
+    Args:
+        setting: ``--class_weights``.
+        names: the names of the labels.
+        labels: (n, labels) of 0 and 1, of the training texts.
+
+    Raises:
+        UserError: a label does not exist.
+    """
+    if setting == "none":
+        return None
+    if setting == "balanced":
+        counts = labels.sum(0, dtype=np.int64)
+        weights = np.divide(len(labels) - counts, counts, out=np.ones(len(names)), where=counts > 0)
+    else:
+        weights = named_weights(setting, names)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def named_weights(setting: str, names: Sequence[str]) -> np.ndarray:
+    """The weights that ``NAME=WEIGHT,...`` gives, (classes,); a class that is not named weighs 1.
+
+    Raises:
+        UserError: a class does not exist.
+    """
+    given = parsed_class_weights(setting)
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise UserError(f"--class_weights {setting}: class {unknown[0]!r} must be one of {', '.join(names)}")
+    return np.array([given.get(name, 1.0) for name in names])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# advice
+
+
+def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings) -> list[str]:
+    """What to try if classes differ much in size; empty if they do not, or if the run's metric is fair to them."""
+    present = np.flatnonzero(counts)
+    largest, smallest = present[counts[present].argmax()], present[counts[present].argmin()]
+    ratio = counts[largest] / counts[smallest]
+    if ratio < IMBALANCED or training.monitor in task.fair_monitors:
+        return []
+    weights = ", or --class_weights balanced" if training.class_weights == "none" else ""
+    return [
+        f"class {task.names[largest]!r} has {ratio:.1f} times the training texts of {task.names[smallest]!r}, so"
+        f" --monitor {training.monitor} may choose a checkpoint that ignores small classes: consider"
+        f" --monitor {' or '.join(task.fair_monitors[:2])}{weights}"
+    ]
+
+
+def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings) -> list[str]:
+    """What to try if the chosen checkpoint gives all validation texts the same answer; empty if it does not."""
+    answer = task.only_answer(logits)
+    if answer is None:
+        return []
+    monitor = "" if training.monitor in task.fair_monitors else f"--monitor {' or '.join(task.fair_monitors[:2])}, "
+    weights = "--class_weights balanced, " if training.class_weights == "none" else ""
+    return [
+        f"the chosen checkpoint answers {answer!r} for every validation text: consider {monitor}{weights}"
+        f"more --epochs, or another --learning_rate"
+    ]

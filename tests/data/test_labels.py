@@ -1,0 +1,115 @@
+"""Several labels a text: how they are read and split; what is learned from them is tested in training/test_tasks.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from finetuning.data.texts import TextData
+from finetuning.errors import UserError
+from tests.conftest import text_config, texts_of
+
+
+def write(folder: Path, labels: list[Any], name: str = "train.json") -> None:
+    rows = [{"text": f"{name} text {i}", "label": label} for i, label in enumerate(labels)]
+    (folder / name).write_text(json.dumps(rows))
+
+
+def read(folder: Path, **settings: object) -> TextData:
+    return texts_of(text_config(folder, **settings))
+
+
+def given(data: TextData, split: str) -> dict[int, list[str]]:
+    """The labels of each row of a split."""
+    part = data.splits[split]
+    return {
+        int(row): [data.label_names[i] for i in np.flatnonzero(labels)]
+        for row, labels in zip(part.rows, part.labels, strict=True)
+    }
+
+
+LISTS = [["joy"], ["joy", "fear"], [], ["anger", "joy", "anger"]]
+
+
+def test_lists_of_labels(tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        write(tmp_path, LISTS, f"{name}.json")
+    data = read(tmp_path)
+    assert data.label_names == ["anger", "fear", "joy"]
+    assert given(data, "train") == {0: ["joy"], 1: ["fear", "joy"], 2: [], 3: ["anger", "joy"]}
+    assert data.splits["train"].labels.dtype == np.int8
+    assert "splits and limits are stratified by each text's rarest label" in data.notes
+
+
+def test_a_separator_and_numbers_give_the_same_labels(tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        write(tmp_path, ["joy", "joy| fear", "anger|joy|", "fear"], f"{name}.json")
+    data = read(tmp_path, label_separator="|")
+    assert given(data, "test") == {0: ["joy"], 1: ["fear", "joy"], 2: ["anger", "joy"], 3: ["fear"]}
+    for name in ("train", "validation", "test"):
+        write(tmp_path, [[10], [9, 10], [], [2]], f"{name}.json")
+    assert read(tmp_path).label_names == ["2", "9", "10"]  # numbers are sorted as numbers
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_parquet_of_the_datasets_library_names_the_labels(tmp_path: Path, older: bool) -> None:
+    names = {"names": ["no", "maybe", "yes"], "_type": "ClassLabel"}
+    feature: Any = [names] if older else {"feature": names, "_type": "List"}
+    info = {"info": {"features": {"label": feature, "text": {"dtype": "string", "_type": "Value"}}}}
+    for name in ("train", "validation", "test"):
+        table = pa.table({"text": [f"{name} {i}" for i in range(4)], "label": [[0], [2, 0], [1], []]})
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / f"{name}.parquet")
+    data = read(tmp_path)
+    assert given(data, "train") == {0: ["no"], 1: ["no", "yes"], 2: ["maybe"], 3: []}
+
+
+def test_parts_and_limits_keep_rare_labels_in_proportion(tmp_path: Path) -> None:
+    kinds = [["a"], ["a", "b"], ["a"], ["a", "c"], ["a"], ["c", "b"], [], ["a"]]
+    write(tmp_path, [kinds[i % 8] for i in range(400)])
+    data = read(tmp_path, limit_train=200)
+    assert [len(data.splits[name].texts) for name in ("train", "validation", "test")] == [200, 40, 40]
+    shares = np.array([data.splits[name].labels.mean(0) for name in ("train", "validation", "test")])
+    assert np.ptp(shares, axis=0).max() < 0.06
+    rows = [set(data.splits[name].rows.tolist()) for name in ("train", "validation", "test")]
+    assert not rows[0] & rows[1] | rows[0] & rows[2] | rows[1] & rows[2]
+
+
+def test_a_label_that_train_lacks_brings_a_warning(tmp_path: Path) -> None:
+    write(tmp_path, [["a"], ["b"], ["a", "b"]])
+    write(tmp_path, [["a"], ["c", "b"]], "validation.json")
+    write(tmp_path, [["a"], ["d"]], "test.json")
+    assert "warning: no training text has the label c, d, but other texts have it" in read(tmp_path).notes
+
+
+@pytest.mark.parametrize(
+    ("labels", "separator", "line"),
+    [
+        ([["a"], 3], None, "--label_column label: labels must be all lists, but one is 3"),
+        ([["a", 3], ["b"]], None, "--label_column label: the labels in the lists must be all whole numbers or all"),
+        ([["a", None], ["b"]], None, "--label_column label: the labels in the lists must be all whole numbers or all"),
+        ([[0.5], [1.5]], None, "--label_column label: the labels in the lists must be all whole numbers or all"),
+        ([["a"], None], None, "--label_column label: .* has no label in row 1 "),
+        ([["a"], ["a"]], None, "--label_column label: must have at least two different labels, but has a"),
+        ([[], []], None, "--label_column label: must have at least two different labels, but has none"),
+        (["a", "b"], ",", "--label_separator ',': never occurs in column label"),
+        ([["a"], ["b"]], ",", "--label_separator ',': column label has lists, so leave it out"),
+        ([1, 2], ",", "--label_separator ',': column label has numbers, and only text has a separator"),
+        (["a,b", ""], ",", "--label_column label: .* has no label in row 1 "),
+    ],
+)
+def test_labels_that_cannot_be_read(tmp_path: Path, labels: list[Any], separator: str | None, line: str) -> None:
+    write(tmp_path, labels)
+    with pytest.raises(UserError, match=f"^{line}"):
+        read(tmp_path, label_separator=separator)
+
+
+def test_a_number_that_has_no_name(tmp_path: Path) -> None:
+    info = {"info": {"features": {"label": {"feature": {"names": ["no", "yes"]}, "_type": "List"}}}}
+    table = pa.table({"text": ["a", "b"], "label": [[0], [2]]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"^--label_column label: label 2 is not one of no, yes"):
+        read(tmp_path)

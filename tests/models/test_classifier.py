@@ -1,0 +1,42 @@
+"""The classifier as a whole: what it takes from a batch; its forward is tested in test_encoder.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from finetuning.config import RunConfig
+from finetuning.data.batches import evaluation_loader
+from finetuning.data.tokens import TokenizedSplit, encode_pairs
+from finetuning.models.families import FAMILIES
+from finetuning.models.pretrained import load_tokenizer
+from local_model_utilities import build_classifier, find_base_model
+
+TEXTS = ["a wonderful and moving film", "dull", "I loved every minute of this long story about a camera"]
+PAIRS = ["it was tedious", "the plot, the music and the ending were all a waste of time", "superb"]
+
+
+@pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "plain"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_logits_of_pairs_equal_those_of_hugging_face(
+    family: str, efficient: bool, tiny_folders: dict[str, Path]
+) -> None:
+    config = RunConfig.from_settings(
+        model_name=str(tiny_folders[family]), max_length=16, truncation="head", efficient=efficient
+    )
+    folder = find_base_model(config)
+    classifier = build_classifier(config, folder, ["no", "maybe", "yes"], torch.float32).eval()
+    tokenizer = load_tokenizer(config.model.model_name, folder)
+    rows = np.arange(len(TEXTS))
+    tokens, offsets, seconds = encode_pairs(TEXTS, PAIRS, tokenizer, config.data)
+    split = TokenizedSplit(tokens, offsets, rows, rows, seconds)
+    (batch,) = evaluation_loader(split, config.training, int(tokenizer.pad_token_id))
+    theirs = tokenizer(TEXTS, PAIRS, truncation="longest_first", max_length=16, padding=True, return_tensors="pt")
+    if getattr(classifier.model.config, "type_vocab_size", 0) < 2:  # the packaged tokenizer is BERT's
+        theirs.pop("token_type_ids", None)
+    with torch.no_grad():
+        expected, found = classifier.model(**theirs).logits, classifier.logits(batch)
+        plain = classifier.logits({name: value for name, value in batch.items() if name != "token_type_ids"})
+    torch.testing.assert_close(found, expected[batch["rows"]], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, plain) == (family != "bert")

@@ -1,0 +1,237 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.settings import TrainingSettings
+from finetuning.training.tasks import (
+    OneLabel,
+    SeveralLabels,
+    class_weights,
+    imbalance_advice,
+    label_weights,
+    make_task,
+    one_answer_advice,
+)
+
+NAMES = ["bad", "fair", "good"]
+
+
+def training(**settings: object) -> TrainingSettings:
+    return RunConfig.from_settings(**settings).training
+
+
+def logits_for(predicted: list[int], classes: int = 3) -> np.ndarray:
+    return one_hot(torch.tensor(predicted), classes).float().numpy()
+
+
+# --- one label
+
+
+def test_without_weights_and_smoothing_the_loss_is_the_plain_one() -> None:
+    torch.manual_seed(0)
+    logits, labels, task = torch.randn(7, 3), torch.randint(0, 3, (7,)), OneLabel(NAMES)
+    assert torch.equal(task.training_loss(logits, labels), cross_entropy(logits, labels, reduction="sum"))
+    assert torch.equal(task.losses(logits, labels), cross_entropy(logits, labels, reduction="none"))
+
+
+def test_weights_and_smoothing_act_in_training_only() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 3), torch.randint(0, 3, (7,))
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    task = OneLabel(NAMES, weights, smoothing=0.1)
+    target = 0.9 * one_hot(labels, 3) + 0.1 / 3
+    by_hand = -(target * weights * logits.log_softmax(-1)).sum()
+    assert task.training_loss(logits, labels) == pytest.approx(float(by_hand), rel=1e-5)
+    assert torch.equal(task.losses(logits, labels), OneLabel(NAMES).losses(logits, labels))
+    assert not task.state_dict()  # checkpoints of runs with and without weights have the same content
+
+
+def test_scores_by_hand() -> None:
+    labels, predicted = np.array([0, 0, 0, 1, 1, 2]), [0, 0, 1, 1, 0, 0]
+    task = OneLabel(NAMES)
+    scores, details = task.scores(labels, logits_for(predicted)), task.details(labels, logits_for(predicted))
+    assert details["confusion_matrix"] == [[2, 1, 0], [1, 1, 0], [1, 0, 0]]
+    assert details["per_class"]["bad"] == pytest.approx(
+        {"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "support": 3}
+    )
+    assert details["per_class"]["good"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1}
+    assert scores["accuracy"] == pytest.approx(3 / 6)
+    assert scores["macro_f1"] == pytest.approx((4 / 7 + 1 / 2 + 0) / 3)
+    # Gorodkin 2004: (correct * n - sum of row * column) / sqrt((n^2 - sum of column^2) (n^2 - sum of row^2))
+    assert scores["mcc"] == pytest.approx((18 - (3 * 4 + 2 * 2)) / ((36 - 20) * (36 - 14)) ** 0.5)
+
+
+def test_who_always_says_the_same_has_no_correlation() -> None:
+    labels = np.array([1] * 8 + [0] * 2)
+    assert OneLabel(["bad", "good"]).scores(labels, logits_for([1] * 10, classes=2))["mcc"] == 0
+    assert OneLabel(["bad", "good"]).scores(labels[:8], logits_for([0, 1] * 4, classes=2))["mcc"] == 0
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order() -> None:
+    generator = np.random.default_rng(0)
+    labels, logits = generator.integers(0, 3, 50), generator.normal(size=(50, 3)).astype(np.float32)
+    shares = torch.from_numpy(logits).double().softmax(-1).numpy()
+    by_hand = [np.mean(shares[labels == c, c][:, None] > shares[labels != c, c]) for c in range(3)]
+    assert OneLabel(NAMES).scores(labels, logits)["auroc"] == pytest.approx(np.mean(by_hand))
+    without_last = labels[labels < 2], logits[labels < 2]
+    shares = shares[labels < 2]
+    by_hand = [np.mean(shares[without_last[0] == c, c][:, None] > shares[without_last[0] != c, c]) for c in range(2)]
+    assert OneLabel(NAMES).scores(*without_last)["auroc"] == pytest.approx(np.mean(by_hand))  # "good" has no text
+    assert "auroc" not in OneLabel(NAMES).scores(labels[labels == 1], logits[labels == 1])
+
+
+def test_class_weights_keep_the_mean_over_the_texts() -> None:
+    counts = np.array([80, 15, 5])
+    assert class_weights("none", NAMES, counts) is None
+    balanced = class_weights("balanced", NAMES, counts)
+    assert balanced is not None
+    assert (balanced.numpy() * counts).tolist() == pytest.approx([100 / 3] * 3)
+    given = class_weights("good=3,bad=0.5", NAMES, counts)
+    assert given is not None
+    assert (given / given[1]).tolist() == pytest.approx([0.5, 1, 3])
+    assert float(given.numpy() @ counts) == pytest.approx(100)
+    unseen = class_weights("balanced", NAMES, np.array([5, 0, 15]))
+    assert unseen is not None
+    assert unseen.tolist() == pytest.approx([2, 0, 2 / 3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"class_weights": "ugly=2"}, "--class_weights ugly=2: class 'ugly' must be one of bad, fair, good"),
+        (
+            {"class_weights": "bad=0,good=0,fair=2"},
+            "--class_weights bad=0,good=0,fair=2: at least one class with training texts needs a weight above 0",
+        ),
+        (
+            {"monitor": "micro_f1"},
+            "--monitor micro_f1: with one label a text it must be one of accuracy, macro_f1, mcc, auroc, loss",
+        ),
+        (
+            {"monitor": "auroc"},
+            "--monitor auroc: all validation texts have the same label, but it needs at least two",
+        ),
+    ],
+)
+def test_what_the_labels_do_not_allow_is_refused(settings: dict[str, object], line: str) -> None:
+    labels = {"train": np.array([0, 2, 2]), "validation": np.array([2, 2])}
+    with pytest.raises(UserError) as caught:
+        make_task(labels, NAMES, training(**settings))
+    assert str(caught.value) == line
+
+
+# --- several labels
+
+
+TRUTH = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]], dtype=np.int8)
+GIVEN = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
+
+
+def test_loss_of_several_labels_is_the_mean_over_labels() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 3), torch.from_numpy(TRUTH)
+    task = SeveralLabels(NAMES)
+    plain = binary_cross_entropy_with_logits(logits, labels.float())
+    assert float(task.training_loss(logits, labels) / 4) == pytest.approx(float(plain))
+    assert float(task.losses(logits, labels).mean()) == pytest.approx(float(plain))
+    weighted = SeveralLabels(NAMES, torch.tensor([1.0, 3.0, 1.0]))
+    heavier = -3 * (labels * logits.sigmoid().log())[:, 1] - ((1 - labels) * (-logits).sigmoid().log())[:, 1]
+    kept = [0, 2]
+    others = binary_cross_entropy_with_logits(logits[:, kept], labels[:, kept].float(), reduction="sum") / 3
+    assert float(weighted.training_loss(logits, labels)) == pytest.approx(float(heavier.sum() / 3 + others))
+    assert torch.equal(weighted.losses(logits, labels), task.losses(logits, labels))
+
+
+def test_scores_of_several_labels_by_hand() -> None:
+    task, logits = SeveralLabels(NAMES), (GIVEN * 4 - 2).astype(np.float32)
+    scores, details = task.scores(TRUTH, logits), task.details(TRUTH, logits)
+    assert scores["accuracy"] == details["exact_match"] == 2 / 4
+    assert scores["micro_f1"] == pytest.approx(2 * 3 / (4 + 4))
+    assert scores["macro_f1"] == pytest.approx(np.mean([1, 1 / 2, 0]))
+    assert details["per_class"]["fair"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    # good has no text, so it does not count; of fair, one of its two texts is above half of the others
+    assert scores["auroc"] == pytest.approx(np.mean([1, (0.5 + 1 + 0 + 0.5) / 4]))  # pairs won; equal ones count half
+    assert scores["mean_average_precision"] == pytest.approx(np.mean([1, 0.5]))
+    nothing = task.scores(TRUTH[2:3], logits[2:3])
+    assert "auroc" not in nothing
+    assert "mean_average_precision" not in nothing
+
+
+def test_the_threshold_is_the_one_of_validation() -> None:
+    probabilities = np.array([[0.30, 0.20], [0.255, 0.10], [0.10, 0.28], [0.20, 0.05]])
+    logits, truth = (
+        np.log(probabilities / (1 - probabilities)).astype(np.float32),
+        (probabilities > 0.25).astype(np.int8),
+    )
+    fixed, tuned = SeveralLabels(["a", "b"]), SeveralLabels(["a", "b"], threshold=None)
+    for task in (fixed, tuned):
+        task.tune(truth, logits)
+    assert fixed.decoding == {"threshold": 0.5}
+    assert tuned.decoding == {"threshold": 0.25}  # of 0.20 to 0.25, which are equal, the nearest to 0.5
+    assert (fixed.scores(truth, logits)["micro_f1"], tuned.scores(truth, logits)["micro_f1"]) == (0, 1)
+    assert fixed.only_answer(logits) == "no label"
+    assert tuned.only_answer(logits) is None
+    assert tuned.record()["threshold_tuned"]
+
+
+def test_weights_of_several_labels() -> None:
+    assert label_weights("none", NAMES, TRUTH) is None
+    balanced = label_weights("balanced", NAMES, TRUTH[:3])
+    assert balanced is not None
+    assert balanced.tolist() == pytest.approx([1 / 2, 2, 1])  # texts without the label / texts with it
+    named = label_weights("fair=3", NAMES, TRUTH)
+    assert named is not None
+    assert named.tolist() == [1, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"label_smoothing": 0.1}, "--label_smoothing 0.1: needs one label a text, not several"),
+        ({"class_weights": "ugly=2"}, "--class_weights ugly=2: class 'ugly' must be one of bad, fair, good"),
+        (
+            {"monitor": "mcc"},
+            "--monitor mcc: with several labels a text it must be one of accuracy, macro_f1, micro_f1, auroc, loss",
+        ),
+    ],
+)
+def test_what_several_labels_do_not_allow_is_refused(settings: dict[str, object], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(**settings))
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("threshold", ["tuned", "0.3"])
+def test_a_threshold_needs_several_labels(threshold: str) -> None:
+    labels = {"train": np.array([0, 1, 2]), "validation": np.array([0, 1])}
+    with pytest.raises(UserError, match=f"^--threshold {threshold}: needs several labels a text, not one$"):
+        make_task(labels, NAMES, training(threshold=threshold))
+    task = make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(threshold=threshold))
+    assert task.decoding == {"threshold": 0.5 if threshold == "tuned" else 0.3}
+
+
+# --- advice
+
+
+def test_from_three_times_the_texts_on_another_monitor_is_advised() -> None:
+    task, counts = OneLabel(NAMES), np.array([30, 0, 10])
+    (line,) = imbalance_advice(task, counts, training())
+    assert "class 'bad' has 3.0 times the training texts of 'good', so --monitor accuracy may choose" in line
+    assert line.endswith("consider --monitor macro_f1 or mcc, or --class_weights balanced")
+    assert not imbalance_advice(task, np.array([29, 0, 10]), training())
+    assert not imbalance_advice(task, counts, training(monitor="mcc"))
+    (line,) = imbalance_advice(task, counts, training(monitor="loss", class_weights="balanced"))
+    assert "--monitor loss" in line
+    assert line.endswith("consider --monitor macro_f1 or mcc")
+
+
+def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
+    task = OneLabel(NAMES)
+    (line,) = one_answer_advice(task, logits_for([2, 2]), training())
+    assert "answers 'good' for every validation text: consider --monitor macro_f1 or mcc, --class_weights" in line
+    (line,) = one_answer_advice(task, logits_for([2, 2]), training(monitor="mcc", class_weights="balanced"))
+    assert line.endswith("consider more --epochs, or another --learning_rate")
+    assert not one_answer_advice(task, logits_for([2, 1]), training())
