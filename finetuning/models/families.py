@@ -25,7 +25,7 @@ class ModelFamily:
     output_norm: str
     head: tuple[str, ...]  # paths of the head's linears, in the order in which they are applied
     settings: dict[str, str]  # this suite's name -> the name in the family's config
-    head_activation: Literal["relu", "tanh"]  # between the head's two linears
+    head_activation: Literal["relu", "tanh", "gelu"]  # between the head's two linears
     drops_before_head: bool = False  # dropout before the head's first linear as well
     token_types: bool = True  # whether a token-type embedding is added
     padded_positions: bool = False  # positions count real tokens only, from padding_idx + 1
@@ -112,7 +112,31 @@ _ROBERTA = replace(
     position_offset=2,
 )
 
-FAMILIES = {family.model_type: family for family in (_DISTILBERT, _BERT, _ROBERTA)}
+_ELECTRA = replace(  # its embeddings may be narrower than its layers
+    _BERT,
+    model_type="electra",
+    base="electra",
+    layers="electra.encoder.layer",
+    head=("classifier.dense", "classifier.out_proj"),
+    head_activation="gelu",
+    drops_before_head=True,
+)
+_ERNIE = replace(
+    _BERT, model_type="ernie", base="ernie", layers="ernie.encoder.layer", head=("ernie.pooler.dense", "classifier")
+)
+_DATA2VEC = replace(_ROBERTA, model_type="data2vec-text", base="data2vec_text", layers="data2vec_text.encoder.layer")
+_ROWS = (
+    _DISTILBERT,
+    _BERT,
+    _ROBERTA,
+    replace(_ROBERTA, model_type="xlm-roberta"),
+    replace(_ROBERTA, model_type="camembert"),
+    _DATA2VEC,
+    _ELECTRA,
+    _ERNIE,
+)
+
+FAMILIES = {family.model_type: family for family in _ROWS}
 
 
 def family_of(model_type: str, model_name: str) -> ModelFamily:

