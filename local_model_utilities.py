@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
+from finetuning.models.discovery import named_linears
 from finetuning.models.families import ModelFamily
+from finetuning.models.fused import split_linears
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
 from finetuning.models.pretrained import check_fits, find_model, load_pretrained
 from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
@@ -28,7 +30,7 @@ def find_base_model(config: RunConfig) -> Path:
         UserError: the model does not exist or is not supported, the hub cannot be reached, or settings do not fit.
     """
     folder = find_model(config.model.model_name, config.run.offline, config.instead_of_hub)
-    check_fits(config.model.model_name, folder, config.data.max_length, config.method, config.lora)
+    check_fits(config.model, folder, config.data.max_length, config.method, config.lora, config.hardware)
     return folder
 
 
@@ -47,6 +49,8 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
     model, family = load_pretrained(config.model, folder, label_names)
     lora, hardware = config.lora, config.hardware
     choose_trained(model, family, config.method, head=lora is None or not lora.lora_head)
+    if lora is not None:
+        split_linears(model, family, parts=not lora.modules)
     if lora is not None and lora.q_lora:
         quantize_linears(model, family, dtype, double=bool(lora.double_quantization))
     _store_frozen(model, family, dtype)
@@ -76,27 +80,28 @@ def choose_trained(model: nn.Module, family: ModelFamily, method: MethodSettings
 def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:
     """Converts frozen linear layers and embeddings to ``dtype``. Norms stay fp32: they are small and sensitive."""
     for module in model.get_submodule(family.base).modules():
-        if type(module) in (nn.Linear, nn.Embedding):
+        if type(module) is nn.Linear or isinstance(module, nn.Embedding):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
 
 
 def place_lora(model: nn.Module, family: ModelFamily, settings: LoRASettings) -> None:
-    """Wraps each linear layer that the placement flags select in a ``LinearWithLoRA``."""
-    for target in settings.targets:
-        for name in family.linear_names(target, family.setting(model, "layer_count")):
-            linear: Any = model.get_submodule(name)
-            lora = LoRALayer(
-                linear.in_features,
-                linear.out_features,
-                settings.lora_r,
-                settings.lora_alpha,
-                scaling=settings.lora_scaling,
-                dropout=settings.lora_dropout,
-            )
-            dense = partial(dequantized, linear) if is_quantized(linear) else None
-            model.set_submodule(name, LinearWithLoRA(linear, lora, dense))
+    """Wraps each linear that the placement flags or ``--lora_modules`` select in a ``LinearWithLoRA``."""
+    layer_count = family.setting(model, "layer_count")
+    names = [name for target in settings.targets for name in family.linear_names(target, layer_count)]
+    for name in [*names, *named_linears(model, family, settings.modules)]:
+        linear: Any = model.get_submodule(name)
+        lora = LoRALayer(
+            linear.in_features,
+            linear.out_features,
+            settings.lora_r,
+            settings.lora_alpha,
+            scaling=settings.lora_scaling,
+            dropout=settings.lora_dropout,
+        )
+        dense = partial(dequantized, linear) if is_quantized(linear) else None
+        model.set_submodule(name, LinearWithLoRA(linear, lora, dense))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
         classifier.family,
         {g: ParameterCount() for g in ("embeddings", "encoder", "lora", "head", "total")},
     )
-    head = tuple(f"{name}." for name in family.head)
+    head = tuple(f"{name}." for name in family.head_modules)
     for name, parameter in classifier.model.named_parameters():
         in_lora = ".lora.lora_" in name
         in_encoder = name.startswith(f"{family.layers}.")

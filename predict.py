@@ -185,6 +185,7 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
 
     from finetuning.data.batches import evaluation_loader
     from finetuning.data.tokens import TokenizedSplit, encode_texts
+    from finetuning.models.fused import split_widths
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.runs.weights import load_trained
     from finetuning.training.hardware import prepare_process, resolve_hardware
@@ -196,7 +197,9 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     prepare_process(hardware)
     folder = find_base_model(config)
     classifier = build_classifier(config, folder, label_names, hardware.dtype)
-    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
+    load_trained(
+        directory, classifier.saved_parameters(), lora=config.lora is not None, split=split_widths(classifier.model)
+    )
     tokenizer = load_tokenizer(config.model.model_name, folder)
     clean = DATASETS[config.data.dataset].clean
     tokens, offsets = encode_texts([clean(text) for text in texts], tokenizer, config.data)

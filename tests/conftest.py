@@ -44,7 +44,7 @@ from local_dataset_utilities import load_texts
 from tests.slurm_cluster import Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
-# Most tests try these rows of the table. tests/models/test_family_matrix.py tries all of them.
+# Most tests try these rows of the table. tests/test_every_family.py tries all of them.
 CORE = {name: FAMILIES[name] for name in ("distilbert", "bert", "roberta")}
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
 GOOD = ("a wonderful and moving film", "superb acting, a joy", "I loved every minute", "brilliant, funny and warm")

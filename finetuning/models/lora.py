@@ -92,15 +92,18 @@ class LinearWithLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``: the linear plus the LoRA layer, in x's dtype or autocast's."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        return linears(x, [self])
+        return linears(in_autocast(x), [self])
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The single weight that replaces both, ``(out, in)``, fp32."""
         return dense_weight(self).float() + self.lora.delta_weight()
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, if autocast is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
