@@ -75,7 +75,7 @@ class LoRASettings:
     lora_key: bool = setting(False, "Add LoRA to the attention key.")
     lora_value: bool = setting(True, "Add LoRA to the attention value.")
     lora_projection: bool = setting(False, "Add LoRA to the attention output layer.")
-    lora_mlp: bool = setting(False, "Add LoRA to both feed-forward layers.")
+    lora_mlp: bool = setting(False, "Add LoRA to the feed-forward layers.")
     lora_head: bool = setting(False, "Add LoRA to the classification head and freeze the head's own weights.")
     lora_modules: str | None = setting(
         None, "Add LoRA to linears of these names, separated by commas, instead of the parts above.", "none"
@@ -96,7 +96,7 @@ class LoRASettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The pretrained encoder."""
+    """The pretrained model."""
 
     model_name: str = setting(
         None,

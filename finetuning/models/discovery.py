@@ -83,7 +83,7 @@ def _refuse_others(config: Any, name: str) -> None:
         raise UserError(f"{kind}, which reads images: needs a model of texts alone")
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(f"{kind}, for which Hugging Face has no text classifier: needs one of a type that has")
-    if "moe" in config.model_type or any((getattr(config, key, 0) or 0) > 1 for key in EXPERTS):
+    if "moe" in config.model_type or any(getattr(config, key, None) not in (None, 0, 1) for key in EXPERTS):
         raise UserError(f"{kind}, a mixture of experts: needs a model without experts")
     if getattr(config, "inner_group_num", 1) != 1:
         raise UserError(f"{kind} and has {config.inner_group_num} layers in each group: needs one")

@@ -34,6 +34,8 @@ from finetuning.settings import PACKAGED, HardwareSettings, LoRASettings, Method
 
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+OLD_WEIGHTS = "pytorch_model*.bin"  # what some models have instead of safetensors; torch reads tensors alone from it
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def _hub_model(name: str, offline: bool, instead: str) -> Path:
 
     try:
         cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-        if (cached / "config.json").is_file() and list(cached.glob("*.safetensors")):
+        if (cached / "config.json").is_file() and _has_weights(cached):
             return cached
     except LocalEntryNotFoundError:
         pass
@@ -93,13 +95,18 @@ def _hub_model(name: str, offline: bool, instead: str) -> Path:
         raise UserError(f"--model_name {name} is not in the hub's cache, and --offline was given: --prefetch it first")
     require_hub(f"--model_name {name}", instead)
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return folder if _has_weights(folder) else Path(snapshot_download(name, allow_patterns=[OLD_WEIGHTS]))
     except GatedRepoError:
         raise UserError(f"--model_name {name}: the hub asks you to accept its terms, and to log in, first") from None
     except RepositoryNotFoundError:
         raise UserError(f"--model_name {name}: the hub has no such model, and no folder has this name") from None
     except Exception as error:  # the hub's client does not catch the errors of its HTTP library
         raise UserError(f"--model_name {name} could not be downloaded: {first_line(error)}") from None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(list(folder.glob(pattern)) for pattern in ("*.safetensors", OLD_WEIGHTS))
 
 
 def _read_config(model_name: str, folder: Path) -> Any:
@@ -153,6 +160,10 @@ def check_fits(
 
 def load_tokenizer(model_name: str, folder: Path) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, which must be a fast one. If it has no padding token, it pads with its end of text."""
+    if not any(list(folder.glob(pattern)) for pattern in TOKENIZER_FILES):  # transformers would make an empty one
+        raise UserError(f"--model_name {model_name}: has no tokenizer: needs one of {', '.join(TOKENIZER_FILES)}")
+    if not (folder / "tokenizer.json").is_file() and list(folder.glob("*.model")) and not find_spec("sentencepiece"):
+        raise UserError(f"--model_name {model_name}: its tokenizer needs a package: pip install sentencepiece protobuf")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # a damaged file can make the library raise any type

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from finetuning.config import RunConfig
@@ -98,6 +99,31 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error
     monkeypatch.setattr("finetuning.models.pretrained.require_hub", lambda *_: None)
     with pytest.raises(UserError, match=words):
         find_base_model(RunConfig.from_settings(model_name="somebody/something"))
+
+
+def test_a_model_of_the_hub_with_old_weights_alone(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As microsoft/deberta-v3-base has them. Of other models these files are not fetched."""
+    weights, folder = load_file(tiny_folders["bert"] / "model.safetensors"), tmp_path / "old"
+    asked = []
+
+    def download(_: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        asked.append(allow_patterns)
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        ignored = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(tiny_folders["bert"], folder, ignore=ignored, dirs_exist_ok=True)
+        if "pytorch_model*.bin" in allow_patterns:
+            torch.save(weights, folder / "pytorch_model.bin")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("finetuning.models.pretrained.require_hub", lambda *_: None)
+    assert find_base_model(RunConfig.from_settings(model_name="somebody/something", max_length=32)) == folder
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, False, True]
+    loaded = load(folder).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
 
 
 def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
