@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
@@ -80,7 +81,7 @@ def choose_trained(model: nn.Module, family: ModelFamily, method: MethodSettings
 def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:
     """Converts frozen linear layers and embeddings to ``dtype``. Norms stay fp32: they are small and sensitive."""
     for module in model.get_submodule(family.base).modules():
-        if type(module) is nn.Linear or isinstance(module, nn.Embedding):
+        if type(module) in (nn.Linear, Conv1D) or isinstance(module, nn.Embedding):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)

@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 from finetune_lora import main
 from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
+from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES
 from finetuning.models.fused import split_widths
 from finetuning.models.lora import LinearWithLoRA, lora_modules
@@ -202,6 +203,13 @@ def test_four_bits_equal_lora_on_the_dequantized_weights(folder_of: Any, model_t
 
 # ---------------------------------------------------------------------------------------------------------------------
 # all methods
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.efficient])
+def test_the_steps_for_a_gpu_give_the_same_logits(model_type: str) -> None:
+    model, given = tiny_model(model_type), batch(model_type)
+    ours = classify(model, FAMILIES[model_type], **given, dtype=torch.float32, on_cpu=False)
+    torch.testing.assert_close(ours, model(**given).logits)
 
 
 METHODS: dict[str, dict[str, object]] = {

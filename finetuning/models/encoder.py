@@ -45,7 +45,7 @@ def classify(
     padded: bool | None = None,
     on_cpu: bool | None = None,
 ) -> Tensor:
-    """Logits of a sequence classifier of one of ``FAMILIES``.
+    """Logits of a sequence classifier of a family that has this path.
 
     Args:
         model: Hugging Face's classifier; some of its linears may be ``LinearWithLoRA`` or packed in 4 bits.
