@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fai
     from finetuning.training.module import FineTuning
     from finetuning.training.tasks import Task
 
-DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier: LoRA, QLoRA, the last layers or all weights."
+DESCRIPTION = "Fine-tune a text classifier, an encoder or a decoder: LoRA, QLoRA, the last layers or all weights."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
@@ -134,7 +134,7 @@ def print_estimate(config: RunConfig) -> None:
     except torch.OutOfMemoryError:
         advice = f"lower --batch_tokens ({training.batch_tokens}), or use --gradient_checkpointing True"
         raise UserError(f"--estimate: the GPU has too little memory for one step of this run: {advice}") from None
-    print(f"{setup.headline()}\n\n{estimate_table(record, weight_bytes, training.epochs)}")
+    print(f"{setup.headline(classifier)}\n\n{estimate_table(record, weight_bytes, training.epochs)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,21 +168,24 @@ class Setup:
             "notes": texts.notes,
         }
 
-    def kernels(self) -> str:
+    def kernels(self, classifier: "Classifier") -> str:
         """Whether the run uses the compiled CPU kernels, or why not."""
         import torch
 
         from finetuning.models.compiled import library
 
-        settings, hardware = self.config.hardware, self.hardware
+        settings, hardware, family = self.config.hardware, self.hardware, classifier.family
         if hardware.int8:
             return library(without_bf16=True)[1]
+        if settings.efficient and not classifier.efficient:
+            return f"{NOT_ASKED_FOR}: {family.model_type} models run Hugging Face's code"
         used = not hardware.on_gpu and hardware.dtype == torch.bfloat16 and settings.efficient and not settings.compile
         return library()[1] if used else NOT_ASKED_FOR
 
-    def headline(self) -> str:
+    def headline(self, classifier: "Classifier") -> str:
         """The text that the run prints before training."""
-        return headline(self.config, self.data_record(), self.hardware.described, self.kernels(), self.advice)
+        kernels = self.kernels(classifier)
+        return headline(self.config, self.data_record(), self.hardware.described, kernels, self.advice)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -258,12 +261,14 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     prepare_process(setup.hardware)
     with quiet_lightning():
         pl.seed_everything(config.training.seed, verbose=False)
-    result["environment"] = environment_record() | {"cpu_kernels": setup.kernels()}
+    result["environment"] = environment_record()
     classifier = build_classifier(config, setup.model_folder, setup.texts.label_names, setup.hardware.dtype)
+    result["environment"]["cpu_kernels"] = setup.kernels(classifier)
+    result["model"] = {"type": classifier.family.model_type, "efficient_path": classifier.efficient}
     groups = count_parameters(classifier)
     result["parameters"] = parameter_record(groups)
     if not is_helper():
-        print(f"{setup.headline()}\nrun     {setup.directory}\n\n{parameter_table(groups)}\n", flush=True)
+        print(f"{setup.headline(classifier)}\nrun     {setup.directory}\n\n{parameter_table(groups)}\n", flush=True)
         if config.run.verbose:
             print(module_table(classifier.model), flush=True)
     return classifier
@@ -274,6 +279,7 @@ def train(
 ) -> "tuple[pl.Trainer, FineTuning]":
     """Training: fits the classifier, loads the best checkpoint and saves its weights."""
     from finetuning.data.batches import evaluation_loader, train_loader
+    from finetuning.models.fused import split_widths
     from finetuning.models.lora import lora_modules
     from finetuning.runs.history import plot_learning_curve
     from finetuning.runs.weights import save_trained
@@ -307,7 +313,7 @@ def train(
         targets = [name for name, _ in lora_modules(classifier.model)]
         saved = save_trained(
             directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets,
-            classifier.family.head,
+            classifier.family.head_modules, split_widths(classifier.model), classifier.family.conv1d,
         )  # fmt: skip
         result["files"] = {path.name: path.stat().st_size for path in (saved, directory / LAST_CHECKPOINT)}
         optimizer = f"{config.training.optimizer}, {config.training.learning_rate:g}"

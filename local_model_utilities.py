@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
+from finetuning.models.discovery import named_linears
 from finetuning.models.families import ModelFamily
+from finetuning.models.fused import split_linears
 from finetuning.models.int8 import Int8Linear, use_int8
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
 from finetuning.models.pretrained import check_fits, find_model, load_pretrained
@@ -29,7 +32,7 @@ def find_base_model(config: RunConfig) -> Path:
         UserError: the model does not exist or is not supported, the hub cannot be reached, or settings do not fit.
     """
     folder = find_model(config.model.model_name, config.run.offline, config.instead_of_hub)
-    check_fits(config.model.model_name, folder, config.data.max_length, config.method, config.lora)
+    check_fits(config.model, folder, config.data.max_length, config.method, config.lora, config.hardware)
     return folder
 
 
@@ -52,6 +55,8 @@ def build_classifier(
     model, family = load_pretrained(config.model, folder, label_names)
     lora, hardware = config.lora, config.hardware
     choose_trained(model, family, config.method, head=lora is None or not lora.lora_head)
+    if lora is not None:
+        split_linears(model, family, parts=not lora.modules)
     if lora is not None and lora.q_lora:
         quantize_linears(model, family, dtype, double=bool(lora.double_quantization))
     if hardware.precision == "int8":
@@ -83,27 +88,28 @@ def choose_trained(model: nn.Module, family: ModelFamily, method: MethodSettings
 def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:
     """Converts frozen linear layers and embeddings to ``dtype``. Norms stay fp32: they are small and sensitive."""
     for module in model.get_submodule(family.base).modules():
-        if type(module) in (nn.Linear, nn.Embedding):
+        if type(module) in (nn.Linear, Conv1D) or isinstance(module, nn.Embedding):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
 
 
 def place_lora(model: nn.Module, family: ModelFamily, settings: LoRASettings) -> None:
-    """Wraps each linear layer that the placement flags select in a ``LinearWithLoRA``."""
-    for target in settings.targets:
-        for name in family.linear_names(target, family.setting(model, "layer_count")):
-            linear: Any = model.get_submodule(name)
-            lora = LoRALayer(
-                linear.in_features,
-                linear.out_features,
-                settings.lora_r,
-                settings.lora_alpha,
-                scaling=settings.lora_scaling,
-                dropout=settings.lora_dropout,
-            )
-            dense = partial(dequantized, linear) if is_quantized(linear) else None
-            model.set_submodule(name, LinearWithLoRA(linear, lora, dense))
+    """Wraps each linear that the placement flags or ``--lora_modules`` select in a ``LinearWithLoRA``."""
+    layer_count = family.setting(model, "layer_count")
+    names = [name for target in settings.targets for name in family.linear_names(target, layer_count)]
+    for name in [*names, *named_linears(model, family, settings.modules)]:
+        linear: Any = model.get_submodule(name)
+        lora = LoRALayer(
+            linear.in_features,
+            linear.out_features,
+            settings.lora_r,
+            settings.lora_alpha,
+            scaling=settings.lora_scaling,
+            dropout=settings.lora_dropout,
+        )
+        dense = partial(dequantized, linear) if is_quantized(linear) else None
+        model.set_submodule(name, LinearWithLoRA(linear, lora, dense))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
         classifier.family,
         {g: ParameterCount() for g in ("embeddings", "encoder", "lora", "head", "total")},
     )
-    head = tuple(f"{name}." for name in family.head)
+    head = tuple(f"{name}." for name in family.head_modules)
     for module in classifier.model.modules():
         if isinstance(module, Int8Linear):
             for group in ("encoder", "total"):

@@ -248,6 +248,7 @@ def predict(
 
     from finetuning.data.batches import evaluation_loader
     from finetuning.data.tokens import TokenizedSplit, encode
+    from finetuning.models.fused import split_widths
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.runs.weights import load_trained
     from finetuning.training.hardware import fastest_precision, prepare_process, resolve_hardware
@@ -262,7 +263,8 @@ def predict(
     prepare_process(hardware)
     folder = find_base_model(config)
     classifier = build_classifier(config, folder, label_names, hardware.dtype, int8_products=hardware.int8)
-    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
+    split_parts = split_widths(classifier.model)
+    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None, split=split_parts)
     tokenizer = load_tokenizer(config.model.model_name, folder)
     clean = traits_of(config.data.dataset).clean
     seconds_of = list(pairs) if pairs is not None else None  # data sets of pairs need no cleaning

@@ -252,6 +252,8 @@ def _dependent_defaults(s: SimpleNamespace) -> dict[str, Any]:
         defaults["momentum"] = 0.9 if s.optimizer == "sgd_nesterov" else 0.0
     if s.method == "selective":
         defaults["trainable_layers"] = 2
+    if s.lora_modules is not None:
+        defaults |= {"lora_query": False, "lora_value": False}
     if s.method == "lora" and s.q_lora:
         defaults["double_quantization"] = True
     return defaults
@@ -269,6 +271,10 @@ def _check_combinations(s: SimpleNamespace) -> None:
     with_resplit = [name for name, other in DATASETS.items() if other.resplit]
     with_source = [name for name, other in DATASETS.items() if other.downloads]
     require(s.double_quantization is None or bool(s.q_lora), "double_quantization", "needs --q_lora True")
+    named = s.lora_modules is not None
+    require(not named or bool(s.lora_modules.replace(",", "").strip()), "lora_modules", "needs at least one name")
+    for name in LORA_TARGETS[:-1]:
+        require(not (named and getattr(s, name)), name, "cannot be used with --lora_modules")
     require(s.data_dir is not None or traits.on_hub, "dataset", "needs --data_dir PATH")
     require(
         s.agreement is None or bool(traits.agreement), "agreement", f"needs --dataset {' or '.join(with_agreement)}"
@@ -330,7 +336,7 @@ def _check_ranges(s: SimpleNamespace) -> None:
             raise UserError(
                 f"--{name} {value}: must be {words if 'above' not in flag.bounds else 'finite and ' + words}"
             )
-    if s.method == "lora" and not any(getattr(s, name) for name in LORA_TARGETS):
+    if s.method == "lora" and not any(getattr(s, name) for name in (*LORA_TARGETS, "lora_modules")):
         raise UserError(f"no LoRA target: at least one of --{', --'.join(LORA_TARGETS)} must be True")
     if s.batch_tokens < s.max_length:
         raise UserError(f"--batch_tokens {s.batch_tokens}: must be at least --max_length {s.max_length}")

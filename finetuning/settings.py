@@ -75,8 +75,11 @@ class LoRASettings:
     lora_key: bool = setting(False, "Add LoRA to the attention key.")
     lora_value: bool = setting(True, "Add LoRA to the attention value.")
     lora_projection: bool = setting(False, "Add LoRA to the attention output layer.")
-    lora_mlp: bool = setting(False, "Add LoRA to both feed-forward layers.")
+    lora_mlp: bool = setting(False, "Add LoRA to the feed-forward layers.")
     lora_head: bool = setting(False, "Add LoRA to the classification head and freeze the head's own weights.")
+    lora_modules: str | None = setting(
+        None, "Add LoRA to linears of these names, separated by commas, instead of the parts above.", "none"
+    )
     q_lora: bool = setting(False, "Store the frozen linear layers in 4 bits (NF4, with bitsandbytes).")
     double_quantization: bool | None = setting(None, "With --q_lora, also quantize the quantization constants.", "True")
 
@@ -85,10 +88,15 @@ class LoRASettings:
         """The parts that get LoRA: a subset of query, key, value, projection, mlp and head."""
         return tuple(name.removeprefix("lora_") for name in LORA_TARGETS if getattr(self, name))
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of ``--lora_modules``."""
+        return tuple(name.strip() for name in (self.lora_modules or "").split(",") if name.strip())
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The pretrained encoder."""
+    """The pretrained model."""
 
     model_name: str = setting(
         None,

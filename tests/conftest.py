@@ -46,6 +46,8 @@ from tests.slurm_cluster import Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
+# Most tests try these rows of the table. tests/test_every_family.py tries all of them.
+CORE = {name: FAMILIES[name] for name in ("distilbert", "bert", "roberta")}
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
 GOOD = ("a wonderful and moving film", "superb acting, a joy", "I loved every minute", "brilliant, funny and warm")
 BAD = ("a dull and tedious mess", "terrible acting, a waste", "I hated every minute", "boring, stupid and cold")
@@ -97,9 +99,9 @@ def train_only_lora(model: torch.nn.Module) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model folder for each family, with the packaged tokenizer; its weights are large enough to learn from."""
+    """A model folder for each family of ``CORE``, with the packaged tokenizer; weights large enough to learn from."""
     folders = {}
-    for model_type in FAMILIES:
+    for model_type in CORE:
         folder = tmp_path_factory.mktemp(model_type)
         model = tiny_classifier(model_type)
         for module in model.modules():

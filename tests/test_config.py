@@ -206,8 +206,16 @@ def test_lora_flags_belong_to_lora(name: str, method: str) -> None:
 
 
 def test_every_lora_flag_is_known_to_the_test_above() -> None:
-    named = {"lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "q_lora", "double_quantization", *LORA_TARGETS}
-    assert set(LORA_FLAGS) == named
+    named = {"lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "lora_modules", "q_lora", "double_quantization"}
+    assert set(LORA_FLAGS) == named | set(LORA_TARGETS)
+
+
+def test_lora_modules_replace_the_parts() -> None:
+    config = config_of_flags("--lora_modules a,b --lora_head True")
+    assert config.lora is not None
+    assert (config.lora.modules, config.lora.targets) == (("a", "b"), ("head",))
+    assert config.changed(seed=1).lora == config.lora
+    assert lora_of_flags("--lora_r 4").modules == ()
 
 
 @pytest.mark.parametrize(
@@ -228,6 +236,8 @@ def test_class_weights_by_name() -> None:
     ("line", "words"),
     [
         ("--lora_query False --lora_value no", "no LoRA target: at least one of --lora_query, --lora_key"),
+        ("--lora_modules a --lora_query True", "--lora_query True: cannot be used with --lora_modules"),
+        ("--lora_modules ,", "--lora_modules ,: needs at least one name"),
         ("--trainable_layers 2", "--trainable_layers 2: needs --method selective, but the method is lora"),
         (
             "--method full --trainable_layers 2",

@@ -27,7 +27,7 @@ from local_model_utilities import (
     parameter_record,
     parameter_table,
 )
-from tests.conftest import HEADS, INNER, LAYERS, WIDTH, needs_int8
+from tests.conftest import CORE, HEADS, INNER, LAYERS, WIDTH, needs_int8
 
 NAMES = ["bad", "good"]
 
@@ -74,7 +74,7 @@ def test_trainable_parameters_equal_the_closed_form(tiny_folders: dict[str, Path
     assert record["head"] == whole_head
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CORE)
 @pytest.mark.parametrize("target", [name.removeprefix("lora_") for name in LORA_TARGETS])
 def test_exactly_the_asked_modules_carry_lora(tiny_folders: dict[str, Path], model_type: str, target: str) -> None:
     switches = {name: name == f"lora_{target}" for name in LORA_TARGETS}
@@ -103,7 +103,7 @@ def test_exactly_the_asked_modules_carry_lora(tiny_folders: dict[str, Path], mod
     assert {name for name, _ in lora_modules(model)} == expected
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CORE)
 @pytest.mark.parametrize("layers", range(LAYERS + 1))
 def test_selective_trains_the_last_layers_and_the_head(
     tiny_folders: dict[str, Path], model_type: str, layers: int
@@ -178,7 +178,7 @@ def test_positions_of_examples_may_be_on_a_gpu(tiny_folders: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("efficient", [True, False])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CORE)
 @pytest.mark.parametrize(
     "settings",
     [

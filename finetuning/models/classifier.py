@@ -20,7 +20,8 @@ class Classifier(nn.Module):
         model: the Hugging Face classifier. With LoRA or 4 bits, some of its linears are replaced.
         family: names of the model's modules and settings.
         dtype: the precision of the products.
-        efficient: whether ``encoder.classify`` runs the model, instead of Hugging Face's own forward.
+        efficient: whether ``encoder.classify`` runs the model, instead of Hugging Face's own forward. Only for families
+            that have this path.
         checkpointing: whether backward computes layers again, so that their activations are not kept.
         compiled: whether ``torch.compile`` compiles the forward, during its first calls and once for all lengths.
     """
@@ -38,10 +39,10 @@ class Classifier(nn.Module):
         self.model = model
         self.family = family
         self.dtype = dtype
-        self.efficient = efficient
+        self.efficient = efficient and family.efficient
         self.checkpointing = checkpointing
-        if checkpointing and not efficient:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if checkpointing and not self.efficient:
+            _checkpoint_layers(model)
         self._compiled = torch.compile(self._forward, dynamic=True) if compiled else None
 
     def forward(
@@ -83,7 +84,15 @@ class Classifier(nn.Module):
         types = {} if token_types is None else {"token_type_ids": token_types}
         mixed = self.dtype != torch.float32
         with torch.autocast(input_ids.device.type, dtype=self.dtype if mixed else None, enabled=mixed):
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits.float()
+            if not self.family.last_token:
+                return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits.float()
+            # Hugging Face's classifier looks for the last token that is no padding token. That is the wrong one where
+            # padding and end of text are one token.
+            base = self.model.get_submodule(self.family.base)
+            hidden = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        last = (attention_mask * torch.arange(hidden.shape[1], device=hidden.device)).argmax(1)  # (B,)
+        (head,) = self.family.head
+        return self.model.get_submodule(head)(hidden[torch.arange(len(last), device=last.device), last].float())
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters, by name, that turn the base model into this classifier: all trained ones and the head.
@@ -91,7 +100,7 @@ class Classifier(nn.Module):
         With LoRA on the head, the head itself is frozen. It is saved because it is drawn from the run's seed, so no
         base model contains it.
         """
-        head = tuple(f"{name}." for name in self.family.head)
+        head = tuple(f"{name}." for name in self.family.head_modules)
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
@@ -107,9 +116,11 @@ class Classifier(nn.Module):
             lengths: split -> (examples,) tokens of each example, for splits that the run reads more than once.
             memory_gb: GiB of memory for all splits together. A split that does not fit is kept in a file.
         """
+        if not self.efficient:
+            return {}
         count = count_frozen_layers(self.model, self.family)
         drops = any(self.family.setting(self.model, name) for name in ("dropout", "attention_dropout"))
-        if count == 0 or memory_gb == 0 or drops or not self.efficient:
+        if count == 0 or memory_gb == 0 or drops:
             return {}
         whole = count == self.family.setting(self.model, "layer_count")
         width = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
@@ -123,3 +134,10 @@ class Classifier(nn.Module):
                 break
             left -= 0 if kept[name].on_disk else kept[name].bytes
         return kept
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Turns on gradient checkpointing in Hugging Face's own forward."""
+    # newer versions of transformers have the first name, older ones only the second
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -46,7 +46,7 @@ def classify(
     on_cpu: bool | None = None,
     token_types: Tensor | None = None,
 ) -> Tensor:
-    """Logits of a sequence classifier of one of ``FAMILIES``.
+    """Logits of a sequence classifier of a family that has this path.
 
     Args:
         model: Hugging Face's classifier; some of its linears may be ``LinearWithLoRA`` or packed in 4 bits.
@@ -173,7 +173,8 @@ class _Encoder:
 
     def embed(self, input_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         """``(B, T) -> (N, D)``: word, position and, if the family has it, token-type embedding, then norm."""
-        embeddings: Any = self.model.get_submodule(f"{self.family.base}.embeddings")
+        base: Any = self.model.get_submodule(self.family.base)
+        embeddings = base.embeddings
         if self.family.padded_positions:
             real = input_ids.ne(embeddings.padding_idx)
             positions = embeddings.position_embeddings(real.cumsum(1) * real + embeddings.padding_idx)  # (B, T, D)
@@ -183,7 +184,10 @@ class _Encoder:
         if self.family.token_types:
             types = embeddings.token_type_embeddings
             x = x + (types.weight[0] if token_types is None else types(token_types)).float()
-        return self.as_rows(self.drop(self.norm(x, embeddings.LayerNorm).to(self.dtype), self.dropout))
+        if getattr(embeddings, "use_task_id", False):  # some ERNIE models
+            x = x + embeddings.task_type_embeddings.weight[0].float()
+        x = self.as_rows(self.drop(self.norm(x, embeddings.LayerNorm).to(self.dtype), self.dropout))
+        return self.linear(x, base, "embeddings_project") if hasattr(base, "embeddings_project") else x  # ELECTRA
 
     def layers(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Some of the encoder layers: ``(N, D) -> (N, D)``, or ``(B, D)`` if the last one is among them."""
@@ -315,5 +319,5 @@ class _Encoder:
         x = first.float()
         if self.family.drops_before_head:
             x = self.drop(x, self.head_dropout)
-        x = getattr(linears(x, [inner], on_cpu=self.on_cpu), self.family.head_activation)()
+        x = getattr(F, self.family.head_activation)(linears(x, [inner], on_cpu=self.on_cpu))
         return linears(self.drop(x, self.head_dropout), [outer], on_cpu=self.on_cpu)

@@ -1,16 +1,14 @@
-"""Differences between the supported families of Hugging Face classifiers: names, head, positions.
+"""The table of families: names in Hugging Face's classifiers, and traits of their forward.
 
 The rest of the suite uses the words *targets* (query, key, value, projection, mlp, head) and *parts* of an encoder
 layer. This file gives their names in each family. Paths are complete, never suffixes, because in RoBERTa the suffix
-``output.dense`` also matches ``attention.output.dense``.
+``output.dense`` also matches ``attention.output.dense``. ``discovery.py`` describes a model whose type has no row.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
-
-from finetuning.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,50 +19,77 @@ class ModelFamily:
     base: str  # the encoder's attribute in the classifier
     layers: str  # path of the list of encoder layers in the classifier
     targets: dict[str, tuple[str, ...]]  # placement flag without lora_ -> linears in each layer
-    attention_norm: str
-    output_norm: str
     head: tuple[str, ...]  # paths of the head's linears, in the order in which they are applied
     settings: dict[str, str]  # this suite's name -> the name in the family's config
-    head_activation: Literal["relu", "tanh"]  # between the head's two linears
-    drops_before_head: bool = False  # dropout before the head's first linear as well
+    more_dropouts: tuple[str, ...] = ()  # further names in the config that --dropout sets
+    head_norms: tuple[str, ...] = ()  # paths of the head's other modules with weights
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # a linear of each layer -> its parts, of one width
+    conv1d: bool = False  # linears are Conv1D, whose weights are transposed
+    last_token: bool = False  # the head reads the last real token, as in decoders, and not the first one
     token_types: bool = True  # whether a token-type embedding is added
+    checkpointing: bool = True  # whether Hugging Face's forward can recompute activations
     padded_positions: bool = False  # positions count real tokens only, from padding_idx + 1
     position_offset: int = 0  # positions that no token uses
+    # Traits of the efficient path. Other families run Hugging Face's own forward.
+    efficient: bool = True  # post-norm layers as in BERT, and a head of two linears that reads the first token
+    attention_norm: str = ""
+    output_norm: str = ""
+    head_activation: Literal["relu", "tanh", "gelu"] = "tanh"  # between the head's two linears
+    drops_before_head: bool = False  # dropout before the head's first linear as well
 
     def linear_names(self, target: str, layer_count: int) -> list[str]:
-        """Full paths of the linears that a placement flag selects, e.g. ``query`` -> one in each layer."""
+        """Full paths of the linears that a placement flag selects, e.g. ``query`` -> one in each layer.
+
+        A part of a fused linear is a module of its own once ``fused.split_linears`` has split it.
+        """
         if target == "head":
             return list(self.head)
         return [f"{self.layers}.{i}.{name}" for i in range(layer_count) for name in self.targets[target]]
 
     def setting(self, model: nn.Module, name: str) -> Any:
-        """``layer_count``, ``head_count``, ``activation``, ``dropout``, ``attention_dropout`` or ``head_dropout``."""
+        """The value of one of ``settings``, for example ``layer_count`` or ``dropout``."""
         return getattr(model.config, self.settings[name])
 
     def longest_input(self, model_config: Any) -> int:
         """The longest sequence, in tokens, that the position embeddings allow."""
         return model_config.max_position_embeddings - self.position_offset
 
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """Paths of all modules of the head that have weights."""
+        return (*self.head, *self.head_norms)
+
     def head_parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in model.named_parameters() if name.startswith(tuple(f"{h}." for h in self.head))]
+        head = tuple(f"{name}." for name in self.head_modules)
+        return [(name, p) for name, p in model.named_parameters() if name.startswith(head)]
 
 
-_BERT_TARGETS = {
-    "query": ("attention.self.query",),
-    "key": ("attention.self.key",),
-    "value": ("attention.self.value",),
-    "projection": ("attention.output.dense",),
-    "mlp": ("intermediate.dense", "output.dense"),
-}
-_BERT_SETTINGS = {
-    "layer_count": "num_hidden_layers",
-    "head_count": "num_attention_heads",
-    "activation": "hidden_act",
-    "dropout": "hidden_dropout_prob",
-    "attention_dropout": "attention_probs_dropout_prob",
-    "head_dropout": "classifier_dropout",
-}
+# ---------------------------------------------------------------------------------------------------------------------
+# encoders on the efficient path
 
+_BERT = ModelFamily(
+    model_type="bert",
+    base="bert",
+    layers="bert.encoder.layer",
+    targets={
+        "query": ("attention.self.query",),
+        "key": ("attention.self.key",),
+        "value": ("attention.self.value",),
+        "projection": ("attention.output.dense",),
+        "mlp": ("intermediate.dense", "output.dense"),
+    },
+    attention_norm="attention.output.LayerNorm",
+    output_norm="output.LayerNorm",
+    head=("bert.pooler.dense", "classifier"),
+    settings={
+        "layer_count": "num_hidden_layers",
+        "head_count": "num_attention_heads",
+        "activation": "hidden_act",
+        "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+        "head_dropout": "classifier_dropout",
+    },
+)
 _DISTILBERT = ModelFamily(
     model_type="distilbert",
     base="distilbert",
@@ -90,17 +115,6 @@ _DISTILBERT = ModelFamily(
     head_activation="relu",
     token_types=False,
 )
-_BERT = ModelFamily(
-    model_type="bert",
-    base="bert",
-    layers="bert.encoder.layer",
-    targets=_BERT_TARGETS,
-    attention_norm="attention.output.LayerNorm",
-    output_norm="output.LayerNorm",
-    head=("bert.pooler.dense", "classifier"),
-    settings=_BERT_SETTINGS,
-    head_activation="tanh",
-)
 _ROBERTA = replace(
     _BERT,
     model_type="roberta",
@@ -111,18 +125,147 @@ _ROBERTA = replace(
     padded_positions=True,
     position_offset=2,
 )
+_DATA2VEC = replace(_ROBERTA, model_type="data2vec-text", base="data2vec_text", layers="data2vec_text.encoder.layer")
+_ELECTRA = replace(  # its embeddings may be narrower than its layers
+    _BERT,
+    model_type="electra",
+    base="electra",
+    layers="electra.encoder.layer",
+    head=("classifier.dense", "classifier.out_proj"),
+    head_activation="gelu",
+    drops_before_head=True,
+)
+_ERNIE = replace(
+    _BERT, model_type="ernie", base="ernie", layers="ernie.encoder.layer", head=("ernie.pooler.dense", "classifier")
+)
 
-FAMILIES = {family.model_type: family for family in (_DISTILBERT, _BERT, _ROBERTA)}
+# ---------------------------------------------------------------------------------------------------------------------
+# encoders with Hugging Face's own forward
 
+_ALBERT = replace(  # all layers of a group share their weights, which are adapted once
+    _BERT,
+    model_type="albert",
+    base="albert",
+    layers="albert.encoder.albert_layer_groups",
+    targets={
+        "query": ("albert_layers.0.attention.query",),
+        "key": ("albert_layers.0.attention.key",),
+        "value": ("albert_layers.0.attention.value",),
+        "projection": ("albert_layers.0.attention.dense",),
+        "mlp": ("albert_layers.0.ffn", "albert_layers.0.ffn_output"),
+    },
+    head=("albert.pooler", "classifier"),
+    settings=_BERT.settings | {"layer_count": "num_hidden_groups", "head_dropout": "classifier_dropout_prob"},
+    checkpointing=False,
+    efficient=False,
+)
+_MPNET = replace(
+    _ROBERTA,
+    model_type="mpnet",
+    base="mpnet",
+    layers="mpnet.encoder.layer",
+    targets={
+        "query": ("attention.attn.q",),
+        "key": ("attention.attn.k",),
+        "value": ("attention.attn.v",),
+        "projection": ("attention.attn.o",),
+        "mlp": ("intermediate.dense", "output.dense"),
+    },
+    settings={name: value for name, value in _BERT.settings.items() if name != "head_dropout"},
+    checkpointing=False,
+    token_types=False,
+    efficient=False,
+)
+_DEBERTA_V2 = replace(  # and v3, whose config says v2
+    _BERT,
+    model_type="deberta-v2",
+    base="deberta",
+    layers="deberta.encoder.layer",
+    targets=_BERT.targets
+    | {
+        "query": ("attention.self.query_proj",),
+        "key": ("attention.self.key_proj",),
+        "value": ("attention.self.value_proj",),
+    },
+    head=("pooler.dense", "classifier"),
+    settings=_BERT.settings | {"head_dropout": "cls_dropout"},
+    more_dropouts=("pooler_dropout",),
+    efficient=False,
+)
+_QKV = ("query", "key", "value")
+_MODERNBERT = ModelFamily(
+    model_type="modernbert",
+    base="model",
+    layers="model.layers",
+    targets={part: (f"attn.Wqkv.{part}",) for part in _QKV} | {"projection": ("attn.Wo",), "mlp": ("mlp.Wi", "mlp.Wo")},
+    fused={"attn.Wqkv": _QKV},
+    head=("head.dense", "classifier"),
+    head_norms=("head.norm",),
+    settings={
+        "layer_count": "num_hidden_layers",
+        "dropout": "mlp_dropout",
+        "attention_dropout": "attention_dropout",
+        "head_dropout": "classifier_dropout",
+    },
+    more_dropouts=("embedding_dropout",),
+    token_types=False,
+    efficient=False,
+)
 
-def family_of(model_type: str, model_name: str) -> ModelFamily:
-    """The family of a model whose config says ``model_type``.
+# ---------------------------------------------------------------------------------------------------------------------
+# decoders
 
-    Raises:
-        UserError: the suite does not support this family.
-    """
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"--model_name {model_name} is of type {model_type!r}: supported are {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[model_type]
+_LLAMA = ModelFamily(
+    model_type="llama",
+    base="model",
+    layers="model.layers",
+    targets={
+        "query": ("self_attn.q_proj",),
+        "key": ("self_attn.k_proj",),
+        "value": ("self_attn.v_proj",),
+        "projection": ("self_attn.o_proj",),
+        "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    },
+    head=("score",),
+    settings={"layer_count": "num_hidden_layers", "attention_dropout": "attention_dropout"},
+    last_token=True,
+    token_types=False,
+    efficient=False,
+)
+_GPT2 = replace(
+    _LLAMA,
+    model_type="gpt2",
+    base="transformer",
+    layers="transformer.h",
+    targets={part: (f"attn.c_attn.{part}",) for part in _QKV}
+    | {"projection": ("attn.c_proj",), "mlp": ("mlp.c_fc", "mlp.c_proj")},
+    fused={"attn.c_attn": _QKV},
+    conv1d=True,
+    settings={"layer_count": "n_layer", "dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
+    more_dropouts=("embd_pdrop",),
+)
+
+_ROWS = (
+    _DISTILBERT,
+    _BERT,
+    _ROBERTA,
+    replace(_ROBERTA, model_type="xlm-roberta"),
+    replace(_ROBERTA, model_type="camembert"),
+    _DATA2VEC,
+    _ELECTRA,
+    _ERNIE,
+    _ALBERT,
+    _MPNET,
+    _DEBERTA_V2,
+    _MODERNBERT,
+    _LLAMA,
+    replace(_LLAMA, model_type="mistral"),
+    replace(_LLAMA, model_type="qwen2"),
+    replace(_LLAMA, model_type="qwen3"),
+    replace(_LLAMA, model_type="gemma"),
+    replace(_LLAMA, model_type="gemma2"),
+    replace(_LLAMA, model_type="gemma3_text"),
+    _GPT2,
+)
+
+FAMILIES = {family.model_type: family for family in _ROWS}

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from finetuning.models import cpu_kernels
+from finetuning.models.autocast import in_autocast
 from finetuning.models.families import ModelFamily
 from finetuning.models.int8_products import RANK_MULTIPLE, Thin, accumulate, dequantize, multiply, quantize
 
@@ -46,10 +47,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)`` in x's dtype or autocast's, for Hugging Face's own forward."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        return int8_linears(x, [self], [None])
+        return int8_linears(in_autocast(x), [self], [None])
 
     def dense_weight(self) -> Tensor:
         """The weight that training sees, ``(out, in)`` fp32."""
@@ -67,17 +65,15 @@ def use_int8(model: nn.Module, family: ModelFamily, packed: bool = True) -> None
         family: names of its modules.
         packed: whether to replace the linears by ``Int8Linear``. If not, they keep their dtype and get the same values.
     """
-    for target in family.targets:
-        for name in family.linear_names(target, family.setting(model, "layer_count")):
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            if any(p.requires_grad for p in linear.parameters()):
-                continue
-            quantized = Int8Linear(linear)
-            if packed:
-                model.set_submodule(name, quantized)
-            else:
-                linear.weight.data = quantized.dense_weight()
+    layers = model.get_submodule(family.layers)
+    for name, linear in list(layers.named_modules()):
+        if type(linear) is not nn.Linear or any(p.requires_grad for p in linear.parameters()):
+            continue
+        quantized = Int8Linear(linear)
+        if packed:
+            layers.set_submodule(name, quantized)
+        else:
+            linear.weight.data = quantized.dense_weight()
 
 
 @dataclass(frozen=True)

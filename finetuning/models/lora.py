@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetuning.models.autocast import in_autocast
 from finetuning.models.linears import dense_weight, linears
 
 SCALES: dict[str, Callable[[float, int], float]] = {
@@ -92,10 +93,7 @@ class LinearWithLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``: the linear plus the LoRA layer, in x's dtype or autocast's."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        return linears(x, [self])
+        return linears(in_autocast(x), [self])
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,11 +28,14 @@ from transformers.utils import logging as transformers_logging
 
 from finetuning.errors import UserError, first_line
 from finetuning.hub import hub_snapshot
-from finetuning.models.families import FAMILIES, ModelFamily, family_of
-from finetuning.settings import PACKAGED, LoRASettings, MethodSettings, ModelSettings
+from finetuning.models.discovery import check_targets, family_of
+from finetuning.models.families import FAMILIES, ModelFamily
+from finetuning.settings import PACKAGED, HardwareSettings, LoRASettings, MethodSettings, ModelSettings
 
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+OLD_WEIGHTS = "pytorch_model*.bin"  # what some models have instead of safetensors; torch reads tensors alone from it
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,53 +77,82 @@ def _hub_model(name: str, offline: bool, instead: str) -> Path:
     """The hub's snapshot of a model, from the cache if it is complete there: compute nodes then need no network."""
 
     def is_complete(folder: Path) -> bool:
-        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+        return (folder / "config.json").is_file() and _has_weights(folder)
 
-    return hub_snapshot(f"--model_name {name}", name, offline, instead, is_complete, "model", HUB_FILES)
+    flag = f"--model_name {name}"
+    folder = hub_snapshot(flag, name, offline, instead, is_complete, "model", HUB_FILES)
+    if is_complete(folder):
+        return folder
+    return hub_snapshot(flag, name, offline, instead, is_complete, "model", [*HUB_FILES, OLD_WEIGHTS])
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(list(folder.glob(pattern)) for pattern in ("*.safetensors", OLD_WEIGHTS))
 
 
 def _read_config(model_name: str, folder: Path) -> Any:
+    """The model's config. The packaged MiniLM is stored as a BERT and used as a DistilBERT."""
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf8"))
-        return AutoConfig.from_pretrained(folder)
+        stored = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        kind = stored.get("model_type")
+        if kind is not None and kind not in CONFIG_MAPPING:
+            own = "needs Python code of its own, which is never run" if "auto_map" in stored else "is unknown here"
+            raise UserError(f"--model_name {model_name} is of type {kind!r}, which {own}: use another model")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
+    return distilbert_config(config) if model_name == PACKAGED else config
 
 
 def check_fits(
-    model_name: str, folder: Path, max_length: int, method: MethodSettings, lora: LoRASettings | None
+    model: ModelSettings,
+    folder: Path,
+    max_length: int,
+    method: MethodSettings,
+    lora: LoRASettings | None,
+    hardware: HardwareSettings,
 ) -> None:
     """Refuses settings that do not fit this model. Only its ``config.json`` tells its sizes.
 
     Raises:
-        UserError: the family is not supported, more positions or layers than the model has, or a rank above its width.
+        UserError: the model is not supported, settings need more positions or layers or a larger width than it has, or
+            select what it does not have.
     """
+    model_name = model.model_name
     base = _read_config(model_name, folder)
-    family = _as_distilbert(base) if model_name == PACKAGED else family_of(base.model_type, model_name)
+    family = family_of(base, model_name)
     positions = family.longest_input(base)
     if max_length > positions:
         raise UserError(f"--max_length {max_length}: {model_name} has {positions} positions")
-    layers, wanted = base.num_hidden_layers, method.trainable_layers
+    layers, wanted = getattr(base, family.settings["layer_count"]), method.trainable_layers
     if wanted is not None and wanted > layers:
-        raise UserError(f"--trainable_layers {wanted}: {model_name} has {layers} layers")
+        shared = ", because layers share their weights" if layers < base.num_hidden_layers else ""
+        raise UserError(f"--trainable_layers {wanted}: {model_name} has {layers} layers{shared}")
+    for name in ("dropout", "attention_dropout"):
+        if getattr(model, name) > 0 and name not in family.settings:
+            raise UserError(f"--{name} {getattr(model, name)}: {model_name} has no such dropout: leave out this flag")
     if lora is not None and lora.lora_r > base.hidden_size:
         raise UserError(f"--lora_r {lora.lora_r}: the layers of {model_name} are {base.hidden_size} wide, so 1 to that")
-
-
-def _as_distilbert(bert_config: Any) -> ModelFamily:
-    """The packaged MiniLM is stored as a BERT and used as a DistilBERT."""
-    assert bert_config.model_type == "bert"
-    return FAMILIES["distilbert"]
+    if hardware.gradient_checkpointing and not ((hardware.efficient and family.efficient) or family.checkpointing):
+        raise UserError(f"--gradient_checkpointing True: {family.model_type} models cannot do this: leave it out")
+    if lora is not None:
+        check_targets(base, family, lora.targets, lora.modules, model_name)
 
 
 def load_tokenizer(model_name: str, folder: Path) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, which must be a fast one."""
+    """The model's own tokenizer, which must be a fast one. If it has no padding token, it pads with its end of text."""
+    if not any(list(folder.glob(pattern)) for pattern in TOKENIZER_FILES):  # transformers would make an empty one
+        raise UserError(f"--model_name {model_name}: has no tokenizer: needs one of {', '.join(TOKENIZER_FILES)}")
+    if not (folder / "tokenizer.json").is_file() and list(folder.glob("*.model")) and not find_spec("sentencepiece"):
+        raise UserError(f"--model_name {model_name}: its tokenizer needs a package: pip install sentencepiece protobuf")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except Exception as error:  # a damaged file can make the library raise any type
         raise UserError(f"--model_name {model_name}: its tokenizer cannot be loaded: {first_line(error)}") from None
+    if tokenizer.pad_token_id is None:  # of a decoder; the attention mask says what is padding
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise UserError(f"--model_name {model_name}: needs a fast tokenizer with a padding token")
+        raise UserError(f"--model_name {model_name}: needs a fast tokenizer with a token for padding or end of text")
     return tokenizer
 
 
@@ -133,26 +166,33 @@ def load_pretrained(settings: ModelSettings, folder: Path, label_names: Sequence
     weights = None
     if settings.model_name == PACKAGED:
         weights = distilbert_weights(load_file(folder / "model.safetensors"))
-        base = distilbert_config(base)
-    family = family_of(base.model_type, settings.model_name)
+    family = family_of(base, settings.model_name)
     base.num_labels = len(label_names)  # sets placeholder names; the next lines set the real ones
     base.id2label = dict(enumerate(label_names))
     base.label2id = {name: i for i, name in enumerate(label_names)}
-    for ours, value in (("dropout", settings.dropout), ("attention_dropout", settings.attention_dropout)):
-        setattr(base, family.settings[ours], value)
-    setattr(base, family.settings["head_dropout"], settings.dropout)
+    _set_dropouts(base, family, settings)
     base.attn_implementation = "sdpa"
     if weights is not None:
         model = AutoModelForSequenceClassification.from_config(base)
         missing = [k for k in model.load_state_dict(weights, strict=False).missing_keys if k.startswith(family.base)]
     else:
         model, missing = _from_folder(settings.model_name, folder, base)
-    unloaded = [name for name in missing if not name.startswith(family.head)]
+    unloaded = [name for name in missing if not name.startswith(family.head_modules)]
     if unloaded:
         raise UserError(
             f"--model_name {settings.model_name} is damaged: it lacks {len(unloaded)} weights of the encoder"
         )
     return model, family
+
+
+def _set_dropouts(base: Any, family: ModelFamily, settings: ModelSettings) -> None:
+    """Writes the dropout flags into the config, under the family's names."""
+    names = {"dropout": settings.dropout, "attention_dropout": settings.attention_dropout}
+    for ours, value in (names | {"head_dropout": settings.dropout}).items():
+        if ours in family.settings:
+            setattr(base, family.settings[ours], value)
+    for name in family.more_dropouts:
+        setattr(base, name, settings.dropout)
 
 
 def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, list[str]]:
@@ -161,7 +201,12 @@ def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, l
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=base, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            config=base,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"--model_name {model_name} cannot be loaded: {first_line(error)}") from None

@@ -19,28 +19,29 @@ def quantize_linears(model: nn.Module, family: ModelFamily, dtype: torch.dtype, 
 
     QLoRA, Dettmers et al. 2023. Each linear is quantized at once, on the CPU and from fp32, so no dense copy remains.
     """
-    bnb = import_bitsandbytes()
-    for target in family.targets:
-        for name in family.linear_names(target, family.setting(model, "layer_count")):
-            dense = model.get_submodule(name)
-            assert isinstance(dense, nn.Linear)
-            linear = bnb.nn.Linear4bit(
-                dense.in_features,
-                dense.out_features,
-                compute_dtype=dtype,
-                compress_statistics=double,
-                quant_type="nf4",
-                device="meta",  # its own first weights are not needed and must draw no random numbers
-            )
-            linear.weight = bnb.nn.Params4bit(
-                dense.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4"
-            )
+    bnb, layers = import_bitsandbytes(), model.get_submodule(family.layers)
+    for name, dense in list(layers.named_modules()):
+        if type(dense) is not nn.Linear:
+            continue
+        linear = bnb.nn.Linear4bit(
+            dense.in_features,
+            dense.out_features,
+            bias=dense.bias is not None,
+            compute_dtype=dtype,
+            compress_statistics=double,
+            quant_type="nf4",
+            device="meta",  # its own first weights are not needed and must draw no random numbers
+        )
+        linear.weight = bnb.nn.Params4bit(
+            dense.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4"
+        )
+        if dense.bias is not None:
             linear.bias = nn.Parameter(dense.bias.data.to(dtype), requires_grad=False)
-            linear.to("cpu")  # bitsandbytes quantizes in this call
-            linear.weight.quant_state.dtype = dtype  # dequantize straight into the precision of the products
-            # Otherwise an evaluation repacks the weights in place, and the next training step is wrong or fails.
-            linear.support_avx512bf16_for_cpu = False
-            model.set_submodule(name, linear)
+        linear.to("cpu")  # bitsandbytes quantizes in this call
+        linear.weight.quant_state.dtype = dtype  # dequantize straight into the precision of the products
+        # Otherwise an evaluation repacks the weights in place, and the next training step is wrong or fails.
+        linear.support_avx512bf16_for_cpu = False
+        layers.set_submodule(name, linear)
 
 
 def try_four_bits(device: torch.device, dtype: torch.dtype) -> None:

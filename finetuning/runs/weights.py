@@ -1,12 +1,13 @@
 """Saves and loads the trained weights: an adapter in PEFT's format, or only the weights that changed."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from finetuning.errors import UserError
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
@@ -29,6 +30,8 @@ def save_trained(
     model_name: str,
     targets: Sequence[str],
     head: Sequence[str],
+    split: Mapping[str, Mapping[str, int]] | None = None,
+    transposed: bool = False,
 ) -> Path:
     """Writes the trained weights. The base model plus these weights is the run's classifier.
 
@@ -38,27 +41,77 @@ def save_trained(
         lora: with LoRA, the file is an adapter in PEFT's format. With ``None``, it contains the changed weights.
         model_name: the base model.
         targets: full names of the linear layers with LoRA.
-        head: full names of the head's linear layers.
+        head: full names of the head's modules with weights.
+        split: for each fused linear that was split into parts, the width of each part; see ``joined_parts``.
+        transposed: whether the base model stores the weights of these linears transposed, as GPT-2 does.
 
     Returns:
         The file with the weights.
     """
-    tensors = {
-        peft_name(n, lora is not None): p.detach().to("cpu", copy=True).contiguous() for n, p in parameters.items()
-    }
+    values = joined_parts({name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}, split or {})
+    tensors = {peft_name(name, lora is not None): value.contiguous() for name, value in values.items()}
     path = directory / (TRAINED_WEIGHTS if lora is None else ADAPTER)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
     if lora is not None:
-        write_json(directory / ADAPTER_CONFIG, adapter_config(lora, model_name, targets, head))
+        write_json(directory / ADAPTER_CONFIG, adapter_config(lora, model_name, targets, head, split or {}, transposed))
     return path
 
 
-def adapter_config(lora: LoRASettings, model_name: str, targets: Sequence[str], head: Sequence[str]) -> dict[str, Any]:
-    """The content of PEFT's ``adapter_config.json``.
+def joined_parts(tensors: dict[str, Tensor], split: Mapping[str, Mapping[str, int]]) -> dict[str, Tensor]:
+    """LoRA on parts of fused linears as LoRA on the whole linears, which is all that PEFT's format has.
 
-    PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r.
+    The parts' A lie one below the other. B is block-diagonal: the columns of a part's rank are zero outside of its
+    rows, and parts without LoRA have no columns.
+
+    Args:
+        tensors: by this suite's names, e.g. ``X.Wqkv.query.lora.lora_A``.
+        split: ``X.Wqkv`` -> the width of each part, e.g. ``{"query": 768, "key": 768, "value": 768}``.
+    """
+    rest = dict(tensors)
+    for name, widths in split.items():
+        parts = {part: f"{name}.{part}.lora.lora_" for part in widths if f"{name}.{part}.lora.lora_A" in rest}
+        if parts:
+            A = torch.cat([rest.pop(f"{path}A") for path in parts.values()])
+            blocks = [rest.pop(f"{parts[p]}B") if p in parts else A.new_empty(n, 0) for p, n in widths.items()]
+            rest |= {f"{name}.lora.lora_A": A, f"{name}.lora.lora_B": torch.block_diag(*blocks)}
+    return rest
+
+
+def separate_parts(
+    tensors: dict[str, Tensor], names: Container[str], split: Mapping[str, Mapping[str, int]]
+) -> dict[str, Tensor]:
+    """The inverse of ``joined_parts``; ``names`` says which parts have LoRA."""
+    own = dict(tensors)
+    for name, widths in split.items():
+        parts = [part for part in widths if f"{name}.{part}.lora.lora_A" in names]
+        if parts:
+            A, B = own.pop(f"{name}.lora.lora_A"), own.pop(f"{name}.lora.lora_B")
+            rows = dict(zip(widths, B.split(list(widths.values())), strict=True))
+            for i, part in enumerate(parts):
+                own[f"{name}.{part}.lora.lora_A"] = A.chunk(len(parts))[i]
+                own[f"{name}.{part}.lora.lora_B"] = rows[part].chunk(len(parts), dim=1)[i]
+    return own
+
+
+def adapter_config(
+    lora: LoRASettings,
+    model_name: str,
+    targets: Sequence[str],
+    head: Sequence[str],
+    split: Mapping[str, Mapping[str, int]] | None = None,
+    transposed: bool = False,
+) -> dict[str, Any]:
+    """The content of PEFT's ``adapter_config.json``; arguments as in ``save_trained``.
+
+    PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r. A fused linear has the rank of all
+    its parts together, and an alpha with which its scale is still that of one part.
     """
     raw = lora.lora_scaling == "raw"
+    alpha = lora.lora_alpha * lora.lora_r if raw else lora.lora_alpha
+    parts = {name: sum(f"{name}.{part}" in targets for part in widths) for name, widths in (split or {}).items()}
+    owners = {f"{name}.{part}": name for name, widths in (split or {}).items() for part in widths}
+    several = {name: count for name, count in parts.items() if count > 1}
+    rslora = lora.lora_scaling == "rslora"
     # For SEQ_CLS, PEFT saves all of "classifier", so RoBERTa's layers inside it must not be listed again.
     trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in head)
     return {
@@ -67,23 +120,32 @@ def adapter_config(lora: LoRASettings, model_name: str, targets: Sequence[str], 
         "task_type": None if lora.lora_head else "SEQ_CLS",
         "base_model_name_or_path": model_name,
         "r": lora.lora_r,
-        "lora_alpha": lora.lora_alpha * lora.lora_r if raw else lora.lora_alpha,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: count * lora.lora_r for name, count in several.items()},
+        "alpha_pattern": {name: alpha * (count**0.5 if rslora else count) for name, count in several.items()},
         "lora_dropout": lora.lora_dropout,
-        "use_rslora": lora.lora_scaling == "rslora",
-        "target_modules": list(targets),
+        "use_rslora": rslora,
+        "fan_in_fan_out": transposed,
+        "target_modules": list(dict.fromkeys(owners.get(name, name) for name in targets)),
         "modules_to_save": None if lora.lora_head else list(trained_head),
         "bias": "none",
         "inference_mode": True,
     }
 
 
-def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], lora: bool) -> None:
+def load_trained(
+    directory: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    lora: bool,
+    split: Mapping[str, Mapping[str, int]] | None = None,
+) -> None:
     """Copies a run's trained weights into a classifier that was built with the run's settings.
 
     Args:
         directory: the run directory.
         parameters: the classifier's ``saved_parameters()``.
         lora: whether the weights are an adapter.
+        split: as in ``save_trained``.
 
     Raises:
         UserError: the file is missing or damaged, or belongs to another model.
@@ -93,14 +155,16 @@ def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], lor
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    names = {name: peft_name(name, lora) for name in parameters}
-    if set(names.values()) != set(tensors):
+    joined = joined_parts({name: parameter.data for name, parameter in parameters.items()}, split or {})
+    expected = {peft_name(name, lora): value for name, value in joined.items()}
+    if set(expected) != set(tensors):
         raise UserError(f"{path} does not contain the weights of this run: restore the file, or train again")
-    for name, parameter in parameters.items():
-        tensor = tensors[names[name]]
-        if tensor.shape != parameter.shape:
+    for name, value in expected.items():
+        if tensors[name].shape != value.shape:
             raise UserError(
-                f"{path}: {names[name]} has shape {tuple(tensor.shape)}, must be {tuple(parameter.shape)}: restore the"
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, must be {tuple(value.shape)}: restore the"
                 f" file, or train again"
             )
-        parameter.data.copy_(tensor)
+    own = separate_parts({name: tensors[peft_name(name, lora)] for name in joined}, parameters, split or {})
+    for name, parameter in parameters.items():
+        parameter.data.copy_(own[name])

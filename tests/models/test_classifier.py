@@ -9,16 +9,19 @@ import torch
 from finetuning.config import RunConfig
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit, encode_pairs
+from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.pretrained import load_tokenizer
 from local_model_utilities import build_classifier, find_base_model
+from tests.conftest import CORE
+from tests.tiny_models import tiny_model
 
 TEXTS = ["a wonderful and moving film", "dull", "I loved every minute of this long story about a camera"]
 PAIRS = ["it was tedious", "the plot, the music and the ending were all a waste of time", "superb"]
 
 
 @pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "plain"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(CORE))
 def test_logits_of_pairs_equal_those_of_hugging_face(
     family: str, efficient: bool, tiny_folders: dict[str, Path]
 ) -> None:
@@ -40,3 +43,18 @@ def test_logits_of_pairs_equal_those_of_hugging_face(
         plain = classifier.logits({name: value for name, value in batch.items() if name != "token_type_ids"})
     torch.testing.assert_close(found, expected[batch["rows"]], rtol=1e-5, atol=1e-5)
     assert torch.equal(found, plain) == (family != "bert")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "plain"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_takes_the_token_types_that_its_model_has(family: str, efficient: bool) -> None:
+    model = tiny_model(family)
+    ids = torch.randint(5, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+    mask, types = torch.ones_like(ids), torch.tensor([[0] * 5 + [1] * 7])
+    has_types = getattr(model.config, "type_vocab_size", 0) > 1
+    expected = model(ids, attention_mask=mask, **({"token_type_ids": types} if has_types else {})).logits
+    found = Classifier(model, FAMILIES[family], torch.float32, efficient)(ids, mask, token_types=types)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    if has_types:
+        assert (found - model(ids, attention_mask=mask).logits).abs().max() > 1e-4

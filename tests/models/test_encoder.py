@@ -19,11 +19,11 @@ from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
-from tests.conftest import LAYERS, WIDTH, packaged_folder, tiny_classifier, train_only_lora
+from tests.conftest import CORE, LAYERS, WIDTH, packaged_folder, tiny_classifier, train_only_lora
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 METHODS = ("full", "selective", "head_only", *TARGETS, "query+value", "all")
-FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+FAMILY = pytest.mark.parametrize("family", CORE.values(), ids=CORE)
 VOCABULARY = 60
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetuning.models import linears as linears_module
-from finetuning.models.families import FAMILIES, ModelFamily
+from finetuning.models.families import ModelFamily
 from finetuning.models.linears import linears
 from finetuning.models.lora import (
     LinearWithLoRA,
@@ -19,7 +19,7 @@ from finetuning.models.lora import (
     lora_modules,
     merge_lora,
 )
-from tests.conftest import LAYERS, tiny_classifier, train_only_lora
+from tests.conftest import CORE, LAYERS, tiny_classifier, train_only_lora
 
 RANK, ALPHA = 3, 5.0
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -216,7 +216,7 @@ IDS = torch.randint(5, 50, (4, 9), generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora", "raw"])
 @pytest.mark.parametrize("target", [*TARGETS, "all"])
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("family", CORE.values(), ids=CORE)
 def test_output_and_gradients_equal_those_of_peft(family: ModelFamily, target: str, scaling: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -250,7 +250,7 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("family", CORE.values(), ids=CORE)
 def test_only_lora_is_trained_and_merging_changes_nothing(family: ModelFamily) -> None:
     model = tiny_classifier(family.model_type, classes=3).eval()
     names = place(model, family, TARGETS)

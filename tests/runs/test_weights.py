@@ -19,7 +19,7 @@ from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from finetuning.runs.weights import adapter_config, load_trained, peft_name, save_trained
 from finetuning.settings import LoRASettings
 from local_model_utilities import build_classifier, find_base_model
-from tests.conftest import LAYERS
+from tests.conftest import CORE, LAYERS
 
 NAMES = ["bad", "good"]
 
@@ -92,7 +92,7 @@ METHODS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CORE)
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_weights_make_the_same_classifier_again(
     bases: dict[str, Path], tmp_path: Path, model_type: str, method: str
@@ -108,7 +108,7 @@ def test_saved_weights_make_the_same_classifier_again(
     assert torch.equal(logits(fresh), expected)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CORE)
 def test_only_what_was_trained_is_saved(bases: dict[str, Path], tmp_path: Path, model_type: str) -> None:
     sizes = {}
     for method in METHODS:
@@ -176,7 +176,7 @@ def in_peft(folder: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora", "raw"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CORE)
 def test_an_adapter_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_type: str, scaling: str) -> None:
     settings = ALL_BUT_HEAD | {"lora_alpha": 3.0, "lora_scaling": scaling}
     trained, config = build(bases[model_type], 0, **settings)
@@ -192,7 +192,7 @@ def test_an_adapter_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_
     assert (logits(trained) - expected).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CORE)
 def test_an_adapter_on_the_head_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_type: str) -> None:
     trained, config = build(bases[model_type], 0, lora_head=True)
     train_a_little(trained)

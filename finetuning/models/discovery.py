@@ -1,0 +1,134 @@
+"""The family of a model: its row of the table, or a row read off the model itself; and which models are refused."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from finetuning.errors import UserError, listed
+from finetuning.models.families import FAMILIES, ModelFamily
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in configs
+
+
+def family_of(config: Any, model_name: str) -> ModelFamily:
+    """The family of a model.
+
+    Args:
+        config: the model's config.
+        model_name: ``--model_name``, for the error.
+
+    Raises:
+        UserError: it is no text classifier that the suite can train.
+    """
+    _refuse_others(config, model_name)
+    return FAMILIES[config.model_type] if config.model_type in FAMILIES else _described(config, model_name)
+
+
+def check_targets(config: Any, family: ModelFamily, targets: Iterable[str], modules: Iterable[str], name: str) -> None:
+    """Checks that the placement flags and ``--lora_modules`` select linears of this model.
+
+    Args:
+        config: the model's config.
+        family: its family.
+        targets: the parts that the placement flags select.
+        modules: the names of ``--lora_modules``.
+        name: ``--model_name``, for the error.
+
+    Raises:
+        UserError: the type has no row and no names are given, or a name matches no linear.
+    """
+    if all(target == "head" or target in family.targets for target in targets) and not modules:
+        return
+    model = _on_meta(config)
+    candidates = listed(dict.fromkeys(path.rpartition(".")[2] for path in _encoder_linears(model, family)))
+    if not modules:
+        raise UserError(
+            f"--model_name {name} is of type {config.model_type!r}, for which the placement flags have no names:"
+            f" give --lora_modules with names of its linears: {candidates}"
+        )
+    for module in modules:
+        if not any(_is_named(path, module) for path in _encoder_linears(model, family)):
+            others = [path for path, _ in model.named_modules() if _is_named(path, module)]
+            found = f"{others[0]} is no linear of the encoder's" if others else f"{name} has no module of this name"
+            raise UserError(f"--lora_modules {module}: {found}: its linears are {candidates}")
+
+
+def named_linears(model: nn.Module, family: ModelFamily, modules: Iterable[str]) -> list[str]:
+    """Full paths of the encoder's linears that ``--lora_modules`` names, by their whole path or its last parts."""
+    paths = _encoder_linears(model, family)
+    return [path for path in paths if any(_is_named(path, module) for module in modules)]
+
+
+def _is_named(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _encoder_linears(model: nn.Module, family: ModelFamily) -> list[str]:
+    inside = f"{family.layers}."
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and name.startswith(inside)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_others(config: Any, name: str) -> None:
+    kind = f"--model_name {name} is of type {config.model_type!r}"
+    if config.is_encoder_decoder:
+        raise UserError(f"{kind}, an encoder-decoder: needs an encoder, or a decoder with a classification head")
+    if getattr(config, "vision_config", None) is not None:
+        raise UserError(f"{kind}, which reads images: needs a model of texts alone")
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(f"{kind}, for which Hugging Face has no text classifier: needs one of a type that has")
+    if "moe" in config.model_type or any(getattr(config, key, None) not in (None, 0, 1) for key in EXPERTS):
+        raise UserError(f"{kind}, a mixture of experts: needs a model without experts")
+    if getattr(config, "inner_group_num", 1) != 1:
+        raise UserError(f"{kind} and has {config.inner_group_num} layers in each group: needs one")
+
+
+def _on_meta(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+
+
+def _described(config: Any, model_name: str) -> ModelFamily:
+    """A row for a type that the table lacks, from its classifier's modules. It has no names for placement flags."""
+    model = _on_meta(config)
+    base = model.base_model_prefix
+    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    inside = {name: count for name, count in lists.items() if name.startswith(f"{base}.")}
+    if not inside:
+        raise UserError(f"--model_name {model_name} is of type {config.model_type!r}, in which no layers were found")
+    layers = max(inside, key=lambda name: inside[name])  # the first of the longest
+    head, norms = [], []
+    for name, module in model.named_modules():
+        if name.startswith(f"{base}.") and "pooler" not in name:
+            continue
+        if isinstance(module, nn.Linear):
+            head.append(name)
+        elif next(module.parameters(recurse=False), None) is not None:
+            norms.append(name)
+    dropouts = [k for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)]
+    attention = [key for key in dropouts if "att" in key]
+    others = [key for key in dropouts if "att" not in key]
+    settings = {"layer_count": "num_hidden_layers"}
+    settings |= {"attention_dropout": attention[0]} if attention else {}
+    settings |= {"dropout": others[0]} if others else {}
+    return ModelFamily(
+        model_type=config.model_type,
+        base=base,
+        layers=layers,
+        targets={},
+        head=tuple(head),
+        head_norms=tuple(norms),
+        settings=settings,
+        more_dropouts=tuple(others[1:]),
+        conv1d=any(isinstance(module, Conv1D) for module in model.modules()),
+        last_token=hasattr(model, "score"),
+        checkpointing=model.supports_gradient_checkpointing,
+        token_types=(getattr(config, "type_vocab_size", 0) or 0) > 1,
+        efficient=False,
+    )

@@ -1,0 +1,52 @@
+"""A decoder's logits: of the last real token, whatever pads, and its tokenizer's padding token."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from finetuning.errors import UserError
+from finetuning.models.classifier import Classifier
+from finetuning.models.families import FAMILIES
+from finetuning.models.pretrained import load_tokenizer
+from tests.tiny_models import save_tokenizer, tiny_model
+
+DECODERS = [name for name, family in FAMILIES.items() if family.last_token]
+END = 0  # of text, and what pads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_a_decoder_reads_the_last_real_token(model_type: str) -> None:
+    """Also if a text ends with the token that pads. Hugging Face's classifier, without padding, is the reference."""
+    model = tiny_model(model_type)
+    texts = torch.randint(5, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([12, 7, 9])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    texts[1, 6] = texts[0, 11] = END
+    expected = torch.cat([model(input_ids=text[None, :n]).logits for text, n in zip(texts, lengths, strict=True)])
+    classifier = Classifier(model, FAMILIES[model_type], torch.float32, efficient=True)
+    torch.testing.assert_close(classifier(texts * mask + END * (1 - mask), mask), expected)
+    model.config.pad_token_id = END
+    theirs = model(input_ids=texts * mask, attention_mask=mask).logits
+    assert (theirs - expected).abs().amax(1).gt(1e-3).tolist() == [True, True, False], "the reason for the own code"
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_of_text(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, decoder=True)
+    assert load_tokenizer("decoder", tmp_path).pad_token == "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="needs a fast tokenizer with a token for padding or end of text"):
+        load_tokenizer("decoder", tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes an empty one, which reads every text as unknown tokens."""
+    tiny_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"FOLDER: has no tokenizer: needs one of tokenizer\.json, vocab"):
+        load_tokenizer("FOLDER", tmp_path)
+    (tmp_path / "spm.model").touch()
+    monkeypatch.setattr("finetuning.models.pretrained.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="needs a package: pip install sentencepiece protobuf"):
+        load_tokenizer("FOLDER", tmp_path)

@@ -1,0 +1,156 @@
+"""Which models are refused, and how one whose type the table lacks is adapted by --lora_modules."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.models.discovery import family_of
+from finetuning.models.families import FAMILIES
+from finetuning.models.lora import lora_modules
+from finetuning.models.pretrained import load_tokenizer
+from local_model_utilities import build_classifier, find_base_model
+from tests.tiny_models import LAYERS, WIDTH, save_tokenizer, tiny_model
+
+SMALL = {
+    "vocab_size": 300, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def folder_with(path: Path, content: dict[str, Any]) -> Path:
+    (path / "config.json").write_text(json.dumps(content))
+    return path
+
+
+def unlisted(path: Path, model_type: str, **more: object) -> Path:
+    """A folder with a tiny model of a type that has no row."""
+    assert model_type not in FAMILIES
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(model_type, **SMALL, pad_token_id=None, **more)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    return path
+
+
+def config_of(folder: Path, **settings: object) -> RunConfig:
+    return RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
+
+
+def refused(folder: Path, **settings: object) -> str:
+    with pytest.raises(UserError) as caught:
+        find_base_model(config_of(folder, **settings))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(folder), "FOLDER")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model_type": "t5"}, "is of type 't5', an encoder-decoder: needs an encoder, or a decoder"),
+        ({"model_type": "bart"}, "an encoder-decoder"),
+        ({"model_type": "vit"}, "is of type 'vit', for which Hugging Face has no text classifier"),
+        ({"model_type": "gemma3"}, "which reads images: needs a model of texts alone"),
+        ({"model_type": "mixtral"}, "a mixture of experts: needs a model without experts"),
+        ({"model_type": "qwen3_moe"}, "a mixture of experts"),
+        ({"model_type": "albert", "inner_group_num": 2}, "has 2 layers in each group: needs one"),
+        ({"model_type": "new"}, "is of type 'new', which is unknown here"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_other_models_are_refused_in_one_line(tmp_path: Path, content: dict[str, Any], words: str) -> None:
+    message = refused(folder_with(tmp_path, content))
+    assert message.startswith("--model_name FOLDER is of type ")
+    assert words in message
+
+
+def test_code_in_a_models_folder_is_never_run(tmp_path: Path) -> None:
+    """Without a refusal, transformers asks on the terminal whether it may run it."""
+    marker = tmp_path / "was_run"
+    classes = {
+        "AutoConfig": "own.Own",
+        "AutoModelForSequenceClassification": "own.Own",
+        "AutoTokenizer": ["own.Own"] * 2,
+    }
+    (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    message = refused(folder_with(tmp_path, {"model_type": "own_model", "auto_map": classes}))
+    assert message.endswith(
+        "is of type 'own_model', which needs Python code of its own, which is never run: use another model"
+    )
+    # a type that transformers has: its own class is used
+    tiny_model("bert").save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    folder_with(tmp_path, stored | {"auto_map": classes})
+    save_tokenizer(tmp_path, decoder=False)
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": classes}))
+    config = config_of(tmp_path)
+    build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
+    load_tokenizer("own", tmp_path)
+    assert not marker.exists()
+
+
+def test_settings_that_a_family_lacks_are_refused(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    assert "--dropout 0.1: FOLDER has no such dropout" in refused(tmp_path, dropout=0.1)
+    tiny_model("albert").save_pretrained(tmp_path)
+    shared = "has 1 layers, because layers share their weights"
+    assert shared in refused(tmp_path, method="selective", trainable_layers=2)
+    assert "albert models cannot do this" in refused(tmp_path, gradient_checkpointing=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --lora_modules
+
+
+def test_a_type_without_a_row_is_adapted_where_lora_modules_says(tmp_path: Path) -> None:
+    folder = unlisted(tmp_path, "phi", num_key_value_heads=2)
+    message = refused(folder)
+    assert "is of type 'phi', for which the placement flags have no names: give --lora_modules" in message
+    assert message.endswith("linears: q_proj, k_proj, v_proj, dense, fc1, fc2")
+    config = config_of(folder, lora_modules="v_proj, mlp.fc1", lora_head=True)
+    classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32).eval()
+    family = classifier.family
+    assert (family.base, family.layers, family.head, family.last_token) == ("model", "model.layers", ("score",), True)
+    adapted = {f"model.layers.{i}.{name}" for i in range(LAYERS) for name in ("self_attn.v_proj", "mlp.fc1")}
+    assert {name for name, _ in lora_modules(classifier.model)} == adapted | {"score"}
+    ids = torch.randint(5, 300, (3, 9))
+    classifier(ids, torch.ones_like(ids)).sum().backward()
+    assert all(p.grad is not None for p in classifier.parameters() if p.requires_grad)
+
+
+def test_other_methods_need_no_names(tmp_path: Path) -> None:
+    folder = unlisted(tmp_path, "megatron-bert", type_vocab_size=2)
+    config = config_of(folder, method="selective", trainable_layers=1)
+    classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
+    trained = {name for name, p in classifier.model.named_parameters() if p.requires_grad}
+    begin = (f"bert.encoder.layer.{LAYERS - 1}.", "bert.pooler.", "classifier.")
+    assert trained == {name for name, _ in classifier.model.named_parameters() if name.startswith(begin)}
+    ids = torch.randint(5, 300, (3, 9))
+    assert classifier(ids, torch.ones_like(ids)).shape == (3, 2)
+
+
+def test_lora_modules_also_goes_on_whole_fused_linears(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    config = config_of(tmp_path, lora_modules="c_attn", lora_r=2)
+    model = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32).model
+    assert [m.lora.lora_B.shape for _, m in lora_modules(model)] == [(3 * WIDTH, 2)] * LAYERS
+
+
+def test_names_that_match_no_linear_are_refused(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    has = "its linears are query, key, value, dense"
+    assert (
+        refused(tmp_path, lora_modules="q_proj") == f"--lora_modules q_proj: FOLDER has no module of this name: {has}"
+    )
+    norm = "bert.embeddings.LayerNorm is no linear of the encoder's"
+    assert refused(tmp_path, lora_modules="query,LayerNorm") == f"--lora_modules LayerNorm: {norm}: {has}"
+
+
+def test_a_row_of_the_table_is_taken_as_it_is() -> None:
+    assert family_of(AutoConfig.for_model("mistral"), "name") is FAMILIES["mistral"]

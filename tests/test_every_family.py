@@ -1,0 +1,297 @@
+# mypy: disable-error-code="arg-type"
+"""Every row of the table of families: a tiny random model of Hugging Face's class, in PEFT and through the commands.
+
+``SHAPES`` of tests/tiny_models.py has a shape for each row.
+"""
+
+import csv
+import functools
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
+
+from finetune_lora import main
+from finetuning.config import RunConfig
+from finetuning.models.classifier import Classifier
+from finetuning.models.encoder import classify
+from finetuning.models.families import FAMILIES
+from finetuning.models.fused import split_widths
+from finetuning.models.lora import LinearWithLoRA, lora_modules
+from finetuning.models.quantization import dequantized, is_quantized
+from finetuning.runs.weights import load_trained, peft_name, save_trained, separate_parts
+from finetuning.settings import LORA_TARGETS
+from local_model_utilities import build_classifier, count_parameters, find_base_model
+from predict import predict
+from tests.conftest import BAD, GOOD
+from tests.tiny_models import HEADS, INNER, LAYERS, SHAPES, VOCABULARY, WIDTH, save_tokenizer, tiny_model
+
+EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
+RANK = 3
+ALL = dict.fromkeys(LORA_TARGETS, True)
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function: model type -> the folder of its tiny model. A decoder's tokenizer has no padding token."""
+
+    @functools.cache
+    def folder(model_type: str) -> Path:
+        path = tmp_path_factory.mktemp(model_type)
+        tiny_model(model_type).save_pretrained(path)
+        save_tokenizer(path, decoder=FAMILIES[model_type].last_token)
+        return path
+
+    return folder
+
+
+def build(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: object) -> Classifier:
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
+    torch.manual_seed(seed)
+    return build_classifier(config, find_base_model(config), ["bad", "good"], dtype).eval()
+
+
+def fill(classifier: Classifier) -> None:
+    """Moves everything that is trained, LoRA's B away from zero above all."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in classifier.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def batch(model_type: str) -> dict[str, Tensor]:
+    """Four texts, two of them with padding."""
+    ids = torch.randint(5, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    mask[3, 11:] = 0
+    padding = SHAPES[model_type].get("pad_token_id") or 0
+    return {"input_ids": torch.where(mask == 1, ids, padding), "attention_mask": mask}
+
+
+def save(directory: Path, classifier: Classifier, config: RunConfig) -> None:
+    family, targets = classifier.family, [name for name, _ in lora_modules(classifier.model)]
+    save_trained(
+        directory, classifier.saved_parameters(), config.lora, "base", targets, family.head_modules,
+        split_widths(classifier.model), family.conv1d,
+    )  # fmt: skip
+
+
+def lora_gradients(logits: Tensor, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(F.cross_entropy(logits, LABELS), list(matrices.values()))
+    return dict(zip(matrices, found, strict=True))
+
+
+def assert_same(ours: dict[str, Tensor], reference: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    """Gradients by tensor norm; where theory says zero (keys' scores) against the largest of all."""
+    assert ours.keys() == reference.keys()
+    scale = max(float(gradient.norm()) for gradient in reference.values())
+    assert scale > 1e-3
+    for name, gradient in reference.items():
+        assert (ours[name] - gradient).norm() < tolerance * gradient.norm() + 1e-5 * scale, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def shapes(model_type: str, target: str) -> list[tuple[int, int]]:
+    """In and out widths of the linears that a placement flag selects in each layer, from the sizes alone."""
+    shape = SHAPES[model_type]
+    head_width = shape.get("head_dim", WIDTH // HEADS)
+    queries, keys = HEADS * head_width, shape.get("num_key_value_heads", HEADS) * head_width
+    mlp = [(WIDTH, INNER), (INNER, WIDTH)]
+    if "num_key_value_heads" in shape:  # gated
+        mlp = [(WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH)]
+    if model_type == "modernbert":  # gate and values in one linear
+        mlp = [(WIDTH, 2 * INNER), (INNER, WIDTH)]
+    if model_type == "gpt2":
+        mlp = [(WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]
+    of_target = {
+        "query": [(WIDTH, queries)], "key": [(WIDTH, keys)], "value": [(WIDTH, keys)],
+        "projection": [(queries, WIDTH)], "mlp": mlp,
+    }  # fmt: skip
+    return of_target[target]
+
+
+def closed_form(model_type: str, target: str) -> int:
+    """Parameters of LoRA on this target."""
+    if target == "head":
+        linears = [(WIDTH, 2)] if FAMILIES[model_type].last_token else [(WIDTH, WIDTH), (WIDTH, 2)]
+        return RANK * sum(map(sum, linears))
+    layers = 1 if model_type == "albert" else LAYERS  # its layers share their weights
+    return layers * RANK * sum(map(sum, shapes(model_type, target)))
+
+
+def in_peft(folder: Path, adapter: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import PeftModel
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    base.config.pad_token_id = base.config.pad_token_id or 0
+    with warnings.catch_warnings():  # PEFT finds out by itself that GPT-2's head is no Conv1D, and says so
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        return PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
+
+
+@pytest.mark.parametrize("target", [*(name.removeprefix("lora_") for name in LORA_TARGETS), "all"])
+@EVERY_FAMILY
+def test_lora_equals_that_of_peft_with_the_adapter_that_is_written(
+    folder_of: Any, tmp_path: Path, model_type: str, target: str
+) -> None:
+    switches = {name: target in ("all", name.removeprefix("lora_")) for name in LORA_TARGETS}
+    folder = folder_of(model_type)
+    scaling = {"gpt2": "standard", "modernbert": "rslora"}.get(model_type, "raw") if target == "all" else "standard"
+    settings = {"lora_r": RANK, "lora_alpha": 5.0, "lora_scaling": scaling}
+    ours = build(folder, **switches, **settings)
+    chosen = [name.removeprefix("lora_") for name, on in switches.items() if on]
+    assert count_parameters(ours)["lora"].parameters == sum(closed_form(model_type, name) for name in chosen)
+    fill(ours)
+    save(tmp_path, ours, RunConfig.from_settings(**switches, **settings))
+    theirs, given = in_peft(folder, tmp_path), batch(model_type)
+    logits, reference = ours(**given), theirs(**given).logits
+    torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
+    widths = split_widths(ours.model)
+    matrices = {name: p for name, p in ours.model.named_parameters() if ".lora.lora_" in name}
+    whole = {n: p for n, p in theirs.named_parameters() if ".lora_A." in n or ".lora_B." in n}
+    found = lora_gradients(reference, whole)
+    joined = {
+        name: found[peft_name(name, lora=True).replace(".weight", ".default.weight")]
+        for name in dict.fromkeys(joined_name(name, widths) for name in matrices)
+    }
+    assert len(joined) == len(found)
+    assert_same(lora_gradients(logits, matrices), separate_parts(joined, matrices, widths))
+
+
+def joined_name(name: str, widths: dict[str, dict[str, int]]) -> str:
+    """``X.Wqkv.query.lora.lora_A`` -> ``X.Wqkv.lora.lora_A``."""
+    linear, _, matrix = name.partition(".lora.")
+    owner = linear.rpartition(".")[0]
+    return f"{owner}.lora.{matrix}" if owner in widths else name
+
+
+@EVERY_FAMILY
+def test_four_bits_equal_lora_on_the_dequantized_weights(folder_of: Any, model_type: str) -> None:
+    folder, given = folder_of(model_type), batch(model_type)
+    packed, dense = (build(folder, lora_r=RANK, q_lora=q_lora, **ALL) for q_lora in (True, False))
+    count = 0
+    for name, module in packed.model.named_modules():
+        if hasattr(module, "weight") and is_quantized(module):
+            dense.model.get_submodule(name).weight.data.copy_(dequantized(module))  # type: ignore[operator]
+            count += 1
+    assert count == sum(isinstance(m, LinearWithLoRA) for m in packed.model.modules()) - len(packed.family.head)
+    found = []
+    for classifier in (packed, dense):
+        fill(classifier)
+        logits = classifier(**given)
+        matrices = {name: p for name, p in classifier.named_parameters() if ".lora.lora_" in name}
+        found.append((logits, lora_gradients(logits, matrices)))
+    (logits, gradients), (reference, expected) = found
+    torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
+    assert_same(gradients, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# all methods
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.efficient])
+def test_the_steps_for_a_gpu_give_the_same_logits(model_type: str) -> None:
+    model, given = tiny_model(model_type), batch(model_type)
+    ours = classify(model, FAMILIES[model_type], **given, dtype=torch.float32, on_cpu=False)
+    torch.testing.assert_close(ours, model(**given).logits)
+
+
+METHODS: dict[str, dict[str, object]] = {
+    "lora_head": {"lora_head": True, "lora_key": True},
+    "selective": {"method": "selective", "trainable_layers": 1},
+    "full": {"method": "full"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@EVERY_FAMILY
+def test_saved_weights_make_the_same_classifier_again(
+    folder_of: Any, tmp_path: Path, model_type: str, method: str
+) -> None:
+    folder, given = folder_of(model_type), batch(model_type)
+    trained, config = build(folder, **METHODS[method]), RunConfig.from_settings(**METHODS[method])
+    for parameter in (p for _, p in trained.family.head_parameters(trained.model)):
+        parameter.data += 1  # a new head is no base model's
+    fill(trained)
+    logits = trained(**given)
+    F.cross_entropy(logits, LABELS).backward()
+    assert not [name for name, p in trained.model.named_parameters() if p.requires_grad and p.grad is None]
+    save(tmp_path, trained, config)
+    fresh = build(folder, seed=1, **METHODS[method])
+    assert not torch.allclose(fresh(**given), logits, atol=0.01)
+    load_trained(tmp_path, fresh.saved_parameters(), config.lora is not None, split_widths(fresh.model))
+    assert torch.equal(fresh(**given), logits)
+
+
+@EVERY_FAMILY
+def test_bf16_with_checkpointing_is_close(folder_of: Any, model_type: str) -> None:
+    folder, given = folder_of(model_type), batch(model_type)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        checkpointing = FAMILIES[model_type].checkpointing and dtype == torch.bfloat16
+        classifier = build(folder, dtype, lora_r=RANK, gradient_checkpointing=checkpointing, **ALL).train()
+        fill(classifier)
+        logits = classifier(**given)
+        matrices = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+        found.append((logits, torch.cat([g.flatten() for g in lora_gradients(logits, matrices).values()])))
+    (logits, gradients), (rounded, close) = found
+    assert rounded.dtype == torch.float32
+    assert (rounded - logits).norm() < 0.05 * logits.norm()
+    assert (close - gradients).norm() < 0.1 * gradients.norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the commands
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for name, count in (("train", 12), ("validation", 6), ("test", 6)):
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf8") as file:
+            rows = [(f"{(GOOD if i % 2 else BAD)[i % 4]} {name} {i}", "good" if i % 2 else "bad") for i in range(count)]
+            csv.writer(file).writerows([("text", "label"), *rows])
+    return folder
+
+
+@EVERY_FAMILY
+def test_a_run_and_its_predictions(folder_of: Any, data: Path, tmp_path: Path, model_type: str) -> None:
+    run = tmp_path / "run"
+    words = f"--dataset text --data_dir {data} --model_name {folder_of(model_type)} --output_dir {run} --epochs 1"
+    words += " --max_length 32 --precision fp32 --accelerator cpu --lora_query True --lora_value True"
+    assert main(words.split()) == 0
+    table = pq.read_table(run / "predictions.parquet").to_pandas()
+    tested = table[table["split"] == "test"].sort_values("row")
+    texts = pd.read_csv(data / "test.csv")["text"].tolist()
+    names, probabilities = predict(run, texts)
+    assert names == ["bad", "good"]
+    logits = torch.tensor(np.stack(tested["logits"]))
+    torch.testing.assert_close(torch.tensor(probabilities), logits.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_is_refused_leaves_nothing_behind(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    words = f"--dataset text --data_dir {data} --model_name {tmp_path} --output_dir {tmp_path}/run --accelerator cpu"
+    assert main(words.split()) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert "'t5', an encoder-decoder" in shown.err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
