@@ -33,7 +33,17 @@ from finetuning.settings import LORA_TARGETS
 from local_model_utilities import build_classifier, count_parameters, find_base_model
 from predict import predict
 from tests.conftest import BAD, GOOD
-from tests.tiny_models import HEADS, INNER, LAYERS, SHAPES, VOCABULARY, WIDTH, save_tokenizer, tiny_model
+from tests.tiny_models import (
+    HEADS,
+    INNER,
+    LAYERS,
+    SHAPES,
+    VOCABULARY,
+    WIDTH,
+    save_tokenizer,
+    tiny_model,
+    unlisted_model,
+)
 
 EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
 RANK = 3
@@ -272,10 +282,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @EVERY_FAMILY
 def test_a_run_and_its_predictions(folder_of: Any, data: Path, tmp_path: Path, model_type: str) -> None:
-    run = tmp_path / "run"
-    words = f"--dataset text --data_dir {data} --model_name {folder_of(model_type)} --output_dir {run} --epochs 1"
-    words += " --max_length 32 --precision fp32 --accelerator cpu --lora_query True --lora_value True"
-    assert main(words.split()) == 0
+    check_run(folder_of(model_type), data, tmp_path / "run", "--lora_query True --lora_value True")
+
+
+def test_a_run_of_a_type_without_a_row(data: Path, tmp_path: Path) -> None:
+    unlisted_model("phi", num_key_value_heads=2).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, decoder=True)
+    check_run(tmp_path, data, tmp_path / "run", "--lora_modules q_proj,fc2")
+
+
+def check_run(model: Path, data: Path, run: Path, placement: str) -> None:
+    """Trains, and predicts the test split again."""
+    words = f"--dataset text --data_dir {data} --model_name {model} --output_dir {run} --epochs 1 --max_length 32"
+    assert main([*words.split(), "--precision", "fp32", "--accelerator", "cpu", *placement.split()]) == 0
     table = pq.read_table(run / "predictions.parquet").to_pandas()
     tested = table[table["split"] == "test"].sort_values("row")
     texts = pd.read_csv(data / "test.csv")["text"].tolist()

@@ -57,6 +57,14 @@ def tiny_model(model_type: str, vocabulary: int = VOCABULARY, classes: int = 2) 
     return model.eval()
 
 
+def unlisted_model(model_type: str, **more: object) -> PreTrainedModel:
+    """A random classifier of a type that the table of families lacks."""
+    assert model_type not in SHAPES
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, pad_token_id=None, **_BERT, **more)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
 def save_tokenizer(folder: Path, decoder: bool) -> None:
     """A tokenizer of bytes: BERT's special tokens or, as decoders come, an end of text alone and no padding token."""
     special = ["<|endoftext|>"] if decoder else ["[PAD]", "[CLS]", "[SEP]"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
@@ -15,12 +15,7 @@ from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
 from finetuning.models.pretrained import load_tokenizer
 from local_model_utilities import build_classifier, find_base_model
-from tests.tiny_models import LAYERS, WIDTH, save_tokenizer, tiny_model
-
-SMALL = {
-    "vocab_size": 300, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "intermediate_size": 48, "max_position_embeddings": 64,
-}  # fmt: skip
+from tests.tiny_models import LAYERS, WIDTH, save_tokenizer, tiny_model, unlisted_model
 
 
 def folder_with(path: Path, content: dict[str, Any]) -> Path:
@@ -30,10 +25,7 @@ def folder_with(path: Path, content: dict[str, Any]) -> Path:
 
 def unlisted(path: Path, model_type: str, **more: object) -> Path:
     """A folder with a tiny model of a type that has no row."""
-    assert model_type not in FAMILIES
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, **SMALL, pad_token_id=None, **more)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    unlisted_model(model_type, **more).save_pretrained(path)
     return path
 
 
