@@ -226,6 +226,7 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     """Model: builds the classifier with its LoRA layers, and prints settings and parameter counts."""
     import lightning.pytorch as pl
 
+    from finetuning.models.base_files import file_hashes
     from finetuning.runs.measurements import environment_record
     from finetuning.training.hardware import prepare_process
     from finetuning.training.trainer import quiet_lightning
@@ -246,6 +247,8 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     groups = count_parameters(classifier)
     result["parameters"] = parameter_record(groups)
     if not is_helper():
+        precision = str(setup.hardware.dtype).removeprefix("torch.")
+        result["base_model"] = {"precision": precision, "sha256": file_hashes(setup.model_folder)}
         print(f"{setup.headline()}\nrun     {setup.directory}\n\n{parameter_table(groups)}\n", flush=True)
         if config.run.verbose:
             print(module_table(classifier.model), flush=True)

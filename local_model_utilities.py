@@ -18,6 +18,7 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
 from finetuning.models.pretrained import check_fits, find_model, load_pretrained
 from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
+from finetuning.runs.weights import load_trained
 from finetuning.settings import LoRASettings, MethodSettings
 
 
@@ -53,6 +54,23 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
     if lora is not None:
         place_lora(model, family, lora)
     return Classifier(model, family, dtype, hardware.efficient, hardware.gradient_checkpointing, hardware.compile)
+
+
+def load_classifier(
+    directory: Path, config: RunConfig, folder: Path, label_names: Sequence[str], dtype: torch.dtype
+) -> Classifier:
+    """The classifier that a finished run trained, in evaluation mode.
+
+    Args:
+        directory: the run directory.
+        config, folder, label_names, dtype: as in ``build_classifier``.
+
+    Raises:
+        UserError: the base model or the run's weights cannot be loaded.
+    """
+    classifier = build_classifier(config, folder, label_names, dtype)
+    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
+    return classifier.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from finetuning.datasets import DATASETS
 from finetuning.errors import UserError, first_line, listed, not_installed
 from finetuning.flags import OneLineParser
 from finetuning.processes import share_processors
-from finetuning.runs.files import RESULT, read_result
+from finetuning.runs.finished import read_finished
 
 DESCRIPTION = "Label new texts with a finished run. Prints CSV: text, label, and the probability of each class."
 STANDARD_INPUT = Path("-")
@@ -136,18 +136,8 @@ def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     Raises:
         UserError: the directory does not contain a finished run.
     """
-    try:
-        result = read_result(directory)
-    except FileNotFoundError:
-        raise UserError(f"{directory}: must be a finished run, but has no {RESULT}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{directory}: must be a finished run, but {RESULT} cannot be read: {first_line(error)}"
-        ) from None
-    status = result.get("status") if isinstance(result, dict) else None
-    if status != "finished":
-        raise UserError(f"{directory}: must be a finished run, but its status is {status!r}")
-    return RunConfig.from_dict(result["config"]), result["data"]["label_names"]
+    run = read_finished(directory)
+    return run.config, run.label_names
 
 
 def for_this_machine(config: RunConfig) -> RunConfig:
@@ -186,17 +176,15 @@ def predict(directory: Path, texts: Sequence[str]) -> tuple[list[str], list[list
     from finetuning.data.batches import evaluation_loader
     from finetuning.data.tokens import TokenizedSplit, encode_texts
     from finetuning.models.pretrained import load_tokenizer
-    from finetuning.runs.weights import load_trained
     from finetuning.training.hardware import prepare_process, resolve_hardware
     from finetuning.training.trainer import quiet_lightning
-    from local_model_utilities import build_classifier, find_base_model
+    from local_model_utilities import find_base_model, load_classifier
 
     with quiet_lightning():  # hides Lightning's advice to use srun
         hardware = resolve_hardware(config.hardware)
     prepare_process(hardware)
     folder = find_base_model(config)
-    classifier = build_classifier(config, folder, label_names, hardware.dtype)
-    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
+    classifier = load_classifier(directory, config, folder, label_names, hardware.dtype)
     tokenizer = load_tokenizer(config.model.model_name, folder)
     clean = DATASETS[config.data.dataset].clean
     tokens, offsets = encode_texts([clean(text) for text in texts], tokenizer, config.data)

@@ -103,4 +103,7 @@ def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], lor
                 f"{path}: {names[name]} has shape {tuple(tensor.shape)}, must be {tuple(parameter.shape)}: restore the"
                 f" file, or train again"
             )
-        parameter.data.copy_(tensor)
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {names[name]} has values that are not finite: restore the file, or train again")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[names[name]])

@@ -1,13 +1,12 @@
 # mypy: disable-error-code="union-attr,arg-type,operator"
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from finetuning.config import RunConfig
@@ -22,22 +21,6 @@ from local_model_utilities import build_classifier, find_base_model
 from tests.conftest import LAYERS
 
 NAMES = ["bad", "good"]
-
-
-@pytest.fixture(scope="module")
-def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny models without a head, as pretrained encoders come: each build draws a head of its own."""
-    folders = {}
-    for model_type, source in tiny_folders.items():
-        folder = tmp_path_factory.mktemp("bases") / model_type
-        shutil.copytree(source, folder)
-        head = tuple(f"{name}." for name in FAMILIES[model_type].head)
-        weights = load_file(folder / "model.safetensors")
-        kept = {name: weight for name, weight in weights.items() if not name.startswith(head)}
-        assert len(weights) - len(kept) == 4
-        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-        folders[model_type] = folder
-    return folders
 
 
 def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:

@@ -1,0 +1,149 @@
+"""Writes a finished run as a model for other tools: ``python export_model.py RUN OUT``, see ``--help``.
+
+Exit status: 0 written and proved, 1 the proof failed, 2 input refused, 130 interrupted. Only 0 leaves OUT.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.config import check_data_dir
+from finetuning.errors import ExportFailed, UserError, not_installed
+from finetuning.export.target import check_target, staged
+from finetuning.flags import OneLineParser
+from finetuning.processes import share_processors
+from finetuning.runs.finished import FinishedRun, read_finished, read_predictions
+
+if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
+    from finetuning.export.proof import HeldOut
+    from finetuning.models.classifier import Classifier
+
+DESCRIPTION = "Write a finished run as a Transformers folder with merged weights, and prove that it predicts the same."
+CHECKED_TEXTS = 500
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="The run directory.")
+    parser.add_argument("out", type=Path, help="The folder to write; it must not exist.")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="Precision of the weights. (default: fp32)"
+    )
+    parser.add_argument(
+        "--check_texts",
+        type=int,
+        default=CHECKED_TEXTS,
+        metavar="N",
+        help=f"Prove it with at most N held-out texts, a stratified sample. (default: {CHECKED_TEXTS})",
+    )
+    parser.add_argument("--data_dir", type=Path, help="Where the run's data is now. (default: where the run read it)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        check_flags(arguments)
+        run = read_finished(arguments.run)
+        check_target(arguments.out, arguments.run)
+        share_processors()
+        export(run, arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(not_installed(error), file=sys.stderr)
+        return 2
+    except ExportFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Checks what the flags alone can tell.
+
+    Raises:
+        UserError: a number is too small, or a path does not exist.
+    """
+    if arguments.check_texts < 1:
+        raise UserError(f"--check_texts {arguments.check_texts}: must be at least 1")
+    check_data_dir(arguments.data_dir)
+
+
+def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
+    """Loads the run, writes what was asked for, and proves it. Only a proved folder appears."""
+    from transformers.utils import logging as transformers_logging
+
+    from finetuning.export.plain import export_plain
+    from finetuning.export.words import sentences
+
+    transformers_logging.disable_progress_bar()
+    tokenizer, held = read_held_out(run, arguments.check_texts, arguments.data_dir)
+    classifier, precision = load_run(run)
+    with staged(arguments.out) as folder:
+        proof = export_plain(
+            folder, classifier, tokenizer, held, arguments.dtype, run.config.data.max_length, precision
+        )
+    print(f"{arguments.out}: written and checked")
+    for sentence in sentences(proof, arguments.dtype, run.config.data.truncation):
+        print(f"  {sentence}")
+
+
+def read_held_out(run: FinishedRun, limit: int, data_dir: Path | None) -> "tuple[Any, HeldOut]":
+    """The run's tokenizer, and a sample of its held-out texts with their tokens and the run's own logits."""
+    from finetuning.export.proof import held_out
+    from finetuning.models.pretrained import load_tokenizer
+    from local_dataset_utilities import load_texts, tokenize
+
+    predictions = read_predictions(run.directory)
+    config = run.config if data_dir is None else run.config.changed(data_dir=data_dir)
+    tokenizer = load_tokenizer(config.model.model_name, base_folder(run))
+    texts = load_texts(config.data, config.run.offline)
+    kept = {name: split for name, split in texts.splits.items() if name == "validation" or "test" in run.result}
+    del kept["train"]
+    texts = dataclasses.replace(texts, splits=kept)
+    return tokenizer, held_out(texts, tokenize(texts, tokenizer, config.data), predictions, limit)
+
+
+def base_folder(run: FinishedRun) -> Path:
+    """The folder of the run's base model, if its files are still the same."""
+    from finetuning.models.base_files import check_unchanged
+    from local_model_utilities import find_base_model
+
+    try:
+        folder = find_base_model(run.config)
+    except UserError as error:
+        raise UserError(f"{run.directory}: its base model is gone: {error}") from None
+    check_unchanged(folder, run.result.get("base_model", {}).get("sha256", {}))
+    return folder
+
+
+def load_run(run: FinishedRun) -> "tuple[Classifier, str]":
+    """The run's classifier, its frozen weights as in training, and the name of the precision of its products."""
+    import torch
+
+    from finetuning.export.plain import DTYPES
+    from finetuning.training.hardware import resolve_hardware
+    from local_model_utilities import load_classifier
+
+    config = run.config.changed(compile=False, gradient_checkpointing=False)
+    if "base_model" in run.result:
+        dtype = getattr(torch, run.result["base_model"]["precision"])
+    else:  # a run of an earlier version
+        dtype = resolve_hardware(config.hardware).dtype
+    classifier = load_classifier(run.directory, config, base_folder(run), run.label_names, dtype)
+    named = next(name for name, kind in DTYPES.items() if kind == dtype)
+    asked: str = config.hardware.precision
+    return classifier, "int8" if asked == "int8" else named
+
+
+if __name__ == "__main__":
+    sys.exit(main())
