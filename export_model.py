@@ -33,6 +33,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="Precision of the weights. (default: fp32)"
     )
     parser.add_argument(
+        "--adapter", action="store_true", help="Write a PEFT folder instead, with the base model if nobody else has it."
+    )
+    parser.add_argument("--onnx", action="store_true", help="Write ONNX, too, in fp32 (needs requirements-onnx.txt).")
+    parser.add_argument(
         "--check_texts",
         type=int,
         default=CHECKED_TEXTS,
@@ -75,6 +79,11 @@ def check_flags(arguments: argparse.Namespace) -> None:
     """
     if arguments.check_texts < 1:
         raise UserError(f"--check_texts {arguments.check_texts}: must be at least 1")
+    if arguments.onnx and arguments.dtype != "fp32":
+        raise UserError(f"--onnx: writes fp32, so leave out --dtype {arguments.dtype}, or export a second time")
+    for flag in ("--onnx",) * arguments.onnx + (f"--dtype {arguments.dtype}",) * (arguments.dtype != "fp32"):
+        if arguments.adapter:
+            raise UserError(f"{flag}: cannot be used with --adapter, which writes the adapter as it was trained")
     check_data_dir(arguments.data_dir)
 
 
@@ -82,16 +91,30 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
     """Loads the run, writes what was asked for, and proves it. Only a proved folder appears."""
     from transformers.utils import logging as transformers_logging
 
+    from finetuning.export.adapter import check_adapter, export_adapter, writes_base
+    from finetuning.export.onnx_file import require_onnx
     from finetuning.export.plain import export_plain
     from finetuning.export.words import sentences
 
+    if arguments.onnx:
+        require_onnx()
+    if arguments.adapter:
+        check_adapter(run.config)
     transformers_logging.disable_progress_bar()
     tokenizer, held = read_held_out(run, arguments.check_texts, arguments.data_dir)
-    classifier, precision = load_run(run)
+    folder_of_base = base_folder(run)
+    unrounded = arguments.adapter and not writes_base(run.config)  # PEFT will load the base model's own weights
+    classifier, precision = load_run(run, folder_of_base, unrounded)
     with staged(arguments.out) as folder:
-        proof = export_plain(
-            folder, classifier, tokenizer, held, arguments.dtype, run.config.data.max_length, precision
-        )
+        if arguments.adapter:
+            proof = export_adapter(
+                folder, arguments.out, run.directory, classifier, tokenizer, held, run.config, folder_of_base, precision
+            )
+        else:
+            proof = export_plain(
+                folder, classifier, tokenizer, held, arguments.dtype, run.config.data.max_length, precision,
+                arguments.onnx,
+            )  # fmt: skip
     print(f"{arguments.out}: written and checked")
     for sentence in sentences(proof, arguments.dtype, run.config.data.truncation):
         print(f"  {sentence}")
@@ -126,8 +149,14 @@ def base_folder(run: FinishedRun) -> Path:
     return folder
 
 
-def load_run(run: FinishedRun) -> "tuple[Classifier, str]":
-    """The run's classifier, its frozen weights as in training, and the name of the precision of its products."""
+def load_run(run: FinishedRun, base: Path, unrounded: bool) -> "tuple[Classifier, str]":
+    """The run's classifier, and the name of the precision of the run's products.
+
+    Args:
+        run: the run.
+        base: the folder of its base model.
+        unrounded: whether frozen weights are those of the base model's file, instead of those that training saw.
+    """
     import torch
 
     from finetuning.export.plain import DTYPES
@@ -139,7 +168,7 @@ def load_run(run: FinishedRun) -> "tuple[Classifier, str]":
         dtype = getattr(torch, run.result["base_model"]["precision"])
     else:  # a run of an earlier version
         dtype = resolve_hardware(config.hardware).dtype
-    classifier = load_classifier(run.directory, config, base_folder(run), run.label_names, dtype)
+    classifier = load_classifier(run.directory, config, base, run.label_names, torch.float32 if unrounded else dtype)
     named = next(name for name, kind in DTYPES.items() if kind == dtype)
     asked: str = config.hardware.precision
     return classifier, "int8" if asked == "int8" else named

@@ -9,6 +9,7 @@ from torch import nn
 
 from finetuning.errors import ExportFailed, UserError
 from finetuning.export.fresh_process import logits_of
+from finetuning.export.onnx_file import ONNX_FILE, write_onnx
 from finetuning.export.proof import (
     LARGEST_DIFFERENCE,
     HeldOut,
@@ -29,7 +30,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export_plain(
-    folder: Path, classifier: Classifier, tokenizer: Any, held: HeldOut, dtype: str, max_length: int, precision: str
+    folder: Path,
+    classifier: Classifier,
+    tokenizer: Any,
+    held: HeldOut,
+    dtype: str,
+    max_length: int,
+    precision: str,
+    onnx: bool = False,
 ) -> Proof:
     """Writes the folder and proves it.
 
@@ -41,6 +49,7 @@ def export_plain(
         dtype: precision of the weights: a key of ``DTYPES``.
         max_length: tokens that the run kept of a text.
         precision: of the run's products, see ``against_predictions``.
+        onnx: whether to write ONNX as well, in fp32.
 
     Raises:
         UserError: a weight is not finite.
@@ -53,7 +62,9 @@ def export_plain(
     write_tokenizer(folder, tokenizer, max_length)
     write_model(folder, model, DTYPES[dtype])
     written = reference if dtype == "fp32" else logits_of(model, held.sequences, pad_id)
-    answers = fresh_answers(folder, held, pad_id, texts=held.texts)
+    if onnx:
+        write_onnx(folder / ONNX_FILE, model)
+    answers = fresh_answers(folder, held, pad_id, texts=held.texts, onnx=ONNX_FILE if onnx else None)
     if answers["labels"].tolist() != list(model.config.id2label.values()):
         raise ExportFailed("the label names of the exported folder are not those of the run: nothing is kept")
     cut = tokenizer(held.texts, truncation=True)["input_ids"]
@@ -67,7 +78,7 @@ def export_plain(
         dtype_changed=int((written.argmax(1) != reference.argmax(1)).sum()),
         predictions=predictions,
         pipeline=in_pipeline(answers["scores"], written, held, same, tolerance),
-        onnx_difference=None,
+        onnx_difference=check_same("onnxruntime's logits", answers["onnx"], written) if onnx else None,
     )
 
 
