@@ -18,6 +18,8 @@ from finetuning.processes import share_processors
 from finetuning.runs.finished import FinishedRun, read_finished, read_predictions
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
+    import numpy as np
+
     from finetuning.export.proof import HeldOut
     from finetuning.models.classifier import Classifier
 
@@ -91,7 +93,8 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
     """Loads the run, writes what was asked for, and proves it. Only a proved folder appears."""
     from transformers.utils import logging as transformers_logging
 
-    from finetuning.export.adapter import check_adapter, export_adapter, writes_base
+    from finetuning.export.adapter import BASE, check_adapter, export_adapter, writes_base
+    from finetuning.export.card import adapter_snippet, plain_snippet, write_card
     from finetuning.export.onnx_file import require_onnx
     from finetuning.export.plain import export_plain
     from finetuning.export.words import sentences
@@ -115,9 +118,23 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
                 folder, classifier, tokenizer, held, arguments.dtype, run.config.data.max_length, precision,
                 arguments.onnx,
             )  # fmt: skip
-    print(f"{arguments.out}: written and checked")
-    for sentence in sentences(proof, arguments.dtype, run.config.data.truncation):
-        print(f"  {sentence}")
+        found = sentences(proof, arguments.dtype, run.config.data.truncation)
+        if arguments.adapter:
+            base = f"{folder.name}/{BASE}" if writes_base(run.config) else run.config.model.model_name
+            snippets = adapter_snippet(folder.name, base, run.label_names)
+        else:
+            snippets = plain_snippet(folder.name, arguments.onnx, tokenizer.pad_token_id, tokenizer.pad_token)
+        write_card(folder, run, folder_of_base, predictions_of_split(run), snippets, found)
+    print("\n".join([f"{arguments.out}: written and checked", *(f"  {sentence}" for sentence in found)]))
+
+
+def predictions_of_split(run: FinishedRun) -> "tuple[np.ndarray, np.ndarray]":
+    """Logits and labels of the test split, or of validation if the run has not read the test split."""
+    import numpy as np
+
+    wanted = "test" if "test" in run.result else "validation"
+    rows = [stored for (split, _), stored in read_predictions(run.directory).items() if split == wanted]
+    return np.array([logits for _, logits in rows], dtype=np.float32), np.array([label for label, _ in rows])
 
 
 def read_held_out(run: FinishedRun, limit: int, data_dir: Path | None) -> "tuple[Any, HeldOut]":
