@@ -17,6 +17,7 @@ from finetuning.config import RunConfig, check_data_dir, continued
 from finetuning.errors import Interrupted, UserError, first_line, not_installed
 from finetuning.flags import given_flags
 from finetuning.processes import is_helper, share_directory, share_processors, shared_directory
+from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.directory import (
     check_directory,
     default_directory,
@@ -149,6 +150,7 @@ class Setup:
     texts: "TextData"
     splits: "dict[str, TokenizedSplit]"
     pad_id: int
+    adapter: Adapter | None = None  # of --init_adapter
 
     def data_record(self) -> dict[str, Any]:
         """The source of the texts, and the numbers of texts and tokens, for ``result.json``."""
@@ -200,7 +202,7 @@ def prepare(config: RunConfig) -> Setup:
     from finetuning.training.hardware import resolve_hardware
     from finetuning.training.trainer import quiet_lightning
     from local_dataset_utilities import load_texts, tokenize
-    from local_model_utilities import find_base_model
+    from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
 
     directory = config.run.output_dir or shared_directory() or default_directory(config.data.dataset, config.name)
     config = config.changed(output_dir=directory)
@@ -214,12 +216,19 @@ def prepare(config: RunConfig) -> Setup:
     folder = find_base_model(config)
     tokenizer = load_tokenizer(config.model.model_name, folder)
     texts = load_texts(config.data, config.run.offline)
+    adapter = None
+    if config.lora is not None and config.lora.init_adapter is not None:
+        adapter = read_adapter(config.lora.init_adapter)
+        config = adopt_adapter(config, adapter, folder)
+        trial = build_classifier(config, folder, texts.label_names, hardware.dtype, adapter.linears)
+        load_adapter(trial, adapter, folder)  # what does not fit is refused before anything is written
+        del trial
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
     check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
     if writes:
         open_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite)
         share_directory(directory)
-    return Setup(config, directory, hardware, folder, texts, splits, int(tokenizer.pad_token_id))
+    return Setup(config, directory, hardware, folder, texts, splits, int(tokenizer.pad_token_id), adapter)
 
 
 def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
@@ -233,6 +242,7 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     from local_model_utilities import (
         build_classifier,
         count_parameters,
+        load_adapter,
         module_table,
         parameter_record,
         parameter_table,
@@ -243,7 +253,10 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     with quiet_lightning():
         pl.seed_everything(config.training.seed, verbose=False)
     result["environment"] = environment_record() | {"cpu_kernels": setup.kernels()}
-    classifier = build_classifier(config, setup.model_folder, setup.texts.label_names, setup.hardware.dtype)
+    linears = None if setup.adapter is None else setup.adapter.linears
+    classifier = build_classifier(config, setup.model_folder, setup.texts.label_names, setup.hardware.dtype, linears)
+    if setup.adapter is not None:
+        load_adapter(classifier, setup.adapter, setup.model_folder)
     groups = count_parameters(classifier)
     result["parameters"] = parameter_record(groups)
     if not is_helper():
@@ -260,7 +273,7 @@ def train(
 ) -> "tuple[pl.Trainer, FineTuning]":
     """Training: fits the classifier, loads the best checkpoint and saves its weights."""
     from finetuning.data.batches import evaluation_loader, train_loader
-    from finetuning.models.lora import lora_modules
+    from finetuning.models.lora import ranks_and_alphas
     from finetuning.runs.history import plot_learning_curve
     from finetuning.runs.weights import save_trained
     from finetuning.training.module import FineTuning
@@ -279,21 +292,25 @@ def train(
     module = FineTuning(classifier, config.training, len(setup.texts.label_names), steps, frozen)
     checkpoint = directory / LAST_CHECKPOINT if config.run.resume else None
     try:
-        trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
+        if config.training.epochs:
+            trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
+        else:
+            trainer.validate(module, validation, verbose=False)
     finally:
         result["train"] = train_record(trainer, meter, training, len(splits["train"]))
-    module.load_best(directory / BEST_CHECKPOINT)
+    if config.training.epochs:
+        module.load_best(directory / BEST_CHECKPOINT)
     result["validation"] = module.scores["validation"] | {
         "examples": len(splits["validation"]),
         "seconds": meter.validation_seconds,
     }
     if trainer.is_global_zero:
-        targets = [name for name, _ in lora_modules(classifier.model)]
         saved = save_trained(
-            directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets,
-            classifier.family.head,
+            directory, classifier.saved_parameters(), config.lora, config.model.model_name,
+            ranks_and_alphas(classifier.model), classifier.family.head,
         )  # fmt: skip
-        result["files"] = {path.name: path.stat().st_size for path in (saved, directory / LAST_CHECKPOINT)}
+        written = (saved, directory / LAST_CHECKPOINT)
+        result["files"] = {path.name: path.stat().st_size for path in written if path.exists()}
         optimizer = f"{config.training.optimizer}, {config.training.learning_rate:g}"
         title = f"{setup.texts.source}: {config.method.method}, {optimizer}"
         plot_learning_curve(directory, meter.rows, config.training.monitor, title)
@@ -382,7 +399,7 @@ def _write_result(directory: Path, result: dict[str, Any]) -> None:
     try:
         write_json(directory / RESULT, result)
         if result["status"] == "finished":  # removed last, so that a run killed before this point can continue
-            (directory / BEST_CHECKPOINT).unlink()
+            (directory / BEST_CHECKPOINT).unlink(missing_ok=True)  # there is none with --epochs 0
     except OSError as error:
         reason = f"{RESULT} cannot be written: {error.strerror}"
         earlier = f"{result['error']}; " if "error" in result else ""

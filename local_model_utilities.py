@@ -3,7 +3,8 @@
 Frozen weights are stored in the precision of the matrix products, or in 4 bits. Trained weights are stored in fp32.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
-from finetuning.models.pretrained import check_fits, find_model, load_pretrained
+from finetuning.models.pretrained import check_fits, contained_tensors, find_family, find_model, load_pretrained
 from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
-from finetuning.runs.weights import load_trained
-from finetuning.settings import LoRASettings, MethodSettings
+from finetuning.runs.adapters import Adapter, read_adapter
+from finetuning.runs.files import ADAPTER_CONFIG
+from finetuning.runs.weights import load_initial, load_trained
+from finetuning.settings import LORA_TARGETS, LoRASettings, MethodSettings
 
 
 def find_base_model(config: RunConfig) -> Path:
@@ -33,7 +37,13 @@ def find_base_model(config: RunConfig) -> Path:
     return folder
 
 
-def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str], dtype: torch.dtype) -> Classifier:
+def build_classifier(
+    config: RunConfig,
+    folder: Path,
+    label_names: Sequence[str],
+    dtype: torch.dtype,
+    linears: Mapping[str, tuple[int, float]] | None = None,
+) -> Classifier:
     """Builds the classifier that the settings of method, LoRA, model and hardware describe.
 
     Args:
@@ -41,6 +51,7 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
         folder: the folder of the base model, from ``find_base_model``.
         label_names: one name per class, in the order of the labels.
         dtype: precision of matrix products and frozen weights: float32, bfloat16 or float16.
+        linears: as in ``place_lora``.
 
     Raises:
         UserError: the model is damaged, or 4 bits are set without bitsandbytes.
@@ -52,7 +63,7 @@ def build_classifier(config: RunConfig, folder: Path, label_names: Sequence[str]
         quantize_linears(model, family, dtype, double=bool(lora.double_quantization))
     _store_frozen(model, family, dtype)
     if lora is not None:
-        place_lora(model, family, lora)
+        place_lora(model, family, lora, linears)
     return Classifier(model, family, dtype, hardware.efficient, hardware.gradient_checkpointing, hardware.compile)
 
 
@@ -68,9 +79,70 @@ def load_classifier(
     Raises:
         UserError: the base model or the run's weights cannot be loaded.
     """
-    classifier = build_classifier(config, folder, label_names, dtype)
+    adopted = config.lora is not None and config.lora.init_adapter is not None
+    linears = read_adapter(directory).linears if adopted else None
+    classifier = build_classifier(config, folder, label_names, dtype, linears)
     load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None)
     return classifier.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# starting from an adapter
+
+
+def adopt_adapter(config: RunConfig, adapter: Adapter, folder: Path) -> RunConfig:
+    """The settings with the adapter's rank, alpha, scaling and placement. Where parts of it differ, ``linears`` counts.
+
+    Raises:
+        UserError: the adapter was made for another base model, is placed elsewhere, or a flag contradicts it.
+    """
+    flag, model_name = f"--init_adapter {adapter.folder}", config.model.model_name
+    if adapter.base is not None and Path(adapter.base).name != Path(model_name).name:
+        raise UserError(
+            f"{flag}: made for the base model {adapter.base}, but --model_name is {model_name}: if they are the same,"
+            f" change base_model_name_or_path in its {ADAPTER_CONFIG}"
+        )
+    family, lora = find_family(model_name, folder), config.lora
+    assert lora is not None
+    known = {name: target for target in (*family.targets, "head") for name in _target_paths(family, target)}
+    unknown = [name for name in adapter.linears if re.sub(r"\.\d+\.", ".*.", name) not in known]
+    if unknown:
+        raise UserError(f"{flag}: has LoRA on {unknown[0]}, which is not a linear of this model that can have LoRA")
+    placed = {known[re.sub(r"\.\d+\.", ".*.", name)] for name in adapter.linears}
+    values = {"lora_r": adapter.rank, "lora_alpha": adapter.alpha, "lora_scaling": adapter.scaling}
+    values |= {name: name.removeprefix("lora_") in placed for name in LORA_TARGETS}
+    for name, value in values.items():
+        given = getattr(lora, name)
+        if given is not None and given != value:
+            raise UserError(f"--{name} {given}: the adapter of --init_adapter has {value}: leave out this flag")
+    return config.changed(**values)
+
+
+def _target_paths(family: ModelFamily, target: str) -> list[str]:
+    """Paths of a target's linears, with ``*`` for the number of the layer."""
+    return [re.sub(r"\.0\.", ".*.", name) for name in family.linear_names(target, 1)]
+
+
+def load_adapter(classifier: Classifier, adapter: Adapter, folder: Path) -> None:
+    """Copies an adapter into a classifier that was built with its ``linears``.
+
+    A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them.
+
+    Args:
+        classifier: the classifier.
+        adapter: the adapter.
+        folder: the folder of the base model.
+
+    Raises:
+        UserError: a weight is missing, of another shape, or has no place in the classifier.
+    """
+    contained = contained_tensors(folder)
+
+    def in_base(name: str) -> bool:
+        plain = name.replace(".linear.", ".")
+        return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
+
+    load_initial(adapter.folder, classifier.saved_parameters(), in_base)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,21 +172,40 @@ def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> 
                     parameter.data = parameter.data.to(dtype)
 
 
-def place_lora(model: nn.Module, family: ModelFamily, settings: LoRASettings) -> None:
-    """Wraps each linear layer that the placement flags select in a ``LinearWithLoRA``."""
-    for target in settings.targets:
-        for name in family.linear_names(target, family.setting(model, "layer_count")):
+def place_lora(
+    model: nn.Module,
+    family: ModelFamily,
+    settings: LoRASettings,
+    linears: Mapping[str, tuple[int, float]] | None = None,
+) -> None:
+    """Wraps each linear layer that the placement flags select in a ``LinearWithLoRA``.
+
+    Args:
+        model: Hugging Face's classifier.
+        family: its family.
+        settings: the flags.
+        linears: instead of the flags, full names of linears with rank and alpha, as an adapter has them.
+
+    Raises:
+        UserError: the model has no linear of such a name.
+    """
+    layers = family.setting(model, "layer_count")
+    chosen = [name for target in settings.targets for name in family.linear_names(target, layers)]
+    for name, (rank, alpha) in (linears or dict.fromkeys(chosen, (settings.lora_r, settings.lora_alpha))).items():
+        try:
             linear: Any = model.get_submodule(name)
-            lora = LoRALayer(
-                linear.in_features,
-                linear.out_features,
-                settings.lora_r,
-                settings.lora_alpha,
-                scaling=settings.lora_scaling,
-                dropout=settings.lora_dropout,
-            )
-            dense = partial(dequantized, linear) if is_quantized(linear) else None
-            model.set_submodule(name, LinearWithLoRA(linear, lora, dense))
+        except AttributeError:
+            raise UserError(f"the adapter has LoRA on {name}, but the model has only {layers} layers") from None
+        lora = LoRALayer(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            alpha,
+            scaling=settings.lora_scaling,
+            dropout=settings.lora_dropout,
+        )
+        dense = partial(dequantized, linear) if is_quantized(linear) else None
+        model.set_submodule(name, LinearWithLoRA(linear, lora, dense))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def test_values_of_another_type(given: str, allowed: str) -> None:
 
 OUT_OF_RANGE = [
     *((name, value, "must be at least 1")
-      for name in ("lora_r", "epochs", "accumulate", "batch_size", "devices", "num_nodes", "limit_train",
+      for name in ("lora_r", "accumulate", "batch_size", "devices", "num_nodes", "limit_train",
                    "limit_validation", "limit_test")
       for value in ("0", "-3")),
     *((name, "-1", "must be at least 0") for name in ("patience", "device", "weight_decay", "gradient_clip")),
@@ -154,7 +154,7 @@ def test_numbers_out_of_range(name: str, value: str, allowed: str) -> None:
 
 def test_numbers_at_their_bounds_are_taken() -> None:
     config = config_of_flags(
-        "--lora_r 1 --max_length 8 --batch_tokens 8 --epochs 1 --patience 0 --device 0 --warmup_fraction 0"
+        "--lora_r 1 --max_length 8 --batch_tokens 8 --epochs 0 --patience 0 --device 0 --warmup_fraction 0"
         " --seed 4294967295 --dropout 0.999 --gradient_clip 0 --limit_test 1"
     )
     assert (config.training.seed, config.model.dropout, config.training.batch_tokens) == (2**32 - 1, 0.999, 8)
@@ -174,8 +174,17 @@ def test_lora_flags_belong_to_lora(name: str, method: str) -> None:
 
 
 def test_every_lora_flag_is_known_to_the_test_above() -> None:
-    named = {"lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "q_lora", "double_quantization", *LORA_TARGETS}
-    assert set(LORA_FLAGS) == named
+    named = {"lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "q_lora", "double_quantization"}
+    assert set(LORA_FLAGS) == named | {"init_adapter", *LORA_TARGETS}
+
+
+def test_an_adapter_decides_rank_scale_and_placement() -> None:
+    lora = lora_of_flags("--init_adapter a --lora_dropout 0.1")
+    assert (lora.init_adapter, lora.lora_dropout) == (Path("a"), 0.1)
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_scaling, lora.targets) == (None, None, None, ())
+    again = RunConfig.from_dict(config_of_flags("--init_adapter a --lora_r 3 --lora_key True").to_dict()).lora
+    assert again is not None
+    assert (again.lora_r, again.targets) == (3, ("key",))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +297,7 @@ def test_more_epochs_at_a_level_rate() -> None:
     assert resumed("--scheduler constant --warmup_fraction 0", "--epochs 9").training.epochs == 9
 
 
-@pytest.mark.parametrize("damaged", [{"lora_rank": 8}, {"epochs": 0}, {"epochs": "two"}])
+@pytest.mark.parametrize("damaged", [{"lora_rank": 8}, {"epochs": -1}, {"epochs": "two"}])
 def test_stored_settings_that_make_no_sense_are_refused(damaged: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"^--resume: the settings stored in d cannot be used: "):
         continued(damaged, {"output_dir": Path("d"), "resume": True})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -117,15 +117,34 @@ def check_fits(
         UserError: the family is not supported, more positions or layers than the model has, or a rank above its width.
     """
     base = _read_config(model_name, folder)
-    family = _as_distilbert(base) if model_name == PACKAGED else family_of(base.model_type, model_name)
+    family = find_family(model_name, folder)
     positions = family.longest_input(base)
     if max_length > positions:
         raise UserError(f"--max_length {max_length}: {model_name} has {positions} positions")
     layers, wanted = base.num_hidden_layers, method.trainable_layers
     if wanted is not None and wanted > layers:
         raise UserError(f"--trainable_layers {wanted}: {model_name} has {layers} layers")
-    if lora is not None and lora.lora_r > base.hidden_size:
+    if lora is not None and lora.lora_r is not None and lora.lora_r > base.hidden_size:
         raise UserError(f"--lora_r {lora.lora_r}: the layers of {model_name} are {base.hidden_size} wide, so 1 to that")
+
+
+def find_family(model_name: str, folder: Path) -> ModelFamily:
+    """The family of the base model in a folder.
+
+    Raises:
+        UserError: there is no usable ``config.json``, or the family is not supported.
+    """
+    base = _read_config(model_name, folder)
+    return _as_distilbert(base) if model_name == PACKAGED else family_of(base.model_type, model_name)
+
+
+def contained_tensors(folder: Path) -> set[str]:
+    """The names of the weights in a base model's files."""
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            names |= set(file.keys())
+    return names
 
 
 def _as_distilbert(bert_config: Any) -> ModelFamily:
@@ -183,8 +202,9 @@ def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, l
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=base, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            folder, config=base, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+            use_safetensors=True,  # a pickle can contain any code
+        )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"--model_name {model_name} cannot be loaded: {first_line(error)}") from None
     finally:

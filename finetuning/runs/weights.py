@@ -1,6 +1,6 @@
 """Saves and loads the trained weights: an adapter in PEFT's format, or only the weights that changed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def save_trained(
     parameters: dict[str, torch.nn.Parameter],
     lora: LoRASettings | None,
     model_name: str,
-    targets: Sequence[str],
+    targets: Mapping[str, tuple[int, float]],
     head: Sequence[str],
 ) -> Path:
     """Writes the trained weights. The base model plus these weights is the run's classifier.
@@ -37,7 +37,7 @@ def save_trained(
         parameters: the classifier's ``saved_parameters()``.
         lora: with LoRA, the file is an adapter in PEFT's format. With ``None``, it contains the changed weights.
         model_name: the base model.
-        targets: full names of the linear layers with LoRA.
+        targets: full name of each linear layer with LoRA -> its rank and alpha.
         head: full names of the head's linear layers.
 
     Returns:
@@ -53,12 +53,18 @@ def save_trained(
     return path
 
 
-def adapter_config(lora: LoRASettings, model_name: str, targets: Sequence[str], head: Sequence[str]) -> dict[str, Any]:
+def adapter_config(
+    lora: LoRASettings, model_name: str, targets: Mapping[str, tuple[int, float]], head: Sequence[str]
+) -> dict[str, Any]:
     """The content of PEFT's ``adapter_config.json``.
 
-    PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r.
+    PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r. Linears whose rank or alpha is not
+    the run's, as an adapter of PEFT can have them, are listed as patterns.
     """
     raw = lora.lora_scaling == "raw"
+    ranks = {name: rank for name, (rank, _) in targets.items() if rank != lora.lora_r}
+    alphas = {name: alpha for name, (_, alpha) in targets.items() if alpha != lora.lora_alpha}
+    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas}
     # For SEQ_CLS, PEFT saves all of "classifier", so RoBERTa's layers inside it must not be listed again.
     trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in head)
     return {
@@ -74,7 +80,7 @@ def adapter_config(lora: LoRASettings, model_name: str, targets: Sequence[str], 
         "modules_to_save": None if lora.lora_head else list(trained_head),
         "bias": "none",
         "inference_mode": True,
-    }
+    } | {name: pattern for name, pattern in patterns.items() if pattern}
 
 
 def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], lora: bool) -> None:
@@ -89,21 +95,56 @@ def load_trained(directory: Path, parameters: dict[str, torch.nn.Parameter], lor
         UserError: the file is missing or damaged, or belongs to another model.
     """
     path = directory / (ADAPTER if lora else TRAINED_WEIGHTS)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
     names = {name: peft_name(name, lora) for name in parameters}
+    tensors = _read_tensors(path)
     if set(names.values()) != set(tensors):
         raise UserError(f"{path} does not contain the weights of this run: restore the file, or train again")
-    for name, parameter in parameters.items():
-        tensor = tensors[names[name]]
-        if tensor.shape != parameter.shape:
-            raise UserError(
-                f"{path}: {names[name]} has shape {tuple(tensor.shape)}, must be {tuple(parameter.shape)}: restore the"
-                f" file, or train again"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {names[name]} has values that are not finite: restore the file, or train again")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[names[name]])
+    _copy(path, tensors, names, parameters, advice=": restore the file, or train again")
+
+
+def load_initial(directory: Path, parameters: dict[str, torch.nn.Parameter], optional: Callable[[str], bool]) -> None:
+    """Copies an adapter into a classifier whose LoRA layers were placed as it says.
+
+    Args:
+        directory: the adapter's folder.
+        parameters: the classifier's ``saved_parameters()``.
+        optional: whether the adapter may lack a parameter, which then keeps its value.
+
+    Raises:
+        UserError: the file lacks a parameter, has one too many, or one of another shape.
+    """
+    path = directory / ADAPTER
+    names = {name: peft_name(name, lora=True) for name in parameters}
+    tensors = _read_tensors(path)
+    strange = sorted(set(tensors) - set(names.values()))
+    if strange:
+        raise UserError(f"--init_adapter {directory}: this model has no place for {strange[0]}")
+    missing = [names[name] for name in parameters if names[name] not in tensors and not optional(name)]
+    if missing:
+        raise UserError(f"--init_adapter {directory}: {ADAPTER} lacks {missing[0]}, and so does the base model")
+    _copy(path, tensors, {name: own for name, own in names.items() if own in tensors}, parameters)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _copy(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    parameters: Mapping[str, torch.nn.Parameter],
+    advice: str = "",
+) -> None:
+    """Copies tensors into parameters, all or none; ``names``: parameter -> tensor."""
+    for name, stored in names.items():
+        shape, wanted = tuple(tensors[stored].shape), tuple(parameters[name].shape)
+        if shape != wanted:
+            raise UserError(f"{path}: {stored} has shape {shape}, must be {wanted}{advice}")
+        if not tensors[stored].isfinite().all():
+            raise UserError(f"{path}: {stored} has values that are not finite{advice}")
+    for name, stored in names.items():
+        parameters[name].data.copy_(tensors[stored])
