@@ -188,6 +188,8 @@ def load_run(run: FinishedRun, base: Path, unrounded: bool) -> "tuple[Classifier
     classifier = load_classifier(run.directory, config, base, run.label_names, torch.float32 if unrounded else dtype)
     named = next(name for name, kind in DTYPES.items() if kind == dtype)
     asked: str = config.hardware.precision
+    if named == "fp32" and "cuda" in run.result["memory"]["source"]:
+        named = "tf32"  # of fp32 products on a GPU
     return classifier, "int8" if asked == "int8" else named
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,8 +192,9 @@ def _base_and_licence(model_name: str, folder: Path) -> tuple[str | None, str | 
     """The hub id of the base model, and its licence, as far as they are known."""
     if model_name in KNOWN_BASES:
         return KNOWN_BASES[model_name]
-    card = folder / CARD
-    licence = ModelCard(card.read_text(encoding="utf8")).data.get("license") if card.is_file() else None
+    licence = None
+    with suppress(Exception):  # the card is missing, or its metadata can make the YAML library raise any type
+        licence = ModelCard((folder / CARD).read_text(encoding="utf8")).data.get("license")
     local = Path(model_name).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name)
     return None if local else model_name, licence
 

@@ -22,7 +22,13 @@ from finetuning.errors import ExportFailed, UserError
 from finetuning.export import fresh_process
 
 LARGEST_DIFFERENCE = 1e-4  # of two logits, or of two probabilities, that count as the same
-ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-9, "int8": 2.0**-7}  # unit roundoff; int8: of both
+ROUNDING = {
+    "fp32": 2.0**-24,
+    "tf32": 2.0**-11,
+    "fp16": 2.0**-11,
+    "bf16": 2.0**-9,
+    "int8": 2.0**-7,
+}  # unit roundoff; int8: of both
 # How many times its unit roundoff a precision may move a logit, relative to the largest logit. MiniLM in bf16: 2 to 4.
 ROUNDING_STEPS = 16
 PROJECT = Path(__file__).resolve().parents[2]
