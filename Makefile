@@ -41,7 +41,7 @@ $(VENV)/.installed: requirements.txt requirements-offline.txt
 	$(BIN)/pip install --no-deps --require-hashes -r requirements-offline.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-onnx.txt
 	$(BIN)/pip install -r requirements-dev.txt
 	touch $@
 

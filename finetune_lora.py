@@ -18,6 +18,7 @@ from finetuning.errors import Interrupted, UserError, first_line, not_installed
 from finetuning.flags import given_flags
 from finetuning.processes import is_helper, share_directory, share_processors, shared_directory
 from finetuning.processor import limit_libraries
+from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.directory import (
     check_directory,
     default_directory,
@@ -154,6 +155,7 @@ class Setup:
     advice: list[str]
     splits: "dict[str, TokenizedSplit]"
     pad_id: int
+    adapter: Adapter | None = None  # of --init_adapter
 
     def data_record(self) -> dict[str, Any]:
         """The source of the texts, and the numbers of texts and tokens, for ``result.json``."""
@@ -212,7 +214,7 @@ def prepare(config: RunConfig) -> Setup:
     from finetuning.training.tasks import imbalance_advice, make_task
     from finetuning.training.trainer import quiet_lightning
     from local_dataset_utilities import load_texts, tokenize
-    from local_model_utilities import find_base_model
+    from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
 
     directory = config.run.output_dir or shared_directory() or default_directory(config.data.dataset, config.name)
     config = config.changed(output_dir=directory)
@@ -234,24 +236,34 @@ def prepare(config: RunConfig) -> Setup:
     labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, config.training)
     advice = imbalance_advice(task, task.counts(labels["train"]), config.training)
+    adapter = None
+    if config.lora is not None and config.lora.init_adapter is not None:
+        adapter = read_adapter(config.lora.init_adapter)
+        config = adopt_adapter(config, adapter, folder)
+        trial = build_classifier(config, folder, texts.label_names, hardware.dtype, adapter.linears)
+        load_adapter(trial, adapter, folder)  # what does not fit is refused before anything is written
+        del trial
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
     check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
     if writes:
         open_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite)
         share_directory(directory)
-    return Setup(config, directory, hardware, folder, texts, task, advice, splits, int(tokenizer.pad_token_id))
+    pad_id = int(tokenizer.pad_token_id)
+    return Setup(config, directory, hardware, folder, texts, task, advice, splits, pad_id, adapter)
 
 
 def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     """Model: builds the classifier with its LoRA layers, and prints settings and parameter counts."""
     import lightning.pytorch as pl
 
+    from finetuning.models.base_files import file_hashes
     from finetuning.runs.measurements import environment_record
     from finetuning.training.hardware import prepare_process
     from finetuning.training.trainer import quiet_lightning
     from local_model_utilities import (
         build_classifier,
         count_parameters,
+        load_adapter,
         module_table,
         parameter_record,
         parameter_table,
@@ -262,12 +274,17 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     with quiet_lightning():
         pl.seed_everything(config.training.seed, verbose=False)
     result["environment"] = environment_record()
-    classifier = build_classifier(config, setup.model_folder, setup.texts.label_names, setup.hardware.dtype)
+    linears = None if setup.adapter is None else setup.adapter.linears
+    classifier = build_classifier(config, setup.model_folder, setup.texts.label_names, setup.hardware.dtype, linears)
+    if setup.adapter is not None:
+        load_adapter(classifier, setup.adapter, setup.model_folder)
     result["environment"]["cpu_kernels"] = setup.kernels(classifier)
     result["model"] = {"type": classifier.family.model_type, "efficient_path": classifier.efficient}
     groups = count_parameters(classifier)
     result["parameters"] = parameter_record(groups)
     if not is_helper():
+        precision = str(setup.hardware.dtype).removeprefix("torch.")
+        result["base_model"] = {"precision": precision, "sha256": file_hashes(setup.model_folder)}
         print(f"{setup.headline(classifier)}\nrun     {setup.directory}\n\n{parameter_table(groups)}\n", flush=True)
         if config.run.verbose:
             print(module_table(classifier.model), flush=True)
@@ -280,7 +297,7 @@ def train(
     """Training: fits the classifier, loads the best checkpoint and saves its weights."""
     from finetuning.data.batches import evaluation_loader, train_loader
     from finetuning.models.fused import split_widths
-    from finetuning.models.lora import lora_modules
+    from finetuning.models.lora import ranks_and_alphas
     from finetuning.runs.history import plot_learning_curve
     from finetuning.runs.weights import save_trained
     from finetuning.training.module import FineTuning
@@ -300,22 +317,27 @@ def train(
     module = FineTuning(classifier, config.training, setup.task, steps, frozen)
     checkpoint = directory / LAST_CHECKPOINT if config.run.resume else None
     try:
-        trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
+        if config.training.epochs:
+            trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
+        else:
+            trainer.validate(module, validation, verbose=False)
     finally:
         result["train"] = train_record(trainer, meter, training, len(splits["train"]))
-    module.load_best(directory / BEST_CHECKPOINT)
+    if config.training.epochs:
+        module.load_best(directory / BEST_CHECKPOINT)
     result["task"] = setup.task.record()
     measured = {"examples": len(splits["validation"]), "seconds": meter.validation_seconds}
     result["validation"] = module.record("validation") | measured
     _, _, logits = module.predictions["validation"]
     result["advice"] = [*setup.advice, *one_answer_advice(setup.task, logits, config.training)]
     if trainer.is_global_zero:
-        targets = [name for name, _ in lora_modules(classifier.model)]
         saved = save_trained(
-            directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets,
-            classifier.family.head_modules, split_widths(classifier.model), classifier.family.conv1d,
+            directory, classifier.saved_parameters(), config.lora, config.model.model_name,
+            ranks_and_alphas(classifier.model), classifier.family.head_modules, split_widths(classifier.model),
+            classifier.family.conv1d,
         )  # fmt: skip
-        result["files"] = {path.name: path.stat().st_size for path in (saved, directory / LAST_CHECKPOINT)}
+        written = (saved, directory / LAST_CHECKPOINT)
+        result["files"] = {path.name: path.stat().st_size for path in written if path.exists()}
         optimizer = f"{config.training.optimizer}, {config.training.learning_rate:g}"
         title = f"{setup.texts.source}: {config.method.method}, {optimizer}"
         plot_learning_curve(directory, meter.rows, config.training.monitor, title)
@@ -404,7 +426,7 @@ def _write_result(directory: Path, result: dict[str, Any]) -> None:
     try:
         write_json(directory / RESULT, result)
         if result["status"] == "finished":  # removed last, so that a run killed before this point can continue
-            (directory / BEST_CHECKPOINT).unlink()
+            (directory / BEST_CHECKPOINT).unlink(missing_ok=True)  # there is none with --epochs 0
     except OSError as error:
         reason = f"{RESULT} cannot be written: {error.strerror}"
         earlier = f"{result['error']}; " if "error" in result else ""

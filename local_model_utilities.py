@@ -3,7 +3,8 @@
 Frozen weights are stored in the precision of the matrix products, or in 4 bits. Trained weights are stored in fp32.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.models.classifier import Classifier
 from finetuning.models.discovery import named_linears
 from finetuning.models.families import ModelFamily
-from finetuning.models.fused import split_linears
+from finetuning.models.fused import split_linears, split_widths
 from finetuning.models.int8 import Int8Linear, use_int8
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
-from finetuning.models.pretrained import check_fits, find_model, load_pretrained
+from finetuning.models.pretrained import check_fits, contained_tensors, find_family, find_model, load_pretrained
 from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
-from finetuning.settings import LoRASettings, MethodSettings
+from finetuning.runs.adapters import Adapter, read_adapter
+from finetuning.runs.files import ADAPTER_CONFIG
+from finetuning.runs.weights import load_initial, load_trained
+from finetuning.settings import LORA_TARGETS, LoRASettings, MethodSettings
 
 
 def find_base_model(config: RunConfig) -> Path:
@@ -37,7 +42,12 @@ def find_base_model(config: RunConfig) -> Path:
 
 
 def build_classifier(
-    config: RunConfig, folder: Path, label_names: Sequence[str], dtype: torch.dtype, int8_products: bool = True
+    config: RunConfig,
+    folder: Path,
+    label_names: Sequence[str],
+    dtype: torch.dtype,
+    linears: Mapping[str, tuple[int, float]] | None = None,
+    int8_products: bool = True,
 ) -> Classifier:
     """Builds the classifier that the settings of method, LoRA, model and hardware describe.
 
@@ -46,6 +56,7 @@ def build_classifier(
         folder: the folder of the base model, from ``find_base_model``.
         label_names: one name per class, in the order of the labels.
         dtype: precision of matrix products and frozen weights: float32, bfloat16 or float16.
+        linears: as in ``place_lora``.
         int8_products: with ``--precision int8``, whether this machine has its products. If not, the linears hold the
             same weights in ``dtype``: enough to predict.
 
@@ -63,8 +74,92 @@ def build_classifier(
         use_int8(model, family, packed=int8_products)
     _store_frozen(model, family, dtype)
     if lora is not None:
-        place_lora(model, family, lora)
+        place_lora(model, family, lora, linears)
     return Classifier(model, family, dtype, hardware.efficient, hardware.gradient_checkpointing, hardware.compile)
+
+
+def load_classifier(
+    directory: Path,
+    config: RunConfig,
+    folder: Path,
+    label_names: Sequence[str],
+    dtype: torch.dtype,
+    int8_products: bool = True,
+) -> Classifier:
+    """The classifier that a finished run trained, in evaluation mode.
+
+    Args:
+        directory: the run directory.
+        config, folder, label_names, dtype, int8_products: as in ``build_classifier``.
+
+    Raises:
+        UserError: the base model or the run's weights cannot be loaded.
+    """
+    adopted = config.lora is not None and config.lora.init_adapter is not None
+    linears = read_adapter(directory).linears if adopted else None
+    classifier = build_classifier(config, folder, label_names, dtype, linears, int8_products)
+    parts = split_widths(classifier.model)
+    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None, split=parts)
+    return classifier.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# starting from an adapter
+
+
+def adopt_adapter(config: RunConfig, adapter: Adapter, folder: Path) -> RunConfig:
+    """The settings with the adapter's rank, alpha, scaling and placement. Where parts of it differ, ``linears`` counts.
+
+    Raises:
+        UserError: the adapter was made for another base model, is placed elsewhere, or a flag contradicts it.
+    """
+    flag, model_name = f"--init_adapter {adapter.folder}", config.model.model_name
+    if adapter.base is not None and Path(adapter.base).name != Path(model_name).name:
+        raise UserError(
+            f"{flag}: made for the base model {adapter.base}, but --model_name is {model_name}: if they are the same,"
+            f" change base_model_name_or_path in its {ADAPTER_CONFIG}"
+        )
+    family, lora = find_family(model_name, folder), config.lora
+    assert lora is not None
+    known = {name: target for target in (*family.targets, "head") for name in _target_paths(family, target)}
+    unknown = [name for name in adapter.linears if re.sub(r"\.\d+\.", ".*.", name) not in known]
+    if unknown:
+        raise UserError(f"{flag}: has LoRA on {unknown[0]}, which is not a linear of this model that can have LoRA")
+    placed = {known[re.sub(r"\.\d+\.", ".*.", name)] for name in adapter.linears}
+    values = {"lora_r": adapter.rank, "lora_alpha": adapter.alpha, "lora_scaling": adapter.scaling}
+    values |= {name: name.removeprefix("lora_") in placed for name in LORA_TARGETS}
+    for name, value in values.items():
+        given = getattr(lora, name)
+        if given is not None and given != value:
+            raise UserError(f"--{name} {given}: the adapter of --init_adapter has {value}: leave out this flag")
+    return config.changed(**values)
+
+
+def _target_paths(family: ModelFamily, target: str) -> list[str]:
+    """Paths of a target's linears, with ``*`` for the number of the layer."""
+    return [re.sub(r"\.0\.", ".*.", name) for name in family.linear_names(target, 1)]
+
+
+def load_adapter(classifier: Classifier, adapter: Adapter, folder: Path) -> None:
+    """Copies an adapter into a classifier that was built with its ``linears``.
+
+    A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them.
+
+    Args:
+        classifier: the classifier.
+        adapter: the adapter.
+        folder: the folder of the base model.
+
+    Raises:
+        UserError: a weight is missing, of another shape, or has no place in the classifier.
+    """
+    contained = contained_tensors(folder)
+
+    def in_base(name: str) -> bool:
+        plain = name.replace(".linear.", ".")
+        return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
+
+    load_initial(adapter.folder, classifier.saved_parameters(), in_base)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,17 +189,36 @@ def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> 
                     parameter.data = parameter.data.to(dtype)
 
 
-def place_lora(model: nn.Module, family: ModelFamily, settings: LoRASettings) -> None:
-    """Wraps each linear that the placement flags or ``--lora_modules`` select in a ``LinearWithLoRA``."""
-    layer_count = family.setting(model, "layer_count")
-    names = [name for target in settings.targets for name in family.linear_names(target, layer_count)]
-    for name in [*names, *named_linears(model, family, settings.modules)]:
-        linear: Any = model.get_submodule(name)
+def place_lora(
+    model: nn.Module,
+    family: ModelFamily,
+    settings: LoRASettings,
+    linears: Mapping[str, tuple[int, float]] | None = None,
+) -> None:
+    """Wraps each linear that the placement flags or ``--lora_modules`` select in a ``LinearWithLoRA``.
+
+    Args:
+        model: Hugging Face's classifier.
+        family: its family.
+        settings: the flags.
+        linears: instead of the flags, full names of linears with rank and alpha, as an adapter has them.
+
+    Raises:
+        UserError: the model has no linear of such a name.
+    """
+    layers = family.setting(model, "layer_count")
+    names = [name for target in settings.targets for name in family.linear_names(target, layers)]
+    names += named_linears(model, family, settings.modules)
+    for name, (rank, alpha) in (linears or dict.fromkeys(names, (settings.lora_r, settings.lora_alpha))).items():
+        try:
+            linear: Any = model.get_submodule(name)
+        except AttributeError:
+            raise UserError(f"the adapter has LoRA on {name}, but the model has only {layers} layers") from None
         lora = LoRALayer(
             linear.in_features,
             linear.out_features,
-            settings.lora_r,
-            settings.lora_alpha,
+            rank,
+            alpha,
             scaling=settings.lora_scaling,
             dropout=settings.lora_dropout,
         )

@@ -18,7 +18,8 @@ from finetuning.datasets import traits_of
 from finetuning.errors import UserError, first_line, not_installed
 from finetuning.flags import OneLineParser
 from finetuning.processes import share_processors
-from finetuning.runs.files import RESULT, read_result
+from finetuning.runs.files import read_result
+from finetuning.runs.finished import read_finished
 
 DESCRIPTION = "Label new texts with a finished run. Prints CSV: text, label, and the probability of each class."
 STANDARD_INPUT = Path("-")
@@ -181,20 +182,8 @@ def load_run(directory: Path) -> tuple[RunConfig, list[str]]:
     Raises:
         UserError: the directory does not contain a finished run.
     """
-    try:
-        result = read_result(directory)
-    except FileNotFoundError:
-        raise UserError(f"{directory}: must be a finished run, but has no {RESULT}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{directory}: must be a finished run, but {RESULT} cannot be read: {first_line(error)}"
-        ) from None
-    status = result.get("status") if isinstance(result, dict) else None
-    if status != "finished":
-        raise UserError(f"{directory}: must be a finished run, but its status is {status!r}")
-    settings, data = result["config"], result["data"]
-    found = {name: column for name, column in data.get("columns", {}).items() if not settings[name]}  # in a hub set
-    return RunConfig.from_dict(settings | found), data["label_names"]
+    run = read_finished(directory)
+    return run.config, run.label_names
 
 
 def read_threshold(directory: Path) -> float | None:
@@ -248,12 +237,10 @@ def predict(
 
     from finetuning.data.batches import evaluation_loader
     from finetuning.data.tokens import TokenizedSplit, encode
-    from finetuning.models.fused import split_widths
     from finetuning.models.pretrained import load_tokenizer
-    from finetuning.runs.weights import load_trained
     from finetuning.training.hardware import fastest_precision, prepare_process, resolve_hardware
     from finetuning.training.trainer import quiet_lightning
-    from local_model_utilities import build_classifier, find_base_model
+    from local_model_utilities import find_base_model, load_classifier
 
     with quiet_lightning():  # hides Lightning's advice to use srun
         settings = config.hardware
@@ -262,9 +249,7 @@ def predict(
         hardware = resolve_hardware(settings)
     prepare_process(hardware)
     folder = find_base_model(config)
-    classifier = build_classifier(config, folder, label_names, hardware.dtype, int8_products=hardware.int8)
-    split_parts = split_widths(classifier.model)
-    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None, split=split_parts)
+    classifier = load_classifier(directory, config, folder, label_names, hardware.dtype, hardware.int8)
     tokenizer = load_tokenizer(config.model.model_name, folder)
     clean = traits_of(config.data.dataset).clean
     seconds_of = list(pairs) if pairs is not None else None  # data sets of pairs need no cleaning

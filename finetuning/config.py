@@ -36,8 +36,10 @@ NOT_PART_OF_THE_RUN = ("output_dir", "resume", "overwrite", "verbose")
 # Settings that --resume may change: also the location of model and data, and the hardware.
 MAY_CHANGE = (
     *NOT_PART_OF_THE_RUN, "model_name", "data_dir", "data_source", "offline", "accelerator", "device", "devices",
-    "num_nodes", "strategy", "efficient", "gradient_checkpointing", "compile", "frozen_cache_gb",
+    "num_nodes", "strategy", "efficient", "gradient_checkpointing", "compile", "frozen_cache_gb", "init_adapter",
 )  # fmt: skip
+# Settings that --init_adapter decides.
+FROM_ADAPTER = ("lora_r", "lora_alpha", "lora_scaling", *LORA_TARGETS)
 
 # Peak learning rates if --learning_rate is not given. LoRA needs about ten times the rate of full fine-tuning. SGD
 # needs a far higher rate, because it does not scale its step by the size of past gradients.
@@ -254,6 +256,8 @@ def _dependent_defaults(s: SimpleNamespace) -> dict[str, Any]:
         defaults["trainable_layers"] = 2
     if s.lora_modules is not None:
         defaults |= {"lora_query": False, "lora_value": False}
+    if s.init_adapter is not None:  # ``adopted`` takes them from the adapter
+        defaults |= dict.fromkeys(FROM_ADAPTER)
     if s.method == "lora" and s.q_lora:
         defaults["double_quantization"] = True
     return defaults
@@ -336,7 +340,8 @@ def _check_ranges(s: SimpleNamespace) -> None:
             raise UserError(
                 f"--{name} {value}: must be {words if 'above' not in flag.bounds else 'finite and ' + words}"
             )
-    if s.method == "lora" and not any(getattr(s, name) for name in (*LORA_TARGETS, "lora_modules")):
+    chosen = any(getattr(s, name) for name in (*LORA_TARGETS, "lora_modules"))
+    if s.method == "lora" and s.init_adapter is None and not chosen:
         raise UserError(f"no LoRA target: at least one of --{', --'.join(LORA_TARGETS)} must be True")
     if s.batch_tokens < s.max_length:
         raise UserError(f"--batch_tokens {s.batch_tokens}: must be at least --max_length {s.max_length}")

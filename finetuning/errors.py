@@ -1,4 +1,4 @@
-"""The three ways a run ends early, and how any error becomes one line."""
+"""The ways a command ends early, and how any error becomes one line."""
 
 import sys
 import textwrap
@@ -11,6 +11,10 @@ class UserError(Exception):
 
 class TrainingFailed(Exception):
     """A run that cannot continue, in one line. Exit status 1."""
+
+
+class ExportFailed(Exception):
+    """An exported folder that does not compute what its run does, in one line. Exit status 1."""
 
 
 class Interrupted(Exception):

@@ -81,6 +81,9 @@ class LoRASettings:
         None, "Add LoRA to linears of these names, separated by commas, instead of the parts above.", "none"
     )
     q_lora: bool = setting(False, "Store the frozen linear layers in 4 bits (NF4, with bitsandbytes).")
+    init_adapter: Path | None = setting(
+        None, "Start from this adapter in PEFT's format. It decides rank, alpha, scaling and placement.", "none"
+    )
     double_quantization: bool | None = setting(None, "With --q_lora, also quantize the quantization constants.", "True")
 
     @property
@@ -194,7 +197,7 @@ class TrainingSettings:
     momentum: float | None = setting(None, "Momentum of SGD.", "0 for sgd, 0.9 for sgd_nesterov", at_least=0, below=1)
     gradient_clip: float = setting(1.0, "Largest norm of the gradient; 0 turns off clipping.", at_least=0)
     accumulate: int = setting(1, "Accumulate the gradients of N batches for each step.", at_least=1)
-    epochs: int = setting(2, "Passes over the training split.", at_least=1)
+    epochs: int = setting(2, "Passes over the training split; 0 only evaluates.", at_least=0)
     batch_tokens: int = setting(
         None, "Largest batch, in tokens including padding.", "6144; no limit if only --batch_size is given"
     )

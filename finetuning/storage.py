@@ -13,6 +13,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FINETUNE_LORA_CACHE") or Path.home() / ".cache" / "finetune_lora")
 
 
+def cannot_be_written_in(path: Path) -> Path | None:
+    """The existing file or directory that prevents ``path`` from being made; ``None`` if nothing does."""
+    existing = next(p for p in (path, *path.absolute().parents) if os.access(p, os.F_OK))
+    return None if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK) else existing
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary path next to ``path``, then renames it. A failure leaves no file behind.
 
@@ -21,10 +27,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # some libraries make files that the user's group cannot read
+        readable_by_all(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def readable_by_all(path: Path) -> None:
+    """Gives a file, or all files in a folder, the usual rights: some libraries make files for the owner only."""
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file():
+            file.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

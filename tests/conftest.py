@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -109,6 +111,22 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 module.weight.data *= 8  # of 0.02 at this width, attention would see next to nothing
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(packaged_folder()).save_pretrained(folder)
+        folders[model_type] = folder
+    return folders
+
+
+@pytest.fixture(scope="session")
+def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny models without a head, as pretrained encoders come: each build draws a head of its own."""
+    folders = {}
+    for model_type, source in tiny_folders.items():
+        folder = tmp_path_factory.mktemp("bases") / model_type
+        shutil.copytree(source, folder)
+        head = tuple(f"{name}." for name in FAMILIES[model_type].head)
+        weights = load_file(folder / "model.safetensors")
+        kept = {name: weight for name, weight in weights.items() if not name.startswith(head)}
+        assert len(weights) - len(kept) == 4
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         folders[model_type] = folder
     return folders
 

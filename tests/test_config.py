@@ -160,7 +160,7 @@ def test_values_of_another_type(given: str, allowed: str) -> None:
 
 OUT_OF_RANGE = [
     *((name, value, "must be at least 1")
-      for name in ("lora_r", "epochs", "accumulate", "batch_size", "devices", "num_nodes", "limit_train",
+      for name in ("lora_r", "accumulate", "batch_size", "devices", "num_nodes", "limit_train",
                    "limit_validation", "limit_test")
       for value in ("0", "-3")),
     *((name, "-1", "must be at least 0") for name in ("patience", "device", "weight_decay", "gradient_clip")),
@@ -186,7 +186,7 @@ def test_numbers_out_of_range(name: str, value: str, allowed: str) -> None:
 
 def test_numbers_at_their_bounds_are_taken() -> None:
     config = config_of_flags(
-        "--lora_r 1 --max_length 8 --batch_tokens 8 --epochs 1 --patience 0 --device 0 --warmup_fraction 0"
+        "--lora_r 1 --max_length 8 --batch_tokens 8 --epochs 0 --patience 0 --device 0 --warmup_fraction 0"
         " --seed 4294967295 --dropout 0.999 --gradient_clip 0 --limit_test 1"
     )
     assert (config.training.seed, config.model.dropout, config.training.batch_tokens) == (2**32 - 1, 0.999, 8)
@@ -207,7 +207,7 @@ def test_lora_flags_belong_to_lora(name: str, method: str) -> None:
 
 def test_every_lora_flag_is_known_to_the_test_above() -> None:
     named = {"lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "lora_modules", "q_lora", "double_quantization"}
-    assert set(LORA_FLAGS) == named | set(LORA_TARGETS)
+    assert set(LORA_FLAGS) == named | {"init_adapter", *LORA_TARGETS}
 
 
 def test_lora_modules_replace_the_parts() -> None:
@@ -230,6 +230,16 @@ def test_class_weights_by_name() -> None:
     assert parsed_class_weights("a=1,b, or c=2.5,d=0") == {"a": 1.0, "b, or c": 2.5, "d": 0.0}
     for given in ("balanced", "none", "a=3"):
         assert config_of_flags(f"--class_weights {given}").training.class_weights == given
+
+
+def test_an_adapter_decides_rank_scale_and_placement() -> None:
+    lora = lora_of_flags("--init_adapter a --lora_dropout 0.1")
+    assert (lora.init_adapter, lora.lora_dropout) == (Path("a"), 0.1)
+    assert [lora.lora_r, lora.lora_alpha, lora.lora_scaling] == [None] * 3
+    assert lora.targets == ()
+    again = RunConfig.from_dict(config_of_flags("--init_adapter a --lora_r 3 --lora_key True").to_dict()).lora
+    assert again is not None
+    assert (again.lora_r, again.targets) == (3, ("key",))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +393,7 @@ def test_fast_is_what_the_run_stored() -> None:
         continued(stored, given | {"precision": "bf16"})
 
 
-@pytest.mark.parametrize("damaged", [{"lora_rank": 8}, {"epochs": 0}, {"epochs": "two"}])
+@pytest.mark.parametrize("damaged", [{"lora_rank": 8}, {"epochs": -1}, {"epochs": "two"}])
 def test_stored_settings_that_make_no_sense_are_refused(damaged: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"^--resume: the settings stored in d cannot be used: "):
         continued(damaged, {"output_dir": Path("d"), "resume": True})

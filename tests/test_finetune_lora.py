@@ -139,6 +139,33 @@ def test_a_run_is_repeatable_and_its_seed_matters(
     assert not all(np.array_equal(weights[0][key], weights[2][key]) for key in weights[0])
 
 
+def test_an_adapter_is_evaluated_and_trained_on(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def words(name: str, epochs: int) -> list[str]:
+        return [*flags(tiny_folders["bert"], review_folder, tmp_path / name), "--epochs", str(epochs)]
+
+    assert main([*words("first", 1), "--lora_mlp", "True", "--lora_r", "3"]) == 0
+    again = ["--init_adapter", str(tmp_path / "first"), "--seed", "7"]
+    assert main([*words("only", 0), *again]) == 0
+    first, only = result_of(tmp_path / "first"), result_of(tmp_path / "only")
+    assert only["status"] == "finished"
+    assert only["train"]["steps"] == 0
+    for split in ("validation", "test"):
+        assert only[split]["loss"] == pytest.approx(first[split]["loss"], abs=1e-6)
+    assert only["config"]["lora_r"] == 3
+    assert only["config"]["lora_mlp"] is True
+    assert only["config"]["lora_key"] is False
+    assert not list((tmp_path / "only").glob("*.ckpt"))
+    assert main([*words("more", 1), *again]) == 0
+    assert result_of(tmp_path / "more")["test"]["loss"] < first["test"]["loss"]
+    capsys.readouterr()
+    for more, message in (([*again, "--lora_r", "4"], "--lora_r 4"), (["--init_adapter", "nowhere"], "nowhere")):
+        assert main([*words("refused", 1), *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "refused").exists()
+
+
 def test_patience_stops_early(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "20", "--patience", "1")
     assert main([*words, "--learning_rate", "1e-12"]) == 0

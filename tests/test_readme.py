@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from compare_methods import make_parser as make_study_parser
+from export_model import make_parser as make_export_parser
 from finetune_lora import DESCRIPTION
 from finetuning.comparison.plan import read_plan
 from finetuning.flags import from_flags, make_parser
@@ -55,6 +56,8 @@ def test_every_command_parses(command: str) -> None:
             from_flags([word.replace("%a", "0") for word in words[script + 1 :]])
     elif words[:2] == ["python", "predict.py"]:
         make_predict_parser().parse_args(words[2:])
+    elif words[:2] == ["python", "export_model.py"]:
+        make_export_parser().parse_args(words[2:])
     elif words[:2] == ["python", "compare_methods.py"]:
         check_study_command(words[2:])
     elif words[:2] == ["python", "-m"]:
@@ -90,6 +93,7 @@ def benchmark_flags() -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_that_is_mentioned_exists(document: str) -> None:
     shown = [make_parser(DESCRIPTION).format_help(), make_predict_parser().format_help(), study_help()]
+    shown.append(make_export_parser().format_help())
     known = set(re.findall(r"--\w+", "".join(shown))) | SLURM_FLAGS
     text = re.sub(r"```.*?```", "", read(document), flags=re.DOTALL)  # commands have a test of their own
     for span in re.findall(r"`([^`\n]+)`", text):

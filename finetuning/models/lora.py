@@ -106,6 +106,11 @@ def lora_modules(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LinearWithLoRA))
 
 
+def ranks_and_alphas(model: nn.Module) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of every linear with LoRA, by its full name."""
+    return {name: (module.lora.rank, module.lora.alpha) for name, module in lora_modules(model)}
+
+
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Replaces every linear with LoRA by one plain fp32 ``nn.Linear`` that computes the same.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -131,12 +131,30 @@ def check_fits(
     for name in ("dropout", "attention_dropout"):
         if getattr(model, name) > 0 and name not in family.settings:
             raise UserError(f"--{name} {getattr(model, name)}: {model_name} has no such dropout: leave out this flag")
-    if lora is not None and lora.lora_r > base.hidden_size:
+    if lora is not None and lora.lora_r is not None and lora.lora_r > base.hidden_size:
         raise UserError(f"--lora_r {lora.lora_r}: the layers of {model_name} are {base.hidden_size} wide, so 1 to that")
     if hardware.gradient_checkpointing and not ((hardware.efficient and family.efficient) or family.checkpointing):
         raise UserError(f"--gradient_checkpointing True: {family.model_type} models cannot do this: leave it out")
     if lora is not None:
         check_targets(base, family, lora.targets, lora.modules, model_name)
+
+
+def find_family(model_name: str, folder: Path) -> ModelFamily:
+    """The family of the base model in a folder.
+
+    Raises:
+        UserError: there is no usable ``config.json``, or the model is not supported.
+    """
+    return family_of(_read_config(model_name, folder), model_name)
+
+
+def contained_tensors(folder: Path) -> set[str]:
+    """The names of the weights in a base model's files."""
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            names |= set(file.keys())
+    return names
 
 
 def load_tokenizer(model_name: str, folder: Path) -> PreTrainedTokenizerBase:

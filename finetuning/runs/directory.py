@@ -17,7 +17,7 @@ from finetuning.runs.files import (
     read_status,
     settings_file,
 )
-from finetuning.storage import write_json
+from finetuning.storage import cannot_be_written_in, write_json
 
 
 def default_directory(dataset: str, method: str) -> Path:
@@ -40,9 +40,8 @@ def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
     flag = f"--output_dir {directory}"
     if os.access(directory, os.F_OK) and not directory.is_dir():
         raise UserError(f"{flag}: is a file: give a directory")
-    existing = next(path for path in (directory, *directory.absolute().parents) if os.access(path, os.F_OK))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: cannot be written: {existing} is not a directory that you may write to")
+    if (obstacle := cannot_be_written_in(directory)) is not None:
+        raise UserError(f"{flag}: cannot be written: {obstacle} is not a directory that you may write to")
     if resume:
         return
     held = [name for name in RUN_FILES if (directory / name).exists()]

@@ -86,7 +86,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         name = "exact match" if "exact_match" in result["test"] else "accuracy"
         lines.append(f"{'':<11} 95 % interval of the test {name}: {low:.2%} to {high:.2%}")
     lines += [
-        f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second']:,.0f} tokens/s,"
+        f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
         f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
         f"{'memory':<11} peak {result['memory']['peak_bytes'] / 2**20:,.0f} MiB ({result['memory']['source']})",
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"

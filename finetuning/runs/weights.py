@@ -1,6 +1,6 @@
 """Saves and loads the trained weights: an adapter in PEFT's format, or only the weights that changed."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def save_trained(
     parameters: dict[str, torch.nn.Parameter],
     lora: LoRASettings | None,
     model_name: str,
-    targets: Sequence[str],
+    targets: Mapping[str, tuple[int, float]],
     head: Sequence[str],
     split: Mapping[str, Mapping[str, int]] | None = None,
     transposed: bool = False,
@@ -40,7 +40,7 @@ def save_trained(
         parameters: the classifier's ``saved_parameters()``.
         lora: with LoRA, the file is an adapter in PEFT's format. With ``None``, it contains the changed weights.
         model_name: the base model.
-        targets: full names of the linear layers with LoRA.
+        targets: full name of each linear layer with LoRA -> its rank and alpha.
         head: full names of the head's modules with weights.
         split: for each fused linear that was split into parts, the width of each part; see ``joined_parts``.
         transposed: whether the base model stores the weights of these linears transposed, as GPT-2 does.
@@ -96,15 +96,16 @@ def separate_parts(
 def adapter_config(
     lora: LoRASettings,
     model_name: str,
-    targets: Sequence[str],
+    targets: Mapping[str, tuple[int, float]],
     head: Sequence[str],
     split: Mapping[str, Mapping[str, int]] | None = None,
     transposed: bool = False,
 ) -> dict[str, Any]:
     """The content of PEFT's ``adapter_config.json``; arguments as in ``save_trained``.
 
-    PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r. A fused linear has the rank of all
-    its parts together, and an alpha with which its scale is still that of one part.
+    PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r. Linears whose rank or alpha is not
+    the run's, as an adapter of PEFT can have them, are listed as patterns. So are fused linears: they have the rank of
+    all their parts together, and an alpha with which their scale is still that of one part.
     """
     raw = lora.lora_scaling == "raw"
     alpha = lora.lora_alpha * lora.lora_r if raw else lora.lora_alpha
@@ -112,6 +113,10 @@ def adapter_config(
     owners = {f"{name}.{part}": name for name, widths in (split or {}).items() for part in widths}
     several = {name: count for name, count in parts.items() if count > 1}
     rslora = lora.lora_scaling == "rslora"
+    ranks = {name: rank for name, (rank, _) in targets.items() if rank != lora.lora_r}
+    alphas = {name: own for name, (_, own) in targets.items() if own != lora.lora_alpha}
+    ranks |= {name: count * lora.lora_r for name, count in several.items()}
+    alphas |= {name: alpha * (count**0.5 if rslora else count) for name, count in several.items()}
     # For SEQ_CLS, PEFT saves all of "classifier", so RoBERTa's layers inside it must not be listed again.
     trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in head)
     return {
@@ -121,8 +126,8 @@ def adapter_config(
         "base_model_name_or_path": model_name,
         "r": lora.lora_r,
         "lora_alpha": alpha,
-        "rank_pattern": {name: count * lora.lora_r for name, count in several.items()},
-        "alpha_pattern": {name: alpha * (count**0.5 if rslora else count) for name, count in several.items()},
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
         "lora_dropout": lora.lora_dropout,
         "use_rslora": rslora,
         "fan_in_fan_out": transposed,
@@ -151,20 +156,61 @@ def load_trained(
         UserError: the file is missing or damaged, or belongs to another model.
     """
     path = directory / (ADAPTER if lora else TRAINED_WEIGHTS)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    tensors = _read_tensors(path)
     joined = joined_parts({name: parameter.data for name, parameter in parameters.items()}, split or {})
-    expected = {peft_name(name, lora): value for name, value in joined.items()}
-    if set(expected) != set(tensors):
+    names = {name: peft_name(name, lora) for name in joined}
+    if set(names.values()) != set(tensors):
         raise UserError(f"{path} does not contain the weights of this run: restore the file, or train again")
-    for name, value in expected.items():
-        if tensors[name].shape != value.shape:
-            raise UserError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, must be {tuple(value.shape)}: restore the"
-                f" file, or train again"
-            )
-    own = separate_parts({name: tensors[peft_name(name, lora)] for name in joined}, parameters, split or {})
+    _check(path, tensors, names, joined, advice=": restore the file, or train again")
+    own = separate_parts({name: tensors[stored] for name, stored in names.items()}, parameters, split or {})
     for name, parameter in parameters.items():
         parameter.data.copy_(own[name])
+
+
+def load_initial(directory: Path, parameters: dict[str, torch.nn.Parameter], optional: Callable[[str], bool]) -> None:
+    """Copies an adapter into a classifier whose LoRA layers were placed as it says.
+
+    Args:
+        directory: the adapter's folder.
+        parameters: the classifier's ``saved_parameters()``.
+        optional: whether the adapter may lack a parameter, which then keeps its value.
+
+    Raises:
+        UserError: the file lacks a parameter, has one too many, or one of another shape.
+    """
+    path = directory / ADAPTER
+    names = {name: peft_name(name, lora=True) for name in parameters}
+    tensors = _read_tensors(path)
+    strange = sorted(set(tensors) - set(names.values()))
+    if strange:
+        raise UserError(f"--init_adapter {directory}: this model has no place for {strange[0]}")
+    missing = [names[name] for name in parameters if names[name] not in tensors and not optional(name)]
+    if missing:
+        raise UserError(f"--init_adapter {directory}: {ADAPTER} lacks {missing[0]}, and so does the base model")
+    given = {name: own for name, own in names.items() if own in tensors}
+    _check(path, tensors, given, parameters)
+    for name, stored in given.items():
+        parameters[name].data.copy_(tensors[stored])
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _check(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    parameters: Mapping[str, Tensor],
+    advice: str = "",
+) -> None:
+    """Checks that tensors are finite and have the shapes of parameters; ``names``: parameter -> tensor."""
+    for name, stored in names.items():
+        shape, wanted = tuple(tensors[stored].shape), tuple(parameters[name].shape)
+        if shape != wanted:
+            raise UserError(f"{path}: {stored} has shape {shape}, must be {wanted}{advice}")
+        if not tensors[stored].isfinite().all():
+            raise UserError(f"{path}: {stored} has values that are not finite{advice}")

@@ -117,7 +117,7 @@ class Meter(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.validation_seconds += _now(pl_module) - self._validation_since
         scores = {f"validation_{name}": value for name, value in pl_module.scores["validation"].items()}
-        epoch = trainer.current_epoch + 1
+        epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 0)  # 0 if the run only evaluates
         self.rows.append({"step": trainer.global_step, "epoch": epoch, "train_seconds": self.train_seconds} | scores)
         if trainer.is_global_zero:
             write_metrics(self.directory, self.rows)
@@ -175,7 +175,8 @@ class ProgressLines(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             scores = "  ".join(f"{name} {value:.4f}" for name, value in pl_module.scores["validation"].items())
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  validation  {scores}", flush=True)
+            epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 0)
+            print(f"epoch {epoch}/{trainer.max_epochs}  validation  {scores}", flush=True)
 
 
 def _now(pl_module: Any) -> float:

@@ -1,20 +1,19 @@
 # mypy: disable-error-code="union-attr,arg-type,operator"
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
-from finetuning.models.lora import lora_modules
+from finetuning.models.lora import lora_modules, ranks_and_alphas
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from finetuning.runs.weights import adapter_config, load_trained, peft_name, save_trained
 from finetuning.settings import LoRASettings
@@ -22,22 +21,6 @@ from local_model_utilities import build_classifier, find_base_model
 from tests.conftest import CORE, LAYERS
 
 NAMES = ["bad", "good"]
-
-
-@pytest.fixture(scope="module")
-def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny models without a head, as pretrained encoders come: each build draws a head of its own."""
-    folders = {}
-    for model_type, source in tiny_folders.items():
-        folder = tmp_path_factory.mktemp("bases") / model_type
-        shutil.copytree(source, folder)
-        head = tuple(f"{name}." for name in FAMILIES[model_type].head)
-        weights = load_file(folder / "model.safetensors")
-        kept = {name: weight for name, weight in weights.items() if not name.startswith(head)}
-        assert len(weights) - len(kept) == 4
-        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-        folders[model_type] = folder
-    return folders
 
 
 def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:
@@ -61,7 +44,7 @@ def lora_settings(**settings: object) -> LoRASettings:
 
 
 def save(directory: Path, classifier: Classifier, config: RunConfig) -> Path:
-    targets = [name for name, _ in lora_modules(classifier.model)]
+    targets = ranks_and_alphas(classifier.model)
     return save_trained(
         directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets, classifier.family.head
     )
@@ -152,15 +135,15 @@ def test_adapter_config_says_what_peft_reads(bases: dict[str, Path], tmp_path: P
     assert stored["inference_mode"] is True
 
     def scale(**settings: object) -> float:
-        written = adapter_config(lora_settings(lora_r=4, lora_alpha=2.0, **settings), "base", [], [])
+        written = adapter_config(lora_settings(lora_r=4, lora_alpha=2.0, **settings), "base", {}, [])
         return written["lora_alpha"] / (math.sqrt(written["r"]) if written["use_rslora"] else written["r"])
 
     assert scale() == 0.5
     assert scale(lora_scaling="rslora") == 1.0
     assert scale(lora_scaling="raw") == 2.0
-    roberta = adapter_config(lora_settings(), "base", [], FAMILIES["roberta"].head)
+    roberta = adapter_config(lora_settings(), "base", {}, FAMILIES["roberta"].head)
     assert roberta["modules_to_save"] == ["classifier"]
-    on_head = adapter_config(lora_settings(lora_head=True), "base", ["classifier"], ["classifier"])
+    on_head = adapter_config(lora_settings(lora_head=True), "base", {"classifier": (8, 16.0)}, ["classifier"])
     assert (on_head["task_type"], on_head["modules_to_save"]) == (None, None)
 
 

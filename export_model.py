@@ -1,0 +1,206 @@
+"""Writes a finished run as a model for other tools: ``python export_model.py RUN OUT``, see ``--help``.
+
+Exit status: 0 written and proved, 1 the proof failed, 2 input refused, 130 interrupted. Only 0 leaves OUT.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.config import check_data_dir
+from finetuning.errors import ExportFailed, UserError, not_installed
+from finetuning.export.target import check_target, staged
+from finetuning.flags import OneLineParser
+from finetuning.processes import share_processors
+from finetuning.runs.finished import FinishedRun, read_finished, read_predictions
+
+if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
+    import numpy as np
+
+    from finetuning.export.proof import HeldOut
+    from finetuning.models.classifier import Classifier
+
+DESCRIPTION = "Write a finished run as a Transformers folder with merged weights, and prove that it predicts the same."
+CHECKED_TEXTS = 500
+
+
+def check_task(run: FinishedRun) -> None:
+    """Refuses runs whose export is not built yet: a proof must read the texts as the run did."""
+    if run.config.data.text_pair_column is not None:
+        raise UserError(f"{run.directory}: was trained on pairs of texts, which export_model.py cannot write yet")
+    if run.result.get("task", {}).get("threshold") is not None:
+        raise UserError(f"{run.directory}: texts have several labels, which export_model.py cannot write yet")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="The run directory.")
+    parser.add_argument("out", type=Path, help="The folder to write; it must not exist.")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="Precision of the weights. (default: fp32)"
+    )
+    parser.add_argument(
+        "--adapter", action="store_true", help="Write a PEFT folder instead, with the base model if nobody else has it."
+    )
+    parser.add_argument("--onnx", action="store_true", help="Write ONNX, too, in fp32 (needs requirements-onnx.txt).")
+    parser.add_argument(
+        "--check_texts",
+        type=int,
+        default=CHECKED_TEXTS,
+        metavar="N",
+        help=f"Prove it with at most N held-out texts, a stratified sample. (default: {CHECKED_TEXTS})",
+    )
+    parser.add_argument("--data_dir", type=Path, help="Where the run's data is now. (default: where the run read it)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        check_flags(arguments)
+        run = read_finished(arguments.run)
+        check_task(run)
+        check_target(arguments.out, arguments.run)
+        share_processors()
+        export(run, arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(not_installed(error), file=sys.stderr)
+        return 2
+    except ExportFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Checks what the flags alone can tell.
+
+    Raises:
+        UserError: a number is too small, or a path does not exist.
+    """
+    if arguments.check_texts < 1:
+        raise UserError(f"--check_texts {arguments.check_texts}: must be at least 1")
+    if arguments.onnx and arguments.dtype != "fp32":
+        raise UserError(f"--onnx: writes fp32, so leave out --dtype {arguments.dtype}, or export a second time")
+    for flag in ("--onnx",) * arguments.onnx + (f"--dtype {arguments.dtype}",) * (arguments.dtype != "fp32"):
+        if arguments.adapter:
+            raise UserError(f"{flag}: cannot be used with --adapter, which writes the adapter as it was trained")
+    check_data_dir(arguments.data_dir)
+
+
+def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
+    """Loads the run, writes what was asked for, and proves it. Only a proved folder appears."""
+    from transformers.utils import logging as transformers_logging
+
+    from finetuning.export.adapter import BASE, check_adapter, export_adapter, writes_base
+    from finetuning.export.card import adapter_snippet, plain_snippet, write_card
+    from finetuning.export.onnx_file import require_onnx
+    from finetuning.export.plain import export_plain
+    from finetuning.export.words import sentences
+
+    if arguments.onnx:
+        require_onnx()
+    if arguments.adapter:
+        check_adapter(run.config)
+    transformers_logging.disable_progress_bar()
+    tokenizer, held = read_held_out(run, arguments.check_texts, arguments.data_dir)
+    folder_of_base = base_folder(run)
+    unrounded = arguments.adapter and not writes_base(run.config)  # PEFT will load the base model's own weights
+    classifier, precision = load_run(run, folder_of_base, unrounded)
+    with staged(arguments.out) as folder:
+        if arguments.adapter:
+            proof = export_adapter(
+                folder, arguments.out, run.directory, classifier, tokenizer, held, run.config, folder_of_base, precision
+            )
+        else:
+            proof = export_plain(
+                folder, classifier, tokenizer, held, arguments.dtype, run.config.data.max_length, precision,
+                arguments.onnx,
+            )  # fmt: skip
+        found = sentences(proof, arguments.dtype, run.config.data.truncation)
+        if arguments.adapter:
+            base = f"{folder.name}/{BASE}" if writes_base(run.config) else run.config.model.model_name
+            snippets = adapter_snippet(folder.name, base, run.label_names)
+        else:
+            snippets = plain_snippet(folder.name, arguments.onnx, tokenizer.pad_token_id, tokenizer.pad_token)
+        write_card(folder, run, folder_of_base, predictions_of_split(run), snippets, found)
+    print("\n".join([f"{arguments.out}: written and checked", *(f"  {sentence}" for sentence in found)]))
+
+
+def predictions_of_split(run: FinishedRun) -> "tuple[np.ndarray, np.ndarray]":
+    """Logits and labels of the test split, or of validation if the run has not read the test split."""
+    import numpy as np
+
+    wanted = "test" if "test" in run.result else "validation"
+    rows = [stored for (split, _), stored in read_predictions(run.directory).items() if split == wanted]
+    return np.array([logits for _, logits in rows], dtype=np.float32), np.array([label for label, _ in rows])
+
+
+def read_held_out(run: FinishedRun, limit: int, data_dir: Path | None) -> "tuple[Any, HeldOut]":
+    """The run's tokenizer, and a sample of its held-out texts with their tokens and the run's own logits."""
+    from finetuning.export.proof import held_out
+    from finetuning.models.pretrained import load_tokenizer
+    from local_dataset_utilities import load_texts, tokenize
+
+    predictions = read_predictions(run.directory)
+    config = run.config if data_dir is None else run.config.changed(data_dir=data_dir)
+    tokenizer = load_tokenizer(config.model.model_name, base_folder(run))
+    texts = load_texts(config.data, config.run.offline)
+    kept = {name: split for name, split in texts.splits.items() if name == "validation" or "test" in run.result}
+    del kept["train"]
+    texts = dataclasses.replace(texts, splits=kept)
+    return tokenizer, held_out(texts, tokenize(texts, tokenizer, config.data), predictions, limit)
+
+
+def base_folder(run: FinishedRun) -> Path:
+    """The folder of the run's base model, if its files are still the same."""
+    from finetuning.models.base_files import check_unchanged
+    from local_model_utilities import find_base_model
+
+    try:
+        folder = find_base_model(run.config)
+    except UserError as error:
+        raise UserError(f"{run.directory}: its base model is gone: {error}") from None
+    check_unchanged(folder, run.result.get("base_model", {}).get("sha256", {}))
+    return folder
+
+
+def load_run(run: FinishedRun, base: Path, unrounded: bool) -> "tuple[Classifier, str]":
+    """The run's classifier, and the name of the precision of the run's products.
+
+    Args:
+        run: the run.
+        base: the folder of its base model.
+        unrounded: whether frozen weights are those of the base model's file, instead of those that training saw.
+    """
+    import torch
+
+    from finetuning.export.plain import DTYPES
+    from finetuning.training.hardware import resolve_hardware
+    from local_model_utilities import load_classifier
+
+    config = run.config.changed(compile=False, gradient_checkpointing=False)
+    if "base_model" in run.result:
+        dtype = getattr(torch, run.result["base_model"]["precision"])
+    else:  # a run of an earlier version
+        dtype = resolve_hardware(config.hardware).dtype
+    classifier = load_classifier(run.directory, config, base, run.label_names, torch.float32 if unrounded else dtype)
+    named = next(name for name, kind in DTYPES.items() if kind == dtype)
+    asked: str = config.hardware.precision
+    if named == "fp32" and "cuda" in run.result["memory"]["source"]:
+        named = "tf32"  # of fp32 products on a GPU
+    return classifier, "int8" if asked == "int8" else named
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""A run's adapter as a PEFT folder whose base model can be loaded."""
+
+import copy
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.export.fresh_process import logits_of
+from finetuning.export.plain import plain_model, write_model, write_tokenizer
+from finetuning.export.proof import HeldOut, Proof, against_predictions, check_same, fresh_answers
+from finetuning.models.classifier import Classifier
+from finetuning.models.lora import lora_modules
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG
+from finetuning.settings import PACKAGED
+from finetuning.storage import read_json, write_json
+
+BASE = "base"  # the folder of the base model in the exported folder
+
+
+def check_adapter(config: RunConfig) -> None:
+    """Checks that the run has an adapter, and that PEFT is installed to prove it.
+
+    Raises:
+        UserError: it is not so.
+    """
+    if config.lora is None:
+        raise UserError(f"--adapter: needs a run with --method lora, but the method is {config.method.method}")
+    if find_spec("peft") is None:
+        raise UserError("--adapter: peft, which checks the adapter, is not installed: pip install peft")
+
+
+def writes_base(config: RunConfig) -> bool:
+    """Whether nobody else can load the base model: the packaged one, or one whose weights training saw quantized."""
+    quantized = config.name == "qlora" or str(config.hardware.precision) == "int8"
+    return config.model.model_name == PACKAGED or quantized
+
+
+def export_adapter(
+    folder: Path,
+    out: Path,
+    run: Path,
+    classifier: Classifier,
+    tokenizer: Any,
+    held: HeldOut,
+    config: RunConfig,
+    base_folder: Path,
+    precision: str,
+) -> Proof:
+    """Writes the folder and proves it: PEFT in a fresh process must give the logits of the run's adapter.
+
+    Args:
+        folder: where to write; it exists.
+        out: where the folder will be in the end.
+        run: the run directory.
+        classifier: the run's; it is changed. Its frozen weights are those of the base model that PEFT will load.
+        tokenizer: the run's; it is changed.
+        held: the texts of the proof.
+        config: the run's settings.
+        base_folder: the run's base model.
+        precision: of the run's products, see ``against_predictions``.
+
+    Raises:
+        UserError: a weight is not finite.
+        ExportFailed: the folder does not compute what the run does.
+        OSError, SafetensorError: the folder cannot be written.
+    """
+    pad_id, name = int(tokenizer.pad_token_id), config.model.model_name
+    base = str(base_folder.absolute())
+    recorded = base if Path(name).is_dir() else name
+    if writes_base(config):
+        write_model(folder / BASE, without_adapter(classifier), torch.float32)
+        write_tokenizer(folder / BASE, tokenizer, config.data.max_length)
+        base, recorded = f"{folder.name}/{BASE}", str(out.absolute() / BASE)
+    shutil.copyfile(run / ADAPTER, folder / ADAPTER)
+    write_json(folder / ADAPTER_CONFIG, read_json(run / ADAPTER_CONFIG) | {"base_model_name_or_path": recorded})
+    write_tokenizer(folder, tokenizer, config.data.max_length)
+    model = plain_model(classifier)
+    reference = logits_of(model, held.sequences, pad_id)
+    predictions = against_predictions(reference, held.stored, precision)
+    answers = fresh_answers(folder, held, pad_id, base=base, classes=model.config.num_labels)
+    return Proof(
+        texts=len(held.texts),
+        total=held.total,
+        largest_difference=check_same("logits of PEFT's model", answers["logits"], reference),
+        dtype_difference=None,
+        dtype_changed=0,
+        predictions=predictions,
+        pipeline=None,
+        onnx_difference=None,
+    )
+
+
+def without_adapter(classifier: Classifier) -> Any:
+    """The base model below the adapter, in fp32, with the trained head: with a packed base, the dequantized weights."""
+    bare = copy.deepcopy(classifier)
+    for _, module in lora_modules(bare.model):
+        module.lora.lora_B.data.zero_()
+    return plain_model(bare)

@@ -1,0 +1,101 @@
+"""Loads an exported folder and classifies with it. It runs as a process of its own and knows nothing of this project.
+
+``python -P fresh_process.py JOB`` reads ``JOB/job.json`` and ``JOB/tokens.npz``, and writes ``JOB/answers.npz``.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+BATCH = 16  # texts
+
+
+def padded_batches(sequences: Sequence[np.ndarray], pad_id: int) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Batches of like lengths: positions in ``sequences``, and the model's inputs ``(B, T)``."""
+    order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")
+    batches = []
+    for rows in np.split(order, range(BATCH, len(order), BATCH)):
+        ids = np.full((len(rows), len(sequences[rows[0]])), pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, : len(sequences[row])] = sequences[row]
+            mask[place, : len(sequences[row])] = 1
+        batches.append((rows, {"input_ids": ids, "attention_mask": mask}))
+    return batches
+
+
+@torch.no_grad()
+def logits_of(model: Any, sequences: Sequence[np.ndarray], pad_id: int) -> np.ndarray:
+    """``(n, classes)`` in fp32, by the model's own forward."""
+    logits = np.empty((len(sequences), model.config.num_labels), dtype=np.float32)
+    for rows, inputs in padded_batches(sequences, pad_id):
+        tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
+        logits[rows] = model(**tensors).logits.float().numpy()
+    return logits
+
+
+def onnx_logits(path: Path, sequences: Sequence[np.ndarray], pad_id: int) -> np.ndarray:
+    """The same by onnxruntime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    batches = padded_batches(sequences, pad_id)
+    parts = [session.run(["logits"], inputs)[0] for _, inputs in batches]
+    logits = np.empty((len(sequences), parts[0].shape[1]), dtype=np.float32)
+    for (rows, _), part in zip(batches, parts, strict=True):
+        logits[rows] = part
+    return logits
+
+
+def pipeline_scores(model: str, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """What a pipeline says about texts: scores ``(n, classes)``, and the label of each column."""
+    from transformers import pipeline
+
+    classify: Any = pipeline("text-classification", model=model, top_k=None, truncation=True, device="cpu")
+    labels = [classify.model.config.id2label[i] for i in range(classify.model.config.num_labels)]
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # batches of like lengths
+    answers = classify([texts[i] for i in order], batch_size=BATCH)
+    scores = np.empty((len(texts), len(labels)), dtype=np.float32)
+    for i, answer in zip(order, answers, strict=True):
+        found = {entry["label"]: entry["score"] for entry in answer}
+        scores[i] = [found[label] for label in labels]
+    return scores, labels
+
+
+def load(job: dict[str, Any]) -> Any:
+    """The classifier in fp32, from an exported folder, or from a base model and an adapter."""
+    from transformers import AutoModelForSequenceClassification
+
+    if job["base"] is None:
+        return AutoModelForSequenceClassification.from_pretrained(job["model"], dtype=torch.float32).eval()
+    from peft import PeftModel
+
+    base = AutoModelForSequenceClassification.from_pretrained(
+        job["base"], dtype=torch.float32, num_labels=job["classes"], ignore_mismatched_sizes=True
+    )
+    return PeftModel.from_pretrained(base, job["model"]).eval()
+
+
+def main(folder: Path) -> None:
+    job = json.loads((folder / "job.json").read_text(encoding="utf8"))
+    with np.load(folder / "tokens.npz") as stored:
+        sequences = np.split(stored["tokens"], stored["offsets"][1:-1])
+    answers = {"logits": logits_of(load(job), sequences, job["pad_id"])}
+    if job["texts"] is not None:
+        scores, labels = pipeline_scores(job["model"], job["texts"])
+        answers |= {"scores": scores, "labels": np.array(labels)}
+    if job["onnx"] is not None:
+        answers["onnx"] = onnx_logits(Path(job["model"]) / job["onnx"], sequences, job["pad_id"])
+    np.savez(folder / "answers.npz", **answers)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    foreign = sorted(name for name in sys.modules if name.split(".")[0] == "finetuning")
+    if foreign:
+        sys.exit(f"the project was imported: {', '.join(foreign)}")

@@ -1,0 +1,134 @@
+"""A run's classifier as a plain Transformers folder: merged weights, tokenizer, label names, maximum length."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetuning.errors import ExportFailed, UserError
+from finetuning.export.fresh_process import logits_of
+from finetuning.export.onnx_file import ONNX_FILE, write_onnx
+from finetuning.export.proof import (
+    LARGEST_DIFFERENCE,
+    HeldOut,
+    Proof,
+    against_predictions,
+    check_same,
+    fresh_answers,
+    in_pipeline,
+    rounding_of,
+)
+from finetuning.models.classifier import Classifier
+from finetuning.models.families import ModelFamily
+from finetuning.models.fused import join_linears
+from finetuning.models.linears import dense_weight
+from finetuning.models.lora import merge_lora
+from finetuning.models.quantization import dequantized, is_quantized
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export_plain(
+    folder: Path,
+    classifier: Classifier,
+    tokenizer: Any,
+    held: HeldOut,
+    dtype: str,
+    max_length: int,
+    precision: str,
+    onnx: bool = False,
+) -> Proof:
+    """Writes the folder and proves it.
+
+    Args:
+        folder: where to write; it exists.
+        classifier: the run's; it is changed.
+        tokenizer: the run's; it is changed.
+        held: the texts of the proof.
+        dtype: precision of the weights: a key of ``DTYPES``.
+        max_length: tokens that the run kept of a text.
+        precision: of the run's products, see ``against_predictions``.
+        onnx: whether to write ONNX as well, in fp32.
+
+    Raises:
+        UserError: a weight is not finite.
+        ExportFailed: the folder does not compute what the run does.
+        OSError, SafetensorError: the folder cannot be written.
+    """
+    model, pad_id = plain_model(classifier), int(tokenizer.pad_token_id)
+    reference = logits_of(model, held.sequences, pad_id)
+    predictions = against_predictions(reference, held.stored, precision)
+    write_tokenizer(folder, tokenizer, max_length)
+    write_model(folder, model, DTYPES[dtype])
+    written = reference if dtype == "fp32" else logits_of(model, held.sequences, pad_id)
+    if onnx:
+        write_onnx(folder / ONNX_FILE, model)
+    answers = fresh_answers(folder, held, pad_id, texts=held.texts, onnx=ONNX_FILE if onnx else None)
+    if answers["labels"].tolist() != list(model.config.id2label.values()):
+        raise ExportFailed("the label names of the exported folder are not those of the run: nothing is kept")
+    cut = tokenizer(held.texts, truncation=True)["input_ids"]
+    same = np.array([np.array_equal(ids, own) for ids, own in zip(cut, held.sequences, strict=True)])
+    tolerance = LARGEST_DIFFERENCE if dtype == "fp32" else rounding_of(dtype, written)
+    return Proof(
+        texts=len(held.texts),
+        total=held.total,
+        largest_difference=check_same("logits of the exported folder", answers["logits"], written),
+        dtype_difference=None if dtype == "fp32" else float(np.abs(written - reference).max()),
+        dtype_changed=int((written.argmax(1) != reference.argmax(1)).sum()),
+        predictions=predictions,
+        pipeline=in_pipeline(answers["scores"], written, held, same, tolerance),
+        onnx_difference=check_same("onnxruntime's logits", answers["onnx"], written) if onnx else None,
+    )
+
+
+def plain_model(classifier: Classifier) -> Any:
+    """Hugging Face's own classifier in fp32 with ordinary linears, made from the run's classifier, which it changes.
+
+    LoRA is merged into the weight that training saw: with a packed base, the dequantized one.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
+    model: Any = classifier.model
+    merge_lora(model)
+    unpack_linears(model, classifier.family)
+    join_linears(model.float(), classifier.family)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"the run's model: {name} has values that are not finite: restore its files, or train again"
+            )
+    return model.float().eval()
+
+
+@torch.no_grad()
+def unpack_linears(model: nn.Module, family: ModelFamily) -> None:
+    """Replaces every packed linear of the encoder by a plain one with the weight that training saw."""
+    layers = model.get_submodule(family.layers)
+    modules: list[tuple[str, Any]] = list(layers.named_modules())
+    for name, packed in modules:
+        if not hasattr(packed, "weight") or not is_quantized(packed):
+            continue
+        plain = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
+        plain.weight = nn.Parameter(dense_weight(packed, dequantized).float(), requires_grad=False)
+        if packed.bias is not None:
+            plain.bias = nn.Parameter(packed.bias.data.float(), requires_grad=False)
+        layers.set_submodule(name, plain)
+
+
+def write_model(folder: Path, model: Any, dtype: torch.dtype) -> None:
+    """Writes the model's weights, in ``dtype``, and its config. The model keeps the rounded weights, in fp32."""
+    model.config.problem_type = "single_label_classification"
+    vars(model.config).pop("attn_implementation", None)  # chosen for training; some models refuse to load with it
+    model.to(dtype).save_pretrained(folder)
+    model.float()
+
+
+def write_tokenizer(folder: Path, tokenizer: Any, max_length: int) -> None:
+    """Writes the tokenizer. It cuts texts at the run's ``--max_length`` if it is told to truncate."""
+    tokenizer.model_max_length = max_length
+    tokenizer.backend_tokenizer.no_padding()  # a tokenizer's file may set its own padding and truncation
+    tokenizer.backend_tokenizer.enable_truncation(max_length)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,101 @@
+"""Reads an adapter in PEFT's format, made by PEFT or by an earlier run. Nothing here imports torch."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from finetuning.errors import UserError, first_line, listed
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG
+from finetuning.storage import read_json
+
+PREFIX = "base_model.model."
+PICKLE = "adapter_model.bin"  # PEFT's earlier format, which can contain any code
+# Entries of adapter_config.json that are read here, or that say nothing about what the file's tensors compute.
+UNDERSTOOD = {
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora",
+    "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "bias", "init_lora_weights", "inference_mode",
+    "revision", "auto_mapping", "peft_version", "layers_pattern", "layers_to_transform", "exclude_modules",
+    "megatron_core", "eva_config", "qalora_group_size",
+}  # fmt: skip
+# Ways to begin that leave the base model as it is. Others (PiSSA, LoftQ, OLoRA) change its weights.
+PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's settings, and its linears with LoRA."""
+
+    folder: Path
+    base: str | None  # the base model that it names
+    rank: int
+    alpha: float
+    scaling: str  # standard or rslora
+    linears: dict[str, tuple[int, float]]  # full name of each linear with LoRA -> rank, alpha
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in a folder. The tensors' names say where it is placed, so patterns of names need no reading.
+
+    Raises:
+        UserError: there is no adapter, it is damaged, or it contains what this suite does not compute.
+    """
+    config = _read_config(folder)
+    shapes = _read_shapes(folder)
+    strange = sorted(name for name, value in config.items() if value and name not in UNDERSTOOD)
+    if strange:
+        raise UserError(f"{folder}: {ADAPTER_CONFIG} has {strange[0]} {config[strange[0]]!r}, which is not supported")
+    for name, allowed in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("init_lora_weights", PLAIN_BEGINNINGS)):
+        if config.get(name) not in allowed:
+            choices = listed(value for value in allowed if value is not None)
+            raise UserError(f"{folder}: {ADAPTER_CONFIG} has {name} {config.get(name)!r}: supported are {choices}")
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}: {ADAPTER_CONFIG} must have the numbers r and lora_alpha") from None
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    linears = {}
+    for tensor, shape in shapes.items():
+        if not tensor.endswith(".lora_A.weight"):
+            continue
+        name = tensor.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        wanted = _by_pattern(ranks, name, rank)
+        if shape[0] != wanted:
+            raise UserError(f"{folder}: {tensor} has rank {shape[0]}, but {ADAPTER_CONFIG} says {wanted}")
+        linears[name] = (shape[0], float(_by_pattern(alphas, name, alpha)))
+    if not linears:
+        raise UserError(f"{folder}: {ADAPTER} contains no LoRA matrices")
+    scaling = "rslora" if config.get("use_rslora") else "standard"
+    return Adapter(folder, config.get("base_model_name_or_path"), rank, alpha, scaling, linears)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = read_json(folder / ADAPTER_CONFIG)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: must be a folder with an adapter, but has no {ADAPTER_CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {ADAPTER_CONFIG} cannot be read: {first_line(error)}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}: {ADAPTER_CONFIG} must be an object")
+    return config
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in the adapter's file."""
+    path = folder / ADAPTER
+    if not path.is_file() and (folder / PICKLE).is_file():
+        raise UserError(f"{folder}: {PICKLE} is a pickle, which is never loaded: save the adapter as {ADAPTER}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a name, as in PEFT's ``get_pattern_key``."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -1,0 +1,122 @@
+# mypy: disable-error-code="union-attr,arg-type,operator"
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.export.plain import DTYPES, plain_model, write_model, write_tokenizer
+from finetuning.models.families import FAMILIES
+from finetuning.models.lora import lora_modules
+from local_model_utilities import build_classifier
+from tests.conftest import CORE, needs_int8, packaged_folder
+from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, NAMES, batch, build, logits, train_a_little
+from tests.tiny_models import save_tokenizer, tiny_model
+
+CASES = METHODS | {
+    "rslora": ALL_BUT_HEAD | {"lora_scaling": "rslora"},
+    "raw": ALL_BUT_HEAD | {"lora_scaling": "raw", "lora_alpha": 2.0},
+    "all_six": ALL_BUT_HEAD | {"lora_head": True},
+    "q_lora_all": ALL_BUT_HEAD | {"q_lora": True},
+}
+
+
+def loaded_logits(folder: Path) -> torch.Tensor:
+    """What Transformers computes from the folder."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, mask = batch()
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("model_type", CORE)
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_what_the_run_computed(
+    bases: dict[str, Path], tmp_path: Path, model_type: str, case: str
+) -> None:
+    classifier, _ = build(bases[model_type], 0, **CASES[case])
+    untrained = logits(classifier)
+    train_a_little(classifier)
+    expected = logits(classifier)  # not merged, and on the efficient path
+    model = plain_model(classifier)
+    assert {type(module).__name__ for module in model.modules()} & {"LinearWithLoRA", "Linear4bit"} == set()
+    write_model(tmp_path, model, torch.float32)
+    found = loaded_logits(tmp_path)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (expected - untrained).abs().max() > 0.05
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path).config
+    assert list(config.id2label.values()) == NAMES
+    assert config.problem_type == "single_label_classification"
+
+
+@needs_int8
+def test_an_8_bit_base_becomes_the_weights_that_training_saw(bases: dict[str, Path], tmp_path: Path) -> None:
+    classifier, _ = build(bases["bert"], 0, **ALL_BUT_HEAD, precision="int8")
+    train_a_little(classifier)
+    linear = classifier.model.get_submodule("bert.encoder.layer.1.output.dense")
+    weight = linear.merged_weight()
+    expected = logits(classifier)
+    model = plain_model(classifier)
+    torch.testing.assert_close(model.get_submodule("bert.encoder.layer.1.output.dense").weight, weight)
+    write_model(tmp_path, model, torch.float32)
+    torch.testing.assert_close(loaded_logits(tmp_path), expected, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("q_lora", [False, True], ids=["lora", "q_lora"])
+@pytest.mark.parametrize("model_type", ["albert", "deberta-v2", "modernbert", "gpt2", "qwen3"])
+def test_families_without_efficient_path(tmp_path: Path, model_type: str, q_lora: bool) -> None:
+    base = tmp_path / "base"
+    tiny_model(model_type).save_pretrained(base)
+    save_tokenizer(base, decoder=FAMILIES[model_type].last_token)
+    config = RunConfig.from_settings(model_name=str(base), max_length=16, lora_key=True, lora_mlp=True, q_lora=q_lora)
+    classifier = build_classifier(config, base, NAMES, torch.float32).eval()
+    ids = torch.randint(5, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+    untrained = classifier(ids, torch.ones_like(ids))
+    for _, module in lora_modules(classifier.model):
+        torch.nn.init.normal_(module.lora.lora_B, std=0.1)
+    expected = classifier(ids, torch.ones_like(ids))
+    write_model(tmp_path / "out", plain_model(classifier), torch.float32)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-4)
+    assert (expected - untrained).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_in_half_precision(bases: dict[str, Path], tmp_path: Path, dtype: str) -> None:
+    classifier, _ = build(bases["distilbert"], 0)
+    train_a_little(classifier)
+    before = logits(classifier)
+    model = plain_model(classifier)
+    write_model(tmp_path, model, DTYPES[dtype])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    stored = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert {p.dtype for p in stored.parameters()} == {DTYPES[dtype]}
+    ids, mask = batch()
+    with torch.no_grad():
+        rounded = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(loaded_logits(tmp_path), rounded, rtol=0, atol=1e-5)
+    assert 1e-6 < (rounded - before).abs().max() < 0.2
+
+
+def test_a_weight_that_is_not_a_number_is_refused(bases: dict[str, Path]) -> None:
+    classifier, _ = build(bases["bert"], 0)
+    weight = classifier.model.get_submodule("bert.encoder.layer.1.output.dense").weight
+    weight.data[2, 3] = float("nan")
+    with pytest.raises(UserError, match=r"bert\.encoder\.layer\.1\.output\.dense\.weight has values that are not"):
+        plain_model(classifier)
+
+
+def test_the_tokenizer_cuts_where_the_run_did(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(packaged_folder())  # its own file cuts and pads at 128
+    write_tokenizer(tmp_path, tokenizer, max_length=20)
+    stored = AutoTokenizer.from_pretrained(tmp_path)
+    assert stored.model_max_length == 20
+    assert len(stored("film " * 300, truncation=True)["input_ids"]) == 20
+    assert len(stored("film", truncation=True)["input_ids"]) == 3
+    assert np.array_equal(
+        stored(["a film that", "moved me"], truncation=True)["input_ids"][1], tokenizer("moved me")["input_ids"]
+    )

@@ -1,0 +1,68 @@
+import stat
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from finetuning.errors import ExportFailed, UserError
+from finetuning.export.target import check_target, staged
+
+
+def test_targets_that_are_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    file = tmp_path / "file"
+    file.write_text("")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    inside = tmp_path / "to_run"
+    inside.symlink_to(run)
+    for out, words in (
+        (run, "already exists"),
+        (file, "already exists"),
+        (link, "already exists"),
+        (run / "model", "lies in the run directory"),
+        (inside / "a" / "b", "lies in the run directory"),
+        (run / "x" / ".." / "model", "lies in the run directory"),
+        (file / "model", "is not a directory that you may write to"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=words) as caught:
+            check_target(out, run)
+        assert str(caught.value).startswith(str(out))
+        assert sorted(tmp_path.rglob("*")) == before
+    check_target(tmp_path / "a" / "b", run)
+
+
+def fail_in_the_middle(out: Path, error: BaseException) -> None:
+    with staged(out) as folder:
+        (folder / "half").write_text("x")
+        raise error
+
+
+def test_a_folder_appears_only_if_everything_worked(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "model"
+    errors: list[tuple[BaseException, type[BaseException]]] = [
+        (ExportFailed("differs"), ExportFailed),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(28, "No space left on device"), UserError),
+        (SafetensorError("IoError: No space left on device"), UserError),
+    ]
+    for raised, expected in errors:
+        with pytest.raises(expected) as caught:
+            fail_in_the_middle(out, raised)
+        if expected is UserError:
+            assert f"{out}: cannot be written" in str(caught.value)
+            assert "No space left on device" in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="/proc/model: cannot be written"):
+        fail_in_the_middle(Path("/proc/model"), ExportFailed("not reached"))
+    with staged(out) as folder:
+        assert folder.name == out.name
+        (folder / "whole").write_text("x")
+        (folder / "whole").chmod(0o600)  # as safetensors makes its files
+        (folder.parent / "desk").mkdir()
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["whole"]
+    assert stat.S_IMODE((out / "whole").stat().st_mode) & 0o044
+    assert list(tmp_path.iterdir()) == [tmp_path / "deep"]

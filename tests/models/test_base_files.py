@@ -1,0 +1,25 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from finetuning.errors import UserError
+from finetuning.models.base_files import check_unchanged, file_hashes
+
+
+def test_a_base_model_that_changed_is_noticed(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "README.md"):
+        (tmp_path / name).write_text(name)
+    recorded = file_hashes(tmp_path)
+    assert list(recorded) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+    assert recorded["vocab.txt"] == hashlib.sha256(b"vocab.txt").hexdigest()
+    (tmp_path / "README.md").write_text("another text")
+    (tmp_path / "tokenizer_config.json").write_text("{}")  # a file that the run did not have
+    check_unchanged(tmp_path, recorded)
+    check_unchanged(tmp_path, {})  # a run of an earlier version recorded nothing
+    (tmp_path / "model.safetensors").write_text("other weights")
+    with pytest.raises(UserError, match=r"model\.safetensors has changed since the run"):
+        check_unchanged(tmp_path, recorded)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is gone"):
+        check_unchanged(tmp_path, recorded)

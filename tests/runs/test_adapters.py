@@ -1,0 +1,189 @@
+# mypy: disable-error-code="union-attr,arg-type,operator"
+"""Adapters of PEFT and of earlier runs, as this suite reads them and as PEFT and Transformers do."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.models.classifier import Classifier
+from finetuning.models.families import FAMILIES
+from finetuning.models.lora import ranks_and_alphas
+from finetuning.runs.adapters import read_adapter
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG
+from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
+from tests.conftest import CORE, LAYERS
+from tests.runs.test_weights import ALL_BUT_HEAD, NAMES, batch, build, in_peft, logits, save, train_a_little
+
+PEFT_CASES: dict[str, dict[str, Any]] = {
+    "standard": {"r": 4, "lora_alpha": 6},
+    "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "patterns": {"r": 4, "lora_alpha": 6, "rank_pattern": {"0.*": 2, "FIRST": 7}, "alpha_pattern": {"FIRST": 3}},
+    "one_layer": {"r": 3, "lora_alpha": 5, "layers_to_transform": [1]},
+}
+
+
+def made_by_peft(base: Path, folder: Path, model_type: str, **settings: Any) -> torch.Tensor:
+    """Writes an adapter with PEFT itself, far from its beginning, and returns the logits of PEFT's model."""
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, dtype=torch.float32)
+    family = FAMILIES[model_type]
+    first, second = family.targets["query"][0], family.targets["mlp"][0]
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        named = {key.replace("FIRST", second): value for key, value in settings.get(pattern, {}).items()}
+        settings |= {pattern: named} if named else {}
+    head = [name.removeprefix(f"{family.base}.") for name in family.head]
+    saved = ["classifier"] if head[0].startswith("classifier.") else head
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=[first, second], modules_to_save=saved, **settings)
+    model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    ids, mask = batch()
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=mask).logits
+
+
+def adopted(base: Path, folder: Path, **settings: Any) -> tuple[Classifier, RunConfig]:
+    """The classifier with which a run of ``--init_adapter`` begins."""
+    torch.manual_seed(9)
+    config = RunConfig.from_settings(model_name=str(base), max_length=32, init_adapter=folder, **settings)
+    adapter, base = read_adapter(folder), find_base_model(config)
+    config = adopt_adapter(config, adapter, base)
+    classifier = build_classifier(config, base, NAMES, torch.float32, adapter.linears)
+    load_adapter(classifier, adapter, base)
+    return classifier.eval(), config
+
+
+@pytest.mark.parametrize("model_type", CORE)
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, model_type: str, case: str) -> None:
+    expected = made_by_peft(bases[model_type], tmp_path / "peft", model_type, **PEFT_CASES[case])
+    classifier, config = adopted(bases[model_type], tmp_path / "peft")
+    torch.testing.assert_close(logits(classifier), expected, rtol=0, atol=1e-5)
+    assert config.lora is not None
+    assert config.lora.targets == ("query", "mlp")
+    if case == "patterns":
+        assert {rank for rank, _ in ranks_and_alphas(classifier.model).values()} == {2, 4, 7}
+    if case == "one_layer":
+        assert len(ranks_and_alphas(classifier.model)) == 2 < 2 * LAYERS
+    # and back: trained on, saved, and read by PEFT again
+    train_a_little(classifier)
+    (tmp_path / "ours").mkdir()
+    save(tmp_path / "ours", classifier, config)
+    _, again = in_peft(bases[model_type], tmp_path / "ours")
+    torch.testing.assert_close(again, logits(classifier), rtol=0, atol=1e-5)
+    assert (again - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("settings", [ALL_BUT_HEAD, {"lora_head": True}, {"lora_scaling": "raw"}, {"q_lora": True}])
+def test_an_adapter_of_an_earlier_run_is_continued(
+    bases: dict[str, Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    earlier, config = build(bases["roberta"], 0, **settings)
+    train_a_little(earlier)
+    save(tmp_path, earlier, config)
+    classifier, now = adopted(bases["roberta"], tmp_path, **({"q_lora": True} if "q_lora" in settings else {}))
+    torch.testing.assert_close(logits(classifier), logits(earlier), rtol=0, atol=1e-5)
+    assert now.lora.targets == config.lora.targets
+    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in earlier.named_parameters() if p.requires_grad}
+
+
+def test_a_head_that_peft_did_not_save_comes_from_the_base(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    expected = made_by_peft(tiny_folders["bert"], tmp_path, "bert", r=2, lora_alpha=4)
+    tensors = load_file(tmp_path / ADAPTER)
+    pooler = {name for name in tensors if "pooler" in name}
+    save_file({name: tensor for name, tensor in tensors.items() if name not in pooler}, tmp_path / ADAPTER)
+    classifier, _ = adopted(tiny_folders["bert"], tmp_path)
+    stored = load_file(tiny_folders["bert"] / "model.safetensors")["bert.pooler.dense.weight"]
+    assert torch.equal(classifier.model.get_submodule("bert.pooler.dense").weight, stored)
+    assert not torch.allclose(logits(classifier), expected, atol=1e-3)
+
+
+def test_what_transformers_does_with_the_head_of_such_a_folder(
+    bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """AutoModel reads adapter_config.json, loads the base it names, and puts LoRA and head of the folder on it."""
+    classifier, config = build(bases["distilbert"], 0, **ALL_BUT_HEAD)
+    train_a_little(classifier)
+    save(tmp_path, classifier, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2, dtype=torch.float32).eval()
+    ids, mask = batch()
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, logits(classifier), rtol=0, atol=1e-5)
+    capfd.readouterr()
+
+
+def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    made_by_peft(bases["distilbert"], whole, "distilbert", r=4, lora_alpha=6)
+    stored = json.loads((whole / ADAPTER_CONFIG).read_text())
+    tensors = load_file(whole / ADAPTER)
+    first = next(name for name in sorted(tensors) if name.endswith("lora_A.weight"))
+
+    def refused(words: str, config: dict[str, Any] | None = None, weights: Any = None, **settings: Any) -> None:
+        folder = tmp_path / "changed"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(stored | (config or {})))
+        save_file(tensors | (weights or {}), folder / ADAPTER)
+        with pytest.raises(UserError, match=words) as caught:
+            adopted(bases["distilbert"], folder, **settings)
+        assert "\n" not in str(caught.value)
+
+    refused("peft_type 'LOHA': supported are LORA", {"peft_type": "LOHA"})
+    refused("use_dora True, which is not supported", {"use_dora": True})
+    refused("lora_bias True", {"lora_bias": True})
+    refused("bias 'all': supported are none", {"bias": "all"})
+    refused("init_lora_weights 'pissa': supported are", {"init_lora_weights": "pissa"})
+    refused("new_method {'a': 1}, which is not supported", {"new_method": {"a": 1}})
+    refused("must have the numbers r and lora_alpha", {"r": None})
+    refused(r"lora_A\.weight has rank 4, but adapter_config\.json says 5", {"rank_pattern": {"q_lin": 5}})
+    refused("made for the base model roberta-base, but --model_name", {"base_model_name_or_path": "roberta-base"})
+    refused(r"lora_A\.weight has shape \(4, 33\), must be \(4, 32\)", weights={first: torch.ones(4, 33)})
+    refused("values that are not finite", weights={first: torch.full((4, 32), float("nan"))})
+    refused("no place for base_model.model.x.bias", weights={"base_model.model.x.bias": torch.ones(1)})
+    other = {"base_model.model.distilbert.embeddings.word_embeddings.lora_A.weight": torch.ones(4, 32)}
+    refused("has LoRA on distilbert.embeddings.word_embeddings", weights=other)
+    deep = {first.replace("layer.0", f"layer.{LAYERS}"): torch.ones(4, 32)}
+    refused(f"layer.{LAYERS}.*the model has only {LAYERS} layers", weights=deep)
+    head = {"base_model.model.classifier.weight": torch.ones(3, 32)}
+    refused(r"classifier\.weight has shape \(3, 32\), must be \(2, 32\)", weights=head)
+    refused("--lora_r 8: the adapter of --init_adapter has 4", lora_r=8)
+    refused("--lora_key True: the adapter of --init_adapter has False", lora_key=True)
+
+
+def test_folders_without_a_safe_adapter_are_refused(tmp_path: Path) -> None:
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=words) as caught:
+            read_adapter(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    refused(r"has no adapter_config\.json")
+    (tmp_path / ADAPTER_CONFIG).write_text("{")
+    refused(r"adapter_config\.json cannot be read")
+    (tmp_path / ADAPTER_CONFIG).write_text("[]")
+    refused("must be an object")
+    (tmp_path / ADAPTER_CONFIG).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    refused(r"adapter_model\.safetensors cannot be read")
+    (tmp_path / "adapter_model.bin").write_bytes(b"anything")
+    refused(r"adapter_model\.bin is a pickle, which is never loaded")
+    torch.save({"a": torch.ones(1)}, tmp_path / ADAPTER)  # a pickle under another name
+    refused(r"adapter_model\.safetensors cannot be read")
+    save_file({"a": torch.ones(1)}, tmp_path / ADAPTER)
+    refused("contains no LoRA matrices")

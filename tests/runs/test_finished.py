@@ -1,0 +1,63 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.runs.files import PREDICTIONS, RESULT
+from finetuning.runs.finished import read_finished, read_predictions
+from finetuning.runs.history import write_predictions
+
+
+def leave(directory: Path, **changes: Any) -> None:
+    config = RunConfig.from_settings(lora_r=3).to_dict()
+    result = {"status": "finished", "config": config, "data": {"label_names": ["bad", "good"]}}
+    (directory / RESULT).write_text(json.dumps(result | changes))
+
+
+def test_a_finished_run_is_read(tmp_path: Path) -> None:
+    leave(tmp_path, test={"accuracy": 0.5})
+    run = read_finished(tmp_path)
+    assert run.config.lora is not None
+    assert (run.directory, run.config.lora.lora_r, run.label_names) == (tmp_path, 3, ["bad", "good"])
+    assert run.result["test"] == {"accuracy": 0.5}
+
+
+def test_other_directories_are_refused(tmp_path: Path) -> None:
+    def refused(words: str) -> None:
+        with pytest.raises(UserError, match=words) as caught:
+            read_finished(tmp_path)
+        assert str(caught.value).startswith(f"{tmp_path}: ")
+        assert "\n" not in str(caught.value)
+
+    refused("must be a finished run, but has no result.json")
+    (tmp_path / RESULT).write_text("{")
+    refused("result.json cannot be read")
+    (tmp_path / RESULT).write_text("[]")
+    refused("its status is None")
+    leave(tmp_path, status="interrupted")
+    refused("its status is 'interrupted'")
+    leave(tmp_path, config={"lora_rank": 3})
+    refused("unknown settings lora_rank: this version does not have them")
+    cases: list[dict[str, Any]] = [{"config": 3}, {"data": {}}, {"data": None}]
+    for damaged in cases:
+        leave(tmp_path, **damaged)
+        refused("result.json is damaged")
+
+
+def test_predictions_are_found_by_split_and_row(tmp_path: Path) -> None:
+    logits = np.array([[0.5, 1.5], [2.0, -1.0]], dtype=np.float32)
+    one = (np.array([7]), np.array([1]), logits[:1])
+    write_predictions(tmp_path, {"validation": one, "test": (np.array([7, 9]), np.array([0, 1]), logits)})
+    found = read_predictions(tmp_path)
+    assert found["validation", 7] == (1, [0.5, 1.5])
+    assert found["test", 9] == (1, [2.0, -1.0])
+    assert len(found) == 3
+    whole = (tmp_path / PREDICTIONS).read_bytes()
+    for content in (whole[:-20], b"", None):
+        (tmp_path / PREDICTIONS).unlink() if content is None else (tmp_path / PREDICTIONS).write_bytes(content)
+        with pytest.raises(UserError, match=r"predictions\.parquet cannot be read"):
+            read_predictions(tmp_path)

@@ -1,0 +1,199 @@
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import pipeline
+
+import finetune_lora
+from export_model import main
+from finetuning.export import fresh_process
+from finetuning.export.plain import write_model
+from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of a fresh process, without the seconds that its imports take. One test has real processes."""
+
+    def run_here(words: Sequence[str], folder: Path) -> str:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as shown:
+            if words[0] == "-c":
+                exec(words[1], {})
+            else:
+                fresh_process.main(Path(words[1]))
+        return shown.getvalue()
+
+    monkeypatch.setattr("finetuning.export.proof.run_alone", run_here)
+    monkeypatch.setattr("finetuning.export.card.run_alone", run_here)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose long texts are cut, with a base model of its own."""
+    folder = tmp_path_factory.mktemp("export")
+    base = shutil.copytree(tiny_folders["bert"], folder / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
+        line = f"--dataset text --data_dir {review_folder} --model_name {base} --output_dir {folder / 'run'}"
+        line += " --max_length 16 --epochs 1 --batch_size 8 --accelerator cpu --precision bf16 --efficient False"
+        line += " --learning_rate 1e-2 --lora_mlp True"
+        assert finetune_lora.main(line.split()) == 0
+    return folder / "run"
+
+
+def changed(run: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the run whose result.json says something else."""
+    copy = shutil.copytree(run, folder / "copy", dirs_exist_ok=True)
+    result = json.loads((run / RESULT).read_text())
+    result["config"] |= changes.pop("config", {})
+    (copy / RESULT).write_text(json.dumps(result | changes))
+    return copy
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object, status: int = 2) -> str:
+    """The one line of an export that leaves nothing behind."""
+    parent = Path(str(words[1])).parent
+    before = sorted(parent.iterdir()) if parent.is_dir() else None
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == status
+    lines = [
+        line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and "tokenizing" not in line
+    ]
+    assert len(lines) == 1, lines
+    assert before == (sorted(parent.iterdir()) if parent.is_dir() else None)
+    return lines[0]
+
+
+def test_a_run_becomes_a_folder_that_proves_itself(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_onnx = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+    out = tmp_path / "deep" / "reviews"
+    assert main([str(run), str(out), *["--onnx"] * with_onnx, "--check_texts", "30"]) == 0
+    shown = capsys.readouterr().out
+    assert "token ids of a stratified sample of 30 of 80 held-out texts" in shown
+    assert "it cuts long texts at their end" in shown
+    assert "The run stored its predictions in bf16" in shown
+    assert ("onnxruntime's logits" in shown) == with_onnx
+    files = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == files | ({"onnx"} if with_onnx else set())
+    assert [path.name for path in out.parent.iterdir()] == ["reviews"]
+    classify = pipeline("text-classification", model=str(out), top_k=None, truncation=True)
+    answers: Any = classify(["superb acting, a joy"])
+    answer = {entry["label"]: entry["score"] for entry in answers[0]}
+    assert set(answer) == {"bad", "good"}
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.eval_results[0].metric_value == pytest.approx(
+        json.loads((run / RESULT).read_text())["test"]["accuracy"], abs=1e-4
+    )
+    for sentence in shown.splitlines()[1:]:
+        assert f"- {sentence.strip()}\n" in card.content, "the card says what the command said"
+    assert json.loads((run / RESULT).read_text())["command"] in card.content
+    assert "\nIt prints:\n\n```\n" in card.content
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_adapter_proves_itself(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "adapter"
+    assert main([str(run), str(out), "--adapter", "--check_texts", "20"]) == 0
+    assert "differ from the run's" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} >= {"adapter_config.json", ADAPTER, "README.md"}
+    assert not (out / "base").exists()
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(run.parent / "base")
+    assert ModelCard.load(out / "README.md").data.library_name == "peft"
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_folder_that_differs_does_not_stay(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_damaged(folder: Path, model: Any, dtype: torch.dtype) -> None:
+        model.classifier.bias.data[0] += 0.001
+        write_model(folder, model, dtype)
+        model.classifier.bias.data[0] -= 0.001
+
+    monkeypatch.setattr("finetuning.export.plain.write_model", write_damaged)
+    message = refusal(capsys, run, tmp_path / "out", "--check_texts", "4", status=1)
+    assert message.startswith("failed: ")
+    assert "differ from the run's by up to 0.001, more than 0.0001: nothing is kept" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_cannot_be_exported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def refused(words: str, copy: Path, *more: str, status: int = 2) -> None:
+        message = refusal(capsys, copy, out, *more, status=status)
+        assert words in message, message
+
+    assert "must be a finished run, but has no result.json" in refusal(capsys, tmp_path, out)
+    refused("its status is 'interrupted'", changed(run, tmp_path, status="interrupted"))
+    refused("unknown settings lora_rank", changed(run, tmp_path, config={"lora_rank": 3}))
+    refused("its base model is gone: --model_name", changed(run, tmp_path, config={"model_name": "/nowhere/base"}))
+    base = json.loads((run / RESULT).read_text())["base_model"]
+    other = base | {"sha256": base["sha256"] | {"model.safetensors": "0"}}
+    refused("model.safetensors has changed since the run", changed(run, tmp_path, base_model=other))
+    refused("predictions.parquet cannot be read", _without(changed(run, tmp_path), PREDICTIONS))
+    refused("adapter_model.safetensors cannot be read", _without(changed(run, tmp_path), ADAPTER))
+    copy = changed(run, tmp_path)
+    tensors = load_file(copy / ADAPTER)
+    name = next(iter(tensors))
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, copy / ADAPTER)
+    refused(f"{name} has values that are not finite", copy)
+    save_file({name: -tensor for name, tensor in tensors.items()}, copy / ADAPTER)
+    refused("the run's files do not belong together", copy, status=1)
+    few = tmp_path / "few"
+    few.mkdir()
+    for split in ("train", "validation", "test"):
+        (few / f"{split}.csv").write_text(f"text,label\n{split} a,good\n{split} b,bad\n")
+    refused("the run's data has changed", run, "--data_dir", str(few))
+    refused("--data_dir", run, "--data_dir", str(tmp_path / "nowhere"))
+    refused("--method lora, but the method is full", changed(run, tmp_path, config=_full(run)), "--adapter")
+    monkeypatch.setattr("finetuning.export.onnx_file.PACKAGES", ("onnx_that_nobody_has",))
+    refused("--onnx: onnx_that_nobody_has not installed: pip install -r requirements-onnx.txt", run, "--onnx")
+
+
+def _without(copy: Path, name: str) -> Path:
+    (copy / name).unlink()
+    return copy
+
+
+def _full(run: Path) -> dict[str, Any]:
+    settings = json.loads((run / RESULT).read_text())["config"]
+    lora = dict.fromkeys(name for name in settings if "lora" in name or name == "double_quantization")
+    return lora | {"method": "full"}
+
+
+def test_flags_and_targets_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert "--check_texts 0: must be at least 1" in refusal(capsys, run, out, "--check_texts", 0)
+    assert "--dtype int4: must be one of fp32, bf16, fp16" in refusal(capsys, run, out, "--dtype", "int4")
+    assert "leave out --dtype bf16" in refusal(capsys, run, out, "--onnx", "--dtype", "bf16")
+    assert "--dtype bf16: cannot be used with --adapter" in refusal(capsys, run, out, "--adapter", "--dtype", "bf16")
+    assert "--onnx: cannot be used with --adapter" in refusal(capsys, run, out, "--adapter", "--onnx")
+    assert "already exists: give a new folder" in refusal(capsys, run, tmp_path)
+    assert "lies in the run directory" in refusal(capsys, run, run / "out")
+
+
+def test_a_wrong_flag_loads_no_torch() -> None:
+    code = "import sys, export_model; print(export_model.main(['nowhere', 'out']), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False\n"
+    assert len(done.stderr.splitlines()) == 1
