@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.comparison.statistics import mean_and_deviation
+from finetuning.comparison.statistics import mean_and_deviation, micro_f1
 from finetuning.config import NOT_PART_OF_THE_RUN
 from finetuning.errors import UserError
 from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT
@@ -28,12 +28,23 @@ OTHER_CONDITIONS = "another commit, processor, number of threads or torch versio
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run predicted for its test texts, in the order of their rows; each array is ``(n,)``."""
+    """What a run predicted for its test texts, in the order of their rows; each array is ``(n,)``.
+
+    With several labels a text, ``labels`` is an array of bytes, one for each set of labels, ``correct`` means that all
+    labels of a text are right, and ``counts`` is there.
+    """
 
     source: str
     rows: np.ndarray
     labels: np.ndarray
     correct: np.ndarray  # bool
+    counts: np.ndarray | None = None  # (n, 2): labels found that are right, and labels wrongly given or missed
+
+    def score(self, measure: str) -> float:
+        """``accuracy``, which is exact match with several labels a text, or ``micro_f1``."""
+        if measure == "accuracy" or self.counts is None:
+            return float(self.correct.mean())
+        return float(micro_f1(self.counts.sum(axis=0)))
 
     @property
     def test_set(self) -> tuple[str, bytes, bytes]:
@@ -151,8 +162,15 @@ class Run:
             frame = pd.read_parquet(path, columns=["row", "label", "predicted"]).sort_values("row")
         except (OSError, ValueError) as error:  # includes pyarrow's errors
             raise UserError(f"{path} cannot be read (columns row, label, predicted): {error}") from None
-        rows, labels = frame["row"].to_numpy(np.int64), frame["label"].to_numpy(np.int64)
-        correct = labels == frame["predicted"].to_numpy(np.int64)
+        rows, counts = frame["row"].to_numpy(np.int64), None
+        if frame["label"].dtype == object:  # lists
+            given, predicted = ([frozenset(row) for row in frame[name]] for name in ("label", "predicted"))
+            labels = np.array([",".join(map(str, sorted(row))) for row in given], dtype=np.bytes_)
+            counts = np.array([(len(a & b), len(a ^ b)) for a, b in zip(given, predicted, strict=True)])
+            correct = counts[:, 1] == 0
+        else:
+            labels = frame["label"].to_numpy(np.int64)
+            correct = labels == frame["predicted"].to_numpy(np.int64)
         accuracy = self.accuracy("test")
         if len(np.unique(rows)) != len(rows) or not len(rows):
             raise UserError(f"{path}: column row must name every test text once")
@@ -160,7 +178,7 @@ class Run:
             raise UserError(
                 f"{path} has an accuracy of {correct.mean():.4%}, but {RESULT} next to it says {accuracy:.4%}"
             )
-        return Predictions(str(self.get("data", "source")), rows, labels, correct)
+        return Predictions(str(self.get("data", "source")), rows, labels, correct, counts)
 
     def history(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv`` without their empty cells; no rows if there is no such file."""

@@ -42,18 +42,24 @@ def copy_record(runs: StudyRuns, run: PlannedRun, target: Path) -> None:
     if (source / METRICS).exists():
         write_bytes(target / METRICS, (source / METRICS).read_bytes())
     if result["status"] == "finished" and "test" in result:
-        predictions = read_test_predictions(source / PREDICTIONS)
+        threshold = result.get("task", {}).get("threshold")  # older runs have no task
+        predictions = read_test_predictions(source / PREDICTIONS, threshold)
         write_atomically(target / PREDICTIONS, lambda temporary: write_small_parquet(predictions, temporary))
     else:
         (target / PREDICTIONS).unlink(missing_ok=True)
     write_json(target / RESULT, result)  # last: if it is there, the rest is there
 
 
-def read_test_predictions(path: Path) -> Any:
+def read_test_predictions(path: Path, threshold: float | None = None) -> Any:
     """What a run predicted for the test texts, in the order of their rows.
 
+    Args:
+        path: the run's predictions.
+        threshold: with several labels a text, the probability above which a label is given.
+
     Returns:
-        A pyarrow table with columns ``row`` (int32), ``label`` and ``predicted`` (int8; int16 for many classes).
+        A pyarrow table with columns ``row`` (int32), ``label`` and ``predicted`` (int8; int16 for many classes). With
+        a threshold, the last two hold a list of labels for each text.
     """
     import numpy as np
     import pyarrow as pa
@@ -62,6 +68,12 @@ def read_test_predictions(path: Path) -> Any:
     table = pq.read_table(path, filters=[("split", "=", "test")]).sort_by("row")
     logits = np.array(table["logits"].to_pylist())  # (n, classes)
     small = np.int8 if logits.shape[1] <= 127 else np.int16
+    if threshold is not None:
+        given = 1 / (1 + np.exp(-logits)) > threshold
+        kind = pa.list_(pa.from_numpy_dtype(small))
+        predicted = pa.array([np.flatnonzero(row).astype(small) for row in given], kind)
+        rows = table["row"].to_numpy().astype(np.int32)
+        return pa.table({"row": rows, "label": table["label"].cast(kind), "predicted": predicted})
     return pa.table(
         {
             "row": table["row"].to_numpy().astype(np.int32),
@@ -73,9 +85,13 @@ def read_test_predictions(path: Path) -> Any:
 
 def write_small_parquet(table: Any, path: Path) -> None:
     """Writes the smallest Parquet file: row numbers as differences, classes as they are, all compressed by zstd."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    encodings = {"row": "DELTA_BINARY_PACKED", "label": "PLAIN", "predicted": "PLAIN"}
+    lists = pa.types.is_list(table["label"].type)
+    encodings = {"row": "DELTA_BINARY_PACKED"} | {
+        f"{name}.list.element" if lists else name: "PLAIN" for name in ("label", "predicted")
+    }
     pq.write_table(
         table, path, compression="zstd", compression_level=19, use_dictionary=False, column_encoding=encodings
     )

@@ -41,6 +41,7 @@ class Section:
     notes: Sequence[str]
     comparisons: Table
     pairs: int  # number of compared pairs, shown or not
+    f1_comparisons: Table  # micro F1, only for texts with several labels
     tuning: Table
     plots: Sequence[Plot]
 

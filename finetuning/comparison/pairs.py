@@ -14,6 +14,7 @@ from finetuning.comparison.statistics import (
     Difference,
     SeedSpread,
     bootstrap_difference,
+    bootstrap_micro_f1,
     holm,
     mcnemar,
     resamples_for,
@@ -61,7 +62,11 @@ class Comparison:
 
 
 def compare(
-    first: Sequence[Predictions], second: Sequence[Predictions], spread: SeedSpread | None, resamples: int
+    first: Sequence[Predictions],
+    second: Sequence[Predictions],
+    spread: SeedSpread | None,
+    resamples: int,
+    measure: str = "accuracy",
 ) -> tuple[Difference, str]:
     """The difference between two methods, and the name of the test that its p value is from.
 
@@ -73,21 +78,32 @@ def compare(
         second: predictions of the other method.
         spread: the spread over seeds of all methods with these test texts; ``None`` if no method has a second seed.
         resamples: number of draws of the bootstrap.
+        measure: ``accuracy``, or ``micro_f1`` for texts with several labels, which is always tested by the bootstrap.
 
     Raises:
         UserError: the runs were tested on different texts.
     """
     if len({predictions.test_set for predictions in (*first, *second)}) > 1:
         raise UserError("cannot compare runs that were tested on different texts: give runs with the same test split")
+    if measure == "micro_f1":
+        a, b = (np.stack([p.counts for p in runs if p.counts is not None]) for runs in (first, second))
+        return bootstrap_micro_f1(a, b, spread, resamples), "bootstrap"
     a, b = (np.stack([predictions.correct for predictions in runs]) for runs in (first, second))
     if spread is None and len(a) == len(b) == 1:
         return replace(bootstrap_difference(a, b), p=mcnemar(a[0], b[0])), "McNemar"
     return bootstrap_difference(a, b, spread, resamples), "bootstrap"
 
 
-def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
-    """Compares every pair of rows whose test predictions were kept, and gives notes about the other rows."""
+def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparison], list[str]]:
+    """Compares every pair of rows whose test predictions were kept, and gives notes about the other rows.
+
+    Args:
+        study: any study.
+        measure: ``accuracy``, or ``micro_f1`` to compare only the rows whose texts have several labels.
+    """
     predictions = {row.name: [run.predictions for run in row.tested] for row in study.rows if row.tested}
+    if measure == "micro_f1":
+        predictions = {n: runs for n, runs in predictions.items() if all(p and p.counts is not None for p in runs)}
     kept = {name: [p for p in runs if p is not None] for name, runs in predictions.items()}
     without = [name for name, runs in kept.items() if len(runs) < len(predictions[name])]
     mixed = [name for name, runs in kept.items() if len({p.test_set for p in runs}) > 1]
@@ -96,10 +112,10 @@ def compare_rows(study: Study) -> tuple[list[Comparison], list[str]]:
     groups: dict[Any, list[str]] = {}
     for name, runs in usable.items():
         groups.setdefault(runs[0].test_set, []).append(name)
-    accuracies = {name: [float(p.correct.mean()) for p in runs] for name, runs in usable.items()}
+    accuracies = {name: [p.score(measure) for p in runs] for name, runs in usable.items()}
     spreads = {test_set: seed_spread([accuracies[name] for name in names]) for test_set, names in groups.items()}
     resamples = resamples_for(len(same))
-    found = [compare(usable[a], usable[b], spreads[usable[a][0].test_set], resamples) for a, b in same]
+    found = [compare(usable[a], usable[b], spreads[usable[a][0].test_set], resamples, measure) for a, b in same]
     corrected = holm([difference.p for difference, _ in found])
     comparisons = [
         Comparison(a, b, difference, p, test)

@@ -119,6 +119,7 @@ def make_section(study: Study) -> Section:
         notes=[*notes(study), *not_compared],
         comparisons=comparison_table(worth_showing(comparisons)),
         pairs=len(comparisons),
+        f1_comparisons=comparison_table(compare_rows(study, "micro_f1")[0]),
         tuning=tuning_table(study),
         plots=draw_plots(study),
     )
@@ -135,6 +136,8 @@ def study_text(section: Section) -> str:
     parts = [f"# {section.study}", section.question, *section.headlines, section.table.markdown(), *section.notes]
     if section.comparisons.rows:
         parts += [f"## {section.comparisons_title}", section.comparisons.markdown(), READING]
+    if section.f1_comparisons.rows:
+        parts += ["## Micro F1 of texts with several labels", section.f1_comparisons.markdown()]
     if section.tuning.rows:
         parts += ["## Learning rates tried on validation", section.tuning.markdown()]
     parts += [f"![{plot.caption}]({plot.file})" for plot in section.plots]

@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 
 from finetuning.comparison.collected import read_study
+from finetuning.comparison.collection import read_test_predictions, write_small_parquet
 from finetuning.comparison.pairs import Answer, Comparison, answers, compare, compare_rows, worth_showing
+from finetuning.comparison.report import make_section, study_text
 from finetuning.comparison.statistics import Difference, holm, mcnemar
 from finetuning.errors import UserError
+from finetuning.runs.files import PREDICTIONS
+from finetuning.runs.history import write_predictions
 from tests.synthetic_runs import outcomes, write_run
 
 TEXTS = 2000
@@ -118,6 +122,48 @@ def test_rows_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     ]
     (answer,) = answers(study, comparisons)
     assert answer.sentence.startswith("Best of the 2 compared rows: a (90.00 %).")
+
+
+def write_labels(folder: Path, results: Path, row: str, truth: np.ndarray, given: np.ndarray) -> None:
+    """A collected run on texts with several labels, from what a run leaves: (n, labels) of 0 and 1."""
+    rows = np.arange(len(truth))
+    write_predictions(folder, {"test": (rows, truth, np.where(given == 1, 2.0, -2.0))})
+    run = write_run(results, "s", row, correct=(truth == given).all(axis=1))
+    write_small_parquet(read_test_predictions(folder / PREDICTIONS, threshold=0.5), run / PREDICTIONS)
+
+
+def test_several_labels_are_compared_by_exact_match_and_by_micro_f1(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.integers(0, 2, (400, 5)).astype(np.int8)
+    truth[0] = 0  # a text without a label
+    few, many = truth.copy(), truth.copy()
+    few[:200, 0] ^= 1  # the same number of wrong texts, but five times as many wrong labels
+    many[:200] ^= 1
+    for row, given in (("few", few), ("many", many)):
+        write_labels(tmp_path, tmp_path, row, truth, given)
+    study = read_study("s", tmp_path)
+    predictions = study.rows[0].runs[0].predictions
+    assert predictions is not None
+    assert predictions.correct.tolist() == [False] * 200 + [True] * 200
+    (exact,), _ = compare_rows(study)
+    assert (exact.difference.mean, exact.verdict) == (0, "no significant difference")
+    (f1,), _ = compare_rows(study, "micro_f1")
+
+    def by_hand(given: np.ndarray) -> float:
+        return 2 * int((truth & given).sum()) / int(truth.sum() + given.sum())
+
+    assert {f1.first, f1.second} == {"few", "many"}
+    sign = 1 if f1.first == "few" else -1
+    assert sign * f1.difference.mean == pytest.approx(by_hand(few) - by_hand(many))
+    assert f1.difference.low < f1.difference.mean < f1.difference.high
+    assert f1.verdict == "few is better"
+    assert "## Micro F1 of texts with several labels" in study_text(make_section(study))
+
+
+def test_micro_f1_needs_several_labels(tmp_path: Path) -> None:
+    for row in "ab":
+        write_run(tmp_path, "s", row, correct=outcomes(0.8, 100, seed=1))
+    assert compare_rows(read_study("s", tmp_path), "micro_f1") == ([], [])
 
 
 def test_of_very_many_pairs_those_with_the_best_row_are_shown() -> None:

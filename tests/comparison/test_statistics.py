@@ -7,9 +7,11 @@ from finetuning.comparison.statistics import (
     LEVEL,
     SeedSpread,
     bootstrap_difference,
+    bootstrap_micro_f1,
     holm,
     mcnemar,
     mean_and_deviation,
+    micro_f1,
     pareto_front,
     resamples_for,
     seed_spread,
@@ -130,6 +132,25 @@ def test_bootstrap_is_the_same_twice_and_symmetric() -> None:
     assert found == again
     mirrored = bootstrap_difference(second, first, resamples=20_000)
     assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low), abs=0.003)
+
+
+def test_bootstrap_of_micro_f1_against_brute_force() -> None:
+    generator = np.random.default_rng(1)
+    right = generator.integers(0, 4, (2, 2, 60))  # of two methods, two seeds, sixty texts
+    wrong = np.stack([generator.integers(0, most, (2, 60)) for most in (3, 5)])
+    first, second = np.stack([right, wrong], axis=-1)
+    found = bootstrap_micro_f1(first, second, resamples=4000)
+    drawn = generator.integers(0, 60, (4000, 60))
+
+    def scores(counts: np.ndarray) -> np.ndarray:
+        right, wrong = counts[:, drawn].sum(2).transpose(2, 0, 1)  # (runs, resamples) each
+        return (2 * right / (2 * right + wrong)).mean(0)
+
+    differences = scores(first) - scores(second)
+    assert found.low == pytest.approx(np.quantile(differences, 0.025), abs=0.02)
+    assert found.high == pytest.approx(np.quantile(differences, 0.975), abs=0.02)
+    assert found.mean == pytest.approx(differences.mean(), abs=0.02)
+    assert micro_f1(np.array([[3, 2], [0, 0]])).tolist() == [6 / 8, 0]
 
 
 def test_a_tie_is_no_difference() -> None:
