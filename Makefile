@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= runs/first
 
-.PHONY: install finetune test lint tables benchmark roofline clean
+.PHONY: install finetune test lint tables benchmark roofline campaign clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ benchmark: $(VENV)/.installed-dev
 # Measures how close a step comes to the machine's rate of bf16 products, and where the rest of its time goes.
 roofline: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.roofline $(BENCHMARK_FLAGS)
+
+# Kills, signals, damaged files, full disks: hundreds of trials, an hour or more; a second call goes on.
+campaign: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.fault_campaign $(CAMPAIGN_FLAGS)
 
 $(VENV)/.installed: requirements.txt requirements-offline.txt
 	$(PYTHON) -m venv $(VENV)

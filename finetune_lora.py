@@ -3,39 +3,30 @@
 Exit status: 0 finished, 1 failed, 2 input refused, 130 interrupted.
 """
 
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.config import RunConfig, check_data_dir, continued
-from finetuning.errors import Interrupted, UserError, first_line, not_installed
+from finetuning.caches import cache_table, clear_caches, remove_left_over
+from finetuning.config import RunConfig, check_data_dir
+from finetuning.errors import UserError, not_installed
 from finetuning.flags import given_flags
-from finetuning.processes import is_helper, share_directory, share_processors, shared_directory
-from finetuning.processor import limit_libraries
+from finetuning.processes import is_helper, share_directory, share_processors, shared_directory, stoppable
 from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.directory import (
     check_directory,
+    claimed_directory,
+    continuation,
     default_directory,
-    has_checkpoint,
-    interrupted_settings,
-    open_directory,
+    settings_to_run,
 )
-from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RESULT
-from finetuning.runs.records import (
-    NOT_ASKED_FOR,
-    command_line,
-    headline,
-    summary,
-    test_record,
-    train_record,
-)
-from finetuning.storage import write_json
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
+from finetuning.runs.recording import recorded
+from finetuning.runs.records import NOT_ASKED_FOR, headline, test_record, train_record
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
     import lightning.pytorch as pl
@@ -59,24 +50,9 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         argv: the flags; ``None`` takes them from ``sys.argv``.
         defaults: defaults that replace the usual ones, for example those of DistilRoberta.
     """
-    helper = is_helper()
-    if helper:  # until its own handlers are installed: the first process stops all processes at the same step
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
     try:
-        config = read_settings_of(sys.argv[1:] if argv is None else argv, defaults or {})
-        check_data_dir(config.data.data_dir)
-        limit_libraries()
-        share_processors()
-        if config.run.prefetch:
-            prefetch(config)
-            return 0
-        if config.run.estimate:
-            print_estimate(config)
-            return 0
-        status = run(config)["status"]
-        # If another process ends with another status, Lightning and srun kill the first one while it may still write.
-        return 0 if helper and status == "interrupted" else EXIT_STATUS[status]
+        with stoppable():
+            return command(sys.argv[1:] if argv is None else argv, defaults or {})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,22 +60,40 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         print(not_installed(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before training: nothing was written", file=sys.stderr)
+        print("interrupted before training", file=sys.stderr)
         return EXIT_STATUS["interrupted"]
 
 
-def read_settings_of(argv: Sequence[str], defaults: dict[str, Any]) -> RunConfig:
-    """The configuration for these flags. With ``--resume``, it comes from the run in ``--output_dir``."""
-    given = given_flags(argv, DESCRIPTION, defaults)
-    if not (given.get("resume") and "output_dir" in given):
-        return RunConfig.from_settings(**{**defaults, **given})
-    directory = given["output_dir"]
-    config = continued(interrupted_settings(directory), given)
-    if has_checkpoint(directory):
-        return config
-    if not is_helper():
-        print(f"{directory} has no checkpoint yet: starting over", flush=True)
-    return config.changed(resume=False, overwrite=True)
+def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
+    """Does what the flags ask for. Returns the exit status.
+
+    Raises:
+        UserError: input is refused.
+    """
+    config = read_settings_of(argv, defaults)
+    if config is None:
+        print("the run in --output_dir has finished: nothing to do", flush=True)
+        return 0
+    if config.run.cache_info or config.run.cache_clear:
+        print(clear_caches() if config.run.cache_clear else cache_table())
+        return 0
+    check_data_dir(config.data.data_dir)
+    limit_libraries()
+    share_processors()
+    if config.run.prefetch:
+        prefetch(config)
+        return 0
+    if config.run.estimate:
+        print_estimate(config)
+        return 0
+    status = run(config)["status"]
+    # If another process ends with another status, Lightning and srun kill the first one while it may still write.
+    return 0 if is_helper() and status == "interrupted" else EXIT_STATUS[status]
+
+
+def read_settings_of(argv: Sequence[str], defaults: dict[str, Any]) -> RunConfig | None:
+    """The configuration for these flags; ``None`` if ``--resume auto`` finds that the run has finished."""
+    return settings_to_run(given_flags(argv, DESCRIPTION, defaults), defaults)
 
 
 def prefetch(config: RunConfig) -> None:
@@ -156,6 +150,8 @@ class Setup:
     splits: "dict[str, TokenizedSplit]"
     pad_id: int
     adapter: Adapter | None = None  # of --init_adapter
+    checkpoint: Path | None = None  # to continue from
+    lock: AbstractContextManager[object] = field(default_factory=nullcontext)  # of the directory
 
     def data_record(self) -> dict[str, Any]:
         """The source of the texts, and the numbers of texts and tokens, for ``result.json``."""
@@ -197,7 +193,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         UserError: input is refused, and nothing was written.
     """
     setup = prepare(config)
-    with recorded(setup) as result:
+    with setup.lock, recorded(setup.directory, setup.config) as result:
         classifier = build_model(setup, result)
         with watched(setup, result) as (meter, stop):
             trainer, module = train(setup, classifier, meter, stop, result)
@@ -217,7 +213,7 @@ def prepare(config: RunConfig) -> Setup:
     from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
 
     directory = config.run.output_dir or shared_directory() or default_directory(config.data.dataset, config.name)
-    config = config.changed(output_dir=directory)
+    config, checkpoint = continuation(config.changed(output_dir=directory), directory)
     writes = not is_helper() and not config.run.estimate
     if writes:
         check_directory(directory, config.run.resume, config.run.overwrite)
@@ -245,11 +241,13 @@ def prepare(config: RunConfig) -> Setup:
         del trial
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
     check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
+    lock: AbstractContextManager[object] = nullcontext()
     if writes:
-        open_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite)
+        lock = claimed_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite)
         share_directory(directory)
+        remove_left_over()
     pad_id = int(tokenizer.pad_token_id)
-    return Setup(config, directory, hardware, folder, texts, task, advice, splits, pad_id, adapter)
+    return Setup(config, directory, hardware, folder, texts, task, advice, splits, pad_id, adapter, checkpoint, lock)
 
 
 def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
@@ -300,6 +298,7 @@ def train(
     from finetuning.models.lora import ranks_and_alphas
     from finetuning.runs.history import plot_learning_curve
     from finetuning.runs.weights import save_trained
+    from finetuning.training.memory import check_memory
     from finetuning.training.module import FineTuning
     from finetuning.training.tasks import one_answer_advice
     from finetuning.training.trainer import make_trainer
@@ -315,10 +314,11 @@ def train(
     frozen = classifier.frozen_outputs(repeated, config.hardware.frozen_cache_gb) if keeps else {}
     steps = config.training.epochs * training.steps_per_epoch
     module = FineTuning(classifier, config.training, setup.task, steps, frozen)
-    checkpoint = directory / LAST_CHECKPOINT if config.run.resume else None
+    if not config.run.force:
+        check_memory(classifier, training, config.training, hardware, frozen)
     try:
         if config.training.epochs:
-            trainer.fit(module, training, validation, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(module, training, validation, ckpt_path=setup.checkpoint, weights_only=True)
         else:
             trainer.validate(module, validation, verbose=False)
     finally:
@@ -374,30 +374,6 @@ def evaluate(
 
 
 @contextmanager
-def recorded(setup: Setup) -> Iterator[dict[str, Any]]:
-    """Record: writes ``result.json``, whether the steps in the context finish, fail or are interrupted."""
-    config, directory = setup.config, setup.directory
-    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": command_line(sys.argv)}
-    try:
-        yield result
-        result["status"] = "finished"
-        if not is_helper():
-            print(summary(directory, result), flush=True)
-    except (Interrupted, KeyboardInterrupt, SystemExit) as error:  # Lightning turns a second Ctrl-C into SystemExit
-        result["status"] = "interrupted"
-        if not is_helper():
-            print(_interruption(directory, at_once=not isinstance(error, Interrupted)), file=sys.stderr)
-    except Exception as error:
-        result |= {"error": first_line(error, name_file=True), "traceback": traceback.format_exc()}
-    if not is_helper():
-        _write_result(directory, result)
-    if result["status"] == "failed":
-        print(f"failed: {result['error']}", file=sys.stderr)
-        if config.run.verbose:
-            print(result["traceback"], file=sys.stderr)
-
-
-@contextmanager
 def watched(setup: Setup, result: dict[str, Any]) -> "Iterator[tuple[Meter, GracefulStop]]":
     """Handles signals, and writes memory, time and whether the machine was shared into ``result``."""
     from finetuning.runs.measurements import peak_memory, process_seconds, processor_seconds, was_alone
@@ -407,7 +383,7 @@ def watched(setup: Setup, result: dict[str, Any]) -> "Iterator[tuple[Meter, Grac
     config = setup.config
     started, busy = time.perf_counter(), processor_seconds()
     meter = Meter(setup.directory)
-    stop = GracefulStop(setup.directory, meter)
+    stop = GracefulStop(setup.directory, meter, config.run.checkpoint_minutes, config.run.checkpoint_steps)
     with quiet_lightning(), stop.listening():
         try:
             yield meter, stop
@@ -419,28 +395,6 @@ def watched(setup: Setup, result: dict[str, Any]) -> "Iterator[tuple[Meter, Grac
             alone = was_alone(busy, time.perf_counter() - started) if one_process else None
             result["environment"]["alone"] = alone
     leave_process_group()
-
-
-def _write_result(directory: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json``. If that fails, the run counts as failed."""
-    try:
-        write_json(directory / RESULT, result)
-        if result["status"] == "finished":  # removed last, so that a run killed before this point can continue
-            (directory / BEST_CHECKPOINT).unlink(missing_ok=True)  # there is none with --epochs 0
-    except OSError as error:
-        reason = f"{RESULT} cannot be written: {error.strerror}"
-        earlier = f"{result['error']}; " if "error" in result else ""
-        result |= {"status": "failed", "error": earlier + reason}
-        result.setdefault("traceback", traceback.format_exc())
-
-
-def _interruption(directory: Path, at_once: bool) -> str:
-    """The message of an interrupted run, with the command that continues it."""
-    command = command_line([sys.argv[0], "--resume", "--output_dir", str(directory)])
-    if not has_checkpoint(directory):
-        return f"interrupted before the first checkpoint; start over with: {command}"
-    note = "\nit stopped at once, so the last checkpoint is from an earlier epoch" if at_once else ""
-    return f"interrupted; continue with: {command}{note}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,15 @@ from finetuning.settings import (
 )
 
 # Settings that do not change what a run computes.
-NOT_PART_OF_THE_RUN = ("output_dir", "resume", "overwrite", "verbose")
+NOT_PART_OF_THE_RUN = (
+    "output_dir",
+    "resume",
+    "overwrite",
+    "checkpoint_minutes",
+    "checkpoint_steps",
+    "force",
+    "verbose",
+)
 # Settings that --resume may change: also the location of model and data, and the hardware.
 MAY_CHANGE = (
     *NOT_PART_OF_THE_RUN, "model_name", "data_dir", "data_source", "offline", "accelerator", "device", "devices",

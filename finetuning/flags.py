@@ -12,9 +12,14 @@ from typing import Any, NoReturn
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.settings import FLAGS, SECTIONS
+from finetuning.settings import AUTO, FLAGS, SECTIONS
 
-ALLOWED = {"int": "a whole number", "float": "a number", "parse_bool": "True, yes, 1, False, no or 0"}  # by type
+ALLOWED = {  # by type
+    "int": "a whole number",
+    "float": "a number",
+    "parse_bool": "True, yes, 1, False, no or 0",
+    "parse_bool_or_auto": f"True, yes, 1, False, no, 0 or {AUTO}",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -59,6 +64,11 @@ def parse_bool(text: str) -> bool:
     return words[text.lower()]
 
 
+def parse_bool_or_auto(text: str) -> bool | str:
+    """Like ``parse_bool``, but also takes the word ``auto``."""
+    return AUTO if text.lower() == AUTO else parse_bool(text)
+
+
 def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
     """The parser of all settings. Its namespace holds only the flags that were given."""
     parser = OneLineParser(
@@ -74,7 +84,8 @@ def make_parser(description: str, defaults: dict[str, Any] | None = None) -> arg
         if flag.choices:
             options |= {"choices": flag.choices}
         elif flag.kind is bool:
-            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+            kind = parse_bool_or_auto if flag.or_auto else parse_bool
+            options |= {"type": kind, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:
             options |= {"type": flag.kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind]}
         groups[flag.section].add_argument(f"--{flag.name}", **options)

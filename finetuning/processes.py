@@ -1,20 +1,54 @@
 """How the processes of one run find each other: Lightning, srun or torchrun may have started several."""
 
 import os
+import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetuning.errors import UserError
 
 PROBE_SECONDS = 0.2  # how long other processes are watched
 BUSY = 0.3  # cores; a shell and the services of a machine take less
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # passes the run directory to the processes that Lightning starts
 
 
 def is_helper() -> bool:
     """Whether this is any process but the first one, which writes the results."""
     return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 act like Ctrl-C, until a run has handlers of its own.
+
+    Helpers ignore all three, to their end: the first process stops all processes of a run at the same step.
+    """
+    if is_helper():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    earlier = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in earlier.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignores these signals for the moment that it takes to write a result."""
+    earlier = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in earlier.items():
+            signal.signal(number, old)
 
 
 def in_slurm_step() -> bool:

@@ -15,6 +15,7 @@ from finetuning.datasets import DATASETS
 
 PACKAGED = "packaged"  # the model that requirements-offline.txt installs
 DEFAULT_MODEL = "distilbert-base-uncased"
+AUTO = "auto"  # --resume auto: for job scripts, which do not know what the job left when it last ended
 LORA_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
 
 
@@ -28,6 +29,7 @@ def setting(
     at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    or_auto: bool = False,
 ) -> Any:
     """A field that is also a flag.
 
@@ -37,9 +39,10 @@ def setting(
         shown: the default as ``--help`` prints it, if that differs from ``default``.
         choices: the allowed values, if the type does not list them.
         at_least, at_most, above, below: bounds of a number. A number with bounds must also be finite.
+        or_auto: whether a boolean flag also takes the word auto.
     """
     bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
-    metadata = {"help": help, "shown": shown, "choices": choices}
+    metadata = {"help": help, "shown": shown, "choices": choices, "or_auto": or_auto}
     return dataclasses.field(
         default=default, metadata=metadata | {"bounds": {k: v for k, v in bounds.items() if v is not None}}
     )
@@ -256,11 +259,22 @@ class RunSettings:
     """Run directory, and other modes of the command."""
 
     output_dir: Path | None = setting(None, "Run directory; must not contain a run yet.", "runs/DATASET-METHOD-TIME")
-    resume: bool = setting(False, "Continue the run in --output_dir with its stored settings.")
+    resume: bool = setting(
+        False,
+        f"Continue the run in --output_dir with its stored settings; {AUTO}: if there is one that has not finished.",
+        or_auto=True,
+    )
     overwrite: bool = setting(False, "Replace the run in --output_dir.")
+    force: bool = setting(False, "Start even if the estimated memory is more than what is free.")
+    checkpoint_minutes: float = setting(
+        5.0, "Inside an epoch, write a checkpoint every X minutes; 0: only at its end.", "5", at_least=0
+    )
+    checkpoint_steps: int = setting(0, "Inside an epoch, write a checkpoint every N steps; 0: see minutes.", at_least=0)
     offline: bool = setting(False, "Never use the network: model and data must be packaged or local.")
     estimate: bool = setting(False, "Measure a few steps, print the memory and time that the run needs, and stop.")
     prefetch: bool = setting(False, "Download model and data into the caches and stop.")
+    cache_info: bool = setting(False, "Print the sizes of the caches (tokens, downloads, kernels) and stop.")
+    cache_clear: bool = setting(False, "Empty these caches and stop.")
     test: bool = setting(True, "Evaluate the test split once, at the end.")
     verbose: bool = setting(False, "Print every parameter with its shape, and the traceback of an error.")
 
@@ -288,6 +302,7 @@ class Flag:
     shown: str  # the default as --help prints it
     help: str
     bounds: dict[str, float]
+    or_auto: bool
 
 
 def flags() -> Iterator[Flag]:
@@ -303,7 +318,7 @@ def flags() -> Iterator[Flag]:
             value_type = str if typing.get_origin(hint) is Literal else hint
             yield Flag(
                 field.name, section, value_type, tuple(listed), field.default, shown, field.metadata["help"],
-                field.metadata["bounds"],
+                field.metadata["bounds"], field.metadata["or_auto"],
             )  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """Files: the cache folder, and atomic writes. A reader finds the old file or the new one, never half of it."""
 
+import hashlib
 import json
 import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+TEMPORARY = ".*.tmp*"  # names of files that are being written
 
 
 def cache_dir() -> Path:
@@ -19,16 +22,26 @@ def cannot_be_written_in(path: Path) -> Path | None:
     return None if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK) else existing
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
     """Calls ``write`` with a temporary path next to ``path``, then renames it. A failure leaves no file behind.
 
+    The content is on the disk before the file gets its name, so a power failure cannot leave an empty file either.
     Several processes may write the same path at once. Each uses its own temporary file, and the last one wins.
+
+    Args:
+        path: the file to write.
+        write: writes the content to the path that it is given.
+        keep: the name that an old file at ``path`` gets; ``None`` replaces it.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp{path.suffix}")  # as TEMPORARY says
     try:
         write(temporary)
         readable_by_all(temporary)
+        _synchronize(temporary)
+        if keep is not None and path.exists():
+            path.replace(keep)
         temporary.replace(path)
+        _synchronize(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,10 +53,42 @@ def readable_by_all(path: Path) -> None:
             file.chmod(0o666 & ~_umask())
 
 
+def _synchronize(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _umask() -> int:
     mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     return mask
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_sum(path: Path) -> None:
+    """Appends the SHA-256 of a file's content. Its format must allow further bytes at the end."""
+    digest = bytes.fromhex(sha256_of(path))
+    with path.open("ab") as file:
+        file.write(digest)
+
+
+def sum_holds(path: Path) -> bool:
+    """Whether a file ends with the SHA-256 of the rest, see ``append_sum``."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -99,19 +99,22 @@ def train_only_lora(model: torch.nn.Module) -> None:
             module.lora.requires_grad_(True)
 
 
+def make_tiny_folder(model_type: str, folder: Path) -> None:
+    """Writes a random model with the packaged tokenizer into a folder."""
+    model = tiny_classifier(model_type)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data *= 8  # of 0.02 at this width, attention would see next to nothing
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(packaged_folder()).save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model folder for each family of ``CORE``, with the packaged tokenizer; weights large enough to learn from."""
-    folders = {}
-    for model_type in CORE:
-        folder = tmp_path_factory.mktemp(model_type)
-        model = tiny_classifier(model_type)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.data *= 8  # of 0.02 at this width, attention would see next to nothing
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(packaged_folder()).save_pretrained(folder)
-        folders[model_type] = folder
+    folders = {model_type: tmp_path_factory.mktemp(model_type) for model_type in CORE}
+    for model_type, folder in folders.items():
+        make_tiny_folder(model_type, folder)
     return folders
 
 

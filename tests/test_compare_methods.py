@@ -194,6 +194,7 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     written = runs.result(finished)
     del written["command"]
     written["config"] |= {"data_dir": None, "output_dir": None}
+    assert set(record.pop("sha256")) == {"result.json", "predictions.parquet"}
     assert record == written
     assert len(first[f"tiny/{finished.name}/predictions.parquet"]) < 30_000
     table = pq.read_table(Path("results/tiny") / finished.name / "predictions.parquet")
@@ -280,6 +281,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
         [[rows]]
         name = "killed"
         epochs = 16
+        checkpoint_steps = 1
         [[rows]]
         name = "diverges"
         method = "full"
@@ -299,7 +301,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
         study.kill()  # its run goes on
         study.wait()
         with started(*words) as one, started(*words) as two:
-            wait_for("epoch 2/16  batch 3", runs.log(killed))
+            wait_for("epoch 1/16  batch 3", runs.log(killed))
             assert runs.state(killed) == "running"
             ((victim, run),) = ((study, n) for study in (one, two) for n in children_of(study, killed.name))
             victim.kill()

@@ -37,6 +37,12 @@ def test_booleans(flag: str) -> None:
     assert refusal(f"--{flag} maybe") == f"--{flag} maybe: must be True, yes, 1, False, no or 0"
 
 
+def test_resume_also_takes_auto() -> None:
+    words = {"--resume": True, "--resume auto": "auto", "--resume AUTO": "auto", "--resume no": False}
+    assert {line: given_flags(line.split())["resume"] for line in words} == words
+    assert refusal("--resume later") == "--resume later: must be True, yes, 1, False, no, 0 or auto"
+
+
 def test_parse_bool_takes_nothing_else() -> None:
     for word in ("", "2", "t", "on", "None", " true"):
         with pytest.raises(ValueError, match="neither"):
@@ -69,6 +75,7 @@ def test_types_of_values() -> None:
 def test_defaults_of_a_thin_entry_give_way_to_flags() -> None:
     entry = {"dataset": "financial_phrasebank", "epochs": 4, "method": "full"}
     config = read_settings_of(["--epochs", "1"], entry)
+    assert config is not None
     assert (config.data.dataset, config.training.epochs, config.method.method, config.training.monitor) == (
         "financial_phrasebank", 1, "full", "macro_f1",
     )  # fmt: skip

@@ -17,7 +17,7 @@ import finetune_lora
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.int8_products import refused
-from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS
+from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS, write_result
 from predict import for_this_machine, load_run, main, predict, read_texts
 from tests.conftest import needs_int8
 from tests.test_finetune_lora import flags
@@ -118,7 +118,7 @@ def test_reviews_of_imdb_lose_their_line_breaks_as_in_training(runs: dict[str, P
     shutil.copytree(runs["full"], tmp_path / "imdb")
     result = json.loads((tmp_path / "imdb" / RESULT).read_text())
     result["config"] |= {"dataset": "imdb", "compile": True}  # nor is anything compiled for a few texts
-    (tmp_path / "imdb" / RESULT).write_text(json.dumps(result))
+    write_result(tmp_path / "imdb", result)
     first, second = predict(tmp_path / "imdb", texts)[1]
     assert first == pytest.approx(second, abs=1e-6)
     assert first == pytest.approx(raw[1], abs=1e-6)
@@ -219,6 +219,15 @@ def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: 
     shutil.copy(runs["lora"] / SETTINGS, tmp_path)
     refused("must be a finished run")
     result = json.loads((runs["lora"] / RESULT).read_text())
+    (tmp_path / RESULT).write_text(json.dumps(result | {"seed": 1}))
+    refused("it was changed after it was written")
+    shutil.copy(runs["lora"] / RESULT, tmp_path)
+    content = bytearray((runs["lora"] / ADAPTER).read_bytes())
+    content[-1] ^= 1  # the last bit of a weight
+    (tmp_path / ADAPTER).write_bytes(content)
+    refused(f"{ADAPTER} was changed after its run wrote it: restore the file, or train again")
+    (tmp_path / ADAPTER).unlink()
+    del result["sha256"]  # as in runs of earlier versions
     for status in ("interrupted", "failed"):
         (tmp_path / RESULT).write_text(json.dumps(result | {"status": status}))
         refused(f"its status is '{status}'")
@@ -298,7 +307,7 @@ def test_a_run_of_another_machine_predicts_on_this_one(
     shutil.copytree(runs["lora"], tmp_path, dirs_exist_ok=True)
     result = json.loads((tmp_path / RESULT).read_text())
     result["config"] |= {"accelerator": "gpu", "devices": 8, "num_nodes": 2}
-    (tmp_path / RESULT).write_text(json.dumps(result))
+    write_result(tmp_path, result)
     np.testing.assert_allclose(
         predict(tmp_path, test_reviews[:5])[1], predict(runs["lora"], test_reviews[:5])[1], atol=1e-4
     )
@@ -321,7 +330,7 @@ def test_the_column_is_that_of_the_run_unless_another_is_named(
     run = shutil.copytree(runs["lora"], tmp_path / "run")
     result = json.loads((run / RESULT).read_text())
     result["config"]["text_column"] = "review"
-    (run / RESULT).write_text(json.dumps(result))
+    write_result(run, result)
     pd.DataFrame({"review": ["a dull film", "superb"], "other": ["x", "y"]}).to_csv(tmp_path / "a.csv", index=False)
     shown = []
     for more in ([], ["--text_column", "review"], ["--text_column", "other"]):
@@ -389,7 +398,8 @@ def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) 
     assert (config.method.method, config.method.trainable_layers, names) == ("selective", 1, ["bad", "good"])
     result = json.loads((runs["selective"] / RESULT).read_text())
     result["config"]["lora_rank"] = 3
-    (tmp_path / RESULT).write_text(json.dumps(result))
+    del result["sha256"]
+    write_result(tmp_path, result)
     with pytest.raises(UserError, match="unknown settings lora_rank"):
         load_run(tmp_path)
 

@@ -7,7 +7,7 @@ whether it tuned (``tune``) or counts (``final``). A run without this key is a r
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,9 @@ import numpy as np
 from finetuning.comparison.statistics import mean_and_deviation, micro_f1
 from finetuning.config import NOT_PART_OF_THE_RUN
 from finetuning.errors import UserError
-from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT
+from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT, check_unchanged, read_result
 from finetuning.runs.records import NOT_ASKED_FOR, accuracy_interval
+from finetuning.storage import read_json
 
 MISSING = "missing"  # the status of a folder without a result
 OTHER_CONDITIONS = "another commit, processor, number of threads or torch version"
@@ -158,6 +159,7 @@ class Run:
         path = self.folder / PREDICTIONS
         if not path.is_file():
             return None
+        check_unchanged(path)
         try:
             frame = pd.read_parquet(path, columns=["row", "label", "predicted"]).sort_values("row")
         except (OSError, ValueError) as error:  # includes pyarrow's errors
@@ -319,18 +321,21 @@ def read_study(study: str, results: Path) -> Study:
     Raises:
         UserError: a result cannot be read, or finished runs of one row differ in more than their seed.
     """
-    runs = tuple(Run(folder, _read_json(folder / RESULT)) for folder in _run_folders(results / study))
+    runs = tuple(
+        Run(folder, _read_object(folder / RESULT, lambda path: read_result(path.parent)))
+        for folder in _run_folders(results / study)
+    )
     _check_rows(runs)
     question = next((str(run.get("study", "question")) for run in runs if run.get("study", "question")), "")
-    planned = _read_json(results / study / PLANNED).get("final", [])
+    planned = _read_object(results / study / PLANNED).get("final", [])
     return Study(study, " ".join(question.split()), runs, tuple(planned))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, read: Callable[[Path], Any] = read_json) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        result = json.loads(path.read_text(encoding="utf8"))
+        result = read(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(result, dict):

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetuning.comparison.plan import PlannedRun, shown_command
 from finetuning.comparison.study_runs import StudyRuns, forget_test
-from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT
+from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, check_unchanged, write_result
 from finetuning.storage import write_atomically, write_bytes, write_json
 
 
@@ -42,12 +42,13 @@ def copy_record(runs: StudyRuns, run: PlannedRun, target: Path) -> None:
     if (source / METRICS).exists():
         write_bytes(target / METRICS, (source / METRICS).read_bytes())
     if result["status"] == "finished" and "test" in result:
+        check_unchanged(source / PREDICTIONS)
         threshold = result.get("task", {}).get("threshold")  # older runs have no task
         predictions = read_test_predictions(source / PREDICTIONS, threshold)
         write_atomically(target / PREDICTIONS, lambda temporary: write_small_parquet(predictions, temporary))
     else:
         (target / PREDICTIONS).unlink(missing_ok=True)
-    write_json(target / RESULT, result)  # last: if it is there, the rest is there
+    write_result(target, result)  # last: if it is there, the rest is there
 
 
 def read_test_predictions(path: Path, threshold: float | None = None) -> Any:

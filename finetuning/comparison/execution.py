@@ -13,7 +13,7 @@ from types import FrameType
 from finetuning.comparison.plan import RATE, PlannedRun
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.errors import UserError
-from finetuning.runs.files import LAST_CHECKPOINT
+from finetuning.runs.checkpoints import has_checkpoint
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = (130, *(-number for number in STOP_SIGNALS))  # exit status of a run that was asked to stop
@@ -154,7 +154,7 @@ class StudyExecution:
         """Does the run in a process of its own, which inherits the lock. False if it was interrupted."""
         flags = []
         if state != "missing":
-            resumable = state == "interrupted" and (self.runs.directory(run) / LAST_CHECKPOINT).exists()
+            resumable = state == "interrupted" and has_checkpoint(self.runs.directory(run))
             flags = ["--resume" if resumable else "--overwrite"]
         log = self.runs.log(run)
         verb = "continued" if "--resume" in flags else "started"

@@ -24,13 +24,16 @@ from finetuning.runs.files import (
     LAST_CHECKPOINT,
     NOT_FINITE,
     PREDICTIONS,
+    PREVIOUS_CHECKPOINT,
     RESULT,
     read_result,
     read_settings,
     read_status,
     settings_file,
+    write_result,
 )
-from finetuning.storage import write_json
+
+CHECKPOINTS = (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, BEST_CHECKPOINT)
 
 
 class TuningUnfinished(Exception):
@@ -161,7 +164,7 @@ class StudyRuns:
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
             try:
-                shutil.copytree(source, half, ignore=shutil.ignore_patterns(LAST_CHECKPOINT, BEST_CHECKPOINT, ".*"))
+                shutil.copytree(source, half, ignore=shutil.ignore_patterns(*CHECKPOINTS, ".*"))
             except OSError:  # its files still change
                 continue
             half.replace(self.directory(run))
@@ -183,7 +186,7 @@ class StudyRuns:
             shutil.copytree(source, half)
             if run.stage == "tune":
                 forget_test(result, half)
-            write_json(half / RESULT, result)
+            write_result(half, result)
             shutil.rmtree(record, ignore_errors=True)  # it had other settings
             half.replace(record)
             return source

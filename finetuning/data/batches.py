@@ -157,13 +157,22 @@ class TokenBatchSampler(Sampler[BatchIndices]):
     def __iter__(self) -> Iterator[BatchIndices]:
         first, self._resume_at = self._resume_at, 0
         self.position = first
-        order, steps = self.epoch_order(self.epoch)
+        for position, batch in enumerate(self._batches(self.epoch, first, len(self)), first + 1):
+            self.position = position
+            yield batch
+
+    def first_batches(self, count: int) -> Iterator[BatchIndices]:
+        """The first ``count`` batches of the first epoch; it may have fewer."""
+        return self._batches(0, 0, min(count, len(self)))
+
+    def _batches(self, epoch: int, first: int, stop: int) -> Iterator[BatchIndices]:
+        """The batches of an epoch from position ``first`` to ``stop``."""
+        order, steps = self.epoch_order(epoch)
         cuts = self.plan.cuts
-        for position in range(first, len(self)):
+        for position in range(first, stop):
             step = int(steps[position // self.accumulate]) * self.shards
             batch = step + position % self.accumulate * self.world_size + self.rank
             step_examples = int(cuts[step + self.shards] - cuts[step])
-            self.position = position + 1
             yield BatchIndices(order[cuts[batch] : cuts[batch + 1]], self.shards / step_examples)
 
     def state_dict(self) -> dict[str, int]:
@@ -250,6 +259,20 @@ class TokenBatchLoader(DataLoader[Batch]):
         self.padding_fraction = sampler.padding_fraction()  # of all ranks in epoch 0; other epochs differ little
         self.tokens_per_epoch = int(split.lengths.sum())  # of all ranks, without padding
         self.steps_per_epoch = sampler.steps  # optimizer steps
+
+    def part_of_largest(self, texts: int) -> tuple[Batch, float]:
+        """Some texts of the batch that needs most memory, and how many times as large that batch is."""
+        order, _ = self.token_batches.epoch_order(0)
+        cuts = self.token_batches.plan.cuts
+        longest = np.maximum.reduceat(self.token_batches.lengths[order], cuts[:-1])
+        largest = int(np.argmax(longest * np.diff(cuts)))
+        batch = order[cuts[largest] : cuts[largest + 1]]
+        part = batch[np.argsort(-self.token_batches.lengths[batch], kind="stable")][:texts]
+        return self.dataset[BatchIndices(part, 1.0)], len(batch) / len(part)
+
+    def first_batches(self, count: int) -> Iterator[Batch]:
+        """The first ``count`` batches of the first epoch; it may have fewer."""
+        return (self.dataset[batch] for batch in self.token_batches.first_batches(count))
 
     def state_dict(self) -> dict[str, int]:
         return self.token_batches.state_dict()

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path
@@ -16,9 +17,10 @@ from finetuning.datasets import DATASETS
 from finetuning.errors import UserError
 from finetuning.hub import Archive, download, hub_file, require_host
 from finetuning.settings import DataSettings
-from finetuning.storage import cache_dir
+from finetuning.storage import cache_dir, read_json, sha256_of, write_json
 
 INSTEAD = "--data_dir PATH, or --offline for packaged reviews and a packaged model"
+SUMS = "sha256.json"
 STANFORD = Archive(
     "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a"
 )
@@ -88,7 +90,9 @@ def _download_stanford() -> Path:
     """The folder with train.parquet and test.parquet, made from Stanford's archive if it does not exist."""
     folder = cache_dir() / "imdb_stanford"
     if folder.is_dir():
-        return folder
+        if _is_intact(folder):
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
     require_host(STANFORD.url, "IMDb", INSTEAD)
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="aclImdb-") as temporary:
@@ -100,9 +104,22 @@ def _download_stanford() -> Path:
         for split in ("train", "test"):  # reading 2 files is faster than reading 50,000, above all on a network disk
             table = _read_tree(Path(temporary) / "aclImdb" / split)
             table.to_parquet(Path(temporary) / "parquet" / f"{split}.parquet")
+        write_json(Path(temporary) / "parquet" / SUMS, _sums(Path(temporary) / "parquet"))
         with contextlib.suppress(OSError):  # another process may have made the folder already
             (Path(temporary) / "parquet").replace(folder)
     return folder
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether the files are as they were made. Those of an earlier version have no checksums."""
+    try:
+        return not (folder / SUMS).exists() or read_json(folder / SUMS) == _sums(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def _labelled_reviews(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:

@@ -1,10 +1,8 @@
 """Turns texts into token ids, cut to ``--max_length``, in one flat array. A cache keeps them."""
 
-import contextlib
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
-from finetuning.storage import cache_dir, write_atomically
+from finetuning.storage import append_sum, cache_dir, sum_holds, write_atomically
 
 
 @dataclass(frozen=True)
@@ -170,15 +168,16 @@ def cached_tokens(
         UserError: the cache cannot be written, or as in ``encode_pairs``.
     """
     path = cache_dir() / "tokens" / f"{_tokens_key(texts, tokenizer, data, pairs)}.npz"
-    damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-    with contextlib.suppress(*damaged), path.open("rb") as file, np.load(file) as stored:
-        return stored["tokens"], stored["offsets"], stored.get("seconds")
+    if sum_holds(path):
+        with path.open("rb") as file, np.load(file) as stored:
+            return stored["tokens"], stored["offsets"], stored.get("seconds")
     arrays = encode(texts, pairs, tokenizer, data, progress)
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
             named: dict[str, Any] = dict(zip(("tokens", "offsets", "seconds"), arrays, strict=True))
             np.savez(file, **{name: array for name, array in named.items() if array is not None})
+        append_sum(temporary)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finetuning.processor import instructions
-from finetuning.storage import cache_dir
+from finetuning.storage import append_sum, cache_dir, sum_holds, write_atomically
 
 FOLDER = Path(__file__).resolve().parent / "kernels"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
@@ -89,15 +88,15 @@ def _build(compiler: str, variant: Variant) -> Path:
     texts = [path.read_text("utf8") for path in sorted(FOLDER.iterdir())]
     identity = hashlib.sha256("\0".join([*map(str, command), *texts]).encode()).hexdigest()[:16]
     path = cache_dir() / "kernels" / f"{identity}.so"
-    if not path.exists():
+    if not sum_holds(path):  # missing, damaged, or from an earlier version
+
+        def compile_to(temporary: Path) -> None:
+            parts = [*(FOLDER / source for source in variant.sources), *_torchs_openmp()]
+            subprocess.run([*command, "-o", temporary, *parts], check=True, capture_output=True, text=True)
+            append_sum(temporary)
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may build it at once
-        try:
-            command += ["-o", temporary, *(FOLDER / source for source in variant.sources), *_torchs_openmp()]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, compile_to)  # several processes may do it at once
     return path
 
 

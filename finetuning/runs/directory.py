@@ -6,10 +6,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from finetuning.config import RunConfig, continued
 from finetuning.errors import UserError, first_line
-from finetuning.processes import in_slurm_step
+from finetuning.processes import in_slurm_step, is_helper
+from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
-    LAST_CHECKPOINT,
     OLD_SETTINGS,
     RUN_FILES,
     SETTINGS,
@@ -17,7 +18,9 @@ from finetuning.runs.files import (
     read_status,
     settings_file,
 )
-from finetuning.storage import cannot_be_written_in, write_json
+from finetuning.runs.lock import DirectoryLock
+from finetuning.settings import AUTO
+from finetuning.storage import TEMPORARY, cannot_be_written_in, write_json
 
 
 def default_directory(dataset: str, method: str) -> Path:
@@ -64,6 +67,33 @@ def _holds_run(directory: Path) -> bool:
         return False
 
 
+def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfig | None:
+    """The configuration for a command line. With ``--resume``, it comes from the run in ``--output_dir``.
+
+    Args:
+        given: the flags that were given.
+        defaults: defaults that replace the usual ones.
+
+    Returns:
+        The configuration; ``None`` if ``--resume auto`` finds that the run has finished.
+
+    Raises:
+        UserError: the flags are refused, or contradict the run to continue.
+    """
+    if not (given.get("resume") and "output_dir" in given):
+        return RunConfig.from_settings(**{**defaults, **given})
+    directory, automatic = given["output_dir"], given["resume"] == AUTO
+    if automatic and settings_file(directory) is None:
+        return RunConfig.from_settings(**{**defaults, **given}).changed(resume=False)
+    if automatic and read_status(directory) == "finished":
+        continued(read_settings(directory), given)  # refuses flags that contradict the run
+        if not is_helper():
+            with DirectoryLock(directory):  # the process may have been killed between its last two steps
+                forget_unneeded(directory)
+        return None
+    return continued(interrupted_settings(directory), given)
+
+
 def interrupted_settings(directory: Path) -> dict[str, Any]:
     """The settings of the run that ``--resume`` continues.
 
@@ -82,13 +112,45 @@ def interrupted_settings(directory: Path) -> dict[str, Any]:
         raise UserError(f"{flag}: {file.name} cannot be read: {first_line(error)}") from None
 
 
-def has_checkpoint(directory: Path) -> bool:
-    """Whether the run can continue. Without a checkpoint it must start over."""
-    return (directory / LAST_CHECKPOINT).is_file()
+def continuation(config: RunConfig, directory: Path) -> tuple[RunConfig, Path | None]:
+    """The checkpoint with which a run continues. Without one it starts over, so its settings change."""
+    if not config.run.resume:
+        return config, None
+    checkpoint = usable_checkpoint(directory)
+    if checkpoint is not None:
+        return config, checkpoint
+    if not is_helper():
+        kind = "no intact checkpoint" if has_checkpoint(directory) else "no checkpoint yet"
+        print(f"{directory} has {kind}: starting over", flush=True)
+    return config.changed(resume=False, overwrite=True), None
+
+
+def claimed_directory(directory: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> DirectoryLock:
+    """Locks the directory and opens it, see ``open_directory``. If the last process was killed, it says so.
+
+    Raises:
+        UserError: a living process holds the directory, or as ``open_directory``.
+    """
+    lock = DirectoryLock(directory)
+    try:
+        open_directory(directory, settings, resume, overwrite)
+    except BaseException:
+        lock.release()
+        raise
+    if resume and lock.killed:
+        print(
+            f"{lock.killed} ended without a result: it was killed, perhaps because memory ran out, or its machine"
+            " stopped",
+            flush=True,
+        )
+    return lock
 
 
 def open_directory(directory: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Makes the directory and writes the settings into it. Without ``resume``, it first removes an earlier run's files.
+    """Makes the directory and writes the settings into it. Hold its lock.
+
+    Without ``resume``, it first removes an earlier run's files; else only damaged checkpoints. What a killed process
+    left half-written is removed as well.
 
     Raises:
         UserError: the directory cannot be written, or another run has started in it since the check.
@@ -97,8 +159,12 @@ def open_directory(directory: Path, settings: dict[str, Any], resume: bool, over
         directory.mkdir(parents=True, exist_ok=True)
         earlier = settings_file(directory)
         if not (resume or overwrite):
-            _claim(directory)
-        if not resume:
+            _refuse_another(directory)
+        for path in directory.glob(TEMPORARY):
+            path.unlink(missing_ok=True)
+        if resume:
+            discard_damaged(directory)
+        else:
             for name in RUN_FILES:
                 if name != SETTINGS:  # the directory must still count as a run if this process is killed here
                     (directory / name).unlink(missing_ok=True)
@@ -109,8 +175,6 @@ def open_directory(directory: Path, settings: dict[str, Any], resume: bool, over
         raise UserError(f"--output_dir {directory}: cannot be written: {error.strerror}") from None
 
 
-def _claim(directory: Path) -> None:
-    try:
-        (directory / SETTINGS).touch(exist_ok=False)  # only one of two processes succeeds
-    except FileExistsError:
-        raise UserError(f"--output_dir {directory}: another run has just started in it: give another one") from None
+def _refuse_another(directory: Path) -> None:
+    if (directory / SETTINGS).exists():
+        raise UserError(f"--output_dir {directory}: another run has just started in it: give another one")

@@ -1,10 +1,13 @@
 """The files of a run directory: their names, and functions that read them. Nothing here imports torch."""
 
+import hashlib
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finetuning.storage import read_json
+from finetuning.errors import UserError
+from finetuning.storage import read_json, sha256_of, write_json
 
 RESULT = "result.json"
 SETTINGS = "settings.json"  # not config.json, because Hugging Face uses that name
@@ -16,9 +19,12 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
 LAST_CHECKPOINT = "last.ckpt"
+PREVIOUS_CHECKPOINT = "previous.ckpt"  # the one before the last, in case the last is damaged
 BEST_CHECKPOINT = "best.ckpt"
 PLANNED = "planned.json"  # next to a study's collected runs: the names of all its planned runs
 NOT_FINITE = "the loss is not finite"  # the error of a diverged run in result.json starts with it
+SUMMED = (ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, PREDICTIONS)  # result.json has their checksums
+SUMS = "sha256"  # the key of the checksums; the one of result.json itself is of its other content
 RUN_FILES = (
     RESULT,
     SETTINGS,
@@ -29,6 +35,7 @@ RUN_FILES = (
     ADAPTER_CONFIG,
     TRAINED_WEIGHTS,
     LAST_CHECKPOINT,
+    PREVIOUS_CHECKPOINT,
     BEST_CHECKPOINT,
 )
 
@@ -38,9 +45,46 @@ def read_result(directory: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or was changed after a run wrote it.
     """
-    return read_json(directory / RESULT)
+    result = read_json(directory / RESULT)
+    sums = result.get(SUMS, {}) if isinstance(result, dict) else {}  # a run of an earlier version has none
+    if RESULT in sums and sums[RESULT] != _own_sum(result):
+        raise ValueError("it was changed after it was written")
+    return result
+
+
+def write_result(directory: Path, result: dict[str, Any]) -> None:
+    """Writes ``result.json`` with the checksums of the weights and predictions next to it, and of itself.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    sums = {name: sha256_of(directory / name) for name in SUMMED if (directory / name).exists()}
+    summed = {**result, SUMS: sums}
+    write_json(directory / RESULT, {**summed, SUMS: sums | {RESULT: _own_sum(summed)}})
+
+
+def _own_sum(result: dict[str, Any]) -> str:
+    others = {name: value for name, value in result[SUMS].items() if name != RESULT}
+    return hashlib.sha256(json.dumps({**result, SUMS: others}).encode()).hexdigest()
+
+
+def check_unchanged(path: Path) -> None:
+    """Checks that weights or predictions are still the ones of their run. Runs of earlier versions have no checksums.
+
+    Raises:
+        UserError: the file was changed, or ``result.json`` was, or cannot be read.
+    """
+    try:
+        expected = read_result(path.parent).get(SUMS, {}).get(path.name)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.parent / RESULT} cannot be used: {error}: restore the file") from None
+    with suppress(OSError):  # who reads the file next says so
+        if expected not in (None, sha256_of(path)):
+            raise UserError(f"{path} was changed after its run wrote it: restore the file, or train again")
 
 
 def read_status(directory: Path) -> str | None:

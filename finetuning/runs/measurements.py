@@ -35,6 +35,41 @@ def peak_memory(on_gpu: bool) -> dict[str, Any]:
     return {"peak_bytes": peak, "source": "resident set size of the process, ru_maxrss"}
 
 
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of main memory that this process may still take; ``None`` unless on Linux.
+
+    The smallest of the machine's and of what the process's control groups leave, as containers and SLURM set them.
+    File caches do not count as taken, because the system gives them up.
+
+    Args:
+        root: the file system with ``proc`` and ``sys``; tests give another one.
+    """
+    with suppress(OSError, StopIteration, ValueError):
+        lines = (root / "proc/meminfo").read_text(encoding="utf8").splitlines()
+        free = [1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))]
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            new = controllers == ""  # version 2
+            names = ("memory.max", "memory.current") if new else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            base = root / "sys/fs/cgroup" / ("" if new else "memory")
+            if new or "memory" in controllers.split(","):
+                folder = base / group.lstrip("/")
+                for level in (folder, *(parent for parent in folder.parents if parent.is_relative_to(base))):
+                    free += _left_in_group(level, *names)
+        return min(free)
+    return None
+
+
+def _left_in_group(folder: Path, limit: str, usage: str) -> list[int]:
+    """What a control group leaves, or nothing if it has no limit."""
+    with suppress(OSError, ValueError):
+        most = int((folder / limit).read_text(encoding="utf8"))  # "max" is no number
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf8").splitlines())
+        cached = int(facts.get("total_inactive_file", facts.get("inactive_file", 0)))
+        return [max(most - int((folder / usage).read_text(encoding="utf8")) + cached, 0)]
+    return []
+
+
 def process_seconds() -> float | None:
     """Wall-clock seconds since this process started, including imports; ``None`` unless on Linux."""
     with suppress(OSError, ValueError):

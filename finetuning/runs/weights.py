@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetuning.errors import UserError
-from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, check_unchanged
 from finetuning.settings import LoRASettings
 from finetuning.storage import write_atomically, write_json
 
@@ -153,9 +153,10 @@ def load_trained(
         split: as in ``save_trained``.
 
     Raises:
-        UserError: the file is missing or damaged, or belongs to another model.
+        UserError: the file is missing, damaged or changed, or belongs to another model.
     """
     path = directory / (ADAPTER if lora else TRAINED_WEIGHTS)
+    check_unchanged(path)
     tensors = _read_tensors(path)
     joined = joined_parts({name: parameter.data for name, parameter in parameters.items()}, split or {})
     names = {name: peft_name(name, lora) for name in joined}

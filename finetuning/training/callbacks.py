@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -39,16 +39,18 @@ class Meter(Callback):
         self.validation_seconds = 0.0
         self.earlier_seconds = 0.0  # wall clock of the run before the interruption
         self._made = time.perf_counter()
-        self._losses: list[Tensor] = []
+        self._losses: list[Tensor] = []  # since the last row
+        self._random: list[dict[str, Tensor]] = []  # states to continue from, one per rank
         self._since: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("rows", "train_seconds", "validation_seconds")}
-        cuda = {"cuda_rng": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
-        return state | {"earlier_seconds": self.run_seconds, "torch_rng": torch.get_rng_state()} | cuda
+        losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)
+        return state | {"earlier_seconds": self.run_seconds, "losses": losses, "random": _of_all_ranks(_random_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rng, self._cuda_rng = state.pop("torch_rng"), state.pop("cuda_rng", None)
+        self._random = state.pop("random", None) or [state]  # an earlier version kept those of the first process
+        self._losses = list(state.pop("losses", torch.empty(0)))
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -58,10 +60,15 @@ class Meter(Callback):
         return self.earlier_seconds + time.perf_counter() - self._made
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if hasattr(self, "_rng"):
-            torch.set_rng_state(self._rng.cpu())
-            if self._cuda_rng is not None and pl_module.device.type == "cuda":
-                torch.cuda.set_rng_state(self._cuda_rng.cpu())
+        if self._random:
+            state = self._random[trainer.global_rank % len(self._random)]
+            torch.set_rng_state(state["torch_rng"].cpu())
+            if "cuda_rng" in state and pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+            if trainer.global_step * trainer.accumulate_grad_batches % trainer.num_training_batches == 0:
+                # At the start of each epoch torch's loader draws a seed, although nothing uses it. In a run that
+                # continues after a whole epoch, Lightning has started the next one before the state was restored.
+                torch.empty((), dtype=torch.int64).random_()
         self._every = max(1, min(50, pl_module.total_steps // self.rows_per_run))
         self._since = _now(pl_module)
 
@@ -123,18 +130,6 @@ class Meter(Callback):
             write_metrics(self.directory, self.rows)
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """Finds the best checkpoint of a continued run even if its directory was moved or mounted elsewhere."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        moved = {key: self._in_this_directory(value) for key, value in state_dict.items() if key.endswith("_path")}
-        best = {self._in_this_directory(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(state_dict | moved | {"best_k_models": best, "dirpath": self.dirpath})
-
-    def _in_this_directory(self, path: str) -> str:
-        return str(Path(self.dirpath or "") / Path(path).name) if path else path
-
-
 class PatientStop(EarlyStopping):
     """Early stopping that also stops a continued run if ``patience`` was used up before the interruption."""
 
@@ -179,6 +174,21 @@ class ProgressLines(Callback):
             print(f"epoch {epoch}/{trainer.max_epochs}  validation  {scores}", flush=True)
 
 
+def _random_state() -> dict[str, Tensor]:
+    """The states of this process's random generators."""
+    cuda = {"cuda_rng": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+    return {"torch_rng": torch.get_rng_state()} | cuda
+
+
+def _of_all_ranks(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The states of all ranks. They draw different dropout, because their batches have different shapes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [state]
+    states: list[dict[str, Tensor]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
 def _now(pl_module: Any) -> float:
     """The clock in seconds, read after the GPU has finished its queued work."""
     if pl_module.device.type == "cuda":
@@ -187,17 +197,20 @@ def _now(pl_module: Any) -> float:
 
 
 class GracefulStop(Callback):
-    """Ctrl-C, SIGTERM and SIGUSR1 stop the run after the current step and write a checkpoint to continue from.
+    """Writes checkpoints inside epochs: when one is due, and when Ctrl-C, SIGTERM or SIGUSR1 asks the run to stop.
 
-    A validation finishes first. A second Ctrl-C stops at once. A terminal sends Ctrl-C to all processes of a run, so
-    only the first process decides to stop at once. Otherwise one process could end before the others.
+    A run that is asked to stop ends after the current step; a validation finishes first. A second Ctrl-C stops at once.
+    A terminal sends Ctrl-C to all processes of a run, so only the first process decides to stop at once. Otherwise one
+    process could end before the others.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, directory: Path, meter: Meter) -> None:
+    def __init__(self, directory: Path, meter: Meter, minutes: float, steps: int) -> None:
         self.directory = directory
         self.meter = meter
+        self.minutes = minutes  # between checkpoints inside an epoch; 0: none
+        self.steps = steps  # optimizer steps between them; 0: none
         self.requested = False
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
@@ -231,13 +244,25 @@ class GracefulStop(Callback):
         last = batch_idx + 1 >= trainer.num_training_batches  # Lightning writes a checkpoint after the validation
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        requested = self.requested
-        if trainer.world_size > 1:  # ranks receive a signal at different steps but must stop at the same step
-            requested = trainer.strategy.reduce_boolean_decision(requested, all=False)
-        if requested:
-            self.meter.tick(pl_module)
-            trainer.save_checkpoint(self.directory / LAST_CHECKPOINT)
+        # Ranks receive a signal at different steps, and only the first one watches the clock. But all of them must
+        # write a checkpoint, and stop, at the same step.
+        if not self._any_rank(trainer, self.requested or self._due(trainer)):
+            return
+        stop = self._any_rank(trainer, self.requested)
+        self.meter.tick(pl_module)
+        trainer.save_checkpoint(self.directory / LAST_CHECKPOINT)
+        if stop:
             raise Interrupted
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        """Whether this process finds that a checkpoint inside the epoch is due."""
+        files: Any = trainer.strategy.checkpoint_io
+        by_steps = self.steps > 0 and trainer.global_step % self.steps == 0
+        return by_steps or (trainer.is_global_zero and files.due(self.minutes))
+
+    @staticmethod
+    def _any_rank(trainer: pl.Trainer, decision: bool) -> bool:
+        return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
 
     def check(self) -> None:
         """Stops the run between two phases, if a signal has arrived.

@@ -69,7 +69,7 @@ def estimate(
     keeps = not hardware.on_gpu and training.epochs > 1
     frozen = classifier.frozen_outputs(repeated, frozen_cache_gb) if keeps else {}
 
-    activations = _kept_for_backward(classifier, _to(batches[0], device))
+    activations = kept_for_backward(classifier, _to(batches[0], device))
     for batch in batches[:2]:  # warm-up: the first steps build kernels and allocate memory
         _step(classifier, task, optimizer, _to(batch, device), training.gradient_clip, None)
     seconds = _first_and_later(
@@ -137,7 +137,7 @@ def _step(
     optimizer.zero_grad()
 
 
-def _kept_for_backward(classifier: Classifier, batch: dict[str, Tensor]) -> int:
+def kept_for_backward(classifier: Classifier, batch: dict[str, Tensor]) -> int:
     """Bytes that a forward keeps for backward, without parameters. Views of one tensor count once."""
     parameters = {p.untyped_storage().data_ptr() for p in classifier.parameters()}
     kept: dict[int, int] = {}

@@ -20,6 +20,7 @@ from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.files import NOT_FINITE
 from finetuning.settings import TrainingSettings
 from finetuning.training.callbacks import ADVICE
+from finetuning.training.checkpoints import check_best
 from finetuning.training.optimization import make_optimizer, make_scheduler
 from finetuning.training.tasks import Task
 
@@ -53,6 +54,18 @@ class FineTuning(pl.LightningModule):
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         # A loaded model is in evaluation mode, and Lightning does not change that, so dropout would stay off.
         self.train()
+
+    def on_train_start(self) -> None:
+        """Computes the outputs of frozen layers that an interrupted run had, from the batches that made them.
+
+        In other batches their last bits would differ, and so would the trained weights.
+        """
+        outputs = self.frozen.get("train")
+        loader: Any = self.trainer.train_dataloader
+        if outputs is not None:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                for batch in loader.first_batches(self.trainer.global_step * self.settings.accumulate):
+                    self.classifier.logits(batch, outputs)
 
     def training_step(self, batch: Batch) -> Tensor:
         logits = self.classifier.logits(batch, self.frozen.get("train"))
@@ -119,6 +132,7 @@ class FineTuning(pl.LightningModule):
 
     def load_best(self, path: Path) -> None:
         """Loads the weights and the validation scores of the best checkpoint."""
+        check_best(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
         self.on_load_checkpoint(checkpoint)

@@ -14,7 +14,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from finetuning.runs.files import BEST_CHECKPOINT
 from finetuning.settings import HardwareSettings, TrainingSettings
-from finetuning.training.callbacks import BestCheckpoint, PatientStop, ProgressBar, ProgressLines
+from finetuning.training.callbacks import PatientStop, ProgressBar, ProgressLines
+from finetuning.training.checkpoints import BestCheckpoint, CheckpointFiles
 from finetuning.training.hardware import Hardware
 
 
@@ -63,7 +64,7 @@ def make_trainer(
         enable_progress_bar=at_terminal,
         default_root_dir=directory,
         # the job script requeues the job; Lightning must not do it a second time
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
     )
 
 

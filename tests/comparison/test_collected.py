@@ -7,6 +7,7 @@ import pytest
 
 from finetuning.comparison.collected import Row, Study, read_study, study_names
 from finetuning.errors import UserError
+from finetuning.runs.files import read_result, write_result
 from tests.synthetic_runs import outcomes, write_run
 
 
@@ -92,7 +93,14 @@ def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -
     frame.assign(row=7).to_parquet(path)
     with pytest.raises(UserError, match="every test text once"):
         _ = read_study("s", tmp_path).runs[0].predictions
+    frame.to_parquet(path)
+    write_result(folder, read_result(folder))
+    assert read_study("s", tmp_path).runs[0].predictions is not None
+    frame.assign(row=frame["row"] + 1).to_parquet(path)
+    with pytest.raises(UserError, match="was changed after its run wrote it"):
+        _ = read_study("s", tmp_path).runs[0].predictions
     frame.drop(columns="predicted").to_parquet(path)
+    write_result(folder, read_result(folder))
     with pytest.raises(UserError, match="cannot be read"):
         _ = read_study("s", tmp_path).runs[0].predictions
 

@@ -384,3 +384,14 @@ def test_lightning_resumes_with_the_rows_of_an_uninterrupted_run(
     fit(second, resume=tmp_path / "last.ckpt")
     assert first.seen + second.seen == whole.seen
     torch.testing.assert_close(second.weight, whole.weight)
+
+
+@pytest.mark.parametrize("count", [0, 5, 10_000])
+def test_a_continued_run_knows_the_batches_of_its_first_epoch(count: int) -> None:
+    """Outputs of frozen layers come from these batches, so they must be the same ones in the same order."""
+    lengths = review_lengths(200, 1)
+    whole = epoch(sampler(lengths), 0)
+    later = sampler(lengths)
+    later.load_state_dict({"epoch": 2, "position": 3, "batches": len(later)})
+    assert [batch.examples.tolist() for batch in later.first_batches(count)] == whole[:count]
+    assert later.state_dict()["position"] == 3

@@ -290,6 +290,11 @@ def test_stanford_download(stanford: Path, cache: Path, capsys: pytest.CaptureFi
     assert [len(split.texts) for split in texts.splits.values()] == [36, 4, 40]
     assert not any("unsup" in text for split in texts.splits.values() for text in split.texts)
     assert [path.name for path in cache.iterdir()] == ["imdb_stanford"]
+    train = cache / "imdb_stanford" / "train.parquet"
+    content = train.read_bytes()
+    train.write_bytes(content[:200] + b"?" + content[201:])
+    assert texts_of(STANFORD).splits["train"].texts == texts.splits["train"].texts, "downloaded again"
+    assert train.read_bytes() == content
     stanford.unlink()
     again = texts_of(STANFORD)
     assert again.splits["train"].texts == texts.splits["train"].texts, "the second time without network"

@@ -11,6 +11,7 @@ from finetuning.models import compiled
 from finetuning.models.compiled import VARIANTS, library
 from finetuning.models.cpu_kernels import takes_attention
 from finetuning.processor import instructions
+from finetuning.storage import sum_holds
 
 
 @pytest.mark.usefixtures("bf16_variant")
@@ -50,6 +51,11 @@ def test_processes_that_build_at_once_share_one_library(fresh_library: Path) -> 
     for process in processes:
         process.join()
     assert [path.suffix for path in (fresh_library / "kernels").iterdir()] == [".so"]
+    (path,) = (fresh_library / "kernels").iterdir()
+    content = path.read_bytes()
+    path.unlink()  # else it would change under the processes that have it loaded
+    path.write_bytes(content[:5000] + b"?" + content[5001:])
     kernels, state = library()
     assert isinstance(kernels, ctypes.CDLL)
     assert states == [state] * 3
+    assert sum_holds(path), "a damaged one is built again"

@@ -6,16 +6,21 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import (
     check_directory,
+    claimed_directory,
+    continuation,
     default_directory,
-    has_checkpoint,
     interrupted_settings,
     open_directory,
+    settings_to_run,
 )
 from finetuning.runs.files import (
+    BEST_CHECKPOINT,
     LAST_CHECKPOINT,
     OLD_SETTINGS,
+    PREVIOUS_CHECKPOINT,
     RESULT,
     RUN_FILES,
     SETTINGS,
@@ -23,9 +28,11 @@ from finetuning.runs.files import (
     read_status,
     settings_file,
 )
+from finetuning.runs.lock import LOCK
 from finetuning.storage import write_json
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
+ARCHIVE = memoryview(b"weights" + b"PK\x05\x06".ljust(22, b"\0"))
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -43,7 +50,7 @@ def check(directory: Path, resume: bool = False, overwrite: bool = False) -> Non
 def held_run(directory: Path, status: str | None = None) -> Path:
     """A directory as a run leaves it that was interrupted, or that ended with ``status``."""
     begin(directory)
-    (directory / LAST_CHECKPOINT).write_bytes(b"weights")
+    (directory / LAST_CHECKPOINT).write_bytes(ARCHIVE)
     if status:
         write_json(directory / RESULT, {"status": status})
     return directory
@@ -150,12 +157,79 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
     assert f"contains no run (no {SETTINGS})" in resume_refusal(tmp_path)
 
 
-def test_a_run_without_a_checkpoint_can_only_start_over(tmp_path: Path) -> None:
+def test_a_run_without_an_intact_checkpoint_can_only_start_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     begin(tmp_path)
     assert interrupted_settings(tmp_path) == STORED
-    assert not has_checkpoint(tmp_path)
+    config = RunConfig.from_settings(output_dir=tmp_path, resume=True)
+    anew, checkpoint = continuation(config, tmp_path)
+    assert (anew.run.resume, anew.run.overwrite, checkpoint) == (False, True, None)
+    assert capsys.readouterr().out == f"{tmp_path} has no checkpoint yet: starting over\n"
     (tmp_path / LAST_CHECKPOINT).touch()
-    assert has_checkpoint(tmp_path)
+    assert continuation(config, tmp_path)[1] is None
+    assert "has no intact checkpoint" in capsys.readouterr().out
+    write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+    assert continuation(config, tmp_path) == (config, tmp_path / LAST_CHECKPOINT)
+    assert continuation(anew, tmp_path) == (anew, None)
+
+
+def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tmp_path)
+    for _ in range(2):
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+    (tmp_path / LAST_CHECKPOINT).write_bytes((tmp_path / LAST_CHECKPOINT).read_bytes()[:-1])
+    (tmp_path / ".last.ckpt.0.tmp.ckpt").write_bytes(b"half")
+    config = RunConfig.from_settings(output_dir=tmp_path, resume=True)
+    assert continuation(config, tmp_path) == (config, tmp_path / PREVIOUS_CHECKPOINT)
+    begin(tmp_path, resume=True)
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path / LAST_CHECKPOINT} is damaged: the run continues without it\n"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, PREVIOUS_CHECKPOINT}
+    write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+    assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, PREVIOUS_CHECKPOINT, LAST_CHECKPOINT}
+
+
+def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path) -> None:
+    given = {"output_dir": tmp_path, "resume": "auto", "epochs": 3}
+    fresh = settings_to_run(given, {"seed": 5})
+    assert fresh is not None
+    assert (fresh.run.resume, fresh.run.overwrite, fresh.training.seed) == (False, False, 5)
+    begin(tmp_path, fresh.to_dict())
+    continued = settings_to_run(given, {"seed": 6})
+    assert continued is not None
+    assert (continued.run.resume, continued.training.seed) == (True, 5)
+    write_json(tmp_path / RESULT, {"status": "finished"})
+    (tmp_path / BEST_CHECKPOINT).touch()  # killed between its last two steps
+    with pytest.raises(UserError, match="--epochs 4: the run in"):
+        settings_to_run(given | {"epochs": 4}, {})
+    assert settings_to_run(given, {}) is None
+    assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, RESULT}
+    with pytest.raises(UserError, match="--resume auto: needs --output_dir PATH"):
+        settings_to_run({"resume": "auto"}, {})
+    for directory in (tmp_path, tmp_path / "new"):
+        with pytest.raises(UserError, match=r"--resume \w+: cannot be used with --overwrite"):
+            settings_to_run({"output_dir": directory, "resume": "auto", "overwrite": True}, {})
+
+
+def test_a_directory_has_one_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with claimed_directory(tmp_path, STORED, False, False) as lock:
+        assert lock.killed is None
+        for resume, overwrite in ((True, False), (False, True), (False, False)):
+            with pytest.raises(UserError, match=f"--output_dir {tmp_path}: is being written by process "):
+                claimed_directory(tmp_path, STORED, resume, overwrite)
+    assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}
+    with pytest.raises(UserError, match="another run has just started"):
+        claimed_directory(tmp_path, STORED, False, False)
+    assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}, "a refused one does not stay the holder"
+    (tmp_path / LOCK).write_text('{"host": "node1", "process": 12, "since": "today"}')
+    with claimed_directory(tmp_path, STORED, True, False):
+        assert capsys.readouterr().out.startswith(
+            "process 12 on node1 since today ended without a result: it was killed"
+        )
 
 
 @pytest.mark.parametrize("status", [None, "interrupted", "failed"])
@@ -165,7 +239,7 @@ def test_resume_takes_a_run_that_has_not_finished(tmp_path: Path, status: str | 
     assert interrupted_settings(tmp_path) == STORED
     check(tmp_path, resume=True)
     begin(tmp_path, resume=True)
-    assert (tmp_path / LAST_CHECKPOINT).read_bytes() == b"weights"
+    assert (tmp_path / LAST_CHECKPOINT).read_bytes() == ARCHIVE
 
 
 def test_resume_of_a_finished_run_is_refused(tmp_path: Path) -> None:

@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.runs.files import RESULT, read_status
-from finetuning.storage import write_atomically, write_json
+from finetuning.errors import UserError
+from finetuning.runs.files import (
+    ADAPTER,
+    PREDICTIONS,
+    RESULT,
+    check_unchanged,
+    read_result,
+    read_status,
+    write_result,
+)
+from finetuning.storage import read_json, sha256_of, write_atomically, write_json
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -46,3 +55,32 @@ def test_json_holds_no_nan(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     write_json(tmp_path / RESULT, {"name": "é", "loss": None})
     assert json.loads((tmp_path / RESULT).read_text(encoding="utf8")) == {"name": "é", "loss": None}
+
+
+def test_a_result_knows_its_files_and_itself(tmp_path: Path) -> None:
+    check_unchanged(tmp_path / ADAPTER)  # no run, so nothing is known
+    (tmp_path / ADAPTER).write_bytes(b"weights")
+    (tmp_path / PREDICTIONS).write_bytes(b"predictions")
+    write_result(tmp_path, {"status": "finished", "test": {"accuracy": 0.9}, "seconds": 1 / 3})
+    result = read_result(tmp_path)
+    assert result["sha256"][ADAPTER] == sha256_of(tmp_path / ADAPTER)
+    assert set(result["sha256"]) == {ADAPTER, PREDICTIONS, RESULT}
+    write_result(tmp_path, result | {"study": "s"})
+    assert read_result(tmp_path)["study"] == "s"
+    check_unchanged(tmp_path / ADAPTER)
+    (tmp_path / PREDICTIONS).write_bytes(b"prediction")
+    with pytest.raises(UserError, match=f"{PREDICTIONS} was changed after its run wrote it"):
+        check_unchanged(tmp_path / PREDICTIONS)
+
+    whole = read_json(tmp_path / RESULT)
+    for changed in (whole | {"seconds": 1 / 7}, whole | {"sha256": whole["sha256"] | {ADAPTER: "0" * 64}}):
+        write_json(tmp_path / RESULT, changed)
+        with pytest.raises(ValueError, match="it was changed after it was written"):
+            read_result(tmp_path)
+        with pytest.raises(UserError, match=f"{RESULT} cannot be used: it was changed"):
+            check_unchanged(tmp_path / ADAPTER)
+        assert read_status(tmp_path) is None
+    del whole["sha256"]
+    write_json(tmp_path / RESULT, whole)
+    assert read_result(tmp_path) == whole
+    check_unchanged(tmp_path / PREDICTIONS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finetuning.runs import measurements
-from finetuning.runs.measurements import environment_record, peak_memory, processor_seconds, was_alone
+from finetuning.runs.measurements import environment_record, free_memory, peak_memory, processor_seconds, was_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,3 +88,37 @@ def test_a_busy_child_counts_as_this_process() -> None:
     assert after is not None
     assert after[0] - before[0] > 0.9
     assert after[1] - before[1] > 0.9
+
+
+def write_facts(root: Path, facts: dict[str, str]) -> None:
+    for name, content in facts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+
+
+def test_free_memory_is_what_the_machine_and_all_control_groups_leave(tmp_path: Path) -> None:
+    assert free_memory(tmp_path) is None
+    write_facts(
+        tmp_path, {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB\n", "proc/self/cgroup": "0::/a/b\n"}
+    )
+    assert free_memory(tmp_path) == 5000 * 1024
+    group = "sys/fs/cgroup/a/"
+    stat = "anon 1\ninactive_file 1000\n"
+    write_facts(
+        tmp_path, {f"{group}memory.max": "3000000", f"{group}memory.current": "900000", f"{group}memory.stat": stat}
+    )
+    write_facts(
+        tmp_path, {f"{group}b/memory.max": "max", f"{group}b/memory.current": "1", f"{group}b/memory.stat": stat}
+    )
+    assert free_memory(tmp_path) == 3_000_000 - 900_000 + 1000, "the limit of the group above counts"
+    old = "sys/fs/cgroup/memory/job/"
+    write_facts(
+        tmp_path,
+        {
+            "proc/self/cgroup": "7:cpu:/x\n4:memory:/job\n",
+            f"{old}memory.limit_in_bytes": "2000000",
+            f"{old}memory.usage_in_bytes": "1900000",
+            f"{old}memory.stat": "total_inactive_file 50\n",
+        },
+    )
+    assert free_memory(tmp_path) == 100_050

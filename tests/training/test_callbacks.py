@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from finetuning.errors import TrainingFailed
-from finetuning.training.callbacks import BestCheckpoint, Meter
+from finetuning.runs.checkpoints import write_checkpoint
+from finetuning.training.callbacks import Meter
+from finetuning.training.checkpoints import BestCheckpoint
 from tests.test_finetune_lora import ROOT, flags
 
 
@@ -33,6 +35,10 @@ def test_the_best_checkpoint_is_known_where_its_directory_has_moved(tmp_path: Pa
     earlier.best_model_score = earlier.kth_value = score
     for folder in ("first", "second"):
         later = checkpoint(folder)
+        with pytest.raises(TrainingFailed, match=r"best\.ckpt is missing or damaged"):
+            later.load_state_dict(earlier.state_dict())
+        (tmp_path / folder).mkdir()
+        write_checkpoint(tmp_path / folder / "best.ckpt", memoryview(b"weights\0\0"))
         later.load_state_dict(earlier.state_dict())
         here = str(tmp_path / folder / "best.ckpt")
         assert (later.best_model_path, later.kth_best_model_path) == (here, here)

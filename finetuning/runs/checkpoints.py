@@ -1,0 +1,83 @@
+"""Checkpoint files: the last two of a run, each with a checksum. Nothing here imports torch.
+
+A checkpoint is a zip archive, as torch writes it. Its SHA-256 is the archive's comment. So torch can still read the
+file, and file and checksum can never belong to two different checkpoints.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
+from finetuning.storage import write_atomically
+
+MARK = b"sha256:"
+COMMENT_BYTES = len(MARK) + 64
+NO_COMMENT, WITH_COMMENT = (0).to_bytes(2, "little"), COMMENT_BYTES.to_bytes(2, "little")  # a zip archive's last field
+END, END_BYTES = b"PK\x05\x06", 22  # the record at the end of a zip archive without a comment
+CHUNK = 1 << 20
+
+
+def write_checkpoint(path: Path, archive: memoryview) -> None:
+    """Writes a checkpoint, next to the old one, and renames it. The last checkpoint so far becomes the previous one.
+
+    Args:
+        path: the file.
+        archive: what ``torch.save`` wrote: a zip archive without a comment.
+    """
+    digest = hashlib.sha256(archive).hexdigest().encode()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(archive[: -len(NO_COMMENT)])
+            file.write(WITH_COMMENT + MARK + digest)
+
+    keep = path.with_name(PREVIOUS_CHECKPOINT) if path.name == LAST_CHECKPOINT else None
+    write_atomically(path, write, keep)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint is as it was written. One from an earlier version has no checksum and needs only an end."""
+    try:
+        with path.open("rb") as file:
+            left = path.stat().st_size - len(WITH_COMMENT) - COMMENT_BYTES
+            file.seek(max(left, 0))
+            tail = file.read()
+            length, comment = tail[: len(WITH_COMMENT)], tail[len(WITH_COMMENT) :]
+            if not comment.startswith(MARK):
+                return tail[-END_BYTES:].startswith(END) and tail.endswith(NO_COMMENT)
+            digest = hashlib.sha256()
+            file.seek(0)
+            while left > 0 and (chunk := file.read(min(CHUNK, left))):
+                digest.update(chunk)
+                left -= len(chunk)
+            digest.update(NO_COMMENT)
+            return length == WITH_COMMENT and comment.removeprefix(MARK) == digest.hexdigest().encode()
+    except OSError:
+        return False
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether the run has a checkpoint, intact or not."""
+    return any((directory / name).is_file() for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT))
+
+
+def usable_checkpoint(directory: Path) -> Path | None:
+    """The newest intact checkpoint; ``None`` if the run must start over."""
+    files = (directory / name for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT))
+    return next((path for path in files if path.exists() and is_intact(path)), None)
+
+
+def discard_damaged(directory: Path) -> None:
+    """Removes damaged checkpoints, with a line of warning for each; else the next one would push out the good one."""
+    for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT):
+        path = directory / name
+        if path.is_file() and not is_intact(path):
+            print(f"warning: {path} is damaged: the run continues without it", file=sys.stderr)
+            path.unlink()
+
+
+def forget_unneeded(directory: Path) -> None:
+    """Removes what only a run that continues needs. The last checkpoint stays."""
+    for name in (PREVIOUS_CHECKPOINT, BEST_CHECKPOINT):
+        (directory / name).unlink(missing_ok=True)

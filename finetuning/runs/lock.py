@@ -1,0 +1,92 @@
+"""One writer per run directory: a lock that says who holds it.
+
+The system frees the lock when its process ends, however it ends. The file stays only if the process was killed, so the
+next run can say so. On a network file system, other hosts see the lock if the file system passes locks on: NFS does,
+Lustre if it was mounted with ``-o flock``. A file system without locks lets the run start, with a warning.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from finetuning.errors import UserError
+
+LOCK = ".lock"
+
+
+class DirectoryLock:
+    """Holds a run directory until the context ends. The directory is made if it does not exist.
+
+    Attributes:
+        killed: what ``who`` says of a process that was killed while it held the directory; ``None`` if none was.
+
+    Raises:
+        UserError: a living process holds the directory, or it cannot be written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOCK
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = self._locked(directory)
+        except OSError as error:
+            raise UserError(f"--output_dir {directory}: cannot be written: {error.strerror}") from None
+        self.killed = who(self._file.read())
+        self._file.seek(0)
+        self._file.truncate()
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        json.dump({"host": platform.node(), "process": os.getpid(), "since": since}, self._file)
+        self._file.flush()
+
+    def _locked(self, directory: Path) -> Any:
+        while True:
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with file:
+                    holder = who(file.read()) or "another process"
+                raise UserError(
+                    f"--output_dir {directory}: is being written by {holder}: wait, or give another directory"
+                ) from None
+            except OSError as error:
+                print(f"warning: {directory} cannot be locked ({error.strerror}): start no second run", file=sys.stderr)
+                return file
+            if _same_file(file.fileno(), self.path):
+                return file
+            file.close()  # the holder removed it between our open and our lock
+
+    def __enter__(self) -> "DirectoryLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives the directory free."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def who(content: str) -> str | None:
+    """``process 12 on HOST since TIME``, from a lock's content; ``None`` if it says nothing."""
+    try:
+        holder = json.loads(content)
+        return f"process {holder['process']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

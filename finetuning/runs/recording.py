@@ -1,0 +1,73 @@
+"""``result.json`` of a run, however it ends, and what the run prints at its end. Nothing here imports torch."""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetuning.config import RunConfig
+from finetuning.errors import Interrupted, first_line
+from finetuning.processes import is_helper, undisturbed
+from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint
+from finetuning.runs.files import RESULT, write_result
+from finetuning.runs.records import command_line, summary
+
+OUT_OF_MEMORY = (
+    "out of memory: lower --batch_tokens, or use --gradient_checkpointing True; the last checkpoint is kept, and"
+    " --resume takes the second of these flags"
+)
+
+
+@contextmanager
+def recorded(directory: Path, config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Writes ``result.json``, whether the steps in the context finish, fail or are interrupted."""
+    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": command_line(sys.argv)}
+    try:
+        yield result
+        result["status"] = "finished"
+        if not is_helper():
+            print(summary(directory, result), flush=True)
+    except (Interrupted, KeyboardInterrupt, SystemExit) as error:  # Lightning turns a second Ctrl-C into SystemExit
+        result["status"] = "interrupted"
+        if not is_helper():
+            print(_interruption(directory, at_once=not isinstance(error, Interrupted)), file=sys.stderr)
+    except Exception as error:
+        reason = OUT_OF_MEMORY if _is_out_of_memory(error) else first_line(error, name_file=True)
+        result |= {"error": reason, "traceback": traceback.format_exc()}
+    if not is_helper():
+        with undisturbed():
+            _write_result(directory, result)
+    if result["status"] == "failed":
+        print(f"failed: {result['error']}", file=sys.stderr)
+        if config.run.verbose:
+            print(result["traceback"], file=sys.stderr)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU, torch's allocator or Python had no memory left. torch's allocator has no error of its own."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or "can't allocate memory" in str(error)
+
+
+def _write_result(directory: Path, result: dict[str, Any]) -> None:
+    """Writes ``result.json``. If that fails, the run counts as failed."""
+    try:
+        write_result(directory, result)
+        if result["status"] == "finished":  # only now, so that a run killed before this point can continue
+            forget_unneeded(directory)
+    except OSError as error:
+        reason = f"{RESULT} cannot be written: {error.strerror}"
+        earlier = f"{result['error']}; " if "error" in result else ""
+        result |= {"status": "failed", "error": earlier + reason}
+        result.setdefault("traceback", traceback.format_exc())
+
+
+def _interruption(directory: Path, at_once: bool) -> str:
+    """The message of an interrupted run, with the command that continues it."""
+    command = command_line([sys.argv[0], "--resume", "--output_dir", str(directory)])
+    if not has_checkpoint(directory):
+        return f"interrupted before the first checkpoint; start over with: {command}"
+    note = "\nit stopped at once, so the last checkpoint is from an earlier step" if at_once else ""
+    return f"interrupted; continue with: {command}{note}"

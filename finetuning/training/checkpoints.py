@@ -1,0 +1,66 @@
+"""Checkpoints of a run: how Lightning writes them, when one is due inside an epoch, and which one is the best."""
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from finetuning.errors import TrainingFailed
+from finetuning.runs.checkpoints import is_intact, write_checkpoint
+
+LARGEST_SHARE = 0.01  # of a run's time that checkpoints inside epochs may take
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes each checkpoint with a checksum, keeps the one before the last, and knows what writing costs.
+
+    Lightning's own writer does not wait for the disk, and moves the file from the folder of temporary files: on another
+    disk that is a copy, which a kill leaves half-written.
+    """
+
+    def __init__(self) -> None:
+        self._saved = time.monotonic()
+        self._cost = 0.0
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes a checkpoint; Lightning calls it in the first process only."""
+        began = time.monotonic()
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_checkpoint(Path(path), buffer.getbuffer())
+        self._saved = time.monotonic()
+        self._cost = self._saved - began
+
+    def due(self, minutes: float) -> bool:
+        """Whether the last checkpoint is this old, and the next one does not cost too large a share of the time."""
+        return minutes > 0 and time.monotonic() - self._saved >= max(60 * minutes, self._cost / LARGEST_SHARE)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Finds the best checkpoint of a continued run even if its directory was moved or mounted elsewhere."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        moved = {key: self._in_this_directory(value) for key, value in state_dict.items() if key.endswith("_path")}
+        best = {self._in_this_directory(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"best_k_models": best, "dirpath": self.dirpath})
+        if self.best_model_path:
+            check_best(Path(self.best_model_path))
+
+    def _in_this_directory(self, path: str) -> str:
+        return str(Path(self.dirpath or "") / Path(path).name) if path else path
+
+
+def check_best(path: Path) -> None:
+    """Checks the best checkpoint, before a continued run trains on for nothing and again when it is read.
+
+    Raises:
+        TrainingFailed: it is missing or damaged.
+    """
+    if not is_intact(path):
+        raise TrainingFailed(
+            f"{path} is missing or damaged, and no other file has the best weights so far: start over with --overwrite"
+        )

@@ -1,0 +1,72 @@
+import io
+import random
+import shutil
+from pathlib import Path
+
+import torch
+
+from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint, is_intact, usable_checkpoint, write_checkpoint
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
+
+
+def archive(value: float) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save({"value": torch.full((50,), value)}, buffer)
+    return buffer.getbuffer()
+
+
+def value(path: Path) -> float:
+    return float(torch.load(path, weights_only=True)["value"][0])
+
+
+def test_the_last_two_are_kept_and_torch_reads_them(tmp_path: Path) -> None:
+    last, previous, best = (tmp_path / name for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, BEST_CHECKPOINT))
+    assert not has_checkpoint(tmp_path)
+    assert usable_checkpoint(tmp_path) is None
+    for number in range(3):
+        write_checkpoint(last, archive(number))
+        write_checkpoint(best, archive(10 * number))
+    assert [value(path) for path in (last, previous, best)] == [2, 1, 20]
+    assert usable_checkpoint(tmp_path) == last
+    last.unlink()  # as a process leaves it that is killed between the two renamings
+    assert has_checkpoint(tmp_path)
+    assert usable_checkpoint(tmp_path) == previous
+    forget_unneeded(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_damage_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / LAST_CHECKPOINT
+    write_checkpoint(path, archive(1))
+    assert is_intact(path)
+    content = path.read_bytes()
+    generator = random.Random(0)
+    tail = range(len(content) - 100, len(content))
+    for position in [*generator.sample(range(len(content)), 200), *tail]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        assert not is_intact(path), position
+    for kept in (0, 1, 70, 71, 73, 74, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:kept])
+        assert not is_intact(path), kept
+    path.unlink()
+    path.mkdir()
+    assert not is_intact(path)
+
+
+def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, archive(number))
+    shutil.copy(tmp_path / LAST_CHECKPOINT, tmp_path / "copy")
+    (tmp_path / LAST_CHECKPOINT).write_bytes(b"")
+    assert usable_checkpoint(tmp_path) == tmp_path / PREVIOUS_CHECKPOINT
+    (tmp_path / PREVIOUS_CHECKPOINT).write_bytes(b"")
+    assert usable_checkpoint(tmp_path) is None
+
+
+def test_one_of_an_earlier_version_has_no_checksum(tmp_path: Path) -> None:
+    (tmp_path / LAST_CHECKPOINT).write_bytes(archive(3))
+    assert usable_checkpoint(tmp_path) == tmp_path / LAST_CHECKPOINT
+    (tmp_path / LAST_CHECKPOINT).write_bytes(archive(3)[:-1])
+    assert usable_checkpoint(tmp_path) is None

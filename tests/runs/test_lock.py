@@ -1,0 +1,70 @@
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetuning.errors import UserError
+from finetuning.runs.lock import LOCK, DirectoryLock
+
+HOLD = """
+import sys, pathlib
+from finetuning.runs.lock import DirectoryLock
+lock = DirectoryLock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+input()
+"""
+
+
+def test_a_living_process_is_named_and_a_killed_one_is_not_in_the_way(tmp_path: Path) -> None:
+    directory = tmp_path / "deep" / "run"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(directory)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )  # fmt: skip
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    holder = f"process {other.pid} on {os.uname().nodename} since 20"
+    with pytest.raises(UserError, match=f"--output_dir {directory}: is being written by {holder}.*: wait, or give"):
+        DirectoryLock(directory)
+    other.kill()
+    other.communicate()
+    with DirectoryLock(directory) as lock:
+        assert lock.killed is not None
+        assert lock.killed.startswith(holder)
+        assert json.loads((directory / LOCK).read_text())["process"] == os.getpid()
+    assert list(directory.iterdir()) == []
+    with DirectoryLock(directory) as lock:
+        assert lock.killed is None
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, flock, taken = DirectoryLock(tmp_path), fcntl.flock, []
+
+    def end_of_the_first(file: object, how: int) -> None:
+        taken.append(file)
+        if len(taken) == 1:  # between the second one's opening of the file and its lock
+            first.release()
+        flock(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", end_of_the_first)
+    with DirectoryLock(tmp_path), pytest.raises(UserError, match="is being written by"):
+        DirectoryLock(tmp_path)
+    assert len(taken) == 3
+
+
+def test_a_file_system_without_locks_lets_the_run_start_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with DirectoryLock(tmp_path):
+        (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"warning: {tmp_path} cannot be locked (No locks available): start no second run"
