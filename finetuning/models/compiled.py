@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finetuning.processor import instructions
-from finetuning.storage import cache_dir
+from finetuning.storage import cache_dir, write_atomically
 
 FOLDER = Path(__file__).resolve().parent / "kernels"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
@@ -90,14 +89,13 @@ def _build(compiler: str, variant: Variant) -> Path:
     identity = hashlib.sha256("\0".join([*map(str, command), *texts]).encode()).hexdigest()[:16]
     path = cache_dir() / "kernels" / f"{identity}.so"
     if not path.exists():
+        parts = [*(FOLDER / source for source in variant.sources), *_torchs_openmp()]
+
+        def compile_to(temporary: Path) -> None:
+            subprocess.run([*command, "-o", temporary, *parts], check=True, capture_output=True, text=True)
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several processes may build it at once
-        try:
-            command += ["-o", temporary, *(FOLDER / source for source in variant.sources), *_torchs_openmp()]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, compile_to)  # several processes may build it at once
     return path
 
 
