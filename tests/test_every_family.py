@@ -26,7 +26,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES
 from finetuning.models.fused import split_widths
-from finetuning.models.lora import LinearWithLoRA, lora_modules
+from finetuning.models.lora import LinearWithLoRA, ranks_and_alphas
 from finetuning.models.quantization import dequantized, is_quantized
 from finetuning.runs.weights import load_trained, peft_name, save_trained, separate_parts
 from finetuning.settings import LORA_TARGETS
@@ -90,7 +90,7 @@ def batch(model_type: str) -> dict[str, Tensor]:
 
 
 def save(directory: Path, classifier: Classifier, config: RunConfig) -> None:
-    family, targets = classifier.family, [name for name, _ in lora_modules(classifier.model)]
+    family, targets = classifier.family, ranks_and_alphas(classifier.model)
     save_trained(
         directory, classifier.saved_parameters(), config.lora, "base", targets, family.head_modules,
         split_widths(classifier.model), family.conv1d,

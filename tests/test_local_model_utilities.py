@@ -350,7 +350,8 @@ def test_without_the_products_the_linears_hold_the_same_weights(tiny_folders: di
     config = RunConfig.from_settings(model_name=str(tiny_folders["bert"]), max_length=32, precision="int8")
     folder = find_base_model(config)
     packed, dense = (
-        build_classifier(config, folder, NAMES, torch.float32, products).model for products in (True, False)
+        build_classifier(config, folder, NAMES, torch.float32, int8_products=products).model
+        for products in (True, False)
     )
     name = "bert.encoder.layer.0.output.dense"
     torch.testing.assert_close(dense.get_submodule(name).weight, dequantized(packed.get_submodule(name)))

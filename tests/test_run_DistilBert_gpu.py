@@ -41,9 +41,9 @@ def test_a_job_runs_with_its_flags_and_writes_to_a_directory_of_its_own(ready: C
 
 
 def test_a_refused_job_fails_with_status_2_and_is_not_requeued(ready: Cluster, flags: list[str]) -> None:
-    done = ready.submit("--wait", str(SCRIPT), *flags, "--epochs", "0", check=False)
+    done = ready.submit("--wait", str(SCRIPT), *flags, "--epochs", "-1", check=False)
     assert done.returncode == 2, ready.log()
-    assert "error: --epochs 0" in ready.log()
+    assert "error: --epochs -1" in ready.log()
     assert "Restarts=0" in ready.job(done.stdout.strip())
 
 

@@ -96,7 +96,7 @@ def _build(compiler: str, variant: Variant) -> Path:
             append_sum(temporary)
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, compile_to)  # several processes may do it at once
+        write_atomically(path, compile_to)  # several processes may build it at once
     return path
 
 
