@@ -116,6 +116,8 @@ def damaged_checkpoint(commands: Commands, generator: random.Random, directory: 
 def _identical_or_refused(commands: Commands, words: list[str], directory: Path, whole: Path, damaged: bool) -> str:
     outcome = commands.run([*words, "--resume", "auto"])
     if outcome.status == 0:
+        for folder in directory.glob("*/"):  # that replaced a file which is no longer needed
+            folder.rmdir()
         require_same(directory, whole)
         return "identical"
     require(damaged and refused_in_one_line(outcome), "after damage", outcome)

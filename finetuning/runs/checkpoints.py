@@ -6,6 +6,7 @@ file, and file and checksum can never belong to two different checkpoints.
 
 import hashlib
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
@@ -78,6 +79,7 @@ def discard_damaged(directory: Path) -> None:
 
 
 def forget_unneeded(directory: Path) -> None:
-    """Removes what only a run that continues needs. The last checkpoint stays."""
+    """Removes what only a run that continues needs. The last checkpoint stays. What cannot be removed does no harm."""
     for name in (PREVIOUS_CHECKPOINT, BEST_CHECKPOINT):
-        (directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            (directory / name).unlink()

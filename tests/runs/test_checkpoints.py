@@ -33,6 +33,9 @@ def test_the_last_two_are_kept_and_torch_reads_them(tmp_path: Path) -> None:
     assert usable_checkpoint(tmp_path) == previous
     forget_unneeded(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    best.mkdir()  # somebody else's
+    forget_unneeded(tmp_path)
+    assert list(tmp_path.iterdir()) == [best]
 
 
 def test_every_damage_is_noticed(tmp_path: Path) -> None:
