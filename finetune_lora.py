@@ -8,12 +8,12 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.config import RunConfig, check_data_dir, continued
+from finetuning.config import RunConfig, check_data_dir, check_trackers, continued
 from finetuning.errors import Interrupted, UserError, first_line, not_installed
 from finetuning.flags import given_flags
 from finetuning.processes import is_helper, share_directory, share_processors, shared_directory
@@ -25,7 +25,7 @@ from finetuning.runs.directory import (
     interrupted_settings,
     open_directory,
 )
-from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RESULT
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, REPORT, RESULT
 from finetuning.runs.records import (
     NOT_ASKED_FOR,
     command_line,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fai
     from finetuning.training.callbacks import GracefulStop, Meter
     from finetuning.training.hardware import Hardware
     from finetuning.training.module import FineTuning
+    from finetuning.training.trackers import Trackers
 
 DESCRIPTION = "Fine-tune a DistilBERT, BERT or RoBERTa text classifier: LoRA, QLoRA, the last layers or all weights."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
     try:
         config = read_settings_of(sys.argv[1:] if argv is None else argv, defaults or {})
         check_data_dir(config.data.data_dir)
+        check_trackers(config.run)
         limit_libraries()
         share_processors()
         if config.run.prefetch:
@@ -189,11 +191,13 @@ def run(config: RunConfig) -> dict[str, Any]:
         UserError: input is refused, and nothing was written.
     """
     setup = prepare(config)
+    trackers = trackers_of(setup)
     with recorded(setup) as result:
         classifier = build_model(setup, result)
-        with watched(setup, result) as (meter, stop):
+        with watched(setup, result, trackers) as (meter, stop):
             trainer, module = train(setup, classifier, meter, stop, result)
             evaluate(setup, trainer, module, stop, result)
+    present(setup, result, trackers)
     return result
 
 
@@ -329,7 +333,11 @@ def evaluate(
         result["test"] = test_record(module.scores["test"], len(setup.splits["test"]), seconds)
     stop.check()
     if trainer.is_global_zero:
-        write_predictions(setup.directory, module.predictions)
+        lengths = {
+            name: dict(zip(split.rows.tolist(), split.lengths.tolist(), strict=True))
+            for name, split in setup.splits.items()
+        }
+        write_predictions(setup.directory, module.predictions, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,15 +369,19 @@ def recorded(setup: Setup) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def watched(setup: Setup, result: dict[str, Any]) -> "Iterator[tuple[Meter, GracefulStop]]":
+def watched(
+    setup: Setup, result: dict[str, Any], trackers: "Trackers | None"
+) -> "Iterator[tuple[Meter, GracefulStop]]":
     """Handles signals, and writes memory, time and whether the machine was shared into ``result``."""
     from finetuning.runs.measurements import peak_memory, process_seconds, processor_seconds, was_alone
     from finetuning.training.callbacks import GracefulStop, Meter
     from finetuning.training.trainer import leave_process_group, quiet_lightning
 
     config = setup.config
+    if trackers is not None:
+        trackers.open(config.to_dict(), config.run.resume)
     started, busy = time.perf_counter(), processor_seconds()
-    meter = Meter(setup.directory)
+    meter = Meter(setup.directory, on_row=trackers.log if trackers else None)
     stop = GracefulStop(setup.directory, meter)
     with quiet_lightning(), stop.listening():
         try:
@@ -382,6 +394,36 @@ def watched(setup: Setup, result: dict[str, Any]) -> "Iterator[tuple[Meter, Grac
             alone = was_alone(busy, time.perf_counter() - started) if one_process else None
             result["environment"]["alone"] = alone
     leave_process_group()
+
+
+def trackers_of(setup: Setup) -> "Trackers | None":
+    """The trackers of ``--tracker``, in the first process; ``None`` without any."""
+    if not setup.config.run.trackers or is_helper():
+        return None
+    from finetuning.training.trackers import Trackers
+
+    return Trackers(setup.config.run.trackers, setup.directory)
+
+
+def present(setup: Setup, result: dict[str, Any], trackers: "Trackers | None") -> None:
+    """Shows the result: ``report.html`` of a finished run, and the trackers. Whatever fails here, the run stands."""
+    from finetuning.report.page import write_report
+
+    config = setup.config
+    if config.run.report and result["status"] == "finished" and not is_helper():
+        texts = {
+            name: dict(zip(split.rows.tolist(), split.texts, strict=True))
+            for name, split in setup.texts.splits.items()
+            if name != "train"
+        }
+        try:
+            path = write_report(setup.directory, result, texts if config.run.report_texts else None)
+            print(f"{'report':<11} {path}", flush=True)
+        except (Exception, KeyboardInterrupt) as error:
+            print(f"warning: {REPORT} was not written: {first_line(error, name_file=True)}", file=sys.stderr)
+    if trackers is not None:
+        with suppress(KeyboardInterrupt):  # a tracker may wait for its server
+            trackers.close(result)
 
 
 def _write_result(directory: Path, result: dict[str, Any]) -> None:

@@ -11,21 +11,28 @@ from finetuning.runs.files import CURVE, METRICS, PREDICTIONS
 from finetuning.storage import write_atomically
 
 
-def write_predictions(directory: Path, splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
-    """Writes ``predictions.parquet``: for each text its split, row in the source, label and logits.
+def write_predictions(
+    directory: Path,
+    splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    tokens: dict[str, dict[int, int]],
+) -> None:
+    """Writes ``predictions.parquet``: for each text its split, row in the source, label, logits and length.
 
     Args:
         directory: the run directory.
         splits: split name -> rows (n,), labels (n,), logits (n, classes).
+        tokens: split name -> row -> length of the text in tokens, as the model read it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    lengths = [tokens[name][row] for name, (rows, _, _) in splits.items() for row in rows.tolist()]
     columns = {
         "split": np.concatenate([np.full(len(rows), name) for name, (rows, _, _) in splits.items()]).tolist(),
         "row": np.concatenate([rows for rows, _, _ in splits.values()]),
         "label": np.concatenate([labels for _, labels, _ in splits.values()]).astype(np.int16),
         "logits": [row for _, _, logits in splits.values() for row in logits.astype(np.float32)],
+        "tokens": np.array(lengths, dtype=np.int32),
     }
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
     write_atomically(directory / PREDICTIONS, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
