@@ -175,12 +175,12 @@ def test_a_tracker_or_report_that_fails_does_not_end_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     class Failing(DummyLogger):
-        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
             logged.append(step)
             if len(logged) == 3:
                 raise OSError(28, "No space left on device")
 
-    logged: list[int] = []
+    logged: list[int | None] = []
     monkeypatch.setitem(trackers.OPEN, "tensorboard", lambda *_: Failing())
     monkeypatch.setattr("finetuning.config.find_spec", lambda _: object())
     monkeypatch.setattr("finetuning.report.page.read_answers", lambda *_: 1 / 0)

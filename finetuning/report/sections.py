@@ -121,10 +121,10 @@ def length_table(answers: Answers, max_length: int) -> Table:
     cut = answers.tokens >= max_length
     whole = answers.tokens[~cut]
     shares = np.linspace(0, 1, GROUPS + 1)[1:]
-    longest = np.unique(np.quantile(whole, shares, method="lower")) if len(whole) else []
-    groups = np.searchsorted(longest, answers.tokens)
+    ends = np.unique(np.quantile(whole, shares, method="lower")) if len(whole) else whole
+    groups = np.searchsorted(ends, answers.tokens)
     rows = []
-    for group, end in enumerate(longest):
+    for group, end in enumerate(ends.tolist()):
         members = (groups == group) & ~cut
         start = answers.tokens[members].min()
         rows.append((f"{start} to {end}" if start < end else f"{end}", *_accuracy_cells(answers.right[members])))

@@ -54,7 +54,7 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
             _probability(confidence[i]),
             _text(texts, split, answers.rows[i]),
         )
-        for i in worst
+        for i in worst.tolist()
     ]
 
 
@@ -79,7 +79,7 @@ def probably_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Tex
 
 
 def _labels(given: np.ndarray, names: Sequence[str]) -> str:
-    return ", ".join(names[i] for i in np.flatnonzero(given)) or "no label"
+    return ", ".join(names[i] for i in np.flatnonzero(given).tolist()) or "no label"
 
 
 def _probability(value: float) -> str:

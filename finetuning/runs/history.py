@@ -14,26 +14,27 @@ from finetuning.storage import write_atomically
 def write_predictions(
     directory: Path,
     splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
-    tokens: dict[str, dict[int, int]],
+    tokens: dict[str, dict[int, int]] | None = None,
 ) -> None:
     """Writes ``predictions.parquet``: for each text its split, row in the source, label, logits and length.
 
     Args:
         directory: the run directory.
         splits: split name -> rows (n,), labels (n,), logits (n, classes).
-        tokens: split name -> row -> length of the text in tokens, as the model read it.
+        tokens: split name -> row -> length of the text in tokens, as the model read it; ``None`` leaves it out.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    lengths = [tokens[name][row] for name, (rows, _, _) in splits.items() for row in rows.tolist()]
-    columns = {
+    columns: dict[str, Any] = {
         "split": np.concatenate([np.full(len(rows), name) for name, (rows, _, _) in splits.items()]).tolist(),
         "row": np.concatenate([rows for rows, _, _ in splits.values()]),
         "label": np.concatenate([labels for _, labels, _ in splits.values()]).astype(np.int16),
         "logits": [row for _, _, logits in splits.values() for row in logits.astype(np.float32)],
-        "tokens": np.array(lengths, dtype=np.int32),
     }
+    if tokens is not None:
+        lengths = [tokens[name][row] for name, (rows, _, _) in splits.items() for row in rows.tolist()]
+        columns["tokens"] = np.array(lengths, dtype=np.int32)
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
     write_atomically(directory / PREDICTIONS, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 

@@ -16,7 +16,7 @@ def test_scores_have_intervals_and_what_was_not_measured_is_left_out() -> None:
     result = result_of_run(["a", "b"], {"test": split})
     result["test"] |= {"accuracy": 0.8, "auroc": 0.9}
     table = sections.score_table(result, {"test": answers})
-    rows = dict(table.rows)
+    rows = {row[0]: row[1] for row in table.rows}
     assert table.columns == ("score", "test")
     assert list(rows) == ["accuracy", "AUROC", "loss, nats", "texts"]
     assert rows["accuracy"].startswith("80.00 % (")

@@ -21,6 +21,7 @@ def true_answers(n: int, seed: int, several: bool = False) -> Answers:
 def test_the_temperature_undoes_what_was_done_to_the_logits(several: bool, temperature: float) -> None:
     answers = true_answers(8_000, 0, several).cooled(1 / temperature)
     found = fit_temperature(answers)
+    assert found is not None
     assert found == pytest.approx(temperature, rel=0.06)
     best = answers.cooled(found).losses.mean()
     assert all(best < answers.cooled(found * factor).losses.mean() for factor in (0.97, 1.03))

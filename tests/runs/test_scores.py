@@ -35,15 +35,19 @@ def test_class_scores_are_those_of_torchmetrics() -> None:
 def test_the_functions_of_sums_are_the_scores() -> None:
     """Their values for the texts as they are, so the intervals are about what ``result.json`` holds."""
     answers = random_answers(150, 5)
-    sums = [part.sum(0, keepdims=True) for part in scores._counts(answers)]
+    right, guesses, true = (part.sum(0, keepdims=True) for part in scores._counts(answers))
     given, labels = torch.from_numpy(answers.logits), torch.from_numpy(answers.truth.argmax(1))
-    assert scores._macro_f1(*sums, False)[0] == pytest.approx(float(metrics.multiclass_f1_score(given, labels, 5)))
-    assert scores._mcc(*sums, 150)[0] == pytest.approx(float(metrics.multiclass_matthews_corrcoef(given, labels, 5)))
+    assert scores._macro_f1(right, guesses, true, False)[0] == pytest.approx(
+        float(metrics.multiclass_f1_score(given, labels, 5))
+    )
+    assert scores._mcc(right, guesses, true, 150)[0] == pytest.approx(
+        float(metrics.multiclass_matthews_corrcoef(given, labels, 5))
+    )
     several = random_answers(150, 5, several=True)
-    sums = [part.sum(0, keepdims=True) for part in scores._counts(several)]
+    right, guesses, true = (part.sum(0, keepdims=True) for part in scores._counts(several))
     answered, truth = torch.from_numpy(several.given).long(), torch.from_numpy(several.truth).long()
     expected = metrics.multilabel_f1_score(answered, truth, 5, average="macro")
-    assert scores._macro_f1(*sums, True)[0] == pytest.approx(float(expected))
+    assert scores._macro_f1(right, guesses, true, True)[0] == pytest.approx(float(expected))
 
 
 def test_intervals_hold_the_score_and_shrink_with_more_texts() -> None:
