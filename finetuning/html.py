@@ -23,7 +23,9 @@ def render(template: Path, **content: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"with_code": _with_code, "cell_classes": _cell_classes}
+    environment.filters |= {
+        "with_code": _with_code, "cell_classes": _cell_classes, "with_whole_brackets": _with_whole_brackets,
+    }  # fmt: skip
     return environment.get_template(template.name).render(**content)
 
 
@@ -35,6 +37,12 @@ def data_url(png: bytes) -> str:
 def _with_code(text: str) -> Markup:
     """HTML of a sentence with code between Markdown's backticks."""
     return Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _with_whole_brackets(cell: str) -> Markup:
+    """HTML of a cell that can break only before an interval in brackets: ``96.60 % (94.63 to 97.86)``."""
+    whole = r'<span class="whole">\1</span> <span class="whole">\2</span>'
+    return Markup(re.sub(r"^([^(]+) (\([^()]+ to [^()]+\))$", whole, str(escape(cell))))
 
 
 def _cell_classes(table: Table) -> list[str]:

@@ -13,6 +13,7 @@ from finetuning.runs.answers import Answers, read_answers
 from finetuning.runs.calibration import fit_temperature, reliability
 from finetuning.runs.files import CURVE, REPORT
 from finetuning.runs.records import accuracy_interval
+from finetuning.runs.score_tables import class_table, percent, score_table
 from finetuning.settings import RunSettings
 from finetuning.storage import write_text
 
@@ -72,9 +73,9 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         split=split,
         names=names,
         headline=_headline(split, main),
-        scores=sections.score_table(result, answers),
+        scores=score_table(result, answers),
         curve=data_url((directory / CURVE).read_bytes()) if (directory / CURVE).exists() else None,
-        classes=sections.class_table(main, names),
+        classes=class_table(main, names),
         confusion=sections.confusion_cells(main),
         confusions=sections.confusion_table(main, names),
         calibration=_calibration(answers, split),
@@ -96,7 +97,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
 def _headline(split: str, answers: Answers) -> str:
     measure = "exact match" if answers.several else "accuracy"
     accuracy = float(answers.right.mean())
-    return f"{split} {measure} {sections.percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))}"
+    return f"{split} {measure} {percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))}"
 
 
 def _calibration(answers: dict[str, Answers], split: str) -> dict[str, Any]:
@@ -115,7 +116,6 @@ def _calibration(answers: dict[str, Answers], split: str) -> dict[str, Any]:
 
 
 def _cut(answers: Answers, max_length: int) -> str | None:
-    """The share of texts that reach the longest length."""
-    if answers.tokens is None:
-        return None
-    return sections.percent(float((answers.tokens >= max_length).mean()))
+    """The share of texts that reach the longest length; ``None`` if none does, or lengths are not known."""
+    share = 0.0 if answers.tokens is None else float((answers.tokens >= max_length).mean())
+    return percent(share) if share else None

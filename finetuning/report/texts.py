@@ -1,12 +1,13 @@
 """Held-out texts that a reader of the report should see: confident mistakes, and labels that are probably wrong."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from finetuning.report.mislabelled import suspects
-from finetuning.runs.answers import Answers
+from finetuning.runs.answers import Answers, joined
 
 MISTAKES = 20
 SUSPECTS = 500  # listed at most
@@ -32,7 +33,9 @@ def shortened(text: str) -> str:
     line = " ".join(text.encode("utf8", "replace").decode("utf8").split())
     if len(line) <= SHOWN_START + SHOWN_END + 5:
         return line
-    return f"{line[:SHOWN_START]} ... {line[-SHOWN_END:]}"
+    start = re.sub(r"(?<= )\S{0,30}$", "", line[:SHOWN_START])  # not in the middle of a word
+    end = re.sub(r"^\S{0,30}(?= )", "", line[-SHOWN_END:])
+    return f"{start.rstrip()} ... {end.lstrip()}"
 
 
 def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts: Texts | None) -> list[Shown]:
@@ -63,7 +66,6 @@ def probably_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Tex
     parts = {split: part for split, part in answers.items() if not part.several}
     if not parts:
         return []
-    truth, logits = (np.concatenate([getattr(part, name) for part in parts.values()]) for name in ("truth", "logits"))
     places = [(split, int(row)) for split, part in parts.items() for row in part.rows]
     return [
         Shown(
@@ -74,7 +76,7 @@ def probably_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Tex
             _probability(s.better_probability),
             _shown_texts(texts, *places[s.position]),
         )
-        for s in suspects(Answers(np.arange(len(places)), truth, logits))
+        for s in suspects(joined(list(parts.values())))
     ]
 
 

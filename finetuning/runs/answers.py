@@ -1,5 +1,6 @@
 """What a finished run answered for its held-out texts: ``predictions.parquet`` as arrays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,9 +36,7 @@ class Answers:
     @cached_property
     def given(self) -> np.ndarray:
         """(n, classes) bool, the labels that the run gave."""
-        if self.threshold is not None:
-            return self.probabilities > self.threshold
-        return np.arange(self.logits.shape[1]) == self.logits.argmax(1)[:, None]
+        return decided(self.probabilities if self.several else self.logits, self.threshold)
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -57,6 +56,26 @@ class Answers:
     def cooled(self, temperature: float) -> "Answers":
         """The same answers with logits divided by a temperature."""
         return replace(self, logits=self.logits / temperature)
+
+    def taken(self, positions: np.ndarray) -> "Answers":
+        """The answers for the texts at some positions."""
+        tokens = None if self.tokens is None else self.tokens[positions]
+        return replace(
+            self, rows=self.rows[positions], truth=self.truth[positions], logits=self.logits[positions], tokens=tokens
+        )
+
+
+def decided(scores: np.ndarray, threshold: float | None) -> np.ndarray:
+    """(n, classes) bool: the labels whose probability is above the threshold, or without one the highest score."""
+    if threshold is not None:
+        return scores > threshold
+    return np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The answers for the texts of several splits, one after another. Lengths are left out."""
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "truth", "logits")}
+    return Answers(**columns, threshold=parts[0].threshold)
 
 
 def read_answers(directory: Path, threshold: float | None = None) -> dict[str, Answers]:

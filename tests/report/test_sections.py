@@ -2,26 +2,11 @@ import numpy as np
 
 from finetuning.report import sections
 from finetuning.runs.answers import Answers
-from tests.report.conftest import random_split, result_of_run
 
 
 def answers_of(labels: np.ndarray, given: np.ndarray, classes: int, tokens: np.ndarray | None = None) -> Answers:
     truth, logits = np.eye(classes, dtype=bool)[labels], 3.0 * np.eye(classes)[given]
     return Answers(np.arange(len(labels)), truth, logits, tokens)
-
-
-def test_scores_have_intervals_and_what_was_not_measured_is_left_out() -> None:
-    split = random_split(100, 2, 0)
-    answers = answers_of(split[0], split[1].argmax(1), 2)
-    result = result_of_run(["a", "b"], {"test": split})
-    result["test"] |= {"accuracy": 0.8, "auroc": 0.9}
-    table = sections.score_table(result, {"test": answers})
-    rows = {row[0]: row[1] for row in table.rows}
-    assert table.columns == ("score", "test")
-    assert list(rows) == ["accuracy", "AUROC", "loss, nats", "texts"]
-    assert rows["accuracy"].startswith("80.00 % (")
-    assert rows["AUROC"] == "90.00 %"
-    assert rows["texts"] == "100"
 
 
 def test_the_confusion_matrix_has_a_row_for_each_true_class() -> None:

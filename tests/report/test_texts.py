@@ -40,6 +40,8 @@ def test_a_long_text_loses_its_middle_and_what_is_not_unicode() -> None:
     assert shortened(text).endswith("xxx end")
     assert " ... " in shortened(text)
     assert len(shortened(text)) < 500
+    words = [f"word{i}" for i in range(200)]
+    assert set(shortened(" ".join(words)).split()) <= {*words, "..."}
 
 
 def test_suspects_by_hand() -> None:
