@@ -16,6 +16,7 @@ from finetuning.config import RunConfig, check_data_dir
 from finetuning.errors import UserError, not_installed
 from finetuning.flags import given_flags
 from finetuning.processes import is_helper, share_directory, share_processors, shared_directory, stoppable
+from finetuning.processor import limit_libraries
 from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.directory import (
     check_directory,
