@@ -130,7 +130,10 @@ def list_command(options: argparse.Namespace) -> int:
 
 def collect_command(options: argparse.Namespace) -> int:
     """Copies what the report needs into the folder of ``--results``."""
-    collect(study_runs(options), options.stage, options.results)
+    try:
+        collect(study_runs(options), options.stage, options.results)
+    except OSError as error:
+        raise UserError(first_line(error, name_file=True)) from None
     return 0
 
 

@@ -2,18 +2,29 @@
 
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Iterable
 
+UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, stray surrogates and line breaks
 
-class UserError(Exception):
+
+class OneLine(Exception):
+    """An error whose message is one line, whatever was given: a line break or a terminal's command in it is spelled."""
+
+    def __init__(self, message: str) -> None:
+        seen = (c.encode("unicode_escape").decode() if unicodedata.category(c) in UNSEEN else c for c in message)
+        super().__init__("".join(seen))
+
+
+class UserError(OneLine):
     """Refused input, in one line: the flag and its value, what is allowed, what to do. Exit status 2."""
 
 
-class TrainingFailed(Exception):
+class TrainingFailed(OneLine):
     """A run that cannot continue, in one line. Exit status 1."""
 
 
-class ExportFailed(Exception):
+class ExportFailed(OneLine):
     """An exported folder that does not compute what its run does, in one line. Exit status 1."""
 
 

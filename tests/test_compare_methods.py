@@ -232,6 +232,22 @@ def test_many_classes_keep_their_numbers() -> None:
     assert table["label"].to_pylist() == table["predicted"].to_pylist() == list(range(200))
 
 
+@pytest.mark.parametrize("instead", ["nothing", "a folder", "bytes"])
+def test_predictions_that_cannot_be_read_are_not_collected(instead: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan("")
+    (run,) = runs.study.runs
+    leave_run(runs, run, test={"accuracy": 1.0})
+    path = runs.directory(run) / "predictions.parquet"
+    if instead == "a folder":
+        path.mkdir()
+    elif instead == "bytes":
+        path.write_bytes(b"PAR1")
+    assert main(["collect", "tiny.toml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path} cannot be read (")
+    assert not Path("results/tiny/run-seed0/result.json").exists()
+
+
 # --- real runs, killed and continued
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from finetune_lora import read_settings_of
 from finetuning.errors import UserError
-from finetuning.flags import OneLineParser, given_flags, make_parser, parse_bool
+from finetuning.flags import OneLineParser, from_flags, given_flags, make_parser, parse_bool
 from finetuning.settings import FLAGS, LORA_TARGETS, SECTIONS
 from tests.conftest import config_of_flags, lora_of_flags, refusal
 
@@ -35,6 +35,14 @@ def test_booleans(flag: str) -> None:
     assert read(f"{others}--{flag}") is True
     assert read(f"--{flag} --seed 3 {others}") is True
     assert refusal(f"--{flag} maybe") == f"--{flag} maybe: must be True, yes, 1, False, no or 0"
+
+
+@pytest.mark.parametrize("flag", ["dataset", "lora_r", "lora_modules", "method", "unknown"])
+def test_a_refusal_is_one_line_whatever_was_given(flag: str) -> None:
+    line_break, terminal = "a\nb\r\u2028c", "\x1b[31m\udc80"
+    with pytest.raises(UserError) as caught:
+        from_flags([f"--{flag}={line_break}{terminal}", "--epochs", "-1"])
+    assert all(character.isprintable() for character in str(caught.value))
 
 
 def test_resume_also_takes_auto() -> None:

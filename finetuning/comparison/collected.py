@@ -19,7 +19,7 @@ import numpy as np
 from finetuning.comparison.statistics import SCORES, mean_and_deviation
 from finetuning.config import NOT_PART_OF_THE_RUN
 from finetuning.errors import UserError
-from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT, check_unchanged, read_result
+from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT, SUMS, check_unchanged, read_result
 from finetuning.runs.records import NOT_ASKED_FOR, accuracy_interval
 from finetuning.storage import read_json
 
@@ -162,6 +162,8 @@ class Run:
 
         path = self.folder / PREDICTIONS
         if not path.is_file():
+            if self.get(SUMS, PREDICTIONS):
+                raise UserError(f"{path} is missing, but {RESULT} next to it has its checksum: restore the file")
             return None
         check_unchanged(path)
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetuning.comparison.plan import PlannedRun, shown_command
 from finetuning.comparison.study_runs import StudyRuns, forget_test
+from finetuning.errors import UserError, first_line
 from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, check_unchanged, write_result
 from finetuning.storage import write_atomically, write_bytes, write_json
 
@@ -44,7 +45,11 @@ def copy_record(runs: StudyRuns, run: PlannedRun, target: Path) -> None:
     if result["status"] == "finished" and "test" in result:
         check_unchanged(source / PREDICTIONS)
         threshold = result.get("task", {}).get("threshold")  # older runs have no task
-        predictions = read_test_predictions(source / PREDICTIONS, threshold)
+        try:
+            predictions = read_test_predictions(source / PREDICTIONS, threshold)
+        except (OSError, ValueError) as error:  # includes pyarrow's errors
+            path = source / PREDICTIONS
+            raise UserError(f"{path} cannot be read ({first_line(error)}): restore it, or train again") from None
         write_atomically(target / PREDICTIONS, lambda temporary: write_small_parquet(predictions, temporary))
     else:
         (target / PREDICTIONS).unlink(missing_ok=True)

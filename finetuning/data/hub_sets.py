@@ -8,10 +8,11 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from finetuning.data.columns import Kind, find_label_column, find_text_column, text_columns
 from finetuning.data.tables import checked
@@ -89,7 +90,7 @@ def _is_complete(folder: Path, config: str | None) -> bool:
     if _has_script(folder):
         return True
     with contextlib.suppress(UserError), _library(""):
-        if config in datasets.get_dataset_config_names(str(folder)):
+        if _file_elsewhere(folder) is None and config in datasets.get_dataset_config_names(str(folder)):
             datasets.load_dataset_builder(str(folder), config)
         return True
     return False
@@ -99,12 +100,50 @@ def _has_script(folder: Path) -> bool:
     return any(folder.glob("*.py"))
 
 
+def _file_elsewhere(folder: Path) -> str | None:
+    """The first file of a set's card that is not in its repository; ``None`` if there is none.
+
+    The library would read any file of this machine that a card names, and download any address, even with --offline.
+
+    Raises:
+        Exception: a card is damaged; the library refuses it as well.
+    """
+    from datasets import config
+    from huggingface_hub import DatasetCard
+
+    card, metadata = folder / config.REPOCARD_FILENAME, folder / config.REPOYAML_FILENAME
+    found = [DatasetCard.load(card).data] if card.is_file() else []
+    found += [yaml.safe_load(metadata.read_text(encoding="utf8")) or {}] if metadata.is_file() else []
+    entries = [entry for data in found for entry in data.get(config.METADATA_CONFIGS_FIELD) or ()]
+    named = _strings([[entry.get("data_files"), entry.get("data_dir")] for entry in entries])
+    return next(filter(_leads_out, named), None)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in nested lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def _leads_out(name: str) -> bool:
+    path = PurePosixPath(name)
+    return "://" in name or "::" in name or name.startswith("~") or path.is_absolute() or ".." in path.parts
+
+
 def _prepared(folder: Path, repository: str, config: str | None, flag: str) -> Mapping[str, Any]:
     """Every split of a config, as the library's ``Dataset``."""
     import datasets
     from datasets.exceptions import DataFilesNotFoundError
 
     with _library(flag):
+        if elsewhere := _file_elsewhere(folder):
+            raise UserError(
+                f"{flag} names {elsewhere}, which is not in its repository and is never read: download it, and give"
+                f" {INSTEAD}"
+            )
         try:
             known = datasets.get_dataset_config_names(str(folder))
         except DataFilesNotFoundError:

@@ -14,7 +14,7 @@ from finetuning.data.files import readable
 from finetuning.data.tables import read_table, split_files
 from finetuning.data.texts import Source
 from finetuning.datasets import DATASETS
-from finetuning.errors import UserError
+from finetuning.errors import UserError, first_line
 from finetuning.hub import Archive, download, hub_file, require_host
 from finetuning.settings import DataSettings
 from finetuning.storage import cache_dir, read_json, sha256_of, write_json
@@ -98,8 +98,11 @@ def _download_stanford() -> Path:
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="aclImdb-") as temporary:
         archive = Path(temporary) / "archive.tar.gz"
         download(STANFORD, archive)
-        with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter=_labelled_reviews)
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(temporary, filter=_labelled_reviews)
+        except tarfile.TarError as error:
+            raise UserError(f"{STANFORD.url} cannot be unpacked ({first_line(error)}): give {INSTEAD}") from None
         (Path(temporary) / "parquet").mkdir()
         for split in ("train", "test"):  # reading 2 files is faster than reading 50,000, above all on a network disk
             table = _read_tree(Path(temporary) / "aclImdb" / split)

@@ -7,6 +7,7 @@ the cache lacks the model, it is downloaded if possible.
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,7 @@ from finetuning.settings import PACKAGED, HardwareSettings, LoRASettings, Method
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 OLD_WEIGHTS = "pytorch_model*.bin"  # what some models have instead of safetensors; torch reads tensors alone from it
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder that PEFT wrote
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
@@ -92,6 +94,10 @@ def _has_weights(folder: Path) -> bool:
 
 def _read_config(model_name: str, folder: Path) -> Any:
     """The model's config. The packaged MiniLM is stored as a BERT and used as a DistilBERT."""
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would download the base model that it names
+        raise UserError(
+            f"--model_name {model_name}: is an adapter: give its base model, and the folder to --init_adapter"
+        )
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf8"))
         kind = stored.get("model_type")
@@ -99,8 +105,11 @@ def _read_config(model_name: str, folder: Path) -> Any:
             own = "needs Python code of its own, which is never run" if "auto_map" in stored else "is unknown here"
             raise UserError(f"--model_name {model_name} is of type {kind!r}, which {own}: use another model")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make the library raise any type
         raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
+    config._attn_implementation = config._experts_implementation = None  # they may name code in a repository of the hub
     return distilbert_config(config) if model_name == PACKAGED else config
 
 
@@ -242,6 +251,7 @@ def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, l
     transformers_logging.set_verbosity_error()  # users need no warning that the head is new
     transformers_logging.disable_progress_bar()
     try:
+        _check_parts(model_name, folder)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=base,
@@ -250,6 +260,11 @@ def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, l
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
+    except pickle.UnpicklingError:  # torch's own message advises to run what the file contains
+        raise UserError(
+            f"--model_name {model_name} has a {OLD_WEIGHTS} that is damaged or holds more than tensors, and code in it"
+            " is never run: use a model with safetensors"
+        ) from None
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"--model_name {model_name} cannot be loaded: {first_line(error)}") from None
     finally:
@@ -258,6 +273,14 @@ def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, l
         parameter.data = parameter.data.clone()
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
     return model, [*info["missing_keys"], *mismatched]
+
+
+def _check_parts(model_name: str, folder: Path) -> None:
+    """Refuses a model whose index names files elsewhere: transformers would read them."""
+    for index in folder.glob("*.index.json"):
+        for name in set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()):
+            if Path(name).name != name:
+                raise UserError(f"--model_name {model_name}: {index.name} names {name}, which is not in its folder")
 
 
 def distilbert_config(bert: Any) -> DistilBertConfig:

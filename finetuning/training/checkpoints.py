@@ -1,7 +1,10 @@
 """Checkpoints of a run: how Lightning writes them, when one is due inside an epoch, and which one is the best."""
 
 import io
+import pickle
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,29 @@ class CheckpointFiles(TorchCheckpointIO):
         self._saved = time.monotonic()
         self._cost = self._saved - began
 
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **named: Any) -> dict[str, Any]:
+        """Reads a checkpoint. Lightning passes on that only tensors and plain values may be in it."""
+        with only_tensors(Path(path)):
+            return super().load_checkpoint(path, *arguments, **named)
+
     def due(self, minutes: float) -> bool:
         """Whether the last checkpoint is this old, and the next one does not cost too large a share of the time."""
         return minutes > 0 and time.monotonic() - self._saved >= max(60 * minutes, self._cost / LARGEST_SHARE)
+
+
+@contextmanager
+def only_tensors(path: Path) -> Iterator[None]:
+    """Torch's error about other content advises to run it; this one does not.
+
+    Raises:
+        TrainingFailed: the file holds more than tensors and plain values.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise TrainingFailed(
+            f"{path} holds more than tensors, and code in it is never run: start over with --overwrite"
+        ) from None
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -20,7 +20,7 @@ from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.files import NOT_FINITE
 from finetuning.settings import TrainingSettings
 from finetuning.training.callbacks import ADVICE
-from finetuning.training.checkpoints import check_best
+from finetuning.training.checkpoints import check_best, only_tensors
 from finetuning.training.optimization import make_optimizer, make_scheduler
 from finetuning.training.tasks import Task
 
@@ -133,7 +133,8 @@ class FineTuning(pl.LightningModule):
     def load_best(self, path: Path) -> None:
         """Loads the weights and the validation scores of the best checkpoint."""
         check_best(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with only_tensors(path):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
         self.on_load_checkpoint(checkpoint)
 

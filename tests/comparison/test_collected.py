@@ -103,6 +103,11 @@ def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -
     write_result(folder, read_result(folder))
     with pytest.raises(UserError, match="cannot be read"):
         _ = read_study("s", tmp_path).runs[0].predictions
+    path.unlink()
+    for _ in range(2):  # a folder in its place is no file either
+        with pytest.raises(UserError, match="is missing, but result"):
+            _ = read_study("s", tmp_path).runs[0].predictions
+        path.mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize(

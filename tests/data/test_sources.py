@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import tarfile
 import threading
 import time
@@ -319,19 +320,28 @@ def test_stanford_download_interrupted(cache: Path, monkeypatch: pytest.MonkeyPa
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["name", "link", "absolute link"])
 def test_stanford_archive_that_escapes_its_folder(
-    server: tuple[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+    server: tuple[str, Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    path = server[1] / "evil.tar.gz"
+    path, outside = server[1] / "evil.tar.gz", tmp_path / "outside"
+    outside.mkdir()
     with tarfile.open(path, "w:gz") as tar:
-        member = tarfile.TarInfo("../evil.txt")
+        name = "../evil.txt" if kind == "name" else "aclImdb/link/evil.txt"
+        if kind != "name":
+            link = tarfile.TarInfo("aclImdb/link")
+            link.type = tarfile.SYMTYPE
+            link.linkname = str(outside if kind == "absolute link" else os.path.relpath(outside, cache / "x" / "y"))
+            tar.addfile(link)
+        member = tarfile.TarInfo(name)
         member.size = 4
         tar.addfile(member, io.BytesIO(b"evil"))
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     monkeypatch.setattr(imdb, "STANFORD", hub.Archive(f"{server[0]}/evil.tar.gz", md5))
-    with pytest.raises(tarfile.OutsideDestinationError):
+    with pytest.raises(UserError, match="cannot be unpacked"):
         texts_of(STANFORD)
     assert list(cache.iterdir()) == []
+    assert list(tmp_path.rglob("evil.txt")) == []
 
 
 def test_unreachable_hosts_are_reported_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
