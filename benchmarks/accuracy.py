@@ -27,6 +27,7 @@ from finetuning.comparison.plan import shown_command
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.pages import ACCURACY, ROOT, renew_tables
+from finetuning.processes import stoppable
 from finetuning.runs.files import PREDICTIONS, read_result
 from finetuning.storage import read_json, write_atomically, write_json
 
@@ -85,6 +86,11 @@ class Measurement:
             return [str(ROOT / "finetune_lora.py"), *flags, *places]
         return ["-m", "benchmarks.peft_run", *peer_flags, *flags, *places]
 
+    def record(self, folder: Path) -> Record | None:
+        """What was measured; ``None`` if it was not."""
+        path = folder / f"{self.name}.json"
+        return read_json(path) if path.exists() else None
+
 
 def planned(works: Sequence[Work], seeds: Sequence[int]) -> list[Measurement]:
     """All measurements in their order: seed by seed, and both contestants one after the other."""
@@ -122,21 +128,17 @@ def measure_all(
         UserError: a record is from another command.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    records: dict[Measurement, Record] = {}
-    for measurement in measurements:
-        path = folder / f"{measurement.name}.json"
-        command = shown(measurement.command(data_dir, folder, peer_flags))
-        if path.exists():
-            records[measurement] = read_json(path)
-            if records[measurement]["command"] != command:
-                raise UserError(f"{path} is from another command: remove it, or give another --folder")
+    commands = {m: m.command(data_dir, folder / m.name, peer_flags) for m in measurements}
+    records = {m: record for m in measurements if (record := m.record(folder)) is not None}
+    for measurement, record in records.items():
+        if record["command"] != shown(commands[measurement]):
+            raise UserError(f"{folder / measurement.name}.json is from another command: give another --folder")
     for number, measurement in enumerate(measurements, 1):
         if measurement in records:
             continue
-        command = measurement.command(data_dir, folder / measurement.name, peer_flags)
         began = time.perf_counter()
-        error = start(command)
-        record = record_of(measurement, command, folder, error, time.perf_counter() - began)
+        error = start(commands[measurement])
+        record = record_of(measurement, commands[measurement], folder, error, time.perf_counter() - began)
         write_json(folder / f"{measurement.name}.json", record)
         records[measurement] = record
         left = seconds_left(records, [m for m in measurements if m not in records])
@@ -223,17 +225,16 @@ def collect(measurements: Sequence[Measurement], folder: Path) -> tuple[Record, 
     records, counts = [], {}
     data: dict[str, Any] = {}
     for measurement in measurements:
-        path = folder / f"{measurement.name}.json"
-        if not path.exists():
+        record = measurement.record(folder)
+        if record is None:
             continue
-        record = read_json(path)
         records.append(record)
         if record["status"] == "finished":
             found = read_test_predictions(folder / measurement.name / PREDICTIONS, record["threshold"])
             predictions = Predictions.from_frame(record["source"], found.to_pandas())
             used = (predictions.test_set, record["data"], record["trainable"])
             if data.setdefault(record["set"], used) != used:
-                raise UserError(f"{path}: has other texts or parameters than the runs of {record['set']} before it")
+                raise UserError(f"{measurement.name}: has other texts or parameters than {record['set']}'s other runs")
             counts[measurement.name] = predictions.counted("micro_f1").astype(np.uint8)
     works = list(dict.fromkeys(measurement.work for measurement in measurements))
     result = {
@@ -315,7 +316,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         peer_flags = ["--attention", tuned["attention"], "--frozen", tuned["frozen"]]
         if options.retry_failed:
             forget_failed(asked, folder)
-        measure_all(asked, options.data_dir.absolute(), folder.absolute(), peer_flags, in_process)
+        with stoppable():
+            measure_all(asked, options.data_dir.absolute(), folder.absolute(), peer_flags, in_process)
         result, counts = collect(list(dict.fromkeys((*whole, *asked))), folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -335,9 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def forget_failed(measurements: Sequence[Measurement], folder: Path) -> None:
     """Removes the records of measurements that failed."""
     for measurement in measurements:
-        path = folder / f"{measurement.name}.json"
-        if path.exists() and read_json(path)["status"] == "failed":
-            path.unlink()
+        record = measurement.record(folder)
+        if record is not None and record["status"] == "failed":
+            (folder / f"{measurement.name}.json").unlink()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def with_peft(base: nn.Module, family: ModelFamily, parts: Iterable[str], rank: 
     adapter = LoraConfig(
         task_type="SEQ_CLS",
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules=linear_names(family, parts),
         modules_to_save=list(family.head_modules),

@@ -184,6 +184,7 @@ def examples_of(split: TokenizedSplit, family: ModelFamily) -> tuple[Any, np.nda
 def predict(trainer: Trainer, split: TokenizedSplit, family: ModelFamily) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, labels and logits of a split, sorted by row."""
     examples, order = examples_of(split, family)
+    trainer.args.train_sampling_strategy = "sequential"  # it also decides the order of predictions
     found = trainer.predict(examples)
     logits, labels = as_arrays(found.predictions, found.label_ids)
     rows = split.rows[order]

@@ -99,7 +99,6 @@ def _save_model(folder: Path, model: str, config: RunConfig) -> None:
 
 def _modernbert() -> ModernBertConfig:
     """As deep and as wide as MiniLM, with its vocabulary and special tokens."""
-    ends = {"bos_token_id": 101, "cls_token_id": 101, "eos_token_id": 102, "sep_token_id": 102}
     return ModernBertConfig(
         vocab_size=30522,
         hidden_size=384,
@@ -107,7 +106,10 @@ def _modernbert() -> ModernBertConfig:
         num_hidden_layers=6,
         num_attention_heads=12,
         pad_token_id=0,
-        **ends,
+        bos_token_id=101,
+        cls_token_id=101,
+        eos_token_id=102,
+        sep_token_id=102,
     )
 
 
