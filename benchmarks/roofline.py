@@ -53,7 +53,7 @@ PLAN = (
 PROFILED_STEPS = 6
 KINDS = {  # kind of operator -> its names in the profiler; the first match counts
     "products": r"aten::(mm|addmm|linear|matmul|_int_mm)|mkldnn::_linear_pointwise",
-    "to and from 8 bits, LoRA": r"_FrozenInt8(Backward)?",
+    "8 bits": r"_FrozenInt8(Backward)?",
     "attention": r"(_?(Chunked)?Attention|Mixture)(Backward)?"
     r"|aten::(bmm|baddbmm|_?softmax.*|_scaled_dot_product.*)",
     "activation": r"_Gelu(Backward)?|aten::(gelu|relu|tanh|threshold|silu).*",
@@ -192,7 +192,7 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: one row for each work, and how operations are counted."""
     environment = result["environment"]
     kinds = [name.replace("clipping and ", "").replace(" and copies", "") for name in KINDS]
-    columns = ["model, LoRA on, max_length", "products in", "products, G/s", "step, G/s", "share", *kinds, "other"]
+    columns = ["model, LoRA on, tokens", "dtype", "products, G/s", "step, G/s", "share", *kinds, "other"]
     lines = [
         f"{environment['cpu']}, {environment['threads']} threads. G/s: 10^9 operations per second."
         " After the share: where the time goes, in %.",

@@ -434,8 +434,8 @@ def test_the_roofline_of_8_bit_products(folder: Path) -> None:
     assert row["dtype"] == "int8"
     assert set(row["product_rates_before_and_after"]) >= {"int8"}
     assert len(row["product_rates_before_and_after"]) == 2
-    assert row["time_shares"]["to and from 8 bits, LoRA"] > 0
-    assert 0 < row["share"] < 1
+    assert row["time_shares"]["8 bits"] > 0
+    assert row["share"] > 0
 
 
 @pytest.mark.parametrize(
