@@ -2,15 +2,18 @@
 
 import statistics
 from collections.abc import Sequence
+from textwrap import shorten
 
 import numpy as np
 
 from benchmarks.peers import NAMES, Record, ratios
 from finetuning.comparison.statistics import Difference, pooled_difference, seed_spread
+from finetuning.pages import Table
 
 CONTESTANTS = {"suite": "this suite", "peft": NAMES["peft_tuned"]}
 OTHER_SCORES = {"micro_f1": "micro F1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}
-MOST_EXAMPLES = 3
+DIFFERENCE = "difference, points (95 % interval)"
+WIDEST_REASON = 80  # characters
 
 
 def table(result: Record, counts: dict[str, np.ndarray]) -> str:
@@ -23,50 +26,45 @@ def table(result: Record, counts: dict[str, np.ndarray]) -> str:
     records: list[Record] = result["measurements"]
     both = {name: complete_pairs(records, name) for name in result["sets"]}
     both = {name: pair for name, pair in both.items() if pair[0]}
-    lines = [conditions(result), ""]
     if not both:
-        return "\n".join([*lines, "No data set has been measured with both yet."])
-    lines += [
-        f"| data set | training, test texts | {' | '.join(f'{name}, %' for name in CONTESTANTS.values())}"
-        " | difference, points (95 % interval) | training time, suite / peer |",
-        "|" + "---|" * 6,
-    ]
+        return f"{conditions(result)}\n\nNo data set has been measured with both yet."
+    names = tuple(f"{name}, %" for name in CONTESTANTS.values())
+    columns = ("data set", "training, test texts", *names, DIFFERENCE, "training time, suite / peer")
+    rows = []
     for name, (suite, peft) in both.items():
         sizes, what = suite[0]["data"]["sizes"], ", exact match" if suite[0]["threshold"] is not None else ""
         seeds = f" ({len(suite)} of {len(result['seeds'])} seeds)" if len(suite) < len(result["seeds"]) else ""
-        difference = pooled([(suite, peft)], counts)
-        time = ratios(numbered(suite), numbered(peft), "train_seconds")
-        lines.append(
-            f"| {name}{what}{seeds} | {sizes['train']:,}, {sizes['test']:,} | {mean(suite, 'accuracy')} |"
-            f" {mean(peft, 'accuracy')} | {difference.cell} | {time} |"
-        )
-    lines += ["", pooled_sentence(list(both.values()), counts)]
-    return "\n".join([*lines, "", *other_scores(both, counts)])
+        difference, time = pooled([(suite, peft)], counts), ratios(numbered(suite), numbered(peft), "train_seconds")
+        texts = f"{sizes['train']:,}, {sizes['test']:,}"
+        scores = (mean(suite, "accuracy"), mean(peft, "accuracy"))
+        rows.append((f"{name}{what}{seeds}", texts, *scores, difference.cell, str(time)))
+    others = Table(("data set, score", *names, DIFFERENCE), other_scores(both, counts))
+    parts = (conditions(result), Table(columns, rows).markdown(), pooled_sentence(list(both.values()), counts))
+    return "\n\n".join((*parts, others.markdown()))
 
 
 def conditions(result: Record) -> str:
-    """Where it was measured, and what is missing, as text."""
+    """Where it was measured, and what is missing, a line each."""
     records = result["measurements"]
     finished = [record for record in records if record["status"] == "finished"]
     machines = {
         f"{r['environment']['cpu']}, {r['environment']['threads']} threads;"
-        f" torch {r['environment']['versions']['torch']}, peft {r['environment']['versions']['peft']}"
+        f" torch {r['environment']['versions']['torch']}, peft {r['environment']['versions']['peft']}."
         for r in finished
     }
-    total = len(result["sets"]) * len(result["seeds"]) * len(CONTESTANTS)
     seeds = ", ".join(map(str, result["seeds"]))
-    sentences = [*sorted(machines), f"seeds {seeds}; mean ± standard deviation over seeds"]
-    text = "; ".join(sentences) + "."
+    lines = [*sorted(machines), f"Seeds {seeds}; mean ± standard deviation over seeds."]
     busy = sum(record["environment"]["alone"] is not True for record in finished)
     if busy:
-        text += f" Measurements that were not alone on the machine, so their times do not count: {busy}."
+        lines.append(f"Measurements that were not alone on the machine, so their times do not count: {busy}.")
+    total = len(result["sets"]) * len(result["seeds"]) * len(CONTESTANTS)
     if len(records) < total:
-        text += f" Not measured yet: {total - len(records)} of {total}."
-    failed = [r for r in records if r["status"] == "failed"]
-    for record in failed[:MOST_EXAMPLES]:
-        text += f" Failed: {record['set']}, {CONTESTANTS[record['contestant']]}, seed {record['seed']}"
-        text += f" ({record['error']})."
-    return text + (f" Failed: {len(failed) - MOST_EXAMPLES} more." if len(failed) > MOST_EXAMPLES else "")
+        lines.append(f"Not measured yet: {total - len(records)} of {total}.")
+    for r in records:
+        if r["status"] == "failed":
+            why = shorten(r["error"], WIDEST_REASON)
+            lines.append(f"Failed: {r['set']}, {CONTESTANTS[r['contestant']]}, seed {r['seed']} ({why}).")
+    return "\n".join(lines)
 
 
 def complete_pairs(records: Sequence[Record], name: str) -> tuple[list[Record], list[Record]]:
@@ -122,12 +120,11 @@ def pooled_sentence(pairs: Sequence[tuple[list[Record], list[Record]]], counts: 
     return f"{sets}, this suite minus {CONTESTANTS['peft']}: **{pooled(pairs, counts)}**."
 
 
-def other_scores(both: dict[str, tuple[list[Record], list[Record]]], counts: dict[str, np.ndarray]) -> list[str]:
-    """The lines of the table of further scores. Micro F1 has an interval."""
-    lines = [
-        f"| data set, score | {' | '.join(f'{name}, %' for name in CONTESTANTS.values())} | difference, points |",
-        "|" + "---|" * 4,
-    ]
+def other_scores(
+    both: dict[str, tuple[list[Record], list[Record]]], counts: dict[str, np.ndarray]
+) -> list[tuple[str, ...]]:
+    """The rows of the table of further scores. Only micro F1 has an interval."""
+    rows = []
     for name, (suite, peft) in both.items():
         for score, shown in OTHER_SCORES.items():
             if score not in suite[0]["test"]:
@@ -136,5 +133,5 @@ def other_scores(both: dict[str, tuple[list[Record], list[Record]]], counts: dic
             difference = f"{100 * (ours - theirs):+z.2f}"
             if score == "micro_f1":
                 difference = pooled([(suite, peft)], counts, score).cell
-            lines.append(f"| {name}, {shown} | {mean(suite, score)} | {mean(peft, score)} | {difference} |")
-    return lines
+            rows.append((f"{name}, {shown}", mean(suite, score), mean(peft, score), difference))
+    return rows

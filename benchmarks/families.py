@@ -25,7 +25,7 @@ from benchmarks.peers import (
 from benchmarks.workload import MODELS, prepare
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser
-from finetuning.pages import ROOT, SPEED, renew_tables
+from finetuning.pages import ROOT, SPEED, Table, renew_tables
 from finetuning.runs.measurements import environment_record
 from finetuning.storage import write_json
 
@@ -33,36 +33,39 @@ OUTPUT = RESULTS / "families.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "families.json"
 WORKS = (Work("modernbert", "all", 128, ("suite", "peft_tuned")),)
 ROUNDS = 3
+COLUMNS = (
+    "model, LoRA on, max_length", "compared with", "training, suite / peer", "tokens/s: suite, peer",
+    "trained parameters: suite, peer",
+)  # fmt: skip
 
 
 def table(result: Record) -> str:
     """Markdown: a row for each family, with the ratio of the rounds, the rates and the trained parameters."""
     machine, records = result["environment"], result["measurements"]
     not_alone = sum(record.get("alone") is False for record in records)
-    lines = [
-        f"{machine['cpu']}, {machine['threads']} threads; torch {machine['versions']['torch']};"
-        f" {result['rounds']} rounds."
-        + (f" Measurements that were not alone on the machine: {not_alone}." if not_alone else ""),
-        "",
-        "| model, LoRA on, max_length | compared with | training, suite / peer | tokens/s: suite, peer"
-        " | trained parameters: suite, peer |",
-        "|---|---|---|---|---|",
-    ]
+    conditions = f"{machine['cpu']}, {machine['threads']} threads; torch {machine['versions']['torch']};"
+    conditions += f" {result['rounds']} rounds."
+    if not_alone:
+        conditions += f" Measurements that were not alone on the machine: {not_alone}."
+    rows = []
     for row in compare(records):
         model, targets, max_length = row["work"]
-        rates = ", ".join("" if rate is None else f"{rate:,.0f}" for rate in row["tokens_per_second"])
         trained = {
-            r["contestant"]: r["trainable_parameters"]
-            for r in records
-            if "trainable_parameters" in r and r["model"] == model
+            record["contestant"]: f"{record['trainable_parameters']:,}"
+            for record in records
+            if record["model"] == model and "trainable_parameters" in record
         }
-        parameters = ", ".join(f"{trained[name]:,}" for name in (row["ours"], row["theirs"]) if name in trained)
-        failed = " (failed at least once)" if row["errors"] else ""
-        lines.append(
-            f"| {MODELS[model]}, {PLACES[targets]}, {max_length} | {NAMES[row['theirs']]}{failed} |"
-            f" {row['train'] or ''} | {rates} | {parameters} |"
+        rates = ["" if rate is None else f"{rate:,.0f}" for rate in row["tokens_per_second"]]
+        rows.append(
+            (
+                f"{MODELS[model]}, {PLACES[targets]}, {max_length}",
+                NAMES[row["theirs"]] + (" (failed at least once)" if row["errors"] else ""),
+                str(row["train"] or ""),
+                ", ".join(rates),
+                ", ".join(trained.get(row[name], "") for name in ("ours", "theirs")),
+            )
         )
-    return "\n".join(lines)
+    return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,7 +37,7 @@ from finetuning.runs.measurements import (
     processor_seconds,
     was_alone,
 )
-from finetuning.runs.records import command_line, test_record
+from finetuning.runs.records import command_line, data_record, test_record
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import SeveralLabels, Task, make_task
 from local_dataset_utilities import load_texts, tokenize
@@ -223,13 +223,7 @@ def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
         "status": "finished",
         "config": config.to_dict(),
         "command": command_line(sys.argv),
-        "data": {
-            "source": peer.texts.source,
-            "label_names": peer.texts.label_names,
-            "sizes": {name: len(split) for name, split in peer.splits.items()},
-            "tokens": {name: int(split.lengths.sum()) for name, split in peer.splits.items()},
-            "leaks_dropped": peer.texts.leaks_dropped,
-        },
+        "data": data_record(peer.texts, peer.splits),
         "trainer": {"batch_size": peer.batch_size, "attention": attention, "frozen": frozen, "bf16": peer.bf16},
         "parameters": {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)},
         "train": {"seconds": clock.seconds, "steps": trainer.state.global_step},
