@@ -12,6 +12,7 @@ README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
 BEST_PRACTICES = ROOT / "docs" / "best_practices.md"
 SPEED = ROOT / "docs" / "speed.md"
+ACCURACY = ROOT / "docs" / "accuracy.md"
 PAGES = (README, GUIDE, BEST_PRACTICES, SPEED)
 RESULTS = ROOT / "results"
 

@@ -167,9 +167,8 @@ def pooled_sentences(study: Study) -> list[str]:
             spread = seed_spread([[p.score("accuracy") for p in runs] for runs in found.values()])
             first, second = (np.stack([p.counted("accuracy") for p in found[name]]) for name in (a, b))
             arrays.append((first, second, spread))
-        d = pooled_difference(arrays)
-        shown = f"{100 * d.mean:+z.2f} points (95 % interval {100 * d.low:+z.2f} to {100 * d.high:+z.2f})"
-        sentences.append(f"Mean over the {len(sets)} data sets, {a} minus {b}: {shown}.")
+        difference = pooled_difference(arrays)
+        sentences.append(f"Mean over the {len(sets)} data sets, {a} minus {b}: {difference}.")
     return sentences
 
 

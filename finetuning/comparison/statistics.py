@@ -20,6 +20,14 @@ class Difference:
     high: float
     p: float
 
+    @property
+    def cell(self) -> str:
+        """In a table: points, and the interval in brackets."""
+        return f"{100 * self.mean:+z.2f} ({100 * self.low:+z.2f} to {100 * self.high:+z.2f})"
+
+    def __str__(self) -> str:
+        return self.cell.replace("(", "points (95 % interval ")
+
 
 @dataclass(frozen=True)
 class SeedSpread:

@@ -213,7 +213,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         [
             (
                 c.first, c.second,
-                f"{100 * c.difference.mean:+z.2f} ({100 * c.difference.low:+z.2f} to {100 * c.difference.high:+z.2f})",
+                c.difference.cell,
                 f"{c.difference.p:.2g}", f"{c.corrected_p:.2g}", c.test, c.verdict,
             )
             for c in comparisons
