@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, result)
     if not options.quick:
-        renew_tables(SPEED, {"int8": content})
+        renew_tables(SPEED, {"int8_speed": content})
     return 0
 
 
