@@ -19,7 +19,7 @@ import finetune_lora
 from export_model import main
 from finetuning.export import fresh_process
 from finetuning.export.plain import write_model
-from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT
+from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, read_result, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,7 +59,7 @@ def changed(run: Path, folder: Path, **changes: Any) -> Path:
     copy = shutil.copytree(run, folder / "copy", dirs_exist_ok=True)
     result = json.loads((run / RESULT).read_text())
     result["config"] |= changes.pop("config", {})
-    (copy / RESULT).write_text(json.dumps(result | changes))
+    write_result(copy, result | changes)
     return copy
 
 
@@ -156,8 +156,11 @@ def test_runs_that_cannot_be_exported(
     tensors = load_file(copy / ADAPTER)
     name = next(iter(tensors))
     save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, copy / ADAPTER)
+    refused("adapter_model.safetensors was changed after its run wrote it", copy)
+    write_result(copy, read_result(copy))
     refused(f"{name} has values that are not finite", copy)
     save_file({name: -tensor for name, tensor in tensors.items()}, copy / ADAPTER)
+    write_result(copy, read_result(copy))
     refused("the run's files do not belong together", copy, status=1)
     few = tmp_path / "few"
     few.mkdir()

@@ -66,6 +66,5 @@ def test_signals_act_like_ctrl_c_in_any_process(monkeypatch: pytest.MonkeyPatch)
     before = signal.getsignal(signal.SIGTERM)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         with pytest.raises(KeyboardInterrupt), interruptible():
-            os.kill(os.getpid(), number)
-            time.sleep(1)
+            signal.raise_signal(number)
     assert signal.getsignal(signal.SIGTERM) == before
