@@ -15,7 +15,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import OutputFailed, UserError, not_installed
 from finetuning.flags import OneLineParser
 from finetuning.prediction.trained import Trained, for_this_machine, read_trained
-from finetuning.processes import share_processors, stoppable
+from finetuning.processes import interruptible, share_processors
 from finetuning.processor import limit_libraries
 
 if TYPE_CHECKING:  # functions import torch and pandas themselves, so that a wrong flag fails before they are loaded
@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     try:
-        with stoppable():
+        with interruptible():
             arguments = make_parser().parse_args(argv)
             check_flags(arguments)
             limit_libraries()

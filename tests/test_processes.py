@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetuning import processes
-from finetuning.processes import busy_cores, share_processors
+from finetuning.processes import busy_cores, interruptible, share_processors
 
 SPINNING = "while True: pass"
 
@@ -58,3 +59,12 @@ def test_threads_sleep_next_to_a_busy_process_unless_the_user_says_otherwise(
         monkeypatch.setenv(name, value)
     share_processors()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_signals_act_like_ctrl_c_in_any_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            signal.raise_signal(number)
+    assert signal.getsignal(signal.SIGTERM) == before

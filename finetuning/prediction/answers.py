@@ -14,7 +14,7 @@ IF_TAKEN = "predicted_"  # before our columns if the input has columns of these 
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerColumns:
     """What is said about each text.
 
     Attributes:
@@ -67,7 +67,7 @@ def _known(values: list[Any], answered: Sequence[bool]) -> list[Any]:
     return [value if known else None for value, known in zip(values, answered, strict=True)]
 
 
-def make_answers(trained: Trained, threshold: float | None, top_k: int | None) -> Answers:
+def make_answers(trained: Trained, threshold: float | None, top_k: int | None) -> AnswerColumns:
     """The answers that the flags ask for.
 
     Raises:
@@ -78,7 +78,7 @@ def make_answers(trained: Trained, threshold: float | None, top_k: int | None) -
     count = len(trained.label_names)
     if top_k is not None and top_k > count:
         raise UserError(f"--top_k {top_k}: {trained.directory} has {count} labels, so at most {count}")
-    return Answers(trained.label_names, trained.threshold if threshold is None else threshold, top_k)
+    return AnswerColumns(trained.label_names, trained.threshold if threshold is None else threshold, top_k)
 
 
 def names_beside(columns: Collection[str], taken: Collection[str]) -> list[str]:

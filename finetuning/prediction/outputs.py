@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from finetuning.data.files import PACKED, allowed_endings, name_and_format
 from finetuning.errors import OutputFailed, UserError, first_line
-from finetuning.prediction.answers import Answers, names_beside
+from finetuning.prediction.answers import AnswerColumns, names_beside
 from finetuning.prediction.rows import Rows, Survey
 from finetuning.storage import write_atomically
 
@@ -49,7 +49,7 @@ def is_parquet(path: Path) -> bool:
     return name_and_format(path)[1] == "parquet"
 
 
-def write_answers(path: Path, answered: Answered, surveyed: Survey, answers: Answers) -> None:
+def write_answers(path: Path, answered: Answered, surveyed: Survey, answers: AnswerColumns) -> None:
     """Writes the input's columns and ours. The file appears when it is complete.
 
     Raises:
@@ -71,7 +71,7 @@ def write_answers(path: Path, answered: Answered, surveyed: Survey, answers: Ans
         raise OutputFailed(f"--output {path}: cannot be written: {first_line(error)}") from None
 
 
-def print_answers(answered: Answered, answers: Answers, before: Callable[[], object]) -> None:
+def print_answers(answered: Answered, answers: AnswerColumns, before: Callable[[], object]) -> None:
     """Prints CSV: each text and its answer. A reader that has seen enough may close its end.
 
     Args:

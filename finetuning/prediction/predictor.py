@@ -9,7 +9,7 @@ import torch
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit, encode
 from finetuning.models.classifier import Classifier
-from finetuning.prediction.answers import Answers
+from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.rows import PAIR, TEXT, Rows, Source
 from finetuning.prediction.trained import Trained
 
@@ -61,7 +61,7 @@ class Predictor:
 
 
 def answered(
-    source: Source, predict: Predictor, answers: Answers, skip_bad: bool, done: Callable[[int], object]
+    source: Source, predict: Predictor, answers: AnswerColumns, skip_bad: bool, done: Callable[[int], object]
 ) -> Iterator[tuple[Rows, list[list[Any]]]]:
     """The rows, in chunks, with the values of the columns of ``answers``.
 

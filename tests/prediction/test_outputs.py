@@ -16,11 +16,11 @@ import pytest
 from finetuning.data.files import FORMATS, read_frame
 from finetuning.errors import OutputFailed, UserError
 from finetuning.prediction import rows as rows_module
-from finetuning.prediction.answers import Answers
+from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.outputs import check_output, is_parquet, print_answers, write_answers
 from finetuning.prediction.rows import Rows, file_of, survey
 
-ONE, SEVERAL = Answers(["bad", "good"]), Answers(["bad", "good"], threshold=0.5)
+ONE, SEVERAL = AnswerColumns(["bad", "good"]), AnswerColumns(["bad", "good"], threshold=0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "CHUNK_ROWS", 2)
 
 
-def answered(rows: Iterator[Rows], answers: Answers) -> Iterator[tuple[Rows, list[list[Any]]]]:
+def answered(rows: Iterator[Rows], answers: AnswerColumns) -> Iterator[tuple[Rows, list[list[Any]]]]:
     """An answer for each row: the first is sure to be good, the others less and less."""
     number = 0
     for chunk in rows:
@@ -38,7 +38,7 @@ def answered(rows: Iterator[Rows], answers: Answers) -> Iterator[tuple[Rows, lis
         yield chunk, answers.of(np.stack([1 - good, good], axis=1))
 
 
-def write(source: Path, out: Path, answers: Answers = ONE, skip: bool = False) -> Path:
+def write(source: Path, out: Path, answers: AnswerColumns = ONE, skip: bool = False) -> Path:
     with file_of(source, "text", None) as given:
         surveyed = survey(given, skip, is_parquet(out), lambda _: None)
         write_answers(out, answered(given.rows(skip), answers), surveyed, answers)
@@ -88,7 +88,7 @@ def test_bad_rows_have_empty_answers(tmp_path: Path) -> None:
 
 
 def test_several_labels_in_text_are_separated(table: Path) -> None:
-    answers = Answers(["bad", "good"], threshold=0.3)
+    answers = AnswerColumns(["bad", "good"], threshold=0.3)
     found = read_frame(write(table, table.with_name("out.tsv"), answers))
     assert found.predicted_label.tolist() == ["good", *["bad,good"] * 4]
 
