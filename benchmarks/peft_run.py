@@ -81,7 +81,7 @@ class Peer:
     def batch_size(self) -> int:
         """As many texts as the suite's batches have on average, so that both take as many steps."""
         steps = train_loader(self.splits["train"], self.config.training, pad_id=0).steps_per_epoch
-        return max(1, round(len(self.splits["train"]) / steps))
+        return -(-len(self.splits["train"]) // steps)
 
 
 def prepare(config: RunConfig) -> Peer:

@@ -368,5 +368,5 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
     weights = "--class_weights balanced, " if training.class_weights == "none" else ""
     return [
         f"the chosen checkpoint answers {answer!r} for every validation text: consider {monitor}{weights}"
-        f"more --epochs, or another --learning_rate"
+        f"more --epochs, a smaller --batch_size, or another --learning_rate"
     ]
