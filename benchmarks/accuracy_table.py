@@ -124,7 +124,7 @@ def other_scores(
     both: dict[str, tuple[list[Record], list[Record]]], counts: dict[str, np.ndarray]
 ) -> list[tuple[str, ...]]:
     """The rows of the table of further scores. Only micro F1 has an interval."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, (suite, peft) in both.items():
         for score, shown in OTHER_SCORES.items():
             if score not in suite[0]["test"]:
