@@ -14,7 +14,7 @@ from finetuning.config import check_data_dir
 from finetuning.errors import ExportFailed, UserError, not_installed
 from finetuning.export.target import check_target, staged
 from finetuning.flags import OneLineParser
-from finetuning.processes import share_processors
+from finetuning.processes import share_processors, show_any_text
 from finetuning.runs.finished import FinishedRun, read_finished, read_predictions
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
+    show_any_text()
     try:
         arguments = make_parser().parse_args(argv)
         check_flags(arguments)
