@@ -18,6 +18,7 @@ from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, first_line, not_installed
 from finetuning.flags import OneLineParser
 from finetuning.pages import PAGES, RESULTS
+from finetuning.processes import show_any_text
 
 SCRIPT = Path(__file__).resolve().parent / "finetune_lora.py"
 DESCRIPTION = "Run a study (a TOML file with the runs that answer one question) and report what came out."
@@ -25,6 +26,7 @@ DESCRIPTION = "Run a study (a TOML file with the runs that answer one question) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
+    show_any_text()
     try:
         options, unknown = make_parser().parse_known_args(argv)
         if unknown:

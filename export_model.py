@@ -14,7 +14,7 @@ from finetuning.config import check_data_dir
 from finetuning.errors import ExportFailed, UserError, not_installed
 from finetuning.export.target import check_target, staged
 from finetuning.flags import OneLineParser
-from finetuning.processes import share_processors
+from finetuning.processes import share_processors, show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 
@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
+    show_any_text()
     try:
         arguments = make_parser().parse_args(argv)
         check_flags(arguments)

@@ -15,7 +15,14 @@ from finetuning.caches import cache_table, clear_caches, remove_left_over
 from finetuning.config import RunConfig, check_data_dir, check_trackers
 from finetuning.errors import UserError, not_installed
 from finetuning.flags import given_flags
-from finetuning.processes import is_helper, share_directory, share_processors, shared_directory, stoppable
+from finetuning.processes import (
+    is_helper,
+    share_directory,
+    share_processors,
+    shared_directory,
+    show_any_text,
+    stoppable,
+)
 from finetuning.processor import limit_libraries
 from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.directory import (
@@ -52,6 +59,7 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         argv: the flags; ``None`` takes them from ``sys.argv``.
         defaults: defaults that replace the usual ones, for example those of DistilRoberta.
     """
+    show_any_text()
     try:
         with stoppable():
             return command(sys.argv[1:] if argv is None else argv, defaults or {})

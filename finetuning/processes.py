@@ -1,7 +1,9 @@
 """How the processes of one run find each other: Lightning, srun or torchrun may have started several."""
 
+import io
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,12 @@ DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # passes the run directory t
 def is_helper() -> bool:
     """Whether this is any process but the first one, which writes the results."""
     return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def show_any_text() -> None:
+    """What a person reads is printed on any terminal: a character that its encoding lacks is spelled."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does it by default
 
 
 @contextmanager

@@ -345,7 +345,7 @@ def read_study(study: str, results: Path) -> Study:
 
 
 def _read_object(path: Path, read: Callable[[Path], Any] = read_json) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         result = read(path)

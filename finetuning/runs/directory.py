@@ -17,10 +17,11 @@ from finetuning.runs.files import (
     read_settings,
     read_status,
     settings_file,
+    write_settings,
 )
 from finetuning.runs.lock import DirectoryLock
 from finetuning.settings import AUTO
-from finetuning.storage import TEMPORARY, cannot_be_written_in, write_json
+from finetuning.storage import TEMPORARY, cannot_be_written_in
 
 
 def default_directory(dataset: str, method: str) -> Path:
@@ -86,7 +87,7 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
     if automatic and settings_file(directory) is None:
         return RunConfig.from_settings(**{**defaults, **given}).changed(resume=False)
     if automatic and read_status(directory) == "finished":
-        continued(read_settings(directory), given)  # refuses flags that contradict the run
+        continued(_stored_settings(directory), given)  # refuses flags that contradict the run
         if not is_helper():
             with DirectoryLock(directory):  # the process may have been killed between its last two steps
                 forget_unneeded(directory)
@@ -101,15 +102,20 @@ def interrupted_settings(directory: Path) -> dict[str, Any]:
         UserError: there is no run, the run has finished, or its settings cannot be read.
     """
     flag = f"--resume: --output_dir {directory}"
-    file = settings_file(directory)
-    if file is None:
+    if settings_file(directory) is None:
         raise UserError(f"{flag} contains no run (no {SETTINGS}): leave out --resume to start one")
     if read_status(directory) == "finished":
         raise UserError(f"{flag} contains a run that has finished: to replace it, give --overwrite without --resume")
+    return _stored_settings(directory)
+
+
+def _stored_settings(directory: Path) -> dict[str, Any]:
     try:
         return read_settings(directory)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: {file.name} cannot be read: {first_line(error)}") from None
+        file = settings_file(directory)
+        name = file.name if file else SETTINGS
+        raise UserError(f"--resume: --output_dir {directory}: {name} cannot be read: {first_line(error)}") from None
 
 
 def continuation(config: RunConfig, directory: Path) -> tuple[RunConfig, Path | None]:
@@ -168,7 +174,7 @@ def open_directory(directory: Path, settings: dict[str, Any], resume: bool, over
             for name in RUN_FILES:
                 if name != SETTINGS:  # the directory must still count as a run if this process is killed here
                     (directory / name).unlink(missing_ok=True)
-        write_json(directory / SETTINGS, settings)
+        write_settings(directory, settings)
         if earlier is not None and earlier.name == OLD_SETTINGS:
             earlier.unlink()
     except OSError as error:

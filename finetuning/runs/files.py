@@ -26,7 +26,7 @@ BEST_CHECKPOINT = "best.ckpt"
 PLANNED = "planned.json"  # next to a study's collected runs: the names of all its planned runs
 NOT_FINITE = "the loss is not finite"  # the error of a diverged run in result.json starts with it
 SUMMED = (ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, PREDICTIONS)  # result.json has their checksums
-SUMS = "sha256"  # the key of the checksums; the one of result.json itself is of its other content
+SUMS = "sha256"  # the key of the checksums; the one of result.json or settings.json is of its other content
 RUN_FILES = (
     RESULT,
     SETTINGS,
@@ -70,8 +70,11 @@ def write_result(directory: Path, result: dict[str, Any]) -> None:
 
 
 def _own_sum(result: dict[str, Any]) -> str:
-    others = {name: value for name, value in result[SUMS].items() if name != RESULT}
-    return hashlib.sha256(json.dumps({**result, SUMS: others}).encode()).hexdigest()
+    return _sum({**result, SUMS: {name: value for name, value in result[SUMS].items() if name != RESULT}})
+
+
+def _sum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def check_unchanged(path: Path) -> None:
@@ -108,12 +111,22 @@ def settings_file(directory: Path) -> Path | None:
     return None
 
 
+def write_settings(directory: Path, settings: dict[str, Any]) -> None:
+    """Writes ``settings.json`` with its checksum, because a run that continues must be the same run."""
+    write_json(directory / SETTINGS, settings | {SUMS: _sum(settings)})
+
+
 def read_settings(directory: Path) -> dict[str, Any]:
     """Reads the settings of a run. A collected run has them in its ``result.json``.
 
     Raises:
-        OSError, ValueError, KeyError: there are no settings.
+        OSError, ValueError, KeyError: there are no settings, or they were changed after they were written.
     """
     file = settings_file(directory)
     settings: dict[str, Any] = read_result(directory)["config"] if file is None else read_json(file)
+    if not isinstance(settings, dict):
+        raise ValueError("it must hold a JSON object")
+    expected = settings.pop(SUMS, None)  # a run of an earlier version has none
+    if expected not in (None, _sum(settings)):
+        raise ValueError("it was changed after it was written")
     return settings

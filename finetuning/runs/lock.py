@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,17 +33,20 @@ class DirectoryLock:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / LOCK
+        self._file: Any = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._file = self._locked(directory)
+            self.killed = who(self._file.read())
+            self._file.seek(0)
+            self._file.truncate()
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            json.dump({"host": platform.node(), "process": os.getpid(), "since": since}, self._file)
+            self._file.flush()
         except OSError as error:
+            if self._file is not None:
+                self.release()
             raise UserError(f"--output_dir {directory}: cannot be written: {error.strerror}") from None
-        self.killed = who(self._file.read())
-        self._file.seek(0)
-        self._file.truncate()
-        since = datetime.now().astimezone().isoformat(" ", "seconds")
-        json.dump({"host": platform.node(), "process": os.getpid(), "since": since}, self._file)
-        self._file.flush()
 
     def _locked(self, directory: Path) -> Any:
         while True:
@@ -73,7 +77,8 @@ class DirectoryLock:
     def release(self) -> None:
         """Gives the directory free."""
         self.path.unlink(missing_ok=True)
-        self._file.close()
+        with suppress(OSError):  # of a full disk, which has no room for what the file still holds
+            self._file.close()
 
 
 def who(content: str) -> str | None:

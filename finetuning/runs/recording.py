@@ -1,5 +1,6 @@
 """``result.json`` of a run, however it ends, and what the run prints at its end. Nothing here imports torch."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint
 from finetuning.runs.files import RESULT, write_result
 from finetuning.runs.records import command_line, summary
 
+NO_MEMORY = ("can't allocate memory", "failed to map segment from shared object")  # of torch, and of the loader
+NO_PRIMITIVE = "could not create a primitive"  # oneDNN says no more if it finds no memory
 OUT_OF_MEMORY = (
     "out of memory: lower --batch_tokens, or use --gradient_checkpointing True; the last checkpoint is kept, and"
     " --resume takes the second of these flags"
@@ -34,8 +37,7 @@ def recorded(directory: Path, config: RunConfig) -> Iterator[dict[str, Any]]:
         if not is_helper():
             print(_interruption(directory, at_once=not isinstance(error, Interrupted)), file=sys.stderr)
     except Exception as error:
-        reason = OUT_OF_MEMORY if _is_out_of_memory(error) else first_line(error, name_file=True)
-        result |= {"error": reason, "traceback": traceback.format_exc()}
+        result |= {"error": _reason(error), "traceback": traceback.format_exc()}
     if not is_helper():
         with undisturbed():
             _write_result(directory, result)
@@ -45,10 +47,19 @@ def recorded(directory: Path, config: RunConfig) -> Iterator[dict[str, Any]]:
             print(result["traceback"], file=sys.stderr)
 
 
+def _reason(error: Exception) -> str:
+    """Why a run failed, in one line."""
+    line = first_line(error, name_file=True)
+    if line == NO_PRIMITIVE:
+        return f"{line}, perhaps because the process was {OUT_OF_MEMORY}"
+    return OUT_OF_MEMORY if _is_out_of_memory(error) else line
+
+
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU, torch's allocator or Python had no memory left. torch's allocator has no error of its own."""
+    """Whether a GPU, torch's allocator, Python or the system's loader had no memory left."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"OutOfMemoryError", "MemoryError"}) or "can't allocate memory" in str(error)
+    said = any(text in str(error) for text in NO_MEMORY)  # by errors that have no kind of their own
+    return said or bool(kinds & {"OutOfMemoryError", "MemoryError"}) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def _write_result(directory: Path, result: dict[str, Any]) -> None:

@@ -24,9 +24,11 @@ from finetuning.runs.files import (
     RESULT,
     RUN_FILES,
     SETTINGS,
+    SUMS,
     read_settings,
     read_status,
     settings_file,
+    write_result,
 )
 from finetuning.runs.lock import LOCK
 from finetuning.storage import write_json
@@ -81,7 +83,8 @@ def test_a_new_directory_is_taken_and_checking_writes_nothing(tmp_path: Path) ->
     (tmp_path / "notes.txt").write_text("mine")
     check(tmp_path)
     begin(tmp_path / "a" / "b")
-    assert read_settings(tmp_path / "a" / "b") == json.loads((tmp_path / "a" / "b" / SETTINGS).read_text()) == STORED
+    assert read_settings(tmp_path / "a" / "b") == STORED
+    assert json.loads((tmp_path / "a" / "b" / SETTINGS).read_text()).keys() == {*STORED, SUMS}
 
 
 def test_a_directory_of_runs_is_no_run_s(tmp_path: Path) -> None:
@@ -145,7 +148,8 @@ def test_overwrite_removes_the_runs_files_and_no_others(tmp_path: Path) -> None:
     check(tmp_path, overwrite=True)
     begin(tmp_path, STORED | {"seed": 9}, overwrite=True)
     left = contents(tmp_path)
-    assert json.loads(left.pop(SETTINGS)) == STORED | {"seed": 9}
+    assert read_settings(tmp_path) == STORED | {"seed": 9}
+    del left[SETTINGS]
     assert left == mine
 
 
@@ -252,6 +256,20 @@ def test_resume_of_a_run_whose_settings_are_damaged_is_refused(tmp_path: Path, d
     held_run(tmp_path)
     (tmp_path / SETTINGS).write_bytes(damaged.encode(errors="surrogateescape"))
     assert f"{SETTINGS} cannot be read" in resume_refusal(tmp_path)
+    write_result(tmp_path, {"status": "finished"})
+    with pytest.raises(UserError) as caught:  # a job script does not know that the run has finished
+        settings_to_run({"resume": "auto", "output_dir": tmp_path}, {})
+    assert f"{SETTINGS} cannot be read" in one_line(caught.value, tmp_path)
+
+
+def test_resume_with_settings_that_were_changed_is_refused(tmp_path: Path) -> None:
+    held_run(tmp_path)
+    begin(tmp_path, resume=True)
+    text = (tmp_path / SETTINGS).read_text()
+    (tmp_path / SETTINGS).write_text(text.replace('"seed": ', '"seed": 1'))
+    assert f"{SETTINGS} cannot be read: it was changed after it was written" in resume_refusal(tmp_path)
+    (tmp_path / SETTINGS).write_text(json.dumps(STORED))  # of an earlier version, without a checksum
+    assert interrupted_settings(tmp_path) == STORED
 
 
 def test_settings_under_their_earlier_name_are_still_read_and_renamed(tmp_path: Path) -> None:

@@ -68,3 +68,16 @@ def test_a_file_system_without_locks_lets_the_run_start_with_a_warning(
     with DirectoryLock(tmp_path):
         (line,) = capsys.readouterr().err.splitlines()
     assert line == f"warning: {tmp_path} cannot be locked (No locks available): start no second run"
+
+
+def test_a_full_disk_refuses_the_directory_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", refuse)
+        with pytest.raises(UserError, match=f"--output_dir {tmp_path}: cannot be written: No space left on device"):
+            DirectoryLock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with DirectoryLock(tmp_path) as lock:
+        assert lock.killed is None

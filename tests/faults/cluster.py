@@ -1,0 +1,87 @@
+"""A job on a real SLURM cluster of one node is preempted, requeued, or loses its processes or its node."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.faults.runs import ROOT, Broken, Commands, number_of, require_same
+from tests.slurm_cluster import DAEMON_PATH, DAEMONS, Cluster, daemons, running_cluster, wait_until
+
+KINDS = ("preempted", "requeued", "step killed", "node failed")
+
+
+def needs_slurm() -> str | None:
+    """Which of SLURM's daemons is missing."""
+    return next((f"no {name}" for name in DAEMONS if shutil.which(name, path=DAEMON_PATH) is None), None)
+
+
+def job_disturbed(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """A job is disturbed at a random moment; it is done once, as if nothing had happened."""
+    whole = commands.whole("lora")[0]
+    kind = KINDS[number_of(directory) % len(KINDS)]
+    (directory / "bin").mkdir(parents=True)
+    (directory / "bin" / "activate").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n', "utf8")
+    variables = {
+        "FINETUNE_VENV": str(directory),
+        "FINETUNE_ENTRY": str(ROOT / "finetune_lora.py"),
+        "FINETUNE_LORA_CACHE": str(commands.folder / "cache"),
+    }
+    run = directory / "run"
+    with running_cluster(directory) as started:
+        cluster = Cluster(started.environment | variables, directory)
+        script = str(ROOT / "run_DistilBert_gpu.SBATCH")
+        job = cluster.submit("--requeue", script, *commands.flags(run, "lora")).stdout.strip()
+        wait_until((run / "settings.json").exists, "the run's directory")
+        time.sleep(generator.uniform(0, 4))
+        disturb(cluster, job, kind)
+        wait_until(lambda: "RUNNING" not in state(cluster, job) and "COMPLETING" not in state(cluster, job), "its end")
+        if state(cluster, job) == "FAILED":  # its step was killed: SLURM leaves it to the user to start it again
+            cluster.command("scontrol", "requeue", job)
+        if state(cluster, job) != "COMPLETED":
+            time.sleep(2)  # a job that starts in the second in which it ended is refused: "Job credential revoked"
+            cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        wait_until(lambda: state(cluster, job) in ("COMPLETED", "FAILED"), "the end")
+        if state(cluster, job) != "COMPLETED":
+            raise Broken(f"{kind}: the job ended as {state(cluster, job)}: {cluster.log()[-300:]}")
+    require_same(run, whole)
+    return f"{kind}: identical"
+
+
+def state(cluster: Cluster, job: str) -> str:
+    """The job's state, as SLURM names it."""
+    found = re.search(r"JobState=(\w+)", cluster.job(job))
+    return found[1] if found else ""
+
+
+def disturb(cluster: Cluster, job: str, kind: str) -> None:
+    """Does the fault."""
+    if kind == "preempted":  # the signal that --signal=B:USR1@120 sends
+        cluster.command("scancel", "--batch", f"--signal={signal.SIGUSR1.name}", job, check=False)
+    elif kind == "requeued":
+        cluster.command("scontrol", "requeue", job, check=False)
+    elif kind == "step killed":
+        cluster.command("scancel", "--signal=KILL", f"{job}.0", check=False)
+    else:
+        fail_node(cluster, job)
+
+
+def fail_node(cluster: Cluster, job: str) -> None:
+    """All processes of the node die, and the controller hears that it is down. Then it comes back."""
+    folder = Path(cluster.environment["SLURM_CONF"]).parent
+    listed = cluster.command("scontrol", "listpids", job, check=False).stdout.split("\n")[1:]
+    pids = [int(line.split()[0]) for line in listed if line.strip()]
+    pids.append(int((folder / "slurmd.pid").read_text(encoding="utf8")))
+    for pid in pids:
+        if pid > 1:
+            os.kill(pid, signal.SIGKILL)
+    host = cluster.command("sinfo", "-h", "-o", "%n").stdout.strip()
+    cluster.command("scontrol", "update", f"NodeName={host}", "State=DOWN", "Reason=power")
+    wait_until(lambda: "PENDING" in state(cluster, job) or "COMPLETED" in state(cluster, job), "the requeue")
+    subprocess.Popen(daemons(folder)[2], env=cluster.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cluster.command("scontrol", "update", f"NodeName={host}", "State=RESUME")

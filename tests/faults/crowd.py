@@ -1,0 +1,103 @@
+"""Several processes want the same: one cache, one run directory, one study."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import write_study
+from tests.faults.runs import ROOT, Broken, Commands, left_by, require_same
+
+ROWS = """
+[[rows]]
+name = "lora"
+
+[[rows]]
+name = "selective"
+method = "selective"
+trainable_layers = 1
+"""
+
+
+def one_cache(commands: Commands, _generator: random.Random, directory: Path) -> str:
+    """Eight runs at once on one empty cache."""
+    whole = commands.whole("selective")[0]
+    directory.mkdir()
+    runs = [directory / str(number) for number in range(8)]
+    processes = [
+        commands.start(commands.flags(run, "selective"), run.with_suffix(".log"), cache=directory / "cache")
+        for run in runs
+    ]
+    for process in processes:
+        process.join()
+    for run in runs:
+        require_same(run, whole)
+    return "all identical"
+
+
+def one_directory(commands: Commands, _generator: random.Random, directory: Path) -> str:
+    """Eight runs at once in one directory: one does it, the others are refused."""
+    whole = commands.whole("selective")[0]
+    logs = [directory.with_name(f"{directory.name}-{number}.log") for number in range(8)]
+    words = [*commands.flags(directory, "selective"), "--resume", "auto"]
+    processes = [commands.start(words, log) for log in logs]
+    for process in processes:
+        process.join()
+    statuses = sorted(process.exitcode or 0 for process in processes)
+    printed = [log.read_text(encoding="utf8") for log in logs]
+    for log in logs:
+        log.unlink()
+    said = ("another run has just started", "is being written by", "has finished: nothing to do")
+    if set(statuses) > {0, 2} or sum(any(word in text for word in said) for text in printed) != 7:
+        raise Broken(f"statuses {statuses}")
+    require_same(directory, whole)
+    return "one did it, the others were refused"
+
+
+def study_words(commands: Commands, directory: Path) -> list[str]:
+    """The study of two runs in a directory, and where its runs and data are; the flags of ``compare_methods.py``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    study = directory / "crowd.toml"
+    write_study(study, commands.model, ROWS)
+    return [str(study), "--data_dir", str(commands.data), "--runs_dir", str(directory / "runs")]
+
+
+def processes_of_study(commands: Commands, words: list[str], count: int) -> list[subprocess.Popen[str]]:
+    """Starts ``compare_methods.py run`` several times."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FINETUNE_LORA_CACHE": str(commands.folder / "cache")}
+    command = [sys.executable, str(ROOT / "compare_methods.py"), "run", *words]
+    out = subprocess.PIPE
+    return [
+        subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True)
+        for _ in range(count)
+    ]
+
+
+def finished_study(commands: Commands) -> Path:
+    """A directory with the study and its two finished runs, made once."""
+    directory = commands.folder / "study"
+    if not (directory / "done").exists():
+        (process,) = processes_of_study(commands, study_words(commands, directory), 1)
+        printed = process.communicate()[0]
+        if process.returncode:
+            raise Broken(f"the undisturbed study failed: {printed[-500:]}")
+        (directory / "done").touch()
+    return directory
+
+
+def one_study(commands: Commands, _generator: random.Random, directory: Path) -> str:
+    """Eight ``compare_methods.py run`` on one study: all end, and each run is done once."""
+    expected = finished_study(commands) / "runs" / "crowd"
+    processes = processes_of_study(commands, study_words(commands, directory), 8)
+    printed = "".join(process.communicate()[0] for process in processes)
+    statuses = [process.returncode for process in processes]
+    if any(statuses):
+        raise Broken(f"statuses {statuses}: {printed[-300:]}")
+    for name in sorted(path.name for path in expected.iterdir() if path.is_dir()):
+        starts = printed.count(f"{name}  started") + printed.count(f"{name}  continued")
+        if starts != 1:
+            raise Broken(f"{name} was started {starts} times")
+        if left_by(directory / "runs" / "crowd" / name) != left_by(expected / name):
+            raise Broken(f"{name} differs")
+    return "all ended, each run done once"

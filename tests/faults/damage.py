@@ -1,0 +1,165 @@
+"""Files are damaged between two commands: truncated, a bit flipped, emptied, or replaced by a folder."""
+
+import random
+import shutil
+from pathlib import Path
+
+import compare_methods
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREDICTIONS, RESULT, SETTINGS
+from tests.faults.crowd import finished_study, study_words
+from tests.faults.interruptions import chosen_run
+from tests.faults.runs import (
+    METHODS,
+    Commands,
+    Outcome,
+    Signals,
+    in_process,
+    number_of,
+    refused_in_one_line,
+    require,
+    require_same,
+)
+
+KINDS = ("truncated", "bit flipped", "emptied", "folder instead")
+
+
+def damage(path: Path, kind: str, generator: random.Random) -> None:
+    """Damages a file."""
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if kind == "folder instead":
+        path.mkdir()
+        return
+    if kind == "bit flipped":
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    path.write_bytes(content[: {"truncated": generator.randrange(len(content)), "emptied": 0}.get(kind, len(content))])
+
+
+def kind_of(directory: Path) -> str:
+    """The trials take the kinds of damage in turn."""
+    return KINDS[number_of(directory) % len(KINDS)]
+
+
+def damaged_checkpoint(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """An interrupted run whose last, last two, or best checkpoint is damaged."""
+    method, precision = chosen_run(commands, generator)
+    words = commands.flags(directory, method, precision)
+    _, whole, _ = commands.whole(method, precision)
+    while not (directory / LAST_CHECKPOINT).is_file():
+        shutil.rmtree(directory, ignore_errors=True)
+        moment = Signals(operation=generator.randint(whole.operations // 3, whole.operations))
+        commands.run(words, moment)
+    names = generator.choice(
+        [(LAST_CHECKPOINT,), (LAST_CHECKPOINT,), (LAST_CHECKPOINT, "previous.ckpt"), (BEST_CHECKPOINT,)]
+    )
+    damaged = [directory / name for name in names if (directory / name).is_file()]
+    for path in damaged:
+        damage(path, kind_of(directory), generator)
+    return _identical_or_refused(commands, words, directory, commands.whole(method, precision)[0], bool(damaged))
+
+
+def _identical_or_refused(commands: Commands, words: list[str], directory: Path, whole: Path, damaged: bool) -> str:
+    outcome = commands.run([*words, "--resume", "auto"])
+    if outcome.status == 0:
+        for folder in directory.glob("*/"):  # that replaced a file which is no longer needed
+            folder.rmdir()
+        require_same(directory, whole)
+        return "identical"
+    require(damaged and refused_in_one_line(outcome), "after damage", outcome)
+    return f"refused, status {outcome.status}"
+
+
+def damaged_settings(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """An interrupted run whose settings are damaged."""
+    words = commands.flags(directory, "lora")
+    whole, outcome, _ = commands.whole("lora")
+    while not (directory / SETTINGS).is_file():
+        shutil.rmtree(directory, ignore_errors=True)
+        commands.run(words, Signals(operation=generator.randint(1, outcome.operations)))
+    damage(directory / SETTINGS, kind_of(directory), generator)
+    return _identical_or_refused(commands, words, directory, whole, damaged=True)
+
+
+def damaged_cache(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """Tokens in the cache are damaged."""
+    whole = commands.whole("selective")[0]
+    cache = directory.with_name("own cache")
+    if not cache.exists():
+        commands.run(commands.flags(directory, "selective"), cache=cache)
+        shutil.rmtree(directory)
+    damage(generator.choice(sorted((cache / "tokens").iterdir())), kind_of(directory), generator)
+    outcome = commands.run(commands.flags(directory, "selective"), cache=cache)
+    if outcome.status:
+        require(refused_in_one_line(outcome), "damaged tokens", outcome)
+        shutil.rmtree(cache)
+        return "refused"
+    require_same(directory, whole)
+    return "rebuilt, identical"
+
+
+def damaged_weights(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """Weights of a finished run are damaged, and then used."""
+    return _used_by_predict(commands, generator, directory, weights=True)
+
+
+def damaged_result(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """The result of a finished run is damaged, and the run then used."""
+    return _used_by_predict(commands, generator, directory, weights=False)
+
+
+def _used_by_predict(commands: Commands, generator: random.Random, directory: Path, weights: bool) -> str:
+    whole, _, _ = commands.whole(generator.choice(list(METHODS)))
+    text = ("--text", "a dull film, number 7")
+    expected = commands.run(["predict", str(whole), *text])
+    shutil.copytree(whole, directory)
+    damage(next(directory.glob("*.safetensors")) if weights else directory / RESULT, kind_of(directory), generator)
+    outcome = commands.run(["predict", str(directory), *text])
+    if outcome.status == 0:  # for example another kind of space in result.json
+        require(_answers(outcome) == _answers(expected), "other predictions", outcome)
+        return "same predictions"
+    require(refused_in_one_line(outcome), "damaged", outcome)
+    return "refused"
+
+
+def _answers(outcome: Outcome) -> list[str]:
+    return [line for line in outcome.printed.splitlines() if not line.startswith("file operations")]
+
+
+def damaged_predictions(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """Predictions of a study's run are damaged, and then collected."""
+    results = directory / "results"
+    shutil.copytree(finished_study(commands) / "runs", directory / "runs")
+    damage(generator.choice(sorted(directory.glob("runs/*/*/" + PREDICTIONS))), kind_of(directory), generator)
+    collect = ["collect", *study_words(commands, directory), "--results", str(results)]
+    outcome = in_process(compare_methods.main, collect)
+    require(refused_in_one_line(outcome), "damaged", outcome)
+    return "refused"
+
+
+def damaged_collected_run(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """A result or the predictions of a collected run are damaged, and then the report is made."""
+    study, results = finished_study(commands), directory / "results"
+    collected = study / "results"
+    if not collected.exists():
+        outcome = in_process(
+            compare_methods.main, ["collect", *study_words(commands, study), "--results", str(collected)]
+        )
+        require(outcome.status == 0, "collect", outcome)
+        require(in_process(compare_methods.main, _report(collected)).status == 0, "report", outcome)
+    shutil.copytree(collected, results)
+    damage(
+        generator.choice(sorted(results.glob("*/*/" + generator.choice([RESULT, PREDICTIONS])))),
+        kind_of(directory),
+        generator,
+    )
+    outcome = in_process(compare_methods.main, _report(results))
+    if outcome.status == 0:
+        same = all(path.read_bytes() == (results / path.name).read_bytes() for path in collected.glob("summary.json"))
+        require(same, "another report", outcome)
+        return "same report"
+    require(refused_in_one_line(outcome), "damaged", outcome)
+    return "refused"
+
+
+def _report(results: Path) -> list[str]:
+    return ["report", "--results", str(results)]

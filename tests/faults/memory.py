@@ -1,0 +1,71 @@
+"""Memory runs out in a step of a run: the process may not take more addresses than it has (RLIMIT_AS)."""
+
+import ctypes
+import functools
+import importlib
+import random
+import resource
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults.runs import Commands, number_of, refused_in_one_line, require, require_same
+
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+SMALL_BYTES = 1 << 15  # larger blocks come from the system, so that a limit acts at once
+PLACES = {  # a function, and the number of its call
+    "tokenizing": ("local_dataset_utilities", "tokenize", 1),
+    "building": ("local_model_utilities", "build_classifier", 1),
+    "step 1": ("finetuning.training.module", "FineTuning.training_step", 1),
+    "step 50": ("finetuning.training.module", "FineTuning.training_step", 50),
+    "evaluation": ("finetuning.training.module", "FineTuning.test_step", 1),
+}
+KILLED = (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV)  # C++ code that finds no memory aborts
+
+
+@dataclass(frozen=True)
+class LittleMemory:
+    """From the n-th call of a function on, the process may take only a few bytes more."""
+
+    place: str
+    spare: int
+
+    def install(self, watched: tuple[str, ...]) -> None:
+        """Wraps the function."""
+        module, path, number = PLACES[self.place]
+        *outer, name = path.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in outer:
+            owner = getattr(owner, part)
+        original, calls = getattr(owner, name), 0
+
+        @functools.wraps(original)  # Lightning looks at the arguments
+        def limited(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL_BYTES)
+                pages = int(Path("/proc/self/statm").read_text(encoding="utf8").split()[0])
+                limit = pages * resource.getpagesize() + self.spare
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            return original(*arguments, **named)
+
+        setattr(owner, name, limited)
+
+
+def memory_runs_out(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """The limit comes in one step of the run; without it, the run continues."""
+    place = list(PLACES)[number_of(directory) % len(PLACES)]
+    method = generator.choice(["lora", "full"])
+    whole, _, _ = commands.whole(method)
+    words = [*commands.flags(directory, method), "--resume", "auto"]
+    outcome = commands.run(words, LittleMemory(place, generator.choice([0, 1 << 18, 1 << 21])))
+    if outcome.status:
+        line = refused_in_one_line(outcome) and "memory" in outcome.lines[-1]
+        require(line or outcome.status in KILLED, f"no memory: {place}", outcome)
+    last = commands.run(words)
+    require(last.status == 0, "with memory", last)
+    require_same(directory, whole)
+    how = "enough memory" if outcome.status == 0 else "one line" if outcome.status > 0 else "killed"
+    return f"{how}, identical"

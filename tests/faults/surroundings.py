@@ -1,0 +1,157 @@
+"""What a run stands on fails or is unusual: its disk is full, its environment is not the usual one."""
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetuning.runs.files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BEST_CHECKPOINT,
+    CURVE,
+    LAST_CHECKPOINT,
+    METRICS,
+    PREDICTIONS,
+    RESULT,
+    SETTINGS,
+    TRAINED_WEIGHTS,
+)
+from finetuning.runs.lock import LOCK
+from tests.faults.runs import (
+    Commands,
+    Signals,
+    number_of,
+    on_file_operations,
+    refused_in_one_line,
+    require,
+    require_same,
+)
+
+TOKENS = ".npz"
+ONCE = (LOCK, SETTINGS, TOKENS, ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, CURVE, PREDICTIONS, RESULT)
+OFTEN = (LAST_CHECKPOINT, BEST_CHECKPOINT, METRICS)  # these are also tried at a later write
+EACH_FILE = tuple((name, write) for name in (*ONCE, *OFTEN) for write in ((1, 1) if name in ONCE else (1, 2)))
+
+
+def needs_root() -> str | None:
+    """Why file systems cannot be mounted here."""
+    return None if os.geteuid() == 0 else "needs root"
+
+
+@dataclass(frozen=True)
+class FullDisk:
+    """The disk becomes full at the n-th write of a file."""
+
+    name: str  # a part of the file's name
+    write: int
+    filler: Path
+
+    def install(self, watched: tuple[str, ...]) -> None:
+        """Fills the disk just before the file is opened; each write has a temporary name of its own."""
+        seen: list[str] = []
+
+        def act(_number: int, event: str, path: str) -> None:
+            if (
+                event == "open" and self.name in Path(path).name and path not in seen
+            ):  # each write has a temporary name of its own
+                seen.append(path)
+                if len(seen) == self.write:
+                    fill(self.filler)
+
+        on_file_operations(watched, act)
+
+
+def fill(filler: Path) -> None:
+    """Takes all that is left on a disk."""
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 10, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"0" * size)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[None]:
+    """A file system in memory. Needs root."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def disk_full(commands: Commands, _generator: random.Random, directory: Path) -> str:
+    """The disk of the run and its cache becomes full when a file is written; then space is freed."""
+    name, write = EACH_FILE[number_of(directory) % len(EACH_FILE)]
+    method = "full" if name == TRAINED_WEIGHTS else "lora"
+    whole, _, _ = commands.whole(method)
+    filler, cache = directory / "filler", directory / "cache"
+    with small_disk(directory, "size=100m"):
+        words = commands.flags(directory / "run", method)
+        outcome = commands.run(words, FullDisk(name, write, filler), cache)
+        require(filler.exists(), f"{name} was not written", outcome)
+        require(refused_in_one_line(outcome), f"no room for {name}", outcome)
+        require("space" in outcome.lines[-1], f"no room for {name}", outcome)
+        filler.unlink()
+        last = commands.run([*words, "--resume", "auto"], cache=cache)
+        require(last.status == 0, f"after there was no room for {name}", last)
+        require_same(directory / "run", whole)
+    return f"status {outcome.status}, then identical"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# environment
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Variables (an empty one is unset), and a command that starts the run."""
+
+    variables: dict[str, str]
+    prefix: tuple[str, ...] = ()
+
+
+ENVIRONMENTS = {
+    "umask 077": Environment({}, ("sh", "-c", 'umask 077; exec "$0" "$@"')),
+    "HOME unset": Environment({"HOME": ""}),
+    "TMPDIR gone": Environment({"TMPDIR": "/nonexistent/tmp"}),
+    "locale C": Environment({"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": ""}),
+    "ASCII output": Environment({"PYTHONIOENCODING": "ascii"}),
+    "spaces and umlauts": Environment({}),
+    "read-only home": Environment({"HOME": "HOME"}),
+    "read-only home and cache": Environment({"HOME": "HOME", "FINETUNE_LORA_CACHE": ""}),
+    "clock set back": Environment({"FAKETIME_DONT_FAKE_MONOTONIC": "1"}, ("faketime", "-f", "-400d")),
+}
+
+
+def environment(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """An unusual environment; the trials take them in turn."""
+    name = list(ENVIRONMENTS)[number_of(directory) % len(ENVIRONMENTS)]
+    chosen = ENVIRONMENTS[name]
+    if chosen.prefix and shutil.which(chosen.prefix[0]) is None:
+        return f"{chosen.prefix[0]} is missing"
+    whole, outcome, _ = commands.whole("selective")
+    run = directory / ("läuft gut" if name in ("ASCII output", "spaces and umlauts") else "run")
+    words = [*commands.flags(run, "selective"), "--resume", "auto"]
+    if name == "clock set back":  # between the two parts of a run
+        commands.run(words, Signals(operation=generator.randint(outcome.operations // 3, outcome.operations)))
+    with contextlib.ExitStack() as stack:
+        variables = dict(chosen.variables)
+        if "HOME" in name or "home" in name:
+            variables["HOME"] = variables["HOME"] and str(directory / "home")
+        if "home" in name:
+            stack.enter_context(small_disk(directory / "home", "ro"))
+        outcome = commands.fresh(words, variables, chosen.prefix)
+    if name == "read-only home and cache":
+        require(refused_in_one_line(outcome) and "FINETUNE_LORA_CACHE" in outcome.lines[-1], name, outcome)
+        return "one line"
+    require(outcome.status == 0, name, outcome)
+    require(not outcome.lines, name, outcome)
+    require_same(run, whole)
+    return "identical"

@@ -1,0 +1,36 @@
+"""How a run's end is recorded, and said in one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetuning.config import RunConfig
+from finetuning.runs.files import read_result
+from finetuning.runs.recording import NO_PRIMITIVE, recorded
+
+ADVICE = "lower --batch_tokens, or use --gradient_checkpointing True; the last checkpoint is kept"
+
+
+@pytest.mark.parametrize(
+    ("error", "begin"),
+    [
+        (MemoryError(), f"out of memory: {ADVICE}"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nGPU 0"), f"out of memory: {ADVICE}"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 12"), f"out of memory: {ADVICE}"),
+        (OSError(12, "Cannot allocate memory"), f"out of memory: {ADVICE}"),
+        (ImportError("/x.so: failed to map segment from shared object"), f"out of memory: {ADVICE}"),
+        (RuntimeError(NO_PRIMITIVE), f"{NO_PRIMITIVE}, perhaps because the process was out of memory: {ADVICE}"),
+        (OSError(28, "No space left on device", "/disk/last.ckpt"), "No space left on device: /disk/last.ckpt"),
+        (RuntimeError("shapes differ\nin detail"), "shapes differ"),
+    ],
+)
+def test_the_reason_of_a_failure_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, begin: str
+) -> None:
+    with recorded(tmp_path, RunConfig.from_settings()):
+        raise error
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"failed: {begin}")
+    result = read_result(tmp_path)
+    assert (result["status"], f"failed: {result['error']}") == ("failed", line)
