@@ -85,8 +85,9 @@ def check_study_command(words: list[str]) -> None:
 
 
 def benchmark_flags() -> set[str]:
-    """Flags that the benchmarks' files name, and fields of their classes, which ``benchmarks.measure`` has as flags."""
-    text = "".join(path.read_text(encoding="utf8") for path in sorted((ROOT / "benchmarks").glob("*.py")))
+    """Flags that files of benchmarks and campaign name, and fields of their classes: ``benchmarks.measure``'s flags."""
+    files = [*sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "tests" / "fault_campaign.py"]
+    text = "".join(path.read_text(encoding="utf8") for path in files)
     return set(re.findall(r"--[a-z_]+", text)) | {f"--{name}" for name in re.findall(r"\n    ([a-z_]+): ", text)}
 
 
