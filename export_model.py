@@ -15,24 +15,16 @@ from finetuning.errors import ExportFailed, UserError, not_installed
 from finetuning.export.target import check_target, staged
 from finetuning.flags import OneLineParser
 from finetuning.processes import share_processors, show_any_text
-from finetuning.runs.finished import FinishedRun, read_finished, read_predictions
+from finetuning.processor import limit_libraries
+from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
-    import numpy as np
-
     from finetuning.export.proof import HeldOut
     from finetuning.models.classifier import Classifier
+    from finetuning.runs.answers import Answers
 
 DESCRIPTION = "Write a finished run as a Transformers folder with merged weights, and prove that it predicts the same."
 CHECKED_TEXTS = 500
-
-
-def check_task(run: FinishedRun) -> None:
-    """Refuses runs whose export is not built yet: a proof must read the texts as the run did."""
-    if run.config.data.text_pair_column is not None:
-        raise UserError(f"{run.directory}: was trained on pairs of texts, which export_model.py cannot write yet")
-    if run.result.get("task", {}).get("threshold") is not None:
-        raise UserError(f"{run.directory}: texts have several labels, which export_model.py cannot write yet")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
         check_flags(arguments)
+        limit_libraries()
         run = read_finished(arguments.run)
-        check_task(run)
         check_target(arguments.out, arguments.run)
         share_processors()
         export(run, arguments)
@@ -104,9 +96,10 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
     from transformers.utils import logging as transformers_logging
 
     from finetuning.export.adapter import BASE, check_adapter, export_adapter, writes_base
-    from finetuning.export.card import adapter_snippet, plain_snippet, write_card
-    from finetuning.export.onnx_file import require_onnx
+    from finetuning.export.card import write_card
+    from finetuning.export.onnx_file import onnx_inputs, require_onnx
     from finetuning.export.plain import export_plain
+    from finetuning.export.snippets import adapter_snippets, plain_snippets
     from finetuning.export.words import sentences
 
     if arguments.onnx:
@@ -114,7 +107,8 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
     if arguments.adapter:
         check_adapter(run.config)
     transformers_logging.disable_progress_bar()
-    tokenizer, held = read_held_out(run, arguments.check_texts, arguments.data_dir)
+    answers = read_own_answers(run)
+    tokenizer, held = read_held_out(run, answers, arguments.check_texts, arguments.data_dir)
     folder_of_base = base_folder(run)
     unrounded = arguments.adapter and not writes_base(run.config)  # PEFT will load the base model's own weights
     classifier, precision = load_run(run, folder_of_base, unrounded)
@@ -128,39 +122,33 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
                 folder, classifier, tokenizer, held, arguments.dtype, run.config.data.max_length, precision,
                 arguments.onnx,
             )  # fmt: skip
+        pairs = run.config.data.text_pair_column is not None
         found = sentences(proof, arguments.dtype, run.config.data.truncation)
         if arguments.adapter:
             base = f"{folder.name}/{BASE}" if writes_base(run.config) else run.config.model.model_name
-            snippets = adapter_snippet(folder.name, base, run.label_names)
+            snippets = adapter_snippets(folder.name, base, run.label_names, pairs, run.threshold)
         else:
-            snippets = plain_snippet(folder.name, arguments.onnx, tokenizer.pad_token_id, tokenizer.pad_token)
-        write_card(folder, run, folder_of_base, predictions_of_split(run), snippets, found)
+            inputs = onnx_inputs(folder) if arguments.onnx else []
+            padding = (tokenizer.pad_token_id, tokenizer.pad_token)
+            snippets = plain_snippets(folder.name, pairs, run.threshold, inputs, *padding)
+        write_card(folder, run, folder_of_base, answers[run.reported_split], snippets, found)
     print("\n".join([f"{arguments.out}: written and checked", *(f"  {sentence}" for sentence in found)]))
 
 
-def predictions_of_split(run: FinishedRun) -> "tuple[np.ndarray, np.ndarray]":
-    """Logits and labels of the test split, or of validation if the run has not read the test split."""
-    import numpy as np
-
-    wanted = "test" if "test" in run.result else "validation"
-    rows = [stored for (split, _), stored in read_predictions(run.directory).items() if split == wanted]
-    return np.array([logits for _, logits in rows], dtype=np.float32), np.array([label for label, _ in rows])
-
-
-def read_held_out(run: FinishedRun, limit: int, data_dir: Path | None) -> "tuple[Any, HeldOut]":
-    """The run's tokenizer, and a sample of its held-out texts with their tokens and the run's own logits."""
+def read_held_out(
+    run: FinishedRun, answers: "dict[str, Answers]", limit: int, data_dir: Path | None
+) -> "tuple[Any, HeldOut]":
+    """The run's tokenizer, and a sample of its held-out texts with their tokens and the run's own answers."""
     from finetuning.export.proof import held_out
     from finetuning.models.pretrained import load_tokenizer
     from local_dataset_utilities import load_texts, tokenize
 
-    predictions = read_predictions(run.directory)
     config = run.config if data_dir is None else run.config.changed(data_dir=data_dir)
     tokenizer = load_tokenizer(config.model.model_name, base_folder(run))
     texts = load_texts(config.data, config.run.offline)
-    kept = {name: split for name, split in texts.splits.items() if name == "validation" or "test" in run.result}
-    del kept["train"]
+    kept = {name: split for name, split in texts.splits.items() if name in answers}  # without train
     texts = dataclasses.replace(texts, splits=kept)
-    return tokenizer, held_out(texts, tokenize(texts, tokenizer, config.data), predictions, limit)
+    return tokenizer, held_out(texts, tokenize(texts, tokenizer, config.data), answers, limit)
 
 
 def base_folder(run: FinishedRun) -> Path:

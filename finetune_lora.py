@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.caches import cache_table, clear_caches, remove_left_over
-from finetuning.config import RunConfig, check_data_dir
+from finetuning.config import RunConfig, check_data_dir, check_trackers
 from finetuning.errors import UserError, not_installed
 from finetuning.flags import given_flags
 from finetuning.processes import (
@@ -34,7 +34,7 @@ from finetuning.runs.directory import (
 )
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
 from finetuning.runs.recording import recorded
-from finetuning.runs.records import NOT_ASKED_FOR, headline, test_record, train_record
+from finetuning.runs.records import NOT_ASKED_FOR, data_record, headline, test_record, train_record
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
     import lightning.pytorch as pl
@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fai
     from finetuning.training.hardware import Hardware
     from finetuning.training.module import FineTuning
     from finetuning.training.tasks import Task
+    from finetuning.training.trackers import Trackers
 
 DESCRIPTION = "Fine-tune a text classifier, an encoder or a decoder: LoRA, QLoRA, the last layers or all weights."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -87,6 +88,7 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
         print(clear_caches() if config.run.cache_clear else cache_table())
         return 0
     check_data_dir(config.data.data_dir)
+    check_trackers(config.run)
     limit_libraries()
     share_processors()
     if config.run.prefetch:
@@ -162,19 +164,6 @@ class Setup:
     checkpoint: Path | None = None  # to continue from
     lock: AbstractContextManager[object] = field(default_factory=nullcontext)  # of the directory
 
-    def data_record(self) -> dict[str, Any]:
-        """The source of the texts, and the numbers of texts and tokens, for ``result.json``."""
-        texts = self.texts
-        return {
-            "source": texts.source,
-            "columns": texts.columns,
-            "label_names": texts.label_names,
-            "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
-            "tokens": {name: int(split.lengths.sum()) for name, split in self.splits.items()},
-            "leaks_dropped": texts.leaks_dropped,
-            "notes": texts.notes,
-        }
-
     def kernels(self, classifier: "Classifier") -> str:
         """Whether the run uses the compiled CPU kernels, or why not."""
         import torch
@@ -191,8 +180,8 @@ class Setup:
 
     def headline(self, classifier: "Classifier") -> str:
         """The text that the run prints before training."""
-        kernels = self.kernels(classifier)
-        return headline(self.config, self.data_record(), self.hardware.described, kernels, self.advice)
+        data, kernels = data_record(self.texts, self.splits), self.kernels(classifier)
+        return headline(self.config, data, self.hardware.described, kernels, self.advice)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -201,12 +190,20 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: input is refused, and nothing was written.
     """
+    from finetuning.report.page import present
+    from finetuning.training.trackers import Trackers
+
     setup = prepare(config)
-    with setup.lock, recorded(setup.directory, setup.config) as result:
-        classifier = build_model(setup, result)
-        with watched(setup, result) as (meter, stop):
-            trainer, module = train(setup, classifier, meter, stop, result)
-            evaluate(setup, trainer, module, stop, result)
+    trackers = Trackers([] if is_helper() else config.run.trackers, setup.directory)
+    with setup.lock:
+        with recorded(setup.directory, setup.config) as result:
+            classifier = build_model(setup, result)
+            with watched(setup, result, trackers) as (meter, stop):
+                trainer, module = train(setup, classifier, meter, stop, result)
+                evaluate(setup, trainer, module, stop, result)
+        if not is_helper():
+            present(setup.directory, result, setup.config.run, setup.texts.splits)
+        trackers.close(result)
     return result
 
 
@@ -317,7 +314,7 @@ def train(
     ranks = loader_shares(trainer, hardware)
     training = train_loader(splits["train"], config.training, setup.pad_id, **ranks)
     validation = evaluation_loader(splits["validation"], config.training, setup.pad_id, **ranks)
-    result["data"] = setup.data_record() | {"padding_fraction": training.padding_fraction}
+    result["data"] = data_record(setup.texts, splits) | {"padding_fraction": training.padding_fraction}
     repeated = {name: splits[name].lengths for name in ("train", "validation")}
     keeps = config.training.epochs > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
     frozen = classifier.frozen_outputs(repeated, config.hardware.frozen_cache_gb) if keeps else {}
@@ -375,7 +372,8 @@ def evaluate(
         result["test"] = test_record(module.record("test"), len(setup.splits["test"]), seconds)
     stop.check()
     if trainer.is_global_zero:
-        write_predictions(setup.directory, module.predictions)
+        lengths = {name: split.length_by_row for name, split in setup.splits.items()}
+        write_predictions(setup.directory, module.predictions, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,15 +381,16 @@ def evaluate(
 
 
 @contextmanager
-def watched(setup: Setup, result: dict[str, Any]) -> "Iterator[tuple[Meter, GracefulStop]]":
+def watched(setup: Setup, result: dict[str, Any], trackers: "Trackers") -> "Iterator[tuple[Meter, GracefulStop]]":
     """Handles signals, and writes memory, time and whether the machine was shared into ``result``."""
     from finetuning.runs.measurements import peak_memory, process_seconds, processor_seconds, was_alone
     from finetuning.training.callbacks import GracefulStop, Meter
     from finetuning.training.trainer import leave_process_group, quiet_lightning
 
     config = setup.config
+    trackers.open(config.to_dict(), resumed=setup.checkpoint is not None)
     started, busy = time.perf_counter(), processor_seconds()
-    meter = Meter(setup.directory)
+    meter = Meter(setup.directory, on_row=trackers.log if trackers else None)
     stop = GracefulStop(setup.directory, meter, config.run.checkpoint_minutes, config.run.checkpoint_steps)
     with quiet_lightning(), stop.listening():
         try:

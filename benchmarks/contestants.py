@@ -16,10 +16,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     DataCollatorWithPadding,
@@ -30,10 +30,12 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from benchmarks.peft_model import as_examples, no_dropout, with_peft
 from benchmarks.workload import ALPHA, LABELS, RANK, TARGETS, Job
 from finetuning.data.batches import BatchIndices, evaluation_loader, train_loader
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.models.families import FAMILIES
+from finetuning.models.families import FAMILIES, ModelFamily
+from finetuning.models.pretrained import find_family
 from finetuning.models.quantization import import_bitsandbytes
 from finetuning.training.callbacks import Meter
 from finetuning.training.hardware import prepare_process, resolve_hardware
@@ -42,8 +44,7 @@ from finetuning.training.tasks import OneLabel
 from finetuning.training.trainer import make_trainer, quiet_lightning
 from local_model_utilities import build_classifier
 
-FAMILY = FAMILIES["distilbert"]
-NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+FAMILY = FAMILIES["distilbert"]  # of the tutorial script
 PEER_LEARNING_RATE = 5e-4
 REPACKING = "support_avx512bf16_for_cpu"  # bitsandbytes: must be off, or training after an evaluation is wrong
 TUTORIAL_BATCH, DEFAULT_BATCH, TUNED_EVALUATION_BATCH = 12, 8, 64
@@ -118,11 +119,6 @@ def random_batches(split: TokenizedSplit, size: int) -> list[np.ndarray]:
 def full_batches(order: np.ndarray, size: int) -> list[np.ndarray]:
     """Batches of texts in this order; a last one that is not full is left out."""
     return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
-
-
-def linear_names(targets: str) -> list[str]:
-    """PEFT's ``target_modules``: the names of the linears in a layer, without their parents."""
-    return [name.rpartition(".")[2] for target in TARGETS[targets] for name in FAMILY.targets[target]]
 
 
 def _in_bf16(job: Job) -> bool:
@@ -229,34 +225,24 @@ class Peft(Contestant):
         self.tuned, self.bf16, self.timer = tuned, _in_bf16(job), _TrainerTimer()
         self.on_cpu = job.accelerator == "cpu"
         self.batch_size = job.batch_size if tuned else DEFAULT_BATCH
-        options: dict[str, Any] = NO_DROPOUT | {"attn_implementation": job.attention} if tuned else {}
+        family = find_family(job.model, folder / job.model)
+        options: dict[str, Any] = no_dropout(family) | {"attn_implementation": job.attention} if tuned else {}
         if q_lora:
             options |= {
-                "quantization_config": self.four_bits(),
+                "quantization_config": self.four_bits(family),
                 "device_map": {"": "cpu" if job.accelerator == "cpu" else 0},
             }
         narrow = self.bf16 and tuned and job.frozen == "bf16"
-        base = DistilBertForSequenceClassification.from_pretrained(
+        base = AutoModelForSequenceClassification.from_pretrained(
             folder / job.model, dtype=torch.bfloat16 if narrow else torch.float32, **options
         )
         for module in base.modules():
             if hasattr(module, REPACKING):
                 setattr(module, REPACKING, False)
-        adapter = LoraConfig(
-            task_type="SEQ_CLS",
-            r=RANK,
-            lora_alpha=ALPHA,
-            lora_dropout=0.0,
-            target_modules=linear_names(job.targets),
-            modules_to_save=list(FAMILY.head),
-        )
-        self.model = get_peft_model(base, adapter)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        self.model = with_peft(base, family, TARGETS[job.targets], RANK, ALPHA)
         self.trainer = self.make_trainer(AutoTokenizer.from_pretrained(folder / job.model))
 
-    def four_bits(self) -> BitsAndBytesConfig:
+    def four_bits(self, family: ModelFamily) -> BitsAndBytesConfig:
         """The 4-bit configuration of QLoRA."""
         import_bitsandbytes()
         return BitsAndBytesConfig(
@@ -264,7 +250,7 @@ class Peft(Contestant):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if self.bf16 else torch.float32,
-            llm_int8_skip_modules=list(FAMILY.head),
+            llm_int8_skip_modules=list(family.head),
         )
 
     def make_trainer(self, tokenizer: Any) -> Trainer:
@@ -298,17 +284,9 @@ class Peft(Contestant):
         order = get_length_grouped_indices(split.lengths.tolist(), self.batch_size, generator=generator)
         return full_batches(np.array(order), self.batch_size)
 
-    @staticmethod
-    def examples(split: TokenizedSplit, order: np.ndarray) -> Any:
-        """The texts as a list, which is faster to read than an Arrow table."""
-        return [
-            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(split.labels[i])}
-            for i, ids in ((i, split.sequence(i).tolist()) for i in order)
-        ]
-
     def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
         self.timer.measured = Measured()
-        self.trainer.train_dataset = self.examples(split, np.concatenate(batches))
+        self.trainer.train_dataset = as_examples(split, np.concatenate(batches))
         self.trainer.train()
         measured, self.timer.measured = self.timer.measured, Measured()  # so that predictions do not count
         return measured
@@ -317,7 +295,7 @@ class Peft(Contestant):
         if attention is not None:
             self.trainer.model.get_base_model().set_attn_implementation(attention)  # type: ignore[union-attr, operator]
         order = np.argsort(-split.lengths, kind="stable") if self.tuned else np.arange(len(split))
-        self.trainer.predict(self.examples(split, order))
+        self.trainer.predict(as_examples(split, order))
 
     def merge(self) -> nn.Module:
         """Merges the adapter into a bf16 Hugging Face model, for evaluation only; it cannot train afterwards."""

@@ -19,15 +19,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.peers import OUTPUT as PEERS
-from benchmarks.peers import PLACES, Record, ratios, spread
+from benchmarks.peers import PLACES, Record, fastest_settings, ratios, spread
 from benchmarks.workload import MODELS, Job, prepare, read_split, sample, some_batches
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.pages import ROOT, SPEED, renew_tables
 from finetuning.processor import VARIABLE, limit_libraries
 from finetuning.runs.measurements import environment_record, processor_seconds, was_alone
-from finetuning.storage import read_json, write_json
+from finetuning.storage import write_json
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "int8.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "int8.json"
@@ -70,7 +69,9 @@ def measure(work: Work, rounds: int, folder: Path) -> list[Record]:
         "int8": CONTESTANTS["suite"](replace(job, precision="int8"), folder),
     }
     if work.peer:
-        contestants["peft_tuned"] = CONTESTANTS["peft_tuned"](replace(job, **_fastest(work)), folder)
+        contestants["peft_tuned"] = CONTESTANTS["peft_tuned"](
+            replace(job, **fastest_settings(work.model, work.max_length)), folder
+        )
     train, held_out = (read_split(folder, name, work.max_length) for name in ("train", "validation"))
     epochs = {name: contestant.batches(train) for name, contestant in contestants.items()}
     evaluated = sample(held_out, 40 * work.steps)
@@ -91,15 +92,6 @@ def measure(work: Work, rounds: int, folder: Path) -> list[Record]:
                 records.append(record)
                 print(f"{number} {name} {record['train_tokens_per_second']:,.0f} tokens/s", file=sys.stderr, flush=True)
     return records
-
-
-def _fastest(work: Work) -> dict[str, Any]:
-    """The tuned peer's settings, as ``make benchmark`` chose them for this model and length."""
-    for record in read_json(PEERS)["measurements"]:
-        key = (record.get("contestant"), record.get("model"), record.get("max_length"))
-        if record.get("choice") and key == ("peft_tuned", work.model, work.max_length):
-            return dict(record["chosen"])
-    raise UserError(f"{PEERS.name} has no settings of the tuned peer: run make benchmark")
 
 
 def table(result: Record) -> str:
@@ -167,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, result)
     if not options.quick:
-        renew_tables(SPEED, {"int8": content})
+        renew_tables(SPEED, {"int8_speed": content})
     return 0
 
 

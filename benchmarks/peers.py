@@ -23,11 +23,12 @@ from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.pages import README, ROOT, SPEED, renew_tables
 from finetuning.runs.measurements import environment_record
-from finetuning.storage import write_json
+from finetuning.storage import read_json, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTPUT = RESULTS / "peers.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "peers.json"  # if only a part of the plan is measured
+COMPARED = ("minilm", "base")
 EQUAL_BATCHES = {  # for memory: the suite with as many texts in a batch as the tuned peer
     "peft_tuned": "suite_equal_batches",
     "peft_tuned_qlora": "suite_qlora_equal_batches",
@@ -84,7 +85,7 @@ def plan(quick: bool = False, complete: bool = False) -> list[Work]:
     if quick:
         return [Work("minilm", "qv", 256, ("suite", "peft_tuned", "peft_defaults", "tutorial_bf16"))]
     works = []
-    for model, targets, max_length in product(MODELS, TARGETS, LENGTHS):
+    for model, targets, max_length in product(COMPARED, TARGETS, LENGTHS):
         contestants = ["suite", "peft_tuned"]
         if complete or (model == "minilm" and max_length == 256):
             contestants += ["suite_qlora", "peft_tuned_qlora"]
@@ -136,15 +137,31 @@ def measure_all(
             keep(record | described | {"round": number})
 
 
+def fastest_settings(model: str, max_length: int, output: Path = OUTPUT) -> dict[str, Any]:
+    """The tuned peer's batch size, attention and storage of frozen weights, as ``make benchmark`` chose them.
+
+    Raises:
+        UserError: no settings were chosen for this model and length.
+    """
+    for record in read_json(output)["measurements"]:
+        key = (record.get("contestant"), record.get("model"), record.get("max_length"))
+        if record.get("choice") and key == ("peft_tuned", model, max_length):
+            return dict(record["chosen"])
+    raise UserError(f"{output.name} has no settings of the tuned peer for {model}, {max_length}: run make benchmark")
+
+
 def measure_in_process(work: Work, contestant: str, flags: Sequence[str], folder: Path, seconds: float) -> Record:
     """What ``measure.py`` prints. If it fails, the last line of its error output, under ``error``."""
     described = ["--model", work.model, "--targets", work.targets, "--max_length", str(work.max_length)]
     command = [sys.executable, "-m", "benchmarks.measure", contestant, *described, *flags]
     command += ["--folder", str(folder), "--seconds", str(seconds)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"error": why_failed(done)} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def why_failed(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line of a process's error output."""
+    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,7 +306,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, metavar="X", help="training time of one measurement (default: 6; 3 with --quick)"
     )
-    for name, allowed, kind in (("model", list(MODELS), str), ("targets", list(TARGETS), str)):
+    for name, allowed, kind in (("model", COMPARED, str), ("targets", list(TARGETS), str)):
         parser.add_argument(f"--{name}", choices=allowed, type=kind, help="only this one")
     parser.add_argument("--max_length", choices=LENGTHS, type=int, help="only this one")
     parser.add_argument("--contestants", help="only these, separated by commas")

@@ -6,11 +6,16 @@ Both are written once into a folder, so that every contestant's process starts f
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
 
 from finetuning.config import RunConfig
 from finetuning.data.tokens import TokenizedSplit
@@ -18,7 +23,7 @@ from finetuning.models.pretrained import load_pretrained, load_tokenizer
 from local_dataset_utilities import load_texts, tokenize
 from local_model_utilities import find_base_model
 
-MODELS = {"minilm": "MiniLM", "base": "DistilBERT-base's size"}
+MODELS = {"minilm": "MiniLM", "base": "DistilBERT-base's size", "modernbert": "ModernBERT, MiniLM's size"}
 TARGETS = {"qv": ("query", "value"), "all": ("query", "key", "value", "projection", "mlp")}
 LENGTHS = (128, 256, 512)
 LABELS = ("negative", "positive")
@@ -76,16 +81,36 @@ def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None
 
 
 def _save_model(folder: Path, model: str, config: RunConfig) -> None:
-    """A classifier with a new head and Hugging Face's own dropout; DistilBERT-base's size has random weights."""
+    """A classifier with a new head and Hugging Face's own dropout; only MiniLM has weights that were trained."""
     torch.manual_seed(0)
     packaged, defaults = find_base_model(config), DistilBertConfig()
-    classifier = load_pretrained(config.model, packaged, LABELS)[0]
-    if model == "base":
+    classifier: Any
+    if model == "modernbert":
+        classifier = ModernBertForSequenceClassification(_modernbert())
+    elif model == "base":
         classifier = DistilBertForSequenceClassification(defaults)
-    for name in ("dropout", "attention_dropout", "seq_classif_dropout"):
-        setattr(classifier.config, name, getattr(defaults, name))
-    classifier.save_pretrained(folder)  # type: ignore[operator]
+    else:
+        classifier = load_pretrained(config.model, packaged, LABELS)[0]
+        for name in ("dropout", "attention_dropout", "seq_classif_dropout"):
+            setattr(classifier.config, name, getattr(defaults, name))
+    classifier.save_pretrained(folder)
     load_tokenizer(config.model.model_name, packaged).save_pretrained(folder)
+
+
+def _modernbert() -> ModernBertConfig:
+    """As deep and as wide as MiniLM, with its vocabulary and special tokens."""
+    return ModernBertConfig(
+        vocab_size=30522,
+        hidden_size=384,
+        intermediate_size=576,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        pad_token_id=0,
+        bos_token_id=101,
+        cls_token_id=101,
+        eos_token_id=102,
+        sep_token_id=102,
+    )
 
 
 def save_split(folder: Path, name: str, max_length: int, split: TokenizedSplit) -> None:

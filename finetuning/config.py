@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from finetuning.settings import (
     LORA_TARGETS,
     PACKAGED,
     SECTIONS,
+    TRACKERS,
     DataSettings,
     HardwareSettings,
     LoRASettings,
@@ -33,14 +35,9 @@ from finetuning.settings import (
 
 # Settings that do not change what a run computes.
 NOT_PART_OF_THE_RUN = (
-    "output_dir",
-    "resume",
-    "overwrite",
-    "checkpoint_minutes",
-    "checkpoint_steps",
-    "force",
-    "verbose",
-)
+    "output_dir", "resume", "overwrite", "checkpoint_minutes", "checkpoint_steps", "force", "report", "report_texts",
+    "tracker", "verbose",
+)  # fmt: skip
 # Settings that --resume may change: also the location of model and data, and the hardware.
 MAY_CHANGE = (
     *NOT_PART_OF_THE_RUN, "model_name", "data_dir", "data_source", "offline", "accelerator", "device", "devices",
@@ -217,6 +214,17 @@ def check_data_dir(data_dir: Path | None) -> None:
         raise UserError(f"--data_dir {data_dir}: no such file or folder, or you may not read it")
 
 
+def check_trackers(run: RunSettings) -> None:
+    """Checks that the trackers are installed, before anything is loaded.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for name in run.trackers:
+        if find_spec(name) is None:
+            raise UserError(f"--tracker {name}: is not installed: pip install {name}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # defaults and checks
 
@@ -318,6 +326,11 @@ def _check_combinations(s: SimpleNamespace) -> None:
     require(s.precision != "int8" or excludes is None, "precision", f"cannot be used, because {excludes}")
     require(s.device is None or s.accelerator != "cpu", "device", "needs a GPU: leave out --accelerator cpu")
     require(s.device is None or s.devices == 1, "device", f"needs --devices 1, but --devices is {s.devices}")
+    require(
+        set(RunSettings(tracker=s.tracker).trackers) <= set(TRACKERS),
+        "tracker",
+        f"must be one or more of {', '.join(TRACKERS)}",
+    )
     require(not (s.resume and s.overwrite), "resume", "cannot be used with --overwrite")
     require(not s.resume or s.output_dir is not None, "resume", "needs --output_dir PATH, the run to continue")
     require(not (s.estimate and s.devices * s.num_nodes > 1), "estimate", "needs --devices 1 and --num_nodes 1")

@@ -1,6 +1,7 @@
-"""Pages in Markdown with generated tables: a table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
+"""Tables, and pages in Markdown: a table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.errors import UserError
@@ -11,8 +12,44 @@ README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
 BEST_PRACTICES = ROOT / "docs" / "best_practices.md"
 SPEED = ROOT / "docs" / "speed.md"
+ACCURACY = ROOT / "docs" / "accuracy.md"
 PAGES = (README, GUIDE, BEST_PRACTICES, SPEED)
 RESULTS = ROOT / "results"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text, from which Markdown and HTML are made. The columns in ``code`` hold commands."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    code: tuple[str, ...] = ("command",)
+
+    def column(self, name: str) -> list[str]:
+        """The cells of a column."""
+        return [row[self.columns.index(name)] for row in self.rows]
+
+    def without_empty_columns(self) -> "Table":
+        """The same table without columns that have no value."""
+        return self.only(*(name for name in self.columns if any(self.column(name))))
+
+    def without(self, column: str) -> "Table":
+        """The same table without one column."""
+        return self.only(*(name for name in self.columns if name != column))
+
+    def only(self, *columns: str) -> "Table":
+        """The same table with these columns only."""
+        kept = [self.columns.index(name) for name in columns]
+        return Table(columns, [tuple(row[i] for i in kept) for row in self.rows], self.code)
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        lines = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+        for row in self.rows:
+            cells = [cell.replace("|", "\\|") for cell in row]
+            cells = [f"`{c}`" if c and n in self.code else c for n, c in zip(self.columns, cells, strict=True)]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
 
 
 def with_table(text: str, name: str, content: str) -> str:

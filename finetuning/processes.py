@@ -39,6 +39,13 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         yield
         return
+    with interruptible():
+        yield
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 act like Ctrl-C, in any process: for commands that srun may start several times."""
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     earlier = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:

@@ -15,7 +15,9 @@ from finetuning.datasets import DATASETS
 
 PACKAGED = "packaged"  # the model that requirements-offline.txt installs
 DEFAULT_MODEL = "distilbert-base-uncased"
+DEFAULT_THRESHOLD = 0.5  # the probability above which one of several labels is given
 AUTO = "auto"  # --resume auto: for job scripts, which do not know what the job left when it last ended
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 LORA_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
 
 
@@ -276,7 +278,15 @@ class RunSettings:
     cache_info: bool = setting(False, "Print the sizes of the caches (tokens, downloads, kernels) and stop.")
     cache_clear: bool = setting(False, "Empty these caches and stop.")
     test: bool = setting(True, "Evaluate the test split once, at the end.")
+    report: bool = setting(True, "Write report.html into the run directory.")
+    report_texts: bool = setting(True, "Show held-out texts in report.html; False keeps them out of it.")
+    tracker: str = setting("", f"Also log to {', '.join(TRACKERS)}; several are separated by a comma.", "none")
     verbose: bool = setting(False, "Print every parameter with its shape, and the traceback of an error.")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in ``--tracker``, each once."""
+        return list(dict.fromkeys(filter(None, (name.strip() for name in self.tracker.split(",")))))
 
 
 SECTIONS: dict[str, type] = {

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -22,6 +24,7 @@ from finetuning.export.plain import write_model
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, read_result, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
+WITH_ONNX = ["--onnx"] if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")) else []
 
 
 @pytest.fixture
@@ -80,16 +83,15 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: object, status: int = 2)
 def test_a_run_becomes_a_folder_that_proves_itself(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_onnx = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
     out = tmp_path / "deep" / "reviews"
-    assert main([str(run), str(out), *["--onnx"] * with_onnx, "--check_texts", "30"]) == 0
+    assert main([str(run), str(out), *WITH_ONNX, "--check_texts", "30"]) == 0
     shown = capsys.readouterr().out
     assert "token ids of a stratified sample of 30 of 80 held-out texts" in shown
     assert "it cuts long texts at their end" in shown
     assert "The run stored its predictions in bf16" in shown
-    assert ("onnxruntime's logits" in shown) == with_onnx
+    assert ("onnxruntime's logits" in shown) == bool(WITH_ONNX)
     files = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in out.iterdir()} == files | ({"onnx"} if with_onnx else set())
+    assert {path.name for path in out.iterdir()} == files | ({"onnx"} if WITH_ONNX else set())
     assert [path.name for path in out.parent.iterdir()] == ["reviews"]
     classify = pipeline("text-classification", model=str(out), top_k=None, truncation=True)
     answers: Any = classify(["superb acting, a joy"])
@@ -118,13 +120,100 @@ def test_an_adapter_proves_itself(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert ModelCard.load(out / "README.md").data.library_name == "peft"
 
 
+def lora_run(folder: Path, base: Path, table: pd.DataFrame, *more: str) -> Path:
+    """A finished fp32 run of the table's rows, a third of which are its test."""
+    data = folder / "data"
+    data.mkdir(parents=True)
+    table.iloc[::3].to_csv(data / "test.csv", index=False)
+    table.drop(table.index[::3]).to_csv(data / "train.csv", index=False)
+    line = f"--dataset text --data_dir {data} --model_name {base} --output_dir {folder / 'run'} --epochs 2"
+    line += " --max_length 12 --truncation head"  # as a pipeline cuts
+    line += " --batch_size 8 --accelerator cpu --precision fp32 --learning_rate 1e-2 --lora_mlp True"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
+        assert finetune_lora.main([*line.split(), *more]) == 0
+    return folder / "run"
+
+
+def exported(run: Path, out: Path, *more: str) -> tuple[str, dict[str, Any]]:
+    """The card of an exported run, and the metadata of the card."""
+    assert main([str(run), str(out), "--check_texts", "20", *more]) == 0
+    card = ModelCard.load(out / "README.md")
+    return card.content, card.data.to_dict()
+
+
+def rows_of_test(run: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """The rows of the run's test, and the logits that it stored for them."""
+    stored = pd.read_parquet(run / PREDICTIONS)
+    stored = stored[stored["split"] == "test"]
+    table = pd.read_csv(run.parent / "data" / "test.csv", keep_default_na=False)
+    return table.iloc[stored["row"]], np.stack(stored["logits"].tolist())
+
+
+def in_pipeline(out: Path, texts: list[Any]) -> tuple[list[str], np.ndarray]:
+    """The labels of an exported folder, and what a plain pipeline says about texts."""
+    answers: Any = pipeline("text-classification", model=str(out), top_k=None, truncation=True)(texts)
+    names = list(json.loads((out / "config.json").read_text())["id2label"].values())
+    found = [{entry["label"]: entry["score"] for entry in answer} for answer in answers]
+    return names, np.array([[answer[name] for name in names] for answer in found])
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_type: str) -> None:
+    rows = [(f"the plot is number {i} of it", "no " * (i % 9) + f"{i}", f"class {i % 2}") for i in range(60)]
+    table = pd.DataFrame(rows, columns=["premise", "claim", "label"])
+    base = tiny_folders[model_type]
+    run = lora_run(tmp_path, base, table, "--text_column", "premise", "--text_pair_column", "claim")
+    out = tmp_path / "out"
+    content, _ = exported(run, out, *WITH_ONNX)
+    assert 'classify([{"text": "A text to classify.", "text_pair": "The second text of the pair."}])' in content
+    if WITH_ONNX:
+        assert ('"token_type_ids": np.array(' in content) == (model_type == "bert")
+    tested, logits = rows_of_test(run)
+    texts = [{"text": row.premise, "text_pair": row.claim} for row in tested.itertuples()]
+    _, found = in_pipeline(out, texts)
+    expected = torch.from_numpy(logits).softmax(-1).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    swapped = [{"text": pair["text_pair"], "text_pair": pair["text"]} for pair in texts]
+    assert np.abs(in_pipeline(out, swapped)[1] - expected).max() > 1e-3
+    content, _ = exported(run, tmp_path / "adapter", "--adapter")
+    assert '"text_pair": "The second text of the pair."' in content
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_run_with_several_labels_a_text(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    chosen = [[word for bit, word in enumerate(("funny", "sad", "long")) if i >> bit & 1] for i in range(96)]
+    rows = [(f"a {' '.join(words)} film, number {i}", ";".join(words) or "none") for i, words in enumerate(chosen)]
+    table = pd.DataFrame(rows, columns=["text", "label"])
+    more = ("--label_separator", ";", "--threshold", "0.37")
+    run = lora_run(tmp_path, tiny_folders["bert"], table, *more)
+    out = tmp_path / "out"
+    content, data = exported(run, out, *WITH_ONNX)
+    config = json.loads((out / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
+    assert config["threshold"] == 0.37
+    assert 'function_to_apply="sigmoid"' in content
+    assert "A text gets each label whose probability is above 0.37: several labels, one, or none." in content
+    assert "| exact match |" in content
+    assert "It always gives one of its labels" not in content
+    metrics = {entry["type"] for entry in data["model-index"][0]["results"][0]["metrics"]}
+    assert metrics == {"exact_match", "f1"}
+    tested, logits = rows_of_test(run)
+    names, found = in_pipeline(out, tested["text"].tolist())
+    assert names == ["funny", "long", "none", "sad"]
+    np.testing.assert_allclose(found, torch.from_numpy(logits).sigmoid().numpy(), rtol=0, atol=1e-4)
+    content, _ = exported(run, tmp_path / "adapter", "--adapter")
+    assert 'function_to_apply="sigmoid"' in content
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_a_folder_that_differs_does_not_stay(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_damaged(folder: Path, model: Any, dtype: torch.dtype) -> None:
+    def write_damaged(folder: Path, model: Any, dtype: torch.dtype, threshold: float | None) -> None:
         model.classifier.bias.data[0] += 0.001
-        write_model(folder, model, dtype)
+        write_model(folder, model, dtype, threshold)
         model.classifier.bias.data[0] -= 0.001
 
     monkeypatch.setattr("finetuning.export.plain.write_model", write_damaged)

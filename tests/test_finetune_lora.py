@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.numpy import load_file
 
 from finetune_lora import main
+from finetuning.training import trackers
 from tests.conftest import needs_int8, write_reviews
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +93,7 @@ def test_a_run_leaves_what_the_design_lists(
     adapter = {"adapter_model.safetensors", "adapter_config.json"}
     weights = {"trained_weights.safetensors"} if "--method" in more else adapter
     expected = {"result.json", "settings.json", "predictions.parquet", "metrics.csv", "learning_curve.png", "last.ckpt"}
+    expected.add("report.html")
     assert {path.name for path in output.iterdir()} == expected | weights
     shown = capsys.readouterr().out
     assert "total" in shown
@@ -194,6 +197,68 @@ def test_processes_that_torchrun_starts_need_to_be_told_where(
         monkeypatch.setenv("RANK", rank)
         assert main(["--offline", "--accelerator", "cpu", "--limit_train", "8", "--epochs", "1"]) == 2
         assert "error: --output_dir: must be given if torchrun" in capsys.readouterr().err
+
+
+# --- what shows a run: the report and the trackers
+
+
+def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorboard", "wandb", "mlflow"):  # no tracker, no import
+        monkeypatch.setitem(sys.modules, name, None)
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, count in (("train", 60), ("validation", 20), ("test", 20)):
+        write_reviews(data / f"{name}.csv", count, seed=count)
+    with (data / "test.csv").open("a", encoding="utf8") as file:
+        file.write("a wonderful <script>alert('x')</script> & <b>moving film,bad\n")  # a label that the text denies
+    words = flags(tiny_folders["distilbert"], data, tmp_path / "run", "--epochs", "2", "--learning_rate", "0.01")
+    assert main(words) == 0
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf8")
+    assert "a wonderful &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &lt;b&gt;moving film" in report
+    assert "<script" not in report
+    assert f"test accuracy {100 * result_of(tmp_path / 'run')['test']['accuracy']:.2f} %" in report
+    assert main([*words, "--overwrite", "--report_texts", "False"]) == 0
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf8")
+    assert "wonderful" not in report
+    assert "--report_texts False" in report
+    assert main([*words, "--overwrite", "--report", "False"]) == 0
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_tracker_or_report_that_fails_does_not_end_the_run(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    class Failing(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            logged.append(step)
+            if len(logged) == 3:
+                raise OSError(28, "No space left on device")
+
+    logged: list[int | None] = []
+    monkeypatch.setitem(trackers.OPEN, "tensorboard", lambda *_: Failing())
+    monkeypatch.setattr("finetuning.config.find_spec", lambda _: object())
+    monkeypatch.setattr("finetuning.report.page.read_answers", lambda *_: 1 / 0)
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "1")
+    assert main([*words, "--tracker", "tensorboard"]) == 0
+    assert logged == [1, 2, 3]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert warnings == [
+        "warning: --tracker tensorboard failed and is not used any more: No space left on device",
+        "warning: report.html was not written: division by zero",
+    ]
+    assert result_of(tmp_path / "run")["status"] == "finished"
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetuning.config.find_spec", lambda _: None)
+    assert main(["--offline", "--tracker", "wandb", "--output_dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == "error: --tracker wandb: is not installed: pip install wandb\n"
+    assert not (tmp_path / "run").exists()
 
 
 # --- interrupted, continued, failed
@@ -351,6 +416,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--threshold", "tuned"], "--threshold tuned: needs several labels a text, not one"),
         (["--label_separator", ","], "--label_separator ',': never occurs in column label"),
         (["--label_smoothing", "1"], "--label_smoothing 1.0: must be at least 0 and below 1"),
+        (["--tracker", "tensorboard,neptune"], "--tracker tensorboard,neptune: must be one or more of tensorboard"),
     ]
     for more, words in cases:
         assert main([*base, *more]) == 2, more

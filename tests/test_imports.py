@@ -43,7 +43,9 @@ def test_root_modules_import_downward(name: str) -> None:
     assert imported(ROOT / f"{name}.py") & ABOVE <= ALLOWED[name]
 
 
-@pytest.mark.parametrize("room", ["", "data", "models", "training", "runs", "comparison", "export"])
+@pytest.mark.parametrize(
+    "room", ["", "data", "models", "training", "runs", "comparison", "export", "prediction", "report"]
+)
 def test_the_package_never_imports_what_is_above_it(room: str) -> None:
     files = sorted((ROOT / "finetuning" / room).glob("*.py"))
     assert files
@@ -51,8 +53,8 @@ def test_the_package_never_imports_what_is_above_it(room: str) -> None:
         assert not imported(path) & ABOVE, path
 
 
-def test_the_ground_floor_and_comparison_start_without_torch() -> None:
-    rooms = [ROOT / "finetuning", ROOT / "finetuning" / "comparison"]
+def test_the_ground_floor_comparison_and_report_start_without_torch() -> None:
+    rooms = [ROOT / "finetuning", ROOT / "finetuning" / "comparison", ROOT / "finetuning" / "report"]
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for room in rooms

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetuning import processes
-from finetuning.processes import busy_cores, share_processors
+from finetuning.processes import busy_cores, interruptible, share_processors
 
 SPINNING = "while True: pass"
 
@@ -68,3 +69,12 @@ def test_a_character_that_the_terminal_lacks_is_spelled() -> None:
         words, cwd=Path(processes.__file__).parents[1], env=ascii_only, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == ("l\\xe4uft\n", "")
+
+
+def test_signals_act_like_ctrl_c_in_any_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            signal.raise_signal(number)
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -15,8 +15,9 @@ from typing import Any
 
 from finetuning.comparison.collected import Row, Study
 from finetuning.comparison.pairs import Comparison, compare_rows
-from finetuning.comparison.tables import GIB, Table, record
+from finetuning.comparison.tables import GIB, record
 from finetuning.errors import UserError, listed
+from finetuning.pages import Table
 
 BEGIN = re.compile(r"<!--\s*(rows|studies)\b:?(.*?)-->", flags=re.DOTALL)
 END = "<!-- end -->"

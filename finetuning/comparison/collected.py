@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.comparison.statistics import mean_and_deviation, micro_f1
+from finetuning.comparison.statistics import SCORES, mean_and_deviation
 from finetuning.config import NOT_PART_OF_THE_RUN
 from finetuning.errors import UserError
 from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT, SUMS, check_unchanged, read_result
@@ -41,11 +41,30 @@ class Predictions:
     correct: np.ndarray  # bool
     counts: np.ndarray | None = None  # (n, 2): labels found that are right, and labels wrongly given or missed
 
-    def score(self, measure: str) -> float:
-        """``accuracy``, which is exact match with several labels a text, or ``micro_f1``."""
+    @staticmethod
+    def from_frame(source: str, frame: Any) -> "Predictions":
+        """From a table with the columns ``row``, ``label`` and ``predicted``, the last two of lists or of numbers."""
+        frame = frame.sort_values("row")
+        rows, counts = frame["row"].to_numpy(np.int64), None
+        if frame["label"].dtype == object:  # lists
+            given, predicted = ([frozenset(row) for row in frame[name]] for name in ("label", "predicted"))
+            labels = np.array([",".join(map(str, sorted(row))) for row in given], dtype=np.bytes_)
+            counts = np.array([(len(a & b), len(a ^ b)) for a, b in zip(given, predicted, strict=True)])
+            correct = counts[:, 1] == 0
+        else:
+            labels = frame["label"].to_numpy(np.int64)
+            correct = labels == frame["predicted"].to_numpy(np.int64)
+        return Predictions(source, rows, labels, correct, counts)
+
+    def counted(self, measure: str) -> np.ndarray:
+        """``(n, 2)``, what ``measure`` counts: right and wrong texts (``accuracy``), or labels (``micro_f1``)."""
         if measure == "accuracy" or self.counts is None:
-            return float(self.correct.mean())
-        return float(micro_f1(self.counts.sum(axis=0)))
+            return np.stack([self.correct, ~self.correct], axis=-1)
+        return self.counts
+
+    def score(self, measure: str) -> float:
+        """A key of ``SCORES``: ``accuracy`` or ``micro_f1``, see ``counted``."""
+        return float(SCORES[measure](self.counted(measure).sum(axis=0)))
 
     @property
     def test_set(self) -> tuple[str, bytes, bytes]:
@@ -163,26 +182,18 @@ class Run:
             return None
         check_unchanged(path)
         try:
-            frame = pd.read_parquet(path, columns=["row", "label", "predicted"]).sort_values("row")
+            frame = pd.read_parquet(path, columns=["row", "label", "predicted"])
         except (OSError, ValueError) as error:  # includes pyarrow's errors
             raise UserError(f"{path} cannot be read (columns row, label, predicted): {error}") from None
-        rows, counts = frame["row"].to_numpy(np.int64), None
-        if frame["label"].dtype == object:  # lists
-            given, predicted = ([frozenset(row) for row in frame[name]] for name in ("label", "predicted"))
-            labels = np.array([",".join(map(str, sorted(row))) for row in given], dtype=np.bytes_)
-            counts = np.array([(len(a & b), len(a ^ b)) for a, b in zip(given, predicted, strict=True)])
-            correct = counts[:, 1] == 0
-        else:
-            labels = frame["label"].to_numpy(np.int64)
-            correct = labels == frame["predicted"].to_numpy(np.int64)
+        found = Predictions.from_frame(str(self.get("data", "source")), frame)
         accuracy = self.accuracy("test")
-        if len(np.unique(rows)) != len(rows) or not len(rows):
+        if len(np.unique(found.rows)) != len(found.rows) or not len(found.rows):
             raise UserError(f"{path}: column row must name every test text once")
-        if accuracy is not None and abs(correct.mean() - accuracy) > 0.5 / len(rows):
+        if accuracy is not None and abs(found.correct.mean() - accuracy) > 0.5 / len(found.rows):
             raise UserError(
-                f"{path} has an accuracy of {correct.mean():.4%}, but {RESULT} next to it says {accuracy:.4%}"
+                f"{path} has an accuracy of {found.correct.mean():.4%}, but {RESULT} next to it says {accuracy:.4%}"
             )
-        return Predictions(str(self.get("data", "source")), rows, labels, correct, counts)
+        return found
 
     def history(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv`` without their empty cells; no rows if there is no such file."""

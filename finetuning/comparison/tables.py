@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -11,6 +10,7 @@ from finetuning.comparison.collected import Row, Run, Study
 from finetuning.comparison.pairs import Answer, Comparison
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import mean_and_deviation
+from finetuning.pages import Table
 
 SUMMARY_KEYS = (
     "study", "row", "accuracy_mean", "accuracy_std", "seeds", "test_examples", "trainable", "train_seconds",
@@ -97,41 +97,6 @@ def tuning_scores(runs: Sequence[Run]) -> dict[str, dict[float, float | None]]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of plain text, from which Markdown and HTML are made. The columns in ``code`` hold commands."""
-
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    code: tuple[str, ...] = ("command",)
-
-    def column(self, name: str) -> list[str]:
-        """The cells of a column."""
-        return [row[self.columns.index(name)] for row in self.rows]
-
-    def without_empty_columns(self) -> "Table":
-        """The same table without columns that have no value."""
-        return self.only(*(name for name in self.columns if any(self.column(name))))
-
-    def without(self, column: str) -> "Table":
-        """The same table without one column."""
-        return self.only(*(name for name in self.columns if name != column))
-
-    def only(self, *columns: str) -> "Table":
-        """The same table with these columns only."""
-        kept = [self.columns.index(name) for name in columns]
-        return Table(columns, [tuple(row[i] for i in kept) for row in self.rows], self.code)
-
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        lines = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
-        for row in self.rows:
-            cells = [cell.replace("|", "\\|") for cell in row]
-            cells = [f"`{c}`" if c and n in self.code else c for n, c in zip(self.columns, cells, strict=True)]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
 
 
 def main_table(study: Study) -> Table:
@@ -248,7 +213,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         [
             (
                 c.first, c.second,
-                f"{100 * c.difference.mean:+.2f} ({100 * c.difference.low:+.2f} to {100 * c.difference.high:+.2f})",
+                c.difference.cell,
                 f"{c.difference.p:.2g}", f"{c.corrected_p:.2g}", c.test, c.verdict,
             )
             for c in comparisons

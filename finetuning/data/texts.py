@@ -34,6 +34,11 @@ class LabelledTexts:
     rows: np.ndarray  # (n,) int64
     pairs: list[str] | None = None  # the second text of each pair
 
+    def by_row(self) -> dict[int, tuple[str, ...]]:
+        """Row -> its text, or the two texts of its pair."""
+        columns = (self.texts,) if self.pairs is None else (self.texts, self.pairs)
+        return dict(zip(self.rows.tolist(), zip(*columns, strict=True), strict=True))
+
 
 @dataclass(frozen=True)
 class TextData:

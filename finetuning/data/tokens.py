@@ -34,6 +34,11 @@ class TokenizedSplit:
         """Tokens of each sequence, (n,) int64."""
         return np.diff(self.offsets)
 
+    @property
+    def length_by_row(self) -> dict[int, int]:
+        """Row in the source -> tokens of its sequence."""
+        return dict(zip(self.rows.tolist(), self.lengths.tolist(), strict=True))
+
     def sequence(self, i: int) -> np.ndarray:
         """A view of sequence ``i``, (length,) int32."""
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]

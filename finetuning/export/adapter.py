@@ -73,20 +73,21 @@ def export_adapter(
     base = str(base_folder.absolute())
     recorded = base if Path(name).is_dir() else name
     if writes_base(config):
-        write_model(folder / BASE, without_adapter(classifier), torch.float32)
+        write_model(folder / BASE, without_adapter(classifier), torch.float32, held.stored.threshold)
         write_tokenizer(folder / BASE, tokenizer, config.data.max_length)
         base, recorded = f"{folder.name}/{BASE}", str(out.absolute() / BASE)
     shutil.copyfile(run / ADAPTER, folder / ADAPTER)
     write_json(folder / ADAPTER_CONFIG, read_json(run / ADAPTER_CONFIG) | {"base_model_name_or_path": recorded})
     write_tokenizer(folder, tokenizer, config.data.max_length)
     model = plain_model(classifier)
-    reference = logits_of(model, held.sequences, pad_id)
+    reference = held.answered(logits_of(model, held.sequences, pad_id, held.seconds))
     predictions = against_predictions(reference, held.stored, precision)
     answers = fresh_answers(folder, held, pad_id, base=base, classes=model.config.num_labels)
     return Proof(
-        texts=len(held.texts),
+        texts=len(held.sequences),
         total=held.total,
-        largest_difference=check_same("logits of PEFT's model", answers["logits"], reference),
+        several=held.stored.several,
+        largest_difference=check_same("logits of PEFT's model", answers["logits"], reference.logits),
         dtype_difference=None,
         dtype_changed=0,
         predictions=predictions,

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from finetuning.errors import ExportFailed, UserError
-from finetuning.export.fresh_process import logits_of
+from finetuning.export.fresh_process import logits_of, reads_types
 from finetuning.export.onnx_file import ONNX_FILE, write_onnx
 from finetuning.export.proof import (
     LARGEST_DIFFERENCE,
     HeldOut,
     Proof,
     against_predictions,
+    changed_texts,
     check_same,
     fresh_answers,
     in_pipeline,
@@ -58,28 +59,30 @@ def export_plain(
         OSError, SafetensorError: the folder cannot be written.
     """
     model, pad_id = plain_model(classifier), int(tokenizer.pad_token_id)
-    reference = logits_of(model, held.sequences, pad_id)
+    reference = held.answered(logits_of(model, held.sequences, pad_id, held.seconds))
     predictions = against_predictions(reference, held.stored, precision)
     write_tokenizer(folder, tokenizer, max_length)
-    write_model(folder, model, DTYPES[dtype])
-    written = reference if dtype == "fp32" else logits_of(model, held.sequences, pad_id)
+    write_model(folder, model, DTYPES[dtype], held.stored.threshold)
+    rounded = dtype != "fp32"
+    written = held.answered(logits_of(model, held.sequences, pad_id, held.seconds)) if rounded else reference
     if onnx:
-        write_onnx(folder / ONNX_FILE, model)
-    answers = fresh_answers(folder, held, pad_id, texts=held.texts, onnx=ONNX_FILE if onnx else None)
+        write_onnx(folder / ONNX_FILE, model, types=held.seconds is not None and reads_types(model))
+    answers = fresh_answers(folder, held, pad_id, texts=held.columns, onnx=ONNX_FILE if onnx else None)
     if answers["labels"].tolist() != list(model.config.id2label.values()):
         raise ExportFailed("the label names of the exported folder are not those of the run: nothing is kept")
-    cut = tokenizer(held.texts, truncation=True)["input_ids"]
+    cut = tokenizer(*held.columns, truncation=True)["input_ids"]
     same = np.array([np.array_equal(ids, own) for ids, own in zip(cut, held.sequences, strict=True)])
-    tolerance = LARGEST_DIFFERENCE if dtype == "fp32" else rounding_of(dtype, written)
+    tolerance = rounding_of(dtype, written.logits) if rounded else LARGEST_DIFFERENCE
     return Proof(
-        texts=len(held.texts),
+        texts=len(held.sequences),
         total=held.total,
-        largest_difference=check_same("logits of the exported folder", answers["logits"], written),
-        dtype_difference=None if dtype == "fp32" else float(np.abs(written - reference).max()),
-        dtype_changed=int((written.argmax(1) != reference.argmax(1)).sum()),
+        several=held.stored.several,
+        largest_difference=check_same("logits of the exported folder", answers["logits"], written.logits),
+        dtype_difference=float(np.abs(written.logits - reference.logits).max()) if rounded else None,
+        dtype_changed=changed_texts(written, reference),
         predictions=predictions,
-        pipeline=in_pipeline(answers["scores"], written, held, same, tolerance),
-        onnx_difference=check_same("onnxruntime's logits", answers["onnx"], written) if onnx else None,
+        pipeline=in_pipeline(answers["scores"], written, same, tolerance),
+        onnx_difference=check_same("onnxruntime's logits", answers["onnx"], written.logits) if onnx else None,
     )
 
 
@@ -118,9 +121,14 @@ def unpack_linears(model: nn.Module, family: ModelFamily) -> None:
         layers.set_submodule(name, plain)
 
 
-def write_model(folder: Path, model: Any, dtype: torch.dtype) -> None:
-    """Writes the model's weights, in ``dtype``, and its config. The model keeps the rounded weights, in fp32."""
-    model.config.problem_type = "single_label_classification"
+def write_model(folder: Path, model: Any, dtype: torch.dtype, threshold: float | None = None) -> None:
+    """Writes the model's weights, in ``dtype``, and its config. The model keeps the rounded weights, in fp32.
+
+    With several labels a text the config also has the run's threshold, which Transformers keeps but does not use.
+    """
+    model.config.problem_type = "single_label_classification" if threshold is None else "multi_label_classification"
+    if threshold is not None:
+        model.config.threshold = threshold
     vars(model.config).pop("attn_implementation", None)  # chosen for training; some models refuse to load with it
     model.to(dtype).save_pretrained(folder)
     model.float()

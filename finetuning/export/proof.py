@@ -9,17 +9,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetuning.data.splits import stratified_parts
-from finetuning.data.texts import TextData
+from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import ExportFailed, UserError
 from finetuning.export import fresh_process
+from finetuning.runs.answers import Answers, decided, joined
 
 LARGEST_DIFFERENCE = 1e-4  # of two logits, or of two probabilities, that count as the same
 ROUNDING = {
@@ -38,11 +39,15 @@ PROJECT = Path(__file__).resolve().parents[2]
 class HeldOut:
     """Texts of validation and test, with what the run predicted for them."""
 
-    texts: list[str]
+    columns: list[list[str]]  # the texts, or the first and the second texts of pairs
     sequences: list[np.ndarray]  # the token ids of each text, as the run cut them
-    labels: np.ndarray  # (n,)
-    stored: np.ndarray  # (n, classes), the logits of predictions.parquet
+    seconds: np.ndarray | None  # (n,) where token type 1 begins in each sequence; None if all tokens have one type
+    stored: Answers  # of predictions.parquet
     total: int  # number of held-out texts of the run
+
+    def answered(self, logits: np.ndarray) -> Answers:
+        """Other logits (n, classes) as answers for the same texts."""
+        return replace(self.stored, logits=logits)
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,9 @@ class AgainstPredictions:
 
     precision: str
     largest_difference: float
-    changed: int  # labels
-    largest_margin: float  # of the changed labels: between the two highest logits that the run stored
-    rounding: float  # what the precision may move the difference of two logits by
+    changed: int  # texts whose labels changed
+    largest_margin: float  # of what changed: how far the logits that the run stored were from another decision
+    rounding: float  # what the precision may move such a margin by
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class InPipeline:
 
     same_tokens: int  # texts that a pipeline reads as the run did
     largest_difference: float  # of the probabilities of these texts
-    changed: int  # labels, of all texts
+    changed: int  # texts whose labels changed, of all texts
     run_accuracy: float
     accuracy: float
 
@@ -73,6 +78,7 @@ class Proof:
 
     texts: int
     total: int
+    several: bool  # whether a text may have several labels, or none
     largest_difference: float  # of the logits: fresh process and reference
     dtype_difference: float | None  # what rounding the weights to --dtype costs; None for fp32
     dtype_changed: int
@@ -82,33 +88,51 @@ class Proof:
 
 
 def held_out(
-    texts: TextData, tokens: Mapping[str, TokenizedSplit], stored: Mapping[tuple[str, int], Any], limit: int
+    texts: TextData, tokens: Mapping[str, TokenizedSplit], stored: Mapping[str, Answers], limit: int
 ) -> HeldOut:
-    """At most ``limit`` held-out texts, stratified by label.
+    """At most ``limit`` held-out texts, stratified by label, or by all labels of a text together.
 
     Args:
-        texts: validation, and test if the run evaluated it.
+        texts: the splits that the run predicted.
         tokens: the same splits as token ids.
-        stored: from ``read_predictions``.
+        stored: the run's own answers, split by split.
         limit: largest number of texts.
 
     Raises:
         UserError: these are not the texts that the run predicted.
     """
-    keys = [(name, int(row)) for name, split in texts.splits.items() for row in split.rows]
-    labels = np.concatenate([split.labels for split in texts.splits.values()])
-    if set(keys) != set(stored) or any(stored[key][0] != label for key, label in zip(keys, labels, strict=True)):
+    splits = list(texts.splits.values())
+    found = [in_order_of(split, stored.get(name)) for name, split in texts.splits.items()]
+    parts = [part for part in found if part is not None]
+    if len(parts) < max(len(found), len(stored)):
         raise UserError("the run's data has changed: its held-out texts are not those of predictions.parquet")
-    everything = [text for split in texts.splits.values() for text in split.texts]
+    answers = joined(parts)
+    _, labels = np.unique(answers.truth, axis=0, return_inverse=True)
+    chosen = np.sort(stratified_parts(labels.ravel(), [min(limit, len(labels))], seed=0)[0])
+    columns = [[text for split in splits for text in split.texts]]
+    if splits[0].pairs is not None:
+        columns.append([text for split in splits for text in split.pairs or ()])
     sequences = [split.sequence(i) for split in tokens.values() for i in range(len(split))]
-    chosen = np.sort(stratified_parts(labels, [min(limit, len(keys))], seed=0)[0])
+    begins = [split.seconds for split in tokens.values() if split.seconds is not None]
     return HeldOut(
-        [everything[i] for i in chosen],
+        [[column[i] for i in chosen] for column in columns],
         [sequences[i] for i in chosen],
-        labels[chosen],
-        np.array([stored[keys[i]][1] for i in chosen], dtype=np.float32),
-        len(keys),
+        np.concatenate(begins)[chosen] if begins else None,
+        answers.taken(chosen),
+        len(sequences),
     )
+
+
+def in_order_of(split: LabelledTexts, answers: Answers | None) -> Answers | None:
+    """The answers in the order of a split's texts; ``None`` if they are about other texts or labels."""
+    if answers is None or len(answers.rows) != len(split.rows):
+        return None
+    places = np.empty(len(split.rows), dtype=np.int64)
+    places[np.argsort(split.rows)] = np.argsort(answers.rows)
+    ordered, labels = answers.taken(places), split.labels
+    truth = labels == 1 if labels.ndim == 2 else labels[:, None] == np.arange(ordered.truth.shape[1])
+    same = np.array_equal(ordered.rows, split.rows) and np.array_equal(ordered.truth, truth)
+    return ordered if same else None
 
 
 def fresh_answers(folder: Path, held: HeldOut, pad_id: int, **job: Any) -> dict[str, np.ndarray]:
@@ -128,7 +152,8 @@ def fresh_answers(folder: Path, held: HeldOut, pad_id: int, **job: Any) -> dict[
     job = {"model": folder.name, "pad_id": pad_id, "base": None, "texts": None, "onnx": None} | job
     (desk / "job.json").write_text(json.dumps(job), encoding="utf8")
     offsets = np.cumsum([0, *(len(sequence) for sequence in held.sequences)])
-    np.savez(desk / "tokens.npz", tokens=np.concatenate(held.sequences), offsets=offsets)
+    seconds: dict[str, Any] = {} if held.seconds is None else {"seconds": held.seconds}
+    np.savez(desk / "tokens.npz", tokens=np.concatenate(held.sequences), offsets=offsets, **seconds)
     run_alone([fresh_process.__file__, desk.name], folder.parent)
     with np.load(desk / "answers.npz") as answers:
         return dict(answers)
@@ -170,55 +195,63 @@ def rounding_of(precision: str, logits: np.ndarray) -> float:
     return max(ROUNDING_STEPS * ROUNDING[precision] * float(np.abs(logits).max()), LARGEST_DIFFERENCE)
 
 
-def against_predictions(reference: np.ndarray, stored: np.ndarray, precision: str) -> AgainstPredictions:
+def changed_texts(answers: Answers, others: Answers) -> int:
+    """Texts that get other labels."""
+    return int((answers.given != others.given).any(1).sum())
+
+
+def against_predictions(reference: Answers, stored: Answers, precision: str) -> AgainstPredictions:
     """Compares the reference with the logits that the run stored.
 
+    The margin of a label is the difference of the two highest logits. With several labels a text it is the distance of
+    each label's logit from the threshold's.
+
     Args:
-        reference: ``(n, classes)``, of the merged model in fp32.
-        stored: ``(n, classes)``, of the run's own evaluation.
+        reference: of the merged model in fp32.
+        stored: of the run's own evaluation.
         precision: of the run's products: a key of ``ROUNDING``.
 
     Raises:
         ExportFailed: they differ by more than the rounding of that precision can explain.
     """
-    largest = float(np.abs(reference - stored).max())
-    rounding = 2 * rounding_of(precision, stored)  # the difference of two logits moves by twice as much as one logit
-    changed = reference.argmax(1) != stored.argmax(1)
-    ordered = np.sort(stored[changed], axis=1)
-    margin = float((ordered[:, -1] - ordered[:, -2]).max(initial=0.0))
-    if not 2 * largest <= rounding:  # a label whose margin is larger has then not changed
+    largest = float(np.abs(reference.logits - stored.logits).max())
+    rounding = rounding_of(precision, stored.logits)
+    if not largest <= rounding:  # a label whose margin is larger than that of two logits has then not changed
         raise ExportFailed(
             f"predictions.parquet differs from the merged model by up to {largest:.2g}; {precision} explains"
-            f" {rounding / 2:.2g} at most: the run's files do not belong together, and nothing is kept"
+            f" {rounding:.2g} at most: the run's files do not belong together, and nothing is kept"
         )
-    return AgainstPredictions(precision, largest, int(changed.sum()), margin, rounding)
+    changed = reference.given != stored.given  # (n, classes)
+    if stored.threshold is not None:
+        margins = np.abs(stored.logits - np.log(stored.threshold / (1 - stored.threshold)))[changed]
+    else:
+        ordered = np.sort(stored.logits[changed.any(1)], axis=1)
+        margins, rounding = ordered[:, -1] - ordered[:, -2], 2 * rounding  # both logits may move
+    return AgainstPredictions(
+        precision, largest, changed_texts(reference, stored), float(margins.max(initial=0.0)), rounding
+    )
 
 
-def in_pipeline(
-    scores: np.ndarray, reference: np.ndarray, held: HeldOut, same: np.ndarray, tolerance: float
-) -> InPipeline:
+def in_pipeline(scores: np.ndarray, reference: Answers, same: np.ndarray, tolerance: float) -> InPipeline:
     """Compares a pipeline's probabilities with the reference.
 
     Args:
         scores: ``(n, classes)``, the pipeline's.
-        reference: ``(n, classes)`` logits.
-        held: the texts.
+        reference: the answers of the written weights.
         same: ``(n,)`` bool, whether a pipeline reads the same tokens.
         tolerance: the largest difference of probabilities of texts with the same tokens.
 
     Raises:
         ExportFailed: a probability of a text with the same tokens differs by more.
     """
-    exponentials = np.exp(reference - reference.max(1, keepdims=True))
-    probabilities = exponentials / exponentials.sum(1, keepdims=True)
-    largest = float(np.abs(scores - probabilities)[same].max(initial=0.0))
+    largest = float(np.abs(scores - reference.probabilities)[same].max(initial=0.0))
     if not largest <= tolerance:
         raise ExportFailed(f"a pipeline's probabilities differ from the run's by up to {largest:.2g}: nothing is kept")
-    run_labels, labels = reference.argmax(1), scores.argmax(1)
+    given = decided(scores, reference.threshold)
     return InPipeline(
         int(same.sum()),
         largest,
-        int((run_labels != labels).sum()),
-        float((run_labels == held.labels).mean()),
-        float((labels == held.labels).mean()),
+        int((given != reference.given).any(1).sum()),
+        float(reference.right.mean()),
+        float((given == reference.truth).all(1).mean()),
     )

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
-from finetuning.storage import write_atomically
+from finetuning.storage import TEMPORARY, write_atomically
 
 MARK = b"sha256:"
 COMMENT_BYTES = len(MARK) + 64
@@ -79,7 +79,10 @@ def discard_damaged(directory: Path) -> None:
 
 
 def forget_unneeded(directory: Path) -> None:
-    """Removes what only a run that continues needs. The last checkpoint stays. What cannot be removed does no harm."""
-    for name in (PREVIOUS_CHECKPOINT, BEST_CHECKPOINT):
+    """Removes what only a run that continues needs, and what a killed process left half-written.
+
+    The last checkpoint stays. What cannot be removed does no harm.
+    """
+    for path in (directory / PREVIOUS_CHECKPOINT, directory / BEST_CHECKPOINT, *directory.glob(TEMPORARY)):
         with suppress(OSError):
-            (directory / name).unlink()
+            path.unlink()

@@ -15,6 +15,8 @@ OLD_SETTINGS = "config.json"  # the name in earlier versions of the suite
 PREDICTIONS = "predictions.parquet"
 METRICS = "metrics.csv"
 CURVE = "learning_curve.png"
+REPORT = "report.html"
+TRACKED = "trackers.json"  # the ids under which trackers know the run
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINED_WEIGHTS = "trained_weights.safetensors"
@@ -31,6 +33,8 @@ RUN_FILES = (
     PREDICTIONS,
     METRICS,
     CURVE,
+    REPORT,
+    TRACKED,
     ADAPTER,
     ADAPTER_CONFIG,
     TRAINED_WEIGHTS,

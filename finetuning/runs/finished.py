@@ -6,6 +6,7 @@ from typing import Any
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
+from finetuning.runs.answers import Answers, read_answers
 from finetuning.runs.files import PREDICTIONS, RESULT, read_result
 
 
@@ -17,6 +18,16 @@ class FinishedRun:
     config: RunConfig
     label_names: list[str]
     result: dict[str, Any]
+
+    @property
+    def threshold(self) -> float | None:
+        """With several labels a text, the probability above which a label is given."""
+        return self.result.get("task", {}).get("threshold")  # runs of earlier versions have no task
+
+    @property
+    def reported_split(self) -> str:
+        """The test split, or validation if the run has not read the test split."""
+        return "test" if "test" in self.result else "validation"
 
 
 def read_finished(directory: Path) -> FinishedRun:
@@ -45,19 +56,16 @@ def read_finished(directory: Path) -> FinishedRun:
         raise UserError(f"{wanted}, but {RESULT} is damaged: {type(error).__name__} {first_line(error)}") from None
 
 
-def read_predictions(directory: Path) -> dict[tuple[str, int], tuple[int, list[float]]]:
-    """The label and the logits of each held-out text, by its split and its row.
+def read_own_answers(run: FinishedRun) -> dict[str, Answers]:
+    """What the run answered for its held-out texts: split -> answers.
 
     Raises:
         UserError: ``predictions.parquet`` is missing or damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    path = directory / PREDICTIONS
     try:
-        columns = pq.read_table(path, columns=["split", "row", "label", "logits"]).to_pydict()
-    except (OSError, ValueError, pa.ArrowException) as error:
+        return read_answers(run.directory, run.threshold)
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        path = run.directory / PREDICTIONS
         raise UserError(f"{path} cannot be read: {first_line(error)}: restore it, or train again") from None
-    keys = zip(columns["split"], columns["row"], strict=True)
-    return dict(zip(keys, zip(columns["label"], columns["logits"], strict=True), strict=True))

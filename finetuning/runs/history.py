@@ -11,23 +11,31 @@ from finetuning.runs.files import CURVE, METRICS, PREDICTIONS
 from finetuning.storage import write_atomically
 
 
-def write_predictions(directory: Path, splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
-    """Writes ``predictions.parquet``: for each text its split, row in the source, label and logits.
+def write_predictions(
+    directory: Path,
+    splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    tokens: dict[str, dict[int, int]] | None = None,
+) -> None:
+    """Writes ``predictions.parquet``: for each text its split, row in the source, label, logits and length.
 
     Args:
         directory: the run directory.
         splits: split name -> rows (n,), labels (n,), logits (n, classes). With several labels a text, labels is
             (n, classes) of 0 and 1, and the file has a list of classes for each text.
+        tokens: split name -> row -> length of the text in tokens, as the model read it; ``None`` leaves it out.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {
+    columns: dict[str, Any] = {
         "split": np.concatenate([np.full(len(rows), name) for name, (rows, _, _) in splits.items()]).tolist(),
         "row": np.concatenate([rows for rows, _, _ in splits.values()]),
         "label": [row for _, labels, _ in splits.values() for row in _label_cells(labels)],
         "logits": [row for _, _, logits in splits.values() for row in logits.astype(np.float32)],
     }
+    if tokens is not None:
+        lengths = [tokens[name][row] for name, (rows, _, _) in splits.items() for row in rows.tolist()]
+        columns["tokens"] = np.array(lengths, dtype=np.int32)
     several = any(labels.ndim == 2 for _, labels, _ in splits.values())
     types = {"label": pa.list_(pa.int16()) if several else pa.int16()}
     table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})

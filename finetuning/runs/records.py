@@ -16,8 +16,32 @@ from finetuning.config import RunConfig
 
 SCORES = {  # as people read them
     "accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1", "mcc": "MCC", "auroc": "AUROC",
+    "mean_average_precision": "mean average precision", "loss": "loss, nats",
 }  # fmt: skip
 NOT_ASKED_FOR = "not asked for"  # what a run reports if its settings do not use the compiled kernels
+
+
+def score_names(several: bool) -> dict[str, str]:
+    """``SCORES`` of one label a text, or of several: there the accuracy is the exact match of all labels."""
+    return SCORES | ({"accuracy": "exact match"} if several else {})
+
+
+def data_record(texts: Any, splits: Any) -> dict[str, Any]:
+    """The source of the texts, and the numbers of texts and tokens.
+
+    Args:
+        texts: ``TextData``.
+        splits: split -> ``TokenizedSplit``.
+    """
+    return {
+        "source": texts.source,
+        "columns": texts.columns,
+        "label_names": texts.label_names,
+        "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
+        "tokens": {name: int(split.lengths.sum()) for name, split in splits.items()},
+        "leaks_dropped": texts.leaks_dropped,
+        "notes": texts.notes,
+    }
 
 
 def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict[str, Any]:
@@ -101,7 +125,7 @@ def scores_line(scores: dict[str, Any], monitor: str) -> str:
     """The main scores of a split, and the one that chose the checkpoint."""
     several = "exact_match" in scores
     names = dict.fromkeys(("accuracy", *(("micro_f1",) if several else ()), "macro_f1", monitor))
-    shown = SCORES | ({"accuracy": "exact match"} if several else {})
+    shown = score_names(several)
     parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
     return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
 

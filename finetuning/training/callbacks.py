@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,9 +31,12 @@ class Meter(Callback):
     ``GUARDED_STEPS`` are read one by one.
     """
 
-    def __init__(self, directory: Path, rows_per_run: int = 200) -> None:
+    def __init__(
+        self, directory: Path, rows_per_run: int = 200, on_row: Callable[[dict[str, Any]], object] | None = None
+    ) -> None:
         self.directory = directory
         self.rows_per_run = rows_per_run
+        self.on_row = on_row  # also gets every new row
         self.rows: list[dict[str, Any]] = []
         self.train_seconds = 0.0
         self.validation_seconds = 0.0
@@ -96,7 +99,7 @@ class Meter(Callback):
 
     def _add_row(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.tick(pl_module)
-        self.rows.append(
+        self._keep(
             {
                 "step": trainer.global_step,
                 "epoch": round(
@@ -108,6 +111,13 @@ class Meter(Callback):
             }
         )
         self._losses.clear()
+        if self.on_row is not None:
+            self._since = _now(pl_module)  # the time of a tracker is not training time
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.on_row is not None:
+            self.on_row(row)
 
     def tick(self, pl_module: Any) -> None:
         """Adds the time since the last call to the training time, unless the clock is stopped."""
@@ -125,7 +135,7 @@ class Meter(Callback):
         self.validation_seconds += _now(pl_module) - self._validation_since
         scores = {f"validation_{name}": value for name, value in pl_module.scores["validation"].items()}
         epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 0)  # 0 if the run only evaluates
-        self.rows.append({"step": trainer.global_step, "epoch": epoch, "train_seconds": self.train_seconds} | scores)
+        self._keep({"step": trainer.global_step, "epoch": epoch, "train_seconds": self.train_seconds} | scores)
         if trainer.is_global_zero:
             write_metrics(self.directory, self.rows)
 

@@ -14,9 +14,8 @@ from torchmetrics.functional import classification as metrics
 
 from finetuning.config import parsed_class_weights
 from finetuning.errors import UserError
-from finetuning.settings import TrainingSettings
+from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 
-DEFAULT_THRESHOLD = 0.5
 THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --threshold tuned tries
 IMBALANCED = 3  # times the texts of the smallest class: from here on accuracy can hide that small classes are ignored
 
@@ -369,5 +368,5 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
     weights = "--class_weights balanced, " if training.class_weights == "none" else ""
     return [
         f"the chosen checkpoint answers {answer!r} for every validation text: consider {monitor}{weights}"
-        f"more --epochs, or another --learning_rate"
+        f"more --epochs, a smaller --batch_size, or another --learning_rate"
     ]

@@ -11,7 +11,6 @@ from finetuning.comparison.pairs import answers, compare_rows
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.tables import (
     SUMMARY_KEYS,
-    Table,
     answer_table,
     csv_text,
     main_table,
@@ -20,6 +19,7 @@ from finetuning.comparison.tables import (
     summary,
     tuning_table,
 )
+from finetuning.pages import Table
 from tests.synthetic_runs import outcomes, write_run
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetuning.models.int8_products import refused
+from finetuning.runs.files import REPORT
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
@@ -29,6 +30,7 @@ PRELOADED = (
     "watermark", "matplotlib.pyplot", "local_dataset_utilities", "local_model_utilities", "finetuning.data.batches",
     "finetuning.training.trainer", "finetuning.training.module", "finetuning.runs.history", "finetuning.runs.weights",
     "finetuning.runs.measurements", "finetuning.models.pretrained", "finetuning.models.quantization",
+    "finetuning.report.page", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 METHODS = {
     "lora": ("--lora_mlp", "--lora_dropout", "0.1", "--dropout", "0.1", "--accumulate", "2"),
@@ -254,7 +256,8 @@ def left_by(directory: Path) -> dict[str, Any]:
         "metrics.csv": [[cell for i, cell in enumerate(line) if i != timed] for line in lines],
         "weights": weights.read_bytes(),
         "predictions": (directory / "predictions.parquet").read_bytes(),
-        "names of files": {path.name for path in directory.iterdir()},
+        # The report may be missing: it is written last, after the result, and a finished run does not continue.
+        "names of files": {path.name for path in directory.iterdir()} - {REPORT},
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.runs.files import PREDICTIONS, RESULT
-from finetuning.runs.finished import read_finished, read_predictions
+from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 from finetuning.runs.history import write_predictions
 
 
@@ -48,16 +48,17 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
         refused("result.json is damaged")
 
 
-def test_predictions_are_found_by_split_and_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_the_answers_of_a_run_are_read_or_refused(tmp_path: Path, threshold: float | None) -> None:
     logits = np.array([[0.5, 1.5], [2.0, -1.0]], dtype=np.float32)
-    one = (np.array([7]), np.array([1]), logits[:1])
-    write_predictions(tmp_path, {"validation": one, "test": (np.array([7, 9]), np.array([0, 1]), logits)})
-    found = read_predictions(tmp_path)
-    assert found["validation", 7] == (1, [0.5, 1.5])
-    assert found["test", 9] == (1, [2.0, -1.0])
-    assert len(found) == 3
+    write_predictions(tmp_path, {"test": (np.array([7, 9]), np.array([0, 1]), logits)})
+    task = {} if threshold is None else {"task": {"threshold": threshold}}
+    run = FinishedRun(tmp_path, RunConfig.from_settings(), ["a", "b"], task)
+    found = read_own_answers(run)["test"]
+    assert found.rows.tolist() == [7, 9]
+    assert found.given.tolist() == [[threshold is not None, True], [True, False]]
     whole = (tmp_path / PREDICTIONS).read_bytes()
     for content in (whole[:-20], b"", None):
         (tmp_path / PREDICTIONS).unlink() if content is None else (tmp_path / PREDICTIONS).write_bytes(content)
         with pytest.raises(UserError, match=r"predictions\.parquet cannot be read"):
-            read_predictions(tmp_path)
+            read_own_answers(run)

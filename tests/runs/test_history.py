@@ -14,12 +14,14 @@ from finetuning.runs.history import plot_learning_curve, write_metrics, write_pr
 def test_predictions_are_a_table_of_splits_rows_labels_and_logits(tmp_path: Path) -> None:
     scores = np.array([[0.5, -1.5, 2.0], [1.0, 0.25, -3.0]], dtype=np.float64)
     validation = (np.array([7, 3]), np.array([2, 0]), scores)
-    write_predictions(tmp_path, {"validation": validation, "test": (np.array([1]), np.array([1]), scores[:1] + 1)})
+    splits = {"validation": validation, "test": (np.array([1]), np.array([1]), scores[:1] + 1)}
+    write_predictions(tmp_path, splits, {"validation": {3: 30, 7: 70}, "test": {1: 10}})
     table = pd.read_parquet(tmp_path / PREDICTIONS)
-    assert list(table.columns) == ["split", "row", "label", "logits"]
+    assert list(table.columns) == ["split", "row", "label", "logits", "tokens"]
     assert table["split"].tolist() == ["validation", "validation", "test"]
     assert table["row"].tolist() == [7, 3, 1]
     assert table["label"].tolist() == [2, 0, 1]
+    assert table["tokens"].tolist() == [70, 30, 10]
     assert np.array_equal(np.stack(table["logits"]), [*scores, scores[0] + 1])
     assert [path.name for path in tmp_path.iterdir()] == [PREDICTIONS]
 

@@ -233,5 +233,5 @@ def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
     (line,) = one_answer_advice(task, logits_for([2, 2]), training())
     assert "answers 'good' for every validation text: consider --monitor macro_f1 or mcc, --class_weights" in line
     (line,) = one_answer_advice(task, logits_for([2, 2]), training(monitor="mcc", class_weights="balanced"))
-    assert line.endswith("consider more --epochs, or another --learning_rate")
+    assert line.endswith("consider more --epochs, a smaller --batch_size, or another --learning_rate")
     assert not one_answer_advice(task, logits_for([2, 1]), training())

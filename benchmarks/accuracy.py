@@ -1,0 +1,346 @@
+"""Compares whole runs of this suite with PEFT and the Hugging Face Trainer: ``python -m benchmarks.accuracy``.
+
+Both train with the same settings, seeds, splits and tokens, each run in a process of its own. What has been measured
+is kept in a folder, so that the same command goes on after an interruption. A measurement that failed stays as failed.
+"""
+
+import argparse
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy_table import CONTESTANTS, table
+from benchmarks.peers import RESULTS, Record, fastest_settings, why_failed
+from finetuning.comparison.collected import Predictions
+from finetuning.comparison.collection import read_test_predictions
+from finetuning.comparison.plan import shown_command
+from finetuning.errors import UserError
+from finetuning.flags import OneLineParser, parse_bool
+from finetuning.pages import ACCURACY, ROOT, renew_tables
+from finetuning.processes import stoppable
+from finetuning.runs.files import PREDICTIONS, read_result
+from finetuning.storage import read_json, write_atomically, write_json
+
+OUTPUT, COUNTS = "accuracy.json", "accuracy.npz"  # the second has what each test text counts in each run
+FOLDER = ROOT / "runs" / "accuracy"
+MAX_LENGTH = 128
+SAME = (
+    "--dataset text --model_name packaged --lora_key True --lora_projection True --lora_mlp True"
+    f" --max_length {MAX_LENGTH} --accelerator cpu"
+)
+SEEDS = (0, 1, 2)
+KEPT_SCORES = ("accuracy", "macro_f1", "micro_f1", "mean_average_precision", "mcc")
+KEPT_ENVIRONMENT = ("cpu", "threads", "git", "alone", "versions")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A data set, which is a folder below ``--data_dir``, and the flags of ``finetune_lora.py`` that are its own."""
+
+    name: str
+    flags: str
+
+
+PLAN = (
+    Work("trec6", "--epochs 3"),
+    Work("emotion", "--epochs 2 --limit_train 8000"),
+    Work("ag_news", "--epochs 1 --limit_train 6000 --limit_test 2000"),
+    Work("rte", "--text_column premise --text_pair_column hypothesis --epochs 3"),
+    Work(
+        "goemotions",
+        "--label_column labels --monitor micro_f1 --epochs 2 --batch_size 16 --limit_train 12000"
+        " --limit_validation 2000 --limit_test 3000",
+    ),
+)
+QUICK = (Work("trec6", "--epochs 1 --limit_train 200 --limit_validation 100 --limit_test 100"),)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run to do."""
+
+    work: Work
+    contestant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its run directory, and of its record next to it."""
+        return f"{self.work.name}-{self.contestant}-seed{self.seed}"
+
+    def command(self, data_dir: Path, directory: Path, peer_flags: Sequence[str]) -> list[str]:
+        """The command without ``python``: the suite's, or the peer's with the same flags."""
+        flags = [*SAME.split(), *self.work.flags.split(), "--seed", str(self.seed)]
+        places = ["--data_dir", str(data_dir / self.work.name), "--output_dir", str(directory), "--overwrite"]
+        if self.contestant == "suite":
+            return [str(ROOT / "finetune_lora.py"), *flags, *places]
+        return ["-m", "benchmarks.peft_run", *peer_flags, *flags, *places]
+
+    def record(self, folder: Path) -> Record | None:
+        """What was measured; ``None`` if it was not."""
+        path = folder / f"{self.name}.json"
+        return read_json(path) if path.exists() else None
+
+
+def planned(works: Sequence[Work], seeds: Sequence[int]) -> list[Measurement]:
+    """All measurements in their order: seed by seed, and both contestants one after the other."""
+    return [Measurement(work, name, seed) for seed, work, name in product(seeds, works, CONTESTANTS)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measuring
+
+Start = Callable[[list[str]], str | None]  # a command without "python" -> why it failed
+
+
+def in_process(command: list[str]) -> str | None:
+    """Runs a command in a process of its own, without the hub. Returns why it failed; ``None`` if it did not."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    return why_failed(done) if done.returncode else None
+
+
+def measure_all(
+    measurements: Sequence[Measurement], data_dir: Path, folder: Path, peer_flags: Sequence[str], start: Start
+) -> None:
+    """Does every run that has no record yet, and prints each result with the time left.
+
+    Args:
+        measurements: from ``planned``.
+        data_dir: the folder with a folder for each data set.
+        folder: where run directories and records are kept.
+        peer_flags: flags of ``peft_run.py`` that the suite does not have.
+        start: runs a command.
+
+    Raises:
+        UserError: a record is from another command.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = {m: m.command(data_dir, folder / m.name, peer_flags) for m in measurements}
+    records = {m: record for m in measurements if (record := m.record(folder)) is not None}
+    for measurement, record in records.items():
+        if record["command"] != shown(commands[measurement]):
+            raise UserError(f"{folder / measurement.name}.json is from another command: give another --folder")
+    for number, measurement in enumerate(measurements, 1):
+        if measurement in records:
+            continue
+        began = time.perf_counter()
+        error = start(commands[measurement])
+        record = record_of(measurement, commands[measurement], folder, error, time.perf_counter() - began)
+        write_json(folder / f"{measurement.name}.json", record)
+        records[measurement] = record
+        left = seconds_left(records, [m for m in measurements if m not in records])
+        print(f"[{number}/{len(measurements)}] {record_line(record)}  about {left / 60:.0f} min left", flush=True)
+
+
+def shown(command: Sequence[str]) -> str:
+    """The command as a reader types it, without paths of this machine."""
+    return shown_command(shlex.join(["python", *(word.removeprefix(f"{ROOT}{os.sep}") for word in command)]))
+
+
+def record_of(measurement: Measurement, command: list[str], folder: Path, error: str | None, seconds: float) -> Record:
+    """What is kept of a run."""
+    record: Record = {
+        "set": measurement.work.name,
+        "contestant": measurement.contestant,
+        "seed": measurement.seed,
+        "command": shown(command),
+        "seconds": seconds,
+    }
+    if error is not None:
+        return record | {"status": "failed", "error": error}
+    result = read_result(folder / measurement.name)
+    environment = {name: result["environment"][name] for name in KEPT_ENVIRONMENT}
+    return (
+        record
+        | {
+            "status": "finished",
+            "source": result["data"]["source"],
+            "data": {name: result["data"][name] for name in ("sizes", "tokens", "leaks_dropped")},
+            "trainable": result["parameters"]["trainable"],
+            "threshold": result["task"].get("threshold"),
+            "train_seconds": result["train"]["seconds"],
+            "process_seconds": result["process_seconds"],
+            "steps": result["train"]["steps"],
+            "peak_bytes": result["memory"]["peak_bytes"],
+            "trainer": result.get("trainer"),
+            "environment": environment,
+        }
+        | {
+            split: {name: result[split][name] for name in KEPT_SCORES if name in result[split]}
+            for split in ("validation", "test")
+        }
+    )
+
+
+def record_line(record: Record) -> str:
+    """A measurement in one line of output."""
+    name = f"{record['set']:<12}{record['contestant']:<7}seed {record['seed']}  "
+    if record["status"] == "failed":
+        return f"{name}failed: {record['error']}"
+    scores = "  ".join(f"{key} {100 * value:.2f}" for key, value in record["test"].items())
+    return f"{name}{scores}  training {record['train_seconds']:.0f} s"
+
+
+def seconds_left(records: dict[Measurement, Record], left: Sequence[Measurement]) -> float:
+    """The expected time of the measurements that are left: as long as the same one took with other seeds."""
+    everything = [record["seconds"] for record in records.values()]
+    total = 0.0
+    for measurement in left:
+        same = [r["seconds"] for m, r in records.items() if (m.work, m.contestant) == _kind(measurement)]
+        total += statistics.fmean(same or everything)
+    return total
+
+
+def _kind(measurement: Measurement) -> tuple[Work, str]:
+    return measurement.work, measurement.contestant
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# collecting
+
+
+def collect(measurements: Sequence[Measurement], folder: Path) -> tuple[Record, dict[str, np.ndarray]]:
+    """What has been measured so far.
+
+    Returns:
+        The records with the plan, and for each finished run (n, 2) numbers of each test text: right and wrong, or with
+        several labels a text the labels found and the ones wrongly given or missed.
+
+    Raises:
+        UserError: two runs of a data set were trained or tested on different texts.
+    """
+    records, counts = [], {}
+    data: dict[str, Any] = {}
+    for measurement in measurements:
+        record = measurement.record(folder)
+        if record is None:
+            continue
+        records.append(record)
+        if record["status"] == "finished":
+            found = read_test_predictions(folder / measurement.name / PREDICTIONS, record["threshold"])
+            predictions = Predictions.from_frame(record["source"], found.to_pandas())
+            used = (predictions.test_set, record["data"], record["trainable"])
+            if data.setdefault(record["set"], used) != used:
+                raise UserError(f"{measurement.name}: has other texts or parameters than {record['set']}'s other runs")
+            counts[measurement.name] = predictions.counted("micro_f1").astype(np.uint8)
+    works = list(dict.fromkeys(measurement.work for measurement in measurements))
+    result = {
+        "same": SAME,
+        "sets": {work.name: work.flags for work in works},
+        "seeds": sorted({measurement.seed for measurement in measurements}),
+        "measurements": records,
+    }
+    return result, counts
+
+
+def save(result: Record, counts: dict[str, np.ndarray], folder: Path) -> None:
+    """Writes both files of the results."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **counts)
+
+    write_json(folder / OUTPUT, result)
+    write_atomically(folder / COUNTS, write)
+
+
+def load(folder: Path) -> tuple[Record, dict[str, np.ndarray]]:
+    """The results that ``save`` wrote."""
+    with np.load(folder / COUNTS) as stored:
+        return read_json(folder / OUTPUT), dict(stored)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command."""
+    parser = OneLineParser(description="Compare this suite's accuracy with PEFT + Trainer.", allow_abbrev=False)
+    names = ", ".join(work.name for work in PLAN)
+    parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help=f"has the folders {names}")
+    parser.add_argument("--sets", metavar="NAME,...", help="only these data sets, in this order (default: all)")
+    parser.add_argument("--seeds", metavar="N,...", help="only these seeds (default: 0,1,2)")
+    parser.add_argument("--folder", type=Path, metavar="PATH", help=f"keeps the runs (default: {FOLDER.name} in runs)")
+    flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    parser.add_argument("--quick", help="one small data set and one seed; changes no page", **flag)
+    parser.add_argument("--retry_failed", help="measure again what failed", **flag)
+    return parser
+
+
+def chosen(options: argparse.Namespace) -> list[Measurement]:
+    """The measurements that the flags ask for.
+
+    Raises:
+        UserError: a data set is not in the plan or not in ``--data_dir``, or a seed is not a whole number.
+    """
+    works = {work.name: work for work in (QUICK if options.quick else PLAN)}
+    names = options.sets.split(",") if options.sets else list(works)
+    for name in names:
+        if name not in works:
+            raise UserError(f"--sets {name}: must be one of {', '.join(works)}")
+        if not (options.data_dir / name).is_dir():
+            raise UserError(f"--data_dir {options.data_dir}: has no folder {name}")
+    try:
+        seeds = [int(word) for word in options.seeds.split(",")] if options.seeds else list(SEEDS)
+    except ValueError:
+        raise UserError(f"--seeds {options.seeds}: must be whole numbers, separated by commas") from None
+    return planned([works[name] for name in names], seeds[:1] if options.quick else seeds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures what is missing and prints the table; with the whole plan it renews results and page.
+
+    Returns:
+        The exit status: 0, 1 if a measurement failed, 2 if the input is refused, 130 if interrupted.
+    """
+    try:
+        options = make_parser().parse_args(argv)
+        asked = chosen(options)
+        whole = planned(QUICK, SEEDS[:1]) if options.quick else planned(PLAN, SEEDS)
+        folder = options.folder or (FOLDER.with_name("accuracy_quick") if options.quick else FOLDER)
+        tuned = fastest_settings("minilm", MAX_LENGTH)
+        peer_flags = ["--attention", tuned["attention"], "--frozen", tuned["frozen"]]
+        if options.retry_failed:
+            forget_failed(asked, folder)
+        with stoppable():
+            measure_all(asked, options.data_dir.absolute(), folder.absolute(), peer_flags, in_process)
+        result, counts = collect(list(dict.fromkeys((*whole, *asked))), folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
+    save(result, counts, folder)
+    content = table(result, counts)
+    print("\n" + content)
+    if not options.quick and len(result["measurements"]) == len(whole):
+        save(result, counts, RESULTS)
+        renew_tables(ACCURACY, {"accuracy": content})
+    return int(any(record["status"] == "failed" for record in result["measurements"]))
+
+
+def forget_failed(measurements: Sequence[Measurement], folder: Path) -> None:
+    """Removes the records of measurements that failed."""
+    for measurement in measurements:
+        record = measurement.record(folder)
+        if record is not None and record["status"] == "failed":
+            (folder / f"{measurement.name}.json").unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""HTML pages that need no other file. The templates in ``templates/`` hold what the pages of several rooms share."""
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from finetuning.pages import Table
+
+SHARED = Path(__file__).parent / "templates"
+
+
+def render(template: Path, **content: Any) -> str:
+    """The page that a template makes of its content. Text is escaped. The same content gives the same page."""
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, SHARED]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "with_code": _with_code, "cell_classes": _cell_classes, "with_whole_brackets": _with_whole_brackets,
+    }  # fmt: skip
+    return environment.get_template(template.name).render(**content)
+
+
+def data_url(png: bytes) -> str:
+    """A PNG as the address of an image."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _with_code(text: str) -> Markup:
+    """HTML of a sentence with code between Markdown's backticks."""
+    return Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _with_whole_brackets(cell: str) -> Markup:
+    """HTML of a cell that can break only before an interval in brackets: ``96.60 % (94.63 to 97.86)``."""
+    whole = r'<span class="whole">\1</span> <span class="whole">\2</span>'
+    return Markup(re.sub(r"^([^(]+) (\([^()]+ to [^()]+\))$", whole, str(escape(cell))))
+
+
+def _cell_classes(table: Table) -> list[str]:
+    """A CSS class for each column: words are on the left, numbers on the right."""
+    return [
+        "text" if number == 0 or any(map(_is_words, table.column(name))) else "number"
+        for number, name in enumerate(table.columns)
+    ]
+
+
+def _is_words(cell: str) -> bool:
+    return bool(cell) and not (cell[0].isdigit() or cell[0] in "+-")

@@ -1,0 +1,46 @@
+"""Held-out texts whose label is probably wrong, by confident learning (Northcutt et al. 2021, arXiv:1911.00068)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetuning.runs.answers import Answers
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A text, the class that it has, and the class that it more probably belongs to."""
+
+    position: int  # in the answers
+    label: int
+    better: int
+    probability: float  # of ``label``
+    better_probability: float
+
+
+def suspects(answers: Answers) -> list[Suspect]:
+    """Texts that lie off the diagonal of the confident joint, the least plausible label first.
+
+    A text counts as a class if the class's probability reaches the mean probability that the class has in the texts
+    labelled with it. If several classes reach it, the most probable one counts. The order is by the margin between
+    the label's probability and the largest other one. The texts must not have been trained on.
+
+    Args:
+        answers: of one label a text.
+    """
+    probabilities, labels = answers.probabilities, answers.truth.argmax(1)
+    texts = answers.truth.sum(0)
+    with_label = (probabilities * answers.truth).sum(0)
+    thresholds = np.where(texts > 0, with_label / np.maximum(texts, 1), np.inf)  # a class without texts is never better
+    confident = np.where(probabilities >= thresholds, probabilities, -1.0)
+    better = confident.argmax(1)
+    position = np.arange(len(labels))
+    wrong = np.flatnonzero((confident[position, better] >= 0) & (better != labels))
+    margins = probabilities[wrong, labels[wrong]] - probabilities[wrong, better[wrong]]
+    return [
+        Suspect(
+            int(i), int(labels[i]), int(better[i]), float(probabilities[i, labels[i]]),
+            float(probabilities[i, better[i]]),
+        )
+        for i in wrong[np.argsort(margins, kind="stable")]
+    ]  # fmt: skip

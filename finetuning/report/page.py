@@ -1,0 +1,121 @@
+"""``report.html`` of a finished run, from its run directory and its held-out texts. Nothing here imports torch."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetuning.errors import first_line
+from finetuning.html import data_url, render
+from finetuning.report import sections
+from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, probably_wrong
+from finetuning.runs.answers import Answers, read_answers
+from finetuning.runs.calibration import fit_temperature, reliability
+from finetuning.runs.files import CURVE, REPORT
+from finetuning.runs.records import accuracy_interval
+from finetuning.runs.score_tables import class_table, percent, score_table
+from finetuning.settings import RunSettings
+from finetuning.storage import write_text
+
+if TYPE_CHECKING:
+    from finetuning.data.texts import LabelledTexts
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+
+
+def present(
+    directory: Path, result: dict[str, Any], settings: RunSettings, splits: "Mapping[str, LabelledTexts]"
+) -> None:
+    """Writes the report of a run that has finished, if it is asked for, and says where. If that fails, the run stands.
+
+    Args:
+        directory: the run directory.
+        result: the content of its ``result.json``.
+        settings: ``report`` and ``report_texts``.
+        splits: the run's texts.
+    """
+    if not settings.report or result["status"] != "finished":
+        return
+    held_out = {name: split.by_row() for name, split in splits.items() if name != "train"}
+    try:
+        path = write_report(directory, result, held_out if settings.report_texts else None)
+        print(f"{'report':<11} {path}", flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        print(f"warning: {REPORT} was not written: {first_line(error, name_file=True)}", file=sys.stderr)
+
+
+def write_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> Path:
+    """Writes ``report.html`` into a run directory.
+
+    Args:
+        directory: the run directory, with its predictions and learning curve.
+        result: the content of its ``result.json``; the run has finished.
+        texts: of the held-out splits; ``None`` keeps them out of the report.
+
+    Raises:
+        OSError, ValueError: a file of the run cannot be read, or the report cannot be written.
+    """
+    path = directory / REPORT
+    write_text(path, make_report(directory, result, texts))
+    return path
+
+
+def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> str:
+    """The text of ``report.html``, see ``write_report``."""
+    answers = read_answers(directory, result.get("task", {}).get("threshold"))
+    split = "test" if "test" in answers else "validation"
+    names, main = result["data"]["label_names"], answers[split]
+    wrong = probably_wrong(answers, names, texts)
+    return render(
+        TEMPLATE,
+        name=directory.resolve().name,
+        result=result,
+        split=split,
+        names=names,
+        headline=_headline(split, main),
+        scores=score_table(result, answers),
+        curve=data_url((directory / CURVE).read_bytes()) if (directory / CURVE).exists() else None,
+        classes=class_table(main, names),
+        confusion=sections.confusion_cells(main),
+        confusions=sections.confusion_table(main, names),
+        calibration=_calibration(answers, split),
+        lengths=sections.length_table(main, result["config"]["max_length"]),
+        cut=_cut(main, result["config"]["max_length"]),
+        with_texts=texts is not None,
+        mistakes=confident_mistakes(split, main, names, texts),
+        wrong_count=int((~main.right).sum()),
+        suspects=wrong[:SUSPECTS],
+        suspect_count=len(wrong),
+        held_out=sum(len(part.rows) for part in answers.values()),
+        data=sections.data_table(result),
+        cost=sections.cost_table(result),
+        settings=sections.settings_table(result),
+        environment=sections.environment_table(result),
+    )  # fmt: skip
+
+
+def _headline(split: str, answers: Answers) -> str:
+    measure = "exact match" if answers.several else "accuracy"
+    accuracy = float(answers.right.mean())
+    return f"{split} {measure} {percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))}"
+
+
+def _calibration(answers: dict[str, Answers], split: str) -> dict[str, Any]:
+    """Reliability of a split, with the temperature that validation gives, if there is one."""
+    main = answers[split]
+    temperature = fit_temperature(answers["validation"]) if "validation" in answers else None
+    before = reliability(main)
+    after = reliability(main.cooled(temperature)) if temperature else None
+    return {
+        "temperature": temperature,
+        "before": before.bins,
+        "after": after.bins if after else [],
+        "table": sections.calibration_table(before, after),
+        "several": main.several,
+    }
+
+
+def _cut(answers: Answers, max_length: int) -> str | None:
+    """The share of texts that reach the longest length; ``None`` if none does, or lengths are not known."""
+    share = 0.0 if answers.tokens is None else float((answers.tokens >= max_length).mean())
+    return percent(share) if share else None

@@ -1,0 +1,105 @@
+"""What a finished run answered for its held-out texts: ``predictions.parquet`` as arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from finetuning.runs.files import PREDICTIONS
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers for the texts of one split."""
+
+    rows: np.ndarray  # (n,) position of each text in its source
+    truth: np.ndarray  # (n, classes) bool, the labels that each text has
+    logits: np.ndarray  # (n, classes) float64
+    tokens: np.ndarray | None = None  # (n,) length of each text as the model read it; None if the run did not keep it
+    threshold: float | None = None  # with several labels a text, the probability above which a label is given
+
+    @property
+    def several(self) -> bool:
+        """Whether a text may have several labels, or none."""
+        return self.threshold is not None
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """(n, classes) of the classes, or with several labels a text of each label by itself."""
+        if self.several:
+            return 0.5 * (1 + np.tanh(self.logits / 2))  # the sigmoid, without overflow
+        powers = np.exp(self.logits - self.logits.max(1, keepdims=True))
+        return powers / powers.sum(1, keepdims=True)
+
+    @cached_property
+    def given(self) -> np.ndarray:
+        """(n, classes) bool, the labels that the run gave."""
+        return decided(self.probabilities if self.several else self.logits, self.threshold)
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """(n,) bool, whether the run gave exactly the labels that the text has."""
+        return (self.given == self.truth).all(1)
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """(n,) cross-entropy in nats; with several labels a text the mean over labels."""
+        if self.several:
+            signed = np.where(self.truth, self.logits, -self.logits)
+            return np.logaddexp(0, -signed).mean(1)
+        largest = self.logits.max(1)
+        total = largest + np.log(np.exp(self.logits - largest[:, None]).sum(1))
+        return total - (self.logits * self.truth).sum(1)
+
+    def cooled(self, temperature: float) -> "Answers":
+        """The same answers with logits divided by a temperature."""
+        return replace(self, logits=self.logits / temperature)
+
+    def taken(self, positions: np.ndarray) -> "Answers":
+        """The answers for the texts at some positions."""
+        tokens = None if self.tokens is None else self.tokens[positions]
+        return replace(
+            self, rows=self.rows[positions], truth=self.truth[positions], logits=self.logits[positions], tokens=tokens
+        )
+
+
+def decided(scores: np.ndarray, threshold: float | None) -> np.ndarray:
+    """(n, classes) bool: the labels whose probability is above the threshold, or without one the highest score."""
+    if threshold is not None:
+        return scores > threshold
+    return np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The answers for the texts of several splits, one after another. Lengths are left out."""
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "truth", "logits")}
+    return Answers(**columns, threshold=parts[0].threshold)
+
+
+def read_answers(directory: Path, threshold: float | None = None) -> dict[str, Answers]:
+    """Split -> answers, in the order of the file.
+
+    Args:
+        directory: a run directory.
+        threshold: of a run with several labels a text.
+
+    Raises:
+        OSError, ValueError: the file cannot be read.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(directory / PREDICTIONS)
+    splits, found = np.array(table["split"].to_pylist()), {}
+    for split in dict.fromkeys(splits.tolist()):
+        part = table.filter(splits == split)
+        logits = part["logits"].combine_chunks().flatten().to_numpy().astype(np.float64).reshape(len(part), -1)
+        truth = np.zeros(logits.shape, dtype=bool)
+        for i, labels in enumerate(part["label"].to_pylist()):
+            truth[i, labels] = True  # a number, or a list of numbers
+        found[split] = Answers(
+            part["row"].to_numpy(), truth, logits, part["tokens"].to_numpy() if "tokens" in part.column_names else None,
+            threshold,
+        )  # fmt: skip
+    return found

@@ -1,0 +1,48 @@
+"""The scores of a run as tables of text: the report and the model card show them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetuning.pages import Table
+from finetuning.runs.answers import Answers
+from finetuning.runs.records import score_names
+from finetuning.runs.scores import Interval, class_scores, score_intervals
+
+
+def percent(value: float, interval: Interval | None = None) -> str:
+    """``0.966 -> 96.60 %``, with the interval in brackets."""
+    return f"{100 * value:.2f} %" + (f" ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})" if interval else "")
+
+
+def number(value: float, interval: Interval | None = None) -> str:
+    """A number with four digits, with the interval in brackets."""
+    return f"{value:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+
+
+def score_table(result: dict[str, Any], answers: dict[str, Answers]) -> Table:
+    """The scores of each split with their 95 % intervals."""
+    splits = [split for split in ("test", "validation") if split in result and split in answers]
+    intervals = {split: score_intervals(answers[split]) for split in splits}
+    several = any(part.several for part in answers.values())
+    rows = []
+    for key, name in score_names(several).items():
+        shown = number if key in ("loss", "mcc") else percent
+        cells = [shown(result[s][key], intervals[s].get(key)) if key in result[s] else "" for s in splits]
+        if any(cells):
+            rows.append((name, *cells))
+    rows.append(("texts", *(f"{len(answers[split].rows):,}" for split in splits)))
+    return Table(("score", *splits), rows)
+
+
+def class_table(answers: Answers, names: Sequence[str]) -> Table:
+    """Precision, recall and F1 of each class."""
+    return Table(
+        ("class", "texts", "precision, %", "recall, %", "F1, % (95 % interval)"),
+        [
+            (
+                name, f"{c.texts:,}", f"{100 * c.precision:.2f}", f"{100 * c.recall:.2f}",
+                f"{100 * c.f1:.2f} ({100 * c.f1_interval[0]:.2f} to {100 * c.f1_interval[1]:.2f})",
+            )
+            for name, c in zip(names, class_scores(answers), strict=True)
+        ],
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Scores of a run's answers, with bootstrap intervals over texts. Every score is a function of sums over texts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetuning.runs.answers import Answers
+from finetuning.runs.records import accuracy_interval
+
+RESAMPLES = 1_000
+BLOCK = 50  # resamples at a time, to save memory
+Interval = tuple[float, float]  # 95 %
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class: its texts, and scores as fractions of 1."""
+
+    texts: int
+    precision: float
+    recall: float
+    f1: float
+    f1_interval: Interval
+
+
+def resampled_sums(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Sums over texts that are drawn with replacement. Calls with the same n and seed draw the same texts.
+
+    Args:
+        values: (n, k), what each text adds to each sum.
+        seed: seed of the random generator.
+
+    Returns:
+        (RESAMPLES, k)
+    """
+    generator, n = np.random.default_rng(seed), len(values)
+    columns = values.astype(np.float64)
+    sums = []
+    for _ in range(RESAMPLES // BLOCK):
+        drawn = [np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(BLOCK)]
+        sums.append(np.array(drawn, dtype=np.float64) @ columns)
+    return np.concatenate(sums)
+
+
+def interval(values: np.ndarray) -> Interval:
+    """The 95 % percentile interval of resampled values (RESAMPLES,)."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def score_intervals(answers: Answers) -> dict[str, Interval]:
+    """The intervals of the scores that have one, under the names that ``result.json`` uses.
+
+    Accuracy has Wilson's interval, the others a bootstrap over texts.
+    """
+    right, given, truth = _resampled_counts(answers)
+    n = len(answers.rows)
+    found = {
+        "accuracy": accuracy_interval(float(answers.right.mean()), n),
+        "macro_f1": interval(_macro_f1(right, given, truth, answers.several)),
+        "loss": interval(resampled_sums(answers.losses[:, None])[:, 0] / n),
+    }
+    if answers.several:
+        return found | {"micro_f1": interval(_f1(right.sum(1), given.sum(1), truth.sum(1)))}
+    return found | {"mcc": interval(_mcc(right, given, truth, n))}
+
+
+def class_scores(answers: Answers) -> list[ClassScore]:
+    """The scores of each class, in the order of the logits. A share of nothing is 0."""
+    right, given, truth = (part.sum(0) for part in _counts(answers))
+    draws = _f1(*_resampled_counts(answers))
+    return [
+        ClassScore(
+            int(truth[i]), right[i] / max(given[i], 1), right[i] / max(truth[i], 1),
+            float(_f1(right[i], given[i], truth[i])), interval(draws[:, i]),
+        )
+        for i in range(len(truth))
+    ]  # fmt: skip
+
+
+def confusion_matrix(answers: Answers) -> np.ndarray:
+    """(classes, classes): texts by true class (row) and given class (column). For one label a text."""
+    return answers.truth.T.astype(np.int64) @ answers.given.astype(np.int64)
+
+
+def _counts(answers: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each text and class, (n, classes) bool: given rightly, given, true."""
+    return answers.truth & answers.given, answers.given, answers.truth
+
+
+def _resampled_counts(answers: Answers) -> list[np.ndarray]:
+    """For each resample and class, (RESAMPLES, classes): texts given rightly, given, true."""
+    return np.split(resampled_sums(np.concatenate(_counts(answers), axis=1)), 3, axis=1)
+
+
+def _f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    return np.asarray(2 * right / np.maximum(given + truth, 1))
+
+
+def _macro_f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray, several: bool) -> np.ndarray:
+    """Like torchmetrics: of one label a text, classes that are neither true nor given anywhere do not count."""
+    counted = np.full(given.shape, True) if several else given + truth > 0
+    return np.asarray((_f1(right, given, truth) * counted).sum(1) / counted.sum(1))
+
+
+def _mcc(right: np.ndarray, given: np.ndarray, truth: np.ndarray, n: int) -> np.ndarray:
+    """Matthews' correlation of several classes (Gorodkin 2004); 0 if only one class is true or given."""
+    covariance = right.sum(1) * n - (given * truth).sum(1)
+    spread = (n**2 - (given**2).sum(1)) * (n**2 - (truth**2).sum(1))
+    return np.where(spread > 0, covariance / np.sqrt(np.maximum(spread, 1)), 0.0)

@@ -1,0 +1,96 @@
+from pathlib import Path
+
+import numpy as np
+
+from finetuning.report.page import make_report, write_report
+from tests.html_reader import Reader
+from tests.report.conftest import leave_predictions, random_split, result_of_run
+
+SECTIONS = ("scores", "classes", "calibration", "length", "mistakes", "labels", "cost", "repeat")
+
+
+def read(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    return reader
+
+
+def test_the_report_is_whole_and_needs_no_other_file(tmp_path: Path) -> None:
+    names = ["a", "b <em>", "c"]
+    splits = {"validation": random_split(200, 3, 0), "test": random_split(300, 3, 1)}
+    leave_predictions(tmp_path, splits)
+    (tmp_path / "learning_curve.png").write_bytes(b"\x89PNG bytes")
+    texts = {split: {row: (f"{split} text {row} </p><script>",) for row in range(300)} for split in splits}
+    result = result_of_run(names, splits, max_length=9)
+    path = write_report(tmp_path, result, texts)
+    assert path == tmp_path / "report.html"
+    text = path.read_text(encoding="utf8")
+    reader = read(text)
+    assert {address.partition(",")[0] for address in reader.addresses} == {
+        "data:", "data:image/png;base64", *(f"#{name}" for name in SECTIONS)
+    }  # fmt: skip
+    assert all(f'<section id="{name}">' in text for name in SECTIONS)
+    assert "<script" not in text
+    assert "url(" not in text
+    accuracy = 100 * result["test"]["accuracy"]
+    for said in (
+        f"test accuracy {accuracy:.2f} %", "a set <i>", "b <em>", "a note & more", "--dataset 'a <b>'", "12.5 s",
+        "1,024 MiB", "10 of 200", "other programs used the processor", "--max_length", "</p><script>",
+    ):  # fmt: skip
+        assert said in reader.text, said
+
+
+def test_without_texts_none_is_shown(tmp_path: Path) -> None:
+    splits = {"validation": random_split(100, 2, 0), "test": random_split(100, 2, 1)}
+    leave_predictions(tmp_path, splits)
+    text = make_report(tmp_path, result_of_run(["a", "b"], splits), None)
+    assert "Texts are left out: --report_texts False." in text
+    assert 'class="quoted"' not in text
+    assert "test accuracy" in read(text).text
+
+
+def test_a_run_without_test_shows_validation_and_says_what_that_means(tmp_path: Path) -> None:
+    splits = {"validation": random_split(100, 2, 0)}
+    leave_predictions(tmp_path, splits)
+    said = read(make_report(tmp_path, result_of_run(["a", "b"], splits), None)).text
+    assert "validation accuracy" in said
+    assert "these scores may be too high" in said
+    assert "on the same texts" in said
+
+
+def test_a_perfect_run_has_no_mistakes_and_no_temperature(tmp_path: Path) -> None:
+    labels = np.arange(60) % 2
+    splits = {split: (labels, np.eye(2)[labels] * 8.0) for split in ("validation", "test")}
+    leave_predictions(tmp_path, splits)
+    said = read(make_report(tmp_path, result_of_run(["a", "b"], splits), None)).text
+    for sentence in ("No wrong answer.", "No such text.", "Validation gives no temperature"):
+        assert sentence in said
+
+
+def test_several_labels_a_text_leave_out_what_does_not_apply(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(80, 3))
+    truth = generator.random((80, 3)) < 1 / (1 + np.exp(-logits))
+    splits = {"validation": (np.zeros(80, int), logits), "test": (np.zeros(80, int), logits)}
+    leave_predictions(tmp_path, {split: (truth.astype(np.int8), logits) for split in splits})
+    result = result_of_run(["a", "b", "c"], splits)
+    result["task"] = {"kind": "several labels a text", "threshold": 0.4}
+    exact = float(((1 / (1 + np.exp(-logits)) > 0.4) == truth).all(1).mean())
+    result["test"] = {"accuracy": exact, "micro_f1": 0.7, "macro_f1": 0.6, "loss": 0.5}
+    pairs = {row: (f"text {row}", f"second {row}") for row in range(80)}
+    text = make_report(tmp_path, result, dict.fromkeys(splits, pairs))
+    said = read(text).text
+    assert f"test exact match {100 * exact:.2f} %" in said
+    assert "micro F1" in said
+    assert "second " in said  # of a pair
+    assert "Confusion matrix" not in said
+    assert '<section id="labels">' not in text
+    assert "Every label of every text counts as one answer." in said
+
+
+def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
+    splits = {"validation": random_split(50, 2, 0), "test": random_split(50, 2, 1)}
+    leave_predictions(tmp_path, splits)
+    result = result_of_run(["a", "b"], splits)
+    assert make_report(tmp_path, result, None) == make_report(tmp_path, result, None)

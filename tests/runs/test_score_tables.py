@@ -1,0 +1,40 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetuning.runs.answers import Answers
+from finetuning.runs.score_tables import class_table, score_table
+
+
+def answers_of(labels: list[int], given: list[int]) -> Answers:
+    truth, logits = np.eye(2, dtype=bool)[labels], 3.0 * np.eye(2)[given]
+    return Answers(np.arange(len(labels)), truth, logits)
+
+
+def test_scores_have_intervals_and_what_was_not_measured_is_left_out() -> None:
+    answers = answers_of([0, 1] * 50, [0, 1] * 40 + [1, 0] * 10)
+    result = {"test": {"accuracy": 0.8, "auroc": 0.9, "loss": 0.5}}
+    table = score_table(result, {"test": answers})
+    rows = {row[0]: row[1] for row in table.rows}
+    assert table.columns == ("score", "test")
+    assert list(rows) == ["accuracy", "AUROC", "loss, nats", "texts"]
+    assert rows["accuracy"].startswith("80.00 % (")
+    assert rows["AUROC"] == "90.00 %"
+    assert rows["texts"] == "100"
+
+
+@pytest.mark.parametrize(("threshold", "name"), [(None, "accuracy"), (0.5, "exact match")])
+def test_the_accuracy_of_several_labels_is_the_exact_match(threshold: float | None, name: str) -> None:
+    result: dict[str, Any] = {"test": {"accuracy": 0.5, "micro_f1": 0.7}}
+    answers = Answers(np.arange(4), np.eye(4, dtype=bool), np.eye(4), None, threshold)
+    assert [row[0] for row in score_table(result, {"test": answers}).rows] == [name, "micro F1", "texts"]
+
+
+def test_each_class_has_a_row() -> None:
+    table = class_table(answers_of([0, 0, 0, 0, 1], [0, 1, 1, 1, 1]), ["a|b", "c"])
+    assert table.column("class") == ["a|b", "c"]
+    assert table.column("texts") == ["4", "1"]
+    assert table.column("precision, %") == ["100.00", "25.00"]
+    assert table.column("recall, %") == ["25.00", "100.00"]
+    assert "a\\|b" in table.markdown()

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional import classification as metrics
+
+from finetuning.runs import scores
+from finetuning.runs.answers import Answers
+
+
+def random_answers(n: int, classes: int, several: bool = False) -> Answers:
+    generator = np.random.default_rng(n)
+    logits = 2 * generator.normal(size=(n, classes))
+    labels = (logits + generator.gumbel(size=logits.shape)).argmax(1)
+    truth = (
+        generator.random((n, classes)) < 1 / (1 + np.exp(-logits)) if several else np.eye(classes, dtype=bool)[labels]
+    )
+    return Answers(np.arange(n), truth, logits, None, 0.5 if several else None)
+
+
+def test_class_scores_are_those_of_torchmetrics() -> None:
+    answers = random_answers(200, 4)
+    given, labels = torch.from_numpy(answers.logits), torch.from_numpy(answers.truth.argmax(1))
+    found = scores.class_scores(answers)
+    for name in ("precision", "recall"):
+        expected = getattr(metrics, f"multiclass_{name}")(given, labels, num_classes=4, average=None)
+        assert [getattr(c, name) for c in found] == pytest.approx(expected.tolist())
+    expected = metrics.multiclass_f1_score(given, labels, num_classes=4, average=None)
+    assert [c.f1 for c in found] == pytest.approx(expected.tolist())
+    assert all(c.f1_interval[0] < c.f1 < c.f1_interval[1] for c in found)
+    assert sum(c.texts for c in found) == 200
+    matrix = metrics.multiclass_confusion_matrix(given, labels, num_classes=4)
+    assert scores.confusion_matrix(answers).tolist() == matrix.tolist()
+
+
+def test_the_functions_of_sums_are_the_scores() -> None:
+    """Their values for the texts as they are, so the intervals are about what ``result.json`` holds."""
+    answers = random_answers(150, 5)
+    right, guesses, true = (part.sum(0, keepdims=True) for part in scores._counts(answers))
+    given, labels = torch.from_numpy(answers.logits), torch.from_numpy(answers.truth.argmax(1))
+    assert scores._macro_f1(right, guesses, true, False)[0] == pytest.approx(
+        float(metrics.multiclass_f1_score(given, labels, 5))
+    )
+    assert scores._mcc(right, guesses, true, 150)[0] == pytest.approx(
+        float(metrics.multiclass_matthews_corrcoef(given, labels, 5))
+    )
+    several = random_answers(150, 5, several=True)
+    right, guesses, true = (part.sum(0, keepdims=True) for part in scores._counts(several))
+    answered, truth = torch.from_numpy(several.given).long(), torch.from_numpy(several.truth).long()
+    expected = metrics.multilabel_f1_score(answered, truth, 5, average="macro")
+    assert scores._macro_f1(right, guesses, true, True)[0] == pytest.approx(float(expected))
+
+
+def test_intervals_hold_the_score_and_shrink_with_more_texts() -> None:
+    widths = []
+    for n in (100, 1_600):
+        found = scores.score_intervals(random_answers(n, 3))
+        assert list(found) == ["accuracy", "macro_f1", "loss", "mcc"]
+        widths.append([high - low for low, high in found.values()])
+    ratios = np.array(widths[0]) / np.array(widths[1])
+    assert ((ratios > 3) & (ratios < 5.5)).all()
+    assert list(scores.score_intervals(random_answers(50, 3, several=True))) == [
+        "accuracy",
+        "macro_f1",
+        "loss",
+        "micro_f1",
+    ]
+
+
+def test_the_bootstrap_of_a_mean_is_its_standard_error() -> None:
+    values = np.random.default_rng(0).normal(size=(400, 1))
+    drawn = scores.resampled_sums(values)[:, 0] / 400
+    assert drawn.std() == pytest.approx(values.std() / 20, rel=0.1)
+    assert drawn.mean() == pytest.approx(values.mean(), abs=0.01)
+    assert (scores.resampled_sums(values) == scores.resampled_sums(values)).all()
