@@ -28,7 +28,7 @@ class ExportFailed(OneLine):
     """An exported folder that does not compute what its run does, in one line. Exit status 1."""
 
 
-class OutputFailed(Exception):
+class OutputFailed(OneLine):
     """An output that cannot be written, in one line. Exit status 1."""
 
 

@@ -61,15 +61,6 @@ def test_threads_sleep_next_to_a_busy_process_unless_the_user_says_otherwise(
     assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
-def test_signals_act_like_ctrl_c_in_any_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    before = signal.getsignal(signal.SIGTERM)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        with pytest.raises(KeyboardInterrupt), interruptible():
-            signal.raise_signal(number)
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 def test_a_character_that_the_terminal_lacks_is_spelled() -> None:
     code = "from finetuning.processes import show_any_text; show_any_text(); print('l\u00e4uft')"
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -78,3 +69,12 @@ def test_a_character_that_the_terminal_lacks_is_spelled() -> None:
         words, cwd=Path(processes.__file__).parents[1], env=ascii_only, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == ("l\\xe4uft\n", "")
+
+
+def test_signals_act_like_ctrl_c_in_any_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            signal.raise_signal(number)
+    assert signal.getsignal(signal.SIGTERM) == before

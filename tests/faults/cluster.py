@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.faults.runs import ROOT, Broken, Commands, number_of, require_same
@@ -72,16 +73,31 @@ def disturb(cluster: Cluster, job: str, kind: str) -> None:
 
 
 def fail_node(cluster: Cluster, job: str) -> None:
-    """All processes of the node die, and the controller hears that it is down. Then it comes back."""
+    """All processes of the node die, SLURM's first, and the controller hears that it is down. Then it comes back."""
     folder = Path(cluster.environment["SLURM_CONF"]).parent
     listed = cluster.command("scontrol", "listpids", job, check=False).stdout.split("\n")[1:]
-    pids = [int(line.split()[0]) for line in listed if line.strip()]
-    pids.append(int((folder / "slurmd.pid").read_text(encoding="utf8")))
-    for pid in pids:
-        if pid > 1:
+    pids = [int(line.split()[0]) for line in listed if line.strip() and int(line.split()[0]) > 1]
+    daemon = int((folder / "slurmd.pid").read_text(encoding="utf8"))
+    for pid in (daemon, *{parent for parent in map(parent_of, pids) if is_daemon(parent)}, *pids):
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     host = cluster.command("sinfo", "-h", "-o", "%n").stdout.strip()
     cluster.command("scontrol", "update", f"NodeName={host}", "State=DOWN", "Reason=power")
-    wait_until(lambda: "PENDING" in state(cluster, job) or "COMPLETED" in state(cluster, job), "the requeue")
+    wait_until(lambda: state(cluster, job) not in ("RUNNING", "COMPLETING"), "the requeue")
     subprocess.Popen(daemons(folder)[2], env=cluster.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     cluster.command("scontrol", "update", f"NodeName={host}", "State=RESUME")
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 if it has ended."""
+    with suppress(OSError):
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf8").rpartition(")")[2].split()
+        return int(words[1])
+    return 0
+
+
+def is_daemon(pid: int) -> bool:
+    """Whether a process watches the steps of a job for SLURM."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf8").startswith("slurmstepd")
+    return False

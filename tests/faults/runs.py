@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetuning.models.int8_products import refused
+from finetuning.runs.files import REPORT
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
@@ -29,7 +30,7 @@ PRELOADED = (
     "watermark", "matplotlib.pyplot", "local_dataset_utilities", "local_model_utilities", "finetuning.data.batches",
     "finetuning.training.trainer", "finetuning.training.module", "finetuning.runs.history", "finetuning.runs.weights",
     "finetuning.runs.measurements", "finetuning.models.pretrained", "finetuning.models.quantization",
-    "finetuning.report.page",
+    "finetuning.report.page", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 METHODS = {
     "lora": ("--lora_mlp", "--lora_dropout", "0.1", "--dropout", "0.1", "--accumulate", "2"),
@@ -256,7 +257,7 @@ def left_by(directory: Path) -> dict[str, Any]:
         "weights": weights.read_bytes(),
         "predictions": (directory / "predictions.parquet").read_bytes(),
         # The report may be missing: it is written last, after the result, and a finished run does not continue.
-        "names of files": {path.name for path in directory.iterdir()} - {"report.html"},
+        "names of files": {path.name for path in directory.iterdir()} - {REPORT},
     }
 
 
