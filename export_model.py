@@ -15,6 +15,7 @@ from finetuning.errors import ExportFailed, UserError, not_installed
 from finetuning.export.target import check_target, staged
 from finetuning.flags import OneLineParser
 from finetuning.processes import share_processors
+from finetuning.processor import limit_libraries
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
         check_flags(arguments)
+        limit_libraries()
         run = read_finished(arguments.run)
         check_target(arguments.out, arguments.run)
         share_processors()

@@ -1,8 +1,9 @@
-"""Measures which share of the machine's rate of bf16 products a training step reaches, and what takes the rest.
+"""Measures how close a training step comes to what the machine's products allow, and what takes the rest.
 
-A step's rate is its operations, counted by formula (``flops.py``), divided by its wall-clock time. The machine's rate
-is measured with plain bf16 products that have the shapes of the model's frozen linears, weighted by how often a step
-has them, before and after the steps of the same run. The share is the first rate divided by the second. ``make
+A step's operations are counted by formula (``flops.py``). The machine's rate is measured with plain products that have
+the shapes of the model's frozen linears, weighted by how often a step has them, before and after the steps of the same
+run. The least time of a step is its operations divided by this rate. With 8-bit products the frozen linears have the
+rate of 8-bit products, and all else the rate of bf16. The share is the least time divided by the time taken. ``make
 roofline`` runs it.
 """
 
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from benchmarks.peers import PLACES
 from benchmarks.workload import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
+from finetuning.models.int8 import ROWS_AT_ONCE
+from finetuning.models.int8_products import multiply, refused
 from finetuning.pages import ROOT, SPEED, renew_tables
 from finetuning.runs.measurements import environment_record
 from finetuning.storage import write_json
@@ -35,10 +39,21 @@ from finetuning.training.optimization import make_optimizer
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "roofline.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "roofline.json"
-PLAN = (("minilm", "qv", 256), ("minilm", "all", 256), ("minilm", "all", 512), ("base", "all", 256))
+PLAN = (
+    Job("suite", "minilm", "qv", 256),
+    Job("suite", "minilm", "all", 256),
+    Job("suite", "minilm", "all", 512),
+    Job("suite", "minilm", "all", 16),  # short texts: questions have about as many tokens
+    Job("suite", "base", "all", 256),
+    Job("suite", "minilm", "all", 256, "int8"),
+    Job("suite", "minilm", "all", 512, "int8"),
+    Job("suite", "minilm", "all", 16, "int8"),
+    Job("suite", "base", "all", 256, "int8"),
+)
 PROFILED_STEPS = 6
 KINDS = {  # kind of operator -> its names in the profiler; the first match counts
-    "products": r"aten::(mm|addmm|linear|matmul)|mkldnn::_linear_pointwise",
+    "products": r"aten::(mm|addmm|linear|matmul|_int_mm)|mkldnn::_linear_pointwise",
+    "8 bits": r"_FrozenInt8(Backward)?",
     "attention": r"(_?(Chunked)?Attention|Mixture)(Backward)?"
     r"|aten::(bmm|baddbmm|_?softmax.*|_scaled_dot_product.*)",
     "activation": r"_Gelu(Backward)?|aten::(gelu|relu|tanh|threshold|silu).*",
@@ -54,18 +69,31 @@ KINDS = {  # kind of operator -> its names in the profiler; the first match coun
 
 
 def product_rate(size: Size, batch: int, length: int, dtype: torch.dtype, seconds_per_shape: float) -> float:
-    """FLOP/s of the frozen linears of one step, forward and backward, done one after the other and alone."""
+    """Operations per second of the frozen linears of one step, forward and backward, one after the other and alone."""
     flops = seconds = 0.0
     for product, count in Counter(products(size, batch, length)).items():
-        x = torch.randn(product.rows, product.inputs).to(dtype)
-        weight = torch.randn(product.outputs, product.inputs).to(dtype)
-        taken = _seconds(lambda x=x, w=weight: x @ w.t(), seconds_per_shape)  # type: ignore[misc]
+        weight = _random(product.outputs, product.inputs, dtype)
+        pairs = [(_random(product.rows, product.inputs, dtype), weight.t())]
         if product.input_gradient:
-            gradient = torch.randn(product.rows, product.outputs).to(dtype)
-            taken += _seconds(lambda g=gradient, w=weight: g @ w, seconds_per_shape)  # type: ignore[misc]
+            pairs.append((_random(product.rows, product.outputs, dtype), weight))
         flops += count * product.base_flops
-        seconds += count * taken
+        seconds += count * sum(_seconds(partial(_multiply, x, w), seconds_per_shape) for x, w in pairs)
     return flops / seconds
+
+
+def _random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(rows, columns)
+    return (20 * x).to(dtype) if dtype == torch.int8 else x.to(dtype)
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """The product; 8-bit ones in blocks of rows whose sums stay in the cache, which is fastest."""
+    if x.dtype != torch.int8:
+        x @ weight
+        return
+    sums = torch.empty(min(ROWS_AT_ONCE, len(x)), weight.shape[1], dtype=torch.int32)
+    for start in range(0, len(x), ROWS_AT_ONCE):
+        multiply(x[start : start + ROWS_AT_ONCE], weight, sums)
 
 
 def _seconds(call: Callable[[], Any], limit: float) -> float:
@@ -100,23 +128,27 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
     suite.train(split, few)
     shapes = [(len(batch), int(split.lengths[batch].max())) for batch in many]  # (B, T)
     median = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
-    rates = [product_rate(size, *median, suite.hardware.dtype, seconds_per_shape)]
+    kinds = {suite.hardware.dtype} | ({torch.int8} if suite.hardware.int8 else set())
+    rates = {str(kind).removeprefix("torch."): [product_rate(size, *median, kind, seconds_per_shape)] for kind in kinds}
     measured = suite.train(split, many)
-    rates.append(product_rate(size, *median, suite.hardware.dtype, seconds_per_shape))
+    for kind in kinds:
+        rates[str(kind).removeprefix("torch.")].append(product_rate(size, *median, kind, seconds_per_shape))
     flops: Counter[str] = sum((step_flops(size, *shape) for shape in shapes), Counter())
-    per_second, rate = flops.total() / measured.seconds, statistics.mean(rates)
+    dense = str(suite.hardware.dtype).removeprefix("torch.")
+    mean = {kind: statistics.mean(found) for kind, found in rates.items()}
+    linears = flops["linears"] / mean.get("int8", mean[dense])
     return {
         "model": job.model,
         "targets": job.targets,
         "max_length": job.max_length,
-        "dtype": str(suite.hardware.dtype).removeprefix("torch."),
+        "dtype": "int8" if suite.hardware.int8 else dense,
         "steps": len(measured.ends),
         "seconds": measured.seconds,
         "median_batch": median,
         "flops": dict(flops),
-        "flops_per_second": per_second,
+        "flops_per_second": flops.total() / measured.seconds,
         "product_rates_before_and_after": rates,
-        "share": per_second / rate,
+        "share": (linears + (flops.total() - flops["linears"]) / mean[dense]) / measured.seconds,
         "time_shares": time_shares(suite, list(suite.loader(split, few))),
     }
 
@@ -160,17 +192,19 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: one row for each work, and how operations are counted."""
     environment = result["environment"]
     kinds = [name.replace("clipping and ", "").replace(" and copies", "") for name in KINDS]
-    columns = ["model, LoRA on, max_length", "products, GFLOP/s", "step, GFLOP/s", "share", *kinds, "other"]
+    columns = ["model, LoRA on, tokens", "dtype", "products, G/s", "step, G/s", "share", *kinds, "other"]
     lines = [
-        f"{environment['cpu']}, {environment['threads']} threads. After the share: where the time goes, in %.",
+        f"{environment['cpu']}, {environment['threads']} threads. G/s: 10^9 operations per second."
+        " After the share: where the time goes, in %.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
     ]
     for row in result["rows"]:
-        rate = statistics.mean(row["product_rates_before_and_after"])
+        rate = statistics.mean(row["product_rates_before_and_after"][row["dtype"]])
         cells = [
             f"{MODELS[row['model']]}, {PLACES[row['targets']]}, {row['max_length']}",
+            row["dtype"],
             f"{rate / 1e9:,.0f}",
             f"{row['flops_per_second'] / 1e9:,.0f}",
             f"{row['share']:.0%}",
@@ -191,7 +225,7 @@ def table(result: dict[str, Any]) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command."""
     parser = OneLineParser(
-        description="Measure which share of the CPU's rate of bf16 products a step reaches.", allow_abbrev=False
+        description="Measure how close a step comes to what the CPU's products allow.", allow_abbrev=False
     )
     flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
     parser.add_argument("--quick", help="one work and few steps; changes no page", **flag)
@@ -205,13 +239,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    works = PLAN[1:2] if arguments.quick else PLAN
+    works = PLAN[1:2] if arguments.quick else [job for job in PLAN if job.precision != "int8" or refused() is None]
     result: dict[str, Any] = {"environment": environment_record(), "formulas": FORMULAS, "rows": []}
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         folder = Path(temporary)
-        prepare(folder, {model for model, *_ in works}, {max_length for *_, max_length in works})
-        for model, targets, max_length in works:
-            job = Job("suite", model=model, targets=targets, max_length=max_length)  # type: ignore[arg-type]
+        prepare(folder, {job.model for job in works}, {job.max_length for job in works})
+        for job in works:
             result["rows"].append(measure(job, folder, steps=8 if arguments.quick else 24))
     print(table(result))
     output = PARTIAL_OUTPUT if arguments.quick else OUTPUT

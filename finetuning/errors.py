@@ -17,6 +17,10 @@ class ExportFailed(Exception):
     """An exported folder that does not compute what its run does, in one line. Exit status 1."""
 
 
+class OutputFailed(Exception):
+    """An output that cannot be written, in one line. Exit status 1."""
+
+
 class Interrupted(Exception):
     """A run that a signal stopped after it wrote its checkpoint. Exit status 130."""
 

@@ -15,6 +15,7 @@ from finetuning.datasets import DATASETS
 
 PACKAGED = "packaged"  # the model that requirements-offline.txt installs
 DEFAULT_MODEL = "distilbert-base-uncased"
+DEFAULT_THRESHOLD = 0.5  # the probability above which one of several labels is given
 AUTO = "auto"  # --resume auto: for job scripts, which do not know what the job left when it last ended
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 LORA_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")

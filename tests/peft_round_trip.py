@@ -51,7 +51,7 @@ def every_placement(place: Path) -> Table:
             folder, given = place / model_type, every_family.batch(model_type)
             tiny_model(model_type).save_pretrained(folder)
             save_tokenizer(folder, decoder=FAMILIES[model_type].last_token)
-        cases = [{name: name == target for name in LORA_TARGETS} for target in LORA_TARGETS]
+        cases: list[dict[str, Any]] = [{name: name == target for name in LORA_TARGETS} for target in LORA_TARGETS]
         cases += [every_family.ALL | {"lora_scaling": scaling} for scaling in SCALINGS]
         found = [ours_in_peft(folder, given, place / f"{model_type}-{i}", **case) for i, case in enumerate(cases)]
         alone, (standard, rslora, raw) = found[: len(LORA_TARGETS)], found[len(LORA_TARGETS) :]

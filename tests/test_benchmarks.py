@@ -19,6 +19,7 @@ from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_spl
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
 from finetuning.pages import README, RESULTS, SPEED, with_table
+from tests.conftest import needs_int8
 
 MAX_LENGTH = 32
 DENSE = [name for name in CONTESTANTS if "qlora" not in name]
@@ -423,15 +424,25 @@ def test_the_roofline_of_a_tiny_model(folder: Path) -> None:
     assert row["time_shares"]["attention"] > 0
     environment = {"cpu": "A CPU", "threads": 2}
     line = roofline.table({"environment": environment, "rows": [row | {"model": "minilm"}]}).splitlines()[4]
-    assert line.startswith("| MiniLM, all linears, 32 | ")
+    assert line.startswith(f"| MiniLM, all linears, 32 | {row['dtype']} | ")
     assert f"| {row['share']:.0%} |" in line
+
+
+@needs_int8
+def test_the_roofline_of_8_bit_products(folder: Path) -> None:
+    row = roofline.measure(replace(job("suite", "all"), precision="int8"), folder, steps=3, seconds_per_shape=0.001)
+    assert row["dtype"] == "int8"
+    assert set(row["product_rates_before_and_after"]) >= {"int8"}
+    assert len(row["product_rates_before_and_after"]) == 2
+    assert row["time_shares"]["8 bits"] > 0
+    assert row["share"] > 0
 
 
 @pytest.mark.parametrize(
     ("operator", "kind"),
     [
-        ("aten::addmm", "products"), ("aten::bmm", "attention"), ("MixtureBackward", "attention"),
-        ("AttentionBackward", "attention"),
+        ("aten::addmm", "products"), ("aten::_int_mm", "products"), ("aten::bmm", "attention"),
+        ("MixtureBackward", "attention"), ("AttentionBackward", "attention"),
         ("aten::gelu_backward", "activation"), ("_Gelu", "activation"), ("AddNormBackward", "norms"),
         ("aten::native_layer_norm_backward", "norms"),
         ("aten::add_", "elementwise and copies"), ("Optimizer.step#AdamW.step", "clipping and optimizer"),

@@ -43,7 +43,9 @@ def test_root_modules_import_downward(name: str) -> None:
     assert imported(ROOT / f"{name}.py") & ABOVE <= ALLOWED[name]
 
 
-@pytest.mark.parametrize("room", ["", "data", "models", "training", "runs", "comparison", "export", "report"])
+@pytest.mark.parametrize(
+    "room", ["", "data", "models", "training", "runs", "comparison", "export", "prediction", "report"]
+)
 def test_the_package_never_imports_what_is_above_it(room: str) -> None:
     files = sorted((ROOT / "finetuning" / room).glob("*.py"))
     assert files

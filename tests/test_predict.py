@@ -12,13 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import finetune_lora
 from finetuning.config import RunConfig
+from finetuning.data.files import read_frame
 from finetuning.errors import UserError
 from finetuning.models.int8_products import refused
+from finetuning.prediction.trained import for_this_machine, read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS, write_result
-from predict import for_this_machine, load_run, main, predict, read_texts
+from predict import main, predict
 from tests.conftest import needs_int8
 from tests.test_finetune_lora import flags
 
@@ -175,12 +178,6 @@ def test_files(
         assert capsys.readouterr().out == from_lines
 
 
-def test_a_csv_cell_may_hold_lines(tmp_path: Path) -> None:
-    texts = ["one\ntwo", 'a "quoted", word']
-    pd.DataFrame({"text": texts}).to_csv(tmp_path / "a.csv", index=False)
-    assert read_texts(tmp_path / "a.csv", "text") == texts
-
-
 def test_the_command_as_a_process(runs: dict[str, Path], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "predict.py"), str(runs["q_lora"]), "--file", "-"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -199,11 +196,140 @@ class Terminal(io.StringIO):
 def test_a_terminal_sees_how_far_a_long_prediction_is(
     runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, seconds: float, shown: bool
 ) -> None:
-    monkeypatch.setattr("predict.BAR_AFTER", seconds)
+    monkeypatch.setattr("finetuning.prediction.progress.BAR_AFTER", seconds)
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    predict(runs["lora"], ["superb acting", "dull"])
+    assert main([str(runs["lora"]), "--text", "superb acting", "--text", "dull"]) == 0
+    assert ("predict: 100%" in terminal.getvalue()) is shown
     assert ("2/2" in terminal.getvalue()) is shown
+
+
+# --- files of answers
+
+
+def given(folder: Path, texts: list[str]) -> Path:
+    """A table with one empty text and columns of its own."""
+    rows = pd.DataFrame({"id": range(100, 100 + len(texts)), "text": texts, "label": "?"})
+    rows.loc[3, "text"] = None
+    rows.to_json(folder / "in.jsonl", orient="records", lines=True)
+    return folder / "in.jsonl"
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.jsonl.gz", "out.parquet"])
+def test_a_file_of_answers(
+    runs: dict[str, Path],
+    test_reviews: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    names, expected = predict(runs["full"], test_reviews)
+    monkeypatch.setattr("finetuning.prediction.rows.CHUNK_ROWS", 7)
+    words = [str(runs["full"]), "--file", str(given(tmp_path, test_reviews)), "--output", str(tmp_path / name)]
+    assert main([*words, "--skip_bad_rows"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == "1 of 40 rows have no text and got an empty label\n"
+    found = read_frame(tmp_path / name)
+    ours = ["predicted_label", "predicted_probability_bad", "predicted_probability_good"]
+    assert list(found.columns) == ["id", "text", "label", *ours]
+    assert found["id"].astype(int).tolist() == list(range(100, 140))
+    empty = [value for value in found.loc[3, ["text", *ours]] if value not in (None, "") and value == value]
+    assert empty == []
+    kept = [i for i in range(40) if i != 3]
+    np.testing.assert_allclose(found[ours[1:]].loc[kept].astype(float), np.array(expected)[kept], atol=2e-6)
+    assert found[ours[0]][kept].tolist() == [names[int(np.argmax(expected[i]))] for i in kept]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", name]
+
+
+def test_chunks_print_what_one_table_prints(
+    runs: dict[str, Path],
+    test_reviews: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [str(runs["full"]), "--file", str(given(tmp_path, test_reviews)), "--skip_bad_rows"]
+    shown = []
+    for size in (1000, 7):
+        monkeypatch.setattr("finetuning.prediction.rows.CHUNK_ROWS", size)
+        assert main([*words, "--top_k", "1"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    rows = table(shown[0])
+    assert list(rows[0]) == ["text", "label", "label_1", "probability_1"]
+    assert rows[3] == dict.fromkeys(rows[0], "")
+    assert all(row["label"] == row["label_1"] for row in rows)
+    assert all(float(row["probability_1"]) >= 0.5 for i, row in enumerate(rows) if i != 3)
+
+
+def test_nothing_is_left_of_what_is_refused_or_interrupted(
+    runs: dict[str, Path],
+    test_reviews: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, source = tmp_path / "out.csv", given(tmp_path, test_reviews)
+    words = [runs["lora"], "--file", source, "--output", out]
+    assert "text 4 is None, no text: remove or correct it, or give --skip_bad_rows" in refusal(capsys, *words)
+    assert "--output out.txt: must end in one of" in refusal(capsys, *words[:-1], "out.txt")
+    assert "already exists" in refusal(capsys, *words[:-1], source)
+    assert "the folder" in refusal(capsys, *words[:-1], tmp_path / "none" / "a.csv")
+    assert "--top_k 3: " in refusal(capsys, *words, "--top_k", 3)
+    assert "--top_k 0: must be at least 1" in refusal(capsys, *words, "--top_k", 0)
+    assert "--threshold 0.3: needs several labels a text" in refusal(capsys, *words, "--threshold", 0.3)
+    assert "--threshold 1: must be above 0 and below 1" in refusal(capsys, *words, "--threshold", 1)
+    monkeypatch.setenv("FINETUNE_LORA_PROCESSOR", "avx")
+    assert "FINETUNE_LORA_PROCESSOR=avx: must be one of" in refusal(capsys, *words)
+    monkeypatch.delenv("FINETUNE_LORA_PROCESSOR")
+
+    def stopped(*_: object) -> None:
+        assert [path.suffix for path in tmp_path.iterdir() if path != source] == [".csv"], "it is being written"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetuning.prediction.outputs.CsvWriter.write", stopped)
+    assert main([*map(str, words), "--skip_bad_rows"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert list(tmp_path.iterdir()) == [source]
+
+
+# --- exported folders
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "bert", "roberta"])
+def test_an_exported_folder_predicts_as_its_model(
+    tiny_folders: dict[str, Path], model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folders[model_type]
+    monkeypatch.setenv("FINETUNE_LORA_PROCESSOR", "avx512")  # computes in fp32
+    texts = ["superb acting", "dull " * 200, "a wonderful and moving film"]
+    names, found = predict(folder, texts)
+    assert names == ["LABEL_0", "LABEL_1"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text, row in zip(texts, found, strict=True):
+        inputs = tokenizer(text, truncation=True, max_length=64, padding=False, return_tensors="pt")
+        with torch.no_grad():
+            expected = model(inputs["input_ids"]).logits.softmax(-1)[0]
+        np.testing.assert_allclose(row, expected, atol=1e-5)
+    assert np.ptp(np.array(found)[:, 0]) > 1e-3
+
+
+def test_exported_folders_that_are_refused(
+    tiny_folders: dict[str, Path], bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no trained classifier: its safetensors lack" in refusal(capsys, bases["bert"], "--text", "a film")
+    copy = shutil.copytree(tiny_folders["bert"], tmp_path / "copy")
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[:-100])
+    message = refusal(capsys, copy, "--text", "a film")
+    assert message.startswith(f"error: {copy} cannot be loaded: ")
+    (copy / "model.safetensors").write_bytes(weights)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b", "2": "c"}}))
+    assert "its safetensors lack classifier.weight (3, 32)" in refusal(capsys, copy, "--text", "a film")
 
 
 # --- refusals
@@ -394,14 +520,15 @@ def test_precision_is_one_that_this_machine_has() -> None:
 
 
 def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) -> None:
-    config, names = load_run(runs["selective"])
+    trained = read_trained(runs["selective"])
+    config, names = trained.config, trained.label_names
     assert (config.method.method, config.method.trainable_layers, names) == ("selective", 1, ["bad", "good"])
     result = json.loads((runs["selective"] / RESULT).read_text())
     result["config"]["lora_rank"] = 3
     del result["sha256"]
     write_result(tmp_path, result)
     with pytest.raises(UserError, match="unknown settings lora_rank"):
-        load_run(tmp_path)
+        read_trained(tmp_path)
 
 
 def test_several_labels_are_predicted_as_in_the_run(
@@ -439,3 +566,14 @@ def test_several_labels_are_predicted_as_in_the_run(
         above = [name for name in names if float(row[f"probability_{name}"]) > threshold]
         assert row["label"].split(",") == above
     assert rows[0]["label"] == "bad,good"
+    given_labels = []
+    for other in ("0.01", "0.99"):
+        assert main([str(run), "--text", "superb film, number 3", "--threshold", other]) == 0
+        given_labels.append(table(capsys.readouterr().out)[0]["label"])
+    assert given_labels[0].count(",") > given_labels[1].count(",")
+    out = tmp_path / "out.parquet"
+    assert main([str(run), "--text", "superb boring film, number 3", "--output", str(out), "--top_k", "2"]) == 0
+    (answer,) = pd.read_parquet(out).to_dict("records")
+    assert list(answer["label"]) == ["bad", "good"]
+    assert {answer["label_1"], answer["label_2"]} == {"bad", "good"}
+    assert answer["probability_1"] >= answer["probability_2"] > threshold

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune_lora
+from tests.conftest import needs_int8
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_SECONDS = 240  # for a machine with other work; a run takes five
@@ -112,6 +113,24 @@ def test_two_processes_stop_together_go_on_and_end_like_one(
     predictions, others = (pq.read_table(d / "predictions.parquet").to_pydict() for d in (two, one))
     for name in ("split", "row", "label"):  # each text of each split once
         assert predictions[name] == others[name]
+
+
+@needs_int8
+def test_two_processes_with_8_bit_products_end_like_one(flags: list[str], tmp_path: Path) -> None:
+    """Rows are quantized one by one, so a batch may be split; LoRA's gradients are sums in bf16 or fp32 before that."""
+    results = []
+    for name, words in (("two", TWO), ("one", ONE)):
+        directory = tmp_path / name
+        command = [*flags, "--lora_mlp", "--precision", "int8", "--epochs", "2", *words, "--output_dir", str(directory)]
+        with started(command) as process:
+            output = process.communicate(timeout=LIMIT_SECONDS)[0]
+        assert process.returncode == 0, output
+        results.append(directory)
+    two, one = results
+    assert read_result(two)["train"]["steps"] == read_result(one)["train"]["steps"] > 0
+    moved = [(weights(two)[name] - weight).norm() / weight.norm() for name, weight in weights(one).items()]
+    assert max(moved) < 0.02
+    assert read_result(two)["validation"]["loss"] == pytest.approx(read_result(one)["validation"]["loss"], abs=1e-3)
 
 
 def test_the_second_process_tells_nobody_and_ends_with_status_0(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.comparison.statistics import mean_and_deviation, micro_f1
+from finetuning.comparison.statistics import SCORES, mean_and_deviation
 from finetuning.config import NOT_PART_OF_THE_RUN
 from finetuning.errors import UserError
 from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT, check_unchanged, read_result
@@ -41,11 +41,15 @@ class Predictions:
     correct: np.ndarray  # bool
     counts: np.ndarray | None = None  # (n, 2): labels found that are right, and labels wrongly given or missed
 
-    def score(self, measure: str) -> float:
-        """``accuracy``, which is exact match with several labels a text, or ``micro_f1``."""
+    def counted(self, measure: str) -> np.ndarray:
+        """``(n, 2)``, what ``measure`` counts: right and wrong texts (``accuracy``), or labels (``micro_f1``)."""
         if measure == "accuracy" or self.counts is None:
-            return float(self.correct.mean())
-        return float(micro_f1(self.counts.sum(axis=0)))
+            return np.stack([self.correct, ~self.correct], axis=-1)
+        return self.counts
+
+    def score(self, measure: str) -> float:
+        """A key of ``SCORES``: ``accuracy`` or ``micro_f1``, see ``counted``."""
+        return float(SCORES[measure](self.counted(measure).sum(axis=0)))
 
     @property
     def test_set(self) -> tuple[str, bytes, bytes]:

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,9 @@ from finetuning.comparison.statistics import (
     Difference,
     SeedSpread,
     bootstrap_difference,
-    bootstrap_micro_f1,
     holm,
     mcnemar,
+    pooled_difference,
     resamples_for,
     seed_spread,
     squares,
@@ -85,13 +85,10 @@ def compare(
     """
     if len({predictions.test_set for predictions in (*first, *second)}) > 1:
         raise UserError("cannot compare runs that were tested on different texts: give runs with the same test split")
-    if measure == "micro_f1":
-        a, b = (np.stack([p.counts for p in runs if p.counts is not None]) for runs in (first, second))
-        return bootstrap_micro_f1(a, b, spread, resamples), "bootstrap"
-    a, b = (np.stack([predictions.correct for predictions in runs]) for runs in (first, second))
-    if spread is None and len(a) == len(b) == 1:
-        return replace(bootstrap_difference(a, b), p=mcnemar(a[0], b[0])), "McNemar"
-    return bootstrap_difference(a, b, spread, resamples), "bootstrap"
+    a, b = (np.stack([predictions.counted(measure) for predictions in runs]) for runs in (first, second))
+    if measure == "accuracy" and spread is None and len(a) == len(b) == 1:
+        return replace(bootstrap_difference(a, b), p=mcnemar(first[0].correct, second[0].correct)), "McNemar"
+    return bootstrap_difference(a, b, spread, resamples, measure), "bootstrap"
 
 
 def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparison], list[str]]:
@@ -101,17 +98,9 @@ def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparis
         study: any study.
         measure: ``accuracy``, or ``micro_f1`` to compare only the rows whose texts have several labels.
     """
-    predictions = {row.name: [run.predictions for run in row.tested] for row in study.rows if row.tested}
-    if measure == "micro_f1":
-        predictions = {n: runs for n, runs in predictions.items() if all(p and p.counts is not None for p in runs)}
-    kept = {name: [p for p in runs if p is not None] for name, runs in predictions.items()}
-    without = [name for name, runs in kept.items() if len(runs) < len(predictions[name])]
-    mixed = [name for name, runs in kept.items() if len({p.test_set for p in runs}) > 1]
-    usable = {name: runs for name, runs in kept.items() if name not in (*without, *mixed)}
+    usable, notes = comparable(study, measure)
     same = [(a, b) for a, b in itertools.combinations(usable, 2) if usable[a][0].test_set == usable[b][0].test_set]
-    groups: dict[Any, list[str]] = {}
-    for name, runs in usable.items():
-        groups.setdefault(runs[0].test_set, []).append(name)
+    groups = _by_test_set(usable)
     accuracies = {name: [p.score(measure) for p in runs] for name, runs in usable.items()}
     spreads = {test_set: seed_spread([accuracies[name] for name in names]) for test_set, names in groups.items()}
     resamples = resamples_for(len(same))
@@ -121,11 +110,6 @@ def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparis
         Comparison(a, b, difference, p, test)
         for (a, b), (difference, test), p in zip(same, found, corrected, strict=True)
     ]
-    notes = []
-    if without and len(predictions) > 1:
-        notes.append(f"Not compared, because the test predictions were not kept: {', '.join(without)}.")
-    if mixed:
-        notes.append(f"Not compared, because each seed has its own test split: {', '.join(mixed)}.")
     uneven = [_with_most_spread({name: accuracies[name] for name in names}) for names in groups.values()]
     notes += [
         f"Nearly all of the spread over seeds comes from {name}. It makes all other rows harder to tell apart."
@@ -136,6 +120,57 @@ def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparis
         shown = "; ".join(", ".join(names) for names in groups.values())
         notes.append(f"Only rows with the same test texts are compared. The groups are: {shown}.")
     return comparisons, notes
+
+
+def comparable(study: Study, measure: str = "accuracy") -> tuple[dict[str, list[Predictions]], list[str]]:
+    """The predictions of each row that can be compared, one entry for each seed, and notes about the other rows."""
+    predictions = {row.name: [run.predictions for run in row.tested] for row in study.rows if row.tested}
+    if measure == "micro_f1":
+        predictions = {n: runs for n, runs in predictions.items() if all(p and p.counts is not None for p in runs)}
+    kept = {name: [p for p in runs if p is not None] for name, runs in predictions.items()}
+    without = [name for name, runs in kept.items() if len(runs) < len(predictions[name])]
+    mixed = [name for name, runs in kept.items() if len({p.test_set for p in runs}) > 1]
+    notes = []
+    if without and len(predictions) > 1:
+        notes.append(f"Not compared, because the test predictions were not kept: {', '.join(without)}.")
+    if mixed:
+        notes.append(f"Not compared, because each seed has its own test split: {', '.join(mixed)}.")
+    return {name: runs for name, runs in kept.items() if name not in (*without, *mixed)}, notes
+
+
+def _by_test_set(rows: Mapping[str, Sequence[Predictions]]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = {}
+    for name, runs in rows.items():
+        groups.setdefault(runs[0].test_set, []).append(name)
+    return groups
+
+
+def pooled_sentences(study: Study) -> list[str]:
+    """For rows named ``SET-METHOD``: how far the methods differ in the mean over all data sets, a sentence each pair.
+
+    Returns:
+        nothing if there is one data set only, or if a method is missing on one of them.
+    """
+    rows, _ = comparable(study)
+    sets: dict[Any, dict[str, Sequence[Predictions]]] = {
+        test_set: {name.partition("-")[2]: rows[name] for name in names}
+        for test_set, names in _by_test_set(rows).items()
+    }
+    methods = sorted(next(iter(sets.values()), ()))
+    complete = all(sorted(found) == methods for found in sets.values()) and len(rows) == len(sets) * len(methods)
+    if len(sets) < 2 or not complete or "" in methods:
+        return []
+    sentences = []
+    for a, b in itertools.combinations(methods, 2):
+        arrays = []
+        for found in sets.values():
+            spread = seed_spread([[p.score("accuracy") for p in runs] for runs in found.values()])
+            first, second = (np.stack([p.counted("accuracy") for p in found[name]]) for name in (a, b))
+            arrays.append((first, second, spread))
+        d = pooled_difference(arrays)
+        shown = f"{100 * d.mean:+z.2f} points (95 % interval {100 * d.low:+z.2f} to {100 * d.high:+z.2f})"
+        sentences.append(f"Mean over the {len(sets)} data sets, {a} minus {b}: {shown}.")
+    return sentences
 
 
 def _with_most_spread(accuracies: dict[str, list[float]]) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from finetuning.comparison.advice import with_rows
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.page import Section, render_page
-from finetuning.comparison.pairs import READING, answers, compare_rows, worth_showing
+from finetuning.comparison.pairs import READING, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
 from finetuning.comparison.tables import (
     answer_table,
@@ -115,7 +115,7 @@ def make_section(study: Study) -> Section:
         question=study.question,
         answers=answer_table(study, best),
         table=main_table(study),
-        headlines=[answer.sentence for answer in best],
+        headlines=[*(answer.sentence for answer in best), *pooled_sentences(study)],
         notes=[*notes(study), *not_compared],
         comparisons=comparison_table(worth_showing(comparisons)),
         pairs=len(comparisons),

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,33 +73,9 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def bootstrap_difference(
-    first: np.ndarray,
-    second: np.ndarray,
-    spread: SeedSpread | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Difference:
-    """The difference of two methods' mean accuracy, by a bootstrap over texts and a random draw for the seeds.
-
-    Texts that all runs treat alike are drawn together: this is the same multinomial with far fewer classes. Seeds are
-    not resampled, because three values would never leave their own range, and one value would have no spread.
-    Instead the difference moves by a draw from Student's t, scaled to the spread that all methods share. The fewer
-    seeds a method has, the further it moves.
-
-    Args:
-        first: ``(seeds, n)`` bool, whether each run of the first method got each text right.
-        second: ``(seeds, n)`` bool for the second method, with the same texts in the same order.
-        spread: how much accuracy varies with the seed; without it the result is about these runs only.
-        resamples: number of draws; the smallest possible p value is 2 / (resamples + 1).
-        seed: seed of the random generator.
-    """
-    texts = first.shape[1]
-    patterns, counts = np.unique(np.concatenate([first, second]).T, axis=0, return_counts=True)
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(texts, counts / texts, size=resamples)  # (resamples, patterns)
-    accuracies = drawn @ patterns / texts  # (resamples, runs)
-    return _difference(float(first.mean() - second.mean()), accuracies, len(first), spread, generator)
+def accuracy(counts: np.ndarray) -> np.ndarray:
+    """Accuracy from numbers of answers, ``(..., 2)``: right, and wrong."""
+    return counts[..., 0] / counts.sum(axis=-1)
 
 
 def micro_f1(counts: np.ndarray) -> np.ndarray:
@@ -108,49 +84,77 @@ def micro_f1(counts: np.ndarray) -> np.ndarray:
     return 2 * right / np.maximum(2 * right + wrong, 1)
 
 
-def bootstrap_micro_f1(
+SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"accuracy": accuracy, "micro_f1": micro_f1}
+
+
+def bootstrap_difference(
     first: np.ndarray,
     second: np.ndarray,
     spread: SeedSpread | None = None,
     resamples: int = RESAMPLES,
+    score: str = "accuracy",
     seed: int = 0,
 ) -> Difference:
-    """The difference of two methods' mean micro F1, for texts with several labels; otherwise ``bootstrap_difference``.
+    """The difference of two methods' mean score, by a bootstrap over texts and a random draw for the seeds.
+
+    Texts that all runs treat alike are drawn together: this is the same multinomial with far fewer classes. Seeds are
+    not resampled, because three values would never leave their own range, and one value would have no spread.
+    Instead the difference moves by a draw from Student's t, scaled to the spread that all methods share. The fewer
+    seeds a method has, the further it moves.
 
     Args:
-        first: ``(seeds, n, 2)`` for each run of the first method and each text, as ``micro_f1`` takes it.
+        first: ``(seeds, n, 2)`` for each run of the first method and each text, what ``score`` counts.
         second: the same for the second method, with the same texts in the same order.
-        spread, resamples, seed: as in ``bootstrap_difference``.
+        spread: how much the score varies with the seed; without it the result is about these runs only.
+        resamples: number of draws; the smallest possible p value is 2 / (resamples + 1).
+        score: a key of ``SCORES``.
+        seed: seed of the random generator.
     """
-    runs = np.concatenate([first, second])  # (runs, n, 2)
-    texts = runs.shape[1]
-    patterns, counts = np.unique(runs.transpose(1, 0, 2).reshape(texts, -1), axis=0, return_counts=True)
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(texts, counts / texts, size=resamples)
-    scores = micro_f1((drawn @ patterns).reshape(resamples, len(runs), 2))  # (resamples, runs)
-    mean = float(micro_f1(first.sum(axis=1)).mean() - micro_f1(second.sum(axis=1)).mean())
-    return _difference(mean, scores, len(first), spread, generator)
+    return pooled_difference([(first, second, spread)], resamples, score, seed)
 
 
-def _difference(
-    mean: float, drawn: np.ndarray, count: int, spread: SeedSpread | None, generator: np.random.Generator
+def pooled_difference(
+    sets: Sequence[tuple[np.ndarray, np.ndarray, SeedSpread | None]],
+    resamples: int = RESAMPLES,
+    score: str = "accuracy",
+    seed: int = 0,
 ) -> Difference:
-    """The ``mean`` difference of two methods, with the interval and p value of each run's drawn scores.
+    """The mean over data sets of two methods' difference: each set is drawn by itself, and all sets weigh the same.
 
     Args:
-        mean: of the first method minus the second one.
-        drawn: (resamples, runs) scores; the first ``count`` runs belong to the first method.
-        count, spread, generator: as in ``bootstrap_difference``.
+        sets: for each data set ``first``, ``second`` and ``spread`` of ``bootstrap_difference``.
+        resamples, score, seed: as there.
     """
-    resamples, runs = drawn.shape
-    differences = drawn[:, :count].mean(axis=1) - drawn[:, count:].mean(axis=1)
-    if spread is not None:
-        scale = spread.deviation * math.sqrt(1 / count + 1 / (runs - count))
-        differences += scale * generator.standard_t(spread.degrees, size=resamples)
+    generator = np.random.default_rng(seed)
+    score_of = SCORES[score]
+    mean = np.mean([float(score_of(a.sum(axis=1)).mean() - score_of(b.sum(axis=1)).mean()) for a, b, _ in sets])
+    drawn = [_drawn_differences(a, b, spread, resamples, score, generator) for a, b, spread in sets]
+    differences = np.mean(drawn, axis=0)
     low, high = np.quantile(differences, [0.025, 0.975])
     rarer = min((differences <= 0).sum(), (differences >= 0).sum())
     p = min(1.0, 2 * (rarer + 1) / (resamples + 1))  # the data counts as one resample, so p is never 0
-    return Difference(mean, float(low), float(high), float(p))
+    return Difference(float(mean), float(low), float(high), float(p))
+
+
+def _drawn_differences(
+    first: np.ndarray,
+    second: np.ndarray,
+    spread: SeedSpread | None,
+    resamples: int,
+    score: str,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """``(resamples,)``: the difference in each draw of texts and seeds, see ``bootstrap_difference``."""
+    runs = np.concatenate([first, second])  # (runs, n, 2)
+    texts = runs.shape[1]
+    patterns, counts = np.unique(runs.transpose(1, 0, 2).reshape(texts, -1), axis=0, return_counts=True)
+    drawn = generator.multinomial(texts, counts / texts, size=resamples)  # (resamples, patterns)
+    scores = SCORES[score]((drawn @ patterns).reshape(resamples, len(runs), 2))  # (resamples, runs)
+    differences: np.ndarray = scores[:, : len(first)].mean(axis=1) - scores[:, len(first) :].mean(axis=1)
+    if spread is None:
+        return differences
+    scale = spread.deviation * math.sqrt(1 / len(first) + 1 / len(second))
+    return differences + scale * generator.standard_t(spread.degrees, size=resamples)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -213,7 +213,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         [
             (
                 c.first, c.second,
-                f"{100 * c.difference.mean:+.2f} ({100 * c.difference.low:+.2f} to {100 * c.difference.high:+.2f})",
+                f"{100 * c.difference.mean:+z.2f} ({100 * c.difference.low:+z.2f} to {100 * c.difference.high:+z.2f})",
                 f"{c.difference.p:.2g}", f"{c.corrected_p:.2g}", c.test, c.verdict,
             )
             for c in comparisons

@@ -116,7 +116,8 @@ def _parquet_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
         if file.metadata.num_rows == 0:
             yield file.schema_arrow.empty_table().to_pandas()
         for batch in file.iter_batches(batch_size=rows):
-            yield batch.to_pandas()
+            # whole numbers stay whole next to missing ones; a column that pandas would take as an index stays a column
+            yield batch.to_pandas(integer_object_nulls=True, ignore_metadata=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,10 +190,11 @@ def _json_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
             lines = ((number, line) for number, line in enumerate(text, 1) if line.strip())
             objects = ((number, _parsed(number, line)) for number, line in lines)
         kept = (_checked_object("element" if start == "[" else "line", *pair) for pair in objects)
+        kind = None if rows is None else object  # chunks keep values as they are: a whole number next to a missing one
         chunk = list(itertools.islice(kept, rows))
-        yield pd.DataFrame(chunk)
+        yield pd.DataFrame(chunk, dtype=kind)
         while rows is not None and (chunk := list(itertools.islice(kept, rows))):
-            yield pd.DataFrame(chunk)
+            yield pd.DataFrame(chunk, dtype=kind)
 
 
 def _parsed(number: int, line: str) -> Any:

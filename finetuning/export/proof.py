@@ -153,7 +153,7 @@ def fresh_answers(folder: Path, held: HeldOut, pad_id: int, **job: Any) -> dict[
     (desk / "job.json").write_text(json.dumps(job), encoding="utf8")
     offsets = np.cumsum([0, *(len(sequence) for sequence in held.sequences)])
     seconds = {} if held.seconds is None else {"seconds": held.seconds}
-    np.savez(desk / "tokens.npz", tokens=np.concatenate(held.sequences), offsets=offsets, **seconds)
+    np.savez(desk / "tokens.npz", tokens=np.concatenate(held.sequences), offsets=offsets, **seconds)  # type: ignore[arg-type]
     run_alone([fresh_process.__file__, desk.name], folder.parent)
     with np.load(desk / "answers.npz") as answers:
         return dict(answers)

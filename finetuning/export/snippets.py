@@ -48,7 +48,9 @@ def adapter_snippets(
         f"""from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-base = AutoModelForSequenceClassification.from_pretrained({_quoted(base)}, id2label={dict(enumerate(label_names))!r})
+base = AutoModelForSequenceClassification.from_pretrained(
+    {_quoted(base)}, id2label={dict(enumerate(label_names))!r}, ignore_mismatched_sizes=True
+)  # the adapter brings its own head
 model = PeftModel.from_pretrained(base, {_quoted(name)}).merge_and_unload()
 tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})
 {_classified("model=model, tokenizer=tokenizer", pairs, threshold)}"""

@@ -148,6 +148,30 @@ def find_family(model_name: str, folder: Path) -> ModelFamily:
     return family_of(_read_config(model_name, folder), model_name)
 
 
+def longest_input(model_name: str, folder: Path) -> int:
+    """The longest sequence, in tokens, that the model in a folder can read.
+
+    Raises:
+        UserError: as in ``find_family``.
+    """
+    return find_family(model_name, folder).longest_input(_read_config(model_name, folder))
+
+
+def check_head(model: nn.Module, family: ModelFamily, folder: Path) -> None:
+    """Checks that a model's folder contains the head of this classifier, in safetensors, so that it was not drawn new.
+
+    Raises:
+        UserError: it contains no head, or another one.
+    """
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name, parameter in family.head_parameters(model):
+        if shapes.get(name) != list(parameter.shape):
+            raise UserError(f"{folder}: no trained classifier: its safetensors lack {name} {tuple(parameter.shape)}")
+
+
 def contained_tensors(folder: Path) -> set[str]:
     """The names of the weights in a base model's files."""
     names: set[str] = set()

@@ -14,9 +14,8 @@ from torchmetrics.functional import classification as metrics
 
 from finetuning.config import parsed_class_weights
 from finetuning.errors import UserError
-from finetuning.settings import TrainingSettings
+from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 
-DEFAULT_THRESHOLD = 0.5
 THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --threshold tuned tries
 IMBALANCED = 3  # times the texts of the smallest class: from here on accuracy can hide that small classes are ignored
 

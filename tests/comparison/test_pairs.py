@@ -6,7 +6,15 @@ import pytest
 
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.collection import read_test_predictions, write_small_parquet
-from finetuning.comparison.pairs import Answer, Comparison, answers, compare, compare_rows, worth_showing
+from finetuning.comparison.pairs import (
+    Answer,
+    Comparison,
+    answers,
+    compare,
+    compare_rows,
+    pooled_sentences,
+    worth_showing,
+)
 from finetuning.comparison.report import make_section, study_text
 from finetuning.comparison.statistics import Difference, holm, mcnemar
 from finetuning.errors import UserError
@@ -172,3 +180,22 @@ def test_of_very_many_pairs_those_with_the_best_row_are_shown() -> None:
     comparisons = [Comparison(a, b, difference, 1.0, "McNemar") for a, b in itertools.combinations(names, 2)]
     assert worth_showing(comparisons[:100]) == comparisons[:100]
     assert [(c.first, c.second) for c in worth_showing(comparisons)] == [("row 0", name) for name in names[1:]]
+
+
+def test_methods_are_also_compared_over_all_data_sets(tmp_path: Path) -> None:
+    for number, (name, texts) in enumerate([("news", 1000), ("questions", 500)]):
+        for method, right in (("bf16", 0.8), ("int8", 0.9)):
+            for seed in range(2):
+                correct = outcomes(right, texts, seed)
+                write_run(tmp_path, "s", f"{name}-{method}", seed=seed, correct=correct, first_row=5000 * number)
+    (sentence,) = pooled_sentences(read_study("s", tmp_path))
+    assert sentence.startswith("Mean over the 2 data sets, bf16 minus int8: -10.00 points (95 % interval -1")
+    assert sentence.rstrip(").") in make_section(read_study("s", tmp_path)).headlines[-1]
+    write_run(tmp_path, "s", "news-fp32", correct=outcomes(0.8, 1000, 0))  # it is missing for the other set
+    assert pooled_sentences(read_study("s", tmp_path)) == []
+
+
+def test_rows_of_one_data_set_are_not_pooled(tmp_path: Path) -> None:
+    for row in ("lora-a", "lora-b"):
+        write_run(tmp_path, "s", row, correct=outcomes(0.9, 100, 0))
+    assert pooled_sentences(read_study("s", tmp_path)) == []

@@ -7,12 +7,12 @@ from finetuning.comparison.statistics import (
     LEVEL,
     SeedSpread,
     bootstrap_difference,
-    bootstrap_micro_f1,
     holm,
     mcnemar,
     mean_and_deviation,
     micro_f1,
     pareto_front,
+    pooled_difference,
     resamples_for,
     seed_spread,
 )
@@ -24,6 +24,11 @@ def paired(only_first: int, only_second: int, both: int = 5, neither: int = 3) -
     first = [True] * only_first + [False] * only_second + [True] * both + [False] * neither
     second = [False] * only_first + [True] * only_second + [True] * both + [False] * neither
     return np.array(first), np.array(second)
+
+
+def counted(right: np.ndarray) -> np.ndarray:
+    """(seeds, n) of right answers as the bootstrap takes them: right, and wrong."""
+    return np.stack([right, ~right], axis=-1)
 
 
 def test_the_deviation_is_that_of_a_sample() -> None:
@@ -70,7 +75,7 @@ def test_bootstrap_interval_of_two_single_runs_is_the_normal_one() -> None:
     """The difference of paired proportions has the variance (b + c - (b - c)^2 / n) / n^2."""
     n, b, c = 10_000, 400, 300
     first, second = paired(b, c, both=8000, neither=n - 8000 - b - c)
-    found = bootstrap_difference(first[None], second[None], resamples=20_000)
+    found = bootstrap_difference(counted(first[None]), counted(second[None]), resamples=20_000)
     half = 1.959964 * sqrt(b + c - (b - c) ** 2 / n) / n
     assert found.mean == pytest.approx(0.01)
     assert found.low == pytest.approx(0.01 - half, abs=0.03 * half)
@@ -92,7 +97,7 @@ def test_seeds_move_a_difference_as_student_says(seeds: int) -> None:
     """Texts on which runs do not differ but by their seed: only the spread is left. 4.30 is t's 0.975 quantile."""
     n, deviation, quantile = 100_000, 0.002, 4.302653
     first, second = (np.stack([outcomes(0.8, n, seed=0)] * count) for count in (seeds, 3))
-    found = bootstrap_difference(first, second, SeedSpread(deviation, 2), resamples=100_000)
+    found = bootstrap_difference(counted(first), counted(second), SeedSpread(deviation, 2), resamples=100_000)
     half = quantile * deviation * sqrt(1 / seeds + 1 / 3)
     assert (found.low, found.high) == pytest.approx((-half, half), rel=0.03)
     assert found.p == pytest.approx(1, abs=0.02)
@@ -108,7 +113,7 @@ def test_methods_that_are_equal_are_seldom_told_apart(seeds: tuple[int, int]) ->
             np.stack([outcomes(0.9 + 0.02 * z, texts, 0) for z in generator.normal(size=count)]) for count in seeds
         )
         spread = seed_spread([first.mean(axis=1).tolist(), second.mean(axis=1).tolist()])
-        found.append(bootstrap_difference(first, second, spread, resamples=500, seed=trial).p < LEVEL)
+        found.append(bootstrap_difference(counted(first), counted(second), spread, resamples=500, seed=trial).p < LEVEL)
     assert 0.02 <= np.mean(found) <= 0.07
 
 
@@ -121,16 +126,16 @@ def test_bootstrap_of_texts_against_brute_force() -> None:
     second = np.stack([outcomes(a, n, seed + 9, difficulty) for seed, a in enumerate([0.84, 0.87])])
     drawn = generator.integers(n, size=(resamples, n))
     differences = first.mean(axis=0)[drawn].mean(axis=1) - second.mean(axis=0)[drawn].mean(axis=1)
-    found = bootstrap_difference(first, second, resamples=resamples)
+    found = bootstrap_difference(counted(first), counted(second), resamples=resamples)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=0.004)
     assert found.p == pytest.approx(2 * np.mean(differences <= 0), abs=0.04)
 
 
 def test_bootstrap_is_the_same_twice_and_symmetric() -> None:
     first, second = (np.stack([outcomes(0.9 - 0.01 * k, 500, seed + 10 * k) for seed in range(3)]) for k in range(2))
-    found, again = (bootstrap_difference(first, second) for _ in range(2))
+    found, again = (bootstrap_difference(counted(first), counted(second)) for _ in range(2))
     assert found == again
-    mirrored = bootstrap_difference(second, first, resamples=20_000)
+    mirrored = bootstrap_difference(counted(second), counted(first), resamples=20_000)
     assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low), abs=0.003)
 
 
@@ -139,7 +144,7 @@ def test_bootstrap_of_micro_f1_against_brute_force() -> None:
     right = generator.integers(0, 4, (2, 2, 60))  # of two methods, two seeds, sixty texts
     wrong = np.stack([generator.integers(0, most, (2, 60)) for most in (3, 5)])
     first, second = np.stack([right, wrong], axis=-1)
-    found = bootstrap_micro_f1(first, second, resamples=4000)
+    found = bootstrap_difference(first, second, resamples=4000, score="micro_f1")
     drawn = generator.integers(0, 60, (4000, 60))
 
     def scores(counts: np.ndarray) -> np.ndarray:
@@ -153,11 +158,25 @@ def test_bootstrap_of_micro_f1_against_brute_force() -> None:
     assert micro_f1(np.array([[3, 2], [0, 0]])).tolist() == [6 / 8, 0]
 
 
+def test_data_sets_are_pooled_with_equal_weights() -> None:
+    """The mean of independent differences has a quarter of the sum of their variances, whatever the sets' sizes."""
+    n, b, c = 2000, (90, 60), (30, 50)
+    sets = [paired(b[i], c[i], both=1000 * (i + 1), neither=n - b[i] - c[i]) for i in range(2)]
+    found = pooled_difference([(counted(a[None]), counted(b[None]), None) for a, b in sets], resamples=20_000)
+    sizes = [len(a) for a, _ in sets]
+    means = [(b[i] - c[i]) / sizes[i] for i in range(2)]
+    variances = [(b[i] + c[i] - (b[i] - c[i]) ** 2 / sizes[i]) / sizes[i] ** 2 for i in range(2)]
+    half = 1.959964 * sqrt(sum(variances)) / 2
+    assert found.mean == pytest.approx(sum(means) / 2)
+    assert found.low == pytest.approx(found.mean - half, abs=0.03 * half)
+    assert found.high == pytest.approx(found.mean + half, abs=0.03 * half)
+
+
 def test_a_tie_is_no_difference() -> None:
     runs = np.stack([outcomes(0.9, 500, seed) for seed in range(2)])
-    found = bootstrap_difference(runs, runs)
+    found = bootstrap_difference(counted(runs), counted(runs))
     assert (found.mean, found.p) == (0, 1)
-    alike = bootstrap_difference(runs[:1], runs[:1])
+    alike = bootstrap_difference(counted(runs[:1]), counted(runs[:1]))
     assert (alike.low, alike.high, alike.p) == (0, 0, 1)
 
 

@@ -1,0 +1,95 @@
+"""Probabilities -> the columns of the answer: the label, and the probabilities of all labels or of the best K."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetuning.errors import UserError
+from finetuning.prediction.trained import Trained
+
+LABEL, PROBABILITY = "label", "probability_"
+IF_TAKEN = "predicted_"  # before our columns if the input has columns of these names
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is said about each text.
+
+    Attributes:
+        names: the labels.
+        threshold: the probability above which a label is given; ``None`` if each text has one label.
+        top_k: number of labels with probabilities; ``None`` is all of them.
+    """
+
+    names: Sequence[str]
+    threshold: float | None = None
+    top_k: int | None = None
+
+    @property
+    def columns(self) -> dict[str, type]:
+        """The columns: their names, and the type of their values."""
+        label = str if self.threshold is None else list
+        if self.top_k is None:
+            return {LABEL: label} | {f"{PROBABILITY}{name}": float for name in self.names}
+        best = [{f"{LABEL}_{k}": str, f"{PROBABILITY}{k}": float} for k in range(1, self.top_k + 1)]
+        return {LABEL: label} | {name: kind for pair in best for name, kind in pair.items()}
+
+    def of(self, probabilities: np.ndarray) -> list[list[Any]]:
+        """The values of each column.
+
+        Args:
+            probabilities: (n, labels). A row of NaN is one without a text.
+
+        Returns:
+            For each column n values: labels are strings, with a threshold lists of strings, and probabilities are
+            numbers. A row without a text has ``None`` everywhere.
+        """
+        answered = [not missing for missing in np.isnan(probabilities[:, 0])]
+        labels = [self._label(row) if known else None for known, row in zip(answered, probabilities, strict=True)]
+        if self.top_k is None:
+            return [labels, *(_known(column.tolist(), answered) for column in probabilities.T)]
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
+        best = np.take_along_axis(probabilities, order, axis=1)
+        columns = [labels]
+        for numbers, values in zip(order.T, best.T, strict=True):
+            columns += [_known([self.names[i] for i in numbers.tolist()], answered), _known(values.tolist(), answered)]
+        return columns
+
+    def _label(self, probabilities: np.ndarray) -> str | list[str]:
+        if self.threshold is None:
+            return self.names[int(probabilities.argmax())]
+        return [self.names[i] for i in np.flatnonzero(probabilities > self.threshold).tolist()]
+
+
+def _known(values: list[Any], answered: Sequence[bool]) -> list[Any]:
+    return [value if known else None for value, known in zip(values, answered, strict=True)]
+
+
+def make_answers(trained: Trained, threshold: float | None, top_k: int | None) -> Answers:
+    """The answers that the flags ask for.
+
+    Raises:
+        UserError: ``--threshold`` with one label a text, or more labels than there are.
+    """
+    if threshold is not None and trained.threshold is None:
+        raise UserError(f"--threshold {threshold:g}: needs several labels a text, not one as in {trained.directory}")
+    count = len(trained.label_names)
+    if top_k is not None and top_k > count:
+        raise UserError(f"--top_k {top_k}: {trained.directory} has {count} labels, so at most {count}")
+    return Answers(trained.label_names, trained.threshold if threshold is None else threshold, top_k)
+
+
+def names_beside(columns: Collection[str], taken: Collection[str]) -> list[str]:
+    """The names of our columns next to those of the input.
+
+    Raises:
+        UserError: the input has columns of these names even with ``IF_TAKEN`` before them.
+    """
+    if not set(columns) & set(taken):
+        return list(columns)
+    others = [f"{IF_TAKEN}{name}" for name in columns]
+    if clash := sorted(set(others) & set(taken)):
+        raise UserError(f"--output: the input already has a column {clash[0]}: rename or remove it")
+    return others

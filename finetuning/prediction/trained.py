@@ -1,0 +1,124 @@
+"""What labels texts: a finished run, or a Transformers folder with a text classifier, for example an exported run.
+
+Nothing here imports torch, but ``for_this_machine``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuning.config import RunConfig
+from finetuning.datasets import traits_of
+from finetuning.errors import UserError, first_line
+from finetuning.runs.files import RESULT
+from finetuning.runs.finished import read_finished
+from finetuning.settings import DEFAULT_THRESHOLD
+from finetuning.storage import read_json
+
+MODEL_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"  # of Hugging Face
+SEVERAL_LABELS = "multi_label_classification"  # the problem_type of Hugging Face
+LONGEST = 512  # tokens, if neither tokenizer nor model says it
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained classifier on disk.
+
+    Attributes:
+        directory: a run directory, or an exported folder.
+        config: the settings of the run, or those with which an exported folder is read.
+        label_names: one name for each column of the logits.
+        threshold: the probability above which a label is given; ``None`` if each text has one label.
+        exported: whether it is a Transformers folder.
+    """
+
+    directory: Path
+    config: RunConfig
+    label_names: list[str]
+    threshold: float | None
+    exported: bool = False
+
+    @property
+    def clean(self) -> Callable[[str], str]:
+        """What makes a text the one that the model reads."""
+        return traits_of(self.config.data.dataset).clean
+
+    def check_pairs(self, given: bool) -> None:
+        """Checks that texts come in pairs if and only if the run was trained on pairs.
+
+        Raises:
+            UserError: they do not.
+        """
+        wanted = self.config.data.text_pair_column is not None
+        if self.exported or given == wanted:  # an exported folder does not say what it was trained on
+            return
+        raise UserError(
+            f"{self.directory}: was trained on pairs of texts: give --text_pair for each --text"
+            if wanted
+            else f"{self.directory}: was trained on single texts: leave out --text_pair and --text_pair_column"
+        )
+
+
+def read_trained(directory: Path) -> Trained:
+    """The classifier in a directory.
+
+    Raises:
+        UserError: the directory contains neither a finished run nor a text classifier.
+    """
+    if not (directory / RESULT).exists() and (directory / MODEL_CONFIG).is_file():
+        content = _json(directory, MODEL_CONFIG)
+        if "model_type" in content:  # earlier versions of the suite kept the settings of a run in a config.json
+            return _exported(directory, content)
+    run = read_finished(directory)
+    return Trained(directory, run.config, run.label_names, run.threshold)
+
+
+def _exported(directory: Path, content: dict[str, Any]) -> Trained:
+    """A Transformers folder, read like a run that trained only the head."""
+    names: dict[str, str] = content.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # as Hugging Face's default
+    numbers = [str(number) for number in range(len(names))]
+    if set(names) != set(numbers) or len(names) < 2 or content.get("problem_type") == "regression":
+        raise UserError(f"{directory}: must be a text classifier with at least two labels, says its {MODEL_CONFIG}")
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory}: has no .safetensors: save the model with safetensors, pickles are never loaded")
+    positions = content.get("max_position_embeddings") or content.get("n_positions") or LONGEST
+    stored = _json(directory, TOKENIZER_CONFIG) if (directory / TOKENIZER_CONFIG).is_file() else {}
+    config = RunConfig.from_settings(
+        dataset="text",
+        data_dir=directory,
+        model_name=str(directory.resolve()),  # "packaged" would be another model
+        method="selective",
+        trainable_layers=0,
+        max_length=int(min(stored.get("model_max_length") or positions, positions)),
+        truncation="head",  # as a pipeline does
+        offline=True,
+    )
+    threshold = None
+    if content.get("problem_type") == SEVERAL_LABELS:
+        given = content.get("threshold")  # export_model.py writes the run's
+        threshold = given if isinstance(given, float) and 0 < given < 1 else DEFAULT_THRESHOLD
+    return Trained(directory, config, [names[number] for number in numbers], threshold, exported=True)
+
+
+def _json(directory: Path, name: str) -> dict[str, Any]:
+    try:
+        content = read_json(directory / name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: {name} cannot be read: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{directory}: {name} must hold an object")
+    return content
+
+
+def for_this_machine(config: RunConfig) -> RunConfig:
+    """The run's settings, changed for one process on this machine. A run from a GPU can also predict on a CPU."""
+    import torch
+
+    accelerator = "cpu" if config.hardware.accelerator == "cpu" else "auto"
+    without_gpu = accelerator == "cpu" or not torch.cuda.is_available()
+    precision = "auto" if config.hardware.precision == "fp16" and without_gpu else config.hardware.precision
+    return config.changed(
+        device=None, devices=1, num_nodes=1, accelerator=accelerator, precision=precision,
+        compile=False,  # compilation would take minutes
+    )  # fmt: skip

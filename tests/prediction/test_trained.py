@@ -1,0 +1,74 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.errors import UserError
+from finetuning.prediction.trained import read_trained
+
+CONFIG = {"model_type": "bert", "id2label": {"1": "good", "0": "bad"}, "max_position_embeddings": 64}
+
+
+def folder(path: Path, config: Any, tokenizer: Any = None) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "model.safetensors").touch()
+    (path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    if tokenizer is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return path
+
+
+def test_an_exported_folder(tmp_path: Path) -> None:
+    found = read_trained(folder(tmp_path / "packaged", CONFIG, {"model_max_length": 32}))
+    assert found.exported
+    assert found.label_names == ["bad", "good"]
+    assert found.threshold is None
+    assert found.config.model.model_name == str(tmp_path / "packaged")
+    assert (found.config.data.max_length, found.config.data.truncation) == (32, "head")
+    found.check_pairs(True)
+    found.check_pairs(False)
+    several = CONFIG | {"problem_type": "multi_label_classification"}
+    assert read_trained(folder(tmp_path / "packaged", several)).threshold == 0.5
+    assert read_trained(folder(tmp_path / "packaged", several | {"threshold": 0.37})).threshold == 0.37
+    assert read_trained(folder(tmp_path / "packaged", several | {"threshold": "x"})).threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "expected"),
+    [
+        (CONFIG, None, 64),
+        (CONFIG, {"model_max_length": int(1e30)}, 64),
+        ({"model_type": "gpt2", "n_positions": 48}, {}, 48),
+        ({"model_type": "other"}, {}, 512),
+    ],
+)
+def test_the_longest_text(tmp_path: Path, config: Any, tokenizer: Any, expected: int) -> None:
+    found = read_trained(folder(tmp_path, config, tokenizer))
+    assert found.config.data.max_length == expected
+    if "id2label" not in config:
+        assert found.label_names == ["LABEL_0", "LABEL_1"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CONFIG | {"id2label": {"0": "only"}}, "must be a text classifier with at least two labels"),
+        (CONFIG | {"id2label": {"0": "a", "2": "b"}}, "must be a text classifier with at least two labels"),
+        (CONFIG | {"problem_type": "regression"}, "must be a text classifier with at least two labels"),
+        ("{", "config.json cannot be read: "),
+        ("[]", "config.json must hold an object"),
+        ({"output_dir": "x"}, "must be a finished run, but has no result.json"),  # settings of an earlier version
+    ],
+)
+def test_folders_that_are_refused(tmp_path: Path, config: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read_trained(folder(tmp_path, config))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    (folder(tmp_path, CONFIG) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has no \.safetensors: .* pickles are never loaded"):
+        read_trained(tmp_path)
