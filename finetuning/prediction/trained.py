@@ -71,8 +71,7 @@ def read_trained(directory: Path) -> Trained:
         if "model_type" in content:  # earlier versions of the suite kept the settings of a run in a config.json
             return _exported(directory, content)
     run = read_finished(directory)
-    threshold = run.result.get("task", {}).get("threshold")  # runs of earlier versions have no task
-    return Trained(directory, run.config, run.label_names, threshold)
+    return Trained(directory, run.config, run.label_names, run.threshold)
 
 
 def _exported(directory: Path, content: dict[str, Any]) -> Trained:
@@ -95,7 +94,10 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
         truncation="head",  # as a pipeline does
         offline=True,
     )
-    threshold = DEFAULT_THRESHOLD if content.get("problem_type") == SEVERAL_LABELS else None
+    threshold = None
+    if content.get("problem_type") == SEVERAL_LABELS:
+        given = content.get("threshold")  # export_model.py writes the run's
+        threshold = given if isinstance(given, float) and 0 < given < 1 else DEFAULT_THRESHOLD
     return Trained(directory, config, [names[number] for number in numbers], threshold, exported=True)
 
 

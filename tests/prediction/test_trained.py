@@ -30,6 +30,8 @@ def test_an_exported_folder(tmp_path: Path) -> None:
     found.check_pairs(False)
     several = CONFIG | {"problem_type": "multi_label_classification"}
     assert read_trained(folder(tmp_path / "packaged", several)).threshold == 0.5
+    assert read_trained(folder(tmp_path / "packaged", several | {"threshold": 0.37})).threshold == 0.37
+    assert read_trained(folder(tmp_path / "packaged", several | {"threshold": "x"})).threshold == 0.5
 
 
 @pytest.mark.parametrize(
