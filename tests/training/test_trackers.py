@@ -1,5 +1,6 @@
 """Each tracker for real, where it is installed: what was logged is read back from its own files."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,7 @@ def test_wandb_keeps_what_was_logged_offline(
 
 def wandb_records(file: Path) -> list[Any]:
     """The records of a file of W&B: LevelDB's log format, behind a header of seven bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    record_type = importlib.import_module("wandb.proto.wandb_internal_pb2").Record  # made when it is loaded
     content, block = file.read_bytes(), 32768
     assert content.startswith(b":W&B")
     place, record, records = 7, b"", []
@@ -138,6 +138,6 @@ def wandb_records(file: Path) -> list[Any]:
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
-            records.append(Record.FromString(record))
+            records.append(record_type.FromString(record))
             record = b""
     return records
