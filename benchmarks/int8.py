@@ -20,16 +20,15 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.peers import PLACES, Record, fastest_settings, ratios, spread
+from benchmarks.publishing import publish
 from benchmarks.workload import MODELS, Job, prepare, read_split, sample, some_batches
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
-from finetuning.pages import ROOT, SPEED, renew_tables
+from finetuning.pages import ROOT
 from finetuning.processor import VARIABLE, limit_libraries
 from finetuning.runs.measurements import environment_record, processor_seconds, was_alone
-from finetuning.storage import write_json
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "int8.json"
-PARTIAL_OUTPUT = ROOT / "runs" / "int8.json"
 
 
 @dataclass(frozen=True)
@@ -153,13 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    content = table(result)
-    print(content)
-    output = PARTIAL_OUTPUT if options.quick else OUTPUT
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, result)
-    if not options.quick:
-        renew_tables(SPEED, {"int8_speed": content})
+    publish(result, table(result), OUTPUT, "int8_speed", partly=options.quick)
     return 0
 
 

@@ -17,15 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.publishing import publish
 from finetuning.config import RunConfig, check_data_dir
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
-from finetuning.pages import ROOT, SPEED, renew_tables
+from finetuning.pages import ROOT
 from finetuning.processes import processor_seconds
 from finetuning.storage import read_json, write_json
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "prediction.json"
-PARTIAL_OUTPUT = ROOT / "runs" / "prediction.json"
 NAMES = {
     "suite": "this suite",
     "pipeline": "pipeline, batches of 32",
@@ -219,13 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    content = table(result)
-    print(content)
-    output = PARTIAL_OUTPUT if options.quick else OUTPUT
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, result)
-    if not options.quick:
-        renew_tables(SPEED, {"prediction": content})
+    publish(result, table(result), OUTPUT, "prediction", partly=options.quick)
     return 0
 
 

@@ -27,18 +27,16 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.contestants import Suite
 from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.peers import PLACES
+from benchmarks.publishing import publish
 from benchmarks.workload import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.models.int8 import ROWS_AT_ONCE
 from finetuning.models.int8_products import multiply, refused
-from finetuning.pages import ROOT, SPEED, renew_tables
 from finetuning.runs.measurements import environment_record
-from finetuning.storage import write_json
 from finetuning.training.optimization import make_optimizer
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "roofline.json"
-PARTIAL_OUTPUT = ROOT / "runs" / "roofline.json"
 PLAN = (
     Job("suite", "minilm", "qv", 256),
     Job("suite", "minilm", "all", 256),
@@ -246,12 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare(folder, {job.model for job in works}, {job.max_length for job in works})
         for job in works:
             result["rows"].append(measure(job, folder, steps=8 if arguments.quick else 24))
-    print(table(result))
-    output = PARTIAL_OUTPUT if arguments.quick else OUTPUT
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, result)
-    if not arguments.quick:
-        renew_tables(SPEED, {"roofline": table(result)})
+    publish(result, table(result), OUTPUT, "roofline", partly=arguments.quick)
     return 0
 
 
