@@ -15,7 +15,7 @@ from finetuning.comparison.collection import collect
 from finetuning.comparison.execution import StopSignals, StudyExecution, chosen_runs
 from finetuning.comparison.plan import RATE, STAGES, read_plan
 from finetuning.comparison.study_runs import StudyRuns
-from finetuning.errors import UserError, first_line, not_installed
+from finetuning.errors import UserError, exit_status, first_line
 from finetuning.flags import OneLineParser
 from finetuning.pages import PAGES, RESULTS
 from finetuning.processes import show_any_text
@@ -27,19 +27,20 @@ DESCRIPTION = "Run a study (a TOML file with the runs that answer one question) 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     show_any_text()
-    try:
-        options, unknown = make_parser().parse_known_args(argv)
-        if unknown:
-            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # it knows the similar flags
-        return options.execute(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(not_installed(error), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: command(argv))
+
+
+def command(argv: Sequence[str] | None) -> int:
+    """Does what the flags ask for. Returns the exit status.
+
+    Raises:
+        UserError: input is refused.
+    """
+    options, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # it knows the similar flags
+    status: int = options.execute(options)
+    return status
 
 
 def make_parser() -> argparse.ArgumentParser:

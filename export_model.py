@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.config import check_data_dir
-from finetuning.errors import ExportFailed, UserError, not_installed
+from finetuning.errors import UserError, exit_status
 from finetuning.export.target import check_target, staged
 from finetuning.flags import OneLineParser
 from finetuning.processes import share_processors, show_any_text
@@ -52,26 +52,23 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     show_any_text()
-    try:
-        arguments = make_parser().parse_args(argv)
-        check_flags(arguments)
-        limit_libraries()
-        run = read_finished(arguments.run)
-        check_target(arguments.out, arguments.run)
-        share_processors()
-        export(run, arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(not_installed(error), file=sys.stderr)
-        return 2
-    except ExportFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return exit_status(lambda: command(argv), "interrupted: nothing was written")
+
+
+def command(argv: Sequence[str] | None) -> int:
+    """Does what the flags ask for. Returns the exit status.
+
+    Raises:
+        UserError: input is refused.
+        ExportFailed: the exported folder does not compute what the run does.
+    """
+    arguments = make_parser().parse_args(argv)
+    check_flags(arguments)
+    limit_libraries()
+    run = read_finished(arguments.run)
+    check_target(arguments.out, arguments.run)
+    share_processors()
+    export(run, arguments)
     return 0
 
 

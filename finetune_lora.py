@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.caches import cache_table, clear_caches, remove_left_over
 from finetuning.config import RunConfig, check_data_dir, check_trackers
-from finetuning.errors import UserError, not_installed
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import given_flags
 from finetuning.processes import (
     is_helper,
@@ -60,20 +60,11 @@ def main(argv: Sequence[str] | None = None, defaults: dict[str, Any] | None = No
         defaults: defaults that replace the usual ones, for example those of DistilRoberta.
     """
     show_any_text()
-    try:
-        with stoppable():
-            return command(sys.argv[1:] if argv is None else argv, defaults or {})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(not_installed(error), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted before training", file=sys.stderr)
-        return EXIT_STATUS["interrupted"]
+    words = sys.argv[1:] if argv is None else argv
+    return exit_status(lambda: command(words, defaults or {}), "interrupted before training")
 
 
+@stoppable()
 def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     """Does what the flags ask for. Returns the exit status.
 

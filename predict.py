@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.config import RunConfig
-from finetuning.errors import OutputFailed, UserError, not_installed
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser
 from finetuning.prediction.trained import Trained, for_this_machine, read_trained
 from finetuning.processes import interruptible, share_processors
@@ -73,25 +73,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
-    try:
-        with interruptible():
-            arguments = make_parser().parse_args(argv)
-            check_flags(arguments)
-            limit_libraries()
-            share_processors()
-            label(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(not_installed(error), file=sys.stderr)
-        return 2
-    except OutputFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+@interruptible()
+def command(argv: Sequence[str] | None) -> int:
+    """Does what the flags ask for. Returns the exit status.
+
+    Raises:
+        UserError: input is refused, and nothing was written.
+        OutputFailed: the output cannot be written.
+    """
+    arguments = make_parser().parse_args(argv)
+    check_flags(arguments)
+    limit_libraries()
+    share_processors()
+    label(arguments)
     return 0
 
 

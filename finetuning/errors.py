@@ -3,7 +3,7 @@
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, stray surrogates and line breaks
 
@@ -52,6 +52,31 @@ def first_line(error: BaseException, name_file: bool = False) -> str:
 def listed(names: Iterable[object]) -> str:
     """Names in one line. Long names are shortened, because the first line of a file without a header can be a text."""
     return ", ".join(textwrap.shorten(str(name), 40, placeholder="...") for name in names) or "none"
+
+
+def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
+    """Runs a command. If it ends early, it says why in one line on standard error.
+
+    Args:
+        command: does the work and returns the exit status.
+        interrupted: the line after Ctrl-C; empty if the command has said enough.
+
+    Returns:
+        The command's status, or 2 input refused or a package missing, 1 failed, 130 interrupted.
+    """
+    try:
+        return command()
+    except UserError as error:
+        status, line = 2, f"error: {error}"
+    except ModuleNotFoundError as error:
+        status, line = 2, not_installed(error)
+    except (ExportFailed, OutputFailed) as error:
+        status, line = 1, f"failed: {error}"
+    except KeyboardInterrupt:
+        status, line = 130, interrupted
+    if line:
+        print(line, file=sys.stderr)
+    return status
 
 
 def not_installed(error: ModuleNotFoundError) -> str:

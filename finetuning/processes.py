@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from finetuning.errors import UserError
 
@@ -46,19 +47,21 @@ def stoppable() -> Iterator[None]:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM and SIGUSR1 act like Ctrl-C, in any process: for commands that srun may start several times."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    earlier = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
+    with _handled((signal.SIGTERM, signal.SIGUSR1), signal.default_int_handler):
         yield
-    finally:
-        for number, old in earlier.items():
-            signal.signal(number, old)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Ignores these signals for the moment that it takes to write a result."""
-    earlier = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    with _handled(STOP_SIGNALS, signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handled(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
+    """Signals have this handler, and their earlier ones afterwards."""
+    earlier = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
