@@ -1,10 +1,13 @@
 """The ways a command ends early, and how any error becomes one line."""
 
+import errno
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable
 
+# What torch, the system's loader, Python's threads and the tokenizers' threads say if they find no memory.
+NO_MEMORY = ("can't allocate memory", "failed to map segment", "can't start new thread", "ThreadPoolBuildError")
 UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, stray surrogates and line breaks
 
 
@@ -49,6 +52,14 @@ def first_line(error: BaseException, name_file: bool = False) -> str:
     return (text.strip() or type(error).__name__).splitlines()[0]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, torch's allocator, Arrow, Python or the system's loader had no memory left."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    said = any(text in str(error) for text in NO_MEMORY)  # by errors that have no kind of their own
+    known = {"OutOfMemoryError", "MemoryError"}
+    return said or bool(kinds & known) or getattr(error, "errno", None) == errno.ENOMEM
+
+
 def listed(names: Iterable[object]) -> str:
     """Names in one line. Long names are shortened, because the first line of a file without a header can be a text."""
     return ", ".join(textwrap.shorten(str(name), 40, placeholder="...") for name in names) or "none"
@@ -74,6 +85,10 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
         status, line = 1, f"failed: {error}"
     except KeyboardInterrupt:
         status, line = 130, interrupted
+    except BaseException as error:  # a panic of the tokenizers is no Exception
+        if not is_out_of_memory(error):
+            raise
+        status, line = 1, "failed: out of memory: use fewer or shorter texts or a smaller model, or free memory"
     if line:
         print(line, file=sys.stderr)
     return status

@@ -1,6 +1,5 @@
 """``result.json`` of a run, however it ends, and what the run prints at its end. Nothing here imports torch."""
 
-import errno
 import sys
 import traceback
 from collections.abc import Iterator
@@ -9,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config import RunConfig
-from finetuning.errors import Interrupted, first_line
+from finetuning.errors import Interrupted, first_line, is_out_of_memory
 from finetuning.processes import is_helper, undisturbed
 from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint
 from finetuning.runs.files import RESULT, write_result
 from finetuning.runs.records import command_line, summary
 
-NO_MEMORY = ("can't allocate memory", "failed to map segment from shared object")  # of torch, and of the loader
 NO_PRIMITIVE = "could not create a primitive"  # oneDNN says no more if it finds no memory
 OUT_OF_MEMORY = (
     "out of memory: lower --batch_tokens, or use --gradient_checkpointing True; the last checkpoint is kept, and"
@@ -52,14 +50,7 @@ def _reason(error: Exception) -> str:
     line = first_line(error, name_file=True)
     if line == NO_PRIMITIVE:
         return f"{line}, perhaps because the process was {OUT_OF_MEMORY}"
-    return OUT_OF_MEMORY if _is_out_of_memory(error) else line
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU, torch's allocator, Python or the system's loader had no memory left."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    said = any(text in str(error) for text in NO_MEMORY)  # by errors that have no kind of their own
-    return said or bool(kinds & {"OutOfMemoryError", "MemoryError"}) or getattr(error, "errno", None) == errno.ENOMEM
+    return OUT_OF_MEMORY if is_out_of_memory(error) else line
 
 
 def _write_result(directory: Path, result: dict[str, Any]) -> None:

@@ -1,0 +1,54 @@
+"""How a command ends: its status, and one line on standard error."""
+
+import re
+
+import pyarrow as pa
+import pytest
+
+from finetuning.errors import ExportFailed, OutputFailed, UserError, exit_status
+
+
+class PanicException(BaseException):
+    """As the tokenizers raise it: no ``Exception``."""
+
+
+def ends(error: BaseException) -> int:
+    def command() -> int:
+        raise error
+
+    return exit_status(command, "stopped early")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("--seed x: must be a number"), 2, "error: --seed x: must be a number"),
+        (ModuleNotFoundError("No module", name="torch"), 2, "error: torch is not installed for .*"),
+        (ExportFailed("logits differ"), 1, "failed: logits differ"),
+        (OutputFailed("disk full\nagain"), 1, r"failed: disk full\\nagain"),
+        (KeyboardInterrupt(), 130, "stopped early"),
+        (MemoryError(), 1, "failed: out of memory: .*"),
+        (pa.ArrowMemoryError("malloc of size 64 failed"), 1, "failed: out of memory: .*"),
+        (OSError(12, "Cannot allocate memory"), 1, "failed: out of memory: .*"),
+        (RuntimeError("can't start new thread"), 1, "failed: out of memory: .*"),
+        (PanicException("ThreadPoolBuildError { kind: IOError(...) }"), 1, "failed: out of memory: .*"),
+    ],
+)
+def test_a_command_that_ends_early_says_why_in_one_line(
+    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ends(error) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(line, printed.err.removesuffix("\n"))
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), PanicException("a bug"), SystemExit(3)])
+def test_an_error_that_nobody_expects_keeps_its_traceback(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        ends(error)
+
+
+def test_a_command_that_ends_well_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(lambda: 7) == 7
+    assert capsys.readouterr() == ("", "")
