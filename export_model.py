@@ -14,7 +14,7 @@ from finetuning.config import check_data_dir
 from finetuning.errors import UserError, exit_status
 from finetuning.export.target import check_target, staged
 from finetuning.flags import OneLineParser
-from finetuning.processes import share_processors, show_any_text
+from finetuning.processes import interruptible, share_processors, show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(lambda: command(argv), "interrupted: nothing was written")
 
 
+@interruptible()
 def command(argv: Sequence[str] | None) -> int:
     """Does what the flags ask for. Returns the exit status.
 

@@ -6,15 +6,13 @@ without a name that the system removes with the process.
 """
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetuning.storage import cache_dir
+from finetuning.storage import cache_dir, is_left_over
 
 DOWNLOADS = "imdb_stanford"
 FOLDERS = {"tokens": "tokens", "kernels": "kernels", DOWNLOADS: "downloads"}
-LEFT_OVER_SECONDS = 3600.0  # a file that is still being written is younger
 
 
 def cache_table() -> str:
@@ -46,12 +44,8 @@ def remove_left_over() -> None:
 
 
 def _left_over() -> Iterator[Path]:
-    root, before = cache_dir(), time.time() - LEFT_OVER_SECONDS
     for pattern in ("aclImdb-*", "tokens/.*.tmp*", "kernels/.*.tmp*", "tmp*"):
-        for path in root.glob(pattern):
-            newest = max((file.stat().st_mtime for file in [path, *_files(path)]), default=before)
-            if newest < before:
-                yield path
+        yield from filter(is_left_over, cache_dir().glob(pattern))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".*.tmp*"  # names of files that are being written
+LEFT_OVER_SECONDS = 3600.0  # a file that is still being written is younger
 
 
 def cache_dir() -> Path:
@@ -44,6 +46,13 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
         _synchronize(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a killed process left this temporary file or folder: nothing in it has changed for an hour."""
+    before = time.time() - LEFT_OVER_SECONDS
+    files = (path, *(file for file in path.rglob("*") if file.is_file()))
+    return max((file.stat().st_mtime for file in files if file.exists()), default=before) < before
 
 
 def readable_by_all(path: Path) -> None:

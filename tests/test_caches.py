@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finetune_lora import main
-from finetuning.caches import LEFT_OVER_SECONDS, cache_table, remove_left_over
+from finetuning.caches import cache_table, remove_left_over
 from finetuning.storage import append_sum, sum_holds
 
 
@@ -17,7 +17,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("tokens/a.npz", "tokens/b.npz", "kernels/k.so", "imdb_stanford/train.parquet"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"12345")
-    before = time.time() - LEFT_OVER_SECONDS - 60
+    before = time.time() - 3600 - 60
     for name in ("tokens/.a.npz.0.tmp.npz", "kernels/.k.so.0.tmp.so", "aclImdb-x/aclImdb/train/1.txt"):
         for path in (root / name, root / name.replace(".0.", ".1.").replace("-x", "-y")):
             path.parent.mkdir(parents=True, exist_ok=True)

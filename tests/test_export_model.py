@@ -182,6 +182,18 @@ def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_typ
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_run_without_a_test_is_proved_with_its_validation(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    table = pd.DataFrame([(f"film number {i}", f"class {i % 2}") for i in range(60)], columns=["text", "label"])
+    run = lora_run(tmp_path, tiny_folders["bert"], table, "--test", "False")
+    result = read_result(run)
+    content, data = exported(run, tmp_path / "out")
+    results = data["model-index"][0]["results"][0]
+    assert results["dataset"]["split"] == "validation"
+    assert results["metrics"][0]["value"] == pytest.approx(result["validation"]["accuracy"], abs=1e-4)
+    assert f"of {result['data']['sizes']['validation']} held-out texts" in content or "of all" in content
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_with_several_labels_a_text(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     chosen = [[word for bit, word in enumerate(("funny", "sad", "long")) if i >> bit & 1] for i in range(96)]
     rows = [(f"a {' '.join(words)} film, number {i}", ";".join(words) or "none") for i, words in enumerate(chosen)]

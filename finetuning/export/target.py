@@ -1,5 +1,6 @@
 """The folder that an export writes: checked before the work, made next to its place, and moved there at the end."""
 
+import glob
 import os
 import shutil
 import uuid
@@ -10,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from finetuning.errors import UserError, first_line
-from finetuning.storage import cannot_be_written_in, readable_by_all
+from finetuning.storage import cannot_be_written_in, is_left_over, readable_by_all
 
 
 def check_target(out: Path, run: Path) -> None:
@@ -35,6 +36,8 @@ def staged(out: Path) -> Iterator[Path]:
         UserError: the disk is full, or does not let itself be written.
     """
     existing = next(path for path in out.absolute().parents if path.is_dir())
+    for left in filter(is_left_over, existing.glob(f".{glob.escape(out.name)}.*.tmp")):  # of a killed export
+        shutil.rmtree(left, ignore_errors=True)
     workshop = existing / f".{out.name}.{uuid.uuid4().hex}.tmp"
     folder = workshop / out.name
     try:

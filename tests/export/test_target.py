@@ -1,4 +1,6 @@
+import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,17 @@ def test_a_folder_appears_only_if_everything_worked(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["whole"]
     assert stat.S_IMODE((out / "whole").stat().st_mode) & 0o044
     assert list(tmp_path.iterdir()) == [tmp_path / "deep"]
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    old, recent, other = (tmp_path / name for name in (".[model].1.tmp", ".[model].2.tmp", ".m.3.tmp"))
+    hours_ago = time.time() - 2 * 3600
+    for folder in (old, recent, other):
+        folder.mkdir()
+        (folder / "weights").write_text("half")
+        os.utime(folder / "weights", (hours_ago, hours_ago))
+        os.utime(folder, (hours_ago, hours_ago))
+    os.utime(recent / "weights")  # another process is writing it
+    with staged(tmp_path / "[model]"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"[model]", recent.name, other.name}
