@@ -12,6 +12,8 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
 from finetuning.storage import cache_dir
 
+SHORT = 192  # tokens; up to here, on a CPU, the plain formula of attention is faster than torch's fused one
+
 
 class Classifier(nn.Module):
     """Token ids -> logits, with Hugging Face's forward or the efficient one.
@@ -43,6 +45,7 @@ class Classifier(nn.Module):
         self.checkpointing = checkpointing
         if checkpointing and not self.efficient:
             _checkpoint_layers(model)
+        self._attention = getattr(model.config, "_attn_implementation", None)  # chosen by Hugging Face
         self._compiled = torch.compile(self._forward, dynamic=True) if compiled else None
 
     def forward(
@@ -82,6 +85,8 @@ class Classifier(nn.Module):
                 token_types=token_types,
             )  # fmt: skip
         types = {} if token_types is None else {"token_type_ids": token_types}
+        if self._compiled is None:
+            self._choose_attention(input_ids)
         mixed = self.dtype != torch.float32
         with torch.autocast(input_ids.device.type, dtype=self.dtype if mixed else None, enabled=mixed):
             if not self.family.last_token:
@@ -93,6 +98,14 @@ class Classifier(nn.Module):
         last = (attention_mask * torch.arange(hidden.shape[1], device=hidden.device)).argmax(1)  # (B,)
         (head,) = self.family.head
         return self.model.get_submodule(head)(hidden[torch.arange(len(last), device=last.device), last].float())
+
+    def _choose_attention(self, input_ids: Tensor) -> None:
+        """Sets how Hugging Face's own forward computes attention for this batch. Results are equal up to rounding."""
+        short = input_ids.device.type == "cpu" and input_ids.shape[1] <= SHORT
+        wanted = "eager" if short and self._attention == "sdpa" else self._attention
+        model: Any = self.model
+        if wanted != getattr(model.config, "_attn_implementation", None):
+            model.set_attn_implementation(wanted)
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters, by name, that turn the base model into this classifier: all trained ones and the head.

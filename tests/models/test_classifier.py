@@ -9,7 +9,7 @@ import torch
 from finetuning.config import RunConfig
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit, encode_pairs
-from finetuning.models.classifier import Classifier
+from finetuning.models.classifier import SHORT, Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.pretrained import load_tokenizer
 from local_model_utilities import build_classifier, find_base_model
@@ -58,3 +58,19 @@ def test_every_family_takes_the_token_types_that_its_model_has(family: str, effi
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     if has_types:
         assert (found - model(ids, attention_mask=mask).logits).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_attention_of_short_texts_is_the_plain_formula_and_gives_the_same_logits() -> None:
+    model = tiny_model("modernbert")
+    classifier = Classifier(model, FAMILIES["modernbert"], torch.float32, efficient=True)
+    chosen = []
+    for length in (SHORT, SHORT + 1, 8):
+        ids = torch.randint(5, 300, (2, length), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[1, length // 2 :] = 0
+        model.set_attn_implementation("sdpa")
+        expected = model(ids, attention_mask=mask).logits
+        torch.testing.assert_close(classifier(ids, mask), expected, rtol=1e-5, atol=1e-5)
+        chosen.append(model.config._attn_implementation)
+    assert chosen == ["eager", "sdpa", "eager"]
