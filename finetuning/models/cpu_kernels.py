@@ -136,6 +136,13 @@ class _Gelu(torch.autograd.Function):
         return grad_x
 
 
+def gelu_again(x: Tensor, grad: Tensor) -> Tensor:
+    """Returns ``gelu(x)``, and multiplies ``grad`` by ``gelu'(x)`` in place. Both contiguous, and accepted."""
+    h = torch.empty_like(x)
+    call("gelu_again", x, ctypes.c_long(x.numel()), torch.get_num_threads(), grad, h)
+    return h
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # norm
 

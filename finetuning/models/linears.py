@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from finetuning.models import cpu_kernels
 from finetuning.models.int8 import Int8Linear, int8_linears
 
 Activation = Callable[[Tensor], Tensor]  # differentiable, element by element
@@ -290,11 +291,19 @@ def _activated_backward(
     grad_A = None if grad_inner is None else x.new_zeros(grad_inner.shape[1], x.shape[1], dtype=sums)
     for start in range(0, len(x), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        part = x[rows].detach().requires_grad_(grad is not None)
-        with torch.enable_grad():
-            h = activation(part)
+        h = _activated_again(activation, x[rows], None if grad is None else grad[rows])
         if grad_A is not None and grad_inner is not None:
-            grad_A += grad_inner[rows].t() @ h.detach()
-        if grad is not None:
-            (grad[rows],) = torch.autograd.grad(h, part, grad[rows])
+            grad_A += grad_inner[rows].t() @ h
     return None if grad_A is None else grad_A.to(x.dtype)
+
+
+def _activated_again(activation: Activation, x: Tensor, grad: Tensor | None) -> Tensor:
+    """Returns ``h = activation(x)``, and turns ``grad`` from h's gradient into x's, in place."""
+    if activation is cpu_kernels.gelu and grad is not None and cpu_kernels.available(x):
+        return cpu_kernels.gelu_again(x, grad)
+    part = x.detach().requires_grad_(grad is not None)
+    with torch.enable_grad():
+        h = activation(part)
+    if grad is not None:
+        grad.copy_(torch.autograd.grad(h, part, grad)[0])
+    return h.detach()

@@ -13,6 +13,7 @@ from finetuning.models.cpu_kernels import (
     Attention,
     Mixture,
     gelu,
+    gelu_again,
     takes_attention,
     takes_mixture,
     takes_norm,
@@ -95,9 +96,10 @@ def test_padding_has_no_effect_and_no_gradient() -> None:
 
 
 @needs_kernels
-def test_threads_give_the_same_bits_and_other_tile_products_still_work() -> None:
+@pytest.mark.parametrize(("batch", "length"), [(4, 70), (50, 9)])  # threads take single heads, and several
+def test_threads_give_the_same_bits_and_other_tile_products_still_work(batch: int, length: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(4, 70, 3 * 128, generator=generator).bfloat16()
+    qkv = torch.randn(batch, length, 3 * 128, generator=generator).bfloat16()
     weight = torch.randn(128, 128, generator=generator).bfloat16()
     before, threads = qkv[..., :128] @ weight, torch.get_num_threads()
     try:
@@ -225,6 +227,19 @@ def test_gelu_equals_its_formula(shape: tuple[int, ...]) -> None:
         errors.append([float((a.double() - b).norm() / b.norm()) for a, b in pairs])
     for error, allowed in zip(*errors, strict=True):
         assert error <= 1.05 * allowed  # that of torch is nearly all rounding of the result
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(17,), (41, 1000)])
+def test_gelu_again_gives_the_bits_of_forward_and_backward(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(shape, generator=generator)).bfloat16().requires_grad_()
+    grad = torch.randn(shape, generator=generator).bfloat16()
+    y = gelu(x)
+    y.backward(grad)
+    assert x.grad is not None
+    assert torch.equal(gelu_again(x.detach(), grad), y)
+    assert torch.equal(grad, x.grad)
 
 
 @needs_kernels

@@ -43,6 +43,15 @@ void gelu_forward(const bf16* x, long count, int threads, bf16* y) {
     });
 }
 
+// grad *= gelu'(x), and h = gelu(x)
+void gelu_again(const bf16* x, long count, int threads, bf16* grad, bf16* h) {
+    for_each_sixteen(count, threads, [=](long at, auto lanes) {
+        const __m512 value = lanes.load(x + at);
+        lanes.store(h + at, gelu(value));
+        lanes.store(grad + at, _mm512_mul_ps(lanes.load(grad + at), gelu_slope(value)));
+    });
+}
+
 // grad_x = grad gelu'(x)
 void gelu_backward(const bf16* x, const bf16* grad, long count, int threads, bf16* grad_x) {
     for_each_sixteen(count, threads, [=](long at, auto lanes) {

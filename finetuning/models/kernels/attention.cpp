@@ -203,13 +203,15 @@ Head at(const Head& all, const Sizes& size, int width, long b, int h) {
 // Calls work(sequence, head, bias, scratch) for each pair of the two, on several threads.
 template <class Work>
 void for_each_head(const Sizes& size, int width, const bool* padding, int threads, const Work& work) {
+    // Heads of a sequence are neighbours in memory, so a thread takes them together where there are enough for all.
+    const int items = size.batch * size.heads, together = std::max(1, std::min(size.heads, items / (8 * threads)));
 #pragma omp parallel num_threads(threads)
     {
         const Products products;
         Scratch scratch((size_t)size.padded * (20 * width + 32 * 6 + 8) + 64 * width + 16384);  // what backward takes
         alignas(64) float bias[kLongest];
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int item = 0; item < size.batch * size.heads; item++) {
+#pragma omp for schedule(dynamic, together) nowait
+        for (int item = 0; item < items; item++) {
             fill_bias(padding, item / size.heads, size, bias);
             work(item / size.heads, item % size.heads, bias, scratch);
         }
