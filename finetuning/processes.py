@@ -14,6 +14,7 @@ from finetuning.errors import UserError
 
 PROBE_SECONDS = 0.2  # how long other processes are watched
 BUSY = 0.3  # cores; a shell and the services of a machine take less
+SPINS, SPINS_IF_BUSY = "30000", "100"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # passes the run directory to the processes that Lightning starts
 
@@ -113,14 +114,14 @@ def busy_cores(seconds: float) -> float:
 
 
 def share_processors() -> None:
-    """Makes OpenMP's waiting threads sleep soon if other processes use the CPU; to be called before torch is imported.
+    """Sets how long OpenMP's waiting threads spin before they sleep; to be called before torch is imported.
 
-    By default a waiting thread spins for milliseconds, in place of the thread that it waits for. Next to one busy
-    process on two cores a run then takes 2.8 times as long. If threads sleep after 100 spins, it takes 1.9 times as
-    long. But that costs up to a quarter with short texts on an idle machine, so it is done only if cores are busy when
-    the run begins (docs/log.md). A user's own setting wins. Only GNU's OpenMP reads it, which torch has on Linux.
+    A spinning thread takes the place of the one that it waits for, if other processes use the CPU. Next to one busy
+    process on two cores a run then takes 2.8 to 10 times as long; with 100 spins 1.8 times. But on an idle machine 100
+    spins cost short texts a quarter, so they are set only if cores are busy when the run begins. Otherwise the default
+    of 300,000 becomes 30,000, which costs nothing and halves what a process that starts later can do (docs/log.md). A
+    user's own setting wins. Only GNU's OpenMP reads it, which torch has on Linux.
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
-    if busy_cores(PROBE_SECONDS) > BUSY:
-        os.environ["GOMP_SPINCOUNT"] = "100"
+    os.environ["GOMP_SPINCOUNT"] = SPINS_IF_BUSY if busy_cores(PROBE_SECONDS) > BUSY else SPINS

@@ -43,7 +43,7 @@ def test_a_process_that_spins_is_seen_and_this_one_is_not() -> None:
     ("busy", "given", "expected"),
     [
         (1.0, {}, "100"),
-        (0.1, {}, None),
+        (0.1, {}, "30000"),
         (1.0, {"GOMP_SPINCOUNT": "7"}, "7"),
         (1.0, {"OMP_WAIT_POLICY": "active"}, None),
     ],
