@@ -16,7 +16,7 @@ constexpr int kIntervals = 32;
 constexpr float kPerUnit = kIntervals / 5.6f;  // intervals for each unit of t; beyond the last one the function is 0
 
 struct Cubics {
-    alignas(64) float coefficients[4][kIntervals];  // of u^0 to u^3, with u from 0 to 1 in each interval
+    Table coefficients;  // of u^0 to u^3 for each interval, with u from 0 to 1
 
     // Interpolates at the Chebyshev points, which spread the error evenly.
     explicit Cubics(double (*function)(double)) {
@@ -32,7 +32,7 @@ struct Cubics {
                 for (int k = 3; k > 0; k--) monomials[k] = monomials[k - 1] - at[j] * monomials[k];
                 monomials[0] = divided[j] - at[j] * monomials[0];
             }
-            for (int k = 0; k < 4; k++) coefficients[k][i] = float(monomials[k]);
+            for (int k = 0; k < 4; k++) coefficients.set(i, k, float(monomials[k]));
         }
     }
 
@@ -40,8 +40,9 @@ struct Cubics {
         const Floats place = min(mul(t, in_all(kPerUnit)), in_all(kIntervals - 0.5f));
         const Ints i = truncated(place);
         const Floats u = sub(place, to_floats(i));
-        const auto of = [&](int k) { return lookup(coefficients[k], i); };
-        return fma(fma(fma(of(3), u, of(2)), u, of(1)), u, of(0));
+        Floats of[4];
+        coefficients.look_up(i, of);
+        return fma(fma(fma(of[3], u, of[2]), u, of[1]), u, of[0]);
     }
 };
 

@@ -154,33 +154,45 @@ template <class T> struct Output {
     int width, ranks;
 };
 
-// kLanes columns of `Rows` rows
+constexpr int kParts = 16 / kLanes;
+
+// 16 columns of `Rows` rows
 template <class T, int Rows>
 void dequantize_columns(const int32_t* sums, const float* scales, const Output<T>& o, long row, int c, int first, int last) {
-    Floats y[Rows];
-    const Floats column = o.columns ? load(o.columns + c) : in_all(1.f);
-    const Floats bias = o.bias ? load(o.bias + c) : zeros();
+    Floats y[Rows][kParts];
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts; p++) {
+        const int at = c + kLanes * p;
+        const Floats column = o.columns ? load(o.columns + at) : in_all(1.f), bias = o.bias ? load(o.bias + at) : zeros();
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++) {
-        const Floats sum = to_floats(load_ints(sums + (row + r) * o.width + c));
-        y[r] = fma(mul(sum, in_all(scales[row + r])), column, bias);
+        for (int r = 0; r < Rows; r++) {
+            const Floats sum = to_floats(load_ints(sums + (row + r) * o.width + at));
+            y[r][p] = fma(mul(sum, in_all(scales[row + r])), column, bias);
+        }
     }
     for (int k = first; k < last; k += kPer<T>) {
-        const Ints b = load_ints(o.B + long(k) * o.width + c * kPer<T>);
+        const T* B = o.B + long(k) * o.width + c * kPer<T>;
+        Ints b[kParts];
+        for (int p = 0; p < kParts; p++) b[p] = load_ints(B + kLanes * kPer<T> * p);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; r++)
-            y[r] = multiply_add(y[r], lane_of(o.inner + (row + r) * o.ranks + k), b, o.inner);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++) {
-        const long at = (row + r) * o.width + c;
-        if (o.x) {
-            const Floats x = load(o.x + at);
-            store(o.h + at, gelu(x));
-            y[r] = mul(y[r], gelu_slope(x));
+        for (int r = 0; r < Rows; r++) {
+            const Ints lane = lane_of(o.inner + (row + r) * o.ranks + k);
+#pragma GCC unroll 2
+            for (int p = 0; p < kParts; p++) y[r][p] = multiply_add(y[r][p], lane, b[p], o.inner);
         }
-        store(o.y + at, y[r]);
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; p++) {
+            const long at = (row + r) * o.width + c + kLanes * p;
+            if (o.x) {
+                const Floats x = load(o.x + at);
+                store(o.h + at, gelu(x));
+                y[r][p] = mul(y[r][p], gelu_slope(x));
+            }
+            store(o.y + at, y[r][p]);
+        }
 }
 
 template <class T, int Rows>
@@ -188,7 +200,7 @@ void dequantize_rows(const int32_t* sums, const float* scales, const Output<T>& 
     int column = 0, rank = 0;
     for (int i = 0; i < o.segments.count; i++) {
         const int next = rank + o.segments.ranks[i];
-        for (; column < o.segments.ends[i]; column += kLanes)
+        for (; column < o.segments.ends[i]; column += 16)
             dequantize_columns<T, Rows>(sums, scales, o, row, column, rank, next);
         rank = next;
     }
@@ -207,12 +219,15 @@ void dequantize(const int32_t* sums, const float* scales, const Output<T>& o, in
 // ---------------------------------------------------------------------------------------------------------------------
 // accumulate
 
-constexpr int kWide = 2 * kLanes;  // columns of a block
-constexpr int kMost = kLanes / 2;  // ranks of a block; its kMost x 2 sums fill half of the registers
+constexpr int kWide = 32;  // columns of a block
+constexpr int kVectors = kWide / kLanes;
+constexpr int kMost = kLanes / kVectors;  // ranks of a block; its sums fill half of the registers
+constexpr int kFewest = kMost < 4 ? kMost : 4;
+constexpr int kTogether = 32;  // rows that stay in the cache while the blocks of all ranks pass by
+constexpr int kAhead = 16;  // rows between the one that is fetched and the one that is used: each is on another page
 
 inline void pair_rows(const float* row, const float*, Ints* lanes) {
-    lanes[0] = load_ints(row);
-    lanes[1] = load_ints(row + kLanes);
+    for (int i = 0; i < kVectors; i++) lanes[i] = load_ints(row + kLanes * i);
 }
 
 #ifdef __AVX512BF16__
@@ -240,23 +255,25 @@ inline void pair_ranks(const bf16* first, const bf16* second, int ranks, int32_t
 // out (Ranks rows from k) += inner^T x for kWide columns from c; `pairs` (rows / kPer, ranks) holds inner's lanes
 template <class T, int Ranks>
 void accumulate_columns(const T* x, const int32_t* pairs, int rows, int width, int ranks, int c, int k, float* out) {
-    Floats total[Ranks][2];
+    Floats total[Ranks][kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < Ranks; j++)
-        for (int i = 0; i < 2; i++) total[j][i] = load(out + long(k + j) * width + c + kLanes * i);
+        for (int i = 0; i < kVectors; i++) total[j][i] = load(out + long(k + j) * width + c + kLanes * i);
     for (int r = 0; r < rows; r += kPer<T>, pairs += ranks) {
-        Ints lanes[2];
+        Ints lanes[kVectors];
         const T* row = x + long(r) * width + c;
+        for (int i = 0; i < kWide * int(sizeof(T)); i += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(row + long(kAhead) * width) + i, _MM_HINT_T0);
         pair_rows(row, r + 1 < rows ? row + width : row, lanes);  // the pair of a last odd row has a factor 0
 #pragma GCC unroll 8
         for (int j = 0; j < Ranks; j++)
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; i++)
+#pragma GCC unroll 4
+            for (int i = 0; i < kVectors; i++)
                 total[j][i] = multiply_add(total[j][i], in_all(pairs[k + j]), lanes[i], x);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < Ranks; j++)
-        for (int i = 0; i < 2; i++) store(out + long(k + j) * width + c + kLanes * i, total[j][i]);
+        for (int i = 0; i < kVectors; i++) store(out + long(k + j) * width + c + kLanes * i, total[j][i]);
 }
 
 template <class T>
@@ -271,12 +288,16 @@ void accumulate(const T* inner, const T* x, int rows, int width, Segments segmen
         for (int i = begin / kWide; i < end / kWide; i++) first[i] = from, last[i] = to;
     });
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < width / kWide; i++) {
-        int k = first[i];
-        for (; k + kMost <= last[i]; k += kMost)
-            accumulate_columns<T, kMost>(x, pairs.data(), rows, width, ranks, kWide * i, k, out);
-        if (k < last[i]) accumulate_columns<T, 4>(x, pairs.data(), rows, width, ranks, kWide * i, k, out);
-    }
+    for (int i = 0; i < width / kWide; i++)
+        for (int r = 0; r < rows; r += kTogether) {
+            const T* part = x + long(r) * width;
+            const int32_t* lanes = &pairs[long(r / kPer<T>) * ranks];
+            const int count = std::min(kTogether, rows - r);
+            int k = first[i];
+            for (; k + kMost <= last[i]; k += kMost)
+                accumulate_columns<T, kMost>(part, lanes, count, width, ranks, kWide * i, k, out);
+            if (k < last[i]) accumulate_columns<T, kFewest>(part, lanes, count, width, ranks, kWide * i, k, out);
+        }
 }
 
 }  // namespace

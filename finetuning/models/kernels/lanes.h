@@ -45,10 +45,18 @@ inline Floats where_positive(Floats x, Floats yes, Floats no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), no, yes);
 }
 
-// table[i] for i below 32
-inline Floats lookup(const float* table, Ints i) {
-    return _mm512_permutex2var_ps(_mm512_load_ps(table), i, _mm512_load_ps(table + 16));
-}
+// 32 rows of 4 numbers. Each lane looks up a row of its own.
+class Table {
+  public:
+    void set(int row, int column, float value) { columns_[column][row] = value; }
+    void look_up(Ints row, Floats values[4]) const {
+        for (int k = 0; k < 4; k++)
+            values[k] = _mm512_permutex2var_ps(_mm512_load_ps(columns_[k]), row, _mm512_load_ps(columns_[k] + 16));
+    }
+
+  private:
+    alignas(64) float columns_[4][32];
+};
 
 // The sum of each of 16 vectors.
 inline Floats sums(Floats v[kLanes]) {
@@ -106,7 +114,30 @@ inline Floats where_positive(Floats x, Floats yes, Floats no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
 }
 
-inline Floats lookup(const float* table, Ints i) { return _mm256_i32gather_ps(table, i, 4); }
+class Table {  // AVX2 cannot permute 32 numbers, so whole rows are loaded and transposed: faster than gathering
+  public:
+    void set(int row, int column, float value) { rows_[row][column] = value; }
+    void look_up(Ints row, Floats values[4]) const {
+        alignas(32) int32_t at[8];  // in bytes, because addresses have no factor 16
+        _mm256_store_si256(reinterpret_cast<__m256i*>(at), _mm256_slli_epi32(row, 4));
+        const auto load_row = [&](int i) {
+            return _mm_load_ps(reinterpret_cast<const float*>(reinterpret_cast<const char*>(rows_) + at[i]));
+        };
+        __m256 r[4], pairs[4];
+        for (int i = 0; i < 4; i++) r[i] = _mm256_set_m128(load_row(i + 4), load_row(i));
+        for (int i = 0; i < 2; i++) {
+            pairs[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+            pairs[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        }
+        for (int i = 0; i < 2; i++) {
+            values[2 * i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+            values[2 * i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+        }
+    }
+
+  private:
+    alignas(64) float rows_[32][4];
+};
 
 // The sum of each of 8 vectors.
 inline Floats sums(Floats v[kLanes]) {
