@@ -163,7 +163,8 @@ void dequantize_columns(const int32_t* sums, const float* scales, const Output<T
 #pragma GCC unroll 2
     for (int p = 0; p < kParts; p++) {
         const int at = c + kLanes * p;
-        const Floats column = o.columns ? load(o.columns + at) : in_all(1.f), bias = o.bias ? load(o.bias + at) : zeros();
+        const Floats column = o.columns ? load(o.columns + at) : in_all(1.f);
+        const Floats bias = o.bias ? load(o.bias + at) : zeros();
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; r++) {
             const Floats sum = to_floats(load_ints(sums + (row + r) * o.width + at));

@@ -1,4 +1,5 @@
-// Vectors of 32-bit elements: 16 with AVX512, 8 with AVX2. Each operation has one name, so a kernel is one source for both.
+// Vectors of 32-bit elements: 16 with AVX512, 8 with AVX2. Each operation has one name for both, so a kernel is one
+// source.
 
 #pragma once
 

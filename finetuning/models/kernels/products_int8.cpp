@@ -56,12 +56,16 @@ void pack_transposed(const int8_t* from, int depth, uint8_t* panel) {
 // The same of W (depth, width).
 void pack(const int8_t* from, int depth, int width, uint8_t* panel) {
     for (int k = 0; k < depth; k += 4, from += 4L * width, panel += 4 * kColumns) {
-        const auto row = [=](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + long(i) * width)); };
+        const auto row = [=](int i) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + long(i) * width));
+        };
         const __m128i low[2] = {_mm_unpacklo_epi8(row(0), row(1)), _mm_unpacklo_epi8(row(2), row(3))};
         const __m128i high[2] = {_mm_unpackhi_epi8(row(0), row(1)), _mm_unpackhi_epi8(row(2), row(3))};
-        store(panel, plus_128(_mm256_set_m128i(_mm_unpackhi_epi16(low[0], low[1]), _mm_unpacklo_epi16(low[0], low[1]))));
-        store(panel + 32,
-              plus_128(_mm256_set_m128i(_mm_unpackhi_epi16(high[0], high[1]), _mm_unpacklo_epi16(high[0], high[1]))));
+        const auto columns = [](const __m128i* pairs) {  // the four bytes of each of 8 columns
+            return _mm256_set_m128i(_mm_unpackhi_epi16(pairs[0], pairs[1]), _mm_unpacklo_epi16(pairs[0], pairs[1]));
+        };
+        store(panel, plus_128(columns(low)));
+        store(panel + 32, plus_128(columns(high)));
     }
 }
 
@@ -105,10 +109,10 @@ void rest(int rows, const int8_t* q, int depth, const uint8_t* panel, const int3
 
 // sums (rows, width) = q (rows, depth) W, with W (depth, width) or its transpose in memory. Depth and width are
 // multiples of 32.
-extern "C" void multiply_int8(const int8_t* q, const int8_t* weight, int rows, int depth, int width, int transposed, int threads,
-                         int32_t* sums) {
+extern "C" void multiply_int8(const int8_t* q, const int8_t* weight, int rows, int depth, int width, int transposed,
+                              int threads, int32_t* sums) {
     const int panels = width / kColumns;
-    const int wanted = (4 * threads + panels - 1) / panels;  // parts of the rows, for four tasks a thread: cores may differ
+    const int wanted = (4 * threads + panels - 1) / panels;  // parts of the rows: four tasks a thread, as cores differ
     const int parts = std::max(1, std::min(wanted, rows / kFewestRows));
     const int rows_per_part = (rows + parts * kRows - 1) / (parts * kRows) * kRows;
     std::vector<int32_t> shifts(rows);
