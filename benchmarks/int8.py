@@ -49,7 +49,13 @@ PLAN = (
     Work("minilm", "qv", 256, 6),
     Work("base", "all", 256, 3, peer=True),
     Work("minilm", "all", 256, 3, processor="avx512_vnni"),
+    Work("minilm", "all", 256, 3, processor="avx2_vnni"),
 )
+WITHOUT_INT8 = {
+    "": "bf16",
+    "avx512_vnni": "fp32, a processor without bf16",
+    "avx2_vnni": "fp32, a processor with AVX2-VNNI",
+}
 
 
 def measure(work: Work, rounds: int, folder: Path) -> list[Record]:
@@ -115,7 +121,7 @@ def table(result: Record) -> str:
         rates = [spread([r["train_tokens_per_second"] for r in part]) for part in (int8, dense)]
         cells = [
             f"{MODELS[work['model']]}, {PLACES[work['targets']]}, {work['max_length']}",
-            "fp32, a processor without bf16" if work["processor"] else "bf16",
+            WITHOUT_INT8[work["processor"]],
             ", ".join("" if rate is None else f"{rate.median:,.0f}" for rate in rates),
             ratios(int8, dense, "train_tokens_per_second"),
             ratios(int8, dense, "evaluation_tokens_per_second"),

@@ -1,20 +1,30 @@
 """Instructions of this machine's processor, and how to hide some of them."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetuning.errors import UserError
 
 VARIABLE = "FINETUNE_LORA_PROCESSOR"
 
-_AMX = frozenset({"amx_tile", "amx_bf16", "amx_int8"})
-_BF16 = frozenset({"avx512_bf16"})
-_VNNI = frozenset({"avx512_vnni", "avx_vnni"})
-# What each value of the variable hides, and the values with which oneDNN, ATen and MKL hide it, too.
-_LEVELS: dict[str, tuple[frozenset[str], str]] = {
-    "avx512_bf16": (_AMX, "AVX512_CORE_BF16"),
-    "avx512_vnni": (_AMX | _BF16, "AVX512_CORE_VNNI"),
-    "avx512": (_AMX | _BF16 | _VNNI, "AVX512_CORE"),
+
+@dataclass(frozen=True)
+class _Level:
+    """What a value of the variable hides, and the values with which torch's libraries hide it as well."""
+
+    hidden: tuple[str, ...]  # instructions whose names begin like this
+    onednn: str
+    aten: str = "avx512"
+    mkl: str = "AVX512"
+
+
+_LEVELS = {
+    "avx512_bf16": _Level(("amx_",), "AVX512_CORE_BF16"),
+    "avx512_vnni": _Level(("amx_", "avx512_bf16"), "AVX512_CORE_VNNI"),
+    "avx512": _Level(("amx_", "avx512_bf16", "avx512_vnni", "avx_vnni"), "AVX512_CORE"),
+    "avx2_vnni": _Level(("amx_", "avx512"), "AVX2_VNNI", "avx2", "AVX2"),
+    "avx2": _Level(("amx_", "avx512", "avx_vnni"), "AVX2", "avx2", "AVX2"),
 }
 
 
@@ -27,7 +37,7 @@ def instructions() -> set[str]:
         found = set(Path("/proc/cpuinfo").read_text(encoding="utf8").split())
     except OSError:
         return set()
-    return found - _hidden()
+    return {name for name in found if not name.startswith(_hidden())}
 
 
 def limited() -> bool:
@@ -35,9 +45,9 @@ def limited() -> bool:
     return bool(_hidden())
 
 
-def _hidden() -> frozenset[str]:
+def _hidden() -> tuple[str, ...]:
     value = os.environ.get(VARIABLE)
-    return _LEVELS[value][0] if value in _LEVELS else frozenset()
+    return _LEVELS[value].hidden if value in _LEVELS else ()
 
 
 def limit_libraries() -> None:
@@ -51,6 +61,7 @@ def limit_libraries() -> None:
         return
     if value not in _LEVELS:
         raise UserError(f"{VARIABLE}={value}: must be one of {', '.join(_LEVELS)}")
-    os.environ["ONEDNN_MAX_CPU_ISA"] = _LEVELS[value][1]
-    os.environ["ATEN_CPU_CAPABILITY"] = "avx512"
-    os.environ["MKL_ENABLE_INSTRUCTIONS"] = "AVX512"
+    level = _LEVELS[value]
+    os.environ["ONEDNN_MAX_CPU_ISA"] = level.onednn
+    os.environ["ATEN_CPU_CAPABILITY"] = level.aten
+    os.environ["MKL_ENABLE_INSTRUCTIONS"] = level.mkl

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.numpy import load_file
 
 from finetune_lora import main
+from finetuning.processor import VARIABLE, instructions
 from finetuning.training import trackers
 from tests.conftest import needs_int8, write_reviews
 
@@ -98,6 +99,23 @@ def test_a_run_leaves_what_the_design_lists(
     shown = capsys.readouterr().out
     assert "total" in shown
     assert "test        accuracy" in shown
+
+
+def test_a_run_in_8_bits_on_a_processor_with_avx2_vnni(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "avx_vnni" not in instructions():
+        pytest.skip("the processor has no AVX2-VNNI")
+    monkeypatch.setenv(VARIABLE, "avx2_vnni")
+    more = ("--precision", "fast", "--lora_mlp", "True", "--epochs", "2", "--learning_rate", "0.01")
+    process = start(flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more))
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "compiled for AVX2-VNNI" in shown
+    result = result_of(tmp_path / "run")
+    assert result["status"] == "finished"
+    assert result["config"]["precision"] == "int8"
+    assert result["test"]["accuracy"] > 0.8
 
 
 def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(

@@ -37,15 +37,18 @@ class Variant:
     @property
     def has_bf16(self) -> bool:
         """Whether it has the kernels of bf16 activations."""
-        return len(self.sources) > 1
+        return "avx512_bf16" in self.instructions
 
 
 _AVX512 = frozenset({"avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
-_ALL = tuple(sorted(path.name for path in FOLDER.glob("*.cpp")))
+_AVX2 = frozenset({"avx2", "fma", "bmi2", "movbe", "avx_vnni"})
+_OWN_INT8_PRODUCT = "products_int8.cpp"  # the others have torch's
+_ALL = tuple(sorted(path.name for path in FOLDER.glob("*.cpp") if path.name != _OWN_INT8_PRODUCT))
 VARIANTS = (  # the fastest first
     Variant("AMX", _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, "sapphirerapids", _ALL),
     Variant("AVX512-BF16", _AVX512 | {"avx512_bf16"}, "cooperlake", _ALL),
     Variant("AVX512-VNNI", _AVX512, "cascadelake", ("int8.cpp",)),
+    Variant("AVX2-VNNI", _AVX2, "alderlake", ("int8.cpp", _OWN_INT8_PRODUCT)),
 )
 
 
@@ -59,8 +62,7 @@ def library(without_bf16: bool = False) -> tuple[ctypes.CDLL | None, str]:
     variants = [v for v in VARIANTS if v.has_bf16 or without_bf16]
     variant = next((v for v in variants if v.instructions <= instructions()), None)
     if variant is None:
-        names = [v.name for v in variants]
-        return None, f"no: the processor has neither {' nor '.join(names)}"
+        return None, f"no: the processor has neither {' nor '.join(v.name for v in variants)}"
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return None, f"no: none of the compilers {', '.join(COMPILERS)} is installed, and CXX is not set"

@@ -6,7 +6,8 @@ A row of x becomes integers q from -127 to 127 and a scale, ``x = scale q``. Pro
     g W + inner A                    the columns' scales multiply g before it is quantized, so one copy Q is enough
 
 LoRA's part comes along, because it needs the same rows: ``inner = x A^T`` while they are quantized, ``inner B^T`` while
-the sums are dequantized. Each step is a compiled kernel (kernels/int8.cpp), or the same in torch's operators.
+the sums are dequantized. Each step is a compiled kernel (kernels/int8.cpp), or the same in torch's operators. The
+product is torch's with AVX512-VNNI, and our own with AVX2-VNNI (kernels/products_int8.cpp).
 """
 
 import functools
@@ -21,7 +22,8 @@ from finetuning.processor import instructions
 
 LARGEST = 127  # -128 is not used, so that the integers are symmetric
 SMALLEST = 1e-30  # a row below it counts as zeros, as in the kernel
-NEEDED = frozenset({"avx512_vnni", "avx512bw"})  # without them torch's 8-bit product is a slow loop, or wrong
+NEEDED_BY_TORCH = frozenset({"avx512_vnni", "avx512bw"})  # else torch's 8-bit product is a slow loop, or wrong
+NEEDED_BY_OURS = frozenset({"avx_vnni"})
 RANK_MULTIPLE = 4  # of a LoRA matrix for the kernels
 WIDTH_MULTIPLE = 32  # of rows for the kernels
 
@@ -168,7 +170,20 @@ def _call(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
 
 def multiply(q: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     """Exact product ``q weight``: ``(N, K), (K, D) -> (N, D)`` int32, written to the first rows of ``sums``."""
-    return torch._int_mm(q, weight, out=sums[: len(q)])
+    out = sums[: len(q)]
+    if not _has_own_product():
+        return torch._int_mm(q, weight, out=out)
+    depth, width = weight.shape
+    transposed = not weight.is_contiguous()
+    if depth % WIDTH_MULTIPLE or width % WIDTH_MULTIPLE:
+        return out.copy_(q.double() @ weight.double())  # exact: the sums are below 2^53
+    call("multiply_int8", q, weight, len(q), depth, width, int(transposed), torch.get_num_threads(), out)
+    return out
+
+
+def _has_own_product() -> bool:
+    """Whether the compiled kernels include the product, because torch's is slow on this processor."""
+    return hasattr(library(without_bf16=True)[0], "multiply_int8")
 
 
 @functools.cache
@@ -178,15 +193,19 @@ def refused() -> str | None:
     Older processors and libraries add pairs of products in 16 bits, which overflow without an error. So one product is
     compared with the exact one.
     """
-    if not NEEDED.issubset(instructions()):
-        return "the processor has no AVX512-VNNI"
+    if not NEEDED_BY_TORCH.issubset(instructions()):
+        if not NEEDED_BY_OURS.issubset(instructions()):
+            return "the processor has neither AVX512-VNNI nor AVX2-VNNI"
+        kernels, state = library(without_bf16=True)
+        if kernels is None:
+            return f"on a processor with AVX2-VNNI it needs compiled CPU kernels, but {state.removeprefix('no: ')}"
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randint(-LARGEST, LARGEST + 1, (96, 96), generator=generator) for _ in range(2))
     left[:32], right[:, :32] = LARGEST, -LARGEST  # extreme sums
     exact = (left.double() @ right.double()).to(torch.int32)
     for weight in (right.to(torch.int8), right.t().contiguous().to(torch.int8).t()):
-        if not torch.equal(torch._int_mm(left.to(torch.int8), weight), exact):
-            return "torch's 8-bit products are wrong on this processor"
+        if not torch.equal(multiply(left.to(torch.int8), weight, torch.empty_like(exact)), exact):
+            return "8-bit products are wrong on this processor"
     return None
 
 

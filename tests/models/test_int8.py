@@ -18,6 +18,7 @@ from finetuning.settings import DataSettings
 from tests.conftest import needs_int8, packaged_folder
 
 pytestmark = needs_int8
+every_variant = pytest.mark.usefixtures("int8_variant")
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
 EXACT = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 
@@ -38,6 +39,7 @@ def with_lora(linear: Int8Linear, rank: int, dropout: float = 0.0) -> LinearWith
     return LinearWithLoRA(linear, lora, linear.dense_weight)
 
 
+@every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(130, 384, 1536), (64, 1536, 384), (3, 32, 64), (5, 40, 24)])
 def test_forward_and_input_gradient_equal_the_dequantized_operands(
@@ -56,6 +58,7 @@ def test_forward_and_input_gradient_equal_the_dequantized_operands(
     assert distance(grad_x, rounded(grad, linear.scale) @ weight) < EXACT[dtype]
 
 
+@every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", [None, F.gelu, torch.relu], ids=["none", "gelu", "relu"])
 @pytest.mark.parametrize("ranks", [(0,), (8,), (8, 0, 8), (6, 6, 6)])
@@ -87,6 +90,7 @@ def test_the_same_as_dense_linears_up_to_8_bits(
         assert distance(value, reference) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
+@every_variant
 def test_a_value_that_is_not_finite_is_never_hidden() -> None:
     linear = Int8Linear(nn.Linear(64, 64))
     for bad in (torch.nan, torch.inf):
@@ -126,6 +130,7 @@ def test_real_activations_lose_little() -> None:
     assert max(errors.values()) < 0.03, errors
 
 
+@every_variant
 def test_one_huge_value_costs_its_row_alone_its_precision() -> None:
     linear = Int8Linear(nn.Linear(64, 64, bias=False))
     x = torch.randn(5, 64)
@@ -136,6 +141,7 @@ def test_one_huge_value_costs_its_row_alone_its_precision() -> None:
     assert distance(y[2], rounded(x)[2] @ linear.dense_weight().double().t()) < 1e-6
 
 
+@every_variant
 def test_a_row_of_zeros_gives_the_bias() -> None:
     linear = Int8Linear(nn.Linear(64, 64))
     torch.testing.assert_close(int8_linears(torch.zeros(3, 64), [linear], [None]), linear.bias.expand(3, 64))

@@ -1,28 +1,35 @@
 """Each step around an 8-bit product equals its formula in fp64, with every variant of the kernels and without them."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from finetuning.models import compiled, int8_products
-from finetuning.models.compiled import library
+from finetuning.models.compiled import VARIANTS, library
 from finetuning.models.int8_products import Thin, accumulate, dequantize, multiply, quantize, refused
-from tests.conftest import needs_int8
+from tests.conftest import needs_int8, one_thread
+from tests.models.conftest import only
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # relative, by tensor norm
 both_ways = pytest.mark.usefixtures("steps")
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The compiled kernels, if this processor has any, and torch's operators."""
-    if request.param == "torch":
+@pytest.fixture(params=[*VARIANTS, None], ids=lambda variant: variant.name if variant else "torch")
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each way of compiling the kernels that this processor can run, and torch's operators."""
+    if request.param is None:
         monkeypatch.setattr(int8_products, "library", lambda *_: (None, "no"))
-    elif library(without_bf16=True)[0] is None:
-        pytest.skip(library(without_bf16=True)[1])
-    return str(request.param)
+        yield
+        return
+    for _ in only(request.param, monkeypatch):
+        if library(without_bf16=True)[0] is None:
+            pytest.skip(library(without_bf16=True)[1])
+        yield
 
 
 def distance(value: Tensor, reference: Tensor) -> float:
@@ -116,44 +123,65 @@ def test_sums_become_rows_with_bias_and_lora(
     assert distance(out, exact) < ROUNDING[dtype]
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 37, 64])
-@pytest.mark.parametrize("ranks", [(8,), (8, 0, 8), (4,), (3,)])
-def test_gradients_of_lora_are_added_up(dtype: torch.dtype, count: int, ranks: tuple[int, ...], steps: str) -> None:
+@pytest.mark.parametrize("ranks", [(8,), (8, 0, 8), (4,), (12,), (3,)])
+def test_gradients_of_lora_are_added_up(dtype: torch.dtype, count: int, ranks: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x, inner = torch.randn(count, 192).to(dtype), torch.randn(count, sum(ranks)).to(dtype)
     blocks = thin(torch.float32, 192, ranks)
     before = blocks.rows.clone()
     accumulate(inner, x, blocks.rows, blocks)
     exact = (inner.double().t() @ x.double()) * (before != 0)
-    if steps == "torch" or any(r % int8_products.RANK_MULTIPLE for r in ranks):
+    if not int8_products.takes(x, blocks, 192):
         exact = inner.double().t() @ x.double()  # torch's product fills the zeros of the blocks, too
     assert distance(blocks.rows - before, exact) < 1e-5
 
 
 @needs_int8
+@pytest.mark.usefixtures("int8_variant")
 @pytest.mark.parametrize("extreme", [False, True])
-def test_products_are_exact(extreme: bool) -> None:
-    q, weight = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((70, 768), (3072, 768)))
+@pytest.mark.parametrize("shape", [(1, 32, 64), (5, 40, 24), (7, 96, 32), (70, 768, 3072), (1024, 384, 384)])
+def test_products_are_exact(shape: tuple[int, int, int], extreme: bool) -> None:
+    torch.manual_seed(0)
+    count, width, out = shape
+    q, weight = (torch.randint(-127, 128, (rows, width), dtype=torch.int8) for rows in (count, out))
+    grad = torch.randint(-127, 128, (count, out), dtype=torch.int8)
     if extreme:
-        q, weight = q.sign() * 127, weight.sign() * 127
-        q[0], weight[0] = 127, -127
-    sums = torch.empty(100, 3072, dtype=torch.int32)
-    assert torch.equal(multiply(q, weight.t(), sums), (q.double() @ weight.double().t()).to(torch.int32))
-    grad, sums = torch.randint(-127, 128, (70, 3072), dtype=torch.int8), torch.empty(100, 768, dtype=torch.int32)
-    assert torch.equal(multiply(grad, weight, sums), (grad.double() @ weight.double()).to(torch.int32))
+        q, weight, grad = q.sign() * 127, weight.sign() * 127, grad.sign() * 127
+        q[0], weight[0], weight[:, 1], grad[-1] = 127, -127, 127, -127
+    exact = (q.double() @ weight.double().t()).to(torch.int32), (grad.double() @ weight.double()).to(torch.int32)
+    sums, grad_sums = (torch.full((count + 3, columns), 7, dtype=torch.int32) for columns in (out, width))
+    assert torch.equal(multiply(q, weight.t(), sums), exact[0])
+    assert torch.equal(multiply(grad, weight, grad_sums), exact[1])
+    assert sums[count:].eq(7).all(), "rows after the product were written"
+    assert grad_sums[count:].eq(7).all(), "rows after the product were written"
+    with one_thread():
+        assert torch.equal(multiply(q, weight.t(), sums), exact[0])
 
 
 @needs_int8
-def test_a_wrong_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def saturating(a: Tensor, b: Tensor) -> Tensor:  # as AVX2 does it: a as 0 to 255, pairs of products in 16 bits
+def test_a_wrong_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(a: Tensor, b: Tensor, _: Tensor) -> Tensor:  # as AVX2 does it: pairs of products in 16 bits
         pairs = [(a[:, i : i + 2].int() + 128) @ b[i : i + 2].int() for i in range(0, a.shape[1], 2)]
         return torch.stack(pairs).clamp(-32768, 32767).sum(0).to(torch.int32) - 128 * b.int().sum(0, dtype=torch.int32)
 
-    monkeypatch.setattr(torch, "_int_mm", saturating)
-    assert refused.__wrapped__() == "torch's 8-bit products are wrong on this processor"
+    monkeypatch.setattr(int8_products, "multiply", saturating)
+    assert refused.__wrapped__() == "8-bit products are wrong on this processor"
 
 
 def test_a_processor_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_products, "instructions", lambda: {"avx2", "avx512bw"})
-    assert refused.__wrapped__() == "the processor has no AVX512-VNNI"
+    assert refused.__wrapped__() == "the processor has neither AVX512-VNNI nor AVX2-VNNI"
+
+
+def test_a_processor_with_avx2_vnni_needs_compiled_kernels(
+    fresh_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (compiled, int8_products):
+        monkeypatch.setattr(module, "instructions", lambda: {"avx2", "fma", "bmi2", "movbe", "avx_vnni"})
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    reason = str(refused.__wrapped__())
+    assert reason.startswith("on a processor with AVX2-VNNI it needs compiled CPU kernels, but not built: ")
+    assert not list(fresh_library.glob("kernels/*"))

@@ -5,9 +5,9 @@
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <cmath>
+
+#include "lanes.h"
 
 // Each source file has its own copy, so that nothing of it is visible outside.
 namespace {
@@ -16,7 +16,7 @@ constexpr int kIntervals = 32;
 constexpr float kPerUnit = kIntervals / 5.6f;  // intervals for each unit of t; beyond the last one the function is 0
 
 struct Cubics {
-    alignas(64) float coefficients[4][kIntervals];  // of u^0 to u^3, with u from 0 to 1 in each interval
+    Table coefficients;  // of u^0 to u^3 for each interval, with u from 0 to 1
 
     // Interpolates at the Chebyshev points, which spread the error evenly.
     explicit Cubics(double (*function)(double)) {
@@ -32,18 +32,17 @@ struct Cubics {
                 for (int k = 3; k > 0; k--) monomials[k] = monomials[k - 1] - at[j] * monomials[k];
                 monomials[0] = divided[j] - at[j] * monomials[0];
             }
-            for (int k = 0; k < 4; k++) coefficients[k][i] = float(monomials[k]);
+            for (int k = 0; k < 4; k++) coefficients.set(i, k, float(monomials[k]));
         }
     }
 
-    __m512 operator()(__m512 t) const {
-        const __m512 place = _mm512_min_ps(_mm512_mul_ps(t, _mm512_set1_ps(kPerUnit)), _mm512_set1_ps(kIntervals - 0.5f));
-        const __m512i i = _mm512_cvttps_epi32(place);
-        const __m512 u = _mm512_sub_ps(place, _mm512_cvtepi32_ps(i));
-        const auto of = [&](int k) {
-            return _mm512_permutex2var_ps(_mm512_load_ps(coefficients[k]), i, _mm512_load_ps(coefficients[k] + 16));
-        };
-        return _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_fmadd_ps(of(3), u, of(2)), u, of(1)), u, of(0));
+    Floats operator()(Floats t) const {
+        const Floats place = min(mul(t, in_all(kPerUnit)), in_all(kIntervals - 0.5f));
+        const Ints i = truncated(place);
+        const Floats u = sub(place, to_floats(i));
+        Floats of[4];
+        coefficients.look_up(i, of);
+        return fma(fma(fma(of[3], u, of[2]), u, of[1]), u, of[0]);
     }
 };
 
@@ -52,15 +51,14 @@ const Cubics kSlope([](double t) {
     return 0.5 * std::erfc(t * M_SQRT1_2) - t * std::exp(-0.5 * t * t) * M_2_SQRTPI * M_SQRT1_2 / 2;
 });
 
-inline __m512 gelu(__m512 x) {
-    const __m512 t = _mm512_abs_ps(x);
-    return _mm512_fnmadd_ps(t, kTail(t), _mm512_max_ps(x, _mm512_setzero_ps()));
+inline Floats gelu(Floats x) {
+    const Floats t = abs(x);
+    return fnma(t, kTail(t), max(x, zeros()));
 }
 
-inline __m512 gelu_slope(__m512 x) {
-    const __m512 slope = kSlope(_mm512_abs_ps(x));
-    const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-    return _mm512_mask_sub_ps(slope, positive, _mm512_set1_ps(1.f), slope);
+inline Floats gelu_slope(Floats x) {
+    const Floats slope = kSlope(abs(x));
+    return where_positive(x, sub(in_all(1.f), slope), slope);
 }
 
 }  // namespace

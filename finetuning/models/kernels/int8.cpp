@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int kRows = 4;  // rows that share each load of a LoRA matrix
-constexpr int kRanks = 4;  // ranks computed at once; kRows x kRanks sums fill half of the registers
+constexpr int kRanks = kLanes / kRows;  // ranks computed at once; kRows x kRanks sums fill half of the registers
 constexpr float kSmallest = 1e-30f;  // a row below it counts as zeros: 127 / largest must be finite
 
 struct Segments {
@@ -39,11 +39,7 @@ template <class Work> void for_each_segment(Segments segments, const Work& work)
 
 template <class T> constexpr int kPer = 4 / sizeof(T);  // elements in a lane
 
-inline __m512 load(const float* x) { return _mm512_loadu_ps(x); }
-inline void store(float* x, __m512 value) { _mm512_storeu_ps(x, value); }
-inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b, const float*) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-}
+inline Floats multiply_add(Floats sum, Ints a, Ints b, const float*) { return fma(as_floats(a), as_floats(b), sum); }
 
 #ifdef __AVX512BF16__
 using bf16 = uint16_t;
@@ -59,24 +55,10 @@ inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b, const bf16*) {
 }
 #endif
 
-template <class T> __m512i lane_of(const T* x) {  // the same kPer elements in every lane
+template <class T> Ints lane_of(const T* x) {  // the same kPer elements in every lane
     int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
-    return _mm512_set1_epi32(bits);
-}
-
-// Sixteen sums, one for each vector.
-inline __m512 sums(__m512 v[16]) {
-    for (int i = 0; i < 8; i++)
-        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-    for (int i = 0; i < 4; i++) {  // each 128-bit part now has 4 partial sums, of vectors 4 i to 4 i + 3
-        const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
-        v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    for (int i = 0; i < 2; i++)
-        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
-                             _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+    return in_all(bits);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -87,18 +69,19 @@ template <class T, int Rows>
 void inner_rows(const T* const x[Rows], const T* A, int width, Segments segments, T* inner, int ranks) {
     for_each_segment(segments, [&](int begin, int end, int first, int last) {
         for (int k = first; k < last; k += kRanks) {
-            __m512 parts[16] = {};
-            for (int c = begin; c < end; c += 16 * kPer<T>)
+            Floats parts[kLanes] = {};
+            for (int c = begin; c < end; c += kLanes * kPer<T>)
 #pragma GCC unroll 4
                 for (int j = 0; j < kRanks; j++) {
-                    const __m512i a = _mm512_loadu_si512(A + long(k + j) * width + c);
+                    const Ints a = load_ints(A + long(k + j) * width + c);
 #pragma GCC unroll 4
                     for (int r = 0; r < Rows; r++)
-                        parts[4 * r + j] = multiply_add(parts[4 * r + j], _mm512_loadu_si512(x[r] + c), a, x[r]);
+                        parts[kRanks * r + j] = multiply_add(parts[kRanks * r + j], load_ints(x[r] + c), a, x[r]);
                 }
-            T all[16];
+            T all[kLanes];
             store(all, sums(parts));
-            for (int r = 0; r < Rows; r++) std::memcpy(inner + long(r) * ranks + k, all + 4 * r, 4 * sizeof(T));
+            for (int r = 0; r < Rows; r++)
+                std::memcpy(inner + long(r) * ranks + k, all + kRanks * r, kRanks * sizeof(T));
         }
     });
 }
@@ -106,13 +89,12 @@ void inner_rows(const T* const x[Rows], const T* A, int width, Segments segments
 // A row as 8-bit integers times the returned scale: NaN if an element is not finite.
 template <class T> float quantize_row(const T* x, const float* columns, int width, int8_t* q) {
     const auto value = [=](int c) {
-        const __m512 v = load(x + c);
-        return columns ? _mm512_mul_ps(v, _mm512_loadu_ps(columns + c)) : v;
+        const Floats v = load(x + c);
+        return columns ? mul(v, load(columns + c)) : v;
     };
-    __m512i largest = _mm512_setzero_si512();  // bits of absolute values are ordered like them, NaN above infinity
-    for (int c = 0; c < width; c += 16)
-        largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(value(c))));
-    const uint32_t bits = _mm512_reduce_max_epu32(largest);
+    Ints largest = in_all(0);  // bits of absolute values are ordered like them, NaN above infinity
+    for (int c = 0; c < width; c += kLanes) largest = max_unsigned(largest, as_ints(abs(value(c))));
+    const uint32_t bits = largest_of(largest);
     float limit;
     std::memcpy(&limit, &bits, sizeof limit);
     const bool finite = bits < 0x7f800000;
@@ -120,11 +102,8 @@ template <class T> float quantize_row(const T* x, const float* columns, int widt
         std::memset(q, 0, width);
         return finite ? 0.f : __builtin_nanf("");
     }
-    const __m512 factor = _mm512_set1_ps(127.f / limit);
-    for (int c = 0; c < width; c += 16) {
-        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(value(c), factor));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + c), _mm512_cvtepi32_epi8(rounded));
-    }
+    const Floats factor = in_all(127.f / limit);
+    for (int c = 0; c < width; c += kLanes) store_bytes(q + c, rounded(mul(value(c), factor)));
     return limit / 127.f;
 }
 
@@ -136,7 +115,7 @@ void quantize_rows(const T* x, const float* columns, bool activate, int width, c
         rows[r] = x + long(r) * width;
         if (activate) {
             T* h = scratch + long(r) * width;
-            for (int c = 0; c < width; c += 16) store(h + c, gelu(load(rows[r] + c)));
+            for (int c = 0; c < width; c += kLanes) store(h + c, gelu(load(rows[r] + c)));
             rows[r] = h;
         }
         scales[r] = quantize_row(rows[r], columns, width, q + long(r) * width);
@@ -175,33 +154,46 @@ template <class T> struct Output {
     int width, ranks;
 };
 
+constexpr int kParts = 16 / kLanes;
+
 // 16 columns of `Rows` rows
 template <class T, int Rows>
 void dequantize_columns(const int32_t* sums, const float* scales, const Output<T>& o, long row, int c, int first, int last) {
-    __m512 y[Rows];
-    const __m512 column = o.columns ? _mm512_loadu_ps(o.columns + c) : _mm512_set1_ps(1.f);
-    const __m512 bias = o.bias ? _mm512_loadu_ps(o.bias + c) : _mm512_setzero_ps();
+    Floats y[Rows][kParts];
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts; p++) {
+        const int at = c + kLanes * p;
+        const Floats column = o.columns ? load(o.columns + at) : in_all(1.f);
+        const Floats bias = o.bias ? load(o.bias + at) : zeros();
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++) {
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + (row + r) * o.width + c));
-        y[r] = _mm512_fmadd_ps(_mm512_mul_ps(sum, _mm512_set1_ps(scales[row + r])), column, bias);
+        for (int r = 0; r < Rows; r++) {
+            const Floats sum = to_floats(load_ints(sums + (row + r) * o.width + at));
+            y[r][p] = fma(mul(sum, in_all(scales[row + r])), column, bias);
+        }
     }
     for (int k = first; k < last; k += kPer<T>) {
-        const __m512i b = _mm512_loadu_si512(o.B + long(k) * o.width + c * kPer<T>);
+        const T* B = o.B + long(k) * o.width + c * kPer<T>;
+        Ints b[kParts];
+        for (int p = 0; p < kParts; p++) b[p] = load_ints(B + kLanes * kPer<T> * p);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; r++)
-            y[r] = multiply_add(y[r], lane_of(o.inner + (row + r) * o.ranks + k), b, o.inner);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; r++) {
-        const long at = (row + r) * o.width + c;
-        if (o.x) {
-            const __m512 x = load(o.x + at);
-            store(o.h + at, gelu(x));
-            y[r] = _mm512_mul_ps(y[r], gelu_slope(x));
+        for (int r = 0; r < Rows; r++) {
+            const Ints lane = lane_of(o.inner + (row + r) * o.ranks + k);
+#pragma GCC unroll 2
+            for (int p = 0; p < kParts; p++) y[r][p] = multiply_add(y[r][p], lane, b[p], o.inner);
         }
-        store(o.y + at, y[r]);
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; p++) {
+            const long at = (row + r) * o.width + c + kLanes * p;
+            if (o.x) {
+                const Floats x = load(o.x + at);
+                store(o.h + at, gelu(x));
+                y[r][p] = mul(y[r][p], gelu_slope(x));
+            }
+            store(o.y + at, y[r][p]);
+        }
 }
 
 template <class T, int Rows>
@@ -228,14 +220,20 @@ void dequantize(const int32_t* sums, const float* scales, const Output<T>& o, in
 // ---------------------------------------------------------------------------------------------------------------------
 // accumulate
 
-inline void pair_rows(const float* row, const float*, __m512i* lanes) {
-    lanes[0] = _mm512_loadu_si512(row);
-    lanes[1] = _mm512_loadu_si512(row + 16);
+constexpr int kWide = 32;  // columns of a block
+constexpr int kVectors = kWide / kLanes;
+constexpr int kMost = kLanes / kVectors;  // ranks of a block; its sums fill half of the registers
+constexpr int kFewest = kMost < 4 ? kMost : 4;
+constexpr int kTogether = 32;  // rows that stay in the cache while the blocks of all ranks pass by
+constexpr int kAhead = 16;  // rows between the one that is fetched and the one that is used: each is on another page
+
+inline void pair_rows(const float* row, const float*, Ints* lanes) {
+    for (int i = 0; i < kVectors; i++) lanes[i] = load_ints(row + kLanes * i);
 }
 
 #ifdef __AVX512BF16__
 // 32 columns of two rows: {first, second} of each column, columns 0 to 15 and 16 to 31
-inline void pair_rows(const bf16* first, const bf16* second, __m512i* lanes) {
+inline void pair_rows(const bf16* first, const bf16* second, Ints* lanes) {
     const auto wide = [](const bf16* x) {
         return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
     };
@@ -255,26 +253,28 @@ inline void pair_ranks(const bf16* first, const bf16* second, int ranks, int32_t
 }
 #endif
 
-// out (Ranks rows from k) += inner^T x for 32 columns from c; `pairs` (rows / kPer, ranks) holds inner's lanes
+// out (Ranks rows from k) += inner^T x for kWide columns from c; `pairs` (rows / kPer, ranks) holds inner's lanes
 template <class T, int Ranks>
 void accumulate_columns(const T* x, const int32_t* pairs, int rows, int width, int ranks, int c, int k, float* out) {
-    __m512 total[Ranks][2];
+    Floats total[Ranks][kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < Ranks; j++)
-        for (int i = 0; i < 2; i++) total[j][i] = _mm512_loadu_ps(out + long(k + j) * width + c + 16 * i);
+        for (int i = 0; i < kVectors; i++) total[j][i] = load(out + long(k + j) * width + c + kLanes * i);
     for (int r = 0; r < rows; r += kPer<T>, pairs += ranks) {
-        __m512i lanes[2];
+        Ints lanes[kVectors];
         const T* row = x + long(r) * width + c;
+        for (int i = 0; i < kWide * int(sizeof(T)); i += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(row + long(kAhead) * width) + i, _MM_HINT_T0);
         pair_rows(row, r + 1 < rows ? row + width : row, lanes);  // the pair of a last odd row has a factor 0
 #pragma GCC unroll 8
         for (int j = 0; j < Ranks; j++)
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; i++)
-                total[j][i] = multiply_add(total[j][i], _mm512_set1_epi32(pairs[k + j]), lanes[i], x);
+#pragma GCC unroll 4
+            for (int i = 0; i < kVectors; i++)
+                total[j][i] = multiply_add(total[j][i], in_all(pairs[k + j]), lanes[i], x);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < Ranks; j++)
-        for (int i = 0; i < 2; i++) _mm512_storeu_ps(out + long(k + j) * width + c + 16 * i, total[j][i]);
+        for (int i = 0; i < kVectors; i++) store(out + long(k + j) * width + c + kLanes * i, total[j][i]);
 }
 
 template <class T>
@@ -284,16 +284,21 @@ void accumulate(const T* inner, const T* x, int rows, int width, Segments segmen
         const T* first = inner + long(r) * ranks;
         pair_ranks(first, r + 1 < rows ? first + ranks : nullptr, ranks, &pairs[long(r / kPer<T>) * ranks]);
     }
-    std::vector<int> first(width / 32), last(width / 32);
+    std::vector<int> first(width / kWide), last(width / kWide);
     for_each_segment(segments, [&](int begin, int end, int from, int to) {
-        for (int i = begin / 32; i < end / 32; i++) first[i] = from, last[i] = to;
+        for (int i = begin / kWide; i < end / kWide; i++) first[i] = from, last[i] = to;
     });
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < width / 32; i++) {
-        int k = first[i];
-        for (; k + 8 <= last[i]; k += 8) accumulate_columns<T, 8>(x, pairs.data(), rows, width, ranks, 32 * i, k, out);
-        if (k < last[i]) accumulate_columns<T, 4>(x, pairs.data(), rows, width, ranks, 32 * i, k, out);
-    }
+    for (int i = 0; i < width / kWide; i++)
+        for (int r = 0; r < rows; r += kTogether) {
+            const T* part = x + long(r) * width;
+            const int32_t* lanes = &pairs[long(r / kPer<T>) * ranks];
+            const int count = std::min(kTogether, rows - r);
+            int k = first[i];
+            for (; k + kMost <= last[i]; k += kMost)
+                accumulate_columns<T, kMost>(part, lanes, count, width, ranks, kWide * i, k, out);
+            if (k < last[i]) accumulate_columns<T, kFewest>(part, lanes, count, width, ranks, kWide * i, k, out);
+        }
 }
 
 }  // namespace
