@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from finetuning.config import RunConfig
@@ -116,8 +117,8 @@ def adopt_adapter(config: RunConfig, adapter: Adapter, folder: Path) -> RunConfi
     flag, model_name = f"--init_adapter {adapter.folder}", config.model.model_name
     if adapter.base is not None and Path(adapter.base).name != Path(model_name).name:
         raise UserError(
-            f"{flag}: made for the base model {adapter.base}, but --model_name is {model_name}: if they are the same,"
-            f" change base_model_name_or_path in its {ADAPTER_CONFIG}"
+            f"{flag}: made for the base model {adapter.base}, but --model_name is {model_name}: give --model_name"
+            f" {adapter.base}, or, if they are the same, change base_model_name_or_path in its {ADAPTER_CONFIG}"
         )
     family, lora = find_family(model_name, folder), config.lora
     assert lora is not None
@@ -143,7 +144,8 @@ def _target_paths(family: ModelFamily, target: str) -> list[str]:
 def load_adapter(classifier: Classifier, adapter: Adapter, folder: Path) -> None:
     """Copies an adapter into a classifier that was built with its ``linears``.
 
-    A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them.
+    A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them. PEFT stores
+    no names of classes. If the base model's config has the same names in another order, the head's rows follow them.
 
     Args:
         classifier: the classifier.
@@ -159,7 +161,22 @@ def load_adapter(classifier: Classifier, adapter: Adapter, folder: Path) -> None
         plain = name.replace(".linear.", ".")
         return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
 
-    load_initial(adapter.folder, classifier.saved_parameters(), in_base)
+    saved = classifier.saved_parameters()
+    load_initial(adapter.folder, saved, in_base)
+    order = class_order(folder, list(classifier.model.config.id2label.values()))  # type: ignore[union-attr]
+    if order is not None:
+        last = f"{classifier.family.head[-1]}."
+        for name, parameter in saved.items():
+            if name.startswith(last) and not name.endswith("lora_A"):
+                parameter.data = parameter.data[order]
+
+
+def class_order(folder: Path, label_names: Sequence[str]) -> list[int] | None:
+    """The number of each class in a base model's config; ``None`` if it has other names, or these in this order."""
+    stored = list(AutoConfig.from_pretrained(folder).id2label.values())
+    if stored == list(label_names) or sorted(stored) != sorted(label_names):
+        return None
+    return [stored.index(name) for name in label_names]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

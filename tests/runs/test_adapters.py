@@ -112,6 +112,23 @@ def test_a_head_that_peft_did_not_save_comes_from_the_base(tiny_folders: dict[st
     assert not torch.allclose(logits(classifier), expected, atol=1e-3)
 
 
+def test_rows_of_a_head_follow_the_names_of_the_base(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_folders["distilbert"], tmp_path / "base")
+    expected = made_by_peft(base, tmp_path / "peft", "distilbert", r=2, lora_alpha=4)
+    config = json.loads((base / "config.json").read_text())
+
+    def logits_with(names: list[str]) -> torch.Tensor:
+        config["id2label"] = dict(enumerate(names))
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+        (base / "config.json").write_text(json.dumps(config))
+        return logits(adopted(base, tmp_path / "peft")[0])
+
+    assert expected.shape[1] == len(NAMES) == 2
+    torch.testing.assert_close(logits_with(NAMES), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_with(NAMES[::-1]), expected.flip(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_with(["other", "names"]), expected, rtol=0, atol=1e-5)
+
+
 def test_what_transformers_does_with_the_head_of_such_a_folder(
     bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
