@@ -110,6 +110,8 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
     folder_of_base = base_folder(run)
     unrounded = arguments.adapter and not writes_base(run.config)  # PEFT will load the base model's own weights
     classifier, precision = load_run(run, folder_of_base, unrounded)
+    if sys.stdout.isatty():
+        print(f"writing {arguments.out} and checking it in a fresh process: about a minute", flush=True)
     with staged(arguments.out) as folder:
         if arguments.adapter:
             proof = export_adapter(
