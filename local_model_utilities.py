@@ -144,8 +144,9 @@ def _target_paths(family: ModelFamily, target: str) -> list[str]:
 def load_adapter(classifier: Classifier, adapter: Adapter, folder: Path) -> None:
     """Copies an adapter into a classifier that was built with its ``linears``.
 
-    A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them. PEFT stores
-    no names of classes. If the base model's config has the same names in another order, the head's rows follow them.
+    A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them. PEFT
+    stores no names of classes. If the base model's config has the same names in another order, the head's rows follow
+    them.
 
     Args:
         classifier: the classifier.

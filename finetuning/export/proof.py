@@ -30,8 +30,8 @@ ROUNDING = {
     "bf16": 2.0**-9,
     "int8": 2.0**-7,
 }  # unit roundoff; int8: of both
-# How many times its unit roundoff a precision may move a logit, relative to the largest logit, or to 1 if all are smaller:
-# the logits of a run that has learned little are small sums of larger terms. MiniLM in bf16: 2 to 4.
+# How many times its unit roundoff a precision may move a logit, relative to the largest logit, or to 1 if all are
+# smaller: the logits of a run that has learned little are small sums of larger terms. MiniLM in bf16: 2 to 4.
 ROUNDING_STEPS = 16
 PROJECT = Path(__file__).resolve().parents[2]
 
