@@ -297,7 +297,7 @@ def train(
     from finetuning.runs.weights import save_trained
     from finetuning.training.memory import check_memory
     from finetuning.training.module import FineTuning
-    from finetuning.training.tasks import one_answer_advice
+    from finetuning.training.tasks import chance_advice, one_answer_advice
     from finetuning.training.trainer import make_trainer
 
     config, directory, splits, hardware = setup.config, setup.directory, setup.splits, setup.hardware
@@ -325,8 +325,9 @@ def train(
     result["task"] = setup.task.record()
     measured = {"examples": len(splits["validation"]), "seconds": meter.validation_seconds}
     result["validation"] = module.record("validation") | measured
-    _, _, logits = module.predictions["validation"]
-    result["advice"] = [*setup.advice, *one_answer_advice(setup.task, logits, config.training)]
+    _, labels, logits = module.predictions["validation"]
+    found = one_answer_advice(setup.task, logits, config.training) + chance_advice(setup.task, labels, logits)
+    result["advice"] = setup.advice + found
     if trainer.is_global_zero:
         saved = save_trained(
             directory, classifier.saved_parameters(), config.lora, config.model.model_name,

@@ -109,6 +109,8 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         low, high = result["test"]["accuracy_ci95"]
         name = "exact match" if "exact_match" in result["test"] else "accuracy"
         lines.append(f"{'':<11} 95 % interval of the test {name}: {low:.2%} to {high:.2%}")
+    if result["task"].get("threshold_tuned"):
+        lines.append(f"{'threshold':<11} {result['task']['threshold']:g}, tuned on validation")
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
         f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",

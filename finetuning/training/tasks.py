@@ -14,6 +14,7 @@ from torchmetrics.functional import classification as metrics
 
 from finetuning.config import parsed_class_weights
 from finetuning.errors import UserError
+from finetuning.runs.records import accuracy_interval
 from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 
 THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --threshold tuned tries
@@ -369,4 +370,24 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
     return [
         f"the chosen checkpoint answers {answer!r} for every validation text: consider {monitor}{weights}"
         f"more --epochs, a smaller --batch_size, or another --learning_rate"
+    ]
+
+
+def chance_advice(task: Task, labels: np.ndarray, logits: np.ndarray) -> list[str]:
+    """What to try if validation does not tell the classifier from one that always answers the largest class.
+
+    Args:
+        task: the task; with several labels a text there is no such advice.
+        labels: (n,) of validation.
+        logits: (n, classes) of the chosen checkpoint.
+    """
+    if not isinstance(task, OneLabel) or task.only_answer(logits) is not None:
+        return []
+    share = task.counts(labels).max() / len(labels)
+    low, _ = accuracy_interval(float((logits.argmax(1) == labels).mean()), len(labels))
+    if low > share:
+        return []
+    return [
+        f"validation does not show that anything was learned: always answering the largest class is right for"
+        f" {share:.1%}: consider more --epochs, a smaller --batch_size, or another --learning_rate"
     ]

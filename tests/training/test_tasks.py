@@ -9,6 +9,7 @@ from finetuning.settings import TrainingSettings
 from finetuning.training.tasks import (
     OneLabel,
     SeveralLabels,
+    chance_advice,
     class_weights,
     imbalance_advice,
     label_weights,
@@ -235,3 +236,15 @@ def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
     (line,) = one_answer_advice(task, logits_for([2, 2]), training(monitor="mcc", class_weights="balanced"))
     assert line.endswith("consider more --epochs, a smaller --batch_size, or another --learning_rate")
     assert not one_answer_advice(task, logits_for([2, 1]), training())
+
+
+def test_a_classifier_at_chance_brings_advice() -> None:
+    task, labels = OneLabel(NAMES), np.array([0] * 60 + [1] * 40)
+    guesses = logits_for([0, 1] * 50)
+    (line,) = chance_advice(task, labels, guesses)
+    assert "always answering the largest class is right for 60.0%" in line
+    assert not chance_advice(task, labels, logits_for([0] * 50 + [1] * 50))  # 90 % are right
+    assert not chance_advice(task, labels, logits_for([0] * 100))  # has advice of its own
+    assert not chance_advice(
+        make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training()), TRUTH, -np.ones((4, 3))
+    )
