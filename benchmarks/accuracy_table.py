@@ -6,7 +6,7 @@ from textwrap import shorten
 
 import numpy as np
 
-from benchmarks.peers import NAMES, Record, ratios
+from benchmarks.peers import NAMES, Record, Spread, ratios
 from finetuning.comparison.statistics import Difference, pooled_difference, seed_spread
 from finetuning.pages import Table
 
@@ -34,10 +34,10 @@ def table(result: Record, counts: dict[str, np.ndarray]) -> str:
     for name, (suite, peft) in both.items():
         sizes, what = suite[0]["data"]["sizes"], ", exact match" if suite[0]["threshold"] is not None else ""
         seeds = f" ({len(suite)} of {len(result['seeds'])} seeds)" if len(suite) < len(result["seeds"]) else ""
-        difference, time = pooled([(suite, peft)], counts), ratios(numbered(suite), numbered(peft), "train_seconds")
+        difference, time = pooled([(suite, peft)], counts), time_ratio(suite, peft)
         texts = f"{sizes['train']:,}, {sizes['test']:,}"
         scores = (mean(suite, "accuracy"), mean(peft, "accuracy"))
-        rows.append((f"{name}{what}{seeds}", texts, *scores, difference.cell, str(time)))
+        rows.append((f"{name}{what}{seeds}", texts, *scores, difference.cell, str(time or "")))
     others = Table(("data set, score", *names, DIFFERENCE), other_scores(both, counts))
     parts = (conditions(result), Table(columns, rows).markdown(), pooled_sentence(list(both.values()), counts))
     return "\n\n".join((*parts, others.markdown()))
@@ -82,9 +82,13 @@ def _is(record: Record, name: str, contestant: str) -> bool:
     return record["set"] == name and record["contestant"] == contestant
 
 
-def numbered(records: Sequence[Record]) -> list[Record]:
-    """The records with the seed as their round, as ``peers.ratios`` wants them."""
-    return [record | {"round": record["seed"]} for record in records]
+def time_ratio(suite: Sequence[Record], peft: Sequence[Record]) -> Spread | None:
+    """The suite's training time over the peer's, of the seeds for which both had the machine for themselves."""
+    ours, theirs = (
+        [record | {"round": record["seed"]} for record in records if record["environment"]["alone"] is True]
+        for records in (suite, peft)
+    )
+    return ratios(ours, theirs, "train_seconds")
 
 
 def mean(records: Sequence[Record], score: str) -> str:
