@@ -170,8 +170,8 @@ def table(result: Record) -> str:
     not_alone = sum(record["alone"] is False for record in records)
     tokens = result["tokens"] / result["texts"]
     lines = [
-        f"{result['texts']:,} reviews of {tokens:.0f} tokens on average, up to {MAX_LENGTH}; MiniLM;"
-        f" {machine['cpu']}, {machine['threads']} threads; {versions}; {result['rounds']} round(s)."
+        f"{result['texts']:,} reviews of {tokens:.0f} tokens on average, up to {MAX_LENGTH}; MiniLM.\n"
+        f"{machine['cpu']}, {machine['threads']} threads; {versions}; {result['rounds']} round(s)."
         + (f" Measurements that were not alone on the machine: {not_alone}." if not_alone else ""),
         "",
         "| | tokens/s | suite / it | peak memory, MiB | same label as the pipeline in fp32, % |",

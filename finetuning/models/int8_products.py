@@ -24,6 +24,7 @@ LARGEST = 127  # -128 is not used, so that the integers are symmetric
 SMALLEST = 1e-30  # a row below it counts as zeros, as in the kernel
 NEEDED_BY_TORCH = frozenset({"avx512_vnni", "avx512bw"})  # else torch's 8-bit product is a slow loop, or wrong
 NEEDED_BY_OURS = frozenset({"avx_vnni"})
+AMX = frozenset({"amx_tile", "amx_bf16"})
 RANK_MULTIPLE = 4  # of a LoRA matrix for the kernels
 WIDTH_MULTIPLE = 32  # of rows for the kernels
 
@@ -209,6 +210,13 @@ def refused() -> str | None:
     return None
 
 
-def is_fast() -> bool:
-    """Whether the kernels are compiled. Without them, the steps around a product take longer than 8 bits save."""
-    return library(without_bf16=True)[0] is not None
+def slow() -> str | None:
+    """Why 8-bit products save no time on this machine; ``None`` if they do.
+
+    Without the kernels, the steps around a product take longer than 8 bits save. With AMX, bf16 products are so fast
+    that these steps cost more than 8 bits save (docs/log.md).
+    """
+    kernels, state = library(without_bf16=True)
+    if kernels is None:
+        return f"CPU kernels: {state}"
+    return "bf16 with AMX is faster" if AMX.issubset(instructions()) else None

@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from finetuning.errors import UserError
 from finetuning.models import int8_products
-from finetuning.models.compiled import library
 from finetuning.processor import instructions, limited
 from finetuning.settings import HardwareSettings
 
@@ -92,8 +91,7 @@ def fastest_precision(settings: HardwareSettings, excluded: str | None) -> tuple
         excluded: a setting of the run that excludes int8, or ``None``.
     """
     on_gpu = resolve_hardware(replace(settings, precision="auto")).on_gpu
-    slow = None if int8_products.is_fast() else f"CPU kernels: {library(without_bf16=True)[1]}"
-    reason = excluded or ("a GPU" if on_gpu else int8_products.refused() or slow)
+    reason = excluded or ("a GPU" if on_gpu else int8_products.refused() or int8_products.slow())
     return ("int8", "exact and fast on this processor") if reason is None else ("auto", reason)
 
 

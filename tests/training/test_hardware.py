@@ -138,7 +138,7 @@ def test_on_a_gpu_fp32_multiplies_in_tf32_and_cudnn_has_no_attention(
 def products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with exact 8-bit products and compiled kernels."""
     monkeypatch.setattr(int8_products, "refused", lambda: None)
-    monkeypatch.setattr(int8_products, "is_fast", lambda: True)
+    monkeypatch.setattr(int8_products, "slow", lambda: None)
 
 
 def settings_of(**settings: Any) -> RunConfig:
@@ -186,10 +186,21 @@ def test_fast_takes_int8_where_the_method_allows_it(settings: dict[str, Any], pr
     assert (taken, reason in why) == (precision, True)
 
 
-@pytest.mark.usefixtures("products")
-def test_fast_does_not_take_int8_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_products, "is_fast", lambda: False)
-    assert fastest_precision(settings_of(precision="fast").hardware, None)[0] == "auto"
+@pytest.mark.parametrize(
+    ("kernels", "instructions", "reason"),
+    [
+        (None, {"avx512_vnni"}, "CPU kernels: no: no compiler"),
+        (object(), {"avx512_vnni", "amx_tile", "amx_bf16"}, "bf16 with AMX is faster"),
+    ],
+    ids=["no kernels", "AMX"],
+)
+def test_fast_does_not_take_int8_where_it_saves_no_time(
+    kernels: object, instructions: set[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_products, "refused", lambda: None)
+    monkeypatch.setattr(int8_products, "library", lambda **_: (kernels, "no: no compiler"))
+    monkeypatch.setattr(int8_products, "instructions", lambda: instructions)
+    assert fastest_precision(settings_of(precision="fast").hardware, None) == ("auto", reason)
 
 
 def test_a_limited_processor_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
