@@ -62,7 +62,7 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
 
 
 def probably_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Texts | None) -> list[Shown]:
-    """Texts of all held-out splits whose label is probably wrong, the least plausible first. One label a text only."""
+    """Texts of all held-out splits whose label is probably wrong, the largest gap first. One label a text only."""
     parts = {split: part for split, part in answers.items() if not part.several}
     if not parts:
         return []
