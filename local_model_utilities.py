@@ -164,7 +164,8 @@ def load_adapter(classifier: Classifier, adapter: Adapter, folder: Path) -> None
 
     saved = classifier.saved_parameters()
     load_initial(adapter.folder, saved, in_base)
-    order = class_order(folder, list(classifier.model.config.id2label.values()))  # type: ignore[union-attr]
+    config: Any = classifier.model.config
+    order = class_order(folder, list(config.id2label.values()))
     if order is not None:
         last = f"{classifier.family.head[-1]}."
         for name, parameter in saved.items():
