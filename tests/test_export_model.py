@@ -22,6 +22,7 @@ from export_model import main
 from finetuning.export import fresh_process
 from finetuning.export.plain import write_model
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, read_result, write_result
+from tests.tiny_models import save_tokenizer, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 WITH_ONNX = ["--onnx"] if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")) else []
@@ -179,6 +180,18 @@ def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_typ
     assert np.abs(in_pipeline(out, swapped)[1] - expected).max() > 1e-3
     content, _ = exported(run, tmp_path / "adapter", "--adapter")
     assert '"text_pair": "The second text of the pair."' in content
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_decoder_whose_base_has_no_padding_token(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", decoder=True)
+    texts = [("good " if i % 2 else "bad ") * (1 + i % 5) + f"{i}" for i in range(60)]
+    table = pd.DataFrame({"text": texts, "label": [f"class {i % 2}" for i in range(60)]})
+    run = lora_run(tmp_path, tmp_path / "base", table)
+    exported(run, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] is not None
+    exported(run, tmp_path / "adapter", "--adapter")
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -26,7 +26,7 @@ def test_a_snippet_of_the_guide_runs(
     folder = tmp_path / "reviews-model"
     classifier, config = build(bases["distilbert"], 0)
     train_a_little(classifier)
-    model = plain_model(classifier)
+    model = plain_model(classifier, 0)
     write_model(folder, model, next(model.parameters()).dtype)
     write_tokenizer(folder, load_tokenizer(config.model.model_name, bases["distilbert"]), config.data.max_length)
     if "onnxruntime" in code:

@@ -73,13 +73,13 @@ def export_adapter(
     base = str(base_folder.absolute())
     recorded = base if Path(name).is_dir() else name
     if writes_base(config):
-        write_model(folder / BASE, without_adapter(classifier), torch.float32, held.stored.threshold)
+        write_model(folder / BASE, without_adapter(classifier, pad_id), torch.float32, held.stored.threshold)
         write_tokenizer(folder / BASE, tokenizer, config.data.max_length)
         base, recorded = f"{folder.name}/{BASE}", str(out.absolute() / BASE)
     shutil.copyfile(run / ADAPTER, folder / ADAPTER)
     write_json(folder / ADAPTER_CONFIG, read_json(run / ADAPTER_CONFIG) | {"base_model_name_or_path": recorded})
     write_tokenizer(folder, tokenizer, config.data.max_length)
-    model = plain_model(classifier)
+    model = plain_model(classifier, pad_id)
     reference = held.answered(logits_of(model, held.sequences, pad_id, held.seconds))
     predictions = against_predictions(reference, held.stored, precision)
     answers = fresh_answers(folder, held, pad_id, base=base, classes=model.config.num_labels)
@@ -96,9 +96,9 @@ def export_adapter(
     )
 
 
-def without_adapter(classifier: Classifier) -> Any:
+def without_adapter(classifier: Classifier, pad_id: int) -> Any:
     """The base model below the adapter, in fp32, with the trained head: with a packed base, the dequantized weights."""
     bare = copy.deepcopy(classifier)
     for _, module in lora_modules(bare.model):
         module.lora.lora_B.data.zero_()
-    return plain_model(bare)
+    return plain_model(bare, pad_id)

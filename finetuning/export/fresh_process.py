@@ -108,6 +108,8 @@ def load(job: dict[str, Any]) -> Any:
     base = AutoModelForSequenceClassification.from_pretrained(
         job["base"], dtype=torch.float32, num_labels=job["classes"], ignore_mismatched_sizes=True
     )
+    if base.config.pad_token_id is None:  # of a decoder, which reads only one text at a time without it
+        base.config.pad_token_id = job["pad_id"]
     return PeftModel.from_pretrained(base, job["model"]).eval()
 
 

@@ -58,7 +58,7 @@ def export_plain(
         ExportFailed: the folder does not compute what the run does.
         OSError, SafetensorError: the folder cannot be written.
     """
-    model, pad_id = plain_model(classifier), int(tokenizer.pad_token_id)
+    model, pad_id = plain_model(classifier, int(tokenizer.pad_token_id)), int(tokenizer.pad_token_id)
     reference = held.answered(logits_of(model, held.sequences, pad_id, held.seconds))
     predictions = against_predictions(reference, held.stored, precision)
     write_tokenizer(folder, tokenizer, max_length)
@@ -86,10 +86,15 @@ def export_plain(
     )
 
 
-def plain_model(classifier: Classifier) -> Any:
+def plain_model(classifier: Classifier, pad_id: int) -> Any:
     """Hugging Face's own classifier in fp32 with ordinary linears, made from the run's classifier, which it changes.
 
-    LoRA is merged into the weight that training saw: with a packed base, the dequantized one.
+    LoRA is merged into the weight that training saw: with a packed base, the dequantized one. Hugging Face's decoders
+    find a text's last token by the config's padding token, which many base models do not name.
+
+    Args:
+        classifier: the run's.
+        pad_id: the tokenizer's padding id.
 
     Raises:
         UserError: a weight is not finite.
@@ -98,6 +103,8 @@ def plain_model(classifier: Classifier) -> Any:
     merge_lora(model)
     unpack_linears(model, classifier.family)
     join_linears(model.float(), classifier.family)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_id
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(

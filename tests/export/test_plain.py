@@ -11,6 +11,7 @@ from finetuning.errors import UserError
 from finetuning.export.plain import DTYPES, plain_model, write_model, write_tokenizer
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
+from finetuning.models.pretrained import load_tokenizer
 from local_model_utilities import build_classifier
 from tests.conftest import CORE, needs_int8, packaged_folder
 from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, NAMES, batch, build, logits, train_a_little
@@ -41,7 +42,7 @@ def test_transformers_loads_what_the_run_computed(
     untrained = logits(classifier)
     train_a_little(classifier)
     expected = logits(classifier)  # not merged, and on the efficient path
-    model = plain_model(classifier)
+    model = plain_model(classifier, 0)
     assert {type(module).__name__ for module in model.modules()} & {"LinearWithLoRA", "Linear4bit"} == set()
     write_model(tmp_path, model, torch.float32)
     found = loaded_logits(tmp_path)
@@ -59,7 +60,7 @@ def test_an_8_bit_base_becomes_the_weights_that_training_saw(bases: dict[str, Pa
     linear = classifier.model.get_submodule("bert.encoder.layer.1.output.dense")
     weight = linear.merged_weight()
     expected = logits(classifier)
-    model = plain_model(classifier)
+    model = plain_model(classifier, 0)
     torch.testing.assert_close(model.get_submodule("bert.encoder.layer.1.output.dense").weight, weight)
     write_model(tmp_path, model, torch.float32)
     torch.testing.assert_close(loaded_logits(tmp_path), expected, rtol=0.05, atol=0.05)
@@ -74,14 +75,17 @@ def test_families_without_efficient_path(tmp_path: Path, model_type: str, q_lora
     save_tokenizer(base, decoder=FAMILIES[model_type].last_token)
     config = RunConfig.from_settings(model_name=str(base), max_length=16, lora_key=True, lora_mlp=True, q_lora=q_lora)
     classifier = build_classifier(config, base, NAMES, torch.float32).eval()
-    ids = torch.randint(5, 300, (1, 12), generator=torch.Generator().manual_seed(0))
-    untrained = classifier(ids, torch.ones_like(ids))
+    pad_id = int(load_tokenizer(str(base), base).pad_token_id)
+    ids = torch.randint(5, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    ids[1, 7:], mask[1, 7:] = pad_id, 0
+    untrained = classifier(ids, mask)
     for _, module in lora_modules(classifier.model):
         torch.nn.init.normal_(module.lora.lora_B, std=0.1)
-    expected = classifier(ids, torch.ones_like(ids))
-    write_model(tmp_path / "out", plain_model(classifier), torch.float32)
+    expected = classifier(ids, mask)
+    write_model(tmp_path / "out", plain_model(classifier, pad_id), torch.float32)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(loaded(ids, attention_mask=mask).logits, expected, rtol=0, atol=1e-4)
     assert (expected - untrained).abs().max() > 1e-3
 
 
@@ -90,7 +94,7 @@ def test_weights_in_half_precision(bases: dict[str, Path], tmp_path: Path, dtype
     classifier, _ = build(bases["distilbert"], 0)
     train_a_little(classifier)
     before = logits(classifier)
-    model = plain_model(classifier)
+    model = plain_model(classifier, 0)
     write_model(tmp_path, model, DTYPES[dtype])
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     stored = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -107,7 +111,7 @@ def test_a_weight_that_is_not_a_number_is_refused(bases: dict[str, Path]) -> Non
     weight = classifier.model.get_submodule("bert.encoder.layer.1.output.dense").weight
     weight.data[2, 3] = float("nan")
     with pytest.raises(UserError, match=r"bert\.encoder\.layer\.1\.output\.dense\.weight has values that are not"):
-        plain_model(classifier)
+        plain_model(classifier, 0)
 
 
 def test_the_tokenizer_cuts_where_the_run_did(tmp_path: Path) -> None:
