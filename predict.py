@@ -206,14 +206,14 @@ def load_predictor(trained: Trained) -> "Predictor":
     """
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.prediction.predictor import Predictor
-    from finetuning.training.hardware import fastest_precision, prepare_process, resolve_hardware
+    from finetuning.training.hardware import has_int8, prepare_process, resolve_hardware
     from finetuning.training.trainer import quiet_lightning
 
     config = for_this_machine(trained.config)
     with quiet_lightning():  # hides Lightning's advice to use srun
         settings = config.hardware
-        if settings.precision == "int8":  # a machine without these products computes with the same weights
-            settings = replace(settings, precision=fastest_precision(settings, excluded=None)[0])
+        if settings.precision == "int8" and not has_int8(settings):  # the same weights in other products
+            settings = replace(settings, precision="auto")
         hardware = resolve_hardware(settings)
     prepare_process(hardware)
     if trained.exported:

@@ -83,6 +83,11 @@ def _check_int8(on_gpu: bool) -> None:
         raise UserError(f"--precision int8: {reason}; use --precision auto")
 
 
+def has_int8(settings: HardwareSettings) -> bool:
+    """Whether the run's device can multiply in 8 bits, fast or not."""
+    return not resolve_hardware(replace(settings, precision="auto")).on_gpu and int8_products.refused() is None
+
+
 def fastest_precision(settings: HardwareSettings, excluded: str | None) -> tuple[Literal["int8", "auto"], str]:
     """What ``--precision fast`` means here: ``int8`` if that is possible and fast, else ``auto``; and why.
 
