@@ -300,7 +300,7 @@ def _activated_backward(
 def _activated_again(activation: Activation, x: Tensor, grad: Tensor | None) -> Tensor:
     """Returns ``h = activation(x)``, and turns ``grad`` from h's gradient into x's, in place."""
     if activation is cpu_kernels.gelu and grad is not None and cpu_kernels.available(x):
-        return cpu_kernels.gelu_again(x, grad)
+        return cpu_kernels.gelu_again(x.contiguous(), grad)
     part = x.detach().requires_grad_(grad is not None)
     with torch.enable_grad():
         h = activation(part)
