@@ -175,7 +175,7 @@ def load_adapter(classifier: Classifier, adapter: Adapter, folder: Path) -> None
 
 def class_order(folder: Path, label_names: Sequence[str]) -> list[int] | None:
     """The number of each class in a base model's config; ``None`` if it has other names, or these in this order."""
-    stored = list(AutoConfig.from_pretrained(folder).id2label.values())
+    stored = list(AutoConfig.from_pretrained(folder, trust_remote_code=False).id2label.values())
     if stored == list(label_names) or sorted(stored) != sorted(label_names):
         return None
     return [stored.index(name) for name in label_names]

@@ -206,13 +206,13 @@ def load_predictor(trained: Trained) -> "Predictor":
     """
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.prediction.predictor import Predictor
-    from finetuning.training.hardware import has_int8, prepare_process, resolve_hardware
+    from finetuning.training.hardware import prepare_process, resolve_hardware, without_int8
     from finetuning.training.trainer import quiet_lightning
 
     config = for_this_machine(trained.config)
     with quiet_lightning():  # hides Lightning's advice to use srun
         settings = config.hardware
-        if settings.precision == "int8" and not has_int8(settings):  # the same weights in other products
+        if settings.precision == "int8" and without_int8(settings) is not None:  # the same weights in other products
             settings = replace(settings, precision="auto")
         hardware = resolve_hardware(settings)
     prepare_process(hardware)

@@ -58,7 +58,8 @@ def export_plain(
         ExportFailed: the folder does not compute what the run does.
         OSError, SafetensorError: the folder cannot be written.
     """
-    model, pad_id = plain_model(classifier, int(tokenizer.pad_token_id)), int(tokenizer.pad_token_id)
+    pad_id = int(tokenizer.pad_token_id)
+    model = plain_model(classifier, pad_id)
     reference = held.answered(logits_of(model, held.sequences, pad_id, held.seconds))
     predictions = against_predictions(reference, held.stored, precision)
     write_tokenizer(folder, tokenizer, max_length)

@@ -83,9 +83,10 @@ def _check_int8(on_gpu: bool) -> None:
         raise UserError(f"--precision int8: {reason}; use --precision auto")
 
 
-def has_int8(settings: HardwareSettings) -> bool:
-    """Whether the run's device can multiply in 8 bits, fast or not."""
-    return not resolve_hardware(replace(settings, precision="auto")).on_gpu and int8_products.refused() is None
+def without_int8(settings: HardwareSettings) -> str | None:
+    """Why the run's device cannot multiply in 8 bits; ``None`` if it can, fast or not."""
+    on_gpu = resolve_hardware(replace(settings, precision="auto")).on_gpu
+    return "a GPU" if on_gpu else int8_products.refused()
 
 
 def fastest_precision(settings: HardwareSettings, excluded: str | None) -> tuple[Literal["int8", "auto"], str]:
@@ -95,8 +96,7 @@ def fastest_precision(settings: HardwareSettings, excluded: str | None) -> tuple
         settings: the run's hardware settings.
         excluded: a setting of the run that excludes int8, or ``None``.
     """
-    on_gpu = resolve_hardware(replace(settings, precision="auto")).on_gpu
-    reason = excluded or ("a GPU" if on_gpu else int8_products.refused() or int8_products.slow())
+    reason = excluded or without_int8(settings) or int8_products.slow()
     return ("int8", "exact and fast on this processor") if reason is None else ("auto", reason)
 
 

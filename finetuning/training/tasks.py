@@ -17,6 +17,7 @@ from finetuning.errors import UserError
 from finetuning.runs.records import accuracy_interval
 from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 
+LEARN_MORE = "more --epochs, a smaller --batch_size, or another --learning_rate"
 THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --threshold tuned tries
 IMBALANCED = 3  # times the texts of the smallest class: from here on accuracy can hide that small classes are ignored
 
@@ -368,8 +369,7 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
     monitor = "" if training.monitor in task.fair_monitors else f"--monitor {' or '.join(task.fair_monitors[:2])}, "
     weights = "--class_weights balanced, " if training.class_weights == "none" else ""
     return [
-        f"the chosen checkpoint answers {answer!r} for every validation text: consider {monitor}{weights}"
-        f"more --epochs, a smaller --batch_size, or another --learning_rate"
+        f"the chosen checkpoint answers {answer!r} for every validation text: consider {monitor}{weights}{LEARN_MORE}"
     ]
 
 
@@ -389,5 +389,5 @@ def chance_advice(task: Task, labels: np.ndarray, logits: np.ndarray) -> list[st
         return []
     return [
         f"validation does not show that anything was learned: always answering the largest class is right for"
-        f" {share:.1%}: consider more --epochs, a smaller --batch_size, or another --learning_rate"
+        f" {share:.1%}: consider {LEARN_MORE}"
     ]
