@@ -33,7 +33,8 @@ def table(result: Record, counts: dict[str, np.ndarray]) -> str:
     rows = []
     for name, (suite, peft) in both.items():
         sizes, what = suite[0]["data"]["sizes"], ", exact match" if suite[0]["threshold"] is not None else ""
-        seeds = f" ({len(suite)} of {len(result['seeds'])} seeds)" if len(suite) < len(result["seeds"]) else ""
+        asked = len(result["seeds"][name])
+        seeds = f" ({len(suite)} of {asked} seeds)" if len(suite) < asked else ""
         difference, time = pooled([(suite, peft)], counts), time_ratio(suite, peft)
         texts = f"{sizes['train']:,}, {sizes['test']:,}"
         scores = (mean(suite, "accuracy"), mean(peft, "accuracy"))
@@ -52,12 +53,12 @@ def conditions(result: Record) -> str:
         f" torch {r['environment']['versions']['torch']}, peft {r['environment']['versions']['peft']}."
         for r in finished
     }
-    seeds = ", ".join(map(str, result["seeds"]))
-    lines = [*sorted(machines), f"Seeds {seeds}; mean ± standard deviation over seeds."]
+    seeds = ", ".join(f"{name} {len(numbers)}" for name, numbers in result["seeds"].items())
+    lines = [*sorted(machines), f"Seeds: {seeds}; mean ± standard deviation over seeds."]
     busy = sum(record["environment"]["alone"] is not True for record in finished)
     if busy:
         lines.append(f"Measurements that were not alone on the machine, so their times do not count: {busy}.")
-    total = len(result["sets"]) * len(result["seeds"]) * len(CONTESTANTS)
+    total = sum(map(len, result["seeds"].values())) * len(CONTESTANTS)
     if len(records) < total:
         lines.append(f"Not measured yet: {total - len(records)} of {total}.")
     for r in records:

@@ -198,15 +198,19 @@ def test_the_table_compares_seeds_that_both_have_finished() -> None:
         record("peft", 1, 0.91, 30.0), record("suite", 2, 0.1, 1.0),
         {"set": "one", "contestant": "peft", "seed": 2, "status": "failed", "error": "no memory"},
     ]  # fmt: skip
-    result = {"sets": {"one": "--epochs 1", "two": ""}, "seeds": [0, 1, 2], "measurements": records}
+    result = {
+        "sets": {"one": "--epochs 1", "two": ""},
+        "seeds": {"one": [0, 1, 2], "two": [0, 1]},
+        "measurements": records,
+    }
     counts = {
         f"one-{r['contestant']}-seed{r['seed']}": counted(round(200 * r["test"]["accuracy"])) for r in records[:5]
     }
     lines = table(result, counts).splitlines()
     assert lines[:4] == [
         "A CPU, 2 threads; torch 2, peft 1.",
-        "Seeds 0, 1, 2; mean ± standard deviation over seeds.",
-        "Not measured yet: 6 of 12.",
+        "Seeds: one 3, two 2; mean ± standard deviation over seeds.",
+        "Not measured yet: 4 of 10.",
         "Failed: one, PEFT + Trainer, tuned, seed 2 (no memory).",
     ]
     assert lines[7].startswith("| one (2 of 3 seeds) | 1,000, 200 | 91.00 ± 1.41 | 89.50 ± 2.12 | +1.50 (-")
@@ -250,9 +254,10 @@ def test_the_pages_have_the_tables_of_the_committed_results() -> None:
 # the command
 
 
-def test_the_plan_is_five_sets_with_three_seeds() -> None:
-    measurements = accuracy.planned(accuracy.PLAN, accuracy.SEEDS)
-    assert len(measurements) == 5 * 3 * len(CONTESTANTS) == len({m.name for m in measurements})
+def test_the_plan_is_five_sets_and_more_seeds_where_they_differ_more() -> None:
+    measurements = accuracy.planned(accuracy.PLAN)
+    assert len(measurements) == (3 * 3 + 12 + 6) * len(CONTESTANTS) == len({m.name for m in measurements})
+    assert [m.work.name for m in measurements if m.seed == 5] == ["rte", "rte", "goemotions", "goemotions"]
     assert [m.contestant for m in measurements[:4]] == ["suite", "peft"] * 2
     tuned = peers.fastest_settings("minilm", accuracy.MAX_LENGTH)
     assert tuned.keys() == {"batch_size", "attention", "frozen"}
