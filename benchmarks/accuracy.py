@@ -24,7 +24,7 @@ from benchmarks.peers import RESULTS, Record, fastest_settings, why_failed
 from finetuning.comparison.collected import Predictions
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.plan import shown_command
-from finetuning.errors import UserError
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.pages import ACCURACY, ROOT, renew_tables
 from finetuning.processes import stoppable
@@ -319,29 +319,27 @@ def chosen(options: argparse.Namespace) -> list[Measurement]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted: run the same command again to go on")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Measures what is missing and prints the table; with the whole plan it renews results and page.
 
     Returns:
         The exit status: 0, 1 if a measurement failed, 2 if the input is refused, 130 if interrupted.
     """
-    try:
-        options = make_parser().parse_args(argv)
-        asked = chosen(options)
-        whole = planned(QUICK if options.quick else PLAN)
-        folder = options.folder or (FOLDER.with_name("accuracy_quick") if options.quick else FOLDER)
-        tuned = fastest_settings("minilm", MAX_LENGTH)
-        peer_flags = ["--attention", tuned["attention"], "--frozen", tuned["frozen"]]
-        if options.retry_failed:
-            forget_failed(asked, folder)
-        with stoppable():
-            measure_all(asked, options.data_dir.absolute(), folder.absolute(), peer_flags, in_process)
-        result, counts = collect(list(dict.fromkeys((*whole, *asked))), folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
+    options = make_parser().parse_args(argv)
+    asked = chosen(options)
+    whole = planned(QUICK if options.quick else PLAN)
+    folder = options.folder or (FOLDER.with_name("accuracy_quick") if options.quick else FOLDER)
+    tuned = fastest_settings("minilm", MAX_LENGTH)
+    peer_flags = ["--attention", tuned["attention"], "--frozen", tuned["frozen"]]
+    if options.retry_failed:
+        forget_failed(asked, folder)
+    with stoppable():
+        measure_all(asked, options.data_dir.absolute(), folder.absolute(), peer_flags, in_process)
+    result, counts = collect(list(dict.fromkeys((*whole, *asked))), folder)
     save(result, counts, folder)
     content = table(result, counts)
     print("\n" + content)

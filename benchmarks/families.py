@@ -23,7 +23,7 @@ from benchmarks.peers import (
     record_line,
 )
 from benchmarks.workload import MODELS, prepare
-from finetuning.errors import UserError
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser
 from finetuning.pages import ROOT, SPEED, Table, renew_tables
 from finetuning.runs.measurements import environment_record
@@ -69,17 +69,18 @@ def table(result: Record) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Measures, writes JSON and renews docs/speed.md; another number of rounds changes no page. Returns the status."""
     parser = OneLineParser(description="Compare families without an efficient path with PEFT.", allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"rounds (default: {ROUNDS})")
     parser.add_argument("--seconds", type=float, default=6, metavar="X", help="training time of one (default: 6)")
-    try:
-        options: argparse.Namespace = parser.parse_args(argv)
-        if options.rounds < 1 or options.seconds <= 0:
-            raise UserError("--rounds and --seconds: must be above 0")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options: argparse.Namespace = parser.parse_args(argv)
+    if options.rounds < 1 or options.seconds <= 0:
+        raise UserError("--rounds and --seconds: must be above 0")
     output = OUTPUT if options.rounds >= ROUNDS else PARTIAL_OUTPUT
     output.parent.mkdir(parents=True, exist_ok=True)
     result: Record = {"environment": environment_record(), "rounds": options.rounds, "measurements": []}

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import gpu_parts
 from benchmarks.gpu_parts import METHODS, SMALL, Record, Sizes
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, exit_status, first_line
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.storage import write_json
 
@@ -176,14 +176,15 @@ def chosen(parts: list[Part], names: str | None) -> list[Part]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Runs all parts and prints the table. Returns the exit status: 0, 1 if a part failed, 2 if a flag is refused."""
-    try:
-        arguments = make_parser().parse_args(argv)
-        sizes = SMALL if arguments.small else Sizes()
-        parts = chosen(plan(sizes), arguments.parts)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arguments = make_parser().parse_args(argv)
+    sizes = SMALL if arguments.small else Sizes()
+    parts = chosen(plan(sizes), arguments.parts)
     if sizes.start == "fork":
         with suppress(ImportError):  # once for all parts; a part that needs what is missing says so
             importlib.import_module("benchmarks.contestants")

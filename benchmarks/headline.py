@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
-from finetuning.errors import UserError
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser
 from finetuning.pages import README, RESULTS, SPEED, renew_tables
 from finetuning.runs.files import RESULT
@@ -108,6 +108,11 @@ def read_row(study: Path, row: str) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Prints the table, and renews docs/speed.md and README. Returns the exit status."""
     parser = OneLineParser(description="Compare whole runs with the tutorial script.", allow_abbrev=False)
     parser.add_argument(
@@ -117,16 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder of collected runs (default: results/earlier_work)",
     )
     parser.add_argument("--row", default="lora", help="row of the study (default: lora)")
-    try:
-        options: argparse.Namespace = parser.parse_args(argv)
-        runs = read_row(options.study, options.row)
-        peers_result = measured_on_same_machine(runs)
-        content = table(runs, peers_result)
-        renew_tables(SPEED, {"headline": content})
-        renew_tables(README, {"speed_short": peers.short_table(read_json(peers.OUTPUT))})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options: argparse.Namespace = parser.parse_args(argv)
+    runs = read_row(options.study, options.row)
+    peers_result = measured_on_same_machine(runs)
+    content = table(runs, peers_result)
+    renew_tables(SPEED, {"headline": content})
+    renew_tables(README, {"speed_short": peers.short_table(read_json(peers.OUTPUT))})
     write_json(OUTPUT, peers_result)
     print(content)
     return 0

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.peers import PLACES, Record, fastest_settings, ratios, spread
 from benchmarks.publishing import publish
 from benchmarks.workload import MODELS, Job, prepare, read_split, sample, some_batches
-from finetuning.errors import UserError
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.pages import ROOT
 from finetuning.processor import VARIABLE, limit_libraries
@@ -143,21 +143,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
-    try:
-        options = make_parser().parse_args(argv)
-        if options.number is not None:
-            limit_libraries()
-            with contextlib.redirect_stdout(sys.stderr):
-                records = measure(PLAN[options.number], options.rounds, options.folder)
-            print(json.dumps(records))
-            return 0
-        if options.rounds < 1:
-            raise UserError(f"--rounds {options.rounds}: must be at least 1")
-        result = _measure_all(PLAN[:1] if options.quick else PLAN, 1 if options.quick else options.rounds)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = make_parser().parse_args(argv)
+    if options.number is not None:
+        limit_libraries()
+        with contextlib.redirect_stdout(sys.stderr):
+            records = measure(PLAN[options.number], options.rounds, options.folder)
+        print(json.dumps(records))
+        return 0
+    if options.rounds < 1:
+        raise UserError(f"--rounds {options.rounds}: must be at least 1")
+    result = _measure_all(PLAN[:1] if options.quick else PLAN, 1 if options.quick else options.rounds)
     publish(result, table(result), OUTPUT, "int8_speed", partly=options.quick)
     return 0
 

@@ -29,7 +29,7 @@ from benchmarks.workload import Job, prepare, read_split, sample, some_batches
 from finetuning.data.batches import EVALUATION_FACTOR as LOADER_FACTOR
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.errors import UserError
+from finetuning.errors import exit_status
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.runs.measurements import peak_memory, processor_seconds, was_alone
 
@@ -207,18 +207,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Prints one line of JSON. Returns the exit status: 0, or 2 if the input is refused."""
-    try:
-        arguments = make_parser().parse_args(argv)
-        job = Job(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Job)})
-        with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
-            folder = arguments.folder or Path(temporary)
-            if arguments.folder is None:
-                prepare(folder, [job.model], [job.max_length])
-            record = choose(job, folder) if arguments.choose else measure(job, folder, arguments.seconds)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arguments = make_parser().parse_args(argv)
+    job = Job(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Job)})
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
+        folder = arguments.folder or Path(temporary)
+        if arguments.folder is None:
+            prepare(folder, [job.model], [job.max_length])
+        record = choose(job, folder) if arguments.choose else measure(job, folder, arguments.seconds)
     print(json.dumps(record), flush=True)
     return 0
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.workload import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
-from finetuning.errors import UserError
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.pages import README, ROOT, SPEED, renew_tables
 from finetuning.runs.measurements import environment_record
@@ -339,13 +339,14 @@ def chosen_works(arguments: argparse.Namespace) -> tuple[list[Work], bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Measures, prints each measurement, writes JSON and, after the whole plan, pages. Returns the exit status."""
-    try:
-        arguments = make_parser().parse_args(argv)
-        works, partly = chosen_works(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arguments = make_parser().parse_args(argv)
+    works, partly = chosen_works(arguments)
     repeats, seconds = (
         arguments.repeats or (2 if arguments.quick else 3),
         arguments.seconds or (3 if arguments.quick else 6),

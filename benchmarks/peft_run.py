@@ -24,7 +24,7 @@ from finetuning.config import RunConfig
 from finetuning.data.batches import train_loader
 from finetuning.data.texts import TextData
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.errors import UserError
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser, from_flags
 from finetuning.models.families import ModelFamily
 from finetuning.models.pretrained import load_pretrained, load_tokenizer
@@ -242,17 +242,18 @@ def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Does one run. Returns the exit status: 0, or 2 if the input is refused."""
     parser = OneLineParser(description="Train with PEFT and the Hugging Face Trainer.", allow_abbrev=False)
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--frozen", choices=("fp32", "bf16"), default="fp32", help="storage of the frozen encoder")
-    try:
-        options: argparse.Namespace
-        options, flags = parser.parse_known_args(argv)
-        run(from_flags(flags), options.attention, options.frozen)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options: argparse.Namespace
+    options, flags = parser.parse_known_args(argv)
+    run(from_flags(flags), options.attention, options.frozen)
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import spread
-from finetuning.errors import UserError
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser
 from finetuning.pages import ROOT, SPEED, renew_tables
 from finetuning.runs.files import RESULT
@@ -72,19 +72,20 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
     parser = OneLineParser(description="Compare the efficient path with Hugging Face's own code.", allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=2, help="number of trainings on each path (default: 2)")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of a training (default: 5)")
     parser.add_argument("--limit_train", type=int, default=1000, help="training texts (default: 1000)")
-    try:
-        options: argparse.Namespace = parser.parse_args(argv)
-        if min(vars(options).values()) < 1:
-            raise UserError("--repeats, --epochs, --limit_train: must be at least 1")
-        measured = measure(options.repeats, f"--epochs {options.epochs} --limit_train {options.limit_train}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options: argparse.Namespace = parser.parse_args(argv)
+    if min(vars(options).values()) < 1:
+        raise UserError("--repeats, --epochs, --limit_train: must be at least 1")
+    measured = measure(options.repeats, f"--epochs {options.epochs} --limit_train {options.limit_train}")
     content = table(measured)
     print(content)
     write_json(OUTPUT, measured)

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.publishing import publish
 from finetuning.config import RunConfig, check_data_dir
-from finetuning.errors import UserError
+from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.pages import ROOT
 from finetuning.processes import processor_seconds
@@ -203,22 +203,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
-    try:
-        options = make_parser().parse_args(argv)
-        if options.contestant is not None:
-            with contextlib.redirect_stdout(sys.stderr):
-                record = measure(options.contestant, options.folder)
-            print(json.dumps(record))
-            return 0
-        if min(options.rounds, options.texts) < 1:
-            raise UserError("--rounds, --texts: must be at least 1")
-        check_data_dir(options.data_dir)
-        rounds, texts = (1, min(200, options.texts)) if options.quick else (options.rounds, options.texts)
-        result = measure_all(rounds, texts, options.data_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = make_parser().parse_args(argv)
+    if options.contestant is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            record = measure(options.contestant, options.folder)
+        print(json.dumps(record))
+        return 0
+    if min(options.rounds, options.texts) < 1:
+        raise UserError("--rounds, --texts: must be at least 1")
+    check_data_dir(options.data_dir)
+    rounds, texts = (1, min(200, options.texts)) if options.quick else (options.rounds, options.texts)
+    result = measure_all(rounds, texts, options.data_dir)
     publish(result, table(result), OUTPUT, "prediction", partly=options.quick)
     return 0
 

@@ -29,7 +29,7 @@ from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.peers import PLACES
 from benchmarks.publishing import publish
 from benchmarks.workload import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
-from finetuning.errors import UserError
+from finetuning.errors import exit_status
 from finetuning.flags import OneLineParser, parse_bool
 from finetuning.models.int8 import ROWS_AT_ONCE
 from finetuning.models.int8_products import multiply, refused
@@ -231,12 +231,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+def command(argv: Sequence[str] | None) -> int:
     """Measures, prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
-    try:
-        arguments = make_parser().parse_args(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arguments = make_parser().parse_args(argv)
     works = PLAN[1:2] if arguments.quick else [job for job in PLAN if job.precision != "int8" or refused() is None]
     result: dict[str, Any] = {"environment": environment_record(), "formulas": FORMULAS, "rows": []}
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
