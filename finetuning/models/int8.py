@@ -39,7 +39,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        q, scale, _ = quantize(linear.weight.detach().float())
+        q, scale, _ = quantize(linear.weight.detach().float().contiguous())
         self.weight = nn.Parameter(q, requires_grad=False)
         self.register_buffer("scale", scale)
         bias = None if linear.bias is None else linear.bias.detach().float()
@@ -109,7 +109,8 @@ def int8_linears(
         parts = [_padded(lora, module) for lora, module in zip(loras, modules, strict=True)]
         A, B = torch.cat([a for a, _ in parts]), torch.block_diag(*(b for _, b in parts))
         ranks = tuple(len(a) for a, _ in parts)
-    y: Tensor = _FrozenInt8.apply(x.reshape(-1, x.shape[-1]), A, B, weight, tuple(ends), ranks, fused)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()  # one token of each sequence is a view with gaps
+    y: Tensor = _FrozenInt8.apply(rows, A, B, weight, tuple(ends), ranks, fused)
     return y.view(*x.shape[:-1], -1)
 
 

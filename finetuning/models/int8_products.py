@@ -27,6 +27,7 @@ NEEDED_BY_OURS = frozenset({"avx_vnni"})
 AMX = frozenset({"amx_tile", "amx_bf16"})
 RANK_MULTIPLE = 4  # of a LoRA matrix for the kernels
 WIDTH_MULTIPLE = 32  # of rows for the kernels
+FORMS = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the kernels
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,14 @@ def _no_segments(width: int) -> tuple[int | Tensor, ...]:
 
 
 def _call(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
-    """Calls a kernel of int8.cpp in its form for the dtype of ``like``."""
-    call(f"{name}_{'bf16' if like.dtype == torch.bfloat16 else 'fp32'}", *arguments)
+    """Calls a kernel of int8.cpp in its form for the dtype of ``like``.
+
+    Raises:
+        ValueError: a tensor has gaps between its rows, which a kernel would read as numbers.
+    """
+    if not all(a.is_contiguous() for a in arguments if isinstance(a, Tensor)):
+        raise ValueError(f"{name}: the kernel takes contiguous tensors")
+    call(f"{name}_{FORMS[like.dtype]}", *arguments)
 
 
 def multiply(q: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
@@ -178,7 +185,8 @@ def multiply(q: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     transposed = not weight.is_contiguous()
     if depth % WIDTH_MULTIPLE or width % WIDTH_MULTIPLE:
         return out.copy_(q.double() @ weight.double())  # exact: the sums are below 2^53
-    call("multiply_int8", q, weight, len(q), depth, width, int(transposed), torch.get_num_threads(), out)
+    rows = weight.t() if transposed else weight
+    call("multiply_int8", q, rows, len(q), depth, width, int(transposed), torch.get_num_threads(), out)
     return out
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from finetuning.data.imdb import read_imdb
-from finetuning.models import int8
+from finetuning.models import int8, int8_products
 from finetuning.models.int8 import Int8Linear, int8_linears
 from finetuning.models.int8_products import quantize
 from finetuning.models.linears import linears
@@ -88,6 +88,34 @@ def test_the_same_as_dense_linears_up_to_8_bits(
     for value, reference in zip(gradients[1:], references[1:], strict=True):
         assert value.dtype == torch.float32
         assert distance(value, reference) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, F.gelu], ids=["none", "gelu"])
+def test_rows_with_gaps_between_them_are_read_as_they_are(
+    dtype: torch.dtype, activation: int8.Callable[[Tensor], Tensor] | None
+) -> None:
+    """As the last layer's first tokens of 64 sequences are: a view of the rows of all tokens."""
+    torch.manual_seed(0)
+    module = with_lora(Int8Linear(nn.Linear(64, 96)), 8)
+    tokens, grads = torch.randn(64, 7, 64).to(dtype), torch.randn(64, 5, 96).to(dtype)
+    for x, grad in ((tokens[:, 0], grads[:, 0]), (tokens[0, 0].expand(64, -1), grads[0, 0].expand(64, -1))):
+        found = []
+        for rows, row_grads in ((x, grad), (x.contiguous(), grad.contiguous())):
+            leaf = rows.detach().requires_grad_()
+            y = linears(leaf, [module], activation=activation)
+            found.append((y, *torch.autograd.grad(y, [leaf, *module.lora.parameters()], row_grads)))
+        assert not x.is_contiguous()
+        for value, reference in zip(*found, strict=True):
+            torch.testing.assert_close(value, reference, rtol=0, atol=0)
+
+
+def test_a_kernel_refuses_rows_with_gaps() -> None:
+    if int8_products.library(without_bf16=True)[0] is None:
+        pytest.skip("no compiled kernels")
+    with pytest.raises(ValueError, match="contiguous"):
+        quantize(torch.randn(4, 2, 64)[:, 0])
 
 
 @every_variant
