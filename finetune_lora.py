@@ -210,7 +210,7 @@ def prepare(config: RunConfig) -> Setup:
     from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
 
     directory = config.run.output_dir or shared_directory() or default_directory(config.data.dataset, config.name)
-    config, checkpoint = continuation(config.changed(output_dir=directory), directory)
+    config = config.changed(output_dir=directory)
     writes = not is_helper() and not config.run.estimate
     if writes:
         check_directory(directory, config.run.resume, config.run.overwrite)
@@ -240,9 +240,11 @@ def prepare(config: RunConfig) -> Setup:
     check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
     lock: AbstractContextManager[object] = nullcontext()
     if writes:
-        lock = claimed_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite)
+        lock, config, checkpoint = claimed_directory(directory, config)
         share_directory(directory)
         remove_left_over()
+    else:
+        config, checkpoint = continuation(config, directory)
     pad_id = int(tokenizer.pad_token_id)
     return Setup(config, directory, hardware, folder, texts, task, advice, splits, pad_id, adapter, checkpoint, lock)
 

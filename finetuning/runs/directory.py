@@ -23,6 +23,8 @@ from finetuning.runs.lock import DirectoryLock
 from finetuning.settings import AUTO
 from finetuning.storage import TEMPORARY, cannot_be_written_in
 
+KILLED = "ended without a result: it was killed, perhaps because memory ran out, or its machine stopped"
+
 
 def default_directory(dataset: str, method: str) -> Path:
     """``runs/DATASET-METHOD-TIME``. With srun, the job and step numbers replace the time."""
@@ -131,25 +133,33 @@ def continuation(config: RunConfig, directory: Path) -> tuple[RunConfig, Path | 
     return config.changed(resume=False, overwrite=True), None
 
 
-def claimed_directory(directory: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> DirectoryLock:
+def claimed_directory(directory: Path, config: RunConfig) -> tuple[DirectoryLock, RunConfig, Path | None]:
     """Locks the directory and opens it, see ``open_directory``. If the last process was killed, it says so.
 
+    Another process may have written in the directory since the settings were read. So a run to continue is read again
+    under the lock, and its checkpoint is chosen only now.
+
+    Returns:
+        The lock, and what ``continuation`` gives.
+
     Raises:
-        UserError: a living process holds the directory, or as ``open_directory``.
+        UserError: a living process holds the directory, or the run in it has finished or is another one, or as
+            ``open_directory``.
     """
     lock = DirectoryLock(directory)
     try:
-        open_directory(directory, settings, resume, overwrite)
+        if config.run.resume:
+            if read_status(directory) == "finished":
+                raise UserError(f"--output_dir {directory}: meanwhile the run in it has finished: nothing to do")
+            continued(interrupted_settings(directory), config.to_dict())
+            if lock.killed:
+                print(f"{lock.killed} {KILLED}", flush=True)
+        config, checkpoint = continuation(config, directory)
+        open_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite)
     except BaseException:
         lock.release()
         raise
-    if resume and lock.killed:
-        print(
-            f"{lock.killed} ended without a result: it was killed, perhaps because memory ran out, or its machine"
-            " stopped",
-            flush=True,
-        )
-    return lock
+    return lock, config, checkpoint
 
 
 def open_directory(directory: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:

@@ -17,6 +17,7 @@ from finetuning.runs.directory import (
     settings_to_run,
 )
 from finetuning.runs.files import (
+    ADAPTER,
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
     OLD_SETTINGS,
@@ -219,21 +220,73 @@ def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path) -> None:
             settings_to_run({"output_dir": directory, "resume": "auto", "overwrite": True}, {})
 
 
-def test_a_directory_has_one_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with claimed_directory(tmp_path, STORED, False, False) as lock:
-        assert lock.killed is None
-        for resume, overwrite in ((True, False), (False, True), (False, False)):
+def wanted(directory: Path, **flags: Any) -> RunConfig:
+    return RunConfig.from_settings(output_dir=directory, **flags)
+
+
+def test_a_directory_has_one_writer(tmp_path: Path) -> None:
+    lock, _, checkpoint = claimed_directory(tmp_path, wanted(tmp_path))
+    with lock:
+        assert (lock.killed, checkpoint) == (None, None)
+        for flags in ({"resume": True}, {"overwrite": True}, {}):
             with pytest.raises(UserError, match=f"--output_dir {tmp_path}: is being written by process "):
-                claimed_directory(tmp_path, STORED, resume, overwrite)
+                claimed_directory(tmp_path, wanted(tmp_path, **flags))
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}
     with pytest.raises(UserError, match="another run has just started"):
-        claimed_directory(tmp_path, STORED, False, False)
+        claimed_directory(tmp_path, wanted(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}, "a refused one does not stay the holder"
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_the_next_resume_says_that_the_last_process_was_killed(
+    tmp_path: Path, with_checkpoint: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = wanted(tmp_path, resume=True)
+    begin(tmp_path, config.to_dict())
+    if with_checkpoint:
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
     (tmp_path / LOCK).write_text('{"host": "node1", "process": 12, "since": "today"}')
-    with claimed_directory(tmp_path, STORED, True, False):
+    lock, config, _ = claimed_directory(tmp_path, config)
+    with lock:
+        assert config.run.resume == with_checkpoint
         assert capsys.readouterr().out.startswith(
             "process 12 on node1 since today ended without a result: it was killed"
         )
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_a_run_that_ends_while_a_second_process_prepares_loses_nothing(tmp_path: Path, with_checkpoint: bool) -> None:
+    first = wanted(tmp_path)
+    lock, _, _ = claimed_directory(tmp_path, first)
+    if with_checkpoint:
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+    second = settings_to_run({"output_dir": tmp_path, "resume": "auto"}, {})
+    assert second is not None
+    with lock:
+        for name in (ADAPTER, LAST_CHECKPOINT):
+            (tmp_path / name).write_bytes(b"weights")
+        write_result(tmp_path, {"status": "finished"})
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"--output_dir {tmp_path}: .* has finished: nothing to do"):
+        claimed_directory(tmp_path, second)
+    assert contents(tmp_path) == before
+
+
+def test_what_changed_while_a_process_prepared_is_read_again(tmp_path: Path) -> None:
+    lock, _, _ = claimed_directory(tmp_path, wanted(tmp_path))
+    second = settings_to_run({"output_dir": tmp_path, "resume": True}, {})
+    assert second is not None
+    with lock:  # at first there was no checkpoint
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+        write_result(tmp_path, {"status": "interrupted"})
+    lock, config, checkpoint = claimed_directory(tmp_path, second)
+    with lock:
+        assert (config.run.resume, checkpoint) == (True, tmp_path / LAST_CHECKPOINT)
+    with claimed_directory(tmp_path, wanted(tmp_path, overwrite=True, seed=7))[0]:
+        before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"--seed 0: the run in .* has --seed 7"):
+        claimed_directory(tmp_path, second)
+    assert contents(tmp_path).keys() == before.keys() - {LOCK}
 
 
 @pytest.mark.parametrize("status", [None, "interrupted", "failed"])
