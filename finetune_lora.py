@@ -314,7 +314,8 @@ def train(
     steps = config.training.epochs * training.steps_per_epoch
     module = FineTuning(classifier, config.training, setup.task, steps, frozen)
     if not config.run.force:
-        check_memory(classifier, training, config.training, hardware, frozen)
+        limits = config.data.max_length, config.hardware.devices
+        check_memory(classifier, training, config.training, hardware, frozen, *limits)
     try:
         if config.training.epochs:
             trainer.fit(module, training, validation, ckpt_path=setup.checkpoint, weights_only=True)
