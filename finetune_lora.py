@@ -34,7 +34,7 @@ from finetuning.runs.directory import (
 )
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
 from finetuning.runs.recording import recorded
-from finetuning.runs.records import NOT_ASKED_FOR, data_record, headline, test_record, train_record
+from finetuning.runs.records import NOT_ASKED_FOR, data_hashes, data_record, headline, test_record, train_record
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
     import lightning.pytorch as pl
@@ -154,6 +154,7 @@ class Setup:
     adapter: Adapter | None = None  # of --init_adapter
     checkpoint: Path | None = None  # to continue from
     lock: AbstractContextManager[object] = field(default_factory=nullcontext)  # of the directory
+    origin: dict[str, Any] = field(default_factory=dict)  # what a continued run must find again
 
     def kernels(self, classifier: "Classifier") -> str:
         """Whether the run uses the compiled CPU kernels, or why not."""
@@ -200,7 +201,10 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def prepare(config: RunConfig) -> Setup:
     """Data: does all checks, reads and tokenizes the texts, and then opens the run directory."""
+    from torch import get_num_threads
+
     from finetuning.data.batches import check_batches
+    from finetuning.models.base_files import file_hashes
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.models.quantization import try_four_bits
     from finetuning.training.hardware import fastest_precision, resolve_hardware
@@ -210,7 +214,7 @@ def prepare(config: RunConfig) -> Setup:
     from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
 
     directory = config.run.output_dir or shared_directory() or default_directory(config.data.dataset, config.name)
-    config, checkpoint = continuation(config.changed(output_dir=directory), directory)
+    config = config.changed(output_dir=directory)
     writes = not is_helper() and not config.run.estimate
     if writes:
         check_directory(directory, config.run.resume, config.run.overwrite)
@@ -239,19 +243,24 @@ def prepare(config: RunConfig) -> Setup:
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
     check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
     lock: AbstractContextManager[object] = nullcontext()
+    origin: dict[str, Any] = {}
     if writes:
-        lock = claimed_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite)
+        threads = None if hardware.on_gpu else get_num_threads()
+        origin = {"base_model": file_hashes(folder), "data": data_hashes(texts, splits), "threads": threads}
+        lock, config, checkpoint = claimed_directory(directory, config, origin)
         share_directory(directory)
         remove_left_over()
+    else:
+        config, checkpoint = continuation(config, directory)
     pad_id = int(tokenizer.pad_token_id)
-    return Setup(config, directory, hardware, folder, texts, task, advice, splits, pad_id, adapter, checkpoint, lock)
+    found = hardware, folder, texts, task, advice, splits, pad_id
+    return Setup(config, directory, *found, adapter, checkpoint, lock, origin)
 
 
 def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     """Model: builds the classifier with its LoRA layers, and prints settings and parameter counts."""
     import lightning.pytorch as pl
 
-    from finetuning.models.base_files import file_hashes
     from finetuning.runs.measurements import environment_record
     from finetuning.training.hardware import prepare_process
     from finetuning.training.trainer import quiet_lightning
@@ -279,7 +288,7 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     result["parameters"] = parameter_record(groups)
     if not is_helper():
         precision = str(setup.hardware.dtype).removeprefix("torch.")
-        result["base_model"] = {"precision": precision, "sha256": file_hashes(setup.model_folder)}
+        result["base_model"] = {"precision": precision, "sha256": setup.origin["base_model"]}
         print(f"{setup.headline(classifier)}\nrun     {setup.directory}\n\n{parameter_table(groups)}\n", flush=True)
         if config.run.verbose:
             print(module_table(classifier.model), flush=True)
@@ -312,7 +321,8 @@ def train(
     steps = config.training.epochs * training.steps_per_epoch
     module = FineTuning(classifier, config.training, setup.task, steps, frozen)
     if not config.run.force:
-        check_memory(classifier, training, config.training, hardware, frozen)
+        limits = config.data.max_length, config.hardware.devices
+        check_memory(classifier, training, config.training, hardware, frozen, *limits)
     try:
         if config.training.epochs:
             trainer.fit(module, training, validation, ckpt_path=setup.checkpoint, weights_only=True)

@@ -5,14 +5,19 @@ checksum, and is made again if it does not hold. Outputs of frozen layers are he
 without a name that the system removes with the process.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from finetuning.storage import cache_dir, is_left_over
+from finetuning.storage import OUR_PREFIX, cache_dir, is_left_over
 
 DOWNLOADS = "imdb_stanford"
 FOLDERS = {"tokens": "tokens", "kernels": "kernels", DOWNLOADS: "downloads"}
+# FINETUNE_LORA_CACHE may name a folder that others use, so these names decide what is ours.
+ENTRY = r"[0-9a-f]{16,}\.(npz|so)"
+HALF_WRITTEN = rf"\.{ENTRY}\.[0-9a-f]{{32}}\.tmp\.(npz|so)"
 
 
 def cache_table() -> str:
@@ -29,27 +34,38 @@ def cache_table() -> str:
 def clear_caches() -> str:
     """Removes everything from the caches except files that are being written. Returns what it did, to print."""
     root = cache_dir()
-    files = [file for name in FOLDERS for file in _files(root / name)]
-    size = sum(_size(file) for file in files)
+    files = {file: _size(file) for name in FOLDERS for file in _files(root / name)}
     for path in [*files, root / DOWNLOADS]:  # an empty folder of downloads would count as downloaded
         _remove(path)
     remove_left_over()
-    return f"removed {len(files):,} files, {size:,} bytes, from {root}"
+    left = [file for file in files if file.exists()]
+    size = sum(files[file] for file in files.keys() - left)
+    kept = f"; you may not remove {len(left):,} files, for example {left[0]}" if left else ""
+    return f"removed {len(files) - len(left):,} files, {size:,} bytes, from {root}{kept}"
 
 
 def remove_left_over() -> None:
-    """Removes what killed processes left half-written."""
+    """Removes what killed processes left half-written. What cannot be removed, for example another user's, stays."""
     for path in _left_over():
         _remove(path)
 
 
 def _left_over() -> Iterator[Path]:
-    for pattern in ("aclImdb-*", "tokens/.*.tmp*", "kernels/.*.tmp*", "tmp*"):
-        yield from filter(is_left_over, cache_dir().glob(pattern))
+    root = cache_dir()
+    with suppress(OSError):
+        yield from filter(is_left_over, root.glob(f"{OUR_PREFIX}*"))
+        for folder in ("tokens", "kernels"):
+            yield from filter(is_left_over, _named(root / folder, HALF_WRITTEN))
 
 
 def _files(folder: Path) -> list[Path]:
+    if folder.name != DOWNLOADS:
+        return list(_named(folder, ENTRY))
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+
+
+def _named(folder: Path, pattern: str) -> Iterator[Path]:
+    return (path for path in folder.glob("*") if re.fullmatch(pattern, path.name) and path.is_file())
 
 
 def _size(path: Path) -> int:
@@ -63,4 +79,5 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".*.tmp*"  # names of files that are being written
+OUR_PREFIX = "finetune_lora-"  # of temporary files and folders directly in the cache folder
 LEFT_OVER_SECONDS = 3600.0  # a file that is still being written is younger
 
 

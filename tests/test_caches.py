@@ -5,8 +5,20 @@ from pathlib import Path
 import pytest
 
 from finetune_lora import main
-from finetuning.caches import cache_table, remove_left_over
+from finetuning.caches import cache_table, clear_caches, remove_left_over
 from finetuning.storage import append_sum, sum_holds
+
+A, B, K = (letter * 64 for letter in "abc")  # names of entries are hashes
+OLD, NEW = "0" * 32, "1" * 32
+BEFORE = time.time() - 3600 - 60
+
+
+def leave(path: Path, content: bytes = b"1234567", old: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    if old:
+        os.utime(path, (BEFORE, BEFORE))
+        os.utime(path.parent, (BEFORE, BEFORE))
 
 
 @pytest.fixture
@@ -14,17 +26,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with files of each kind, some of them half-written: old ones and new ones."""
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "cache"
-    for name in ("tokens/a.npz", "tokens/b.npz", "kernels/k.so", "imdb_stanford/train.parquet"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"12345")
-    before = time.time() - 3600 - 60
-    for name in ("tokens/.a.npz.0.tmp.npz", "kernels/.k.so.0.tmp.so", "aclImdb-x/aclImdb/train/1.txt"):
-        for path in (root / name, root / name.replace(".0.", ".1.").replace("-x", "-y")):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"1234567")
-            if ".1." not in path.name and "-y" not in str(path):
-                for old in (path, root / "aclImdb-x"):
-                    os.utime(old, (before, before)) if old.exists() else None
+    for name in (f"tokens/{A}.npz", f"tokens/{B}.npz", f"kernels/{K}.so", "imdb_stanford/train.parquet"):
+        leave(root / name, b"12345", old=False)
+    for name in (f"tokens/.{A}.npz.{OLD}.tmp.npz", f"kernels/.{K}.so.{OLD}.tmp.so", "finetune_lora-imdb-x/1.txt"):
+        leave(root / name)
+        leave(root / name.replace(OLD, NEW).replace("-x", "-y"), old=False)
     return root
 
 
@@ -33,19 +39,39 @@ def test_sizes_are_shown_and_what_is_left_over_is_removed(cache: Path, capsys: p
     shown = {line.split()[0]: line.split()[-2:] for line in capsys.readouterr().out.splitlines()}
     assert (shown["tokens"], shown["kernels"], shown["downloads"]) == (["2", "10"], ["1", "5"], ["1", "5"])
     remove_left_over()
-    assert not list(cache.rglob("*.0.tmp*"))
-    assert not (cache / "aclImdb-x").exists()
-    assert len(list(cache.rglob("*.1.tmp*"))) == 2, "they may still be written"
-    assert (cache / "aclImdb-y").exists()
-    assert (cache / "tokens" / "a.npz").exists()
+    assert not list(cache.rglob(f"*{OLD}*"))
+    assert not (cache / "finetune_lora-imdb-x").exists()
+    assert len(list(cache.rglob(f"*{NEW}*"))) == 2, "they may still be written"
+    assert (cache / "finetune_lora-imdb-y").exists()
+    assert (cache / "tokens" / f"{A}.npz").exists()
 
 
 def test_the_caches_are_emptied(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cache_clear"]) == 0
     assert capsys.readouterr().out == f"removed 4 files, 20 bytes, from {cache}\n"
     left = {path.name for path in cache.rglob("*") if path.is_file()}
-    assert left == {".a.npz.1.tmp.npz", ".k.so.1.tmp.so", "1.txt"}, "they may still be written"
+    assert left == {f".{A}.npz.{NEW}.tmp.npz", f".{K}.so.{NEW}.tmp.so", "1.txt"}, "they may still be written"
     assert main(["--cache_clear"]) == 0
+
+
+def test_in_a_folder_that_others_use_only_our_files_are_removed(cache: Path) -> None:
+    others = ("tmp-experiments/notes.txt", "tmp8x_a", "aclImdb-mine/train.txt", "tokens/.notes.tmp", "tokens/notes.npz")
+    for name in others:
+        leave(cache / name)
+    remove_left_over()
+    clear_caches()
+    assert all((cache / name).exists() for name in others)
+
+
+def test_what_may_not_be_removed_stays_and_does_no_harm(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: bool) -> None:  # root may remove anything
+        raise PermissionError(f"{path} belongs to somebody else")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    remove_left_over()
+    assert len(list(cache.rglob(f"*{OLD}*"))) == 2
+    said = clear_caches()
+    assert said.startswith(f"removed 1 files, 5 bytes, from {cache}; you may not remove 3 files, for example {cache}")
 
 
 def test_a_cache_that_does_not_exist_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

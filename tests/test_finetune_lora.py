@@ -15,8 +15,9 @@ import pytest
 from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.numpy import load_file
 
-from finetune_lora import main
+from finetune_lora import main, prepare, read_settings_of
 from finetuning.processor import VARIABLE, instructions
+from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.training import trackers
 from tests.conftest import needs_int8, write_reviews
 
@@ -342,6 +343,32 @@ def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
     assert "has no checkpoint yet: starting over" in capsys.readouterr().out
     again = load_file(run / "adapter_model.safetensors")
     assert all(np.array_equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("changed", "said"), [("train.csv", "train of the data"), ("config.json", "base model")])
+def test_resume_with_other_texts_or_weights_is_refused(
+    tiny_folders: dict[str, Path],
+    review_folder: Path,
+    tmp_path: Path,
+    changed: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inputs = shutil.copytree(review_folder, tmp_path / "inputs")
+    shutil.copytree(tiny_folders["distilbert"], inputs, dirs_exist_ok=True)
+    run = tmp_path / "run"
+    config = read_settings_of(flags(inputs, inputs, run), {})
+    assert config is not None
+    with prepare(config).lock:  # as if it had been killed after the first checkpoint
+        write_checkpoint(run / "last.ckpt", memoryview(b"weights\0\0"))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    text = (inputs / changed).read_text(encoding="utf8")
+    (inputs / changed).write_text(text.replace("film", "movie").replace('"dropout"', ' "dropout"'), encoding="utf8")
+    capsys.readouterr()
+    assert main(["--resume", "--output_dir", str(run)]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert said in line
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_good_checkpoint(

@@ -17,7 +17,7 @@ from finetuning.datasets import DATASETS
 from finetuning.errors import UserError, first_line
 from finetuning.hub import Archive, download, hub_file, require_host
 from finetuning.settings import DataSettings
-from finetuning.storage import cache_dir, read_json, sha256_of, write_json
+from finetuning.storage import OUR_PREFIX, cache_dir, read_json, sha256_of, write_json
 
 INSTEAD = "--data_dir PATH, or --offline for packaged reviews and a packaged model"
 SUMS = "sha256.json"
@@ -95,7 +95,7 @@ def _download_stanford() -> Path:
         shutil.rmtree(folder, ignore_errors=True)
     require_host(STANFORD.url, "IMDb", INSTEAD)
     cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="aclImdb-") as temporary:
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{OUR_PREFIX}imdb-") as temporary:
         archive = Path(temporary) / "archive.tar.gz"
         download(STANFORD, archive)
         try:

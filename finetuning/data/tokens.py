@@ -39,6 +39,13 @@ class TokenizedSplit:
         """Row in the source -> tokens of its sequence."""
         return dict(zip(self.rows.tolist(), self.lengths.tolist(), strict=True))
 
+    @property
+    def sha256(self) -> str:
+        """A hash of everything that training and evaluation read."""
+        arrays = (self.tokens, self.offsets, self.labels, self.rows, self.seconds)
+        parts = (b"" if array is None else np.ascontiguousarray(array) for array in arrays)
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
     def sequence(self, i: int) -> np.ndarray:
         """A view of sequence ``i``, (length,) int32."""
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetuning.storage import OUR_PREFIX
+
 
 class FrozenOutputs:
     """One split's outputs: one row per token, or one row per text if only the first token is read.
@@ -42,7 +44,7 @@ class FrozenOutputs:
         free = shutil.disk_usage(folder).free
         if free < self.bytes:
             raise OSError(f"{folder} has {free:,} bytes left, {self.bytes:,} are needed")
-        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping stays valid after the file is closed
+        with tempfile.TemporaryFile(dir=folder, prefix=OUR_PREFIX) as file:  # its mapping outlives its closing
             file.truncate(self.bytes)
             if hasattr(os, "posix_fallocate"):  # without it, a disk that fills up later would kill the process
                 os.posix_fallocate(file.fileno(), 0, self.bytes)

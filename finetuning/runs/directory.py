@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from finetuning.runs.files import (
     OLD_SETTINGS,
     RUN_FILES,
     SETTINGS,
+    read_origin,
     read_settings,
     read_status,
     settings_file,
@@ -22,6 +24,8 @@ from finetuning.runs.files import (
 from finetuning.runs.lock import DirectoryLock
 from finetuning.settings import AUTO
 from finetuning.storage import TEMPORARY, cannot_be_written_in
+
+KILLED = "ended without a result: it was killed, perhaps because memory ran out, or its machine stopped"
 
 
 def default_directory(dataset: str, method: str) -> Path:
@@ -131,28 +135,78 @@ def continuation(config: RunConfig, directory: Path) -> tuple[RunConfig, Path | 
     return config.changed(resume=False, overwrite=True), None
 
 
-def claimed_directory(directory: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> DirectoryLock:
+def claimed_directory(
+    directory: Path, config: RunConfig, origin: dict[str, Any]
+) -> tuple[DirectoryLock, RunConfig, Path | None]:
     """Locks the directory and opens it, see ``open_directory``. If the last process was killed, it says so.
 
+    Another process may have written in the directory since the settings were read. So a run to continue is read again
+    under the lock, and its checkpoint is chosen only now.
+
+    Args:
+        directory: the run directory.
+        config: the run's settings.
+        origin: what the run is made from, see ``write_settings``.
+
+    Returns:
+        The lock, and what ``continuation`` gives.
+
     Raises:
-        UserError: a living process holds the directory, or as ``open_directory``.
+        UserError: a living process holds the directory, or the run in it has finished, is another one or was made
+            from something else, or as ``open_directory``.
     """
     lock = DirectoryLock(directory)
     try:
-        open_directory(directory, settings, resume, overwrite)
+        if config.run.resume:
+            if read_status(directory) == "finished":
+                raise UserError(f"--output_dir {directory}: meanwhile the run in it has finished: nothing to do")
+            continued(interrupted_settings(directory), config.to_dict())
+            if lock.killed:
+                print(f"{lock.killed} {KILLED}", flush=True)
+        config, checkpoint = continuation(config, directory)
+        if checkpoint is not None:
+            origin = _same_origin(directory, config, origin)
+        open_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite, origin)
     except BaseException:
         lock.release()
         raise
-    if resume and lock.killed:
-        print(
-            f"{lock.killed} ended without a result: it was killed, perhaps because memory ran out, or its machine"
-            " stopped",
-            flush=True,
+    return lock, config, checkpoint
+
+
+def _same_origin(directory: Path, config: RunConfig, origin: dict[str, Any]) -> dict[str, Any]:
+    """What the run in the directory was made from, if a run from ``origin`` may continue it.
+
+    Raises:
+        UserError: base model, data or number of processes are others. Other threads only give a warning.
+    """
+    stored, hardware = read_settings(directory), config.hardware
+    before = (stored.get("devices") or 1) * (stored.get("num_nodes") or 1)
+    if hardware.devices * hardware.num_nodes != before:
+        raise UserError(
+            f"--devices {hardware.devices} --num_nodes {hardware.num_nodes}: the run in {directory} has {before}"
+            f" processes, and --resume needs as many: their batches are cut for them"
         )
-    return lock
+    recorded = read_origin(directory)
+    for part, flag in (("base_model", "--model_name"), ("data", "--data_dir")):
+        for name, digest in recorded.get(part, {}).items():
+            if origin[part].get(name) != digest:
+                raise UserError(
+                    f"--resume: {name} of the {part.replace('_', ' ')} is not the one with which the run in"
+                    f" {directory} began: restore it or correct {flag}, or start another run"
+                )
+    threads, now = recorded.get("threads"), origin["threads"]
+    if None not in (threads, now) and threads != now:
+        print(
+            f"warning: the run began with {threads} threads and continues with {now}: results will not be bit-identical"
+            f" (set OMP_NUM_THREADS={threads})",
+            file=sys.stderr,
+        )
+    return origin | recorded
 
 
-def open_directory(directory: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
+def open_directory(
+    directory: Path, settings: dict[str, Any], resume: bool, overwrite: bool, origin: dict[str, Any]
+) -> None:
     """Makes the directory and writes the settings into it. Hold its lock.
 
     Without ``resume``, it first removes an earlier run's files; else only damaged checkpoints. What a killed process
@@ -174,7 +228,7 @@ def open_directory(directory: Path, settings: dict[str, Any], resume: bool, over
             for name in RUN_FILES:
                 if name != SETTINGS:  # the directory must still count as a run if this process is killed here
                     (directory / name).unlink(missing_ok=True)
-        write_settings(directory, settings)
+        write_settings(directory, settings, origin)
         if earlier is not None and earlier.name == OLD_SETTINGS:
             earlier.unlink()
     except OSError as error:

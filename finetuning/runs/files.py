@@ -26,6 +26,7 @@ BEST_CHECKPOINT = "best.ckpt"
 PLANNED = "planned.json"  # next to a study's collected runs: the names of all its planned runs
 NOT_FINITE = "the loss is not finite"  # the error of a diverged run in result.json starts with it
 SUMMED = (ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, PREDICTIONS)  # result.json has their checksums
+ORIGIN = "origin"  # the key in settings.json of what a run was made from, see ``write_settings``
 SUMS = "sha256"  # the key of the checksums; the one of result.json or settings.json is of its other content
 RUN_FILES = (
     RESULT,
@@ -111,9 +112,17 @@ def settings_file(directory: Path) -> Path | None:
     return None
 
 
-def write_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Writes ``settings.json`` with its checksum, because a run that continues must be the same run."""
-    write_json(directory / SETTINGS, settings | {SUMS: _sum(settings)})
+def write_settings(directory: Path, settings: dict[str, Any], origin: dict[str, Any]) -> None:
+    """Writes ``settings.json`` with its checksum, because a run that continues must be the same run.
+
+    Args:
+        directory: the run directory.
+        settings: the run's settings.
+        origin: what a run that continues must find again: hashes of the files of its ``base_model``, hashes of its
+            ``data``, and its number of ``threads``, ``None`` on a GPU.
+    """
+    content = settings | {ORIGIN: origin}
+    write_json(directory / SETTINGS, content | {SUMS: _sum(content)})
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -122,6 +131,19 @@ def read_settings(directory: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError, KeyError: there are no settings, or they were changed after they were written.
     """
+    return {name: value for name, value in _stored(directory).items() if name != ORIGIN}
+
+
+def read_origin(directory: Path) -> dict[str, Any]:
+    """What the run was made from, see ``write_settings``; empty if an earlier version wrote the settings.
+
+    Raises:
+        OSError, ValueError, KeyError: like ``read_settings``.
+    """
+    return dict(_stored(directory).get(ORIGIN, {}))
+
+
+def _stored(directory: Path) -> dict[str, Any]:
     file = settings_file(directory)
     settings: dict[str, Any] = read_result(directory)["config"] if file is None else read_json(file)
     if not isinstance(settings, dict):

@@ -44,6 +44,16 @@ def data_record(texts: Any, splits: Any) -> dict[str, Any]:
     }
 
 
+def data_hashes(texts: Any, splits: Any) -> dict[str, str]:
+    """What tells a run that continues whether its data are the same.
+
+    Args:
+        texts: ``TextData``.
+        splits: split -> ``TokenizedSplit``.
+    """
+    return {name: split.sha256 for name, split in splits.items()} | {"class names": "\n".join(texts.label_names)}
+
+
 def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict[str, Any]:
     """Wall-clock seconds of training, and the work done, over all ranks. Padding tokens do not count."""
     batches = trainer.fit_loop.total_batch_idx + 1

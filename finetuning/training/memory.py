@@ -2,7 +2,7 @@
 
 The estimate has what is certain: gradients, the optimizer's state, what the largest batch keeps for backward, and kept
 outputs of frozen layers. The batch is measured with a few of its texts, so the check itself needs little memory. On a
-GPU, where the classifier is not yet, only gradients and optimizer count.
+GPU, where the classifier is not yet, its weights count, but no batch.
 """
 
 import torch
@@ -26,8 +26,19 @@ def check_memory(
     training: TrainingSettings,
     hardware: Hardware,
     frozen: dict[str, FrozenOutputs],
+    max_length: int,
+    processes: int,
 ) -> None:
     """Checks that training will fit into the free memory.
+
+    Args:
+        classifier: the run's classifier, on the CPU.
+        loader: the batches of this process.
+        training: the optimizer.
+        hardware: where the run takes place.
+        frozen: outputs of frozen layers that are kept.
+        max_length: the run's ``--max_length``, which ``--batch_tokens`` must reach.
+        processes: the processes of the run on this machine, which share the main memory.
 
     Raises:
         TrainingFailed: it will not; the line says what would fit.
@@ -35,38 +46,46 @@ def check_memory(
     free = torch.cuda.mem_get_info(hardware.device)[0] if hardware.on_gpu else free_memory()
     if free is None:
         return
+    free //= 1 if hardware.on_gpu else processes
     copies = 1 + OPTIMIZER_COPIES[training.optimizer] + int(training.optimizer == "sgd" and bool(training.momentum))
     fixed = copies * sum(p.numel() * p.element_size() for p in classifier.parameters() if p.requires_grad)
     fixed += sum(outputs.bytes for outputs in frozen.values() if not outputs.on_disk)
-    batch = 0 if hardware.on_gpu else largest_batch_bytes(classifier, loader)
+    if hardware.on_gpu:
+        fixed += sum(t.numel() * t.element_size() for t in (*classifier.parameters(), *classifier.buffers()))
+    batch, tokens = (0, 0) if hardware.on_gpu else largest_batch(classifier, loader)
     if fixed + batch <= free:
         return
     raise TrainingFailed(
         f"training needs about {_gib(fixed + batch)} more memory, but only {_gib(free)} are free:"
-        f" {advice(fixed, batch, free, training.batch_tokens, classifier.checkpointing)}; --force starts anyway"
+        f" {advice(fixed, batch, free, tokens, max_length, classifier.checkpointing)}; --force starts anyway"
     )
 
 
-def largest_batch_bytes(classifier: Classifier, loader: TokenBatchLoader) -> int:
-    """What the largest batch keeps for backward, from a few of its texts. Draws nothing from the random generators."""
+def largest_batch(classifier: Classifier, loader: TokenBatchLoader) -> tuple[int, int]:
+    """Bytes that the largest batch keeps for backward, from a few of its texts, and its tokens.
+
+    Draws nothing from the random generators.
+    """
     batch, times = loader.part_of_largest(MEASURED_TEXTS)
     with torch.random.fork_rng(devices=[]):
-        return int(times * kept_for_backward(classifier, batch))
+        return int(times * kept_for_backward(classifier, batch)), round(times * batch["input_ids"].numel())
 
 
-def advice(fixed: int, batch: int, free: int, batch_tokens: int, checkpointing: bool) -> str:
+def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, checkpointing: bool) -> str:
     """What would fit.
 
     Args:
         fixed: bytes that do not depend on the batch.
-        batch: bytes of a batch of ``batch_tokens``.
+        batch: bytes of the largest batch.
         free: bytes that are free.
-        batch_tokens: the run's largest batch, in tokens.
+        tokens: tokens of that batch, with padding. If its texts are short, it has fewer than ``--batch_tokens``.
+        max_length: the run's ``--max_length``.
         checkpointing: whether the run already has ``--gradient_checkpointing``.
     """
-    fitting = int(batch_tokens * (free - fixed) / batch) // 64 * 64 if batch else 0
+    fitting = int(tokens * (free - fixed) / batch) // 64 * 64 if batch else 0
     if fitting >= 64:
-        return f"--batch_tokens {fitting} would fit"
+        shorter = f" --max_length {fitting}" if fitting < max_length else ""
+        return f"--batch_tokens {fitting}{shorter} would fit"
     if batch and not checkpointing:
         return "use --gradient_checkpointing True, a shorter --max_length or a smaller model"
     return "use --method lora or a smaller model"

@@ -17,6 +17,7 @@ from finetuning.runs.directory import (
     settings_to_run,
 )
 from finetuning.runs.files import (
+    ADAPTER,
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
     OLD_SETTINGS,
@@ -25,15 +26,17 @@ from finetuning.runs.files import (
     RUN_FILES,
     SETTINGS,
     SUMS,
+    read_origin,
     read_settings,
     read_status,
     settings_file,
     write_result,
 )
-from finetuning.runs.lock import LOCK
+from finetuning.runs.lock import LOCK, DirectoryLock
 from finetuning.storage import write_json
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
+ORIGIN = {"base_model": {"model.safetensors": "1"}, "data": {"train": "2", "test": "3"}, "threads": 2}
 ARCHIVE = memoryview(b"weights" + b"PK\x05\x06".ljust(22, b"\0"))
 
 
@@ -42,7 +45,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def begin(directory: Path, settings: dict[str, Any] = STORED, resume: bool = False, overwrite: bool = False) -> None:
-    open_directory(directory, settings, resume, overwrite)
+    open_directory(directory, settings, resume, overwrite, ORIGIN)
 
 
 def check(directory: Path, resume: bool = False, overwrite: bool = False) -> None:
@@ -84,7 +87,7 @@ def test_a_new_directory_is_taken_and_checking_writes_nothing(tmp_path: Path) ->
     check(tmp_path)
     begin(tmp_path / "a" / "b")
     assert read_settings(tmp_path / "a" / "b") == STORED
-    assert json.loads((tmp_path / "a" / "b" / SETTINGS).read_text()).keys() == {*STORED, SUMS}
+    assert json.loads((tmp_path / "a" / "b" / SETTINGS).read_text()).keys() == {*STORED, "origin", SUMS}
 
 
 def test_a_directory_of_runs_is_no_run_s(tmp_path: Path) -> None:
@@ -219,21 +222,131 @@ def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path) -> None:
             settings_to_run({"output_dir": directory, "resume": "auto", "overwrite": True}, {})
 
 
-def test_a_directory_has_one_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with claimed_directory(tmp_path, STORED, False, False) as lock:
-        assert lock.killed is None
-        for resume, overwrite in ((True, False), (False, True), (False, False)):
+def claimed(directory: Path, config: RunConfig, **origin: Any) -> tuple[DirectoryLock, RunConfig, Path | None]:
+    return claimed_directory(directory, config, ORIGIN | origin)
+
+
+def wanted(directory: Path, **flags: Any) -> RunConfig:
+    return RunConfig.from_settings(output_dir=directory, **flags)
+
+
+def test_a_directory_has_one_writer(tmp_path: Path) -> None:
+    lock, _, checkpoint = claimed(tmp_path, wanted(tmp_path))
+    with lock:
+        assert (lock.killed, checkpoint) == (None, None)
+        for flags in ({"resume": True}, {"overwrite": True}, {}):
             with pytest.raises(UserError, match=f"--output_dir {tmp_path}: is being written by process "):
-                claimed_directory(tmp_path, STORED, resume, overwrite)
+                claimed(tmp_path, wanted(tmp_path, **flags))
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}
     with pytest.raises(UserError, match="another run has just started"):
-        claimed_directory(tmp_path, STORED, False, False)
+        claimed(tmp_path, wanted(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}, "a refused one does not stay the holder"
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_the_next_resume_says_that_the_last_process_was_killed(
+    tmp_path: Path, with_checkpoint: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = wanted(tmp_path, resume=True)
+    begin(tmp_path, config.to_dict())
+    if with_checkpoint:
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
     (tmp_path / LOCK).write_text('{"host": "node1", "process": 12, "since": "today"}')
-    with claimed_directory(tmp_path, STORED, True, False):
+    lock, config, _ = claimed(tmp_path, config)
+    with lock:
+        assert config.run.resume == with_checkpoint
         assert capsys.readouterr().out.startswith(
             "process 12 on node1 since today ended without a result: it was killed"
         )
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_a_run_that_ends_while_a_second_process_prepares_loses_nothing(tmp_path: Path, with_checkpoint: bool) -> None:
+    first = wanted(tmp_path)
+    lock, _, _ = claimed(tmp_path, first)
+    if with_checkpoint:
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+    second = settings_to_run({"output_dir": tmp_path, "resume": "auto"}, {})
+    assert second is not None
+    with lock:
+        for name in (ADAPTER, LAST_CHECKPOINT):
+            (tmp_path / name).write_bytes(b"weights")
+        write_result(tmp_path, {"status": "finished"})
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"--output_dir {tmp_path}: .* has finished: nothing to do"):
+        claimed(tmp_path, second)
+    assert contents(tmp_path) == before
+
+
+def test_what_changed_while_a_process_prepared_is_read_again(tmp_path: Path) -> None:
+    lock, _, _ = claimed(tmp_path, wanted(tmp_path))
+    second = settings_to_run({"output_dir": tmp_path, "resume": True}, {})
+    assert second is not None
+    with lock:  # at first there was no checkpoint
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+        write_result(tmp_path, {"status": "interrupted"})
+    lock, config, checkpoint = claimed(tmp_path, second)
+    with lock:
+        assert (config.run.resume, checkpoint) == (True, tmp_path / LAST_CHECKPOINT)
+    with claimed(tmp_path, wanted(tmp_path, overwrite=True, seed=7))[0]:
+        before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"--seed 0: the run in .* has --seed 7"):
+        claimed(tmp_path, second)
+    assert contents(tmp_path).keys() == before.keys() - {LOCK}
+
+
+def interrupted_run(directory: Path) -> RunConfig:
+    """Leaves one with a checkpoint. Returns what resume asks for."""
+    with claimed(directory, wanted(directory))[0]:
+        write_checkpoint(directory / LAST_CHECKPOINT, ARCHIVE)
+        write_result(directory, {"status": "interrupted"})
+    return wanted(directory, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("origin", "said"),
+    [
+        ({"base_model": {"model.safetensors": "9"}}, "model.safetensors of the base model .* correct --model_name"),
+        ({"data": {"train": "2", "test": "9"}}, "test of the data is not the one .* correct --data_dir"),
+    ],
+)
+def test_other_weights_or_texts_are_refused_and_the_run_stays(
+    tmp_path: Path, origin: dict[str, Any], said: str
+) -> None:
+    resumed = interrupted_run(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=said):
+        claimed(tmp_path, resumed, **origin)
+    assert contents(tmp_path) == before
+    (tmp_path / LAST_CHECKPOINT).unlink()
+    with claimed(tmp_path, resumed, **origin)[0]:  # starts over
+        assert read_origin(tmp_path) == ORIGIN | origin
+
+
+def test_another_number_of_processes_is_refused_and_the_run_stays(tmp_path: Path) -> None:
+    interrupted_run(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"--devices 2 --num_nodes 1: the run in {tmp_path} has 1 processes"):
+        claimed(tmp_path, wanted(tmp_path, resume=True, devices=2))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("threads", "warns"), [(2, False), (3, True), (None, False)])
+def test_another_number_of_threads_gives_a_warning(
+    tmp_path: Path, threads: int | None, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed = interrupted_run(tmp_path)
+    with claimed(tmp_path, resumed, threads=threads)[0]:
+        said = capsys.readouterr().err
+    assert said.startswith("warning: the run began with 2 threads and continues with 3") if warns else said == ""
+    assert read_origin(tmp_path) == ORIGIN
+
+
+def test_a_run_of_an_earlier_version_recorded_no_origin(tmp_path: Path) -> None:
+    resumed = interrupted_run(tmp_path)
+    (tmp_path / SETTINGS).write_text(json.dumps(wanted(tmp_path).to_dict()))
+    with claimed(tmp_path, resumed, data={"train": "9"})[0]:
+        assert read_origin(tmp_path) == ORIGIN | {"data": {"train": "9"}}
 
 
 @pytest.mark.parametrize("status", [None, "interrupted", "failed"])

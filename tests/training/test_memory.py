@@ -7,8 +7,8 @@ from finetuning.data.batches import train_loader
 from finetuning.errors import TrainingFailed
 from finetuning.training import memory
 from finetuning.training.estimate import kept_for_backward
-from finetuning.training.hardware import resolve_hardware
-from finetuning.training.memory import advice, check_memory, largest_batch_bytes
+from finetuning.training.hardware import Hardware, resolve_hardware
+from finetuning.training.memory import advice, check_memory, largest_batch
 from local_model_utilities import build_classifier, find_base_model
 from tests.conftest import config_of_flags
 from tests.data.test_batches import make_split, review_lengths
@@ -26,24 +26,41 @@ def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_n
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).train()
     loader = train_loader(make_split(review_lengths(400, 0, longest=64)), config.training, pad_id=0)
     state = torch.get_rng_state()
-    estimated = largest_batch_bytes(classifier, loader)
+    estimated, tokens = largest_batch(classifier, loader)
     assert torch.equal(torch.get_rng_state(), state)
+    assert tokens == max(batch["input_ids"].numel() for batch in loader)
     measured = max(kept_for_backward(classifier, batch) for batch in loader)
     assert estimated == pytest.approx(measured, rel=0.1)
 
     hardware = resolve_hardware(config.hardware)
     weights = 3 * sum(p.numel() * 4 for p in classifier.parameters())  # gradients and AdamW's two averages
-    for free, fits in ((weights + estimated + 2**20, True), (weights + estimated // 2, False), (None, True)):
+    most = weights + estimated
+    for free, processes, fits in ((most + 2**20, 1, True), (most + 2**20, 2, False), (None, 1, True)):
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
         if fits:
-            check_memory(classifier, loader, config.training, hardware, {})
+            check_memory(classifier, loader, config.training, hardware, {}, 64, processes)
         else:
-            with pytest.raises(TrainingFailed, match=r"needs about .* --batch_tokens 20\d\d would fit; --force starts"):
-                check_memory(classifier, loader, config.training, hardware, {})
+            with pytest.raises(TrainingFailed, match=r"needs about .* --batch_tokens \d+ would fit; --force starts"):
+                check_memory(classifier, loader, config.training, hardware, {}, 64, processes)
+
+
+def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of_flags(f"--model_name {tiny_folders['bert']} --max_length 64 --precision fp32 --accelerator cpu")
+    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
+    loader = train_loader(make_split(review_lengths(40, 0, longest=64)), config.training, pad_id=0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB // 1024, GIB))
+    hardware = Hardware("gpu", 1, torch.float32)
+    with pytest.raises(TrainingFailed, match="use --method lora or a smaller model"):
+        check_memory(classifier, loader, config.training, hardware, {}, 512, 1)
 
 
 def test_the_advice_fits() -> None:
-    assert advice(GIB, 4 * GIB, 3 * GIB, 6144, False) == "--batch_tokens 3072 would fit"
-    assert "--gradient_checkpointing" in advice(GIB, 4 * GIB, GIB, 6144, False)
-    assert "--gradient_checkpointing" not in advice(GIB, 4 * GIB, GIB, 6144, True)
-    assert "--method lora" in advice(4 * GIB, 0, GIB, 6144, False)
+    assert advice(GIB, 4 * GIB, 3 * GIB, 6144, 512, False) == "--batch_tokens 3072 would fit"
+    short = advice(GIB, 4 * GIB, 3 * GIB, 1920, 512, False)  # 64 texts of 30 tokens
+    assert short == "--batch_tokens 960 would fit"
+    shorter = advice(GIB, 4 * GIB, 3 * GIB, 512, 512, False)
+    assert shorter == "--batch_tokens 256 --max_length 256 would fit"
+    config_of_flags(f"--offline {shorter.removesuffix(' would fit')}")  # is not refused
+    assert "--gradient_checkpointing" in advice(GIB, 4 * GIB, GIB, 6144, 512, False)
+    assert "--gradient_checkpointing" not in advice(GIB, 4 * GIB, GIB, 6144, 512, True)
+    assert "--method lora" in advice(4 * GIB, 0, GIB, 0, 512, False)
