@@ -157,8 +157,8 @@ def find_family(model_name: str, folder: Path) -> ModelFamily:
     return family_of(_read_config(model_name, folder), model_name)
 
 
-def longest_input(model_name: str, folder: Path) -> int:
-    """The longest sequence, in tokens, that the model in a folder can read.
+def longest_input(model_name: str, folder: Path) -> float:
+    """The longest sequence, in tokens, that the model in a folder can read; infinite if there is no limit.
 
     Raises:
         UserError: as in ``find_family``.
