@@ -201,7 +201,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 def prepare(config: RunConfig) -> Setup:
     """Data: does all checks, reads and tokenizes the texts, and then opens the run directory."""
     from finetuning.data.batches import check_batches
-    from finetuning.models.pretrained import load_tokenizer
+    from finetuning.models.pretrained import check_vocabulary, load_tokenizer
     from finetuning.models.quantization import try_four_bits
     from finetuning.training.hardware import fastest_precision, resolve_hardware
     from finetuning.training.tasks import imbalance_advice, make_task
@@ -237,6 +237,7 @@ def prepare(config: RunConfig) -> Setup:
         load_adapter(trial, adapter, folder)  # what does not fit is refused before anything is written
         del trial
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
+    check_vocabulary(config.model.model_name, folder, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
     lock: AbstractContextManager[object] = nullcontext()
     if writes:
