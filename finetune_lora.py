@@ -205,7 +205,7 @@ def prepare(config: RunConfig) -> Setup:
 
     from finetuning.data.batches import check_batches
     from finetuning.models.base_files import file_hashes
-    from finetuning.models.pretrained import load_tokenizer
+    from finetuning.models.pretrained import check_vocabulary, load_tokenizer
     from finetuning.models.quantization import try_four_bits
     from finetuning.training.hardware import fastest_precision, resolve_hardware
     from finetuning.training.tasks import imbalance_advice, make_task
@@ -241,6 +241,7 @@ def prepare(config: RunConfig) -> Setup:
         load_adapter(trial, adapter, folder)  # what does not fit is refused before anything is written
         del trial
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
+    check_vocabulary(config.model.model_name, folder, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
     lock: AbstractContextManager[object] = nullcontext()
     origin: dict[str, Any] = {}

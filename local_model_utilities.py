@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.models.base_files import check_weights
 from finetuning.models.classifier import Classifier
 from finetuning.models.discovery import named_linears
 from finetuning.models.families import ModelFamily
@@ -35,10 +36,12 @@ def find_base_model(config: RunConfig) -> Path:
     """The folder of the base model, downloaded if necessary.
 
     Raises:
-        UserError: the model does not exist or is not supported, the hub cannot be reached, or settings do not fit.
+        UserError: the model does not exist, is damaged or not supported, the hub cannot be reached, or settings do not
+            fit.
     """
     folder = find_model(config.model.model_name, config.run.offline, config.instead_of_hub)
     check_fits(config.model, folder, config.data.max_length, config.method, config.lora, config.hardware)
+    check_weights(config.model.model_name, folder)
     return folder
 
 

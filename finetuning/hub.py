@@ -33,20 +33,21 @@ class Archive:
     md5: str
 
 
-def require_hub(what: str, instead: str) -> None:
+def require_hub(what: str, instead: str, state: str = "not") -> None:
     """Checks within seconds that the Hugging Face hub answers, because its library would retry for minutes.
 
     Args:
         what: what is needed from the hub, for the message.
         instead: the flags that the message advises.
+        state: whether it is not or only partly on this machine.
 
     Raises:
         UserError: the hub cannot be reached.
     """
-    require_host(constants.ENDPOINT, what, instead, allowed=not constants.HF_HUB_OFFLINE)
+    require_host(constants.ENDPOINT, what, instead, allowed=not constants.HF_HUB_OFFLINE, state=state)
 
 
-def require_host(url: str, what: str, instead: str, allowed: bool = True) -> None:
+def require_host(url: str, what: str, instead: str, allowed: bool = True, state: str = "not") -> None:
     """Like ``require_hub``, for any host. With ``allowed`` False the host counts as unreachable."""
     answered = threading.Event()
 
@@ -65,7 +66,7 @@ def require_host(url: str, what: str, instead: str, allowed: bool = True) -> Non
         probe.start()
         probe.join(PROBE_SECONDS)
     if not answered.is_set():
-        raise UserError(f"{what} is not on this machine, and {url} cannot be reached: give {instead}")
+        raise UserError(f"{what} is {state} on this machine, and {url} cannot be reached: give {instead}")
 
 
 def hub_file(repository: str, filename: str, instead: str = "--data_dir PATH") -> Path:
@@ -115,17 +116,19 @@ def hub_snapshot(
         UserError: it does not exist, is not in the cache and cannot be downloaded, or needs permission.
     """
     fetch = functools.partial(snapshot_download, repository, repo_type=repo_type, allow_patterns=patterns)
+    state = "not"
     try:
         cached = Path(fetch(local_files_only=True))
         if is_complete(cached):
             return cached
+        state = "only partly"
     except LocalEntryNotFoundError:
         pass
     except HFValidationError:
         raise UserError(f"{flag}: is no hub id, and no folder has this name") from None
     if offline:
-        raise UserError(f"{flag} is not in the hub's cache, and --offline was given: --prefetch it first")
-    require_hub(flag, instead)
+        raise UserError(f"{flag} is {state} in the hub's cache, and --offline was given: --prefetch it first")
+    require_hub(flag, instead, state)
     try:
         return Path(fetch())
     except GatedRepoError:

@@ -24,11 +24,12 @@ from finetuning.comparison.collected import read_study
 from finetuning.comparison.report import build_report
 from finetuning.comparison.tables import csv_text
 from finetuning.errors import UserError
-from finetuning.models.pretrained import check_fits, load_pretrained
+from finetuning.models.pretrained import load_pretrained
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RESULT, RUN_FILES
 from finetuning.storage import write_json
 from finetuning.training.module import FineTuning
+from local_model_utilities import find_base_model
 from tests.conftest import ROOT, config_of_flags, frame, make_tiny_folder, texts_of
 from tests.hub_cache import card, parquet, write_hub_cache
 from tests.synthetic_runs import write_run
@@ -68,8 +69,7 @@ def model(tmp_path: Path) -> Path:
 def loaded(model: Path) -> torch.nn.Module:
     """The model as a run loads it."""
     config = config_of_flags(f"--model_name {model} --max_length 16")
-    check_fits(config.model, model, 16, config.method, config.lora, config.hardware)
-    return load_pretrained(config.model, model, ["a", "b"])[0]
+    return load_pretrained(config.model, find_base_model(config), ["a", "b"])[0]
 
 
 def refusal(model: Path) -> str:

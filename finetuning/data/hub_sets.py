@@ -7,7 +7,9 @@ reads them. It never runs a repository's code.
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +26,7 @@ from finetuning.settings import DataSettings
 
 INSTEAD = "--dataset text --data_dir PATH"
 BUILDERS = ("parquet", "csv", "json", "arrow", "text")  # of the library; its others read images, sound and more
+PART = re.compile(r"(.*)-\d+(-of-(\d+).*)")  # of a split in several files
 NO_LABEL = -1  # what a column of classes has instead of a missing label
 
 
@@ -90,10 +93,21 @@ def _is_complete(folder: Path, config: str | None) -> bool:
     if _has_script(folder):
         return True
     with contextlib.suppress(UserError), _library(""):
-        if _file_elsewhere(folder) is None and config in datasets.get_dataset_config_names(str(folder)):
-            datasets.load_dataset_builder(str(folder), config)
+        if _file_elsewhere(folder) is not None:  # refused later
+            return True
+        chosen = config or datasets.get_dataset_default_config_name(str(folder))
+        if chosen in datasets.get_dataset_config_names(str(folder)):
+            builder = datasets.load_dataset_builder(str(folder), chosen)
+            files = builder.config.data_files or {}
+            return set(builder.info.splits or ()) <= set(files) and all(map(_has_every_part, files.values()))
         return True
     return False
+
+
+def _has_every_part(files: Iterable[str]) -> bool:
+    """Whether files whose names end in ``-00000-of-00002`` and so on are all there."""
+    parts = Counter(match.groups() for file in files if (match := PART.fullmatch(file)))
+    return all(count == int(total) for (*_, total), count in parts.items())
 
 
 def _has_script(folder: Path) -> bool:

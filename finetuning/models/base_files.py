@@ -1,13 +1,69 @@
-"""The files of a base model, by their hashes: a run records them, so that later uses know that they are the same."""
+"""The files of a base model: whether all are there and can be read, and their hashes.
+
+A run records the hashes, so that later uses know that the files are the same.
+"""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetuning.errors import UserError
+from safetensors import SafetensorError, safe_open
+
+from finetuning.errors import UserError, first_line
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 # What a classifier is made of: sizes, weights and tokenizer. Other files may change without changing a prediction.
 PATTERNS = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files with a model's weights: one, or the parts that an index names, there or not.
+
+    Raises:
+        ValueError, KeyError, AttributeError: the index is damaged.
+    """
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [name]
+        if index.is_file():
+            return sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+    return []
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all files with the weights are in a folder of the hub's cache, where only a part may be."""
+    try:
+        names = weight_files(folder)
+    except (ValueError, KeyError, AttributeError):
+        return False
+    return bool(names) and all((folder / name).is_file() for name in names)
+
+
+def check_weights(model_name: str, folder: Path) -> None:
+    """Checks that the files with the weights are all in the folder, and that safetensors are not damaged.
+
+    Only their headers are read. They say how long a file must be.
+
+    Raises:
+        UserError: a file is missing, damaged, or in another folder, where transformers would read it.
+    """
+    flag = f"--model_name {model_name}"
+    try:
+        names = weight_files(folder)
+        if not names:
+            raise UserError(f"{flag} cannot be loaded: it has no {' and no '.join(WEIGHTS)}")
+        for name in names:
+            if Path(name).name != name:
+                raise UserError(f"{flag}: its index names {name}, which is not in its folder")
+            if not (folder / name).is_file():
+                raise UserError(f"{flag} cannot be loaded: it lacks {name}, which its index names")
+            if name.endswith(".safetensors"):
+                safe_open(folder / name, framework="numpy")
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{flag} cannot be loaded: {first_line(error, name_file=True)}") from None
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

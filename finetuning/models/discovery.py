@@ -8,7 +8,7 @@ from torch import nn
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from finetuning.errors import UserError, listed
+from finetuning.errors import UserError, first_line, listed
 from finetuning.models.families import FAMILIES, ModelFamily
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in configs
@@ -43,7 +43,7 @@ def check_targets(config: Any, family: ModelFamily, targets: Iterable[str], modu
     """
     if all(target == "head" or target in family.targets for target in targets) and not modules:
         return
-    model = _on_meta(config)
+    model = _on_meta(config, name)
     candidates = listed(dict.fromkeys(path.rpartition(".")[2] for path in _encoder_linears(model, family)))
     if not modules:
         raise UserError(
@@ -89,14 +89,20 @@ def _refuse_others(config: Any, name: str) -> None:
         raise UserError(f"{kind} and has {config.inner_group_num} layers in each group: needs one")
 
 
-def _on_meta(config: Any) -> Any:
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+def _on_meta(config: Any, name: str) -> Any:
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a size that the config lacks, or a package that the type needs
+        reason = first_line(error)
+        raise UserError(
+            f"--model_name {name} is of type {config.model_type!r}, whose classifier cannot be built: {reason}"
+        ) from None
 
 
 def _described(config: Any, model_name: str) -> ModelFamily:
     """A row for a type that the table lacks, from its classifier's modules. It has no names for placement flags."""
-    model = _on_meta(config)
+    model = _on_meta(config, model_name)
     base = model.base_model_prefix
     lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     inside = {name: count for name, count in lists.items() if name.startswith(f"{base}.")}
@@ -111,6 +117,10 @@ def _described(config: Any, model_name: str) -> ModelFamily:
             head.append(name)
         elif next(module.parameters(recurse=False), None) is not None:
             norms.append(name)
+    if not head:
+        raise UserError(
+            f"--model_name {model_name} is of type {config.model_type!r}, in which no linear of the head was found"
+        )
     dropouts = [k for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)]
     attention = [key for key in dropouts if "att" in key]
     others = [key for key in dropouts if "att" not in key]

@@ -5,6 +5,7 @@ layer. This file gives their names in each family. Paths are complete, never suf
 ``output.dense`` also matches ``attention.output.dense``. ``discovery.py`` describes a model whose type has no row.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -50,9 +51,11 @@ class ModelFamily:
         """The value of one of ``settings``, for example ``layer_count`` or ``dropout``."""
         return getattr(model.config, self.settings[name])
 
-    def longest_input(self, model_config: Any) -> int:
-        """The longest sequence, in tokens, that the position embeddings allow."""
-        return model_config.max_position_embeddings - self.position_offset
+    def longest_input(self, model_config: Any) -> float:
+        """The longest sequence, in tokens, that the positions allow; infinite if they have no limit, as in Bloom."""
+        given = (getattr(model_config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        positions = next(filter(None, given), -1)  # XLNet itself says -1
+        return positions - self.position_offset if positions > 0 else math.inf
 
     @property
     def head_modules(self) -> tuple[str, ...]:

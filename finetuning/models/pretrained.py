@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetuning.errors import UserError, first_line
 from finetuning.hub import hub_snapshot
+from finetuning.models.base_files import has_weights
 from finetuning.models.discovery import check_targets, family_of
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.settings import PACKAGED, HardwareSettings, LoRASettings, MethodSettings, ModelSettings
@@ -79,17 +80,13 @@ def _hub_model(name: str, offline: bool, instead: str) -> Path:
     """The hub's snapshot of a model, from the cache if it is complete there: compute nodes then need no network."""
 
     def is_complete(folder: Path) -> bool:
-        return (folder / "config.json").is_file() and _has_weights(folder)
+        return (folder / "config.json").is_file() and has_weights(folder)
 
     flag = f"--model_name {name}"
     folder = hub_snapshot(flag, name, offline, instead, is_complete, "model", HUB_FILES)
     if is_complete(folder):
         return folder
     return hub_snapshot(flag, name, offline, instead, is_complete, "model", [*HUB_FILES, OLD_WEIGHTS])
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(list(folder.glob(pattern)) for pattern in ("*.safetensors", OLD_WEIGHTS))
 
 
 def _read_config(model_name: str, folder: Path) -> Any:
@@ -157,8 +154,8 @@ def find_family(model_name: str, folder: Path) -> ModelFamily:
     return family_of(_read_config(model_name, folder), model_name)
 
 
-def longest_input(model_name: str, folder: Path) -> int:
-    """The longest sequence, in tokens, that the model in a folder can read.
+def longest_input(model_name: str, folder: Path) -> float:
+    """The longest sequence, in tokens, that the model in a folder can read; infinite if there is no limit.
 
     Raises:
         UserError: as in ``find_family``.
@@ -207,6 +204,33 @@ def load_tokenizer(model_name: str, folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_vocabulary(model_name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Any]) -> None:
+    """Checks that the model has an embedding for padding and for every token of the texts.
+
+    A tokenizer may have more tokens than its model, as long as none of them is used.
+
+    Args:
+        model_name: ``--model_name``.
+        folder: the model's folder.
+        tokenizer: from ``load_tokenizer``.
+        tokens: arrays of token ids, none empty.
+
+    Raises:
+        UserError: a token has no embedding.
+    """
+    size = getattr(_read_config(model_name, folder), "vocab_size", None)
+    padding: Any = tokenizer.pad_token_id
+    if size is None or max(padding, len(tokenizer) - 1) < size:
+        return
+    largest = max(padding, *(int(ids.max()) for ids in tokens))
+    if largest >= size:
+        raise UserError(
+            f"--model_name {model_name}: its tokenizer uses {tokenizer.convert_ids_to_tokens(largest)!r}, token"
+            f" {largest}, but the model has tokens 0 to {size - 1}: save the model after"
+            f" model.resize_token_embeddings({len(tokenizer)}), or give the tokenizer that belongs to it"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the pretrained classifier
 
@@ -251,7 +275,6 @@ def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, l
     transformers_logging.set_verbosity_error()  # users need no warning that the head is new
     transformers_logging.disable_progress_bar()
     try:
-        _check_parts(model_name, folder)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=base,
@@ -273,14 +296,6 @@ def _from_folder(model_name: str, folder: Path, base: Any) -> tuple[nn.Module, l
         parameter.data = parameter.data.clone()
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
     return model, [*info["missing_keys"], *mismatched]
-
-
-def _check_parts(model_name: str, folder: Path) -> None:
-    """Refuses a model whose index names files elsewhere: transformers would read them."""
-    for index in folder.glob("*.index.json"):
-        for name in set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()):
-            if Path(name).name != name:
-                raise UserError(f"--model_name {model_name}: {index.name} names {name}, which is not in its folder")
 
 
 def distilbert_config(bert: Any) -> DistilBertConfig:

@@ -250,10 +250,13 @@ def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: Tra
         training: ``class_weights``, ``label_smoothing``, ``threshold`` and ``monitor``.
 
     Raises:
-        UserError: a setting does not fit the labels, a class with a weight does not exist, or all weights are 0.
+        UserError: a setting does not fit the labels, a class with a weight does not exist, all weights are 0, or no
+            training text has any of several labels.
     """
     task: Task
     if labels["train"].ndim == 2:
+        if not labels["train"].any():
+            raise UserError("--label_column: no training text has a label: give other data, or a larger --limit_train")
         if training.label_smoothing:
             raise UserError(f"--label_smoothing {training.label_smoothing:g}: needs one label a text, not several")
         threshold = None if training.threshold == "tuned" else float(training.threshold or DEFAULT_THRESHOLD)

@@ -185,7 +185,21 @@ def test_not_in_the_cache(cache: Path) -> None:
     assert "--dataset me/films is not on this machine" in refusal("me/films")
     snapshot = write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files_of("plain")})
     (snapshot / "plain" / "train.parquet").unlink()
-    assert "--dataset me/films is not in the hub's cache" in refusal("me/films", offline=True)
+    partly = "--dataset me/films is only partly in the hub's cache, and --offline was given: --prefetch it first"
+    assert refusal("me/films", offline=True) == partly
+
+
+def test_a_part_of_the_files_is_not_taken_for_the_set(cache: Path) -> None:
+    parts = {f"train-0000{i}-of-00002.parquet": parquet(frame(20, word=f"part {i}")) for i in range(2)}
+    snapshot = write_hub_cache(cache, "me/parts", {f"data/{name}": part for name, part in parts.items()})
+    assert len(texts_of(config_of("me/parts")).splits["train"].texts) == 32
+    (snapshot / "data" / "train-00001-of-00002.parquet").unlink()
+    assert "--dataset me/parts is only partly in the hub's cache" in refusal("me/parts", offline=True)
+    assert "--dataset me/parts is only partly on this machine, and https://" in refusal("me/parts")
+    splits = "".join(f"  - {{name: {name}, num_examples: 40}}\n" for name in ("train", "test"))
+    metadata = f"---\ndataset_info:\n  features:\n  - {{name: text, dtype: string}}\n  splits:\n{splits}---\n"
+    write_hub_cache(cache, "me/no_test", {"README.md": metadata, "train.csv": frame(40).to_csv(index=False)})
+    assert "--dataset me/no_test is only partly in the hub's cache" in refusal("me/no_test", offline=True)
 
 
 def test_code_is_never_run(cache: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which models are refused, and how one whose type the table lacks is adapted by --lora_modules."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from finetuning.errors import UserError
 from finetuning.models.discovery import family_of
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
-from finetuning.models.pretrained import load_tokenizer
+from finetuning.models.pretrained import load_tokenizer, longest_input
 from local_model_utilities import build_classifier, find_base_model
 from tests.tiny_models import LAYERS, WIDTH, save_tokenizer, tiny_model, unlisted_model
 
@@ -114,6 +115,34 @@ def test_a_type_without_a_row_is_adapted_where_lora_modules_says(tmp_path: Path)
     ids = torch.randint(5, 300, (3, 9))
     classifier(ids, torch.ones_like(ids)).sum().backward()
     assert all(p.grad is not None for p in classifier.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("content", "longest"),
+    [
+        ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, math.inf),
+        ({"model_type": "funnel", "d_model": 32, "block_sizes": [1, 2], "n_head": 4, "d_head": 8}, math.inf),
+        ({"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, math.inf),
+        ({"model_type": "mpt", "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 40}, 40),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_models_whose_config_has_other_names_for_sizes(tmp_path: Path, content: dict[str, Any], longest: float) -> None:
+    folder = folder_with(tmp_path, content)
+    assert longest_input("name", folder) == longest
+    assert "for which the placement flags have no names: give --lora_modules" in refused(folder)
+    assert "--lora_r 33: the layers of FOLDER are 32 wide" in refused(folder, lora_r=33)
+    if longest == 40:
+        with pytest.raises(UserError, match=r"--max_length 41: .* has 40 positions"):
+            find_base_model(RunConfig.from_settings(model_name=str(folder), max_length=41))
+
+
+def test_models_that_cannot_be_described_are_refused(tmp_path: Path) -> None:
+    perceiver = refused(folder_with(tmp_path, {"model_type": "perceiver", "num_latents": 4, "d_latents": 32}))
+    assert perceiver.endswith("is of type 'perceiver', in which no linear of the head was found")
+    assert "is of type 'esm', whose classifier cannot be built: " in refused(
+        folder_with(tmp_path, {"model_type": "esm"})
+    )
 
 
 def test_other_methods_need_no_names(tmp_path: Path) -> None:

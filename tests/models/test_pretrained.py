@@ -5,18 +5,22 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from finetune_lora import main
+from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.models.pretrained import load_pretrained, load_tokenizer
+from finetuning.models.pretrained import check_vocabulary, load_pretrained, load_tokenizer
 from finetuning.settings import PACKAGED
 from local_model_utilities import find_base_model
 from tests.conftest import CORE, LAYERS, packaged_folder
+from tests.tiny_models import save_tokenizer, tiny_model
 
 NAMES = ["bad", "good"]
 
@@ -155,3 +159,71 @@ def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> No
     settings = json.loads((other_shape / "config.json").read_text())
     (other_shape / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": LAYERS + 1}))
     refused(other_shape, "lacks 16 weights")
+
+
+@pytest.fixture
+def in_parts(tmp_path: Path) -> Path:
+    """A tiny model whose weights are in several files, as those of large models are."""
+    tiny_model("bert").save_pretrained(tmp_path / "parts", max_shard_size="60KB")
+    save_tokenizer(tmp_path / "parts", decoder=False)
+    return tmp_path / "parts"
+
+
+def test_a_part_of_the_files_is_not_taken_for_the_model(
+    in_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "hub" / "models--me--big", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(in_parts, repository / "snapshots" / commit)
+    config = RunConfig.from_settings(model_name="me/big", max_length=32)
+    assert find_base_model(config).name == commit
+    next((repository / "snapshots" / commit).glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"^--model_name me/big is only partly on this machine, and https://"):
+        find_base_model(config)
+    with pytest.raises(UserError, match=r"^--model_name me/big is only partly in the hub's cache, and --offline"):
+        find_base_model(config.changed(offline=True))
+
+
+def test_models_that_cannot_be_trained_leave_no_directory(
+    in_parts: Path, review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+
+    def refused(folder: Path, words: str) -> None:
+        capsys.readouterr()
+        line = f"--model_name {folder} --data_dir {review_folder} --dataset text --output_dir {output} --max_length 32"
+        assert main([*line.split(), "--accelerator", "cpu", "--precision", "fp32"]) == 2
+        (shown,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert shown.startswith(f"error: --model_name {folder}")
+        assert words in shown
+        assert not output.exists()
+
+    part = sorted(in_parts.glob("*.safetensors"))[1]
+    content = part.read_bytes()
+    part.write_bytes(content[:-4])
+    refused(in_parts, "cannot be loaded: Error while deserializing header: incomplete metadata")
+    part.unlink()
+    refused(in_parts, f"cannot be loaded: it lacks {part.name}, which its index names")
+    part.write_bytes(content)
+    tokenizer = AutoTokenizer.from_pretrained(in_parts)
+    tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    tokenizer.save_pretrained(in_parts)
+    config = json.loads((in_parts / "config.json").read_text())
+    (in_parts / "config.json").write_text(json.dumps(config | {"vocab_size": len(tokenizer) - 1}))
+    refused(
+        in_parts,
+        f"its tokenizer uses '[NEW]', token {len(tokenizer) - 1}, but the model has tokens 0 to {len(tokenizer) - 2}:"
+        f" save the model after model.resize_token_embeddings({len(tokenizer)})",
+    )
+
+
+def test_a_tokenizer_may_have_tokens_that_no_text_uses(in_parts: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(in_parts)
+    tokenizer.add_tokens([f"[MORE{i}]" for i in range(300)])
+    size = tiny_model("bert").config.vocab_size
+    check_vocabulary("name", in_parts, tokenizer, [np.array([5, size - 1])])
+    with pytest.raises(UserError, match=rf"token {size}, but the model has tokens 0 to {size - 1}: "):
+        check_vocabulary("name", in_parts, tokenizer, [np.array([5]), np.array([size])])

@@ -205,6 +205,11 @@ def test_what_several_labels_do_not_allow_is_refused(settings: dict[str, object]
     assert str(caught.value) == line
 
 
+def test_training_texts_without_any_label_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^--label_column: no training text has a label: "):
+        make_task({"train": np.zeros_like(TRUTH), "validation": TRUTH}, NAMES, training())
+
+
 @pytest.mark.parametrize("threshold", ["tuned", "0.3"])
 def test_a_threshold_needs_several_labels(threshold: str) -> None:
     labels = {"train": np.array([0, 1, 2]), "validation": np.array([0, 1])}
