@@ -15,8 +15,6 @@ from finetuning.models import classifier as classifier_module
 from finetuning.models import cpu_kernels
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
-from finetuning.models.int8 import Int8Linear
-from finetuning.models.linears import dense_weight
 from finetuning.models.lora import LinearWithLoRA, lora_modules
 from finetuning.models.quantization import dequantized, import_bitsandbytes, is_quantized, try_four_bits
 from finetuning.settings import LORA_TARGETS, PACKAGED
@@ -27,7 +25,7 @@ from local_model_utilities import (
     parameter_record,
     parameter_table,
 )
-from tests.conftest import CORE, HEADS, INNER, LAYERS, WIDTH, needs_int8
+from tests.conftest import CORE, HEADS, INNER, LAYERS, WIDTH
 
 NAMES = ["bad", "good"]
 
@@ -307,57 +305,6 @@ def test_what_is_quantized_and_what_it_weighs(tiny_folders: dict[str, Path]) -> 
     assert counted["encoder"].parameters == plain["encoder"].parameters
     assert counted["encoder"].bytes < 0.28 * plain["encoder"].bytes  # 4 bits of 16, and the scales
     assert counted["embeddings"].bytes == plain["embeddings"].bytes
-
-
-# --- 8 bits
-
-
-@needs_int8
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["lora", "selective"])
-def test_in_8_bits_the_efficient_forward_equals_the_plain_one(
-    tiny_folders: dict[str, Path], dtype: torch.dtype, method: str
-) -> None:
-    settings: dict[str, object] = {"method": method, "precision": "int8"}
-    settings |= {"lora_key": True, "lora_mlp": True, "lora_projection": True} if method == "lora" else {}
-    outcomes = []
-    for efficient in (True, False):
-        classifier = build(tiny_folders["bert"], dtype, efficient=efficient, **settings).train()
-        fill_lora(classifier.model)
-        logits = classifier(*batch())
-        trained = [p for p in classifier.model.parameters() if p.requires_grad]
-        outcomes.append([logits, *torch.autograd.grad(logits.square().sum(), trained)])
-    largest = max(plain.norm() for plain in outcomes[1])
-    for value, plain in zip(*outcomes, strict=True):  # some gradients are zero but for rounding, such as a key's bias
-        assert (value - plain).norm() < 0.03 * plain.norm() + 0.005 * largest
-
-
-@needs_int8
-def test_what_is_held_in_8_bits_and_what_it_weighs(tiny_folders: dict[str, Path]) -> None:
-    model = build(tiny_folders["bert"], method="selective", trainable_layers=1, precision="int8").model
-    packed = {name for name, module in model.named_modules() if isinstance(module, Int8Linear)}
-    assert len(packed) == 6 * (LAYERS - 1), "trained layers are not quantized"
-    assert not any("embeddings" in name or "pooler" in name or "classifier" in name for name in packed)
-    plain = count_parameters(build(Path(PACKAGED), torch.bfloat16))
-    counted = count_parameters(build(Path(PACKAGED), torch.bfloat16, precision="int8"))
-    assert counted["encoder"].parameters == plain["encoder"].parameters
-    assert counted["encoder"].bytes < 0.52 * plain["encoder"].bytes
-    assert counted["embeddings"].bytes == plain["embeddings"].bytes
-
-
-@needs_int8
-def test_without_the_products_the_linears_hold_the_same_weights(tiny_folders: dict[str, Path]) -> None:
-    config = RunConfig.from_settings(model_name=str(tiny_folders["bert"]), max_length=32, precision="int8")
-    folder = find_base_model(config)
-    packed, dense = (
-        build_classifier(config, folder, NAMES, torch.float32, int8_products=products).model
-        for products in (True, False)
-    )
-    name = "bert.encoder.layer.0.output.dense"
-    torch.testing.assert_close(dense.get_submodule(name).weight, dequantized(packed.get_submodule(name)))
-    wrapped = packed.get_submodule("bert.encoder.layer.0.attention.self.query")
-    assert isinstance(wrapped, LinearWithLoRA)
-    torch.testing.assert_close(dense_weight(wrapped), wrapped.linear.dense_weight())
 
 
 # --- what is saved, what is shown
