@@ -49,6 +49,18 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
         temporary.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """Removes a file, or an empty folder in its place. Nothing there is fine.
+
+    Raises:
+        OSError: it cannot be removed, or the folder is not empty.
+    """
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
 def is_left_over(path: Path) -> bool:
     """Whether a killed process left this temporary file or folder: nothing in it has changed for an hour."""
     before = time.time() - LEFT_OVER_SECONDS

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
-from finetuning.storage import TEMPORARY, write_atomically
+from finetuning.storage import TEMPORARY, remove, write_atomically
 
 MARK = b"sha256:"
 COMMENT_BYTES = len(MARK) + 64
@@ -70,12 +70,16 @@ def usable_checkpoint(directory: Path) -> Path | None:
 
 
 def discard_damaged(directory: Path) -> None:
-    """Removes damaged checkpoints, with a line of warning for each; else the next one would push out the good one."""
+    """Removes damaged checkpoints, with a line of warning for each; else the next one would push out the good one.
+
+    Raises:
+        OSError: one cannot be removed, for example because it is a folder with files.
+    """
     for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT):
         path = directory / name
-        if path.is_file() and not is_intact(path):
+        if path.exists() and not is_intact(path):
+            remove(path)
             print(f"warning: {path} is damaged: the run continues without it", file=sys.stderr)
-            path.unlink()
 
 
 def forget_unneeded(directory: Path) -> None:

@@ -23,7 +23,7 @@ from finetuning.runs.files import (
 )
 from finetuning.runs.lock import DirectoryLock
 from finetuning.settings import AUTO
-from finetuning.storage import TEMPORARY, cannot_be_written_in
+from finetuning.storage import TEMPORARY, cannot_be_written_in, remove
 
 KILLED = "ended without a result: it was killed, perhaps because memory ran out, or its machine stopped"
 
@@ -225,14 +225,14 @@ def open_directory(
         if resume:
             discard_damaged(directory)
         else:
-            for name in RUN_FILES:
+            for name in sorted(RUN_FILES, key=lambda name: not (directory / name).is_dir()):  # folders may be refused
                 if name != SETTINGS:  # the directory must still count as a run if this process is killed here
-                    (directory / name).unlink(missing_ok=True)
+                    remove(directory / name)
         write_settings(directory, settings, origin)
         if earlier is not None and earlier.name == OLD_SETTINGS:
             earlier.unlink()
     except OSError as error:
-        raise UserError(f"--output_dir {directory}: cannot be written: {error.strerror}") from None
+        raise UserError(f"--output_dir {directory}: cannot be written: {first_line(error, name_file=True)}") from None
 
 
 def _refuse_another(directory: Path) -> None:

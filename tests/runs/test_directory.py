@@ -200,6 +200,33 @@ def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, PREVIOUS_CHECKPOINT, LAST_CHECKPOINT}
 
 
+@pytest.mark.parametrize("with_previous", [True, False])
+def test_a_checkpoint_that_became_a_folder_gives_way_or_is_refused(
+    tmp_path: Path, with_previous: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed = interrupted_run(tmp_path)
+    last = tmp_path / LAST_CHECKPOINT
+    if with_previous:
+        last.rename(tmp_path / PREVIOUS_CHECKPOINT)
+    last.unlink(missing_ok=True)
+    last.mkdir()
+    (last / "mine").touch()
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"--output_dir {tmp_path}: .*not empty: {last}"):
+        claimed(tmp_path, resumed)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    (last / "mine").unlink()
+    capsys.readouterr()
+    lock, config, checkpoint = claimed(tmp_path, resumed)
+    with lock:
+        assert config.run.resume == with_previous
+        assert checkpoint == (tmp_path / PREVIOUS_CHECKPOINT if with_previous else None)
+        assert capsys.readouterr().err == with_previous * (
+            f"warning: {last} is damaged: the run continues without it\n"
+        )
+        write_checkpoint(last, ARCHIVE)
+
+
 def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path) -> None:
     given = {"output_dir": tmp_path, "resume": "auto", "epochs": 3}
     fresh = settings_to_run(given, {"seed": 5})

@@ -1,0 +1,85 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from finetune_lora import prepare, watched
+from finetuning.flags import from_flags
+from finetuning.training import checkpoints
+from finetuning.training.callbacks import GracefulStop, Meter
+from finetuning.training.checkpoints import CheckpointFiles
+from finetuning.training.trackers import Trackers
+from tests.test_finetune_lora import flags
+
+
+class Clock:
+    """A clock that the test moves. Writing a checkpoint takes ``cost`` seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
+        self.now = 1000.0
+        self.cost = cost
+        monkeypatch.setattr(checkpoints.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(checkpoints, "write_checkpoint", self._write)
+
+    def _write(self, path: Path, archive: memoryview) -> None:
+        self.now += self.cost
+
+
+@pytest.mark.parametrize(
+    ("minutes", "cost", "after"),
+    [
+        (5, 1.0, 300),  # what writing costs is no matter: 100 s would be enough
+        (5, 4.0, 400),  # one of 4 s may come every 400 s
+        (0.01, 0.5, 50),
+        (0.01, 0.0, 0.6),
+        (0, 0.0, None),
+    ],
+)
+def test_a_checkpoint_is_due_by_the_clock_and_takes_at_most_a_hundredth_of_the_time(
+    minutes: float, cost: float, after: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, cost)
+    files = CheckpointFiles()
+    clock.now += 60 * minutes - 0.01
+    assert not files.due(minutes), "the first one costs an unknown time"
+    clock.now += 0.02
+    assert files.due(minutes) == (after is not None)
+    files.save_checkpoint({}, Path("last.ckpt"))
+    clock.now += (after or 1e9) - 0.01
+    assert not files.due(minutes)
+    clock.now += 0.02
+    assert files.due(minutes) == (after is not None)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "steps", "expected"), [(0, 0, []), (0.9, 0, [3, 6]), (0, 3, [3, 6]), (0.01, 0, [1, 3, 5, 7])]
+)
+def test_a_run_writes_the_checkpoints_that_are_due(
+    minutes: float, steps: int, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, cost=0.25)  # so one may come every 25 s
+    files, saved = CheckpointFiles(), []
+
+    def save(path: Path) -> None:
+        files.save_checkpoint({}, path)
+        saved.append(trainer.global_step)
+
+    trainer: Any = SimpleNamespace(
+        num_training_batches=16, accumulate_grad_batches=2, world_size=1, is_global_zero=True, save_checkpoint=save,
+        strategy=SimpleNamespace(checkpoint_io=files),
+    )  # fmt: skip
+    stop = GracefulStop(tmp_path, Meter(tmp_path), minutes, steps)
+    for batch in range(16):  # of two a step, 10 s each; the one after the last comes from Lightning
+        clock.now += 10
+        trainer.global_step = (batch + 1) // 2
+        stop.on_train_batch_end(trainer, None, {}, {}, batch)
+    assert saved == expected
+
+
+def test_the_flags_reach_the_run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
+    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--checkpoint_steps", "9")
+    for more, minutes in ((["--checkpoint_minutes", "7"], 7), ([], 5)):
+        setup = prepare(from_flags([*words, *more, "--overwrite"]))
+        with setup.lock, watched(setup, {"environment": {}}, Trackers([], setup.directory)) as (_, stop):
+            assert (stop.minutes, stop.steps) == (minutes, 9)
