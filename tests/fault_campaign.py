@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.pages import renew_tables
-from tests.faults.runs import ROOT, Commands, Fault
+from tests.faults.runs import ROOT, Broken, Commands, Fault
 
 TABLE = "faults"  # in the markers of the page
 COMMAND = "make campaign CAMPAIGN_FLAGS='--only \"NAME\"'"
@@ -62,8 +62,9 @@ class Campaign:
         try:
             seen, kept = fault.trial(self.commands, generator, directory), True
             shutil.rmtree(directory, ignore_errors=True)
-        except AssertionError as reason:  # Broken, or a wait in vain for SLURM
-            seen, kept = str(reason), False
+        except Exception as reason:  # a broken promise, or what a check found instead of a result
+            kind = "" if isinstance(reason, Broken) else f"{type(reason).__name__}: "
+            seen, kept = f"{kind}{reason}", False
         seconds = round(time.monotonic() - began, 2)
         record = {"fault": fault.name, "number": number, "kept": kept, "seen": seen, "seconds": seconds}
         record["commit"] = commit()

@@ -7,7 +7,7 @@ import pytest
 
 from tests.fault_campaign import Campaign
 from tests.faults import FAULTS
-from tests.faults.runs import Broken, Commands, Fault, Signals, require_same
+from tests.faults.runs import Broken, Commands, Fault, Signals, left_by, require_same
 
 SHORT = {
     "SIGKILL": 2,
@@ -71,6 +71,16 @@ def test_a_broken_promise_is_noticed_and_a_campaign_goes_on_where_it_stopped(
     elsewhere = Campaign(tried, [Fault("another", 2, "works", trial, lambda: "needs a moon")])
     elsewhere.run(shown.append)
     assert elsewhere.report().splitlines()[2] == "| another | 0 | 0 | works | needs a moon |"
+
+
+def test_a_trial_that_finds_no_result_is_noted_as_broken(commands: Commands, tmp_path: Path) -> None:
+    def trial(_commands: Commands, _generator: object, directory: Path) -> str:
+        left_by(directory)
+        return "fine"
+
+    campaign = Campaign(Commands(tmp_path, commands.model, commands.data), [Fault("a fault", 2, "works", trial)])
+    campaign.run(lambda _line: None)
+    assert [record["seen"].split(":")[0] for record in campaign.broken] == ["FileNotFoundError"] * 2
 
 
 def test_another_bit_in_the_weights_is_a_difference(commands: Commands, tmp_path: Path) -> None:
