@@ -1,5 +1,6 @@
 """A short form of the fault campaign: a few trials of the faults that need no root and no second process."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from tests.fault_campaign import Campaign
 from tests.faults import FAULTS
-from tests.faults.runs import Broken, Commands, Fault, Signals, left_by, require_same
+from tests.faults.runs import Broken, Commands, Fault, Outcome, Signals, Undisturbed, continued, left_by, require_same
 
 SHORT = {
     "SIGKILL": 2,
@@ -81,6 +82,55 @@ def test_a_trial_that_finds_no_result_is_noted_as_broken(commands: Commands, tmp
     campaign = Campaign(Commands(tmp_path, commands.model, commands.data), [Fault("a fault", 2, "works", trial)])
     campaign.run(lambda _line: None)
     assert [record["seen"].split(":")[0] for record in campaign.broken] == ["FileNotFoundError"] * 2
+
+
+def test_a_trial_that_disturbed_nothing_is_drawn_again(commands: Commands, tmp_path: Path) -> None:
+    drawn: list[float] = []
+
+    def trial(_commands: Commands, generator: random.Random, directory: Path) -> str:
+        directory.mkdir()
+        drawn.append(generator.random())
+        if directory.name.endswith("1") or len(drawn) < 3:
+            raise Undisturbed
+        return "fine"
+
+    campaign = Campaign(Commands(tmp_path, commands.model, commands.data), [Fault("a fault", 2, "works", trial)])
+    campaign.run(lambda _line: None)
+    assert len(set(drawn)) == 3 + 8
+    seen = {number: (record["kept"], record["seen"]) for number, record in campaign.done["a fault"].items()}
+    assert seen == {0: (True, "fine"), 1: (False, "nothing was disturbed in 8 draws")}
+
+
+def printed(*batches: int) -> Outcome:
+    """A run that printed these batches."""
+    return Outcome(0, "".join(f"epoch {n // 10 + 1}/3  batch {n % 10}/10  loss 0.7\n" for n in batches))
+
+
+@pytest.mark.parametrize(
+    ("kept", "earlier", "later", "reason"),
+    [
+        (True, printed(1, 11), printed(3, 12), "did batch 3 again after 11 batches"),
+        (True, printed(1, 2), printed(1, 2), "did batch 1 again after 2 batches"),
+        (False, printed(1, 9), printed(1, 2), "no checkpoint after 9 batches"),
+    ],
+)
+def test_a_lost_or_unused_checkpoint_is_noticed(kept: bool, earlier: Outcome, later: Outcome, reason: str) -> None:
+    with pytest.raises(Broken, match=reason):
+        continued(kept, earlier, lambda: later)
+
+
+@pytest.mark.parametrize(
+    ("kept", "earlier", "later", "seen"),
+    [
+        (True, printed(1, 11), printed(4, 12), "continued"),
+        (True, printed(1, 11), printed(), "continued"),
+        (False, printed(1, 8), printed(1, 2), "started over"),
+    ],
+)
+def test_a_run_that_goes_on_has_continued_or_started_over(
+    kept: bool, earlier: Outcome, later: Outcome, seen: str
+) -> None:
+    assert continued(kept, earlier, lambda: later) == (later, seen)
 
 
 def test_another_bit_in_the_weights_is_a_difference(commands: Commands, tmp_path: Path) -> None:
