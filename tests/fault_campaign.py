@@ -28,11 +28,12 @@ COMMAND = "make campaign CAMPAIGN_FLAGS='--only \"NAME\"'"
 
 @dataclass
 class Campaign:
-    """The trials of some faults, and those that have been done."""
+    """The trials of some faults, and those that have been done with the same seed."""
 
     commands: Commands
     faults: Sequence[Fault]
     seed: int = 0
+    retry_broken: bool = False
     done: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
 
     @property
@@ -45,10 +46,13 @@ class Campaign:
         if self.file.exists():
             for line in self.file.read_text(encoding="utf8").splitlines():
                 record = json.loads(line)
-                self.done.setdefault(record["fault"], {})[record["number"]] = record
+                if record.get("seed") == self.seed:  # trials of an earlier version have none, and are done anew
+                    self.done.setdefault(record["fault"], {})[record["number"]] = record
         for fault in self.faults:
             for number in range(fault.times):
-                if number not in self.done.setdefault(fault.name, {}) and fault.missing() is None:
+                earlier = self.done.setdefault(fault.name, {}).get(number)
+                again = earlier is None or (self.retry_broken and not earlier["kept"])
+                if again and fault.missing() is None:
                     record = self.trial(fault, number)
                     self.done[fault.name][number] = record
                     if not record["kept"]:
@@ -72,8 +76,8 @@ class Campaign:
                 seen = f"{kind}{reason}"
             break
         seconds = round(time.monotonic() - began, 2)
-        record = {"fault": fault.name, "number": number, "kept": kept, "seen": seen, "seconds": seconds}
-        record["commit"] = commit()
+        record = {"fault": fault.name, "number": number, "seed": self.seed, "kept": kept, "seen": seen}
+        record |= {"seconds": seconds, "commit": commit()}
         with self.file.open("a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
         return record
@@ -117,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/campaign"), help="where trials are noted")
     parser.add_argument("--only", nargs="*", choices=[fault.name for fault in FAULTS], help="only these faults")
     parser.add_argument("--times", type=int, help="at most N trials of each fault")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="another seed does all trials anew, with other choices")
+    parser.add_argument("--retry_broken", action="store_true", help="do trials again whose promise was broken")
     parser.add_argument("--page", type=Path, help="a page with markers, such as docs/faults.md, whose table is renewed")
     options = parser.parse_args(argv)
     folder = options.folder.resolve()
@@ -132,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fault in FAULTS
         if not options.only or fault.name in options.only
     ]
-    campaign = Campaign(Commands(folder, model, data), chosen, options.seed)
+    campaign = Campaign(Commands(folder, model, data), chosen, options.seed, options.retry_broken)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that disks are unmounted and daemons stopped
     campaign.run()
     print(campaign.report())
