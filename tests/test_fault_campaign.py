@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fault_campaign import Campaign
-from tests.faults import FAULTS
+from tests.faults import FAULTS, inputs
 from tests.faults.runs import Broken, Commands, Fault, Outcome, Signals, Undisturbed, continued, left_by, require_same
 
 SHORT = {
@@ -23,15 +23,18 @@ SHORT = {
     "data files": 1,
 }
 
+SEED = 65603  # most of its trials are of LoRA or full fine-tuning in fp32: few undisturbed runs, no kernels to compile
+
 
 @pytest.fixture(scope="module")
 def commands(tiny_folders: dict[str, Path], review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Commands:
     return Commands(tmp_path_factory.mktemp("campaign"), tiny_folders["distilbert"], review_folder)
 
 
-def test_every_promise_is_kept(commands: Commands) -> None:
+def test_every_promise_is_kept(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "CASES", 30)
     chosen = [replace(fault, times=SHORT[fault.name]) for fault in FAULTS if fault.name in SHORT]
-    campaign = Campaign(commands, chosen)
+    campaign = Campaign(commands, chosen, SEED)
     campaign.run()
     assert not campaign.broken, campaign.report()
     assert sum(len(trials) for trials in campaign.done.values()) == sum(SHORT.values())
@@ -69,6 +72,10 @@ def test_a_broken_promise_is_noticed_and_a_campaign_goes_on_where_it_stopped(
     assert shown == ["a fault 1: it was lost"]
     assert [record["number"] for record in campaign.broken] == [1]
     assert campaign.report().splitlines()[2] == "| a fault | 3 | 2 | nothing is lost | 2 fine; 1 broken |"
+    for seed, retry_broken, again in ((0, False, []), (0, True, [1]), (1, False, [0, 1, 2])):
+        calls.clear()
+        Campaign(tried, [Fault("a fault", 3, "", trial)], seed, retry_broken).run(shown.append)
+        assert calls == [f"a_fault-{number}" for number in again]
     elsewhere = Campaign(tried, [Fault("another", 2, "works", trial, lambda: "needs a moon")])
     elsewhere.run(shown.append)
     assert elsewhere.report().splitlines()[2] == "| another | 0 | 0 | works | needs a moon |"
@@ -131,6 +138,24 @@ def test_a_run_that_goes_on_has_continued_or_started_over(
     kept: bool, earlier: Outcome, later: Outcome, seen: str
 ) -> None:
     assert continued(kept, earlier, lambda: later) == (later, seen)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "left"),
+    [
+        (Outcome(1, "error: --seed x: must be a number\n"), False),
+        (Outcome(2, "error: something is wrong -- try again\n"), False),
+        (Outcome(2, "a note\nerror: --seed x: must be a number\n"), False),
+        (Outcome(2, "error: --seed x: must be a number\n"), True),
+    ],
+)
+def test_a_refusal_that_is_not_clean_is_noticed(outcome: Outcome, left: bool, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    inputs.require_refused(Outcome(2, "error: --seed x: must be a number\n"), ["--seed"], directory, "x")
+    if left:
+        directory.mkdir()
+    with pytest.raises(Broken, match="status"):
+        inputs.require_refused(outcome, ["--seed"], directory, "x")
 
 
 def test_another_bit_in_the_weights_is_a_difference(commands: Commands, tmp_path: Path) -> None:
