@@ -19,19 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.pages import renew_tables
-from tests.faults.runs import ROOT, Commands, Fault
+from tests.faults.runs import ROOT, Broken, Commands, Fault, Undisturbed
 
 TABLE = "faults"  # in the markers of the page
+DRAWS = 8  # of a trial, until its fault disturbs something
 COMMAND = "make campaign CAMPAIGN_FLAGS='--only \"NAME\"'"
 
 
 @dataclass
 class Campaign:
-    """The trials of some faults, and those that have been done."""
+    """The trials of some faults, and those that have been done with the same seed."""
 
     commands: Commands
     faults: Sequence[Fault]
     seed: int = 0
+    retry_broken: bool = False
     done: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
 
     @property
@@ -44,10 +46,13 @@ class Campaign:
         if self.file.exists():
             for line in self.file.read_text(encoding="utf8").splitlines():
                 record = json.loads(line)
-                self.done.setdefault(record["fault"], {})[record["number"]] = record
+                if record.get("seed") == self.seed:  # trials of an earlier version have none, and are done anew
+                    self.done.setdefault(record["fault"], {})[record["number"]] = record
         for fault in self.faults:
             for number in range(fault.times):
-                if number not in self.done.setdefault(fault.name, {}) and fault.missing() is None:
+                earlier = self.done.setdefault(fault.name, {}).get(number)
+                again = earlier is None or (self.retry_broken and not earlier["kept"])
+                if again and fault.missing() is None:
                     record = self.trial(fault, number)
                     self.done[fault.name][number] = record
                     if not record["kept"]:
@@ -56,17 +61,23 @@ class Campaign:
     def trial(self, fault: Fault, number: int) -> dict[str, Any]:
         """Does one trial, notes it, and keeps its directory if a promise was broken."""
         directory = self.commands.folder / f"{fault.name.replace(' ', '_')}-{number}"
-        shutil.rmtree(directory, ignore_errors=True)
         began = time.monotonic()
         generator = random.Random(f"{self.seed} {fault.name} {number}")
-        try:
-            seen, kept = fault.trial(self.commands, generator, directory), True
+        seen, kept = f"nothing was disturbed in {DRAWS} draws", False
+        for _ in range(DRAWS):
             shutil.rmtree(directory, ignore_errors=True)
-        except AssertionError as reason:  # Broken, or a wait in vain for SLURM
-            seen, kept = str(reason), False
+            try:
+                seen, kept = fault.trial(self.commands, generator, directory), True
+                shutil.rmtree(directory, ignore_errors=True)
+            except Undisturbed:
+                continue
+            except Exception as reason:  # a broken promise, or what a check found instead of a result
+                kind = "" if isinstance(reason, Broken) else f"{type(reason).__name__}: "
+                seen = f"{kind}{reason}"
+            break
         seconds = round(time.monotonic() - began, 2)
-        record = {"fault": fault.name, "number": number, "kept": kept, "seen": seen, "seconds": seconds}
-        record["commit"] = commit()
+        record = {"fault": fault.name, "number": number, "seed": self.seed, "kept": kept, "seen": seen}
+        record |= {"seconds": seconds, "commit": commit()}
         with self.file.open("a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
         return record
@@ -110,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/campaign"), help="where trials are noted")
     parser.add_argument("--only", nargs="*", choices=[fault.name for fault in FAULTS], help="only these faults")
     parser.add_argument("--times", type=int, help="at most N trials of each fault")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="another seed does all trials anew, with other choices")
+    parser.add_argument("--retry_broken", action="store_true", help="do trials again whose promise was broken")
     parser.add_argument("--page", type=Path, help="a page with markers, such as docs/faults.md, whose table is renewed")
     options = parser.parse_args(argv)
     folder = options.folder.resolve()
@@ -125,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fault in FAULTS
         if not options.only or fault.name in options.only
     ]
-    campaign = Campaign(Commands(folder, model, data), chosen, options.seed)
+    campaign = Campaign(Commands(folder, model, data), chosen, options.seed, options.retry_broken)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that disks are unmounted and daemons stopped
     campaign.run()
     print(campaign.report())

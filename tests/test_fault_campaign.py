@@ -1,13 +1,14 @@
 """A short form of the fault campaign: a few trials of the faults that need no root and no second process."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.fault_campaign import Campaign
-from tests.faults import FAULTS
-from tests.faults.runs import Broken, Commands, Fault, Signals, require_same
+from tests.faults import FAULTS, inputs
+from tests.faults.runs import Broken, Commands, Fault, Outcome, Signals, Undisturbed, continued, left_by, require_same
 
 SHORT = {
     "SIGKILL": 2,
@@ -22,15 +23,18 @@ SHORT = {
     "data files": 1,
 }
 
+SEED = 65603  # most of its trials are of LoRA or full fine-tuning in fp32: few undisturbed runs, no kernels to compile
+
 
 @pytest.fixture(scope="module")
 def commands(tiny_folders: dict[str, Path], review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Commands:
     return Commands(tmp_path_factory.mktemp("campaign"), tiny_folders["distilbert"], review_folder)
 
 
-def test_every_promise_is_kept(commands: Commands) -> None:
+def test_every_promise_is_kept(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "CASES", 30)
     chosen = [replace(fault, times=SHORT[fault.name]) for fault in FAULTS if fault.name in SHORT]
-    campaign = Campaign(commands, chosen)
+    campaign = Campaign(commands, chosen, SEED)
     campaign.run()
     assert not campaign.broken, campaign.report()
     assert sum(len(trials) for trials in campaign.done.values()) == sum(SHORT.values())
@@ -68,9 +72,90 @@ def test_a_broken_promise_is_noticed_and_a_campaign_goes_on_where_it_stopped(
     assert shown == ["a fault 1: it was lost"]
     assert [record["number"] for record in campaign.broken] == [1]
     assert campaign.report().splitlines()[2] == "| a fault | 3 | 2 | nothing is lost | 2 fine; 1 broken |"
+    for seed, retry_broken, again in ((0, False, []), (0, True, [1]), (1, False, [0, 1, 2])):
+        calls.clear()
+        Campaign(tried, [Fault("a fault", 3, "", trial)], seed, retry_broken).run(shown.append)
+        assert calls == [f"a_fault-{number}" for number in again]
     elsewhere = Campaign(tried, [Fault("another", 2, "works", trial, lambda: "needs a moon")])
     elsewhere.run(shown.append)
     assert elsewhere.report().splitlines()[2] == "| another | 0 | 0 | works | needs a moon |"
+
+
+def test_a_trial_that_finds_no_result_is_noted_as_broken(commands: Commands, tmp_path: Path) -> None:
+    def trial(_commands: Commands, _generator: object, directory: Path) -> str:
+        left_by(directory)
+        return "fine"
+
+    campaign = Campaign(Commands(tmp_path, commands.model, commands.data), [Fault("a fault", 2, "works", trial)])
+    campaign.run(lambda _line: None)
+    assert [record["seen"].split(":")[0] for record in campaign.broken] == ["FileNotFoundError"] * 2
+
+
+def test_a_trial_that_disturbed_nothing_is_drawn_again(commands: Commands, tmp_path: Path) -> None:
+    drawn: list[float] = []
+
+    def trial(_commands: Commands, generator: random.Random, directory: Path) -> str:
+        directory.mkdir()
+        drawn.append(generator.random())
+        if directory.name.endswith("1") or len(drawn) < 3:
+            raise Undisturbed
+        return "fine"
+
+    campaign = Campaign(Commands(tmp_path, commands.model, commands.data), [Fault("a fault", 2, "works", trial)])
+    campaign.run(lambda _line: None)
+    assert len(set(drawn)) == 3 + 8
+    seen = {number: (record["kept"], record["seen"]) for number, record in campaign.done["a fault"].items()}
+    assert seen == {0: (True, "fine"), 1: (False, "nothing was disturbed in 8 draws")}
+
+
+def printed(*batches: int) -> Outcome:
+    """A run that printed these batches."""
+    return Outcome(0, "".join(f"epoch {n // 10 + 1}/3  batch {n % 10}/10  loss 0.7\n" for n in batches))
+
+
+@pytest.mark.parametrize(
+    ("kept", "earlier", "later", "reason"),
+    [
+        (True, printed(1, 11), printed(3, 12), "did batch 3 again after 11 batches"),
+        (True, printed(1, 2), printed(1, 2), "did batch 1 again after 2 batches"),
+        (False, printed(1, 9), printed(1, 2), "no checkpoint after 9 batches"),
+    ],
+)
+def test_a_lost_or_unused_checkpoint_is_noticed(kept: bool, earlier: Outcome, later: Outcome, reason: str) -> None:
+    with pytest.raises(Broken, match=reason):
+        continued(kept, earlier, lambda: later)
+
+
+@pytest.mark.parametrize(
+    ("kept", "earlier", "later", "seen"),
+    [
+        (True, printed(1, 11), printed(4, 12), "continued"),
+        (True, printed(1, 11), printed(), "continued"),
+        (False, printed(1, 8), printed(1, 2), "started over"),
+    ],
+)
+def test_a_run_that_goes_on_has_continued_or_started_over(
+    kept: bool, earlier: Outcome, later: Outcome, seen: str
+) -> None:
+    assert continued(kept, earlier, lambda: later) == (later, seen)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "left"),
+    [
+        (Outcome(1, "error: --seed x: must be a number\n"), False),
+        (Outcome(2, "error: something is wrong -- try again\n"), False),
+        (Outcome(2, "a note\nerror: --seed x: must be a number\n"), False),
+        (Outcome(2, "error: --seed x: must be a number\n"), True),
+    ],
+)
+def test_a_refusal_that_is_not_clean_is_noticed(outcome: Outcome, left: bool, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    inputs.require_refused(Outcome(2, "error: --seed x: must be a number\n"), ["--seed"], directory, "x")
+    if left:
+        directory.mkdir()
+    with pytest.raises(Broken, match="status"):
+        inputs.require_refused(outcome, ["--seed"], directory, "x")
 
 
 def test_another_bit_in_the_weights_is_a_difference(commands: Commands, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from tests.faults import cluster, crowd, damage, inputs, interruptions, memory, surroundings
 from tests.faults.runs import Fault
 
+FULL_DISK = "one line, status 1 (2 if the run has not begun, 0 for its report), continues bit-identical"
 FAULTS = (
     Fault("SIGKILL", 200, "continues, bit-identical", interruptions.killed),
     Fault("signals", 60, "status 130, a checkpoint, continues bit-identical", interruptions.signalled),
     Fault("one of two ranks killed", 20, "the other ends within 60 s, one line, continues", interruptions.rank_killed),
     Fault("SLURM job", 10, "continues, one result", cluster.job_disturbed, cluster.needs_slurm),
-    Fault("disk full", len(surroundings.EACH_FILE), "one line, continues bit-identical", surroundings.disk_full,
+    Fault("disk full", len(surroundings.EACH_FILE), FULL_DISK, surroundings.disk_full,
           surroundings.needs_root),
     Fault("memory runs out", 25, "one line or killed, continues bit-identical", memory.memory_runs_out),
     Fault("damaged checkpoint", 80, "falls back or refused in one line", damage.damaged_checkpoint),
@@ -23,6 +24,7 @@ FAULTS = (
     Fault("one study", 10, "all end, each run once", crowd.one_study),
     Fault("environment", len(surroundings.ENVIRONMENTS), "works, or one line", surroundings.environment,
           surroundings.needs_root),
+    Fault("clock set back", 2, "continues, bit-identical", surroundings.clock_set_back, surroundings.needs_faketime),
     Fault("command lines", 20, "status 2, one line that names the flag", inputs.wrong_command_lines),
     Fault("flags together", 20, "accepted, or one line that names a flag", inputs.flags_together),
     Fault("data files", 20, "read, or one line that names the file or flag", inputs.mutated_files),

@@ -2,10 +2,14 @@
 
 import gzip
 import io
+import os
 import random
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -14,12 +18,13 @@ from hypothesis import strategies as st
 import finetune_lora
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.flags import from_flags, parse_bool
-from finetuning.settings import FLAGS, Flag
+from finetuning.flags import parse_bool
+from finetuning.settings import FLAGS, DataSettings, Flag
 from local_dataset_utilities import load_texts
-from tests.faults.runs import Broken, Commands, in_process
+from tests.faults.runs import Broken, Commands, Outcome, in_process
 
 CASES = 100
+DATA_FLAGS = [field.name for field in fields(DataSettings) if field.name not in ("dataset", "data_dir")]
 # What a command line can hold: no NUL. Among it the bytes that are not UTF-8, as Python reads them.
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.sampled_from("\udc80\n\r\x85"))
 NUMBERS = st.integers().map(str) | st.floats().map(str) | st.sampled_from(["0", "-1", "1", "1e400", "0x10", "½", ""])
@@ -41,6 +46,39 @@ def hundred(generator: random.Random, check: Callable[..., None], *cases: st.Sea
         raise
     except Exception as error:  # of what is tried
         raise Broken(f"{type(error).__name__}: {error}; {getattr(error, '__notes__', '')}") from error
+
+
+class Accepted(BaseException):
+    """Ends a command that has accepted its input."""
+
+
+def refused_before(step: str, words: list[str], cache: Path) -> Outcome | None:
+    """How ``finetune_lora.py`` refuses these flags; ``None`` if it comes to this function of it, where it ends."""
+
+    def accept(*_arguments: object) -> None:
+        raise Accepted
+
+    with (
+        mock.patch.object(finetune_lora, step, accept),
+        mock.patch.dict(os.environ, FINETUNE_LORA_CACHE=str(cache)),
+        suppress(Accepted),
+    ):
+        outcome = in_process(finetune_lora.main, words)
+        return outcome if outcome.status else None  # ``--cache_info`` does what it is asked for
+    return None
+
+
+def require_refused(outcome: Outcome, names: list[str], directory: Path, case: object) -> None:
+    """Checks that a command refused its input in one line that has one of these names, and left nothing.
+
+    Raises:
+        Broken: it did not.
+    """
+    lines = outcome.printed.split("\n")[:-1]
+    named = len(lines) == 1 and any(name in lines[0] for name in names)
+    if outcome.status != 2 or not named or directory.exists():
+        left = ", and left something" if directory.exists() else ""
+        raise Broken(f"{case}: status {outcome.status}, {lines[-3:]}{left}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,9 +122,7 @@ def wrong_command_lines(commands: Commands, generator: random.Random, directory:
     def check(case: tuple[str, str]) -> None:
         name, value = case
         outcome = in_process(finetune_lora.main, [*commands.flags(directory, "lora"), f"--{name}={value}"])
-        lines = outcome.printed.split("\n")[:-1]
-        if outcome.status != 2 or len(lines) != 1 or f"--{name}" not in lines[0] or directory.exists():
-            raise Broken(f"--{name}={value!r}: status {outcome.status}, {lines[-3:]}")
+        require_refused(outcome, [f"--{name}"], directory, f"--{name}={value!r}")
 
     hundred(generator, check, WRONG | MISSPELLED)
     return f"{CASES} refused"
@@ -110,15 +146,13 @@ SOME_FLAGS = st.lists(
 )
 
 
-def flags_together(_commands: Commands, generator: random.Random, _directory: Path) -> str:
+def flags_together(_commands: Commands, generator: random.Random, directory: Path) -> str:
     """Several flags, each with a value that it takes alone."""
 
     def check(case: list[tuple[str, str]]) -> None:
-        try:
-            from_flags([f"--{name}={value}" for name, value in case])
-        except UserError as error:
-            if "\n" in str(error) or "--" not in str(error):
-                raise Broken(f"{case}: {error!r}") from None
+        words = ["--output_dir", str(directory), *(f"--{name}={value}" for name, value in case)]
+        if outcome := refused_before("limit_libraries", words, directory.with_name("own cache")):
+            require_refused(outcome, [f"--{name}" for name in FLAGS], directory, case)
 
     hundred(generator, check, SOME_FLAGS)
     return f"{CASES} accepted or refused"
@@ -184,21 +218,25 @@ def edited(content: bytes, edits: list[tuple[float, str, bytes]]) -> bytes:
     return content
 
 
-def mutated_files(_commands: Commands, generator: random.Random, directory: Path) -> str:
-    """Good files of each format, with changed bytes."""
-    directory.mkdir()
+def mutated_files(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """Good files of each format, with changed bytes. A run must refuse what cannot be read, before it begins."""
+    data, run = directory / "data", directory / "run"
+    data.mkdir(parents=True)
     good = good_files()
+    words = ["--model_name", str(commands.model), "--dataset", "text", "--data_dir", str(data), "--max_length", "32"]
+    words += ["--accelerator", "cpu", "--precision", "fp32", "--output_dir", str(run)]
 
     def check(name: str, edits: list[tuple[float, str, bytes]]) -> None:
-        for path in directory.iterdir():
+        for path in data.iterdir():
             path.unlink()
-        (directory / name).write_bytes(edited(good[name], edits))
-        try:
-            load_texts(RunConfig.from_settings(dataset="text", data_dir=directory).data, False)
-        except UserError as error:
-            named = name in str(error) or "--" in str(error)
-            if "\n" in str(error) or not named:
-                raise Broken(f"{name} {edits}: {error!r}") from None
+        (data / name).write_bytes(edited(good[name], edits))
+        try:  # a hundred times as fast as the command
+            load_texts(RunConfig.from_settings(dataset="text", data_dir=data).data, False)
+        except UserError:
+            outcome = refused_before("claimed_directory", words, directory / "cache")
+            named = [name, *(f"--{flag}" for flag in DATA_FLAGS)]
+            require_refused(outcome or Outcome(0, "accepted"), named, run, (name, edits))
 
-    hundred(generator, check, st.sampled_from(sorted(good)), EDITS)
-    return f"{CASES} read or refused"
+    with mock.patch("finetuning.models.pretrained.load_tokenizer"):  # slow, and not needed before the texts are read
+        hundred(generator, check, st.sampled_from(sorted(good)), EDITS)
+    return f"{CASES} accepted or refused"

@@ -2,15 +2,28 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from finetuning.runs.checkpoints import has_checkpoint
 from finetuning.runs.files import LAST_CHECKPOINT
-from tests.faults.runs import METHODS, ROOT, Broken, Commands, Outcome, Signals, require, require_same
+from tests.faults.runs import (
+    METHODS,
+    REPEATED,
+    ROOT,
+    Broken,
+    Commands,
+    Outcome,
+    Signals,
+    Undisturbed,
+    continued,
+    empty_cache,
+    require,
+    require_same,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -37,34 +50,57 @@ def killed(commands: Commands, generator: random.Random, directory: Path) -> str
     """SIGKILL, in a third of the trials a second time in the continued run; half of the fp32 runs must tokenize."""
     method, precision = chosen_run(commands, generator)
     words = commands.flags(directory, method, precision)
-    cache = directory.with_name("own cache") if precision == "fp32" and generator.random() < 0.5 else None
-    if cache:
-        shutil.rmtree(cache, ignore_errors=True)
-    times = 0
+    cache = empty_cache(directory) if precision == "fp32" and generator.random() < 0.5 else None
+    earlier, kills, how = Outcome(0, ""), 0, ""
     for _ in range(generator.choice([1, 1, 2])):
         moment = random_moment(commands, generator, method, precision, (signal.SIGKILL,))
-        outcome = commands.run([*words, "--resume", "auto"], moment, cache)
+        outcome, how = _resumed(commands, words, earlier, moment, cache)
         require(outcome.status in (0, -signal.SIGKILL), "killed", outcome)
-        times += outcome.status != 0
-    last = commands.run([*words, "--resume", "auto"], cache=cache)
+        kills += outcome.status != 0
+        earlier = Outcome(outcome.status, earlier.printed + outcome.printed)
+    if not kills:
+        raise Undisturbed
+    last, how_at_last = _resumed(commands, words, earlier, cache=cache)
     require(last.status == 0, "continued", last)
     require_same(directory, commands.whole(method, precision)[0])
-    return f"{times or 'no'} kill{'s' * (times != 1)}, identical"
+    how = how_at_last if earlier.status else how  # a run that has finished does nothing
+    return f"{kills} kill{'s' * (kills != 1)}, {how}, identical"
+
+
+def _resumed(
+    commands: Commands,
+    words: list[str],
+    earlier: Outcome,
+    moment: Signals | None = None,
+    cache: Path | None = None,
+) -> tuple[Outcome, str]:
+    directory = Path(words[words.index("--output_dir") + 1])
+    return continued(
+        has_checkpoint(directory), earlier, lambda: commands.run([*words, "--resume", "auto"], moment, cache)
+    )
 
 
 def signalled(commands: Commands, generator: random.Random, directory: Path) -> str:
-    """One or two signals at a random moment."""
+    """One or two signals at a random moment. A second Ctrl-C stops at once, with the checkpoint of an earlier step."""
     method, precision = chosen_run(commands, generator)
     words = commands.flags(directory, method, precision)
     numbers = tuple(generator.choices(SIGNALS, k=generator.choice([1, 2])))
     outcome = commands.run(words, random_moment(commands, generator, method, precision, numbers))
-    require(outcome.status in (0, 130), "signalled", outcome)
-    require(outcome.status == 0 or any("interrupted" in line for line in outcome.lines), "no word", outcome)
+    if outcome.status == 0:
+        raise Undisturbed
+    require(outcome.status == 130, "signalled", outcome)
+    require(sum("interrupted" in line for line in outcome.lines) == 1, "no word", outcome)
     require("Traceback" not in outcome.printed, "traceback", outcome)
-    last = commands.run([*words, "--resume", "auto"])
+    at_once = numbers[1:] == (signal.SIGINT,)
+    last, how = continued(
+        has_checkpoint(directory) if at_once else (directory / LAST_CHECKPOINT).is_file(),
+        outcome,
+        lambda: commands.run([*words, "--resume", "auto"]),
+        REPEATED if at_once else 0,
+    )
     require(last.status == 0, "continued", last)
     require_same(directory, commands.whole(method, precision)[0])
-    return f"status {outcome.status}, identical"
+    return f"status {outcome.status}, {how}, identical"
 
 
 def rank_killed(commands: Commands, generator: random.Random, directory: Path) -> str:

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.runs import Commands, number_of, refused_in_one_line, require, require_same
+from finetuning.runs.checkpoints import has_checkpoint
+from tests.faults.runs import (
+    Commands,
+    Undisturbed,
+    continued,
+    empty_cache,
+    number_of,
+    refused_in_one_line,
+    require,
+    require_same,
+)
 
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 SMALL_BYTES = 1 << 15  # larger blocks come from the system, so that a limit acts at once
@@ -61,13 +71,13 @@ def memory_runs_out(commands: Commands, generator: random.Random, directory: Pat
     method = generator.choice(["lora", "full"])
     whole, _, _ = commands.whole(method)
     words = [*commands.flags(directory, method), "--resume", "auto"]
-    outcome = commands.run(words, LittleMemory(place, generator.choice([0, 1 << 18, 1 << 21])))
-    if outcome.status:
-        line = refused_in_one_line(outcome) and "memory" in outcome.lines[-1]
-        require(line or outcome.status in KILLED, f"no memory: {place}", outcome)
-    last = commands.run(words)
+    cache = empty_cache(directory) if place == "tokenizing" else None
+    outcome = commands.run(words, LittleMemory(place, generator.choice([0, 1 << 18, 1 << 21])), cache)
+    if outcome.status == 0:
+        raise Undisturbed
+    line = refused_in_one_line(outcome) and "memory" in outcome.lines[-1]
+    require(line or outcome.status in KILLED, f"no memory: {place}", outcome)
+    last, how = continued(has_checkpoint(directory), outcome, lambda: commands.run(words, cache=cache))
     require(last.status == 0, "with memory", last)
     require_same(directory, whole)
-    killed = "killed" if outcome.status in KILLED else "one line"
-    how = "enough memory" if outcome.status == 0 else killed
-    return f"{how}, identical"
+    return f"{'killed' if outcome.status in KILLED else 'one line'}, {how}, identical"

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -42,11 +43,17 @@ METHODS = {
 if refused() is None:
     METHODS["int8"] = ("--lora_mlp", "--lora_dropout", "0.1", "--precision", "int8")
 LIMIT_SECONDS = 300.0
+BATCH = re.compile(r"^epoch (\d+)/\d+  batch (\d+)/(\d+)  ", re.MULTILINE)  # a line of progress
+REPEATED = 8  # batches, at most: a checkpoint every 4 steps, each of two batches at most
 FILE_OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir")  # names of Python's audit events
 
 
 class Broken(AssertionError):
     """What a trial found that must not be, in one line."""
+
+
+class Undisturbed(Exception):
+    """A trial whose fault came too late, or was too small, to disturb anything: it is drawn again."""
 
 
 class Disturbance(Protocol):
@@ -100,6 +107,11 @@ class Outcome:
         """The lines that are for a person: errors, warnings, and where a traceback starts."""
         words = ("error:", "failed:", "warning:", "interrupted", "Traceback")
         return [line for line in self.printed.replace("\r", "\n").splitlines() if line.startswith(words)]
+
+    @property
+    def batches(self) -> list[int]:
+        """The batches that a run printed, numbered from 1 over all epochs: every batch of a tiny epoch."""
+        return [(int(epoch) - 1) * int(total) + int(batch) for epoch, batch, total in BATCH.findall(self.printed)]
 
     @property
     def operations(self) -> int:
@@ -261,6 +273,13 @@ def left_by(directory: Path) -> dict[str, Any]:
     }
 
 
+def empty_cache(directory: Path) -> Path:
+    """An empty cache for one trial: a run must tokenize."""
+    cache = directory.with_name("own cache")
+    shutil.rmtree(cache, ignore_errors=True)
+    return cache
+
+
 def refused_in_one_line(outcome: Outcome) -> bool:
     """Whether a command said in one line why it does not go on."""
     last = [line for line in outcome.lines if not line.startswith("warning:")]
@@ -293,6 +312,28 @@ def require(holds: bool, what: str, outcome: Outcome) -> None:
         raise Broken(f"{what}: status {outcome.status}, {outcome.lines or outcome.printed[-300:]}")
 
 
+def continued(
+    kept: bool, earlier: Outcome, resume: Callable[[], Outcome], repeated: int = REPEATED
+) -> tuple[Outcome, str]:
+    """Goes on with a run. Returns how that ended, and whether it continued from a checkpoint or started over.
+
+    Args:
+        kept: whether the run has a checkpoint.
+        earlier: what it has printed.
+        resume: runs the rest.
+        repeated: how many batches it may do again.
+
+    Raises:
+        Broken: it has lost a checkpoint, or does not use it.
+    """
+    done = max(earlier.batches, default=0)
+    require(kept or done <= repeated, f"no checkpoint after {done} batches", earlier)
+    outcome = resume()
+    first = min(outcome.batches, default=done + 1)
+    require(not kept or first > max(1, done - repeated), f"did batch {first} again after {done} batches", outcome)
+    return outcome, "continued" if kept else "started over"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +345,8 @@ class Fault:
         name: for the table and for ``--only``.
         times: how often it is tried.
         promise: what must hold.
-        trial: does one trial in a directory of its own. It returns what was seen, or raises ``Broken``.
+        trial: does one trial in a directory of its own. It returns what was seen, or raises ``Broken`` or
+            ``Undisturbed``.
         missing: why this machine cannot try it; ``None`` if it can.
     """
 

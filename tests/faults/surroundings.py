@@ -5,10 +5,13 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetuning import storage
+from finetuning.runs.checkpoints import has_checkpoint
 from finetuning.runs.files import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -26,6 +29,8 @@ from finetuning.runs.lock import LOCK
 from tests.faults.runs import (
     Commands,
     Signals,
+    Undisturbed,
+    continued,
     number_of,
     on_file_operations,
     refused_in_one_line,
@@ -35,6 +40,7 @@ from tests.faults.runs import (
 
 TOKENS = ".npz"
 ONCE = (LOCK, SETTINGS, TOKENS, ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, CURVE, PREDICTIONS, RESULT, REPORT)
+BEFORE_THE_RUN = (LOCK, SETTINGS, TOKENS)  # without them it has not begun: refused, like any input, with status 2
 OFTEN = (LAST_CHECKPOINT, BEST_CHECKPOINT, METRICS)  # these are also tried at a later write
 EACH_FILE = tuple((name, write) for name in (*ONCE, *OFTEN) for write in ((1, 1) if name in ONCE else (1, 2)))
 
@@ -46,25 +52,33 @@ def needs_root() -> str | None:
 
 @dataclass(frozen=True)
 class FullDisk:
-    """The disk becomes full at the n-th write of a file."""
+    """The disk becomes full just before the n-th write of a file, when none of its bytes are written."""
 
     name: str  # a part of the file's name
     write: int
     filler: Path
 
     def install(self, watched: tuple[str, ...]) -> None:
-        """Fills the disk just before the file is opened; each write has a temporary name of its own."""
-        seen: list[str] = []
+        """Watches the one function that writes all files but the lock. Some are written by C++ or Rust."""
+        original, writes = storage.write_atomically, 0
 
-        def act(_number: int, event: str, path: str) -> None:
-            if (
-                event == "open" and self.name in Path(path).name and path not in seen
-            ):  # each write has a temporary name of its own
-                seen.append(path)
-                if len(seen) == self.write:
-                    fill(self.filler)
+        def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
+            nonlocal writes
+            writes += self.name in path.name
+            if self.name in path.name and writes == self.write:
+                fill(self.filler)
+            original(path, write, keep)
 
-        on_file_operations(watched, act)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("finetuning.") and hasattr(module, original.__name__):
+                setattr(module, original.__name__, write_atomically)
+
+        def fill_before_the_lock(_number: int, event: str, path: str) -> None:
+            if event == "open" and Path(path).name == self.name and not self.filler.exists():
+                fill(self.filler)
+
+        if self.name == LOCK:
+            on_file_operations(watched, fill_before_the_lock)
 
 
 def fill(filler: Path) -> None:
@@ -92,19 +106,22 @@ def disk_full(commands: Commands, _generator: random.Random, directory: Path) ->
     name, write = EACH_FILE[number_of(directory) % len(EACH_FILE)]
     method = "full" if name == TRAINED_WEIGHTS else "lora"
     whole, _, _ = commands.whole(method)
-    filler, cache = directory / "filler", directory / "cache"
+    filler, cache, run = directory / "filler", directory / "cache", directory / "run"
     with small_disk(directory, "size=100m"):
-        words = commands.flags(directory / "run", method)
+        words = commands.flags(run, method)
         outcome = commands.run(words, FullDisk(name, write, filler), cache)
         require(filler.exists(), f"{name} was not written", outcome)
-        without = name == REPORT and outcome.status == 0  # the run stands without it
-        require(without or refused_in_one_line(outcome), f"no room for {name}", outcome)
-        require(len(outcome.lines) == 1 and "space" in outcome.lines[-1], f"no room for {name}", outcome)
+        status = 2 if name in BEFORE_THE_RUN else 0 if name == REPORT else 1  # the run stands without its report
+        require(outcome.status == status, f"no room for {name}", outcome)
+        require(len(outcome.lines) == 1 and "space" in outcome.lines[0], f"no room for {name}", outcome)
+        require(status != 2 or not any(run.glob("*")), f"no room for {name}, something left", outcome)
         filler.unlink()
-        last = commands.run([*words, "--resume", "auto"], cache=cache)
+        last, how = continued(
+            has_checkpoint(run), outcome, lambda: commands.run([*words, "--resume", "auto"], cache=cache)
+        )
         require(last.status == 0, f"after there was no room for {name}", last)
-        require_same(directory / "run", whole)
-    return f"status {outcome.status}, then identical"
+        require_same(run, whole)
+    return f"status {status}, {how}, identical"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,21 +145,16 @@ ENVIRONMENTS = {
     "spaces and umlauts": Environment({}),
     "read-only home": Environment({"HOME": "HOME"}),
     "read-only home and cache": Environment({"HOME": "HOME", "FINETUNE_LORA_CACHE": ""}),
-    "clock set back": Environment({"FAKETIME_DONT_FAKE_MONOTONIC": "1"}, ("faketime", "-f", "-400d")),
 }
 
 
-def environment(commands: Commands, generator: random.Random, directory: Path) -> str:
+def environment(commands: Commands, _generator: random.Random, directory: Path) -> str:
     """An unusual environment; the trials take them in turn."""
     name = list(ENVIRONMENTS)[number_of(directory) % len(ENVIRONMENTS)]
     chosen = ENVIRONMENTS[name]
-    if chosen.prefix and shutil.which(chosen.prefix[0]) is None:
-        return f"{chosen.prefix[0]} is missing"
-    whole, outcome, _ = commands.whole("selective")
+    whole, _, _ = commands.whole("selective")
     run = directory / ("läuft gut" if name in ("ASCII output", "spaces and umlauts") else "run")
     words = [*commands.flags(run, "selective"), "--resume", "auto"]
-    if name == "clock set back":  # between the two parts of a run
-        commands.run(words, Signals(operation=generator.randint(outcome.operations // 3, outcome.operations)))
     with contextlib.ExitStack() as stack:
         variables = dict(chosen.variables)
         if "HOME" in name or "home" in name:
@@ -157,3 +169,25 @@ def environment(commands: Commands, generator: random.Random, directory: Path) -
     require(not outcome.lines, name, outcome)
     require_same(run, whole)
     return "identical"
+
+
+def needs_faketime() -> str | None:
+    """Why the clock cannot be set back here."""
+    return None if shutil.which("faketime") else "no faketime"
+
+
+def clock_set_back(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """A run is killed, and goes on at a time before it began."""
+    whole, ended, _ = commands.whole("selective")
+    words = commands.flags(directory, "selective")
+    moment = Signals(operation=generator.randint(ended.operations // 3, ended.operations))
+    outcome = commands.run(words, moment)
+    if outcome.status == 0:
+        raise Undisturbed
+    clock = {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}, ("faketime", "-f", "-400d")
+    last, how = continued(
+        has_checkpoint(directory), outcome, lambda: commands.fresh([*words, "--resume", "auto"], *clock)
+    )
+    require(last.status == 0 and not last.lines, "clock set back", last)
+    require_same(directory, whole)
+    return f"{how}, identical"
