@@ -203,27 +203,27 @@ def prepare(config: RunConfig) -> Setup:
     from finetuning.data.batches import check_batches
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.models.quantization import try_four_bits
-    from finetuning.training.hardware import fastest_precision, resolve_hardware
+    from finetuning.training.hardware import resolve_hardware
     from finetuning.training.tasks import imbalance_advice, make_task
     from finetuning.training.trainer import quiet_lightning
     from local_dataset_utilities import load_texts, tokenize
     from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
 
     directory = config.run.output_dir or shared_directory() or default_directory(config.data.dataset, config.name)
+    resumed = config.run.resume
     config, checkpoint = continuation(config.changed(output_dir=directory), directory)
     writes = not is_helper() and not config.run.estimate
     if writes:
         check_directory(directory, config.run.resume, config.run.overwrite)
     with quiet_lightning():
-        if config.hardware.precision == "fast":
-            precision, why = fastest_precision(config.hardware, config.excludes_int8)
-            config = config.changed(precision=precision)
-            if not is_helper():
-                print(f"--precision fast: {precision} ({why})", flush=True)
-        hardware = resolve_hardware(config.hardware)
+        hardware = resolve_hardware(config.hardware, resumed)
     if config.lora is not None and config.lora.q_lora and not is_helper():  # who would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)
     folder = find_base_model(config)
+    if config.hardware.precision in ("int8", "fast"):
+        with quiet_lightning():
+            config = with_precision(config, folder)
+            hardware = resolve_hardware(config.hardware)
     tokenizer = load_tokenizer(config.model.model_name, folder)
     texts = load_texts(config.data, config.run.offline)
     labels = {name: split.labels for name, split in texts.splits.items()}
@@ -245,6 +245,27 @@ def prepare(config: RunConfig) -> Setup:
         remove_left_over()
     pad_id = int(tokenizer.pad_token_id)
     return Setup(config, directory, hardware, folder, texts, task, advice, splits, pad_id, adapter, checkpoint, lock)
+
+
+def with_precision(config: RunConfig, folder: Path) -> RunConfig:
+    """Gives ``--precision fast`` its meaning for this model on this machine.
+
+    Raises:
+        UserError: int8 is asked for, and nothing of the model can be held in 8 bits.
+    """
+    from finetuning.models.int8_products import unsuited
+    from finetuning.training.hardware import fastest_precision
+    from local_model_utilities import int8_widths
+
+    widths = int8_widths(config, folder)
+    if config.hardware.precision == "int8":
+        if (reason := unsuited(widths)) is not None:
+            raise UserError(f"--precision int8: {reason}; use --precision auto")
+        return config
+    precision, why = fastest_precision(config.hardware, config.excludes_int8, widths)
+    if not is_helper():
+        print(f"--precision fast: {precision} ({why})", flush=True)
+    return config.changed(precision=precision)
 
 
 def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":

@@ -175,6 +175,17 @@ def test_a_row_of_zeros_gives_the_bias() -> None:
     torch.testing.assert_close(int8_linears(torch.zeros(3, 64), [linear], [None]), linear.bias.expand(3, 64))
 
 
+@every_variant
+def test_no_rows_give_no_rows() -> None:
+    module = with_lora(Int8Linear(nn.Linear(64, 96)), 8)
+    x = torch.randn(0, 64, requires_grad=True)
+    y = linears(x, [module], activation=F.gelu)
+    assert y.shape == (0, 96)
+    gradients = torch.autograd.grad(y.sum(), [x, *module.lora.parameters()])
+    assert gradients[0].shape == (0, 64)
+    assert not any(gradient.any() for gradient in gradients[1:])
+
+
 def test_dropout_of_lora_leaves_the_frozen_linear_its_whole_input() -> None:
     torch.manual_seed(0)
     linear = Int8Linear(nn.Linear(64, 64))
