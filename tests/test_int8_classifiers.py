@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finetune_lora import main
 from finetuning.config import RunConfig
-from finetuning.models import int8_products
+from finetuning.models import int8, int8_products
 from finetuning.models.classifier import Classifier
 from finetuning.models.int8 import Int8Linear
 from finetuning.models.linears import dense_weight
@@ -19,7 +19,7 @@ from finetuning.models.quantization import dequantized
 from finetuning.runs.files import SETTINGS, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
-from tests.conftest import LAYERS, needs_int8
+from tests.conftest import INNER, LAYERS, WIDTH, needs_int8
 from tests.test_finetune_lora import flags, result_of
 from tests.test_local_model_utilities import NAMES, batch, build, fill_lora
 from tests.tiny_models import tiny_model
@@ -155,6 +155,65 @@ def test_a_large_batch_gives_the_logits_and_gradients_of_its_halves(
     }
     rounding = 1e-3 if dtype == torch.float32 else 0.04
     assert_near(outcome(classifier, ids, mask), joined, rounding, rounding)
+
+
+# --- what else changes no result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("efficient", [True, False])
+def test_checkpointing_changes_nothing(tiny_folders: dict[str, Path], dtype: torch.dtype, efficient: bool) -> None:
+    found, reference = (
+        outcome(
+            build_in_8_bits(tiny_folders["bert"], dtype, efficient=efficient, gradient_checkpointing=checkpointing),
+            *batch(),
+        )
+        for checkpointing in (True, False)
+    )
+    assert found.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+def forget(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data.zero_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_of_frozen_layers_are_kept(tiny_folders: dict[str, Path], dtype: torch.dtype) -> None:
+    classifier, (ids, mask) = build_in_8_bits(tiny_folders["bert"], dtype, "selective"), batch()
+    outputs = classifier.frozen_outputs({"train": mask.sum(1).numpy()}, memory_gb=1)["train"]
+    given = {"input_ids": ids, "attention_mask": mask, "examples": torch.arange(len(ids))}
+    trained = [p for p in classifier.parameters() if p.requires_grad]
+
+    def step(**more: Any) -> list[Tensor]:
+        logits = classifier.logits(given, **more)
+        return [logits.detach(), *torch.autograd.grad(logits.square().sum(), trained)]
+
+    plain, first = step(), step(outputs=outputs)
+    classifier.model.get_submodule(classifier.family.layers)[0].apply(forget)  # it is computed no more
+    for kept in (first, step(outputs=outputs)):
+        for value, reference in zip(kept, plain, strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_of_several_linears_is_quantized_once(
+    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, widths = build_in_8_bits(tiny_folders["bert"], torch.float32), []
+    original = int8.quantize
+
+    def counted(x: Tensor, *more: Any) -> Any:
+        widths.append(x.shape[1])
+        return original(x, *more)
+
+    monkeypatch.setattr(int8, "quantize", counted)
+    with torch.no_grad():
+        classifier(*batch())
+    layer = [WIDTH, WIDTH, WIDTH, INNER]  # query, key and value; projection; both of the feed-forward network
+    last = [WIDTH, *layer]  # the query of the first tokens, and the value of their means; no keys
+    assert widths == [*layer * (LAYERS - 1), *last]
 
 
 # --- what is held, and what it weighs
