@@ -22,9 +22,16 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.discovery import named_linears
 from finetuning.models.families import ModelFamily
 from finetuning.models.fused import split_linears, split_widths
-from finetuning.models.int8 import Int8Linear, use_int8
+from finetuning.models.int8 import Int8Linear, frozen_linears, use_int8
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
-from finetuning.models.pretrained import check_fits, contained_tensors, find_family, find_model, load_pretrained
+from finetuning.models.pretrained import (
+    check_fits,
+    contained_tensors,
+    empty_classifier,
+    find_family,
+    find_model,
+    load_pretrained,
+)
 from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
 from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.files import ADAPTER_CONFIG
@@ -69,9 +76,7 @@ def build_classifier(
     """
     model, family = load_pretrained(config.model, folder, label_names)
     lora, hardware = config.lora, config.hardware
-    choose_trained(model, family, config.method, head=lora is None or not lora.lora_head)
-    if lora is not None:
-        split_linears(model, family, parts=not lora.modules)
+    _freeze(model, family, config)
     if lora is not None and lora.q_lora:
         quantize_linears(model, family, dtype, double=bool(lora.double_quantization))
     if hardware.precision == "int8":
@@ -80,6 +85,27 @@ def build_classifier(
     if lora is not None:
         place_lora(model, family, lora, linears)
     return Classifier(model, family, dtype, hardware.efficient, hardware.gradient_checkpointing, hardware.compile)
+
+
+def _freeze(model: nn.Module, family: ModelFamily, config: RunConfig) -> None:
+    """Marks what is trained, and gives the model the linears that LoRA needs."""
+    lora = config.lora
+    choose_trained(model, family, config.method, head=lora is None or not lora.lora_head)
+    if lora is not None:
+        split_linears(model, family, parts=not lora.modules)
+
+
+def int8_widths(config: RunConfig, folder: Path) -> list[int]:
+    """The widths, in and out, of the linears that ``--precision int8`` quantizes in this run. Reads no weights.
+
+    Args:
+        config: the run's settings.
+        folder: the folder of the base model, from ``find_base_model``.
+    """
+    model, family = empty_classifier(config.model.model_name, folder)
+    _freeze(model, family, config)
+    linears = frozen_linears(model, family).values()
+    return [width for linear in linears for width in (linear.in_features, linear.out_features)]
 
 
 def load_classifier(

@@ -234,7 +234,7 @@ class HardwareSettings:
     precision: Literal["auto", "bf16", "fp16", "fp32", "int8", "fast"] = setting(
         "auto",
         "Precision of frozen weights and matrix products; trained weights are always fp32. int8: the frozen linears on"
-        " a CPU with AVX512-VNNI or AVX2-VNNI. fast: int8 if it is possible and fast, else auto.",
+        " a CPU with AVX512-VNNI or AVX2-VNNI. fast: int8 if it is possible and fast, else as auto.",
     )
     accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", "CPU or GPU; auto uses a GPU if there is one.")
     device: int | None = setting(None, "Run on GPU number N, counted from 0.", "none", at_least=0)

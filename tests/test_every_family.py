@@ -26,13 +26,14 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES
 from finetuning.models.fused import split_widths
+from finetuning.models.int8 import Int8Linear
 from finetuning.models.lora import LinearWithLoRA, ranks_and_alphas
 from finetuning.models.quantization import dequantized, is_quantized
 from finetuning.runs.weights import load_trained, peft_name, save_trained, separate_parts
 from finetuning.settings import LORA_TARGETS
 from local_model_utilities import build_classifier, count_parameters, find_base_model
 from predict import predict
-from tests.conftest import BAD, GOOD
+from tests.conftest import BAD, GOOD, needs_int8
 from tests.tiny_models import (
     HEADS,
     INNER,
@@ -209,6 +210,19 @@ def test_four_bits_equal_lora_on_the_dequantized_weights(folder_of: Any, model_t
     (logits, gradients), (reference, expected) = found
     torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
     assert_same(gradients, expected)
+
+
+@needs_int8
+@EVERY_FAMILY
+def test_in_8_bits_the_logits_stay_close(folder_of: Any, model_type: str) -> None:
+    folder, given = folder_of(model_type), batch(model_type)
+    packed, dense = (build(folder, lora_r=RANK, precision=precision, **ALL) for precision in ("int8", "fp32"))
+    count = sum(isinstance(module, Int8Linear) for module in packed.model.modules())
+    assert count == sum(isinstance(m, LinearWithLoRA) for m in packed.model.modules()) - len(packed.family.head)
+    for classifier in (packed, dense):
+        fill(classifier)
+    logits, reference = packed(**given), dense(**given)
+    assert 0 < (logits - reference).norm() < 0.05 * reference.norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

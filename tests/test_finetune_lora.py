@@ -77,6 +77,8 @@ def test_a_run_leaves_what_the_design_lists(
     assert main(flags(tiny_folders[family], review_folder, output, *more)) == 0
     result = result_of(output)
     assert result["status"] == "finished"
+    asked = more[more.index("--precision") + 1] if "--precision" in more else "auto"
+    assert result["config"]["precision"] in (("int8", "bf16", "fp32") if asked == "fast" else (asked,))
     assert result["data"]["sizes"] == {"train": 120, "validation": 40, "test": 40}
     assert result["data"]["label_names"] == ["bad", "good"]
     assert result["train"]["steps"] == 2 * 15

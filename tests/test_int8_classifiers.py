@@ -8,16 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune_lora import main
 from finetuning.config import RunConfig
+from finetuning.models import int8, int8_products
 from finetuning.models.classifier import Classifier
 from finetuning.models.int8 import Int8Linear
 from finetuning.models.linears import dense_weight
 from finetuning.models.lora import LinearWithLoRA
 from finetuning.models.quantization import dequantized
+from finetuning.runs.files import SETTINGS, write_settings
 from finetuning.settings import PACKAGED
-from local_model_utilities import build_classifier, count_parameters, find_base_model
-from tests.conftest import LAYERS, needs_int8
+from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
+from tests.conftest import INNER, LAYERS, WIDTH, needs_int8
+from tests.test_finetune_lora import flags, result_of
 from tests.test_local_model_utilities import NAMES, batch, build, fill_lora
+from tests.tiny_models import tiny_model
 
 pytestmark = needs_int8
 ALL_LINEARS = {"lora_key": True, "lora_mlp": True, "lora_projection": True}
@@ -152,6 +157,65 @@ def test_a_large_batch_gives_the_logits_and_gradients_of_its_halves(
     assert_near(outcome(classifier, ids, mask), joined, rounding, rounding)
 
 
+# --- what else changes no result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("efficient", [True, False])
+def test_checkpointing_changes_nothing(tiny_folders: dict[str, Path], dtype: torch.dtype, efficient: bool) -> None:
+    found, reference = (
+        outcome(
+            build_in_8_bits(tiny_folders["bert"], dtype, efficient=efficient, gradient_checkpointing=checkpointing),
+            *batch(),
+        )
+        for checkpointing in (True, False)
+    )
+    assert found.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+def forget(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data.zero_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_of_frozen_layers_are_kept(tiny_folders: dict[str, Path], dtype: torch.dtype) -> None:
+    classifier, (ids, mask) = build_in_8_bits(tiny_folders["bert"], dtype, "selective"), batch()
+    outputs = classifier.frozen_outputs({"train": mask.sum(1).numpy()}, memory_gb=1)["train"]
+    given = {"input_ids": ids, "attention_mask": mask, "examples": torch.arange(len(ids))}
+    trained = [p for p in classifier.parameters() if p.requires_grad]
+
+    def step(**more: Any) -> list[Tensor]:
+        logits = classifier.logits(given, **more)
+        return [logits.detach(), *torch.autograd.grad(logits.square().sum(), trained)]
+
+    plain, first = step(), step(outputs=outputs)
+    classifier.model.get_submodule(classifier.family.layers)[0].apply(forget)  # it is computed no more
+    for kept in (first, step(outputs=outputs)):
+        for value, reference in zip(kept, plain, strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_of_several_linears_is_quantized_once(
+    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, widths = build_in_8_bits(tiny_folders["bert"], torch.float32), []
+    original = int8.quantize
+
+    def counted(x: Tensor, *more: Any) -> Any:
+        widths.append(x.shape[1])
+        return original(x, *more)
+
+    monkeypatch.setattr(int8, "quantize", counted)
+    with torch.no_grad():
+        classifier(*batch())
+    layer = [WIDTH, WIDTH, WIDTH, INNER]  # query, key and value; projection; both of the feed-forward network
+    last = [WIDTH, *layer]  # the query of the first tokens, and the value of their means; no keys
+    assert widths == [*layer * (LAYERS - 1), *last]
+
+
 # --- what is held, and what it weighs
 
 
@@ -179,3 +243,58 @@ def test_without_the_products_the_linears_hold_the_same_weights(tiny_folders: di
     wrapped = packed.get_submodule("bert.encoder.layer.0.attention.self.query")
     assert isinstance(wrapped, LinearWithLoRA)
     torch.testing.assert_close(dense_weight(wrapped), wrapped.linear.dense_weight())
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [("gpt2", {"trainable_layers": 1}), ("bert", {"trainable_layers": 2}), ("gpt2", {}), ("modernbert", {})],
+    ids=["Conv1D", "all layers trained", "LoRA on Conv1D", "LoRA on fused linears"],
+)
+def test_the_widths_of_what_will_be_in_8_bits(tmp_path: Path, model_type: str, settings: dict[str, object]) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path)
+    more = {"method": "selective" if settings else "lora", "precision": "int8"} | settings
+    config = RunConfig.from_settings(model_name=str(tmp_path), max_length=32, **more)
+    model = build_classifier(config, find_base_model(config), NAMES, torch.float32).model
+    packed = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert int8_widths(config, tmp_path) == [w for m in packed for w in (m.in_features, m.out_features)]
+    assert bool(packed) is not bool(settings)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fast"])
+def test_a_run_that_has_nothing_to_hold_in_8_bits(
+    tiny_folders: dict[str, Path],
+    review_folder: Path,
+    tmp_path: Path,
+    precision: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--method", "selective", "--epochs", "0")
+    reason = "the run has no frozen linear that can be held in 8 bits"
+    status = main([*words, "--trainable_layers", str(LAYERS), "--precision", precision])
+    shown = capsys.readouterr()
+    if precision == "fast":
+        assert status == 0
+        assert result_of(tmp_path / "run")["config"]["precision"] in ("bf16", "fp32")
+        assert f"({reason})" in shown.out
+    else:
+        assert status == 2
+        assert shown.err == f"error: --precision int8: {reason}; use --precision auto\n"
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_8_bits_does_not_continue_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig.from_settings(precision="int8", offline=True, output_dir=tmp_path)
+    write_settings(tmp_path, config.to_dict())
+    monkeypatch.setattr(int8_products, "refused", lambda: "the processor has neither AVX512-VNNI nor AVX2-VNNI")
+    before = (tmp_path / SETTINGS).read_bytes()
+    assert main(["--resume", "--output_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "error: --precision int8: the processor has neither AVX512-VNNI nor AVX2-VNNI; the run began with it, so resume"
+        " on a machine that has it\n"
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {SETTINGS: before}

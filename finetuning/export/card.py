@@ -100,11 +100,14 @@ def _reading(run: FinishedRun) -> dict[str, Any]:
 def _training(run: FinishedRun) -> dict[str, Any]:
     """What the run was trained on, and how."""
     result, config = run.result, run.config
+    precision = result.get("base_model", {}).get("precision", config.hardware.precision)
+    if str(config.hardware.precision) == "int8":
+        precision = f"int8 products of frozen linears, else {precision}"
     return {
         "data": result["data"].get("source", config.data.dataset),
         "sizes": ", ".join(f"{count:,} {name}" for name, count in result["data"]["sizes"].items()),
         "method": _method(config),
-        "precision": result.get("base_model", {}).get("precision", config.hardware.precision),
+        "precision": precision,
         "seconds": f"{result['train']['seconds']:.0f}",
         "command": result["command"],
     }

@@ -43,7 +43,7 @@ def check_targets(config: Any, family: ModelFamily, targets: Iterable[str], modu
     """
     if all(target == "head" or target in family.targets for target in targets) and not modules:
         return
-    model = _on_meta(config, name)
+    model = on_meta(config, name)
     candidates = listed(dict.fromkeys(path.rpartition(".")[2] for path in _encoder_linears(model, family)))
     if not modules:
         raise UserError(
@@ -89,7 +89,12 @@ def _refuse_others(config: Any, name: str) -> None:
         raise UserError(f"{kind} and has {config.inner_group_num} layers in each group: needs one")
 
 
-def _on_meta(config: Any, name: str) -> Any:
+def on_meta(config: Any, name: str) -> Any:
+    """The classifier of a config, without memory for its weights.
+
+    Raises:
+        UserError: it cannot be built.
+    """
     try:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -102,7 +107,7 @@ def _on_meta(config: Any, name: str) -> Any:
 
 def _described(config: Any, model_name: str) -> ModelFamily:
     """A row for a type that the table lacks, from its classifier's modules. It has no names for placement flags."""
-    model = _on_meta(config, model_name)
+    model = on_meta(config, model_name)
     base = model.base_model_prefix
     lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     inside = {name: count for name, count in lists.items() if name.startswith(f"{base}.")}

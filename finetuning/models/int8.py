@@ -66,14 +66,19 @@ def use_int8(model: nn.Module, family: ModelFamily, packed: bool = True) -> None
         packed: whether to replace the linears by ``Int8Linear``. If not, they keep their dtype and get the same values.
     """
     layers = model.get_submodule(family.layers)
-    for name, linear in list(layers.named_modules()):
-        if type(linear) is not nn.Linear or any(p.requires_grad for p in linear.parameters()):
-            continue
+    for name, linear in frozen_linears(model, family).items():
         quantized = Int8Linear(linear)
         if packed:
             layers.set_submodule(name, quantized)
         else:
             linear.weight.data = quantized.dense_weight()
+
+
+def frozen_linears(model: nn.Module, family: ModelFamily) -> dict[str, nn.Linear]:
+    """The linears of the encoder's layers that ``use_int8`` quantizes, by their names in these layers."""
+    modules = model.get_submodule(family.layers).named_modules()
+    linears = {name: module for name, module in modules if type(module) is nn.Linear}
+    return {name: m for name, m in linears.items() if not any(p.requires_grad for p in m.parameters())}
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def int8_linears(
         ranks = tuple(len(a) for a, _ in parts)
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # one token of each sequence is a view with gaps
     y: Tensor = _FrozenInt8.apply(rows, A, B, weight, tuple(ends), ranks, fused)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], ends[-1])
 
 
 def _joined(modules: Sequence[Int8Linear]) -> Int8Weight:
@@ -162,7 +167,10 @@ class _FrozenInt8(torch.autograd.Function):
             q, scales, inner = quantize(x[rows], None, ctx.A, activate)
             dequantize(multiply(q, W.values.t(), sums), scales, y[rows], W.scale, W.bias, inner, ctx.B)
             inners.append(inner)
-        ctx.save_for_backward(x if A is not None or activate else None, None if A is None else torch.cat(inners))
+        ctx.save_for_backward(
+            x if A is not None or activate else None,
+            None if A is None else torch.cat(inners or [x.new_empty(0, len(A))]),
+        )
         return y
 
     @staticmethod

@@ -11,6 +11,7 @@ product is torch's with AVX512-VNNI, and our own with AVX2-VNNI (kernels/product
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ NEEDED_BY_OURS = frozenset({"avx_vnni"})
 AMX = frozenset({"amx_tile", "amx_bf16"})
 RANK_MULTIPLE = 4  # of a LoRA matrix for the kernels
 WIDTH_MULTIPLE = 32  # of rows for the kernels
+WIDEST = (2**31 - 1) // LARGEST**2  # products of integers whose sum fits in 32 bits
 FORMS = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the kernels
 
 
@@ -214,12 +216,20 @@ def refused() -> str | None:
     exact = (left.double() @ right.double()).to(torch.int32)
     for weight in (right.to(torch.int8), right.t().contiguous().to(torch.int8).t()):
         if not torch.equal(multiply(left.to(torch.int8), weight, torch.empty_like(exact)), exact):
-            return "8-bit products are wrong on this processor"
+            return "8-bit products are wrong on this processor, perhaps because ONEDNN_MAX_CPU_ISA is set"
     return None
 
 
-def slow() -> str | None:
-    """Why 8-bit products save no time on this machine; ``None`` if they do.
+def unsuited(widths: Sequence[int]) -> str | None:
+    """Why linears of these widths cannot be held in 8 bits; ``None`` if they can."""
+    if not widths:
+        return "the run has no frozen linear that can be held in 8 bits"
+    widest = max(widths)
+    return f"a linear is {widest:,} wide, and 8-bit products take at most {WIDEST:,}" if widest > WIDEST else None
+
+
+def slow(widths: Sequence[int]) -> str | None:
+    """Why 8-bit products of linears of these widths save no time on this machine; ``None`` if they do.
 
     Without the kernels, the steps around a product take longer than 8 bits save. With AMX, bf16 products are so fast
     that these steps cost more than 8 bits save (docs/log.md).
@@ -227,4 +237,7 @@ def slow() -> str | None:
     kernels, state = library(without_bf16=True)
     if kernels is None:
         return f"CPU kernels: {state}"
-    return "bf16 with AMX is faster" if AMX.issubset(instructions()) else None
+    if AMX.issubset(instructions()):
+        return "bf16 with AMX is faster"
+    odd = next((width for width in widths if width % WIDTH_MULTIPLE), None)
+    return None if odd is None else f"a linear is {odd} wide, and the kernels take multiples of {WIDTH_MULTIPLE}"

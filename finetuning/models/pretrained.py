@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from finetuning.errors import UserError, first_line
 from finetuning.hub import hub_snapshot
 from finetuning.models.base_files import has_weights
-from finetuning.models.discovery import check_targets, family_of
+from finetuning.models.discovery import check_targets, family_of, on_meta
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.settings import PACKAGED, HardwareSettings, LoRASettings, MethodSettings, ModelSettings
 
@@ -152,6 +152,16 @@ def find_family(model_name: str, folder: Path) -> ModelFamily:
         UserError: there is no usable ``config.json``, or the model is not supported.
     """
     return family_of(_read_config(model_name, folder), model_name)
+
+
+def empty_classifier(model_name: str, folder: Path) -> tuple[nn.Module, ModelFamily]:
+    """The Hugging Face classifier of the base model in a folder, without memory for its weights, and its family.
+
+    Raises:
+        UserError: as in ``find_family``.
+    """
+    base = _read_config(model_name, folder)
+    return on_meta(base, model_name), family_of(base, model_name)
 
 
 def longest_input(model_name: str, folder: Path) -> float:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +17,7 @@ from finetuning.processor import instructions, limited
 from finetuning.settings import HardwareSettings
 
 BF16 = frozenset({"amx_bf16", "avx512_bf16"})
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FIRST_WITH_BF16 = (8, 0)  # compute capability: Ampere
 
 
@@ -46,8 +48,12 @@ class Hardware:
         return f"{products}{str(self.dtype).removeprefix('torch.')} on {self.accelerator}"
 
 
-def resolve_hardware(settings: HardwareSettings) -> Hardware:
-    """Asks the machine what ``auto`` means.
+def resolve_hardware(settings: HardwareSettings, resumed: bool = False) -> Hardware:
+    """Asks the machine what ``auto`` means. ``fast`` counts as ``auto`` here, see ``fastest_precision``.
+
+    Args:
+        settings: the run's hardware settings.
+        resumed: whether a run continues, whose precision cannot change.
 
     Raises:
         UserError: a GPU that is not there, a precision that the hardware does not have, or no strategy's name.
@@ -70,17 +76,19 @@ def resolve_hardware(settings: HardwareSettings) -> Hardware:
     cards = [] if not on_gpu else devices if isinstance(devices, list) else list(range(devices))
     int8 = settings.precision == "int8"
     if int8:
-        _check_int8(on_gpu)
-    dtype = _resolve_dtype("auto" if int8 else settings.precision, cards)
+        _check_int8(on_gpu, resumed)
+    dtype = _resolve_dtype("auto" if settings.precision in ("int8", "fast") else settings.precision, cards)
     return Hardware("gpu" if on_gpu else "cpu", devices, dtype, int8)
 
 
-def _check_int8(on_gpu: bool) -> None:
+def _check_int8(on_gpu: bool, resumed: bool) -> None:
     if on_gpu:
-        raise UserError("--precision int8 needs a CPU: use bf16, or --accelerator cpu")
+        instead = "continue it with" if resumed else "use bf16, or"
+        raise UserError(f"--precision int8 needs a CPU: {instead} --accelerator cpu")
     reason = int8_products.refused()
     if reason is not None:
-        raise UserError(f"--precision int8: {reason}; use --precision auto")
+        instead = "the run began with it, so resume on a machine that has it" if resumed else "use --precision auto"
+        raise UserError(f"--precision int8: {reason}; {instead}")
 
 
 def without_int8(settings: HardwareSettings) -> str | None:
@@ -89,15 +97,22 @@ def without_int8(settings: HardwareSettings) -> str | None:
     return "a GPU" if on_gpu else int8_products.refused()
 
 
-def fastest_precision(settings: HardwareSettings, excluded: str | None) -> tuple[Literal["int8", "auto"], str]:
-    """What ``--precision fast`` means here: ``int8`` if that is possible and fast, else ``auto``; and why.
+def fastest_precision(settings: HardwareSettings, excluded: str | None, widths: Sequence[int]) -> tuple[str, str]:
+    """What ``--precision fast`` means here, and why: ``int8`` if that is possible and fast, else as ``auto``.
 
     Args:
         settings: the run's hardware settings.
         excluded: a setting of the run that excludes int8, or ``None``.
+        widths: of the linears that int8 quantizes.
+
+    Returns:
+        A precision with a name, which means the same on every machine, and a text.
     """
-    reason = excluded or without_int8(settings) or int8_products.slow()
-    return ("int8", "exact and fast on this processor") if reason is None else ("auto", reason)
+    reason = excluded or without_int8(settings) or int8_products.unsuited(widths) or int8_products.slow(widths)
+    if reason is None:
+        return "int8", "exact and fast on this processor"
+    dtype = resolve_hardware(settings).dtype
+    return next(name for name, kind in DTYPES.items() if kind == dtype), reason
 
 
 def _check_tasks(devices: int, num_nodes: int) -> None:
@@ -126,7 +141,7 @@ def _resolve_dtype(precision: str, cards: list[int]) -> torch.dtype:
         name = torch.cuda.get_device_name(card)
         raise UserError(f"--precision bf16: GPU {card}, {name}, has no bf16; use --precision fp16")
     if precision != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+        return DTYPES[precision]
     if cards:
         return torch.float16 if without_bf16 else torch.bfloat16
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

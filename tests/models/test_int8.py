@@ -129,6 +129,54 @@ def test_a_value_that_is_not_finite_is_never_hidden() -> None:
         assert y[[0, 1, 3, 4]].isfinite().all()
 
 
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, F.gelu], ids=["none", "gelu"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nor_is_it_with_lora_nor_in_the_gradients(
+    dtype: torch.dtype, activation: int8.Callable[[Tensor], Tensor] | None, bad: float
+) -> None:
+    torch.manual_seed(0)
+    module = with_lora(Int8Linear(nn.Linear(64, 96)), 8)
+    x, grad = torch.randn(5, 64).to(dtype), torch.randn(5, 96).to(dtype)
+    others = [0, 1, 3, 4]
+    for spoilt in (x, grad):
+        given = [tensor.clone() for tensor in (x, grad)]
+        given[spoilt is grad][2, 3] = bad
+        leaf = given[0].requires_grad_()
+        y = linears(leaf, [module], activation=activation)
+        grad_x, grad_A, grad_B = torch.autograd.grad(y, [leaf, *module.lora.parameters()], given[1])
+        assert y[others].isfinite().all()
+        assert grad_x[others].isfinite().all()
+        assert not grad_B.isfinite().all()
+        if spoilt is x:
+            assert not y[2].isfinite().any()
+            assert not grad_A[:, 3].isfinite().any()
+        else:
+            assert y[2].isfinite().all()
+            assert not grad_x[2].isfinite().any()
+            assert not grad_A.isfinite().any()
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, F.gelu], ids=["none", "gelu"])
+def test_without_the_kernels_torch_gives_the_same(
+    dtype: torch.dtype, activation: int8.Callable[[Tensor], Tensor] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    modules = [with_lora(Int8Linear(nn.Linear(64, 96)), 8), Int8Linear(nn.Linear(64, 32))]
+    x, grad = torch.randn(70, 64).to(dtype).requires_grad_(), torch.randn(70, 128).to(dtype)
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    found = []
+    for _ in range(2):
+        y = linears(x, modules, activation=activation)
+        found.append((y, *torch.autograd.grad(y, [x, *trained], grad)))
+        monkeypatch.setattr(int8_products, "library", lambda *_, **__: (None, "no"))
+    for value, reference in zip(*found, strict=True):
+        assert distance(value, reference.double()) < ROUNDING[dtype]
+
+
 def test_real_activations_lose_little() -> None:
     """MiniLM's own inputs of each linear: the 8-bit output against the dense one, without the bias.
 
@@ -173,6 +221,17 @@ def test_one_huge_value_costs_its_row_alone_its_precision() -> None:
 def test_a_row_of_zeros_gives_the_bias() -> None:
     linear = Int8Linear(nn.Linear(64, 64))
     torch.testing.assert_close(int8_linears(torch.zeros(3, 64), [linear], [None]), linear.bias.expand(3, 64))
+
+
+@every_variant
+def test_no_rows_give_no_rows() -> None:
+    module = with_lora(Int8Linear(nn.Linear(64, 96)), 8)
+    x = torch.randn(0, 64, requires_grad=True)
+    y = linears(x, [module], activation=F.gelu)
+    assert y.shape == (0, 96)
+    gradients = torch.autograd.grad(y.sum(), [x, *module.lora.parameters()])
+    assert gradients[0].shape == (0, 64)
+    assert not any(gradient.any() for gradient in gradients[1:])
 
 
 def test_dropout_of_lora_leaves_the_frozen_linear_its_whole_input() -> None:

@@ -133,12 +133,17 @@ def test_on_a_gpu_fp32_multiplies_in_tf32_and_cudnn_has_no_attention(
 
 # --- 8-bit products
 
+WIDTHS = [384, 1536]
+AUTO = (
+    "bf16" if resolve_hardware(RunConfig.from_settings(accelerator="cpu").hardware).dtype == torch.bfloat16 else "fp32"
+)
+
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with exact 8-bit products and compiled kernels."""
     monkeypatch.setattr(int8_products, "refused", lambda: None)
-    monkeypatch.setattr(int8_products, "slow", lambda: None)
+    monkeypatch.setattr(int8_products, "slow", lambda _: None)
 
 
 def settings_of(**settings: Any) -> RunConfig:
@@ -158,7 +163,12 @@ def test_int8_is_refused_where_it_is_wrong_or_missing(monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="--precision int8: the processor has no AVX512-VNNI; use --precision auto"):
         resolve_hardware(settings_of(precision="int8").hardware)
     config = settings_of(precision="fast")
-    assert fastest_precision(config.hardware, None) == ("auto", "the processor has no AVX512-VNNI")
+    assert fastest_precision(config.hardware, None, WIDTHS) == (AUTO, "the processor has no AVX512-VNNI")
+    line = (
+        "--precision int8: the processor has no AVX512-VNNI; the run began with it, so resume on a machine that has it"
+    )
+    with pytest.raises(UserError, match=line):
+        resolve_hardware(settings_of(precision="int8").hardware, resumed=True)
 
 
 @pytest.mark.usefixtures("products")
@@ -166,7 +176,10 @@ def test_int8_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, H100)
     with pytest.raises(UserError, match="--precision int8 needs a CPU: use bf16, or --accelerator cpu"):
         resolve_hardware(settings_of(precision="int8", accelerator="auto").hardware)
-    assert fastest_precision(settings_of(precision="fast", accelerator="auto").hardware, None) == ("auto", "a GPU")
+    with pytest.raises(UserError, match="--precision int8 needs a CPU: continue it with --accelerator cpu"):
+        resolve_hardware(settings_of(precision="int8", accelerator="auto").hardware, resumed=True)
+    hardware = settings_of(precision="fast", accelerator="auto").hardware
+    assert fastest_precision(hardware, None, WIDTHS) == ("bf16", "a GPU")
 
 
 @pytest.mark.usefixtures("products")
@@ -175,32 +188,35 @@ def test_int8_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, "int8", "exact and fast"),
         ({"method": "selective"}, "int8", "exact and fast"),
-        ({"method": "full"}, "auto", "--method full trains all weights"),
-        ({"q_lora": True}, "auto", "--q_lora True holds the frozen weights in 4 bits"),
-        ({"compile": True}, "auto", "--compile True"),
+        ({"method": "full"}, AUTO, "--method full trains all weights"),
+        ({"q_lora": True}, AUTO, "--q_lora True holds the frozen weights in 4 bits"),
+        ({"compile": True}, AUTO, "--compile True"),
     ],
 )
 def test_fast_takes_int8_where_the_method_allows_it(settings: dict[str, Any], precision: str, reason: str) -> None:
     config = settings_of(precision="fast", **settings)
-    taken, why = fastest_precision(config.hardware, config.excludes_int8)
+    taken, why = fastest_precision(config.hardware, config.excludes_int8, WIDTHS)
     assert (taken, reason in why) == (precision, True)
 
 
 @pytest.mark.parametrize(
-    ("kernels", "instructions", "reason"),
+    ("kernels", "instructions", "widths", "reason"),
     [
-        (None, {"avx512_vnni"}, "CPU kernels: no: no compiler"),
-        (object(), {"avx512_vnni", "amx_tile", "amx_bf16"}, "bf16 with AMX is faster"),
+        (None, {"avx512_vnni"}, [384], "CPU kernels: no: no compiler"),
+        (object(), {"avx512_vnni", "amx_tile", "amx_bf16"}, [384], "bf16 with AMX is faster"),
+        (object(), {"avx512_vnni"}, [96, 312, 1200], "a linear is 312 wide, and the kernels take multiples of 32"),
+        (object(), {"avx512_vnni"}, [], "the run has no frozen linear that can be held in 8 bits"),
+        (object(), {"avx512_vnni"}, [133_145], "a linear is 133,145 wide, and 8-bit products take at most 133,144"),
     ],
-    ids=["no kernels", "AMX"],
+    ids=["no kernels", "AMX", "TinyBERT", "no linear", "too wide"],
 )
 def test_fast_does_not_take_int8_where_it_saves_no_time(
-    kernels: object, instructions: set[str], reason: str, monkeypatch: pytest.MonkeyPatch
+    kernels: object, instructions: set[str], widths: list[int], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8_products, "refused", lambda: None)
     monkeypatch.setattr(int8_products, "library", lambda **_: (kernels, "no: no compiler"))
     monkeypatch.setattr(int8_products, "instructions", lambda: instructions)
-    assert fastest_precision(settings_of(precision="fast").hardware, None) == ("auto", reason)
+    assert fastest_precision(settings_of(precision="fast").hardware, None, widths) == (AUTO, reason)
 
 
 def test_a_limited_processor_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
