@@ -24,7 +24,7 @@ from finetuning.processes import (
     stoppable,
 )
 from finetuning.processor import limit_libraries
-from finetuning.runs.adapters import Adapter, read_adapter
+from finetuning.runs.adapters import Adapter
 from finetuning.runs.directory import (
     check_directory,
     claimed_directory,
@@ -234,8 +234,7 @@ def prepare(config: RunConfig) -> Setup:
     advice = imbalance_advice(task, task.counts(labels["train"]), config.training)
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
-        adapter = read_adapter(config.lora.init_adapter)
-        config = adopt_adapter(config, adapter, folder)
+        config, adapter = adopt_adapter(config, folder)
         trial = build_classifier(config, folder, texts.label_names, hardware.dtype, adapter.linears)
         load_adapter(trial, adapter, folder)  # what does not fit is refused before anything is written
         del trial

@@ -5,7 +5,7 @@ Frozen weights are stored in the precision of the matrix products, or in 4 bits.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from finetuning.models.pretrained import (
 from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
 from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.files import ADAPTER_CONFIG
-from finetuning.runs.weights import load_initial, load_trained
+from finetuning.runs.weights import load_initial, load_trained, separate_linears
 from finetuning.settings import LORA_TARGETS, LoRASettings, MethodSettings
 
 
@@ -126,7 +126,7 @@ def load_classifier(
         UserError: the base model or the run's weights cannot be loaded.
     """
     adopted = config.lora is not None and config.lora.init_adapter is not None
-    linears = read_adapter(directory).linears if adopted else None
+    linears = _read_fitting(directory, find_family(config.model.model_name, folder)).linears if adopted else None
     classifier = build_classifier(config, folder, label_names, dtype, linears, int8_products)
     parts = split_widths(classifier.model)
     load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None, split=parts)
@@ -137,20 +137,29 @@ def load_classifier(
 # starting from an adapter
 
 
-def adopt_adapter(config: RunConfig, adapter: Adapter, folder: Path) -> RunConfig:
-    """The settings with the adapter's rank, alpha, scaling and placement. Where parts of it differ, ``linears`` counts.
+def _read_fitting(path: Path, family: ModelFamily) -> Adapter:
+    adapter = read_adapter(path)
+    return replace(adapter, linears=separate_linears(adapter, family.fused))
+
+
+def adopt_adapter(config: RunConfig, folder: Path) -> tuple[RunConfig, Adapter]:
+    """The settings with the rank, alpha, scaling and placement of the adapter of ``--init_adapter``, and the adapter.
+
+    Where parts of the adapter differ in rank or alpha, its ``linears`` count.
 
     Raises:
         UserError: the adapter was made for another base model, is placed elsewhere, or a flag contradicts it.
     """
-    flag, model_name = f"--init_adapter {adapter.folder}", config.model.model_name
+    lora, model_name = config.lora, config.model.model_name
+    assert lora is not None
+    assert lora.init_adapter is not None
+    family, flag = find_family(model_name, folder), f"--init_adapter {lora.init_adapter}"
+    adapter = _read_fitting(lora.init_adapter, family)
     if adapter.base is not None and Path(adapter.base).name != Path(model_name).name:
         raise UserError(
             f"{flag}: made for the base model {adapter.base}, but --model_name is {model_name}: give --model_name"
             f" {adapter.base}, or, if they are the same, change base_model_name_or_path in its {ADAPTER_CONFIG}"
         )
-    family, lora = find_family(model_name, folder), config.lora
-    assert lora is not None
     known = {name: target for target in (*family.targets, "head") for name in _target_paths(family, target)}
     unknown = [name for name in adapter.linears if re.sub(r"\.\d+\.", ".*.", name) not in known]
     if unknown:
@@ -162,7 +171,7 @@ def adopt_adapter(config: RunConfig, adapter: Adapter, folder: Path) -> RunConfi
         given = getattr(lora, name)
         if given is not None and given != value:
             raise UserError(f"--{name} {given}: the adapter of --init_adapter has {value}: leave out this flag")
-    return config.changed(**values)
+    return config.changed(**values), adapter
 
 
 def _target_paths(family: ModelFamily, target: str) -> list[str]:
@@ -192,7 +201,7 @@ def load_adapter(classifier: Classifier, adapter: Adapter, folder: Path) -> None
         return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
 
     saved = classifier.saved_parameters()
-    load_initial(adapter.folder, saved, in_base)
+    load_initial(adapter.folder, saved, in_base, split_widths(classifier.model))
     config: Any = classifier.model.config
     order = class_order(folder, list(config.id2label.values()))
     if order is not None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification
 
 from finetune_lora import main
 from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES
@@ -31,7 +32,14 @@ from finetuning.models.lora import LinearWithLoRA, ranks_and_alphas
 from finetuning.models.quantization import dequantized, is_quantized
 from finetuning.runs.weights import load_trained, peft_name, save_trained, separate_parts
 from finetuning.settings import LORA_TARGETS
-from local_model_utilities import build_classifier, count_parameters, find_base_model
+from local_model_utilities import (
+    adopt_adapter,
+    build_classifier,
+    count_parameters,
+    find_base_model,
+    load_adapter,
+    load_classifier,
+)
 from predict import predict
 from tests.conftest import BAD, GOOD, needs_int8
 from tests.tiny_models import (
@@ -93,7 +101,7 @@ def batch(model_type: str) -> dict[str, Tensor]:
 def save(directory: Path, classifier: Classifier, config: RunConfig) -> None:
     family, targets = classifier.family, ranks_and_alphas(classifier.model)
     save_trained(
-        directory, classifier.saved_parameters(), config.lora, "base", targets, family.head_modules,
+        directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets, family.head_modules,
         split_widths(classifier.model), family.conv1d,
     )  # fmt: skip
 
@@ -223,6 +231,46 @@ def test_in_8_bits_the_logits_stay_close(folder_of: Any, model_type: str) -> Non
         fill(classifier)
     logits, reference = packed(**given), dense(**given)
     assert 0 < (logits - reference).norm() < 0.05 * reference.norm()
+
+
+FUSED = pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.fused])
+
+
+@FUSED
+@pytest.mark.parametrize("more", [{}, {"lora_query": False, "lora_scaling": "rslora"}, ALL | {"lora_scaling": "raw"}])
+def test_an_adapter_on_parts_of_fused_linears_is_continued(
+    folder_of: Any, tmp_path: Path, model_type: str, more: dict[str, Any]
+) -> None:
+    folder, (first, second) = folder_of(model_type), (tmp_path / "first", tmp_path / "second")
+    settings = {"model_name": str(folder), "lora_r": RANK, **more}
+    earlier = build(folder, **{name: value for name, value in settings.items() if name != "model_name"})
+    fill(earlier)
+    first.mkdir()
+    save(first, earlier, RunConfig.from_settings(**settings))
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, init_adapter=first)
+    config, adapter = adopt_adapter(config, folder)
+    classifier = build_classifier(config, folder, ["bad", "good"], torch.float32, adapter.linears).eval()
+    load_adapter(classifier, adapter, folder)
+    assert ranks_and_alphas(classifier.model).keys() == ranks_and_alphas(earlier.model).keys()
+    expected = earlier(**batch(model_type))
+    torch.testing.assert_close(classifier(**batch(model_type)), expected, rtol=0, atol=1e-5)
+    fill(classifier)  # trained on, saved, and loaded again
+    second.mkdir()
+    save(second, classifier, config)
+    again = load_classifier(second, config, folder, ["bad", "good"], torch.float32)
+    assert torch.equal(again(**batch(model_type)), classifier(**batch(model_type)))
+
+
+@FUSED
+def test_an_adapter_on_whole_fused_linears_is_not_continued(folder_of: Any, tmp_path: Path, model_type: str) -> None:
+    (fused,) = FAMILIES[model_type].fused
+    settings = {"lora_modules": fused, "lora_r": RANK}
+    classifier = build(folder_of(model_type), **settings)
+    fill(classifier)
+    save(tmp_path, classifier, RunConfig.from_settings(model_name=str(folder_of(model_type)), **settings))
+    config = RunConfig.from_settings(model_name=str(folder_of(model_type)), max_length=32, init_adapter=tmp_path)
+    with pytest.raises(UserError, match=rf"{fused} as a whole, and not on its parts query, key, value: only"):
+        adopt_adapter(config, folder_of(model_type))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

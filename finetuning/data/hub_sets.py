@@ -55,9 +55,12 @@ def read_hub_set(data: DataSettings, offline: bool) -> Source:
     if unused := [split for split in splits if split not in names.values()]:
         notes.append(f"unused splits: {listed(unused)}")
     if classes is not None:  # elsewhere -1 may be a class
-        raw = {part: table.assign(**{label: table[label].mask(_missing(table[label]))}) for part, table in raw.items()}
+        raw, left_out = _with_agreed_labels(raw, label)
+        notes += left_out
     settings = dataclasses.replace(data, **columns)
-    tables = {part: checked(table, f"{part} of {data.dataset}", settings) for part, table in raw.items()}
+    tables = {
+        part: checked(table, f"{part} of {data.dataset}", settings).set_axis(table.index) for part, table in raw.items()
+    }
     return Source(data.dataset, "Hugging Face hub", tables, classes, notes, test_is, columns)
 
 
@@ -216,6 +219,22 @@ def _with_labelled_test(tables: dict[str, pd.DataFrame], label: str) -> tuple[di
     rest["test"] = rest.pop("validation")
     note = "the test split has no labels: validation is the test, and a new validation is taken out of train"
     return rest, "validation as test", [note]
+
+
+def _with_agreed_labels(tables: dict[str, pd.DataFrame], label: str) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Tables without the texts labelled -1, on whose label the annotators of sets such as SNLI did not agree; a note.
+
+    Rows keep their numbers. A table in which no text has a label stays, without labels.
+    """
+    kept, left_out = {}, []
+    for part, table in tables.items():
+        unlabelled = _missing(table[label]) & table[label].notna()
+        if unlabelled.all():
+            kept[part] = table.assign(**{label: None})
+            continue
+        kept[part] = table[~unlabelled]
+        left_out += [f"{unlabelled.sum()} of {part}"] if unlabelled.any() else []
+    return kept, [f"left out texts without an agreed label (-1): {listed(left_out)}"] if left_out else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,11 @@ def encode_several_labels(source: Source, data: DataSettings) -> tuple[list[str]
     if data.label_separator is not None and lists.map(len).max() < 2:
         raise UserError(f"--label_separator {data.label_separator!r}: never occurs in column {data.label_column}")
     values = [value for row in lists for value in row]
+    if _are_zeros_and_ones(lists):
+        raise UserError(
+            f"{flag}: each list has a 0 or 1 for each of {len(lists.iloc[0])} labels, but must have the labels"
+            f" themselves, as [0, 2] instead of [1, 0, 1]: convert them, and give --dataset text --data_dir PATH"
+        )
     kinds = {type(value) for value in values}
     if len(kinds) > 1 or not kinds <= {str, int}:
         raise UserError(f"{flag}: the labels in the lists must be all whole numbers or all strings")
@@ -85,6 +90,12 @@ def _as_lists(labels: pd.Series, data: DataSettings) -> pd.Series:
         raise UserError(f"--label_separator {data.label_separator!r}: column {data.label_column} has {kind}")
     parts = labels.str.split(data.label_separator, regex=False)
     return parts.map(lambda words: [word.strip() for word in words if word.strip()])
+
+
+def _are_zeros_and_ones(lists: pd.Series) -> bool:
+    """Whether the lists have a 0 or 1 for each label. They are as long as each other, and no list of labels repeats."""
+    alike = lists.map(len).nunique() == 1 and all(value in (0, 1) for row in lists for value in row)
+    return alike and any(len(set(row)) < len(row) for row in lists)
 
 
 def _rarest(given: np.ndarray) -> np.ndarray:

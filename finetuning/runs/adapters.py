@@ -19,7 +19,7 @@ UNDERSTOOD = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "bias", "init_lora_weights", "inference_mode",
     "revision", "auto_mapping", "peft_version", "layers_pattern", "layers_to_transform", "exclude_modules",
-    "megatron_core", "eva_config", "qalora_group_size",
+    "megatron_core", "eva_config", "qalora_group_size", "fan_in_fan_out",
 }  # fmt: skip
 # Ways to begin that leave the base model as it is. Others (PiSSA, LoftQ, OLoRA) change its weights.
 PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")

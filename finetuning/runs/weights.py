@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetuning.errors import UserError
+from finetuning.runs.adapters import Adapter
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, check_unchanged
 from finetuning.settings import LoRASettings
 from finetuning.storage import write_atomically, write_json
@@ -93,6 +94,53 @@ def separate_parts(
     return own
 
 
+def separate_linears(adapter: Adapter, fused: Mapping[str, Sequence[str]]) -> dict[str, tuple[int, float]]:
+    """The adapter's linears, with each fused one as its parts that have LoRA.
+
+    Args:
+        adapter: names a fused linear as a whole, as ``joined_parts`` and ``adapter_config`` write it.
+        fused: the last parts of a fused linear's name -> its parts, of one width.
+
+    Raises:
+        UserError: the LoRA on a fused linear is not LoRA on its parts.
+    """
+    whole = {kind: [name for name in adapter.linears if name.endswith(f".{kind}")] for kind in fused}
+    tensors = _read_tensors(adapter.folder / ADAPTER) if any(whole.values()) else {}
+    linears = dict(adapter.linears)
+    for kind, names in whole.items():
+        matrices = [tensors.get(peft_name(f"{name}.lora.lora_B", lora=True)) for name in names]
+        parts = _parts_with_lora([B for B in matrices if B is not None], adapter.rank, fused[kind]) if names else []
+        if names and not parts:
+            raise UserError(
+                f"--init_adapter {adapter.folder}: has LoRA on {names[0]} as a whole, and not on its parts"
+                f" {', '.join(fused[kind])}: only an adapter of this suite's placement flags can be continued"
+            )
+        for name in names:
+            alpha = linears.pop(name)[1] / (len(parts) ** 0.5 if adapter.scaling == "rslora" else len(parts))
+            linears |= {f"{name}.{part}": (adapter.rank, alpha) for part in parts}
+    return linears
+
+
+def _parts_with_lora(matrices: Sequence[Tensor], rank: int, parts: Sequence[str]) -> list[str]:
+    """The parts of a fused linear that have LoRA; empty if B is not block-diagonal as in ``joined_parts``.
+
+    Args:
+        matrices: B of this linear in each layer, (out, rank of all parts). Layers have the same parts.
+        rank: the rank of one part.
+        parts: the names of all parts.
+    """
+    shapes = {tuple(B.shape) for B in matrices}
+    height, width = shapes.pop() if len(shapes) == 1 else (1, 1)
+    if height % len(parts) or width % rank:
+        return []
+    size = torch.stack([B.float().abs() for B in matrices]).sum(0)
+    filled = size.view(len(parts), height // len(parts), -1, rank).sum((1, 3)) > 0  # (parts, parts with LoRA)
+    if filled.shape[0] == filled.shape[1] and not (filled & ~torch.eye(len(parts), dtype=torch.bool)).any():
+        return list(parts)  # also if B is zero, as at the beginning
+    places = filled.int().argmax(0).tolist()
+    return [parts[i] for i in places] if (filled.sum(0) == 1).all() and places == sorted(set(places)) else []
+
+
 def adapter_config(
     lora: LoRASettings,
     model_name: str,
@@ -168,30 +216,38 @@ def load_trained(
         parameter.data.copy_(own[name])
 
 
-def load_initial(directory: Path, parameters: dict[str, torch.nn.Parameter], optional: Callable[[str], bool]) -> None:
+def load_initial(
+    directory: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    optional: Callable[[str], bool],
+    split: Mapping[str, Mapping[str, int]] | None = None,
+) -> None:
     """Copies an adapter into a classifier whose LoRA layers were placed as it says.
 
     Args:
         directory: the adapter's folder.
         parameters: the classifier's ``saved_parameters()``.
         optional: whether the adapter may lack a parameter, which then keeps its value.
+        split: as in ``save_trained``.
 
     Raises:
         UserError: the file lacks a parameter, has one too many, or one of another shape.
     """
     path = directory / ADAPTER
-    names = {name: peft_name(name, lora=True) for name in parameters}
+    joined = joined_parts({name: parameter.data for name, parameter in parameters.items()}, split or {})
+    names = {name: peft_name(name, lora=True) for name in joined}
     tensors = _read_tensors(path)
     strange = sorted(set(tensors) - set(names.values()))
     if strange:
         raise UserError(f"--init_adapter {directory}: this model has no place for {strange[0]}")
-    missing = [names[name] for name in parameters if names[name] not in tensors and not optional(name)]
+    missing = [names[name] for name in joined if names[name] not in tensors and not optional(name)]
     if missing:
         raise UserError(f"--init_adapter {directory}: {ADAPTER} lacks {missing[0]}, and so does the base model")
     given = {name: own for name, own in names.items() if own in tensors}
-    _check(path, tensors, given, parameters)
-    for name, stored in given.items():
-        parameters[name].data.copy_(tensors[stored])
+    _check(path, tensors, given, joined)
+    own = separate_parts({name: tensors[stored] for name, stored in given.items()}, parameters, split or {})
+    for name, value in own.items():
+        parameters[name].data.copy_(value)
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

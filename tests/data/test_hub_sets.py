@@ -88,6 +88,21 @@ def test_a_test_without_labels_is_no_test(cache: Path) -> None:
     assert not any("secret" in text for split in texts.splits.values() for text in split.texts)
 
 
+def test_texts_without_an_agreed_label_are_left_out(cache: Path) -> None:
+    """As in SNLI. Of a column without names of classes, -1 is a class."""
+    tables = {split: frame(rows, word=split) for split, rows in SPLITS.items()}
+    for split, rows in {"train": [3, 7], "test": [0]}.items():
+        tables[split].loc[rows, "label"] = -1
+    write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files_of("plain", **tables)})
+    texts = texts_of(config_of("me/films"))
+    assert texts.notes == ["left out texts without an agreed label (-1): 2 of train, 1 of test"]
+    assert [len(split.texts) for split in texts.splits.values()] == [38, 12, 9]
+    assert texts.splits["test"].rows.tolist() == list(range(1, 10))
+    assert texts.splits["test"].texts[0] == "test text 1"
+    write_hub_cache(cache, "me/numbers", {"train.csv": frame(40).replace({"label": {0: -1}}).to_csv(index=False)})
+    assert texts_of(config_of("me/numbers")).label_names == ["-1", "1"]
+
+
 def test_without_test_and_validation(cache: Path) -> None:
     write_hub_cache(cache, "me/one", {"train.csv": frame(40).to_csv(index=False)})
     texts = texts_of(config_of("me/one"))
@@ -173,11 +188,10 @@ def test_a_text_that_trains_is_not_tested(cache: Path) -> None:
 # what is refused
 
 
-def test_missing_labels_in_train(cache: Path) -> None:
-    table = frame(40)
-    table.loc[[3, 7], "label"] = -1
-    write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files_of("plain", train=table)})
-    assert "--label_column label: train of me/films has no label in 2 rows, first in row 3" in refusal("me/films")
+def test_no_label_in_all_of_train(cache: Path) -> None:
+    files = files_of("plain", train=frame(40).assign(label=-1))
+    write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files})
+    assert "--label_column label: train of me/films has no label in 40 rows, first in row 0" in refusal("me/films")
 
 
 def test_not_in_the_cache(cache: Path) -> None:

@@ -78,6 +78,13 @@ def test_parts_and_limits_keep_rare_labels_in_proportion(tmp_path: Path) -> None
     assert not rows[0] & rows[1] | rows[0] & rows[2] | rows[1] & rows[2]
 
 
+@pytest.mark.parametrize("labels", [[[0], [1], [0, 1]], [[0, 1], [1, 0]], [["0", "1"], ["1", "1"]]])
+def test_zeros_and_ones_can_be_labels(tmp_path: Path, labels: list[Any]) -> None:
+    for name in ("train", "validation", "test"):
+        write(tmp_path, labels, f"{name}.json")
+    assert read(tmp_path).label_names == ["0", "1"]
+
+
 def test_a_label_that_train_lacks_brings_a_warning(tmp_path: Path) -> None:
     write(tmp_path, [["a"], ["b"], ["a", "b"]])
     write(tmp_path, [["a"], ["c", "b"]], "validation.json")
@@ -95,6 +102,8 @@ def test_a_label_that_train_lacks_brings_a_warning(tmp_path: Path) -> None:
         ([["a"], None], None, "--label_column label: .* has no label in row 1 "),
         ([["a"], ["a"]], None, "--label_column label: must have at least two different labels, but has a"),
         ([[], []], None, "--label_column label: must have at least two different labels, but has none"),
+        ([[0, 1, 0], [0, 0, 1]], None, "--label_column label: each list has a 0 or 1 for each of 3 labels, but must"),
+        ([[1.0, 0.0], [1.0, 1.0]], None, "--label_column label: each list has a 0 or 1 for each of 2 labels, but must"),
         (["a", "b"], ",", "--label_separator ',': never occurs in column label"),
         ([["a"], ["b"]], ",", "--label_separator ',': column label has lists, so leave it out"),
         ([1, 2], ",", "--label_separator ',': column label has numbers, and only text has a separator"),

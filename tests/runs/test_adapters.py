@@ -59,8 +59,8 @@ def adopted(base: Path, folder: Path, **settings: Any) -> tuple[Classifier, RunC
     """The classifier with which a run of ``--init_adapter`` begins."""
     torch.manual_seed(9)
     config = RunConfig.from_settings(model_name=str(base), max_length=32, init_adapter=folder, **settings)
-    adapter, base = read_adapter(folder), find_base_model(config)
-    config = adopt_adapter(config, adapter, base)
+    base = find_base_model(config)
+    config, adapter = adopt_adapter(config, base)
     classifier = build_classifier(config, base, NAMES, torch.float32, adapter.linears)
     load_adapter(classifier, adapter, base)
     return classifier.eval(), config
