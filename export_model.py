@@ -160,7 +160,7 @@ def base_folder(run: FinishedRun) -> Path:
         folder = find_base_model(run.config)
     except UserError as error:
         raise UserError(f"{run.directory}: its base model is gone: {error}") from None
-    check_unchanged(folder, run.result.get("base_model", {}).get("sha256", {}))
+    check_unchanged(folder, run.base_files)
     return folder
 
 

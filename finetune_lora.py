@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.caches import cache_table, clear_caches, remove_left_over
-from finetuning.config import RunConfig, check_data_dir, check_trackers
+from finetuning.config import RunConfig, check_data_dir, check_trackers, continued
 from finetuning.errors import UserError, exit_status
 from finetuning.flags import given_flags
 from finetuning.processes import (
@@ -32,7 +32,7 @@ from finetuning.runs.directory import (
     default_directory,
     settings_to_run,
 )
-from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, read_settings
 from finetuning.runs.recording import recorded
 from finetuning.runs.records import NOT_ASKED_FOR, data_hashes, data_record, headline, test_record, train_record
 
@@ -74,6 +74,8 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     config = read_settings_of(argv, defaults)
     if config is None:
         print("the run in --output_dir has finished: nothing to do", flush=True)
+        if not is_helper():
+            restore_report(given_flags(argv, DESCRIPTION, defaults))
         return 0
     if config.run.cache_info or config.run.cache_clear:
         print(clear_caches() if config.run.cache_clear else cache_table())
@@ -96,6 +98,16 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
 def read_settings_of(argv: Sequence[str], defaults: dict[str, Any]) -> RunConfig | None:
     """The configuration for these flags; ``None`` if ``--resume auto`` finds that the run has finished."""
     return settings_to_run(given_flags(argv, DESCRIPTION, defaults), defaults)
+
+
+def restore_report(given: dict[str, Any]) -> None:
+    """Writes the report of a finished run, if a kill or a full disk has prevented it."""
+    from finetuning.report.page import restore
+    from local_dataset_utilities import load_texts
+
+    directory = given["output_dir"]
+    config = continued(read_settings(directory), given)
+    restore(directory, config.run, lambda: load_texts(config.data, config.run.offline).splits)
 
 
 def prefetch(config: RunConfig) -> None:

@@ -202,7 +202,7 @@ def load_predictor(trained: Trained) -> "Predictor":
     """The classifier, ready to label texts on this machine.
 
     Raises:
-        UserError: the base model or the weights cannot be loaded, or ``--precision`` needs other hardware.
+        UserError: base model or weights cannot be loaded or have changed, or ``--precision`` needs other hardware.
     """
     from finetuning.models.pretrained import load_tokenizer
     from finetuning.prediction.predictor import Predictor
@@ -223,9 +223,11 @@ def load_predictor(trained: Trained) -> "Predictor":
         except UserError as error:  # the messages of a base model name the flag of a run
             raise UserError(str(error).removeprefix("--model_name ")) from None
     else:
+        from finetuning.models.base_files import check_unchanged
         from local_model_utilities import find_base_model, load_classifier
 
         folder = find_base_model(config)
+        check_unchanged(folder, trained.base_files)
         classifier = load_classifier(
             trained.directory, config, folder, trained.label_names, hardware.dtype, hardware.int8
         )

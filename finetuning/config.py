@@ -218,11 +218,19 @@ def check_trackers(run: RunSettings) -> None:
     """Checks that the trackers are installed, before anything is loaded.
 
     Raises:
-        UserError: one is not installed.
+        UserError: one is not installed, or would connect although ``--offline`` is set.
     """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    connects = {
+        "wandb": os.environ.get("WANDB_MODE") not in ("offline", "disabled"),
+        "mlflow": bool(re.match(r"(?!file:|sqlite:)\w[\w+.-]*:|databricks", uri)),
+    }
     for name in run.trackers:
         if find_spec(name) is None:
             raise UserError(f"--tracker {name}: is not installed: pip install {name}")
+        if run.offline and connects.get(name, False):
+            local = "WANDB_MODE=offline" if name == "wandb" else "MLFLOW_TRACKING_URI to a folder"
+            raise UserError(f"--tracker {name}: connects, but --offline allows no connection: set {local}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,11 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable
 
-# What torch, the system's loader, Python's threads and the tokenizers' threads say if they find no memory.
-NO_MEMORY = ("can't allocate memory", "failed to map segment", "can't start new thread", "ThreadPoolBuildError")
+# What torch, the system's loader, Python's threads, the tokenizers' threads and CUDA say if they find no memory.
+NO_MEMORY = (
+    "can't allocate memory", "failed to map segment", "can't start new thread", "ThreadPoolBuildError",
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, stray surrogates and line breaks
 
 

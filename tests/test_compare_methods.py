@@ -81,6 +81,19 @@ def test_a_run_of_other_settings_is_neither_taken_for_the_planned_one_nor_overwr
     assert (runs.directory(run) / "settings.json").read_bytes() == before
 
 
+def test_a_run_whose_result_is_damaged_is_not_done_again(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan("")
+    (run,) = runs.study.runs
+    leave_run(runs, run)
+    result = runs.directory(run) / "result.json"
+    result.write_text("half a fi")
+    before = sorted(runs.directory(run).iterdir())
+    assert main(["run", "tiny.toml", "--data_dir", "."]) == 1
+    assert "(result.json cannot be read: " in capsys.readouterr().out
+    assert sorted(runs.directory(run).iterdir()) == before
+    assert result.read_text() == "half a fi"
+
+
 def test_what_has_ended_is_not_run_again(capsys: pytest.CaptureFixture[str]) -> None:
     runs = plan("[axes]\nseed = [0, 1]")
     leave_run(runs, runs.study.runs[0])

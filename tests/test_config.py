@@ -9,6 +9,7 @@ from finetuning.config import (
     MAY_CHANGE,
     NOT_PART_OF_THE_RUN,
     RunConfig,
+    check_trackers,
     continued,
     parsed_class_weights,
 )
@@ -438,6 +439,37 @@ def test_differences_name_what_changes_the_run() -> None:
     assert "--method lora -> full" in method
     assert "--lora_r 8 -> None" in method
     assert set(NOT_PART_OF_THE_RUN) <= set(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("tracker", "variables", "refused"),
+    [
+        ("wandb", {}, True),
+        ("wandb", {"WANDB_MODE": "online"}, True),
+        ("wandb", {"WANDB_MODE": "offline"}, False),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "https://mlflow.example.org"}, True),
+        ("tensorboard,mlflow", {"MLFLOW_TRACKING_URI": "databricks"}, True),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "file:///home/me/mlruns"}, False),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}, False),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "/home/me/mlruns"}, False),
+        ("tensorboard,mlflow", {}, False),
+    ],
+)
+def test_offline_refuses_a_tracker_that_connects(
+    tracker: str, variables: dict[str, str], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetuning.config.find_spec", lambda _: object())
+    for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_trackers(config_of_flags(f"--tracker {tracker}").run)
+    run = config_of_flags(f"--offline --tracker {tracker}").run
+    if not refused:
+        check_trackers(run)
+        return
+    with pytest.raises(UserError, match=r"--tracker \w+: connects, but --offline allows no connection: set \w+"):
+        check_trackers(run)
 
 
 def test_a_config_cannot_be_changed() -> None:

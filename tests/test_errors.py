@@ -30,6 +30,8 @@ def ends(error: BaseException) -> int:
         (MemoryError(), 1, "failed: out of memory: .*"),
         (pa.ArrowMemoryError("malloc of size 64 failed"), 1, "failed: out of memory: .*"),
         (OSError(12, "Cannot allocate memory"), 1, "failed: out of memory: .*"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might ..."), 1, "failed: out of memory: .*"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ..."), 1, "failed: out of memory: .*"),
         (RuntimeError("can't start new thread"), 1, "failed: out of memory: .*"),
         (PanicException("ThreadPoolBuildError { kind: IOError(...) }"), 1, "failed: out of memory: .*"),
     ],

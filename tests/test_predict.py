@@ -18,10 +18,11 @@ import finetune_lora
 from finetuning.config import RunConfig
 from finetuning.data.files import read_frame
 from finetuning.errors import UserError
+from finetuning.models.base_files import file_hashes
 from finetuning.models.int8_products import refused
 from finetuning.prediction.trained import for_this_machine, read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS, write_result
-from predict import main, predict
+from predict import load_predictor, main, predict
 from tests.conftest import needs_int8
 from tests.test_finetune_lora import flags
 
@@ -333,6 +334,18 @@ def test_exported_folders_that_are_refused(
 
 
 # --- refusals
+
+
+def test_a_base_model_that_has_changed_since_the_run_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    base = tiny_folders["bert"]
+    config = RunConfig.from_settings(model_name=str(base), accelerator="cpu", max_length=32)
+    result = {"status": "finished", "config": config.to_dict(), "data": {"label_names": ["bad", "good"]}}
+    write_result(tmp_path, result | {"base_model": {"sha256": file_hashes(base) | {"config.json": "0"}}})
+    with pytest.raises(UserError, match=r"base model .*config\.json has changed since the run"):
+        load_predictor(read_trained(tmp_path))
+    write_result(tmp_path, result | {"base_model": {"sha256": file_hashes(base)}})
+    with pytest.raises(UserError, match=f"{ADAPTER} cannot be read"):  # the base model is accepted
+        load_predictor(read_trained(tmp_path))
 
 
 def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

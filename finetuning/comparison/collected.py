@@ -200,6 +200,7 @@ class Run:
         path = self.folder / METRICS
         if not path.is_file():
             return []
+        check_unchanged(path)
         with path.open(newline="", encoding="utf8") as file:
             try:
                 return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]

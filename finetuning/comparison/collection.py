@@ -41,6 +41,7 @@ def copy_record(runs: StudyRuns, run: PlannedRun, target: Path) -> None:
         forget_test(result, target)
     target.mkdir(parents=True, exist_ok=True)
     if (source / METRICS).exists():
+        check_unchanged(source / METRICS)
         write_bytes(target / METRICS, (source / METRICS).read_bytes())
     if result["status"] == "finished" and "test" in result:
         check_unchanged(source / PREDICTIONS)

@@ -138,7 +138,16 @@ class StudyRuns:
         return result if result["config"]["data_dir"] == run.settings.get("data_dir") else {}
 
     def differences(self, run: PlannedRun) -> list[str]:
-        """Settings in which the run on disk differs from the plan, except paths and a rate left to tuning."""
+        """Settings in which the run on disk differs from the plan, except paths and a rate left to tuning.
+
+        A damaged result counts as well, because it may be the one of a finished run.
+        """
+        try:
+            read_result(self.directory(run))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            return [f"{RESULT} cannot be read: {first_line(error)}"]
         return _differences(run, self.directory(run))
 
     def place_in_study(self, run: PlannedRun) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Nothing here imports torch, but ``for_this_machine``.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Trained:
         label_names: one name for each column of the logits.
         threshold: the probability above which a label is given; ``None`` if each text has one label.
         exported: whether it is a Transformers folder.
+        base_files: name -> SHA-256 of the files of the run's base model; empty if it is not known.
     """
 
     directory: Path
@@ -38,6 +39,7 @@ class Trained:
     label_names: list[str]
     threshold: float | None
     exported: bool = False
+    base_files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def clean(self) -> Callable[[str], str]:
@@ -71,7 +73,7 @@ def read_trained(directory: Path) -> Trained:
         if "model_type" in content:  # earlier versions of the suite kept the settings of a run in a config.json
             return _exported(directory, content)
     run = read_finished(directory)
-    return Trained(directory, run.config, run.label_names, run.threshold)
+    return Trained(directory, run.config, run.label_names, run.threshold, base_files=run.base_files)
 
 
 def _exported(directory: Path, content: dict[str, Any]) -> Trained:

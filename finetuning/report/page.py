@@ -1,17 +1,18 @@
 """``report.html`` of a finished run, from its run directory and its held-out texts. Nothing here imports torch."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import first_line
+from finetuning.errors import UserError, first_line
 from finetuning.html import data_url, render
 from finetuning.report import sections
 from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, probably_wrong
 from finetuning.runs.answers import Answers, read_answers
 from finetuning.runs.calibration import fit_temperature, reliability
-from finetuning.runs.files import CURVE, REPORT
+from finetuning.runs.files import CURVE, PREDICTIONS, REPORT, check_unchanged, read_result
+from finetuning.runs.lock import DirectoryLock
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.score_tables import class_table, percent, score_table
 from finetuning.settings import RunSettings
@@ -42,6 +43,24 @@ def present(
         print(f"{'report':<11} {path}", flush=True)
     except (Exception, KeyboardInterrupt) as error:
         print(f"warning: {REPORT} was not written: {first_line(error, name_file=True)}", file=sys.stderr)
+
+
+def restore(directory: Path, settings: RunSettings, load: "Callable[[], Mapping[str, LabelledTexts]]") -> None:
+    """Writes the report of a finished run that lacks one because of a kill or a full disk. If that fails, it warns.
+
+    Args:
+        directory: the run directory.
+        settings: as in ``present``.
+        load: reads the run's texts.
+    """
+    if not settings.report or (directory / REPORT).exists():
+        return
+    try:
+        with DirectoryLock(directory):  # the process that finished the run may be about to write it
+            check_unchanged(directory / PREDICTIONS)
+            present(directory, read_result(directory), settings, load())
+    except UserError as error:
+        print(f"warning: {REPORT} was not written: {error}", file=sys.stderr)
 
 
 def write_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError, first_line, listed
-from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
 from finetuning.storage import read_json
 
 PREFIX = "base_model.model."
@@ -41,8 +41,11 @@ def read_adapter(folder: Path) -> Adapter:
     """The adapter in a folder. The tensors' names say where it is placed, so patterns of names need no reading.
 
     Raises:
-        UserError: there is no adapter, it is damaged, or it contains what this suite does not compute.
+        UserError: there is no adapter, it is damaged, was changed after its run, or contains what this suite does not
+            compute.
     """
+    for name in (ADAPTER, ADAPTER_CONFIG):
+        check_unchanged(folder / name)
     config = _read_config(folder)
     shapes = _read_shapes(folder)
     strange = sorted(name for name, value in config.items() if value and name not in UNDERSTOOD)

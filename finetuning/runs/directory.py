@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from finetuning.processes import in_slurm_step, is_helper
 from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
     OLD_SETTINGS,
+    RESULT,
     RUN_FILES,
     SETTINGS,
     read_origin,
+    read_result,
     read_settings,
     read_status,
     settings_file,
@@ -90,11 +93,11 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
     directory, automatic = given["output_dir"], given["resume"] == AUTO
     if automatic and settings_file(directory) is None:
         return RunConfig.from_settings(**{**defaults, **given}).changed(resume=False)
-    if automatic and read_status(directory) == "finished":
+    if automatic and _status(directory) == "finished":
         continued(_stored_settings(directory), given)  # refuses flags that contradict the run
         if not is_helper():
-            with DirectoryLock(directory):  # the process may have been killed between its last two steps
-                forget_unneeded(directory)
+            with suppress(UserError), DirectoryLock(directory):  # not if it is read-only, or another process does it
+                forget_unneeded(directory)  # the process may have been killed between its last two steps
         return None
     return continued(interrupted_settings(directory), given)
 
@@ -103,14 +106,31 @@ def interrupted_settings(directory: Path) -> dict[str, Any]:
     """The settings of the run that ``--resume`` continues.
 
     Raises:
-        UserError: there is no run, the run has finished, or its settings cannot be read.
+        UserError: there is no run, the run has finished, or its settings or its result cannot be read.
     """
     flag = f"--resume: --output_dir {directory}"
     if settings_file(directory) is None:
         raise UserError(f"{flag} contains no run (no {SETTINGS}): leave out --resume to start one")
-    if read_status(directory) == "finished":
+    if _status(directory) == "finished":
         raise UserError(f"{flag} contains a run that has finished: to replace it, give --overwrite without --resume")
     return _stored_settings(directory)
+
+
+def _status(directory: Path) -> str | None:
+    """Like ``read_status``, but a damaged result is refused, because it may be the one of a finished run.
+
+    Raises:
+        UserError: there is a result that cannot be read.
+    """
+    try:
+        return read_result(directory).get("status")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--resume: --output_dir {directory}: {RESULT} cannot be read: {first_line(error)}: restore it, or"
+            f" remove it if the run had not finished"
+        ) from None
 
 
 def _stored_settings(directory: Path) -> dict[str, Any]:
@@ -158,7 +178,7 @@ def claimed_directory(
     lock = DirectoryLock(directory)
     try:
         if config.run.resume:
-            if read_status(directory) == "finished":
+            if _status(directory) == "finished":
                 raise UserError(f"--output_dir {directory}: meanwhile the run in it has finished: nothing to do")
             continued(interrupted_settings(directory), config.to_dict())
             if lock.killed:

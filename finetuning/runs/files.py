@@ -25,7 +25,7 @@ PREVIOUS_CHECKPOINT = "previous.ckpt"  # the one before the last, in case the la
 BEST_CHECKPOINT = "best.ckpt"
 PLANNED = "planned.json"  # next to a study's collected runs: the names of all its planned runs
 NOT_FINITE = "the loss is not finite"  # the error of a diverged run in result.json starts with it
-SUMMED = (ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, PREDICTIONS)  # result.json has their checksums
+SUMMED = (ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, PREDICTIONS, METRICS)  # result.json has their checksums
 ORIGIN = "origin"  # the key in settings.json of what a run was made from, see ``write_settings``
 SUMS = "sha256"  # the key of the checksums; the one of result.json or settings.json is of its other content
 RUN_FILES = (
@@ -50,10 +50,12 @@ def read_result(directory: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON, or was changed after a run wrote it.
+        ValueError: it is no JSON object, or was changed after a run wrote it.
     """
     result = read_json(directory / RESULT)
-    sums = result.get(SUMS, {}) if isinstance(result, dict) else {}  # a run of an earlier version has none
+    if not isinstance(result, dict):
+        raise ValueError("it must hold a JSON object")
+    sums = result.get(SUMS, {})  # a run of an earlier version has none
     if RESULT in sums and sums[RESULT] != _own_sum(result):
         raise ValueError("it was changed after it was written")
     return result
@@ -79,7 +81,7 @@ def _sum(content: dict[str, Any]) -> str:
 
 
 def check_unchanged(path: Path) -> None:
-    """Checks that weights or predictions are still the ones of their run. Runs of earlier versions have no checksums.
+    """Checks that a file is still the one that its run wrote. Runs of earlier versions have no checksums.
 
     Raises:
         UserError: the file was changed, or ``result.json`` was, or cannot be read.

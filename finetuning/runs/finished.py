@@ -7,7 +7,7 @@ from typing import Any
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import Answers, read_answers
-from finetuning.runs.files import PREDICTIONS, RESULT, read_result
+from finetuning.runs.files import PREDICTIONS, RESULT, check_unchanged, read_result
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class FinishedRun:
     def threshold(self) -> float | None:
         """With several labels a text, the probability above which a label is given."""
         return self.result.get("task", {}).get("threshold")  # runs of earlier versions have no task
+
+    @property
+    def base_files(self) -> dict[str, str]:
+        """Name -> SHA-256 of the files of the base model; empty if an earlier version made the run."""
+        files: dict[str, str] = self.result.get("base_model", {}).get("sha256", {})
+        return files
 
     @property
     def reported_split(self) -> str:
@@ -43,7 +49,7 @@ def read_finished(directory: Path) -> FinishedRun:
         raise UserError(f"{wanted}, but has no {RESULT}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{wanted}, but {RESULT} cannot be read: {first_line(error)}") from None
-    status = result.get("status") if isinstance(result, dict) else None
+    status = result.get("status")
     if status != "finished":
         raise UserError(f"{wanted}, but its status is {status!r}")
     try:
@@ -60,10 +66,11 @@ def read_own_answers(run: FinishedRun) -> dict[str, Answers]:
     """What the run answered for its held-out texts: split -> answers.
 
     Raises:
-        UserError: ``predictions.parquet`` is missing or damaged.
+        UserError: ``predictions.parquet`` is missing, damaged or changed.
     """
     import pyarrow as pa
 
+    check_unchanged(run.directory / PREDICTIONS)
     try:
         return read_answers(run.directory, run.threshold)
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:

@@ -77,6 +77,17 @@ def test_a_damaged_result_is_refused(tmp_path: Path, content: str) -> None:
         read_study("s", tmp_path)
 
 
+def test_a_history_that_was_changed_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "s", "lora", curve=[0.5, 0.9])
+    write_result(folder, read_result(folder))
+    (run,) = read_study("s", tmp_path).runs
+    assert run.history()
+    path = folder / "metrics.csv"
+    path.write_text(path.read_text().replace("0.9", "0.8"))
+    with pytest.raises(UserError, match=r"metrics\.csv was changed after its run wrote it"):
+        run.history()
+
+
 def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -> None:
     correct = outcomes(0.8, 60, 1)
     folder = write_run(tmp_path, "s", "lora", correct=correct, first_row=100)

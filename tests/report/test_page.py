@@ -1,8 +1,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from finetune_lora import main
 from finetuning.report.page import make_report, write_report
+from finetuning.runs.files import REPORT, write_result, write_settings
 from tests.html_reader import Reader
 from tests.report.conftest import leave_predictions, random_split, result_of_run
 
@@ -39,6 +42,29 @@ def test_the_report_is_whole_and_needs_no_other_file(tmp_path: Path) -> None:
         "1,024 MiB", "10 of 200", "other programs used the processor", "--max_length", "</p><script>",
     ):  # fmt: skip
         assert said in reader.text, said
+
+
+def test_a_missing_report_of_a_finished_run_is_written_again(
+    tmp_path: Path, review_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = {"validation": random_split(40, 2, 0), "test": random_split(40, 2, 1)}
+    leave_predictions(tmp_path, splits)
+    result = result_of_run(["bad", "good"], splits, dataset="text", data_dir=review_folder, output_dir=tmp_path)
+    write_settings(tmp_path, result["config"], {})
+    write_result(tmp_path, result)
+    words = ["--resume", "auto", "--output_dir", str(tmp_path)]
+    before = {path.name for path in tmp_path.iterdir()}
+    assert main([*words, "--report", "False"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert main(words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {*before, REPORT}
+    assert "number 2 " in read((tmp_path / REPORT).read_text(encoding="utf8")).text, "it quotes test texts"
+    (tmp_path / REPORT).unlink()
+    leave_predictions(tmp_path, {"test": splits["test"]})
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().err.startswith(f"warning: {REPORT} was not written: ")
+    assert not (tmp_path / REPORT).exists()
 
 
 def test_without_texts_none_is_shown(tmp_path: Path) -> None:

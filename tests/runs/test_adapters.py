@@ -19,7 +19,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import ranks_and_alphas
 from finetuning.runs.adapters import read_adapter
-from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result
 from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
 from tests.conftest import CORE, LAYERS
 from tests.runs.test_weights import ALL_BUT_HEAD, NAMES, batch, build, in_peft, logits, save, train_a_little
@@ -53,6 +53,21 @@ def made_by_peft(base: Path, folder: Path, model_type: str, **settings: Any) -> 
     ids, mask = batch()
     with torch.no_grad():
         return model.eval()(input_ids=ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("name", [ADAPTER, ADAPTER_CONFIG])
+def test_an_adapter_that_was_changed_after_its_run_is_refused(tmp_path: Path, name: str) -> None:
+    save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 3)}, tmp_path / ADAPTER)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(settings))
+    write_result(tmp_path, {"status": "finished"})
+    assert read_adapter(tmp_path).alpha == 4
+    save_file({"base_model.model.q.lora_A.weight": torch.zeros(2, 3)}, tmp_path / ADAPTER)
+    if name == ADAPTER_CONFIG:
+        write_result(tmp_path, {"status": "finished"})
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(settings | {"lora_alpha": 8}))
+    with pytest.raises(UserError, match=f"{name} was changed after its run wrote it"):
+        read_adapter(tmp_path)
 
 
 def adopted(base: Path, folder: Path, **settings: Any) -> tuple[Classifier, RunConfig]:

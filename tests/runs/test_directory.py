@@ -227,7 +227,11 @@ def test_a_checkpoint_that_became_a_folder_gives_way_or_is_refused(
         write_checkpoint(last, ARCHIVE)
 
 
-def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path) -> None:
+def _refuse(*_: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"output_dir": tmp_path, "resume": "auto", "epochs": 3}
     fresh = settings_to_run(given, {"seed": 5})
     assert fresh is not None
@@ -242,6 +246,12 @@ def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path) -> None:
         settings_to_run(given | {"epochs": 4}, {})
     assert settings_to_run(given, {}) is None
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, RESULT}
+    (tmp_path / BEST_CHECKPOINT).touch()
+    with DirectoryLock(tmp_path):  # of another process that looks as well
+        assert settings_to_run(given, {}) is None
+    monkeypatch.setattr("finetuning.runs.lock.os.open", _refuse)
+    assert settings_to_run(given, {}) is None, "a directory that may only be read"
+    monkeypatch.undo()
     with pytest.raises(UserError, match="--resume auto: needs --output_dir PATH"):
         settings_to_run({"resume": "auto"}, {})
     for directory in (tmp_path, tmp_path / "new"):
@@ -400,6 +410,21 @@ def test_resume_of_a_run_whose_settings_are_damaged_is_refused(tmp_path: Path, d
     with pytest.raises(UserError) as caught:  # a job script does not know that the run has finished
         settings_to_run({"resume": "auto", "output_dir": tmp_path}, {})
     assert f"{SETTINGS} cannot be read" in one_line(caught.value, tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"status": "failed", "sha256": {"result.json": "1"}}', None])
+def test_resume_of_a_run_whose_result_is_damaged_is_refused(tmp_path: Path, damaged: str | None) -> None:
+    held_run(tmp_path, status="finished")
+    (tmp_path / RESULT).unlink()
+    (tmp_path / RESULT).mkdir() if damaged is None else (tmp_path / RESULT).write_text(damaged)
+    before = sorted(tmp_path.rglob("*"))
+    for resume in (True, "auto"):
+        with pytest.raises(UserError) as caught:
+            settings_to_run({"resume": resume, "output_dir": tmp_path}, {})
+        assert f"{RESULT} cannot be read" in one_line(caught.value, tmp_path)
+    with pytest.raises(UserError, match=f"{RESULT} cannot be read"):
+        claimed(tmp_path, wanted(tmp_path, resume=True))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_resume_with_settings_that_were_changed_is_refused(tmp_path: Path) -> None:

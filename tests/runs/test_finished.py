@@ -7,7 +7,7 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.runs.files import PREDICTIONS, RESULT
+from finetuning.runs.files import PREDICTIONS, RESULT, write_result
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 from finetuning.runs.history import write_predictions
 
@@ -37,7 +37,7 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     (tmp_path / RESULT).write_text("{")
     refused("result.json cannot be read")
     (tmp_path / RESULT).write_text("[]")
-    refused("its status is None")
+    refused("result.json cannot be read: it must hold a JSON object")
     leave(tmp_path, status="interrupted")
     refused("its status is 'interrupted'")
     leave(tmp_path, config={"lora_rank": 3})
@@ -57,6 +57,11 @@ def test_the_answers_of_a_run_are_read_or_refused(tmp_path: Path, threshold: flo
     found = read_own_answers(run)["test"]
     assert found.rows.tolist() == [7, 9]
     assert found.given.tolist() == [[threshold is not None, True], [True, False]]
+    write_result(tmp_path, {"status": "finished"})
+    write_predictions(tmp_path, {"test": (np.array([7, 9]), np.array([0, 1]), -logits)})
+    with pytest.raises(UserError, match="was changed after its run wrote it"):
+        read_own_answers(run)
+    (tmp_path / RESULT).unlink()
     whole = (tmp_path / PREDICTIONS).read_bytes()
     for content in (whole[:-20], b"", None):
         (tmp_path / PREDICTIONS).unlink() if content is None else (tmp_path / PREDICTIONS).write_bytes(content)
