@@ -21,6 +21,7 @@ FAULTS = (
     Fault("damaged collected run", 80, "refused in one line, never used", damage.damaged_collected_run),
     Fault("one cache", 10, "all end alike", crowd.one_cache),
     Fault("one directory", 10, "one writer", crowd.one_directory),
+    Fault("resumed while it ends", 10, "the finished run stays as it was", crowd.resumed_while_it_ends),
     Fault("one study", 10, "all end, each run once", crowd.one_study),
     Fault("environment", len(surroundings.ENVIRONMENTS), "works, or one line", surroundings.environment,
           surroundings.needs_root),
