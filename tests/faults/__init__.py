@@ -3,11 +3,12 @@
 from tests.faults import cluster, crowd, damage, inputs, interruptions, memory, surroundings
 from tests.faults.runs import Fault
 
+RANK_KILLED = "the other ends within 60 s, one line, continues bit-identical"
 FULL_DISK = "one line, status 1 (2 if the run has not begun, 0 for its report), continues bit-identical"
 FAULTS = (
     Fault("SIGKILL", 200, "continues, bit-identical", interruptions.killed),
     Fault("signals", 60, "status 130, a checkpoint, continues bit-identical", interruptions.signalled),
-    Fault("one of two ranks killed", 20, "the other ends within 60 s, one line, continues", interruptions.rank_killed),
+    Fault("one of two ranks killed", 20, RANK_KILLED, interruptions.rank_killed),
     Fault("SLURM job", 10, "continues, one result", cluster.job_disturbed, cluster.needs_slurm),
     Fault("disk full", len(surroundings.EACH_FILE), FULL_DISK, surroundings.disk_full,
           surroundings.needs_root),
