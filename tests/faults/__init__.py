@@ -3,11 +3,12 @@
 from tests.faults import cluster, crowd, damage, inputs, interruptions, memory, surroundings
 from tests.faults.runs import Fault
 
+RANK_KILLED = "the other ends within 60 s, one line, continues bit-identical"
 FULL_DISK = "one line, status 1 (2 if the run has not begun, 0 for its report), continues bit-identical"
 FAULTS = (
     Fault("SIGKILL", 200, "continues, bit-identical", interruptions.killed),
     Fault("signals", 60, "status 130, a checkpoint, continues bit-identical", interruptions.signalled),
-    Fault("one of two ranks killed", 20, "the other ends within 60 s, one line, continues", interruptions.rank_killed),
+    Fault("one of two ranks killed", 20, RANK_KILLED, interruptions.rank_killed),
     Fault("SLURM job", 10, "continues, one result", cluster.job_disturbed, cluster.needs_slurm),
     Fault("disk full", len(surroundings.EACH_FILE), FULL_DISK, surroundings.disk_full,
           surroundings.needs_root),
@@ -21,6 +22,7 @@ FAULTS = (
     Fault("damaged collected run", 80, "refused in one line, never used", damage.damaged_collected_run),
     Fault("one cache", 10, "all end alike", crowd.one_cache),
     Fault("one directory", 10, "one writer", crowd.one_directory),
+    Fault("resumed while it ends", 10, "the finished run stays as it was", crowd.resumed_while_it_ends),
     Fault("one study", 10, "all end, each run once", crowd.one_study),
     Fault("environment", len(surroundings.ENVIRONMENTS), "works, or one line", surroundings.environment,
           surroundings.needs_root),

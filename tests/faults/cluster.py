@@ -11,7 +11,17 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.runs import ROOT, Broken, Commands, number_of, require_same
+from tests.faults.runs import (
+    REPEATED,
+    ROOT,
+    Broken,
+    Commands,
+    Outcome,
+    Undisturbed,
+    continued,
+    number_of,
+    require_same,
+)
 from tests.slurm_cluster import DAEMON_PATH, DAEMONS, Cluster, daemons, running_cluster, wait_until
 
 KINDS = ("preempted", "requeued", "step killed", "node failed")
@@ -50,13 +60,25 @@ def job_disturbed(commands: Commands, generator: random.Random, directory: Path)
         wait_until(lambda: state(cluster, job) in ("COMPLETED", "FAILED"), "the end")
         if state(cluster, job) != "COMPLETED":
             raise Broken(f"{kind}: the job ended as {state(cluster, job)}: {cluster.log()[-300:]}")
+        log, restarts = cluster.log(), word(cluster, job, "Restarts")
+    if restarts == "0" or "nothing to do" in log:  # the job had ended before
+        raise Undisturbed
+    *before, after = (Outcome(0, part) for part in log.split(f"\nrun     {run}\n"))  # each start prints this line
+    earlier = Outcome(0, "".join(part.printed for part in before))
+    repeated = 0 if kind == "preempted" else REPEATED  # it has time to write a checkpoint
+    _, how = continued(min(after.batches, default=2) > 1, earlier, lambda: after, repeated)
     require_same(run, whole)
-    return f"{kind}: identical"
+    return f"{kind}: {how}, identical"
 
 
 def state(cluster: Cluster, job: str) -> str:
     """The job's state, as SLURM names it."""
-    found = re.search(r"JobState=(\w+)", cluster.job(job))
+    return word(cluster, job, "JobState")
+
+
+def word(cluster: Cluster, job: str, key: str) -> str:
+    """What SLURM says of a job under this name."""
+    found = re.search(rf"\b{key}=(\w+)", cluster.job(job))
     return found[1] if found else ""
 
 

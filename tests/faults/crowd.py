@@ -4,10 +4,24 @@ import os
 import random
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import finetune_lora
+from finetuning.runs.files import LAST_CHECKPOINT, SETTINGS
 from tests.conftest import write_study
-from tests.faults.runs import ROOT, Broken, Commands, left_by, require_same
+from tests.faults.runs import (
+    ROOT,
+    Broken,
+    Commands,
+    Undisturbed,
+    left_by,
+    refused_in_one_line,
+    require,
+    require_same,
+)
 
 ROWS = """
 [[rows]]
@@ -29,9 +43,9 @@ def one_cache(commands: Commands, _generator: random.Random, directory: Path) ->
         commands.start(commands.flags(run, "selective"), run.with_suffix(".log"), cache=directory / "cache")
         for run in runs
     ]
-    for process in processes:
-        process.join()
-    for run in runs:
+    for process, run in zip(processes, runs, strict=True):
+        outcome = commands.ended(process, run.with_suffix(".log"))
+        require(outcome.status == 0 and not outcome.lines, run.name, outcome)
         require_same(run, whole)
     return "all identical"
 
@@ -42,17 +56,64 @@ def one_directory(commands: Commands, _generator: random.Random, directory: Path
     logs = [directory.with_name(f"{directory.name}-{number}.log") for number in range(8)]
     words = [*commands.flags(directory, "selective"), "--resume", "auto"]
     processes = [commands.start(words, log) for log in logs]
-    for process in processes:
-        process.join()
-    statuses = sorted(process.exitcode or 0 for process in processes)
-    printed = [log.read_text(encoding="utf8") for log in logs]
+    outcomes = [commands.ended(process, log) for process, log in zip(processes, logs, strict=True)]
+    statuses = sorted(outcome.status for outcome in outcomes)
     for log in logs:
         log.unlink()
     said = ("another run has just started", "is being written by", "has finished: nothing to do")
-    if set(statuses) > {0, 2} or sum(any(word in text for word in said) for text in printed) != 7:
+    if not set(statuses) <= {0, 2} or sum(any(word in o.printed for word in said) for o in outcomes) != 7:
         raise Broken(f"statuses {statuses}")
     require_same(directory, whole)
     return "one did it, the others were refused"
+
+
+@dataclass(frozen=True)
+class Late:
+    """The process waits just before it takes the run directory, until it is told to go on."""
+
+    waiting: Path  # it makes this file
+    go_on: Path  # it waits for this one
+
+    def install(self, watched: tuple[str, ...]) -> None:
+        """Wraps the command's function that takes the directory."""
+        command: Any = finetune_lora
+        original = command.claimed_directory
+
+        def late(*arguments: Any) -> Any:
+            self.waiting.touch()
+            while not self.go_on.exists():
+                time.sleep(0.05)
+            return original(*arguments)
+
+        command.claimed_directory = late
+
+
+def resumed_while_it_ends(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """A second ``--resume auto`` starts while a run trains, and takes its directory after the run has ended."""
+    run, logs = directory / "run", [directory / "first.log", directory / "second.log"]
+    directory.mkdir()
+    words = [*commands.flags(run, "selective"), "--resume", "auto"]
+    late = Late(directory / "waiting", directory / "go on")
+    first = commands.start(words, logs[0])
+    began = run / generator.choice([SETTINGS, LAST_CHECKPOINT])
+    while first.exitcode is None and not began.exists():
+        time.sleep(0.02)
+    second = commands.start(words, logs[1], late)
+    outcome = commands.ended(first, logs[0])
+    require(outcome.status == 0, "the first", outcome)
+    while second.exitcode is None and not late.waiting.exists():
+        time.sleep(0.02)
+    if not late.waiting.exists():  # it started after the end, or was refused before it
+        raise Undisturbed
+    left = {path.name: path.read_bytes() for path in run.iterdir()}
+    late.go_on.touch()
+    outcome = commands.ended(second, logs[1])
+    said = "has finished: nothing to do" in outcome.printed
+    require(refused_in_one_line(outcome) if outcome.status else said, "the second", outcome)
+    changed = sorted(path.name for path in run.iterdir() if left.pop(path.name, None) != path.read_bytes())
+    require(not changed and not left, f"{', '.join([*changed, *left])} of the finished run changed", outcome)
+    require_same(run, commands.whole("selective")[0])
+    return f"status {outcome.status}, the finished run is as it was"
 
 
 def study_words(commands: Commands, directory: Path) -> list[str]:

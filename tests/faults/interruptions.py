@@ -1,7 +1,9 @@
 """A run is interrupted at any moment: SIGKILL, signals, and the death of one of two processes."""
 
+import functools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import time
 from pathlib import Path
 
 from finetuning.runs.checkpoints import has_checkpoint
-from finetuning.runs.files import LAST_CHECKPOINT
+from finetuning.runs.files import LAST_CHECKPOINT, RESULT
 from tests.faults.runs import (
     METHODS,
     REPEATED,
@@ -105,11 +107,8 @@ def signalled(commands: Commands, generator: random.Random, directory: Path) -> 
 
 def rank_killed(commands: Commands, generator: random.Random, directory: Path) -> str:
     """One of two processes of a run with DDP is killed, at a random time after the first checkpoint."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "FINETUNE_LORA_CACHE": str(commands.folder / "cache")}
-    words = [sys.executable, "finetune_lora.py", *commands.flags(directory, "lora"), "--epochs", "12"]
-    words += ["--devices", "2", "--strategy", "ddp", "--accumulate", "1"]
-    output = subprocess.PIPE
-    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+    whole = undisturbed_ranks(commands)
+    process = start_ranks(commands, directory)
     while not (directory / LAST_CHECKPOINT).exists():
         if process.poll() is not None:
             raise Broken(f"did not start: {process.communicate()[0][-300:]}")
@@ -117,6 +116,9 @@ def rank_killed(commands: Commands, generator: random.Random, directory: Path) -
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf8").split()
     ranks = [process.pid, next(int(pid) for pid in children if _is_run(int(pid)))]
     time.sleep(generator.uniform(0, 2))
+    if (directory / RESULT).exists():
+        process.communicate()
+        raise Undisturbed
     number = generator.randrange(2)
     began = time.monotonic()
     os.kill(ranks[number], signal.SIGKILL)
@@ -128,10 +130,40 @@ def rank_killed(commands: Commands, generator: random.Random, directory: Path) -
         raise Broken(f"rank {1 - number} did not end within 60 s of the death of rank {number}") from None
     seconds = time.monotonic() - began
     outcome = Outcome(process.returncode, printed)
-    require(sum(line.startswith("failed:") for line in outcome.lines) <= 1, "more than one line", outcome)
-    done = subprocess.run([*words, "--resume", "auto"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    require(done.returncode == 0, "continued", Outcome(done.returncode, done.stdout + done.stderr))
-    return f"the other ended within {10 * (int(seconds) // 10 + 1)} s, continued"
+    # The first process is the one that was started, so of the second one only the line is seen.
+    require(outcome.status == (1 if number else -signal.SIGKILL), "the first process", outcome)
+    require(len(outcome.lines) == 1 and outcome.lines[0].startswith("failed:"), "not one line", outcome)
+    require("Traceback" not in printed, "traceback", outcome)
+    done, how = continued(has_checkpoint(directory), outcome, lambda: ranks_to_the_end(commands, directory))
+    require(done.status == 0, "continued", done)
+    require_same(directory, whole)
+    return f"the other ended within {10 * (int(seconds) // 10 + 1)} s, {how}, identical"
+
+
+def start_ranks(commands: Commands, directory: Path) -> subprocess.Popen[str]:
+    """Starts or continues a run of two processes, one of which starts the other."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FINETUNE_LORA_CACHE": str(commands.folder / "cache")}
+    words = [sys.executable, "finetune_lora.py", *commands.flags(directory, "lora"), "--epochs", "12"]
+    words += ["--devices", "2", "--strategy", "ddp", "--accumulate", "1", "--resume", "auto"]
+    output = subprocess.PIPE
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+
+
+def ranks_to_the_end(commands: Commands, directory: Path) -> Outcome:
+    """A run of two processes that nobody disturbs."""
+    process = start_ranks(commands, directory)
+    printed = process.communicate()[0]
+    return Outcome(process.returncode, printed)
+
+
+@functools.cache
+def undisturbed_ranks(commands: Commands) -> Path:
+    """The directory of an undisturbed run of two processes."""
+    directory = commands.folder / "whole-ddp"
+    shutil.rmtree(directory, ignore_errors=True)
+    outcome = ranks_to_the_end(commands, directory)
+    require(outcome.status == 0, "the undisturbed run failed", outcome)
+    return directory
 
 
 def _is_run(pid: int) -> bool:

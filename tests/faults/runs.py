@@ -27,11 +27,11 @@ from finetuning.runs.files import REPORT
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
-    "finetune_lora", "predict", "lightning.pytorch", "transformers", "peft", "bitsandbytes", "pyarrow.parquet",
-    "watermark", "matplotlib.pyplot", "local_dataset_utilities", "local_model_utilities", "finetuning.data.batches",
-    "finetuning.training.trainer", "finetuning.training.module", "finetuning.runs.history", "finetuning.runs.weights",
-    "finetuning.runs.measurements", "finetuning.models.pretrained", "finetuning.models.quantization",
-    "finetuning.report.page", "matplotlib.backends.backend_agg",
+    "finetune_lora", "predict", "export_model", "lightning.pytorch", "transformers", "peft", "bitsandbytes",
+    "pyarrow.parquet", "watermark", "matplotlib.pyplot", "local_dataset_utilities", "local_model_utilities",
+    "finetuning.data.batches", "finetuning.training.trainer", "finetuning.training.module", "finetuning.runs.history",
+    "finetuning.runs.weights", "finetuning.runs.measurements", "finetuning.models.pretrained",
+    "finetuning.models.quantization", "finetuning.report.page", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 METHODS = {
     "lora": ("--lora_mlp", "--lora_dropout", "0.1", "--dropout", "0.1", "--accumulate", "2"),
@@ -150,7 +150,7 @@ class Commands:
         cache: Path | None = None,
         variables: dict[str, str] | None = None,
     ) -> BaseProcess:
-        """Starts ``finetune_lora.py``, or ``predict.py`` if the first word is ``predict``."""
+        """Starts ``finetune_lora.py``; if the first word is ``predict`` or ``export``, that command."""
         variables = {"FINETUNE_LORA_CACHE": str(cache or self.folder / "cache")} | (variables or {})
         process = self._server.Process(target=_child, args=(words, str(log), variables, disturbance))
         process.start()
@@ -174,6 +174,14 @@ class Commands:
                     if process.exitcode is None:
                         os.kill(process.pid or 0, number)
                 time.sleep(0.02)
+        return self.ended(process, log)
+
+    def ended(self, process: BaseProcess, log: Path) -> Outcome:
+        """How a command that was started ends.
+
+        Raises:
+            Broken: it does not end.
+        """
         process.join(LIMIT_SECONDS)
         if process.exitcode is None:
             process.kill()
@@ -230,6 +238,7 @@ def _child(words: list[str], log: str, variables: dict[str, str], disturbance: D
     os.chdir(ROOT)
     import torch
 
+    import export_model
     import finetune_lora
     import predict
 
@@ -245,7 +254,8 @@ def _child(words: list[str], log: str, variables: dict[str, str], disturbance: D
     on_file_operations(watched, count)
     if disturbance is not None:
         disturbance.install(watched)
-    status = predict.main(words[1:]) if words[0] == "predict" else finetune_lora.main(words)
+    others = {"predict": predict.main, "export": export_model.main}
+    status = others[words[0]](words[1:]) if words[0] in others else finetune_lora.main(words)
     print(f"\nfile operations: {operations}", flush=True)
     os._exit(status)
 
@@ -329,8 +339,9 @@ def continued(
     done = max(earlier.batches, default=0)
     require(kept or done <= repeated, f"no checkpoint after {done} batches", earlier)
     outcome = resume()
-    first = min(outcome.batches, default=done + 1)
-    require(not kept or first > max(1, done - repeated), f"did batch {first} again after {done} batches", outcome)
+    if kept and outcome.batches:  # otherwise nothing was left to train
+        first = min(outcome.batches)
+        require(first > max(1, done - repeated), f"did batch {first} again after {done} batches", outcome)
     return outcome, "continued" if kept else "started over"
 
 
