@@ -263,7 +263,7 @@ def place_lora(
     Raises:
         UserError: the model has no linear of such a name.
     """
-    layers = family.setting(model, "layer_count")
+    layers = family.setting(model, "layer_count") if "layer_count" in family.settings else 0
     names = [name for target in settings.targets for name in family.linear_names(target, layers)]
     names += named_linears(model, family, settings.modules)
     for name, (rank, alpha) in (linears or dict.fromkeys(names, (settings.lora_r, settings.lora_alpha))).items():

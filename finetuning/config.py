@@ -183,7 +183,7 @@ def parsed_class_weights(setting: str) -> dict[str, float]:
     """The weights that ``--class_weights NAME=WEIGHT,...`` gives, by name. A name may contain commas.
 
     Raises:
-        UserError: it has another form, a class twice, a weight that is negative or not finite, or no weight above 0.
+        UserError: it has another form, a class twice, or a weight that is negative or not finite.
     """
     parts = re.findall(r"(.+?)=([^=,]*)(?:,|$)", setting)
     try:
@@ -192,10 +192,10 @@ def parsed_class_weights(setting: str) -> dict[str, float]:
         weights = {}
     whole = ",".join(f"{name}={weight}" for name, weight in parts) == setting.rstrip(",")
     allowed = all(0 <= weight < math.inf for weight in weights.values())
-    if not (weights and whole and allowed) or len(weights) < len(parts) or not any(weights.values()):
+    if not (weights and whole and allowed) or len(weights) < len(parts):
         raise UserError(
             f"--class_weights {setting}: must be balanced, none, or NAME=WEIGHT,NAME=WEIGHT with each class once,"
-            f" weights of at least 0, and one above 0"
+            f" and weights of at least 0"
         )
     return weights
 

@@ -219,9 +219,7 @@ def test_lora_modules_replace_the_parts() -> None:
     assert lora_of_flags("--lora_r 4").modules == ()
 
 
-@pytest.mark.parametrize(
-    "given", ["", "heavy", "a", "a=1,b", "a=-1", "a=nan", "a=inf", "a=one", "=1", "a=1,a=2", "a=0", "a=0,b=0"]
-)
+@pytest.mark.parametrize("given", ["", "heavy", "a", "a=1,b", "a=-1", "a=nan", "a=inf", "a=one", "=1", "a=1,a=2"])
 def test_class_weights_of_another_form(given: str) -> None:
     with pytest.raises(UserError, match=rf"^--class_weights {given}: must be balanced, none, or NAME=WEIGHT,NAME="):
         RunConfig.from_settings(class_weights=given)
@@ -229,7 +227,7 @@ def test_class_weights_of_another_form(given: str) -> None:
 
 def test_class_weights_by_name() -> None:
     assert parsed_class_weights("a=1,b, or c=2.5,d=0") == {"a": 1.0, "b, or c": 2.5, "d": 0.0}
-    for given in ("balanced", "none", "a=3"):
+    for given in ("balanced", "none", "a=3", "a=0"):
         assert config_of_flags(f"--class_weights {given}").training.class_weights == given
 
 

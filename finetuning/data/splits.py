@@ -97,9 +97,10 @@ def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], seed: i
     """Cuts ``table`` into stratified parts in proportion to ``shares``."""
     counts = table.label.value_counts()
     if counts.min() < len(shares) and "labels" not in table:
+        texts = "1 text" if counts.min() == 1 else f"{counts.min()} texts"
         raise UserError(
-            f"--label_column: class {names[counts.idxmin()]!r} has {counts.min()} texts: must be at least"
-            f" {len(shares)} for a stratified split"
+            f"--label_column: class {names[counts.idxmin()]!r} has {texts}: must be at least {len(shares)} for a"
+            f" stratified split: add texts of it, leave it out, or give a validation and a test split of your own"
         )
     sizes = _sizes(len(table), shares)
     if 0 in sizes:

@@ -64,12 +64,14 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     if table.empty:
         raise UserError(f"{path} has no rows: give other data with --data_dir or --dataset")
     label = table[data.label_column]
+    if data.label_separator is not None:  # a text may have no label
+        label = label.where(label.notna(), "")
     flags = {"text": f"--text_column {data.text_column}", "pair": f"--text_pair_column {data.text_pair_column}"}
     for name, text in texts.items():
         empty = ~text.map(lambda value: isinstance(value, str) and value.strip() != "").to_numpy(bool)
         _refuse_rows(empty, "text", flags[name], path)
-    empty = (label.isna() | (label.astype(str).str.strip() == "")).to_numpy(bool)
-    _refuse_rows(empty, "label", f"--label_column {data.label_column}", path)
+    empty = label.isna() | ((label.astype(str).str.strip() == "") & (data.label_separator is None))
+    _refuse_rows(empty.to_numpy(bool), "label", f"--label_column {data.label_column}", path)
     return pd.DataFrame({name: text.astype(str).array for name, text in texts.items()} | {"label": label.array})
 
 

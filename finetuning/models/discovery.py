@@ -13,6 +13,8 @@ from finetuning.models.families import FAMILIES, ModelFamily
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in configs
 
+DECODERS = ("ctrl",)  # types whose head reads the last token, as "score" does in the others
+
 
 def family_of(config: Any, model_name: str) -> ModelFamily:
     """The family of a model.
@@ -105,15 +107,32 @@ def on_meta(config: Any, name: str) -> Any:
         ) from None
 
 
+def _layers(model: nn.Module, config: Any) -> tuple[str | None, bool]:
+    """The path of a model's layers, and whether it is a list with one entry for each.
+
+    It is none where a layer is spread over several lists, as in XLM, or where the lists are in lists, as in Funnel.
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = {
+        name: m
+        for name, m in lists.items()
+        if name.startswith(f"{model.base_model_prefix}.") and not any(name.startswith(f"{other}.") for other in lists)
+    }
+    with_linears = {n: m for n, m in outer.items() if any(isinstance(part, nn.Linear | Conv1D) for part in m.modules())}
+    lengths = {name: len(m) for name, m in (with_linears or outer).items()}
+    longest = [name for name, length in lengths.items() if length == max(lengths.values())]
+    if len(longest) == 1:
+        return longest[0], lengths[longest[0]] == getattr(config, "num_hidden_layers", None)
+    return longest[0].rpartition(".")[0] if longest else None, False
+
+
 def _described(config: Any, model_name: str) -> ModelFamily:
     """A row for a type that the table lacks, from its classifier's modules. It has no names for placement flags."""
     model = on_meta(config, model_name)
     base = model.base_model_prefix
-    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    inside = {name: count for name, count in lists.items() if name.startswith(f"{base}.")}
-    if not inside:
+    layers, in_one_list = _layers(model, config)
+    if layers is None:
         raise UserError(f"--model_name {model_name} is of type {config.model_type!r}, in which no layers were found")
-    layers = max(inside, key=lambda name: inside[name])  # the first of the longest
     head, norms = [], []
     for name, module in model.named_modules():
         if name.startswith(f"{base}.") and "pooler" not in name:
@@ -129,7 +148,7 @@ def _described(config: Any, model_name: str) -> ModelFamily:
     dropouts = [k for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)]
     attention = [key for key in dropouts if "att" in key]
     others = [key for key in dropouts if "att" not in key]
-    settings = {"layer_count": "num_hidden_layers"}
+    settings = {"layer_count": "num_hidden_layers"} if in_one_list else {}
     settings |= {"attention_dropout": attention[0]} if attention else {}
     settings |= {"dropout": others[0]} if others else {}
     return ModelFamily(
@@ -142,7 +161,7 @@ def _described(config: Any, model_name: str) -> ModelFamily:
         settings=settings,
         more_dropouts=tuple(others[1:]),
         conv1d=any(isinstance(module, Conv1D) for module in model.modules()),
-        last_token=hasattr(model, "score"),
+        last_token=hasattr(model, "score") or config.model_type in DECODERS,
         checkpointing=model.supports_gradient_checkpointing,
         token_types=(getattr(config, "type_vocab_size", 0) or 0) > 1,
         efficient=False,

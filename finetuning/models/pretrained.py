@@ -130,8 +130,14 @@ def check_fits(
     positions = family.longest_input(base)
     if max_length > positions:
         raise UserError(f"--max_length {max_length}: {model_name} has {positions} positions")
-    layers, wanted = getattr(base, family.settings["layer_count"]), method.trainable_layers
-    if wanted is not None and wanted > layers:
+    wanted = method.trainable_layers
+    if wanted and "layer_count" not in family.settings:
+        raise UserError(
+            f"--trainable_layers {wanted}: {family.model_type} models have no list of whole layers: give 0, which"
+            " trains the head alone, or another --method"
+        )
+    layers = getattr(base, family.settings["layer_count"]) if wanted else 0
+    if wanted and wanted > layers:
         shared = ", because layers share their weights" if layers < base.num_hidden_layers else ""
         raise UserError(f"--trainable_layers {wanted}: {model_name} has {layers} layers{shared}")
     for name in ("dropout", "attention_dropout"):

@@ -73,7 +73,7 @@ def estimate(
     for batch in batches[:2]:  # warm-up: the first steps build kernels and allocate memory
         _step(classifier, task, optimizer, _to(batch, device), training.gradient_clip, None)
     seconds = _first_and_later(
-        "epoch", batches[1:], device, loader.tokens_per_epoch, frozen.get("train"),
+        "epoch", batches[1:] or batches, device, loader.tokens_per_epoch, frozen.get("train"),
         lambda batch, outputs: _step(classifier, task, optimizer, batch, training.gradient_clip, outputs),
     )  # fmt: skip
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())

@@ -320,7 +320,7 @@ def label_weights(setting: str, names: Sequence[str], labels: np.ndarray) -> Ten
         labels: (n, labels) of 0 and 1, of the training texts.
 
     Raises:
-        UserError: a label does not exist.
+        UserError: a label does not exist, or no label has a weight above 0.
     """
     if setting == "none":
         return None
@@ -329,6 +329,8 @@ def label_weights(setting: str, names: Sequence[str], labels: np.ndarray) -> Ten
         weights = np.divide(len(labels) - counts, counts, out=np.ones(len(names)), where=counts > 0)
     else:
         weights = named_weights(setting, names)
+        if not weights.any():
+            raise UserError(f"--class_weights {setting}: at least one label needs a weight above 0")
     return torch.tensor(weights, dtype=torch.float32)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -53,6 +54,15 @@ def test_a_separator_and_numbers_give_the_same_labels(tmp_path: Path) -> None:
     for name in ("train", "validation", "test"):
         write(tmp_path, [[10], [9, 10], [], [2]], f"{name}.json")
     assert read(tmp_path).label_names == ["2", "9", "10"]  # numbers are sorted as numbers
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_an_empty_cell_with_a_separator_is_no_label(tmp_path: Path, ending: str) -> None:
+    for name in ("train", "validation", "test"):
+        table = pd.DataFrame({"text": [f"{name} {i}" for i in range(3)], "label": ["joy|fear", None, "joy"]})
+        content = table.to_csv(index=False) if ending == "csv" else table.to_json(orient="records")
+        (tmp_path / f"{name}.{ending}").write_text(content)
+    assert given(read(tmp_path, label_separator="|"), "test") == {0: ["fear", "joy"], 1: [], 2: ["joy"]}
 
 
 @pytest.mark.parametrize("older", [True, False])
@@ -107,7 +117,7 @@ def test_a_label_that_train_lacks_brings_a_warning(tmp_path: Path) -> None:
         (["a", "b"], ",", "--label_separator ',': never occurs in column label"),
         ([["a"], ["b"]], ",", "--label_separator ',': column label has lists, so leave it out"),
         ([1, 2], ",", "--label_separator ',': column label has numbers, and only text has a separator"),
-        (["a,b", ""], ",", "--label_column label: .* has no label in row 1 "),
+        (["a", ""], None, "--label_column label: .* has no label in row 1 "),
     ],
 )
 def test_labels_that_cannot_be_read(tmp_path: Path, labels: list[Any], separator: str | None, line: str) -> None:

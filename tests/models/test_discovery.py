@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.discovery import family_of
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
-from finetuning.models.pretrained import load_tokenizer, longest_input
+from finetuning.models.pretrained import find_family, load_tokenizer, longest_input
 from local_model_utilities import build_classifier, find_base_model
 from tests.tiny_models import LAYERS, WIDTH, save_tokenizer, tiny_model, unlisted_model
 
@@ -154,6 +154,58 @@ def test_other_methods_need_no_names(tmp_path: Path) -> None:
     assert trained == {name for name, _ in classifier.model.named_parameters() if name.startswith(begin)}
     ids = torch.randint(5, 300, (3, 9))
     assert classifier(ids, torch.ones_like(ids)).shape == (3, 2)
+
+
+SPREAD = {
+    "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 300, "max_position_embeddings": 64, "pad_index": 0},
+    "funnel": {"vocab_size": 300, "d_model": 32, "block_sizes": [1, 2], "n_head": 4, "d_head": 8, "d_inner": 48},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "linears", "last"),
+    [
+        ("xlm", "q_lin, k_lin, v_lin, out_lin, lin1, lin2", "ffns.1.lin2"),
+        ("funnel", "q_head, k_head, v_head, post_proj, linear_1, linear_2", "encoder.blocks.1.1.ffn.linear_2"),
+    ],
+)
+def test_layers_that_are_not_in_one_list(tmp_path: Path, model_type: str, linears: str, last: str) -> None:
+    tiny = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **SPREAD[model_type]))
+    tiny.save_pretrained(tmp_path)
+    assert refused(tmp_path).endswith(f"linears: {linears}")
+    none = (
+        f"--trainable_layers 1: {model_type} models have no list of whole layers: give 0, which trains the head alone"
+    )
+    assert none in refused(tmp_path, method="selective", trainable_layers=1)
+    config = config_of(tmp_path, lora_modules=linears)
+    classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
+    adapted = [name for name, _ in lora_modules(classifier.model)]
+    assert adapted[-1].endswith(last)
+    assert len(adapted) == sum(isinstance(m, torch.nn.Linear) for m in tiny.base_model.modules())
+    ids = torch.randint(5, 300, (3, 9))
+    classifier(ids, torch.ones_like(ids)).sum().backward()
+    config = config_of(tmp_path, method="selective", trainable_layers=0)
+    build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
+
+
+def test_lists_without_linears_are_no_layers(tmp_path: Path) -> None:
+    """MarkupLM has longer lists of embeddings."""
+    content = {"model_type": "markuplm", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    family = find_family("name", folder_with(tmp_path, content))
+    assert (family.layers, family.settings["layer_count"]) == ("markuplm.encoder.layer", "num_hidden_layers")
+
+
+def test_ctrl_reads_the_last_token(tmp_path: Path) -> None:
+    """Hugging Face's classifier refuses a batch if its config has no padding token."""
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48, "n_positions": 64, "vocab_size": 300}
+    AutoModelForSequenceClassification.from_config(AutoConfig.for_model("ctrl", **shape)).save_pretrained(tmp_path)
+    config = config_of(tmp_path, lora_modules="Wq,Wv")
+    classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32).eval()
+    ids = torch.randint(5, 300, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    whole, cut = classifier(ids, mask), classifier(ids[1:, :6], mask[1:, :6])
+    torch.testing.assert_close(whole[1:], cut)
 
 
 def test_lora_modules_also_goes_on_whole_fused_linears(tmp_path: Path) -> None:

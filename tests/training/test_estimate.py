@@ -50,6 +50,13 @@ def test_parts_are_those_that_are_known(
     assert "activations" in table
 
 
+@pytest.mark.filterwarnings("error:Mean of empty slice")
+def test_one_step_in_an_epoch_is_enough(tiny_folders: dict[str, Path], review_folder: Path) -> None:
+    record, *_ = measured(tiny_folders["distilbert"], review_folder, limit_train=8)
+    assert record["steps"] == 1
+    assert all(seconds > 0 for seconds in record["seconds"].values())
+
+
 def test_outputs_of_frozen_layers_are_part_of_it(tiny_folders: dict[str, Path], review_folder: Path) -> None:
     settings: dict[str, Any] = {"method": "selective", "trainable_layers": 1, "epochs": 5}
     record, config, weights = measured(tiny_folders["distilbert"], review_folder, **settings)

@@ -124,6 +124,13 @@ def test_what_the_labels_do_not_allow_is_refused(settings: dict[str, object], li
     assert str(caught.value) == line
 
 
+def test_a_class_that_is_not_named_weighs_1() -> None:
+    labels = {"train": np.array([0, 1, 2, 2]), "validation": np.array([0, 1])}
+    task = make_task(labels, NAMES, training(class_weights="bad=0"))
+    assert task.weights is not None
+    assert (task.weights > 0).tolist() == [False, True, True]
+
+
 # --- several labels
 
 
@@ -193,6 +200,10 @@ def test_weights_of_several_labels() -> None:
     [
         ({"label_smoothing": 0.1}, "--label_smoothing 0.1: needs one label a text, not several"),
         ({"class_weights": "ugly=2"}, "--class_weights ugly=2: class 'ugly' must be one of bad, fair, good"),
+        (
+            {"class_weights": "bad=0,fair=0,good=0"},
+            "--class_weights bad=0,fair=0,good=0: at least one label needs a weight above 0",
+        ),
         (
             {"monitor": "mcc"},
             "--monitor mcc: with several labels a text it must be one of accuracy, macro_f1, micro_f1, auroc, loss",
