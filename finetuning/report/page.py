@@ -56,11 +56,15 @@ def restore(directory: Path, settings: RunSettings, load: "Callable[[], Mapping[
     if not settings.report or (directory / REPORT).exists():
         return
     try:
-        with DirectoryLock(directory):  # the process that finished the run may be about to write it
+        lock = DirectoryLock(directory)
+    except UserError:  # the process that finished the run is about to write it, or the directory is read-only
+        return
+    with lock:
+        try:
             check_unchanged(directory / PREDICTIONS)
             present(directory, read_result(directory), settings, load())
-    except UserError as error:
-        print(f"warning: {REPORT} was not written: {error}", file=sys.stderr)
+        except UserError as error:
+            print(f"warning: {REPORT} was not written: {error}", file=sys.stderr)
 
 
 def write_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> Path:

@@ -6,6 +6,7 @@ import pytest
 from finetune_lora import main
 from finetuning.report.page import make_report, write_report
 from finetuning.runs.files import REPORT, write_result, write_settings
+from finetuning.runs.lock import DirectoryLock
 from tests.html_reader import Reader
 from tests.report.conftest import leave_predictions, random_split, result_of_run
 
@@ -56,6 +57,10 @@ def test_a_missing_report_of_a_finished_run_is_written_again(
     before = {path.name for path in tmp_path.iterdir()}
     assert main([*words, "--report", "False"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == before
+    with DirectoryLock(tmp_path):  # of the process that is about to write it
+        assert main(words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert capsys.readouterr().err == ""
     assert main(words) == 0
     assert {path.name for path in tmp_path.iterdir()} == {*before, REPORT}
     assert "number 2 " in read((tmp_path / REPORT).read_text(encoding="utf8")).text, "it quotes test texts"
