@@ -1,5 +1,8 @@
 """Each step around an 8-bit product equals its formula in fp64, with every variant of the kernels and without them."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,8 @@ from torch.nn import functional as F
 from finetuning.models import compiled, int8_products
 from finetuning.models.compiled import VARIANTS, library
 from finetuning.models.int8_products import Thin, accumulate, dequantize, multiply, quantize, refused
-from tests.conftest import needs_int8, one_thread
+from finetuning.processor import VARIABLE, instructions
+from tests.conftest import ROOT, needs_int8, one_thread
 from tests.models.conftest import only
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -171,6 +175,27 @@ def test_a_wrong_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         refused.__wrapped__() == "8-bit products are wrong on this processor, perhaps because ONEDNN_MAX_CPU_ISA is set"
     )
+
+
+@pytest.mark.parametrize(
+    ("level", "needs", "expected"),
+    [
+        ("avx512_bf16", "avx512_bf16", None),
+        ("avx512_vnni", "avx512_vnni", None),
+        ("avx512", "avx512bw", "the processor has neither AVX512-VNNI nor AVX2-VNNI"),
+    ],
+)
+def test_what_torchs_libraries_compute_on_other_processors(level: str, needs: str, expected: str | None) -> None:
+    if needs not in instructions():
+        pytest.skip(f"the processor has no {needs}")
+    code = """
+from finetuning.processor import limit_libraries
+limit_libraries()
+from finetuning.models.int8_products import refused
+print(refused())"""
+    environment = os.environ | {VARIABLE: level, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == f"{expected}\n", ended.stderr
 
 
 def test_a_processor_without_the_instructions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
