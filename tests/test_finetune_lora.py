@@ -429,6 +429,9 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     gpt = tmp_path / "gpt2"
     gpt.mkdir()
     (gpt / "config.json").write_text('{"model_type": "gpt2"}')
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    (pairs / "train.csv").write_text("text,pair,label\n" + "".join(f"one {i},two,{i % 2}\n" for i in range(40)))
     base = flags(model, review_folder, output)
     cases: list[tuple[list[str], str]] = [
         (["--optimizer", "lion"], "--optimizer"),
@@ -458,6 +461,11 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--output_dir", "/proc/run"], "--output_dir"),
         (["--resume"], "--resume"),
         (["--device", "64"], "--device 64"),
+        (["--class_weights", "good=0,bad=0"], "--class_weights good=0,bad=0: at least one class with training texts"),
+        (
+            ["--data_dir", str(pairs), "--text_pair_column", "pair", "--text_column", "text,pair"],
+            "column pair must not",
+        ),
         (["--class_weights", "ugly=2"], "--class_weights ugly=2: class 'ugly' must be one of bad, good"),
         (["--monitor", "micro_f1"], "--monitor micro_f1: with one label a text it must be one of accuracy"),
         (["--threshold", "tuned"], "--threshold tuned: needs several labels a text, not one"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from finetuning.data.columns import texts_in
+from finetuning.data.columns import text_columns, texts_in
 from finetuning.data.files import allowed_endings, name_and_format, parquet_schema, read_frame, readable
 from finetuning.datasets import SPLITS
 from finetuning.errors import UserError, listed
@@ -57,6 +57,12 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     texts = {"text": texts_in(table, data.text_column, path)}
     if data.text_pair_column is not None:
         texts["pair"] = texts_in(table, data.text_pair_column, path, "text_pair_column")
+        first, second = (text_columns(name, table.columns) for name in (data.text_column, data.text_pair_column))
+        if twice := [name for name in second if name in first]:
+            raise UserError(
+                f"--text_pair_column {data.text_pair_column}: column {twice[0]} must not be in --text_column"
+                f" {data.text_column} as well"
+            )
     if data.label_column not in table.columns:
         raise UserError(
             f"--label_column {data.label_column}: must be a column of {path}, which has: {listed(table.columns)}"

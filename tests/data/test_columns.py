@@ -4,7 +4,9 @@ import pandas as pd
 import pytest
 
 from finetuning.data.columns import Kind, find_label_column, find_text_column, texts_in
+from finetuning.data.tables import checked
 from finetuning.errors import UserError
+from finetuning.settings import DataSettings
 
 TABLE = pd.DataFrame(
     {
@@ -38,6 +40,16 @@ def test_missing_columns() -> None:
         texts_in(TABLE, "text", "here")
     with pytest.raises(UserError, match=f"--text_column title,text: must be columns of here, {columns}"):
         texts_in(TABLE, "title,text", "here")
+
+
+def test_a_column_in_both_texts_of_a_pair_is_refused() -> None:
+    settings = {"label_column": "year", "text_pair_column": "body"}
+    with pytest.raises(
+        UserError, match=r"^--text_pair_column body: column body must not be in --text_column title,body"
+    ):
+        checked(TABLE, "here", DataSettings(text_column="title,body", **settings))
+    whole = TABLE.rename(columns={"a,b": "title,body"})[2:4].assign(body="film")
+    assert checked(whole, "here", DataSettings(text_column="title,body", **settings)).text.tolist() == ["x", "y"]
 
 
 @pytest.mark.parametrize(

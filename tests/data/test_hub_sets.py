@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pandas as pd
 import pytest
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 import finetune_lora
 import predict
@@ -267,9 +270,32 @@ def test_from_prefetch_to_prediction(
     frame(3).to_json(tmp_path / "new.jsonl", orient="records", lines=True)
     assert predict.main([str(run), "--file", str(tmp_path / "new.jsonl")]) == 0
     assert "train text 2," in capsys.readouterr().out, "the column that the run found"
-    status = finetune_lora.main(["--dataset", "me/nothing", *more.split(), str(tmp_path / "refused")])
-    assert (status, (tmp_path / "refused").exists()) == (2, False)
-    assert capsys.readouterr().err.startswith("error: --dataset me/nothing is not in the hub's cache")
+
+
+def test_refused_sets_leave_no_directory(
+    cache: Path,
+    tiny_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(dataset: str, words: str, *more: str) -> None:
+        given = ["--dataset", dataset, "--model_name", str(tiny_folders["distilbert"]), "--max_length", "16", *more]
+        assert finetune_lora.main([*given, "--accelerator", "cpu", "--output_dir", str(tmp_path / "refused")]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.partition(words)[:2] for line in lines] == [(f"error: --dataset {dataset}", words)]
+        assert not (tmp_path / "refused").exists()
+
+    def ask_hub(*_: object, local_files_only: bool = False, **__: object) -> None:
+        response: Any = SimpleNamespace(headers={}, request=None)
+        raise LocalEntryNotFoundError("not cached") if local_files_only else GatedRepoError("no", response=response)
+
+    refused("me/nothing", " is not in the hub's cache", "--offline")
+    write_hub_cache(cache, "me/films", {"films.py": "", "README.md": "A card without metadata"})
+    refused("me/films", " has a loading script and no data files", "--offline")
+    monkeypatch.setattr("finetuning.hub.snapshot_download", ask_hub)
+    monkeypatch.setattr("finetuning.hub.require_hub", lambda *_: None)
+    refused("me/gated", ": the hub asks you to accept its terms")
 
 
 # Python code that reads a data set, for a process that does not import torch.
