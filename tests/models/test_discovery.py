@@ -156,7 +156,7 @@ def test_other_methods_need_no_names(tmp_path: Path) -> None:
     assert classifier(ids, torch.ones_like(ids)).shape == (3, 2)
 
 
-SPREAD = {
+SPREAD: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 300, "max_position_embeddings": 64, "pad_index": 0},
     "funnel": {"vocab_size": 300, "d_model": 32, "block_sizes": [1, 2], "n_head": 4, "d_head": 8, "d_inner": 48},
 }
