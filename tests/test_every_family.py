@@ -242,7 +242,7 @@ def test_an_adapter_on_parts_of_fused_linears_is_continued(
     folder_of: Any, tmp_path: Path, model_type: str, more: dict[str, Any]
 ) -> None:
     folder, (first, second) = folder_of(model_type), (tmp_path / "first", tmp_path / "second")
-    settings = {"model_name": str(folder), "lora_r": RANK, **more}
+    settings: dict[str, Any] = {"model_name": str(folder), "lora_r": RANK, **more}
     earlier = build(folder, **{name: value for name, value in settings.items() if name != "model_name"})
     fill(earlier)
     first.mkdir()

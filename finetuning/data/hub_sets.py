@@ -226,7 +226,8 @@ def _with_agreed_labels(tables: dict[str, pd.DataFrame], label: str) -> tuple[di
 
     Rows keep their numbers. A table in which no text has a label stays, without labels.
     """
-    kept, left_out = {}, []
+    kept: dict[str, pd.DataFrame] = {}
+    left_out: list[str] = []
     for part, table in tables.items():
         unlabelled = _missing(table[label]) & table[label].notna()
         if unlabelled.all():

@@ -1,5 +1,7 @@
 """Texts in one column or in several."""
 
+from typing import Any
+
 import pandas as pd
 import pytest
 
@@ -43,7 +45,7 @@ def test_missing_columns() -> None:
 
 
 def test_a_column_in_both_texts_of_a_pair_is_refused() -> None:
-    settings = {"label_column": "year", "text_pair_column": "body"}
+    settings: dict[str, Any] = {"label_column": "year", "text_pair_column": "body"}
     with pytest.raises(
         UserError, match=r"^--text_pair_column body: column body must not be in --text_column title,body"
     ):
