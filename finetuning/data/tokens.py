@@ -43,7 +43,7 @@ class TokenizedSplit:
     def sha256(self) -> str:
         """A hash of everything that training and evaluation read."""
         arrays = (self.tokens, self.offsets, self.labels, self.rows, self.seconds)
-        parts = (b"" if array is None else np.ascontiguousarray(array) for array in arrays)
+        parts = (b"" if array is None else array.tobytes() for array in arrays)
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
     def sequence(self, i: int) -> np.ndarray:
