@@ -15,7 +15,7 @@ from finetuning.export.plain import plain_model, write_model, write_tokenizer
 from finetuning.export.proof import HeldOut, Proof, against_predictions, check_same, fresh_answers
 from finetuning.models.classifier import Classifier
 from finetuning.models.lora import lora_modules
-from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
 from finetuning.settings import PACKAGED
 from finetuning.storage import read_json, write_json
 
@@ -65,7 +65,7 @@ def export_adapter(
         precision: of the run's products, see ``against_predictions``.
 
     Raises:
-        UserError: a weight is not finite.
+        UserError: a weight is not finite, or the adapter's settings were changed after the run.
         ExportFailed: the folder does not compute what the run does.
         OSError, SafetensorError: the folder cannot be written.
     """
@@ -76,6 +76,7 @@ def export_adapter(
         write_model(folder / BASE, without_adapter(classifier, pad_id), torch.float32, held.stored.threshold)
         write_tokenizer(folder / BASE, tokenizer, config.data.max_length)
         base, recorded = f"{folder.name}/{BASE}", str(out.absolute() / BASE)
+    check_unchanged(run / ADAPTER_CONFIG)
     shutil.copyfile(run / ADAPTER, folder / ADAPTER)
     write_json(folder / ADAPTER_CONFIG, read_json(run / ADAPTER_CONFIG) | {"base_model_name_or_path": recorded})
     write_tokenizer(folder, tokenizer, config.data.max_length)

@@ -17,6 +17,7 @@ FAULTS = (
     Fault("damaged settings", 80, "refused in one line", damage.damaged_settings),
     Fault("damaged cache", 80, "rebuilt or refused in one line", damage.damaged_cache),
     Fault("damaged weights", 80, "refused in one line, never used", damage.damaged_weights),
+    Fault("damaged export", 80, "refused in one line, never used", damage.damaged_export),
     Fault("damaged result", 80, "refused in one line, never used", damage.damaged_result),
     Fault("damaged predictions", 80, "refused in one line, never used", damage.damaged_predictions),
     Fault("damaged collected run", 80, "refused in one line, never used", damage.damaged_collected_run),

@@ -1,11 +1,23 @@
 """Files are damaged between two commands: truncated, a bit flipped, emptied, or replaced by a folder."""
 
+import functools
 import random
 import shutil
 from pathlib import Path
 
 import compare_methods
-from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREDICTIONS, RESULT, SETTINGS
+from finetuning.runs.files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BEST_CHECKPOINT,
+    LAST_CHECKPOINT,
+    PREDICTIONS,
+    PREVIOUS_CHECKPOINT,
+    RESULT,
+    SETTINGS,
+    TRAINED_WEIGHTS,
+)
+from finetuning.storage import sum_holds
 from tests.faults.crowd import finished_study, study_words
 from tests.faults.interruptions import chosen_run
 from tests.faults.runs import (
@@ -13,6 +25,9 @@ from tests.faults.runs import (
     Commands,
     Outcome,
     Signals,
+    Undisturbed,
+    continued,
+    empty_cache,
     in_process,
     number_of,
     refused_in_one_line,
@@ -45,27 +60,37 @@ def damaged_checkpoint(commands: Commands, generator: random.Random, directory: 
     method, precision = chosen_run(commands, generator)
     words = commands.flags(directory, method, precision)
     _, whole, _ = commands.whole(method, precision)
-    while not (directory / LAST_CHECKPOINT).is_file():
+    while not (directory / LAST_CHECKPOINT).is_file() or (directory / RESULT).exists():
         shutil.rmtree(directory, ignore_errors=True)
         moment = Signals(operation=generator.randint(whole.operations // 3, whole.operations))
         commands.run(words, moment)
     names = generator.choice(
-        [(LAST_CHECKPOINT,), (LAST_CHECKPOINT,), (LAST_CHECKPOINT, "previous.ckpt"), (BEST_CHECKPOINT,)]
+        [(LAST_CHECKPOINT,), (LAST_CHECKPOINT,), (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT), (BEST_CHECKPOINT,)]
     )
     damaged = [directory / name for name in names if (directory / name).is_file()]
+    if not damaged:
+        raise Undisturbed
     for path in damaged:
         damage(path, kind_of(directory), generator)
-    return _identical_or_refused(commands, words, directory, commands.whole(method, precision)[0], bool(damaged))
+    intact = {LAST_CHECKPOINT, PREVIOUS_CHECKPOINT} - {path.name for path in damaged}
+    kept = any((directory / name).is_file() for name in intact)
+    last, how = continued(kept, Outcome(0, ""), lambda: commands.run([*words, "--resume", "auto"]))
+    seen = _identical_or_refused(last, directory, commands.whole(method, precision)[0])
+    if last.status == 0 and kind_of(directory) != "folder instead":
+        warnings = [line for line in last.lines if line.startswith("warning:") and "is damaged" in line]
+        expected = sum(path.name != BEST_CHECKPOINT for path in damaged) if kept else 0
+        require(len(warnings) == expected, f"{expected} lines of warning", last)
+        require(kept or "no intact checkpoint: starting over" in last.printed, "no word of the damage", last)
+    return seen if last.status else f"{how}, {seen}"
 
 
-def _identical_or_refused(commands: Commands, words: list[str], directory: Path, whole: Path, damaged: bool) -> str:
-    outcome = commands.run([*words, "--resume", "auto"])
+def _identical_or_refused(outcome: Outcome, directory: Path, whole: Path) -> str:
     if outcome.status == 0:
         for folder in directory.glob("*/"):  # that replaced a file which is no longer needed
             folder.rmdir()
         require_same(directory, whole)
         return "identical"
-    require(damaged and refused_in_one_line(outcome), "after damage", outcome)
+    require(refused_in_one_line(outcome), "after damage", outcome)
     return f"refused, status {outcome.status}"
 
 
@@ -77,24 +102,27 @@ def damaged_settings(commands: Commands, generator: random.Random, directory: Pa
         shutil.rmtree(directory, ignore_errors=True)
         commands.run(words, Signals(operation=generator.randint(1, outcome.operations)))
     damage(directory / SETTINGS, kind_of(directory), generator)
-    return _identical_or_refused(commands, words, directory, whole, damaged=True)
+    return _identical_or_refused(commands.run([*words, "--resume", "auto"]), directory, whole)
 
 
 def damaged_cache(commands: Commands, generator: random.Random, directory: Path) -> str:
-    """Tokens in the cache are damaged."""
-    whole = commands.whole("selective")[0]
-    cache = directory.with_name("own cache")
-    if not cache.exists():
-        commands.run(commands.flags(directory, "selective"), cache=cache)
-        shutil.rmtree(directory)
-    damage(generator.choice(sorted((cache / "tokens").iterdir())), kind_of(directory), generator)
-    outcome = commands.run(commands.flags(directory, "selective"), cache=cache)
+    """Tokens or compiled kernels in the cache are damaged."""
+    whole = commands.whole("selective", "auto")[0]
+    cache = empty_cache(directory)
+    shutil.copytree(commands.folder / "cache", cache)
+    folder = generator.choice([path for path in cache.iterdir() for _ in range(1 if path.name == "kernels" else 3)])
+    path = generator.choice(sorted(folder.iterdir()))
+    damage(path, kind_of(directory), generator)
+    outcome = commands.run(commands.flags(directory, "selective", "auto"), cache=cache)
     if outcome.status:
-        require(refused_in_one_line(outcome), "damaged tokens", outcome)
-        shutil.rmtree(cache)
-        return "refused"
+        require(refused_in_one_line(outcome), f"damaged {folder.name}", outcome)
+        return f"{folder.name}: refused"
+    if "no: not built" in outcome.printed:  # it says so, and computes the same with torch's operators
+        return f"{folder.name}: not built"
     require_same(directory, whole)
-    return "rebuilt, identical"
+    if not sum_holds(path):  # kernels of another precision
+        raise Undisturbed
+    return f"{folder.name}: rebuilt, identical"
 
 
 def damaged_weights(commands: Commands, generator: random.Random, directory: Path) -> str:
@@ -119,6 +147,34 @@ def _used_by_predict(commands: Commands, generator: random.Random, directory: Pa
         return "same predictions"
     require(refused_in_one_line(outcome), "damaged", outcome)
     return "refused"
+
+
+def damaged_export(commands: Commands, generator: random.Random, directory: Path) -> str:
+    """A file of a finished run is damaged, and then the run is exported: merged, or as an adapter."""
+    method, flags = generator.choice([("lora", ()), ("lora", ("--adapter",)), ("full", ())])
+    run, out = shutil.copytree(commands.whole(method)[0], directory / "run"), directory / "out"
+    names = (ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, SETTINGS, RESULT, PREDICTIONS)
+    path = generator.choice([run / name for name in names if (run / name).exists()])
+    damage(path, kind_of(directory), generator)
+    outcome = commands.run(["export", str(run), str(out), *flags])
+    if outcome.status == 0:  # it does not need this file
+        expected = exported(commands, method, flags)
+        same = {file.name for file in expected if (out / file.name).read_bytes() == file.read_bytes()}
+        require(len(same) == len(expected), f"another export after damage to {path.name}", outcome)
+        return f"{path.name}: not needed"
+    require(refused_in_one_line(outcome) and not out.exists(), f"damaged {path.name}", outcome)
+    return f"{path.name}: refused"
+
+
+@functools.cache
+def exported(commands: Commands, method: str, flags: tuple[str, ...]) -> list[Path]:
+    """The weights and settings that an undamaged run is exported to."""
+    out = commands.folder / "exported" / f"{method}{''.join(flags)}"
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(exist_ok=True)
+    outcome = commands.run(["export", str(commands.whole(method)[0]), str(out), *flags])
+    require(outcome.status == 0, "the undamaged export failed", outcome)
+    return [*out.glob("*.safetensors"), *out.glob("*config.json")]
 
 
 def _answers(outcome: Outcome) -> list[str]:
