@@ -223,7 +223,7 @@ def prepare(config: RunConfig) -> Setup:
     from finetuning.training.tasks import imbalance_advice, make_task
     from finetuning.training.trainer import quiet_lightning
     from local_dataset_utilities import load_texts, tokenize
-    from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
+    from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter, with_precision
 
     directory = config.run.output_dir or shared_directory() or default_directory(config.data.dataset, config.name)
     config = config.changed(output_dir=directory)
@@ -235,10 +235,9 @@ def prepare(config: RunConfig) -> Setup:
     if config.lora is not None and config.lora.q_lora and not is_helper():  # who would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)
     folder = find_base_model(config)
-    if config.hardware.precision in ("int8", "fast"):
-        with quiet_lightning():
-            config = with_precision(config, folder)
-            hardware = resolve_hardware(config.hardware)
+    with quiet_lightning():
+        config = with_precision(config, folder)
+        hardware = resolve_hardware(config.hardware, config.run.resume)  # again: at first "fast" counts as "auto"
     tokenizer = load_tokenizer(config.model.model_name, folder)
     texts = load_texts(config.data, config.run.offline)
     labels = {name: split.labels for name, split in texts.splits.items()}
@@ -266,27 +265,6 @@ def prepare(config: RunConfig) -> Setup:
     pad_id = int(tokenizer.pad_token_id)
     found = hardware, folder, texts, task, advice, splits, pad_id
     return Setup(config, directory, *found, adapter, checkpoint, lock, origin)
-
-
-def with_precision(config: RunConfig, folder: Path) -> RunConfig:
-    """Gives ``--precision fast`` its meaning for this model on this machine.
-
-    Raises:
-        UserError: int8 is asked for, and nothing of the model can be held in 8 bits.
-    """
-    from finetuning.models.int8_products import unsuited
-    from finetuning.training.hardware import fastest_precision
-    from local_model_utilities import int8_widths
-
-    widths = int8_widths(config, folder)
-    if config.hardware.precision == "int8":
-        if (reason := unsuited(widths)) is not None:
-            raise UserError(f"--precision int8: {reason}; use --precision auto")
-        return config
-    precision, why = fastest_precision(config.hardware, config.excludes_int8, widths)
-    if not is_helper():
-        print(f"--precision fast: {precision} ({why})", flush=True)
-    return config.changed(precision=precision)
 
 
 def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":

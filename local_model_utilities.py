@@ -23,6 +23,7 @@ from finetuning.models.discovery import named_linears
 from finetuning.models.families import ModelFamily
 from finetuning.models.fused import split_linears, split_widths
 from finetuning.models.int8 import Int8Linear, frozen_linears, use_int8
+from finetuning.models.int8_products import unsuited
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
 from finetuning.models.pretrained import (
     check_fits,
@@ -33,10 +34,12 @@ from finetuning.models.pretrained import (
     load_pretrained,
 )
 from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
+from finetuning.processes import is_helper
 from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.files import ADAPTER_CONFIG
 from finetuning.runs.weights import load_initial, load_trained, separate_linears
 from finetuning.settings import LORA_TARGETS, LoRASettings, MethodSettings
+from finetuning.training.hardware import fastest_precision
 
 
 def find_base_model(config: RunConfig) -> Path:
@@ -93,6 +96,29 @@ def _freeze(model: nn.Module, family: ModelFamily, config: RunConfig) -> None:
     choose_trained(model, family, config.method, head=lora is None or not lora.lora_head)
     if lora is not None:
         split_linears(model, family, parts=not lora.modules)
+
+
+def with_precision(config: RunConfig, folder: Path) -> RunConfig:
+    """Gives ``--precision fast`` its meaning for this model on this machine, and says which and why.
+
+    Args:
+        config: the run's settings.
+        folder: the folder of the base model, from ``find_base_model``.
+
+    Raises:
+        UserError: int8 is asked for, and nothing of the model can be held in 8 bits.
+    """
+    if config.hardware.precision not in ("int8", "fast"):
+        return config
+    widths = int8_widths(config, folder)
+    if config.hardware.precision == "int8":
+        if (reason := unsuited(widths)) is not None:
+            raise UserError(f"--precision int8: {reason}; use --precision auto")
+        return config
+    precision, why = fastest_precision(config.hardware, config.excludes_int8, widths)
+    if not is_helper():
+        print(f"--precision fast: {precision} ({why})", flush=True)
+    return config.changed(precision=precision)
 
 
 def int8_widths(config: RunConfig, folder: Path) -> list[int]:

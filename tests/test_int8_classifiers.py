@@ -25,7 +25,7 @@ from tests.test_local_model_utilities import NAMES, batch, build, fill_lora
 from tests.tiny_models import tiny_model
 
 pytestmark = needs_int8
-ALL_LINEARS = {"lora_key": True, "lora_mlp": True, "lora_projection": True}
+ALL_LINEARS: dict[str, object] = {"lora_key": True, "lora_mlp": True, "lora_projection": True}
 METHODS: dict[str, dict[str, object]] = {"lora": ALL_LINEARS, "selective": {"trainable_layers": 1}}
 
 
@@ -105,7 +105,7 @@ def with_last_keys_and_values_dense(classifier: Classifier) -> Classifier:
     """The efficient path computes no keys and values in the last layer, so it has other rows to quantize there."""
     for name in ("key", "value"):
         (path,) = classifier.family.targets[name]
-        module = classifier.model.get_submodule(f"{classifier.family.layers}.{LAYERS - 1}.{path}")
+        module: Any = classifier.model.get_submodule(f"{classifier.family.layers}.{LAYERS - 1}.{path}")
         dense = nn.Linear(module.in_features, module.out_features).requires_grad_(False)
         dense.weight.data, dense.bias.data = module.linear.dense_weight(), module.linear.bias.data
         module.linear, module.dense_weight = dense, None
@@ -192,7 +192,7 @@ def test_outputs_of_frozen_layers_are_kept(tiny_folders: dict[str, Path], dtype:
         return [logits.detach(), *torch.autograd.grad(logits.square().sum(), trained)]
 
     plain, first = step(), step(outputs=outputs)
-    classifier.model.get_submodule(classifier.family.layers)[0].apply(forget)  # it is computed no more
+    classifier.model.get_submodule(f"{classifier.family.layers}.0").apply(forget)  # it is computed no more
     for kept in (first, step(outputs=outputs)):
         for value, reference in zip(kept, plain, strict=True):
             torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
@@ -289,7 +289,7 @@ def test_a_run_in_8_bits_does_not_continue_without_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = RunConfig.from_settings(precision="int8", offline=True, output_dir=tmp_path)
-    write_settings(tmp_path, config.to_dict())
+    write_settings(tmp_path, config.to_dict(), {})
     monkeypatch.setattr(int8_products, "refused", lambda: "the processor has neither AVX512-VNNI nor AVX2-VNNI")
     before = (tmp_path / SETTINGS).read_bytes()
     assert main(["--resume", "--output_dir", str(tmp_path)]) == 2
