@@ -88,7 +88,8 @@ def signalled(commands: Commands, generator: random.Random, directory: Path) -> 
     words = commands.flags(directory, method, precision)
     numbers = tuple(generator.choices(SIGNALS, k=generator.choice([1, 2])))
     outcome = commands.run(words, random_moment(commands, generator, method, precision, numbers))
-    if outcome.status == 0:
+    before_the_command = -outcome.status in numbers and not outcome.printed and not directory.exists()
+    if outcome.status == 0 or before_the_command:
         raise Undisturbed
     require(outcome.status == 130, "signalled", outcome)
     require(sum("interrupted" in line for line in outcome.lines) == 1, "no word", outcome)

@@ -53,7 +53,7 @@ class Broken(AssertionError):
 
 
 class Undisturbed(Exception):
-    """A trial whose fault came too late, or was too small, to disturb anything: it is drawn again."""
+    """A trial whose fault came too early or too late, or was too small, to disturb anything: it is drawn again."""
 
 
 class Disturbance(Protocol):
