@@ -207,7 +207,7 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     written = runs.result(finished)
     del written["command"]
     written["config"] |= {"data_dir": None, "output_dir": None}
-    assert set(record.pop("sha256")) == {"result.json", "predictions.parquet"}
+    assert set(record.pop("sha256")) == {"result.json", "metrics.csv", "predictions.parquet"}
     assert record == written
     assert len(first[f"tiny/{finished.name}/predictions.parquet"]) < 30_000
     table = pq.read_table(Path("results/tiny") / finished.name / "predictions.parquet")
