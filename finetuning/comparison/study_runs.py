@@ -29,6 +29,7 @@ from finetuning.runs.files import (
     read_result,
     read_settings,
     read_status,
+    record_is_unchanged,
     settings_file,
     write_result,
 )
@@ -202,9 +203,9 @@ class StudyRuns:
         return None
 
     def _same_runs(self, run: PlannedRun, folder: Path) -> Iterator[Path]:
-        """Finished runs with the same settings, in all studies of a folder."""
+        """Finished and undamaged runs with the same settings, in all studies of a folder."""
         for source in sorted(path.parent for path in folder.glob(f"*/[!.]*/{RESULT}")):
-            if read_status(source) == "finished" and not _differences(run, source):
+            if read_status(source) == "finished" and not _differences(run, source) and record_is_unchanged(source):
                 yield source
 
     # -----------------------------------------------------------------------------------------------------------------

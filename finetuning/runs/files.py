@@ -97,6 +97,15 @@ def check_unchanged(path: Path) -> None:
             raise UserError(f"{path} was changed after its run wrote it: restore the file, or train again")
 
 
+def record_is_unchanged(directory: Path) -> bool:
+    """Whether a run's result, predictions and metrics are still there as the run wrote them. Weights may be gone."""
+    try:
+        sums = read_result(directory).get(SUMS, {})
+        return all(sha256_of(directory / name) == sums[name] for name in (PREDICTIONS, METRICS) if name in sums)
+    except (OSError, ValueError):
+        return False
+
+
 def read_status(directory: Path) -> str | None:
     """The run's status, ``finished``, ``interrupted`` or ``failed``; ``None`` if there is no result."""
     with suppress(OSError, ValueError):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.comparison.study_runs import StudyRuns
+from finetuning.runs.files import write_result
 from tests.conftest import DIVERGED, TUNED, leave_run, plan, scored
 
 pytestmark = pytest.mark.usefixtures("project")
@@ -106,6 +107,33 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     files = [sorted(path.name for path in Path("results/tiny", run.name).iterdir()) for run in (first, planned)]
     assert files == [["metrics.csv", "result.json"], ["metrics.csv", "predictions.parquet", "result.json"]]
     assert sorted(path.name for path in Path("results/tiny").iterdir()) == [final.name, first.name]
+
+
+@pytest.mark.parametrize("name", ["predictions.parquet", "metrics.csv"])
+@pytest.mark.parametrize("folder", ["runs", "results"])
+def test_a_damaged_run_of_another_study_is_not_taken_over(folder: str, name: str) -> None:
+    study = plan("[axes]\nseed = [0]").study
+    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
+    others = StudyRuns(study, Path(folder, "other"), Path("data"))
+    (run,) = study.runs
+    leave_run(others, run, test={"accuracy": 0.9})
+    directory = others.directory(run)
+    (directory / "predictions.parquet").write_bytes(b"predictions")
+    (directory / "adapter_model.safetensors").write_bytes(b"weights")
+    result = others.result(run)
+    if folder == "results":
+        result["config"] |= {"data_dir": None}
+        (directory / "settings.json").unlink()
+    write_result(directory, result)
+    (directory / "adapter_model.safetensors").unlink()  # somebody needed its space
+    good = (directory / name).read_bytes()
+
+    (directory / name).write_bytes(b"damaged")
+    assert runs.take_over(run) is None
+    (directory / name).unlink()
+    assert runs.take_over(run) is None
+    (directory / name).write_bytes(good)
+    assert runs.take_over(run) == directory
 
 
 def test_a_record_without_its_test_stands_for_no_final_run() -> None:
