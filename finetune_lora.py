@@ -34,7 +34,7 @@ from finetuning.runs.directory import (
 )
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, read_settings
 from finetuning.runs.recording import recorded
-from finetuning.runs.records import NOT_ASKED_FOR, data_hashes, data_record, headline, test_record, train_record
+from finetuning.runs.records import data_hashes, data_record, headline, test_record, train_record
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
     import lightning.pytorch as pl
@@ -168,23 +168,14 @@ class Setup:
     lock: AbstractContextManager[object] = field(default_factory=nullcontext)  # of the directory
     origin: dict[str, Any] = field(default_factory=dict)  # what a continued run must find again
 
-    def kernels(self, classifier: "Classifier") -> str:
-        """Whether the run uses the compiled CPU kernels, or why not."""
-        import torch
-
-        from finetuning.models.compiled import library
-
-        settings, hardware, family = self.config.hardware, self.hardware, classifier.family
-        if hardware.int8:
-            return library(without_bf16=True)[1]
-        if settings.efficient and not classifier.efficient:
-            return f"{NOT_ASKED_FOR}: {family.model_type} models run Hugging Face's code"
-        used = not hardware.on_gpu and hardware.dtype == torch.bfloat16 and settings.efficient and not settings.compile
-        return library()[1] if used else NOT_ASKED_FOR
-
     def headline(self, classifier: "Classifier") -> str:
         """The text that the run prints before training."""
-        data, kernels = data_record(self.texts, self.splits), self.kernels(classifier)
+        from finetuning.training.hardware import kernels_used
+
+        data, kernels = (
+            data_record(self.texts, self.splits),
+            kernels_used(classifier, self.config.hardware, self.hardware),
+        )
         return headline(self.config, data, self.hardware.described, kernels, self.advice)
 
 
@@ -272,7 +263,7 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     import lightning.pytorch as pl
 
     from finetuning.runs.measurements import environment_record
-    from finetuning.training.hardware import prepare_process
+    from finetuning.training.hardware import kernels_used, prepare_process
     from finetuning.training.trainer import quiet_lightning
     from local_model_utilities import (
         build_classifier,
@@ -292,7 +283,7 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     classifier = build_classifier(config, setup.model_folder, setup.texts.label_names, setup.hardware.dtype, linears)
     if setup.adapter is not None:
         load_adapter(classifier, setup.adapter, setup.model_folder)
-    result["environment"]["cpu_kernels"] = setup.kernels(classifier)
+    result["environment"]["cpu_kernels"] = kernels_used(classifier, config.hardware, setup.hardware)
     result["model"] = {"type": classifier.family.model_type, "efficient_path": classifier.efficient}
     groups = count_parameters(classifier)
     result["parameters"] = parameter_record(groups)
@@ -317,7 +308,7 @@ def train(
     from finetuning.training.memory import check_memory
     from finetuning.training.module import FineTuning
     from finetuning.training.tasks import chance_advice, one_answer_advice
-    from finetuning.training.trainer import make_trainer
+    from finetuning.training.trainer import loader_shares, make_trainer
 
     config, directory, splits, hardware = setup.config, setup.directory, setup.splits, setup.hardware
     trainer = make_trainer(config.training, config.hardware, hardware, directory, [meter, stop])
@@ -362,17 +353,13 @@ def train(
     return trainer, module
 
 
-def loader_shares(trainer: "pl.Trainer", hardware: "Hardware") -> dict[str, Any]:
-    """The loaders' arguments that give this process its part of the batches."""
-    return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": hardware.on_gpu}
-
-
 def evaluate(
     setup: Setup, trainer: "pl.Trainer", module: "FineTuning", stop: "GracefulStop", result: dict[str, Any]
 ) -> None:
     """Evaluation: evaluates the test split once, with the checkpoint that validation chose."""
     from finetuning.data.batches import evaluation_loader
     from finetuning.runs.history import write_predictions
+    from finetuning.training.trainer import loader_shares
 
     stop.check()
     if setup.config.run.test:

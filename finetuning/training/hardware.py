@@ -13,7 +13,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from finetuning.errors import UserError
 from finetuning.models import int8_products
+from finetuning.models.classifier import Classifier
+from finetuning.models.compiled import library
 from finetuning.processor import instructions, limited
+from finetuning.runs.records import NOT_ASKED_FOR
 from finetuning.settings import HardwareSettings
 
 BF16 = frozenset({"amx_bf16", "avx512_bf16"})
@@ -154,6 +157,16 @@ def _resolve_dtype(precision: str, cards: list[int]) -> torch.dtype:
 def _multiplies_bf16(card: int) -> bool:
     """Whether a GPU has bf16, from its number in CUDA's list: torch's own test takes memory on the first GPU."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(card) >= FIRST_WITH_BF16
+
+
+def kernels_used(classifier: Classifier, settings: HardwareSettings, hardware: Hardware) -> str:
+    """Whether a run with this classifier uses the compiled CPU kernels, or why not."""
+    if hardware.int8:
+        return library(without_bf16=True)[1]
+    if settings.efficient and not classifier.efficient:
+        return f"{NOT_ASKED_FOR}: {classifier.family.model_type} models run Hugging Face's code"
+    used = classifier.efficient and not hardware.on_gpu and hardware.dtype == torch.bfloat16 and not settings.compile
+    return library()[1] if used else NOT_ASKED_FOR
 
 
 def prepare_process(hardware: Hardware) -> None:

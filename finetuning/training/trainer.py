@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -66,6 +67,11 @@ def make_trainer(
         # the job script requeues the job; Lightning must not do it a second time
         plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
     )
+
+
+def loader_shares(trainer: pl.Trainer, hardware: Hardware) -> dict[str, Any]:
+    """The loaders' arguments that give this process its part of the batches."""
+    return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": hardware.on_gpu}
 
 
 @contextmanager
