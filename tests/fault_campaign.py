@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.pages import renew_tables
-from tests.faults.runs import ROOT, Broken, Commands, Fault, Undisturbed
+from tests.faults.runs import ROOT, Broken, Commands, Fault, Seen, Undisturbed
 
 TABLE = "faults"  # in the markers of the page
 DRAWS = 8  # of a trial, until its fault disturbs something
@@ -63,21 +63,22 @@ class Campaign:
         directory = self.commands.folder / f"{fault.name.replace(' ', '_')}-{number}"
         began = time.monotonic()
         generator = random.Random(f"{self.seed} {fault.name} {number}")
-        seen, kept = f"nothing was disturbed in {DRAWS} draws", False
+        found, kept = Seen(f"nothing was disturbed in {DRAWS} draws", {}), False
         for _ in range(DRAWS):
             shutil.rmtree(directory, ignore_errors=True)
             try:
-                seen, kept = fault.trial(self.commands, generator, directory), True
+                told, kept = fault.trial(self.commands, generator, directory), True
+                found = told if isinstance(told, Seen) else Seen(told, {})
                 shutil.rmtree(directory, ignore_errors=True)
             except Undisturbed:
                 continue
             except Exception as reason:  # a broken promise, or what a check found instead of a result
                 kind = "" if isinstance(reason, Broken) else f"{type(reason).__name__}: "
-                seen = f"{kind}{reason}"
+                found = Seen(f"{kind}{reason}", {})
             break
         seconds = round(time.monotonic() - began, 2)
-        record = {"fault": fault.name, "number": number, "seed": self.seed, "kept": kept, "seen": seen}
-        record |= {"seconds": seconds, "commit": commit()}
+        record = {"fault": fault.name, "number": number, "seed": self.seed, "kept": kept, "seen": found.text}
+        record |= {"disturbed": found.disturbed, "seconds": seconds, "commit": commit()}
         with self.file.open("a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
         return record
@@ -88,7 +89,7 @@ class Campaign:
         return [r for fault in self.faults for r in self.done.get(fault.name, {}).values() if not r["kept"]]
 
     def report(self) -> str:
-        """A Markdown table: what was tried, and what was seen."""
+        """Markdown tables: what was tried and seen, and, of some faults, how often each thing was disturbed."""
         lines = ["| fault | trials | kept | must | seen |", "|---|---|---|---|---|"]
         for fault in self.faults:
             records = self.done.get(fault.name, {}).values()
@@ -96,7 +97,21 @@ class Campaign:
             shown = "; ".join(f"{count} {text}" for text, count in seen.most_common()) or fault.missing() or "not tried"
             kept = sum(record["kept"] for record in records)
             lines.append(f"| {fault.name} | {len(records)} | {kept} | {fault.promise} | {shown} |")
-        return "\n".join([*lines, "", self.trials_of_commits()])
+        return "\n".join([*lines, "", *self.disturbed(), self.trials_of_commits()])
+
+    def disturbed(self) -> list[str]:
+        """The lines of a table of what the trials disturbed; none if no trial tells."""
+        lines = []
+        for fault in self.faults:
+            counts: dict[str, Counter[str]] = {}
+            for record in self.done.get(fault.name, {}).values():
+                for what, names in record.get("disturbed", {}).items():
+                    counts.setdefault(what, Counter()).update(names)
+            for what, names in counts.items():
+                lines.append(
+                    f"| {fault.name} | {what} | {', '.join(f'{n} {name}' for name, n in names.most_common())} |"
+                )
+        return ["| fault | what | how often |", "|---|---|---|", *lines, ""] if lines else []
 
     def trials_of_commits(self) -> str:
         """How many trials each commit of the code did, and the command that repeats a line."""

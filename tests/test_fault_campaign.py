@@ -8,7 +8,19 @@ import pytest
 
 from tests.fault_campaign import Campaign
 from tests.faults import FAULTS, inputs
-from tests.faults.runs import Broken, Commands, Fault, Outcome, Signals, Undisturbed, continued, left_by, require_same
+from tests.faults.interruptions import moment_of
+from tests.faults.runs import (
+    Broken,
+    Commands,
+    Fault,
+    Outcome,
+    Seen,
+    Signals,
+    Undisturbed,
+    continued,
+    left_by,
+    require_same,
+)
 
 SHORT = {
     "SIGKILL": 2,
@@ -23,6 +35,7 @@ SHORT = {
     "data files": 1,
 }
 
+HEADLINE = "data    data: 200 train\nrun     runs/first\n"  # the text before training
 SEED = 65603  # most of its trials are of LoRA or full fine-tuning in fp32: few undisturbed runs, no kernels to compile
 
 
@@ -79,6 +92,42 @@ def test_a_broken_promise_is_noticed_and_a_campaign_goes_on_where_it_stopped(
     elsewhere = Campaign(tried, [Fault("another", 2, "works", trial, lambda: "needs a moon")])
     elsewhere.run(shown.append)
     assert elsewhere.report().splitlines()[2] == "| another | 0 | 0 | works | needs a moon |"
+
+
+def test_what_was_disturbed_is_counted(commands: Commands, tmp_path: Path) -> None:
+    def trial(_commands: Commands, _generator: object, directory: Path) -> Seen:
+        method = "full" if directory.name.endswith("1") else "lora"
+        return Seen("fine", {"method": [method], "killed while": ["training", "set-up"]})
+
+    campaign = Campaign(Commands(tmp_path, commands.model, commands.data), [Fault("a fault", 3, "works", trial)])
+    campaign.run()
+    lines = campaign.report().splitlines()
+    assert lines[2] == "| a fault | 3 | 3 | works | 3 fine |"
+    assert lines[4:8] == [
+        "| fault | what | how often |",
+        "|---|---|---|",
+        "| a fault | method | 2 lora, 1 full |",
+        "| a fault | killed while | 3 training, 3 set-up |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "printed", "moment"),
+    [
+        ((), "", "set-up"),
+        (("cache/tokens",), "", "tokenizing"),
+        (("run/.best.ckpt.0.tmp.ckpt", "run/best.ckpt"), HEADLINE, "writing a file"),
+        (("run/last.ckpt",), HEADLINE, "building the model"),
+        (("run/last.ckpt",), f"{HEADLINE}epoch 1/3  batch 1/25  loss 0.6\n", "training"),
+        (("run/adapter_model.safetensors",), HEADLINE, "evaluation and results"),
+        (("run/adapter_model.safetensors", "run/result.json"), HEADLINE, "the report"),
+    ],
+)
+def test_the_moment_of_a_kill(files: tuple[str, ...], printed: str, moment: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert moment_of(Outcome(-9, printed), tmp_path / "run", tmp_path / "cache") == moment
 
 
 def test_a_trial_that_finds_no_result_is_noted_as_broken(commands: Commands, tmp_path: Path) -> None:

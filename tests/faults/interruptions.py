@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetuning.runs.checkpoints import has_checkpoint
 from finetuning.runs.files import LAST_CHECKPOINT, RESULT
+from finetuning.storage import TEMPORARY
 from tests.faults.runs import (
     METHODS,
     REPEATED,
@@ -19,6 +20,7 @@ from tests.faults.runs import (
     Broken,
     Commands,
     Outcome,
+    Seen,
     Signals,
     Undisturbed,
     continued,
@@ -48,25 +50,40 @@ def random_moment(
     return Signals(numbers, operation=generator.randint(1, whole.operations))
 
 
-def killed(commands: Commands, generator: random.Random, directory: Path) -> str:
+def moment_of(outcome: Outcome, directory: Path, cache: Path | None) -> str:
+    """What a killed run was doing, from what it printed and left."""
+    if any(directory.glob(TEMPORARY)):
+        return "writing a file"
+    if "\nrun  " not in outcome.printed:  # of the text before training
+        return "tokenizing" if cache is not None and cache.exists() else "set-up"
+    if (directory / RESULT).exists():
+        return "the report"
+    if any(directory.glob("*.safetensors")):
+        return "evaluation and results"
+    return "training" if outcome.batches else "building the model"
+
+
+def killed(commands: Commands, generator: random.Random, directory: Path) -> Seen:
     """SIGKILL, in a third of the trials a second time in the continued run; half of the fp32 runs must tokenize."""
     method, precision = chosen_run(commands, generator)
     words = commands.flags(directory, method, precision)
     cache = empty_cache(directory) if precision == "fp32" and generator.random() < 0.5 else None
-    earlier, kills, how = Outcome(0, ""), 0, ""
+    earlier, how, moments = Outcome(0, ""), "", list[str]()
     for _ in range(generator.choice([1, 1, 2])):
         moment = random_moment(commands, generator, method, precision, (signal.SIGKILL,))
         outcome, how = _resumed(commands, words, earlier, moment, cache)
         require(outcome.status in (0, -signal.SIGKILL), "killed", outcome)
-        kills += outcome.status != 0
+        if outcome.status:
+            moments.append(moment_of(outcome, directory, cache))
         earlier = Outcome(outcome.status, earlier.printed + outcome.printed)
-    if not kills:
+    if not moments:
         raise Undisturbed
     last, how_at_last = _resumed(commands, words, earlier, cache=cache)
     require(last.status == 0, "continued", last)
     require_same(directory, commands.whole(method, precision)[0])
     how = how_at_last if earlier.status else how  # a run that has finished does nothing
-    return f"{kills} kill{'s' * (kills != 1)}, {how}, identical"
+    text = f"{len(moments)} kill{'s' * (len(moments) != 1)}, {how}, identical"
+    return Seen(text, {"method": [method], "killed while": moments})
 
 
 def _resumed(
@@ -82,7 +99,7 @@ def _resumed(
     )
 
 
-def signalled(commands: Commands, generator: random.Random, directory: Path) -> str:
+def signalled(commands: Commands, generator: random.Random, directory: Path) -> Seen:
     """One or two signals at a random moment. A second Ctrl-C stops at once, with the checkpoint of an earlier step."""
     method, precision = chosen_run(commands, generator)
     words = commands.flags(directory, method, precision)
@@ -103,7 +120,8 @@ def signalled(commands: Commands, generator: random.Random, directory: Path) -> 
     )
     require(last.status == 0, "continued", last)
     require_same(directory, commands.whole(method, precision)[0])
-    return f"status {outcome.status}, {how}, identical"
+    names = " and ".join(signal.Signals(number).name for number in numbers)
+    return Seen(f"status {outcome.status}, {how}, identical", {"method": [method], "signals": [names]})
 
 
 def rank_killed(commands: Commands, generator: random.Random, directory: Path) -> str:

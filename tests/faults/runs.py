@@ -349,6 +349,14 @@ def continued(
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a trial saw, and what it disturbed, for example ``{"method": ["lora"]}``: the page counts it."""
+
+    text: str
+    disturbed: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
 class Fault:
     """A kind of fault.
 
@@ -356,13 +364,13 @@ class Fault:
         name: for the table and for ``--only``.
         times: how often it is tried.
         promise: what must hold.
-        trial: does one trial in a directory of its own. It returns what was seen, or raises ``Broken`` or
-            ``Undisturbed``.
+        trial: does one trial in a directory of its own. It returns what was seen, as a text or ``Seen``, or raises
+            ``Broken`` or ``Undisturbed``.
         missing: why this machine cannot try it; ``None`` if it can.
     """
 
     name: str
     times: int
     promise: str
-    trial: Callable[[Commands, random.Random, Path], str]
+    trial: Callable[[Commands, random.Random, Path], str | Seen]
     missing: Callable[[], str | None] = lambda: None
