@@ -251,7 +251,7 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        last = batch_idx + 1 >= trainer.num_training_batches  # Lightning writes a checkpoint after the validation
+        last = batch_idx + 1 >= trainer.num_training_batches  # LastCheckpoint writes one after the validation
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         # Ranks receive a signal at different steps, and only the first one watches the clock. But all of them must

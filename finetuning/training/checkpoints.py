@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from finetuning.errors import TrainingFailed
 from finetuning.runs.checkpoints import is_intact, write_checkpoint
+from finetuning.runs.files import LAST_CHECKPOINT
 
 LARGEST_SHARE = 0.01  # of a run's time that checkpoints inside epochs may take
 
@@ -75,6 +77,19 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _in_this_directory(self, path: str) -> str:
         return str(Path(self.dirpath or "") / Path(path).name) if path else path
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes a checkpoint after every epoch. Lightning's ``save_last`` would only do it after the best one so far.
+
+    In the list of callbacks it comes after ``BestCheckpoint``, whose state it keeps.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LAST_CHECKPOINT
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 def check_best(path: Path) -> None:

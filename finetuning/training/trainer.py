@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from finetuning.runs.files import BEST_CHECKPOINT
 from finetuning.settings import HardwareSettings, TrainingSettings
 from finetuning.training.callbacks import PatientStop, ProgressBar, ProgressLines
-from finetuning.training.checkpoints import BestCheckpoint, CheckpointFiles
+from finetuning.training.checkpoints import BestCheckpoint, CheckpointFiles, LastCheckpoint
 from finetuning.training.hardware import Hardware
 
 
@@ -35,7 +35,6 @@ def make_trainer(
         filename=BEST_CHECKPOINT.removesuffix(".ckpt"),
         monitor=monitor,
         mode=mode,
-        save_last=True,
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
@@ -55,6 +54,7 @@ def make_trainer(
             *callbacks,
             *stopping,
             best,
+            LastCheckpoint(directory),
             ProgressBar(refresh_rate) if at_terminal else ProgressLines(),
         ],
         logger=False,  # Meter writes metrics.csv instead

@@ -1,11 +1,14 @@
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from finetune_lora import prepare, watched
+from finetune_lora import main, prepare, watched
 from finetuning.flags import from_flags
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RESULT
 from finetuning.training import checkpoints
 from finetuning.training.callbacks import GracefulStop, Meter
 from finetuning.training.checkpoints import CheckpointFiles
@@ -83,3 +86,15 @@ def test_the_flags_reach_the_run(tiny_folders: dict[str, Path], review_folder: P
         setup = prepare(from_flags([*words, *more, "--overwrite"]))
         with setup.lock, watched(setup, {"environment": {}}, Trackers([], setup.directory)) as (_, stop):
             assert (stop.minutes, stop.steps) == (minutes, 9)
+
+
+def test_an_epoch_that_is_not_the_best_has_a_checkpoint_as_well(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
+) -> None:
+    words = ["--epochs", "3", "--precision", "fp32", "--learning_rate", "1e-12"]  # so small that the first is the best
+    assert main(flags(tiny_folders["distilbert"], review_folder, tmp_path, *words)) == 0
+    steps = json.loads((tmp_path / RESULT).read_text())["train"]["steps"]
+    last = torch.load(tmp_path / LAST_CHECKPOINT, weights_only=True)
+    assert last["global_step"] == steps
+    (state,) = (state for name, state in last["callbacks"].items() if name.startswith("BestCheckpoint"))
+    assert Path(state["best_model_path"]).name == BEST_CHECKPOINT
