@@ -1,5 +1,6 @@
 """Memory runs out in a step of a run: the process may not take more addresses than it has (RLIMIT_AS)."""
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -13,6 +14,7 @@ from typing import Any
 from finetuning.runs.checkpoints import has_checkpoint
 from tests.faults.runs import (
     Commands,
+    Seen,
     Undisturbed,
     continued,
     empty_cache,
@@ -49,23 +51,38 @@ class LittleMemory:
         owner: Any = importlib.import_module(module)
         for part in outer:
             owner = getattr(owner, part)
-        original, calls = getattr(owner, name), 0
+        original, calls, held = getattr(owner, name), 0, list[bytearray]()
 
         @functools.wraps(original)  # Lightning looks at the arguments
         def limited(*arguments: Any, **named: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == number:
-                ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL_BYTES)
-                pages = int(Path("/proc/self/statm").read_text(encoding="utf8").split()[0])
-                limit = pages * resource.getpagesize() + self.spare
-                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+                held.extend(take_all_but(self.spare))
             return original(*arguments, **named)
 
         setattr(owner, name, limited)
 
 
-def memory_runs_out(commands: Commands, generator: random.Random, directory: Path) -> str:
+def take_all_but(spare: int) -> list[bytearray]:
+    """Limits the process to the addresses that it has and ``spare`` bytes.
+
+    Returns:
+        What holds the large blocks that were free; otherwise a small run could live on them.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL_BYTES)
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf8").split()[0])
+    present, (_, most) = pages * resource.getpagesize(), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (present, most))
+    held = []
+    with contextlib.suppress(MemoryError):
+        while True:
+            held.append(bytearray(SMALL_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (present + spare, most))
+    return held
+
+
+def memory_runs_out(commands: Commands, generator: random.Random, directory: Path) -> Seen:
     """The limit comes in one step of the run; without it, the run continues."""
     place = list(PLACES)[number_of(directory) % len(PLACES)]
     method = generator.choice(["lora", "full"])
@@ -80,4 +97,5 @@ def memory_runs_out(commands: Commands, generator: random.Random, directory: Pat
     last, how = continued(has_checkpoint(directory), outcome, lambda: commands.run(words, cache=cache))
     require(last.status == 0, "with memory", last)
     require_same(directory, whole)
-    return f"{'killed' if outcome.status in KILLED else 'one line'}, {how}, identical"
+    end = "killed" if outcome.status in KILLED else "one line"
+    return Seen(f"{end}, {how}, identical", {"without memory in": [place]})
