@@ -6,6 +6,7 @@ A run records the hashes, so that later uses know that the files are the same.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,11 @@ from finetuning.errors import UserError, first_line
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 # What a classifier is made of: sizes, weights and tokenizer. Other files may change without changing a prediction.
-PATTERNS = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+# Of pytorch_model.bin, only what is read.
+PATTERNS = (
+    "config.json", "*.safetensors", "*.index.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
+    "*.model",
+)  # fmt: skip
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -69,6 +74,8 @@ def check_weights(model_name: str, folder: Path) -> None:
 def file_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file of a base model, by name."""
     paths = {path.name: path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    with suppress(ValueError, KeyError, AttributeError):  # a damaged index, whose own hash tells
+        paths |= {name: folder / name for name in weight_files(folder) if (folder / name).is_file()}
     hashes = {}
     for name in sorted(paths):
         with paths[name].open("rb") as file:
