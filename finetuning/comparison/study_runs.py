@@ -26,6 +26,7 @@ from finetuning.runs.files import (
     PREDICTIONS,
     PREVIOUS_CHECKPOINT,
     RESULT,
+    SETTINGS,
     read_result,
     read_settings,
     read_status,
@@ -33,6 +34,7 @@ from finetuning.runs.files import (
     settings_file,
     write_result,
 )
+from finetuning.runs.lock import LOCK
 
 CHECKPOINTS = (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, BEST_CHECKPOINT)
 
@@ -161,7 +163,8 @@ class StudyRuns:
     def take_over(self, run: PlannedRun) -> Path | None:
         """Copies a finished run with the same settings and data from another study. Call it with the run's lock held.
 
-        If the process is killed, the copy either does not exist or is complete.
+        Data whose files were changed after that run had begun are other data. If the process is killed, the copy
+        either does not exist or is complete.
 
         Returns:
             Where the run was found; ``None`` if no other study has it.
@@ -169,7 +172,7 @@ class StudyRuns:
         planned = from_flags(run.flags(self.data_dir)).data.data_dir
         for source in self._same_runs(run, self.folder.parent):
             data = read_settings(source)["data_dir"]
-            if (planned and planned.resolve()) != (data and Path(data).resolve()):
+            if (planned and planned.resolve()) != (data and Path(data).resolve()) or _newer(planned, source / SETTINGS):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
@@ -177,6 +180,7 @@ class StudyRuns:
                 shutil.copytree(source, half, ignore=shutil.ignore_patterns(*CHECKPOINTS, ".*"))
             except OSError:  # its files still change
                 continue
+            (self.directory(run) / LOCK).unlink(missing_ok=True)  # all that a process leaves that was killed early
             half.replace(self.directory(run))
             return source
         return self._take_over_record(run)
@@ -240,6 +244,12 @@ class StudyRuns:
             return self.tuned(run)
         except TuningUnfinished:
             return run
+
+
+def _newer(data: Path | None, file: Path) -> bool:
+    """Whether a file of the data, a file or folder, was changed after ``file`` was written."""
+    paths = [] if data is None else [data, *data.rglob("*")]
+    return any(path.stat().st_mtime > file.stat().st_mtime for path in paths if path.is_file())
 
 
 def forget_test(result: dict[str, Any], record: Path) -> None:

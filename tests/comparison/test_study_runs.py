@@ -1,6 +1,7 @@
 """The state of runs on disk, their locks, and what tuning chooses."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,23 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     files = [sorted(path.name for path in Path("results/tiny", run.name).iterdir()) for run in (first, planned)]
     assert files == [["metrics.csv", "result.json"], ["metrics.csv", "predictions.parquet", "result.json"]]
     assert sorted(path.name for path in Path("results/tiny").iterdir()) == [final.name, first.name]
+
+
+def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> None:
+    study = plan("[axes]\nseed = [0]").study
+    data = project / "data"
+    data.mkdir()
+    (data / "train.csv").write_text("text,label\n")
+    runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
+    (run,) = study.runs
+    leave_run(other, run)
+    began = (other.directory(run) / "settings.json").stat().st_mtime
+    os.utime(data / "train.csv", (began + 1, began + 1))
+    assert runs.take_over(run) is None
+    os.utime(data / "train.csv", (began - 1, began - 1))
+    (runs.directory(run) / ".lock").parent.mkdir(parents=True)
+    (runs.directory(run) / ".lock").touch()  # of a process that was killed early
+    assert runs.take_over(run) == other.directory(run)
 
 
 @pytest.mark.parametrize("name", ["predictions.parquet", "metrics.csv"])
