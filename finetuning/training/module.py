@@ -5,6 +5,7 @@ over all texts of the step, however they are spread over batches and ranks.
 """
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchmetrics import MeanMetric
 from finetuning.errors import TrainingFailed
 from finetuning.models.classifier import Classifier
 from finetuning.models.frozen_outputs import FrozenOutputs
+from finetuning.processes import is_helper
 from finetuning.runs.files import NOT_FINITE
 from finetuning.settings import TrainingSettings
 from finetuning.training.callbacks import ADVICE
@@ -38,6 +40,7 @@ class FineTuning(pl.LightningModule):
         task: Task,
         total_steps: int,
         frozen: dict[str, FrozenOutputs] | None = None,
+        kernels: str = "",
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -47,6 +50,7 @@ class FineTuning(pl.LightningModule):
         # Lightning lose the position in the epoch.
         self.total_steps = total_steps
         self.frozen = frozen or {}  # split -> outputs of frozen layers, reused in every epoch
+        self.kernels = kernels  # see ``kernels_used``; a run that continues with others is not bit-identical
         self.strict_loading = False  # checkpoints do not contain the base model
         self.mean_loss = MeanMetric(nan_strategy="disable")  # of the present evaluation; by default it would skip NaN
         self.scores: dict[str, dict[str, float]] = {}  # split -> metric -> value, from the latest evaluation
@@ -116,11 +120,16 @@ class FineTuning(pl.LightningModule):
         kept = {f"classifier.model.{name}" for name in self.classifier.saved_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         # load_best restores the scores and predictions of the best epoch from here.
+        checkpoint["kernels"] = self.kernels
         checkpoint["scores"] = dict(self.scores)
         checkpoint["decoding"] = dict(self.task.decoding)
         checkpoint["predictions"] = {s: tuple(map(torch.from_numpy, p)) for s, p in self.predictions.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before = checkpoint.get("kernels", self.kernels)  # older checkpoints have none
+        if before != self.kernels and not is_helper():
+            now = f"{self.kernels}: results will not be bit-identical"
+            print(f"warning: the run's CPU kernels were: {before}; now: {now}", file=sys.stderr)
         self.scores = dict(checkpoint["scores"])
         self.task.decoding.update(checkpoint.get("decoding", {}))  # older checkpoints have none
         self.predictions = {s: tuple(t.numpy() for t in p) for s, p in checkpoint["predictions"].items()}

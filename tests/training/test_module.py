@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,3 +32,19 @@ def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -
     module.validation_step({"labels": torch.tensor([1, 0]), "rows": torch.arange(2)})
     with pytest.raises(TrainingFailed, match="the loss is not finite in validation: lower --learning_rate"):
         module.on_validation_epoch_end()
+
+
+def test_a_run_that_continues_with_other_kernels_says_so(
+    tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32)
+    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
+    task = OneLabel(["bad", "good"])
+    before, after = (FineTuning(classifier, config.training, task, 1, {}, kernels) for kernels in ("compiled", "no"))
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    before.on_save_checkpoint(checkpoint)
+    before.on_load_checkpoint(checkpoint)
+    assert capsys.readouterr().err == ""
+    after.on_load_checkpoint(checkpoint)
+    line = "warning: the run's CPU kernels were: compiled; now: no: results will not be bit-identical\n"
+    assert capsys.readouterr().err == line
