@@ -27,6 +27,7 @@ from finetuning.processor import limit_libraries
 from finetuning.runs.adapters import Adapter
 from finetuning.runs.directory import (
     check_directory,
+    check_same,
     claimed_directory,
     continuation,
     default_directory,
@@ -102,12 +103,20 @@ def read_settings_of(argv: Sequence[str], defaults: dict[str, Any]) -> RunConfig
 
 def restore_report(given: dict[str, Any]) -> None:
     """Writes the report of a finished run, if a kill or a full disk has prevented it."""
+    from finetuning.models.pretrained import load_tokenizer
     from finetuning.report.page import restore
-    from local_dataset_utilities import load_texts
+    from local_dataset_utilities import load_texts, tokenize
+    from local_model_utilities import find_base_model
+
+    def unchanged_texts() -> "TextData":
+        texts, folder = load_texts(config.data, config.run.offline), find_base_model(config)
+        splits = tokenize(texts, load_tokenizer(config.model.model_name, folder), config.data, config.run.test)
+        check_same(directory, "data", data_hashes(texts, splits))
+        return texts
 
     directory = given["output_dir"]
     config = continued(read_settings(directory), given)
-    restore(directory, config.run, lambda: load_texts(config.data, config.run.offline).splits)
+    restore(directory, config.run, lambda: unchanged_texts().splits)
 
 
 def prefetch(config: RunConfig) -> None:
@@ -247,7 +256,9 @@ def prepare(config: RunConfig) -> Setup:
     origin: dict[str, Any] = {}
     if writes:
         threads = None if hardware.on_gpu else get_num_threads()
-        origin = {"base_model": file_hashes(folder), "data": data_hashes(texts, splits), "threads": threads}
+        adapted = {} if adapter is None else adapter.file_hashes()
+        hashes = {"base_model": file_hashes(folder), "data": data_hashes(texts, splits), "adapter": adapted}
+        origin = hashes | {"threads": threads}
         lock, config, checkpoint = claimed_directory(directory, config, origin)
         share_directory(directory)
         remove_left_over()
@@ -320,8 +331,9 @@ def train(
     keeps = config.training.epochs > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
     frozen = classifier.frozen_outputs(repeated, config.hardware.frozen_cache_gb) if keeps else {}
     steps = config.training.epochs * training.steps_per_epoch
-    module = FineTuning(classifier, config.training, setup.task, steps, frozen)
-    if not config.run.force:
+    kernels = result["environment"]["cpu_kernels"]
+    module = FineTuning(classifier, config.training, setup.task, steps, frozen, kernels)
+    if config.training.epochs and not config.run.force:
         limits = config.data.max_length, config.hardware.devices
         check_memory(classifier, training, config.training, hardware, frozen, *limits)
     try:

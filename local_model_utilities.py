@@ -181,7 +181,8 @@ def adopt_adapter(config: RunConfig, folder: Path) -> tuple[RunConfig, Adapter]:
     assert lora.init_adapter is not None
     family, flag = find_family(model_name, folder), f"--init_adapter {lora.init_adapter}"
     adapter = _read_fitting(lora.init_adapter, family)
-    if adapter.base is not None and Path(adapter.base).name != Path(model_name).name:
+    moved = config.run.resume  # a run that continues knows its base model by its content
+    if adapter.base is not None and Path(adapter.base).name != Path(model_name).name and not moved:
         raise UserError(
             f"{flag}: made for the base model {adapter.base}, but --model_name is {model_name}: give --model_name"
             f" {adapter.base}, or, if they are the same, change base_model_name_or_path in its {ADAPTER_CONFIG}"

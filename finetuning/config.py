@@ -171,7 +171,8 @@ def continued(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
         if (name, now) == ("precision", "fast"):  # the run stored what it meant
             continue
         more_epochs = name == "epochs" and level and now > before
-        if now != before and name not in MAY_CHANGE and not more_epochs:
+        elsewhere = name in MAY_CHANGE and (name != "init_adapter" or None not in (before, now))
+        if now != before and not elsewhere and not more_epochs:
             raise UserError(
                 f"--{name} {now}: the run in {given['output_dir']} has --{name} {before}, and --resume cannot change"
                 f" it: leave out this flag, or start another run"
@@ -198,6 +199,15 @@ def parsed_class_weights(setting: str) -> dict[str, float]:
             f" and weights of at least 0"
         )
     return weights
+
+
+def _is_text(value: str) -> bool:
+    """Whether a word of the command line can be written as UTF-8. Some names of files cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_path(name: str) -> bool:
@@ -341,6 +351,11 @@ def _check_combinations(s: SimpleNamespace) -> None:
     )
     require(not (s.resume and s.overwrite), "resume", "cannot be used with --overwrite")
     require(not s.resume or s.output_dir is not None, "resume", "needs --output_dir PATH, the run to continue")
+    same = None not in (s.init_adapter, s.output_dir) and s.init_adapter.resolve() == s.output_dir.resolve()
+    require(not same, "init_adapter", "is --output_dir as well, whose files a run replaces: give another directory")
+    for name, value in vars(s).items():
+        encodable = not isinstance(value, str | Path) or _is_text(str(value))
+        require(encodable, name, "is not valid UTF-8: rename it")
     require(not (s.estimate and s.devices * s.num_nodes > 1), "estimate", "needs --devices 1 and --num_nodes 1")
     if s.class_weights not in ("none", "balanced"):
         parsed_class_weights(s.class_weights)

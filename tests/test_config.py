@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,20 @@ def test_their_allowed_neighbours(line: str) -> None:
     config_of_flags(line)
 
 
+@pytest.mark.parametrize("name", ["output_dir", "data_dir", "init_adapter"])
+def test_a_name_that_is_no_text_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"--{name} .*: is not valid UTF-8: rename it"):
+        RunConfig.from_settings(**{name: Path(os.fsdecode(b"o\xff"))})
+
+
+def test_an_adapter_is_not_replaced_by_the_run_that_starts_from_it(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "first")
+    for output in (tmp_path / "first", link):
+        with pytest.raises(UserError, match=r"--init_adapter .*: is --output_dir as well"):
+            RunConfig.from_settings(init_adapter=tmp_path / "first", output_dir=output, overwrite=True)
+
+
 # --- continuing a run
 
 
@@ -373,11 +388,18 @@ def test_where_things_are_and_the_hardware_may_change() -> None:
             "--epochs 1: the run in d has --epochs 2, ",
         ),
         (STORED, "--overwrite", "--resume True: cannot be used with --overwrite"),
+        (STORED, "--init_adapter a", "--init_adapter a: the run in d has --init_adapter None, "),
     ],
 )
 def test_a_flag_that_contradicts_the_run_is_refused_with_both_values(stored: str, given: str, line: str) -> None:
     with pytest.raises(UserError, match=f"^{line}"):
         resumed(stored, given)
+
+
+def test_an_adapter_may_lie_elsewhere() -> None:
+    lora = resumed("--init_adapter a --output_dir d", "--init_adapter b").lora
+    assert lora is not None
+    assert lora.init_adapter == Path("b")
 
 
 def test_more_epochs_at_a_level_rate() -> None:

@@ -248,6 +248,33 @@ def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+def test_a_lost_report_is_written_again_unless_the_texts_have_changed(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(review_folder, tmp_path / "data"))
+    words = flags(tiny_folders["distilbert"], data, tmp_path / "run", "--epochs", "0")
+    assert main(words) == 0
+    report = tmp_path / "run" / "report.html"
+    for changed in (False, True):
+        report.unlink()
+        if changed:
+            write_reviews(data / "test.csv", 40, seed=999)
+        capsys.readouterr()
+        assert main([*words, "--resume", "auto"]) == 0
+        assert report.exists() != changed
+        warning = "warning: report.html was not written: --resume: test of the data is not the one with which"
+        assert (warning in capsys.readouterr().err) == changed
+
+
+def test_a_run_that_only_evaluates_needs_no_memory_for_training(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetuning.training.memory.free_memory", lambda: 1)
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run")
+    assert main([*words, "--epochs", "1"]) == 1
+    assert main([*words, "--epochs", "0", "--overwrite"]) == 0
+
+
 def test_a_tracker_or_report_that_fails_does_not_end_the_run(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

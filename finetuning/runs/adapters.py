@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError, first_line, listed
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
-from finetuning.storage import read_json
+from finetuning.storage import read_json, sha256_of
 
 PREFIX = "base_model.model."
 PICKLE = "adapter_model.bin"  # PEFT's earlier format, which can contain any code
@@ -35,6 +35,10 @@ class Adapter:
     alpha: float
     scaling: str  # standard or rslora
     linears: dict[str, tuple[int, float]]  # full name of each linear with LoRA -> rank, alpha
+
+    def file_hashes(self) -> dict[str, str]:
+        """The SHA-256 of each of its files, by name."""
+        return {name: sha256_of(self.folder / name) for name in (ADAPTER, ADAPTER_CONFIG)}
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -28,6 +28,7 @@ from finetuning.runs.lock import DirectoryLock
 from finetuning.settings import AUTO
 from finetuning.storage import TEMPORARY, cannot_be_written_in, remove
 
+PARTS = {"base_model": "--model_name", "data": "--data_dir", "adapter": "--init_adapter"}  # of a run's origin
 KILLED = "ended without a result: it was killed, perhaps because memory ran out, or its machine stopped"
 
 
@@ -58,7 +59,8 @@ def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
     held = [name for name in RUN_FILES if (directory / name).exists()]
     holds_run = _holds_run(directory)
     if held and not holds_run:
-        raise UserError(f"{flag}: contains a {held[0]} from another program: give another directory")
+        damaged = f", or a run whose {SETTINGS} is damaged" if SETTINGS in held else ""
+        raise UserError(f"{flag}: contains a {held[0]} from another program{damaged}: give another directory")
     if holds_run and not overwrite:
         file = held[0] if held else OLD_SETTINGS
         ways = "or --overwrite" if read_status(directory) == "finished" else "--resume or --overwrite"
@@ -197,7 +199,7 @@ def _same_origin(directory: Path, config: RunConfig, origin: dict[str, Any]) -> 
     """What the run in the directory was made from, if a run from ``origin`` may continue it.
 
     Raises:
-        UserError: base model, data or number of processes are others. Other threads only give a warning.
+        UserError: base model, adapter, data or number of processes are others. Other threads only give a warning.
     """
     stored, hardware = read_settings(directory), config.hardware
     before = (stored.get("devices") or 1) * (stored.get("num_nodes") or 1)
@@ -206,14 +208,9 @@ def _same_origin(directory: Path, config: RunConfig, origin: dict[str, Any]) -> 
             f"--devices {hardware.devices} --num_nodes {hardware.num_nodes}: the run in {directory} has {before}"
             f" processes, and --resume needs as many: their batches are cut for them"
         )
+    for part in PARTS:
+        check_same(directory, part, origin[part])
     recorded = read_origin(directory)
-    for part, flag in (("base_model", "--model_name"), ("data", "--data_dir")):
-        for name, digest in recorded.get(part, {}).items():
-            if origin[part].get(name) != digest:
-                raise UserError(
-                    f"--resume: {name} of the {part.replace('_', ' ')} is not the one with which the run in"
-                    f" {directory} began: restore it or correct {flag}, or start another run"
-                )
     threads, now = recorded.get("threads"), origin["threads"]
     if None not in (threads, now) and threads != now:
         print(
@@ -224,13 +221,32 @@ def _same_origin(directory: Path, config: RunConfig, origin: dict[str, Any]) -> 
     return origin | recorded
 
 
+def check_same(directory: Path, part: str, found: dict[str, str]) -> None:
+    """Checks that a part of what a run was made from is still the same. Runs of earlier versions recorded less.
+
+    Args:
+        directory: the run directory.
+        part: one of ``PARTS``.
+        found: its hashes now, by name.
+
+    Raises:
+        UserError: it is not.
+    """
+    for name, digest in read_origin(directory).get(part, {}).items():
+        if found.get(name) != digest:
+            raise UserError(
+                f"--resume: {name} of the {part.replace('_', ' ')} is not the one with which the run in {directory}"
+                f" began: restore it or correct {PARTS[part]}, or start another run"
+            )
+
+
 def open_directory(
     directory: Path, settings: dict[str, Any], resume: bool, overwrite: bool, origin: dict[str, Any]
 ) -> None:
     """Makes the directory and writes the settings into it. Hold its lock.
 
-    Without ``resume``, it first removes an earlier run's files; else only damaged checkpoints. What a killed process
-    left half-written is removed as well.
+    Without ``resume``, it first removes an earlier run's files; else only the result of its earlier part and damaged
+    checkpoints. What a killed process left half-written is removed as well.
 
     Raises:
         UserError: the directory cannot be written, or another run has started in it since the check.
@@ -244,6 +260,7 @@ def open_directory(
             path.unlink(missing_ok=True)
         if resume:
             discard_damaged(directory)
+            remove(directory / RESULT)  # of the part that was interrupted or failed: this part may be killed
         else:
             for name in sorted(RUN_FILES, key=lambda name: not (directory / name).is_dir()):  # folders may be refused
                 if name != SETTINGS:  # the directory must still count as a run if this process is killed here

@@ -36,7 +36,12 @@ from finetuning.runs.lock import LOCK, DirectoryLock
 from finetuning.storage import write_json
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
-ORIGIN = {"base_model": {"model.safetensors": "1"}, "data": {"train": "2", "test": "3"}, "threads": 2}
+ORIGIN = {
+    "base_model": {"model.safetensors": "1"},
+    "adapter": {"adapter_model.safetensors": "4"},
+    "data": {"train": "2", "test": "3"},
+    "threads": 2,
+}
 ARCHIVE = memoryview(b"weights" + b"PK\x05\x06".ljust(22, b"\0"))
 
 
@@ -141,6 +146,13 @@ def test_files_of_others_are_never_replaced(tmp_path: Path, name: str, text: str
         message = refusal(tmp_path, overwrite=overwrite)
         assert f"contains a {name} from another program" in message
     assert contents(tmp_path) == {name: text.encode()}
+
+
+def test_a_run_with_damaged_settings_is_named(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / SETTINGS).write_text("half a fi")
+    message = refusal(tmp_path, overwrite=True)
+    assert f"contains a {SETTINGS} from another program, or a run whose {SETTINGS} is damaged: give" in message
 
 
 def test_overwrite_removes_the_runs_files_and_no_others(tmp_path: Path) -> None:
@@ -315,6 +327,19 @@ def test_a_run_that_ends_while_a_second_process_prepares_loses_nothing(tmp_path:
     assert contents(tmp_path) == before
 
 
+def test_a_run_that_continues_has_no_result_until_it_ends(tmp_path: Path) -> None:
+    """Otherwise a study would read the old one if this process was killed."""
+    lock, _, _ = claimed(tmp_path, wanted(tmp_path))
+    with lock:
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+        write_result(tmp_path, {"status": "failed", "error": "no space left"})
+    config = settings_to_run({"output_dir": tmp_path, "resume": True}, {})
+    assert config is not None
+    with claimed(tmp_path, config)[0]:
+        assert read_status(tmp_path) is None
+        assert not (tmp_path / RESULT).exists()
+
+
 def test_what_changed_while_a_process_prepared_is_read_again(tmp_path: Path) -> None:
     lock, _, _ = claimed(tmp_path, wanted(tmp_path))
     second = settings_to_run({"output_dir": tmp_path, "resume": True}, {})
@@ -344,6 +369,8 @@ def interrupted_run(directory: Path) -> RunConfig:
     ("origin", "said"),
     [
         ({"base_model": {"model.safetensors": "9"}}, "model.safetensors of the base model .* correct --model_name"),
+        ({"adapter": {"adapter_model.safetensors": "9"}}, r"of the adapter is not the one .* correct --init_adapter"),
+        ({"adapter": {}}, r"adapter_model.safetensors of the adapter is not the one"),
         ({"data": {"train": "2", "test": "9"}}, "test of the data is not the one .* correct --data_dir"),
     ],
 )
