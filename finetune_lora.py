@@ -21,6 +21,7 @@ from finetuning.processes import (
     share_processors,
     shared_directory,
     show_any_text,
+    slurm_job,
     stoppable,
 )
 from finetuning.processor import limit_libraries
@@ -258,7 +259,7 @@ def prepare(config: RunConfig) -> Setup:
         threads = None if hardware.on_gpu else get_num_threads()
         adapted = {} if adapter is None else adapter.file_hashes()
         hashes = {"base_model": file_hashes(folder), "data": data_hashes(texts, splits), "adapter": adapted}
-        origin = hashes | {"threads": threads}
+        origin = hashes | {"threads": threads, "job": slurm_job()}
         lock, config, checkpoint = claimed_directory(directory, config, origin)
         share_directory(directory)
         remove_left_over()

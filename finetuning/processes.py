@@ -70,6 +70,11 @@ def _handled(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
             signal.signal(number, old)
 
 
+def slurm_job() -> str | None:
+    """The number of the SLURM job that this process belongs to. It stays the same when the job is requeued."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
 def in_slurm_step() -> bool:
     """Whether srun started this process."""
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ

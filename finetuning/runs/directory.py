@@ -10,7 +10,7 @@ from typing import Any
 
 from finetuning.config import RunConfig, continued
 from finetuning.errors import UserError, first_line
-from finetuning.processes import in_slurm_step, is_helper
+from finetuning.processes import in_slurm_step, is_helper, slurm_job
 from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
     OLD_SETTINGS,
@@ -80,6 +80,9 @@ def _holds_run(directory: Path) -> bool:
 def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfig | None:
     """The configuration for a command line. With ``--resume``, it comes from the run in ``--output_dir``.
 
+    A SLURM job that was requeued has ``--resume auto``, perhaps with ``--overwrite``. It continues the run that it has
+    begun, and replaces one that was there before.
+
     Args:
         given: the flags that were given.
         defaults: defaults that replace the usual ones.
@@ -93,6 +96,10 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
     if not (given.get("resume") and "output_dir" in given):
         return RunConfig.from_settings(**{**defaults, **given})
     directory, automatic = given["output_dir"], given["resume"] == AUTO
+    if automatic and given.get("overwrite") and slurm_job() is not None:
+        if not _begun_by_this_job(directory):
+            return RunConfig.from_settings(**{**defaults, **given, "resume": False})
+        given = given | {"overwrite": False}
     if automatic and settings_file(directory) is None:
         return RunConfig.from_settings(**{**defaults, **given}).changed(resume=False)
     if automatic and _status(directory) == "finished":
@@ -102,6 +109,12 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
                 forget_unneeded(directory)  # the process may have been killed between its last two steps
         return None
     return continued(interrupted_settings(directory), given)
+
+
+def _begun_by_this_job(directory: Path) -> bool:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return read_origin(directory).get("job") == slurm_job()
+    return False
 
 
 def interrupted_settings(directory: Path) -> dict[str, Any]:

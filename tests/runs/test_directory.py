@@ -271,6 +271,30 @@ def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path, monkeypatc
             settings_to_run({"output_dir": directory, "resume": "auto", "overwrite": True}, {})
 
 
+def test_a_requeued_job_continues_its_own_run_and_replaces_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"output_dir": tmp_path, "resume": "auto", "overwrite": True, "seed": 5}
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    begin(tmp_path, wanted(tmp_path, seed=0).to_dict())
+    write_json(tmp_path / RESULT, {"status": "finished"})
+    replaces = settings_to_run(flags, {})  # the job was stopped before it had replaced this run
+    assert replaces is not None
+    assert (replaces.run.resume, replaces.run.overwrite, replaces.training.seed) == (False, True, 5)
+
+    with claimed(tmp_path, replaces, job="12")[0]:
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+    continues = settings_to_run(flags, {})
+    assert continues is not None
+    assert (continues.run.resume, continues.run.overwrite) == (True, False)
+    write_json(tmp_path / RESULT, {"status": "finished"})
+    assert settings_to_run(flags, {}) is None
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert settings_to_run(flags, {}) is not None
+    (tmp_path / SETTINGS).write_text("half a fi")
+    assert settings_to_run(flags, {}) is not None  # what check_directory refuses
+
+
 def claimed(directory: Path, config: RunConfig, **origin: Any) -> tuple[DirectoryLock, RunConfig, Path | None]:
     return claimed_directory(directory, config, ORIGIN | origin)
 
