@@ -101,6 +101,11 @@ def _read_config(model_name: str, folder: Path) -> Any:
         if kind is not None and kind not in CONFIG_MAPPING:
             own = "needs Python code of its own, which is never run" if "auto_map" in stored else "is unknown here"
             raise UserError(f"--model_name {model_name} is of type {kind!r}, which {own}: use another model")
+        if stored.get("quantization_config"):
+            raise UserError(
+                f"--model_name {model_name}: its weights are already quantized: give the model in full precision, with"
+                f" --q_lora True for 4 bits"
+            )
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except UserError:
         raise

@@ -16,7 +16,7 @@ from finetune_lora import main
 from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.models.pretrained import check_vocabulary, load_pretrained, load_tokenizer
+from finetuning.models.pretrained import check_vocabulary, find_family, load_pretrained, load_tokenizer
 from finetuning.settings import PACKAGED
 from local_model_utilities import find_base_model
 from tests.conftest import CORE, LAYERS, packaged_folder
@@ -227,3 +227,11 @@ def test_a_tokenizer_may_have_tokens_that_no_text_uses(in_parts: Path) -> None:
     check_vocabulary("name", in_parts, tokenizer, [np.array([5, size - 1])])
     with pytest.raises(UserError, match=rf"token {size}, but the model has tokens 0 to {size - 1}: "):
         check_vocabulary("name", in_parts, tokenizer, [np.array([5]), np.array([size])])
+
+
+def test_a_quantized_base_model_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folders["bert"], tmp_path / "quantized"))
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its weights are already quantized: give the model in full precision"):
+        find_family(str(folder), folder)
