@@ -206,8 +206,11 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_offline_opens_no_socket_in_a_process_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tracker", [None, "mlflow"])
+def test_offline_opens_no_socket_in_a_process_of_its_own(tmp_path: Path, tracker: str | None) -> None:
     """The packaged model and reviews. The guard is there before anything is imported."""
+    if tracker is not None:
+        pytest.importorskip(tracker, reason=f"{tracker} is not installed")
     source = f"""
 import atexit, os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -222,11 +225,13 @@ import finetune_lora
 sys.exit(finetune_lora.main(sys.argv[1:]))
 """
     words = ["--offline", "--limit_train", "8", "--limit_validation", "8", "--limit_test", "8"]
+    words += [] if tracker is None else ["--tracker", tracker]
     command = [sys.executable, "-c", source, *words, *RUN.split(), str(tmp_path / "run")]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    silenced = ("PYTEST_CURRENT_TEST", "CI", "GITHUB_ACTIONS", "GITLAB_CI")  # with these MLflow sends nothing anyway
+    environment = {key: value for key, value in os.environ.items() if key not in silenced} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "warning: --tracker" not in done.stderr
     assert done.stdout.splitlines()[-1] == "seen: []"
 
 

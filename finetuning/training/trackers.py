@@ -138,6 +138,7 @@ def _open_wandb(directory: Path, earlier: str | None) -> Any:
 
 def _open_mlflow(directory: Path, earlier: str | None) -> Any:
     """MLflow's own default place: Lightning's is a store of files, which MLflow 3 refuses."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # is read at the import: else it calls its makers
     import mlflow
     from lightning.pytorch.loggers import MLFlowLogger
 
