@@ -9,10 +9,11 @@ import itertools
 import re
 import reprlib
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,12 +107,12 @@ def file_of(path: Path, text_column: str, pair_column: str | None) -> Iterator[S
         pair_column: the column with the second text of each pair.
 
     Raises:
-        UserError: the file cannot be read, or pairs are wanted from a file that is no table.
+        UserError: the file cannot be read or copied, or pairs are wanted from a file that is no table.
     """
     flag = f"--file {path}"
     if pair_column is not None and not is_table(path):
         raise UserError(f"{flag}: the run was trained on pairs, so it must be a table, for example .csv")
-    with _regular(path) as file:
+    with _regular(flag, path) as file:
         if not is_table(path):
             yield Source(flag, lambda: _readable(flag, lambda: _line_tables(file)), {TEXT: TEXT})
             return
@@ -128,16 +129,33 @@ def is_table(file: Path) -> bool:
 
 
 @contextmanager
-def _regular(path: Path) -> Iterator[Path]:
+def _regular(flag: str, path: Path) -> Iterator[Path]:
     """A file that can be read twice: the path, or a copy of what comes through it."""
-    if path != STANDARD_INPUT and (path.is_file() or path.is_dir() or not path.exists()):
+    if not _is_read_once(path):
         yield path
         return
-    with tempfile.NamedTemporaryFile(suffix="".join(path.suffixes)) as copy:
-        with sys.stdin.buffer if path == STANDARD_INPUT else path.open("rb") as stream:
-            shutil.copyfileobj(stream, copy)
-        copy.flush()
-        yield Path(copy.name)
+    if path == STANDARD_INPUT and sys.stdin is None:
+        raise UserError(f"{flag}: standard input is closed: give a file")
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            copy = Path(folder, "copy" + "".join(path.suffixes))
+            with sys.stdin.buffer if path == STANDARD_INPUT else path.open("rb") as stream, copy.open("wb") as file:
+                shutil.copyfileobj(stream, file)
+        except OSError as error:
+            raise UserError(f"{flag}: cannot be copied to a temporary file: {first_line(error)}") from None
+        yield copy
+
+
+def _is_read_once(path: Path) -> bool:
+    """Whether the path is standard input, a pipe or a device."""
+    if path == STANDARD_INPUT:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False  # reading it says why
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _readable(flag: str, begin: Callable[[], Iterator[T]]) -> Iterator[T]:

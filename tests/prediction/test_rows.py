@@ -1,6 +1,10 @@
+import errno
 import gzip
 import json
 import os
+import shutil
+import socket
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +70,30 @@ def test_what_can_be_read_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     thread.start()
     assert texts_of(tmp_path / "pipe.csv") == [{"text": ["one"]}]
     thread.join()
+
+
+def test_what_cannot_be_copied_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("a.csv")
+        copied = "--file a.csv: cannot be copied to a temporary file: "
+        assert refusal(Path("a.csv")) == f"{copied}No such device or address"
+    monkeypatch.setattr("sys.stdin", None)  # as after <&- in a shell
+    assert refusal(STANDARD_INPUT) == "--file -: standard input is closed: give a file"
+    (tmp_path / "lines").write_text("one\n")
+    for failing in (shutil, "copyfileobj"), (tempfile, "mkdtemp"):
+        with (tmp_path / "lines").open("rb") as stream, monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", SimpleNamespace(buffer=stream))
+            patch.setattr(*failing, full_disk)
+            assert refusal(STANDARD_INPUT) == copied.replace("a.csv", "-") + "No space left on device"
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_that_the_system_does_not_look_up(tmp_path: Path) -> None:
+    assert refusal(tmp_path / f"{'a' * 300}.csv").endswith("cannot be read: File name too long")
 
 
 @pytest.mark.parametrize(
