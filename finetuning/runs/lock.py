@@ -50,7 +50,8 @@ class DirectoryLock:
 
     def _locked(self, directory: Path) -> Any:
         while True:
-            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf8")
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = os.fdopen(descriptor, "r+", encoding="utf8", errors="replace")  # a crash may leave any bytes
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -58,6 +58,15 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, m
     assert len(taken) == 3
 
 
+def test_a_lock_with_damaged_content_is_not_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_bytes(b"\xff\x80\x00")
+    with DirectoryLock(tmp_path) as lock:
+        assert lock.killed is None
+        (tmp_path / LOCK).write_bytes(b"\xff\x80\x00")
+        with pytest.raises(UserError, match="is being written by another process"):
+            DirectoryLock(tmp_path)
+
+
 def test_a_file_system_without_locks_lets_the_run_start_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
