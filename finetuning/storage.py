@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".*.tmp*"  # names of files that are being written
+TEMPORARY = f".*.{'[0-9a-f]' * 32}.tmp*"  # names of files that are being written, and of no others
 OUR_PREFIX = "finetune_lora-"  # of temporary files and folders directly in the cache folder
 LEFT_OVER_SECONDS = 3600.0  # a file that is still being written is younger
 

@@ -116,7 +116,7 @@ def test_what_was_disturbed_is_counted(commands: Commands, tmp_path: Path) -> No
     [
         ((), "", "set-up"),
         (("cache/tokens",), "", "tokenizing"),
-        (("run/.best.ckpt.0.tmp.ckpt", "run/best.ckpt"), HEADLINE, "writing a file"),
+        ((f"run/.best.ckpt.{'0' * 32}.tmp.ckpt", "run/best.ckpt"), HEADLINE, "writing a file"),
         (("run/last.ckpt",), HEADLINE, "building the model"),
         (("run/last.ckpt",), f"{HEADLINE}epoch 1/3  batch 1/25  loss 0.6\n", "training"),
         (("run/adapter_model.safetensors",), HEADLINE, "evaluation and results"),

@@ -7,6 +7,7 @@ import torch
 
 from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint, is_intact, usable_checkpoint, write_checkpoint
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
+from finetuning.storage import write_atomically
 
 
 def archive(value: float) -> memoryview:
@@ -36,6 +37,18 @@ def test_the_last_two_are_kept_and_torch_reads_them(tmp_path: Path) -> None:
     best.mkdir()  # somebody else's
     forget_unneeded(tmp_path)
     assert list(tmp_path.iterdir()) == [best]
+
+
+def test_only_our_half_written_files_are_removed(tmp_path: Path) -> None:
+    for name in (".notes.tmp.txt", ".tmp", ".report.html.tmp1"):
+        (tmp_path / name).touch()
+    theirs = set(tmp_path.iterdir())
+    names: list[Path] = []
+    for name in ("last.ckpt", ".lock", "result.json"):
+        write_atomically(tmp_path / name, lambda temporary: (names.append(temporary), temporary.touch()))
+        (tmp_path / name).rename(names[-1])  # as a killed process leaves it
+    forget_unneeded(tmp_path)
+    assert set(tmp_path.iterdir()) == theirs
 
 
 def test_every_damage_is_noticed(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(
     for _ in range(2):
         write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
     (tmp_path / LAST_CHECKPOINT).write_bytes((tmp_path / LAST_CHECKPOINT).read_bytes()[:-1])
-    (tmp_path / ".last.ckpt.0.tmp.ckpt").write_bytes(b"half")
+    (tmp_path / f".last.ckpt.{'0' * 32}.tmp.ckpt").write_bytes(b"half")
     config = RunConfig.from_settings(output_dir=tmp_path, resume=True)
     assert continuation(config, tmp_path) == (config, tmp_path / PREVIOUS_CHECKPOINT)
     begin(tmp_path, resume=True)
