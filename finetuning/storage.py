@@ -5,7 +5,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,36 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | N
         write: writes the content to the path that it is given.
         keep: the name that an old file at ``path`` gets; ``None`` replaces it.
     """
+    with _written_next_to(path, write) as temporary:
+        if keep is not None and path.exists():
+            path.replace(keep)
+        temporary.replace(path)
+
+
+def write_new(path: Path, write: Callable[[Path], object]) -> None:
+    """Like ``write_atomically``, but never replaces a file, even if another process makes it meanwhile.
+
+    Raises:
+        FileExistsError: ``path`` exists.
+    """
+    with _written_next_to(path, write) as temporary:
+        try:
+            path.hardlink_to(temporary)  # unlike a renaming, it fails if the name is taken
+        except FileExistsError:
+            raise
+        except OSError:  # of a file system without hard links
+            temporary.replace(path)
+
+
+@contextmanager
+def _written_next_to(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
+    """The complete temporary file, to be given its name. Afterwards the name is on the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp{path.suffix}")  # as TEMPORARY says
     try:
         write(temporary)
         readable_by_all(temporary)
         _synchronize(temporary)
-        if keep is not None and path.exists():
-            path.replace(keep)
-        temporary.replace(path)
+        yield temporary
         _synchronize(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

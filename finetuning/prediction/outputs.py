@@ -20,7 +20,7 @@ from finetuning.data.files import PACKED, allowed_endings, name_and_format
 from finetuning.errors import OutputFailed, UserError, first_line
 from finetuning.prediction.answers import AnswerColumns, names_beside
 from finetuning.prediction.rows import Rows, Survey
-from finetuning.storage import write_atomically
+from finetuning.storage import write_new
 
 DIGITS, SHOWN_DIGITS = 6, 4  # of probabilities: in files of text, and on standard output
 Answered = Iterable[tuple[Rows, list[list[Any]]]]  # rows, and the values of each column of their answers
@@ -66,7 +66,7 @@ def write_answers(path: Path, answered: Answered, surveyed: Survey, answers: Ans
                 writer.write(kept, dict(zip(ours, values, strict=True)))
 
     try:
-        write_atomically(path, write)
+        write_new(path, write)
     except OSError as error:
         raise OutputFailed(f"--output {path}: cannot be written: {first_line(error)}") from None
 

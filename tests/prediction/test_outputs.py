@@ -1,6 +1,8 @@
 import datetime
+import errno
 import gzip
 import json
+import os
 import resource
 from collections.abc import Iterator
 from decimal import Decimal
@@ -173,6 +175,32 @@ def test_a_full_disk(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == f"--output {tmp_path / name}: cannot be written: File too large"
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_a_file_made_meanwhile_is_not_replaced(table: Path) -> None:
+    out = table.with_name("out.csv")
+
+    def made_meanwhile() -> Iterator[tuple[Rows, list[list[Any]]]]:
+        with file_of(table, "text", None) as given:
+            yield from answered(given.rows(), ONE)
+        out.write_text("of somebody else")
+
+    with file_of(table, "text", None) as given:
+        found = survey(given, False, False, lambda _: None)
+    with pytest.raises(OutputFailed, match=f"--output {out}: cannot be written: File exists"):
+        write_answers(out, made_meanwhile(), found, ONE)
+    assert out.read_text() == "of somebody else"
+    assert set(table.parent.iterdir()) == {table, out}
+
+
+def test_a_file_system_without_hard_links(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    out = write(table, table.with_name("out.csv"))
+    assert len(read_frame(out)) == 5
+    assert set(table.parent.iterdir()) == {table, out}
 
 
 def test_outputs_that_are_refused(tmp_path: Path) -> None:
