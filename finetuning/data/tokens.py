@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def cached_tokens(
     """
     path = cache_dir() / "tokens" / f"{_tokens_key(texts, tokenizer, data, pairs)}.npz"
     if sum_holds(path):
-        with path.open("rb") as file, np.load(file) as stored:
+        with suppress(OSError), path.open("rb") as file, np.load(file) as stored:  # it may have been removed meanwhile
             return stored["tokens"], stored["offsets"], stored.get("seconds")
     arrays = encode(texts, pairs, tokenizer, data, progress)
 

@@ -1,5 +1,6 @@
 """Tokens of pairs of texts; those of single texts are tested in tests/test_local_dataset_utilities.py."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from transformers import AutoTokenizer
 
+from finetuning.data import tokens as module
 from finetuning.data.tokens import cached_tokens, encode_pairs
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
+from finetuning.storage import sum_holds
 from tests.conftest import packaged_folder
 
 LENGTHS = [(1, 1), (3, 3), (2, 40), (40, 2), (9, 8), (8, 9), (40, 40), (41, 40), (7, 41), (1, 200)]
@@ -69,6 +72,19 @@ def test_a_pair_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
         UserError, match=r"^--max_length 8: must be at least 9 for pairs of texts, because a pair has 7"
     ):
         encode_pairs(TEXTS, PAIRS, tokenizer, DataSettings(max_length=8))
+
+
+def test_tokens_removed_while_they_are_read_are_made_again(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DataSettings(max_length=31)
+    first = cached_tokens(TEXTS, tokenizer, data, "first")
+
+    def removed_after_the_check(path: Path) -> bool:
+        assert sum_holds(path)
+        path.unlink()
+        return True
+
+    monkeypatch.setattr(module, "sum_holds", removed_after_the_check)
+    np.testing.assert_array_equal(cached_tokens(TEXTS, tokenizer, data, "again")[0], first[0])
 
 
 def test_the_cache_tells_pairs_from_single_texts(tokenizer: Any) -> None:
