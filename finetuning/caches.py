@@ -35,7 +35,7 @@ def clear_caches() -> str:
     """Removes everything from the caches except files that are being written. Returns what it did, to print."""
     root = cache_dir()
     files = {file: _size(file) for name in FOLDERS for file in _files(root / name)}
-    for path in [*files, root / DOWNLOADS]:  # an empty folder of downloads would count as downloaded
+    for path in [*files, root / DOWNLOADS]:  # downloads are one entry: their folder
         _remove(path)
     remove_left_over()
     left = [file for file in files if file.exists()]

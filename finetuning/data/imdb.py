@@ -1,6 +1,5 @@
 """IMDb's film reviews (Maas et al. 2011): from the hub, Stanford's archive, local files, or the packaged reviews."""
 
-import contextlib
 import importlib.util
 import shutil
 import tarfile
@@ -20,6 +19,7 @@ from finetuning.settings import DataSettings
 from finetuning.storage import OUR_PREFIX, cache_dir, read_json, sha256_of, write_json
 
 INSTEAD = "--data_dir PATH, or --offline for packaged reviews and a packaged model"
+SPLITS = ("train", "test")  # of the official archive
 SUMS = "sha256.json"
 STANFORD = Archive(
     "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a"
@@ -37,7 +37,7 @@ def read_imdb(data: DataSettings, offline: bool) -> Source:
         where, tables = "Stanford", _read_folder(_download_stanford(), data)
     else:
         where = "Hugging Face hub"
-        names = {s: f"plain_text/{s}-00000-of-00001.parquet" for s in ("train", "test")}
+        names = {s: f"plain_text/{s}-00000-of-00001.parquet" for s in SPLITS}
         files = {s: hub_file("stanfordnlp/imdb", name, INSTEAD) for s, name in names.items()}
         tables = {split: read_table(path, data) for split, path in files.items()}
     name = "IMDb" if "test" in tables else "IMDb train"  # a test split carved out of train is not IMDb's test split
@@ -49,7 +49,7 @@ def _read_folder(folder: Path, data: DataSettings) -> dict[str, pd.DataFrame]:
     """Reads an aclImdb tree, its parent folder, or train and test files."""
     for root in (folder, folder / "aclImdb"):
         if (root / "train" / "pos").is_dir():
-            parts = [split for split in ("train", "test") if (root / split).is_dir()]
+            parts = [split for split in SPLITS if (root / split).is_dir()]
             return {split: _read_tree(root / split) for split in parts}
     return {split: read_table(path, data) for split, path in split_files(folder).items()}
 
@@ -87,40 +87,49 @@ def _packaged_reviews() -> pd.DataFrame:
 
 
 def _download_stanford() -> Path:
-    """The folder with train.parquet and test.parquet, made from Stanford's archive if it does not exist."""
+    """The folder with train.parquet and test.parquet, made from Stanford's archive if it is not intact."""
     folder = cache_dir() / "imdb_stanford"
-    if folder.is_dir():
-        if _is_intact(folder):
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
+    if _is_intact(folder):
+        return folder
     require_host(STANFORD.url, "IMDb", INSTEAD)
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{OUR_PREFIX}imdb-") as temporary:
-        archive = Path(temporary) / "archive.tar.gz"
-        download(STANFORD, archive)
-        try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter=_labelled_reviews)
-        except tarfile.TarError as error:
-            raise UserError(f"{STANFORD.url} cannot be unpacked ({first_line(error)}): give {INSTEAD}") from None
-        (Path(temporary) / "parquet").mkdir()
-        for split in ("train", "test"):  # reading 2 files is faster than reading 50,000, above all on a network disk
-            table = _read_tree(Path(temporary) / "aclImdb" / split)
-            table.to_parquet(Path(temporary) / "parquet" / f"{split}.parquet")
-        write_json(Path(temporary) / "parquet" / SUMS, _sums(Path(temporary) / "parquet"))
-        with contextlib.suppress(OSError):  # another process may have made the folder already
-            (Path(temporary) / "parquet").replace(folder)
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{OUR_PREFIX}imdb-") as temporary:
+            made = _tables_of_archive(Path(temporary))
+            if not _is_intact(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                made.replace(folder)
+    except OSError as error:
+        if not _is_intact(folder):  # another process may have made it meanwhile
+            advice = "set FINETUNE_LORA_CACHE to another folder"
+            raise UserError(f"IMDb cannot be stored in {cache_dir()} ({first_line(error)}): {advice}") from None
     return folder
 
 
+def _tables_of_archive(workshop: Path) -> Path:
+    """Downloads and unpacks Stanford's archive. Returns the folder with its two tables and their checksums."""
+    archive, made = workshop / "archive.tar.gz", workshop / "parquet"
+    download(STANFORD, archive)
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(workshop, filter=_labelled_reviews)
+    except tarfile.TarError as error:
+        raise UserError(f"{STANFORD.url} cannot be unpacked ({first_line(error)}): give {INSTEAD}") from None
+    made.mkdir()
+    for split in SPLITS:  # reading 2 files is faster than reading 50,000, above all on a network disk
+        _read_tree(workshop / "aclImdb" / split).to_parquet(made / f"{split}.parquet")
+    write_json(made / SUMS, _sums(made))
+    return made
+
+
 def _sums(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in sorted(folder.glob("*.parquet"))}
+    return {f"{split}.parquet": sha256_of(folder / f"{split}.parquet") for split in SPLITS}
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether the files are as they were made. Those of an earlier version have no checksums."""
+    """Whether all files are there and as they were made. An earlier version wrote no checksums: made again."""
     try:
-        return not (folder / SUMS).exists() or read_json(folder / SUMS) == _sums(folder)
+        return read_json(folder / SUMS) == _sums(folder)
     except (OSError, ValueError):
         return False
 

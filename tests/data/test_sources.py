@@ -1,5 +1,6 @@
 """Formats, bad input and downloads."""
 
+import errno
 import hashlib
 import http.server
 import io
@@ -300,6 +301,45 @@ def test_stanford_download(stanford: Path, cache: Path, capsys: pytest.CaptureFi
     stanford.unlink()
     again = texts_of(STANFORD)
     assert again.splits["train"].texts == texts.splits["train"].texts, "the second time without network"
+
+
+@pytest.mark.usefixtures("stanford")
+@pytest.mark.parametrize("lost", [["sha256.json"], ["sha256.json", "test.parquet"], ["train.parquet"]])
+def test_stanford_files_that_are_lost_are_made_again(
+    cache: Path, lost: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = texts_of(STANFORD)
+    for name in lost:
+        (cache / "imdb_stanford" / name).unlink()
+    left = set((cache / "imdb_stanford").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(imdb, "STANFORD", hub.Archive("http://127.0.0.1:9/a.tar.gz", ""))
+        with pytest.raises(UserError, match="cannot be reached"):
+            texts_of(STANFORD)
+    assert set((cache / "imdb_stanford").iterdir()) == left, "without a network nothing more is lost"
+    assert texts_of(STANFORD).source == texts.source
+    assert len(list((cache / "imdb_stanford").iterdir())) == 3
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.usefixtures("stanford")
+def test_a_cache_that_cannot_hold_the_stanford_files(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = "set FINETUNE_LORA_CACHE to another folder$"
+    for place, name in ((tarfile.TarFile, "extractall"), (pd.DataFrame, "to_parquet"), (Path, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full_disk)
+            with pytest.raises(UserError, match=rf"^IMDb cannot be stored in {cache} \(No space left.*\): {advice}"):
+                texts_of(STANFORD)
+        assert list(cache.iterdir()) == []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=rf"^IMDb cannot be stored in .*file/cache \(Not a directory\): {advice}"):
+        texts_of(STANFORD)
 
 
 def test_stanford_archive_damaged(stanford: Path, cache: Path) -> None:
