@@ -10,14 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finetuning.errors import UserError
+
 TEMPORARY = f".*.{'[0-9a-f]' * 32}.tmp*"  # names of files that are being written, and of no others
 OUR_PREFIX = "finetune_lora-"  # of temporary files and folders directly in the cache folder
 LEFT_OVER_SECONDS = 3600.0  # a file that is still being written is younger
 
 
 def cache_dir() -> Path:
-    """The folder for downloads, tokens and kernels: ``$FINETUNE_LORA_CACHE``, or ``~/.cache/finetune_lora``."""
-    return Path(os.environ.get("FINETUNE_LORA_CACHE") or Path.home() / ".cache" / "finetune_lora")
+    """The folder for downloads, tokens and kernels: ``$FINETUNE_LORA_CACHE``, or ``~/.cache/finetune_lora``.
+
+    Raises:
+        UserError: the variable is not set and the user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("FINETUNE_LORA_CACHE") or Path.home() / ".cache" / "finetune_lora")
+    except RuntimeError:
+        raise UserError("you have no home folder for caches: set FINETUNE_LORA_CACHE to a folder") from None
 
 
 def cannot_be_written_in(path: Path) -> Path | None:

@@ -1,4 +1,5 @@
 import os
+import pwd
 import time
 from pathlib import Path
 
@@ -52,6 +53,20 @@ def test_the_caches_are_emptied(cache: Path, capsys: pytest.CaptureFixture[str])
     left = {path.name for path in cache.rglob("*") if path.is_file()}
     assert left == {f".{A}.npz.{NEW}.tmp.npz", f".{K}.so.{NEW}.tmp.so", "1.txt"}, "they may still be written"
     assert main(["--cache_clear"]) == 0
+
+
+def test_without_a_home_folder_the_line_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    for name in ("FINETUNE_LORA_CACHE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # as of a user that only a container's command line names
+    assert main(["--cache_info"]) == 2
+    line = "error: you have no home folder for caches: set FINETUNE_LORA_CACHE to a folder\n"
+    assert capsys.readouterr().err == line
 
 
 def test_in_a_folder_that_others_use_only_our_files_are_removed(cache: Path) -> None:
