@@ -1,10 +1,12 @@
 """The ways a command ends early, and how any error becomes one line."""
 
 import errno
+import os
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 # What torch, the system's loader, Python's threads, the tokenizers' threads and CUDA say if they find no memory.
 NO_MEMORY = (
@@ -79,7 +81,8 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
         The command's status, or 2 input refused or a package missing, 1 failed, 130 interrupted.
     """
     try:
-        return command()
+        with output_flushed():
+            return command()
     except UserError as error:
         status, line = 2, f"error: {error}"
     except ModuleNotFoundError as error:
@@ -88,6 +91,8 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
         status, line = 1, f"failed: {error}"
     except KeyboardInterrupt:
         status, line = 130, interrupted
+    except BrokenPipeError:  # whoever read standard output has seen enough, for example `head`
+        status, line = 1, ""
     except BaseException as error:  # a panic of the tokenizers is no Exception
         if not is_out_of_memory(error):
             raise
@@ -95,6 +100,31 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
     if line:
         print(line, file=sys.stderr)
     return status
+
+
+@contextmanager
+def output_flushed() -> Iterator[None]:
+    """Writes what is left of standard output. Python itself would do it at its end, with a traceback if it fails.
+
+    Raises:
+        OutputFailed: it cannot be written. If only its reader has ended, nothing is said.
+    """
+    try:
+        yield
+    finally:
+        try:
+            if sys.stdout is not None:  # it is None if it was closed
+                sys.stdout.flush()
+        except OSError as error:
+            forget_output()
+            if not isinstance(error, BrokenPipeError):
+                raise OutputFailed(f"standard output cannot be written: {first_line(error)}") from None
+
+
+def forget_output() -> None:
+    """Drops what standard output could not take, which Python would try to write again at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def not_installed(error: ModuleNotFoundError) -> str:

@@ -1,11 +1,15 @@
 """How a command ends: its status, and one line on standard error."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
 
 from finetuning.errors import ExportFailed, OutputFailed, UserError, exit_status
+from tests.conftest import ROOT
 
 
 class PanicException(BaseException):
@@ -49,6 +53,41 @@ def test_a_command_that_ends_early_says_why_in_one_line(
 def test_an_error_that_nobody_expects_keeps_its_traceback(error: BaseException) -> None:
     with pytest.raises(type(error)):
         ends(error)
+
+
+PRINTS = """
+import sys
+from finetuning.errors import UserError, exit_status
+
+def command():
+    print("a table")
+    if sys.argv[1] == "refused":
+        raise UserError("--seed x: must be a number")
+    return 0 if sys.argv[1] == "done" else sys.exit(0)
+
+sys.exit(exit_status(command))
+"""
+
+
+@pytest.mark.parametrize(
+    ("full", "end", "unbuffered", "status", "line"),
+    [
+        (False, "done", "", 0, ""),
+        (False, "exit", "", 0, ""),  # as after --help
+        (False, "refused", "", 2, "error: --seed x: must be a number\n"),
+        (False, "done", "1", 1, ""),
+        (True, "done", "", 1, "failed: standard output cannot be written: No space left on device\n"),
+    ],
+)
+def test_output_that_nobody_takes(full: bool, end: str, unbuffered: str, status: int, line: str) -> None:
+    reader, writer = (None, os.open("/dev/full", os.O_WRONLY)) if full else os.pipe()
+    if reader is not None:
+        os.close(reader)
+    words = [sys.executable, "-c", PRINTS, end]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, line)
 
 
 def test_a_command_that_ends_well_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetuning.data.files import PACKED, allowed_endings, name_and_format
-from finetuning.errors import OutputFailed, UserError, first_line
+from finetuning.errors import OutputFailed, UserError, first_line, forget_output
 from finetuning.prediction.answers import AnswerColumns, names_beside
 from finetuning.prediction.rows import Rows, Survey
 from finetuning.storage import write_new
@@ -90,8 +90,7 @@ def print_answers(answered: Answered, answers: AnswerColumns, before: Callable[[
             writer.write(pd.DataFrame(rows.texts, dtype=object), dict(zip(answers.columns, values, strict=True)))
             sys.stdout.flush()
     except OSError as error:
-        with suppress(OSError, ValueError):  # else Python would try again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_output()
         if not isinstance(error, BrokenPipeError):
             raise OutputFailed(f"standard output cannot be written: {first_line(error)}") from None
 
