@@ -33,6 +33,7 @@ class Trackers:
         """
         self._directory, self._names = directory, list(names)
         self._loggers: dict[str, Any] = {}  # those that are open
+        self._continues = False  # until the first row of a continued run
 
     def __bool__(self) -> bool:
         """Whether any tracker is open."""
@@ -45,6 +46,7 @@ class Trackers:
             settings: every flag with its value.
             resumed: whether to continue what the run logged before it was interrupted.
         """
+        self._continues = resumed
         earlier = _earlier_ids(self._directory) if resumed else {}
         if TENSORBOARD in self._names and not resumed:
             for file in (self._directory / TENSORBOARD).glob("events.out.tfevents.*"):
@@ -67,6 +69,12 @@ class Trackers:
     def log(self, row: dict[str, Any]) -> None:
         """One row of the run's history: step, losses, learning rate, seconds, or the scores of a validation."""
         values = {key: float(value) for key, value in row.items() if key != "step" and isinstance(value, int | float)}
+        if self._continues and TENSORBOARD in self._loggers:
+            first = (
+                row["step"] if "train_loss" in row else row["step"] + 1
+            )  # a validation shares the step of a training row, which stays
+            self._guarded(TENSORBOARD, functools.partial(_drop_from, first))
+        self._continues = False
         self._each(lambda logger: logger.log_metrics(values, step=row["step"]))
 
     def close(self, result: dict[str, Any]) -> None:
@@ -127,6 +135,12 @@ def _open_tensorboard(directory: Path, _: str | None) -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     return TensorBoardLogger(directory, name="", version=TENSORBOARD, default_hp_metric=False)
+
+
+def _drop_from(step: int, logger: Any) -> None:
+    """TensorBoard forgets the points from this step on: a run that was killed logged them after its checkpoint."""
+    logger.experiment.close()
+    logger.experiment.purge_step = step  # is written when the next point opens the file of events again
 
 
 def _open_wandb(directory: Path, earlier: str | None) -> Any:

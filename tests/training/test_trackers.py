@@ -1,6 +1,7 @@
 """Each tracker for real, where it is installed: what was logged is read back from its own files."""
 
 import importlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,34 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path, capsys: pytest.Captur
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert len(events.Scalars("train_loss")) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "losses"),
+    [
+        ({"step": 3, "train_loss": 0.25}, [(1, 0.75), (3, 0.25)]),
+        ({"step": 3, "validation_loss": 0.5}, [(1, 0.75), (3, 0.5)]),  # of the checkpoint's step
+    ],
+)
+def test_tensorboard_forgets_what_a_killed_run_logged_after_its_checkpoint(
+    tmp_path: Path, first: dict[str, Any], losses: list[tuple[int, float]]
+) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = RunConfig.from_settings().to_dict()
+    later: list[dict[str, Any]] = [{"step": 3, "train_loss": 0.5}, {"step": 4, "train_loss": 0.375}]
+    for resumed, rows in (False, [*ROWS, *later]), (True, [first]):
+        trackers = Trackers(["tensorboard"], tmp_path)
+        trackers.open(settings, resumed)
+        for row in rows:
+            trackers.log(row)
+        trackers.close(result_of(settings, "interrupted"))
+        time.sleep(1.1)  # TensorBoard reads files in the order of the seconds in their names
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == losses
+    assert [event.step for event in events.Scalars("learning_rate")] == [1]
 
 
 def test_mlflow_finds_what_was_logged(
