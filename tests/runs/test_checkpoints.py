@@ -44,8 +44,13 @@ def test_only_our_half_written_files_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     theirs = set(tmp_path.iterdir())
     names: list[Path] = []
+
+    def write(temporary: Path) -> None:
+        names.append(temporary)
+        temporary.touch()
+
     for name in ("last.ckpt", ".lock", "result.json"):
-        write_atomically(tmp_path / name, lambda temporary: (names.append(temporary), temporary.touch()))
+        write_atomically(tmp_path / name, write)
         (tmp_path / name).rename(names[-1])  # as a killed process leaves it
     forget_unneeded(tmp_path)
     assert set(tmp_path.iterdir()) == theirs
