@@ -29,6 +29,7 @@ from finetuning.settings import AUTO
 from finetuning.storage import TEMPORARY, cannot_be_written_in, remove
 
 PARTS = {"base_model": "--model_name", "data": "--data_dir", "adapter": "--init_adapter"}  # of a run's origin
+DEAD_NODE_SECONDS = 180.0  # NFS keeps the lock of a node that died for 90 by default; its job may be here sooner
 KILLED = "ended without a result: it was killed, perhaps because memory ran out, or its machine stopped"
 
 
@@ -190,7 +191,8 @@ def claimed_directory(
         UserError: a living process holds the directory, or the run in it has finished, is another one or was made
             from something else, or as ``open_directory``.
     """
-    lock = DirectoryLock(directory)
+    requeued = config.run.resume and slurm_job() is not None
+    lock = DirectoryLock(directory, DEAD_NODE_SECONDS if requeued else 0)
     try:
         if config.run.resume:
             if _status(directory) == "finished":

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -19,10 +20,15 @@ from typing import Any
 from finetuning.errors import UserError
 
 LOCK = ".lock"
+LOOK_AGAIN_SECONDS = 0.5
 
 
 class DirectoryLock:
     """Holds a run directory until the context ends. The directory is made if it does not exist.
+
+    Args:
+        directory: the run directory.
+        patience: seconds to wait for another holder.
 
     Attributes:
         killed: what ``who`` says of a process that was killed while it held the directory; ``None`` if none was.
@@ -31,12 +37,12 @@ class DirectoryLock:
         UserError: a living process holds the directory, or it cannot be written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, patience: float = 0.0) -> None:
         self.path = directory / LOCK
         self._file: Any = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = self._locked(directory)
+            self._file = self._locked(directory, time.monotonic() + patience)
             self.killed = who(self._file.read())
             self._file.seek(0)
             self._file.truncate()
@@ -48,7 +54,8 @@ class DirectoryLock:
                 self.release()
             raise UserError(f"--output_dir {directory}: cannot be written: {error.strerror}") from None
 
-    def _locked(self, directory: Path) -> Any:
+    def _locked(self, directory: Path, until: float) -> Any:
+        waits = False
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             file = os.fdopen(descriptor, "r+", encoding="utf8", errors="replace")  # a crash may leave any bytes
@@ -57,6 +64,12 @@ class DirectoryLock:
             except BlockingIOError:
                 with file:
                     holder = who(file.read()) or "another process"
+                if time.monotonic() < until:
+                    if not waits:
+                        print(f"{directory} is held by {holder}: waiting for it", flush=True)
+                    waits = True
+                    time.sleep(LOOK_AGAIN_SECONDS)
+                    continue
                 raise UserError(
                     f"--output_dir {directory}: is being written by {holder}: wait, or give another directory"
                 ) from None

@@ -6,6 +6,7 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.runs import directory as run_directory
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import (
     check_directory,
@@ -314,6 +315,18 @@ def test_a_directory_has_one_writer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another run has just started"):
         claimed(tmp_path, wanted(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}, "a refused one does not stay the holder"
+
+
+@pytest.mark.parametrize("job", [None, "12"])
+def test_a_requeued_job_waits_for_the_lock_of_a_dead_node(
+    tmp_path: Path, job: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_directory, "DEAD_NODE_SECONDS", 0.1)
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    with claimed(tmp_path, wanted(tmp_path))[0], pytest.raises(UserError, match="is being written by"):
+        claimed(tmp_path, wanted(tmp_path, resume=True))
+    assert ("waiting for it" in capsys.readouterr().out) == (job is not None)
 
 
 @pytest.mark.parametrize("with_checkpoint", [False, True])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.errors import UserError
+from finetuning.runs import lock as lock_module
 from finetuning.runs.lock import LOCK, DirectoryLock
 
 HOLD = """
@@ -41,6 +42,22 @@ def test_a_living_process_is_named_and_a_killed_one_is_not_in_the_way(tmp_path: 
     assert list(directory.iterdir()) == []
     with DirectoryLock(directory) as lock:
         assert lock.killed is None
+
+
+def test_who_has_patience_waits_for_the_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, slept = DirectoryLock(tmp_path), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            first.release()
+
+    monkeypatch.setattr(lock_module.time, "sleep", sleep)
+    with DirectoryLock(tmp_path, patience=60):
+        assert len(slept) == 2
+    assert capsys.readouterr().out.count(": waiting for it\n") == 1
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
