@@ -19,7 +19,7 @@ from finetune_lora import main, prepare, read_settings_of
 from finetuning.processor import VARIABLE, instructions
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.training import trackers
-from tests.conftest import needs_int8, write_reviews
+from tests.conftest import needs_int8, one_thread, write_reviews
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -312,19 +312,25 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
 # --- interrupted, continued, failed
 
 
+@pytest.fixture(scope="module")
+def whole_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The directory of a run of two epochs that nobody interrupts, and its flags for another directory."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name, count in (("train", 1500), ("validation", 40), ("test", 40)):
+        write_reviews(folder / f"{name}.csv", count, seed=count)
+    words = ["--epochs", "2", "--dropout", "0.1", "--precision", "fp32"]
+    words = flags(tiny_folders["distilbert"], folder, folder / "run", *words)
+    with one_thread():
+        assert main(words) == 0
+    return folder / "run", words
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_continues_to_the_same_weights(
-    tiny_folders: dict[str, Path], tmp_path: Path, number: signal.Signals
+    whole_run: tuple[Path, list[str]], tmp_path: Path, number: signal.Signals
 ) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for name, count in (("train", 1500), ("validation", 40), ("test", 40)):
-        write_reviews(data / f"{name}.csv", count, seed=count)
-    model, more = tiny_folders["distilbert"], ["--epochs", "2", "--dropout", "0.1", "--precision", "fp32"]
-    whole = start(flags(model, data, tmp_path / "whole", *more))
-    finish(whole)
-
-    broken = start(flags(model, data, tmp_path / "broken", *more, "--overwrite", "True"))
+    whole, words = whole_run
+    broken = start([*words, "--output_dir", str(tmp_path / "broken"), "--overwrite", "True"])
     assert broken.stdout is not None
     seen = ""
     while "epoch 1/2  batch 18/" not in seen:  # somewhere in the first epoch
@@ -338,20 +344,20 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     assert told.endswith(f" --resume --output_dir {tmp_path / 'broken'}"), "the run knows its other settings"
     assert result_of(tmp_path / "broken")["status"] == "interrupted"
     steps = result_of(tmp_path / "broken")["train"]["steps"]
-    assert 0 < steps < result_of(tmp_path / "whole")["train"]["steps"] / 2
+    assert 0 < steps < result_of(whole)["train"]["steps"] / 2
 
     broken_run = tmp_path / "broken"
     if number == signal.SIGTERM:  # as if the disk had been mounted elsewhere
         broken_run = broken_run.rename(tmp_path / "moved")
     words = shlex.split(told.partition("finetune_lora.py ")[2].replace(str(tmp_path / "broken"), str(broken_run)))
     finish(start(words))
-    expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    expected = load_file(whole / "adapter_model.safetensors")
     found = load_file(broken_run / "adapter_model.safetensors")
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
     for part in ("validation", "test"):
-        assert result_of(tmp_path / "whole")[part]["loss"] == result_of(broken_run)[part]["loss"]
+        assert result_of(whole)[part]["loss"] == result_of(broken_run)[part]["loss"]
     result = result_of(broken_run)
-    assert result["train"]["steps"] == result_of(tmp_path / "whole")["train"]["steps"]
+    assert result["train"]["steps"] == result_of(whole)["train"]["steps"]
     assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
 
 
