@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.caches import cache_table, clear_caches, remove_left_over
 from finetuning.config import RunConfig, check_data_dir, check_trackers, continued
-from finetuning.errors import UserError, exit_status
+from finetuning.errors import UserError, exit_status, say
 from finetuning.flags import given_flags
 from finetuning.processes import (
     is_helper,
@@ -73,11 +73,12 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     Raises:
         UserError: input is refused.
     """
-    config = read_settings_of(argv, defaults)
+    given = given_flags(argv, DESCRIPTION, defaults)
+    config = settings_to_run(given, defaults)
     if config is None:
         print("the run in --output_dir has finished: nothing to do", flush=True)
         if not is_helper():
-            restore_report(given_flags(argv, DESCRIPTION, defaults))
+            restore_report(given)
         return 0
     if config.run.cache_info or config.run.cache_clear:
         print(clear_caches() if config.run.cache_clear else cache_table())
@@ -97,11 +98,6 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     return 0 if is_helper() and status == "interrupted" else EXIT_STATUS[status]
 
 
-def read_settings_of(argv: Sequence[str], defaults: dict[str, Any]) -> RunConfig | None:
-    """The configuration for these flags; ``None`` if ``--resume auto`` finds that the run has finished."""
-    return settings_to_run(given_flags(argv, DESCRIPTION, defaults), defaults)
-
-
 def restore_report(given: dict[str, Any]) -> None:
     """Writes the report of a finished run, if a kill or a full disk has prevented it."""
     from finetuning.models.pretrained import load_tokenizer
@@ -116,7 +112,7 @@ def restore_report(given: dict[str, Any]) -> None:
         return texts
 
     directory = given["output_dir"]
-    config = continued(read_settings(directory), given)
+    config = continued(read_settings(directory), given | {"overwrite": False})
     restore(directory, config.run, lambda: unchanged_texts().splits)
 
 
@@ -302,9 +298,9 @@ def build_model(setup: Setup, result: dict[str, Any]) -> "Classifier":
     if not is_helper():
         precision = str(setup.hardware.dtype).removeprefix("torch.")
         result["base_model"] = {"precision": precision, "sha256": setup.origin["base_model"]}
-        print(f"{setup.headline(classifier)}\nrun     {setup.directory}\n\n{parameter_table(groups)}\n", flush=True)
+        say(f"{setup.headline(classifier)}\nrun     {setup.directory}\n\n{parameter_table(groups)}\n")
         if config.run.verbose:
-            print(module_table(classifier.model), flush=True)
+            say(module_table(classifier.model))
     return classifier
 
 

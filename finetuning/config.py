@@ -351,7 +351,8 @@ def _check_combinations(s: SimpleNamespace) -> None:
     )
     require(not (s.resume and s.overwrite), "resume", "cannot be used with --overwrite")
     require(not s.resume or s.output_dir is not None, "resume", "needs --output_dir PATH, the run to continue")
-    same = None not in (s.init_adapter, s.output_dir) and s.init_adapter.resolve() == s.output_dir.resolve()
+    folders = (s.init_adapter, s.output_dir)
+    same = None not in folders and len(set(map(os.path.realpath, folders))) == 1
     require(not same, "init_adapter", "is --output_dir as well, whose files a run replaces: give another directory")
     for name, value in vars(s).items():
         encodable = not isinstance(value, str | Path) or _is_text(str(value))

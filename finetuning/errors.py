@@ -7,6 +7,7 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 # What torch, the system's loader, Python's threads, the tokenizers' threads and CUDA say if they find no memory.
 NO_MEMORY = (
@@ -80,6 +81,8 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
     Returns:
         The command's status, or 2 input refused or a package missing, 1 failed, 130 interrupted.
     """
+    if sys.stdout is None:  # whoever started the command has closed it
+        sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115, PTH123  # for the rest of the process
     try:
         with output_flushed():
             return command()
@@ -113,18 +116,34 @@ def output_flushed() -> Iterator[None]:
         yield
     finally:
         try:
-            if sys.stdout is not None:  # it is None if it was closed
-                sys.stdout.flush()
+            sys.stdout.flush()
         except OSError as error:
             forget_output()
             if not isinstance(error, BrokenPipeError):
                 raise OutputFailed(f"standard output cannot be written: {first_line(error)}") from None
 
 
-def forget_output() -> None:
-    """Drops what standard output could not take, which Python would try to write again at its end."""
+def forget_output(stream: TextIO | None = None) -> None:
+    """Drops what standard output could not take, which Python would try to write again at its end; later text as well.
+
+    Args:
+        stream: another one, such as standard error.
+    """
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints a text of a run. If nobody reads it any more, as after Ctrl-C in ``| tee``, the run still goes on.
+
+    Args:
+        text: for a person.
+        stream: where to; standard output if ``None``.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        forget_output(stream)
 
 
 def not_installed(error: ModuleNotFoundError) -> str:

@@ -75,6 +75,11 @@ def slurm_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def was_requeued() -> bool:
+    """Whether SLURM started this job before, and started it again after a preemption or the death of a node."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def in_slurm_step() -> bool:
     """Whether srun started this process."""
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ

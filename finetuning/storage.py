@@ -64,6 +64,7 @@ def write_new(path: Path, write: Callable[[Path], object]) -> None:
         except FileExistsError:
             raise
         except OSError:  # of a file system without hard links
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
             temporary.replace(path)
 
 

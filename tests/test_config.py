@@ -349,6 +349,12 @@ def test_an_adapter_is_not_replaced_by_the_run_that_starts_from_it(tmp_path: Pat
             RunConfig.from_settings(init_adapter=tmp_path / "first", output_dir=output, overwrite=True)
 
 
+def test_links_that_lead_in_a_circle_are_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    RunConfig.from_settings(init_adapter=tmp_path / "a", output_dir=tmp_path / "c")  # reading it says why
+
+
 # --- continuing a run
 
 

@@ -8,7 +8,7 @@ import sys
 import pyarrow as pa
 import pytest
 
-from finetuning.errors import ExportFailed, OutputFailed, UserError, exit_status
+from finetuning.errors import ExportFailed, OutputFailed, UserError, exit_status, say
 from tests.conftest import ROOT
 
 
@@ -57,7 +57,7 @@ def test_an_error_that_nobody_expects_keeps_its_traceback(error: BaseException) 
 
 PRINTS = """
 import sys
-from finetuning.errors import UserError, exit_status
+from finetuning.errors import UserError, exit_status, say
 
 def command():
     print("a table")
@@ -93,3 +93,17 @@ def test_output_that_nobody_takes(full: bool, end: str, unbuffered: str, status:
 def test_a_command_that_ends_well_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(lambda: 7) == 7
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_command_whose_output_is_closed_prints_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert exit_status(lambda: int(sys.stdout.isatty())) == 0
+    sys.stdout.close()
+
+
+def test_a_text_that_nobody_reads_stops_no_run() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        for _ in range(2):
+            say("a line", stream)

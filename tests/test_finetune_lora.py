@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.numpy import load_file
 
-from finetune_lora import main, prepare, read_settings_of
+from finetune_lora import main, prepare
+from finetuning.flags import given_flags
 from finetuning.processor import VARIABLE, instructions
 from finetuning.runs.checkpoints import write_checkpoint
+from finetuning.runs.directory import settings_to_run
 from finetuning.training import trackers
 from tests.conftest import needs_int8, one_thread, write_reviews
 
@@ -266,6 +269,40 @@ def test_a_lost_report_is_written_again_unless_the_texts_have_changed(
         assert (warning in capsys.readouterr().err) == changed
 
 
+def test_a_requeued_job_whose_run_has_finished_does_nothing(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # otherwise Lightning takes this process for one of srun
+    words = [*flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "0"), "--overwrite"]
+    assert main(words) == 0
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    assert main([*words, "--resume", "auto"]) == 0
+    assert "has finished: nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+
+def test_ctrl_c_behind_a_pipe_whose_reader_it_ends_first(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
+) -> None:
+    """As in ``python finetune_lora.py | tee log``: the run still ends with its checkpoint."""
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "200")
+    process = start(words)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    while not process.stdout.readline().startswith("epoch 1/200  batch 5/"):
+        assert process.poll() is None
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    result = result_of(tmp_path / "run")
+    assert result["status"] == "interrupted"
+    last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == result["train"]["steps"] > 0
+
+
 def test_a_run_that_only_evaluates_needs_no_memory_for_training(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,7 +429,7 @@ def test_resume_with_other_texts_or_weights_is_refused(
     inputs = shutil.copytree(review_folder, tmp_path / "inputs")
     shutil.copytree(tiny_folders["distilbert"], inputs, dirs_exist_ok=True)
     run = tmp_path / "run"
-    config = read_settings_of(flags(inputs, inputs, run), {})
+    config = settings_to_run(given_flags(flags(inputs, inputs, run)), {})
     assert config is not None
     with prepare(config).lock:  # as if it had been killed after the first checkpoint
         write_checkpoint(run / "last.ckpt", memoryview(b"weights\0\0"))

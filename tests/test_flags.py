@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_lora import read_settings_of
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, from_flags, given_flags, make_parser, parse_bool
+from finetuning.runs.directory import settings_to_run
 from finetuning.settings import FLAGS, LORA_TARGETS, SECTIONS
 from tests.conftest import config_of_flags, lora_of_flags, refusal
 
@@ -82,7 +82,7 @@ def test_types_of_values() -> None:
 
 def test_defaults_of_a_thin_entry_give_way_to_flags() -> None:
     entry = {"dataset": "financial_phrasebank", "epochs": 4, "method": "full"}
-    config = read_settings_of(["--epochs", "1"], entry)
+    config = settings_to_run(given_flags(["--epochs", "1"], "", entry), entry)
     assert config is not None
     assert (config.data.dataset, config.training.epochs, config.method.method, config.training.monitor) == (
         "financial_phrasebank", 1, "full", "macro_f1",

@@ -26,7 +26,6 @@ from finetuning.runs.files import (
     PREDICTIONS,
     PREVIOUS_CHECKPOINT,
     RESULT,
-    SETTINGS,
     read_result,
     read_settings,
     read_status,
@@ -35,6 +34,7 @@ from finetuning.runs.files import (
     write_result,
 )
 from finetuning.runs.lock import LOCK
+from finetuning.storage import TEMPORARY
 
 CHECKPOINTS = (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, BEST_CHECKPOINT)
 
@@ -172,7 +172,7 @@ class StudyRuns:
         planned = from_flags(run.flags(self.data_dir)).data.data_dir
         for source in self._same_runs(run, self.folder.parent):
             data = read_settings(source)["data_dir"]
-            if (planned and planned.resolve()) != (data and Path(data).resolve()) or _newer(planned, source / SETTINGS):
+            if (planned and planned.resolve()) != (data and Path(data).resolve()) or _newer(planned, source):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
@@ -180,8 +180,14 @@ class StudyRuns:
                 shutil.copytree(source, half, ignore=shutil.ignore_patterns(*CHECKPOINTS, ".*"))
             except OSError:  # its files still change
                 continue
-            (self.directory(run) / LOCK).unlink(missing_ok=True)  # all that a process leaves that was killed early
-            half.replace(self.directory(run))
+            # A process that was killed early leaves a lock and half a file. What else is there is none of ours.
+            for path in (self.directory(run) / LOCK, *self.directory(run).glob(TEMPORARY)):
+                path.unlink(missing_ok=True)
+            try:
+                half.replace(self.directory(run))
+            except OSError:
+                shutil.rmtree(half)
+                return None
             return source
         return self._take_over_record(run)
 
@@ -246,10 +252,11 @@ class StudyRuns:
             return run
 
 
-def _newer(data: Path | None, file: Path) -> bool:
-    """Whether a file of the data, a file or folder, was changed after ``file`` was written."""
+def _newer(data: Path | None, run: Path) -> bool:
+    """Whether a file of the data, a file or folder, was changed after the run had begun."""
+    began = (settings_file(run) or run / RESULT).stat().st_mtime
     paths = [] if data is None else [data, *data.rglob("*")]
-    return any(path.stat().st_mtime > file.stat().st_mtime for path in paths if path.is_file())
+    return any(path.stat().st_mtime > began for path in paths if path.is_file())
 
 
 def forget_test(result: dict[str, Any], record: Path) -> None:

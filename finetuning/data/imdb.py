@@ -127,9 +127,10 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether all files are there and as they were made. An earlier version wrote no checksums: made again."""
+    """Whether all files are there and as they were made. An earlier version wrote no checksums."""
     try:
-        return read_json(folder / SUMS) == _sums(folder)
+        sums = _sums(folder)
+        return not (folder / SUMS).exists() or read_json(folder / SUMS) == sums
     except (OSError, ValueError):
         return False
 

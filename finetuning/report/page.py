@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, first_line, say
 from finetuning.html import data_url, render
 from finetuning.report import sections
 from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, probably_wrong
@@ -40,9 +40,9 @@ def present(
     held_out = {name: split.by_row() for name, split in splits.items() if name != "train"}
     try:
         path = write_report(directory, result, held_out if settings.report_texts else None)
-        print(f"{'report':<11} {path}", flush=True)
+        say(f"{'report':<11} {path}")
     except (Exception, KeyboardInterrupt) as error:
-        print(f"warning: {REPORT} was not written: {first_line(error, name_file=True)}", file=sys.stderr)
+        say(f"warning: {REPORT} was not written: {first_line(error, name_file=True)}", sys.stderr)
 
 
 def restore(directory: Path, settings: RunSettings, load: "Callable[[], Mapping[str, LabelledTexts]]") -> None:
@@ -64,7 +64,7 @@ def restore(directory: Path, settings: RunSettings, load: "Callable[[], Mapping[
             check_unchanged(directory / PREDICTIONS)
             present(directory, read_result(directory), settings, load())
         except UserError as error:
-            print(f"warning: {REPORT} was not written: {error}", file=sys.stderr)
+            say(f"warning: {REPORT} was not written: {error}", sys.stderr)
 
 
 def write_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> Path:

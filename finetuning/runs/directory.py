@@ -10,7 +10,7 @@ from typing import Any
 
 from finetuning.config import RunConfig, continued
 from finetuning.errors import UserError, first_line
-from finetuning.processes import in_slurm_step, is_helper, slurm_job
+from finetuning.processes import in_slurm_step, is_helper, slurm_job, was_requeued
 from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
     OLD_SETTINGS,
@@ -191,8 +191,7 @@ def claimed_directory(
         UserError: a living process holds the directory, or the run in it has finished, is another one or was made
             from something else, or as ``open_directory``.
     """
-    requeued = config.run.resume and slurm_job() is not None
-    lock = DirectoryLock(directory, DEAD_NODE_SECONDS if requeued else 0)
+    lock = DirectoryLock(directory, DEAD_NODE_SECONDS if was_requeued() else 0)
     try:
         if config.run.resume:
             if _status(directory) == "finished":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.config import RunConfig
-from finetuning.errors import Interrupted, first_line, is_out_of_memory
+from finetuning.errors import Interrupted, first_line, is_out_of_memory, say
 from finetuning.processes import is_helper, undisturbed
 from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint
 from finetuning.runs.files import RESULT, write_result
@@ -29,20 +29,20 @@ def recorded(directory: Path, config: RunConfig) -> Iterator[dict[str, Any]]:
         yield result
         result["status"] = "finished"
         if not is_helper():
-            print(summary(directory, result), flush=True)
+            say(summary(directory, result))
     except (Interrupted, KeyboardInterrupt, SystemExit) as error:  # Lightning turns a second Ctrl-C into SystemExit
         result["status"] = "interrupted"
         if not is_helper():
-            print(_interruption(directory, at_once=not isinstance(error, Interrupted)), file=sys.stderr)
+            say(_interruption(directory, at_once=not isinstance(error, Interrupted)), sys.stderr)
     except Exception as error:
         result |= {"error": _reason(error), "traceback": traceback.format_exc()}
     if not is_helper():
         with undisturbed():
             _write_result(directory, result)
     if result["status"] == "failed":
-        print(f"failed: {result['error']}", file=sys.stderr)
+        say(f"failed: {result['error']}", sys.stderr)
         if config.run.verbose:
-            print(result["traceback"], file=sys.stderr)
+            say(result["traceback"], sys.stderr)
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from finetuning.errors import Interrupted, TrainingFailed
+from finetuning.errors import Interrupted, TrainingFailed, say
 from finetuning.runs.files import LAST_CHECKPOINT, NOT_FINITE
 from finetuning.runs.history import write_metrics
 
@@ -175,13 +175,13 @@ class ProgressLines(Callback):
         total, done = int(trainer.num_training_batches), batch_idx + 1
         if trainer.is_global_zero and done % max(1, total // 20) == 0:
             epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            print(f"{epoch}  batch {done}/{total}  loss {float(outputs['mean_loss']):.4f}", flush=True)
+            say(f"{epoch}  batch {done}/{total}  loss {float(outputs['mean_loss']):.4f}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             scores = "  ".join(f"{name} {value:.4f}" for name, value in pl_module.scores["validation"].items())
             epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 0)
-            print(f"epoch {epoch}/{trainer.max_epochs}  validation  {scores}", flush=True)
+            say(f"epoch {epoch}/{trainer.max_epochs}  validation  {scores}")
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -227,9 +227,7 @@ class GracefulStop(Callback):
         if self.requested and number == signal.SIGINT and getattr(rank_zero_only, "rank", 0) == 0:
             raise KeyboardInterrupt
         self.requested = True
-        rank_zero_only(print)(
-            "\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once", flush=True
-        )
+        rank_zero_only(say)("\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -120,16 +120,19 @@ class FineTuning(pl.LightningModule):
         kept = {f"classifier.model.{name}" for name in self.classifier.saved_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         # load_best restores the scores and predictions of the best epoch from here.
-        checkpoint["kernels"] = self.kernels
+        checkpoint["kernels"] = _kind(self.kernels)
         checkpoint["scores"] = dict(self.scores)
         checkpoint["decoding"] = dict(self.task.decoding)
         checkpoint["predictions"] = {s: tuple(map(torch.from_numpy, p)) for s, p in self.predictions.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        before = checkpoint.get("kernels", self.kernels)  # older checkpoints have none
-        if before != self.kernels and not is_helper():
-            now = f"{self.kernels}: results will not be bit-identical"
-            print(f"warning: the run's CPU kernels were: {before}; now: {now}", file=sys.stderr)
+        before, now = checkpoint.get("kernels"), _kind(self.kernels)
+        if before not in (None, now) and not is_helper():  # older checkpoints have none
+            text = f"the run's CPU kernels were: {before}; now: {now}: results will not be bit-identical"
+            print(f"warning: {text}", file=sys.stderr)
+        self._restore(checkpoint)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.scores = dict(checkpoint["scores"])
         self.task.decoding.update(checkpoint.get("decoding", {}))  # older checkpoints have none
         self.predictions = {s: tuple(t.numpy() for t in p) for s, p in checkpoint["predictions"].items()}
@@ -145,7 +148,12 @@ class FineTuning(pl.LightningModule):
         with only_tensors(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
-        self.on_load_checkpoint(checkpoint)
+        self._restore(checkpoint)
+
+
+def _kind(kernels: str) -> str:
+    """The text of ``kernels_used`` without the reason, which may be what a compiler says."""
+    return kernels.partition(":")[0]
 
 
 def _gather(parts: list[np.ndarray]) -> Predictions:

@@ -70,9 +70,7 @@ class Trackers:
         """One row of the run's history: step, losses, learning rate, seconds, or the scores of a validation."""
         values = {key: float(value) for key, value in row.items() if key != "step" and isinstance(value, int | float)}
         if self._continues and TENSORBOARD in self._loggers:
-            # a validation shares its step with a training row, which stays
-            first = row["step"] if "train_loss" in row else row["step"] + 1
-            self._guarded(TENSORBOARD, functools.partial(_drop_from, first))
+            self._guarded(TENSORBOARD, functools.partial(_drop_from, row["step"]))
         self._continues = False
         self._each(lambda logger: logger.log_metrics(values, step=row["step"]))
 

@@ -123,8 +123,16 @@ def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> Non
     assert runs.take_over(run) is None
     os.utime(data / "train.csv", (began - 1, began - 1))
     (runs.directory(run) / ".lock").parent.mkdir(parents=True)
-    (runs.directory(run) / ".lock").touch()  # of a process that was killed early
+    (runs.directory(run) / "notes").touch()
+    assert runs.take_over(run) is None  # for these notes are not ours
+    (runs.directory(run) / "notes").unlink()
+    for name in (".lock", f".settings.json.{32 * '0'}.tmp.json"):  # of a process that was killed early
+        (runs.directory(run) / name).touch()
+    (other.directory(run) / "settings.json").rename(
+        other.directory(run) / "config.json"
+    )  # its name in earlier versions
     assert runs.take_over(run) == other.directory(run)
+    assert sorted(path.name for path in runs.folder.iterdir()) == [run.name]
 
 
 @pytest.mark.parametrize("name", ["predictions.parquet", "metrics.csv"])

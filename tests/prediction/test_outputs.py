@@ -177,7 +177,13 @@ def test_a_full_disk(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch)
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
-def test_a_file_made_meanwhile_is_not_replaced(table: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_made_meanwhile_is_not_replaced(table: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError("not on this file system")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
     out = table.with_name("out.csv")
 
     def made_meanwhile() -> Iterator[tuple[Rows, list[list[Any]]]]:

@@ -317,16 +317,17 @@ def test_a_directory_has_one_writer(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}, "a refused one does not stay the holder"
 
 
-@pytest.mark.parametrize("job", [None, "12"])
+@pytest.mark.parametrize("restarts", [None, "0", "1"])
 def test_a_requeued_job_waits_for_the_lock_of_a_dead_node(
-    tmp_path: Path, job: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, restarts: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_directory, "DEAD_NODE_SECONDS", 0.1)
-    if job is not None:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
-    with claimed(tmp_path, wanted(tmp_path))[0], pytest.raises(UserError, match="is being written by"):
-        claimed(tmp_path, wanted(tmp_path, resume=True))
-    assert ("waiting for it" in capsys.readouterr().out) == (job is not None)
+    with claimed(tmp_path, wanted(tmp_path))[0]:
+        if restarts is not None:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with pytest.raises(UserError, match="is being written by"):
+            claimed(tmp_path, wanted(tmp_path, resume=True))
+    assert ("waiting for it" in capsys.readouterr().out) == (restarts == "1")
 
 
 @pytest.mark.parametrize("with_checkpoint", [False, True])

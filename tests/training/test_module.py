@@ -40,7 +40,9 @@ def test_a_run_that_continues_with_other_kernels_says_so(
     config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
     task = OneLabel(["bad", "good"])
-    before, after = (FineTuning(classifier, config.training, task, 1, {}, kernels) for kernels in ("compiled", "no"))
+    before, after = (
+        FineTuning(classifier, config.training, task, 1, {}, kernels) for kernels in ("compiled", "no: why")
+    )
     checkpoint: dict[str, Any] = {"state_dict": {}}
     before.on_save_checkpoint(checkpoint)
     before.on_load_checkpoint(checkpoint)
