@@ -79,6 +79,21 @@ def test_a_signalled_array_task_is_requeued_and_ends_as_if_nothing_had_happened(
     assert result["test"]["loss"] == read_result(tmp_path / "local")["test"]["loss"]
 
 
+def test_a_job_that_is_signalled_before_its_run_begins_is_requeued(
+    ready: Cluster, flags: list[str], tmp_path: Path
+) -> None:
+    activate, begun = tmp_path / "venv" / "bin" / "activate", tmp_path / "begun"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"touch '{begun}'\nsleep 2\n")  # as modules and conda may take their time
+    job = ready.submit(f"--export=ALL,FINETUNE_VENV={tmp_path / 'venv'}", str(SCRIPT), *flags).stdout.strip()
+    wait_until(begun.exists, "the environment")
+    ready.command("scancel", "--batch", f"--signal={signal.SIGUSR1.name}", job)
+    wait_until(lambda: "JobState=PENDING" in ready.job(job), "the requeue")
+    assert "Restarts=1" in ready.job(job)
+    assert not (ready.submit_folder / "runs").exists(), "no run was started"
+    ready.command("scancel", job)
+
+
 def test_two_tasks_train_as_one_process_does(ready: Cluster, flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, "--epochs", "2", "--limit_train", "64"]
     log = tmp_path / "log"
