@@ -3,12 +3,13 @@
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def daemons(folder: Path) -> list[list[str]]:
     ]
 
 
+def kill_all_of(folder: Path) -> None:
+    """Ends what the daemons leave: forks of slurmd may outlive it."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(folder).encode() in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
 @contextmanager
 def running_cluster(submit_folder: Path) -> Iterator[Cluster]:
     """Starts the daemons, and ends them with all their jobs. Only one at a time: its jobs share this machine."""
@@ -127,6 +136,7 @@ def running_cluster(submit_folder: Path) -> Iterator[Cluster]:
     environment |= {"PATH": DAEMON_PATH, "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm")))
+        stack.callback(kill_all_of, folder)
         configure(folder)
         environment["SLURM_CONF"] = str(folder / "slurm.conf")
         cluster = Cluster(environment, submit_folder)
