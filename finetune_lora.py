@@ -7,8 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.caches import cache_table, clear_caches, remove_left_over
@@ -25,7 +23,6 @@ from finetuning.processes import (
     stoppable,
 )
 from finetuning.processor import limit_libraries
-from finetuning.runs.adapters import Adapter
 from finetuning.runs.directory import (
     check_directory,
     check_same,
@@ -36,18 +33,16 @@ from finetuning.runs.directory import (
 )
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, read_settings
 from finetuning.runs.recording import recorded
-from finetuning.runs.records import data_hashes, data_record, headline, test_record, train_record
+from finetuning.runs.records import data_hashes, data_record, test_record, train_record
+from finetuning.training.setup import Setup
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
     import lightning.pytorch as pl
 
     from finetuning.data.texts import TextData
-    from finetuning.data.tokens import TokenizedSplit
     from finetuning.models.classifier import Classifier
     from finetuning.training.callbacks import GracefulStop, Meter
-    from finetuning.training.hardware import Hardware
     from finetuning.training.module import FineTuning
-    from finetuning.training.tasks import Task
     from finetuning.training.trackers import Trackers
 
 DESCRIPTION = "Fine-tune a text classifier, an encoder or a decoder: LoRA, QLoRA, the last layers or all weights."
@@ -154,35 +149,6 @@ def print_estimate(config: RunConfig) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one run
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything that a run needs before it builds the model. All checks of the input are done."""
-
-    config: RunConfig
-    directory: Path
-    hardware: "Hardware"
-    model_folder: Path
-    texts: "TextData"
-    task: "Task"
-    advice: list[str]
-    splits: "dict[str, TokenizedSplit]"
-    pad_id: int
-    adapter: Adapter | None = None  # of --init_adapter
-    checkpoint: Path | None = None  # to continue from
-    lock: AbstractContextManager[object] = field(default_factory=nullcontext)  # of the directory
-    origin: dict[str, Any] = field(default_factory=dict)  # what a continued run must find again
-
-    def headline(self, classifier: "Classifier") -> str:
-        """The text that the run prints before training."""
-        from finetuning.training.hardware import kernels_used
-
-        data, kernels = (
-            data_record(self.texts, self.splits),
-            kernels_used(classifier, self.config.hardware, self.hardware),
-        )
-        return headline(self.config, data, self.hardware.described, kernels, self.advice)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
