@@ -33,7 +33,7 @@ from finetuning.runs.directory import (
 )
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, read_settings
 from finetuning.runs.recording import recorded
-from finetuning.runs.records import data_hashes, data_record, test_record, train_record
+from finetuning.runs.records import command_line, data_hashes, data_record, test_record, train_record
 from finetuning.training.setup import Setup
 
 if TYPE_CHECKING:  # functions import torch themselves, so that a wrong flag fails before torch is loaded
@@ -221,7 +221,7 @@ def prepare(config: RunConfig) -> Setup:
         threads = None if hardware.on_gpu else get_num_threads()
         adapted = {} if adapter is None else adapter.file_hashes()
         hashes = {"base_model": file_hashes(folder), "data": data_hashes(texts, splits), "adapter": adapted}
-        origin = hashes | {"threads": threads, "job": slurm_job()}
+        origin = hashes | {"threads": threads, "job": slurm_job(), "command": command_line(sys.argv)}
         lock, config, checkpoint = claimed_directory(directory, config, origin)
         share_directory(directory)
         remove_left_over()

@@ -281,6 +281,10 @@ def test_a_requeued_job_whose_run_has_finished_does_nothing(
     assert main([*words, "--resume", "auto"]) == 0
     assert "has finished: nothing to do" in capsys.readouterr().out
     assert (tmp_path / "run" / "result.json").read_bytes() == before
+    weights = tmp_path / "run" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert main([*words, "--resume", "auto"]) == 2
+    assert "adapter_model.safetensors was changed after its run wrote it" in capsys.readouterr().err
 
 
 def test_ctrl_c_behind_a_pipe_whose_reader_it_ends_first(
@@ -394,6 +398,8 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     for part in ("validation", "test"):
         assert result_of(whole)[part]["loss"] == result_of(broken_run)[part]["loss"]
     result = result_of(broken_run)
+    assert "--resume" not in result["command"], "it is the one that repeats the run"
+    assert "--dropout 0.1" in result["command"]
     assert result["train"]["steps"] == result_of(whole)["train"]["steps"]
     assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
 

@@ -379,7 +379,7 @@ def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: 
     refused(f"{ADAPTER} cannot be read")
     shutil.copy(runs["full"] / TRAINED_WEIGHTS, tmp_path / ADAPTER)
     refused("does not contain the weights of this run")
-    assert "must be a finished run, but has no result.json" in refusal(capsys, tmp_path / "nowhere", "--text", "a film")
+    assert "nowhere: no such directory: give the one of" in refusal(capsys, tmp_path / "nowhere", "--text", "a film")
     assert "must be a finished run" in refusal(capsys, tmp_path / RESULT, "--text", "a film")
 
 

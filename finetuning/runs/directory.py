@@ -17,6 +17,8 @@ from finetuning.runs.files import (
     RESULT,
     RUN_FILES,
     SETTINGS,
+    SUMMED,
+    check_unchanged,
     read_origin,
     read_result,
     read_settings,
@@ -24,7 +26,7 @@ from finetuning.runs.files import (
     settings_file,
     write_settings,
 )
-from finetuning.runs.lock import DirectoryLock
+from finetuning.runs.lock import DirectoryLock, holder
 from finetuning.settings import AUTO
 from finetuning.storage import TEMPORARY, cannot_be_written_in, remove
 
@@ -62,6 +64,8 @@ def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
     if held and not holds_run:
         damaged = f", or a run whose {SETTINGS} is damaged" if SETTINGS in held else ""
         raise UserError(f"{flag}: contains a {held[0]} from another program{damaged}: give another directory")
+    if holds_run and not overwrite and (other := holder(directory)) is not None:
+        raise UserError(f"{flag}: is being written by {other}: wait, or give another directory")
     if holds_run and not overwrite:
         file = held[0] if held else OLD_SETTINGS
         ways = "or --overwrite" if read_status(directory) == "finished" else "--resume or --overwrite"
@@ -92,7 +96,7 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
         The configuration; ``None`` if ``--resume auto`` finds that the run has finished.
 
     Raises:
-        UserError: the flags are refused, or contradict the run to continue.
+        UserError: the flags are refused, or contradict the run to continue, or a file of a finished one was changed.
     """
     if not (given.get("resume") and "output_dir" in given):
         return RunConfig.from_settings(**{**defaults, **given})
@@ -105,6 +109,8 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
         return RunConfig.from_settings(**{**defaults, **given}).changed(resume=False)
     if automatic and _status(directory) == "finished":
         continued(_stored_settings(directory), given)  # refuses flags that contradict the run
+        for name in SUMMED:
+            check_unchanged(directory / name)
         if not is_helper():
             with suppress(UserError), DirectoryLock(directory):  # not if it is read-only, or another process does it
                 forget_unneeded(directory)  # the process may have been killed between its last two steps
@@ -199,6 +205,8 @@ def claimed_directory(
             continued(interrupted_settings(directory), config.to_dict())
             if lock.killed:
                 print(f"{lock.killed} {KILLED}", flush=True)
+            began = {key: value for key, value in read_origin(directory).items() if key == "command"}
+            origin = origin | began
         config, checkpoint = continuation(config, directory)
         if checkpoint is not None:
             origin = _same_origin(directory, config, origin)

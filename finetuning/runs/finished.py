@@ -7,7 +7,9 @@ from typing import Any
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import Answers, read_answers
-from finetuning.runs.files import PREDICTIONS, RESULT, check_unchanged, read_result
+from finetuning.runs.files import PREDICTIONS, RESULT, check_unchanged, read_result, settings_file
+
+CONTINUE = "If nothing writes it, continue it: python finetune_lora.py --resume --output_dir"
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,16 @@ def read_finished(directory: Path) -> FinishedRun:
     try:
         result = read_result(directory)
     except FileNotFoundError:
-        raise UserError(f"{wanted}, but has no {RESULT}") from None
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory: give the one of a finished run") from None
+        begun = f": it has not ended. {CONTINUE} {directory}" if settings_file(directory) else ""
+        raise UserError(f"{wanted}, but has no {RESULT}{begun}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{wanted}, but {RESULT} cannot be read: {first_line(error)}") from None
     status = result.get("status")
     if status != "finished":
-        raise UserError(f"{wanted}, but its status is {status!r}")
+        way = f". {CONTINUE} {directory}" if status == "interrupted" else ""
+        raise UserError(f"{wanted}, but its status is {status!r}{way}")
     try:
         settings, data = result["config"], result["data"]
         found = {name: column for name, column in data.get("columns", {}).items() if not settings[name]}  # in a hub set

@@ -95,6 +95,16 @@ class DirectoryLock:
             self._file.close()
 
 
+def holder(directory: Path) -> str | None:
+    """Who holds a directory, as ``who`` says it; ``None`` if nobody does. Changes nothing."""
+    with suppress(OSError), (directory / LOCK).open(encoding="utf8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return who(file.read()) or "another process"
+    return None
+
+
 def who(content: str) -> str | None:
     """``process 12 on HOST since TIME``, from a lock's content; ``None`` if it says nothing."""
     try:

@@ -3,7 +3,7 @@
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import Interrupted, first_line, is_out_of_memory, say
 from finetuning.processes import is_helper, undisturbed
 from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint
-from finetuning.runs.files import RESULT, write_result
+from finetuning.runs.files import RESULT, read_origin, write_result
 from finetuning.runs.records import command_line, summary
 
 NO_PRIMITIVE = "could not create a primitive"  # oneDNN says no more if it finds no memory
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = (
 @contextmanager
 def recorded(directory: Path, config: RunConfig) -> Iterator[dict[str, Any]]:
     """Writes ``result.json``, whether the steps in the context finish, fail or are interrupted."""
-    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": command_line(sys.argv)}
+    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": _command(directory)}
     try:
         yield result
         result["status"] = "finished"
@@ -43,6 +43,14 @@ def recorded(directory: Path, config: RunConfig) -> Iterator[dict[str, Any]]:
         say(f"failed: {result['error']}", sys.stderr)
         if config.run.verbose:
             say(result["traceback"], sys.stderr)
+
+
+def _command(directory: Path) -> str:
+    """The command that began the run: the one that continues it would not repeat it."""
+    with suppress(OSError, ValueError, KeyError):
+        if (began := read_origin(directory).get("command")) is not None:
+            return str(began)
+    return command_line(sys.argv)
 
 
 def _reason(error: Exception) -> str:

@@ -100,5 +100,6 @@ def check_best(path: Path) -> None:
     """
     if not is_intact(path):
         raise TrainingFailed(
-            f"{path} is missing or damaged, and no other file has the best weights so far: start over with --overwrite"
+            f"{path} is missing or damaged, and no other file has the best weights so far: start over with the run's"
+            f" flags and --overwrite"
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from finetuning.errors import TrainingFailed
+from finetuning.errors import TrainingFailed, say
 from finetuning.models.classifier import Classifier
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.processes import is_helper
@@ -130,6 +130,8 @@ class FineTuning(pl.LightningModule):
         if before not in (None, now) and not is_helper():  # older checkpoints have none
             text = f"the run's CPU kernels were: {before}; now: {now}: results will not be bit-identical"
             print(f"warning: {text}", file=sys.stderr)
+        if not is_helper():
+            say(f"continuing after step {checkpoint['global_step']} of {self.total_steps}")
         self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Lightning's trainer for a run, and a context that hides Lightning's notes."""
 
 import logging
+import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +12,36 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers import subprocess_script as launchers
 
 from finetuning.runs.files import BEST_CHECKPOINT
 from finetuning.settings import HardwareSettings, TrainingSettings
 from finetuning.training.callbacks import PatientStop, ProgressBar, ProgressLines
 from finetuning.training.checkpoints import BestCheckpoint, CheckpointFiles, LastCheckpoint
 from finetuning.training.hardware import Hardware
+
+GRACE_SECONDS = 30.0  # for a process that hangs: the others end within a minute
+
+
+class PatientObserver(subprocess_script._ChildProcessObserver):
+    """Lightning's watch over the processes that it starts: if one dies, it kills the others, the first one as well.
+
+    The first process notices the death itself, says so in one line and writes its result. Here it has the time for it.
+    """
+
+    def _terminate_all(self) -> None:
+        time.sleep(GRACE_SECONDS)  # the thread ends with its process
+        super()._terminate_all()
+
+
+def _observe(child_processes: list[Any]) -> None:
+    PatientObserver(main_pid=os.getpid(), child_processes=child_processes).start()
+
+
+launchers._launch_process_observer = _observe  # Lightning has no setting for it
 
 
 def make_trainer(

@@ -308,10 +308,12 @@ def test_a_directory_has_one_writer(tmp_path: Path) -> None:
     lock, _, checkpoint = claimed(tmp_path, wanted(tmp_path))
     with lock:
         assert (lock.killed, checkpoint) == (None, None)
+        assert "is being written by process " in refusal(tmp_path)
         for flags in ({"resume": True}, {"overwrite": True}, {}):
             with pytest.raises(UserError, match=f"--output_dir {tmp_path}: is being written by process "):
                 claimed(tmp_path, wanted(tmp_path, **flags))
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}
+    assert "already contains a run" in refusal(tmp_path)
     with pytest.raises(UserError, match="another run has just started"):
         claimed(tmp_path, wanted(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS}, "a refused one does not stay the holder"

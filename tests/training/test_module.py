@@ -43,10 +43,11 @@ def test_a_run_that_continues_with_other_kernels_says_so(
     before, after = (
         FineTuning(classifier, config.training, task, 1, {}, kernels) for kernels in ("compiled", "no: why")
     )
-    checkpoint: dict[str, Any] = {"state_dict": {}}
+    checkpoint: dict[str, Any] = {"state_dict": {}, "global_step": 1}
     before.on_save_checkpoint(checkpoint)
     before.on_load_checkpoint(checkpoint)
-    assert capsys.readouterr().err == ""
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("continuing after step 1 of 1\n", "")
     after.on_load_checkpoint(checkpoint)
     line = "warning: the run's CPU kernels were: compiled; now: no: results will not be bit-identical\n"
     assert capsys.readouterr().err == line
