@@ -118,7 +118,7 @@ class Campaign:
         records = [record for fault in self.faults for record in self.done.get(fault.name, {}).values()]
         commits = Counter(record["commit"] for record in records)
         tried = ", ".join(f"{count} of commit {commit}" for commit, count in commits.items()) or "none"
-        return f"Trials: {tried}. The command of a line, with its first column as NAME: `{COMMAND}`."
+        return f"Trials: {tried}.\nThe command of a line, with its first column as NAME: `{COMMAND}`."
 
 
 def commit() -> str:
