@@ -94,9 +94,10 @@ class Campaign:
         for fault in self.faults:
             records = self.done.get(fault.name, {}).values()
             seen = Counter(record["seen"] if record["kept"] else "broken" for record in records)
-            shown = "; ".join(f"{count} {text}" for text, count in seen.most_common()) or fault.missing() or "not tried"
+            shown = [f"{count} {text}" for text, count in seen.most_common()] or [fault.missing() or "not tried"]
             kept = sum(record["kept"] for record in records)
-            lines.append(f"| {fault.name} | {len(records)} | {kept} | {fault.promise} | {shown} |")
+            lines.append(f"| {fault.name} | {len(records)} | {kept} | {fault.promise} | {shown[0]} |")
+            lines += [f"| | | | | {more} |" for more in shown[1:]]
         return "\n".join([*lines, "", *self.disturbed(), self.trials_of_commits()])
 
     def disturbed(self) -> list[str]:
@@ -108,10 +109,8 @@ class Campaign:
                 for what, names in record.get("disturbed", {}).items():
                     counts.setdefault(what, Counter()).update(names)
             for what, names in counts.items():
-                lines.append(
-                    f"| {fault.name} | {what} | {', '.join(f'{n} {name}' for name, n in names.most_common())} |"
-                )
-        return ["| fault | what | how often |", "|---|---|---|", *lines, ""] if lines else []
+                lines += [f"| {fault.name} | {what} | {name} | {count} |" for name, count in names.most_common()]
+        return ["| fault | what | which | how often |", "|---|---|---|---|", *lines, ""] if lines else []
 
     def trials_of_commits(self) -> str:
         """How many trials each commit of the code did, and the command that repeats a line."""
