@@ -31,7 +31,7 @@ from finetuning.runs.directory import (
     default_directory,
     settings_to_run,
 )
-from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, read_settings
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, read_origin, read_settings
 from finetuning.runs.recording import recorded
 from finetuning.runs.records import command_line, data_hashes, data_record, test_record, train_record
 from finetuning.training.setup import Setup
@@ -101,9 +101,11 @@ def restore_report(given: dict[str, Any]) -> None:
     from local_model_utilities import find_base_model
 
     def unchanged_texts() -> "TextData":
-        texts, folder = load_texts(config.data, config.run.offline), find_base_model(config)
-        splits = tokenize(texts, load_tokenizer(config.model.model_name, folder), config.data, config.run.test)
-        check_same(directory, "data", data_hashes(texts, splits))
+        texts = load_texts(config.data, config.run.offline)
+        if "data" in read_origin(directory):  # a run of an earlier version recorded no hashes
+            tokenizer = load_tokenizer(config.model.model_name, find_base_model(config))
+            splits = tokenize(texts, tokenizer, config.data, config.run.test)
+            check_same(directory, "data", data_hashes(texts, splits))
         return texts
 
     directory = given["output_dir"]

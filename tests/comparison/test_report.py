@@ -50,6 +50,7 @@ def committed() -> dict[Path, bytes | None]:
     return build_report(RESULTS, PAGES)
 
 
+@pytest.mark.xdist_group("committed")  # in one process: the report is built once
 def test_the_committed_report_is_that_of_the_committed_runs(committed: dict[Path, bytes | None]) -> None:
     """Plots depend on the version of matplotlib, so only texts are compared; the HTML page is not committed."""
     for path, content in committed.items():
@@ -78,6 +79,7 @@ def test_every_table_has_a_place_on_its_page(page: Path, names: tuple[str, ...])
         assert shown.strip(), name
 
 
+@pytest.mark.xdist_group("committed")
 def test_the_short_table_of_earlier_work_fits_on_a_screen(committed: dict[Path, bytes | None]) -> None:
     readme = (committed[README] or b"").decode()
     (text,) = re.findall("(<!-- earlier_work_short:begin -->\n.*?<!-- earlier_work_short:end -->)", readme, re.DOTALL)
