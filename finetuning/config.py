@@ -201,15 +201,6 @@ def parsed_class_weights(setting: str) -> dict[str, float]:
     return weights
 
 
-def _is_text(value: str) -> bool:
-    """Whether a word of the command line can be written as UTF-8. Some names of files cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _is_path(name: str) -> bool:
     return name in FLAGS and FLAGS[name].kind is Path
 
@@ -259,7 +250,9 @@ def _resolved(given: dict[str, Any]) -> dict[str, Any]:
         if wanted != method:
             raise UserError(f"--{name} {given[name]}: needs --method {wanted}, but the method is {method}")
     defaults = {name: flag.default for name, flag in FLAGS.items()}
-    _check_combinations(SimpleNamespace(**defaults | dict.fromkeys(_LORA_FLAGS) | given))
+    settings = SimpleNamespace(**defaults | dict.fromkeys(_LORA_FLAGS) | given)
+    _check_names(settings)
+    _check_combinations(settings)
     defaults |= _dependent_defaults(SimpleNamespace(**defaults | given))
     values = defaults | given
     _check_ranges(SimpleNamespace(**values))
@@ -295,6 +288,20 @@ def _dependent_defaults(s: SimpleNamespace) -> dict[str, Any]:
     if s.method == "lora" and s.q_lora:
         defaults["double_quantization"] = True
     return defaults
+
+
+def _check_names(s: SimpleNamespace) -> None:
+    """Refuses names of files that no text can hold, and an adapter that its own run would replace."""
+    for name, value in vars(s).items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--{name} {value}: is not valid UTF-8: rename it") from None
+    folders = (s.init_adapter, s.output_dir)
+    if None not in folders and len(set(map(os.path.realpath, folders))) == 1:
+        raise UserError(
+            f"--init_adapter {s.init_adapter}: is --output_dir as well, whose files a run replaces: give another one"
+        )
 
 
 def _check_combinations(s: SimpleNamespace) -> None:
@@ -351,12 +358,6 @@ def _check_combinations(s: SimpleNamespace) -> None:
     )
     require(not (s.resume and s.overwrite), "resume", "cannot be used with --overwrite")
     require(not s.resume or s.output_dir is not None, "resume", "needs --output_dir PATH, the run to continue")
-    folders = (s.init_adapter, s.output_dir)
-    same = None not in folders and len(set(map(os.path.realpath, folders))) == 1
-    require(not same, "init_adapter", "is --output_dir as well, whose files a run replaces: give another directory")
-    for name, value in vars(s).items():
-        encodable = not isinstance(value, str | Path) or _is_text(str(value))
-        require(encodable, name, "is not valid UTF-8: rename it")
     require(not (s.estimate and s.devices * s.num_nodes > 1), "estimate", "needs --devices 1 and --num_nodes 1")
     if s.class_weights not in ("none", "balanced"):
         parsed_class_weights(s.class_weights)
