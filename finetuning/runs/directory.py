@@ -26,7 +26,7 @@ from finetuning.runs.files import (
     settings_file,
     write_settings,
 )
-from finetuning.runs.lock import DirectoryLock, holder
+from finetuning.runs.lock import DirectoryLock, holder, in_use
 from finetuning.settings import AUTO
 from finetuning.storage import TEMPORARY, cannot_be_written_in, remove
 
@@ -65,7 +65,7 @@ def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
         damaged = f", or a run whose {SETTINGS} is damaged" if SETTINGS in held else ""
         raise UserError(f"{flag}: contains a {held[0]} from another program{damaged}: give another directory")
     if holds_run and not overwrite and (other := holder(directory)) is not None:
-        raise UserError(f"{flag}: is being written by {other}: wait, or give another directory")
+        raise in_use(directory, other)
     if holds_run and not overwrite:
         file = held[0] if held else OLD_SETTINGS
         ways = "or --overwrite" if read_status(directory) == "finished" else "--resume or --overwrite"

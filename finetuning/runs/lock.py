@@ -21,6 +21,7 @@ from finetuning.errors import UserError
 
 LOCK = ".lock"
 LOOK_AGAIN_SECONDS = 0.5
+ANOTHER = "another process"  # whose name the lock does not say
 
 
 class DirectoryLock:
@@ -63,16 +64,14 @@ class DirectoryLock:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 with file:
-                    holder = who(file.read()) or "another process"
+                    other = who(file.read()) or ANOTHER
                 if time.monotonic() < until:
                     if not waits:
-                        print(f"{directory} is held by {holder}: waiting for it", flush=True)
+                        print(f"{directory} is held by {other}: waiting for it", flush=True)
                     waits = True
                     time.sleep(LOOK_AGAIN_SECONDS)
                     continue
-                raise UserError(
-                    f"--output_dir {directory}: is being written by {holder}: wait, or give another directory"
-                ) from None
+                raise in_use(directory, other) from None
             except OSError as error:
                 print(f"warning: {directory} cannot be locked ({error.strerror}): start no second run", file=sys.stderr)
                 return file
@@ -101,8 +100,13 @@ def holder(directory: Path) -> str | None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return who(file.read()) or "another process"
+            return who(file.read()) or ANOTHER
     return None
+
+
+def in_use(directory: Path, other: str) -> UserError:
+    """The refusal of a directory that ``other`` holds."""
+    return UserError(f"--output_dir {directory}: is being written by {other}: wait, or give another directory")
 
 
 def who(content: str) -> str | None:
