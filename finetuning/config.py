@@ -119,13 +119,12 @@ class RunConfig:
         """A copy with other values. Defaults that depend on them are not computed again."""
         return self.from_settings(**{**self._values(), **changes})
 
-    @property
-    def instead_of_hub(self) -> str:
-        """The flags to advise if the hub cannot be reached."""
+    def instead_of_hub(self, packaged: bool = True) -> str:
+        """The flags to advise if the hub cannot be reached; without ``packaged``, no packages."""
         advice = f"--model_name {PACKAGED} or --model_name PATH"
         if self.data.data_dir is not None:
             return advice
-        packaged = traits_of(self.data.dataset).packaged and not self.run.prefetch
+        packaged = packaged and traits_of(self.data.dataset).packaged
         files = "--dataset text --data_dir PATH" if hub_name(self.data.dataset) else "--data_dir PATH"
         return f"{advice}, and {files}" + ("; or --offline for packaged model and reviews" if packaged else "")
 
@@ -149,7 +148,7 @@ class RunConfig:
         ]
 
 
-def continued(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
+def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
     """The configuration with which ``--resume`` continues a run.
 
     Args:
@@ -358,10 +357,8 @@ def _check_combinations(s: SimpleNamespace) -> None:
     )
     require(not (s.resume and s.overwrite), "resume", "cannot be used with --overwrite")
     require(not s.resume or s.output_dir is not None, "resume", "needs --output_dir PATH, the run to continue")
-    require(not (s.estimate and s.devices * s.num_nodes > 1), "estimate", "needs --devices 1 and --num_nodes 1")
     if s.class_weights not in ("none", "balanced"):
         parsed_class_weights(s.class_weights)
-    require(not (s.prefetch and s.offline), "prefetch", "needs the network: leave out --offline")
 
 
 def _excludes_int8(s: SimpleNamespace) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.settings import AUTO, FLAGS, SECTIONS
+from finetuning.settings import AUTO, COMMANDS, FLAGS, SECTIONS, CommandSettings
 
 ALLOWED = {  # by type
     "int": "a whole number",
@@ -77,8 +77,9 @@ def make_parser(description: str, defaults: dict[str, Any] | None = None) -> arg
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )
-    groups = {name: parser.add_argument_group(name, kind.__doc__) for name, kind in SECTIONS.items()}
-    for flag in FLAGS.values():
+    kinds = SECTIONS | {"command": CommandSettings}
+    groups = {name: parser.add_argument_group(name, kind.__doc__) for name, kind in kinds.items()}
+    for flag in (FLAGS | COMMANDS).values():
         shown = (defaults or {}).get(flag.name, flag.shown)
         options: dict[str, Any] = {"help": f"{flag.help} (default: {shown})".replace("%", "%%")}
         if flag.choices:
@@ -106,10 +107,19 @@ def given_flags(argv: Sequence[str], description: str = "", defaults: dict[str, 
     return vars(make_parser(description, defaults).parse_args(argv))
 
 
+def split_command(given: dict[str, Any]) -> tuple[CommandSettings, dict[str, Any]]:
+    """What the command does instead of a run, and the settings of a run, from the result of ``given_flags``."""
+    commands = {name: value for name, value in given.items() if name in COMMANDS}
+    return CommandSettings(**commands), {name: value for name, value in given.items() if name not in COMMANDS}
+
+
 def from_flags(argv: Sequence[str]) -> RunConfig:
     """The configuration for these command-line flags.
 
     Raises:
         UserError: a flag does not exist, or a value is not allowed.
     """
-    return RunConfig.from_settings(**given_flags(argv))
+    instead, given = split_command(given_flags(argv))
+    config = RunConfig.from_settings(**given)
+    instead.check(config.hardware, config.run)
+    return config

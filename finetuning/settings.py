@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetuning.datasets import DATASETS
+from finetuning.errors import UserError
 
 PACKAGED = "packaged"  # the model that requirements-offline.txt installs
 DEFAULT_MODEL = "distilbert-base-uncased"
@@ -258,7 +259,7 @@ class HardwareSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Run directory, and other modes of the command."""
+    """Run directory, and what is written."""
 
     output_dir: Path | None = setting(None, "Run directory; must not contain a run yet.", "runs/DATASET-METHOD-TIME")
     resume: bool = setting(
@@ -273,10 +274,6 @@ class RunSettings:
     )
     checkpoint_steps: int = setting(0, "Inside an epoch, write a checkpoint every N steps; 0: see minutes.", at_least=0)
     offline: bool = setting(False, "Never use the network: model and data must be packaged or local.")
-    estimate: bool = setting(False, "Measure a few steps, print the memory and time that the run needs, and stop.")
-    prefetch: bool = setting(False, "Download model and data into the caches and stop.")
-    cache_info: bool = setting(False, "Print the sizes of the caches (tokens, downloads, kernels) and stop.")
-    cache_clear: bool = setting(False, "Empty these caches and stop.")
     test: bool = setting(True, "Evaluate the test split once, at the end.")
     report: bool = setting(True, "Write report.html into the run directory.")
     report_texts: bool = setting(True, "Show held-out texts in report.html; False keeps them out of it.")
@@ -300,6 +297,27 @@ SECTIONS: dict[str, type] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommandSettings:
+    """Instead of a run."""
+
+    estimate: bool = setting(False, "Measure a few steps, print the memory and time that the run needs, and stop.")
+    prefetch: bool = setting(False, "Download model and data into the caches and stop.")
+    cache_info: bool = setting(False, "Print the sizes of the caches (tokens, downloads, kernels) and stop.")
+    cache_clear: bool = setting(False, "Empty these caches and stop.")
+
+    def check(self, hardware: HardwareSettings, run: RunSettings) -> None:
+        """Refuses settings of a run with which this cannot be done.
+
+        Raises:
+            UserError: there are such settings.
+        """
+        if self.estimate and hardware.devices * hardware.num_nodes > 1:
+            raise UserError("--estimate True: needs --devices 1 and --num_nodes 1")
+        if self.prefetch and run.offline:
+            raise UserError("--prefetch True: needs the network: leave out --offline")
+
+
 @dataclass(frozen=True)
 class Flag:
     """One field of a section, as a command-line flag."""
@@ -315,9 +333,9 @@ class Flag:
     or_auto: bool
 
 
-def flags() -> Iterator[Flag]:
+def flags(sections: dict[str, type]) -> Iterator[Flag]:
     """Every setting, section by section."""
-    for section, kind in SECTIONS.items():
+    for section, kind in sections.items():
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             hint = hints[field.name]
@@ -332,4 +350,5 @@ def flags() -> Iterator[Flag]:
             )  # fmt: skip
 
 
-FLAGS = {flag.name: flag for flag in flags()}
+FLAGS = {flag.name: flag for flag in flags(SECTIONS)}  # of a run, as it is stored
+COMMANDS = {flag.name: flag for flag in flags({"command": CommandSettings})}

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import prediction
 from finetuning.export.plain import write_tokenizer
-from finetuning.models.pretrained import load_tokenizer
+from finetuning.models.base_model import load_tokenizer, read_base_model
 from finetuning.storage import write_json
 from tests.conftest import BAD, GOOD, tiny_classifier
 
@@ -20,7 +20,7 @@ def folder(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
         weight.data.mul_(4)
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
     model.save_pretrained(tmp_path / prediction.MODEL)
-    tokenizer = load_tokenizer("tiny", tiny_folders["distilbert"])
+    tokenizer = load_tokenizer(read_base_model("tiny", tiny_folders["distilbert"]))
     write_tokenizer(tmp_path / prediction.MODEL, tokenizer, 16)
     write_json(tmp_path / prediction.WORK, {"texts": [text * 3 for text in GOOD + BAD], "tokens": 100})
     return tmp_path

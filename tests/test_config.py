@@ -11,8 +11,8 @@ from finetuning.config import (
     NOT_PART_OF_THE_RUN,
     RunConfig,
     check_trackers,
-    continued,
     parsed_class_weights,
+    resumed_config,
 )
 from finetuning.errors import UserError
 from finetuning.flags import given_flags, make_parser
@@ -101,8 +101,8 @@ def test_defaults_of_data_sets() -> None:
         for config in (imdb, financial, config_of_flags("--dataset me/films"))
     ]
     assert columns == [("text", "label"), ("sentence", "label"), ("", "")]  # those of a hub set are found in it
-    assert imdb.instead_of_hub.endswith("and --data_dir PATH; or --offline for packaged model and reviews")
-    assert config_of_flags("--dataset me/films").instead_of_hub.endswith("and --dataset text --data_dir PATH")
+    assert imdb.instead_of_hub().endswith("and --data_dir PATH; or --offline for packaged model and reviews")
+    assert config_of_flags("--dataset me/films").instead_of_hub().endswith("and --dataset text --data_dir PATH")
 
 
 def test_offline_means_the_packaged_model() -> None:
@@ -363,7 +363,7 @@ STORED = "--lora_r 4 --output_dir d --optimizer adam --data_dir old"
 
 def resumed(stored: str, given: str) -> RunConfig:
     flags = given_flags([*given.split(), "--resume", "--output_dir", "d"])
-    return continued(json.loads(json.dumps(config_of_flags(stored).to_dict())), flags)
+    return resumed_config(json.loads(json.dumps(config_of_flags(stored).to_dict())), flags)
 
 
 def test_a_continued_run_has_its_stored_settings() -> None:
@@ -415,15 +415,15 @@ def test_more_epochs_at_a_level_rate() -> None:
 def test_fast_is_what_the_run_stored() -> None:
     stored = RunConfig.from_settings(precision="int8", output_dir=Path("d")).to_dict()
     given = {"precision": "fast", "resume": True, "output_dir": Path("d")}
-    assert continued(stored, given).hardware.precision == "int8"
+    assert resumed_config(stored, given).hardware.precision == "int8"
     with pytest.raises(UserError, match="--precision bf16: the run in d has --precision int8"):
-        continued(stored, given | {"precision": "bf16"})
+        resumed_config(stored, given | {"precision": "bf16"})
 
 
 @pytest.mark.parametrize("damaged", [{"lora_rank": 8}, {"epochs": -1}, {"epochs": "two"}])
 def test_stored_settings_that_make_no_sense_are_refused(damaged: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"^--resume: the settings stored in d cannot be used: "):
-        continued(damaged, {"output_dir": Path("d"), "resume": True})
+        resumed_config(damaged, {"output_dir": Path("d"), "resume": True})
 
 
 def test_what_may_change_exists() -> None:

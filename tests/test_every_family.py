@@ -248,16 +248,19 @@ def test_an_adapter_on_parts_of_fused_linears_is_continued(
     first.mkdir()
     save(first, earlier, RunConfig.from_settings(**settings))
     config = RunConfig.from_settings(model_name=str(folder), max_length=32, init_adapter=first)
-    config, adapter = adopt_adapter(config, folder)
-    classifier = build_classifier(config, folder, ["bad", "good"], torch.float32, adapter.linears).eval()
-    load_adapter(classifier, adapter, folder)
+    base = find_base_model(config)
+    assert config.lora is not None
+    decided, adapter = adopt_adapter(config.lora, base, moved=False)
+    config = config.changed(**decided)
+    classifier = build_classifier(config, base, ["bad", "good"], torch.float32, adapter.linears).eval()
+    load_adapter(classifier, adapter, base)
     assert ranks_and_alphas(classifier.model).keys() == ranks_and_alphas(earlier.model).keys()
     expected = earlier(**batch(model_type))
     torch.testing.assert_close(classifier(**batch(model_type)), expected, rtol=0, atol=1e-5)
     fill(classifier)  # trained on, saved, and loaded again
     second.mkdir()
     save(second, classifier, config)
-    again = load_classifier(second, config, folder, ["bad", "good"], torch.float32)
+    again = load_classifier(second, config, base, ["bad", "good"], torch.float32)
     assert torch.equal(again(**batch(model_type)), classifier(**batch(model_type)))
 
 

@@ -16,11 +16,13 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.numpy import load_file
 
-from finetune_lora import main, prepare
+from finetune_lora import main
 from finetuning.flags import given_flags
+from finetuning.materials import find_materials
 from finetuning.processor import VARIABLE, instructions
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import settings_to_run
+from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from tests.conftest import needs_int8, one_thread, write_reviews
 
@@ -437,7 +439,8 @@ def test_resume_with_other_texts_or_weights_is_refused(
     run = tmp_path / "run"
     config = settings_to_run(given_flags(flags(inputs, inputs, run)), {})
     assert config is not None
-    with prepare(config).lock:  # as if it had been killed after the first checkpoint
+    claim = claim_directory(run, read_inputs(config, find_materials(config)))
+    with claim.lock:  # as if it had been killed after the first checkpoint
         write_checkpoint(run / "last.ckpt", memoryview(b"weights\0\0"))
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     text = (inputs / changed).read_text(encoding="utf8")

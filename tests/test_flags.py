@@ -12,7 +12,7 @@ import pytest
 from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, from_flags, given_flags, make_parser, parse_bool
 from finetuning.runs.directory import settings_to_run
-from finetuning.settings import FLAGS, LORA_TARGETS, SECTIONS
+from finetuning.settings import COMMANDS, FLAGS, LORA_TARGETS, SECTIONS
 from tests.conftest import config_of_flags, lora_of_flags, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,8 +145,8 @@ def test_help_shows_every_flag_once_in_its_group_with_a_default() -> None:
             sections[title] = ""
         elif sections:
             sections[title] += f"{line}\n"
-    assert set(sections) == {*SECTIONS, "options"}
-    for flag in FLAGS.values():
+    assert set(sections) == {*SECTIONS, "command", "options"}
+    for flag in (FLAGS | COMMANDS).values():
         found = {title: body.count(f"\n  --{flag.name} ") for title, body in sections.items()}
         assert {title: count for title, count in found.items() if count} == {flag.section: 1}, flag.name
         entry = sections[flag.section].split(f"\n  --{flag.name} ")[1].split("\n  --")[0]

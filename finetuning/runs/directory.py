@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetuning.config import RunConfig, continued
+from finetuning.config import RunConfig, resumed_config
 from finetuning.errors import UserError, first_line
-from finetuning.processes import in_slurm_step, is_helper, slurm_job, was_requeued
+from finetuning.processes import in_slurm_step, is_helper, shared_directory, slurm_job, was_requeued
 from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
     OLD_SETTINGS,
@@ -27,11 +27,12 @@ from finetuning.runs.files import (
     write_settings,
 )
 from finetuning.runs.lock import DirectoryLock, holder, in_use
-from finetuning.settings import AUTO
+from finetuning.settings import AUTO, RunSettings
 from finetuning.storage import TEMPORARY, cannot_be_written_in, remove
 
 PARTS = {"base_model": "--model_name", "data": "--data_dir", "adapter": "--init_adapter"}  # of a run's origin
 DEAD_NODE_SECONDS = 180.0  # NFS keeps the lock of a node that died for 90 by default; its job may be here sooner
+START_OVER = {"resume": False, "overwrite": True}  # the settings of a run to continue that has no checkpoint
 KILLED = "ended without a result: it was killed, perhaps because memory ran out, or its machine stopped"
 
 
@@ -42,6 +43,22 @@ def default_directory(dataset: str, method: str) -> Path:
         moment = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     name = re.sub(r"[^\w.-]+", "-", dataset)  # a data set of the hub has a slash
     return Path("runs") / f"{name}-{method}-{moment}"
+
+
+def run_directory(run: RunSettings, dataset: str, method: str) -> Path:
+    """The directory of a run, in which it can start. Writes nothing.
+
+    Args:
+        run: ``output_dir``, ``resume`` and ``overwrite``.
+        dataset, method: they name the directory if ``output_dir`` is not given.
+
+    Raises:
+        UserError: as in ``check_directory`` and ``shared_directory``.
+    """
+    directory = run.output_dir or shared_directory() or default_directory(dataset, method)
+    if not is_helper():
+        check_directory(directory, run.resume, run.overwrite)
+    return directory
 
 
 def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
@@ -108,14 +125,14 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
     if automatic and settings_file(directory) is None:
         return RunConfig.from_settings(**{**defaults, **given}).changed(resume=False)
     if automatic and _status(directory) == "finished":
-        continued(_stored_settings(directory), given)  # refuses flags that contradict the run
+        resumed_config(_stored_settings(directory), given)  # refuses flags that contradict the run
         for name in SUMMED:
             check_unchanged(directory / name)
         if not is_helper():
             with suppress(UserError), DirectoryLock(directory):  # not if it is read-only, or another process does it
                 forget_unneeded(directory)  # the process may have been killed between its last two steps
         return None
-    return continued(interrupted_settings(directory), given)
+    return resumed_config(interrupted_settings(directory), given)
 
 
 def _begun_by_this_job(directory: Path) -> bool:
@@ -164,22 +181,18 @@ def _stored_settings(directory: Path) -> dict[str, Any]:
         raise UserError(f"--resume: --output_dir {directory}: {name} cannot be read: {first_line(error)}") from None
 
 
-def continuation(config: RunConfig, directory: Path) -> tuple[RunConfig, Path | None]:
-    """The checkpoint with which a run continues. Without one it starts over, so its settings change."""
-    if not config.run.resume:
-        return config, None
+def checkpoint_to_resume(directory: Path) -> Path | None:
+    """The checkpoint with which a run continues; ``None``, and a line that says so, if it has to start over."""
     checkpoint = usable_checkpoint(directory)
-    if checkpoint is not None:
-        return config, checkpoint
-    if not is_helper():
+    if checkpoint is None and not is_helper():
         kind = "no intact checkpoint" if has_checkpoint(directory) else "no checkpoint yet"
         print(f"{directory} has {kind}: starting over", flush=True)
-    return config.changed(resume=False, overwrite=True), None
+    return checkpoint
 
 
 def claimed_directory(
-    directory: Path, config: RunConfig, origin: dict[str, Any]
-) -> tuple[DirectoryLock, RunConfig, Path | None]:
+    directory: Path, settings: dict[str, Any], origin: dict[str, Any]
+) -> tuple[DirectoryLock, Path | None]:
     """Locks the directory and opens it, see ``open_directory``. If the last process was killed, it says so.
 
     Another process may have written in the directory since the settings were read. So a run to continue is read again
@@ -187,51 +200,54 @@ def claimed_directory(
 
     Args:
         directory: the run directory.
-        config: the run's settings.
+        settings: every setting of the run by name, from ``RunConfig.to_dict``.
         origin: what the run is made from, see ``write_settings``.
 
     Returns:
-        The lock, and what ``continuation`` gives.
+        The lock, and the checkpoint to continue from.
 
     Raises:
         UserError: a living process holds the directory, or the run in it has finished, is another one or was made
             from something else, or as ``open_directory``.
     """
     lock = DirectoryLock(directory, DEAD_NODE_SECONDS if was_requeued() else 0)
+    checkpoint, resume = None, settings["resume"]
     try:
-        if config.run.resume:
+        if resume:
             if _status(directory) == "finished":
                 raise UserError(f"--output_dir {directory}: meanwhile the run in it has finished: nothing to do")
-            continued(interrupted_settings(directory), config.to_dict())
+            resumed_config(interrupted_settings(directory), settings)
             if lock.killed:
                 print(f"{lock.killed} {KILLED}", flush=True)
             began = {key: value for key, value in read_origin(directory).items() if key == "command"}
             origin = origin | began
-        config, checkpoint = continuation(config, directory)
+            checkpoint = checkpoint_to_resume(directory)
         if checkpoint is not None:
-            origin = _same_origin(directory, config, origin)
-        open_directory(directory, config.to_dict(), config.run.resume, config.run.overwrite, origin)
+            origin = _same_origin(directory, settings, origin)
+        elif resume:
+            settings = settings | START_OVER
+        open_directory(directory, settings, origin)
     except BaseException:
         lock.release()
         raise
-    return lock, config, checkpoint
+    return lock, checkpoint
 
 
-def _same_origin(directory: Path, config: RunConfig, origin: dict[str, Any]) -> dict[str, Any]:
+def _same_origin(directory: Path, settings: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
     """What the run in the directory was made from, if a run from ``origin`` may continue it.
 
     Raises:
         UserError: base model, adapter, data or number of processes are others. Other threads only give a warning.
     """
-    stored, hardware = read_settings(directory), config.hardware
-    before = (stored.get("devices") or 1) * (stored.get("num_nodes") or 1)
-    if hardware.devices * hardware.num_nodes != before:
+    stored = read_settings(directory)
+    before = stored["devices"] * stored["num_nodes"]
+    if settings["devices"] * settings["num_nodes"] != before:
         raise UserError(
-            f"--devices {hardware.devices} --num_nodes {hardware.num_nodes}: the run in {directory} has {before}"
+            f"--devices {settings['devices']} --num_nodes {settings['num_nodes']}: the run in {directory} has {before}"
             f" processes, and --resume needs as many: their batches are cut for them"
         )
     for part in PARTS:
-        check_same(directory, part, origin[part])
+        check_origin(directory, part, origin[part])
     recorded = read_origin(directory)
     threads, now = recorded.get("threads"), origin["threads"]
     if None not in (threads, now) and threads != now:
@@ -243,7 +259,7 @@ def _same_origin(directory: Path, config: RunConfig, origin: dict[str, Any]) -> 
     return origin | recorded
 
 
-def check_same(directory: Path, part: str, found: dict[str, str]) -> None:
+def check_origin(directory: Path, part: str, found: dict[str, str]) -> None:
     """Checks that a part of what a run was made from is still the same. Runs of earlier versions recorded less.
 
     Args:
@@ -262,9 +278,7 @@ def check_same(directory: Path, part: str, found: dict[str, str]) -> None:
             )
 
 
-def open_directory(
-    directory: Path, settings: dict[str, Any], resume: bool, overwrite: bool, origin: dict[str, Any]
-) -> None:
+def open_directory(directory: Path, settings: dict[str, Any], origin: dict[str, Any]) -> None:
     """Makes the directory and writes the settings into it. Hold its lock.
 
     Without ``resume``, it first removes an earlier run's files; else only the result of its earlier part and damaged
@@ -273,6 +287,7 @@ def open_directory(
     Raises:
         UserError: the directory cannot be written, or another run has started in it since the check.
     """
+    resume, overwrite = settings["resume"], settings["overwrite"]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         earlier = settings_file(directory)

@@ -12,7 +12,8 @@ from finetuning.errors import Interrupted, first_line, is_out_of_memory, say
 from finetuning.processes import is_helper, undisturbed
 from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint
 from finetuning.runs.files import RESULT, read_origin, write_result
-from finetuning.runs.records import command_line, summary
+from finetuning.runs.messages import command_line, summary
+from finetuning.runs.records import RunRecord
 
 NO_PRIMITIVE = "could not create a primitive"  # oneDNN says no more if it finds no memory
 OUT_OF_MEMORY = (
@@ -22,27 +23,31 @@ OUT_OF_MEMORY = (
 
 
 @contextmanager
-def recorded(directory: Path, config: RunConfig) -> Iterator[dict[str, Any]]:
-    """Writes ``result.json``, whether the steps in the context finish, fail or are interrupted."""
-    result: dict[str, Any] = {"status": "failed", "config": config.to_dict(), "command": _command(directory)}
+def recorded(directory: Path, config: RunConfig) -> Iterator[RunRecord]:
+    """Writes ``result.json``, whether the steps in the context finish, fail or are interrupted.
+
+    The context gets the run's record to put its parts into. Afterwards its ``written`` is what was written.
+    """
+    record = RunRecord(config.to_dict(), _command(directory))
     try:
-        yield result
-        result["status"] = "finished"
+        yield record
+        record.status = "finished"
         if not is_helper():
-            say(summary(directory, result))
+            say(summary(directory, record.to_dict()))
     except (Interrupted, KeyboardInterrupt, SystemExit) as error:  # Lightning turns a second Ctrl-C into SystemExit
-        result["status"] = "interrupted"
+        record.status = "interrupted"
         if not is_helper():
             say(_interruption(directory, at_once=not isinstance(error, Interrupted)), sys.stderr)
     except Exception as error:
-        result |= {"error": _reason(error), "traceback": traceback.format_exc()}
+        record.status, record.error, record.traceback = "failed", _reason(error), traceback.format_exc()
+    record.written = record.to_dict()
     if not is_helper():
         with undisturbed():
-            _write_result(directory, result)
-    if result["status"] == "failed":
-        say(f"failed: {result['error']}", sys.stderr)
+            record.written = _written(directory, record.written)
+    if record.written["status"] == "failed":
+        say(f"failed: {record.written['error']}", sys.stderr)
         if config.run.verbose:
-            say(result["traceback"], sys.stderr)
+            say(record.written["traceback"], sys.stderr)
 
 
 def _command(directory: Path) -> str:
@@ -61,8 +66,8 @@ def _reason(error: Exception) -> str:
     return OUT_OF_MEMORY if is_out_of_memory(error) else line
 
 
-def _write_result(directory: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json``. If that fails, the run counts as failed."""
+def _written(directory: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Writes ``result.json`` and returns its content. If it cannot be written, the run counts as failed."""
     try:
         write_result(directory, result)
         if result["status"] == "finished":  # only now, so that a run killed before this point can continue
@@ -70,8 +75,8 @@ def _write_result(directory: Path, result: dict[str, Any]) -> None:
     except OSError as error:
         reason = f"{RESULT} cannot be written: {error.strerror}"
         earlier = f"{result['error']}; " if "error" in result else ""
-        result |= {"status": "failed", "error": earlier + reason}
-        result.setdefault("traceback", traceback.format_exc())
+        return {"traceback": traceback.format_exc()} | result | {"status": "failed", "error": earlier + reason}
+    return result
 
 
 def _interruption(directory: Path, at_once: bool) -> str:

@@ -1,18 +1,14 @@
-"""Records for ``result.json``, and the text that a run prints before and after training.
+"""What ``result.json`` holds: the record of a run, its parts, and the functions that make them.
 
-Nothing here imports torch, so a wrong flag fails at once.
+This module alone knows the names. ``RunRecord`` lists those of the first level, the classes above it those inside.
+Nothing here imports torch.
 """
 
+import functools
 import math
-import os
-import shlex
-import shutil
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from finetuning.config import RunConfig
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 SCORES = {  # as people read them
     "accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1", "mcc": "MCC", "auroc": "AUROC",
@@ -26,7 +22,112 @@ def score_names(several: bool) -> dict[str, str]:
     return SCORES | ({"accuracy": "exact match"} if several else {})
 
 
-def data_record(texts: Any, splits: Any) -> dict[str, Any]:
+class DataRecord(TypedDict, total=False):
+    """The texts of a run."""
+
+    source: str  # for people
+    columns: dict[str, str]  # text_column and label_column, as given or found
+    label_names: list[str]  # in the order of the logits
+    sizes: dict[str, int]  # split -> texts
+    tokens: dict[str, int]  # split -> tokens, without padding
+    leaks_dropped: int  # training texts that also appear in validation or test
+    notes: list[str]  # one sentence for each change of the data
+    padding_fraction: float  # of the tokens of all training batches
+
+
+class TrainRecord(TypedDict):
+    """The work of training, over all ranks. Padding tokens do not count."""
+
+    seconds: float  # wall clock, without validation
+    steps: int
+    batches: int
+    epochs: float
+    examples_per_second: float | None
+    tokens_per_second: float | None
+
+
+class MemoryRecord(TypedDict):
+    """The highest use of memory."""
+
+    peak_bytes: int
+    source: str  # what measured it
+
+
+@dataclass(frozen=True)
+class BuiltRecord:
+    """What building the classifier tells."""
+
+    environment: dict[str, Any]  # hardware, versions, commit, ``cpu_kernels``; ``alone`` is added at the end
+    model: dict[str, Any]  # ``type``, and whether it takes the ``efficient_path``
+    parameters: dict[str, int]  # numbers of weights and bytes, by group
+    base_model: dict[str, Any] | None  # ``precision``, and ``sha256`` of its files
+
+    @property
+    def kernels(self) -> str:
+        return str(self.environment["cpu_kernels"])
+
+
+@dataclass(frozen=True)
+class TrainedRecord:
+    """What the best checkpoint tells."""
+
+    task: dict[str, Any]  # kind, class weights, threshold
+    validation: dict[str, Any]  # scores, texts, seconds of all validations
+    advice: list[str]  # one sentence each
+    files: dict[str, int] | None  # name -> bytes of what was saved
+
+
+@dataclass(frozen=True)
+class CostRecord:
+    """What the run took. Each is ``None`` if it is not known."""
+
+    memory: MemoryRecord
+    seconds: float  # wall clock of training, evaluation and files, without the time between interruption and resume
+    process_seconds: float | None  # wall clock since the process started, with imports; not of a continued run
+    alone: bool | None  # whether no other process used the processors
+
+
+@dataclass
+class RunRecord:
+    """The record of one run. Each step of the run gives its part; what a run did not reach stays ``None``.
+
+    The parts ``train`` and ``cost`` are functions, because they are measured when the run ends, however it ends.
+    """
+
+    config: dict[str, Any]  # every setting, by the name of its flag
+    command: str  # the command line that began the run
+    status: str = "failed"  # finished, failed, interrupted
+    built: BuiltRecord | None = None
+    data: DataRecord | None = None
+    train: Callable[[], TrainRecord] | None = None
+    trained: TrainedRecord | None = None
+    test: dict[str, Any] | None = None  # scores, texts, seconds
+    cost: Callable[[], CostRecord] | None = None
+    error: str | None = None  # of a run that failed: why, in one line
+    traceback: str | None = None
+    written: dict[str, Any] = field(default_factory=dict)  # what ``result.json`` got, at the end
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``result.json``: the parts on one level, without what is ``None``."""
+        content: dict[str, Any] = {"status": self.status, "config": self.config, "command": self.command}
+        for part in (self.built, self.trained):
+            content |= {} if part is None else vars(part)
+        train, cost = self._measured
+        content |= {"data": self.data, "train": train, "test": self.test}
+        content |= {"error": self.error, "traceback": self.traceback}
+        content = {name: value for name, value in content.items() if value is not None}
+        if cost is not None:
+            content["environment"] = content["environment"] | {"alone": cost.alone}
+            content |= {name: value for name, value in vars(cost).items() if name != "alone"}
+        return content
+
+    @functools.cached_property
+    def _measured(self) -> tuple[TrainRecord | None, CostRecord | None]:
+        """Measured at the first call, so that a run prints what it writes."""
+        return self.train() if self.train else None, self.cost() if self.cost else None
+
+
+def data_record(texts: Any, splits: Any) -> DataRecord:
     """The source of the texts, and the numbers of texts and tokens.
 
     Args:
@@ -54,7 +155,7 @@ def data_hashes(texts: Any, splits: Any) -> dict[str, str]:
     return {name: split.sha256 for name, split in splits.items()} | {"class names": "\n".join(texts.label_names)}
 
 
-def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> dict[str, Any]:
+def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> TrainRecord:
     """Wall-clock seconds of training, and the work done, over all ranks. Padding tokens do not count."""
     batches = trainer.fit_loop.total_batch_idx + 1
     epochs = batches / max(len(training), 1)
@@ -80,75 +181,3 @@ def accuracy_interval(accuracy: float, examples: int, z: float = 1.959964) -> tu
     centre = (accuracy + z**2 / (2 * examples)) / (1 + z**2 / examples)
     spread = z / (1 + z**2 / examples) * math.sqrt(accuracy * (1 - accuracy) / examples + (z / (2 * examples)) ** 2)
     return max(0.0, centre - spread), min(1.0, centre + spread)
-
-
-def headline(config: RunConfig, data: dict[str, Any], hardware: str, kernels: str, advice: Sequence[str] = ()) -> str:
-    """The text that a run prints before training: data, model, settings.
-
-    Args:
-        config: the run's settings.
-        data: the ``data`` of ``result.json``.
-        hardware: precision and device, as text.
-        kernels: whether the run uses compiled CPU kernels, or why not.
-        advice: what the user may want to change, one sentence each.
-    """
-    sizes = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items())
-    training = config.training
-    lines = [
-        f"data    {data['source']}: {sizes}",
-        f"        removed {data['leaks_dropped']} training texts that also appear in validation or test"
-        " (before --limit_train)",
-        *(f"        {note}" for note in data["notes"]),
-        f"model   {config.model.model_name}, {config.name}, {hardware}",
-        f"        CPU kernels: {kernels}",
-        f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g},"
-        f" epochs {training.epochs}",
-        *(f"advice  {sentence}" for sentence in advice),
-    ]
-    return "\n".join(lines)
-
-
-def summary(directory: Path, result: dict[str, Any]) -> str:
-    """The text that a run prints at the end: scores, time, memory, and a command to try the classifier."""
-    trained = result["train"]
-    example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
-    shown = {split: result[split] for split in ("validation", "test") if split in result}
-    monitor = result["config"]["monitor"]
-    lines = [f"{split:<11} {scores_line(scores, monitor)}" for split, scores in shown.items()]
-    if "test" in result:
-        low, high = result["test"]["accuracy_ci95"]
-        name = "exact match" if "exact_match" in result["test"] else "accuracy"
-        lines.append(f"{'':<11} 95 % interval of the test {name}: {low:.2%} to {high:.2%}")
-    if result["task"].get("threshold_tuned"):
-        lines.append(f"{'threshold':<11} {result['task']['threshold']:g}, tuned on validation")
-    lines += [
-        f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
-        f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
-        f"{'memory':<11} peak {result['memory']['peak_bytes'] / 2**20:,.0f} MiB ({result['memory']['source']})",
-        f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
-        f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
-        *(f"{'advice':<11} {sentence}" for sentence in result["advice"]),
-        f"{'try it':<11} {_python()} predict.py {shlex.quote(str(directory))} {example}",
-    ]
-    return "\n" + "\n".join(lines)
-
-
-def scores_line(scores: dict[str, Any], monitor: str) -> str:
-    """The main scores of a split, and the one that chose the checkpoint."""
-    several = "exact_match" in scores
-    names = dict.fromkeys(("accuracy", *(("micro_f1",) if several else ()), "macro_f1", monitor))
-    shown = score_names(several)
-    parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
-    return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
-
-
-def command_line(words: Sequence[str]) -> str:
-    """The command line to type in the current folder. Paths below it become relative."""
-    return shlex.join(["python", *(word.replace(f"{Path.cwd()}{os.sep}", "") for word in words)])
-
-
-def _python() -> str:
-    """How to call this Python: ``python``, or its path if ``python`` is another one (the venv is not active)."""
-    found = shutil.which("python")
-    same = found is not None and Path(found).absolute().parent == Path(sys.executable).absolute().parent
-    return "python" if same else os.path.relpath(sys.executable)

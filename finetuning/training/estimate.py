@@ -29,7 +29,7 @@ MEASURED_EVALUATIONS = 3
 Batches = list[dict[str, Tensor]]
 
 
-def estimate(
+def measure_steps(
     classifier: Classifier,
     task: Task,
     splits: dict[str, TokenizedSplit],

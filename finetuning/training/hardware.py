@@ -1,15 +1,12 @@
 """Where a run takes place: device, precision, and memory settings of the process."""
 
 import ctypes
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import StrategyRegistry
 
 from finetuning.errors import UserError
 from finetuning.models import int8_products
@@ -52,19 +49,15 @@ class Hardware:
 
 
 def resolve_hardware(settings: HardwareSettings, resumed: bool = False) -> Hardware:
-    """Asks the machine what ``auto`` means. ``fast`` counts as ``auto`` here, see ``fastest_precision``.
+    """Asks the machine what ``auto`` means. ``fast`` counts as ``auto``, see ``fastest_precision``.
 
     Args:
         settings: the run's hardware settings.
         resumed: whether a run continues, whose precision cannot change.
 
     Raises:
-        UserError: a GPU that is not there, a precision that the hardware does not have, or no strategy's name.
+        UserError: a GPU that is not there, or a precision that the hardware does not have.
     """
-    _check_tasks(settings.devices, settings.num_nodes)
-    strategies = ["auto", *StrategyRegistry.available_strategies()]
-    if settings.strategy not in strategies:
-        raise UserError(f"--strategy {settings.strategy}: allowed are {', '.join(strategies)}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = settings.accelerator == "gpu" or settings.device is not None
     if wanted and not gpus:
@@ -94,39 +87,26 @@ def _check_int8(on_gpu: bool, resumed: bool) -> None:
         raise UserError(f"--precision int8: {reason}; {instead}")
 
 
-def without_int8(settings: HardwareSettings) -> str | None:
-    """Why the run's device cannot multiply in 8 bits; ``None`` if it can, fast or not."""
-    on_gpu = resolve_hardware(replace(settings, precision="auto")).on_gpu
-    return "a GPU" if on_gpu else int8_products.refused()
+def without_int8(hardware: Hardware) -> str | None:
+    """Why a run's device cannot multiply in 8 bits; ``None`` if it can, fast or not."""
+    return "a GPU" if hardware.on_gpu else int8_products.refused()
 
 
-def fastest_precision(settings: HardwareSettings, excluded: str | None, widths: Sequence[int]) -> tuple[str, str]:
+def fastest_precision(hardware: Hardware, excluded: str | None, widths: Sequence[int]) -> tuple[str, str]:
     """What ``--precision fast`` means here, and why: ``int8`` if that is possible and fast, else as ``auto``.
 
     Args:
-        settings: the run's hardware settings.
+        hardware: what ``auto`` means here.
         excluded: a setting of the run that excludes int8, or ``None``.
         widths: of the linears that int8 quantizes.
 
     Returns:
         A precision with a name, which means the same on every machine, and a text.
     """
-    reason = excluded or without_int8(settings) or int8_products.unsuited(widths) or int8_products.slow(widths)
+    reason = excluded or without_int8(hardware) or int8_products.unsuited(widths) or int8_products.slow(widths)
     if reason is None:
         return "int8", "exact and fast on this processor"
-    dtype = resolve_hardware(settings).dtype
-    return next(name for name, kind in DTYPES.items() if kind == dtype), reason
-
-
-def _check_tasks(devices: int, num_nodes: int) -> None:
-    """Under SLURM, Lightning waits for processes that SLURM was not asked to start, without end."""
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if SLURMEnvironment.detect() and tasks != devices * num_nodes:
-        raise UserError(
-            f"--devices {devices} --num_nodes {num_nodes}: SLURM started {tasks} task(s), not"
-            f" {devices * num_nodes}; use srun, and sbatch --nodes={num_nodes}"
-            f" --ntasks-per-node={devices}"
-        )
+    return next(name for name, kind in DTYPES.items() if kind == hardware.dtype), reason
 
 
 def _resolve_dtype(precision: str, cards: list[int]) -> torch.dtype:

@@ -15,8 +15,10 @@ import torch
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import subprocess_script as launchers
 
+from finetuning.errors import UserError
 from finetuning.runs.files import BEST_CHECKPOINT
 from finetuning.settings import HardwareSettings, TrainingSettings
 from finetuning.training.callbacks import PatientStop, ProgressBar, ProgressLines
@@ -42,6 +44,25 @@ def _observe(child_processes: list[Any]) -> None:
 
 
 launchers._launch_process_observer = _observe  # Lightning has no setting for it
+
+
+def check_processes(settings: HardwareSettings) -> None:
+    """Checks the strategy's name, and that SLURM has started as many processes as the run needs.
+
+    Raises:
+        UserError: there is no such strategy, or Lightning would wait for processes that SLURM was not asked to start.
+    """
+    processes, tasks = settings.devices * settings.num_nodes, int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    with quiet_lightning():  # hides Lightning's advice to use srun
+        under_slurm = SLURMEnvironment.detect()
+    if under_slurm and tasks != processes:
+        raise UserError(
+            f"--devices {settings.devices} --num_nodes {settings.num_nodes}: SLURM started {tasks} task(s), not"
+            f" {processes}; use srun, and sbatch --nodes={settings.num_nodes} --ntasks-per-node={settings.devices}"
+        )
+    strategies = ["auto", *StrategyRegistry.available_strategies()]
+    if settings.strategy not in strategies:
+        raise UserError(f"--strategy {settings.strategy}: allowed are {', '.join(strategies)}")
 
 
 def make_trainer(

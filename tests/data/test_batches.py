@@ -21,8 +21,8 @@ from finetuning.data.batches import (
     plan_batches,
     train_loader,
 )
+from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
-from local_dataset_utilities import TokenizedSplit
 
 PAD = 99
 

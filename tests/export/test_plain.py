@@ -11,8 +11,7 @@ from finetuning.errors import UserError
 from finetuning.export.plain import DTYPES, plain_model, write_model, write_tokenizer
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
-from finetuning.models.pretrained import load_tokenizer
-from local_model_utilities import build_classifier
+from local_model_utilities import build_classifier, find_base_model, load_tokenizer
 from tests.conftest import CORE, needs_int8, packaged_folder
 from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, NAMES, batch, build, logits, train_a_little
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -74,8 +73,9 @@ def test_families_without_efficient_path(tmp_path: Path, model_type: str, q_lora
     tiny_model(model_type).save_pretrained(base)
     save_tokenizer(base, decoder=FAMILIES[model_type].last_token)
     config = RunConfig.from_settings(model_name=str(base), max_length=16, lora_key=True, lora_mlp=True, q_lora=q_lora)
-    classifier = build_classifier(config, base, NAMES, torch.float32).eval()
-    pad_id = int(load_tokenizer(str(base), base).pad_token_id)
+    found = find_base_model(config)
+    classifier = build_classifier(config, found, NAMES, torch.float32).eval()
+    pad_id = int(load_tokenizer(found).pad_token_id)
     ids = torch.randint(5, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     ids[1, 7:], mask[1, 7:] = pad_id, 0

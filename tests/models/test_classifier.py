@@ -11,8 +11,7 @@ from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit, encode_pairs
 from finetuning.models.classifier import SHORT, Classifier
 from finetuning.models.families import FAMILIES
-from finetuning.models.pretrained import load_tokenizer
-from local_model_utilities import build_classifier, find_base_model
+from local_model_utilities import build_classifier, find_base_model, load_tokenizer
 from tests.conftest import CORE
 from tests.tiny_models import tiny_model
 
@@ -28,9 +27,9 @@ def test_logits_of_pairs_equal_those_of_hugging_face(
     config = RunConfig.from_settings(
         model_name=str(tiny_folders[family]), max_length=16, truncation="head", efficient=efficient
     )
-    folder = find_base_model(config)
-    classifier = build_classifier(config, folder, ["no", "maybe", "yes"], torch.float32).eval()
-    tokenizer = load_tokenizer(config.model.model_name, folder)
+    base = find_base_model(config)
+    classifier = build_classifier(config, base, ["no", "maybe", "yes"], torch.float32).eval()
+    tokenizer = load_tokenizer(base)
     rows = np.arange(len(TEXTS))
     tokens, offsets, seconds = encode_pairs(TEXTS, PAIRS, tokenizer, config.data)
     split = TokenizedSplit(tokens, offsets, rows, rows, seconds)

@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from finetuning.errors import UserError
+from finetuning.models.base_model import load_tokenizer, read_base_model
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
-from finetuning.models.pretrained import load_tokenizer
 from tests.tiny_models import save_tokenizer, tiny_model
 
 DECODERS = [name for name, family in FAMILIES.items() if family.last_token]
@@ -34,19 +34,22 @@ def test_a_decoder_reads_the_last_real_token(model_type: str) -> None:
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_its_end_of_text(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
     save_tokenizer(tmp_path, decoder=True)
-    assert load_tokenizer("decoder", tmp_path).pad_token == "<|endoftext|>"
+    base = read_base_model("decoder", tmp_path)
+    assert load_tokenizer(base).pad_token == "<|endoftext|>"
     PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="needs a fast tokenizer with a token for padding or end of text"):
-        load_tokenizer("decoder", tmp_path)
+        load_tokenizer(base)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers makes an empty one, which reads every text as unknown tokens."""
     tiny_model("bert").save_pretrained(tmp_path)
+    base = read_base_model("FOLDER", tmp_path)
     with pytest.raises(UserError, match=r"FOLDER: has no tokenizer: needs one of tokenizer\.json, vocab"):
-        load_tokenizer("FOLDER", tmp_path)
+        load_tokenizer(base)
     (tmp_path / "spm.model").touch()
-    monkeypatch.setattr("finetuning.models.pretrained.find_spec", lambda _: None)
+    monkeypatch.setattr("finetuning.models.base_files.find_spec", lambda _: None)
     with pytest.raises(UserError, match="needs a package: pip install sentencepiece protobuf"):
-        load_tokenizer("FOLDER", tmp_path)
+        load_tokenizer(base)

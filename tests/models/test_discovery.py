@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.models.base_model import read_base_model
 from finetuning.models.discovery import family_of
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
-from finetuning.models.pretrained import find_family, load_tokenizer, longest_input
-from local_model_utilities import build_classifier, find_base_model
+from local_model_utilities import build_classifier, find_base_model, load_tokenizer
 from tests.tiny_models import LAYERS, WIDTH, save_tokenizer, tiny_model, unlisted_model
 
 
@@ -84,7 +84,7 @@ def test_code_in_a_models_folder_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": classes}))
     config = config_of(tmp_path)
     build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
-    load_tokenizer("own", tmp_path)
+    load_tokenizer(find_base_model(config))
     assert not marker.exists()
 
 
@@ -129,7 +129,7 @@ def test_a_type_without_a_row_is_adapted_where_lora_modules_says(tmp_path: Path)
 )
 def test_models_whose_config_has_other_names_for_sizes(tmp_path: Path, content: dict[str, Any], longest: float) -> None:
     folder = folder_with(tmp_path, content)
-    assert longest_input("name", folder) == longest
+    assert read_base_model("name", folder).longest_input == longest
     assert "for which the placement flags have no names: give --lora_modules" in refused(folder)
     assert "--lora_r 33: the layers of FOLDER are 32 wide" in refused(folder, lora_r=33)
     if longest == 40:
@@ -191,7 +191,7 @@ def test_layers_that_are_not_in_one_list(tmp_path: Path, model_type: str, linear
 def test_lists_without_linears_are_no_layers(tmp_path: Path) -> None:
     """MarkupLM has longer lists of embeddings."""
     content = {"model_type": "markuplm", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    family = find_family("name", folder_with(tmp_path, content))
+    family = read_base_model("name", folder_with(tmp_path, content)).family
     assert (family.layers, family.settings["layer_count"]) == ("markuplm.encoder.layer", "num_hidden_layers")
 
 

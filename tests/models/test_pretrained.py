@@ -16,7 +16,8 @@ from finetune_lora import main
 from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.models.pretrained import check_vocabulary, find_family, load_pretrained, load_tokenizer
+from finetuning.models.base_model import check_vocabulary, load_tokenizer, read_base_model
+from finetuning.models.pretrained import load_pretrained
 from finetuning.settings import PACKAGED
 from local_model_utilities import find_base_model
 from tests.conftest import CORE, LAYERS, packaged_folder
@@ -31,20 +32,21 @@ def hub_error(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
 
 def load(folder: Path, **settings: object) -> torch.nn.Module:
     config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
-    return load_pretrained(config.model, find_base_model(config), NAMES)[0]
+    return load_pretrained(find_base_model(config), config.model, NAMES)
 
 
 def test_packaged_model_as_distilbert_equals_the_bert_it_came_from() -> None:
     config = RunConfig.from_settings(offline=True)
     torch.manual_seed(0)
-    ours, family = load_pretrained(config.model, find_base_model(config), NAMES)
+    base = find_base_model(config)
+    ours = load_pretrained(base, config.model, NAMES)
     bert = AutoModel.from_pretrained(packaged_folder(), attn_implementation="sdpa").eval()
     tokens = AutoTokenizer.from_pretrained(packaged_folder())(
         ["A film that nobody should miss.", "No."], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
         expected = bert(**tokens).last_hidden_state
-        encoder = ours.eval().get_submodule(family.base)
+        encoder = ours.eval().get_submodule(base.family.base)
         found = encoder(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
     real = tokens["attention_mask"].bool()
     assert (found - expected)[real].abs().max() < 1e-5
@@ -124,7 +126,7 @@ def test_a_model_of_the_hub_with_old_weights_alone(
 
     monkeypatch.setattr("finetuning.hub.snapshot_download", download)
     monkeypatch.setattr("finetuning.hub.require_hub", lambda *_: None)
-    assert find_base_model(RunConfig.from_settings(model_name="somebody/something", max_length=32)) == folder
+    assert find_base_model(RunConfig.from_settings(model_name="somebody/something", max_length=32)).folder == folder
     assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, False, True, True]
     loaded = load(folder).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
@@ -150,7 +152,7 @@ def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> No
     refused(damaged, "cannot be loaded")
     (damaged / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer"):
-        load_tokenizer("damaged", damaged)
+        load_tokenizer(read_base_model("damaged", damaged))
     weights.unlink()
     refused(damaged, "cannot be loaded")
 
@@ -179,7 +181,7 @@ def test_a_part_of_the_files_is_not_taken_for_the_model(
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(in_parts, repository / "snapshots" / commit)
     config = RunConfig.from_settings(model_name="me/big", max_length=32)
-    assert find_base_model(config).name == commit
+    assert find_base_model(config).folder.name == commit
     next((repository / "snapshots" / commit).glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match=r"^--model_name me/big is only partly on this machine, and https://"):
         find_base_model(config)
@@ -224,9 +226,10 @@ def test_a_tokenizer_may_have_tokens_that_no_text_uses(in_parts: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(in_parts)
     tokenizer.add_tokens([f"[MORE{i}]" for i in range(300)])
     size = tiny_model("bert").config.vocab_size
-    check_vocabulary("name", in_parts, tokenizer, [np.array([5, size - 1])])
+    base = read_base_model("name", in_parts)
+    check_vocabulary(base, tokenizer, [np.array([5, size - 1])])
     with pytest.raises(UserError, match=rf"token {size}, but the model has tokens 0 to {size - 1}: "):
-        check_vocabulary("name", in_parts, tokenizer, [np.array([5]), np.array([size])])
+        check_vocabulary(base, tokenizer, [np.array([5]), np.array([size])])
 
 
 def test_a_quantized_base_model_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -234,4 +237,4 @@ def test_a_quantized_base_model_is_refused(tiny_folders: dict[str, Path], tmp_pa
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="its weights are already quantized: give the model in full precision"):
-        find_family(str(folder), folder)
+        read_base_model(str(folder), folder)

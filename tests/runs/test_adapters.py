@@ -74,10 +74,12 @@ def adopted(base: Path, folder: Path, **settings: Any) -> tuple[Classifier, RunC
     """The classifier with which a run of ``--init_adapter`` begins."""
     torch.manual_seed(9)
     config = RunConfig.from_settings(model_name=str(base), max_length=32, init_adapter=folder, **settings)
-    base = find_base_model(config)
-    config, adapter = adopt_adapter(config, base)
-    classifier = build_classifier(config, base, NAMES, torch.float32, adapter.linears)
-    load_adapter(classifier, adapter, base)
+    found = find_base_model(config)
+    assert config.lora is not None
+    decided, adapter = adopt_adapter(config.lora, found, moved=False)
+    config = config.changed(**decided)
+    classifier = build_classifier(config, found, NAMES, torch.float32, adapter.linears)
+    load_adapter(classifier, adapter, found)
     return classifier.eval(), config
 
 

@@ -10,8 +10,8 @@ from finetuning.runs import directory as run_directory
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import (
     check_directory,
+    checkpoint_to_resume,
     claimed_directory,
-    continuation,
     default_directory,
     interrupted_settings,
     open_directory,
@@ -51,7 +51,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def begin(directory: Path, settings: dict[str, Any] = STORED, resume: bool = False, overwrite: bool = False) -> None:
-    open_directory(directory, settings, resume, overwrite, ORIGIN)
+    open_directory(directory, settings | {"resume": resume, "overwrite": overwrite}, ORIGIN)
 
 
 def check(directory: Path, resume: bool = False, overwrite: bool = False) -> None:
@@ -164,7 +164,7 @@ def test_overwrite_removes_the_runs_files_and_no_others(tmp_path: Path) -> None:
     check(tmp_path, overwrite=True)
     begin(tmp_path, STORED | {"seed": 9}, overwrite=True)
     left = contents(tmp_path)
-    assert read_settings(tmp_path) == STORED | {"seed": 9}
+    assert read_settings(tmp_path) == STORED | {"seed": 9, "overwrite": True}
     del left[SETTINGS]
     assert left == mine
 
@@ -182,16 +182,13 @@ def test_a_run_without_an_intact_checkpoint_can_only_start_over(
 ) -> None:
     begin(tmp_path)
     assert interrupted_settings(tmp_path) == STORED
-    config = RunConfig.from_settings(output_dir=tmp_path, resume=True)
-    anew, checkpoint = continuation(config, tmp_path)
-    assert (anew.run.resume, anew.run.overwrite, checkpoint) == (False, True, None)
+    assert checkpoint_to_resume(tmp_path) is None
     assert capsys.readouterr().out == f"{tmp_path} has no checkpoint yet: starting over\n"
     (tmp_path / LAST_CHECKPOINT).touch()
-    assert continuation(config, tmp_path)[1] is None
+    assert checkpoint_to_resume(tmp_path) is None
     assert "has no intact checkpoint" in capsys.readouterr().out
     write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
-    assert continuation(config, tmp_path) == (config, tmp_path / LAST_CHECKPOINT)
-    assert continuation(anew, tmp_path) == (anew, None)
+    assert checkpoint_to_resume(tmp_path) == tmp_path / LAST_CHECKPOINT
 
 
 def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(
@@ -202,8 +199,7 @@ def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(
         write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
     (tmp_path / LAST_CHECKPOINT).write_bytes((tmp_path / LAST_CHECKPOINT).read_bytes()[:-1])
     (tmp_path / f".last.ckpt.{'0' * 32}.tmp.ckpt").write_bytes(b"half")
-    config = RunConfig.from_settings(output_dir=tmp_path, resume=True)
-    assert continuation(config, tmp_path) == (config, tmp_path / PREVIOUS_CHECKPOINT)
+    assert checkpoint_to_resume(tmp_path) == tmp_path / PREVIOUS_CHECKPOINT
     begin(tmp_path, resume=True)
     assert capsys.readouterr().err == (
         f"warning: {tmp_path / LAST_CHECKPOINT} is damaged: the run continues without it\n"
@@ -230,9 +226,10 @@ def test_a_checkpoint_that_became_a_folder_gives_way_or_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == before
     (last / "mine").unlink()
     capsys.readouterr()
-    lock, config, checkpoint = claimed(tmp_path, resumed)
+    lock, checkpoint = claimed(tmp_path, resumed)
     with lock:
-        assert config.run.resume == with_previous
+        stored = read_settings(tmp_path)
+        assert (stored["resume"], stored["overwrite"]) == (with_previous, not with_previous)
         assert checkpoint == (tmp_path / PREVIOUS_CHECKPOINT if with_previous else None)
         assert capsys.readouterr().err == with_previous * (
             f"warning: {last} is damaged: the run continues without it\n"
@@ -296,8 +293,8 @@ def test_a_requeued_job_continues_its_own_run_and_replaces_an_earlier_one(
     assert settings_to_run(flags, {}) is not None  # what check_directory refuses
 
 
-def claimed(directory: Path, config: RunConfig, **origin: Any) -> tuple[DirectoryLock, RunConfig, Path | None]:
-    return claimed_directory(directory, config, ORIGIN | origin)
+def claimed(directory: Path, config: RunConfig, **origin: Any) -> tuple[DirectoryLock, Path | None]:
+    return claimed_directory(directory, config.to_dict(), ORIGIN | origin)
 
 
 def wanted(directory: Path, **flags: Any) -> RunConfig:
@@ -305,7 +302,7 @@ def wanted(directory: Path, **flags: Any) -> RunConfig:
 
 
 def test_a_directory_has_one_writer(tmp_path: Path) -> None:
-    lock, _, checkpoint = claimed(tmp_path, wanted(tmp_path))
+    lock, checkpoint = claimed(tmp_path, wanted(tmp_path))
     with lock:
         assert (lock.killed, checkpoint) == (None, None)
         assert "is being written by process " in refusal(tmp_path)
@@ -341,9 +338,9 @@ def test_the_next_resume_says_that_the_last_process_was_killed(
     if with_checkpoint:
         write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
     (tmp_path / LOCK).write_text('{"host": "node1", "process": 12, "since": "today"}')
-    lock, config, _ = claimed(tmp_path, config)
+    lock, _ = claimed(tmp_path, config)
     with lock:
-        assert config.run.resume == with_checkpoint
+        assert read_settings(tmp_path)["resume"] == with_checkpoint
         assert capsys.readouterr().out.startswith(
             "process 12 on node1 since today ended without a result: it was killed"
         )
@@ -352,7 +349,7 @@ def test_the_next_resume_says_that_the_last_process_was_killed(
 @pytest.mark.parametrize("with_checkpoint", [False, True])
 def test_a_run_that_ends_while_a_second_process_prepares_loses_nothing(tmp_path: Path, with_checkpoint: bool) -> None:
     first = wanted(tmp_path)
-    lock, _, _ = claimed(tmp_path, first)
+    lock, _ = claimed(tmp_path, first)
     if with_checkpoint:
         write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
     second = settings_to_run({"output_dir": tmp_path, "resume": "auto"}, {})
@@ -369,7 +366,7 @@ def test_a_run_that_ends_while_a_second_process_prepares_loses_nothing(tmp_path:
 
 def test_a_run_that_continues_has_no_result_until_it_ends(tmp_path: Path) -> None:
     """Otherwise a study would read the old one if this process was killed."""
-    lock, _, _ = claimed(tmp_path, wanted(tmp_path))
+    lock, _ = claimed(tmp_path, wanted(tmp_path))
     with lock:
         write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
         write_result(tmp_path, {"status": "failed", "error": "no space left"})
@@ -381,15 +378,15 @@ def test_a_run_that_continues_has_no_result_until_it_ends(tmp_path: Path) -> Non
 
 
 def test_what_changed_while_a_process_prepared_is_read_again(tmp_path: Path) -> None:
-    lock, _, _ = claimed(tmp_path, wanted(tmp_path))
+    lock, _ = claimed(tmp_path, wanted(tmp_path))
     second = settings_to_run({"output_dir": tmp_path, "resume": True}, {})
     assert second is not None
     with lock:  # at first there was no checkpoint
         write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
         write_result(tmp_path, {"status": "interrupted"})
-    lock, config, checkpoint = claimed(tmp_path, second)
+    lock, checkpoint = claimed(tmp_path, second)
     with lock:
-        assert (config.run.resume, checkpoint) == (True, tmp_path / LAST_CHECKPOINT)
+        assert (read_settings(tmp_path)["resume"], checkpoint) == (True, tmp_path / LAST_CHECKPOINT)
     with claimed(tmp_path, wanted(tmp_path, overwrite=True, seed=7))[0]:
         before = contents(tmp_path)
     with pytest.raises(UserError, match=r"--seed 0: the run in .* has --seed 7"):

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_lora import main, prepare, watched
+from finetune_lora import main
 from finetuning.flags import from_flags
+from finetuning.materials import find_materials
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RESULT
+from finetuning.steps import claim_directory, read_inputs, watched
 from finetuning.training import checkpoints
 from finetuning.training.callbacks import GracefulStop, Meter
 from finetuning.training.checkpoints import CheckpointFiles
@@ -83,9 +85,10 @@ def test_a_run_writes_the_checkpoints_that_are_due(
 def test_the_flags_reach_the_run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
     words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--checkpoint_steps", "9")
     for more, minutes in ((["--checkpoint_minutes", "7"], 7), ([], 5)):
-        setup = prepare(from_flags([*words, *more, "--overwrite"]))
-        with setup.lock, watched(setup, {"environment": {}}, Trackers([], setup.directory)) as (_, stop):
-            assert (stop.minutes, stop.steps) == (minutes, 9)
+        config = from_flags([*words, *more, "--overwrite"])
+        claim = claim_directory(tmp_path / "run", read_inputs(config, find_materials(config)))
+        with claim.lock, watched(claim, False, Trackers([], claim.directory)) as watch:
+            assert (watch.stop.minutes, watch.stop.steps) == (minutes, 9)
 
 
 def test_an_epoch_that_is_not_the_best_has_a_checkpoint_as_well(

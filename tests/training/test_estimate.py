@@ -9,13 +9,11 @@ import torch
 
 from finetune_lora import main
 from finetuning.config import RunConfig
-from finetuning.errors import UserError
-from finetuning.models.pretrained import load_tokenizer
-from finetuning.training.estimate import estimate, estimate_table
+from finetuning.training.estimate import estimate_table, measure_steps
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import OneLabel
 from local_dataset_utilities import tokenize
-from local_model_utilities import build_classifier, count_parameters, find_base_model
+from local_model_utilities import build_classifier, count_parameters, find_base_model, load_tokenizer
 from tests.conftest import texts_of
 from tests.test_finetune_lora import finish, flags, start
 
@@ -25,12 +23,13 @@ def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunCon
         model_name=str(folder), dataset="text", data_dir=data, max_length=32, batch_size=8, accelerator="cpu",
         precision="fp32", **settings,
     )  # fmt: skip
-    tokenizer = load_tokenizer(config.model.model_name, folder)
+    base = find_base_model(config)
+    tokenizer = load_tokenizer(base)
     splits = tokenize(texts_of(config), tokenizer, config.data)
     hardware = resolve_hardware(config.hardware)
-    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], hardware.dtype)
+    classifier = build_classifier(config, base, ["bad", "good"], hardware.dtype)
     pad_id, cache_gb = int(tokenizer.pad_token_id), config.hardware.frozen_cache_gb
-    record = estimate(classifier, OneLabel(["bad", "good"]), splits, pad_id, config.training, hardware, cache_gb)
+    record = measure_steps(classifier, OneLabel(["bad", "good"]), splits, pad_id, config.training, hardware, cache_gb)
     return record, config, count_parameters(classifier)["total"].bytes
 
 
@@ -103,7 +102,7 @@ def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("finetuning.training.estimate.estimate", too_large)
+    monkeypatch.setattr("finetuning.steps.estimate.measure_steps", too_large)
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--estimate", "--batch_tokens", "4096")
     assert main(words) == 2
     *_, line = capsys.readouterr().err.splitlines()  # tokenizing comes first
@@ -112,7 +111,5 @@ def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
 
 
 def test_it_is_for_one_device(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="--estimate"):
-        RunConfig.from_settings(estimate=True, devices=2)
     assert main(["--offline", "--estimate", "--devices", "2"]) == 2
     assert "--estimate True: needs --devices 1 and --num_nodes 1" in capsys.readouterr().err

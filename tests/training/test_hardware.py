@@ -23,7 +23,6 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         ({"accelerator": "gpu"}, "--accelerator gpu: this machine has no CUDA GPU"),
         ({"device": 1}, "--device 1: this machine has no CUDA GPU"),
         ({"precision": "fp16"}, "--precision fp16 needs a GPU"),
-        ({"strategy": "dpp"}, "--strategy dpp: allowed are auto, .*ddp, "),
     ):
         with pytest.raises(UserError, match=words):
             resolve_hardware(RunConfig.from_settings(**settings).hardware)
@@ -162,8 +161,8 @@ def test_int8_is_refused_where_it_is_wrong_or_missing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(int8_products, "refused", lambda: "the processor has no AVX512-VNNI")
     with pytest.raises(UserError, match="--precision int8: the processor has no AVX512-VNNI; use --precision auto"):
         resolve_hardware(settings_of(precision="int8").hardware)
-    config = settings_of(precision="fast")
-    assert fastest_precision(config.hardware, None, WIDTHS) == (AUTO, "the processor has no AVX512-VNNI")
+    hardware = resolve_hardware(settings_of(precision="fast").hardware)
+    assert fastest_precision(hardware, None, WIDTHS) == (AUTO, "the processor has no AVX512-VNNI")
     line = (
         "--precision int8: the processor has no AVX512-VNNI; the run began with it, so resume on a machine that has it"
     )
@@ -178,7 +177,7 @@ def test_int8_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_hardware(settings_of(precision="int8", accelerator="auto").hardware)
     with pytest.raises(UserError, match="--precision int8 needs a CPU: continue it with --accelerator cpu"):
         resolve_hardware(settings_of(precision="int8", accelerator="auto").hardware, resumed=True)
-    hardware = settings_of(precision="fast", accelerator="auto").hardware
+    hardware = resolve_hardware(settings_of(precision="fast", accelerator="auto").hardware)
     assert fastest_precision(hardware, None, WIDTHS) == ("bf16", "a GPU")
 
 
@@ -195,7 +194,7 @@ def test_int8_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_fast_takes_int8_where_the_method_allows_it(settings: dict[str, Any], precision: str, reason: str) -> None:
     config = settings_of(precision="fast", **settings)
-    taken, why = fastest_precision(config.hardware, config.excludes_int8, WIDTHS)
+    taken, why = fastest_precision(resolve_hardware(config.hardware), config.excludes_int8, WIDTHS)
     assert (taken, reason in why) == (precision, True)
 
 
@@ -216,7 +215,7 @@ def test_fast_does_not_take_int8_where_it_saves_no_time(
     monkeypatch.setattr(int8_products, "refused", lambda: None)
     monkeypatch.setattr(int8_products, "library", lambda **_: (kernels, "no: no compiler"))
     monkeypatch.setattr(int8_products, "instructions", lambda: instructions)
-    assert fastest_precision(settings_of(precision="fast").hardware, None, widths) == (AUTO, reason)
+    assert fastest_precision(resolve_hardware(settings_of(precision="fast").hardware), None, widths) == (AUTO, reason)
 
 
 def test_a_limited_processor_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,87 @@
+"""Texts and labels of a run: splits, leaks, limits, tokens.
+
+``load_texts`` returns train, validation and test as texts. ``tokenize`` turns each split into one flat array of tokens.
+Both depend only on the data and the settings, so another machine can repeat a run.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from finetuning.data.labels import STRATIFIED, unseen_labels
+from finetuning.data.sources import read_source
+from finetuning.data.splits import drop_leaks, encode_labels, keep_test_unseen, limited, split_source
+from finetuning.data.texts import LabelledTexts, TextData
+from finetuning.data.tokens import TokenizedSplit, cached_tokens
+from finetuning.settings import DataSettings
+
+
+def load_texts(data: DataSettings, offline: bool) -> TextData:
+    """Reads, checks and splits the data, removes leaks, and applies the limits.
+
+    Args:
+        data: the settings of the data.
+        offline: never use the network. IMDb is then the packaged reviews, unless ``data.data_dir`` is given.
+
+    Raises:
+        UserError: the data is missing, cannot be read, or does not fit the settings.
+    """
+    source = read_source(data, offline)
+    data = dataclasses.replace(data, **source.found)
+    names, source = encode_labels(source, data)
+    splits, how = split_source(source, names, data)
+    leaks_dropped = drop_leaks(splits, names)
+    given = "validation" in source.tables and data.split in (None, "official")
+    notes = [*keep_test_unseen(splits, given), *source.notes]
+    if "labels" in splits["train"]:
+        notes += [STRATIFIED, *unseen_labels(splits, names)]
+    texts = TextData(
+        source=how,
+        label_names=names,
+        splits={
+            name: LabelledTexts(
+                t.text.tolist(),
+                np.stack(t.labels.tolist()) if "labels" in t else t.label.to_numpy(np.int64),
+                t.index.to_numpy(np.int64),
+                t.pair.tolist() if "pair" in t else None,
+            )
+            for name, t in limited(splits, data).items()
+        },
+        leaks_dropped=leaks_dropped,
+        notes=notes,
+        columns={"text_column": data.text_column, "label_column": data.label_column},
+    )
+    del source, splits
+    pa.default_memory_pool().release_unused()  # otherwise it keeps several times the size of the texts
+    return texts
+
+
+def prefetch_texts(data: DataSettings) -> None:
+    """Downloads the data into the caches, and checks that it can be read.
+
+    Raises:
+        UserError: like ``load_texts``.
+    """
+    load_texts(data, offline=False)
+
+
+def tokenize(texts: TextData, tokenizer: Any, data: DataSettings, test: bool = True) -> dict[str, TokenizedSplit]:
+    """The tokens of each split, from the cache if possible.
+
+    Args:
+        texts: from ``load_texts``.
+        tokenizer: a fast tokenizer of transformers; its own truncation and padding are ignored.
+        data: ``max_length`` and ``truncation``, see ``encode_texts``.
+        test: whether to include the test split.
+
+    Raises:
+        UserError: the cache cannot be written, or ``max_length`` leaves no room for both texts of a pair.
+    """
+    wanted = {name: split for name, split in texts.splits.items() if test or name != "test"}
+    tokenized = {}
+    for name, split in wanted.items():
+        tokens, offsets, seconds = cached_tokens(split.texts, tokenizer, data, f"tokenizing {name}", split.pairs)
+        tokenized[name] = TokenizedSplit(tokens, offsets, split.labels, split.rows, seconds)
+    return tokenized

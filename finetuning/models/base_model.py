@@ -1,0 +1,161 @@
+"""The base model of a run: its name, folder, config and family, read once; its tokenizer; and what fits it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError, first_line
+from finetuning.models.base_files import check_tokenizer, check_weights, find_folder, stored_config
+from finetuning.models.discovery import check_targets, family_of, on_meta
+from finetuning.models.distilbert import distilbert_config
+from finetuning.models.families import ModelFamily
+from finetuning.settings import PACKAGED, HardwareSettings, LoRASettings, MethodSettings, ModelSettings
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A pretrained model in a local folder. Nothing changes its config: who needs another one makes a copy."""
+
+    name: str  # --model_name
+    folder: Path
+    config: Any  # transformers' config; of the packaged MiniLM, the one of a DistilBERT
+    family: ModelFamily
+
+    @property
+    def longest_input(self) -> float:
+        """The longest sequence, in tokens, that the model can read; infinite if there is no limit."""
+        return self.family.longest_input(self.config)
+
+    def empty_classifier(self) -> nn.Module:
+        """The Hugging Face classifier without memory for its weights."""
+        return on_meta(self.config, self.name)
+
+
+def find_base_model(config: RunConfig, folder: Path | None = None) -> BaseModel:
+    """The base model of a run, downloaded if necessary.
+
+    Args:
+        config: the run's settings.
+        folder: what ``find_folder`` has found for them; ``None`` finds it here.
+
+    Raises:
+        UserError: the model does not exist, is damaged or not supported, the hub cannot be reached, or settings do not
+            fit.
+    """
+    name = config.model.model_name
+    base = read_base_model(name, folder or find_folder(name, config.run.offline, config.instead_of_hub()))
+    check_fits(base, config.model, config.data.max_length, config.method, config.lora, config.hardware)
+    check_weights(name, base.folder)
+    return base
+
+
+def read_base_model(model_name: str, folder: Path) -> BaseModel:
+    """Reads the config of the base model in a folder.
+
+    Args:
+        model_name: ``--model_name``.
+        folder: from ``find_folder``.
+
+    Raises:
+        UserError: there is no usable ``config.json``, or the model is not supported.
+    """
+    stored = stored_config(model_name, folder)
+    kind = stored.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING:
+        own = "needs Python code of its own, which is never run" if "auto_map" in stored else "is unknown here"
+        raise UserError(f"--model_name {model_name} is of type {kind!r}, which {own}: use another model")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a damaged file can make the library raise any type
+        raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
+    config._attn_implementation = config._experts_implementation = None  # they may name code in a repository of the hub
+    config = distilbert_config(config) if model_name == PACKAGED else config
+    return BaseModel(model_name, folder, config, family_of(config, model_name))
+
+
+def check_fits(
+    base: BaseModel,
+    model: ModelSettings,
+    max_length: int,
+    method: MethodSettings,
+    lora: LoRASettings | None,
+    hardware: HardwareSettings,
+) -> None:
+    """Refuses settings that do not fit this model. Only its ``config.json`` tells its sizes.
+
+    Raises:
+        UserError: settings need more positions or layers or a larger width than it has, or select what it does not
+            have.
+    """
+    family = base.family
+    if max_length > base.longest_input:
+        raise UserError(f"--max_length {max_length}: {base.name} has {base.longest_input} positions")
+    wanted = method.trainable_layers
+    if wanted and "layer_count" not in family.settings:
+        raise UserError(
+            f"--trainable_layers {wanted}: {family.model_type} models have no list of whole layers: give 0, which"
+            " trains the head alone, or another --method"
+        )
+    layers = getattr(base.config, family.settings["layer_count"]) if wanted else 0
+    if wanted and wanted > layers:
+        shared = ", because layers share their weights" if layers < base.config.num_hidden_layers else ""
+        raise UserError(f"--trainable_layers {wanted}: {base.name} has {layers} layers{shared}")
+    for name in ("dropout", "attention_dropout"):
+        if getattr(model, name) > 0 and name not in family.settings:
+            raise UserError(f"--{name} {getattr(model, name)}: {base.name} has no such dropout: leave out this flag")
+    width = base.config.hidden_size
+    if lora is not None and lora.lora_r is not None and lora.lora_r > width:
+        raise UserError(f"--lora_r {lora.lora_r}: the layers of {base.name} are {width} wide, so 1 to that")
+    if hardware.gradient_checkpointing and not ((hardware.efficient and family.efficient) or family.checkpointing):
+        raise UserError(f"--gradient_checkpointing True: {family.model_type} models cannot do this: leave it out")
+    if lora is not None:
+        check_targets(base.config, family, lora.targets, lora.modules, base.name)
+
+
+def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, which must be a fast one. If it has no padding token, it pads with its end of text.
+
+    Raises:
+        UserError: it cannot be loaded, or is another kind.
+    """
+    check_tokenizer(base.name, base.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # a damaged file can make the library raise any type
+        raise UserError(f"--model_name {base.name}: its tokenizer cannot be loaded: {first_line(error)}") from None
+    if tokenizer.pad_token_id is None:  # of a decoder; the attention mask says what is padding
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(f"--model_name {base.name}: needs a fast tokenizer with a token for padding or end of text")
+    return tokenizer
+
+
+def check_vocabulary(base: BaseModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Any]) -> None:
+    """Checks that the model has an embedding for padding and for every token of the texts.
+
+    A tokenizer may have more tokens than its model, as long as none of them is used.
+
+    Args:
+        base: the base model.
+        tokenizer: from ``load_tokenizer``.
+        tokens: arrays of token ids, none empty.
+
+    Raises:
+        UserError: a token has no embedding.
+    """
+    size = getattr(base.config, "vocab_size", None)
+    padding: Any = tokenizer.pad_token_id
+    if size is None or max(padding, len(tokenizer) - 1) < size:
+        return
+    largest = max(padding, *(int(ids.max()) for ids in tokens))
+    if largest >= size:
+        raise UserError(
+            f"--model_name {base.name}: its tokenizer uses {tokenizer.convert_ids_to_tokens(largest)!r}, token"
+            f" {largest}, but the model has tokens 0 to {size - 1}: save the model after"
+            f" model.resize_token_embeddings({len(tokenizer)}), or give the tokenizer that belongs to it"
+        )

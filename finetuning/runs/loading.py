@@ -1,0 +1,141 @@
+"""Loads what a run has trained, or an adapter to start from, into a classifier."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.models.base_files import stored_shapes
+from finetuning.models.base_model import BaseModel
+from finetuning.models.build import build_classifier
+from finetuning.models.classifier import Classifier
+from finetuning.models.families import ModelFamily
+from finetuning.models.fused import split_widths
+from finetuning.runs.adapters import Adapter, read_adapter
+from finetuning.runs.files import ADAPTER_CONFIG
+from finetuning.runs.weights import load_initial, load_trained, separate_linears
+from finetuning.settings import LORA_TARGETS, LoRASettings
+
+
+def load_classifier(
+    directory: Path,
+    config: RunConfig,
+    base: BaseModel,
+    label_names: Sequence[str],
+    dtype: torch.dtype,
+    int8_products: bool = True,
+) -> Classifier:
+    """The classifier that a finished run trained, in evaluation mode.
+
+    Args:
+        directory: the run directory.
+        config, base, label_names, dtype, int8_products: as in ``build_classifier``.
+
+    Raises:
+        UserError: the base model or the run's weights cannot be loaded.
+    """
+    adopted = config.lora is not None and config.lora.init_adapter is not None
+    linears = read_fitting(directory, base.family).linears if adopted else None
+    classifier = build_classifier(config, base, label_names, dtype, linears, int8_products)
+    parts = split_widths(classifier.model)
+    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None, split=parts)
+    return classifier.eval()
+
+
+def read_fitting(path: Path, family: ModelFamily) -> Adapter:
+    """The adapter in a folder, with the linears that a family splits apart.
+
+    Raises:
+        UserError: as in ``read_adapter``.
+    """
+    adapter = read_adapter(path)
+    return replace(adapter, linears=separate_linears(adapter, family.fused))
+
+
+def adopt_adapter(lora: LoRASettings, base: BaseModel, moved: bool) -> tuple[dict[str, Any], Adapter]:
+    """The adapter of ``--init_adapter``, and what it decides: rank, alpha, scaling and placement.
+
+    Where parts of the adapter differ in rank or alpha, its ``linears`` count.
+
+    Args:
+        lora: the run's settings.
+        base: the base model.
+        moved: whether the base model may have another name than the adapter says: a run that continues knows it by its
+            content.
+
+    Returns:
+        The settings by name, and the adapter.
+
+    Raises:
+        UserError: the adapter was made for another base model, is placed elsewhere, or a flag contradicts it.
+    """
+    assert lora.init_adapter is not None
+    family, flag = base.family, f"--init_adapter {lora.init_adapter}"
+    adapter = read_fitting(lora.init_adapter, family)
+    if adapter.base is not None and Path(adapter.base).name != Path(base.name).name and not moved:
+        raise UserError(
+            f"{flag}: made for the base model {adapter.base}, but --model_name is {base.name}: give --model_name"
+            f" {adapter.base}, or, if they are the same, change base_model_name_or_path in its {ADAPTER_CONFIG}"
+        )
+    known = {name: target for target in (*family.targets, "head") for name in _target_paths(family, target)}
+    unknown = [name for name in adapter.linears if re.sub(r"\.\d+\.", ".*.", name) not in known]
+    if unknown:
+        raise UserError(f"{flag}: has LoRA on {unknown[0]}, which is not a linear of this model that can have LoRA")
+    placed = {known[re.sub(r"\.\d+\.", ".*.", name)] for name in adapter.linears}
+    values = {"lora_r": adapter.rank, "lora_alpha": adapter.alpha, "lora_scaling": adapter.scaling}
+    values |= {name: name.removeprefix("lora_") in placed for name in LORA_TARGETS}
+    for name, value in values.items():
+        given = getattr(lora, name)
+        if given is not None and given != value:
+            raise UserError(f"--{name} {given}: the adapter of --init_adapter has {value}: leave out this flag")
+    return values, adapter
+
+
+def _target_paths(family: ModelFamily, target: str) -> list[str]:
+    """Paths of a target's linears, with ``*`` for the number of the layer."""
+    return [re.sub(r"\.0\.", ".*.", name) for name in family.linear_names(target, 1)]
+
+
+def load_adapter(classifier: Classifier, adapter: Adapter, base: BaseModel) -> None:
+    """Copies an adapter into a classifier that was built with its ``linears``.
+
+    A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them. PEFT
+    stores no names of classes. If the base model's config has the same names in another order, the head's rows follow
+    them.
+
+    Args:
+        classifier: the classifier.
+        adapter: the adapter.
+        base: the base model.
+
+    Raises:
+        UserError: a weight is missing, of another shape, or has no place in the classifier.
+    """
+    contained = stored_shapes(base.folder)
+
+    def in_base(name: str) -> bool:
+        plain = name.replace(".linear.", ".")
+        return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
+
+    saved = classifier.saved_parameters()
+    load_initial(adapter.folder, saved, in_base, split_widths(classifier.model))
+    config: Any = classifier.model.config
+    order = class_order(base, list(config.id2label.values()))
+    if order is not None:
+        last = f"{classifier.family.head[-1]}."
+        for name, parameter in saved.items():
+            if name.startswith(last) and not name.endswith("lora_A"):
+                parameter.data = parameter.data[order]
+
+
+def class_order(base: BaseModel, label_names: Sequence[str]) -> list[int] | None:
+    """The number of each class in a base model's config; ``None`` if it has other names, or these in this order."""
+    stored = list(base.config.id2label.values())
+    if stored == list(label_names) or sorted(stored) != sorted(label_names):
+        return None
+    return [stored.index(name) for name in label_names]

@@ -1,0 +1,83 @@
+"""What a run prints before and after training. Nothing here imports torch."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetuning.runs.records import DataRecord, score_names
+from finetuning.settings import TrainingSettings
+
+
+def headline(model: str, data: DataRecord, training: TrainingSettings, kernels: str, advice: Sequence[str] = ()) -> str:
+    """The text that a run prints before training: data, model, settings.
+
+    Args:
+        model: the base model, the method, the precision and the device, as text.
+        data: the ``data`` of ``result.json``.
+        training: the run's settings.
+        kernels: whether the run uses compiled CPU kernels, or why not.
+        advice: what the user may want to change, one sentence each.
+    """
+    sizes = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items())
+    lines = [
+        f"data    {data['source']}: {sizes}",
+        f"        removed {data['leaks_dropped']} training texts that also appear in validation or test"
+        " (before --limit_train)",
+        *(f"        {note}" for note in data["notes"]),
+        f"model   {model}",
+        f"        CPU kernels: {kernels}",
+        f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g},"
+        f" epochs {training.epochs}",
+        *(f"advice  {sentence}" for sentence in advice),
+    ]
+    return "\n".join(lines)
+
+
+def summary(directory: Path, result: dict[str, Any]) -> str:
+    """The text that a run prints at the end: scores, time, memory, and a command to try the classifier."""
+    trained = result["train"]
+    example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
+    shown = {split: result[split] for split in ("validation", "test") if split in result}
+    monitor = result["config"]["monitor"]
+    lines = [f"{split:<11} {scores_line(scores, monitor)}" for split, scores in shown.items()]
+    if "test" in result:
+        low, high = result["test"]["accuracy_ci95"]
+        name = "exact match" if "exact_match" in result["test"] else "accuracy"
+        lines.append(f"{'':<11} 95 % interval of the test {name}: {low:.2%} to {high:.2%}")
+    if result["task"].get("threshold_tuned"):
+        lines.append(f"{'threshold':<11} {result['task']['threshold']:g}, tuned on validation")
+    lines += [
+        f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
+        f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
+        f"{'memory':<11} peak {result['memory']['peak_bytes'] / 2**20:,.0f} MiB ({result['memory']['source']})",
+        f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
+        f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
+        *(f"{'advice':<11} {sentence}" for sentence in result["advice"]),
+        f"{'try it':<11} {_python()} predict.py {shlex.quote(str(directory))} {example}",
+    ]
+    return "\n" + "\n".join(lines)
+
+
+def scores_line(scores: dict[str, Any], monitor: str) -> str:
+    """The main scores of a split, and the one that chose the checkpoint."""
+    several = "exact_match" in scores
+    names = dict.fromkeys(("accuracy", *(("micro_f1",) if several else ()), "macro_f1", monitor))
+    shown = score_names(several)
+    parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
+    return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The command line to type in the current folder. Paths below it become relative."""
+    return shlex.join(["python", *(word.replace(f"{Path.cwd()}{os.sep}", "") for word in words)])
+
+
+def _python() -> str:
+    """How to call this Python: ``python``, or its path if ``python`` is another one (the venv is not active)."""
+    found = shutil.which("python")
+    same = found is not None and Path(found).absolute().parent == Path(sys.executable).absolute().parent
+    return "python" if same else os.path.relpath(sys.executable)

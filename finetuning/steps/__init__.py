@@ -1,0 +1,29 @@
+"""The steps of one run, in their order: inputs, claim, classifier, training, evaluation, report; or what else is done.
+
+``run`` in ``finetune_lora.py`` calls them. Each takes what the earlier ones gave, and changes nothing of it. Importing
+this package loads torch.
+"""
+
+from finetuning.steps.claim import claim_directory
+from finetuning.steps.classifier import build_model
+from finetuning.steps.estimate import estimate
+from finetuning.steps.inputs import read_inputs
+from finetuning.steps.prefetch import prefetch
+from finetuning.steps.report import present, restore_report
+from finetuning.steps.training import evaluate, prepare_training, train
+from finetuning.steps.watch import trackers_of, watched
+
+__all__ = [
+    "build_model",
+    "claim_directory",
+    "estimate",
+    "evaluate",
+    "prefetch",
+    "prepare_training",
+    "present",
+    "read_inputs",
+    "restore_report",
+    "trackers_of",
+    "train",
+    "watched",
+]

@@ -1,0 +1,36 @@
+"""Instead of a run: measures a few of its steps."""
+
+import torch
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.materials import Materials
+from finetuning.models.counting import count_parameters
+from finetuning.steps.inputs import read_inputs
+from finetuning.training.estimate import estimate_table, measure_steps
+from finetuning.training.hardware import prepare_process
+from finetuning.training.trainer import quiet_lightning
+
+
+def estimate(config: RunConfig, materials: Materials) -> str:
+    """The memory and time that a run needs, as a text to print. It writes only tokens, into the cache.
+
+    Raises:
+        UserError: input is refused, or a GPU has too little memory for one step.
+    """
+    inputs = read_inputs(config, materials)
+    training, hardware = inputs.config.training, inputs.hardware
+    prepare_process(hardware)
+    torch.manual_seed(training.seed)
+    classifier = inputs.build()
+    weight_bytes = count_parameters(classifier)["total"].bytes
+    try:
+        with quiet_lightning():
+            record = measure_steps(
+                classifier, inputs.task, inputs.splits, inputs.pad_id, training, hardware,
+                inputs.config.hardware.frozen_cache_gb,
+            )  # fmt: skip
+    except torch.OutOfMemoryError:
+        advice = f"lower --batch_tokens ({training.batch_tokens}), or use --gradient_checkpointing True"
+        raise UserError(f"--estimate: the GPU has too little memory for one step of this run: {advice}") from None
+    return f"{inputs.headline(classifier)}\n\n{estimate_table(record, weight_bytes, training.epochs)}"

@@ -1,0 +1,111 @@
+"""The inputs of a run: base model, hardware, adapter, texts, tokens. All checks of the input are done here."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from finetuning.config import RunConfig
+from finetuning.data.batches import check_batches
+from finetuning.data.loading import tokenize
+from finetuning.data.texts import TextData
+from finetuning.data.tokens import TokenizedSplit
+from finetuning.errors import UserError
+from finetuning.materials import Materials
+from finetuning.models import int8_products
+from finetuning.models.base_model import BaseModel, check_vocabulary, find_base_model, load_tokenizer
+from finetuning.models.build import build_classifier, int8_widths
+from finetuning.models.classifier import Classifier
+from finetuning.models.quantization import try_four_bits
+from finetuning.processes import is_helper
+from finetuning.runs.adapters import Adapter
+from finetuning.runs.loading import adopt_adapter, load_adapter
+from finetuning.runs.messages import headline
+from finetuning.runs.records import data_record
+from finetuning.training.hardware import Hardware, fastest_precision, kernels_used, resolve_hardware
+from finetuning.training.tasks import Task, imbalance_advice, make_task
+from finetuning.training.trainer import check_processes
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from."""
+
+    config: RunConfig  # as the flags say, with what model, machine and adapter have decided
+    base: BaseModel
+    hardware: Hardware
+    texts: TextData
+    task: Task
+    advice: list[str]  # what the labels suggest, one sentence each
+    splits: dict[str, TokenizedSplit]
+    pad_id: int
+    adapter: Adapter | None  # of --init_adapter
+
+    def build(self) -> Classifier:
+        """The classifier before training. Its new weights are drawn from torch's global generator."""
+        linears = None if self.adapter is None else self.adapter.linears
+        classifier = build_classifier(self.config, self.base, self.texts.label_names, self.hardware.dtype, linears)
+        if self.adapter is not None:
+            load_adapter(classifier, self.adapter, self.base)
+        return classifier
+
+    def headline(self, classifier: Classifier) -> str:
+        """The text that the run prints before training."""
+        model = f"{self.base.name}, {self.config.name}, {self.hardware.described}"
+        kernels = kernels_used(classifier, self.config.hardware, self.hardware)
+        return headline(model, data_record(self.texts, self.splits), self.config.training, kernels, self.advice)
+
+
+def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
+    """Looks at model and machine, and tokenizes the texts. It writes only tokens, into the cache.
+
+    Args:
+        config: what the flags say.
+        materials: base model and texts.
+
+    Raises:
+        UserError: model, machine, adapter and texts do not fit each other or the settings.
+    """
+    check_processes(config.hardware)
+    base, texts = find_base_model(config, materials.folder), materials.texts
+    hardware, found = _settled_hardware(config, base)
+    labels = {name: split.labels for name, split in texts.splits.items()}
+    task = make_task(labels, texts.label_names, config.training)
+    advice = imbalance_advice(task, task.counts(labels["train"]), config.training)
+    adapter = None
+    if config.lora is not None and config.lora.init_adapter is not None:
+        decided, adapter = adopt_adapter(config.lora, base, moved=config.run.resume)
+        found |= decided
+    tokenizer = load_tokenizer(base)
+    inputs = Inputs(
+        config.changed(**found), base, hardware, texts, task, advice, {}, int(tokenizer.pad_token_id), adapter
+    )
+    if adapter is not None:
+        inputs.build()  # what does not fit is refused before anything is written
+    splits = tokenize(texts, tokenizer, config.data, config.run.test)
+    check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
+    check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
+    return dataclasses.replace(inputs, splits=splits)
+
+
+def _settled_hardware(config: RunConfig, base: BaseModel) -> tuple[Hardware, dict[str, Any]]:
+    """What ``auto`` and ``fast`` mean for this model on this machine, and the settings that this decides.
+
+    Raises:
+        UserError: the machine or the model cannot do what the settings ask for.
+    """
+    hardware, asked = resolve_hardware(config.hardware, config.run.resume), config.hardware.precision
+    if (
+        config.lora is not None and config.lora.q_lora and not is_helper()
+    ):  # a helper would take memory on the first GPU
+        try_four_bits(hardware.device, hardware.dtype)
+    if asked not in ("int8", "fast"):
+        return hardware, {}
+    widths = int8_widths(base, config.method, config.lora)
+    if asked == "int8":
+        if (reason := int8_products.unsuited(widths)) is not None:
+            raise UserError(f"--precision int8: {reason}; use --precision auto")
+        return hardware, {}
+    precision, why = fastest_precision(hardware, config.excludes_int8, widths)
+    if not is_helper():
+        print(f"--precision fast: {precision} ({why})", flush=True)
+    return dataclasses.replace(hardware, int8=precision == "int8"), {"precision": precision}
