@@ -225,8 +225,8 @@ class _Batches(Dataset[Batch]):
             "loss_weight": torch.tensor(batch.loss_weight),  # ()
             "padded": bool(lengths.min() < lengths.max()),  # known here; a GPU would have to be asked and waited for
         }
-        if split.seconds is not None:
-            types = mask & (columns >= split.seconds[examples][:, None])
+        if split.second_positions is not None:
+            types = mask & (columns >= split.second_positions[examples][:, None])
             tensors["token_type_ids"] = torch.from_numpy(types.astype(np.int64))  # (B, T)
         return tensors
 

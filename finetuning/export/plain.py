@@ -60,14 +60,14 @@ def export_plain(
     """
     pad_id = int(tokenizer.pad_token_id)
     model = plain_model(classifier, pad_id)
-    reference = held.answered(logits_of(model, held.sequences, pad_id, held.seconds))
+    reference = held.answered(logits_of(model, held.sequences, pad_id, held.second_positions))
     predictions = against_predictions(reference, held.stored, precision)
     write_tokenizer(folder, tokenizer, max_length)
     write_model(folder, model, DTYPES[dtype], held.stored.threshold)
     rounded = dtype != "fp32"
-    written = held.answered(logits_of(model, held.sequences, pad_id, held.seconds)) if rounded else reference
+    written = held.answered(logits_of(model, held.sequences, pad_id, held.second_positions)) if rounded else reference
     if onnx:
-        write_onnx(folder / ONNX_FILE, model, types=held.seconds is not None and reads_types(model))
+        write_onnx(folder / ONNX_FILE, model, types=held.second_positions is not None and reads_types(model))
     answers = fresh_answers(folder, held, pad_id, texts=held.columns, onnx=ONNX_FILE if onnx else None)
     if answers["labels"].tolist() != list(model.config.id2label.values()):
         raise ExportFailed("the label names of the exported folder are not those of the run: nothing is kept")
