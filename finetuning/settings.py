@@ -15,7 +15,7 @@ from finetuning.datasets import DATASETS
 
 PACKAGED = "packaged"  # the model that requirements-offline.txt installs
 DEFAULT_MODEL = "distilbert-base-uncased"
-DEFAULT_THRESHOLD = 0.5  # the probability above which one of several labels is given
+DEFAULT_THRESHOLD = 0.5  # multi-label: the probability above which a label is given
 AUTO = "auto"  # --resume auto: for job scripts, which do not know what the job left when it last ended
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 LORA_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
@@ -149,7 +149,7 @@ class DataSettings:
         None, "Column with the second text of each pair, for data sets of pairs.", "none: single texts"
     )
     label_separator: str | None = setting(
-        None, "With several labels a text: what separates them in the label column.", "none: one label, or lists"
+        None, "Multi-label data: what separates the labels in the label column.", "none: one label, or lists"
     )
     agreement: Literal["50", "66", "75", "all"] | None = setting(
         None, "For financial_phrasebank: use sentences on which at least this percentage of annotators agree.", "50"
@@ -215,7 +215,7 @@ class TrainingSettings:
     )
     threshold: str | None = setting(
         None,
-        "With several labels a text: give labels above this probability; tuned chooses it on validation.",
+        "Multi-label data: give labels above this probability; tuned chooses it on validation.",
         "0.5",
     )
     monitor: Literal["accuracy", "macro_f1", "micro_f1", "mcc", "auroc", "loss"] = setting(

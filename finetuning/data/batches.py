@@ -237,7 +237,7 @@ class TokenBatchLoader(DataLoader[Batch]):
     Each batch is a dict of
 
     * ``input_ids`` and ``attention_mask``: (B, T) int64
-    * ``labels``: (B,) int64, or (B, names) int8 with several labels a text
+    * ``labels``: (B,) int64, or (B, names) int8 for multi-label data
     * ``rows`` (in the source) and ``examples`` (positions in the split): (B,) int64
     * ``padded``: bool, whether the mask has a 0
     * ``token_type_ids``: (B, T) int64, 1 in the second text; only for pairs of texts

@@ -25,7 +25,7 @@ class TokenizedSplit:
 
     tokens: np.ndarray  # (all tokens,) int32
     offsets: np.ndarray  # (n + 1,) int64, the start of each sequence and the end of the last one
-    labels: np.ndarray  # (n,) int64; with several labels a text (n, names) int8, 0 or 1
+    labels: np.ndarray  # (n,) int64; multi-label (n, names) int8, 0 or 1
     rows: np.ndarray  # (n,) int64
     second_positions: np.ndarray | None = None  # (n,) int64, where token type 1 begins in each pair
 

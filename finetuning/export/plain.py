@@ -132,7 +132,7 @@ def unpack_linears(model: nn.Module, family: ModelFamily) -> None:
 def write_model(folder: Path, model: Any, dtype: torch.dtype, threshold: float | None = None) -> None:
     """Writes the model's weights, in ``dtype``, and its config. The model keeps the rounded weights, in fp32.
 
-    With several labels a text the config also has the run's threshold, which Transformers keeps but does not use.
+    The config of a multi-label run also has its threshold, which Transformers keeps but does not use.
     """
     model.config.problem_type = "single_label_classification" if threshold is None else "multi_label_classification"
     if threshold is not None:

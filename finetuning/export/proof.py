@@ -79,7 +79,7 @@ class Proof:
 
     texts: int
     total: int
-    several: bool  # whether a text may have several labels, or none
+    several: bool  # whether the run is multi-label
     largest_difference: float  # of the logits: fresh process and reference
     dtype_difference: float | None  # what rounding the weights to --dtype costs; None for fp32
     dtype_changed: int
@@ -204,8 +204,8 @@ def changed_texts(answers: Answers, others: Answers) -> int:
 def against_predictions(reference: Answers, stored: Answers, precision: str) -> AgainstPredictions:
     """Compares the reference with the logits that the run stored.
 
-    The margin of a label is the difference of the two highest logits. With several labels a text it is the distance of
-    each label's logit from the threshold's.
+    The margin of a label is the difference of the two highest logits. Multi-label: it is the distance of each
+    label's logit from the threshold's.
 
     Args:
         reference: of the merged model in fp32.

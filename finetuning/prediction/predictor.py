@@ -31,7 +31,7 @@ class Predictor:
     def __call__(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, done: Callable[[int], object] = lambda _: None
     ) -> np.ndarray:
-        """The probabilities of each text's labels. They sum to 1, unless a text can have several labels.
+        """The probabilities of each text's labels. They sum to 1, unless the run is multi-label.
 
         Texts are sorted by length into batches, so give many at once.
 
