@@ -1,6 +1,6 @@
 """The settings of one run, in seven sections. Each field is a flag of the same name, with its help and its bounds.
 
-A function takes only the section it needs, so its signature shows which settings can change its result.
+Most functions take one section or single settings, so their signatures show which settings can change their results.
 ``config.py`` builds all sections from the flags. Nothing here imports torch, so a wrong flag fails at once.
 """
 
@@ -211,7 +211,7 @@ class TrainingSettings:
         "none", "Weight of a training text by its class: balanced, none, or NAME=WEIGHT,... (others weigh 1)."
     )
     label_smoothing: float = setting(
-        0.0, "Share of a training label that is spread over all classes.", "0", at_least=0, below=1
+        0.0, "Single-label data: share of a training label that is spread over all classes.", "0", at_least=0, below=1
     )
     threshold: str | None = setting(
         None,

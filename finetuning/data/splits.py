@@ -66,7 +66,7 @@ def stratified_parts(labels: np.ndarray, sizes: Sequence[int], seed: int) -> lis
     """Disjoint random parts of exactly ``sizes`` examples. Class counts are proportional, within two examples.
 
     The examples of each class, in random order, are spread evenly over the interval from 0 to 1. All examples are
-    then sorted by their place in it and cut. The class counts follow Webster's method of apportionment.
+    then sorted by their position in it and cut. The class counts follow Webster's method of apportionment.
 
     Args:
         labels: (n,) class of each example.

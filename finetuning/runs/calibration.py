@@ -1,4 +1,4 @@
-"""Whether a run's probabilities can be taken at their word: reliability, expected calibration error, temperature.
+"""Whether a run's probabilities can be believed: reliability, expected calibration error, temperature.
 
 In a single-label run, the probability of the given class is compared with whether it is right. In a multi-label run,
 the probability of every label is compared with whether the text has it.
