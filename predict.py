@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--threshold",
         type=float,
         metavar="X",
-        help="With several labels a text: give the labels above this probability. (default: the run's threshold)",
+        help="Multi-label runs: give the labels above this probability. (default: the run's threshold)",
     )
     parser.add_argument(
         "--skip_bad_rows", action="store_true", help="Give rows without a text an empty label, instead of refusing."
@@ -187,7 +187,7 @@ def predict(
         pairs: the second text of each pair, for a run on pairs.
 
     Returns:
-        The label names, and one row of probabilities per text. They sum to 1, unless texts have several labels.
+        The label names, and one row of probabilities per text. They sum to 1, unless the run is multi-label.
 
     Raises:
         UserError: there is no trained classifier, its model or weights cannot be loaded, or it was not trained on

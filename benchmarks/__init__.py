@@ -1,1 +1,1 @@
-"""Compares this suite with other ways to train, and with what the machine can do. Nothing imports this package."""
+"""Compares this suite with other ways to train, and with what the machine can do. The suite never imports it."""

@@ -233,8 +233,8 @@ def collect(measurements: Sequence[Measurement], folder: Path) -> tuple[Record, 
     """What has been measured so far.
 
     Returns:
-        The records with the plan, and for each finished run (n, 2) numbers of each test text: right and wrong, or with
-        several labels a text the labels found and the ones wrongly given or missed.
+        The records with the plan, and for each finished run (n, 2) numbers of each test text: right and wrong, or for
+        multi-label data the labels found and the ones wrongly given or missed.
 
     Raises:
         UserError: two runs of a data set were trained or tested on different texts.

@@ -57,7 +57,7 @@ def as_examples(split: TokenizedSplit, order: np.ndarray, token_types: bool = Fa
     for i in order:
         ids = split.sequence(i)
         example = {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels[i].tolist()}
-        if token_types and split.seconds is not None:
-            example["token_type_ids"] = (np.arange(len(ids)) >= split.seconds[i]).astype(int).tolist()
+        if token_types and split.second_positions is not None:
+            example["token_type_ids"] = (np.arange(len(ids)) >= split.second_positions[i]).astype(int).tolist()
         examples.append(example)
     return examples

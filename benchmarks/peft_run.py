@@ -171,7 +171,7 @@ def make_trainer(peer: Peer, model: nn.Module, family: ModelFamily, clock: Clock
 
 
 def as_arrays(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (n, classes) in fp32; labels (n,), or (n, names) with several labels a text, as whole numbers."""
+    """Logits (n, classes) in fp32; labels (n,), or (n, names) if multi-label, as whole numbers."""
     return np.asarray(logits, dtype=np.float32), np.asarray(labels).astype(np.int64)
 
 

@@ -282,7 +282,7 @@ def _dependent_defaults(s: SimpleNamespace) -> dict[str, Any]:
         defaults["trainable_layers"] = 2
     if s.lora_modules is not None:
         defaults |= {"lora_query": False, "lora_value": False}
-    if s.init_adapter is not None:  # ``adopted`` takes them from the adapter
+    if s.init_adapter is not None:  # ``adopt_adapter`` takes them from the adapter
         defaults |= dict.fromkeys(FROM_ADAPTER)
     if s.method == "lora" and s.q_lora:
         defaults["double_quantization"] = True
@@ -331,7 +331,7 @@ def _check_combinations(s: SimpleNamespace) -> None:
     named = traits.label_names is not None  # its reader knows the columns
     pairs = s.text_pair_column is None or not named
     require(pairs, "text_pair_column", f"{s.dataset} has no pairs of texts: use --dataset text")
-    require(s.label_separator is None or not named, "label_separator", f"{s.dataset} has one label a text")
+    require(s.label_separator is None or not named, "label_separator", f"{s.dataset} is not multi-label")
     require(s.label_separator != "", "label_separator", "must not be empty")
     threshold = s.threshold in (None, "tuned") or _is_share(s.threshold)
     require(threshold, "threshold", "must be tuned, or above 0 and below 1")

@@ -1,4 +1,4 @@
-"""HTML pages that need no other file. The templates in ``templates/`` hold what the pages of several rooms share."""
+"""HTML pages that need no other file. The templates in ``templates/`` hold what the pages of several packages share."""
 
 import base64
 import re

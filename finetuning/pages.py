@@ -1,4 +1,4 @@
-"""Tables, and pages in Markdown: a table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
+"""Tables, and pages in Markdown: a table is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """The settings of one run, in seven sections. Each field is a flag of the same name, with its help and its bounds.
 
-A function takes only the section it needs, so its signature shows which settings can change its result.
+Most functions take one section or single settings, so their signatures show which settings can change their results.
 ``config.py`` builds all sections from the flags. Nothing here imports torch, so a wrong flag fails at once.
 """
 
@@ -16,7 +16,7 @@ from finetuning.errors import UserError
 
 PACKAGED = "packaged"  # the model that requirements-offline.txt installs
 DEFAULT_MODEL = "distilbert-base-uncased"
-DEFAULT_THRESHOLD = 0.5  # the probability above which one of several labels is given
+DEFAULT_THRESHOLD = 0.5  # multi-label: the probability above which a label is given
 AUTO = "auto"  # --resume auto: for job scripts, which do not know what the job left when it last ended
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 LORA_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
@@ -150,7 +150,7 @@ class DataSettings:
         None, "Column with the second text of each pair, for data sets of pairs.", "none: single texts"
     )
     label_separator: str | None = setting(
-        None, "With several labels a text: what separates them in the label column.", "none: one label, or lists"
+        None, "Multi-label data: what separates the labels in the label column.", "none: one label, or lists"
     )
     agreement: Literal["50", "66", "75", "all"] | None = setting(
         None, "For financial_phrasebank: use sentences on which at least this percentage of annotators agree.", "50"
@@ -212,11 +212,11 @@ class TrainingSettings:
         "none", "Weight of a training text by its class: balanced, none, or NAME=WEIGHT,... (others weigh 1)."
     )
     label_smoothing: float = setting(
-        0.0, "Share of a training label that is spread over all classes.", "0", at_least=0, below=1
+        0.0, "Single-label data: share of a training label that is spread over all classes.", "0", at_least=0, below=1
     )
     threshold: str | None = setting(
         None,
-        "With several labels a text: give labels above this probability; tuned chooses it on validation.",
+        "Multi-label data: give labels above this probability; tuned chooses it on validation.",
         "0.5",
     )
     monitor: Literal["accuracy", "macro_f1", "micro_f1", "mcc", "auroc", "loss"] = setting(

@@ -24,7 +24,7 @@ TOPICS = ("plot", "music", "actors")
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``one`` has one label a text; ``several`` has pairs of texts with several labels. One training text leaks."""
+    """``one`` is single-label; ``several`` has pairs of texts and is multi-label. One training text leaks."""
     folder, random = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
     for name in ("one", "several"):
         (folder / name).mkdir()

@@ -272,7 +272,7 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
             "--dataset text --data_dir d --text_pair_column label",
             "--text_pair_column label: must be another column than text and label",
         ),
-        ("--label_separator ,", "--label_separator ,: imdb has one label a text"),
+        ("--label_separator ,", "--label_separator ,: imdb is not multi-label"),
         *(
             (f"--threshold {value}", f"--threshold {value}: must be tuned, or above 0 and below 1")
             for value in ("0", "1", "half", "-0.5", "nan")

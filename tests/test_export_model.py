@@ -207,7 +207,7 @@ def test_a_run_without_a_test_is_proved_with_its_validation(tiny_folders: dict[s
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_run_with_several_labels_a_text(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_multi_label_run(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     chosen = [[word for bit, word in enumerate(("funny", "sad", "long")) if i >> bit & 1] for i in range(96)]
     rows = [(f"a {' '.join(words)} film, number {i}", ";".join(words) or "none") for i, words in enumerate(chosen)]
     table = pd.DataFrame(rows, columns=["text", "label"])

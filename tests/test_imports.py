@@ -44,21 +44,21 @@ def test_root_modules_import_downward(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["", "data", "models", "training", "runs", "comparison", "export", "prediction", "report"]
+    "package", ["", "data", "models", "training", "runs", "comparison", "export", "prediction", "report"]
 )
-def test_the_package_never_imports_what_is_above_it(room: str) -> None:
-    files = sorted((ROOT / "finetuning" / room).glob("*.py"))
+def test_the_package_never_imports_what_is_above_it(package: str) -> None:
+    files = sorted((ROOT / "finetuning" / package).glob("*.py"))
     assert files
     for path in files:
         assert not imported(path) & ABOVE, path
 
 
-def test_the_ground_floor_comparison_and_report_start_without_torch() -> None:
-    rooms = [ROOT / "finetuning", ROOT / "finetuning" / "comparison", ROOT / "finetuning" / "report"]
+def test_the_top_modules_comparison_and_report_start_without_torch() -> None:
+    folders = [ROOT / "finetuning", ROOT / "finetuning" / "comparison", ROOT / "finetuning" / "report"]
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for room in rooms
-        for path in sorted(room.glob("*.py"))
+        for folder in folders
+        for path in sorted(folder.glob("*.py"))
         if path.stem != "__init__"
     ]
     code = f"import sys, importlib\nfor name in {[*names, 'compare_methods']!r}: importlib.import_module(name)\n"

@@ -280,7 +280,7 @@ def test_nothing_is_left_of_what_is_refused_or_interrupted(
     assert "the folder" in refusal(capsys, *words[:-1], tmp_path / "none" / "a.csv")
     assert "--top_k 3: " in refusal(capsys, *words, "--top_k", 3)
     assert "--top_k 0: must be at least 1" in refusal(capsys, *words, "--top_k", 0)
-    assert "--threshold 0.3: needs several labels a text" in refusal(capsys, *words, "--threshold", 0.3)
+    assert "--threshold 0.3: needs a multi-label run" in refusal(capsys, *words, "--threshold", 0.3)
     assert "--threshold 1: must be above 0 and below 1" in refusal(capsys, *words, "--threshold", 1)
     monkeypatch.setenv("FINETUNE_LORA_PROCESSOR", "avx")
     assert "FINETUNE_LORA_PROCESSOR=avx: must be one of" in refusal(capsys, *words)
@@ -544,7 +544,7 @@ def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) 
         read_trained(tmp_path)
 
 
-def test_several_labels_are_predicted_as_in_the_run(
+def test_a_multi_label_run_predicts_as_it_did(
     tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = {"superb": "good", "boring": "bad", "camera": "technical"}

@@ -105,7 +105,7 @@ def test_every_flag_that_is_mentioned_exists(document: str) -> None:
 
 def tree() -> dict[str, bool]:
     """The names in the README's tree, relative to the root -> whether they are entries of the root."""
-    (block,) = re.findall(r"## The house\n.*?```\n(.*?)```", read("README.md"), flags=re.DOTALL)
+    (block,) = re.findall(r"## Layout\n.*?```\n(.*?)```", read("README.md"), flags=re.DOTALL)
     names: dict[str, bool] = {}
     folder = ""
     for line in block.splitlines():
@@ -131,10 +131,10 @@ def test_the_tree_names_every_entry_of_the_root() -> None:
     assert entries <= named
 
 
-def test_the_rooms_are_in_the_tree() -> None:
-    rooms = {f"finetuning/{path.parent.name}/" for path in (ROOT / "finetuning").glob("*/__init__.py")}
-    floor = {f"finetuning/{path.name}" for path in (ROOT / "finetuning").glob("[a-z]*.py")}
-    assert rooms | floor <= set(tree())
+def test_packages_and_modules_are_in_the_tree() -> None:
+    packages = {f"finetuning/{path.parent.name}/" for path in (ROOT / "finetuning").glob("*/__init__.py")}
+    modules = {f"finetuning/{path.name}" for path in (ROOT / "finetuning").glob("[a-z]*.py")}
+    assert packages | modules <= set(tree())
 
 
 def anchors(text: str) -> set[str]:

@@ -31,8 +31,8 @@ OTHER_CONDITIONS = "another commit, processor, number of threads or torch versio
 class Predictions:
     """What a run predicted for its test texts, in the order of their rows; each array is ``(n,)``.
 
-    With several labels a text, ``labels`` is an array of bytes, one for each set of labels, ``correct`` means that all
-    labels of a text are right, and ``counts`` is there.
+    Multi-label: ``labels`` is an array of bytes, one for each set of labels, ``correct`` means that all labels of a
+    text are right, and ``counts`` is there.
     """
 
     source: str

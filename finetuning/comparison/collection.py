@@ -62,7 +62,7 @@ def read_test_predictions(path: Path, threshold: float | None = None) -> Any:
 
     Args:
         path: the run's predictions.
-        threshold: with several labels a text, the probability above which a label is given.
+        threshold: of a multi-label run, the probability above which a label is given.
 
     Returns:
         A pyarrow table with columns ``row`` (int32), ``label`` and ``predicted`` (int8; int16 for many classes). With

@@ -37,7 +37,7 @@ class Section:
     notes: Sequence[str]
     comparisons: Table
     pairs: int  # number of compared pairs, shown or not
-    f1_comparisons: Table  # micro F1, only for texts with several labels
+    f1_comparisons: Table  # micro F1, only for multi-label data
     tuning: Table
     plots: Sequence[Plot]
 

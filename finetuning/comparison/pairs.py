@@ -78,7 +78,7 @@ def compare(
         second: predictions of the other method.
         spread: the spread over seeds of all methods with these test texts; ``None`` if no method has a second seed.
         resamples: number of draws of the bootstrap.
-        measure: ``accuracy``, or ``micro_f1`` for texts with several labels, which is always tested by the bootstrap.
+        measure: ``accuracy``, or ``micro_f1`` for multi-label data, which is always tested by the bootstrap.
 
     Raises:
         UserError: the runs were tested on different texts.
@@ -96,7 +96,7 @@ def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparis
 
     Args:
         study: any study.
-        measure: ``accuracy``, or ``micro_f1`` to compare only the rows whose texts have several labels.
+        measure: ``accuracy``, or ``micro_f1`` to compare only rows of multi-label data.
     """
     usable, notes = comparable(study, measure)
     same = [(a, b) for a, b in itertools.combinations(usable, 2) if usable[a][0].test_set == usable[b][0].test_set]

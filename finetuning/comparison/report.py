@@ -137,7 +137,7 @@ def study_text(section: Section) -> str:
     if section.comparisons.rows:
         parts += [f"## {section.comparisons_title}", section.comparisons.markdown(), READING]
     if section.f1_comparisons.rows:
-        parts += ["## Micro F1 of texts with several labels", section.f1_comparisons.markdown()]
+        parts += ["## Micro F1 of multi-label data", section.f1_comparisons.markdown()]
     if section.tuning.rows:
         parts += ["## Learning rates tried on validation", section.tuning.markdown()]
     parts += [f"![{plot.caption}]({plot.file})" for plot in section.plots]

@@ -225,8 +225,8 @@ class _Batches(Dataset[Batch]):
             "loss_weight": torch.tensor(batch.loss_weight),  # ()
             "padded": bool(lengths.min() < lengths.max()),  # known here; a GPU would have to be asked and waited for
         }
-        if split.seconds is not None:
-            types = mask & (columns >= split.seconds[examples][:, None])
+        if split.second_positions is not None:
+            types = mask & (columns >= split.second_positions[examples][:, None])
             tensors["token_type_ids"] = torch.from_numpy(types.astype(np.int64))  # (B, T)
         return tensors
 
@@ -237,7 +237,7 @@ class TokenBatchLoader(DataLoader[Batch]):
     Each batch is a dict of
 
     * ``input_ids`` and ``attention_mask``: (B, T) int64
-    * ``labels``: (B,) int64, or (B, names) int8 with several labels a text
+    * ``labels``: (B,) int64, or (B, names) int8 for multi-label data
     * ``rows`` (in the source) and ``examples`` (positions in the split): (B,) int64
     * ``padded``: bool, whether the mask has a 0
     * ``token_type_ids``: (B, T) int64, 1 in the second text; only for pairs of texts

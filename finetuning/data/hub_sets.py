@@ -1,6 +1,6 @@
 """Any data set of the Hugging Face hub: ``--dataset OWNER/NAME`` or ``OWNER/NAME:CONFIG``.
 
-The files come from a snapshot in the hub's cache, so they are found without a network, too. The library ``datasets``
+The files come from a snapshot in the hub's cache, so they are also found without a network. The library ``datasets``
 reads them. It never runs a repository's code.
 """
 

@@ -1,4 +1,4 @@
-"""Several labels a text: lists of labels, or one text with a separator -> a 0 or 1 for each label.
+"""Multi-label data: lists of labels, or one text with a separator -> a 0 or 1 for each label.
 
 Splits and limits are stratified by each text's rarest label, because few texts share a whole set of labels. So rare
 labels reach every part in proportion, as far as their texts allow.
@@ -17,12 +17,12 @@ from finetuning.settings import DataSettings
 STRATIFIED = "splits and limits are stratified by each text's rarest label"
 
 
-def has_several_labels(source: Source, data: DataSettings) -> bool:
+def is_multi_label(source: Source, data: DataSettings) -> bool:
     """Whether the labels are lists, or text that ``--label_separator`` splits."""
     return data.label_separator is not None or any(table.label.map(_is_list).any() for table in source.tables.values())
 
 
-def encode_several_labels(source: Source, data: DataSettings) -> tuple[list[str], Source]:
+def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], Source]:
     """The label names, and the source with the columns ``labels`` and ``label``.
 
     ``labels`` has an array (names,) int8 of 0 and 1 for each text. ``label`` is the stratum of the text: the number of

@@ -82,6 +82,7 @@ def tokenize(texts: TextData, tokenizer: Any, data: DataSettings, test: bool = T
     wanted = {name: split for name, split in texts.splits.items() if test or name != "test"}
     tokenized = {}
     for name, split in wanted.items():
-        tokens, offsets, seconds = cached_tokens(split.texts, tokenizer, data, f"tokenizing {name}", split.pairs)
-        tokenized[name] = TokenizedSplit(tokens, offsets, split.labels, split.rows, seconds)
+        progress = f"tokenizing {name}"
+        tokens, offsets, second_positions = cached_tokens(split.texts, tokenizer, data, progress, split.pairs)
+        tokenized[name] = TokenizedSplit(tokens, offsets, split.labels, split.rows, second_positions)
     return tokenized

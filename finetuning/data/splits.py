@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from finetuning.data.labels import encode_several_labels, has_several_labels
+from finetuning.data.labels import encode_multi_label, is_multi_label
 from finetuning.data.texts import Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError
@@ -17,13 +17,13 @@ from finetuning.settings import DataSettings
 def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source]:
     """The label names, and the source with its labels as numbers 0 ... classes - 1.
 
-    If the texts have several labels each, see ``encode_several_labels``.
+    For multi-label data see ``encode_multi_label``.
 
     Raises:
         UserError: a label is not allowed, or all labels are equal.
     """
-    if has_several_labels(source, data):
-        return encode_several_labels(source, data)
+    if is_multi_label(source, data):
+        return encode_multi_label(source, data)
     labels = _comparable(pd.concat({split: table.label for split, table in source.tables.items()}))
     if not pd.api.types.is_numeric_dtype(labels) and not labels.map(lambda label: isinstance(label, str)).all():
         raise UserError(f"--label_column {data.label_column}: labels must be all numbers or all strings")
@@ -66,7 +66,7 @@ def stratified_parts(labels: np.ndarray, sizes: Sequence[int], seed: int) -> lis
     """Disjoint random parts of exactly ``sizes`` examples. Class counts are proportional, within two examples.
 
     The examples of each class, in random order, are spread evenly over the interval from 0 to 1. All examples are
-    then sorted by their place in it and cut. The class counts follow Webster's method of apportionment.
+    then sorted by their position in it and cut. The class counts follow Webster's method of apportionment.
 
     Args:
         labels: (n,) class of each example.
@@ -144,7 +144,7 @@ def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
     held_out = pd.concat([splits["validation"], splits["test"]])
     leaks = _content(splits["train"]).isin(_content(held_out))
     splits["train"] = splits["train"][~leaks]
-    if "labels" in held_out:  # several labels: unseen_labels warns
+    if "labels" in held_out:  # multi-label: unseen_labels warns
         return int(leaks.sum())
     missing = sorted(set(held_out.label) - set(splits["train"].label))
     if missing:

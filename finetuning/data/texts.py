@@ -30,7 +30,7 @@ class LabelledTexts:
     """
 
     texts: list[str]
-    labels: np.ndarray  # (n,) int64; with several labels a text (n, names) int8, 0 or 1
+    labels: np.ndarray  # (n,) int64; multi-label (n, names) int8, 0 or 1
     rows: np.ndarray  # (n,) int64
     pairs: list[str] | None = None  # the second text of each pair
 

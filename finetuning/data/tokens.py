@@ -16,6 +16,8 @@ from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 from finetuning.storage import append_sum, cache_dir, sum_holds, write_atomically
 
+FORMAT = 2  # of the files in the cache
+
 
 @dataclass(frozen=True)
 class TokenizedSplit:
@@ -23,9 +25,9 @@ class TokenizedSplit:
 
     tokens: np.ndarray  # (all tokens,) int32
     offsets: np.ndarray  # (n + 1,) int64, the start of each sequence and the end of the last one
-    labels: np.ndarray  # (n,) int64; with several labels a text (n, names) int8, 0 or 1
+    labels: np.ndarray  # (n,) int64; multi-label (n, names) int8, 0 or 1
     rows: np.ndarray  # (n,) int64
-    seconds: np.ndarray | None = None  # (n,) int64, where token type 1 begins in each sequence of two texts
+    second_positions: np.ndarray | None = None  # (n,) int64, where token type 1 begins in each pair
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,7 +45,7 @@ class TokenizedSplit:
     @property
     def sha256(self) -> str:
         """A hash of everything that training and evaluation read."""
-        arrays = (self.tokens, self.offsets, self.labels, self.rows, self.seconds)
+        arrays = (self.tokens, self.offsets, self.labels, self.rows, self.second_positions)
         parts = (b"" if array is None else array.tobytes() for array in arrays)
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
@@ -57,7 +59,7 @@ def _tokens_key(texts: list[str], tokenizer: Any, data: DataSettings, pairs: lis
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # earlier calls change them, but they do not change our tokens
         backend.pop(state, None)
-    digest = hashlib.blake2b(json.dumps([1, data.max_length, data.truncation, backend]).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([FORMAT, data.max_length, data.truncation, backend]).encode(), digest_size=16)
     for column in (texts, pairs) if pairs is not None else (texts,):
         encoded = [text.encode("utf-8", "surrogatepass") for text in column]
         digest.update(np.array([len(text) for text in encoded]).tobytes())
@@ -183,12 +185,12 @@ def cached_tokens(
     path = cache_dir() / "tokens" / f"{_tokens_key(texts, tokenizer, data, pairs)}.npz"
     if sum_holds(path):
         with suppress(OSError), path.open("rb") as file, np.load(file) as stored:  # it may have been removed meanwhile
-            return stored["tokens"], stored["offsets"], stored.get("seconds")
+            return stored["tokens"], stored["offsets"], stored.get("second_positions")
     arrays = encode(texts, pairs, tokenizer, data, progress)
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            named: dict[str, Any] = dict(zip(("tokens", "offsets", "seconds"), arrays, strict=True))
+            named: dict[str, Any] = dict(zip(("tokens", "offsets", "second_positions"), arrays, strict=True))
             np.savez(file, **{name: array for name, array in named.items() if array is not None})
         append_sum(temporary)
 

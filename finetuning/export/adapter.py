@@ -81,7 +81,7 @@ def export_adapter(
     write_json(folder / ADAPTER_CONFIG, read_json(run / ADAPTER_CONFIG) | {"base_model_name_or_path": recorded})
     write_tokenizer(folder, tokenizer, config.data.max_length)
     model = plain_model(classifier, pad_id)
-    reference = held.answered(logits_of(model, held.sequences, pad_id, held.seconds))
+    reference = held.answered(logits_of(model, held.sequences, pad_id, held.second_positions))
     predictions = against_predictions(reference, held.stored, precision)
     answers = fresh_answers(folder, held, pad_id, base=base, classes=model.config.num_labels)
     return Proof(

@@ -17,14 +17,14 @@ KEYS = ("text", "text_pair")  # of a pair, in a pipeline
 
 
 def padded_batches(
-    sequences: Sequence[np.ndarray], pad_id: int, seconds: np.ndarray | None = None
+    sequences: Sequence[np.ndarray], pad_id: int, second_positions: np.ndarray | None = None
 ) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Batches of like lengths: positions in ``sequences``, and the model's inputs ``(B, T)``.
 
     Args:
         sequences: token ids.
         pad_id: the tokenizer's padding id.
-        seconds: (n,) where token type 1 begins in each sequence; ``None`` leaves token types out.
+        second_positions: (n,) where token type 1 begins in each sequence; ``None`` leaves token types out.
     """
     order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")
     batches = []
@@ -34,9 +34,9 @@ def padded_batches(
         for place, row in enumerate(rows):
             ids[place, : len(sequences[row])] = sequences[row]
             mask[place, : len(sequences[row])] = 1
-            if seconds is not None:
-                types[place, seconds[row] : len(sequences[row])] = 1
-        typed = {} if seconds is None else {"token_type_ids": types}
+            if second_positions is not None:
+                types[place, second_positions[row] : len(sequences[row])] = 1
+        typed = {} if second_positions is None else {"token_type_ids": types}
         batches.append((rows, {"input_ids": ids, "attention_mask": mask} | typed))
     return batches
 
@@ -48,24 +48,24 @@ def reads_types(model: Any) -> bool:
 
 @torch.no_grad()
 def logits_of(
-    model: Any, sequences: Sequence[np.ndarray], pad_id: int, seconds: np.ndarray | None = None
+    model: Any, sequences: Sequence[np.ndarray], pad_id: int, second_positions: np.ndarray | None = None
 ) -> np.ndarray:
     """``(n, classes)`` in fp32, by the model's own forward. Arguments as in ``padded_batches``."""
     logits = np.empty((len(sequences), model.config.num_labels), dtype=np.float32)
-    for rows, inputs in padded_batches(sequences, pad_id, seconds if reads_types(model) else None):
+    for rows, inputs in padded_batches(sequences, pad_id, second_positions if reads_types(model) else None):
         tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
         logits[rows] = model(**tensors).logits.float().numpy()
     return logits
 
 
 def onnx_logits(
-    path: Path, sequences: Sequence[np.ndarray], pad_id: int, seconds: np.ndarray | None = None
+    path: Path, sequences: Sequence[np.ndarray], pad_id: int, second_positions: np.ndarray | None = None
 ) -> np.ndarray:
     """The same by onnxruntime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    batches = padded_batches(sequences, pad_id, seconds)
+    batches = padded_batches(sequences, pad_id, second_positions)
     read = [node.name for node in session.get_inputs()]
     parts = [session.run(["logits"], {name: inputs[name] for name in read})[0] for _, inputs in batches]
     logits = np.empty((len(sequences), parts[0].shape[1]), dtype=np.float32)
@@ -117,13 +117,13 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf8"))
     with np.load(folder / "tokens.npz") as stored:
         sequences = np.split(stored["tokens"], stored["offsets"][1:-1])
-        seconds = stored.get("seconds")
-    answers = {"logits": logits_of(load(job), sequences, job["pad_id"], seconds)}
+        second_positions = stored.get("second_positions")
+    answers = {"logits": logits_of(load(job), sequences, job["pad_id"], second_positions)}
     if job["texts"] is not None:
         scores, labels = pipeline_scores(job["model"], job["texts"])
         answers |= {"scores": scores, "labels": np.array(labels)}
     if job["onnx"] is not None:
-        answers["onnx"] = onnx_logits(Path(job["model"]) / job["onnx"], sequences, job["pad_id"], seconds)
+        answers["onnx"] = onnx_logits(Path(job["model"]) / job["onnx"], sequences, job["pad_id"], second_positions)
     np.savez(folder / "answers.npz", **answers)  # type: ignore[arg-type]
 
 

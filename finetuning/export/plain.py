@@ -60,14 +60,14 @@ def export_plain(
     """
     pad_id = int(tokenizer.pad_token_id)
     model = plain_model(classifier, pad_id)
-    reference = held.answered(logits_of(model, held.sequences, pad_id, held.seconds))
+    reference = held.answered(logits_of(model, held.sequences, pad_id, held.second_positions))
     predictions = against_predictions(reference, held.stored, precision)
     write_tokenizer(folder, tokenizer, max_length)
     write_model(folder, model, DTYPES[dtype], held.stored.threshold)
     rounded = dtype != "fp32"
-    written = held.answered(logits_of(model, held.sequences, pad_id, held.seconds)) if rounded else reference
+    written = held.answered(logits_of(model, held.sequences, pad_id, held.second_positions)) if rounded else reference
     if onnx:
-        write_onnx(folder / ONNX_FILE, model, types=held.seconds is not None and reads_types(model))
+        write_onnx(folder / ONNX_FILE, model, types=held.second_positions is not None and reads_types(model))
     answers = fresh_answers(folder, held, pad_id, texts=held.columns, onnx=ONNX_FILE if onnx else None)
     if answers["labels"].tolist() != list(model.config.id2label.values()):
         raise ExportFailed("the label names of the exported folder are not those of the run: nothing is kept")
@@ -132,7 +132,7 @@ def unpack_linears(model: nn.Module, family: ModelFamily) -> None:
 def write_model(folder: Path, model: Any, dtype: torch.dtype, threshold: float | None = None) -> None:
     """Writes the model's weights, in ``dtype``, and its config. The model keeps the rounded weights, in fp32.
 
-    With several labels a text the config also has the run's threshold, which Transformers keeps but does not use.
+    The config of a multi-label run also has its threshold, which Transformers keeps but does not use.
     """
     model.config.problem_type = "single_label_classification" if threshold is None else "multi_label_classification"
     if threshold is not None:

@@ -42,7 +42,7 @@ class HeldOut:
 
     columns: list[list[str]]  # the texts, or the first and the second texts of pairs
     sequences: list[np.ndarray]  # the token ids of each text, as the run cut them
-    seconds: np.ndarray | None  # (n,) where token type 1 begins in each sequence; None if all tokens have one type
+    second_positions: np.ndarray | None  # (n,) where token type 1 begins; None if all tokens have one type
     stored: Answers  # of predictions.parquet
     total: int  # number of held-out texts of the run
 
@@ -79,7 +79,7 @@ class Proof:
 
     texts: int
     total: int
-    several: bool  # whether a text may have several labels, or none
+    several: bool  # whether the run is multi-label
     largest_difference: float  # of the logits: fresh process and reference
     dtype_difference: float | None  # what rounding the weights to --dtype costs; None for fp32
     dtype_changed: int
@@ -114,7 +114,7 @@ def held_out(
     if splits[0].pairs is not None:
         columns.append([text for split in splits for text in split.pairs or ()])
     sequences = [split.sequence(i) for split in tokens.values() for i in range(len(split))]
-    begins = [split.seconds for split in tokens.values() if split.seconds is not None]
+    begins = [split.second_positions for split in tokens.values() if split.second_positions is not None]
     return HeldOut(
         [[column[i] for i in chosen] for column in columns],
         [sequences[i] for i in chosen],
@@ -153,8 +153,8 @@ def fresh_answers(folder: Path, held: HeldOut, pad_id: int, **job: Any) -> dict[
     job = {"model": folder.name, "pad_id": pad_id, "base": None, "texts": None, "onnx": None} | job
     (desk / "job.json").write_text(json.dumps(job), encoding="utf8")
     offsets = np.cumsum([0, *(len(sequence) for sequence in held.sequences)])
-    seconds: dict[str, Any] = {} if held.seconds is None else {"seconds": held.seconds}
-    np.savez(desk / "tokens.npz", tokens=np.concatenate(held.sequences), offsets=offsets, **seconds)
+    types: dict[str, Any] = {} if held.second_positions is None else {"second_positions": held.second_positions}
+    np.savez(desk / "tokens.npz", tokens=np.concatenate(held.sequences), offsets=offsets, **types)
     run_alone([fresh_process.__file__, desk.name], folder.parent)
     with np.load(desk / "answers.npz") as answers:
         return dict(answers)
@@ -204,8 +204,8 @@ def changed_texts(answers: Answers, others: Answers) -> int:
 def against_predictions(reference: Answers, stored: Answers, precision: str) -> AgainstPredictions:
     """Compares the reference with the logits that the run stored.
 
-    The margin of a label is the difference of the two highest logits. With several labels a text it is the distance of
-    each label's logit from the threshold's.
+    The margin of a label is the difference of the two highest logits. Multi-label: it is the distance of each
+    label's logit from the threshold's.
 
     Args:
         reference: of the merged model in fp32.

@@ -71,10 +71,10 @@ def make_answers(trained: Trained, threshold: float | None, top_k: int | None) -
     """The answers that the flags ask for.
 
     Raises:
-        UserError: ``--threshold`` with one label a text, or more labels than there are.
+        UserError: ``--threshold`` with a single-label run, or more labels than there are.
     """
     if threshold is not None and trained.threshold is None:
-        raise UserError(f"--threshold {threshold:g}: needs several labels a text, not one as in {trained.directory}")
+        raise UserError(f"--threshold {threshold:g}: needs a multi-label run, but {trained.directory} is single-label")
     count = len(trained.label_names)
     if top_k is not None and top_k > count:
         raise UserError(f"--top_k {top_k}: {trained.directory} has {count} labels, so at most {count}")

@@ -31,7 +31,7 @@ class Predictor:
     def __call__(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, done: Callable[[int], object] = lambda _: None
     ) -> np.ndarray:
-        """The probabilities of each text's labels. They sum to 1, unless a text can have several labels.
+        """The probabilities of each text's labels. They sum to 1, unless the run is multi-label.
 
         Texts are sorted by length into batches, so give many at once.
 
@@ -44,10 +44,11 @@ class Predictor:
             (n, labels) float64, in the order of the texts.
         """
         config, clean = self.trained.config, self.trained.clean
-        seconds_of = None if pairs is None else list(pairs)  # data sets of pairs need no cleaning
-        tokens, offsets, seconds = encode([clean(text) for text in texts], seconds_of, self.tokenizer, config.data)
+        pairs = None if pairs is None else list(pairs)  # data sets of pairs need no cleaning
+        encoded = encode([clean(text) for text in texts], pairs, self.tokenizer, config.data)
         rows = np.arange(len(texts))
-        split = TokenizedSplit(tokens, offsets, np.zeros_like(rows), rows, seconds)
+        tokens, offsets, second_positions = encoded
+        split = TokenizedSplit(tokens, offsets, np.zeros_like(rows), rows, second_positions)
         probabilities = np.empty((len(texts), len(self.trained.label_names)))
         with torch.inference_mode():
             for batch in evaluation_loader(split, config.training, int(self.tokenizer.pad_token_id)):

@@ -17,7 +17,7 @@ from finetuning.settings import DEFAULT_THRESHOLD
 from finetuning.storage import read_json
 
 MODEL_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"  # of Hugging Face
-SEVERAL_LABELS = "multi_label_classification"  # the problem_type of Hugging Face
+MULTI_LABEL = "multi_label_classification"  # the problem_type of Hugging Face
 LONGEST = 512  # tokens, if neither tokenizer nor model says it
 
 
@@ -97,7 +97,7 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
         offline=True,
     )
     threshold = None
-    if content.get("problem_type") == SEVERAL_LABELS:
+    if content.get("problem_type") == MULTI_LABEL:
         given = content.get("threshold")  # export_model.py writes the run's
         threshold = given if isinstance(given, float) and 0 < given < 1 else DEFAULT_THRESHOLD
     return Trained(directory, config, [names[number] for number in numbers], threshold, exported=True)

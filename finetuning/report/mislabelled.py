@@ -26,7 +26,7 @@ def suspects(answers: Answers) -> list[Suspect]:
     the label's probability and the largest other one. The texts must not have been trained on.
 
     Args:
-        answers: of one label a text.
+        answers: of a single-label run.
     """
     probabilities, labels = answers.probabilities, answers.truth.argmax(1)
     texts = answers.truth.sum(0)

@@ -27,7 +27,7 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 def present(
     directory: Path, result: dict[str, Any], settings: RunSettings, splits: "Mapping[str, LabelledTexts]"
 ) -> None:
-    """Writes the report of a run that has finished, if it is asked for, and says where. If that fails, the run stands.
+    """Writes the report of a finished run, if it is asked for, and prints its path. If that fails, it only warns.
 
     Args:
         directory: the run directory.

@@ -32,7 +32,7 @@ class Cell:
 
 
 def confusion_cells(answers: Answers) -> list[list[Cell]] | None:
-    """The confusion matrix by rows of the true class; ``None`` for too many classes or several labels a text."""
+    """The confusion matrix by rows of the true class; ``None`` for too many classes or a multi-label run."""
     if answers.several or answers.logits.shape[1] > MOST_CLASSES:
         return None
     matrix = confusion_matrix(answers)

@@ -41,7 +41,7 @@ def shortened(text: str) -> str:
 def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts: Texts | None) -> list[Shown]:
     """The wrong answers with the highest probability.
 
-    With several labels a text, the probability is the one of the most confident wrong decision on a label.
+    Multi-label: the probability is the one of the most confident wrong decision on a label.
     """
     chosen = np.where(answers.given, answers.probabilities, 1 - answers.probabilities)  # of the decision on each label
     decisive = answers.given != answers.truth if answers.several else answers.given
@@ -62,7 +62,7 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
 
 
 def probably_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Texts | None) -> list[Shown]:
-    """Texts of all held-out splits whose label is probably wrong, the largest gap first. One label a text only."""
+    """Texts of all held-out splits whose label is probably wrong, the largest gap first. Single-label only."""
     parts = {split: part for split, part in answers.items() if not part.several}
     if not parts:
         return []

@@ -18,16 +18,16 @@ class Answers:
     truth: np.ndarray  # (n, classes) bool, the labels that each text has
     logits: np.ndarray  # (n, classes) float64
     tokens: np.ndarray | None = None  # (n,) length of each text as the model read it; None if the run did not keep it
-    threshold: float | None = None  # with several labels a text, the probability above which a label is given
+    threshold: float | None = None  # multi-label: the probability above which a label is given
 
     @property
     def several(self) -> bool:
-        """Whether a text may have several labels, or none."""
+        """Whether the run is multi-label: a text may have several labels, or none."""
         return self.threshold is not None
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """(n, classes) of the classes, or with several labels a text of each label by itself."""
+        """(n, classes) of the classes; multi-label: of each label by itself."""
         if self.several:
             return 0.5 * (1 + np.tanh(self.logits / 2))  # the sigmoid, without overflow
         powers = np.exp(self.logits - self.logits.max(1, keepdims=True))
@@ -45,7 +45,7 @@ class Answers:
 
     @cached_property
     def losses(self) -> np.ndarray:
-        """(n,) cross-entropy in nats; with several labels a text the mean over labels."""
+        """(n,) cross-entropy in nats; multi-label: the mean over labels."""
         if self.several:
             signed = np.where(self.truth, self.logits, -self.logits)
             return np.logaddexp(0, -signed).mean(1)
@@ -83,7 +83,7 @@ def read_answers(directory: Path, threshold: float | None = None) -> dict[str, A
 
     Args:
         directory: a run directory.
-        threshold: of a run with several labels a text.
+        threshold: of a multi-label run.
 
     Raises:
         OSError, ValueError: the file cannot be read.

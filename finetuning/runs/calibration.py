@@ -1,7 +1,7 @@
-"""Whether a run's probabilities can be taken at their word: reliability, expected calibration error, temperature.
+"""Whether a run's probabilities can be believed: reliability, expected calibration error, temperature.
 
-With one label a text, the probability of the given class is compared with whether it is right. With several labels a
-text, the probability of every label is compared with whether the text has it.
+In a single-label run, the probability of the given class is compared with whether it is right. In a multi-label run,
+the probability of every label is compared with whether the text has it.
 """
 
 from dataclasses import dataclass

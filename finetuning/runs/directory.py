@@ -31,7 +31,7 @@ from finetuning.settings import AUTO, RunSettings
 from finetuning.storage import TEMPORARY, cannot_be_written_in, remove
 
 PARTS = {"base_model": "--model_name", "data": "--data_dir", "adapter": "--init_adapter"}  # of a run's origin
-DEAD_NODE_SECONDS = 180.0  # NFS keeps the lock of a node that died for 90 by default; its job may be here sooner
+DEAD_NODE_SECONDS = 180.0  # NFS holds a dead node's lock for 90 s by default; its requeued job may start earlier
 START_OVER = {"resume": False, "overwrite": True}  # the settings of a run to continue that has no checkpoint
 KILLED = "ended without a result: it was killed, perhaps because memory ran out, or its machine stopped"
 

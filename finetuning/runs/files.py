@@ -92,7 +92,7 @@ def check_unchanged(path: Path) -> None:
         return
     except (OSError, ValueError) as error:
         raise UserError(f"{path.parent / RESULT} cannot be used: {error}: restore the file") from None
-    with suppress(OSError):  # who reads the file next says so
+    with suppress(OSError):  # the code that reads the file next reports it
         if expected not in (None, sha256_of(path)):
             raise UserError(f"{path} was changed after its run wrote it: restore the file, or train again")
 

@@ -23,7 +23,7 @@ class FinishedRun:
 
     @property
     def threshold(self) -> float | None:
-        """With several labels a text, the probability above which a label is given."""
+        """Multi-label: the probability above which a label is given."""
         return self.result.get("task", {}).get("threshold")  # runs of earlier versions have no task
 
     @property

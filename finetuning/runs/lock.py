@@ -88,9 +88,9 @@ class DirectoryLock:
         self.release()
 
     def release(self) -> None:
-        """Gives the directory free."""
+        """Releases the directory."""
         self.path.unlink(missing_ok=True)
-        with suppress(OSError):  # of a full disk, which has no room for what the file still holds
+        with suppress(OSError):  # closing writes what is buffered, which fails on a full disk
             self._file.close()
 
 

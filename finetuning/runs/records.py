@@ -18,7 +18,7 @@ NOT_ASKED_FOR = "not asked for"  # what a run reports if its settings do not use
 
 
 def score_names(several: bool) -> dict[str, str]:
-    """``SCORES`` of one label a text, or of several: there the accuracy is the exact match of all labels."""
+    """``SCORES``; the accuracy of a multi-label run is the exact match of all labels."""
     return SCORES | ({"accuracy": "exact match"} if several else {})
 
 

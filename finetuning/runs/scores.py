@@ -79,7 +79,7 @@ def class_scores(answers: Answers) -> list[ClassScore]:
 
 
 def confusion_matrix(answers: Answers) -> np.ndarray:
-    """(classes, classes): texts by true class (row) and given class (column). For one label a text."""
+    """(classes, classes): texts by true class (row) and given class (column). Single-label only."""
     return answers.truth.T.astype(np.int64) @ answers.given.astype(np.int64)
 
 
@@ -98,7 +98,7 @@ def _f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _macro_f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray, several: bool) -> np.ndarray:
-    """Like torchmetrics: of one label a text, classes that are neither true nor given anywhere do not count."""
+    """Like torchmetrics: in a single-label run, classes that are neither true nor given anywhere do not count."""
     counted = np.full(given.shape, True) if several else given + truth > 0
     return np.asarray((_f1(right, given, truth) * counted).sum(1) / counted.sum(1))
 

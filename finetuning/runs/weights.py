@@ -153,7 +153,7 @@ def adapter_config(
 
     PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r. Linears whose rank or alpha is not
     the run's, as an adapter of PEFT can have them, are listed as patterns. So are fused linears: they have the rank of
-    all their parts together, and an alpha with which their scale is still that of one part.
+    all their parts together, and an alpha with which their scale is still the one of a part.
     """
     raw = lora.lora_scaling == "raw"
     alpha = lora.lora_alpha * lora.lora_r if raw else lora.lora_alpha

@@ -31,7 +31,7 @@ class OneLabel(nn.Module):
         smoothing: the share of a label that is spread over all classes in training (Szegedy et al. 2016).
     """
 
-    kind = "one label a text"
+    kind = "single-label"
     monitors = ("accuracy", "macro_f1", "mcc", "auroc", "loss")
     fair_monitors = ("macro_f1", "mcc", "auroc")  # small classes count as much as large ones
 
@@ -111,7 +111,7 @@ class SeveralLabels(nn.Module):
         threshold: the probability above which a label is given; ``None`` chooses it on validation.
     """
 
-    kind = "several labels a text"
+    kind = "multi-label"
     monitors = ("accuracy", "macro_f1", "micro_f1", "auroc", "loss")  # accuracy is the exact match of all labels
     fair_monitors = ("macro_f1", "auroc")
 
@@ -244,26 +244,28 @@ def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: Tra
     """The task that the labels and the settings ask for.
 
     Args:
-        labels: split -> the labels of the training and the validation texts: (n,) classes, or with several labels a
-            text (n, names) of 0 and 1.
+        labels: split -> the labels of the training and the validation texts: (n,) classes; multi-label:
+            (n, names) of 0 and 1.
         names: the names of the classes.
         training: ``class_weights``, ``label_smoothing``, ``threshold`` and ``monitor``.
 
     Raises:
         UserError: a setting does not fit the labels, a class with a weight does not exist, all weights are 0, or no
-            training text has any of several labels.
+            training text of a multi-label task has a label.
     """
     task: Task
     if labels["train"].ndim == 2:
         if not labels["train"].any():
             raise UserError("--label_column: no training text has a label: give other data, or a larger --limit_train")
         if training.label_smoothing:
-            raise UserError(f"--label_smoothing {training.label_smoothing:g}: needs one label a text, not several")
+            raise UserError(
+                f"--label_smoothing {training.label_smoothing:g}: needs a single-label task, not a multi-label one"
+            )
         threshold = None if training.threshold == "tuned" else float(training.threshold or DEFAULT_THRESHOLD)
         task = SeveralLabels(names, label_weights(training.class_weights, names, labels["train"]), threshold)
     else:
         if training.threshold is not None:
-            raise UserError(f"--threshold {training.threshold}: needs several labels a text, not one")
+            raise UserError(f"--threshold {training.threshold}: needs a multi-label task, not a single-label one")
         counts = np.bincount(labels["train"], minlength=len(names))
         task = OneLabel(names, class_weights(training.class_weights, names, counts), training.label_smoothing)
     check_monitor(task, training.monitor, labels["validation"])
@@ -277,7 +279,7 @@ def check_monitor(task: Task, monitor: str, labels: np.ndarray) -> None:
         UserError: it has no such metric, or the metric is not defined.
     """
     if monitor not in task.monitors:
-        raise UserError(f"--monitor {monitor}: with {task.kind} it must be one of {', '.join(task.monitors)}")
+        raise UserError(f"--monitor {monitor}: for a {task.kind} task it must be one of {', '.join(task.monitors)}")
     no_answers = np.zeros((len(labels), len(task.names)), dtype=np.float32)
     if monitor == "auroc" and monitor not in task.scores(labels, no_answers):
         raise UserError("--monitor auroc: all validation texts have the same label, but it needs at least two")
@@ -382,7 +384,7 @@ def chance_advice(task: Task, labels: np.ndarray, logits: np.ndarray) -> list[st
     """What to try if validation does not tell the classifier from one that always answers the largest class.
 
     Args:
-        task: the task; with several labels a text there is no such advice.
+        task: the task; there is no such advice for a multi-label one.
         labels: (n,) of validation.
         logits: (n, classes) of the chosen checkpoint.
     """

@@ -133,14 +133,14 @@ def test_rows_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
 
 
 def write_labels(folder: Path, results: Path, row: str, truth: np.ndarray, given: np.ndarray) -> None:
-    """A collected run on texts with several labels, from what a run leaves: (n, labels) of 0 and 1."""
+    """A collected multi-label run, from what a run leaves: (n, labels) of 0 and 1."""
     rows = np.arange(len(truth))
     write_predictions(folder, {"test": (rows, truth, np.where(given == 1, 2.0, -2.0))})
     run = write_run(results, "s", row, correct=(truth == given).all(axis=1))
     write_small_parquet(read_test_predictions(folder / PREDICTIONS, threshold=0.5), run / PREDICTIONS)
 
 
-def test_several_labels_are_compared_by_exact_match_and_by_micro_f1(tmp_path: Path) -> None:
+def test_multi_label_runs_are_compared_by_exact_match_and_by_micro_f1(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     truth = generator.integers(0, 2, (400, 5)).astype(np.int8)
     truth[0] = 0  # a text without a label
@@ -165,10 +165,10 @@ def test_several_labels_are_compared_by_exact_match_and_by_micro_f1(tmp_path: Pa
     assert sign * f1.difference.mean == pytest.approx(by_hand(few) - by_hand(many))
     assert f1.difference.low < f1.difference.mean < f1.difference.high
     assert f1.verdict == "few is better"
-    assert "## Micro F1 of texts with several labels" in study_text(make_section(study))
+    assert "## Micro F1 of multi-label data" in study_text(make_section(study))
 
 
-def test_micro_f1_needs_several_labels(tmp_path: Path) -> None:
+def test_micro_f1_needs_multi_label_runs(tmp_path: Path) -> None:
     for row in "ab":
         write_run(tmp_path, "s", row, correct=outcomes(0.8, 100, seed=1))
     assert compare_rows(read_study("s", tmp_path), "micro_f1") == ([], [])

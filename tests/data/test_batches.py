@@ -43,7 +43,7 @@ def test_pairs_have_types_and_single_texts_have_no_tensor_for_them() -> None:
     training = RunConfig.from_settings(max_length=8, batch_size=2).training
     (batch,) = train_loader(single, training, PAD)
     assert "token_type_ids" not in batch
-    (batch,) = train_loader(replace(single, seconds=np.array([2, 1])), training, PAD)
+    (batch,) = train_loader(replace(single, second_positions=np.array([2, 1])), training, PAD)
     types = dict(zip(batch["examples"].tolist(), batch["token_type_ids"].tolist(), strict=True))
     assert types == {0: [0, 0, 1, 1, 1], 1: [0, 1, 1, 0, 0]}  # padding has type 0
 

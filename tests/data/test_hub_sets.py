@@ -173,7 +173,7 @@ def test_pairs_of_texts(cache: Path) -> None:
     assert pairs[0].startswith("claim ")
 
 
-def test_several_labels_a_text(cache: Path) -> None:
+def test_multi_label_data(cache: Path) -> None:
     table = frame(40).assign(labels=[[i % 3] if i % 4 else [0, 2] for i in range(40)]).drop(columns="label")
     write_hub_cache(cache, "me/several", {"train.parquet": parquet(table)})
     texts = texts_of(config_of("me/several"))

@@ -1,4 +1,4 @@
-"""Several labels a text: how they are read and split; what is learned from them is tested in training/test_tasks.py."""
+"""Multi-label data: how they are read and split; what is learned from them is tested in training/test_tasks.py."""
 
 import json
 from pathlib import Path

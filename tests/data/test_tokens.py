@@ -41,25 +41,26 @@ def sequences(tokens: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
 def test_pairs_are_those_of_the_tokenizer(tokenizer: Any, kind: str, max_length: int) -> None:
     tokenizer = tokenizer if kind == "bert" else like_roberta(tokenizer)
     data = DataSettings(max_length=max_length, truncation="head")
-    tokens, offsets, seconds = encode_pairs(TEXTS, PAIRS, tokenizer, data)
+    tokens, offsets, second_positions = encode_pairs(TEXTS, PAIRS, tokenizer, data)
     expected = tokenizer(
         TEXTS, PAIRS, truncation="longest_first", max_length=max_length, padding=False, return_token_type_ids=True
     )
     assert sequences(tokens, offsets) == expected["input_ids"]
     if kind == "roberta":
-        assert seconds is None
+        assert second_positions is None
     else:
-        assert seconds is not None
-        ours = [(np.arange(n) >= s).astype(int).tolist() for n, s in zip(np.diff(offsets), seconds, strict=True)]
+        assert second_positions is not None
+        positions = zip(np.diff(offsets), second_positions, strict=True)
+        ours = [(np.arange(n) >= s).astype(int).tolist() for n, s in positions]
         assert ours == expected["token_type_ids"]
 
 
 def test_a_cut_pair_keeps_start_and_end_of_both_texts(tokenizer: Any) -> None:
-    tokens, offsets, seconds = encode_pairs(TEXTS, PAIRS, tokenizer, DataSettings(max_length=23))
+    tokens, offsets, second_positions = encode_pairs(TEXTS, PAIRS, tokenizer, DataSettings(max_length=23))
     a, b = (tokenizer(texts[6], add_special_tokens=False)["input_ids"] for texts in (TEXTS, PAIRS))  # 40 tokens each
     assert sequences(tokens, offsets)[6] == [101, *a[:2], *a[-8:], 102, *b[:2], *b[-8:], 102]
-    assert seconds is not None
-    assert seconds[6] == 12
+    assert second_positions is not None
+    assert second_positions[6] == 12
 
 
 def test_a_pair_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
@@ -92,8 +93,8 @@ def test_the_cache_tells_pairs_from_single_texts(tokenizer: Any) -> None:
     first, again = (cached_tokens(TEXTS, tokenizer, data, "pairs", PAIRS) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
-    tokens, _, seconds = cached_tokens(TEXTS, tokenizer, data, "single")
-    assert seconds is None
+    tokens, _, second_positions = cached_tokens(TEXTS, tokenizer, data, "single")
+    assert second_positions is None
     assert len(tokens) < len(first[0])
     swapped = cached_tokens(PAIRS, tokenizer, data, "swapped", TEXTS)
     assert not np.array_equal(swapped[0], first[0])

@@ -31,8 +31,8 @@ def test_logits_of_pairs_equal_those_of_hugging_face(
     classifier = build_classifier(config, base, ["no", "maybe", "yes"], torch.float32).eval()
     tokenizer = load_tokenizer(base)
     rows = np.arange(len(TEXTS))
-    tokens, offsets, seconds = encode_pairs(TEXTS, PAIRS, tokenizer, config.data)
-    split = TokenizedSplit(tokens, offsets, rows, rows, seconds)
+    tokens, offsets, second_positions = encode_pairs(TEXTS, PAIRS, tokenizer, config.data)
+    split = TokenizedSplit(tokens, offsets, rows, rows, second_positions)
     (batch,) = evaluation_loader(split, config.training, int(tokenizer.pad_token_id))
     theirs = tokenizer(TEXTS, PAIRS, truncation="longest_first", max_length=16, padding=True, return_tensors="pt")
     if getattr(classifier.model.config, "type_vocab_size", 0) < 2:  # the packaged tokenizer is BERT's

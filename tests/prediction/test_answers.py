@@ -22,7 +22,7 @@ def test_one_label_and_all_probabilities() -> None:
     assert (bad, good, fair) == ([0.2, None, 0.4], [0.5, None, 0.2], [0.3, None, 0.4])
 
 
-def test_several_labels() -> None:
+def test_multi_label_answers() -> None:
     answers = AnswerColumns(NAMES, threshold=0.3)
     assert answers.columns["label"] is list
     assert answers.of(ROWS)[0] == [["good"], None, ["bad", "fair"]], "above, not at"
@@ -51,7 +51,7 @@ def test_what_the_flags_ask_for() -> None:
     several = Trained(Path("run"), config, NAMES, threshold=0.4)
     assert make_answers(several, None, None).threshold == 0.4
     assert make_answers(several, 0.7, 3) == AnswerColumns(NAMES, 0.7, 3)
-    with pytest.raises(UserError, match=r"--threshold 0\.7: needs several labels a text, not one as in run"):
+    with pytest.raises(UserError, match=r"--threshold 0\.7: needs a multi-label run, but run"):
         make_answers(one, 0.7, None)
     with pytest.raises(UserError, match="--top_k 4: run has 3 labels, so at most 3"):
         make_answers(one, None, 4)

@@ -89,7 +89,7 @@ def test_bad_rows_have_empty_answers(tmp_path: Path) -> None:
     assert found.column("probability_bad").to_pylist() == [0.0, None, 0.5]
 
 
-def test_several_labels_in_text_are_separated(table: Path) -> None:
+def test_multi_label_answers_in_text_are_separated(table: Path) -> None:
     answers = AnswerColumns(["bad", "good"], threshold=0.3)
     found = read_frame(write(table, table.with_name("out.tsv"), answers))
     assert found.predicted_label.tolist() == ["good", *["bad,good"] * 4]

@@ -99,14 +99,14 @@ def test_a_perfect_run_has_no_mistakes_and_no_temperature(tmp_path: Path) -> Non
         assert sentence in said
 
 
-def test_several_labels_a_text_leave_out_what_does_not_apply(tmp_path: Path) -> None:
+def test_a_multi_label_run_leaves_out_what_does_not_apply(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(80, 3))
     truth = generator.random((80, 3)) < 1 / (1 + np.exp(-logits))
     splits = {"validation": (np.zeros(80, int), logits), "test": (np.zeros(80, int), logits)}
     leave_predictions(tmp_path, {split: (truth.astype(np.int8), logits) for split in splits})
     result = result_of_run(["a", "b", "c"], splits)
-    result["task"] = {"kind": "several labels a text", "threshold": 0.4}
+    result["task"] = {"kind": "multi-label", "threshold": 0.4}
     exact = float(((1 / (1 + np.exp(-logits)) > 0.4) == truth).all(1).mean())
     result["test"] = {"accuracy": exact, "micro_f1": 0.7, "macro_f1": 0.6, "loss": 0.5}
     pairs = {row: (f"text {row}", f"second {row}") for row in range(80)}

@@ -23,7 +23,7 @@ def test_the_most_confident_mistakes_come_first() -> None:
     assert all(s.texts == () for s in confident_mistakes("test", answers, ["bad", "good"], None))
 
 
-def test_a_mistake_of_several_labels_is_as_confident_as_its_worst_decision() -> None:
+def test_a_multi_label_mistake_is_as_confident_as_its_worst_decision() -> None:
     logits = np.log([[9.0, 1 / 4], [1 / 9, 99.0]])  # probabilities 0.9, 0.2 and 0.1, 0.99
     truth = np.array([[False, False], [True, True]])
     found = confident_mistakes("test", Answers(np.arange(2), truth, logits, None, 0.5), ["a", "b"], None)

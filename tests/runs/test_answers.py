@@ -29,7 +29,7 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert not validation.several
 
 
-def test_answers_of_several_labels_a_text_are_lists(tmp_path: Path) -> None:
+def test_multi_label_answers_are_lists(tmp_path: Path) -> None:
     logits, truth = np.array([[2.0, 0.5], [-2.0, -1.0]]), np.array([[1, 1], [0, 0]], dtype=np.int8)
     write_predictions(tmp_path, {"validation": (np.array([3, 7]), truth, logits)}, {"validation": {3: 30, 7: 70}})
     validation = read_answers(tmp_path, threshold=0.7)["validation"]

@@ -56,7 +56,7 @@ def test_the_temperature_brings_the_error_down() -> None:
     assert after.interval[0] < 0.01 < after.interval[1] + 0.02
 
 
-def test_several_labels_count_every_label() -> None:
+def test_multi_label_calibration_counts_every_label() -> None:
     found = reliability(true_answers(3_000, 4, several=True))
     assert found.error < 0.02
     assert len(found.bins) == 15

@@ -25,7 +25,7 @@ def test_scores_have_intervals_and_what_was_not_measured_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(("threshold", "name"), [(None, "accuracy"), (0.5, "exact match")])
-def test_the_accuracy_of_several_labels_is_the_exact_match(threshold: float | None, name: str) -> None:
+def test_the_accuracy_of_multi_label_runs_is_the_exact_match(threshold: float | None, name: str) -> None:
     result: dict[str, Any] = {"test": {"accuracy": 0.5, "micro_f1": 0.7}}
     answers = Answers(np.arange(4), np.eye(4, dtype=bool), np.eye(4), None, threshold)
     assert [row[0] for row in score_table(result, {"test": answers}).rows] == [name, "micro F1", "texts"]

@@ -109,7 +109,7 @@ def test_class_weights_keep_the_mean_over_the_texts() -> None:
         ),
         (
             {"monitor": "micro_f1"},
-            "--monitor micro_f1: with one label a text it must be one of accuracy, macro_f1, mcc, auroc, loss",
+            "--monitor micro_f1: for a single-label task it must be one of accuracy, macro_f1, mcc, auroc, loss",
         ),
         (
             {"monitor": "auroc"},
@@ -131,14 +131,14 @@ def test_a_class_that_is_not_named_weighs_1() -> None:
     assert (task.weights > 0).tolist() == [False, True, True]
 
 
-# --- several labels
+# --- multi-label
 
 
 TRUTH = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]], dtype=np.int8)
 GIVEN = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
 
 
-def test_loss_of_several_labels_is_the_mean_over_labels() -> None:
+def test_multi_label_loss_is_the_mean_over_labels() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 3), torch.from_numpy(TRUTH)
     task = SeveralLabels(NAMES)
@@ -153,7 +153,7 @@ def test_loss_of_several_labels_is_the_mean_over_labels() -> None:
     assert torch.equal(weighted.losses(logits, labels), task.losses(logits, labels))
 
 
-def test_scores_of_several_labels_by_hand() -> None:
+def test_multi_label_scores_by_hand() -> None:
     task, logits = SeveralLabels(NAMES), (GIVEN * 4 - 2).astype(np.float32)
     scores, details = task.scores(TRUTH, logits), task.details(TRUTH, logits)
     assert scores["accuracy"] == details["exact_match"] == 2 / 4
@@ -185,7 +185,7 @@ def test_the_threshold_is_the_one_of_validation() -> None:
     assert tuned.record()["threshold_tuned"]
 
 
-def test_weights_of_several_labels() -> None:
+def test_multi_label_weights() -> None:
     assert label_weights("none", NAMES, TRUTH) is None
     balanced = label_weights("balanced", NAMES, TRUTH[:3])
     assert balanced is not None
@@ -198,7 +198,7 @@ def test_weights_of_several_labels() -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"label_smoothing": 0.1}, "--label_smoothing 0.1: needs one label a text, not several"),
+        ({"label_smoothing": 0.1}, "--label_smoothing 0.1: needs a single-label task, not a multi-label one"),
         ({"class_weights": "ugly=2"}, "--class_weights ugly=2: class 'ugly' must be one of bad, fair, good"),
         (
             {"class_weights": "bad=0,fair=0,good=0"},
@@ -206,11 +206,11 @@ def test_weights_of_several_labels() -> None:
         ),
         (
             {"monitor": "mcc"},
-            "--monitor mcc: with several labels a text it must be one of accuracy, macro_f1, micro_f1, auroc, loss",
+            "--monitor mcc: for a multi-label task it must be one of accuracy, macro_f1, micro_f1, auroc, loss",
         ),
     ],
 )
-def test_what_several_labels_do_not_allow_is_refused(settings: dict[str, object], line: str) -> None:
+def test_what_multi_label_data_do_not_allow_is_refused(settings: dict[str, object], line: str) -> None:
     with pytest.raises(UserError) as caught:
         make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(**settings))
     assert str(caught.value) == line
@@ -222,9 +222,9 @@ def test_training_texts_without_any_label_are_refused() -> None:
 
 
 @pytest.mark.parametrize("threshold", ["tuned", "0.3"])
-def test_a_threshold_needs_several_labels(threshold: str) -> None:
+def test_a_threshold_needs_a_multi_label_task(threshold: str) -> None:
     labels = {"train": np.array([0, 1, 2]), "validation": np.array([0, 1])}
-    with pytest.raises(UserError, match=f"^--threshold {threshold}: needs several labels a text, not one$"):
+    with pytest.raises(UserError, match=f"^--threshold {threshold}: needs a multi-label task, not a single-label one$"):
         make_task(labels, NAMES, training(threshold=threshold))
     task = make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(threshold=threshold))
     assert task.decoding == {"threshold": 0.5 if threshold == "tuned" else 0.3}
