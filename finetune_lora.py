@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuning.caches import cache_table, clear_caches
-from finetuning.config import RunConfig, check_data_dir, check_trackers, resumed_config
+from finetuning.config import RunConfig, resumed_config
 from finetuning.errors import exit_status
 from finetuning.flags import given_flags, split_command
 from finetuning.processes import is_helper, share_processors, show_any_text, stoppable
@@ -58,8 +58,8 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
         print(clear_caches() if instead.cache_clear else cache_table())
         return 0
     instead.check(config.hardware, config.run)
-    check_data_dir(config.data.data_dir)
-    check_trackers(config.run)
+    config.data.check_readable()
+    config.run.check_trackers()
     limit_libraries()
     share_processors()
     if instead.prefetch:

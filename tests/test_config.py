@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.config import (
-    DEFAULT_LEARNING_RATES,
-    MAY_CHANGE,
-    NOT_PART_OF_THE_RUN,
-    RunConfig,
-    check_trackers,
-    parsed_class_weights,
-    resumed_config,
-)
+from finetuning.config import MAY_CHANGE, NOT_PART_OF_THE_RUN, RunConfig, resumed_config
 from finetuning.errors import UserError
 from finetuning.flags import given_flags, make_parser
-from finetuning.settings import DEFAULT_MODEL, FLAGS, LORA_TARGETS, PACKAGED
+from finetuning.settings import (
+    DEFAULT_LEARNING_RATES,
+    DEFAULT_MODEL,
+    FLAGS,
+    LORA_TARGETS,
+    PACKAGED,
+    parsed_class_weights,
+)
 from finetuning.storage import cache_dir
 from tests.conftest import config_of_flags, lora_of_flags, refusal
 
@@ -484,18 +483,18 @@ def test_differences_name_what_changes_the_run() -> None:
 def test_offline_refuses_a_tracker_that_connects(
     tracker: str, variables: dict[str, str], refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetuning.config.find_spec", lambda _: object())
+    monkeypatch.setattr("finetuning.settings.run.find_spec", lambda _: object())
     for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    check_trackers(config_of_flags(f"--tracker {tracker}").run)
+    config_of_flags(f"--tracker {tracker}").run.check_trackers()
     run = config_of_flags(f"--offline --tracker {tracker}").run
     if not refused:
-        check_trackers(run)
+        run.check_trackers()
         return
     with pytest.raises(UserError, match=r"--tracker \w+: connects, but --offline allows no connection: set \w+"):
-        check_trackers(run)
+        run.check_trackers()
 
 
 def test_a_config_cannot_be_changed() -> None:

@@ -330,7 +330,7 @@ def test_a_tracker_or_report_that_fails_does_not_end_the_run(
 
     logged: list[int | None] = []
     monkeypatch.setitem(trackers.OPEN, "tensorboard", lambda *_: Failing())
-    monkeypatch.setattr("finetuning.config.find_spec", lambda _: object())
+    monkeypatch.setattr("finetuning.settings.run.find_spec", lambda _: object())
     monkeypatch.setattr("finetuning.report.page.read_answers", lambda *_: 1 / 0)
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "1")
     assert main([*words, "--tracker", "tensorboard"]) == 0
@@ -346,7 +346,7 @@ def test_a_tracker_or_report_that_fails_does_not_end_the_run(
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("finetuning.config.find_spec", lambda _: None)
+    monkeypatch.setattr("finetuning.settings.run.find_spec", lambda _: None)
     assert main(["--offline", "--tracker", "wandb", "--output_dir", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == "error: --tracker wandb: is not installed: pip install wandb\n"
     assert not (tmp_path / "run").exists()

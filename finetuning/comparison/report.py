@@ -25,9 +25,10 @@ from finetuning.comparison.tables import (
     summary,
     tuning_table,
 )
-from finetuning.config import DEFAULT_LEARNING_RATES, RunConfig
+from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.pages import page_with_tables
+from finetuning.settings import DEFAULT_LEARNING_RATES
 from finetuning.storage import write_bytes
 
 DEFAULT_RATES = "default_learning_rates"  # the name of the table of default learning rates, in its markers

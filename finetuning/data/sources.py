@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from finetuning.config import check_data_dir
 from finetuning.data.hub_sets import read_hub_set
 from finetuning.data.imdb import read_imdb
 from finetuning.data.phrasebank import read_phrasebank
@@ -17,7 +16,7 @@ def read_source(data: DataSettings, offline: bool) -> Source:
     Raises:
         UserError: the data is missing or cannot be read.
     """
-    check_data_dir(data.data_dir)
+    data.check_readable()
     return READERS.get(data.dataset, read_hub_set)(data, offline)
 
 

@@ -6,9 +6,8 @@ this package loads torch.
 
 from finetuning.steps.claim import claim_directory
 from finetuning.steps.classifier import build_model
-from finetuning.steps.estimate import estimate
 from finetuning.steps.inputs import read_inputs
-from finetuning.steps.prefetch import prefetch
+from finetuning.steps.instead import estimate, prefetch
 from finetuning.steps.report import present, restore_report
 from finetuning.steps.training import evaluate, prepare_training, train
 from finetuning.steps.watch import trackers_of, watched

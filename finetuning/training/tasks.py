@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional import classification as metrics
 
-from finetuning.config import parsed_class_weights
 from finetuning.errors import UserError
 from finetuning.runs.records import accuracy_interval
-from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
+from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings, parsed_class_weights
 
 LEARN_MORE = "more --epochs, a smaller --batch_size, or another --learning_rate"
 THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --threshold tuned tries

@@ -13,10 +13,10 @@ from finetuning.comparison.advice import COLUMNS, END, shown_p, with_rows
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.pairs import compare_rows
 from finetuning.comparison.statistics import LEVEL
-from finetuning.config import DEFAULT_LEARNING_RATES
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
 from finetuning.pages import BEST_PRACTICES, RESULTS, ROOT
+from finetuning.settings import DEFAULT_LEARNING_RATES
 from tests.synthetic_runs import outcomes, write_run
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from finetuning.config import DEFAULT_LEARNING_RATES, RunConfig
+from finetuning.config import RunConfig
+from finetuning.settings import DEFAULT_LEARNING_RATES
 from finetuning.training.optimization import make_optimizer, make_scheduler
 
 STEPS = 50

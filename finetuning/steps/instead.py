@@ -1,10 +1,13 @@
-"""Instead of a run: measures a few of its steps."""
+"""What the command does instead of a run: measures a few of its steps, or downloads what it needs."""
 
 import torch
 
 from finetuning.config import RunConfig
+from finetuning.data.loading import prefetch_texts
 from finetuning.errors import UserError
 from finetuning.materials import Materials
+from finetuning.models.base_files import find_folder
+from finetuning.models.base_model import find_base_model
 from finetuning.models.counting import count_parameters
 from finetuning.steps.inputs import read_inputs
 from finetuning.training.estimate import estimate_table, measure_steps
@@ -34,3 +37,15 @@ def estimate(config: RunConfig, materials: Materials) -> str:
         advice = f"lower --batch_tokens ({training.batch_tokens}), or use --gradient_checkpointing True"
         raise UserError(f"--estimate: the GPU has too little memory for one step of this run: {advice}") from None
     return f"{inputs.headline(classifier)}\n\n{estimate_table(record, weight_bytes, training.epochs)}"
+
+
+def prefetch(config: RunConfig) -> None:
+    """Downloads model and data into the caches, and checks that they fit the settings.
+
+    Raises:
+        UserError: the hub cannot be reached, or something does not fit.
+    """
+    folder = find_folder(config.model.model_name, False, config.instead_of_hub(packaged=False))
+    print(f"model: {find_base_model(config, folder).folder}")
+    prefetch_texts(config.data)
+    print("data: in the cache; runs with the same --model_name and --dataset now need no network")

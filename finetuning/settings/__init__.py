@@ -1,0 +1,58 @@
+"""The settings of one run, in seven sections. Each field is a flag of the same name, with its help and its bounds.
+
+Most functions take one section or single settings, so their signatures show which settings can change their results.
+A section has two more functions: ``defaults`` gives those that depend on other settings, and ``check`` refuses what
+excludes each other; both get every setting. ``config.py`` builds all sections from the flags. Nothing here imports
+torch, so a wrong flag fails at once.
+"""
+
+from finetuning.settings.data import DataSettings
+from finetuning.settings.fields import Flag, Values, flags
+from finetuning.settings.hardware import HardwareSettings, excludes_int8
+from finetuning.settings.method import FROM_ADAPTER, LORA_TARGETS, LoRASettings, MethodSettings
+from finetuning.settings.model import DEFAULT_MODEL, PACKAGED, ModelSettings
+from finetuning.settings.run import AUTO, TRACKERS, CommandSettings, RunSettings
+from finetuning.settings.training import (
+    DEFAULT_LEARNING_RATES,
+    DEFAULT_THRESHOLD,
+    TrainingSettings,
+    parsed_class_weights,
+)
+
+__all__ = [
+    "AUTO",
+    "COMMANDS",
+    "DEFAULT_LEARNING_RATES",
+    "DEFAULT_MODEL",
+    "DEFAULT_THRESHOLD",
+    "FLAGS",
+    "FROM_ADAPTER",
+    "LORA_TARGETS",
+    "PACKAGED",
+    "SECTIONS",
+    "TRACKERS",
+    "CommandSettings",
+    "DataSettings",
+    "Flag",
+    "HardwareSettings",
+    "LoRASettings",
+    "MethodSettings",
+    "ModelSettings",
+    "RunSettings",
+    "TrainingSettings",
+    "Values",
+    "excludes_int8",
+    "parsed_class_weights",
+]
+
+SECTIONS: dict[str, type] = {
+    "method": MethodSettings,
+    "lora": LoRASettings,
+    "model": ModelSettings,
+    "data": DataSettings,
+    "training": TrainingSettings,
+    "hardware": HardwareSettings,
+    "run": RunSettings,
+}
+FLAGS = {flag.name: flag for flag in flags(SECTIONS)}  # of a run, as it is stored
+COMMANDS = {flag.name: flag for flag in flags({"command": CommandSettings})}

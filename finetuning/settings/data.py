@@ -1,0 +1,117 @@
+"""Section ``data``: texts, labels and splits."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetuning.datasets import DATASETS, hub_name, split_names, traits_of
+from finetuning.errors import UserError
+from finetuning.settings.fields import Values, require, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Texts, labels and splits."""
+
+    dataset: str = setting(
+        "imdb",
+        f"A named data set ({', '.join(name for name in DATASETS if name != 'text')}), 'text' for your own data in"
+        " --data_dir, or OWNER/NAME[:CONFIG], a data set of the hub.",
+    )
+    data_dir: Path | None = setting(
+        None,
+        "File or folder with the data: parquet, CSV, TSV, JSON, JSON lines, also with .gz; aclImdb or Sentences_*.txt.",
+        "none",
+    )
+    data_source: Literal["hub", "stanford"] | None = setting(
+        None, "Download IMDb from the Hugging Face hub or from Stanford's archive.", "hub"
+    )
+    text_column: str = setting(
+        None,
+        "Column with the text, or several (a,b), joined with a space.",
+        "text; sentence for financial_phrasebank; found in hub sets",
+    )
+    label_column: str = setting(
+        None, "Column with the label: a number, a string, or a list of several.", "label; found in hub sets"
+    )
+    split_names: str = setting(
+        "", "Splits of a hub set with other names, for example train=train,test=validation_matched.", "none"
+    )
+    text_pair_column: str | None = setting(
+        None, "Column with the second text of each pair, for data sets of pairs.", "none: single texts"
+    )
+    label_separator: str | None = setting(
+        None, "Multi-label data: what separates the labels in the label column.", "none: one label, or lists"
+    )
+    agreement: Literal["50", "66", "75", "all"] | None = setting(
+        None, "For financial_phrasebank: use sentences on which at least this percentage of annotators agree.", "50"
+    )
+    split: Literal["official", "resplit", "stratified"] | None = setting(
+        None,
+        "The data's test split (official), IMDb as 35,000 / 5,000 / 10,000 (resplit), or 80 / 10 / 10 % (stratified).",
+        "official if the data has a test split, else stratified",
+    )
+    max_length: int = setting(256, "Cut texts to N tokens.", at_least=8)
+    truncation: Literal["head", "head_tail"] = setting(
+        "head_tail",
+        "Keep the start of a long text (head), or a quarter from its start and the rest from its end (head_tail).",
+    )
+    limit_train: int | None = setting(
+        None, "Use only N training texts, keeping the class proportions.", "all", at_least=1
+    )
+    limit_validation: int | None = setting(
+        None, "Use only N validation texts, keeping the class proportions.", "all", at_least=1
+    )
+    limit_test: int | None = setting(None, "Use only N test texts, keeping the class proportions.", "all", at_least=1)
+    data_seed: int = setting(
+        0, "Seed of the splits and limits; --seed does not change them.",
+        at_least=0, at_most=2**32 - 1,
+    )  # fmt: skip
+
+    def limit(self, split: str) -> int | None:
+        """The value of ``--limit_train``, ``--limit_validation`` or ``--limit_test``."""
+        limits = {"train": self.limit_train, "validation": self.limit_validation, "test": self.limit_test}
+        return limits[split]
+
+    @staticmethod
+    def defaults(s: Values) -> dict[str, Any]:
+        traits = traits_of(s.dataset)
+        return {"text_column": traits.text_column, "label_column": traits.label_column, "agreement": traits.agreement}
+
+    @staticmethod
+    def check(s: Values) -> None:
+        """Refuses settings that exclude each other."""
+        traits, on_hub = traits_of(s.dataset), hub_name(s.dataset) is not None
+        own = traits.label_names is not None  # its reader knows the columns
+
+        def only_of(trait: str) -> str:
+            return f"needs --dataset {' or '.join(name for name, other in DATASETS.items() if getattr(other, trait))}"
+
+        require(s, "dataset", s.data_dir is not None or traits.on_hub, "needs --data_dir PATH")
+        require(s, "agreement", s.agreement is None or bool(traits.agreement), only_of("agreement"))
+        require(s, "split", s.split != "resplit" or bool(traits.resplit), only_of("resplit"))
+        require(s, "data_dir", not (on_hub and s.data_dir), f"needs --dataset text, but --dataset is {s.dataset}")
+        require(s, "split_names", not s.split_names or on_hub, "needs --dataset OWNER/NAME, a data set of the hub")
+        split_names(s.split_names)
+        if s.text_pair_column is not None:
+            require(s, "text_pair_column", not own, f"{s.dataset} has no pairs of texts: use --dataset text")
+            others = (s.text_column or traits.text_column, s.label_column or traits.label_column)
+            message = "must be another column than text and label"
+            require(s, "text_pair_column", s.text_pair_column not in others, message)
+        require(s, "label_separator", s.label_separator is None or not own, f"{s.dataset} is not multi-label")
+        require(s, "label_separator", s.label_separator != "", "must not be empty")
+        found = s.data_dir is not None or not s.offline or traits.packaged or on_hub  # the cache may have a hub set
+        require(s, "offline", found, f"no package contains {s.dataset}: give --data_dir PATH")
+        downloads = bool(traits.downloads) and s.data_dir is None and not s.offline
+        message = f"{only_of('downloads')} without --data_dir and --offline"
+        require(s, "data_source", s.data_source is None or downloads, message)
+
+    def check_readable(self) -> None:
+        """Checks that ``--data_dir`` exists, before anything is loaded.
+
+        Raises:
+            UserError: it does not exist or is not readable.
+        """
+        if self.data_dir is not None and not os.access(self.data_dir, os.R_OK):
+            raise UserError(f"--data_dir {self.data_dir}: no such file or folder, or you may not read it")

@@ -1,0 +1,91 @@
+"""Sections ``method`` and ``lora``: which weights are trained."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetuning.errors import UserError
+from finetuning.settings.fields import Values, require, setting
+
+LORA_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
+FROM_ADAPTER = ("lora_r", "lora_alpha", "lora_scaling", *LORA_TARGETS)  # what --init_adapter decides
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """Which weights are trained."""
+
+    method: Literal["lora", "full", "selective"] = setting(
+        "lora", "Train LoRA matrices, all weights, or the last layers."
+    )
+    trainable_layers: int | None = setting(
+        None, "Train the last N encoder layers and the head; 0 trains only the head.", "2", at_least=0
+    )
+
+    @staticmethod
+    def defaults(s: Values) -> dict[str, Any]:
+        return {"trainable_layers": 2} if s.method == "selective" else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings:
+    """Only with --method lora."""
+
+    lora_r: int = setting(8, "Rank of the LoRA matrices.", at_least=1)
+    lora_alpha: float = setting(16.0, "Alpha in LoRA's scale, see --lora_scaling.", "16", above=0)
+    lora_scaling: Literal["standard", "rslora", "raw"] = setting(
+        "standard", "Scale of LoRA: alpha / r (standard), alpha / sqrt(r) (rslora) or alpha (raw)."
+    )
+    lora_dropout: float = setting(0.0, "Dropout probability on the input of LoRA.", "0", at_least=0, below=1)
+    lora_query: bool = setting(True, "Add LoRA to the attention query.")
+    lora_key: bool = setting(False, "Add LoRA to the attention key.")
+    lora_value: bool = setting(True, "Add LoRA to the attention value.")
+    lora_projection: bool = setting(False, "Add LoRA to the attention output layer.")
+    lora_mlp: bool = setting(False, "Add LoRA to the feed-forward layers.")
+    lora_head: bool = setting(False, "Add LoRA to the classification head and freeze the head's own weights.")
+    lora_modules: str | None = setting(
+        None, "Add LoRA to linears of these names, separated by commas, instead of the parts above.", "none"
+    )
+    q_lora: bool = setting(False, "Store the frozen linear layers in 4 bits (NF4, with bitsandbytes).")
+    init_adapter: Path | None = setting(
+        None, "Start from this adapter in PEFT's format. It decides rank, alpha, scaling and placement.", "none"
+    )
+    double_quantization: bool | None = setting(None, "With --q_lora, also quantize the quantization constants.", "True")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The parts that get LoRA: a subset of query, key, value, projection, mlp and head."""
+        return tuple(name.removeprefix("lora_") for name in LORA_TARGETS if getattr(self, name))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of ``--lora_modules``."""
+        return tuple(name.strip() for name in (self.lora_modules or "").split(",") if name.strip())
+
+    @staticmethod
+    def defaults(s: Values) -> dict[str, Any]:
+        defaults: dict[str, Any] = {}
+        if s.lora_modules is not None:
+            defaults |= {"lora_query": False, "lora_value": False}
+        if s.init_adapter is not None:  # ``adopt_adapter`` takes them from the adapter
+            defaults |= dict.fromkeys(FROM_ADAPTER)
+        if s.method == "lora" and s.q_lora:
+            defaults["double_quantization"] = True
+        return defaults
+
+    @staticmethod
+    def check(s: Values) -> None:
+        """Refuses settings that exclude each other, and an adapter that its own run would replace."""
+        folders = (s.init_adapter, s.output_dir)
+        if None not in folders and len(set(map(os.path.realpath, folders))) == 1:
+            message = "is --output_dir as well, whose files a run replaces: give another one"
+            raise UserError(f"--init_adapter {s.init_adapter}: {message}")
+        require(s, "double_quantization", s.double_quantization is None or bool(s.q_lora), "needs --q_lora True")
+        if s.lora_modules is not None:
+            require(s, "lora_modules", bool(s.lora_modules.replace(",", "").strip()), "needs at least one name")
+            for name in LORA_TARGETS[:-1]:
+                require(s, name, not getattr(s, name), "cannot be used with --lora_modules")
+        chosen = any(getattr(s, name) for name in (*LORA_TARGETS, "lora_modules"))
+        if s.method == "lora" and s.init_adapter is None and not chosen:
+            raise UserError(f"no LoRA target: at least one of --{', --'.join(LORA_TARGETS)} must be True")
