@@ -8,8 +8,7 @@ Exit status: 0 finished, 1 failed, 2 input refused, 130 interrupted.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetuning.caches import cache_table, clear_caches
 from finetuning.config import RunConfig, resumed_config
@@ -20,9 +19,6 @@ from finetuning.processor import limit_libraries
 from finetuning.runs.directory import run_directory, settings_to_run
 from finetuning.runs.files import REPORT, read_settings
 from finetuning.runs.recording import recorded
-
-if TYPE_CHECKING:
-    from finetuning.materials import Materials
 
 DESCRIPTION = "Fine-tune a text classifier, an encoder or a decoder: LoRA, QLoRA, the last layers or all weights."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -62,41 +58,28 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     config.run.check_trackers()
     limit_libraries()
     share_processors()
-    if instead.prefetch:
+    if instead.prefetch or instead.estimate:
         from finetuning import steps
 
-        steps.prefetch(config)
+        print(steps.prefetch(config) if instead.prefetch else steps.estimate(config))
         return 0
-    directory = None if instead.estimate else run_directory(config.run, config.data.dataset, config.name)
-
-    from finetuning.materials import find_materials  # loads pandas, but no torch
-
-    materials = find_materials(config)
-    if directory is not None:
-        status = run(config, directory, materials)["status"]
-        # If another process ends with another status, Lightning and srun kill the first one while it may still write.
-        return 0 if is_helper() and status == "interrupted" else EXIT_STATUS[status]
-
-    from finetuning import steps
-
-    print(steps.estimate(config, materials))
-    return 0
+    status = run(config)["status"]
+    # If another process ends with another status, Lightning and srun kill the first one while it may still write.
+    return 0 if is_helper() and status == "interrupted" else EXIT_STATUS[status]
 
 
-def run(config: RunConfig, directory: Path, materials: "Materials") -> dict[str, Any]:
-    """Does one run: inputs, claim of the directory, classifier, training, evaluation.
-
-    Args:
-        config: what the flags say.
-        directory: the run directory, from ``run_directory``.
-        materials: base model and texts, from ``find_materials``.
-
-    Returns:
-        The content of ``result.json``.
+def run(config: RunConfig) -> dict[str, Any]:
+    """Does one run: inputs, claim of the directory, classifier, training, evaluation. Returns what ``result.json`` got.
 
     Raises:
         UserError: input is refused, and nothing was written.
     """
+    directory = run_directory(config.run, config.data.dataset, config.name)
+
+    from finetuning.materials import find_materials  # loads pandas, but no torch
+
+    materials = find_materials(config)
+
     from finetuning import steps  # loads torch
 
     inputs = steps.read_inputs(config, materials)

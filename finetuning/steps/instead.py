@@ -5,7 +5,7 @@ import torch
 from finetuning.config import RunConfig
 from finetuning.data.loading import prefetch_texts
 from finetuning.errors import UserError
-from finetuning.materials import Materials
+from finetuning.materials import find_materials
 from finetuning.models.base_files import find_folder
 from finetuning.models.base_model import find_base_model
 from finetuning.models.counting import count_parameters
@@ -15,13 +15,13 @@ from finetuning.training.hardware import prepare_process
 from finetuning.training.trainer import quiet_lightning
 
 
-def estimate(config: RunConfig, materials: Materials) -> str:
+def estimate(config: RunConfig) -> str:
     """The memory and time that a run needs, as a text to print. It writes only tokens, into the cache.
 
     Raises:
         UserError: input is refused, or a GPU has too little memory for one step.
     """
-    inputs = read_inputs(config, materials)
+    inputs = read_inputs(config, find_materials(config))
     training, hardware = inputs.config.training, inputs.hardware
     prepare_process(hardware)
     torch.manual_seed(training.seed)
@@ -39,13 +39,16 @@ def estimate(config: RunConfig, materials: Materials) -> str:
     return f"{inputs.headline(classifier)}\n\n{estimate_table(record, weight_bytes, training.epochs)}"
 
 
-def prefetch(config: RunConfig) -> None:
+def prefetch(config: RunConfig) -> str:
     """Downloads model and data into the caches, and checks that they fit the settings.
+
+    Returns:
+        A text to print.
 
     Raises:
         UserError: the hub cannot be reached, or something does not fit.
     """
     folder = find_folder(config.model.model_name, False, config.instead_of_hub(packaged=False))
-    print(f"model: {find_base_model(config, folder).folder}")
+    print(f"model: {find_base_model(config, folder).folder}", flush=True)
     prefetch_texts(config.data)
-    print("data: in the cache; runs with the same --model_name and --dataset now need no network")
+    return "data: in the cache; runs with the same --model_name and --dataset now need no network"
