@@ -6,7 +6,6 @@ Frozen weights are stored in the precision of the matrix products, or in 4 bits.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from finetuning.models.pretrained import (
     find_model,
     load_pretrained,
 )
-from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
+from finetuning.models.quantization import quantize_linears
 from finetuning.processes import is_helper
 from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.files import ADAPTER_CONFIG
@@ -306,8 +305,7 @@ def place_lora(
             scaling=settings.lora_scaling,
             dropout=settings.lora_dropout,
         )
-        dense = partial(dequantized, linear) if is_quantized(linear) else None
-        model.set_submodule(name, LinearWithLoRA(linear, lora, dense))
+        model.set_submodule(name, LinearWithLoRA(linear, lora))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetuning.models.autocast import in_autocast
 from finetuning.models.families import ModelFamily
-from finetuning.models.linears import linears
-from finetuning.models.quantization import dequantized
+from finetuning.models.lora import linears
 
 
 class SplitLinear(nn.Module):
@@ -33,7 +32,7 @@ class SplitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``: the outputs of the parts, concatenated."""
-        return linears(in_autocast(x), list(self.children()), dequantized)
+        return linears(in_autocast(x), list(self.children()))
 
     @torch.no_grad()
     def joined(self) -> nn.Linear:

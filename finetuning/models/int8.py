@@ -140,7 +140,7 @@ def _padded(lora: tuple[Tensor, Tensor] | None, module: Int8Linear) -> tuple[Ten
 
 
 class _FrozenInt8(torch.autograd.Function):
-    """``y = h W^T + b + (h A^T) B^T`` with ``h = x`` or ``gelu(x)``, and its gradients for x, A and B."""
+    """``y = h W^T + b + (h A^T) B^T`` with ``h = x`` or ``gelu(x)``. The gradients are those of ``products.py``."""
 
     @staticmethod
     def forward(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuning.models.compiled import call, library
+from finetuning.models.products import project, thin_gradient
 from finetuning.processor import instructions
 
 LARGEST = 127  # -128 is not used, so that the integers are symmetric
@@ -89,9 +90,8 @@ def quantize(
     count, width = x.shape
     if not takes(x, thin, width):
         h = F.gelu(x) if activate else x
-        return *_quantize(
-            h.float() if columns is None else h.float() * columns
-        ), None if thin is None else h @ thin.rows.t()
+        inner = None if thin is None else project(h, thin.rows)
+        return *_quantize(h.float() if columns is None else h.float() * columns), inner
     q, scales = torch.empty(count, width, dtype=torch.int8), torch.empty(count)
     inner = None if thin is None else x.new_empty(count, len(thin.rows))
     _call(
@@ -156,7 +156,7 @@ def accumulate(inner: Tensor, x: Tensor, sums: Tensor, like: Thin) -> None:
     """Adds ``inner^T x`` to ``sums``, ``(N, R), (N, D) -> (R, D)`` fp32; the kernel only the blocks of ``like``."""
     width = x.shape[1]
     if not takes(x, like, width):
-        sums += inner.float().t() @ x.float()
+        sums += thin_gradient(inner.float(), x.float())
         return
     _call("accumulate", x, inner, x, len(x), width, *like.segments, torch.get_num_threads(), sums)
 

@@ -1,9 +1,12 @@
-"""The ways to compile the kernels."""
+"""The ways to compile the kernels, and how tensors are compared."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from finetuning.models import compiled
 from finetuning.models.compiled import VARIANTS, Variant, library
@@ -39,3 +42,28 @@ def fresh_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     library.cache_clear()
     yield tmp_path
     library.cache_clear()
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """The distance by tensor norm, relative to the reference."""
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm())
+
+
+def assert_each_near(values: Iterable[Tensor], references: Iterable[Tensor], tolerance: float) -> None:
+    """Compares tensor by tensor, by their norms."""
+    for value, reference in zip(values, references, strict=True):
+        assert relative_error(value, reference) < tolerance
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """A list of what forward passes keep for backward."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
