@@ -7,8 +7,8 @@ LoRA's formula for rows h, with A ``(R, in)`` and B ``(out, R)``, which includes
                grad_A     = grad_inner^T h   grad_B^T = inner^T g
 
 Backward is forward with A and ``B^T`` exchanged. *Thin* is either of them, ``(R, D)``. So three steps are enough:
-``project``, ``add_expanded`` and ``thin_gradient``. For 8-bit products, ``int8_products.py`` has compiled kernels of these
-steps, and uses the functions below where it has no kernels.
+``project``, ``add_expanded`` and ``thin_gradient``. For 8-bit products, ``int8_products.py`` has compiled kernels of
+these steps, and uses the functions below where it has no kernels.
 """
 
 from collections.abc import Callable, Sequence
