@@ -123,20 +123,21 @@ def linears(
     if activation is not None and not on_cpu and activation is not F.gelu:
         x, activation = activation(x), None
     bases, adapted = [_base(m) for m in modules], [m for m in modules if isinstance(m, LinearWithLoRA)]
-    dropping = any(map(drops_input, adapted))
+    base_is_trained = any(p.requires_grad for linear in bases for p in linear.parameters())
+    if adapted and (base_is_trained or any(map(drops_input, adapted))):
+        x = x if activation is None else activation(x)
+        return linears(x, bases, None, on_cpu) + _lora_outputs(x, modules)
     if isinstance(bases[0], Int8Linear):
-        return _int8_linears(x, modules, bases, activation, dropping)
+        loras = [(m.lora.lora_A, _scaled_B(m)) if isinstance(m, LinearWithLoRA) else None for m in modules]
+        return int8_linears(x, bases, loras, activation)
     dtype = x.dtype  # a local name, so that ``weight`` below does not keep x alive until backward
 
     def weight() -> Tensor:
         return join([dense_weight(linear) for linear in bases]).to(dtype)  # (out, in)
 
     bias = _join_bias(bases, dtype)
-    base_is_trained = any(p.requires_grad for linear in bases for p in linear.parameters())
-    if base_is_trained or dropping:
-        x = x if activation is None else activation(x)
-        y = F.linear(x, weight(), bias) if base_is_trained else frozen_linear(x, None, None, weight, bias, on_cpu)
-        return y + _lora_outputs(x, modules) if adapted else y
+    if base_is_trained:
+        return F.linear(x if activation is None else activation(x), weight(), bias)
     if not adapted:
         return frozen_linear(x, None, None, weight, bias, on_cpu, activation)
     blocks = [_scaled_B(m) for m in modules]
@@ -146,16 +147,6 @@ def linears(
         merged = torch.addmm(weight(), B, A)  # exact here; in bf16 the sum would round most of the adapter away
         return frozen_linear(x, None, None, lambda: merged, bias, on_cpu, activation)
     return frozen_linear(x, A, B, weight, bias, on_cpu, activation)
-
-
-def _int8_linears(
-    x: Tensor, modules: Sequence[nn.Module], bases: Sequence[Any], activation: Activation | None, dropping: bool
-) -> Tensor:
-    if dropping:
-        x = x if activation is None else activation(x)
-        return int8_linears(x, bases, [None] * len(bases)) + _lora_outputs(x, modules)
-    loras = [(m.lora.lora_A, _scaled_B(m)) if isinstance(m, LinearWithLoRA) else None for m in modules]
-    return int8_linears(x, bases, loras, activation)
 
 
 def transposed(x: Tensor, module: nn.Module, on_cpu: bool | None = None) -> Tensor:
@@ -236,8 +227,14 @@ def merge_lora(model: nn.Module) -> None:
     """
     for name, module in list(lora_modules(model)):
         bias = module.linear.bias
-        merged = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
-        merged.weight = nn.Parameter(module.merged_weight(), requires_grad=False)
-        if isinstance(bias, Tensor):
-            merged.bias = nn.Parameter(bias.float(), requires_grad=False)
+        merged = plain_linear(module.merged_weight(), None if bias is None else bias.float())
         model.set_submodule(name, merged.train(module.training))
+
+
+def plain_linear(weight: Tensor, bias: Any, trained: bool = False) -> nn.Linear:
+    """An ``nn.Linear`` of this weight ``(out, in)`` and bias ``(out,)`` or ``None``. It does not copy them."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=trained)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=trained)
+    return linear

@@ -17,10 +17,10 @@ from finetuning.models import chunked_attention, encoder
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.frozen_outputs import FrozenOutputs
-from finetuning.models.lora import LinearWithLoRA, LoRALayer
+from finetuning.models.lora import LoRALayer
 from finetuning.models.quantization import is_quantized, quantize_linears
-from tests.conftest import CORE, LAYERS, WIDTH, packaged_folder, tiny_classifier, train_only_lora
-from tests.models.conftest import relative_error, saved_tensors
+from tests.conftest import CORE, LAYERS, WIDTH, packaged_folder, tiny_classifier
+from tests.models.conftest import place_lora, relative_error, saved_tensors
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 METHODS = ("full", "selective", "head_only", *TARGETS, "query+value", "all")
@@ -28,22 +28,6 @@ FAMILY = pytest.mark.parametrize("family", CORE.values(), ids=CORE)
 PADDED = pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 STEPS = pytest.mark.parametrize("on_cpu", [True, False], ids=["steps for a CPU", "steps for a GPU"])
 VOCABULARY = 60
-
-
-def place_lora(model: nn.Module, family: ModelFamily, targets: tuple[str, ...], dropout: float = 0.0) -> None:
-    """LoRA on the targets, B not zero, everything else frozen but the head where it has no LoRA."""
-    generator = torch.Generator().manual_seed(2)
-    count = len(list(model.get_submodule(family.layers).children()))
-    for name in [name for target in targets for name in family.linear_names(target, count)]:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        lora = LoRALayer(linear.in_features, linear.out_features, 4, 8, dropout=dropout)
-        nn.init.normal_(lora.lora_B, std=0.05, generator=generator)
-        model.set_submodule(name, LinearWithLoRA(linear, lora))
-    train_only_lora(model)
-    if "head" not in targets:
-        for _, parameter in family.head_parameters(model):
-            parameter.requires_grad_(True)
 
 
 def prepare(family: ModelFamily, method: str) -> nn.Module:
@@ -54,14 +38,14 @@ def prepare(family: ModelFamily, method: str) -> nn.Module:
             parameter.data.mul_(4)  # the usual start makes attention all but even, and a wrong one invisible
     if method == "full":
         return model
-    place_lora(model, family, {"all": TARGETS, "query+value": ("query", "value")}.get(method, ()) or _one(method))
+    targets = TARGETS if method == "all" else [target for target in TARGETS if target in method.split("+")]
+    place_lora(model, family, targets)
     if method == "selective":
         list(model.get_submodule(family.layers).children())[-1].requires_grad_(True)
+    if "head" not in targets:
+        for _, parameter in family.head_parameters(model):
+            parameter.requires_grad_(True)
     return model
-
-
-def _one(method: str) -> tuple[str, ...]:
-    return (method,) if method in TARGETS else ()
 
 
 def batch(family: ModelFamily, padded: bool, count: int = 7, longest: int = 19, seed: int = 0) -> tuple[Tensor, ...]:
@@ -396,15 +380,14 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(family: ModelFami
     assert kept[1] < kept[0] / 2
 
 
-@pytest.mark.parametrize("targets", [("query", "value"), TARGETS[:-1]], ids=["query+value", "all"])
+@pytest.mark.parametrize("method", ["query+value", "query+key+value+projection+mlp"])
 def test_four_bits_equal_the_dequantized_model_and_save_no_dense_weight(
-    targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoder, "ROW_MULTIPLE", 1)  # else activations have as many rows as weights
     bnb = pytest.importorskip("bitsandbytes")
     family = FAMILIES["distilbert"]
-    dense = prepare(family, "head_only")
-    place_lora(dense, family, targets)
+    dense = prepare(family, method)
     packed = copy.deepcopy(dense)
     quantize_linears(packed, family, torch.float32, double=False)
     modules: dict[str, Any] = {n: m for n, m in packed.named_modules() if hasattr(m, "weight") and is_quantized(m)}

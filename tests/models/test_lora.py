@@ -13,8 +13,8 @@ from finetuning.models import lora as lora_module
 from finetuning.models import products
 from finetuning.models.families import ModelFamily
 from finetuning.models.lora import LinearWithLoRA, LoRALayer, linears, lora_modules, merge_lora
-from tests.conftest import CORE, LAYERS, tiny_classifier, train_only_lora
-from tests.models.conftest import assert_each_near, relative_error, saved_tensors
+from tests.conftest import CORE, tiny_classifier, train_only_lora
+from tests.models.conftest import assert_each_near, place_lora, relative_error, saved_tensors, with_lora
 
 RANK, ALPHA = 3, 5.0
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -23,8 +23,7 @@ TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 def lora_linear(n_in: int = 10, n_out: int = 7, seed: int = 0, **settings: object) -> LinearWithLoRA:
     """A linear with LoRA whose B is not zero, the base frozen."""
     torch.manual_seed(seed)
-    module = LinearWithLoRA(nn.Linear(n_in, n_out), LoRALayer(n_in, n_out, RANK, ALPHA, **settings))  # type: ignore[arg-type]
-    nn.init.normal_(module.lora.lora_B)
+    module = with_lora(nn.Linear(n_in, n_out), RANK, ALPHA, **settings)
     train_only_lora(module)
     return module
 
@@ -178,19 +177,6 @@ def _under_autocast(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 # whole models
 
 
-def place(model: nn.Module, family: ModelFamily, targets: tuple[str, ...], scaling: str = "standard") -> list[str]:
-    """LoRA on the targets, B not zero; the names of the linears."""
-    names = [name for target in targets for name in family.linear_names(target, LAYERS)]
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        lora = LoRALayer(linear.in_features, linear.out_features, RANK, ALPHA, scaling)
-        nn.init.normal_(lora.lora_B, std=0.1)
-        model.set_submodule(name, LinearWithLoRA(linear, lora))
-    train_only_lora(model)
-    return names
-
-
 IDS = torch.randint(5, 50, (4, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -203,7 +189,7 @@ def test_output_and_gradients_equal_those_of_peft(family: ModelFamily, target: s
         from peft import LoraConfig, get_peft_model
     ours = tiny_classifier(family.model_type, classes=3).eval()
     base = copy.deepcopy(ours).double()
-    names = place(ours, family, TARGETS if target == "all" else (target,), scaling)
+    names = place_lora(ours, family, TARGETS if target == "all" else (target,), RANK, ALPHA, scaling=scaling)
     ours.double()  # gradients that are small differences of large numbers are the same to the last digits, or wrong
     before = base(IDS).logits
     alpha = ALPHA * RANK if scaling == "raw" else ALPHA
@@ -229,7 +215,7 @@ def test_output_and_gradients_equal_those_of_peft(family: ModelFamily, target: s
 @pytest.mark.parametrize("family", CORE.values(), ids=CORE)
 def test_only_lora_is_trained_and_merging_changes_nothing(family: ModelFamily) -> None:
     model = tiny_classifier(family.model_type, classes=3).eval()
-    names = place(model, family, TARGETS)
+    names = place_lora(model, family, TARGETS)
     assert {name for name, _ in lora_modules(model)} == set(names)
     assert all(".lora.lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     logits = model(IDS).logits
@@ -254,11 +240,10 @@ def quantized(linear: nn.Linear) -> tuple[LinearWithLoRA, LinearWithLoRA]:
     dense = nn.Linear(linear.in_features, linear.out_features)
     dense.weight.data = bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
     dense.bias.data = linear.bias.data
-    lora = LoRALayer(linear.in_features, linear.out_features, RANK, ALPHA)
-    nn.init.normal_(lora.lora_B)
-    lora_on_dense = LinearWithLoRA(dense, copy.deepcopy(lora))
+    qlora = with_lora(packed, RANK, ALPHA)
+    lora_on_dense = LinearWithLoRA(dense, copy.deepcopy(qlora.lora))
     train_only_lora(lora_on_dense)
-    return LinearWithLoRA(packed, lora), lora_on_dense
+    return qlora, lora_on_dense
 
 
 def test_four_bits_equal_lora_on_the_dequantized_weight() -> None:
