@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finetuning.models.autocast import in_autocast
 from finetuning.models.families import ModelFamily
 from finetuning.models.lora import linears, plain_linear
+from finetuning.models.products import in_autocast
 
 
 class SplitLinear(nn.Module):

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from finetuning.models import cpu_kernels
-from finetuning.models.autocast import in_autocast
 from finetuning.models.families import ModelFamily
 from finetuning.models.int8_products import RANK_MULTIPLE, Thin, accumulate, dequantize, multiply, quantize
+from finetuning.models.products import Activation, in_autocast
 
 ROWS_AT_ONCE = 1024  # rows of a product computed at once: their sums, 6 MB at MiniLM's size, stay in the cache
 
@@ -94,7 +94,7 @@ def int8_linears(
     x: Tensor,
     modules: Sequence[Int8Linear],
     loras: Sequence[tuple[Tensor, Tensor] | None],
-    activation: Callable[[Tensor], Tensor] | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """Several 8-bit linears of one input, outputs concatenated: ``(..., in) -> (..., sum of out)`` in x's dtype.
 

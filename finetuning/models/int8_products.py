@@ -63,11 +63,8 @@ class Thin:
 
 def takes(x: Tensor, thin: Thin | None, *widths: int) -> bool:
     """Whether the kernels accept x, LoRA matrices like these, and rows of these widths."""
-    fits = all(width % WIDTH_MULTIPLE == 0 for width in widths)
-    if thin is not None:
-        fits = (
-            fits and not any(n % WIDTH_MULTIPLE for n in thin.ends) and not any(n % RANK_MULTIPLE for n in thin.ranks)
-        )
+    ends, ranks = ((), ()) if thin is None else (thin.ends, thin.ranks)
+    fits = not any(n % WIDTH_MULTIPLE for n in (*widths, *ends)) and not any(n % RANK_MULTIPLE for n in ranks)
     without_bf16 = x.dtype == torch.float32
     return fits and library(without_bf16)[0] is not None
 

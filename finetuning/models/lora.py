@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetuning.models.autocast import in_autocast
 from finetuning.models.int8 import Int8Linear, int8_linears
-from finetuning.models.products import Activation, frozen_linear, join
+from finetuning.models.products import Activation, frozen_linear, in_autocast, join
 from finetuning.models.quantization import dense_weight
 
 SCALES: dict[str, Callable[[float, int], float]] = {

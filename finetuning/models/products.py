@@ -40,6 +40,12 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
+def in_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, if autocast is on; for modules with a forward of their own, as ``nn.Linear`` does it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def project(x: Tensor, thin: Tensor) -> Tensor:
     """``x thin^T``: ``inner`` or ``grad_inner``. ``(N, D), (R, D) -> (N, R)``."""
     return x @ thin.t()

@@ -1,7 +1,7 @@
 """The efficient forward against Hugging Face's own: same logits, same gradients, nothing done for what is frozen."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def prepare(family: ModelFamily, method: str) -> nn.Module:
     model = tiny_classifier(family.model_type, vocabulary=VOCABULARY, classes=3).train()
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            parameter.data.mul_(4)  # the usual start makes attention all but even, and a wrong one invisible
+            parameter.data.mul_(4)  # with the usual start attention is nearly uniform, which would hide errors
     if method == "full":
         return model
     targets = TARGETS if method == "all" else [target for target in TARGETS if target in method.split("+")]
@@ -48,7 +48,9 @@ def prepare(family: ModelFamily, method: str) -> nn.Module:
     return model
 
 
-def batch(family: ModelFamily, padded: bool, count: int = 7, longest: int = 19, seed: int = 0) -> tuple[Tensor, ...]:
+def batch(
+    family: ModelFamily, padded: bool, count: int = 7, longest: int = 19, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Random ids, mask and labels; lengths from 1 to the longest."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator) if padded else torch.full((count,), longest)
@@ -247,7 +249,7 @@ def low_precision_errors(
     return ours[0], reference[0], ours[1], reference[1]
 
 
-def assert_as_good(errors: list[tuple[float, ...]], quantile: float = 0.5, of_gradients: float = 2) -> None:
+def assert_as_good(errors: Sequence[tuple[float, ...]], quantile: float = 0.5, of_gradients: float = 2) -> None:
     """Not the largest, because a rounding that turns a ReLU of the head over moves one batch's gradients a lot."""
     ours, theirs, our_gradients, their_gradients = torch.tensor(errors).quantile(quantile, 0).tolist()
     assert ours < 2 * theirs

@@ -139,7 +139,7 @@ def test_nor_is_it_with_lora_nor_in_the_gradients(
     for spoilt in (x, grad):
         given = [tensor.clone() for tensor in (x, grad)]
         given[spoilt is grad][2, 3] = bad
-        y, grad_x, grad_A, grad_B = outcome([module], *given, activation)
+        y, grad_x, grad_A, grad_B = outcome([module], given[0], given[1], activation)
         assert y[others].isfinite().all()
         assert grad_x[others].isfinite().all()
         assert not grad_B.isfinite().all()

@@ -20,7 +20,7 @@ RANK, ALPHA = 3, 5.0
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 
 
-def lora_linear(n_in: int = 10, n_out: int = 7, seed: int = 0, **settings: object) -> LinearWithLoRA:
+def lora_linear(n_in: int = 10, n_out: int = 7, seed: int = 0, **settings: Any) -> LinearWithLoRA:
     """A linear with LoRA whose B is not zero, the base frozen."""
     torch.manual_seed(seed)
     module = with_lora(nn.Linear(n_in, n_out), RANK, ALPHA, **settings)
