@@ -29,7 +29,7 @@ from finetuning.models.families import FAMILIES
 from finetuning.models.fused import split_widths
 from finetuning.models.int8 import Int8Linear
 from finetuning.models.lora import LinearWithLoRA, ranks_and_alphas
-from finetuning.models.quantization import dequantized, is_quantized
+from finetuning.models.quantization import dense_weight, is_quantized
 from finetuning.runs.weights import load_trained, peft_name, save_trained, separate_parts
 from finetuning.settings import LORA_TARGETS
 from local_model_utilities import (
@@ -206,7 +206,7 @@ def test_four_bits_equal_lora_on_the_dequantized_weights(folder_of: Any, model_t
     count = 0
     for name, module in packed.model.named_modules():
         if hasattr(module, "weight") and is_quantized(module):
-            dense.model.get_submodule(name).weight.data.copy_(dequantized(module))  # type: ignore[operator]
+            dense.model.get_submodule(name).weight.data.copy_(dense_weight(module))  # type: ignore[operator]
             count += 1
     assert count == sum(isinstance(m, LinearWithLoRA) for m in packed.model.modules()) - len(packed.family.head)
     found = []

@@ -13,9 +13,8 @@ from finetuning.config import RunConfig
 from finetuning.models import int8, int8_products
 from finetuning.models.classifier import Classifier
 from finetuning.models.int8 import Int8Linear
-from finetuning.models.linears import dense_weight
 from finetuning.models.lora import LinearWithLoRA
-from finetuning.models.quantization import dequantized
+from finetuning.models.quantization import dense_weight
 from finetuning.runs.files import SETTINGS, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
@@ -108,7 +107,7 @@ def with_last_keys_and_values_dense(classifier: Classifier) -> Classifier:
         module: Any = classifier.model.get_submodule(f"{classifier.family.layers}.{LAYERS - 1}.{path}")
         dense = nn.Linear(module.in_features, module.out_features).requires_grad_(False)
         dense.weight.data, dense.bias.data = module.linear.dense_weight(), module.linear.bias.data
-        module.linear, module.dense_weight = dense, None
+        module.linear = dense
     return classifier
 
 
@@ -239,10 +238,10 @@ def test_without_the_products_the_linears_hold_the_same_weights(tiny_folders: di
         for products in (True, False)
     )
     name = "bert.encoder.layer.0.output.dense"
-    torch.testing.assert_close(dense.get_submodule(name).weight, dequantized(packed.get_submodule(name)))
+    torch.testing.assert_close(dense.get_submodule(name).weight, dense_weight(packed.get_submodule(name)))
     wrapped = packed.get_submodule("bert.encoder.layer.0.attention.self.query")
     assert isinstance(wrapped, LinearWithLoRA)
-    torch.testing.assert_close(dense_weight(wrapped), wrapped.linear.dense_weight())
+    torch.testing.assert_close(dense_weight(wrapped.linear), wrapped.linear.dense_weight())
 
 
 # --- the command

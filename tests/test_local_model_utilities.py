@@ -16,7 +16,7 @@ from finetuning.models import cpu_kernels
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import LinearWithLoRA, lora_modules
-from finetuning.models.quantization import dequantized, import_bitsandbytes, is_quantized, try_four_bits
+from finetuning.models.quantization import dense_weight, import_bitsandbytes, is_quantized, try_four_bits
 from finetuning.settings import LORA_TARGETS, PACKAGED
 from local_model_utilities import (
     build_classifier,
@@ -271,8 +271,8 @@ def test_qlora_equals_lora_on_dequantized_weights_before_and_after_an_evaluation
         twin = dense.model.get_submodule(name)
         assert isinstance(twin, LinearWithLoRA)
         weight = twin.linear.weight
-        assert not torch.equal(weight, dequantized(module.linear))
-        weight.data.copy_(dequantized(module.linear))
+        assert not torch.equal(weight, dense_weight(module.linear))
+        weight.data.copy_(dense_weight(module.linear))
         assert module.linear.weight.quant_state.nested is double
     for classifier in (quantized, dense):
         fill_lora(classifier.model)

@@ -24,9 +24,8 @@ from finetuning.export.proof import (
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
 from finetuning.models.fused import join_linears
-from finetuning.models.linears import dense_weight
-from finetuning.models.lora import merge_lora
-from finetuning.models.quantization import dequantized, is_quantized
+from finetuning.models.lora import merge_lora, plain_linear
+from finetuning.models.quantization import dense_weight, is_quantized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -122,11 +121,8 @@ def unpack_linears(model: nn.Module, family: ModelFamily) -> None:
     for name, packed in modules:
         if not hasattr(packed, "weight") or not is_quantized(packed):
             continue
-        plain = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None, device="meta")
-        plain.weight = nn.Parameter(dense_weight(packed, dequantized).float(), requires_grad=False)
-        if packed.bias is not None:
-            plain.bias = nn.Parameter(packed.bias.data.float(), requires_grad=False)
-        layers.set_submodule(name, plain)
+        bias = None if packed.bias is None else packed.bias.float()
+        layers.set_submodule(name, plain_linear(dense_weight(packed).float(), bias))
 
 
 def write_model(folder: Path, model: Any, dtype: torch.dtype, threshold: float | None = None) -> None:

@@ -5,7 +5,6 @@ in fp32.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from finetuning.models.fused import split_linears
 from finetuning.models.int8 import frozen_linears, use_int8
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
 from finetuning.models.pretrained import load_pretrained
-from finetuning.models.quantization import dequantized, is_quantized, quantize_linears
+from finetuning.models.quantization import quantize_linears
 from finetuning.settings import LoRASettings, MethodSettings
 
 
@@ -137,5 +136,4 @@ def place_lora(
             scaling=settings.lora_scaling,
             dropout=settings.lora_dropout,
         )
-        dense = partial(dequantized, linear) if is_quantized(linear) else None
-        model.set_submodule(name, LinearWithLoRA(linear, lora, dense))
+        model.set_submodule(name, LinearWithLoRA(linear, lora))

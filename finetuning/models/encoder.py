@@ -27,8 +27,8 @@ from finetuning.models.chunked_attention import ChunkedAttention
 from finetuning.models.families import ModelFamily
 from finetuning.models.first_token import Mixture, TakeFirst
 from finetuning.models.frozen_outputs import FrozenBatch
-from finetuning.models.linears import Activation, drops_input, linears, transposed
-from finetuning.models.quantization import dequantized
+from finetuning.models.lora import drops_input, linears, transposed
+from finetuning.models.products import Activation
 
 ROW_MULTIPLE = 64  # on a CPU, see _Encoder
 BIAS_MULTIPLE = 8  # elements; torch's attention copies a bias at each call unless its rows begin at such multiples
@@ -167,7 +167,7 @@ class _Encoder:
         return self.norm(a + b, norm)
 
     def linear(self, x: Tensor, layer: nn.Module, *names: str, activation: Activation | None = None) -> Tensor:
-        return linears(x, [layer.get_submodule(name) for name in names], dequantized, activation, self.on_cpu)
+        return linears(x, [layer.get_submodule(name) for name in names], activation, self.on_cpu)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -247,10 +247,10 @@ class _Encoder:
             return self.as_rows(self.attention_of_one(query[:, None], key_value))
         own = torch.eye(H, dtype=self.dtype, device=x.device)[..., None]  # (H, H, 1), selects each head's own part
         queries = query.view(self.batch, 1, H, -1) * own  # (B, H, H, d)
-        heads = transposed(self.as_rows(queries.flatten(2)), key, dequantized, self.on_cpu)  # (N'', D)
+        heads = transposed(self.as_rows(queries.flatten(2)), key, self.on_cpu)  # (N'', D)
         heads = self.real(heads, self.batch * H).view(self.batch, H, -1)
         mixed = self.mixture(heads, self.as_sequences(x))  # (B, H, D)
-        context = linears(self.as_rows(mixed), [value], dequantized, on_cpu=self.on_cpu)  # (N'', D)
+        context = linears(self.as_rows(mixed), [value], on_cpu=self.on_cpu)  # (N'', D)
         context = self.real(context, self.batch * H)  # (B H, D)
         context = context.view(self.batch, H, H, -1).diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)  # (B, D)
         bias = getattr(key, "bias", None)

@@ -29,15 +29,9 @@ class TakeFirst(torch.autograd.Function):
 
 
 class Mixture(torch.autograd.Function):
-    """``softmax(U X^T scale) X`` for each sequence's tokens X: weighted means of the tokens.
+    """``softmax(U X^T scale) X`` for each sequence's tokens X; arguments and output as in ``cpu_kernels.Mixture``.
 
-    Called as ``Mixture.apply(heads, tokens, scale, padding)``:
-
-    - heads: ``(B, H, D)``, U of each sequence.
-    - tokens: ``(B, T, D)``.
-    - padding: ``(B, T)`` bool, or ``None``.
-
-    Returns ``(B, H, D)``. Saves its inputs and the probabilities. One product also sums the tokens' two gradients.
+    Saves its inputs and the probabilities. One product also sums the tokens' two gradients.
     """
 
     @staticmethod

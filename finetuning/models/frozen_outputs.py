@@ -28,7 +28,7 @@ class FrozenOutputs:
         folder: the folder of that file.
 
     Raises:
-        OSError: the disk has no room for the file.
+        OSError: the disk has too little space for the file.
     """
 
     def __init__(self, lengths: np.ndarray, width: int, dtype: torch.dtype, memory_bytes: int, folder: Path) -> None:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from finetuning.models.autocast import in_autocast
 from finetuning.models.families import ModelFamily
-from finetuning.models.linears import linears
-from finetuning.models.quantization import dequantized
+from finetuning.models.lora import linears, plain_linear
+from finetuning.models.products import in_autocast
 
 
 class SplitLinear(nn.Module):
@@ -29,11 +28,11 @@ class SplitLinear(nn.Module):
         weights = linear.weight.chunk(len(names))
         biases = [None] * len(names) if linear.bias is None else linear.bias.chunk(len(names))
         for name, weight, bias in zip(names, weights, biases, strict=True):
-            self.add_module(name, _linear(weight, bias, linear.weight.requires_grad))
+            self.add_module(name, plain_linear(weight, bias, linear.weight.requires_grad))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``: the outputs of the parts, concatenated."""
-        return linears(in_autocast(x), list(self.children()), dequantized)
+        return linears(in_autocast(x), list(self.children()))
 
     @torch.no_grad()
     def joined(self) -> nn.Linear:
@@ -42,22 +41,14 @@ class SplitLinear(nn.Module):
         if len(parts) < len(list(self.children())):
             raise TypeError("a part has LoRA: merge it first")
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        return _linear(torch.cat([part.weight for part in parts]), bias, parts[0].weight.requires_grad)
-
-
-def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=trained)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=trained)
-    return linear
+        return plain_linear(torch.cat([part.weight for part in parts]), bias, parts[0].weight.requires_grad)
 
 
 def split_linears(model: nn.Module, family: ModelFamily, parts: bool = True) -> None:
     """Replaces each Conv1D by a linear and, if ``parts``, each fused linear of the family by a ``SplitLinear``."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            model.set_submodule(name, _linear(module.weight.t(), module.bias, module.weight.requires_grad))
+            model.set_submodule(name, plain_linear(module.weight.t(), module.bias, module.weight.requires_grad))
     for i in range(family.setting(model, "layer_count") if parts and family.fused else 0):
         for fused, names in family.fused.items():
             path = f"{family.layers}.{i}.{fused}"

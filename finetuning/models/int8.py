@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from finetuning.models import cpu_kernels
-from finetuning.models.autocast import in_autocast
 from finetuning.models.families import ModelFamily
 from finetuning.models.int8_products import RANK_MULTIPLE, Thin, accumulate, dequantize, multiply, quantize
+from finetuning.models.products import Activation, in_autocast
 
 ROWS_AT_ONCE = 1024  # rows of a product computed at once: their sums, 6 MB at MiniLM's size, stay in the cache
 
@@ -94,7 +94,7 @@ def int8_linears(
     x: Tensor,
     modules: Sequence[Int8Linear],
     loras: Sequence[tuple[Tensor, Tensor] | None],
-    activation: Callable[[Tensor], Tensor] | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """Several 8-bit linears of one input, outputs concatenated: ``(..., in) -> (..., sum of out)`` in x's dtype.
 
@@ -140,7 +140,7 @@ def _padded(lora: tuple[Tensor, Tensor] | None, module: Int8Linear) -> tuple[Ten
 
 
 class _FrozenInt8(torch.autograd.Function):
-    """``y = h W^T + b + (h A^T) B^T`` with ``h = x`` or ``gelu(x)``, and its gradients for x, A and B."""
+    """``y = h W^T + b + (h A^T) B^T`` with ``h = x`` or ``gelu(x)``. The gradients are those of ``products.py``."""
 
     @staticmethod
     def forward(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuning.models.compiled import call, library
+from finetuning.models.products import project, thin_gradient
 from finetuning.processor import instructions
 
 LARGEST = 127  # -128 is not used, so that the integers are symmetric
@@ -62,11 +63,8 @@ class Thin:
 
 def takes(x: Tensor, thin: Thin | None, *widths: int) -> bool:
     """Whether the kernels accept x, LoRA matrices like these, and rows of these widths."""
-    fits = all(width % WIDTH_MULTIPLE == 0 for width in widths)
-    if thin is not None:
-        fits = (
-            fits and not any(n % WIDTH_MULTIPLE for n in thin.ends) and not any(n % RANK_MULTIPLE for n in thin.ranks)
-        )
+    ends, ranks = ((), ()) if thin is None else (thin.ends, thin.ranks)
+    fits = not any(n % WIDTH_MULTIPLE for n in (*widths, *ends)) and not any(n % RANK_MULTIPLE for n in ranks)
     without_bf16 = x.dtype == torch.float32
     return fits and library(without_bf16)[0] is not None
 
@@ -89,9 +87,8 @@ def quantize(
     count, width = x.shape
     if not takes(x, thin, width):
         h = F.gelu(x) if activate else x
-        return *_quantize(
-            h.float() if columns is None else h.float() * columns
-        ), None if thin is None else h @ thin.rows.t()
+        inner = None if thin is None else project(h, thin.rows)
+        return *_quantize(h.float() if columns is None else h.float() * columns), inner
     q, scales = torch.empty(count, width, dtype=torch.int8), torch.empty(count)
     inner = None if thin is None else x.new_empty(count, len(thin.rows))
     _call(
@@ -156,7 +153,7 @@ def accumulate(inner: Tensor, x: Tensor, sums: Tensor, like: Thin) -> None:
     """Adds ``inner^T x`` to ``sums``, ``(N, R), (N, D) -> (R, D)`` fp32; the kernel only the blocks of ``like``."""
     width = x.shape[1]
     if not takes(x, like, width):
-        sums += inner.float().t() @ x.float()
+        sums += thin_gradient(inner.float(), x.float())
         return
     _call("accumulate", x, inner, x, len(x), width, *like.segments, torch.get_num_threads(), sums)
 

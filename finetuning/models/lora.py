@@ -3,20 +3,22 @@
         x (N, in) ──┬── W (out, in), frozen ─────────────────────────┬──> y (N, out)
                     └── A (rank, in) ── B (out, rank) ── * scale ──(+)
 
-Hu et al. 2021, https://arxiv.org/abs/2106.09685. A and B have PEFT's names and layout. A 4-bit base is passed as a
-callable that returns its dense weight. ``linears.py`` computes several linears at once and decides what to save for
-backward.
+Hu et al. 2021, https://arxiv.org/abs/2106.09685. A and B have PEFT's names and layout. ``linears`` computes several
+linears of one input in one product. ``products.py`` has the formula, its gradients, and what is saved for backward.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetuning.models.autocast import in_autocast
-from finetuning.models.linears import dense_weight, linears
+from finetuning.models.int8 import Int8Linear, int8_linears
+from finetuning.models.products import Activation, frozen_linear, in_autocast, join
+from finetuning.models.quantization import dense_weight
 
 SCALES: dict[str, Callable[[float, int], float]] = {
     "standard": lambda alpha, rank: alpha / rank,  # Hu et al. 2021
@@ -77,17 +79,14 @@ class LinearWithLoRA(nn.Module):
     """A frozen linear and the LoRA layer next to it.
 
     Args:
-        linear: an ``nn.Linear`` in any precision, or a linear whose weight is packed in 4 bits.
+        linear: an ``nn.Linear`` in any precision, or a linear whose weight is packed in 4 or 8 bits.
         lora: the trained part, of the same widths.
-        dense_weight: returns the weight ``(out, in)`` of a packed linear. It is called again in backward, so that no
-            dense copy outlives the forward.
     """
 
-    def __init__(self, linear: nn.Module, lora: LoRALayer, dense_weight: Callable[[], Tensor] | None = None) -> None:
+    def __init__(self, linear: nn.Module, lora: LoRALayer) -> None:
         super().__init__()
         self.linear = linear
         self.lora = lora
-        self.dense_weight = dense_weight
         self.in_features: int = lora.lora_A.shape[1]
         self.out_features: int = lora.lora_B.shape[0]
 
@@ -98,7 +97,114 @@ class LinearWithLoRA(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The single weight that replaces both, ``(out, in)``, fp32."""
-        return dense_weight(self).float() + self.lora.delta_weight()
+        return dense_weight(self.linear).float() + self.lora.delta_weight()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several linears of one input
+
+
+def linears(
+    x: Tensor, modules: Sequence[nn.Module], activation: Activation | None = None, on_cpu: bool | None = None
+) -> Tensor:
+    """Several linears of one input, outputs concatenated: ``(..., in) -> (..., sum of out)`` in x's dtype.
+
+    One product with all weights, one with all A and one with all B (block-diagonal) are faster than one per linear.
+
+    Args:
+        x: the input, in the dtype of the products; weights are cast to it.
+        modules: ``nn.Linear``, linears packed in 4 or 8 bits, or ``LinearWithLoRA`` of one of these.
+        activation: applied to x first. Frozen linears compute it again in backward instead of saving its output. On a
+            GPU they do so only for ``F.gelu``.
+        on_cpu: whether to use the steps for a CPU. Default: where x is.
+    """
+    on_cpu = x.device.type == "cpu" if on_cpu is None else on_cpu
+    if activation is not None and not on_cpu and activation is not F.gelu:
+        x, activation = activation(x), None
+    bases, adapted = [_base(m) for m in modules], [m for m in modules if isinstance(m, LinearWithLoRA)]
+    base_is_trained = any(p.requires_grad for linear in bases for p in linear.parameters())
+    if adapted and (base_is_trained or any(map(drops_input, adapted))):
+        x = x if activation is None else activation(x)
+        return linears(x, bases, None, on_cpu) + _lora_outputs(x, modules)
+    if isinstance(bases[0], Int8Linear):
+        loras = [(m.lora.lora_A, _scaled_B(m)) if isinstance(m, LinearWithLoRA) else None for m in modules]
+        return int8_linears(x, bases, loras, activation)
+    dtype = x.dtype  # a local name, so that ``weight`` below does not keep x alive until backward
+
+    def weight() -> Tensor:
+        return join([dense_weight(linear) for linear in bases]).to(dtype)  # (out, in)
+
+    bias = _join_bias(bases, dtype)
+    if base_is_trained:
+        return F.linear(x if activation is None else activation(x), weight(), bias)
+    if not adapted:
+        return frozen_linear(x, None, None, weight, bias, on_cpu, activation)
+    blocks = [_scaled_B(m) for m in modules]
+    A = join([m.lora.lora_A for m in adapted]).to(dtype)  # (R, in)
+    B = (blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)).to(dtype)  # (out, R)
+    if dtype == torch.float32 and not torch.is_grad_enabled():
+        merged = torch.addmm(weight(), B, A)  # exact here; in bf16 the sum would round most of the adapter away
+        return frozen_linear(x, None, None, lambda: merged, bias, on_cpu, activation)
+    return frozen_linear(x, A, B, weight, bias, on_cpu, activation)
+
+
+def transposed(x: Tensor, module: nn.Module, on_cpu: bool | None = None) -> Tensor:
+    """Multiplies x by a linear's transposed weight, ``x (W + scale B A)``: ``(..., out) -> (..., in)`` in x's dtype.
+
+    It is a linear with weight ``W^T``, whose A is ``scale B^T`` and whose B is ``A^T``. It ignores the bias and LoRA's
+    dropout.
+
+    Args:
+        x: the input, in the dtype of the products.
+        module, on_cpu: as in ``linears``.
+    """
+    on_cpu = x.device.type == "cpu" if on_cpu is None else on_cpu
+    dtype, linear = x.dtype, _base(module)
+
+    def weight() -> Tensor:
+        return dense_weight(linear).to(dtype).t()  # (in, out)
+
+    A = B = None
+    if isinstance(module, LinearWithLoRA):
+        A, B = _scaled_B(module).t().to(dtype), module.lora.lora_A.t().to(dtype)
+    if not any(p.requires_grad for p in linear.parameters()):
+        return frozen_linear(x, A, B, weight, None, on_cpu)
+    y = F.linear(x, weight())
+    return y if A is None or B is None else y + x @ A.t() @ B.t()
+
+
+def drops_input(module: nn.Module) -> bool:
+    """Whether a linear's LoRA has another input than the linear itself, because of its dropout in training."""
+    return isinstance(module, LinearWithLoRA) and module.training and module.lora.dropout.p > 0
+
+
+def _base(module: nn.Module) -> Any:
+    return module.linear if isinstance(module, LinearWithLoRA) else module
+
+
+def _join_bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
+    if all(linear.bias is None for linear in bases):
+        return None
+    missing = partial(torch.zeros, dtype=dtype, device=bases[0].weight.device)
+    return join([missing(linear.out_features) if linear.bias is None else linear.bias for linear in bases]).to(dtype)
+
+
+def _scaled_B(module: Any) -> Tensor:
+    """``scale * B`` ``(out, rank)`` of a linear with LoRA. A linear without LoRA gets a block of rank 0."""
+    if isinstance(module, LinearWithLoRA):
+        return module.lora.scale * module.lora.lora_B
+    return torch.empty(module.out_features, 0, device=module.weight.device)
+
+
+def _lora_outputs(x: Tensor, modules: Sequence[Any]) -> Tensor:
+    """LoRA's terms by the plain formula, concatenated; zeros for a linear without LoRA."""
+    shape = x.shape[:-1]
+    parts = [m.lora(x) if isinstance(m, LinearWithLoRA) else x.new_zeros(*shape, m.out_features) for m in modules]
+    return torch.cat(parts, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA in a model
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
@@ -120,8 +226,14 @@ def merge_lora(model: nn.Module) -> None:
     """
     for name, module in list(lora_modules(model)):
         bias = module.linear.bias
-        merged = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
-        merged.weight = nn.Parameter(module.merged_weight(), requires_grad=False)
-        if isinstance(bias, Tensor):
-            merged.bias = nn.Parameter(bias.float(), requires_grad=False)
+        merged = plain_linear(module.merged_weight(), None if bias is None else bias.float())
         model.set_submodule(name, merged.train(module.training))
+
+
+def plain_linear(weight: Tensor, bias: Any, trained: bool = False) -> nn.Linear:
+    """An ``nn.Linear`` of this weight ``(out, in)`` and bias ``(out,)`` or ``None``. It does not copy them."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=trained)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=trained)
+    return linear

@@ -1,4 +1,4 @@
-"""Linears in 4 bits (NF4, with bitsandbytes): quantizes, dequantizes and recognizes them."""
+"""Linears in 4 bits (NF4, with bitsandbytes): quantizes, recognizes and dequantizes them."""
 
 import logging
 import sys
@@ -93,10 +93,12 @@ def is_quantized(linear: nn.Module) -> bool:
     return isinstance(linear, Int8Linear) or hasattr(linear.weight, "quant_state")
 
 
-def dequantized(linear: Any) -> Tensor:
-    """The dense weight ``(out, in)`` of a linear in 4 or 8 bits: in the precision of the products, or in fp32."""
+def dense_weight(linear: Any) -> Tensor:
+    """A linear's weight ``(out, in)``. A packed one is dequantized: 4 bits to the dtype of products, 8 bits to fp32."""
     if isinstance(linear, Int8Linear):
         return linear.dense_weight()
+    if linear.weight.is_floating_point():
+        return linear.weight
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(linear.weight.data, linear.weight.quant_state)

@@ -1,4 +1,4 @@
-"""The kernels are compiled once on a machine; without the means for it, the reason is told."""
+"""The kernels are compiled once on a machine; if they cannot be compiled, the reason is given."""
 
 import ctypes
 import multiprocessing

@@ -8,7 +8,8 @@ from torch import nn
 
 from finetuning.models.families import FAMILIES
 from finetuning.models.fused import SplitLinear, join_linears, split_linears, split_widths
-from finetuning.models.lora import LinearWithLoRA, LoRALayer, merge_lora
+from finetuning.models.lora import merge_lora
+from tests.models.conftest import with_lora
 from tests.tiny_models import LAYERS, WIDTH, tiny_model
 
 FUSED = [name for name, family in FAMILIES.items() if family.fused]
@@ -26,9 +27,7 @@ def test_parts_compute_what_the_fused_linear_computes(bias: bool) -> None:
 def test_lora_on_one_part_changes_its_rows_alone() -> None:
     linear, x = nn.Linear(10, 12), torch.randn(5, 10)
     split = SplitLinear(linear, ("query", "key", "value"))
-    lora = LoRALayer(10, 4, rank=2, alpha=2)
-    nn.init.normal_(lora.lora_B)
-    split.set_submodule("key", LinearWithLoRA(split.get_submodule("key"), lora))
+    split.set_submodule("key", with_lora(split.get_submodule("key"), 2, 2))
     changed = (split(x) - linear(x)).abs().amax(0) > 1e-6
     assert changed.tolist() == [False] * 4 + [True] * 4 + [False] * 4
     with pytest.raises(TypeError, match="merge it first"):
@@ -45,9 +44,7 @@ def test_a_model_gets_back_its_published_form(model_type: str) -> None:
     assert split_widths(model) == {f"{family.layers}.{i}.{fused}": widths for i in range(LAYERS)}
     torch.testing.assert_close(model(IDS).logits, logits)
     name = family.linear_names("value", LAYERS)[0]
-    lora = LoRALayer(WIDTH, WIDTH, rank=2, alpha=2)
-    nn.init.normal_(lora.lora_B)
-    model.set_submodule(name, LinearWithLoRA(model.get_submodule(name), lora))
+    model.set_submodule(name, with_lora(model.get_submodule(name), 2, 2))
     adapted = model(IDS).logits
     merge_lora(model)
     join_linears(model, family)

@@ -16,7 +16,7 @@ from finetuning.models.compiled import VARIANTS, library
 from finetuning.models.int8_products import Thin, accumulate, dequantize, multiply, quantize, refused
 from finetuning.processor import VARIABLE, instructions
 from tests.conftest import ROOT, needs_int8, one_thread
-from tests.models.conftest import only
+from tests.models.conftest import only, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-3}  # relative, by tensor norm
@@ -34,10 +34,6 @@ def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         if library(without_bf16=True)[0] is None:
             pytest.skip(library(without_bf16=True)[1])
         yield
-
-
-def distance(value: Tensor, reference: Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())
 
 
 def thin(dtype: torch.dtype, width: int, ranks: tuple[int, ...] = (8,)) -> Thin:
@@ -95,8 +91,8 @@ def test_loras_inner_rows_come_along(dtype: torch.dtype, ranks: tuple[int, ...],
     h = F.gelu(x.double()) if activate else x.double()
     assert inner is not None
     rounding = 4e-3 if activate and dtype == torch.bfloat16 else ROUNDING[dtype]
-    assert distance(inner, h @ A.rows.double().t()) < rounding
-    assert distance(q * scales[:, None], h) < 0.01
+    assert relative_error(inner, h @ A.rows.double().t()) < rounding
+    assert relative_error(q * scales[:, None], h) < 0.01
 
 
 @both_ways
@@ -123,8 +119,8 @@ def test_sums_become_rows_with_bias_and_lora(
     else:
         exact = torch.ops.aten.gelu_backward(exact, x.double())
         assert h is not None
-        assert distance(h, F.gelu(x.double())) < ROUNDING[dtype]
-    assert distance(out, exact) < ROUNDING[dtype]
+        assert relative_error(h, F.gelu(x.double())) < ROUNDING[dtype]
+    assert relative_error(out, exact) < ROUNDING[dtype]
 
 
 @both_ways
@@ -140,7 +136,7 @@ def test_gradients_of_lora_are_added_up(dtype: torch.dtype, count: int, ranks: t
     exact = (inner.double().t() @ x.double()) * (before != 0)
     if not int8_products.takes(x, blocks, 192):
         exact = inner.double().t() @ x.double()  # torch's product fills the zeros of the blocks, too
-    assert distance(blocks.rows - before, exact) < 1e-5
+    assert relative_error(blocks.rows - before, exact) < 1e-5
 
 
 @needs_int8

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from functools import partial
 from typing import Any
 
 import pytest
@@ -10,31 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetuning.models import linears as linears_module
+from finetuning.models import lora as lora_module
+from finetuning.models import products
 from finetuning.models.families import ModelFamily
-from finetuning.models.linears import linears
-from finetuning.models.lora import (
-    LinearWithLoRA,
-    LoRALayer,
-    lora_modules,
-    merge_lora,
-)
-from tests.conftest import CORE, LAYERS, tiny_classifier, train_only_lora
+from finetuning.models.lora import LinearWithLoRA, LoRALayer, linears, lora_modules, merge_lora
+from tests.conftest import CORE, tiny_classifier, train_only_lora
+from tests.models.conftest import assert_each_near, place_lora, relative_error, saved_tensors, with_lora
 
 RANK, ALPHA = 3, 5.0
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    value, reference = value.detach().double(), reference.detach().double()
-    return float((value - reference).norm() / reference.norm())
-
-
-def lora_linear(n_in: int = 10, n_out: int = 7, seed: int = 0, **settings: object) -> LinearWithLoRA:
+def lora_linear(n_in: int = 10, n_out: int = 7, seed: int = 0, **settings: Any) -> LinearWithLoRA:
     """A linear with LoRA whose B is not zero, the base frozen."""
     torch.manual_seed(seed)
-    module = LinearWithLoRA(nn.Linear(n_in, n_out), LoRALayer(n_in, n_out, RANK, ALPHA, **settings))  # type: ignore[arg-type]
-    nn.init.normal_(module.lora.lora_B)
+    module = with_lora(nn.Linear(n_in, n_out), RANK, ALPHA, **settings)
     train_only_lora(module)
     return module
 
@@ -77,8 +66,7 @@ def test_fast_forward_and_backward_equal_the_plain_formula(bias: bool) -> None:
     fast, plain = module(x), module.linear(x) + module.lora(x)
     assert fast.shape == (2, 5, 7)
     assert relative_error(fast, plain) < 1e-6
-    for ours, reference in zip(gradients(fast, inputs), gradients(plain, inputs), strict=True):
-        assert relative_error(ours, reference) < 1e-5
+    assert_each_near(gradients(fast, inputs), gradients(plain, inputs), 1e-5)
     module(x).sum().backward()
     assert all(p.grad is None for p in module.linear.parameters())
 
@@ -89,13 +77,12 @@ def test_without_gradients_the_adapter_is_merged_where_that_is_exact(
 ) -> None:
     module, x = lora_linear(), torch.randn(2, 5, 10, dtype=dtype)
     merged: list[bool] = []
-    apply = linears_module._frozen_linear
 
     def watched(x: Tensor, A: Tensor | None, *rest: Any) -> Tensor:
         merged.append(A is None)
-        return apply(x, A, *rest)
+        return products.frozen_linear(x, A, *rest)
 
-    monkeypatch.setattr(linears_module, "_frozen_linear", watched)
+    monkeypatch.setattr(lora_module, "frozen_linear", watched)
     with torch.no_grad():
         fast, plain = linears(x, [module]), module.linear(x.float()) + module.lora(x.float())
     assert relative_error(fast, plain) < (1e-6 if dtype == torch.float32 else 1e-2)
@@ -110,27 +97,20 @@ def test_several_linears_of_one_input_equal_each_alone() -> None:
     inputs = [x, *with_lora.lora.parameters(), *other.lora.parameters()]
     joined, alone = linears(x, modules), torch.cat([m(x) for m in modules], -1)
     assert relative_error(joined, alone) < 1e-6
-    for ours, reference in zip(gradients(joined, inputs), gradients(alone, inputs), strict=True):
-        assert relative_error(ours, reference) < 1e-5
+    assert_each_near(gradients(joined, inputs), gradients(alone, inputs), 1e-5)
 
 
-@pytest.mark.parametrize("rows_at_once", [2, 5, linears_module.ROWS_AT_ONCE])  # of five: 2 + 2 + 1, exactly all, all
+@pytest.mark.parametrize("rows_at_once", [2, 5, products.ROWS_AT_ONCE])  # of five: 2 + 2 + 1, exactly all, all
 @pytest.mark.parametrize("kind", ["lora", "frozen", "trained"])
 @pytest.mark.parametrize("input_is_trained", [True, False])
 def test_activation_equals_the_plain_formula_and_its_output_is_not_saved(
     kind: str, input_is_trained: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linears_module, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(products, "ROWS_AT_ONCE", rows_at_once)
     module: nn.Module = lora_linear() if kind == "lora" else nn.Linear(10, 7).requires_grad_(kind == "trained")
     x = torch.randn(5, 10, requires_grad=input_is_trained)
     inputs = [*([x] if input_is_trained else []), *(p for p in module.parameters() if p.requires_grad)]
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         ours = linears(x, [module], activation=F.gelu)
     plain = module(F.gelu(x))
     assert relative_error(ours, plain) < 1e-6
@@ -138,8 +118,7 @@ def test_activation_equals_the_plain_formula_and_its_output_is_not_saved(
     if kind != "trained":
         assert not any(torch.equal(tensor, F.gelu(x)) for tensor in saved if tensor.shape == x.shape)
     if inputs:
-        for mine, reference in zip(gradients(ours, inputs), gradients(plain, inputs), strict=True):
-            assert relative_error(mine, reference) < 1e-5
+        assert_each_near(gradients(ours, inputs), gradients(plain, inputs), 1e-5)
 
 
 def test_gradcheck() -> None:
@@ -147,7 +126,7 @@ def test_gradcheck() -> None:
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     matrices = [p for m in modules for p in m.lora.parameters()]
     for activation in (None, F.gelu):
-        assert torch.autograd.gradcheck(lambda x, *_: linears(x, modules, None, activation), (x, *matrices))  # noqa: B023
+        assert torch.autograd.gradcheck(lambda x, *_: linears(x, modules, activation), (x, *matrices))  # noqa: B023
 
 
 def test_input_without_gradient_gets_none() -> None:
@@ -186,7 +165,7 @@ def test_low_precision_base_keeps_fp32_masters(dtype: torch.dtype) -> None:
         assert y.dtype == dtype
         ours = gradients(y, list(module.lora.parameters()))
         assert all(g.dtype == torch.float32 for g in ours)
-        assert all(relative_error(g, e) < 0.02 for g, e in zip(ours, exact, strict=True))
+        assert_each_near(ours, exact, 0.02)
 
 
 def _under_autocast(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,19 +175,6 @@ def _under_autocast(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # whole models
-
-
-def place(model: nn.Module, family: ModelFamily, targets: tuple[str, ...], scaling: str = "standard") -> list[str]:
-    """LoRA on the targets, B not zero; the names of the linears."""
-    names = [name for target in targets for name in family.linear_names(target, LAYERS)]
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        lora = LoRALayer(linear.in_features, linear.out_features, RANK, ALPHA, scaling)
-        nn.init.normal_(lora.lora_B, std=0.1)
-        model.set_submodule(name, LinearWithLoRA(linear, lora))
-    train_only_lora(model)
-    return names
 
 
 IDS = torch.randint(5, 50, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -223,7 +189,7 @@ def test_output_and_gradients_equal_those_of_peft(family: ModelFamily, target: s
         from peft import LoraConfig, get_peft_model
     ours = tiny_classifier(family.model_type, classes=3).eval()
     base = copy.deepcopy(ours).double()
-    names = place(ours, family, TARGETS if target == "all" else (target,), scaling)
+    names = place_lora(ours, family, TARGETS if target == "all" else (target,), RANK, ALPHA, scaling=scaling)
     ours.double()  # gradients that are small differences of large numbers are the same to the last digits, or wrong
     before = base(IDS).logits
     alpha = ALPHA * RANK if scaling == "raw" else ALPHA
@@ -243,19 +209,15 @@ def test_output_and_gradients_equal_those_of_peft(family: ModelFamily, target: s
     assert relative_error(logits, before) > 1e-6, "LoRA must change the base's output"
     grads = gradients(logits, [mine for mine, _ in pairs])
     expected = gradients(reference, [other for _, other in pairs])
-    assert all(relative_error(a, b) < 1e-9 for a, b in zip(grads, expected, strict=True))
-
-
-def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert_each_near(grads, expected, 1e-9)
 
 
 @pytest.mark.parametrize("family", CORE.values(), ids=CORE)
 def test_only_lora_is_trained_and_merging_changes_nothing(family: ModelFamily) -> None:
     model = tiny_classifier(family.model_type, classes=3).eval()
-    names = place(model, family, TARGETS)
+    names = place_lora(model, family, TARGETS)
     assert {name for name, _ in lora_modules(model)} == set(names)
-    assert all(".lora.lora_" in name for name, _ in _named(model))
+    assert all(".lora.lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     logits = model(IDS).logits
     merge_lora(model)
     assert not list(lora_modules(model))
@@ -267,7 +229,7 @@ def test_only_lora_is_trained_and_merging_changes_nothing(family: ModelFamily) -
 # 4 bits
 
 
-def quantized(linear: nn.Linear) -> tuple[nn.Module, LinearWithLoRA]:
+def quantized(linear: nn.Linear) -> tuple[LinearWithLoRA, LinearWithLoRA]:
     """QLoRA over the linear, and LoRA over the dense weight that 4 bits leave of it; the same A and B."""
     bnb = pytest.importorskip("bitsandbytes")
     packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4")
@@ -275,28 +237,27 @@ def quantized(linear: nn.Linear) -> tuple[nn.Module, LinearWithLoRA]:
     packed.bias = nn.Parameter(linear.bias.data, requires_grad=False)
     packed.to("cpu")  # this quantizes
     packed.support_avx512bf16_for_cpu = False
-    unpack = partial(bnb.functional.dequantize_4bit, packed.weight.data, packed.weight.quant_state)
     dense = nn.Linear(linear.in_features, linear.out_features)
-    dense.weight.data, dense.bias.data = unpack(), linear.bias.data
-    lora = LoRALayer(linear.in_features, linear.out_features, RANK, ALPHA)
-    nn.init.normal_(lora.lora_B)
-    lora_on_dense = LinearWithLoRA(dense, copy.deepcopy(lora))
+    dense.weight.data = bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+    dense.bias.data = linear.bias.data
+    qlora = with_lora(packed, RANK, ALPHA)
+    lora_on_dense = LinearWithLoRA(dense, copy.deepcopy(qlora.lora))
     train_only_lora(lora_on_dense)
-    return LinearWithLoRA(packed, lora, unpack), lora_on_dense
+    return qlora, lora_on_dense
 
 
 def test_four_bits_equal_lora_on_the_dequantized_weight() -> None:
     torch.manual_seed(0)
     qlora, lora = quantized(nn.Linear(64, 128))
     x = torch.randn(5, 64, requires_grad=True)
-    assert isinstance(qlora, LinearWithLoRA)
     for training in (True, False, True):  # an evaluation in between must leave the weights as they were
         y = qlora.train(training)(x)
         reference = lora(x)
         assert relative_error(y, reference) < 1e-6
         ours = gradients(y, [x, *qlora.lora.parameters()])
         expected = gradients(reference, [x, *lora.lora.parameters()])
-        assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, expected, strict=True))
+        assert_each_near(ours, expected, 1e-5)
+    assert relative_error(linears(x, [qlora.linear]), lora.linear(x)) < 1e-6
     assert relative_error(qlora.merged_weight(), lora.merged_weight()) < 1e-6
     holder = nn.Sequential(qlora)
     merge_lora(holder)
@@ -306,20 +267,7 @@ def test_four_bits_equal_lora_on_the_dequantized_weight() -> None:
 def test_four_bits_save_no_dense_weight() -> None:
     qlora, _ = quantized(nn.Linear(256, 512))
     x = torch.randn(8, 256, requires_grad=True)
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         y = qlora(x)
-    assert max(saved) < 256 * 512 // 8
+    assert max(tensor.numel() for tensor in saved) < 256 * 512 // 8
     y.sum().backward()
-
-
-def test_packed_linear_without_its_dense_weight_is_refused() -> None:
-    qlora, _ = quantized(nn.Linear(64, 128))
-    assert isinstance(qlora, LinearWithLoRA)
-    with pytest.raises(TypeError, match="Linear4bit is packed"):
-        linears(torch.randn(5, 64), [qlora.linear])

@@ -1,0 +1,180 @@
+"""Products of tensors with a frozen weight and LoRA's two matrices, with a backward pass written by hand.
+
+LoRA's formula for rows h, with A ``(R, in)`` and B ``(out, R)``, which includes the scale:
+
+    forward    inner      = h A^T            y      = h W^T + b + inner B^T
+    backward   grad_inner = g B              grad_h = g W       + grad_inner A
+               grad_A     = grad_inner^T h   grad_B^T = inner^T g
+
+Backward is forward with A and ``B^T`` exchanged. *Thin* is either of them, ``(R, D)``. So three steps are enough:
+``project``, ``add_expanded`` and ``thin_gradient``. For 8-bit products, ``int8_products.py`` has compiled kernels of
+these steps, and uses the functions below where it has no kernels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from finetuning.models import cpu_kernels
+
+Activation = Callable[[Tensor], Tensor]  # differentiable, element by element
+ROWS_AT_ONCE = 1024  # rows of an activation's output computed at once on a CPU: 3 MB at MiniLM's size
+
+
+def _fused_linear() -> Callable[..., Tensor] | None:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if supported and supported() else None
+
+
+# The operator that torch.compile uses for a bf16 linear on a CPU, if this torch has it. ``addmm`` needs an extra pass
+# for the bias.
+FUSED_LINEAR = _fused_linear()
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, if autocast is on; for modules with a forward of their own, as ``nn.Linear`` does it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def project(x: Tensor, thin: Tensor) -> Tensor:
+    """``x thin^T``: ``inner`` or ``grad_inner``. ``(N, D), (R, D) -> (N, R)``."""
+    return x @ thin.t()
+
+
+def add_expanded(y: Tensor, inner: Tensor, thin: Tensor) -> Tensor:
+    """Adds ``inner thin`` to y in place: ``(N, D), (N, R), (R, D) -> (N, D)``. No temporary of y's size is needed."""
+    return y.addmm_(inner, thin)
+
+
+def thin_gradient(inner: Tensor, x: Tensor) -> Tensor:
+    """``inner^T x``, the gradient of A or ``B^T``: ``(N, R), (N, D) -> (R, D)``."""
+    return inner.t() @ x
+
+
+def frozen_linear(
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    weight: Callable[[], Tensor],
+    bias: Tensor | None,
+    on_cpu: bool,
+    activation: Activation | None = None,
+) -> Tensor:
+    """``h W^T + b + (h A^T) B^T`` with ``h = activation(x)``; W and b are frozen: ``(..., in) -> (..., out)``.
+
+    Args:
+        x: the input; all tensors have its dtype.
+        A: ``(R, in)``, or ``None`` without LoRA.
+        B: ``(out, R)``, including the scale.
+        weight: returns W ``(out, in)``. It is called again in backward, so that no copy of it lives until then.
+        bias: ``(out,)``.
+        on_cpu: whether to use the steps for a CPU.
+        activation: its output is computed again in backward. On a GPU it is ``F.gelu`` or none.
+    """
+    y: Tensor = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), A, B, weight, bias, on_cpu, activation)
+    return y.view(*x.shape[:-1], -1)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """``frozen_linear`` of rows. On a CPU only some rows of an activation's output exist at once.
+
+    On a GPU the steps are a few large operators that ``torch.compile`` can fuse.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        on_cpu: bool,
+        activation: Activation | None,
+    ) -> Tensor:
+        ctx.weight, ctx.on_cpu, ctx.activation = weight, on_cpu, activation
+        W = weight()  # (out, in)
+        outputs, inners = [], []
+        for rows in x.split(ROWS_AT_ONCE) if on_cpu and activation is not None else (x,):
+            h = rows if activation is None else activation(rows)
+            y = _product(h, W, bias, on_cpu)
+            if A is not None and B is not None:
+                inners.append(project(h, A))  # (N, R)
+                y = add_expanded(y, inners[-1], B.t())
+            outputs.append(y)
+        inner = join(inners) if inners else None
+        ctx.save_for_backward(x if activation is not None or inners else None, A, B, inner)
+        return join(outputs)  # (N, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_A, need_B, *_ = ctx.needs_input_grad
+        x, A, B, inner = ctx.saved_tensors
+        grad_x = grad @ ctx.weight() if need_x else None  # (N, in), of h until the end
+        grad_A = grad_B = grad_inner = None
+        if A is not None:
+            grad_inner = project(grad, B.t())  # (N, R)
+            if grad_x is not None:
+                grad_x = add_expanded(grad_x, grad_inner, A)
+            if need_B:  # (out, R); on a CPU the first order takes half the time
+                grad_B = thin_gradient(inner, grad).t() if ctx.on_cpu else thin_gradient(grad, inner)
+        grad_inner = grad_inner if need_A else None
+        if ctx.activation is None:
+            grad_A = None if grad_inner is None else thin_gradient(grad_inner, x)  # (R, in)
+        elif ctx.on_cpu:
+            grad_A = _activated_backward(ctx.activation, x, grad_x, grad_inner)
+        else:
+            grad_A = None if grad_inner is None else thin_gradient(grad_inner, F.gelu(x))
+            grad_x = None if grad_x is None else torch.ops.aten.gelu_backward(grad_x, x)
+        return grad_x, grad_A, grad_B, None, None, None, None
+
+
+def _product(h: Tensor, W: Tensor, bias: Tensor | None, on_cpu: bool) -> Tensor:
+    """``h W^T + bias``."""
+    if bias is None:
+        return h @ W.t()
+    if FUSED_LINEAR is not None and on_cpu and h.dtype == torch.bfloat16 and W.is_contiguous():
+        return FUSED_LINEAR(h, W, bias, "none", [], "")
+    return torch.addmm(bias, h, W.t())
+
+
+def _activated_backward(
+    activation: Activation, x: Tensor, grad: Tensor | None, grad_inner: Tensor | None
+) -> Tensor | None:
+    """Turns ``grad`` ``(N, in)`` from the gradient of ``h = activation(x)`` into x's gradient, in place.
+
+    Returns A's gradient, if ``grad_inner`` is given.
+    """
+    if grad is None and grad_inner is None:
+        return None
+    sums = torch.promote_types(x.dtype, torch.float32)
+    grad_A = None if grad_inner is None else x.new_zeros(grad_inner.shape[1], x.shape[1], dtype=sums)
+    for start in range(0, len(x), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        h = _activated_again(activation, x[rows], None if grad is None else grad[rows])
+        if grad_A is not None and grad_inner is not None:
+            grad_A += thin_gradient(grad_inner[rows], h)
+    return None if grad_A is None else grad_A.to(x.dtype)
+
+
+def _activated_again(activation: Activation, x: Tensor, grad: Tensor | None) -> Tensor:
+    """Returns ``h = activation(x)``, and turns ``grad`` from h's gradient into x's, in place."""
+    if activation is cpu_kernels.gelu and grad is not None and cpu_kernels.available(x):
+        return cpu_kernels.gelu_again(x.contiguous(), grad)
+    part = x.detach().requires_grad_(grad is not None)
+    with torch.enable_grad():
+        h = activation(part)
+    if grad is not None:
+        grad.copy_(torch.autograd.grad(h, part, grad)[0])
+    return h.detach()
