@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 import finetune_lora
-from export_model import main
 from finetuning.export import fresh_process
+from finetuning.export.command import main
 from finetuning.export.plain import write_model
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, read_result, write_result
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -287,7 +287,7 @@ def test_runs_that_cannot_be_exported(
     refused("--data_dir", run, "--data_dir", str(tmp_path / "nowhere"))
     refused("--method lora, but the method is full", changed(run, tmp_path, config=_full(run)), "--adapter")
     monkeypatch.setattr("finetuning.export.onnx_file.PACKAGES", ("onnx_that_nobody_has",))
-    refused("--onnx: onnx_that_nobody_has not installed: pip install -r requirements-onnx.txt", run, "--onnx")
+    refused("--onnx: onnx_that_nobody_has not installed: pip install onnx_that_nobody_has", run, "--onnx")
 
 
 def _without(copy: Path, name: str) -> Path:

@@ -16,8 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     "local_dataset_utilities": set(),
     "local_model_utilities": set(),
     "finetune_lora": LIBRARY,
-    "predict": LIBRARY,
-    "export_model": LIBRARY,
+    "predict": set(),
+    "export_model": set(),
     "compare_methods": set(),  # it starts finetune_lora.py as a process
 }
 

@@ -20,9 +20,10 @@ from finetuning.data.files import read_frame
 from finetuning.errors import UserError
 from finetuning.models.base_files import file_hashes
 from finetuning.models.int8_products import refused
-from finetuning.prediction.trained import for_this_machine, read_trained
+from finetuning.prediction.command import main
+from finetuning.prediction.predictor import for_this_machine, load_predictor, predict
+from finetuning.prediction.trained import read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS, write_result
-from predict import load_predictor, main, predict
 from tests.conftest import needs_int8
 from tests.test_finetune_lora import flags
 
