@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from finetuning.config import RunConfig
 from finetuning.datasets import DATASETS
 from finetuning.export.onnx_file import ONNX_FILE
 from finetuning.export.proof import run_alone
+from finetuning.html import render
 from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import reliability
 from finetuning.runs.finished import FinishedRun
@@ -23,6 +23,7 @@ from finetuning.settings import PACKAGED
 from finetuning.storage import write_text
 
 CARD = "README.md"
+TEMPLATE = Path(__file__).parent / "card.md.j2"
 EXAMPLE, SECOND = "A text to classify.", "The second text of the pair."
 # --model_name -> hub id, and licence in the hub's spelling; of other models the card says what their own card says
 KNOWN_BASES = {
@@ -70,7 +71,9 @@ def write_card(
     """
     base, base_licence = _base_and_licence(run.config.model.model_name, base_folder)
     data_id, data_licence = KNOWN_DATA.get(run.config.data.dataset, (None, "not known here"))
-    text = _template().render(
+    text = render(
+        TEMPLATE,
+        escape_text=False,
         metadata=_metadata(folder, run, base, base_licence, data_id),
         name=folder.name,
         snippets=[Snippet(code, run_alone(["-c", code], folder.parent).strip()) for code in snippets],
@@ -141,14 +144,6 @@ def _sizes(folder: Path, run: FinishedRun) -> dict[str, Any]:
             if path.suffix in (".safetensors", ".onnx")
         ],
     }
-
-
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,  # it is Markdown
-    )  # fmt: skip
-    return environment.get_template("card.md.j2")
 
 
 def _metadata(folder: Path, run: FinishedRun, base: str | None, licence: str | None, data_id: str | None) -> str:
