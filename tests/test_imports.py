@@ -53,6 +53,14 @@ def test_the_package_never_imports_what_is_above_it(room: str) -> None:
         assert not imported(path) & ABOVE, path
 
 
+@pytest.mark.parametrize("words", [["predict", "nowhere"], ["export_model", "nowhere", "out"]], ids=" ".join)
+def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
+    code = f"import sys, {words[0]} as c; print(c.main({words[1:]!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False\n"
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_the_ground_floor_comparison_and_report_start_without_torch() -> None:
     rooms = [ROOT / "finetuning", ROOT / "finetuning" / "comparison", ROOT / "finetuning" / "report"]
     names = [
