@@ -98,16 +98,14 @@ def load_classifier_of(run: FinishedRun, base: Path, unrounded: bool) -> tuple[C
         unrounded: whether frozen weights are those of the base model's file, instead of those that training saw.
     """
     config = run.config.changed(compile=False, gradient_checkpointing=False)
-    if "base_model" in run.result:
-        dtype = getattr(torch, run.result["base_model"]["precision"])
-    else:  # a run of an earlier version
-        dtype = resolve_hardware(config.hardware).dtype
+    stored = run.result.get("base_model")  # runs of earlier versions have none
+    dtype = resolve_hardware(config.hardware).dtype if stored is None else getattr(torch, stored["precision"])
     classifier = load_classifier(run.directory, config, base, run.label_names, torch.float32 if unrounded else dtype)
-    named = next(name for name, kind in DTYPES.items() if kind == dtype)
-    asked: str = config.hardware.precision
-    if named == "fp32" and "cuda" in run.result["memory"]["source"]:
-        named = "tf32"  # of fp32 products on a GPU
-    return classifier, "int8" if asked == "int8" else named
+    if str(config.hardware.precision) == "int8":
+        return classifier, "int8"
+    if dtype == torch.float32 and "cuda" in run.result["memory"]["source"]:
+        return classifier, "tf32"  # of fp32 products on a GPU
+    return classifier, next(name for name, kind in DTYPES.items() if kind == dtype)
 
 
 @contextmanager
