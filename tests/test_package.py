@@ -59,7 +59,7 @@ def test_each_command_is_a_function(wheel: ZipFile) -> None:
     entries = configparser.ConfigParser()
     entries.read_string(wheel.read(name).decode())
     commands = {key: EntryPoint(key, value, "console_scripts") for key, value in entries["console_scripts"].items()}
-    assert set(commands) == {"finetune-lora", "finetune-predict", "finetune-export"}
+    assert set(commands) == {"finetune-lora", "finetune-predict", "finetune-export", "finetune-compare"}
     assert all(callable(command.load()) for command in commands.values())
 
 
