@@ -45,8 +45,9 @@ $(VENV)/.installed: requirements.txt requirements-offline.txt
 	$(BIN)/pip install --no-deps --require-hashes -r requirements-offline.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt requirements-onnx.txt
-	$(BIN)/pip install -r requirements-dev.txt
+DEV = requirements-dev.txt requirements-onnx.txt requirements-trackers.txt
+$(VENV)/.installed-dev: $(VENV)/.installed $(DEV)
+	$(BIN)/pip install -r requirements.txt $(DEV:%=-r %)
 	touch $@
 
 clean:

@@ -3,155 +3,16 @@
 Exit status: 0 all is done, 1 a run has failed, 2 input refused, 130 interrupted.
 """
 
-import argparse
-import os
-import shlex
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Sequence
 
-from finetuning.comparison.collection import collect
-from finetuning.comparison.execution import StopSignals, StudyExecution, chosen_runs
-from finetuning.comparison.plan import RATE, STAGES, read_plan
-from finetuning.comparison.study_runs import StudyRuns
-from finetuning.errors import UserError, exit_status, first_line
-from finetuning.flags import OneLineParser
+from finetuning.comparison import command
 from finetuning.pages import PAGES, RESULTS
-from finetuning.processes import show_any_text
-
-SCRIPT = Path(__file__).resolve().parent / "finetune_lora.py"
-DESCRIPTION = "Run a study (a TOML file with the runs that answer one question) and report what came out."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status."""
-    show_any_text()
-    return exit_status(lambda: command(argv))
-
-
-def command(argv: Sequence[str] | None) -> int:
-    """Does what the flags ask for. Returns the exit status.
-
-    Raises:
-        UserError: input is refused.
-    """
-    options, unknown = make_parser().parse_known_args(argv)
-    if unknown:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # it knows the similar flags
-    status: int = options.execute(options)
-    return status
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
-    study = OneLineParser(add_help=False)
-    study.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, for example studies/smoke.toml")
-    study.add_argument(
-        "--runs_dir", type=Path, default=Path("runs"), metavar="PATH", help="folder of all runs (default: runs)"
-    )
-    study.add_argument(
-        "--data_dir", type=Path, metavar="PATH", help="folder with the data folders that the study names"
-    )
-    study.add_argument(
-        "--stage", choices=STAGES, default="all", help="only tuning runs, or only final runs (default: all)"
-    )
-    parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser)
-
-    def command(name: str, execute: Callable[..., int], text: str, *parents: OneLineParser) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
-        added.set_defaults(parser=added, execute=execute)
-        return added
-
-    run = command("run", run_command, "Run what is missing; continue what was interrupted.", study)
-    run.add_argument("--index", type=int, metavar="N", help="only run number N of --stage, from 0 (for job arrays)")
-    run.add_argument("--retry_failed", action="store_true", help="start failed runs over")
-    command("count", count_command, "Print the number of runs.", study)
-    listed = command("list", list_command, "Print each run's number, state and command.", study)
-    for reader in (run, listed):
-        reader.add_argument(
-            "--results", type=Path, metavar="PATH", help="also count runs collected here as done (default: none)"
-        )
-    collected = command("collect", collect_command, "Copy what the report needs from each run that has ended.", study)
-    collected.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="PATH", help="where to copy it (default: results)"
-    )
-    report = command("report", report_command, "Make tables, plots and one HTML page from collected runs.")
-    report.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="PATH",
-        help="folder with STUDY/RUN/result.json; tables and plots are written there (default: results/)",
-    )  # fmt: skip
-    report.add_argument(
-        "--pages", type=Path, nargs="*", metavar="FILE",
-        help="Markdown files; text between <!-- STUDY:begin --> and <!-- STUDY:end --> is replaced by the study's table"
-        " (default: README.md and pages in docs/; none if --results is another folder)",
-    )  # fmt: skip
-    return parser
-
-
-def study_runs(options: argparse.Namespace) -> StudyRuns:
-    """The study of a command and its runs on disk.
-
-    Raises:
-        UserError: the study or the folder of its data cannot be read.
-    """
-    if options.data_dir is not None and not (os.access(options.data_dir, os.R_OK) and options.data_dir.is_dir()):
-        raise UserError(f"--data_dir {options.data_dir}: no such folder")
-    study = read_plan(options.study)
-    results = getattr(options, "results", None)  # count has no such flag
-    return StudyRuns(study, options.runs_dir / study.name, options.data_dir, results and results / study.name)
-
-
-def run_command(options: argparse.Namespace) -> int:
-    """Runs what is missing. Returns the exit status."""
-    runs = study_runs(options)
-    runs.check_flags()
-    chosen = chosen_runs(runs, options.stage, options.index)
-    with StopSignals().listening() as stop:
-        return StudyExecution(runs, SCRIPT, chosen, options.retry_failed, stop).run_all()
-
-
-def count_command(options: argparse.Namespace) -> int:
-    """Prints how many runs the stage has; a job array needs this number."""
-    print(len(study_runs(options).study.stage(options.stage)))
-    return 0
-
-
-def list_command(options: argparse.Namespace) -> int:
-    """Prints a line for each run: its number, state, name and command."""
-    runs = study_runs(options)
-    runs.check_flags()
-    with suppress(BrokenPipeError):  # if piped into `head`
-        for number, run in enumerate(runs.study.stage(options.stage)):
-            planned = runs.tuned_if_possible(run)
-            waits = planned.tuned_by and RATE not in planned.settings
-            words = shlex.join(["python", *runs.command_words(planned, SCRIPT)]) + (f" --{RATE} TUNED" if waits else "")
-            print(f"{number:>4}  {runs.state(planned):<11}  {run.name}  {words}", flush=True)
-    return 0
-
-
-def collect_command(options: argparse.Namespace) -> int:
-    """Copies what the report needs into the folder of ``--results``."""
-    try:
-        collect(study_runs(options), options.stage, options.results)
-    except OSError as error:
-        raise UserError(first_line(error, name_file=True)) from None
-    return 0
-
-
-def report_command(options: argparse.Namespace) -> int:
-    """Makes tables, plots and pages from the folder of ``--results``."""
-    from finetuning.comparison.report import write_report  # matplotlib takes a second to import
-
-    pages = options.pages
-    if pages is None:
-        pages = PAGES if options.results.resolve() == RESULTS else ()
-    try:
-        print(write_report(options.results, pages))
-    except OSError as error:
-        raise UserError(first_line(error, name_file=True)) from None
-    return 0
+    """The command with the results and the pages of this clone. Returns the exit status."""
+    return command.main(argv, RESULTS, PAGES)
 
 
 if __name__ == "__main__":

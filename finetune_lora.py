@@ -19,6 +19,7 @@ from finetuning.processor import limit_libraries
 from finetuning.runs.directory import run_directory, settings_to_run
 from finetuning.runs.files import REPORT, read_settings
 from finetuning.runs.recording import recorded
+from finetuning.settings import check_data_dir
 
 DESCRIPTION = "Fine-tune a text classifier, an encoder or a decoder: LoRA, QLoRA, the last layers or all weights."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -54,7 +55,7 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
         print(clear_caches() if instead.cache_clear else cache_table())
         return 0
     instead.check(config.hardware, config.run)
-    config.data.check_readable()
+    check_data_dir(config.data.data_dir)
     config.run.check_trackers()
     limit_libraries()
     share_processors()

@@ -73,8 +73,8 @@ def prepare(folder: Path, texts: int, data_dir: Path | None) -> None:
 
 def suite(folder: Path) -> Callable[[list[str]], Labels]:
     """Labels texts as ``predict.py`` does."""
+    from finetuning.prediction.predictor import load_predictor
     from finetuning.prediction.trained import read_trained
-    from predict import load_predictor
 
     trained = read_trained(folder)
     predict = load_predictor(trained)

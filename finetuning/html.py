@@ -1,4 +1,4 @@
-"""HTML pages that need no other file. The templates in ``templates/`` hold what the pages of several packages share."""
+"""Pages from templates: HTML that needs no other file. The ones in ``templates/`` hold what several pages share."""
 
 import base64
 import re
@@ -13,11 +13,17 @@ from finetuning.pages import Table
 SHARED = Path(__file__).parent / "templates"
 
 
-def render(template: Path, **content: Any) -> str:
-    """The page that a template makes of its content. Text is escaped. The same content gives the same page."""
+def render(template: Path, escape_text: bool = True, **content: Any) -> str:
+    """The page that a template makes of its content. The same content gives the same page.
+
+    Args:
+        template: the file; it can include those in ``templates/``.
+        escape_text: whether text is escaped for HTML; not for a page in Markdown.
+        content: what the template names.
+    """
     environment = Environment(
         loader=FileSystemLoader([template.parent, SHARED]),
-        autoescape=True,
+        autoescape=escape_text,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +42,7 @@ from finetuning.flags import from_flags
 from finetuning.models.families import FAMILIES
 from finetuning.models.int8_products import refused
 from finetuning.models.lora import LinearWithLoRA
+from finetuning.runs.files import read_result, write_result
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
 from tests.slurm_cluster import Cluster, running_cluster
@@ -304,6 +305,14 @@ def scored(runs: StudyRuns, monitor: str, *scores: float | str | None) -> None:
             leave_run(runs, run, "failed", error=score)
         elif score is not None:
             leave_run(runs, run, "finished", validation={monitor: score, "other": 1 - score})
+
+
+def changed_run(run: Path, folder: Path, config: Mapping[str, Any] | None = None, **changes: Any) -> Path:
+    """A copy of a run, in ``folder``, whose result.json and settings say something else."""
+    shutil.copytree(run, folder, dirs_exist_ok=True)
+    result = read_result(run)
+    write_result(folder, result | {"config": result["config"] | (config or {})} | changes)
+    return folder
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from finetuning.models.fused import split_widths
 from finetuning.models.int8 import Int8Linear
 from finetuning.models.lora import LinearWithLoRA, ranks_and_alphas
 from finetuning.models.quantization import dense_weight, is_quantized
+from finetuning.prediction.predictor import predict
 from finetuning.runs.weights import load_trained, peft_name, save_trained, separate_parts
 from finetuning.settings import LORA_TARGETS
 from local_model_utilities import (
@@ -40,7 +41,6 @@ from local_model_utilities import (
     load_adapter,
     load_classifier,
 )
-from predict import predict
 from tests.conftest import BAD, GOOD, needs_int8
 from tests.tiny_models import (
     HEADS,

@@ -1,9 +1,6 @@
 import contextlib
 import io
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 import finetune_lora
-from export_model import main
 from finetuning.export import fresh_process
+from finetuning.export.command import main
 from finetuning.export.plain import write_model
-from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, read_result, write_result
+from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result, write_result
+from finetuning.storage import read_json
+from tests.conftest import changed_run
 from tests.tiny_models import save_tokenizer, tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
 WITH_ONNX = ["--onnx"] if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")) else []
 
 
@@ -49,22 +47,18 @@ def run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path_factory: py
     """A finished run whose long texts are cut, with a base model of its own."""
     folder = tmp_path_factory.mktemp("export")
     base = shutil.copytree(tiny_folders["bert"], folder / "base")
+    more = "--max_length 16 --epochs 1 --precision bf16 --efficient False"
+    return trained(folder, review_folder, base, *more.split())
+
+
+def trained(folder: Path, data: Path, base: Path, *more: str) -> Path:
+    """A finished run in ``folder/run``."""
+    line = f"--dataset text --data_dir {data} --model_name {base} --output_dir {folder / 'run'}"
+    line += " --batch_size 8 --accelerator cpu --learning_rate 1e-2 --lora_mlp True"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
-        line = f"--dataset text --data_dir {review_folder} --model_name {base} --output_dir {folder / 'run'}"
-        line += " --max_length 16 --epochs 1 --batch_size 8 --accelerator cpu --precision bf16 --efficient False"
-        line += " --learning_rate 1e-2 --lora_mlp True"
-        assert finetune_lora.main(line.split()) == 0
+        assert finetune_lora.main([*line.split(), *more]) == 0
     return folder / "run"
-
-
-def changed(run: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of the run whose result.json says something else."""
-    copy = shutil.copytree(run, folder / "copy", dirs_exist_ok=True)
-    result = json.loads((run / RESULT).read_text())
-    result["config"] |= changes.pop("config", {})
-    write_result(copy, result | changes)
-    return copy
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object, status: int = 2) -> str:
@@ -100,12 +94,10 @@ def test_a_run_becomes_a_folder_that_proves_itself(
     assert set(answer) == {"bad", "good"}
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "transformers"
-    assert card.data.eval_results[0].metric_value == pytest.approx(
-        json.loads((run / RESULT).read_text())["test"]["accuracy"], abs=1e-4
-    )
+    assert card.data.eval_results[0].metric_value == pytest.approx(read_result(run)["test"]["accuracy"], abs=1e-4)
     for sentence in shown.splitlines()[1:]:
         assert f"- {sentence.strip()}\n" in card.content, "the card says what the command said"
-    assert json.loads((run / RESULT).read_text())["command"] in card.content
+    assert read_result(run)["command"] in card.content
     assert "\nIt prints:\n\n```\n" in card.content
 
 
@@ -116,7 +108,7 @@ def test_an_adapter_proves_itself(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert "differ from the run's" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} >= {"adapter_config.json", ADAPTER, "README.md"}
     assert not (out / "base").exists()
-    config = json.loads((out / "adapter_config.json").read_text())
+    config = read_json(out / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(run.parent / "base")
     assert ModelCard.load(out / "README.md").data.library_name == "peft"
 
@@ -127,13 +119,8 @@ def lora_run(folder: Path, base: Path, table: pd.DataFrame, *more: str) -> Path:
     data.mkdir(parents=True)
     table.iloc[::3].to_csv(data / "test.csv", index=False)
     table.drop(table.index[::3]).to_csv(data / "train.csv", index=False)
-    line = f"--dataset text --data_dir {data} --model_name {base} --output_dir {folder / 'run'} --epochs 2"
-    line += " --max_length 12 --truncation head"  # as a pipeline cuts
-    line += " --batch_size 8 --accelerator cpu --precision fp32 --learning_rate 1e-2 --lora_mlp True"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
-        assert finetune_lora.main([*line.split(), *more]) == 0
-    return folder / "run"
+    common = "--epochs 2 --precision fp32 --max_length 12 --truncation head"  # as a pipeline cuts
+    return trained(folder, data, base, *common.split(), *more)
 
 
 def exported(run: Path, out: Path, *more: str) -> tuple[str, dict[str, Any]]:
@@ -154,7 +141,7 @@ def rows_of_test(run: Path) -> tuple[pd.DataFrame, np.ndarray]:
 def in_pipeline(out: Path, texts: list[Any]) -> tuple[list[str], np.ndarray]:
     """The labels of an exported folder, and what a plain pipeline says about texts."""
     answers: Any = pipeline("text-classification", model=str(out), top_k=None, truncation=True)(texts)
-    names = list(json.loads((out / "config.json").read_text())["id2label"].values())
+    names = list(read_json(out / "config.json")["id2label"].values())
     found = [{entry["label"]: entry["score"] for entry in answer} for answer in answers]
     return names, np.array([[answer[name] for name in names] for answer in found])
 
@@ -190,7 +177,7 @@ def test_a_decoder_whose_base_has_no_padding_token(tmp_path: Path) -> None:
     table = pd.DataFrame({"text": texts, "label": [f"class {i % 2}" for i in range(60)]})
     run = lora_run(tmp_path, tmp_path / "base", table)
     exported(run, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] is not None
+    assert read_json(tmp_path / "out" / "config.json")["pad_token_id"] is not None
     exported(run, tmp_path / "adapter", "--adapter")
 
 
@@ -215,7 +202,7 @@ def test_a_multi_label_run(tiny_folders: dict[str, Path], tmp_path: Path) -> Non
     run = lora_run(tmp_path, tiny_folders["bert"], table, *more)
     out = tmp_path / "out"
     content, data = exported(run, out, *WITH_ONNX)
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert config["problem_type"] == "multi_label_classification"
     assert config["threshold"] == 0.37
     assert 'function_to_apply="sigmoid"' in content
@@ -252,24 +239,29 @@ def test_runs_that_cannot_be_exported(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
+    copies = iter(range(99))
 
-    def refused(words: str, copy: Path, *more: str, status: int = 2) -> None:
-        message = refusal(capsys, copy, out, *more, status=status)
+    def changed(**changes: Any) -> Path:
+        return changed_run(run, tmp_path / f"copy {next(copies)}", **changes)
+
+    def refused(words: str, directory: Path, *more: str, status: int = 2) -> None:
+        message = refusal(capsys, directory, out, *more, status=status)
         assert words in message, message
 
-    assert "must be a finished run, but has no result.json" in refusal(capsys, tmp_path, out)
-    refused("its status is 'interrupted'", changed(run, tmp_path, status="interrupted"))
-    refused("unknown settings lora_rank", changed(run, tmp_path, config={"lora_rank": 3}))
-    refused("its base model is gone: --model_name", changed(run, tmp_path, config={"model_name": "/nowhere/base"}))
-    base = json.loads((run / RESULT).read_text())["base_model"]
+    refused("must be a finished run, but has no result.json", tmp_path)
+    refused("its status is 'interrupted'", changed(status="interrupted"))
+    refused("unknown settings lora_rank", changed(config={"lora_rank": 3}))
+    refused("its base model is gone: --model_name", changed(config={"model_name": "/nowhere/base"}))
+    result = read_result(run)
+    base = result["base_model"]
     other = base | {"sha256": base["sha256"] | {"model.safetensors": "0"}}
-    refused("model.safetensors has changed since the run", changed(run, tmp_path, base_model=other))
-    refused("predictions.parquet cannot be read", _without(changed(run, tmp_path), PREDICTIONS))
-    refused("adapter_model.safetensors cannot be read", _without(changed(run, tmp_path), ADAPTER))
-    copy = changed(run, tmp_path)
-    (copy / "adapter_config.json").write_text("{")
+    refused("model.safetensors has changed since the run", changed(base_model=other))
+    for name in (PREDICTIONS, ADAPTER):
+        (copy := changed()).joinpath(name).unlink()
+        refused(f"{name} cannot be read", copy)
+    (copy := changed()).joinpath("adapter_config.json").write_text("{")
     refused("adapter_config.json was changed after its run wrote it", copy, "--adapter")
-    copy = changed(run, tmp_path)
+    copy = changed()
     tensors = load_file(copy / ADAPTER)
     name = next(iter(tensors))
     save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, copy / ADAPTER)
@@ -279,41 +271,30 @@ def test_runs_that_cannot_be_exported(
     save_file({name: -10 * tensor for name, tensor in tensors.items()}, copy / ADAPTER)
     write_result(copy, read_result(copy))
     refused("the run's files do not belong together", copy, status=1)
-    few = tmp_path / "few"
-    few.mkdir()
+    (few := tmp_path / "few").mkdir()
     for split in ("train", "validation", "test"):
         (few / f"{split}.csv").write_text(f"text,label\n{split} a,good\n{split} b,bad\n")
     refused("the run's data has changed", run, "--data_dir", str(few))
     refused("--data_dir", run, "--data_dir", str(tmp_path / "nowhere"))
-    refused("--method lora, but the method is full", changed(run, tmp_path, config=_full(run)), "--adapter")
+    lora = dict.fromkeys(name for name in result["config"] if "lora" in name or name == "double_quantization")
+    refused("--method lora, but the method is full", changed(config=lora | {"method": "full"}), "--adapter")
     monkeypatch.setattr("finetuning.export.onnx_file.PACKAGES", ("onnx_that_nobody_has",))
-    refused("--onnx: onnx_that_nobody_has not installed: pip install -r requirements-onnx.txt", run, "--onnx")
+    refused("--onnx: onnx_that_nobody_has not installed: pip install onnx_that_nobody_has", run, "--onnx")
 
 
-def _without(copy: Path, name: str) -> Path:
-    (copy / name).unlink()
-    return copy
-
-
-def _full(run: Path) -> dict[str, Any]:
-    settings = json.loads((run / RESULT).read_text())["config"]
-    lora = dict.fromkeys(name for name in settings if "lora" in name or name == "double_quantization")
-    return lora | {"method": "full"}
-
-
-def test_flags_and_targets_that_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    assert "--check_texts 0: must be at least 1" in refusal(capsys, run, out, "--check_texts", 0)
-    assert "--dtype int4: must be one of fp32, bf16, fp16" in refusal(capsys, run, out, "--dtype", "int4")
-    assert "leave out --dtype bf16" in refusal(capsys, run, out, "--onnx", "--dtype", "bf16")
-    assert "--dtype bf16: cannot be used with --adapter" in refusal(capsys, run, out, "--adapter", "--dtype", "bf16")
-    assert "--onnx: cannot be used with --adapter" in refusal(capsys, run, out, "--adapter", "--onnx")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--check_texts 0", "--check_texts 0: must be at least 1"),
+        ("--dtype int4", "--dtype int4: must be one of fp32, bf16, fp16"),
+        ("--onnx --dtype bf16", "leave out --dtype bf16"),
+        ("--adapter --dtype bf16", "--dtype bf16: cannot be used with --adapter"),
+        ("--adapter --onnx", "--onnx: cannot be used with --adapter"),
+    ],
+)
+def test_flags_that_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert message in refusal(capsys, run, tmp_path / "out", *words.split())
     assert "already exists: give a new folder" in refusal(capsys, run, tmp_path)
     assert "lies in the run directory" in refusal(capsys, run, run / "out")
-
-
-def test_a_wrong_flag_loads_no_torch() -> None:
-    code = "import sys, export_model; print(export_model.main(['nowhere', 'out']), 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "2 False\n"
-    assert len(done.stderr.splitlines()) == 1

@@ -16,8 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     "local_dataset_utilities": set(),
     "local_model_utilities": set(),
     "finetune_lora": LIBRARY,
-    "predict": LIBRARY,
-    "export_model": LIBRARY,
+    "predict": set(),
+    "export_model": set(),
     "compare_methods": set(),  # it starts finetune_lora.py as a process
 }
 
@@ -51,6 +51,14 @@ def test_the_package_never_imports_what_is_above_it(package: str) -> None:
     assert files
     for path in files:
         assert not imported(path) & ABOVE, path
+
+
+@pytest.mark.parametrize("words", [["predict", "nowhere"], ["export_model", "nowhere", "out"]], ids=" ".join)
+def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
+    code = f"import sys, {words[0]} as c; print(c.main({words[1:]!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False\n"
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_top_modules_comparison_and_report_start_without_torch() -> None:

@@ -20,13 +20,16 @@ from finetuning.data.files import read_frame
 from finetuning.errors import UserError
 from finetuning.models.base_files import file_hashes
 from finetuning.models.int8_products import refused
-from finetuning.prediction.trained import for_this_machine, read_trained
-from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS, write_result
-from predict import load_predictor, main, predict
-from tests.conftest import needs_int8
+from finetuning.prediction.command import main
+from finetuning.prediction.predictor import for_this_machine, load_predictor, predict
+from finetuning.prediction.trained import read_trained
+from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS, read_result, write_result
+from tests.conftest import ROOT, changed_run, needs_int8
+from tests.prediction.test_progress import Terminal
+from tests.prediction.test_rows import REFUSED
 from tests.test_finetune_lora import flags
 
-ROOT = Path(__file__).resolve().parent.parent
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 METHODS = {
     "lora": "--lora_mlp True --learning_rate 1e-2",
     "lora_head": "--lora_head True --learning_rate 1e-2",
@@ -65,7 +68,14 @@ def table(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def predictions_of(run: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """What the run stored for its test split, in the order of the rows, and the logits (n, classes)."""
+    stored = pd.read_parquet(run / PREDICTIONS)
+    stored = stored[stored["split"] == "test"].sort_values("row")
+    return stored, np.stack(stored["logits"].tolist())
+
+
+def refusal(capsys: Capture, *words: object) -> str:
     """The one line on stderr with which the command refuses."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == 2
@@ -81,10 +91,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_predictions_are_those_of_the_run(runs: dict[str, Path], test_reviews: list[str], method: str) -> None:
-    stored = pd.read_parquet(runs[method] / PREDICTIONS)
-    stored = stored[stored["split"] == "test"].sort_values("row")
+    stored, logits = predictions_of(runs[method])
     assert stored["row"].tolist() == list(range(len(test_reviews)))
-    logits = np.stack(stored["logits"])
     names, found = predict(runs[method], test_reviews)
     assert names == ["bad", "good"]
     expected = torch.from_numpy(logits).softmax(-1).numpy()
@@ -92,11 +100,11 @@ def test_predictions_are_those_of_the_run(runs: dict[str, Path], test_reviews: l
     assert (np.argmax(found, axis=1) == logits.argmax(axis=1)).all()
     assert np.ptp(expected[:, 0]) > 0.01  # the texts are told apart
     accuracy = (np.argmax(found, axis=1) == stored["label"]).mean()
-    assert accuracy == pytest.approx(json.loads((runs[method] / RESULT).read_text())["test"]["accuracy"])
+    assert accuracy == pytest.approx(read_result(runs[method])["test"]["accuracy"])
 
 
 def test_a_run_has_learned(runs: dict[str, Path]) -> None:
-    assert json.loads((runs["full"] / RESULT).read_text())["test"]["accuracy"] > 0.9
+    assert read_result(runs["full"])["test"]["accuracy"] > 0.9
 
 
 def test_the_answer_does_not_depend_on_the_other_texts(runs: dict[str, Path], test_reviews: list[str]) -> None:
@@ -119,11 +127,9 @@ def test_reviews_of_imdb_lose_their_line_breaks_as_in_training(runs: dict[str, P
     texts = ["superb<br /><br />plot", "superb  plot"]
     raw = predict(runs["full"], texts)[1]
     assert abs(raw[0][0] - raw[1][0]) > 1e-4  # other texts keep what they hold
-    shutil.copytree(runs["full"], tmp_path / "imdb")
-    result = json.loads((tmp_path / "imdb" / RESULT).read_text())
-    result["config"] |= {"dataset": "imdb", "compile": True}  # nor is anything compiled for a few texts
-    write_result(tmp_path / "imdb", result)
-    first, second = predict(tmp_path / "imdb", texts)[1]
+    # nor is anything compiled for a few texts
+    run = changed_run(runs["full"], tmp_path / "imdb", config={"dataset": "imdb", "compile": True})
+    first, second = predict(run, texts)[1]
     assert first == pytest.approx(second, abs=1e-6)
     assert first == pytest.approx(raw[1], abs=1e-6)
 
@@ -131,7 +137,7 @@ def test_reviews_of_imdb_lose_their_line_breaks_as_in_training(runs: dict[str, P
 # --- the command
 
 
-def test_several_texts(runs: dict[str, Path], test_reviews: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_texts(runs: dict[str, Path], test_reviews: list[str], capsys: Capture) -> None:
     texts = [test_reviews[1], test_reviews[0], 'boring, "stupid"\nand cold', test_reviews[3]]
     words = [word for text in texts for word in ("--text", text)]
     assert main([str(runs["full"]), *words]) == 0
@@ -148,9 +154,7 @@ def test_several_texts(runs: dict[str, Path], test_reviews: list[str], capsys: p
         assert row["label"] == ("good" if good > bad else "bad")
 
 
-def test_files(
-    runs: dict[str, Path], test_reviews: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files(runs: dict[str, Path], test_reviews: list[str], tmp_path: Path, capsys: Capture) -> None:
     texts = [*test_reviews[:3], "naïve, but charmant"]
     words = [str(runs["lora"]), "--file"]
     lines = tmp_path / "texts.txt"
@@ -188,14 +192,9 @@ def test_the_command_as_a_process(runs: dict[str, Path], tmp_path: Path) -> None
     assert [row["text"] for row in table(done.stdout)] == ["superb acting"]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (60.0, False)])
 def test_a_terminal_sees_how_far_a_long_prediction_is(
-    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, seconds: float, shown: bool
+    runs: dict[str, Path], monkeypatch: Patch, seconds: float, shown: bool
 ) -> None:
     monkeypatch.setattr("finetuning.prediction.progress.BAR_AFTER", seconds)
     terminal = Terminal()
@@ -218,12 +217,7 @@ def given(folder: Path, texts: list[str]) -> Path:
 
 @pytest.mark.parametrize("name", ["out.csv", "out.jsonl.gz", "out.parquet"])
 def test_a_file_of_answers(
-    runs: dict[str, Path],
-    test_reviews: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
+    runs: dict[str, Path], test_reviews: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch, name: str
 ) -> None:
     names, expected = predict(runs["full"], test_reviews)
     monkeypatch.setattr("finetuning.prediction.rows.CHUNK_ROWS", 7)
@@ -245,11 +239,7 @@ def test_a_file_of_answers(
 
 
 def test_chunks_print_what_one_table_prints(
-    runs: dict[str, Path],
-    test_reviews: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    runs: dict[str, Path], test_reviews: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     words = [str(runs["full"]), "--file", str(given(tmp_path, test_reviews)), "--skip_bad_rows"]
     shown = []
@@ -266,11 +256,7 @@ def test_chunks_print_what_one_table_prints(
 
 
 def test_nothing_is_left_of_what_is_refused_or_interrupted(
-    runs: dict[str, Path],
-    test_reviews: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    runs: dict[str, Path], test_reviews: list[str], tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     out, source = tmp_path / "out.csv", given(tmp_path, test_reviews)
     words = [runs["lora"], "--file", source, "--output", out]
@@ -290,7 +276,7 @@ def test_nothing_is_left_of_what_is_refused_or_interrupted(
         assert [path.suffix for path in tmp_path.iterdir() if path != source] == [".csv"], "it is being written"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finetuning.prediction.outputs.CsvWriter.write", stopped)
+    monkeypatch.setattr("finetuning.prediction.outputs._plain", stopped)
     assert main([*map(str, words), "--skip_bad_rows"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert list(tmp_path.iterdir()) == [source]
@@ -301,7 +287,7 @@ def test_nothing_is_left_of_what_is_refused_or_interrupted(
 
 @pytest.mark.parametrize("model_type", ["distilbert", "bert", "roberta"])
 def test_an_exported_folder_predicts_as_its_model(
-    tiny_folders: dict[str, Path], model_type: str, monkeypatch: pytest.MonkeyPatch
+    tiny_folders: dict[str, Path], model_type: str, monkeypatch: Patch
 ) -> None:
     folder = tiny_folders[model_type]
     monkeypatch.setenv("FINETUNE_LORA_PROCESSOR", "avx512")  # computes in fp32
@@ -319,7 +305,7 @@ def test_an_exported_folder_predicts_as_its_model(
 
 
 def test_exported_folders_that_are_refused(
-    tiny_folders: dict[str, Path], bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folders: dict[str, Path], bases: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
     assert "no trained classifier: its safetensors lack" in refusal(capsys, bases["bert"], "--text", "a film")
     copy = shutil.copytree(tiny_folders["bert"], tmp_path / "copy")
@@ -348,7 +334,7 @@ def test_a_base_model_that_has_changed_since_the_run_is_refused(tiny_folders: di
         load_predictor(read_trained(tmp_path))
 
 
-def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     def refused(words: str) -> None:
         message = refusal(capsys, tmp_path, "--text", "a film")
         assert str(tmp_path) in message
@@ -357,7 +343,7 @@ def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: 
     refused("must be a finished run")
     shutil.copy(runs["lora"] / SETTINGS, tmp_path)
     refused("must be a finished run")
-    result = json.loads((runs["lora"] / RESULT).read_text())
+    result = read_result(runs["lora"])
     (tmp_path / RESULT).write_text(json.dumps(result | {"seed": 1}))
     refused("it was changed after it was written")
     shutil.copy(runs["lora"] / RESULT, tmp_path)
@@ -383,42 +369,23 @@ def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: 
     assert "must be a finished run" in refusal(capsys, tmp_path / RESULT, "--text", "a film")
 
 
-def test_texts_that_have_no_label(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_that_have_no_label(runs: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     run = runs["lora"]
     for empty in ("", "  ", "\n"):
         assert "--text: text 2 is empty" in refusal(capsys, run, "--text", "a film", "--text", empty)
     assert "--text: text 1 is not UTF-8" in refusal(capsys, run, "--text", "\udcff")
 
-    def refused(name: str, content: bytes, words: str, *more: str) -> None:
+    for name, content, words, *column in REFUSED:
         path = tmp_path / name
         path.write_bytes(content)
-        message = refusal(capsys, run, "--file", path, *more)
+        message = refusal(capsys, run, "--file", path, *(f"--text_column={name}" for name in column))
         assert words in message
         assert str(path) in message
-
-    refused("a.txt", b"", "contains no text")
-    refused("a.txt", b"\n  \n", "contains no text")
-    refused("a.txt", "d\u00e9j\u00e0 vu".encode("latin-1"), "is not UTF-8")
-    refused("a.csv", b"text\n", "contains no text")
-    refused("a.json", b'[{"text": 3}]', "text 1 is 3, no text")
-    refused("a.jsonl", b'{"text": "fine"}\n{"review": "fine"}\n', "text 2 is nan, no text")
-    refused("a.jsonl", b'{"text": "fine"}\n{broken', "line 2 is not JSON")
-    refused("a.parquet", b"PAR1 nonsense PAR1", "cannot be read")
-    refused("a.csv.gz", b"text\nfine\n", "cannot be read: Not a gzipped file")
-    refused("a.txt.gz", gzip.compress(b"fine\n")[:-3], "cannot be read: Compressed file ended")
-    refused("a.csv", b"", "cannot be read: No columns")
-    refused("a.csv", b"review,label\nfine,1\n", "which has: review, label")
-    refused("a.csv", b"text,label\nfine,1\n", "--text_column review", "--text_column", "review")
-    refused("a.csv", b"text,label\nfine,1\n,0\n", "text 2 is empty")
-    refused("a.csv", b"label,text\n1,fine\n0\n", "text 2 is empty")
-    refused("a.csv", b"text,label\nfine, really,1\n", "more fields than the header (text, label)")
-    refused("a.csv", b"text,label\nfine,1\nfine, really,1\n", "more fields than the header (text, label)")
-    refused("a.csv", b"text\nd\xe9j\xe0 vu\n", "is not UTF-8")
     assert f"--file {tmp_path / 'none'}: cannot be read" in refusal(capsys, run, "--file", tmp_path / "none")
     assert f"--file {tmp_path}: cannot be read" in refusal(capsys, run, "--file", tmp_path)
 
 
-def test_wrong_flags(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags(runs: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     run = runs["lora"]
     assert "give --text TEXT or --file FILE" in refusal(capsys, run)
     assert "did you mean --file?" in refusal(capsys, run, "--files", "a")
@@ -430,31 +397,20 @@ def test_wrong_flags(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captu
     assert "--topk" in refusal(capsys, run, "--text", "a", "--topk", 3)
 
 
-def test_a_wrong_flag_loads_no_torch() -> None:
-    code = "import sys, predict; print(predict.main(['nowhere']), 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "2 False\n"
-    assert len(done.stderr.splitlines()) == 1
-
-
 # --- another machine
 
 
 def test_a_run_of_another_machine_predicts_on_this_one(
     runs: dict[str, Path], tmp_path: Path, test_reviews: list[str]
 ) -> None:
-    shutil.copytree(runs["lora"], tmp_path, dirs_exist_ok=True)
-    result = json.loads((tmp_path / RESULT).read_text())
-    result["config"] |= {"accelerator": "gpu", "devices": 8, "num_nodes": 2}
-    write_result(tmp_path, result)
-    np.testing.assert_allclose(
-        predict(tmp_path, test_reviews[:5])[1], predict(runs["lora"], test_reviews[:5])[1], atol=1e-4
-    )
+    run = changed_run(runs["lora"], tmp_path, config={"accelerator": "gpu", "devices": 8, "num_nodes": 2})
+    here, there = (predict(directory, test_reviews[:5])[1] for directory in (runs["lora"], run))
+    np.testing.assert_allclose(there, here, atol=1e-4)
 
 
 @needs_int8
 def test_a_run_in_8_bits_predicts_on_a_processor_without_them(
-    runs: dict[str, Path], test_reviews: list[str], monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], test_reviews: list[str], monkeypatch: Patch
 ) -> None:
     here = predict(runs["int8"], test_reviews)[1]
     monkeypatch.setattr("finetuning.models.int8_products.refused", lambda: "the processor has no AVX512-VNNI")
@@ -464,12 +420,9 @@ def test_a_run_in_8_bits_predicts_on_a_processor_without_them(
 
 
 def test_the_column_is_that_of_the_run_unless_another_is_named(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
-    run = shutil.copytree(runs["lora"], tmp_path / "run")
-    result = json.loads((run / RESULT).read_text())
-    result["config"]["text_column"] = "review"
-    write_result(run, result)
+    run = changed_run(runs["lora"], tmp_path / "run", config={"text_column": "review"})
     pd.DataFrame({"review": ["a dull film", "superb"], "other": ["x", "y"]}).to_csv(tmp_path / "a.csv", index=False)
     shown = []
     for more in ([], ["--text_column", "review"], ["--text_column", "other"]):
@@ -479,7 +432,7 @@ def test_the_column_is_that_of_the_run_unless_another_is_named(
 
 
 def test_pairs_are_predicted_as_in_the_run(
-    runs: dict[str, Path], tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], tiny_folders: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
     for name, count in (("train", 40), ("test", 12)):
         rows = [(f"the plot is number {i}", f"no, it is {i + i % 2}", f"class {i % 2}") for i in range(count)]
@@ -489,39 +442,34 @@ def test_pairs_are_predicted_as_in_the_run(
     words = flags(tiny_folders["bert"], tmp_path, run, *columns, "--epochs", "1", "--method", "full")
     assert finetune_lora.main([*words, "--split", "stratified", "--precision", "fp32"]) == 0
     assert '--text "..." --text_pair "..."' in capsys.readouterr().out
-    stored = pd.read_parquet(run / PREDICTIONS)
-    stored = stored[stored["split"] == "test"]
+    stored, logits = predictions_of(run)
     everything = pd.concat([pd.read_csv(tmp_path / f"{name}.csv") for name in ("train", "test")], ignore_index=True)
-    tested = everything.iloc[stored["row"]]
-    expected = torch.from_numpy(np.stack(stored["logits"])).softmax(-1).numpy()
-    _, found = predict(run, tested["premise"].tolist(), tested["claim"].tolist())
+    new = everything.iloc[stored["row"]]
+    expected = torch.from_numpy(logits).softmax(-1).numpy()
+    _, found = predict(run, new["premise"].tolist(), new["claim"].tolist())
     np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=1e-6)
-    swapped = predict(run, tested["claim"].tolist(), tested["premise"].tolist())[1]
+    swapped = predict(run, new["claim"].tolist(), new["premise"].tolist())[1]
     assert np.abs(np.array(swapped) - expected).max() > 1e-4
 
-    tested.to_csv(tmp_path / "new.csv", index=False)
+    new.to_csv(tmp_path / "new.csv", index=False)
     assert main([str(run), "--file", str(tmp_path / "new.csv")]) == 0
     shown = table(capsys.readouterr().out)
-    assert [row["text_pair"] for row in shown] == tested["claim"].tolist()
+    assert [row["text_pair"] for row in shown] == new["claim"].tolist()
     assert [float(row["probability_class 0"]) for row in shown] == pytest.approx(expected[:, 0], abs=1e-4)
     assert main([str(run), "--text", "a", "--text_pair", "b"]) == 0
     assert table(capsys.readouterr().out)[0]["text_pair"] == "b"
 
-    (tmp_path / "lines.txt").write_text("a\nb\n")
-    assert "was trained on pairs of texts: give --text_pair" in refusal(capsys, run, "--text", "a")
-    assert "--text_pair: must be given once for each --text, so 1 times" in refusal(
-        capsys, run, "--text", "a", "--text_pair", "b", "--text_pair", "c"
-    )
-    assert "the run was trained on pairs, so it must be a table" in refusal(
-        capsys, run, "--file", tmp_path / "lines.txt"
-    )
-    assert "--text_pair_column x: must be a column of" in refusal(
-        capsys, run, "--file", tmp_path / "new.csv", "--text_pair_column", "x"
-    )
-    assert "was trained on single texts: leave out --text_pair" in refusal(
-        capsys, runs["lora"], "--text", "a", "--text_pair", "b"
-    )
-    assert "--text_pair: text 1 is empty: remove it" in refusal(capsys, run, "--text", "a", "--text_pair", " ")
+    (lines := tmp_path / "lines.txt").write_text("a\nb\n")
+    one, pair = ["--text", "a"], ["--text_pair", "b"]
+    for directory, more, message in (
+        (run, one, "was trained on pairs of texts: give --text_pair"),
+        (run, [*one, *pair, *pair], "--text_pair: must be given once for each --text, so 1 times"),
+        (run, ["--file", lines], "the run was trained on pairs, so it must be a table"),
+        (run, ["--file", tmp_path / "new.csv", "--text_pair_column", "x"], "--text_pair_column x: must be a column of"),
+        (runs["lora"], [*one, *pair], "was trained on single texts: leave out --text_pair"),
+        (run, [*one, "--text_pair", " "], "--text_pair: text 1 is empty: remove it"),
+    ):
+        assert message in refusal(capsys, directory, *more)
 
 
 def test_precision_is_one_that_this_machine_has() -> None:
@@ -536,7 +484,7 @@ def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) 
     trained = read_trained(runs["selective"])
     config, names = trained.config, trained.label_names
     assert (config.method.method, config.method.trainable_layers, names) == ("selective", 1, ["bad", "good"])
-    result = json.loads((runs["selective"] / RESULT).read_text())
+    result = read_result(runs["selective"])
     result["config"]["lora_rank"] = 3
     del result["sha256"]
     write_result(tmp_path, result)
@@ -544,8 +492,8 @@ def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) 
         read_trained(tmp_path)
 
 
-def test_a_multi_label_run_predicts_as_it_did(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_several_labels_are_predicted_as_in_the_run(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
     words = {"superb": "good", "boring": "bad", "camera": "technical"}
     for name, count in (("train", 240), ("validation", 40), ("test", 40)):
@@ -560,15 +508,14 @@ def test_a_multi_label_run_predicts_as_it_did(
     shown = capsys.readouterr().out
     assert "exact match" in shown
     assert "micro F1" in shown
-    result = json.loads((run / RESULT).read_text())
+    result = read_result(run)
     threshold = result["task"]["threshold"]
     assert result["test"]["micro_f1"] > 0.9
     assert result["test"]["accuracy"] == pytest.approx(result["test"]["exact_match"])
-    stored = pd.read_parquet(run / PREDICTIONS)
-    stored = stored[stored["split"] == "test"].sort_values("row")
+    stored, logits = predictions_of(run)
     names, found = predict(run, pd.read_csv(tmp_path / "test.csv")["text"].tolist())
     assert names == ["bad", "good", "none", "technical"]
-    expected = torch.from_numpy(np.stack(stored["logits"])).sigmoid().numpy()
+    expected = torch.from_numpy(logits).sigmoid().numpy()
     np.testing.assert_allclose(np.array(found), expected, rtol=0, atol=1e-6)
     truth = np.array([[i in row for i in range(4)] for row in stored["label"]])
     assert ((expected > threshold) == truth).all(1).mean() == pytest.approx(result["test"]["exact_match"])

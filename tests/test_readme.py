@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from compare_methods import make_parser as make_study_parser
-from export_model import make_parser as make_export_parser
 from finetune_lora import DESCRIPTION
+from finetuning.comparison.command import make_parser as make_study_parser
 from finetuning.comparison.plan import read_plan
+from finetuning.export.command import make_parser as make_export_parser
 from finetuning.flags import from_flags, make_parser
-from predict import make_parser as make_predict_parser
+from finetuning.prediction.command import make_parser as make_predict_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (

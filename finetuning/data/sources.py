@@ -7,7 +7,7 @@ from finetuning.data.imdb import read_imdb
 from finetuning.data.phrasebank import read_phrasebank
 from finetuning.data.tables import class_names, read_table, split_files
 from finetuning.data.texts import Source
-from finetuning.settings import DataSettings
+from finetuning.settings import DataSettings, check_data_dir
 
 
 def read_source(data: DataSettings, offline: bool) -> Source:
@@ -16,7 +16,7 @@ def read_source(data: DataSettings, offline: bool) -> Source:
     Raises:
         UserError: the data is missing or cannot be read.
     """
-    data.check_readable()
+    check_data_dir(data.data_dir)
     return READERS.get(data.dataset, read_hub_set)(data, offline)
 
 

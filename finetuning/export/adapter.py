@@ -8,93 +8,69 @@ from typing import Any
 
 import torch
 
-from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.export.fresh_process import logits_of
 from finetuning.export.plain import plain_model, write_model, write_tokenizer
-from finetuning.export.proof import HeldOut, Proof, against_predictions, check_same, fresh_answers
+from finetuning.export.proof import Loaded, Proof, against_predictions, check_same, fresh_answers
 from finetuning.models.classifier import Classifier
 from finetuning.models.lora import lora_modules
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
-from finetuning.settings import PACKAGED
+from finetuning.runs.finished import FinishedRun
+from finetuning.settings import PACKAGED, MethodSettings
 from finetuning.storage import read_json, write_json
 
 BASE = "base"  # the folder of the base model in the exported folder
 
 
-def check_adapter(config: RunConfig) -> None:
+def check_adapter(method: MethodSettings) -> None:
     """Checks that the run has an adapter, and that PEFT is installed to prove it.
 
     Raises:
         UserError: it is not so.
     """
-    if config.lora is None:
-        raise UserError(f"--adapter: needs a run with --method lora, but the method is {config.method.method}")
+    if method.method != "lora":
+        raise UserError(f"--adapter: needs a run with --method lora, but the method is {method.method}")
     if find_spec("peft") is None:
         raise UserError("--adapter: peft, which checks the adapter, is not installed: pip install peft")
 
 
-def writes_base(config: RunConfig) -> bool:
+def writes_base(run: FinishedRun) -> bool:
     """Whether nobody else can load the base model: the packaged one, or one whose weights training saw quantized."""
+    config = run.config
     quantized = config.name == "qlora" or str(config.hardware.precision) == "int8"
     return config.model.model_name == PACKAGED or quantized
 
 
-def export_adapter(
-    folder: Path,
-    out: Path,
-    run: Path,
-    classifier: Classifier,
-    tokenizer: Any,
-    held: HeldOut,
-    config: RunConfig,
-    base_folder: Path,
-    precision: str,
-) -> Proof:
+def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:
     """Writes the folder and proves it: PEFT in a fresh process must give the logits of the run's adapter.
 
     Args:
         folder: where to write; it exists.
         out: where the folder will be in the end.
-        run: the run directory.
-        classifier: the run's; it is changed. Its frozen weights are those of the base model that PEFT will load.
-        tokenizer: the run's; it is changed.
-        held: the texts of the proof.
-        config: the run's settings.
-        base_folder: the run's base model.
-        precision: of the run's products, see ``against_predictions``.
+        loaded: the run. Its classifier's frozen weights are those of the base model that PEFT will load.
 
     Raises:
         UserError: a weight is not finite, or the adapter's settings were changed after the run.
         ExportFailed: the folder does not compute what the run does.
         OSError, SafetensorError: the folder cannot be written.
     """
-    pad_id, name = int(tokenizer.pad_token_id), config.model.model_name
-    base = str(base_folder.absolute())
+    run, held, tokenizer, config = loaded.run.directory, loaded.held, loaded.tokenizer, loaded.run.config
+    length, name = config.data.max_length, config.model.model_name
+    base = str(loaded.base.absolute())
     recorded = base if Path(name).is_dir() else name
-    if writes_base(config):
-        write_model(folder / BASE, without_adapter(classifier, pad_id), torch.float32, held.stored.threshold)
-        write_tokenizer(folder / BASE, tokenizer, config.data.max_length)
+    if writes_base(loaded.run):
+        bare = without_adapter(loaded.classifier, held.pad_id)
+        write_model(folder / BASE, bare, torch.float32, held.stored.threshold)
+        write_tokenizer(folder / BASE, tokenizer, length)
         base, recorded = f"{folder.name}/{BASE}", str(out.absolute() / BASE)
     check_unchanged(run / ADAPTER_CONFIG)
     shutil.copyfile(run / ADAPTER, folder / ADAPTER)
     write_json(folder / ADAPTER_CONFIG, read_json(run / ADAPTER_CONFIG) | {"base_model_name_or_path": recorded})
-    write_tokenizer(folder, tokenizer, config.data.max_length)
-    model = plain_model(classifier, pad_id)
-    reference = held.answered(logits_of(model, held.sequences, pad_id, held.second_positions))
-    predictions = against_predictions(reference, held.stored, precision)
-    answers = fresh_answers(folder, held, pad_id, base=base, classes=model.config.num_labels)
-    return Proof(
-        texts=len(held.sequences),
-        total=held.total,
-        several=held.stored.several,
-        largest_difference=check_same("logits of PEFT's model", answers["logits"], reference.logits),
-        dtype_difference=None,
-        dtype_changed=0,
-        predictions=predictions,
-        pipeline=None,
-        onnx_difference=None,
-    )
+    write_tokenizer(folder, tokenizer, length)
+    model = plain_model(loaded.classifier, held.pad_id)
+    reference = held.answers_of(model)
+    predictions = against_predictions(reference, held.stored, loaded.precision)
+    answers = fresh_answers(folder, held, base=base, classes=model.config.num_labels)
+    return Proof(held, check_same("logits of PEFT's model", answers["logits"], reference.logits), predictions)
 
 
 def without_adapter(classifier: Classifier, pad_id: int) -> Any:

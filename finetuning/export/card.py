@@ -1,5 +1,6 @@
 """The model card of an exported folder: ``README.md`` with the hub's metadata, from the template ``card.md.j2``."""
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -8,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from finetuning.config import RunConfig
 from finetuning.datasets import DATASETS
+from finetuning.export.onnx_file import ONNX_FILE
 from finetuning.export.proof import run_alone
+from finetuning.html import render
 from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import reliability
 from finetuning.runs.finished import FinishedRun
 from finetuning.runs.score_tables import class_table, percent, score_table
-from finetuning.settings import PACKAGED
+from finetuning.settings import PACKAGED, LoRASettings, MethodSettings
 from finetuning.storage import write_text
 
 CARD = "README.md"
+TEMPLATE = Path(__file__).parent / "card.md.j2"
+EXAMPLE, SECOND = "A text to classify.", "The second text of the pair."
 # --model_name -> hub id, and licence in the hub's spelling; of other models the card says what their own card says
 KNOWN_BASES = {
     PACKAGED: ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
@@ -67,7 +70,9 @@ def write_card(
     """
     base, base_licence = _base_and_licence(run.config.model.model_name, base_folder)
     data_id, data_licence = KNOWN_DATA.get(run.config.data.dataset, (None, "not known here"))
-    text = _template().render(
+    text = render(
+        TEMPLATE,
+        escape_text=False,
         metadata=_metadata(folder, run, base, base_licence, data_id),
         name=folder.name,
         snippets=[Snippet(code, run_alone(["-c", code], folder.parent).strip()) for code in snippets],
@@ -106,7 +111,7 @@ def _training(run: FinishedRun) -> dict[str, Any]:
     return {
         "data": result["data"].get("source", config.data.dataset),
         "sizes": ", ".join(f"{count:,} {name}" for name, count in result["data"]["sizes"].items()),
-        "method": _method(config),
+        "method": _method(config.name, config.method, config.lora),
         "precision": precision,
         "seconds": f"{result['train']['seconds']:.0f}",
         "command": result["command"],
@@ -140,14 +145,6 @@ def _sizes(folder: Path, run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,  # it is Markdown
-    )  # fmt: skip
-    return environment.get_template("card.md.j2")
-
-
 def _metadata(folder: Path, run: FinishedRun, base: str | None, licence: str | None, data_id: str | None) -> str:
     """The hub's metadata as YAML."""
     adapter = (folder / "adapter_config.json").exists()
@@ -178,12 +175,78 @@ def _base_and_licence(model_name: str, folder: Path) -> tuple[str | None, str | 
     return None if local else model_name, licence
 
 
-def _method(config: RunConfig) -> str:
-    if config.lora is None:
-        layers = f", last {config.method.trainable_layers} layers" if config.method.method == "selective" else ""
-        return f"{config.method.method}{layers}"
-    lora = config.lora
+def _method(name: str, method: MethodSettings, lora: LoRASettings | None) -> str:
+    if lora is None:
+        return f"{name}, last {method.trainable_layers} layers" if name == "selective" else name
     return (
-        f"{config.name}, r {lora.lora_r}, alpha {lora.lora_alpha:g} ({lora.lora_scaling} scaling), on"
+        f"{name}, r {lora.lora_r}, alpha {lora.lora_alpha:g} ({lora.lora_scaling} scaling), on"
         f" {', '.join(lora.targets)}"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# code that uses the folder
+
+
+def plain_snippets(
+    name: str, pairs: bool, threshold: float | None, onnx: Sequence[str] = (), pad_id: int = 0, pad_token: str = ""
+) -> list[str]:
+    """Code that uses a plain folder: a pipeline, and onnxruntime if the folder holds ONNX.
+
+    Args:
+        name: of the folder.
+        pairs: whether a row is two texts.
+        threshold: with several labels a text, the probability above which a label is given.
+        onnx: the inputs of the ONNX model; empty if there is none.
+        pad_id, pad_token: the tokenizer's padding.
+    """
+    snippets = [f"from transformers import pipeline\n\n{_classified(f'model={_quoted(name)}', pairs, threshold)}"]
+    if onnx:
+        text = f'("{EXAMPLE}", "{SECOND}")' if pairs else f'"{EXAMPLE}"'
+        parts = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+        inputs = "\n".join(f'    "{key}": np.array([text.{parts[key]} for text in texts]),' for key in onnx)
+        snippets.append(f"""import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file({_quoted(f"{name}/tokenizer.json")})  # it cuts long texts
+tokenizer.enable_padding(pad_id={pad_id}, pad_token={_quoted(pad_token)})
+session = onnxruntime.InferenceSession({_quoted(f"{name}/{ONNX_FILE}")})
+texts = tokenizer.encode_batch([{text}])
+inputs = {{
+{inputs}
+}}
+print(session.run(["logits"], inputs)[0].round(2))""")
+    return snippets
+
+
+def adapter_snippets(
+    name: str, base: str, label_names: Sequence[str], pairs: bool, threshold: float | None
+) -> list[str]:
+    """Code that uses an adapter's folder. Arguments as in ``plain_snippets``; ``base`` is the base model."""
+    return [
+        f"""from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+base = AutoModelForSequenceClassification.from_pretrained(
+    {_quoted(base)}, id2label={dict(enumerate(label_names))!r}, ignore_mismatched_sizes=True
+)  # the adapter brings its own head
+model = PeftModel.from_pretrained(base, {_quoted(name)}).merge_and_unload()
+tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})
+{_classified("model=model, tokenizer=tokenizer", pairs, threshold)}"""
+    ]
+
+
+def _classified(model: str, pairs: bool, threshold: float | None) -> str:
+    """A pipeline, and what it says about an example."""
+    text = f'{{"text": "{EXAMPLE}", "text_pair": "{SECOND}"}}' if pairs else f'"{EXAMPLE}"'
+    several = "" if threshold is None else ', function_to_apply="sigmoid"'
+    given = "" if threshold is None else f', "given" if answer["score"] > {threshold:g} else ""'
+    return f"""classify = pipeline("text-classification", {model}, top_k=None{several}, truncation=True)
+for answer in classify([{text}])[0]:
+    print(answer["label"], round(answer["score"], 3){given})"""
+
+
+def _quoted(text: str) -> str:
+    """A Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)

@@ -23,7 +23,7 @@ def require_onnx() -> None:
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise UserError(f"--onnx: {', '.join(missing)} not installed: pip install -r requirements-onnx.txt")
+        raise UserError(f"--onnx: {', '.join(missing)} not installed: pip install {' '.join(missing)}")
 
 
 def onnx_inputs(folder: Path) -> list[str]:

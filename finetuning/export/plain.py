@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from finetuning.errors import ExportFailed, UserError
-from finetuning.export.fresh_process import logits_of, reads_types
+from finetuning.export.fresh_process import reads_types
 from finetuning.export.onnx_file import ONNX_FILE, write_onnx
 from finetuning.export.proof import (
     LARGEST_DIFFERENCE,
-    HeldOut,
+    Loaded,
     Proof,
     against_predictions,
     changed_texts,
@@ -30,26 +30,13 @@ from finetuning.models.quantization import dense_weight, is_quantized
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export_plain(
-    folder: Path,
-    classifier: Classifier,
-    tokenizer: Any,
-    held: HeldOut,
-    dtype: str,
-    max_length: int,
-    precision: str,
-    onnx: bool = False,
-) -> Proof:
+def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
     """Writes the folder and proves it.
 
     Args:
         folder: where to write; it exists.
-        classifier: the run's; it is changed.
-        tokenizer: the run's; it is changed.
-        held: the texts of the proof.
+        loaded: the run.
         dtype: precision of the weights: a key of ``DTYPES``.
-        max_length: tokens that the run kept of a text.
-        precision: of the run's products, see ``against_predictions``.
         onnx: whether to write ONNX as well, in fp32.
 
     Raises:
@@ -57,30 +44,28 @@ def export_plain(
         ExportFailed: the folder does not compute what the run does.
         OSError, SafetensorError: the folder cannot be written.
     """
-    pad_id = int(tokenizer.pad_token_id)
-    model = plain_model(classifier, pad_id)
-    reference = held.answered(logits_of(model, held.sequences, pad_id, held.second_positions))
-    predictions = against_predictions(reference, held.stored, precision)
-    write_tokenizer(folder, tokenizer, max_length)
+    held, tokenizer = loaded.held, loaded.tokenizer
+    model = plain_model(loaded.classifier, held.pad_id)
+    reference = held.answers_of(model)
+    predictions = against_predictions(reference, held.stored, loaded.precision)
+    write_tokenizer(folder, tokenizer, loaded.run.config.data.max_length)
     write_model(folder, model, DTYPES[dtype], held.stored.threshold)
     rounded = dtype != "fp32"
-    written = held.answered(logits_of(model, held.sequences, pad_id, held.second_positions)) if rounded else reference
+    written = held.answers_of(model) if rounded else reference
     if onnx:
         write_onnx(folder / ONNX_FILE, model, types=held.second_positions is not None and reads_types(model))
-    answers = fresh_answers(folder, held, pad_id, texts=held.columns, onnx=ONNX_FILE if onnx else None)
+    answers = fresh_answers(folder, held, texts=held.columns, onnx=ONNX_FILE if onnx else None)
     if answers["labels"].tolist() != list(model.config.id2label.values()):
         raise ExportFailed("the label names of the exported folder are not those of the run: nothing is kept")
     cut = tokenizer(*held.columns, truncation=True)["input_ids"]
     same = np.array([np.array_equal(ids, own) for ids, own in zip(cut, held.sequences, strict=True)])
     tolerance = rounding_of(dtype, written.logits) if rounded else LARGEST_DIFFERENCE
     return Proof(
-        texts=len(held.sequences),
-        total=held.total,
-        several=held.stored.several,
-        largest_difference=check_same("logits of the exported folder", answers["logits"], written.logits),
+        held,
+        check_same("logits of the exported folder", answers["logits"], written.logits),
+        predictions,
         dtype_difference=float(np.abs(written.logits - reference.logits).max()) if rounded else None,
         dtype_changed=changed_texts(written, reference),
-        predictions=predictions,
         pipeline=in_pipeline(answers["scores"], written, same, tolerance),
         onnx_difference=check_same("onnxruntime's logits", answers["onnx"], written.logits) if onnx else None,
     )

@@ -20,20 +20,17 @@ from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import ExportFailed, UserError
 from finetuning.export import fresh_process
+from finetuning.export.fresh_process import logits_of
+from finetuning.models.classifier import Classifier
 from finetuning.runs.answers import Answers, decided, joined
+from finetuning.runs.finished import FinishedRun
 
 LARGEST_DIFFERENCE = 1e-4  # of two logits, or of two probabilities, that count as the same
-ROUNDING = {
-    "fp32": 2.0**-24,
-    "tf32": 2.0**-11,
-    "fp16": 2.0**-11,
-    "bf16": 2.0**-9,
-    "int8": 2.0**-7,
-}  # unit roundoff; int8: of both
+# Unit roundoff; int8: of both factors.
+ROUNDING = {"fp32": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-9, "int8": 2.0**-7}
 # How many times its unit roundoff a precision may move a logit, relative to the largest logit, or to 1 if all are
 # smaller: the logits of a run that has learned little are small sums of larger terms. MiniLM in bf16: 2 to 4.
 ROUNDING_STEPS = 16
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,23 @@ class HeldOut:
     second_positions: np.ndarray | None  # (n,) where token type 1 begins; None if all tokens have one type
     stored: Answers  # of predictions.parquet
     total: int  # number of held-out texts of the run
+    pad_id: int  # of the tokenizer
 
-    def answered(self, logits: np.ndarray) -> Answers:
-        """Other logits (n, classes) as answers for the same texts."""
-        return replace(self.stored, logits=logits)
+    def answers_of(self, model: Any) -> Answers:
+        """What Hugging Face's classifier answers to these texts."""
+        return replace(self.stored, logits=logits_of(model, self.sequences, self.pad_id, self.second_positions))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run that is exported. Writing it changes the classifier and the tokenizer."""
+
+    run: FinishedRun
+    base: Path  # the folder of its base model
+    classifier: Classifier
+    precision: str  # of the run's products: a key of ``ROUNDING``
+    tokenizer: Any
+    held: HeldOut  # the texts of the proof
 
 
 @dataclass(frozen=True)
@@ -77,19 +87,17 @@ class InPipeline:
 class Proof:
     """What was compared, and how large the differences were."""
 
-    texts: int
-    total: int
-    several: bool  # whether the run is multi-label
+    held: HeldOut
     largest_difference: float  # of the logits: fresh process and reference
-    dtype_difference: float | None  # what rounding the weights to --dtype costs; None for fp32
-    dtype_changed: int
     predictions: AgainstPredictions
-    pipeline: InPipeline | None  # None for an adapter
-    onnx_difference: float | None
+    dtype_difference: float | None = None  # what rounding the weights to --dtype costs; None for fp32
+    dtype_changed: int = 0  # texts whose labels it changed
+    pipeline: InPipeline | None = None  # None for an adapter
+    onnx_difference: float | None = None
 
 
 def held_out(
-    texts: TextData, tokens: Mapping[str, TokenizedSplit], stored: Mapping[str, Answers], limit: int
+    texts: TextData, tokens: Mapping[str, TokenizedSplit], stored: Mapping[str, Answers], limit: int, pad_id: int
 ) -> HeldOut:
     """At most ``limit`` held-out texts, stratified by label, or by all labels of a text together.
 
@@ -98,6 +106,7 @@ def held_out(
         tokens: the same splits as token ids.
         stored: the run's own answers, split by split.
         limit: largest number of texts.
+        pad_id: the tokenizer's padding id.
 
     Raises:
         UserError: these are not the texts that the run predicted.
@@ -121,6 +130,7 @@ def held_out(
         np.concatenate(begins)[chosen] if begins else None,
         answers.taken(chosen),
         len(sequences),
+        pad_id,
     )
 
 
@@ -136,13 +146,12 @@ def in_order_of(split: LabelledTexts, answers: Answers | None) -> Answers | None
     return ordered if same else None
 
 
-def fresh_answers(folder: Path, held: HeldOut, pad_id: int, **job: Any) -> dict[str, np.ndarray]:
-    """What a new Python process computes that loads ``folder`` and cannot import this project.
+def fresh_answers(folder: Path, held: HeldOut, **job: Any) -> dict[str, np.ndarray]:
+    """What a new Python process computes that loads ``folder``, and cannot import this project.
 
     Args:
         folder: the exported folder; the process starts in the folder above it.
         held: the texts.
-        pad_id: the tokenizer's padding id.
         job: ``texts``, ``onnx``, ``base`` and ``classes`` of ``fresh_process.py``.
 
     Raises:
@@ -150,7 +159,7 @@ def fresh_answers(folder: Path, held: HeldOut, pad_id: int, **job: Any) -> dict[
     """
     desk = folder.parent / "proof"
     desk.mkdir(exist_ok=True)
-    job = {"model": folder.name, "pad_id": pad_id, "base": None, "texts": None, "onnx": None} | job
+    job = {"model": folder.name, "pad_id": held.pad_id, "base": None, "texts": None, "onnx": None} | job
     (desk / "job.json").write_text(json.dumps(job), encoding="utf8")
     offsets = np.cumsum([0, *(len(sequence) for sequence in held.sequences)])
     types: dict[str, Any] = {} if held.second_positions is None else {"second_positions": held.second_positions}
@@ -161,14 +170,12 @@ def fresh_answers(folder: Path, held: HeldOut, pad_id: int, **job: Any) -> dict[
 
 
 def run_alone(words: Sequence[str], folder: Path) -> str:
-    """Runs Python in a folder without this project, without a network, and returns what it printed.
+    """Runs Python in a folder, without a network, and returns what it printed.
 
     Raises:
         ExportFailed: the process failed.
     """
-    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    kept = [place for place in places if Path(place).resolve() != PROJECT]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(kept), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     # -P: the folder of the script is not searched for modules
     done = subprocess.run([sys.executable, "-P", *words], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -255,4 +262,70 @@ def in_pipeline(scores: np.ndarray, reference: Answers, same: np.ndarray, tolera
         int((given != reference.given).any(1).sum()),
         float(reference.right.mean()),
         float((given == reference.truth).all(1).mean()),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in words
+
+
+def sentences(proof: Proof, dtype: str, truncation: str) -> list[str]:
+    """One or two sentences for each thing that was compared: the command prints them, and the model card keeps them.
+
+    Args:
+        proof: what was compared.
+        dtype: of the written weights.
+        truncation: the run's ``--truncation``.
+    """
+    texts, total = len(proof.held.sequences), proof.held.total
+    sample = f"all {total:,}" if texts == total else f"a stratified sample of {texts:,} of {total:,}"
+    found = [
+        f"A fresh process loaded the folder without this suite and read the token ids of {sample} held-out texts. Its"
+        f" logits differ from the run's merged fp32 model by {proof.largest_difference:.1e} at most (allowed:"
+        f" {LARGEST_DIFFERENCE:g})."
+    ]
+    if proof.dtype_difference is not None:
+        found.append(
+            f"Rounding the weights to {dtype} moved these logits by {proof.dtype_difference:.1e} at most and changed"
+            f" the labels of {proof.dtype_changed:,} of {texts:,} texts; the comparison above is with the rounded"
+            f" weights."
+        )
+    found.append(_predictions_sentence(proof.predictions, proof.held))
+    if proof.pipeline is not None:
+        found.append(_pipeline_sentence(proof.pipeline, proof.held, truncation))
+    if proof.onnx_difference is not None:
+        found.append(f"onnxruntime's logits differ from the same reference by {proof.onnx_difference:.1e} at most.")
+    return found
+
+
+def _predictions_sentence(compared: AgainstPredictions, held: HeldOut) -> str:
+    start = (
+        f"The run stored its predictions in {compared.precision}. Its logits differ from the fp32 model's by"
+        f" {compared.largest_difference:.1e} at most. The labels of {compared.changed:,} of"
+        f" {len(held.sequences):,} texts changed."
+    )
+    if not compared.changed:
+        return start
+    margin = "distance of a changed label's logit from the threshold"
+    margin = margin if held.stored.several else "margin of a changed label, between its two highest logits,"
+    return (
+        f"{start} The {margin} was {compared.largest_margin:.1e} at most; {compared.precision} can move it by"
+        f" {compared.rounding:.1e}."
+    )
+
+
+def _pipeline_sentence(compared: InPipeline, held: HeldOut, truncation: str) -> str:
+    texts = len(held.sequences)
+    same = (
+        f"A Transformers pipeline reads {compared.same_tokens:,} of {texts:,} texts as the run did, and gives them the"
+        f" run's probabilities (largest difference {compared.largest_difference:.1e})."
+    )
+    if compared.same_tokens == texts:
+        return same
+    measure = "exact match" if held.stored.several else "accuracy"
+    reason = "it cuts long texts at their end, and the run kept their beginning and end" * (truncation == "head_tail")
+    return (
+        f"{same} It reads the others differently{': ' if reason else ''}{reason}. That changes the labels of"
+        f" {compared.changed:,}: {measure} on these texts is {compared.accuracy:.2%} in a pipeline and"
+        f" {compared.run_accuracy:.2%} with the run's tokens."
     )

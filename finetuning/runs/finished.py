@@ -9,7 +9,7 @@ from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import Answers, read_answers
 from finetuning.runs.files import PREDICTIONS, RESULT, check_unchanged, read_result, settings_file
 
-CONTINUE = "If nothing writes it, continue it: python finetune_lora.py --resume --output_dir"
+CONTINUE = "If nothing writes it, continue the run with --resume --output_dir"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import torch
 from finetuning.processes import processor_seconds
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "bitsandbytes", "peft", "numpy")
-REPOSITORY = Path(__file__).resolve().parents[2]
 OTHERS_ALLOWED = 0.03  # fraction of all processor time that system services and a shell may use
 
 
@@ -130,16 +129,18 @@ def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _git_commit() -> dict[str, Any] | None:
-    """The commit of this suite, and whether files differ from it; ``None`` without git or a git checkout."""
+    """The commit of this suite, and whether files differ from it; ``None`` without git, or if this is no checkout."""
     git = shutil.which("git")
     if git is None:
         return None
 
     def output_of(*words: str) -> str:
-        done = subprocess.run([git, "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True)
+        here = Path(__file__).resolve().parent
+        done = subprocess.run([git, "-C", str(here), *words], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     with suppress(subprocess.CalledProcessError):
+        output_of("ls-files", "--error-unmatch", Path(__file__).name)  # of a venv, git may know the folder around it
         modified = bool(output_of("status", "--porcelain", "-uno"))
         return {"commit": output_of("rev-parse", "HEAD"), "modified": modified}
     return None

@@ -11,6 +11,8 @@ from typing import Any
 from finetuning.runs.records import DataRecord, score_names
 from finetuning.settings import TrainingSettings
 
+INSTALLED, PREDICT = "finetune-lora", "finetune-predict"  # the commands that pip installs
+
 
 def headline(model: str, data: DataRecord, training: TrainingSettings, kernels: str, advice: Sequence[str] = ()) -> str:
     """The text that a run prints before training: data, model, settings.
@@ -40,6 +42,9 @@ def headline(model: str, data: DataRecord, training: TrainingSettings, kernels: 
 def summary(directory: Path, result: dict[str, Any]) -> str:
     """The text that a run prints at the end: scores, time, memory, and a command to try the classifier."""
     trained = result["train"]
+    predict = f"{_callable('python', Path(sys.executable))} predict.py"
+    if (command := Path(sys.argv[0])).name == INSTALLED:
+        predict = _callable(PREDICT, command.with_name(PREDICT))
     example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
     monitor = result["config"]["monitor"]
@@ -57,7 +62,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
         *(f"{'advice':<11} {sentence}" for sentence in result["advice"]),
-        f"{'try it':<11} {_python()} predict.py {shlex.quote(str(directory))} {example}",
+        f"{'try it':<11} {predict} {shlex.quote(str(directory))} {example}",
     ]
     return "\n" + "\n".join(lines)
 
@@ -73,11 +78,13 @@ def scores_line(scores: dict[str, Any], monitor: str) -> str:
 
 def command_line(words: Sequence[str]) -> str:
     """The command line to type in the current folder. Paths below it become relative."""
-    return shlex.join(["python", *(word.replace(f"{Path.cwd()}{os.sep}", "") for word in words)])
+    installed = Path(words[0]).name == INSTALLED
+    start = [_callable(INSTALLED, Path(words[0]))] if installed else ["python", words[0]]
+    return shlex.join(word.replace(f"{Path.cwd()}{os.sep}", "") for word in [*start, *words[1:]])
 
 
-def _python() -> str:
-    """How to call this Python: ``python``, or its path if ``python`` is another one (the venv is not active)."""
-    found = shutil.which("python")
-    same = found is not None and Path(found).absolute().parent == Path(sys.executable).absolute().parent
-    return "python" if same else os.path.relpath(sys.executable)
+def _callable(name: str, path: Path) -> str:
+    """How to call a program: its name, or its path if the shell finds no or another one (the venv is not active)."""
+    found = shutil.which(name)
+    same = found is not None and Path(found).absolute().parent == path.absolute().parent
+    return name if same else os.path.relpath(path)

@@ -6,7 +6,7 @@ excludes each other; both get every setting. ``config.py`` builds all sections f
 torch, so a wrong flag fails at once.
 """
 
-from finetuning.settings.data import DataSettings
+from finetuning.settings.data import DataSettings, check_data_dir
 from finetuning.settings.fields import Flag, Values, flags
 from finetuning.settings.hardware import HardwareSettings, excludes_int8
 from finetuning.settings.method import FROM_ADAPTER, LORA_TARGETS, LoRASettings, MethodSettings
@@ -41,6 +41,7 @@ __all__ = [
     "RunSettings",
     "TrainingSettings",
     "Values",
+    "check_data_dir",
     "excludes_int8",
     "parsed_class_weights",
 ]

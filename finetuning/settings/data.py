@@ -107,11 +107,12 @@ class DataSettings:
         message = f"{only_of('downloads')} without --data_dir and --offline"
         require(s, "data_source", s.data_source is None or downloads, message)
 
-    def check_readable(self) -> None:
-        """Checks that ``--data_dir`` exists, before anything is loaded.
 
-        Raises:
-            UserError: it does not exist or is not readable.
-        """
-        if self.data_dir is not None and not os.access(self.data_dir, os.R_OK):
-            raise UserError(f"--data_dir {self.data_dir}: no such file or folder, or you may not read it")
+def check_data_dir(data_dir: Path | None) -> None:
+    """Checks that ``--data_dir`` exists, before anything is loaded.
+
+    Raises:
+        UserError: it does not exist or is not readable.
+    """
+    if data_dir is not None and not os.access(data_dir, os.R_OK):
+        raise UserError(f"--data_dir {data_dir}: no such file or folder, or you may not read it")

@@ -96,30 +96,45 @@ def test_a_file_that_the_system_does_not_look_up(tmp_path: Path) -> None:
     assert refusal(tmp_path / f"{'a' * 300}.csv").endswith("cannot be read: File name too long")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", "contains no text"),
-        ("a.txt", b"\n  \n", "contains no text"),
-        ("a.csv", b"text\n", "contains no text"),
-        ("a.txt", b"fine\nfine\nd\xe9j\xe0 vu\n", "is not UTF-8: convert it"),
-        ("a.csv", b"text\nfine\nfine\nd\xe9j\xe0 vu\n", "is not UTF-8: convert it"),
-        ("a.json", b'[{"text": "fine"}, {"text": [1, 2]}]', "text 2 is [1, 2], no text: remove or correct it"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": null}', "text 3 is None, no text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"texts": "c"}', "must be a column of"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "text 2 is not UTF-8: convert it"),
-        ("a.csv", b"text,n\na,1\nb,1\nc,1\n ,1\n", "text 4 is empty: remove it, or give --skip_bad_rows"),
-        ("a.csv", b"text\na\nb\nc\nd, e\n", "cannot be read: a row has more fields"),
-        ("a.csv", b"review\na\n", "--text_column text: must be a column of"),
-        ("a.parquet", b"PAR1 nonsense PAR1", "cannot be read"),
-        ("a.csv.gz", b"text\nfine\n", "cannot be read: Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"fine\n" * 9, mtime=0)[:-3], "cannot be read: Compressed file ended"),
-    ],
-)
-def test_refused_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+REFUSED: list[tuple[Any, ...]] = [  # name, content, message, and perhaps the column; the command refuses them as well
+    ("a.txt", b"", "contains no text"),
+    ("a.txt", b"\n  \n", "contains no text"),
+    ("a.csv", b"text\n", "contains no text"),
+    ("a.txt", b"fine\nfine\nd\xe9j\xe0 vu\n", "is not UTF-8: convert it"),
+    ("a.txt", b"d\xe9j\xe0 vu", "is not UTF-8"),
+    ("a.csv", b"text\nfine\nfine\nd\xe9j\xe0 vu\n", "is not UTF-8: convert it"),
+    ("a.csv", b"text\nd\xe9j\xe0 vu\n", "is not UTF-8"),
+    ("a.json", b'[{"text": "fine"}, {"text": [1, 2]}]', "text 2 is [1, 2], no text: remove or correct it"),
+    ("a.json", b'[{"text": 3}]', "text 1 is 3, no text"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": null}', "text 3 is None, no text"),
+    ("a.jsonl", b'{"text": "fine"}\n{"review": "fine"}\n', "text 2 is nan, no text"),
+    ("a.jsonl", b'{"text": "fine"}\n{broken', "line 2 is not JSON"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "text 2 is not UTF-8: convert it"),
+    ("a.csv", b"text,n\na,1\nb,1\nc,1\n ,1\n", "text 4 is empty: remove it, or give --skip_bad_rows"),
+    ("a.csv", b"text,label\nfine,1\n,0\n", "text 2 is empty"),
+    ("a.csv", b"label,text\n1,fine\n0\n", "text 2 is empty"),
+    ("a.csv", b"text\na\nb\nc\nd, e\n", "cannot be read: a row has more fields"),
+    ("a.csv", b"text,label\nfine, really,1\n", "more fields than the header (text, label)"),
+    ("a.csv", b"text,label\nfine,1\nfine, really,1\n", "more fields than the header (text, label)"),
+    ("a.csv", b"", "cannot be read: No columns"),
+    ("a.csv", b"review\na\n", "--text_column text: must be a column of"),
+    ("a.csv", b"review,label\nfine,1\n", "which has: review, label"),
+    ("a.csv", b"text,label\nfine,1\n", "--text_column review", "review"),
+    ("a.parquet", b"PAR1 nonsense PAR1", "cannot be read"),
+    ("a.csv.gz", b"text\nfine\n", "cannot be read: Not a gzipped file"),
+    ("a.txt.gz", gzip.compress(b"fine\n" * 9, mtime=0)[:-3], "cannot be read: Compressed file ended"),
+]
+
+
+IN_CHUNKS = ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"texts": "c"}', "must be a column of")
+
+
+@pytest.mark.parametrize("case", [*REFUSED, IN_CHUNKS])
+def test_refused_files(tmp_path: Path, case: tuple[Any, ...]) -> None:
+    name, content, message, *column = case
     path = tmp_path / name
     path.write_bytes(content)
-    found = refusal(path)
+    found = refusal(path, *column)
     assert message in found
     assert str(path) in found
     assert "plain" not in found

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from finetuning.runs import records
@@ -19,3 +21,15 @@ def test_the_record_of_the_test_brings_the_interval_of_its_accuracy() -> None:
     record = records.test_record({"accuracy": 0.8, "loss": 0.4}, examples=100, seconds=2.5)
     interval = list(accuracy_interval(0.8, 100))
     assert record == {"accuracy": 0.8, "loss": 0.4, "accuracy_ci95": interval, "examples": 100, "seconds": 2.5}
+
+
+def test_a_command_is_recorded_as_it_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "venv" / "bin" / "finetune-lora"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setenv("PATH", "")
+    assert records.command_line([str(program), "--epochs", "1"]) == "venv/bin/finetune-lora --epochs 1"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert records.command_line([str(program), "--epochs", "1"]) == "finetune-lora --epochs 1"
+    assert records.command_line([str(tmp_path / "finetune_lora.py"), "-x"]) == "python finetune_lora.py -x"

@@ -7,7 +7,8 @@ import pytest
 from safetensors import SafetensorError
 
 from finetuning.errors import ExportFailed, UserError
-from finetuning.export.target import check_target, staged
+from finetuning.export.command import check_target
+from finetuning.export.folder import staged
 
 
 def test_targets_that_are_refused(tmp_path: Path) -> None:

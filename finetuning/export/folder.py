@@ -1,0 +1,132 @@
+"""Exports a run: loads it, writes the folder next to its place, proves it, and moves it there at the end."""
+
+import argparse
+import glob
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from finetuning.data.loading import load_texts, tokenize
+from finetuning.errors import UserError, first_line
+from finetuning.export.adapter import BASE, check_adapter, export_adapter, writes_base
+from finetuning.export.card import adapter_snippets, plain_snippets, write_card
+from finetuning.export.onnx_file import onnx_inputs, require_onnx
+from finetuning.export.plain import DTYPES, export_plain
+from finetuning.export.proof import Loaded, held_out, sentences
+from finetuning.models.base_files import check_unchanged
+from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer
+from finetuning.models.classifier import Classifier
+from finetuning.runs.answers import Answers
+from finetuning.runs.finished import FinishedRun, read_own_answers
+from finetuning.runs.loading import load_classifier
+from finetuning.storage import is_left_over, readable_by_all
+from finetuning.training.hardware import resolve_hardware
+
+
+def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
+    """Loads the run, writes what was asked for, and proves it. Only a proved folder appears.
+
+    Raises:
+        UserError: the run cannot be loaded, a package is missing, or the folder cannot be written.
+        ExportFailed: the exported folder does not compute what the run does.
+    """
+    config, adapter, onnx = run.config, arguments.adapter, arguments.onnx
+    if onnx:
+        require_onnx()
+    if adapter:
+        check_adapter(config.method)
+    transformers_logging.disable_progress_bar()
+    answers = read_own_answers(run)
+    loaded = load(run, answers, arguments)
+    if sys.stdout.isatty():
+        print(f"writing {arguments.out} and checking it in a fresh process: about a minute", flush=True)
+    with staged(arguments.out) as folder:
+        pairs = config.data.text_pair_column is not None
+        if adapter:
+            proof = export_adapter(folder, arguments.out, loaded)
+            base = f"{folder.name}/{BASE}" if writes_base(run) else config.model.model_name
+            snippets = adapter_snippets(folder.name, base, run.label_names, pairs, run.threshold)
+        else:
+            proof = export_plain(folder, loaded, arguments.dtype, onnx)
+            padding = (loaded.held.pad_id, loaded.tokenizer.pad_token)
+            inputs = onnx_inputs(folder) if onnx else []
+            snippets = plain_snippets(folder.name, pairs, run.threshold, inputs, *padding)
+        found = sentences(proof, arguments.dtype, config.data.truncation)
+        write_card(folder, run, loaded.base, answers[run.reported_split], snippets, found)
+    print("\n".join([f"{arguments.out}: written and checked", *(f"  {sentence}" for sentence in found)]))
+
+
+def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Namespace) -> Loaded:
+    """The run's tokenizer and classifier, and a sample of its held-out texts with the run's own answers."""
+    base, config = base_model(run), run.config
+    if arguments.data_dir is not None:
+        config = config.changed(data_dir=arguments.data_dir)
+    tokenizer = load_tokenizer(base)
+    texts = load_texts(config.data, config.run.offline)
+    kept = {name: split for name, split in texts.splits.items() if name in answers}  # without train
+    texts = replace(texts, splits=kept)
+    tokens = tokenize(texts, tokenizer, config.data)
+    held = held_out(texts, tokens, answers, arguments.check_texts, int(tokenizer.pad_token_id))
+    unrounded = arguments.adapter and not writes_base(run)  # PEFT will load the base model's own weights
+    return Loaded(run, base.folder, *load_classifier_of(run, base, unrounded), tokenizer, held)
+
+
+def base_model(run: FinishedRun) -> BaseModel:
+    """The run's base model, if its files are still the same."""
+    try:
+        base = find_base_model(run.config)
+    except UserError as error:
+        raise UserError(f"{run.directory}: its base model is gone: {error}") from None
+    check_unchanged(base.folder, run.base_files)
+    return base
+
+
+def load_classifier_of(run: FinishedRun, base: BaseModel, unrounded: bool) -> tuple[Classifier, str]:
+    """The run's classifier, and the name of the precision of the run's products.
+
+    Args:
+        run: the run.
+        base: its base model.
+        unrounded: whether frozen weights are those of the base model's file, instead of those that training saw.
+    """
+    config = run.config.changed(compile=False, gradient_checkpointing=False)
+    stored = run.result.get("base_model")  # runs of earlier versions have none
+    dtype = resolve_hardware(config.hardware).dtype if stored is None else getattr(torch, stored["precision"])
+    classifier = load_classifier(run.directory, config, base, run.label_names, torch.float32 if unrounded else dtype)
+    if str(config.hardware.precision) == "int8":
+        return classifier, "int8"
+    if dtype == torch.float32 and "cuda" in run.result["memory"]["source"]:
+        return classifier, "tf32"  # of fp32 products on a GPU
+    return classifier, next(name for name, kind in DTYPES.items() if kind == dtype)
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new folder with the name of ``out``. It is moved to ``out`` if the block succeeds; else it is removed.
+
+    Raises:
+        UserError: the disk is full, or does not let itself be written.
+    """
+    existing = next(path for path in out.absolute().parents if path.is_dir())
+    for left in filter(is_left_over, existing.glob(f".{glob.escape(out.name)}.*.tmp")):  # of a killed export
+        shutil.rmtree(left, ignore_errors=True)
+    workshop = existing / f".{out.name}.{uuid.uuid4().hex}.tmp"
+    folder = workshop / out.name
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        readable_by_all(folder)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written: {first_line(error)}") from None
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)

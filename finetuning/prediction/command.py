@@ -1,0 +1,166 @@
+"""Labels new texts with a finished run: ``finetune-predict RUN --text "..."`` or ``--file FILE``, see ``--help``.
+
+Exit status: 0 done, 1 the output cannot be written, 2 input refused, 130 interrupted. Only 0 leaves ``--output``.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetuning.errors import UserError, exit_status
+from finetuning.flags import OneLineParser
+from finetuning.prediction.trained import Trained, read_trained
+from finetuning.processes import interruptible, share_processors
+from finetuning.processor import limit_libraries
+
+if TYPE_CHECKING:  # functions import torch and pandas themselves, so that a wrong flag fails before they are loaded
+    from finetuning.prediction.rows import Source
+
+DESCRIPTION = "Label new texts with a finished run. Prints CSV: text, label, and the probability of each class."
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="The run directory, or a folder that export_model.py wrote.")
+    given = parser.add_mutually_exclusive_group()  # not required=True, which would hide the error of a misspelled flag
+    given.add_argument("--text", action="append", help="A text; repeat the flag for more texts.")
+    parser.add_argument(
+        "--text_pair", action="append", help="The second text of a pair; once for each --text. For runs on pairs."
+    )
+    given.add_argument(
+        "--file",
+        type=Path,
+        help="A table (parquet, CSV, TSV, JSON, JSON lines, also with .gz), or a file with one text per line;"
+        " - reads standard input.",
+    )
+    parser.add_argument(
+        "--text_column",
+        help="Column of the table with the text, or several (a,b), joined with a space."
+        " (default: the column that the run was trained on)",
+    )
+    parser.add_argument(
+        "--text_pair_column",
+        help="Column of the table with the second text of each pair. (default: the column that the run was trained on)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="Write a new table with the columns of the input and the answers, in the format of its ending.",
+    )
+    parser.add_argument(
+        "--top_k", type=int, metavar="K", help="Give the K most probable labels instead of all probabilities."
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="With several labels a text: give the labels above this probability. (default: the run's threshold)",
+    )
+    parser.add_argument(
+        "--skip_bad_rows", action="store_true", help="Give rows without a text an empty label, instead of refusing."
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    return exit_status(lambda: command(argv), "interrupted")
+
+
+@interruptible()
+def command(argv: Sequence[str] | None) -> int:
+    """Does what the flags ask for. Returns the exit status.
+
+    Raises:
+        UserError: input is refused, and nothing was written.
+        OutputFailed: the output cannot be written.
+    """
+    arguments = make_parser().parse_args(argv)
+    check_flags(arguments)
+    limit_libraries()
+    share_processors()
+    label(arguments)
+    return 0
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Checks what the flags and the folder of ``--output`` can tell.
+
+    Raises:
+        UserError: there is no text, flags do not fit each other, a number is out of range, or ``--output`` is refused.
+    """
+    from finetuning.prediction.outputs import check_output
+    from finetuning.prediction.rows import is_table
+
+    text, pair, file = arguments.text, arguments.text_pair, arguments.file
+    if text is None and file is None:
+        raise UserError("no text: give --text TEXT or --file FILE")
+    if pair is not None and len(pair) != len(text or ()):
+        raise UserError(f"--text_pair: must be given once for each --text, so {len(text or ())} times")
+    for flag in ("text_column", "text_pair_column"):
+        column = getattr(arguments, flag)
+        if column is not None and (file is None or not is_table(file)):
+            raise UserError(
+                f"--{flag} {column}: needs --file with a table, for example .csv, because text has no columns"
+            )
+    if arguments.top_k is not None and arguments.top_k < 1:
+        raise UserError(f"--top_k {arguments.top_k}: must be at least 1")
+    if arguments.threshold is not None and not 0 < arguments.threshold < 1:
+        raise UserError(f"--threshold {arguments.threshold:g}: must be above 0 and below 1")
+    if arguments.output is not None:
+        check_output(arguments.output)
+
+
+def label(arguments: argparse.Namespace) -> None:
+    """Reads the texts twice: checks all of them, then loads the model, labels them and writes the answers.
+
+    Raises:
+        UserError: input is refused, and nothing was written.
+        OutputFailed: the output cannot be written.
+    """
+    from finetuning.prediction.answers import make_answers
+    from finetuning.prediction.outputs import is_parquet, print_answers, write_answers
+    from finetuning.prediction.progress import Progress
+    from finetuning.prediction.rows import survey
+
+    trained = read_trained(arguments.run)
+    answers = make_answers(trained, arguments.threshold, arguments.top_k)
+    output, skip = arguments.output, arguments.skip_bad_rows
+    with source_of(arguments, trained) as source:
+        with Progress("check") as done:
+            surveyed = survey(source, skip, output is not None and is_parquet(output), done)
+        from finetuning.prediction.predictor import answered, load_predictor  # torch takes seconds to load
+
+        predict = load_predictor(trained)
+        with Progress("predict", surveyed.rows) as done:
+            rows = answered(source, predict, answers, skip, done)
+            if output is None:
+                print_answers(rows, answers, done.clear)
+            else:
+                write_answers(output, rows, surveyed, answers)
+    if surveyed.bad:
+        print(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and got an empty label", file=sys.stderr)
+
+
+@contextmanager
+def source_of(arguments: argparse.Namespace, trained: Trained) -> "Iterator[Source]":
+    """The texts that the flags give.
+
+    Raises:
+        UserError: the file cannot be read, or texts come in pairs and the run wants single ones, or the reverse.
+    """
+    from finetuning.prediction.rows import file_of, given_texts
+
+    if arguments.text is not None:
+        trained.check_pairs(arguments.text_pair is not None)
+        yield given_texts(arguments.text, arguments.text_pair)
+        return
+    data = trained.config.data
+    pair_column = arguments.text_pair_column or data.text_pair_column
+    trained.check_pairs(pair_column is not None)
+    with file_of(arguments.file, arguments.text_column or data.text_column, pair_column) as source:
+        yield source
