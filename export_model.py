@@ -175,14 +175,10 @@ def load_run(run: FinishedRun, base: Path, unrounded: bool) -> "tuple[Classifier
     import torch
 
     from finetuning.export.plain import DTYPES
-    from finetuning.training.hardware import resolve_hardware
     from local_model_utilities import load_classifier
 
     config = run.config.changed(compile=False, gradient_checkpointing=False)
-    if "base_model" in run.result:
-        dtype = getattr(torch, run.result["base_model"]["precision"])
-    else:  # a run of an earlier version
-        dtype = resolve_hardware(config.hardware).dtype
+    dtype = getattr(torch, run.result["base_model"]["precision"])
     classifier = load_classifier(run.directory, config, base, run.label_names, torch.float32 if unrounded else dtype)
     named = next(name for name, kind in DTYPES.items() if kind == dtype)
     asked: str = config.hardware.precision

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from finetuning.comparison.packed import read_records
 from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser
 from finetuning.pages import README, RESULTS, SPEED, renew_tables
-from finetuning.runs.files import RESULT
 from finetuning.storage import read_json, write_json
 
 OUTPUT = peers.RESULTS / "headline.json"
@@ -100,11 +100,16 @@ def read_row(study: Path, row: str) -> list[dict[str, Any]]:
     Raises:
         UserError: the study has no such run.
     """
-    found = [read_json(path) for path in sorted(study.glob(f"{row}-seed*/{RESULT}"))]
-    runs = [run for run in found if run["status"] == "finished" and run["study"]["row"] == row]
+    found = [record.result for record in read_records(study)[0].values()]
+    runs = [run for run in found if run["status"] == "finished" and _row(run) == row]
     if not runs:
         raise UserError(f"--row {row}: {study} has no finished run of this row")
     return sorted(runs, key=lambda run: run["study"]["seed"])
+
+
+def _row(run: dict[str, Any]) -> str | None:
+    """The row that a final run belongs to."""
+    return run["study"]["row"] if run["study"]["stage"] == "final" else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def write_report(results: Path, pages: Sequence[Path]) -> Path:
     """Makes the report and writes it; a refused input leaves every file as it was.
 
     Args:
-        results: the folder with STUDY/RUN/result.json, in which tables and plots are written as well.
+        results: the folder with STUDY/runs.json, in which tables and plots are written as well.
         pages: Markdown files with markers; the tables between the markers are renewed.
 
     Returns:
@@ -61,7 +61,7 @@ def write_report(results: Path, pages: Sequence[Path]) -> Path:
         UserError: a folder or file is missing or cannot be read.
     """
     if not results.is_dir():
-        raise UserError(f"--results {results}: must be a folder with STUDY/RUN/result.json")
+        raise UserError(f"--results {results}: must be a folder with STUDY/runs.json")
     for page in pages:
         if not page.is_file():
             raise UserError(f"--pages {page}: must be a Markdown file")
@@ -140,7 +140,9 @@ def study_text(section: Section) -> str:
         parts += ["## Micro F1 of texts with several labels", section.f1_comparisons.markdown()]
     if section.tuning.rows:
         parts += ["## Learning rates tried on validation", section.tuning.markdown()]
-    parts += [f"![{plot.caption}]({plot.file})" for plot in section.plots]
+    if section.plots:  # they are not committed
+        parts.append("## Plots that `python compare_methods.py report` draws next to this file")
+        parts.append("\n".join(f"- `{plot.file}`: {plot.caption}" for plot in section.plots))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -13,7 +13,6 @@ from finetuning.errors import UserError, first_line
 from finetuning.processes import in_slurm_step, is_helper, slurm_job, was_requeued
 from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
-    OLD_SETTINGS,
     RESULT,
     RUN_FILES,
     SETTINGS,
@@ -23,7 +22,6 @@ from finetuning.runs.files import (
     read_result,
     read_settings,
     read_status,
-    settings_file,
     write_settings,
 )
 from finetuning.runs.lock import DirectoryLock, holder, in_use
@@ -67,9 +65,8 @@ def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
     if holds_run and not overwrite and (other := holder(directory)) is not None:
         raise in_use(directory, other)
     if holds_run and not overwrite:
-        file = held[0] if held else OLD_SETTINGS
         ways = "or --overwrite" if read_status(directory) == "finished" else "--resume or --overwrite"
-        raise UserError(f"{flag}: already contains a run ({file}): give another directory, {ways}")
+        raise UserError(f"{flag}: already contains a run ({held[0]}): give another directory, {ways}")
     if not holds_run and (inside := next(filter(_holds_run, sorted(directory.glob("*/"))), None)):
         raise UserError(f"{flag}: contains other runs ({inside.name}): give a new directory inside it")
 
@@ -78,7 +75,7 @@ def _holds_run(directory: Path) -> bool:
     """Whether the directory contains settings of a run. Other programs use the same file names."""
     try:
         return "output_dir" in read_settings(directory)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return False
 
 
@@ -105,7 +102,7 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
         if not _begun_by_this_job(directory):
             return RunConfig.from_settings(**{**defaults, **given, "resume": False})
         given = given | {"overwrite": False}
-    if automatic and settings_file(directory) is None:
+    if automatic and not (directory / SETTINGS).exists():
         return RunConfig.from_settings(**{**defaults, **given}).changed(resume=False)
     if automatic and _status(directory) == "finished":
         continued(_stored_settings(directory), given)  # refuses flags that contradict the run
@@ -119,8 +116,8 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
 
 
 def _begun_by_this_job(directory: Path) -> bool:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return read_origin(directory).get("job") == slurm_job()
+    with suppress(OSError, ValueError):
+        return bool(read_origin(directory)["job"] == slurm_job())
     return False
 
 
@@ -131,7 +128,7 @@ def interrupted_settings(directory: Path) -> dict[str, Any]:
         UserError: there is no run, the run has finished, or its settings or its result cannot be read.
     """
     flag = f"--resume: --output_dir {directory}"
-    if settings_file(directory) is None:
+    if not (directory / SETTINGS).exists():
         raise UserError(f"{flag} contains no run (no {SETTINGS}): leave out --resume to start one")
     if _status(directory) == "finished":
         raise UserError(f"{flag} contains a run that has finished: to replace it, give --overwrite without --resume")
@@ -159,9 +156,7 @@ def _stored_settings(directory: Path) -> dict[str, Any]:
     try:
         return read_settings(directory)
     except (OSError, ValueError) as error:
-        file = settings_file(directory)
-        name = file.name if file else SETTINGS
-        raise UserError(f"--resume: --output_dir {directory}: {name} cannot be read: {first_line(error)}") from None
+        raise UserError(f"--resume: --output_dir {directory}: {SETTINGS} cannot be read: {first_line(error)}") from None
 
 
 def continuation(config: RunConfig, directory: Path) -> tuple[RunConfig, Path | None]:
@@ -205,8 +200,7 @@ def claimed_directory(
             continued(interrupted_settings(directory), config.to_dict())
             if lock.killed:
                 print(f"{lock.killed} {KILLED}", flush=True)
-            began = {key: value for key, value in read_origin(directory).items() if key == "command"}
-            origin = origin | began
+            origin = origin | {"command": read_origin(directory)["command"]}
         config, checkpoint = continuation(config, directory)
         if checkpoint is not None:
             origin = _same_origin(directory, config, origin)
@@ -233,7 +227,7 @@ def _same_origin(directory: Path, config: RunConfig, origin: dict[str, Any]) -> 
     for part in PARTS:
         check_same(directory, part, origin[part])
     recorded = read_origin(directory)
-    threads, now = recorded.get("threads"), origin["threads"]
+    threads, now = recorded["threads"], origin["threads"]
     if None not in (threads, now) and threads != now:
         print(
             f"warning: the run began with {threads} threads and continues with {now}: results will not be bit-identical"
@@ -244,7 +238,7 @@ def _same_origin(directory: Path, config: RunConfig, origin: dict[str, Any]) -> 
 
 
 def check_same(directory: Path, part: str, found: dict[str, str]) -> None:
-    """Checks that a part of what a run was made from is still the same. Runs of earlier versions recorded less.
+    """Checks that a part of what a run was made from is still the same.
 
     Args:
         directory: the run directory.
@@ -254,7 +248,7 @@ def check_same(directory: Path, part: str, found: dict[str, str]) -> None:
     Raises:
         UserError: it is not.
     """
-    for name, digest in read_origin(directory).get(part, {}).items():
+    for name, digest in read_origin(directory)[part].items():
         if found.get(name) != digest:
             raise UserError(
                 f"--resume: {name} of the {part.replace('_', ' ')} is not the one with which the run in {directory}"
@@ -275,7 +269,6 @@ def open_directory(
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        earlier = settings_file(directory)
         if not (resume or overwrite):
             _refuse_another(directory)
         for path in directory.glob(TEMPORARY):
@@ -288,8 +281,6 @@ def open_directory(
                 if name != SETTINGS:  # the directory must still count as a run if this process is killed here
                     remove(directory / name)
         write_settings(directory, settings, origin)
-        if earlier is not None and earlier.name == OLD_SETTINGS:
-            earlier.unlink()
     except OSError as error:
         raise UserError(f"--output_dir {directory}: cannot be written: {first_line(error, name_file=True)}") from None
 
