@@ -74,6 +74,8 @@ class Record:
 
         path = self.folder / PREDICTIONS
         try:
+            if not path.is_file():
+                raise ValueError("the file is missing")
             table = pq.read_table(path, filters=[("run", "=", self.name)], page_checksum_verification=True)
             table = table.select(COLUMNS)
             multi_label = (self.result.get("task") or {}).get("threshold") is not None
@@ -81,7 +83,7 @@ class Record:
                 table = pa.table({"row": table["row"]} | {name: _numbers(table[name]) for name in COLUMNS[1:]})
             if _sum_of_table(table) != expected:
                 raise ValueError("they are not the ones that the run made")
-        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        except (OSError, ValueError, LookupError, MemoryError, pa.ArrowException) as error:
             reason = first_line(error, name_file=True)
             raise UserError(f"{path}: the predictions of {self.name} cannot be used ({reason}): restore it") from None
         return table
@@ -105,8 +107,8 @@ def read_records(folder: Path) -> tuple[dict[str, Record], list[str]]:
 @lru_cache(maxsize=32)  # a study asks for each of its runs
 def _read(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Record], list[str]]:
     try:
-        *lines, last = json.loads(path.read_text(encoding="utf8"))
-        planned = [str(name) for name in last["planned"]]
+        lines = json.loads(path.read_text(encoding="utf8"))
+        planned = [str(name) for name in lines.pop()["planned"]]
         records: dict[str, Record] = {}
         for line in lines:
             record = Record(path.parent, line["result"], line["metrics"])
@@ -116,7 +118,7 @@ def _read(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Record], list[s
             if record.name in records:
                 raise ValueError(f"{record.name} is there twice: delete one of the two lines")
             records[record.name] = record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = first_line(error) if isinstance(error, OSError | ValueError) else "it does not hold collected runs"
         raise UserError(f"{path} cannot be read: {reason}: restore it") from None
     return records, planned
