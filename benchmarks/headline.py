@@ -95,21 +95,16 @@ def _is_measurement_of(measurement: dict[str, Any], contestant: str, max_length:
 
 
 def read_row(study: Path, row: str) -> list[dict[str, Any]]:
-    """``result.json`` of each finished final run of a row, ordered by seed.
+    """The result of each finished final run of a row, ordered by seed.
 
     Raises:
         UserError: the study has no such run.
     """
-    found = [record.result for record in read_records(study)[0].values()]
-    runs = [run for run in found if run["status"] == "finished" and _row(run) == row]
+    found = [record.result for name, record in read_records(study)[0].items() if name.startswith(f"{row}-seed")]
+    runs = [run for run in found if run["status"] == "finished" and run["study"]["row"] == row]
     if not runs:
         raise UserError(f"--row {row}: {study} has no finished run of this row")
     return sorted(runs, key=lambda run: run["study"]["seed"])
-
-
-def _row(run: dict[str, Any]) -> str | None:
-    """The row that a final run belongs to."""
-    return run["study"]["row"] if run["study"]["stage"] == "final" else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -105,7 +105,7 @@ def read_records(folder: Path) -> tuple[dict[str, Record], list[str]]:
 
 
 @lru_cache(maxsize=32)  # a study asks for each of its runs
-def _read(path: Path, state: tuple[int, ...]) -> tuple[dict[str, Record], list[str]]:
+def _read(path: Path, _state: tuple[int, ...]) -> tuple[dict[str, Record], list[str]]:
     try:
         lines = json.loads(path.read_text(encoding="utf8"))
         planned = [str(name) for name in lines.pop()["planned"]]

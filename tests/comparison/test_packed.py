@@ -29,7 +29,12 @@ def test_runs_of_one_label_and_of_several_share_a_file(tmp_path: Path) -> None:
     task = {"task": {"threshold": 0.5}}
     tables = {"many": predictions(0, 300), "none": None, "one": predictions(1, 0), "several": predictions([0, 2], [])}
     records = [
-        Record.made(tmp_path, result(name, **(task if name == "several" else {})), None if name == "none" else "a\r\n1\r\n", table)
+        Record.made(
+            tmp_path,
+            result(name, **(task if name == "several" else {})),
+            None if name == "none" else "a\r\n1\r\n",
+            table,
+        )
         for name, table in tables.items()
     ]
     change_records(tmp_path, reversed(records[1:]), ["one", "lost"])
@@ -71,7 +76,7 @@ def test_other_runs_and_other_studies_stay_as_they_are(tmp_path: Path) -> None:
         (None, '[{"result": 3, "metrics": null}, {"planned": []}]', "it must hold a JSON object"),
         (None, '[{"result": {"sha256": 3}, "metrics": null}, {"planned": []}]', "it was changed after it was written"),
         ('"accuracy": 0.9', '"accuracy": 0.8', "it was changed after it was written"),
-        (',0.75\\n', ',0.85\\n', "the metrics of lora-final-seed0 were changed after they were written"),
+        (",0.75\\n", ",0.85\\n", "the metrics of lora-final-seed0 were changed after they were written"),
         ("[\n", "[\n{line}", "lora-final-seed0 is there twice: delete one of the two lines"),
         ("\n]\n", "", "Expecting ',' delimiter"),
     ],
