@@ -26,14 +26,11 @@ def result(name: str, **more: Any) -> dict[str, Any]:
 
 
 def test_runs_of_one_label_and_of_several_share_a_file(tmp_path: Path) -> None:
-    task = {"task": {"threshold": 0.5}}
     tables = {"many": predictions(0, 300), "none": None, "one": predictions(1, 0), "several": predictions([0, 2], [])}
+    metrics = {name: None if name == "none" else "a\r\n1\r\n" for name in tables}
     records = [
         Record.made(
-            tmp_path,
-            result(name, **(task if name == "several" else {})),
-            None if name == "none" else "a\r\n1\r\n",
-            table,
+            tmp_path, result(name, task={"threshold": 0.5 if name == "several" else None}), metrics[name], table
         )
         for name, table in tables.items()
     ]
@@ -44,7 +41,7 @@ def test_runs_of_one_label_and_of_several_share_a_file(tmp_path: Path) -> None:
     assert planned == ["one", "lost"]
     for name, record in found.items():
         assert (record.name, record.path) == (name, tmp_path / name)
-        assert record.metrics == (None if name == "none" else "a\r\n1\r\n")
+        assert record.metrics == metrics[name]
         table, expected = record.predictions(), tables[name]
         assert (table and table.to_pydict()) == (expected and expected.to_pydict())
     assert sorted(path.name for path in tmp_path.iterdir()) == [PREDICTIONS, RUNS]

@@ -102,9 +102,7 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
     (_, first, _, final), planned = study.runs, study.runs[-1].with_rate(0.001)
     sources = [
-        leave_record(
-            Path("results/other"), run, predictions=PREDICTED, validation={"accuracy": 0.8}, test={"accuracy": 0.9}
-        )
+        leave_record(Path("results/other"), run, predictions=PREDICTED, test={"accuracy": 0.9})
         for run in (replace(first, settings={**first.settings, "test": True}), planned)
     ]
     leave_record(Path("results/tiny"), first, {"epochs": 3})  # a copy that is outdated

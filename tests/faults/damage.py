@@ -204,11 +204,8 @@ def damaged_collected_run(commands: Commands, generator: random.Random, director
         require(outcome.status == 0, "collect", outcome)
         require(in_process(compare_methods.main, _report(collected)).status == 0, "report", outcome)
     shutil.copytree(collected, results)
-    damage(
-        generator.choice(sorted(results.glob("*/" + generator.choice([RUNS, PREDICTIONS])))),
-        kind_of(directory),
-        generator,
-    )
+    damaged = generator.choice(sorted(results.glob("*/" + generator.choice([RUNS, PREDICTIONS]))))
+    damage(damaged, kind_of(directory), generator)
     outcome = in_process(compare_methods.main, _report(results))
     if outcome.status == 0:
         same = all(path.read_bytes() == (results / path.name).read_bytes() for path in collected.glob("summary.json"))
