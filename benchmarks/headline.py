@@ -16,7 +16,7 @@ from benchmarks import peers
 from finetuning.comparison.packed import read_records
 from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser
-from finetuning.pages import README, RESULTS, SPEED, renew_tables
+from finetuning.pages import README, RESULTS, SPEED, measured_line, renew_tables
 from finetuning.storage import read_json, write_json
 
 OUTPUT = peers.RESULTS / "headline.json"
@@ -65,7 +65,7 @@ def table(runs: Sequence[dict[str, Any]], peers_result: dict[str, Any]) -> str:
             f"| {peers.NAMES[name]}, training only, extrapolated from {texts} texts | {extrapolated:,.0f}"
             f" ({factor:.0f} times as long) | not measured |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", measured_line(run["environment"] for run in runs)])
 
 
 def _machine(record: dict[str, Any]) -> tuple[str, int]:

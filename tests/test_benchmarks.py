@@ -245,9 +245,11 @@ def test_the_headline_extrapolates_the_tutorial_script_to_as_many_texts(tmp_path
     result = {"environment": {"cpu": "A CPU", "threads": 2}, "measurements": [*measured, *others]}
     lines = headline.table(runs, result).splitlines()
     assert lines[0] == "1,000 training and 500 test texts, 2 epochs, up to 512 tokens; A CPU, 2 threads."
-    assert lines[-2:] == [
+    assert lines[-4:] == [
         "| this suite, the whole command (3 seeds) | 1.10 (1.00 to 1.20) | 91.00 ± 1.00 |",
         "| tutorial script, fp32, training only, extrapolated from 30 texts | 33 (30 times as long) | not measured |",
+        "",
+        "*Measured: not recorded. Code: commit not recorded.*",
     ]
     with pytest.raises(UserError, match="lora-seed7: was not alone"):
         headline.table([whole_run(7, None, 0.9)], result)

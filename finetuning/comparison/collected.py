@@ -144,6 +144,11 @@ class Run:
         missing = "" if kernels.startswith(("compiled", NOT_ASKED_FOR)) else kernels  # that is a setting
         return json.dumps([missing, *(self.get("environment", *key) for key in keys)])
 
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What ``measured_line`` needs; empty if the run failed before it was recorded."""
+        return self.get("environment") or {}
+
     def accuracy(self, split: str) -> float | None:
         """The share of ``split`` that a finished run got right, as a ratio of whole texts (no float32 rounding)."""
         accuracy, examples = self.get(split, "accuracy"), self.get(split, "examples")

@@ -165,7 +165,7 @@ def test_several_labels_are_compared_by_exact_match_and_by_micro_f1(tmp_path: Pa
     assert sign * f1.difference.mean == pytest.approx(by_hand(few) - by_hand(many))
     assert f1.difference.low < f1.difference.mean < f1.difference.high
     assert f1.verdict == "few is better"
-    assert "## Micro F1 of texts with several labels" in study_text(make_section(study))
+    assert "## Micro F1 of texts with several labels" in study_text(make_section(study, [], []))
 
 
 def test_micro_f1_needs_several_labels(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_methods_are_also_compared_over_all_data_sets(tmp_path: Path) -> None:
                 write_run(tmp_path, "s", f"{name}-{method}", seed=seed, correct=correct, first_row=5000 * number)
     (sentence,) = pooled_sentences(read_study("s", tmp_path))
     assert sentence.startswith("Mean over the 2 data sets, bf16 minus int8: -10.00 points (95 % interval -1")
-    assert sentence.rstrip(").") in make_section(read_study("s", tmp_path)).headlines[-1]
+    assert sentence.rstrip(").") in make_section(read_study("s", tmp_path), [], []).headlines[-1]
     write_run(tmp_path, "s", "news-fp32", correct=outcomes(0.8, 1000, 0))  # it is missing for the other set
     assert pooled_sentences(read_study("s", tmp_path)) == []
 
