@@ -255,8 +255,8 @@ def test_a_plan_needs_no_torch() -> None:
 def test_comparison_starts_without_torch() -> None:
     code = """
 import importlib, pkgutil, sys
-import compare_methods, finetuning.comparison as room
-for module in pkgutil.iter_modules(room.__path__):
+import compare_methods, finetuning.comparison as package
+for module in pkgutil.iter_modules(package.__path__):
     importlib.import_module(f"finetuning.comparison.{module.name}")
 sys.exit("torch" in sys.modules)
 """
