@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from finetuning.comparison.packed import read_records
 from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser
-from finetuning.pages import README, RESULTS, SPEED, renew_tables
-from finetuning.runs.files import RESULT
+from finetuning.pages import README, RESULTS, SPEED, measured_line, renew_tables
 from finetuning.storage import read_json, write_json
 
 OUTPUT = peers.RESULTS / "headline.json"
@@ -65,7 +65,7 @@ def table(runs: Sequence[dict[str, Any]], peers_result: dict[str, Any]) -> str:
             f"| {peers.NAMES[name]}, training only, extrapolated from {texts} texts | {extrapolated:,.0f}"
             f" ({factor:.0f} times as long) | not measured |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", measured_line(run["environment"] for run in runs)])
 
 
 def _machine(record: dict[str, Any]) -> tuple[str, int]:
@@ -95,12 +95,12 @@ def _is_measurement_of(measurement: dict[str, Any], contestant: str, max_length:
 
 
 def read_row(study: Path, row: str) -> list[dict[str, Any]]:
-    """``result.json`` of each finished final run of a row, ordered by seed.
+    """The result of each finished final run of a row, ordered by seed.
 
     Raises:
         UserError: the study has no such run.
     """
-    found = [read_json(path) for path in sorted(study.glob(f"{row}-seed*/{RESULT}"))]
+    found = [record.result for name, record in read_records(study)[0].items() if name.startswith(f"{row}-seed")]
     runs = [run for run in found if run["status"] == "finished" and run["study"]["row"] == row]
     if not runs:
         raise UserError(f"--row {row}: {study} has no finished run of this row")

@@ -1,8 +1,9 @@
 """Tables, and pages in Markdown: a table is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetuning.errors import UserError
 from finetuning.storage import write_text
@@ -50,6 +51,27 @@ class Table:
             cells = [f"`{c}`" if c and n in self.code else c for n, c in zip(self.columns, cells, strict=True)]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+
+def measured_line(environments: Iterable[Mapping[str, Any]]) -> str:
+    """The line below a table of measurements: their days, and the commits of the code with the dates of these.
+
+    Args:
+        environments: the ``environment`` in the record of each measurement. Older records lack the day.
+    """
+    found = list(environments)
+    days = sorted({str(each["date"])[:10] for each in found if each.get("date")})
+    measured = [_range(days)] if days else []
+    if not days or not all(each.get("date") for each in found):
+        measured.append("not recorded")
+    commits = {(str(git.get("date", "no date"))[:10], git["commit"]) for each in found if (git := each.get("git"))}
+    named = [f"{commit[:7]} ({date})" for date, commit in sorted(commits)] or ["not recorded"]
+    number = f"{len(named)} commits," if len(named) > 1 else "commit"
+    return f"*Measured: {', '.join(measured)}. Code: {number} {_range(named)}.*"
+
+
+def _range(ordered: Sequence[str]) -> str:
+    return " to ".join(dict.fromkeys([ordered[0], ordered[-1]]))
 
 
 def with_table(text: str, name: str, content: str) -> str:

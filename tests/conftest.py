@@ -2,7 +2,6 @@
 """What several test files use: tiny random models of each family, and small labelled texts."""
 
 import csv
-import json
 import os
 import random
 import shutil
@@ -42,7 +41,7 @@ from finetuning.flags import from_flags
 from finetuning.models.families import FAMILIES
 from finetuning.models.int8_products import refused
 from finetuning.models.lora import LinearWithLoRA
-from finetuning.runs.files import read_result, write_result
+from finetuning.runs.files import read_result, write_result, write_settings
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
 from tests.slurm_cluster import Cluster, running_cluster
@@ -290,12 +289,12 @@ def leave_run(runs: StudyRuns, run: PlannedRun, status: str | None = "finished",
     directory = runs.directory(run)
     directory.mkdir(parents=True, exist_ok=True)
     config = from_flags(run.flags(Path("data"))).to_dict()
-    (directory / "settings.json").write_text(json.dumps(config))
+    write_settings(directory, config, {"command": None})
     if status is not None:
         command = f"python {Path.cwd()}/finetune_lora.py {' '.join(run.flags(Path('/home/me/data')))} --output_dir x"
-        result = {"status": status, "config": config, "command": command, "seconds": 10.0} | more
-        (directory / "result.json").write_text(json.dumps(result))
+        result = {"status": status, "config": config, "command": command, "seconds": 10.0, "task": {}} | more
         (directory / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
+        write_result(directory, result)
 
 
 def scored(runs: StudyRuns, monitor: str, *scores: float | str | None) -> None:

@@ -1,12 +1,13 @@
 """Synthetic collected runs for the tests of the report: what finetune_lora.py and the collector would have written."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+
+from finetuning.comparison.packed import Record, change_records
 
 ENVIRONMENT = {
     "cpu": "A CPU", "gpus": [], "threads": 2, "alone": True, "git": {"commit": "c0ffee", "modified": False},
@@ -17,37 +18,38 @@ def write_run(
     results: Path,
     study: str,
     row: str,
+    /,
     *,
     seed: int = 0,
     stage: str = "final",
     correct: np.ndarray | None = None,
     first_row: int = 0,
-    validation: float | None = 0.9,
+    validation: float | dict[str, float] | None = 0.9,
     axes: dict[str, Any] | None = None,
     curve: Sequence[float] = (),
     question: str | None = None,
+    predictions: pa.Table | None = None,
     **changes: Any,
-) -> Path:
-    """Writes one collected run and returns its folder.
+) -> Record:
+    """Adds one run to the collected ones.
 
     Args:
         results: the results folder.
         study: the study's name.
         row: the row's name.
-        seed: also part of the folder's name.
+        seed: also part of the run's name.
         stage: ``tune`` or ``final``.
         correct: ``(n,)`` bool, what the run got right of its test texts; no test where it is not given.
         first_row: the row number of the first test text.
-        validation: accuracy on 1,000 validation texts.
+        validation: accuracy on 1,000 validation texts, or other scores.
         axes: the run's place on the study's axes.
-        curve: validation accuracies for ``metrics.csv``.
+        curve: validation accuracies for the metrics.
         question: what the study asks, where the run says it.
-        changes: keys of ``result.json``, merged into those that are dictionaries.
+        predictions: of the test, in place of those that ``correct`` gives.
+        changes: keys of the result, merged into those that are dictionaries.
     """
     axes = axes or {}
     name = "-".join([row, stage, *(f"{key}{value}" for key, value in axes.items()), f"seed{seed}"])
-    folder = results / study / name
-    folder.mkdir(parents=True)
     result: dict[str, Any] = {
         "status": "finished",
         "config": {"seed": seed, "learning_rate": 1e-3} | axes,
@@ -62,39 +64,40 @@ def write_run(
     if question is not None:
         result["study"]["question"] = question
     if validation is not None:
-        result["validation"] = {"accuracy": validation, "examples": 1000}
+        scores = validation if isinstance(validation, dict) else {"accuracy": validation}
+        result["validation"] = {"accuracy": 0.9, "examples": 1000} | scores
     if correct is not None:
         accuracy = float(np.float32(correct.mean()))  # as torchmetrics gives it
         result["test"] = {"accuracy": accuracy, "examples": len(correct)}
-        _write_predictions(folder / "predictions.parquet", correct, first_row, seed)
+        predictions = predictions or _predictions(correct, first_row, seed)
     for key, value in changes.items():
         result[key] = {**result[key], **value} if isinstance(value, dict) and key in result else value
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf8")
-    if curve:
-        _write_curve(folder / "metrics.csv", curve)
-    return folder
+    record = Record.made(results / study, result, _metrics(curve) if curve else None, predictions)
+    change_records(results / study, [record])
+    return record
 
 
-def _write_predictions(path: Path, correct: np.ndarray, first_row: int, seed: int) -> None:
+def _predictions(correct: np.ndarray, first_row: int, seed: int) -> pa.Table:
+    """In another order than that of the rows."""
     labels = np.arange(len(correct)) % 2
-    frame = pd.DataFrame(
+    table = pa.table(
         {
             "row": np.arange(len(correct), dtype=np.int32) + first_row,
             "label": labels.astype(np.int8),
             "predicted": np.where(correct, labels, 1 - labels).astype(np.int8),
         }
     )
-    frame.sample(frac=1, random_state=seed).to_parquet(path)
+    return table.take(np.random.default_rng(seed).permutation(len(correct)))
 
 
-def _write_curve(path: Path, curve: Sequence[float]) -> None:
+def _metrics(curve: Sequence[float]) -> str:
     """Ten rows of training to each row of validation."""
     lines = ["step,epoch,train_loss,learning_rate,train_seconds,validation_accuracy"]
     for step in range(10, 10 * len(curve) * 10 + 1, 10):
         lines.append(f"{step},{step / 100},{0.7 * np.exp(-step / 150) + 0.1},0.001,{step / 2},")
         if step % 100 == 0:
             lines.append(f"{step},{step / 100},,,{step / 2},{curve[step // 100 - 1]}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf8")
+    return "\n".join(lines) + "\n"
 
 
 def outcomes(accuracy: float, texts: int, seed: int, difficulty: np.ndarray | None = None) -> np.ndarray:

@@ -16,6 +16,7 @@ from benchmarks import headline, measure, peers, plain_path, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
+from finetuning.comparison.packed import Record, change_records
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
 from finetuning.pages import README, RESULTS, SPEED, with_table
@@ -234,10 +235,8 @@ def whole_run(seed: int, seconds: float | None, accuracy: float) -> dict[str, An
 
 
 def test_the_headline_extrapolates_the_tutorial_script_to_as_many_texts(tmp_path: Path) -> None:
-    for run in (whole_run(1, 66.0, 0.9), whole_run(0, 60.0, 0.92), whole_run(10, 72.0, 0.91)):
-        folder = tmp_path / run["study"]["run"]
-        folder.mkdir()
-        (folder / "result.json").write_text(json.dumps(run))
+    collected = (whole_run(1, 66.0, 0.9), whole_run(0, 60.0, 0.92), whole_run(10, 72.0, 0.91))
+    change_records(tmp_path, [Record.made(tmp_path, run, None) for run in collected])
     runs = headline.read_row(tmp_path, "lora")
     assert [run["study"]["seed"] for run in runs] == [0, 1, 10]
     work = {"contestant": "tutorial_fp32", "model": "minilm", "targets": "qv", "max_length": 512}
@@ -246,9 +245,11 @@ def test_the_headline_extrapolates_the_tutorial_script_to_as_many_texts(tmp_path
     result = {"environment": {"cpu": "A CPU", "threads": 2}, "measurements": [*measured, *others]}
     lines = headline.table(runs, result).splitlines()
     assert lines[0] == "1,000 training and 500 test texts, 2 epochs, up to 512 tokens; A CPU, 2 threads."
-    assert lines[-2:] == [
+    assert lines[-4:] == [
         "| this suite, the whole command (3 seeds) | 1.10 (1.00 to 1.20) | 91.00 ± 1.00 |",
         "| tutorial script, fp32, training only, extrapolated from 30 texts | 33 (30 times as long) | not measured |",
+        "",
+        "*Measured: not recorded. Code: commit not recorded.*",
     ]
     with pytest.raises(UserError, match="lora-seed7: was not alone"):
         headline.table([whole_run(7, None, 0.9)], result)

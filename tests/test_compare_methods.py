@@ -1,6 +1,5 @@
 """Studies that run, are killed and go on; and what is told, chosen and collected of runs that have ended."""
 
-import json
 import os
 import shutil
 import signal
@@ -19,9 +18,11 @@ from safetensors.torch import load_file
 
 import finetune_lora
 from compare_methods import main
+from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.flags import from_flags
+from finetuning.runs.files import write_result
 from finetuning.runs.history import write_predictions
 from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
 
@@ -39,6 +40,7 @@ def leave_predictions(runs: StudyRuns, run: PlannedRun, logits: np.ndarray, labe
         "test": (order, labels[order], logits[order]),
     }
     write_predictions(runs.directory(run), splits)
+    write_result(runs.directory(run), runs.result(run))
 
 
 # --- states
@@ -191,13 +193,12 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     assert shown.err.splitlines() == [f"not collected: {missing.name} is missing"]
     assert "1 finished and 1 failed of 3 runs" in shown.out
     first = contents(Path("results"))
-    assert set(first) == {
-        *(f"tiny/{finished.name}/{name}" for name in ("result.json", "metrics.csv", "predictions.parquet")),
-        *(f"tiny/{failed.name}/{name}" for name in ("result.json", "metrics.csv")),
-        "tiny/planned.json",
-    }
-    assert json.loads(first["tiny/planned.json"]) == {"final": [run.name for run in runs.study.runs]}
-    record = json.loads(first[f"tiny/{finished.name}/result.json"])
+    assert set(first) == {"tiny/runs.json", "tiny/predictions.parquet"}
+    records, planned = read_records(Path("results/tiny"))
+    assert planned == [run.name for run in runs.study.runs]
+    assert set(records) == {finished.name, failed.name}
+    assert {record.metrics for record in records.values()} == {"step,train_loss\n1,0.5\n"}
+    record = dict(records[finished.name].result)
     assert record.pop("study") == {
         "study": "tiny", "question": runs.study.question, "row": "lora_r2", "run": "lora_r2-seed3",
         "stage": "final", "seed": 3, "axes": {"lora_r": 2}, "reported": None,
@@ -205,14 +206,15 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     assert record.pop("command").endswith("--data_dir PATH"), "no place of one machine"
     assert record["config"]["data_dir"] is None
     written = runs.result(finished)
-    del written["command"]
+    del written["command"], written["sha256"]
     written["config"] |= {"data_dir": None, "output_dir": None}
     assert set(record.pop("sha256")) == {"result.json", "metrics.csv", "predictions.parquet"}
     assert record == written
-    assert len(first[f"tiny/{finished.name}/predictions.parquet"]) < 30_000
-    table = pq.read_table(Path("results/tiny") / finished.name / "predictions.parquet")
+    assert len(first["tiny/predictions.parquet"]) < 30_000
+    table = pq.read_table(Path("results/tiny/predictions.parquet"))
+    assert set(table["run"].to_pylist()) == {finished.name}
     assert {name: str(kind) for name, kind in zip(table.schema.names, table.schema.types, strict=True)} == {
-        "row": "int32", "label": "int8", "predicted": "int8",
+        "run": "string", "row": "int32", "label": "int8", "predicted": "int8",
     }  # fmt: skip
     assert table["row"].to_pylist() == list(range(25_000))
     assert table["label"].to_pylist() == labels.tolist()
@@ -222,7 +224,7 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
 
     leave_run(runs, finished, "failed", error="no space left")  # was run again, and failed
     assert main(["collect", "tiny.toml"]) == 0
-    assert not (Path("results/tiny") / finished.name / "predictions.parquet").exists()
+    assert not Path("results/tiny/predictions.parquet").exists()
 
 
 def test_of_a_run_that_tuned_no_test_is_collected() -> None:
@@ -230,9 +232,9 @@ def test_of_a_run_that_tuned_no_test_is_collected() -> None:
     tuned, *_ = runs.study.runs
     leave_run(runs, tuned, validation={"accuracy": 0.9}, test={"accuracy": 0.9})  # taken over
     assert main(["collect", "tiny.toml"]) == 0
-    folder = Path("results/tiny") / tuned.name
-    assert "test" not in json.loads((folder / "result.json").read_text())
-    assert not (folder / "predictions.parquet").exists()
+    records, _ = read_records(Path("results/tiny"))
+    assert "test" not in records[tuned.name].result
+    assert not Path("results/tiny/predictions.parquet").exists()
 
 
 def test_many_classes_keep_their_numbers() -> None:
@@ -241,7 +243,7 @@ def test_many_classes_keep_their_numbers() -> None:
     leave_run(runs, run, test={"accuracy": 1.0})
     leave_predictions(runs, run, np.eye(200), np.arange(200))
     assert main(["collect", "tiny.toml"]) == 0
-    table = pq.read_table("results/tiny/run-seed0/predictions.parquet")
+    table = pq.read_table("results/tiny/predictions.parquet")
     assert table["label"].to_pylist() == table["predicted"].to_pylist() == list(range(200))
 
 
@@ -255,10 +257,11 @@ def test_predictions_that_cannot_be_read_are_not_collected(instead: str, capsys:
         path.mkdir()
     elif instead == "bytes":
         path.write_bytes(b"PAR1")
+        write_result(runs.directory(run), runs.result(run))
     assert main(["collect", "tiny.toml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {path} cannot be read (")
-    assert not Path("results/tiny/run-seed0/result.json").exists()
+    assert not Path("results/tiny/runs.json").exists()
 
 
 # --- real runs, killed and continued

@@ -1,9 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetuning.errors import UserError
-from finetuning.pages import page_with_tables, renew_tables, with_table
+from finetuning.pages import measured_line, page_with_tables, renew_tables, with_table
 
 
 def test_markers_come_in_pairs_or_not_at_all() -> None:
@@ -31,3 +32,27 @@ def test_a_page_that_is_refused_stays_as_it_was(tmp_path: Path) -> None:
     assert page.read_bytes() == before
     with pytest.raises(UserError, match="nowhere"):
         page_with_tables(tmp_path / "nowhere.md", {})
+
+
+@pytest.mark.parametrize(
+    ("environments", "line"),
+    [
+        ([], "*Measured: not recorded. Code: commit not recorded.*"),
+        ([{"git": None}], "*Measured: not recorded. Code: commit not recorded.*"),
+        (
+            [{"date": "2026-12-02T08:00:00+00:00", "git": {"commit": "b" * 40, "date": "2026-12-01T23:00:00Z"}}] * 2,
+            "*Measured: 2026-12-02. Code: commit bbbbbbb (2026-12-01).*",
+        ),
+        (
+            [
+                {"date": "2026-12-03", "git": {"commit": "a" * 40, "date": "2026-12-02"}},
+                {"date": "2026-12-02", "git": {"commit": "b" * 40, "date": "2026-12-01"}},
+                {"git": {"commit": "c" * 40}},
+            ],
+            "*Measured: 2026-12-02 to 2026-12-03, not recorded. Code: 3 commits, bbbbbbb (2026-12-01) to ccccccc"
+            " (no date).*",
+        ),
+    ],
+)
+def test_the_line_below_a_table_of_measurements(environments: list[dict[str, Any]], line: str) -> None:
+    assert measured_line(environments) == line

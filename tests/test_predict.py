@@ -325,7 +325,8 @@ def test_exported_folders_that_are_refused(
 def test_a_base_model_that_has_changed_since_the_run_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     base = tiny_folders["bert"]
     config = RunConfig.from_settings(model_name=str(base), accelerator="cpu", max_length=32)
-    result = {"status": "finished", "config": config.to_dict(), "data": {"label_names": ["bad", "good"]}}
+    data = {"label_names": ["bad", "good"], "columns": {}}
+    result = {"status": "finished", "config": config.to_dict(), "data": data, "task": {}}
     write_result(tmp_path, result | {"base_model": {"sha256": file_hashes(base) | {"config.json": "0"}}})
     with pytest.raises(UserError, match=r"base model .*config\.json has changed since the run"):
         load_predictor(read_trained(tmp_path))
@@ -352,18 +353,18 @@ def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: 
     (tmp_path / ADAPTER).write_bytes(content)
     refused(f"{ADAPTER} was changed after its run wrote it: restore the file, or train again")
     (tmp_path / ADAPTER).unlink()
-    del result["sha256"]  # as in runs of earlier versions
     for status in ("interrupted", "failed"):
-        (tmp_path / RESULT).write_text(json.dumps(result | {"status": status}))
+        write_result(tmp_path, result | {"status": status})
         refused(f"its status is '{status}'")
     for damaged in ("", "[]", "{}", '{"status": "finished"'):
         (tmp_path / RESULT).write_text(damaged)
         refused("must be a finished run")
     (tmp_path / RESULT).write_bytes(b"\xff")
     refused("must be a finished run")
-    (tmp_path / RESULT).write_text(json.dumps(result))
+    write_result(tmp_path, result)
     refused(f"{ADAPTER} cannot be read")
     shutil.copy(runs["full"] / TRAINED_WEIGHTS, tmp_path / ADAPTER)
+    write_result(tmp_path, result)
     refused("does not contain the weights of this run")
     assert "nowhere: no such directory: give the one of" in refusal(capsys, tmp_path / "nowhere", "--text", "a film")
     assert "must be a finished run" in refusal(capsys, tmp_path / RESULT, "--text", "a film")

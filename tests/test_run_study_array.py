@@ -1,6 +1,5 @@
 """A study as a job array on a real cluster of one node: two runs at a time, one of them killed and requeued."""
 
-import json
 import re
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 import finetune_lora
 from compare_methods import main
+from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import read_plan
 from tests.conftest import one_thread, write_study
 from tests.slurm_cluster import Cluster, wait_until
@@ -34,11 +34,10 @@ trainable_layers = 1
 def table(results: Path) -> dict[str, Any]:
     """What the report compares, by run: no times, no memory."""
     records = {}
-    for path in sorted(results.glob("*/*/result.json")):
-        result = json.loads(path.read_text(encoding="utf8"))
-        predictions = (path.parent / "predictions.parquet").read_bytes()
+    for name, record in read_records(results / "tiny")[0].items():
+        result, predictions = record.result, record.predictions().to_pydict()
         scores = {key: value for key, value in result["test"].items() if key != "seconds"}
-        records[path.parent.name] = (result["status"], result["study"], scores, result["parameters"], predictions)
+        records[name] = (result["status"], result["study"], scores, result["parameters"], predictions)
     return records
 
 

@@ -1,139 +1,154 @@
-"""Small tables inside a page of advice: the writer names rows of studies in a marker, the report fills in numbers.
+"""The small tables of docs/best_practices.md: rows of several studies, each compared with a reference.
 
-    <!-- rows: methods/lora full | best/lora lora-epochs3; learning rate, saved -->
-    <!-- end -->
-
-becomes a table of these four rows, in this order, with two extra columns (``COLUMNS`` lists all). A row without a study
-belongs to the study named before it. The last column compares each row with a reference, which is the first row of its
-study; after a ``|`` the next reference begins. ``<!-- studies -->`` becomes a table of all studies. A marker may take
-several lines.
+``TABLES`` names the rows of each table. On a page, a table stands between the markers of its name, like all others.
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from finetuning.comparison.collected import Row, Study
-from finetuning.comparison.pairs import Comparison, compare_rows
-from finetuning.comparison.tables import GIB, record
-from finetuning.errors import UserError, listed
-from finetuning.pages import Table
+from finetuning.comparison.pairs import Comparison
+from finetuning.comparison.tables import GIB, accuracy_cell, memory_cell, percent, record, shown
+from finetuning.pages import Table, measured_line
 
-BEGIN = re.compile(r"<!--\s*(rows|studies)\b:?(.*?)-->", flags=re.DOTALL)
-END = "<!-- end -->"
+Block = tuple[str, str]  # a study, and names of its rows; the first row is the reference of the others
+TABLES: dict[str, tuple[tuple[str, ...], tuple[Block, ...]]] = {  # name -> extra columns, rows
+    "lora_or_full": (("trained", "saved"), (("earlier_work", "lora full"), ("methods", "lora full"))),
+    "lora_places": (("trained",), (("lora_targets", "all all+head attention mlp query+value projection"),)),
+    "lora_ranks": (
+        ("trained",),
+        (
+            ("lora_rank_alpha", "lora_r8-lora_alpha16 lora_r8-lora_alpha64 lora_r64-lora_alpha16 lora_r2-lora_alpha16"),
+            ("lora_rank_alpha", "lora_r8-lora_alpha64 lora_r2-lora_alpha64"),
+        ),
+    ),
+    "last_layers": (
+        (), (("methods", "lora selective"), ("earlier_work", "lora selective"), ("imdb_official", "lora selective"))
+    ),
+    "rates": (
+        (),
+        (
+            (
+                "learning_rates",
+                "lora-adamw-learning_rate0.001 lora-adamw-learning_rate0.0003 lora-adamw-learning_rate0.003"
+                " lora-adamw-learning_rate0.01",
+            ),
+            (
+                "learning_rates",
+                "full-adamw-learning_rate0.0001 full-adamw-learning_rate0.0003 full-adamw-learning_rate0.001",
+            ),
+            ("learning_rates", "lora-sgd-learning_rate0.5 lora-sgd-learning_rate0.001"),
+        ),
+    ),
+    "two_good_rates": (
+        ("learning rate", "validation"),
+        (("imdb_official", "qlora_1e-3 qlora"), ("best", "lora-onecycle lora-onecycle-5e-4")),
+    ),
+    "optimizer_rows": (
+        ("learning rate",), (("optimizers", "adamw adam sgd_nesterov sgd"), ("earlier_work", "lora sgd_nesterov sgd"))
+    ),
+    "schedule_rows": (
+        ("learning rate",),
+        (
+            ("schedulers", "cosine linear onecycle constant"), ("schedulers", "linear constant"),
+            ("best", "lora lora-no_warmup lora-onecycle"),
+        ),
+    ),
+    "epochs": (("validation",), (("best", "full-epochs3 full lora lora-epochs3"),)),
+    "text_lengths": (
+        (),
+        (
+            ("compute_memory", "base max_length-256 max_length-512 truncation-head"),
+            ("compute_memory", "max_length-256 max_length-512"), ("earlier_work", "lora"), ("imdb_official", "lora"),
+        ),
+    ),
+    "memory": (
+        ("points", "GiB"),
+        (
+            ("compute_memory", "max_length-512 max_length-256 base"), ("compute_memory", "batch_tokens-8192 base"),
+            ("compute_memory", "base batch_tokens-1024 gradient_checkpointing q_lora q_lora-single_quantization"),
+            ("earlier_work", "lora qlora"), ("methods", "lora qlora"),
+            ("best", "full-epochs3 full-epochs3-batch_tokens12288"),
+        ),
+    ),
+    "encoders": ((), (("compute_memory", "base efficient-false precision-fp32"),)),
+    "eight_bits": (
+        (),
+        (
+            ("int8", "trec6-bf16 trec6-int8"), ("int8", "emotion-bf16 emotion-int8"),
+            ("int8", "ag_news-bf16 ag_news-int8"), ("int8", "financial-bf16 financial-int8"),
+            ("int8_imdb", "bf16 int8"),
+        ),
+    ),
+    "financial": (
+        ("macro F1", "learning rate"), (("datasets", "financial-lora financial-selective financial-full"),)
+    ),
+}  # fmt: skip
+ALL_STUDIES = "studies"  # the name of the table of all studies
 SAVED = ("adapter_model.safetensors", "trained_weights.safetensors")  # what a run keeps of its training
 REFERENCE = "(reference)"
-Cell = Callable[[dict[str, Any], Row], str]  # from a row's record, with that of its reference as "reference"
 SMALLEST_P = 0.001  # below it, digits would only distract
+Compared = Mapping[str, Sequence[Comparison]]  # study -> all pairs of its rows
+Cell = Callable[[dict[str, Any], dict[str, Any], Row], str]  # from a row's record, and the one of its reference
 
 
-def with_rows(text: str, studies: Sequence[Study], link: str) -> str:
-    """``text`` with the tables between its markers made anew; unchanged if it has none.
+def advice_tables(studies: Sequence[Study], compared: Compared, link: str) -> dict[str, str]:
+    """The table of all studies, and the tables of ``TABLES`` whose rows were all collected: name -> Markdown.
 
     Args:
-        text: a Markdown page.
         studies: all collected studies.
+        compared: the pairs of each study's rows.
         link: the way from the page to the results folder, for links to each study's full table.
-
-    Raises:
-        UserError: a marker without its end, or one that names a study, row or column that does not exist.
     """
-    tables, parts, position = Tables(studies, link), [], 0
-    for marker in BEGIN.finditer(text):
-        before, after = text[position : marker.start()], text[marker.end() :]
-        table_end = after.find(END)
-        following = BEGIN.search(after)
-        if END in before or table_end < 0 or (following and following.start() < table_end):
-            raise UserError(f"--pages: {_one_line(marker[0])} needs {END} after its table, and no other marker between")
-        table = tables.of_studies() if marker[1] == "studies" else tables.of_rows(marker[2])
-        parts += [before, marker[0], "\n", table.markdown(), "\n", END]
-        position = marker.end() + table_end + len(END)
-    if END in text[position:]:
-        raise UserError(f"--pages: {END} has no <!-- rows: ... --> or <!-- studies --> before it")
-    return "".join([*parts, text[position:]])
+    found = {study.name: study for study in studies}
+    rows = {(study.name, row.name) for study in studies for row in study.rows}
+    tables = {ALL_STUDIES: studies_table(studies, link)}
+    for name, (columns, blocks) in TABLES.items():
+        if rows >= {(study, name) for study, names in blocks for name in names.split()}:
+            tables[name] = rows_table(found, compared, blocks, columns, link)
+    return tables
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def rows_table(
+    studies: Mapping[str, Study], compared: Compared, blocks: Sequence[Block], columns: Sequence[str], link: str
+) -> str:
+    """The rows of the blocks in this order, with extra columns (keys of ``COLUMNS``); see ``advice_tables``."""
+    names = ["test accuracy, %", *columns, "seeds", "training, s", "peak memory, GiB"]
+    cells, environments = [], []
+    for study_name, row_names in blocks:
+        study = studies[study_name]
+        known = {row.name: row for row in study.rows}
+        first, *_ = own = row_names.split()
+        pairs = {frozenset((c.first, c.second)): shown_p(c.corrected_p) for c in compared[study_name]}
+        p_values = {name: pairs.get(frozenset((first, name)), "") for name in own}
+        p_values[first] = REFERENCE if any(p_values.values()) else ""
+        reference = record(study, known[first])
+        for name in own:
+            made = (COLUMNS[column](record(study, known[name]), reference, known[name]) for column in names)
+            cells.append((_link(study, link), name, *made, p_values[name]))
+            environments += [run.environment for run in known[name].finished]
+    titles = [TITLES.get(name, name) for name in names]
+    table = Table(("study", "row", *titles, "corrected p"), cells).without_empty_columns()
+    return f"{table.markdown()}\n\n{measured_line(environments)}"
 
 
-class Tables:
-    """The tables of a page; pairs of rows are compared once for each study, and only if a table needs it."""
+def studies_table(studies: Sequence[Study], link: str) -> str:
+    """Each study: the size of its data, its rows and its runs."""
+    columns = ("training texts", "validation texts", "test texts", "tokens", "epochs", "rows", "seeds a row")
+    cells, environments = [], []
+    for study in studies:
+        runs = [run for run in study.final if run.finished]
+        sizes = [_values(run.get("data", "sizes", split) for run in runs) for split in ("train", "validation")]
+        limits = [_values(run.get("config", key) for run in runs) for key in ("max_length", "epochs")]
+        seeds = _values(len(row.tested) or None for row in study.rows)
+        tests = _values(run.get("test", "examples") for run in runs)
+        cells.append((_link(study, link), *sizes, tests, *limits, str(len(study.rows)), seeds))
+        environments += [run.environment for run in runs]
+    return f"{Table(('study', *columns), cells).markdown()}\n\n{measured_line(environments)}"
 
-    def __init__(self, studies: Sequence[Study], link: str) -> None:
-        self.studies = {study.name: study for study in studies}
-        self.link = link
-        self._compared: dict[str, dict[frozenset[str], Comparison]] = {}
 
-    def of_rows(self, spec: str) -> Table:
-        """The rows that ``study/row row | study/row; column, column`` names."""
-        names, _, extra = spec.partition(";")
-        columns = [_one_line(name) for name in extra.split(",") if name.strip()]
-        for column in columns:
-            if column not in COLUMNS:
-                raise UserError(f"--pages: no column {column!r} for a table of rows: there are {', '.join(COLUMNS)}")
-        groups = self._groups(names)
-        shown = ["test accuracy, %", *columns, "seeds", "training, s", "peak memory, GiB"]
-        cells = []
-        for group in groups:
-            for study, row in group:
-                same_study = [other for s, other in group if s is study]
-                values = record(study, row) | {"reference": record(study, same_study[0])}
-                made = (CELLS[column](values, row) for column in shown)
-                cells.append((self._link(study), row.name, *made, self._p(study, row, same_study)))
-        titles = [TITLES.get(column, column) for column in shown]
-        return Table(("study", "row", *titles, "corrected p"), cells).without_empty_columns()
-
-    def of_studies(self) -> Table:
-        """Each study: the size of its data, its rows and its runs."""
-        columns = ("training texts", "validation texts", "test texts", "tokens", "epochs", "rows", "seeds a row")
-        cells = []
-        for study in self.studies.values():
-            runs = [run for run in study.final if run.finished]
-            sizes = [_values(run.get("data", "sizes", split) for run in runs) for split in ("train", "validation")]
-            limits = [_values(run.get("config", key) for run in runs) for key in ("max_length", "epochs")]
-            seeds = _values(len(row.tested) or None for row in study.rows)
-            tests = _values(run.get("test", "examples") for run in runs)
-            cells.append((self._link(study), *sizes, tests, *limits, str(len(study.rows)), seeds))
-        return Table(("study", *columns), cells)
-
-    def _groups(self, names: str) -> list[list[tuple[Study, Row]]]:
-        groups, study_name = [], ""
-        for group in names.split("|"):
-            found = []
-            for name in group.split():
-                before, slash, row_name = name.rpartition("/")
-                study_name = before if slash else study_name
-                found.append(self._row(study_name, row_name))
-            if not found:
-                raise UserError("--pages: a table without a row: write <!-- rows: STUDY/ROW ROW | STUDY/ROW ROW -->")
-            groups.append(found)
-        return groups
-
-    def _row(self, study_name: str, row_name: str) -> tuple[Study, Row]:
-        study = self.studies.get(study_name)
-        if study is None:
-            raise UserError(f"--pages: no study {study_name!r} (row {row_name!r}): there are {listed(self.studies)}")
-        rows = {row.name: row for row in study.rows}
-        if row_name not in rows:
-            raise UserError(f"--pages: no row {row_name!r} in study {study_name}: there are {listed(rows)}")
-        return study, rows[row_name]
-
-    def _link(self, study: Study) -> str:
-        return f"[{study.name}]({self.link}/{study.name}/table.md)"
-
-    def _p(self, study: Study, row: Row, group: Sequence[Row]) -> str:
-        """The corrected p of ``row`` and the first row of its study in a group; empty if the two were not compared."""
-        if len(group) == 1:
-            return ""
-        if study.name not in self._compared:
-            self._compared[study.name] = {frozenset((c.first, c.second)): c for c in compare_rows(study)[0]}
-        compared = self._compared[study.name]
-        found = [compared.get(frozenset((group[0].name, other.name))) for other in group]
-        if row is group[0]:
-            return REFERENCE if any(found) else ""
-        own = found[group.index(row)]
-        return "" if own is None else shown_p(own.corrected_p)
+def _link(study: Study, link: str) -> str:
+    return f"[{study.name}]({link}/{study.name}/table.md)"
 
 
 def shown_p(p: float) -> str:
@@ -146,51 +161,34 @@ def _values(values: Iterable[Any]) -> str:
     return "; ".join(f"{value:,}" for value in sorted({value for value in values if value is not None}))
 
 
-def _shown(value: float | None, form: str, factor: float = 1) -> str:
-    return "" if value is None else form.format(factor * value)
-
-
-def _accuracy(r: dict[str, Any], _: Row) -> str:
-    if r["accuracy_mean"] is None:
-        return "" if r["status"] == "finished" else r["status"]
-    mean, deviation, low, high = (
-        _shown(r[key], "{:.2f}", 100)
-        for key in ("accuracy_mean", "accuracy_std", "accuracy_ci95_low", "accuracy_ci95_high")
-    )
-    return f"{mean} ± {deviation}" if deviation else f"{mean} ({low} to {high})" if low else mean
-
-
 def _difference(key: str, form: str, factor: float) -> Cell:
     """What a row has more of than its reference; empty for the reference itself, and if one of the two is unknown."""
 
-    def cell(r: dict[str, Any], _: Row) -> str:
-        value, of_reference = r[key], r["reference"][key]
-        if r["row"] == r["reference"]["row"] or value is None or of_reference is None:
+    def cell(r: dict[str, Any], reference: dict[str, Any], _: Row) -> str:
+        if r["row"] == reference["row"] or r[key] is None or reference[key] is None:
             return ""
-        return f"{factor * (value - of_reference):+{form}}"
+        return f"{factor * (r[key] - reference[key]):+{form}}"
 
     return cell
 
 
-def _saved(_: dict[str, Any], row: Row) -> str:
-    bytes_ = next((size for name in SAVED if (size := row.common("files", name)) is not None), None)
-    return _shown(bytes_, "{:.1f}", 1e-6)
+def _saved(_: dict[str, Any], __: dict[str, Any], row: Row) -> str:
+    size = next((size for name in SAVED if (size := row.common("files", name)) is not None), None)
+    return shown(size and size / 1e6, "{:.1f}")
 
 
-COLUMNS: dict[str, Cell] = {  # that a marker may ask for
+COLUMNS: dict[str, Cell] = {
     "GiB": _difference("peak_memory_bytes", ".2f", 1 / GIB),
-    "learning rate": lambda _, row: _shown(row.common("config", "learning_rate"), "{:g}"),
-    "macro F1": lambda r, _: _shown(r["macro_f1_mean"], "{:.2f}", 100),
+    "learning rate": lambda _, __, row: shown(row.common("config", "learning_rate"), "{:g}"),
+    "macro F1": lambda r, _, __: percent(r["macro_f1_mean"]),
     "points": _difference("accuracy_mean", ".2f", 100),
     "saved": _saved,
-    "trained": lambda r, _: _shown(r["trainable"], "{:,}"),
-    "validation": lambda r, _: _shown(r["validation_accuracy_mean"], "{:.2f}", 100),
-}
-CELLS: dict[str, Cell] = COLUMNS | {
-    "test accuracy, %": _accuracy,
-    "seeds": lambda r, _: _shown(r["seeds"] or None, "{}"),
-    "training, s": lambda r, _: _shown(r["train_seconds"], "{:,.0f}"),
-    "peak memory, GiB": lambda r, _: _shown(r["peak_memory_bytes"], "{:.2f}", 1 / GIB),
+    "trained": lambda r, _, __: shown(r["trainable"], "{:,}"),
+    "validation": lambda r, _, __: percent(r["validation_accuracy_mean"]),
+    "test accuracy, %": lambda r, _, __: accuracy_cell(r),
+    "seeds": lambda r, _, __: shown(r["seeds"] or None, "{}"),
+    "training, s": lambda r, _, __: shown(r["train_seconds"], "{:,.0f}"),
+    "peak memory, GiB": lambda r, _, __: memory_cell(r),
 }
 TITLES = {
     "GiB": "difference, GiB", "macro F1": "macro F1, %", "points": "difference, points", "saved": "saved, MB",

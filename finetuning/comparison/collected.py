@@ -1,13 +1,13 @@
-"""Collected runs: ``results/STUDY/RUN/result.json``, with ``predictions.parquet`` and ``metrics.csv`` next to it.
+"""Collected runs as a study's report sees them: runs, rows, the study.
 
 Under ``study``, a result says to which row of the table the run belongs, its seed, its values on the study's axes, and
-whether it tuned (``tune``) or counts (``final``). A run without this key is a row of its own, named after its folder.
+whether it tuned (``tune``) or counts (``final``).
 """
 
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from finetuning.comparison.packed import RUNS, Record, read_records
 from finetuning.comparison.statistics import SCORES, mean_and_deviation
 from finetuning.config import NOT_PART_OF_THE_RUN
 from finetuning.errors import UserError
-from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, RESULT, SUMS, check_unchanged, read_result
 from finetuning.runs.records import NOT_ASKED_FOR, accuracy_interval
-from finetuning.storage import read_json
 
-MISSING = "missing"  # the status of a folder without a result
 OTHER_CONDITIONS = "another commit, processor, number of threads or torch version"
 
 
@@ -74,27 +72,26 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder and what its ``result.json`` holds."""
+    """A collected run, as the report reads it."""
 
-    folder: Path
-    result: dict[str, Any]
+    record: Record
 
     def get(self, *keys: str) -> Any:
         """A value of the result; ``None`` if it, or a key above it, is missing."""
-        value: Any = self.result
+        value: Any = self.record.result
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
-        return self.folder.name
+        """Its name, unique in the study."""
+        return self.record.name
 
     @property
     def row(self) -> str:
         """The row of the table that it belongs to."""
-        return str(self.get("study", "row") or self.name)
+        return str(self.get("study", "row"))
 
     @property
     def tunes(self) -> bool:
@@ -104,8 +101,7 @@ class Run:
     @property
     def seed(self) -> int:
         """Its seed."""
-        seed = self.get("study", "seed")
-        return int((self.get("config", "seed") or 0) if seed is None else seed)
+        return int(self.get("study", "seed"))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -116,12 +112,13 @@ class Run:
     @property
     def axes(self) -> dict[str, Any]:
         """Its values on the axes of the study."""
-        return self.get("study", "axes") or {}
+        axes: dict[str, Any] = self.get("study", "axes")
+        return axes
 
     @property
     def status(self) -> str:
-        """``finished``, ``failed``, ``interrupted`` or ``missing``."""
-        return str(self.get("status") or MISSING)
+        """``finished`` or ``failed``."""
+        return str(self.get("status"))
 
     @property
     def finished(self) -> bool:
@@ -147,6 +144,11 @@ class Run:
         missing = "" if kernels.startswith(("compiled", NOT_ASKED_FOR)) else kernels  # that is a setting
         return json.dumps([missing, *(self.get("environment", *key) for key in keys)])
 
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What ``measured_line`` needs; empty if the run failed before it was recorded."""
+        return self.get("environment") or {}
+
     def accuracy(self, split: str) -> float | None:
         """The share of ``split`` that a finished run got right, as a ratio of whole texts (no float32 rounding)."""
         accuracy, examples = self.get(split, "accuracy"), self.get(split, "examples")
@@ -171,41 +173,29 @@ class Run:
         """The test predictions; ``None`` if they were not kept.
 
         Raises:
-            UserError: the file has other content, or belongs to another run.
+            UserError: they are missing or damaged, or belong to another run.
         """
-        import pandas as pd
-
-        path = self.folder / PREDICTIONS
-        if not path.is_file():
-            if self.get(SUMS, PREDICTIONS):
-                raise UserError(f"{path} is missing, but {RESULT} next to it has its checksum: restore the file")
+        table = self.record.predictions()
+        if table is None:
             return None
-        check_unchanged(path)
-        try:
-            frame = pd.read_parquet(path, columns=["row", "label", "predicted"])
-        except (OSError, ValueError) as error:  # includes pyarrow's errors
-            raise UserError(f"{path} cannot be read (columns row, label, predicted): {error}") from None
-        found = Predictions.from_frame(str(self.get("data", "source")), frame)
+        found = Predictions.from_frame(str(self.get("data", "source")), table.to_pandas())
         accuracy = self.accuracy("test")
         if len(np.unique(found.rows)) != len(found.rows) or not len(found.rows):
-            raise UserError(f"{path}: column row must name every test text once")
+            raise UserError(f"{self.record.path}: column row of its predictions must name every test text once")
         if accuracy is not None and abs(found.correct.mean() - accuracy) > 0.5 / len(found.rows):
             raise UserError(
-                f"{path} has an accuracy of {found.correct.mean():.4%}, but {RESULT} next to it says {accuracy:.4%}"
+                f"{self.record.path}: its predictions have an accuracy of {found.correct.mean():.4%}, but its result"
+                f" says {accuracy:.4%}"
             )
         return found
 
     def history(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv`` without their empty cells; no rows if there is no such file."""
-        path = self.folder / METRICS
-        if not path.is_file():
-            return []
-        check_unchanged(path)
-        with path.open(newline="", encoding="utf8") as file:
-            try:
-                return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path} must hold only numbers: {error}") from None
+        """The rows of ``metrics.csv`` without their empty cells; no rows if there was no such file."""
+        rows = csv.DictReader((self.record.metrics or "").splitlines())
+        try:
+            return [{key: float(value) for key, value in row.items() if value} for row in rows]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.record.path}: its metrics must be numbers: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -262,7 +252,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of ``results/STUDY``."""
+    """All collected runs of a study."""
 
     name: str
     question: str
@@ -320,41 +310,20 @@ class Study:
 
 def study_names(results: Path) -> list[str]:
     """The names of all studies that have a run."""
-    if not results.is_dir():
-        return []
-    return sorted(path.name for path in results.iterdir() if path.is_dir() and _run_folders(path))
-
-
-def _run_folders(study: Path) -> list[Path]:
-    return sorted(path for path in study.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.parent.name for path in results.glob(f"*/{RUNS}"))
 
 
 def read_study(study: str, results: Path) -> Study:
     """All runs of a study.
 
     Raises:
-        UserError: a result cannot be read, or finished runs of one row differ in more than their seed.
+        UserError: the file of its runs cannot be read, or finished runs of one row differ in more than their seed.
     """
-    runs = tuple(
-        Run(folder, _read_object(folder / RESULT, lambda path: read_result(path.parent)))
-        for folder in _run_folders(results / study)
-    )
+    records, planned = read_records(results / study)
+    runs = tuple(map(Run, records.values()))
     _check_rows(runs)
     question = next((str(run.get("study", "question")) for run in runs if run.get("study", "question")), "")
-    planned = _read_object(results / study / PLANNED).get("final", [])
     return Study(study, " ".join(question.split()), runs, tuple(planned))
-
-
-def _read_object(path: Path, read: Callable[[Path], Any] = read_json) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        result = read(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(result, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(result).__name__}")
-    return result
 
 
 def _check_rows(runs: Iterable[Run]) -> None:
@@ -365,10 +334,10 @@ def _check_rows(runs: Iterable[Run]) -> None:
             continue
         seeds = seen.setdefault(run.row, {})
         for seed, earlier in seeds.items():
-            both = f"{earlier.folder} and {run.folder}"
+            both = f"{run.record.folder / RUNS}: {earlier.name} and {run.name}"
             if seed == run.seed:
-                raise UserError(f"{both} are both seed {run.seed} of row {run.row}: remove one")
+                raise UserError(f"{both} are both seed {run.seed} of row {run.row}: delete the line of one")
             for key, value in run.settings.items():
-                if value != earlier.settings.get(key, value):  # an older version may lack it
-                    raise UserError(f"{both} are both row {run.row} but differ in --{key}: remove the outdated one")
+                if value != earlier.settings.get(key, value):  # a flag may be newer than one of the two
+                    raise UserError(f"{both} are both row {run.row} but differ in --{key}: delete the outdated line")
         seeds[run.seed] = run

@@ -1,36 +1,40 @@
-"""Copies a compact record of every run that has ended, from ``runs/STUDY/RUN`` to ``results/STUDY/RUN``."""
+"""Keeps what the report needs of every run that has ended: ``runs/STUDY/RUN`` -> ``results/STUDY``, see ``packed``."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
+from finetuning.comparison.packed import Record, change_records
 from finetuning.comparison.plan import PlannedRun, shown_command
-from finetuning.comparison.study_runs import StudyRuns, forget_test
+from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, first_line
-from finetuning.runs.files import METRICS, PLANNED, PREDICTIONS, check_unchanged, write_result
-from finetuning.storage import write_atomically, write_bytes, write_json
+from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged
 
 
 def collect(runs: StudyRuns, stage: str, results: Path) -> None:
-    """Copies every finished or failed run of a stage to ``results/STUDY/RUN``, and prints which runs it left out."""
+    """Collects every finished or failed run of a stage in ``results/STUDY``, and prints which runs it left out.
+
+    Runs of the study that were collected before, for example on another machine, stay there.
+    """
     kept = {"finished": 0, "failed": 0}
     target = results / runs.study.name
     chosen = runs.study.stage(stage)
+    found = []
     for run in map(runs.tuned_if_possible, chosen):
         state = runs.state(run)
         if state in kept:
             if runs.holds(run):  # else it was collected on another machine
-                copy_record(runs, run, target / run.name)
+                found.append(make_record(runs, run, target))
             kept[state] += 1
         else:
             print(f"not collected: {run.name} is {state}", file=sys.stderr)
     if any(kept.values()):
-        write_json(target / PLANNED, {"final": [run.name for run in runs.study.stage("final")]})
+        change_records(target, found, [run.name for run in runs.study.stage("final")])
     print(f"{target}: {kept['finished']} finished and {kept['failed']} failed of {len(chosen)} runs")
 
 
-def copy_record(runs: StudyRuns, run: PlannedRun, target: Path) -> None:
-    """Writes ``result.json`` with the run's place in the study, ``metrics.csv``, and the predictions of the test."""
+def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
+    """What is kept of a run: its result with its place in the study, its metrics, and the predictions of the test."""
     source, result = runs.directory(run), runs.result(run)
     result["study"] = runs.place_in_study(run)
     # paths of this machine mean nothing on another one
@@ -38,23 +42,19 @@ def copy_record(runs: StudyRuns, run: PlannedRun, target: Path) -> None:
     result["config"] |= {"data_dir": run.settings.get("data_dir"), "output_dir": None}
     result.pop("traceback", None)
     if run.stage == "tune":
-        forget_test(result, target)
-    target.mkdir(parents=True, exist_ok=True)
+        result.pop("test", None)  # another study tested it, but a test must choose nothing
+    metrics = predictions = None
     if (source / METRICS).exists():
         check_unchanged(source / METRICS)
-        write_bytes(target / METRICS, (source / METRICS).read_bytes())
+        metrics = (source / METRICS).read_bytes().decode()
     if result["status"] == "finished" and "test" in result:
         check_unchanged(source / PREDICTIONS)
-        threshold = result.get("task", {}).get("threshold")  # older runs have no task
         try:
-            predictions = read_test_predictions(source / PREDICTIONS, threshold)
-        except (OSError, ValueError) as error:  # includes pyarrow's errors
+            predictions = read_test_predictions(source / PREDICTIONS, result["task"].get("threshold"))
+        except (OSError, ValueError, LookupError) as error:  # includes pyarrow's errors
             path = source / PREDICTIONS
             raise UserError(f"{path} cannot be read ({first_line(error)}): restore it, or train again") from None
-        write_atomically(target / PREDICTIONS, lambda temporary: write_small_parquet(predictions, temporary))
-    else:
-        (target / PREDICTIONS).unlink(missing_ok=True)
-    write_result(target, result)  # last: if it is there, the rest is there
+    return Record.made(target, result, metrics, predictions)
 
 
 def read_test_predictions(path: Path, threshold: float | None = None) -> Any:
@@ -87,18 +87,4 @@ def read_test_predictions(path: Path, threshold: float | None = None) -> Any:
             "label": table["label"].to_numpy().astype(small),
             "predicted": logits.argmax(axis=1).astype(small),
         }
-    )
-
-
-def write_small_parquet(table: Any, path: Path) -> None:
-    """Writes the smallest Parquet file: row numbers as differences, classes as they are, all compressed by zstd."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    lists = pa.types.is_list(table["label"].type)
-    encodings = {"row": "DELTA_BINARY_PACKED"} | {
-        f"{name}.list.element" if lists else name: "PLAIN" for name in ("label", "predicted")
-    }
-    pq.write_table(
-        table, path, compression="zstd", compression_level=19, use_dictionary=False, column_encoding=encodings
     )

@@ -85,7 +85,7 @@ def make_parser(results: Path = RESULTS, pages: Sequence[Path] = ()) -> argparse
     report = command("report", report_command, "Make tables, plots and one HTML page from collected runs.")
     report.add_argument(
         "--results", type=Path, default=results, metavar="PATH",
-        help="folder with STUDY/RUN/result.json; tables and plots are written there (default: results/)",
+        help="folder with STUDY/runs.json; tables and plots are written there (default: results/)",
     )  # fmt: skip
     report.add_argument(
         "--pages", type=Path, nargs="*", metavar="FILE",

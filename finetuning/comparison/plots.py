@@ -1,7 +1,7 @@
 """A study's numbers -> plots: accuracy against each cost, learning rates, learning curves, rank by alpha.
 
 The same runs give the same bytes. The colours are from Okabe and Ito (2008): colour-blind people can tell them apart.
-Each curve also has its own marker.
+Each row also has its own marker, and a name in the legend.
 """
 
 import io
@@ -16,22 +16,19 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from finetuning.comparison.collected import Run, Study
-from finetuning.comparison.labels import Label, label_ends, place_labels
 from finetuning.comparison.page import Plot
 from finetuning.comparison.statistics import mean_and_deviation, pareto_front
 from finetuning.comparison.tables import GIB, record, scores_by_rate
 from finetuning.runs.records import SCORES
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-FRONT, BEATEN = "#0072B2", "#767676"
+MARKERS = "osD^<PX"
+FRONT = "#767676"
 CURVES = 12  # more curves cannot be told apart, so only the best ones are drawn
-DIRECT = 5  # up to this many names have space next to their curves
 PALETTE = 128  # colours of a file: there are few hues, and their blends with white
 DEPTH = 10.0  # percentage points below the best; lower points would flatten all others, so they are drawn at the foot
 TRIANGLES = f" Triangles: more than {DEPTH:g} points below the best."
@@ -74,7 +71,7 @@ def draw_readme_plot(study: Study, rows: Sequence[str], file: str) -> Plot | Non
 
 
 @contextmanager
-def _figure(title: str, width: float = 6, height: float = 4.5, rows: int = 1) -> Iterator[tuple[Figure, Any]]:
+def _figure(title: str, width: float = 7, height: float = 4.5, rows: int = 1) -> Iterator[tuple[Figure, Any]]:
     """A figure without pyplot's global state, and its axes."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -111,11 +108,11 @@ def _short(value: float) -> str:
 
 
 def _log_scale(axis: Any, values: Sequence[float], form: Callable[[float], str] = _short) -> None:
-    """A logarithmic x axis with round ticks, and space for labels at both ends."""
+    """A logarithmic x axis with round ticks, and space at both ends."""
     low, high = min(values), max(values)
-    room = max((high / low) ** 0.12, 1.5)
+    margin = max((high / low) ** 0.12, 1.5)
     axis.set_xscale("log")
-    axis.set_xlim(low / room, high * room)
+    axis.set_xlim(low / margin, high * margin)
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_minor_formatter(NullFormatter())
@@ -126,22 +123,32 @@ def _percent_scale(axis: Any, values: Sequence[float], deviations: Sequence[floa
     """Sets limits for accuracies in percent. Returns the foot, where points far below the best are drawn."""
     high = max(values)
     low = min(value for value in values if value >= high - DEPTH)
-    room = max(0.15 * (high - low), *deviations, 0.1) * 1.3
-    foot = low if min(values) == low else low - room
-    axis.set_ylim(foot - room, high + room)
+    margin = max(0.15 * (high - low), *deviations, 0.1) * 1.3
+    foot = low if min(values) == low else low - margin
+    axis.set_ylim(foot - margin, high + margin)
     axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     return foot
 
 
-def _curve(axis: Any, x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, foot: float, k: int) -> Any:
+def _style(k: int) -> dict[str, str]:
+    """Colour and marker of the k-th row: 49 different pairs."""
+    return {"color": COLORS[k % len(COLORS)], "marker": MARKERS[(k + k // len(COLORS)) % len(MARKERS)]}
+
+
+def _curve(axis: Any, x: np.ndarray, y: np.ndarray, foot: float, k: int, name: str) -> dict[str, str]:
     """Draws the k-th curve. Points below the foot become open triangles at the foot. Returns the line's style."""
-    color, low = COLORS[k % len(COLORS)], np.asarray(y) < foot
-    line = {"color": color, "linestyle": "-" if k < len(COLORS) else "--"}
-    heights = np.maximum(y, foot)
-    marks = np.flatnonzero(~low).tolist()
-    axis.plot(x, heights, marker=MARKERS[k % len(MARKERS)], markersize=5, markevery=marks, linewidth=1.6, **line)
-    axis.plot(np.asarray(x)[low], heights[low], "v", color=color, markersize=8, markerfacecolor="white", zorder=3)
+    style, low = _style(k), np.asarray(y) < foot
+    line = {"color": style["color"], "linestyle": "-" if k < len(COLORS) else "--"}
+    heights, marks = np.maximum(y, foot), np.flatnonzero(~low).tolist()
+    axis.plot(x, heights, marker=style["marker"], markersize=5, markevery=marks, linewidth=1.6, label=name, **line)
+    axis.plot(x[low], heights[low], "v", color=style["color"], markersize=8, markerfacecolor="white", zorder=3)
     return line
+
+
+def _legend(axis: Any) -> None:
+    """Names next to the plot, in the order of drawing; small if they are many."""
+    size = 9 if len(axis.get_legend_handles_labels()[1]) <= CURVES else 6.5
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,37 +177,30 @@ def cost_plot(
     scores = [100 * r["accuracy_mean"] for r in records]
     deviations = [100 * (r["accuracy_std"] or 0) for r in records]
     front = _fronts(sources, costs, scores)
-    with _figure(title or f"{study.name}: test accuracy against {name}") as (figure, (axis,)):
+    height = max(4.5, 0.18 * len(records))  # for the legend
+    with _figure(title or f"{study.name}: test accuracy against {name}", height=height) as (figure, (axis,)):
         foot = _percent_scale(axis, scores, deviations)
         heights = [max(score, foot) for score in scores]
         _cost_scale(axis, costs, log=key == "trainable" or max(costs) > 8 * min(costs))
         axis.set(xlabel=", ".join(filter(None, (name, unit[0]))), ylabel="test accuracy, %")
-        axis.set_title(axis.get_title(loc="left"), pad=18)
-        legend = {"transform": axis.transAxes, "ha": "right", "color": FRONT, "fontsize": 9}
-        axis.text(1, 1.015, "\N{BLACK CIRCLE} Pareto front", **legend)
-        points = list(zip(sources, costs, heights, front, strict=True))
-        stairs = [
-            _staircase(sorted((x, y) for s, x, y, on in points if on and s == own)) for own in dict.fromkeys(sources)
-        ]
-        for steps in stairs:
+        for own in dict.fromkeys(sources):
+            points = zip(sources, costs, heights, front, strict=True)
+            steps = _staircase(sorted((x, y) for source, x, y, on in points if on and source == own))
             axis.plot(*zip(*steps, strict=True), color=FRONT, alpha=0.35, linewidth=2)
-        labels = []
-        for r, x, y, score, deviation, on in zip(records, costs, heights, scores, deviations, front, strict=True):
-            color = FRONT if on else BEATEN
+        for k, r in enumerate(records):
+            style, low = _style(k), scores[k] < foot
             axis.errorbar(
-                x, y, deviation or None, marker="o" if score >= foot else "v", markersize=7, color=color, capsize=3,
-                markerfacecolor=color if on else "white", markeredgewidth=1.5, elinewidth=1.2, zorder=4 if on else 3,
+                costs[k], heights[k], deviations[k] or None, markersize=7, capsize=3, markeredgewidth=1.5,
+                elinewidth=1.2, linestyle="none", zorder=4 if front[k] else 3,
+                **style | {"marker": "v"} if low else style,
+                markerfacecolor=style["color"] if front[k] else "white",
+                label=f"{r['row']}, {scores[k]:.1f} %" if low else r["row"],
             )  # fmt: skip
-            said = r["row"] if score >= foot else f"{r['row']}, {score:.1f} %"
-            labels.append(Label(x, y, said, color if on else "#444444", needed=on))
-        bars = [[(x, y - d), (x, y + d)] for x, y, d in zip(costs, heights, deviations, strict=True)]
-        labels.sort(key=lambda label: not label.needed)
-        place_labels(axis, labels, [*stairs, *bars], list(zip(costs, heights, strict=True)))
+        _legend(axis)
         caption = f"Test accuracy against {name}. Filled: no other row is at least as good in both and better in one"
-        caption += " (the Pareto front)." + (" Each test split has its own front." if len(stairs) > 1 else "")
+        caption += " (the Pareto front)." + (" Each test split has its own front." if len(set(sources)) > 1 else "")
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
         caption += TRIANGLES if min(scores) < foot else ""
-        caption += " Names without space are left out." if len(labels) > DIRECT else ""
         return Plot(file, caption, _png(figure))
 
 
@@ -218,8 +218,8 @@ def _cost_scale(axis: Any, costs: Sequence[float], log: bool) -> None:
     if log:
         _log_scale(axis, costs)
         return
-    room = max(0.15 * (max(costs) - min(costs)), 0.05 * max(costs))
-    axis.set_xlim(min(costs) - room, max(costs) + room)
+    margin = max(0.15 * (max(costs) - min(costs)), 0.05 * max(costs))
+    axis.set_xlim(min(costs) - margin, max(costs) + margin)
 
 
 def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -263,37 +263,19 @@ def rate_plot(study: Study) -> Plot | None:
     if not ranked:
         return None
     every = [value for name in ranked for value in means[name].values()]
-    with _figure(f"{study.name}: validation {metric} by learning rate", width=7) as (figure, (axis,)):
+    with _figure(f"{study.name}: validation {metric} by learning rate") as (figure, (axis,)):
         foot = _percent_scale(axis, every)
         _log_scale(axis, [rate for name in ranked for rate in means[name]], lambda rate: f"{rate:g}")
         axis.set(xlabel="peak learning rate", ylabel=f"validation {metric}, %")
-        labels, lines = [], []
         for k, name in enumerate(ranked):
             rates, values = (np.array(column) for column in zip(*means[name].items(), strict=True))
             spreads = np.array([mean_and_deviation(scores[name][rate])[1] or 0 for rate in rates])
-            style = _curve(axis, rates, values, foot, k)
-            axis.errorbar(rates, np.maximum(values, foot), spreads, fmt="none", color=style["color"], capsize=3)
-            best = int(np.argmax(values))
-            said = f"{name}, {rates[best]:g}"
-            labels.append(Label(rates[best], max(values[best], foot), said, style["color"], needed=True))
-            lines.append(list(zip(rates, np.maximum(values, foot), strict=True)))
-        if len(ranked) <= DIRECT:
-            place_labels(axis, labels, lines)
-        else:
-            _legend(axis, [label.text for label in labels])
+            line = _curve(axis, rates, values, foot, k, f"{name}, {rates[np.argmax(values)]:g}")
+            axis.errorbar(rates, np.maximum(values, foot), spreads, fmt="none", color=line["color"], capsize=3)
+        _legend(axis)
         caption = f"Validation {metric} by peak learning rate. Each name shows the rate at which it is best."
         caption += TRIANGLES if min(every) < foot else ""
         return Plot("learning_rates.png", caption, _png(figure))
-
-
-def _legend(axis: Any, names: Sequence[str]) -> None:
-    """Names next to the plot, the best curve first, for more curves than names fit into it."""
-    handles = [
-        Line2D([], [], color=COLORS[k % len(COLORS)], marker=MARKERS[k % len(MARKERS)], markersize=5,
-               linestyle="-" if k < len(COLORS) else "--")
-        for k in range(len(names))
-    ]  # fmt: skip
-    axis.legend(handles, names, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
 
 
 def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
@@ -309,21 +291,18 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
     found, curves = len(curves), curves[:CURVES]
     if len(curves) < (2 if key == "train_seconds" else 1):  # the times of one row have nothing to compare with
         return None
-    with _figure(f"{study.name}: learning curves", width=7, height=6, rows=2) as (figure, (above, below)):
+    with _figure(f"{study.name}: learning curves", height=6, rows=2) as (figure, (above, below)):
         accuracies = [_column(history, key, "validation_accuracy", 100) for *_, history in curves]
         foot = _percent_scale(above, [value for _, values in accuracies for value in values])
-        labels = []
         for (place, row_name, history), (at, values) in zip(curves, accuracies, strict=True):
-            style = _curve(above, at, values, foot, place)
-            said = f"{row_name} {values[-1]:.1f}"
-            labels.append(Label(at[-1], max(values[-1], foot), said, style["color"]))
+            line = _curve(above, at, values, foot, place, f"{row_name} {values[-1]:.1f}")
             at, losses = _column(history, key, "train_loss")
             width = max(1, len(losses) // 20)
             smooth = np.convolve(losses, np.ones(width) / width, mode="valid") if len(losses) else losses
-            below.plot(at[width - 1 :], smooth, linewidth=1.2, **style)
+            below.plot(at[width - 1 :], smooth, linewidth=1.2, **line)
         above.set(ylabel="validation accuracy, %")
         below.set(xlabel=name, ylabel="training loss, nats", xlim=(0, None), ylim=(0, None))
-        label_ends(above, labels)
+        _legend(above)
         whose = f"the {CURVES} rows (of {found}) that are best on the test" if found > CURVES else "each row"
         caption = f"Learning curves over {name}, for the first seed of {whose}. The training loss is smoothed."
         caption += TRIANGLES if min(min(values) for _, values in accuracies) < foot else ""

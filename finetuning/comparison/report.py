@@ -2,7 +2,7 @@
 
 The report is made only from the run files in ``results/``, and the same files give the same bytes. Each study gets
 ``table.md``, ``table.csv`` and plots. All studies together get ``summary.json``, ``report.html`` and the picture of
-README, and the tables between markers in README and ``docs/``.
+README, and the tables between markers in README and ``docs/``. Plots of studies and ``report.html`` are not committed.
 """
 
 import json
@@ -10,10 +10,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.comparison.advice import with_rows
+from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.page import Section, render_page
-from finetuning.comparison.pairs import READING, answers, compare_rows, pooled_sentences, worth_showing
+from finetuning.comparison.pairs import READING, Comparison, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
 from finetuning.comparison.tables import (
     answer_table,
@@ -27,7 +27,7 @@ from finetuning.comparison.tables import (
 )
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.pages import page_with_tables
+from finetuning.pages import measured_line, page_with_tables
 from finetuning.settings import DEFAULT_LEARNING_RATES
 from finetuning.storage import write_bytes
 
@@ -52,7 +52,7 @@ def write_report(results: Path, pages: Sequence[Path]) -> Path:
     """Makes the report and writes it; a refused input leaves every file as it was.
 
     Args:
-        results: the folder with STUDY/RUN/result.json, in which tables and plots are written as well.
+        results: the folder with STUDY/runs.json, in which tables and plots are written as well.
         pages: Markdown files with markers; the tables between the markers are renewed.
 
     Returns:
@@ -62,7 +62,7 @@ def write_report(results: Path, pages: Sequence[Path]) -> Path:
         UserError: a folder or file is missing or cannot be read.
     """
     if not results.is_dir():
-        raise UserError(f"--results {results}: must be a folder with STUDY/RUN/result.json")
+        raise UserError(f"--results {results}: must be a folder with STUDY/runs.json")
     for page in pages:
         if not page.is_file():
             raise UserError(f"--pages {page}: must be a Markdown file")
@@ -85,7 +85,8 @@ def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | Non
         The content by path; ``None`` for a plot that has no data any more and must be deleted.
     """
     studies = [read_study(name, results) for name in study_names(results)]
-    sections = [make_section(study) for study in studies]
+    compared = {study.name: compare_rows(study) for study in studies}
+    sections = [make_section(study, *compared[study.name]) for study in studies]
     files: dict[Path, bytes | None] = {results / README_PLOT: None}
     tables = {DEFAULT_RATES: default_rates_table(), DEFAULTS: defaults_table()}
     for study, section in zip(studies, sections, strict=True):
@@ -94,22 +95,23 @@ def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | Non
         files |= {folder / plot.file: plot.png for plot in section.plots}
         files[folder / "table.md"] = study_text(section).encode()
         files[folder / "table.csv"] = csv_text(study).encode()
-        tables[study.name] = study_summary(section)
-        tables[study.name + SHORT] = short_table(study).without_empty_columns().markdown()
+        measured = measured_line(run.environment for run in study.final if run.finished)
+        tables[study.name] = f"{study_summary(section)}\n\n{measured}"
+        tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{measured}"
         if study.name == README_STUDY and (plot := draw_readme_plot(study, README_ROWS, README_PLOT)):
             files[results / README_PLOT] = plot.png
     rows = [row for study in studies for row in summary(study)]
     files[results / "summary.json"] = (json.dumps(rows, indent=2, allow_nan=False) + "\n").encode()
     files[results / "report.html"] = render_page(sections).encode()
+    pairs = {name: comparisons for name, (comparisons, _) in compared.items()}
     for page in pages:
-        text = with_rows(page_with_tables(page, tables), studies, os.path.relpath(results, page.parent))
-        files[page] = text.encode()
+        advice = advice_tables(studies, pairs, os.path.relpath(results, page.parent))
+        files[page] = page_with_tables(page, advice | tables).encode()
     return files
 
 
-def make_section(study: Study) -> Section:
-    """What the report says about a study."""
-    comparisons, not_compared = compare_rows(study)
+def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: Sequence[str]) -> Section:
+    """What the report says about a study. The last two arguments are what ``compare_rows`` gives."""
     best = answers(study, comparisons)
     return Section(
         study=study.name,
@@ -141,7 +143,9 @@ def study_text(section: Section) -> str:
         parts += ["## Micro F1 of multi-label data", section.f1_comparisons.markdown()]
     if section.tuning.rows:
         parts += ["## Learning rates tried on validation", section.tuning.markdown()]
-    parts += [f"![{plot.caption}]({plot.file})" for plot in section.plots]
+    if section.plots:  # they are not committed
+        parts.append("## Plots that `python compare_methods.py report` draws next to this file")
+        parts.append("\n".join(f"- `{plot.file}`: {plot.caption}" for plot in section.plots))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

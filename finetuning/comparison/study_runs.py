@@ -10,11 +10,12 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetuning.comparison.packed import RUNS, Record, change_records, read_records
 from finetuning.comparison.plan import RATE, PlannedRun, StudyPlan
 from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
 from finetuning.errors import UserError, first_line
@@ -23,15 +24,13 @@ from finetuning.runs.files import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
     NOT_FINITE,
-    PREDICTIONS,
     PREVIOUS_CHECKPOINT,
     RESULT,
+    SETTINGS,
     read_result,
     read_settings,
     read_status,
     record_is_unchanged,
-    settings_file,
-    write_result,
 )
 from finetuning.runs.lock import LOCK
 from finetuning.storage import TEMPORARY
@@ -66,7 +65,7 @@ class StudyRuns:
 
     def holds(self, run: PlannedRun) -> bool:
         """Whether the run has begun in its directory, so it is not only collected."""
-        return settings_file(self.directory(run)) is not None
+        return (self.directory(run) / SETTINGS).exists()
 
     def log(self, run: PlannedRun) -> Path:
         """The file with what the run printed."""
@@ -133,12 +132,9 @@ class StudyRuns:
         return read_result(self.directory(run))
 
     def _record(self, run: PlannedRun) -> dict[str, Any]:
-        """The collected ``result.json`` of the run; empty if there is none with the same settings and data."""
-        record = self.collected / run.name if self.collected else None
-        if record is None or read_status(record) is None or _differences(run, record):
-            return {}
-        result = read_result(record)
-        return result if result["config"]["data_dir"] == run.settings.get("data_dir") else {}
+        """The collected result of the run; empty if there is none with the same settings and data."""
+        record = read_records(self.collected)[0].get(run.name) if self.collected else None
+        return record.result if record and _stands_for(run, record.result) else {}
 
     def differences(self, run: PlannedRun) -> list[str]:
         """Settings in which the run on disk differs from the plan, except paths and a rate left to tuning.
@@ -151,7 +147,7 @@ class StudyRuns:
             pass
         except (OSError, ValueError) as error:
             return [f"{RESULT} cannot be read: {first_line(error)}"]
-        return _differences(run, self.directory(run))
+        return _stored_differences(run, self.directory(run))
 
     def place_in_study(self, run: PlannedRun) -> dict[str, Any]:
         """What a collected ``result.json`` says of the run under ``study``: its row, seed, stage and axes."""
@@ -170,7 +166,7 @@ class StudyRuns:
             Where the run was found; ``None`` if no other study has it.
         """
         planned = from_flags(run.flags(self.data_dir)).data.data_dir
-        for source in self._same_runs(run, self.folder.parent):
+        for source in self._same_runs(run):
             data = read_settings(source)["data_dir"]
             if (planned and planned.resolve()) != (data and Path(data).resolve()) or _newer(planned, source):
                 continue
@@ -192,30 +188,36 @@ class StudyRuns:
         return self._take_over_record(run)
 
     def _take_over_record(self, run: PlannedRun) -> Path | None:
-        """Copies such a run from what was collected of another study."""
-        if self.collected is None:
-            return None
-        for source in self._same_runs(run, self.collected.parent):
-            result = read_result(source) | {"study": self.place_in_study(run)}
-            if result["config"]["data_dir"] != run.settings.get("data_dir"):
+        """Collects such a run of another study for this one as well."""
+        for source in self._records_of_all_studies():
+            if source.result["status"] != "finished" or not _stands_for(run, source.result):
                 continue
-            if run.stage == "final" and result["config"]["test"] and "test" not in result:  # see forget_test
+            tested = "test" in source.result and run.stage == "final"
+            if run.stage == "final" and source.result["config"]["test"] and not tested:  # it tuned there
                 continue
-            half, record = self.collected / f".{run.name}.half", self.collected / run.name
-            shutil.rmtree(half, ignore_errors=True)
-            shutil.copytree(source, half)
-            if run.stage == "tune":
-                forget_test(result, half)
-            write_result(half, result)
-            shutil.rmtree(record, ignore_errors=True)  # it had other settings
-            half.replace(record)
-            return source
+            result = source.result | {"study": self.place_in_study(run)}
+            if not tested:  # a test must choose nothing
+                result.pop("test", None)
+            try:
+                predictions = source.predictions() if tested else None
+            except UserError:  # damaged
+                continue
+            own = source.folder.parent / self.study.name
+            change_records(own, [Record.made(own, result, source.metrics, predictions)])
+            return source.path
         return None
 
-    def _same_runs(self, run: PlannedRun, folder: Path) -> Iterator[Path]:
-        """Finished and undamaged runs with the same settings, in all studies of a folder."""
-        for source in sorted(path.parent for path in folder.glob(f"*/[!.]*/{RESULT}")):
-            if read_status(source) == "finished" and not _differences(run, source) and record_is_unchanged(source):
+    def _records_of_all_studies(self) -> Iterator[Record]:
+        """What was collected of all studies, without damaged files."""
+        for path in sorted(self.collected.parent.glob(f"*/{RUNS}")) if self.collected else ():
+            with suppress(UserError):
+                yield from read_records(path.parent)[0].values()
+
+    def _same_runs(self, run: PlannedRun) -> Iterator[Path]:
+        """Finished and undamaged runs with the same settings, in the folders of all studies."""
+        for source in sorted(path.parent for path in self.folder.parent.glob(f"*/[!.]*/{RESULT}")):
+            same = read_status(source) == "finished" and not _stored_differences(run, source)
+            if same and record_is_unchanged(source):
                 yield source
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -254,29 +256,37 @@ class StudyRuns:
 
 def _newer(data: Path | None, run: Path) -> bool:
     """Whether a file of the data, a file or folder, was changed after the run had begun."""
-    began = (settings_file(run) or run / RESULT).stat().st_mtime
+    began = (run / SETTINGS).stat().st_mtime
     paths = [] if data is None else [data, *data.rglob("*")]
     return any(path.stat().st_mtime > began for path in paths if path.is_file())
 
 
-def forget_test(result: dict[str, Any], record: Path) -> None:
-    """Removes the test from the record of a run that tunes: another study tested it, but a test must choose nothing."""
-    result.pop("test", None)
-    (record / PREDICTIONS).unlink(missing_ok=True)
+def _stands_for(run: PlannedRun, result: dict[str, Any]) -> bool:
+    """Whether a collected result is one with the run's settings and data."""
+    same_data = result["config"]["data_dir"] == run.settings.get("data_dir")
+    return same_data and not _differences(run, result["config"])
 
 
-def _differences(run: PlannedRun, directory: Path) -> list[str]:
-    """Settings in which a run, on disk or collected, differs from the plan.
+def _stored_differences(run: PlannedRun, directory: Path) -> list[str]:
+    """Like ``_differences``, for the settings in a run's directory."""
+    try:
+        return _differences(run, read_settings(directory))
+    except (OSError, ValueError) as error:
+        return [f"its settings cannot be used: {first_line(error)}"]
+
+
+def _differences(run: PlannedRun, settings: dict[str, Any]) -> list[str]:
+    """Settings of a run that differ from the plan.
 
     The path of its data does not count. A learning rate does not count if the plan leaves it to tuning.
     """
     planned = from_flags(run.flags(Path()))
     try:
-        stored = {key: value for key, value in read_settings(directory).items() if key not in NOT_PART_OF_THE_RUN}
+        stored = {key: value for key, value in settings.items() if key not in NOT_PART_OF_THE_RUN}
         made = RunConfig.from_dict(stored | {"data_dir": planned.data.data_dir})
         made = made.changed(test=made.run.test and planned.run.test)  # a test changes nothing in the training
         if RATE not in run.settings:
             made = made.changed(learning_rate=planned.training.learning_rate)
-    except (OSError, ValueError, TypeError, KeyError, UserError) as error:
+    except (ValueError, TypeError, KeyError, UserError) as error:
         return [f"its settings cannot be used: {first_line(error)}"]
     return planned.differences(made)

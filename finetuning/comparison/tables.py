@@ -111,15 +111,15 @@ def main_table(study: Study) -> Table:
         [
             (
                 r["row"],
-                _shown(r["reported_percent"], "{:.2f}"),
-                _accuracy_cell(r),
-                _percent(r["macro_f1_mean"]) if f1_counts else "",
+                shown(r["reported_percent"], "{:.2f}"),
+                accuracy_cell(r),
+                percent(r["macro_f1_mean"]) if f1_counts else "",
                 _seeds_cell(r),
-                _shown(r["test_examples"], "{:,}"),
-                _percent(r["validation_accuracy_mean"]),
-                _shown(r["trainable"], "{:,}"),
-                _shown(r["train_seconds"], "{:,.0f}"),
-                _memory_cell(r),
+                shown(r["test_examples"], "{:,}"),
+                percent(r["validation_accuracy_mean"]),
+                shown(r["trainable"], "{:,}"),
+                shown(r["train_seconds"], "{:,.0f}"),
+                memory_cell(r),
                 r["command"] or "",
             )
             for r in records
@@ -136,14 +136,15 @@ def _accuracy_title(records: Sequence[dict[str, Any]]) -> str:
     return ACCURACY + (f" ({', or '.join(parts)})" if parts else "")
 
 
-def _accuracy_cell(r: dict[str, Any]) -> str:
+def accuracy_cell(r: dict[str, Any]) -> str:
+    """The test accuracy of a record in percent, with its deviation or interval; or why there is none."""
     if r["accuracy_mean"] is None:
         return "" if r["status"] == "finished" else r["status"]
-    cell = _percent(r["accuracy_mean"])
+    cell = percent(r["accuracy_mean"])
     if r["accuracy_std"] is not None:
-        return f"{cell} ± {_percent(r['accuracy_std'])}"
+        return f"{cell} ± {percent(r['accuracy_std'])}"
     if r["accuracy_ci95_low"] is not None:
-        return f"{cell} ({_percent(r['accuracy_ci95_low'])} to {_percent(r['accuracy_ci95_high'])})"
+        return f"{cell} ({percent(r['accuracy_ci95_low'])} to {percent(r['accuracy_ci95_high'])})"
     return cell
 
 
@@ -154,16 +155,19 @@ def _seeds_cell(r: dict[str, Any]) -> str:
     return str(r["seeds"]) + (f" ({others[0]})" if others else "")
 
 
-def _memory_cell(r: dict[str, Any]) -> str:
-    return _shown(r["peak_memory_bytes"] and r["peak_memory_bytes"] / GIB, "{:.2f}")
+def memory_cell(r: dict[str, Any]) -> str:
+    """The peak memory of a record in GiB."""
+    return shown(r["peak_memory_bytes"] and r["peak_memory_bytes"] / GIB, "{:.2f}")
 
 
-def _shown(value: float | None, form: str) -> str:
+def shown(value: float | None, form: str) -> str:
+    """A number in this form; empty if it was not measured."""
     return "" if value is None else form.format(value)
 
 
-def _percent(value: float | None) -> str:
-    return _shown(None if value is None else 100 * value, "{:.2f}")
+def percent(value: float | None) -> str:
+    """A fraction in percent; empty if it was not measured."""
+    return shown(None if value is None else 100 * value, "{:.2f}")
 
 
 def short_table(study: Study) -> Table:
@@ -173,8 +177,8 @@ def short_table(study: Study) -> Table:
         ("row", REPORTED, ACCURACY, "trainable parameters"),
         [
             (
-                r["row"], _shown(r["reported_percent"], "{:.2f}"), _percent(r["accuracy_mean"]),
-                _shown(r["trainable"], "{:,}"),
+                r["row"], shown(r["reported_percent"], "{:.2f}"), percent(r["accuracy_mean"]),
+                shown(r["trainable"], "{:,}"),
             )
             for r in records
         ],
@@ -196,9 +200,9 @@ def answer_table(study: Study, answers: Sequence[Answer]) -> Table:
         [
             (
                 name,
-                _percent(records[name]["accuracy_mean"]),
-                _shown(records[name]["train_seconds"], "{:,.0f}"),
-                _memory_cell(records[name]),
+                percent(records[name]["accuracy_mean"]),
+                shown(records[name]["train_seconds"], "{:,.0f}"),
+                memory_cell(records[name]),
                 certainty,
             )
             for name, certainty in certainties.items()
@@ -227,9 +231,9 @@ def tuning_table(study: Study) -> Table:
     monitors = {run.row: run.monitor for run in study.tuning}
     rows = []
     for name, scores in tuning_scores(study.tuning).items():
-        shown = "{:.4f}".format if monitors[name] == "loss" else _percent
-        tried = [f"{rate:g}: {'no score' if score is None else shown(score)}" for rate, score in scores.items()]
-        rows.append((name, monitors[name], "; ".join(tried), _shown(taken.get(name), "{:g}")))
+        in_words = "{:.4f}".format if monitors[name] == "loss" else percent
+        tried = [f"{rate:g}: {'no score' if score is None else in_words(score)}" for rate, score in scores.items()]
+        rows.append((name, monitors[name], "; ".join(tried), shown(taken.get(name), "{:g}")))
     return Table(
         ("row", "metric", "metric on validation, %, by learning rate", "learning rate of the final runs"), rows
     )
@@ -239,8 +243,8 @@ def notes(study: Study) -> list[str]:
     """What a reader of the main table must know, one sentence or two each."""
     found = []
     if study.missing:
-        shown = [*study.missing[:NAMED], *(["and others"] if len(study.missing) > NAMED else [])]
-        found.append(f"Not run yet ({len(study.missing)} of {len(study.planned)}): {', '.join(shown)}.")
+        named = [*study.missing[:NAMED], *(["and others"] if len(study.missing) > NAMED else [])]
+        found.append(f"Not run yet ({len(study.missing)} of {len(study.planned)}): {', '.join(named)}.")
     if study.cost_obstacles:
         left_out, finished = sum(study.cost_obstacles.values()), sum(run.finished for run in study.final)
         reasons = "; ".join(f"{reason} ({count})" for reason, count in study.cost_obstacles.items())
@@ -269,7 +273,7 @@ def _best_on_validation(study: Study) -> list[str]:
         }
         best = [name for name, score in scores.items() if score == max(scores.values())]
         if len(best) == 1 < len(scores):
-            found.append(f"Best on validation: {best[0]} ({_percent(scores[best[0]])} %).")
+            found.append(f"Best on validation: {best[0]} ({percent(scores[best[0]])} %).")
     return found
 
 

@@ -128,10 +128,9 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether all files are there and as they were made. An earlier version wrote no checksums."""
+    """Whether all files are there and as they were made."""
     try:
-        sums = _sums(folder)
-        return not (folder / SUMS).exists() or read_json(folder / SUMS) == sums
+        return read_json(folder / SUMS) == _sums(folder)
     except (OSError, ValueError):
         return False
 

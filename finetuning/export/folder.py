@@ -28,7 +28,6 @@ from finetuning.runs.answers import Answers
 from finetuning.runs.finished import FinishedRun, read_own_answers
 from finetuning.runs.loading import load_classifier
 from finetuning.storage import is_left_over, readable_by_all
-from finetuning.training.hardware import resolve_hardware
 
 
 def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
@@ -98,8 +97,7 @@ def load_classifier_of(run: FinishedRun, base: BaseModel, unrounded: bool) -> tu
         unrounded: whether frozen weights are those of the base model's file, instead of those that training saw.
     """
     config = run.config.changed(compile=False, gradient_checkpointing=False)
-    stored = run.result.get("base_model")  # runs of earlier versions have none
-    dtype = resolve_hardware(config.hardware).dtype if stored is None else getattr(torch, stored["precision"])
+    dtype = getattr(torch, run.result["base_model"]["precision"])
     classifier = load_classifier(run.directory, config, base, run.label_names, torch.float32 if unrounded else dtype)
     if str(config.hardware.precision) == "int8":
         return classifier, "int8"

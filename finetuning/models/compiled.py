@@ -90,7 +90,7 @@ def _build(compiler: str, variant: Variant) -> Path:
     texts = [path.read_text("utf8") for path in sorted(FOLDER.iterdir())]
     identity = hashlib.sha256("\0".join([*map(str, command), *texts]).encode()).hexdigest()[:16]
     path = cache_dir() / "kernels" / f"{identity}.so"
-    if not sum_holds(path):  # missing, damaged, or from an earlier version
+    if not sum_holds(path):  # missing or damaged
 
         def compile_to(temporary: Path) -> None:
             parts = [*(FOLDER / source for source in variant.sources), *_torchs_openmp()]

@@ -70,7 +70,7 @@ def read_trained(directory: Path) -> Trained:
     """
     if not (directory / RESULT).exists() and (directory / MODEL_CONFIG).is_file():
         content = _json(directory, MODEL_CONFIG)
-        if "model_type" in content:  # earlier versions of the suite kept the settings of a run in a config.json
+        if "model_type" in content:  # else it is no file of Hugging Face
             return _exported(directory, content)
     run = read_finished(directory)
     return Trained(directory, run.config, run.label_names, run.threshold, base_files=run.base_files)

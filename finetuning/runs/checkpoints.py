@@ -15,7 +15,6 @@ from finetuning.storage import TEMPORARY, remove, write_atomically
 MARK = b"sha256:"
 COMMENT_BYTES = len(MARK) + 64
 NO_COMMENT, WITH_COMMENT = (0).to_bytes(2, "little"), COMMENT_BYTES.to_bytes(2, "little")  # a zip archive's last field
-END, END_BYTES = b"PK\x05\x06", 22  # the record at the end of a zip archive without a comment
 CHUNK = 1 << 20
 
 
@@ -38,22 +37,20 @@ def write_checkpoint(path: Path, archive: memoryview) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint is as it was written. One from an earlier version has no checksum and needs only an end."""
+    """Whether a checkpoint is as it was written."""
     try:
         with path.open("rb") as file:
             left = path.stat().st_size - len(WITH_COMMENT) - COMMENT_BYTES
             file.seek(max(left, 0))
             tail = file.read()
             length, comment = tail[: len(WITH_COMMENT)], tail[len(WITH_COMMENT) :]
-            if not comment.startswith(MARK):
-                return tail[-END_BYTES:].startswith(END) and tail.endswith(NO_COMMENT)
             digest = hashlib.sha256()
             file.seek(0)
             while left > 0 and (chunk := file.read(min(CHUNK, left))):
                 digest.update(chunk)
                 left -= len(chunk)
             digest.update(NO_COMMENT)
-            return length == WITH_COMMENT and comment.removeprefix(MARK) == digest.hexdigest().encode()
+            return length == WITH_COMMENT and comment == MARK + digest.hexdigest().encode()
     except OSError:
         return False
 

@@ -13,7 +13,6 @@ from finetuning.errors import UserError, first_line
 from finetuning.processes import in_slurm_step, is_helper, shared_directory, slurm_job, was_requeued
 from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
-    OLD_SETTINGS,
     RESULT,
     RUN_FILES,
     SETTINGS,
@@ -23,7 +22,6 @@ from finetuning.runs.files import (
     read_result,
     read_settings,
     read_status,
-    settings_file,
     write_settings,
 )
 from finetuning.runs.lock import DirectoryLock, holder, in_use
@@ -84,9 +82,8 @@ def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
     if holds_run and not overwrite and (other := holder(directory)) is not None:
         raise in_use(directory, other)
     if holds_run and not overwrite:
-        file = held[0] if held else OLD_SETTINGS
         ways = "or --overwrite" if read_status(directory) == "finished" else "--resume or --overwrite"
-        raise UserError(f"{flag}: already contains a run ({file}): give another directory, {ways}")
+        raise UserError(f"{flag}: already contains a run ({held[0]}): give another directory, {ways}")
     if not holds_run and (inside := next(filter(_holds_run, sorted(directory.glob("*/"))), None)):
         raise UserError(f"{flag}: contains other runs ({inside.name}): give a new directory inside it")
 
@@ -95,7 +92,7 @@ def _holds_run(directory: Path) -> bool:
     """Whether the directory contains settings of a run. Other programs use the same file names."""
     try:
         return "output_dir" in read_settings(directory)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return False
 
 
@@ -122,7 +119,7 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
         if not _begun_by_this_job(directory):
             return RunConfig.from_settings(**{**defaults, **given, "resume": False})
         given = given | {"overwrite": False}
-    if automatic and settings_file(directory) is None:
+    if automatic and not (directory / SETTINGS).exists():
         return RunConfig.from_settings(**{**defaults, **given}).changed(resume=False)
     if automatic and _status(directory) == "finished":
         resumed_config(_stored_settings(directory), given)  # refuses flags that contradict the run
@@ -136,8 +133,8 @@ def settings_to_run(given: dict[str, Any], defaults: dict[str, Any]) -> RunConfi
 
 
 def _begun_by_this_job(directory: Path) -> bool:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return read_origin(directory).get("job") == slurm_job()
+    with suppress(OSError, ValueError):
+        return bool(read_origin(directory)["job"] == slurm_job())
     return False
 
 
@@ -148,7 +145,7 @@ def interrupted_settings(directory: Path) -> dict[str, Any]:
         UserError: there is no run, the run has finished, or its settings or its result cannot be read.
     """
     flag = f"--resume: --output_dir {directory}"
-    if settings_file(directory) is None:
+    if not (directory / SETTINGS).exists():
         raise UserError(f"{flag} contains no run (no {SETTINGS}): leave out --resume to start one")
     if _status(directory) == "finished":
         raise UserError(f"{flag} contains a run that has finished: to replace it, give --overwrite without --resume")
@@ -176,9 +173,7 @@ def _stored_settings(directory: Path) -> dict[str, Any]:
     try:
         return read_settings(directory)
     except (OSError, ValueError) as error:
-        file = settings_file(directory)
-        name = file.name if file else SETTINGS
-        raise UserError(f"--resume: --output_dir {directory}: {name} cannot be read: {first_line(error)}") from None
+        raise UserError(f"--resume: --output_dir {directory}: {SETTINGS} cannot be read: {first_line(error)}") from None
 
 
 def checkpoint_to_resume(directory: Path) -> Path | None:
@@ -219,8 +214,7 @@ def claimed_directory(
             resumed_config(interrupted_settings(directory), settings)
             if lock.killed:
                 print(f"{lock.killed} {KILLED}", flush=True)
-            began = {key: value for key, value in read_origin(directory).items() if key == "command"}
-            origin = origin | began
+            origin = origin | {"command": read_origin(directory)["command"]}
             checkpoint = checkpoint_to_resume(directory)
         if checkpoint is not None:
             origin = _same_origin(directory, settings, origin)
@@ -249,7 +243,7 @@ def _same_origin(directory: Path, settings: dict[str, Any], origin: dict[str, An
     for part in PARTS:
         check_origin(directory, part, origin[part])
     recorded = read_origin(directory)
-    threads, now = recorded.get("threads"), origin["threads"]
+    threads, now = recorded["threads"], origin["threads"]
     if None not in (threads, now) and threads != now:
         print(
             f"warning: the run began with {threads} threads and continues with {now}: results will not be bit-identical"
@@ -260,7 +254,7 @@ def _same_origin(directory: Path, settings: dict[str, Any], origin: dict[str, An
 
 
 def check_origin(directory: Path, part: str, found: dict[str, str]) -> None:
-    """Checks that a part of what a run was made from is still the same. Runs of earlier versions recorded less.
+    """Checks that a part of what a run was made from is still the same.
 
     Args:
         directory: the run directory.
@@ -270,7 +264,7 @@ def check_origin(directory: Path, part: str, found: dict[str, str]) -> None:
     Raises:
         UserError: it is not.
     """
-    for name, digest in read_origin(directory).get(part, {}).items():
+    for name, digest in read_origin(directory)[part].items():
         if found.get(name) != digest:
             raise UserError(
                 f"--resume: {name} of the {part.replace('_', ' ')} is not the one with which the run in {directory}"
@@ -290,7 +284,6 @@ def open_directory(directory: Path, settings: dict[str, Any], origin: dict[str, 
     resume, overwrite = settings["resume"], settings["overwrite"]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        earlier = settings_file(directory)
         if not (resume or overwrite):
             _refuse_another(directory)
         for path in directory.glob(TEMPORARY):
@@ -303,8 +296,6 @@ def open_directory(directory: Path, settings: dict[str, Any], origin: dict[str, 
                 if name != SETTINGS:  # the directory must still count as a run if this process is killed here
                     remove(directory / name)
         write_settings(directory, settings, origin)
-        if earlier is not None and earlier.name == OLD_SETTINGS:
-            earlier.unlink()
     except OSError as error:
         raise UserError(f"--output_dir {directory}: cannot be written: {first_line(error, name_file=True)}") from None
 

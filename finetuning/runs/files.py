@@ -11,7 +11,6 @@ from finetuning.storage import read_json, sha256_of, write_json
 
 RESULT = "result.json"
 SETTINGS = "settings.json"  # not config.json, because Hugging Face uses that name
-OLD_SETTINGS = "config.json"  # the name in earlier versions of the suite
 PREDICTIONS = "predictions.parquet"
 METRICS = "metrics.csv"
 CURVE = "learning_curve.png"
@@ -23,7 +22,6 @@ TRAINED_WEIGHTS = "trained_weights.safetensors"
 LAST_CHECKPOINT = "last.ckpt"
 PREVIOUS_CHECKPOINT = "previous.ckpt"  # the one before the last, in case the last is damaged
 BEST_CHECKPOINT = "best.ckpt"
-PLANNED = "planned.json"  # next to a study's collected runs: the names of all its planned runs
 NOT_FINITE = "the loss is not finite"  # the error of a diverged run in result.json starts with it
 SUMMED = (ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, PREDICTIONS, METRICS)  # result.json has their checksums
 ORIGIN = "origin"  # the key in settings.json of what a run was made from, see ``write_settings``
@@ -50,15 +48,23 @@ def read_result(directory: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no JSON object, or was changed after a run wrote it.
+        ValueError: it is no JSON object, or is not as a run wrote it.
     """
     result = read_json(directory / RESULT)
+    check_result(result)
+    return result
+
+
+def check_result(result: dict[str, Any]) -> None:
+    """Checks that a result has its own checksum.
+
+    Raises:
+        ValueError: it is no JSON object, or is not as a run wrote it.
+    """
     if not isinstance(result, dict):
         raise ValueError("it must hold a JSON object")
-    sums = result.get(SUMS, {})  # a run of an earlier version has none
-    if RESULT in sums and sums[RESULT] != _own_sum(result):
+    if not isinstance(result.get(SUMS), dict) or result[SUMS].get(RESULT) != _own_sum(result):
         raise ValueError("it was changed after it was written")
-    return result
 
 
 def write_result(directory: Path, result: dict[str, Any]) -> None:
@@ -68,8 +74,13 @@ def write_result(directory: Path, result: dict[str, Any]) -> None:
         OSError: a file cannot be read or written.
     """
     sums = {name: sha256_of(directory / name) for name in SUMMED if (directory / name).exists()}
+    write_json(directory / RESULT, with_sums(result, sums))
+
+
+def with_sums(result: dict[str, Any], sums: dict[str, str]) -> dict[str, Any]:
+    """A result with the checksums of files, by name, and its own."""
     summed = {**result, SUMS: sums}
-    write_json(directory / RESULT, {**summed, SUMS: sums | {RESULT: _own_sum(summed)}})
+    return {**summed, SUMS: sums | {RESULT: _own_sum(summed)}}
 
 
 def _own_sum(result: dict[str, Any]) -> str:
@@ -81,26 +92,26 @@ def _sum(content: dict[str, Any]) -> str:
 
 
 def check_unchanged(path: Path) -> None:
-    """Checks that a file is still the one that its run wrote. Runs of earlier versions have no checksums.
+    """Checks that a file is still the one that its run wrote.
 
     Raises:
         UserError: the file was changed, or ``result.json`` was, or cannot be read.
     """
     try:
-        expected = read_result(path.parent).get(SUMS, {}).get(path.name)
+        expected = read_result(path.parent)[SUMS].get(path.name)
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
         raise UserError(f"{path.parent / RESULT} cannot be used: {error}: restore the file") from None
     with suppress(OSError):  # the code that reads the file next reports it
-        if expected not in (None, sha256_of(path)):
+        if sha256_of(path) != expected:
             raise UserError(f"{path} was changed after its run wrote it: restore the file, or train again")
 
 
 def record_is_unchanged(directory: Path) -> bool:
     """Whether a run's result, predictions and metrics are still there as the run wrote them. Weights may be gone."""
     try:
-        sums = read_result(directory).get(SUMS, {})
+        sums = read_result(directory)[SUMS]
         return all(sha256_of(directory / name) == sums[name] for name in (PREDICTIONS, METRICS) if name in sums)
     except (OSError, ValueError):
         return False
@@ -110,16 +121,6 @@ def read_status(directory: Path) -> str | None:
     """The run's status, ``finished``, ``interrupted`` or ``failed``; ``None`` if there is no result."""
     with suppress(OSError, ValueError):
         return read_result(directory).get("status")
-    return None
-
-
-def settings_file(directory: Path) -> Path | None:
-    """The file with a run's settings, under its present or its earlier name; ``None`` if no run has started."""
-    if (directory / SETTINGS).exists():
-        return directory / SETTINGS
-    with suppress(OSError, ValueError, TypeError):
-        if "output_dir" in read_json(directory / OLD_SETTINGS):  # otherwise it is a model's config.json
-            return directory / OLD_SETTINGS
     return None
 
 
@@ -138,29 +139,28 @@ def write_settings(directory: Path, settings: dict[str, Any], origin: dict[str, 
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Reads the settings of a run. A collected run has them in its ``result.json``.
+    """Reads the settings of a run.
 
     Raises:
-        OSError, ValueError, KeyError: there are no settings, or they were changed after they were written.
+        OSError, ValueError: there are no settings, or they were changed after they were written.
     """
     return {name: value for name, value in _stored(directory).items() if name != ORIGIN}
 
 
 def read_origin(directory: Path) -> dict[str, Any]:
-    """What the run was made from, see ``write_settings``; empty if an earlier version wrote the settings.
+    """What the run was made from, see ``write_settings``.
 
     Raises:
-        OSError, ValueError, KeyError: like ``read_settings``.
+        OSError, ValueError: like ``read_settings``.
     """
-    return dict(_stored(directory).get(ORIGIN, {}))
+    return dict(_stored(directory)[ORIGIN])
 
 
 def _stored(directory: Path) -> dict[str, Any]:
-    file = settings_file(directory)
-    settings: dict[str, Any] = read_result(directory)["config"] if file is None else read_json(file)
+    settings: dict[str, Any] = read_json(directory / SETTINGS)
     if not isinstance(settings, dict):
         raise ValueError("it must hold a JSON object")
-    expected = settings.pop(SUMS, None)  # a run of an earlier version has none
-    if expected not in (None, _sum(settings)):
+    expected = settings.pop(SUMS, None)
+    if expected != _sum(settings) or ORIGIN not in settings:
         raise ValueError("it was changed after it was written")
     return settings

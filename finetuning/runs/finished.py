@@ -7,30 +7,21 @@ from typing import Any
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import Answers, read_answers
-from finetuning.runs.files import PREDICTIONS, RESULT, check_unchanged, read_result, settings_file
+from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, check_unchanged, read_result
 
 CONTINUE = "If nothing writes it, continue the run with --resume --output_dir"
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run directory, the settings of its run, its label names, and the rest of ``result.json``."""
+    """A run directory, and what its ``result.json`` holds."""
 
     directory: Path
     config: RunConfig
     label_names: list[str]
+    threshold: float | None  # of a multi-label run: the probability above which a label is given
+    base_files: dict[str, str]  # name -> SHA-256 of the files of the base model
     result: dict[str, Any]
-
-    @property
-    def threshold(self) -> float | None:
-        """Multi-label: the probability above which a label is given."""
-        return self.result.get("task", {}).get("threshold")  # runs of earlier versions have no task
-
-    @property
-    def base_files(self) -> dict[str, str]:
-        """Name -> SHA-256 of the files of the base model; empty if an earlier version made the run."""
-        files: dict[str, str] = self.result.get("base_model", {}).get("sha256", {})
-        return files
 
     @property
     def reported_split(self) -> str:
@@ -50,7 +41,7 @@ def read_finished(directory: Path) -> FinishedRun:
     except FileNotFoundError:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory: give the one of a finished run") from None
-        begun = f": it has not ended. {CONTINUE} {directory}" if settings_file(directory) else ""
+        begun = f": it has not ended. {CONTINUE} {directory}" if (directory / SETTINGS).exists() else ""
         raise UserError(f"{wanted}, but has no {RESULT}{begun}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{wanted}, but {RESULT} cannot be read: {first_line(error)}") from None
@@ -60,8 +51,10 @@ def read_finished(directory: Path) -> FinishedRun:
         raise UserError(f"{wanted}, but its status is {status!r}{way}")
     try:
         settings, data = result["config"], result["data"]
-        found = {name: column for name, column in data.get("columns", {}).items() if not settings[name]}  # in a hub set
-        return FinishedRun(directory, RunConfig.from_dict(settings | found), data["label_names"], result)
+        found = {name: column for name, column in data["columns"].items() if not settings[name]}  # in a hub set
+        threshold, base_files = result["task"].get("threshold"), result["base_model"]["sha256"]
+        config = RunConfig.from_dict(settings | found)
+        return FinishedRun(directory, config, data["label_names"], threshold, base_files, result)
     except UserError as error:
         raise UserError(f"{directory}: its settings cannot be used: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def environment_record() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "git": _git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "watermark": watermark.watermark(machine=True, python=True, iso8601=True),
     }
 
@@ -129,7 +131,7 @@ def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _git_commit() -> dict[str, Any] | None:
-    """The commit of this suite, and whether files differ from it; ``None`` without git, or if this is no checkout."""
+    """The commit of this suite, its date, and whether files differ from it; ``None`` if this is no git checkout."""
     git = shutil.which("git")
     if git is None:
         return None
@@ -142,5 +144,6 @@ def _git_commit() -> dict[str, Any] | None:
     with suppress(subprocess.CalledProcessError):
         output_of("ls-files", "--error-unmatch", Path(__file__).name)  # of a venv, git may know the folder around it
         modified = bool(output_of("status", "--porcelain", "-uno"))
-        return {"commit": output_of("rev-parse", "HEAD"), "modified": modified}
+        commit, date = output_of("show", "--no-patch", "--format=%H %cI", "HEAD").split()
+        return {"commit": commit, "date": date, "modified": modified}
     return None

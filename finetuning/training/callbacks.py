@@ -52,8 +52,7 @@ class Meter(Callback):
         return state | {"earlier_seconds": self.run_seconds, "losses": losses, "random": _of_all_ranks(_random_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._random = state.pop("random", None) or [state]  # an earlier version kept those of the first process
-        self._losses = list(state.pop("losses", torch.empty(0)))
+        self._random, self._losses = state.pop("random"), list(state.pop("losses"))
         for name, value in state.items():
             setattr(self, name, value)
 

@@ -126,8 +126,8 @@ class FineTuning(pl.LightningModule):
         checkpoint["predictions"] = {s: tuple(map(torch.from_numpy, p)) for s, p in self.predictions.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        before, now = checkpoint.get("kernels"), _kind(self.kernels)
-        if before not in (None, now) and not is_helper():  # older checkpoints have none
+        before, now = checkpoint["kernels"], _kind(self.kernels)
+        if before != now and not is_helper():
             text = f"the run's CPU kernels were: {before}; now: {now}: results will not be bit-identical"
             print(f"warning: {text}", file=sys.stderr)
         if not is_helper():
@@ -136,7 +136,7 @@ class FineTuning(pl.LightningModule):
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.scores = dict(checkpoint["scores"])
-        self.task.decoding.update(checkpoint.get("decoding", {}))  # older checkpoints have none
+        self.task.decoding.update(checkpoint["decoding"])
         self.predictions = {s: tuple(t.numpy() for t in p) for s, p in checkpoint["predictions"].items()}
 
     def record(self, split: str) -> dict[str, Any]:

@@ -3,17 +3,27 @@
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetuning.comparison.advice import COLUMNS, END, shown_p, with_rows
+from finetuning.comparison import advice
+from finetuning.comparison.advice import (
+    ALL_STUDIES,
+    COLUMNS,
+    TABLES,
+    Block,
+    advice_tables,
+    rows_table,
+    shown_p,
+    studies_table,
+)
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.pairs import compare_rows
 from finetuning.comparison.statistics import LEVEL
-from finetuning.errors import UserError
 from finetuning.flags import from_flags
 from finetuning.pages import BEST_PRACTICES, RESULTS, ROOT
 from finetuning.settings import DEFAULT_LEARNING_RATES
@@ -34,18 +44,20 @@ def found(tmp_path: Path) -> list[Study]:
     return [read_study(name, tmp_path) for name in study_names(tmp_path)]
 
 
-def made(found: list[Study], spec: str) -> list[list[str]]:
-    """The cells of the table that a marker makes."""
-    text = with_rows(f"top\n<!-- {spec} -->\nold\n{END}\nend\n", found, "../results")
-    assert text.startswith(f"top\n<!-- {spec} -->\n|")
-    assert text.endswith(f"\n{END}\nend\n")
-    assert "old" not in text
-    assert with_rows(text, found, "../results") == text
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+def made(found: list[Study], *blocks: Block, columns: Sequence[str] = ()) -> list[list[str]]:
+    """The cells of a table of rows."""
+    compared = {each.name: compare_rows(each)[0] for each in found}
+    return cells(rows_table({each.name: each for each in found}, compared, blocks, columns, "../results"))
 
 
-def test_rows_in_the_order_of_the_marker(found: list[Study]) -> None:
-    head, _, *rows = made(found, "rows: a/y x")
+def cells(table: str) -> list[list[str]]:
+    *lines, empty, measured = table.splitlines()
+    assert (empty, measured) == ("", "*Measured: not recorded. Code: commit c0ffee (no date).*")
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_rows_in_the_order_of_the_block(found: list[Study]) -> None:
+    head, _, *rows = made(found, ("a", "y x"))
     assert head == ["study", "row", "test accuracy, %", "seeds", "training, s", "peak memory, GiB", "corrected p"]
     assert rows[0] == [
         "[a](../results/a/table.md)", "y", "50.00 (46.91 to 53.09)", "1", "2,000", "1.00", "(reference)",
@@ -54,25 +66,27 @@ def test_rows_in_the_order_of_the_marker(found: list[Study]) -> None:
 
 
 def test_columns_that_are_asked_for(found: list[Study]) -> None:
-    head, _, first, second = made(found, "rows: a/x y; learning rate, saved,\n trained, validation")
+    columns = ("learning rate", "saved", "trained", "validation")
+    head, _, first, second = made(found, ("a", "x y"), columns=columns)
     assert head[3:7] == ["learning rate", "saved, MB", "trained parameters", "validation accuracy, %"]
     assert first[3:7] == ["0.001", "", "1,234", "90.00"]
     assert second[4] == "1.9"
+    assert made(found, ("a", "x"), columns=tuple(COLUMNS))
 
 
-def test_a_reference_for_each_group_and_study(found: list[Study]) -> None:
-    head, _, *rows = made(found, "rows: a/x y b/x | a/y a/x")
+def test_a_reference_for_each_block(found: list[Study]) -> None:
+    head, _, *rows = made(found, ("a", "x y"), ("b", "x"), ("a", "y x"))
     p = rows[1][-1]
     assert [row[-1] for row in rows] == ["(reference)", p, "", "(reference)", p]
     assert "training, s" in head
     assert rows[2][4:6] == ["", ""]  # not alone on its machine
-    head, _, *rows = made(found, "rows: b/x broken | a/x")
+    head, _, *rows = made(found, ("b", "x broken"), ("a", "x"))
     assert [row[2] for row in rows] == ["80.00 (76.27 to 83.27)", "failed", "90.50 ± 0.71"]
     assert "corrected p" not in head
 
 
 def test_all_studies(found: list[Study]) -> None:
-    head, _, *rows = made(found, "studies")
+    head, _, *rows = cells(studies_table(found, "../results"))
     assert head[-2:] == ["rows", "seeds a row"]
     assert [(row[0], row[3], *row[-2:]) for row in rows] == [
         ("[a](../results/a/table.md)", "1,000", "2", "1; 2"),
@@ -80,40 +94,20 @@ def test_all_studies(found: list[Study]) -> None:
     ]
 
 
-def test_a_page_without_markers_stays_as_it_is(found: list[Study]) -> None:
-    assert with_rows("text <!-- note -->\n", found, "..") == "text <!-- note -->\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (f"<!-- rows: c/x -->{END}", "no study 'c' (row 'x'): there are a, b"),
-        (f"<!-- rows: x -->{END}", "no study ''"),
-        (f"<!-- rows: a/x z -->{END}", "no row 'z' in study a: there are x, y"),
-        (f"<!-- rows: a/x; speed -->{END}", "no column 'speed'"),
-        (f"<!-- rows: -->{END}", "without a row"),
-        (f"<!-- rows: a/x | -->{END}", "without a row"),
-        ("<!-- rows: a/x -->", "needs <!-- end -->"),
-        (f"<!-- rows: a/x --> <!-- studies --> {END}", "needs <!-- end -->"),
-        (f"{END} <!-- studies --> {END}", "needs <!-- end -->"),
-        (f"<!-- studies --> {END} {END}", "has no <!-- rows: ... -->"),
-        (END, "has no <!-- rows: ... -->"),
-    ],
-)
-def test_a_wrong_marker_is_refused_in_one_line(found: list[Study], text: str, said: str) -> None:
-    with pytest.raises(UserError) as error:
-        with_rows(text, found, "..")
-    assert said in str(error.value)
-    assert str(error.value).startswith("--pages: ")
-    assert "\n" not in str(error.value)
-
-
-def test_every_column_can_be_asked_for(found: list[Study]) -> None:
-    assert made(found, f"rows: a/x; {', '.join(COLUMNS)}")
+def test_a_table_needs_all_of_its_studies_and_rows(found: list[Study], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(advice_tables(found, {}, "..")) == {"studies"}
+    tables: dict[str, tuple[tuple[str, ...], tuple[Block, ...]]] = {"one": ((), (("a", "x"), ("c", "x")))}
+    monkeypatch.setattr(advice, "TABLES", tables)
+    assert set(advice_tables(found, {}, "..")) == {"studies"}
+    tables["two"] = (), (("a", "x"),)
+    assert set(advice_tables(found, {"a": []}, "..")) == {"studies", "two"}
+    tables["three"] = (), (("a", "x z"),)
+    assert set(advice_tables(found, {"a": []}, "..")) == {"studies", "two"}
 
 
 def test_differences_are_from_the_reference(found: list[Study]) -> None:
-    head, _, *rows = made(found, "rows: a/x y b/broken | a/y x; points, GiB")
+    blocks = ("a", "x y"), ("b", "broken"), ("a", "y x")
+    head, _, *rows = made(found, *blocks, columns=("points", "GiB"))
     assert head[3:5] == ["difference, points", "difference, GiB"]
     assert [row[3:5] for row in rows] == [["", ""], ["-40.50", "+0.00"], ["", ""], ["", ""], ["+40.50", "+0.00"]]
 
@@ -145,7 +139,6 @@ def p_values(name: str) -> dict[frozenset[str], str]:
 def prose(text: str) -> str:
     """What no table is made of, no command and no address."""
     text = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", text, flags=re.DOTALL)
-    text = re.sub(rf"<!-- (rows|studies)\b.*?{END}", "", text, flags=re.DOTALL)
     text = re.sub(r"```bash\n.*?```", "", text, flags=re.DOTALL)
     text = re.sub(r"^\d\. ", "", text, flags=re.MULTILINE)  # numbers of a list
     return " ".join(re.sub(r"\]\([^)]*\)", "]", text).split())
@@ -321,6 +314,13 @@ def test_every_study_has_a_place_on_the_page() -> None:
     shown = {name.partition("/")[0] for text in sections().values() for name in rows_of(text)}
     assert shown == set(study_names(RESULTS))
     assert shown == {path.stem for path in (ROOT / "studies").glob("*.toml")} - {"smoke"}
+
+
+def test_every_table_has_its_place_on_the_page() -> None:
+    for name in (*TABLES, ALL_STUDIES):
+        assert PAGE.count(f"<!-- {name}:begin -->") == PAGE.count(f"<!-- {name}:end -->") == 1, name
+    shown = {(name, row) for _, blocks in TABLES.values() for name, rows in blocks for row in rows.split()}
+    assert all(row in {r.name for r in study(name).rows} for name, row in shown)
 
 
 def test_no_line_of_the_page_is_wide() -> None:

@@ -1,13 +1,12 @@
-import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import pytest
 
 from finetuning.comparison.collected import Row, Study, read_study, study_names
+from finetuning.comparison.packed import Record, change_records
 from finetuning.errors import UserError
-from finetuning.runs.files import read_result, write_result
 from tests.synthetic_runs import outcomes, write_run
 
 
@@ -31,24 +30,14 @@ def test_rows_gather_final_runs_over_seeds(tmp_path: Path) -> None:
     assert len(study.tuning) == 1
 
 
-def test_a_run_without_a_study_is_a_row_of_its_own(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, "s", "x", correct=outcomes(0.9, 50, 0))
-    result = json.loads((folder / "result.json").read_text())
-    del result["study"]
-    (folder / "result.json").write_text(json.dumps(result))
-    (row,) = read_study("s", tmp_path).rows
-    assert (row.name, len(row.tested)) == (folder.name, 1)
-
-
-def test_missing_and_failed_runs_have_a_status(tmp_path: Path) -> None:
+def test_failed_runs_have_a_status(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "some", seed=0, correct=outcomes(0.9, 50, 0))
     write_run(tmp_path, "s", "some", seed=1, status="failed")
-    write_run(tmp_path, "s", "none", status="interrupted")
+    write_run(tmp_path, "s", "none", status="failed")
     write_run(tmp_path, "s", "tuned", stage="tune")
-    (tmp_path / "s" / "lost").mkdir()
     found = rows(read_study("s", tmp_path))
     assert {name: row.status for name, row in found.items()} == {
-        "some": "1 finished, 1 failed", "none": "interrupted", "tuned": "only tuned", "lost": "missing",
+        "some": "1 finished, 1 failed", "none": "failed", "tuned": "only tuned",
     }  # fmt: skip
     assert found["none"].accuracies("validation") == []  # a run that has not finished has no score
 
@@ -56,7 +45,7 @@ def test_missing_and_failed_runs_have_a_status(tmp_path: Path) -> None:
 def test_the_same_seed_twice_is_refused(tmp_path: Path) -> None:
     for axis in (1, 2):
         write_run(tmp_path, "s", "lora", seed=3, axes={"lora_r": axis})
-    with pytest.raises(UserError, match="both seed 3 of row lora"):
+    with pytest.raises(UserError, match="both seed 3 of row lora: delete the line of one"):
         read_study("s", tmp_path)
 
 
@@ -65,60 +54,25 @@ def test_seeds_of_a_row_differ_in_nothing_else(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora", seed=1, config={"learning_rate": 1e-3, "output_dir": "b", "compile": False})
     assert len(read_study("s", tmp_path).rows[0].runs) == 2
     write_run(tmp_path, "s", "lora", seed=2, config={"learning_rate": 1e-2})
-    with pytest.raises(UserError, match=r"row lora but differ in --learning_rate: remove the outdated one"):
+    with pytest.raises(UserError, match=r"row lora but differ in --learning_rate: delete the outdated line"):
         read_study("s", tmp_path)
-
-
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_damaged_result_is_refused(tmp_path: Path, content: str) -> None:
-    folder = write_run(tmp_path, "s", "lora")
-    (folder / "result.json").write_text(content)
-    with pytest.raises(UserError, match=r"result\.json"):
-        read_study("s", tmp_path)
-
-
-def test_a_history_that_was_changed_is_refused(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, "s", "lora", curve=[0.5, 0.9])
-    write_result(folder, read_result(folder))
-    (run,) = read_study("s", tmp_path).runs
-    assert run.history()
-    path = folder / "metrics.csv"
-    path.write_text(path.read_text().replace("0.9", "0.8"))
-    with pytest.raises(UserError, match=r"metrics\.csv was changed after its run wrote it"):
-        run.history()
 
 
 def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -> None:
     correct = outcomes(0.8, 60, 1)
-    folder = write_run(tmp_path, "s", "lora", correct=correct, first_row=100)
+    record = write_run(tmp_path, "s", "lora", correct=correct, first_row=100)
     found = read_study("s", tmp_path).runs[0].predictions
     assert found is not None
     assert np.array_equal(found.rows, np.arange(100, 160))
     assert np.array_equal(found.correct, correct)
-
-    path = folder / "predictions.parquet"
-    frame = pd.read_parquet(path)
-    frame.assign(predicted=1 - frame["predicted"]).to_parquet(path)
-    with pytest.raises(UserError, match=r"accuracy of 20\.0000%, but result\.json next to it says 80\.0000%"):
-        _ = read_study("s", tmp_path).runs[0].predictions
-    frame.assign(row=7).to_parquet(path)
-    with pytest.raises(UserError, match="every test text once"):
-        _ = read_study("s", tmp_path).runs[0].predictions
-    frame.to_parquet(path)
-    write_result(folder, read_result(folder))
-    assert read_study("s", tmp_path).runs[0].predictions is not None
-    frame.assign(row=frame["row"] + 1).to_parquet(path)
-    with pytest.raises(UserError, match="was changed after its run wrote it"):
-        _ = read_study("s", tmp_path).runs[0].predictions
-    frame.drop(columns="predicted").to_parquet(path)
-    write_result(folder, read_result(folder))
-    with pytest.raises(UserError, match="cannot be read"):
-        _ = read_study("s", tmp_path).runs[0].predictions
-    path.unlink()
-    for _ in range(2):  # a folder in its place is no file either
-        with pytest.raises(UserError, match="is missing, but result"):
+    frame = record.predictions().to_pandas()
+    for other, said in (
+        (frame.assign(predicted=1 - frame["predicted"]), r"accuracy of 20\.0000%, but its result says 80\.0000%"),
+        (frame.assign(row=7), "must name every test text once"),
+    ):
+        change_records(tmp_path / "s", [Record.made(record.folder, record.result, None, pa.table(dict(other)))])
+        with pytest.raises(UserError, match=said):
             _ = read_study("s", tmp_path).runs[0].predictions
-        path.mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +133,7 @@ def test_studies_and_questions(tmp_path: Path) -> None:
     write_run(tmp_path, "b", "lora", question="Which\n one?")
     write_run(tmp_path, "a", "lora")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "summary.json").touch()
     assert study_names(tmp_path) == ["a", "b"]
     assert [read_study(name, tmp_path).question for name in "ab"] == ["", "Which one?"]
     assert study_names(tmp_path / "nowhere") == []

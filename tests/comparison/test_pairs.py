@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.collection import read_test_predictions, write_small_parquet
+from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.pairs import (
     Answer,
     Comparison,
@@ -116,8 +116,7 @@ def test_an_answer_says_how_sure_it_is() -> None:
 def test_rows_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path, "s", name, correct=outcomes(0.9, 100, 0))
-    lost = write_run(tmp_path, "s", "lost", correct=outcomes(0.9, 100, 0))
-    (lost / "predictions.parquet").unlink()
+    write_run(tmp_path, "s", "lost", test={"accuracy": 0.9, "examples": 100})
     for seed in range(2):
         write_run(tmp_path, "s", "mixed", seed=seed, correct=outcomes(0.9, 100, 0), first_row=seed)
     write_run(tmp_path, "s", "failed", status="failed")
@@ -136,8 +135,9 @@ def write_labels(folder: Path, results: Path, row: str, truth: np.ndarray, given
     """A collected multi-label run, from what a run leaves: (n, labels) of 0 and 1."""
     rows = np.arange(len(truth))
     write_predictions(folder, {"test": (rows, truth, np.where(given == 1, 2.0, -2.0))})
-    run = write_run(results, "s", row, correct=(truth == given).all(axis=1))
-    write_small_parquet(read_test_predictions(folder / PREDICTIONS, threshold=0.5), run / PREDICTIONS)
+    predictions = read_test_predictions(folder / PREDICTIONS, threshold=0.5)
+    correct = (truth == given).all(axis=1)
+    write_run(results, "s", row, correct=correct, predictions=predictions, task={"threshold": 0.5})
 
 
 def test_multi_label_runs_are_compared_by_exact_match_and_by_micro_f1(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_multi_label_runs_are_compared_by_exact_match_and_by_micro_f1(tmp_path: 
     assert sign * f1.difference.mean == pytest.approx(by_hand(few) - by_hand(many))
     assert f1.difference.low < f1.difference.mean < f1.difference.high
     assert f1.verdict == "few is better"
-    assert "## Micro F1 of multi-label data" in study_text(make_section(study))
+    assert "## Micro F1 of multi-label data" in study_text(make_section(study, [], []))
 
 
 def test_micro_f1_needs_multi_label_runs(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_methods_are_also_compared_over_all_data_sets(tmp_path: Path) -> None:
                 write_run(tmp_path, "s", f"{name}-{method}", seed=seed, correct=correct, first_row=5000 * number)
     (sentence,) = pooled_sentences(read_study("s", tmp_path))
     assert sentence.startswith("Mean over the 2 data sets, bf16 minus int8: -10.00 points (95 % interval -1")
-    assert sentence.rstrip(").") in make_section(read_study("s", tmp_path)).headlines[-1]
+    assert sentence.rstrip(").") in make_section(read_study("s", tmp_path), [], []).headlines[-1]
     write_run(tmp_path, "s", "news-fp32", correct=outcomes(0.8, 1000, 0))  # it is missing for the other set
     assert pooled_sentences(read_study("s", tmp_path)) == []
 

@@ -78,7 +78,6 @@ def test_captions_say_what_is_not_drawn(tmp_path: Path) -> None:
     for k in range(30):
         write_run(tmp_path, "s", f"row{k}", correct=outcomes(0.9 + k / 1e4, 1000, 0), curve=[0.5, 0.8 + k / 1e3])
     found = drawn(tmp_path)
-    assert "Names without space are left out." in found["accuracy_parameters.png"].caption
     curves = found["learning_curves.png"].caption
     assert "the first seed of the 12 rows (of 30) that are best on the test" in curves
     assert "Triangles: more than 10 points below the best." in curves

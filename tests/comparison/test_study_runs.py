@@ -1,18 +1,34 @@
 """The state of runs on disk, their locks, and what tuning chooses."""
 
-import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from finetuning.comparison.packed import RUNS, Record, change_records, read_records
+from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns
-from finetuning.runs.files import write_result
+from finetuning.flags import from_flags
+from finetuning.runs.files import read_settings, write_result, write_settings
 from tests.conftest import DIVERGED, TUNED, leave_run, plan, scored
 
 pytestmark = pytest.mark.usefixtures("project")
+PREDICTED = pa.table({"row": [0, 1], "label": [0, 1], "predicted": [1, 1]})
+
+
+def leave_record(
+    folder: Path, run: PlannedRun, config: dict[str, Any] | None = None, predictions: Any = None, **more: Any
+) -> Record:
+    """A collected run in the folder of its study."""
+    settings = from_flags(run.flags(Path("data"))).to_dict() | {"data_dir": None, "output_dir": None} | (config or {})
+    result = {"status": "finished", "config": settings, "study": {"run": run.name}} | more
+    record = Record.made(folder, result, "step,train_loss\n1,0.5\n", predictions)
+    change_records(folder, [record])
+    return record
 
 
 def test_states_are_read_from_what_a_run_leaves() -> None:
@@ -22,10 +38,10 @@ def test_states_are_read_from_what_a_run_leaves() -> None:
         leave_run(runs, run, status)
     states = ["finished", "failed", "interrupted", "interrupted", "missing"]
     assert [runs.state(run) for run in runs.study.runs] == states
-    config = runs.directory(runs.study.runs[0]) / "settings.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"data_dir": "elsewhere", "output_dir": "x"}))
+    directory = runs.directory(runs.study.runs[0])
+    write_settings(directory, read_settings(directory) | {"data_dir": "elsewhere", "output_dir": "x"}, {})
     assert runs.state(runs.study.runs[0]) == "finished"  # where things lie is not what was run
-    config.write_text("half a fi")
+    (directory / "settings.json").write_text("half a fi")
     assert runs.state(runs.study.runs[0]) == "changed"
 
 
@@ -48,8 +64,8 @@ def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
     for run in (same, failed, other_data):
         leave_run(other, run, "failed" if run is failed else "finished")
     (other.directory(same) / "last.ckpt").write_bytes(b"large")
-    config = other.directory(other_data) / "settings.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"data_dir": "elsewhere"}))
+    elsewhere = other.directory(other_data)
+    write_settings(elsewhere, read_settings(elsewhere) | {"data_dir": "elsewhere"}, {})
     (other.directory(same) / "best.ckpt").write_bytes(b"about to go")
     half = runs.folder / f".{same.name}.half"  # of a copy that was killed
     half.mkdir(parents=True)
@@ -84,19 +100,13 @@ def test_a_run_that_was_tested_stands_for_one_that_only_tunes() -> None:
 def test_what_was_collected_of_another_study_is_taken_over() -> None:
     study = plan(TUNED).study
     runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
-    others = StudyRuns(study, Path("results/other"))
     (_, first, _, final), planned = study.runs, study.runs[-1].with_rate(0.001)
-    for run in (replace(first, settings={**first.settings, "test": True}), planned):
-        leave_run(others, run, validation={"accuracy": 0.8}, test={"accuracy": 0.9})
-        folder = others.directory(run)
-        result = others.result(run)
-        result["config"] |= {"data_dir": None}
-        (folder / "result.json").write_text(json.dumps(result))
-        (folder / "settings.json").unlink()
-        (folder / "predictions.parquet").write_bytes(b"predictions")
-    (runs.collected or Path()).joinpath(first.name).mkdir(parents=True)  # of a copy that is outdated
-    assert runs.take_over(first) == others.directory(first)
-    assert runs.take_over(planned) == others.directory(final)
+    sources = [
+        leave_record(Path("results/other"), run, predictions=PREDICTED, test={"accuracy": 0.9})
+        for run in (replace(first, settings={**first.settings, "test": True}), planned)
+    ]
+    leave_record(Path("results/tiny"), first, {"epochs": 3})  # a copy that is outdated
+    assert [runs.take_over(run) for run in (first, planned)] == [source.path for source in sources]
     assert StudyRuns(study, runs.folder, Path("data")).take_over(first) is None  # only where it is asked for
     assert [runs.state(run) for run in (first, planned)] == ["finished", "finished"]
     assert (runs.result(planned)["study"], runs.result(planned)["test"]) == (
@@ -105,9 +115,11 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     )
     assert runs.result(planned)["study"]["study"] == "tiny"
     assert "test" not in runs.result(first)
-    files = [sorted(path.name for path in Path("results/tiny", run.name).iterdir()) for run in (first, planned)]
-    assert files == [["metrics.csv", "result.json"], ["metrics.csv", "predictions.parquet", "result.json"]]
-    assert sorted(path.name for path in Path("results/tiny").iterdir()) == [final.name, first.name]
+    records, _ = read_records(Path("results/tiny"))
+    assert set(records) == {first.name, final.name}
+    assert {record.metrics for record in records.values()} == {sources[0].metrics}
+    assert records[first.name].predictions() is None
+    assert records[final.name].predictions().to_pydict() == PREDICTED.to_pydict()
 
 
 def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> None:
@@ -128,29 +140,20 @@ def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> Non
     (runs.directory(run) / "notes").unlink()
     for name in (".lock", f".settings.json.{32 * '0'}.tmp.json"):  # of a process that was killed early
         (runs.directory(run) / name).touch()
-    (other.directory(run) / "settings.json").rename(
-        other.directory(run) / "config.json"
-    )  # its name in earlier versions
     assert runs.take_over(run) == other.directory(run)
     assert sorted(path.name for path in runs.folder.iterdir()) == [run.name]
 
 
 @pytest.mark.parametrize("name", ["predictions.parquet", "metrics.csv"])
-@pytest.mark.parametrize("folder", ["runs", "results"])
-def test_a_damaged_run_of_another_study_is_not_taken_over(folder: str, name: str) -> None:
+def test_a_damaged_run_of_another_study_is_not_taken_over(name: str) -> None:
     study = plan("[axes]\nseed = [0]").study
-    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
-    others = StudyRuns(study, Path(folder, "other"), Path("data"))
+    runs, other = (StudyRuns(study, Path("runs") / folder, Path("data")) for folder in ("tiny", "other"))
     (run,) = study.runs
-    leave_run(others, run, test={"accuracy": 0.9})
-    directory = others.directory(run)
+    leave_run(other, run, test={"accuracy": 0.9})
+    directory = other.directory(run)
     (directory / "predictions.parquet").write_bytes(b"predictions")
     (directory / "adapter_model.safetensors").write_bytes(b"weights")
-    result = others.result(run)
-    if folder == "results":
-        result["config"] |= {"data_dir": None}
-        (directory / "settings.json").unlink()
-    write_result(directory, result)
+    write_result(directory, other.result(run))
     (directory / "adapter_model.safetensors").unlink()  # somebody needed its space
     good = (directory / name).read_bytes()
 
@@ -162,17 +165,30 @@ def test_a_damaged_run_of_another_study_is_not_taken_over(folder: str, name: str
     assert runs.take_over(run) == directory
 
 
+@pytest.mark.parametrize("name", ["predictions.parquet", RUNS])
+def test_damaged_records_of_another_study_are_not_taken_over(name: str) -> None:
+    study = plan("[axes]\nseed = [0]").study
+    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
+    (run,) = study.runs
+    record = leave_record(Path("results/other"), run, predictions=PREDICTED, test={"accuracy": 0.9})
+    path = record.folder / name
+    good = path.read_bytes()
+    path.write_bytes(b"damaged")
+    assert runs.take_over(run) is None
+    path.unlink()
+    assert runs.take_over(run) is None
+    path.write_bytes(good)
+    assert runs.take_over(run) == record.path
+
+
 def test_a_record_without_its_test_stands_for_no_final_run() -> None:
     study = plan(TUNED).study
     runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
-    others = StudyRuns(study, Path("results/other"))
     first, final = study.runs[0], study.runs[-1]
-    leave_run(others, replace(first, settings={**first.settings, "test": True}))  # it tuned, and its test was forgotten
-    result = others.result(first)
-    result["config"] |= {"data_dir": None}
-    (others.directory(first) / "result.json").write_text(json.dumps(result))
+    # it tuned, and its test was forgotten
+    record = leave_record(Path("results/other"), replace(first, settings={**first.settings, "test": True}))
     assert runs.take_over(final.with_rate(first.settings["learning_rate"])) is None
-    assert runs.take_over(first) == others.directory(first)
+    assert runs.take_over(first) == record.path
 
 
 def test_a_run_whose_files_change_while_it_is_copied_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,22 +209,16 @@ def test_a_run_whose_files_change_while_it_is_copied_is_not_taken_over(monkeypat
 def test_a_collected_run_counts_where_none_lies_here() -> None:
     runs = plan("[axes]\nseed = [0, 1, 2, 3]")
     runs = StudyRuns(runs.study, runs.folder, collected=Path("results/tiny"))
-    elsewhere = StudyRuns(runs.study, Path("results/tiny"))
     done, other_data, other_settings, here = runs.study.runs
-    changes: dict[str, dict[str, str | int]] = {
+    changes: dict[str, dict[str, Any]] = {
         done.name: {"resume": True},  # it had been interrupted
         other_data.name: {"data_dir": "other"},
         other_settings.name: {"epochs": 3},
     }
-    for run in runs.study.runs:
-        leave_run(elsewhere, run)
-        result = elsewhere.result(run)
-        result["config"] |= {"data_dir": None, "output_dir": None, **changes.get(run.name, {})}
-        (elsewhere.directory(run) / "result.json").write_text(json.dumps(result))
-        (elsewhere.directory(run) / "settings.json").unlink()  # what is collected has its settings in the result
+    records = [leave_record(Path("results/tiny"), run, changes.get(run.name, {})) for run in runs.study.runs]
     leave_run(runs, here, "interrupted")
     assert [runs.state(run) for run in runs.study.runs] == ["finished", "missing", "missing", "interrupted"]
-    assert runs.result(done) == json.loads((elsewhere.directory(done) / "result.json").read_text())
+    assert runs.result(done) == records[0].result
     assert [runs.holds(run) for run in runs.study.runs] == [False, False, False, True]
     assert StudyRuns(runs.study, runs.folder).state(done) == "missing"  # only where it is asked for
 

@@ -1,12 +1,12 @@
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetuning.comparison.collected import Study, read_study
+from finetuning.comparison.packed import change_records
 from finetuning.comparison.pairs import answers, compare_rows
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.tables import (
@@ -54,10 +54,7 @@ def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
 
 
 def test_what_others_have_reported_is_in_a_column_of_its_own(tmp_path: Path) -> None:
-    path = write_run(tmp_path, "s", "lora", correct=outcomes(0.9, 100, 0)) / "result.json"
-    result = json.loads(path.read_text())
-    result["study"]["reported"] = 89.71
-    path.write_text(json.dumps(result))
+    write_run(tmp_path, "s", "lora", correct=outcomes(0.9, 100, 0), study={"reported": 89.71})
     write_run(tmp_path, "s", "full", correct=outcomes(0.8, 100, 0))
     found = cells(read_study("s", tmp_path))
     assert [row["reported by others, %"] for row in found.values()] == ["89.71", ""]
@@ -126,10 +123,7 @@ def test_rates_are_shown_with_the_metric_that_chose_among_them(tmp_path: Path) -
     for monitor, scores in {"macro_f1": (0.5, 0.75), "loss": (0.5, 0.3)}.items():
         for rate, score in zip((1e-4, 1e-3), scores, strict=True):
             axes, config = {"learning_rate": rate}, {"monitor": monitor}
-            path = write_run(tmp_path, "s", monitor, stage="tune", axes=axes, config=config) / "result.json"
-            result = json.loads(path.read_text())
-            result["validation"][monitor] = score
-            path.write_text(json.dumps(result))
+            write_run(tmp_path, "s", monitor, stage="tune", axes=axes, config=config, validation={monitor: score})
     assert tuning_table(read_study("s", tmp_path)).rows == [
         ("loss", "loss", "0.0001: 0.5000; 0.001: 0.3000", ""),
         ("macro_f1", "macro_f1", "0.0001: 50.00; 0.001: 75.00", ""),
@@ -153,10 +147,7 @@ def test_a_rate_at_the_edge_of_those_tried_is_noted(tmp_path: Path) -> None:
 
 def test_macro_f1_has_a_column_where_it_chose(tmp_path: Path) -> None:
     for seed, score in enumerate((0.5, 0.7)):
-        path = write_run(tmp_path, "s", "a", seed=seed, correct=outcomes(0.8, 100, seed))
-        result = json.loads((path / "result.json").read_text())
-        result["test"]["macro_f1"] = score
-        (path / "result.json").write_text(json.dumps(result))
+        write_run(tmp_path, "s", "a", seed=seed, correct=outcomes(0.8, 100, seed), test={"macro_f1": score})
     assert cells(read_study("s", tmp_path))["a"]["macro F1, %"] == ""
     write_run(tmp_path, "s", "b", correct=outcomes(0.8, 100, 0), config={"monitor": "macro_f1"})
     study = read_study("s", tmp_path)
@@ -167,9 +158,9 @@ def test_macro_f1_has_a_column_where_it_chose(tmp_path: Path) -> None:
 def test_what_has_not_run_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path, "s", "a", correct=outcomes(0.8, 100, 0)).name
     planned = [run, *(f"b-seed{seed}" for seed in range(14))]
-    (tmp_path / "s" / "planned.json").write_text(json.dumps({"final": planned[:2]}))
+    change_records(tmp_path / "s", [], planned[:2])
     assert notes(read_study("s", tmp_path)) == ["Not run yet (1 of 2): b-seed0."]
-    (tmp_path / "s" / "planned.json").write_text(json.dumps({"final": planned}))
+    change_records(tmp_path / "s", [], planned)
     (note,) = notes(read_study("s", tmp_path))
     assert note.startswith("Not run yet (14 of 15): b-seed0, b-seed1, ")
     assert note.endswith("b-seed11, and others.")

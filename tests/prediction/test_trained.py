@@ -58,7 +58,7 @@ def test_the_longest_text(tmp_path: Path, config: Any, tokenizer: Any, expected:
         (CONFIG | {"problem_type": "regression"}, "must be a text classifier with at least two labels"),
         ("{", "config.json cannot be read: "),
         ("[]", "config.json must hold an object"),
-        ({"output_dir": "x"}, "must be a finished run, but has no result.json"),  # settings of an earlier version
+        ({"output_dir": "x"}, "must be a finished run, but has no result.json"),  # of another program
     ],
 )
 def test_folders_that_are_refused(tmp_path: Path, config: Any, message: str) -> None:

@@ -21,7 +21,6 @@ from finetuning.runs.files import (
     ADAPTER,
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
-    OLD_SETTINGS,
     PREVIOUS_CHECKPOINT,
     RESULT,
     RUN_FILES,
@@ -30,11 +29,9 @@ from finetuning.runs.files import (
     read_origin,
     read_settings,
     read_status,
-    settings_file,
     write_result,
 )
 from finetuning.runs.lock import LOCK, DirectoryLock
-from finetuning.storage import write_json
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
 ORIGIN = {
@@ -42,6 +39,8 @@ ORIGIN = {
     "adapter": {"adapter_model.safetensors": "4"},
     "data": {"train": "2", "test": "3"},
     "threads": 2,
+    "job": None,
+    "command": "python finetune_lora.py",
 }
 ARCHIVE = memoryview(b"weights" + b"PK\x05\x06".ljust(22, b"\0"))
 
@@ -61,9 +60,9 @@ def check(directory: Path, resume: bool = False, overwrite: bool = False) -> Non
 def held_run(directory: Path, status: str | None = None) -> Path:
     """A directory as a run leaves it that was interrupted, or that ended with ``status``."""
     begin(directory)
-    (directory / LAST_CHECKPOINT).write_bytes(ARCHIVE)
+    write_checkpoint(directory / LAST_CHECKPOINT, ARCHIVE)
     if status:
-        write_json(directory / RESULT, {"status": status})
+        write_result(directory, {"status": status})
     return directory
 
 
@@ -173,7 +172,7 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
     assert f"contains no run (no {SETTINGS})" in resume_refusal(tmp_path / "new")
     (tmp_path / LAST_CHECKPOINT).touch()
     assert f"contains no run (no {SETTINGS})" in resume_refusal(tmp_path)
-    (tmp_path / OLD_SETTINGS).write_text('{"model_type": "bert"}')  # a model's
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')  # a model's
     assert f"contains no run (no {SETTINGS})" in resume_refusal(tmp_path)
 
 
@@ -250,7 +249,7 @@ def test_resume_auto_starts_continues_or_does_nothing(tmp_path: Path, monkeypatc
     continued = settings_to_run(given, {"seed": 6})
     assert continued is not None
     assert (continued.run.resume, continued.training.seed) == (True, 5)
-    write_json(tmp_path / RESULT, {"status": "finished"})
+    write_result(tmp_path, {"status": "finished"})
     (tmp_path / BEST_CHECKPOINT).touch()  # killed between its last two steps
     with pytest.raises(UserError, match="--epochs 4: the run in"):
         settings_to_run(given | {"epochs": 4}, {})
@@ -275,7 +274,7 @@ def test_a_requeued_job_continues_its_own_run_and_replaces_an_earlier_one(
     flags = {"output_dir": tmp_path, "resume": "auto", "overwrite": True, "seed": 5}
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     begin(tmp_path, wanted(tmp_path, seed=0).to_dict())
-    write_json(tmp_path / RESULT, {"status": "finished"})
+    write_result(tmp_path, {"status": "finished"})
     replaces = settings_to_run(flags, {})  # the job was stopped before it had replaced this run
     assert replaces is not None
     assert (replaces.run.resume, replaces.run.overwrite, replaces.training.seed) == (False, True, 5)
@@ -285,7 +284,7 @@ def test_a_requeued_job_continues_its_own_run_and_replaces_an_earlier_one(
     continues = settings_to_run(flags, {})
     assert continues is not None
     assert (continues.run.resume, continues.run.overwrite) == (True, False)
-    write_json(tmp_path / RESULT, {"status": "finished"})
+    write_result(tmp_path, {"status": "finished"})
     assert settings_to_run(flags, {}) is None
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     assert settings_to_run(flags, {}) is not None
@@ -443,21 +442,15 @@ def test_another_number_of_threads_gives_a_warning(
     assert read_origin(tmp_path) == ORIGIN
 
 
-def test_a_run_of_an_earlier_version_recorded_no_origin(tmp_path: Path) -> None:
-    resumed = interrupted_run(tmp_path)
-    (tmp_path / SETTINGS).write_text(json.dumps(wanted(tmp_path).to_dict()))
-    with claimed(tmp_path, resumed, data={"train": "9"})[0]:
-        assert read_origin(tmp_path) == ORIGIN | {"data": {"train": "9"}}
-
-
 @pytest.mark.parametrize("status", [None, "interrupted", "failed"])
 def test_resume_takes_a_run_that_has_not_finished(tmp_path: Path, status: str | None) -> None:
     held_run(tmp_path, status=status)
     assert read_status(tmp_path) == status
     assert interrupted_settings(tmp_path) == STORED
     check(tmp_path, resume=True)
+    checkpoint = (tmp_path / LAST_CHECKPOINT).read_bytes()
     begin(tmp_path, resume=True)
-    assert (tmp_path / LAST_CHECKPOINT).read_bytes() == ARCHIVE
+    assert (tmp_path / LAST_CHECKPOINT).read_bytes() == checkpoint
 
 
 def test_resume_of_a_finished_run_is_refused(tmp_path: Path) -> None:
@@ -476,7 +469,7 @@ def test_resume_of_a_run_whose_settings_are_damaged_is_refused(tmp_path: Path, d
     assert f"{SETTINGS} cannot be read" in one_line(caught.value, tmp_path)
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"status": "failed", "sha256": {"result.json": "1"}}', None])
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"status": "failed", "sha256": {"result.json": "1"}}', None])
 def test_resume_of_a_run_whose_result_is_damaged_is_refused(tmp_path: Path, damaged: str | None) -> None:
     held_run(tmp_path, status="finished")
     (tmp_path / RESULT).unlink()
@@ -497,27 +490,16 @@ def test_resume_with_settings_that_were_changed_is_refused(tmp_path: Path) -> No
     text = (tmp_path / SETTINGS).read_text()
     (tmp_path / SETTINGS).write_text(text.replace('"seed": ', '"seed": 1'))
     assert f"{SETTINGS} cannot be read: it was changed after it was written" in resume_refusal(tmp_path)
-    (tmp_path / SETTINGS).write_text(json.dumps(STORED))  # of an earlier version, without a checksum
-    assert interrupted_settings(tmp_path) == STORED
-
-
-def test_settings_under_their_earlier_name_are_still_read_and_renamed(tmp_path: Path) -> None:
-    held_run(tmp_path)
-    (tmp_path / SETTINGS).rename(tmp_path / OLD_SETTINGS)
-    assert settings_file(tmp_path) == tmp_path / OLD_SETTINGS
-    assert interrupted_settings(tmp_path) == STORED
-    assert "already contains a run" in refusal(tmp_path)
-    begin(tmp_path, resume=True)
-    assert settings_file(tmp_path) == tmp_path / SETTINGS
-    assert not (tmp_path / OLD_SETTINGS).exists()
+    (tmp_path / SETTINGS).write_text(json.dumps(STORED))  # without a checksum
+    assert f"{SETTINGS} cannot be read: it was changed after it was written" in resume_refusal(tmp_path)
 
 
 def test_a_models_config_is_neither_in_the_way_nor_removed(tmp_path: Path) -> None:
-    (tmp_path / OLD_SETTINGS).write_text('{"model_type": "bert"}')
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     check(tmp_path)
     begin(tmp_path)
     begin(tmp_path, overwrite=True)
-    assert contents(tmp_path)[OLD_SETTINGS] == b'{"model_type": "bert"}'
+    assert contents(tmp_path)["config.json"] == b'{"model_type": "bert"}'
 
 
 def test_default_directory_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

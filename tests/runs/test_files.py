@@ -12,6 +12,7 @@ from finetuning.runs.files import (
     check_unchanged,
     read_result,
     read_status,
+    with_sums,
     write_result,
 )
 from finetuning.storage import read_json, sha256_of, write_atomically, write_json
@@ -80,7 +81,12 @@ def test_a_result_knows_its_files_and_itself(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{RESULT} cannot be used: it was changed"):
             check_unchanged(tmp_path / ADAPTER)
         assert read_status(tmp_path) is None
-    del whole["sha256"]
-    write_json(tmp_path / RESULT, whole)
-    assert read_result(tmp_path) == whole
-    check_unchanged(tmp_path / PREDICTIONS)
+    for sums in ({}, {"sha256": {}}, {"sha256": 3}):  # without its own
+        write_json(tmp_path / RESULT, {"status": "finished"} | sums)
+        with pytest.raises(ValueError, match="it was changed after it was written"):
+            read_result(tmp_path)
+    write_result(tmp_path, {"status": "finished"})
+    (tmp_path / ADAPTER).write_bytes(b"others")
+    write_json(tmp_path / RESULT, with_sums({"status": "finished"}, {}))
+    with pytest.raises(UserError, match=f"{ADAPTER} was changed after its run wrote it"):
+        check_unchanged(tmp_path / ADAPTER)

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from finetuning.runs.history import write_predictions
 
 def leave(directory: Path, **changes: Any) -> None:
     config = RunConfig.from_settings(lora_r=3).to_dict()
-    result = {"status": "finished", "config": config, "data": {"label_names": ["bad", "good"]}}
-    (directory / RESULT).write_text(json.dumps(result | changes))
+    data = {"label_names": ["bad", "good"], "columns": {}}
+    made = {"task": {"kind": "one label"}, "base_model": {"sha256": {"model.safetensors": "1"}}}
+    write_result(directory, {"status": "finished", "config": config, "data": data} | made | changes)
 
 
 def test_a_finished_run_is_read(tmp_path: Path) -> None:
@@ -24,6 +24,7 @@ def test_a_finished_run_is_read(tmp_path: Path) -> None:
     assert run.config.lora is not None
     assert (run.directory, run.config.lora.lora_r, run.label_names) == (tmp_path, 3, ["bad", "good"])
     assert run.result["test"] == {"accuracy": 0.5}
+    assert (run.threshold, run.base_files) == (None, {"model.safetensors": "1"})
 
 
 def test_other_directories_are_refused(tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     refused("its status is 'interrupted'")
     leave(tmp_path, config={"lora_rank": 3})
     refused("unknown settings lora_rank: this version does not have them")
-    cases: list[dict[str, Any]] = [{"config": 3}, {"data": {}}, {"data": None}]
+    cases: list[dict[str, Any]] = [{"config": 3}, {"data": {}}, {"data": None}, {"task": None}, {"base_model": {}}]
     for damaged in cases:
         leave(tmp_path, **damaged)
         refused("result.json is damaged")
@@ -52,8 +53,7 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
 def test_the_answers_of_a_run_are_read_or_refused(tmp_path: Path, threshold: float | None) -> None:
     logits = np.array([[0.5, 1.5], [2.0, -1.0]], dtype=np.float32)
     write_predictions(tmp_path, {"test": (np.array([7, 9]), np.array([0, 1]), logits)})
-    task = {} if threshold is None else {"task": {"threshold": threshold}}
-    run = FinishedRun(tmp_path, RunConfig.from_settings(), ["a", "b"], task)
+    run = FinishedRun(tmp_path, RunConfig.from_settings(), ["a", "b"], threshold, {}, {})
     found = read_own_answers(run)["test"]
     assert found.rows.tolist() == [7, 9]
     assert found.given.tolist() == [[threshold is not None, True], [True, False]]
