@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_campaign import Campaign
-from tests.faults import FAULTS, inputs
-from tests.faults.interruptions import moment_of
-from tests.faults.runs import (
+from benchmarks.faults import inputs
+from benchmarks.faults.campaign import Campaign
+from benchmarks.faults.interruptions import moment_of
+from benchmarks.faults.plan import FAULTS
+from benchmarks.faults.runs import (
     Broken,
     Commands,
     Fault,

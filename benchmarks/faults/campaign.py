@@ -1,7 +1,7 @@
-"""Breaks runs many times and shows what is left: ``make campaign``, or ``python -m tests.fault_campaign --help``.
+"""Breaks runs many times and shows what is left: ``make campaign``, or ``python -m benchmarks.faults --help``.
 
 Each trial has a number that seeds its choices, so it can be repeated alone. A campaign that was stopped goes on with
-the trials that it has not done. The faults are in the folder ``faults``.
+the trials that it has not done. The faults are in ``plan.py``.
 """
 
 import argparse
@@ -18,8 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults.plan import FAULTS
+from benchmarks.faults.runs import ROOT, Broken, Commands, Fault, Seen, Undisturbed
+from benchmarks.tiny import make_tiny_folder, write_reviews
 from finetuning.pages import renew_tables
-from tests.faults.runs import ROOT, Broken, Commands, Fault, Seen, Undisturbed
 
 TABLE = "faults"  # in the markers of the page
 DRAWS = 8  # of a trial, until its fault disturbs something
@@ -128,10 +130,9 @@ def commit() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0 if every promise was kept."""
-    from tests.conftest import make_tiny_folder, write_reviews
-    from tests.faults import FAULTS
-
-    parser = argparse.ArgumentParser(description="Breaks runs many times and shows what is left.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.faults", description="Breaks runs many times and shows what is left."
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/campaign"), help="where trials are noted")
     parser.add_argument("--only", nargs="*", choices=[fault.name for fault in FAULTS], help="only these faults")
     parser.add_argument("--times", type=int, help="at most N trials of each fault")
@@ -158,7 +159,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.page is not None:
         renew_tables(options.page, {TABLE: campaign.report()})
     return int(bool(campaign.broken))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.runs import (
+from benchmarks.faults.runs import (
     REPEATED,
     ROOT,
     Broken,
@@ -22,14 +21,9 @@ from tests.faults.runs import (
     number_of,
     require_same,
 )
-from tests.slurm_cluster import DAEMON_PATH, DAEMONS, Cluster, daemons, running_cluster, wait_until
+from benchmarks.slurm_cluster import Cluster, daemons, running_cluster, wait_until
 
 KINDS = ("preempted", "requeued", "step killed", "node failed")
-
-
-def needs_slurm() -> str | None:
-    """Which of SLURM's daemons is missing."""
-    return next((f"no {name}" for name in DAEMONS if shutil.which(name, path=DAEMON_PATH) is None), None)
 
 
 def job_disturbed(commands: Commands, generator: random.Random, directory: Path) -> str:

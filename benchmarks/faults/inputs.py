@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import finetune_lora
+from benchmarks.faults.runs import Broken, Commands, Outcome, in_process
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.flags import parse_bool
 from finetuning.settings import FLAGS, DataSettings, Flag
 from local_dataset_utilities import load_texts
-from tests.faults.runs import Broken, Commands, Outcome, in_process
 
 CASES = 100
 DATA_FLAGS = [field.name for field in fields(DataSettings) if field.name not in ("dataset", "data_dir")]

@@ -10,10 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from finetuning.runs.checkpoints import has_checkpoint
-from finetuning.runs.files import LAST_CHECKPOINT, RESULT
-from finetuning.storage import TEMPORARY
-from tests.faults.runs import (
+from benchmarks.faults.runs import (
     METHODS,
     REPEATED,
     ROOT,
@@ -28,6 +25,9 @@ from tests.faults.runs import (
     require,
     require_same,
 )
+from finetuning.runs.checkpoints import has_checkpoint
+from finetuning.runs.files import LAST_CHECKPOINT, RESULT
+from finetuning.storage import TEMPORARY
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

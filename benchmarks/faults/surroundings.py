@@ -10,6 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.faults.runs import (
+    Commands,
+    Signals,
+    Undisturbed,
+    continued,
+    number_of,
+    on_file_operations,
+    refused_in_one_line,
+    require,
+    require_same,
+)
 from finetuning import storage
 from finetuning.runs.checkpoints import has_checkpoint
 from finetuning.runs.files import (
@@ -26,17 +37,6 @@ from finetuning.runs.files import (
     TRAINED_WEIGHTS,
 )
 from finetuning.runs.lock import LOCK
-from tests.faults.runs import (
-    Commands,
-    Signals,
-    Undisturbed,
-    continued,
-    number_of,
-    on_file_operations,
-    refused_in_one_line,
-    require,
-    require_same,
-)
 
 TOKENS = ".npz"
 ONCE = (LOCK, SETTINGS, TOKENS, ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, CURVE, PREDICTIONS, RESULT, REPORT)

@@ -6,21 +6,9 @@ import shutil
 from pathlib import Path
 
 import compare_methods
-from finetuning.runs.files import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    BEST_CHECKPOINT,
-    LAST_CHECKPOINT,
-    PREDICTIONS,
-    PREVIOUS_CHECKPOINT,
-    RESULT,
-    SETTINGS,
-    TRAINED_WEIGHTS,
-)
-from finetuning.storage import sum_holds
-from tests.faults.crowd import finished_study, study_words
-from tests.faults.interruptions import chosen_run
-from tests.faults.runs import (
+from benchmarks.faults.crowd import finished_study, study_words
+from benchmarks.faults.interruptions import chosen_run
+from benchmarks.faults.runs import (
     METHODS,
     Commands,
     Outcome,
@@ -34,6 +22,18 @@ from tests.faults.runs import (
     require,
     require_same,
 )
+from finetuning.runs.files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    BEST_CHECKPOINT,
+    LAST_CHECKPOINT,
+    PREDICTIONS,
+    PREVIOUS_CHECKPOINT,
+    RESULT,
+    SETTINGS,
+    TRAINED_WEIGHTS,
+)
+from finetuning.storage import sum_holds
 
 KINDS = ("truncated", "bit flipped", "emptied", "folder instead")
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import finetune_lora
-from finetuning.runs.files import LAST_CHECKPOINT, SETTINGS
-from tests.conftest import write_study
-from tests.faults.runs import (
+from benchmarks.faults.runs import (
     ROOT,
     Broken,
     Commands,
@@ -22,6 +20,8 @@ from tests.faults.runs import (
     require,
     require_same,
 )
+from benchmarks.tiny import write_study
+from finetuning.runs.files import LAST_CHECKPOINT, SETTINGS
 
 ROWS = """
 [[rows]]

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.runs.checkpoints import has_checkpoint
-from tests.faults.runs import (
+from benchmarks.faults.runs import (
     Commands,
     Seen,
     Undisturbed,
@@ -23,6 +22,7 @@ from tests.faults.runs import (
     require,
     require_same,
 )
+from finetuning.runs.checkpoints import has_checkpoint
 
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 SMALL_BYTES = 1 << 15  # larger blocks come from the system, so that a limit acts at once
