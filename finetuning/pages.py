@@ -1,8 +1,9 @@
 """Tables, and pages in Markdown: a table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetuning.errors import UserError
 from finetuning.storage import write_text
@@ -44,12 +45,28 @@ class Table:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        lines = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+        names = [f" {name} " if name else " " for name in self.columns]
+        lines = [f"|{'|'.join(names)}|", "|" + "---|" * len(self.columns)]
         for row in self.rows:
             cells = [cell.replace("|", "\\|") for cell in row]
             cells = [f"`{c}`" if c and n in self.code else c for n, c in zip(self.columns, cells, strict=True)]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+
+def measured(environments: Iterable[Mapping[str, Any]]) -> str:
+    """The caption below a table of measurements: ``Measured: commit b9e3bf4, 2026-11-26.``
+
+    Args:
+        environments: from ``environment_record``; those of earlier versions have no date.
+    """
+    whens = []
+    for environment in environments:
+        git = environment.get("git") or {}
+        commit = git["commit"][:7] if "commit" in git else "not recorded"
+        changed = " with changes" if git.get("modified") else ""
+        whens.append(f"commit {commit}{changed}, {environment.get('date', 'date not recorded')}")
+    return f"Measured: {'; '.join(dict.fromkeys(whens))}."
 
 
 def with_table(text: str, name: str, content: str) -> str:

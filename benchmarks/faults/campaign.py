@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ class Campaign:
         seconds = round(time.monotonic() - began, 2)
         record = {"fault": fault.name, "number": number, "seed": self.seed, "kept": kept, "seen": found.text}
         record |= {"disturbed": found.disturbed, "seconds": seconds, "commit": commit()}
+        record["date"] = date.today().isoformat()
         with self.file.open("a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
         return record
@@ -115,10 +117,10 @@ class Campaign:
         return ["| fault | what | which | how often |", "|---|---|---|---|", *lines, ""] if lines else []
 
     def trials_of_commits(self) -> str:
-        """How many trials each commit of the code did, and the command that repeats a line."""
+        """How many trials each commit of the code did and when, and the command that repeats a line."""
         records = [record for fault in self.faults for record in self.done.get(fault.name, {}).values()]
-        commits = Counter(record["commit"] for record in records)
-        tried = ", ".join(f"{count} of commit {commit}" for commit, count in commits.items()) or "none"
+        whens = Counter(f"commit {record['commit']}, {record.get('date', 'date not recorded')}" for record in records)
+        tried = "; ".join(f"{count} of {when}" for when, count in whens.items()) or "none"
         return f"Trials: {tried}.\nThe command of a line, with its first column as NAME: `{COMMAND}`."
 
 

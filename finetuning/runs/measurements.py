@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def was_alone(before: tuple[float, float] | None, seconds: float) -> bool | None
 
 
 def environment_record() -> dict[str, Any]:
-    """Versions, hardware and the commit, so that each result can be traced back."""
+    """Versions, hardware, commit and date, so that each result can be traced back."""
     import watermark
 
     versions = {}
@@ -113,6 +114,7 @@ def environment_record() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "git": _git_commit(),
+        "date": date.today().isoformat(),
         "watermark": watermark.watermark(machine=True, python=True, iso8601=True),
     }
 
