@@ -135,8 +135,8 @@ class Journal:
         """Adds measurements, writes the file and shows them."""
         self.records += records
         self.write()
-        for record in records if self.show else ():
-            print(self.show(record), file=sys.stderr, flush=True)
+        if self.show is not None:
+            print(*map(self.show, records), sep="\n", file=sys.stderr, flush=True)
 
     def forget(self, unwanted: Callable[[Record], bool]) -> None:
         """Drops measurements, so that they are made again."""

@@ -284,7 +284,7 @@ def test_both_paths_are_trained_in_turns_and_compared_by_their_seconds(
 
     monkeypatch.setattr(harness, "in_process", in_this_process)
     journal = harness.Journal(tmp_path / "journal.json", {}, key="runs")
-    plain_path.measure(1, "--epochs 1 --limit_train 8 --max_length 16", journal)
+    plain_path.measure(1, "--epochs 1 --limit_train 8 --limit_validation 8 --max_length 16", journal)
     runs = journal.records
     assert [(run["round"], run["efficient"]) for run in runs] == [(0, True), (0, False)]
     runs += copy.deepcopy(runs)  # as if of another round

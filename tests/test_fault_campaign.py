@@ -6,22 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import inputs
+from benchmarks.faults import inputs, runs
 from benchmarks.faults.campaign import Campaign
 from benchmarks.faults.interruptions import moment_of
 from benchmarks.faults.plan import FAULTS
-from benchmarks.faults.runs import (
-    Broken,
-    Commands,
-    Fault,
-    Outcome,
-    Seen,
-    Signals,
-    Undisturbed,
-    continued,
-    left_by,
-    require_same,
-)
+from benchmarks.faults.runs import Broken, Commands, Fault, Outcome, Seen, Signals, Undisturbed, continued, require_same
 
 SHORT = {
     "SIGKILL": 2,
@@ -136,7 +125,7 @@ def test_the_moment_of_a_kill(files: tuple[str, ...], printed: str, moment: str,
 
 def test_a_trial_that_finds_no_result_is_noted_as_broken(commands: Commands, tmp_path: Path) -> None:
     def trial(_commands: Commands, _generator: object, directory: Path) -> str:
-        left_by(directory)
+        runs.left_by(directory)
         return "fine"
 
     campaign = Campaign(Commands(tmp_path, commands.model, commands.data), [Fault("a fault", 2, "works", trial)])

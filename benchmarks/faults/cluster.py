@@ -10,17 +10,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.faults.runs import (
-    REPEATED,
-    ROOT,
-    Broken,
-    Commands,
-    Outcome,
-    Undisturbed,
-    continued,
-    number_of,
-    require_same,
-)
+from benchmarks.faults import runs
+from benchmarks.faults.runs import REPEATED, ROOT, Broken, Commands, Outcome, Undisturbed, continued, number_of
 from benchmarks.slurm_cluster import Cluster, daemons, running_cluster, wait_until
 
 KINDS = ("preempted", "requeued", "step killed", "node failed")
@@ -61,7 +52,7 @@ def job_disturbed(commands: Commands, generator: random.Random, directory: Path)
     earlier = Outcome(0, "".join(part.printed for part in before))
     repeated = 0 if kind == "preempted" else REPEATED  # it has time to write a checkpoint
     _, how = continued(min(after.batches, default=2) > 1, earlier, lambda: after, repeated)
-    require_same(run, whole)
+    runs.require_same(run, whole)
     return f"{kind}: {how}, identical"
 
 
