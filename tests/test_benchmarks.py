@@ -21,7 +21,7 @@ from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
-from finetuning.pages import ACCURACY, README, RESULTS, SPEED, with_table
+from finetuning.pages import ACCURACY, README, RESULTS, ROOT, SPEED, with_table
 from finetuning.storage import read_json
 from tests.conftest import needs_int8
 
@@ -64,6 +64,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # contestants
+
+
+def test_benchmarks_import_no_tests() -> None:
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) tests\b", path.read_text(encoding="utf8"), re.MULTILINE), path
 
 
 @pytest.mark.parametrize("targets", list(TARGETS))
@@ -367,11 +372,6 @@ def test_the_short_table_has_medians_of_chosen_works(monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_every_row_of_the_short_table_is_in_the_plan() -> None:
-    planned = {(w.model, w.targets, w.max_length, name) for w in peers.plan() for name in w.contestants}
-    assert set(peers.SHORT) <= planned
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the plan
 
@@ -401,6 +401,7 @@ def test_the_plan_covers_what_is_claimed() -> None:
         assert "suite_qlora" in works["minilm", targets, 256]
         assert "peft_tuned" in works["base", targets, 256]
     assert {"peft_defaults", "tutorial_bf16", "tutorial_fp32"} <= set(works["minilm", "qv", 512])
+    assert set(peers.SHORT) <= {(*work, name) for work, contestants in works.items() for name in contestants}
     assert len(peers.plan(complete=True)) == 12
     assert all(set(w.contestants) == set(CONTESTANTS) for w in peers.plan(complete=True))
 
@@ -422,13 +423,8 @@ def test_flags_that_make_no_sense_are_refused(
 
 
 def test_less_than_the_plan_never_replaces_its_results() -> None:
-    def partly(*flags: str) -> bool:
-        return peers.chosen_works(peers.make_parser().parse_args(flags))[1]
-
-    assert not partly()
-    assert partly("--quick")
-    assert partly("--model", "base")
-    assert partly("--contestants", "suite,peft_tuned")
+    for flags in ("", "--quick", "--model base", "--contestants suite,peft_tuned"):
+        assert peers.chosen_works(peers.make_parser().parse_args(flags.split()))[1] == bool(flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,12 +450,9 @@ def test_operations_by_formula_are_those_that_are_executed(folder: Path, targets
     assert counter.get_total_flops() == step_flops(size, B, T).total() - unseen
 
 
-def test_operations_need_lora_in_the_attention() -> None:
+def test_every_product_is_counted_once() -> None:
     with pytest.raises(ValueError, match="query or value"):
         step_flops(Size(3, 32, 4, 64, 2, 8, ("mlp",)), 2, 8)
-
-
-def test_the_rate_of_products_counts_every_product_once() -> None:
     size = Size(2, 64, 4, 128, 2, 8, TARGETS["all"])
     assert len(list(products(size, 4, 16))) == 2 * 4 + 2
     assert roofline.product_rate(size, 4, 16, torch.float32, seconds_per_shape=0.001) > 1e6
