@@ -37,7 +37,7 @@ roofline: $(VENV)/.installed-dev
 
 # Kills, signals, damaged files, full disks: hundreds of trials, an hour or more; a second call goes on.
 campaign: $(VENV)/.installed-dev
-	$(BIN)/python -m tests.fault_campaign $(CAMPAIGN_FLAGS)
+	$(BIN)/python -m benchmarks.faults $(CAMPAIGN_FLAGS)
 
 $(VENV)/.installed: requirements.txt requirements-offline.txt
 	$(PYTHON) -m venv $(VENV)

@@ -8,7 +8,6 @@ import argparse
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,27 +18,28 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import harness
 from benchmarks.accuracy_table import CONTESTANTS, table
-from benchmarks.peers import RESULTS, Record, fastest_settings, why_failed
+from benchmarks.harness import Journal, Record
+from benchmarks.peers import fastest_settings
 from finetuning.comparison.collected import Predictions
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.plan import shown_command
-from finetuning.errors import UserError, exit_status
-from finetuning.flags import OneLineParser, parse_bool
+from finetuning.errors import UserError
 from finetuning.pages import ACCURACY, ROOT, renew_tables
 from finetuning.processes import stoppable
 from finetuning.runs.files import PREDICTIONS, read_result
 from finetuning.storage import read_json, write_atomically, write_json
 
 OUTPUT, COUNTS = "accuracy.json", "accuracy.npz"  # the second has what each test text counts in each run
-FOLDER = ROOT / "runs" / "accuracy"
+FOLDER, JOURNAL = ROOT / "runs" / "accuracy", "measured.json"
 MAX_LENGTH = 128
 SAME = (
     "--dataset text --model_name packaged --lora_key True --lora_projection True --lora_mlp True"
     f" --max_length {MAX_LENGTH} --accelerator cpu"
 )
 KEPT_SCORES = ("accuracy", "macro_f1", "micro_f1", "mean_average_precision", "mcc")
-KEPT_ENVIRONMENT = ("cpu", "threads", "git", "alone", "versions")
+KEPT_ENVIRONMENT = ("cpu", "threads", "git", "date", "alone", "versions")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Measurement:
 
     @property
     def name(self) -> str:
-        """The name of its run directory, and of its record next to it."""
+        """The name of its run directory."""
         return f"{self.work.name}-{self.contestant}-seed{self.seed}"
 
     def command(self, data_dir: Path, directory: Path, peer_flags: Sequence[str]) -> list[str]:
@@ -93,10 +93,10 @@ class Measurement:
             return [str(ROOT / "finetune_lora.py"), *flags, *places]
         return ["-m", "benchmarks.peft_run", *peer_flags, *flags, *places]
 
-    def record(self, folder: Path) -> Record | None:
-        """What was measured; ``None`` if it was not."""
-        path = folder / f"{self.name}.json"
-        return read_json(path) if path.exists() else None
+    @property
+    def described(self) -> Record:
+        """What tells its record from others."""
+        return {"set": self.work.name, "contestant": self.contestant, "seed": self.seed}
 
 
 def planned(works: Sequence[Work], seeds: Sequence[int] | None = None) -> list[Measurement]:
@@ -120,19 +120,20 @@ def planned(works: Sequence[Work], seeds: Sequence[int] | None = None) -> list[M
 Start = Callable[[list[str]], str | None]  # a command without "python" -> why it failed
 
 
-def in_process(command: list[str]) -> str | None:
-    """Runs a command in a process of its own, without the hub. Returns why it failed; ``None`` if it did not."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode == 130:
-        raise KeyboardInterrupt
-    return why_failed(done) if done.returncode else None
+def start_in_process(command: list[str]) -> str | None:
+    """Runs a command in a process of its own. Returns why it failed; ``None`` if it did not."""
+    return harness.in_process(command)[1]
+
+
+def open_journal(folder: Path) -> Journal:
+    """What has been measured in a folder."""
+    return Journal(folder / JOURNAL, {}, show=record_line)
 
 
 def measure_all(
     measurements: Sequence[Measurement], data_dir: Path, folder: Path, peer_flags: Sequence[str], start: Start
 ) -> None:
-    """Does every run that has no record yet, and prints each result with the time left.
+    """Does every run that has no record yet, and prints each result, then the time left.
 
     Args:
         measurements: from ``planned``.
@@ -144,22 +145,17 @@ def measure_all(
     Raises:
         UserError: a record is from another command.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    journal = open_journal(folder)
     commands = {m: m.command(data_dir, folder / m.name, peer_flags) for m in measurements}
-    records = {m: record for m in measurements if (record := m.record(folder)) is not None}
-    for measurement, record in records.items():
-        if record["command"] != shown(commands[measurement]):
-            raise UserError(f"{folder / measurement.name}.json is from another command: give another --folder")
-    for number, measurement in enumerate(measurements, 1):
-        if measurement in records:
-            continue
-        began = time.perf_counter()
-        error = start(commands[measurement])
-        record = record_of(measurement, commands[measurement], folder, error, time.perf_counter() - began)
-        write_json(folder / f"{measurement.name}.json", record)
-        records[measurement] = record
-        left = seconds_left(records, [m for m in measurements if m not in records])
-        print(f"[{number}/{len(measurements)}] {record_line(record)}  about {left / 60:.0f} min left", flush=True)
+    for measurement, command in commands.items():
+        record = journal.find(**measurement.described)
+        if record is not None and record["command"] != shown(command):
+            raise UserError(f"{folder / JOURNAL}: {measurement.name} is from another command: give another --folder")
+    for number, (measurement, command) in enumerate(commands.items(), 1):
+        if journal.find(**measurement.described) is None:
+            journal.keep(measurement.described | measure(measurement, command, folder, start))
+            left = seconds_left(journal, measurements)
+            print(f"[{number}/{len(measurements)}] about {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
 
 def shown(command: Sequence[str]) -> str:
@@ -167,21 +163,21 @@ def shown(command: Sequence[str]) -> str:
     return shown_command(shlex.join(["python", *(word.removeprefix(f"{ROOT}{os.sep}") for word in command)]))
 
 
-def record_of(measurement: Measurement, command: list[str], folder: Path, error: str | None, seconds: float) -> Record:
-    """What is kept of a run."""
-    record: Record = {
-        "set": measurement.work.name,
-        "contestant": measurement.contestant,
-        "seed": measurement.seed,
-        "command": shown(command),
-        "seconds": seconds,
-    }
+def measure(measurement: Measurement, command: list[str], folder: Path, start: Start) -> Record:
+    """Does a run. Returns what is kept of it."""
+    began = time.perf_counter()
+    error = start(command)
+    record: Record = {"command": shown(command), "seconds": time.perf_counter() - began}
     if error is not None:
         return record | {"status": "failed", "error": error}
     result = read_result(folder / measurement.name)
-    environment = {name: result["environment"][name] for name in KEPT_ENVIRONMENT}
+    scores = {
+        split: {name: result[split][name] for name in KEPT_SCORES if name in result[split]}
+        for split in ("validation", "test")
+    }
     return (
         record
+        | scores
         | {
             "status": "finished",
             "source": result["data"]["source"],
@@ -193,11 +189,7 @@ def record_of(measurement: Measurement, command: list[str], folder: Path, error:
             "steps": result["train"]["steps"],
             "peak_bytes": result["memory"]["peak_bytes"],
             "trainer": result.get("trainer"),
-            "environment": environment,
-        }
-        | {
-            split: {name: result[split][name] for name in KEPT_SCORES if name in result[split]}
-            for split in ("validation", "test")
+            "environment": {name: result["environment"][name] for name in KEPT_ENVIRONMENT},
         }
     )
 
@@ -211,18 +203,15 @@ def record_line(record: Record) -> str:
     return f"{name}{scores}  training {record['train_seconds']:.0f} s"
 
 
-def seconds_left(records: dict[Measurement, Record], left: Sequence[Measurement]) -> float:
+def seconds_left(journal: Journal, measurements: Sequence[Measurement]) -> float:
     """The expected time of the measurements that are left: as long as the same one took with other seeds."""
-    everything = [record["seconds"] for record in records.values()]
     total = 0.0
-    for measurement in left:
-        same = [r["seconds"] for m, r in records.items() if (m.work, m.contestant) == _kind(measurement)]
-        total += statistics.fmean(same or everything)
+    for measurement in measurements:
+        if journal.find(**measurement.described) is None:
+            kind = (measurement.work.name, measurement.contestant)
+            same = [record["seconds"] for record in journal.records if (record["set"], record["contestant"]) == kind]
+            total += statistics.fmean(same or [record["seconds"] for record in journal.records])
     return total
-
-
-def _kind(measurement: Measurement) -> tuple[Work, str]:
-    return measurement.work, measurement.contestant
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,10 +228,10 @@ def collect(measurements: Sequence[Measurement], folder: Path) -> tuple[Record, 
     Raises:
         UserError: two runs of a data set were trained or tested on different texts.
     """
-    records, counts = [], {}
+    journal, records, counts = open_journal(folder), [], {}
     data: dict[str, Any] = {}
     for measurement in measurements:
-        record = measurement.record(folder)
+        record = journal.find(**measurement.described)
         if record is None:
             continue
         records.append(record)
@@ -286,15 +275,16 @@ def load(folder: Path) -> tuple[Record, dict[str, np.ndarray]]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command."""
-    parser = OneLineParser(description="Compare this suite's accuracy with PEFT + Trainer.", allow_abbrev=False)
+    parser = harness.make_parser(
+        "Compare this suite's accuracy with PEFT + Trainer.",
+        quick="one small data set and one seed; changes no page",
+        retry_failed="measure again what failed",
+    )
     names = ", ".join(work.name for work in PLAN)
     parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help=f"has the folders {names}")
     parser.add_argument("--sets", metavar="NAME,...", help="only these data sets, in this order (default: all)")
     parser.add_argument("--seeds", metavar="N,...", help="only these seeds (default: all)")
     parser.add_argument("--folder", type=Path, metavar="PATH", help=f"keeps the runs (default: {FOLDER.name} in runs)")
-    flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    parser.add_argument("--quick", help="one small data set and one seed; changes no page", **flag)
-    parser.add_argument("--retry_failed", help="measure again what failed", **flag)
     return parser
 
 
@@ -318,11 +308,6 @@ def chosen(options: argparse.Namespace) -> list[Measurement]:
     return planned([works[name] for name in names], seeds)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
-    return exit_status(lambda: command(argv), "interrupted: run the same command again to go on")
-
-
 def command(argv: Sequence[str] | None) -> int:
     """Measures what is missing and prints the table; with the whole plan it renews results and page.
 
@@ -338,24 +323,25 @@ def command(argv: Sequence[str] | None) -> int:
     if options.retry_failed:
         forget_failed(asked, folder)
     with stoppable():
-        measure_all(asked, options.data_dir.absolute(), folder.absolute(), peer_flags, in_process)
+        measure_all(asked, options.data_dir.absolute(), folder.absolute(), peer_flags, start_in_process)
     result, counts = collect(list(dict.fromkeys((*whole, *asked))), folder)
     save(result, counts, folder)
     content = table(result, counts)
     print("\n" + content)
     if not options.quick and len(result["measurements"]) == len(whole):
-        save(result, counts, RESULTS)
+        save(result, counts, harness.RESULTS)
         renew_tables(ACCURACY, {"accuracy": content})
     return int(any(record["status"] == "failed" for record in result["measurements"]))
 
 
 def forget_failed(measurements: Sequence[Measurement], folder: Path) -> None:
     """Removes the records of measurements that failed."""
-    for measurement in measurements:
-        record = measurement.record(folder)
-        if record is not None and record["status"] == "failed":
-            (folder / f"{measurement.name}.json").unlink()
+    journal = open_journal(folder)
+    asked = [measurement.described for measurement in measurements]
+    journal.forget(lambda record: record["status"] == "failed" and any(one.items() <= record.items() for one in asked))
 
+
+main = harness.as_main(command, "interrupted: run the same command again to go on")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,9 +6,11 @@ from textwrap import shorten
 
 import numpy as np
 
-from benchmarks.peers import NAMES, Record, Spread, ratios
+from benchmarks import harness
+from benchmarks.harness import Record, Spread
+from benchmarks.peers import NAMES
 from finetuning.comparison.statistics import Difference, pooled_difference, seed_spread
-from finetuning.pages import Table
+from finetuning.pages import Table, measured
 
 CONTESTANTS = {"suite": "this suite", "peft": NAMES["peft_tuned"]}
 OTHER_SCORES = {"micro_f1": "micro F1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}
@@ -41,18 +43,15 @@ def table(result: Record, counts: dict[str, np.ndarray]) -> str:
         rows.append((f"{name}{what}{seeds}", texts, *scores, difference.cell, str(time or "")))
     others = Table(("data set, score", *names, DIFFERENCE), other_scores(both, counts))
     parts = (conditions(result), Table(columns, rows).markdown(), pooled_sentence(list(both.values()), counts))
-    return "\n\n".join((*parts, others.markdown()))
+    caption = measured(record["environment"] for record in records if record["status"] == "finished")
+    return "\n\n".join((*parts, others.markdown(), caption))
 
 
 def conditions(result: Record) -> str:
     """Where it was measured, and what is missing, a line each."""
     records = result["measurements"]
     finished = [record for record in records if record["status"] == "finished"]
-    machines = {
-        f"{r['environment']['cpu']}, {r['environment']['threads']} threads;"
-        f" torch {r['environment']['versions']['torch']}, peft {r['environment']['versions']['peft']}."
-        for r in finished
-    }
+    machines = {f"{harness.machine(record['environment'], 'torch', 'peft')}." for record in finished}
     seeds = ", ".join(f"{name} {len(numbers)}" for name, numbers in result["seeds"].items())
     lines = [*sorted(machines), f"Seeds: {seeds}; mean ± standard deviation over seeds."]
     busy = sum(record["environment"]["alone"] is not True for record in finished)
@@ -89,7 +88,7 @@ def time_ratio(suite: Sequence[Record], peft: Sequence[Record]) -> Spread | None
         [record | {"round": record["seed"]} for record in records if record["environment"]["alone"] is True]
         for records in (suite, peft)
     )
-    return ratios(ours, theirs, "train_seconds")
+    return harness.ratios(ours, theirs, "train_seconds")
 
 
 def mean(records: Sequence[Record], score: str) -> str:

@@ -1,11 +1,11 @@
 """Measures what checkpoints inside an epoch cost: ``python -m benchmarks.checkpoints``. Renews docs/faults.md."""
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,12 +13,14 @@ from unittest.mock import patch
 import lightning.pytorch as pl
 
 import finetune_lora
+from benchmarks import harness
+from benchmarks.harness import Record
 from finetuning.errors import UserError
-from finetuning.pages import ROOT, renew_tables
+from finetuning.pages import ROOT, Table, measured
 from finetuning.runs.files import LAST_CHECKPOINT, RESULT
 from finetuning.storage import read_json
 
-PAGE = ROOT / "docs" / "faults.md"
+OUTPUT, PAGE = harness.RESULTS / "checkpoints.json", ROOT / "docs" / "faults.md"
 METHODS = {
     "lora": ["--lora_key", "--lora_projection", "--lora_mlp"],
     "full": ["--method", "full"],
@@ -27,10 +29,11 @@ FLAGS = (
     "--offline", "--accelerator", "cpu", "--epochs", "1", "--limit_validation", "64", "--test", "False",
     "--checkpoint_steps", "1",
 )  # fmt: skip
+COLUMNS = ("", "checkpoints measured", "bytes", "writing one, s")
 RUN_SECONDS, EVERY_SECONDS = 20 * 60, 5 * 60
 
 
-def measure(method: str, texts: int) -> dict[str, Any]:
+def measure(method: str, texts: int) -> Record:
     """Trains with a checkpoint after each step.
 
     Args:
@@ -55,38 +58,46 @@ def measure(method: str, texts: int) -> dict[str, Any]:
             if finetune_lora.main(words):
                 raise UserError(f"the run with --method {method} failed")
         size, result = (run / LAST_CHECKPOINT).stat().st_size, read_json(run / RESULT)
-    return {"method": method, "seconds": seconds, "bytes": size, "environment": result["environment"]}
+    return {"seconds": seconds, "bytes": size, "environment": result["environment"]}
 
 
-def table(measured: Sequence[dict[str, Any]]) -> str:
+def table(result: Record) -> str:
     """Markdown: the size of a checkpoint, how long writing takes, and its share of a run of 20 minutes."""
-    inside = RUN_SECONDS // EVERY_SECONDS
-    machine = measured[0]["environment"]
-    lines = [
-        f"{machine['cpu']}, {machine['threads']} thread(s). Writing: median and longest, until the disk has it.",
+    inside, records = RUN_SECONDS // EVERY_SECONDS, result["runs"]
+    columns = (
         "",
-        f"| | checkpoints measured | bytes | writing one, s | {inside} in a run of {RUN_SECONDS // 60} minutes |",
-        "|---|---|---|---|---|",
-    ]
-    for record in measured:
+        "checkpoints measured",
+        "bytes",
+        "writing one, s",
+        f"{inside} in a run of {RUN_SECONDS // 60} minutes",
+    )
+    rows = []
+    for record in records:
         median, longest = statistics.median(record["seconds"]), max(record["seconds"])
-        lines.append(
-            f"| `--method {record['method']}` | {len(record['seconds'])} | {record['bytes']:,} |"
-            f" {median:.3f}, {longest:.3f} | {inside * median / RUN_SECONDS:.3%} of the time |"
-        )
-    return "\n".join(lines)
+        name, count = f"`--method {record['method']}`", str(len(record["seconds"]))
+        share = f"{inside * median / RUN_SECONDS:.3%} of the time"
+        rows.append((name, count, f"{record['bytes']:,}", f"{median:.3f}, {longest:.3f}", share))
+    environment = records[0]["environment"]
+    conditions = f"{environment['cpu']}, {environment['threads']} thread(s)."
+    return (
+        f"{conditions} Writing: median and longest, until the disk has it.\n\n{Table(columns, rows).markdown()}\n\n"
+        f"{measured(record['environment'] for record in records)}"
+    )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Measures what checkpoints cost.")
+def command(argv: Sequence[str] | None) -> int:
+    """Prints the table, writes JSON and renews docs/faults.md. Returns the exit status."""
+    parser = harness.make_parser("Measures what checkpoints cost.")
     parser.add_argument("--texts", type=int, default=2000, help="training texts of each run")
     options = parser.parse_args(argv)
-    shown = table([measure(method, options.texts) for method in METHODS])
-    print(shown)
-    renew_tables(PAGE, {"checkpoints": shown})
+    journal = harness.start_journal("checkpoints", options, {}, key="runs")
+    for method in METHODS:
+        journal.measured(partial(measure, method, options.texts), method=method)
+    harness.publish(journal, OUTPUT, table, "checkpoints", partly=False, page=PAGE)
     return 0
 
+
+main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

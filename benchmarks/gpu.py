@@ -22,14 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_parts
+from benchmarks import gpu_parts, harness
 from benchmarks.gpu_parts import METHODS, SMALL, Record, Sizes
-from finetuning.errors import UserError, exit_status, first_line
-from finetuning.flags import OneLineParser, parse_bool
+from finetuning.errors import UserError, first_line
+from finetuning.pages import ROOT
 from finetuning.storage import write_json
 
-OUTPUT = Path(__file__).resolve().parent / "results" / "gpu.json"
-PARTIAL_OUTPUT = gpu_parts.ROOT / "runs" / "gpu.json"
+OUTPUT = harness.RESULTS / "gpu.json"
+PARTIAL_OUTPUT = ROOT / "runs" / "gpu.json"
 SMALL_LIMIT = 60  # seconds, of each part of the small form
 
 
@@ -152,9 +152,11 @@ def in_short(record: Record) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description="All measurements of a GPU, each part under a time limit.", allow_abbrev=False)
-    flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    parser.add_argument("--small", help="a toy model on a CPU, to see that all parts work", **flag)
+    """The parser of the command."""
+    parser = harness.make_parser(
+        "All measurements of a GPU, each part under a time limit.",
+        small="a toy model on a CPU, to see that all parts work",
+    )
     parser.add_argument("--parts", help="only parts whose names begin with one of these, separated by commas")
     parser.add_argument("--output", type=Path, help="the JSON file")
     return parser
@@ -173,11 +175,6 @@ def chosen(parts: list[Part], names: str | None) -> list[Part]:
         if not any(part.name.startswith(name) for part in parts):
             raise UserError(f"--parts {name}: allowed are {', '.join(part.name for part in parts)}")
     return [part for part in parts if part.name == "folder" or part.name.startswith(wanted)]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
-    return exit_status(lambda: command(argv), "interrupted")
 
 
 def command(argv: Sequence[str] | None) -> int:
@@ -202,6 +199,8 @@ def command(argv: Sequence[str] | None) -> int:
     print(table(result))
     return int(any("error" in record for record in result["parts"].values()))
 
+
+main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,25 +5,24 @@ from ``make benchmark`` on the machine of these runs. It is also kept in ``headl
 another machine replaces ``peers.json``. The table goes to docs/speed.md, and a short table of all peers to README.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import peers
+from benchmarks import harness, peers
+from benchmarks.harness import Record
 from finetuning.comparison.packed import read_records
-from finetuning.errors import UserError, exit_status
-from finetuning.flags import OneLineParser
-from finetuning.pages import README, RESULTS, SPEED, measured_line, renew_tables
+from finetuning.errors import UserError
+from finetuning.pages import README, RESULTS, SPEED, Table, measured, renew_tables
 from finetuning.storage import read_json, write_json
 
-OUTPUT = peers.RESULTS / "headline.json"
+OUTPUT = harness.RESULTS / "headline.json"
 TUTORIALS = ("tutorial_fp32", "tutorial_bf16")
+COLUMNS = ("", "minutes", "test accuracy, %")
 
 
-def table(runs: Sequence[dict[str, Any]], peers_result: dict[str, Any]) -> str:
+def table(runs: Sequence[Record], peers_result: Record) -> str:
     """Markdown: the runs of one row, and how long the tutorial script would train on as many texts.
 
     Args:
@@ -42,39 +41,32 @@ def table(runs: Sequence[dict[str, Any]], peers_result: dict[str, Any]) -> str:
             raise UserError(f"{run['study']['run']}: was not alone on its machine all the time")
     scores = [100 * run["test"]["accuracy"] for run in runs]
     minutes = [run["process_seconds"] / 60 for run in runs]
-    config, sizes, machine = runs[0]["config"], runs[0]["data"]["sizes"], runs[0]["environment"]
+    config, sizes, environment = runs[0]["config"], runs[0]["data"]["sizes"], runs[0]["environment"]
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    lines = [
-        f"{sizes['train']:,} training and {sizes['test']:,} test texts, {config['epochs']} epochs, up to"
-        f" {config['max_length']} tokens; {machine['cpu']}, {machine['threads']} threads.",
-        "",
-        "| | minutes | test accuracy, % |",
-        "|---|---|---|",
-        f"| this suite, the whole command ({len(runs)} seeds) | {peers.spread(minutes)} |"
-        f" {statistics.mean(scores):.2f}{spread} |",
-    ]
+    ours = f"this suite, the whole command ({len(runs)} seeds)"
+    rows = [(ours, str(harness.spread(minutes)), f"{statistics.mean(scores):.2f}{spread}")]
     for name in TUTORIALS:
-        measured = [m for m in peers_result["measurements"] if _is_measurement_of(m, name, config["max_length"])]
-        texts = sum(m["train_examples"] for m in measured)
-        if not texts:
-            continue
-        seconds_per_text = statistics.median(m["train_seconds"] / m["train_examples"] for m in measured)
-        extrapolated = seconds_per_text * sizes["train"] * config["epochs"] / 60
-        factor = extrapolated / statistics.median(minutes)
-        lines.append(
-            f"| {peers.NAMES[name]}, training only, extrapolated from {texts} texts | {extrapolated:,.0f}"
-            f" ({factor:.0f} times as long) | not measured |"
-        )
-    return "\n".join([*lines, "", measured_line(run["environment"] for run in runs)])
+        timed = [m for m in peers_result["measurements"] if _is_measurement_of(m, name, config["max_length"])]
+        texts = sum(m["train_examples"] for m in timed)
+        if texts:
+            seconds_per_text = statistics.median(m["train_seconds"] / m["train_examples"] for m in timed)
+            extrapolated = seconds_per_text * sizes["train"] * config["epochs"] / 60
+            time = f"{extrapolated:,.0f} ({extrapolated / statistics.median(minutes):.0f} times as long)"
+            what = f"{peers.NAMES[name]}, training only, extrapolated from {texts} texts"
+            rows.append((what, time, "not measured"))
+    conditions = (
+        f"{sizes['train']:,} training and {sizes['test']:,} test texts, {config['epochs']} epochs, up to"
+        f" {config['max_length']} tokens; {harness.machine(environment)}."
+    )
+    caption = measured(record["environment"] for record in (*runs, peers_result))
+    return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{caption}"
 
 
-def _machine(record: dict[str, Any]) -> tuple[str, int]:
+def _machine(record: Record) -> tuple[str, int]:
     return record["environment"]["cpu"], record["environment"]["threads"]
 
 
-def measured_on_same_machine(
-    runs: Sequence[dict[str, Any]], files: Sequence[Path] = (peers.OUTPUT, OUTPUT)
-) -> dict[str, Any]:
+def measured_on_same_machine(runs: Sequence[Record], files: Sequence[Path] = (peers.OUTPUT, OUTPUT)) -> Record:
     """The environment and the tutorial script's measurements, from the first file of the runs' machine.
 
     Raises:
@@ -88,13 +80,13 @@ def measured_on_same_machine(
     raise UserError(f"make benchmark has not run on {_machine(runs[0])[0]}, the machine of the runs: run it there")
 
 
-def _is_measurement_of(measurement: dict[str, Any], contestant: str, max_length: int) -> bool:
+def _is_measurement_of(measurement: Record, contestant: str, max_length: int) -> bool:
     """The tutorial script pads every text to ``max_length``, so each text takes the same time."""
     wanted = {"contestant": contestant, "model": "minilm", "targets": "qv", "max_length": max_length}
     return "error" not in measurement and wanted.items() <= measurement.items()
 
 
-def read_row(study: Path, row: str) -> list[dict[str, Any]]:
+def read_row(study: Path, row: str) -> list[Record]:
     """The result of each finished final run of a row, ordered by seed.
 
     Raises:
@@ -107,22 +99,13 @@ def read_row(study: Path, row: str) -> list[dict[str, Any]]:
     return sorted(runs, key=lambda run: run["study"]["seed"])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
-    return exit_status(lambda: command(argv), "interrupted")
-
-
 def command(argv: Sequence[str] | None) -> int:
     """Prints the table, and renews docs/speed.md and README. Returns the exit status."""
-    parser = OneLineParser(description="Compare whole runs with the tutorial script.", allow_abbrev=False)
-    parser.add_argument(
-        "--study",
-        type=Path,
-        default=RESULTS / "earlier_work",
-        help="folder of collected runs (default: results/earlier_work)",
-    )
+    parser = harness.make_parser("Compare whole runs with the tutorial script.")
+    study = RESULTS / "earlier_work"
+    parser.add_argument("--study", type=Path, default=study, help=f"collected runs (default: results/{study.name})")
     parser.add_argument("--row", default="lora", help="row of the study (default: lora)")
-    options: argparse.Namespace = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     runs = read_row(options.study, options.row)
     peers_result = measured_on_same_machine(runs)
     content = table(runs, peers_result)
@@ -132,6 +115,8 @@ def command(argv: Sequence[str] | None) -> int:
     print(content)
     return 0
 
+
+main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import json
 import math
 import os
 import sys
@@ -24,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import harness
 from benchmarks.contestants import CONTESTANTS, Contestant, Peft
+from benchmarks.harness import Record
 from benchmarks.workload import Job, prepare, read_split, sample, some_batches
 from finetuning.data.batches import EVALUATION_FACTOR as LOADER_FACTOR
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.errors import exit_status
-from finetuning.flags import OneLineParser, parse_bool
 from finetuning.runs.measurements import peak_memory, processor_seconds, was_alone
 
 WARM_UP_STEPS = 2
@@ -46,7 +45,7 @@ TRIAL_BATCHES = (4, 64)  # the smallest and the largest
 # one measurement
 
 
-def measure(job: Job, folder: Path, seconds: float) -> dict[str, Any]:
+def measure(job: Job, folder: Path, seconds: float) -> Record:
     """Trains for about ``seconds`` after a warm-up of two steps, then evaluates. Rates count real tokens only.
 
     All contestants make batches of the same texts and train on some of them. The speed of the warm-up decides how many
@@ -143,7 +142,7 @@ def memory_before() -> int:
 # a tuned peer's settings
 
 
-def choose(job: Job, folder: Path) -> dict[str, Any]:
+def choose(job: Job, folder: Path) -> Record:
     """The fastest settings of a tuned peer for this work. One setting is changed at a time and kept if it is faster.
 
     The batch is halved, or doubled, as long as that helps.
@@ -182,7 +181,7 @@ def choose(job: Job, folder: Path) -> dict[str, Any]:
     return {"chosen": tuned_settings(best), "tried": tried}
 
 
-def tuned_settings(job: Job) -> dict[str, Any]:
+def tuned_settings(job: Job) -> Record:
     """The settings that are chosen for a tuned peer."""
     return {name: getattr(job, name) for name in ("batch_size", "attention", "frozen")}
 
@@ -193,7 +192,7 @@ def tuned_settings(job: Job) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command."""
-    parser = OneLineParser(description="Measure one contestant.", allow_abbrev=False)
+    parser = harness.make_parser("Measure one contestant.", choose="find the best settings of a tuned peer instead")
     parser.add_argument("contestant", choices=CONTESTANTS)
     for field in dataclasses.fields(Job):
         if field.name != "contestant":
@@ -202,27 +201,25 @@ def make_parser() -> argparse.ArgumentParser:
             parser.add_argument(f"--{field.name}", type=kind, default=field.default, choices=choices)
     parser.add_argument("--seconds", type=float, default=10.0, help="training time to aim at (default: 10)")
     parser.add_argument("--folder", type=Path, help="prepared models and tokens (default: made for this call)")
-    parser.add_argument("--choose", type=parse_bool, nargs="?", const=True, default=False)
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
-    return exit_status(lambda: command(argv), "interrupted")
 
 
 def command(argv: Sequence[str] | None) -> int:
     """Prints one line of JSON. Returns the exit status: 0, or 2 if the input is refused."""
     arguments = make_parser().parse_args(argv)
     job = Job(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Job)})
-    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
-        folder = arguments.folder or Path(temporary)
-        if arguments.folder is None:
-            prepare(folder, [job.model], [job.max_length])
-        record = choose(job, folder) if arguments.choose else measure(job, folder, arguments.seconds)
-    print(json.dumps(record), flush=True)
-    return 0
 
+    def record() -> Record:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = arguments.folder or Path(temporary)
+            if arguments.folder is None:
+                prepare(folder, [job.model], [job.max_length])
+            return choose(job, folder) if arguments.choose else measure(job, folder, arguments.seconds)
+
+    return harness.answer(record)
+
+
+main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,28 +6,25 @@ value.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from benchmarks import harness
+from benchmarks.harness import Record
 from benchmarks.workload import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
-from finetuning.errors import UserError, exit_status
-from finetuning.flags import OneLineParser, parse_bool
-from finetuning.pages import README, ROOT, SPEED, renew_tables
+from finetuning.errors import UserError
+from finetuning.pages import README, Table, measured, renew_tables
 from finetuning.runs.measurements import environment_record
-from finetuning.storage import read_json, write_json
+from finetuning.storage import read_json
 
-RESULTS = Path(__file__).resolve().parent / "results"
-OUTPUT = RESULTS / "peers.json"
-PARTIAL_OUTPUT = ROOT / "runs" / "peers.json"  # if only a part of the plan is measured
+OUTPUT = harness.RESULTS / "peers.json"
 COMPARED = ("minilm", "base")
 EQUAL_BATCHES = {  # for memory: the suite with as many texts in a batch as the tuned peer
     "peft_tuned": "suite_equal_batches",
@@ -51,14 +48,13 @@ NAMES = {
     "tutorial_fp32": "tutorial script, fp32",
 }
 PLACES = {"qv": "query, value", "all": "all linears"}
-RATIO = "(suite / peer)"
+RATIO, FAILED = "(suite / peer)", " (failed at least once)"
 SHORT = (  # model, LoRA on, max_length, peer: the rows of README's table
     ("minilm", "all", 256, "peft_tuned"),
     ("minilm", "all", 512, "peft_tuned"),
     ("base", "all", 256, "peft_tuned"),
     ("minilm", "qv", 512, "tutorial_bf16"),
 )
-Record = dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,10 +104,8 @@ def rounds(work: Work, repeats: int) -> Iterator[tuple[int, str]]:
 Measure = Callable[[Work, str, Sequence[str]], Record]  # work, contestant, further flags -> what was measured
 
 
-def measure_all(
-    works: Sequence[Work], repeats: int, measure: Measure, tune: bool, keep: Callable[[Record], None]
-) -> None:
-    """Makes every measurement in its order.
+def measure_all(works: Sequence[Work], repeats: int, measure: Measure, tune: bool, journal: harness.Journal) -> None:
+    """Makes every measurement that is missing, in its order.
 
     The settings of a tuned peer are chosen first, once for each model and length, with LoRA on all linears.
 
@@ -120,21 +114,35 @@ def measure_all(
         repeats: number of rounds.
         measure: makes one measurement.
         tune: whether to choose the settings of tuned peers.
-        keep: gets each measurement at once.
+        journal: gets each measurement at once.
     """
-    settings: dict[tuple[str, int, str], list[str]] = {}
     for work in works:
-        size = (work.model, work.max_length)
+        size = {"model": work.model, "max_length": work.max_length}
+        settings: dict[str, list[str]] = {}
         for peer in EQUAL_BATCHES:
-            if tune and peer in work.contestants and (*size, peer) not in settings:
-                trial = measure(Work(work.model, "all", work.max_length, ()), peer, ["--choose"])
-                keep(trial | {"choice": True, "contestant": peer, "model": work.model, "max_length": work.max_length})
+            if tune and peer in work.contestants:
+                choose = partial(measure, replace(work, targets="all", contestants=()), peer, ["--choose"])
+                trial = journal.measured(choose, choice=True, contestant=peer, **size)
                 flags = [f"--{name}={value}" for name, value in trial.get("chosen", {}).items()]
-                settings |= dict.fromkeys(((*size, peer), (*size, EQUAL_BATCHES[peer])), flags)
+                settings |= {peer: flags, EQUAL_BATCHES[peer]: flags}
         for number, contestant in rounds(work, repeats):
-            record = measure(work, contestant, settings.get((*size, contestant), []))
-            described = {"contestant": contestant} | {k: v for k, v in vars(work).items() if k != "contestants"}
-            keep(record | described | {"round": number})
+            make = partial(measure, work, contestant, settings.get(contestant, []))
+            journal.measured(make, contestant=contestant, targets=work.targets, round=number, **size)
+
+
+def measure_in_processes(
+    works: Sequence[Work], repeats: int, seconds: float, tune: bool, journal: harness.Journal
+) -> None:
+    """Makes every measurement that is missing, each in a process of its own.
+
+    Args:
+        works, repeats, tune, journal: as in ``measure_all``.
+        seconds: training time of one measurement.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder, {work.model for work in works}, {work.max_length for work in works})
+        measure_all(works, repeats, partial(measure_one, folder=folder, seconds=seconds), tune, journal)
 
 
 def fastest_settings(model: str, max_length: int, output: Path = OUTPUT) -> dict[str, Any]:
@@ -150,48 +158,16 @@ def fastest_settings(model: str, max_length: int, output: Path = OUTPUT) -> dict
     raise UserError(f"{output.name} has no settings of the tuned peer for {model}, {max_length}: run make benchmark")
 
 
-def measure_in_process(work: Work, contestant: str, flags: Sequence[str], folder: Path, seconds: float) -> Record:
+def measure_one(work: Work, contestant: str, flags: Sequence[str], folder: Path, seconds: float) -> Record:
     """What ``measure.py`` prints. If it fails, the last line of its error output, under ``error``."""
     described = ["--model", work.model, "--targets", work.targets, "--max_length", str(work.max_length)]
-    command = [sys.executable, "-m", "benchmarks.measure", contestant, *described, *flags]
-    command += ["--folder", str(folder), "--seconds", str(seconds)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    return {"error": why_failed(done)} if done.returncode else json.loads(done.stdout.splitlines()[-1])
-
-
-def why_failed(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line of a process's error output."""
-    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    command = ["benchmarks.measure", contestant, *described, *flags, "--folder", str(folder)]
+    record: Record = harness.measured_in_process([*command, "--seconds", str(seconds)])
+    return record
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ratios
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, smallest and largest of some numbers."""
-
-    median: float
-    least: float
-    greatest: float
-
-    def __str__(self) -> str:
-        if self.least == self.greatest:
-            return f"{self.median:.2f}"
-        return f"{self.median:.2f} ({self.least:.2f} to {self.greatest:.2f})"
-
-
-def spread(values: Sequence[float]) -> Spread | None:
-    """The spread of these values; ``None`` without values."""
-    return Spread(statistics.median(values), min(values), max(values)) if values else None
-
-
-def ratios(ours: Sequence[Record], theirs: Sequence[Record], key: str, their_key: str | None = None) -> Spread | None:
-    """Our ``key`` divided by theirs in the same round. A round in which one of them is missing is left out."""
-    by_round = {record["round"]: record.get(their_key or key) for record in theirs}
-    pairs = [(record.get(key), by_round.get(record["round"])) for record in ours]
-    return spread([ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None])
 
 
 def compare(records: Sequence[Record]) -> list[Record]:
@@ -220,10 +196,10 @@ def _comparison(work: tuple[Any, ...], by_contestant: dict[str, list[Record]], o
         "work": work,
         "ours": ours,
         "theirs": theirs,
-        "train": ratios(mine, peer, "train_tokens_per_second"),
-        "evaluation": ratios(mine, peer, "evaluation_tokens_per_second"),
-        "merged": ratios(mine, peer, "evaluation_tokens_per_second", "merged_evaluation_tokens_per_second"),
-        "memory": ratios(equal, peer, "peak_bytes_above_loaded"),
+        "train": harness.ratios(mine, peer, "train_tokens_per_second"),
+        "evaluation": harness.ratios(mine, peer, "evaluation_tokens_per_second"),
+        "merged": harness.ratios(mine, peer, "evaluation_tokens_per_second", "merged_evaluation_tokens_per_second"),
+        "memory": harness.ratios(equal, peer, "peak_bytes_above_loaded"),
         "tokens_per_second": [statistics.median(values) if values else None for values in speeds],
         "peak_bytes": [statistics.median(values) if values else None for values in peaks],
         "errors": sorted({r["error"] for r in (*mine, *peer) if "error" in r}),
@@ -233,58 +209,54 @@ def _comparison(work: tuple[Any, ...], by_contestant: dict[str, list[Record]], o
 # ---------------------------------------------------------------------------------------------------------------------
 # the tables
 
-COLUMNS = (
-    "model, LoRA on, max_length", "compared with", "training", "evaluation", "evaluation, merged peer", "memory",
-)  # fmt: skip
-ABSOLUTE = (
-    "model, LoRA on, max_length", "compared with", "training, tokens/s: suite, peer", "peak memory, MiB: suite, peer",
-)  # fmt: skip
+COLUMNS = ("model, LoRA on, max_length", "compared with")
+RATIOS = ("training", "evaluation", "evaluation, merged peer", "memory")
+ABSOLUTE = ("training, tokens/s: suite, peer", "peak memory, MiB: suite, peer")
 
 
 def table(result: Record) -> str:
     """All comparisons in Markdown; what was not measured stays empty."""
-    environment = result["environment"]
-    versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    environment, records = result["environment"], result["measurements"]
     commit = ((environment["git"] or {}).get("commit") or "unknown")[:7]
-    not_alone = sum(record.get("alone") is False for record in result["measurements"])
-    caution = f" Measurements that were not alone on the machine: {not_alone}." if not_alone else ""
-    lines = [
-        f"{environment['cpu']}, {environment['threads']} threads; {versions}; commit {commit};"
-        f" {result['repeats']} rounds.{caution}",
-        "",
+    conditions = f"{harness.machine(environment, 'torch', 'transformers', 'peft')}; commit {commit};"
+    relative, absolute = [], []
+    for row in compare(records):
+        suite = "" if row["ours"] == "suite" else " (suite: QLoRA)"
+        first = (place(row), NAMES[row["theirs"]] + suite + (FAILED if row["errors"] else ""))
+        relative.append((*first, *(str(row[key] or "") for key in ("train", "evaluation", "merged", "memory"))))
+        peaks = [peak and peak / 2**20 for peak in row["peak_bytes"]]
+        absolute.append((*first, _both(row["tokens_per_second"]), _both(peaks)))
+    parts = (
+        f"{conditions} {result['repeats']} rounds.{harness.not_alone(records)}",
         f"Speed of training and of evaluation, and memory of training, each {RATIO}, median (minimum to maximum):",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-    ]
-    absolute = ["", "The same, measured values:", "", "| " + " | ".join(ABSOLUTE) + " |", "|" + "---|" * len(ABSOLUTE)]
-    for row in compare(result["measurements"]):
-        model, targets, max_length = row["work"]
-        name = NAMES[row["theirs"]] if row["ours"] == "suite" else f"{NAMES[row['theirs']]} (suite: QLoRA)"
-        if row["errors"]:
-            name += " (failed at least once)"
-        known = ["" if row[key] is None else str(row[key]) for key in ("train", "evaluation", "merged", "memory")]
-        speeds = _both(row["tokens_per_second"])
-        peaks = _both([peak and peak / 2**20 for peak in row["peak_bytes"]])
-        work = f"{MODELS[model]}, {PLACES[targets]}, {max_length}"
-        lines.append("| " + " | ".join([work, name, *known]) + " |")
-        absolute.append("| " + " | ".join([work, name, speeds, peaks]) + " |")
-    return "\n".join([*lines, *absolute])
+        Table(COLUMNS + RATIOS, relative).markdown(),
+        "The same, measured values:",
+        Table(COLUMNS + ABSOLUTE, absolute).markdown(),
+        measured([environment]),
+    )
+    return "\n\n".join(parts)
 
 
 def short_table(result: Record) -> str:
     """The comparisons of ``SHORT`` in Markdown, medians only; a row that was not measured is left out."""
     found = {(*row["work"], row["theirs"]): row for row in compare(result["measurements"]) if row["ours"] == "suite"}
-    columns = ("compared with", "model, LoRA on, max_length", f"training speed {RATIO}", f"memory of training {RATIO}")
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for model, targets, max_length, peer in SHORT:
-        row = found.get((model, targets, max_length, peer))
-        if row is not None:
-            speed, memory = (row[key] and f"{row[key].median:.2f}" for key in ("train", "memory"))
-            lines.append(
-                f"| {NAMES[peer]} | {MODELS[model]}, {PLACES[targets]}, {max_length} | {speed or ''} | {memory or ''} |"
-            )
-    return "\n".join(lines)
+    columns = (*reversed(COLUMNS), f"training speed {RATIO}", f"memory of training {RATIO}")
+    rows = [
+        (
+            NAMES[row["theirs"]],
+            place(row),
+            *(f"{row[key].median:.2f}" if row[key] else "" for key in ("train", "memory")),
+        )
+        for row in map(found.get, SHORT)
+        if row is not None
+    ]
+    return f"{Table(columns, rows).markdown()}\n\n{measured([result['environment']])}"
+
+
+def place(row: Record) -> str:
+    """The work of a comparison: model, linears with LoRA, longest text."""
+    model, targets, max_length = row["work"]
+    return f"{MODELS[model]}, {PLACES[targets]}, {max_length}"
 
 
 def _both(values: Sequence[float | None]) -> str:
@@ -298,17 +270,21 @@ def _both(values: Sequence[float | None]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command."""
-    parser = OneLineParser(description="Compare this suite with its peers on a CPU.", allow_abbrev=False)
-    flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    parser.add_argument("--quick", help="one work with few texts, a few minutes; changes no page", **flag)
-    parser.add_argument("--complete", help="every contestant at every work, takes hours", **flag)
+    parser = harness.make_parser(
+        "Compare this suite with its peers on a CPU.",
+        quick="one work with few texts, a few minutes; changes no page",
+        complete="every contestant at every work, takes hours",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="number of rounds (default: 3; 2 with --quick)")
     parser.add_argument(
         "--seconds", type=float, metavar="X", help="training time of one measurement (default: 6; 3 with --quick)"
     )
-    for name, allowed, kind in (("model", COMPARED, str), ("targets", list(TARGETS), str)):
+    for name, allowed, kind in (
+        ("model", COMPARED, str),
+        ("targets", list(TARGETS), str),
+        ("max_length", LENGTHS, int),
+    ):
         parser.add_argument(f"--{name}", choices=allowed, type=kind, help="only this one")
-    parser.add_argument("--max_length", choices=LENGTHS, type=int, help="only this one")
     parser.add_argument("--contestants", help="only these, separated by commas")
     return parser
 
@@ -319,8 +295,7 @@ def chosen_works(arguments: argparse.Namespace) -> tuple[list[Work], bool]:
     Raises:
         UserError: no work is left, or a contestant does not exist.
     """
-    if (arguments.repeats is not None and arguments.repeats < 1) or (arguments.seconds or 1) <= 0:
-        raise UserError("--repeats and --seconds must be above 0")
+    harness.require_positive(arguments, "repeats", "seconds")
     works = plan(arguments.quick, arguments.complete)
     wanted = arguments.contestants.split(",") if arguments.contestants else None
     allowed = (*NAMES, *EQUAL_BATCHES.values())
@@ -332,52 +307,29 @@ def chosen_works(arguments: argparse.Namespace) -> tuple[list[Work], bool]:
         contestants = tuple(name for name in work.contestants if wanted is None or name in wanted)
         given = all(getattr(arguments, key) in (None, getattr(work, key)) for key in ("model", "targets", "max_length"))
         if given and contestants:
-            kept.append(Work(work.model, work.targets, work.max_length, contestants))
+            kept.append(replace(work, contestants=contestants))
     if not kept:
         raise UserError("nothing to measure with these flags: --complete adds every contestant at every work")
     return kept, arguments.quick or kept != works
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
-    return exit_status(lambda: command(argv), "interrupted")
 
 
 def command(argv: Sequence[str] | None) -> int:
     """Measures, prints each measurement, writes JSON and, after the whole plan, pages. Returns the exit status."""
     arguments = make_parser().parse_args(argv)
     works, partly = chosen_works(arguments)
-    repeats, seconds = (
-        arguments.repeats or (2 if arguments.quick else 3),
-        arguments.seconds or (3 if arguments.quick else 6),
-    )
-    output = PARTIAL_OUTPUT if partly else OUTPUT
-    output.parent.mkdir(parents=True, exist_ok=True)
-    result: Record = {
+    repeats = arguments.repeats or (2 if arguments.quick else 3)
+    seconds = arguments.seconds or (3 if arguments.quick else 6)
+    conditions = {
         "environment": environment_record(),
         "repeats": repeats,
         "seconds": seconds,
         "texts": {"train": TRAINING_TEXTS, "held_out": HELD_OUT_TEXTS},
-        "measurements": [],
     }
-
-    def keep(record: Record) -> None:
-        result["measurements"].append(record)
-        write_json(output, result)
-        print(record_line(record), flush=True)
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        prepare(folder, {work.model for work in works}, {work.max_length for work in works})
-
-        def measure(work: Work, contestant: str, flags: Sequence[str]) -> Record:
-            return measure_in_process(work, contestant, flags, folder, seconds)
-
-        measure_all(works, repeats, cast(Measure, measure), not arguments.quick, keep)
-    print("\n" + table(result) + f"\n\nall measurements: {output.relative_to(ROOT)}")
+    journal = harness.start_journal("peers", arguments, conditions, show=record_line)
+    measure_in_processes(works, repeats, seconds, not arguments.quick, journal)
+    harness.publish(journal, OUTPUT, table, "peers", partly)
     if not partly:
-        renew_tables(SPEED, {"peers": table(result)})
-        renew_tables(README, {"speed_short": short_table(result)})
+        renew_tables(README, {"speed_short": short_table(journal.result)})
     return 0
 
 
@@ -394,6 +346,8 @@ def record_line(record: Record) -> str:
     rates = f"train {train:>8,.0f}  evaluation {evaluation:>8,.0f} tokens/s"
     return f"{what}{rates}  memory {memory:>6,.0f} MiB  padding {record['padding_fraction']:.1%}"
 
+
+main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,6 @@ Trainer groups texts by length, evaluates after each epoch and tests the best ch
 the suite's has on average. The run directory gets ``result.json`` and ``predictions.parquet`` as the suite writes them.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -19,13 +18,14 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from benchmarks import harness
 from benchmarks.peft_model import as_examples, with_peft
 from finetuning.config import RunConfig
 from finetuning.data.batches import train_loader
 from finetuning.data.texts import TextData
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.errors import UserError, exit_status
-from finetuning.flags import OneLineParser, from_flags
+from finetuning.errors import UserError
+from finetuning.flags import from_flags
 from finetuning.models.families import ModelFamily
 from finetuning.models.pretrained import load_pretrained, load_tokenizer
 from finetuning.runs.files import write_result
@@ -241,21 +241,17 @@ def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
-    return exit_status(lambda: command(argv), "interrupted")
-
-
 def command(argv: Sequence[str] | None) -> int:
     """Does one run. Returns the exit status: 0, or 2 if the input is refused."""
-    parser = OneLineParser(description="Train with PEFT and the Hugging Face Trainer.", allow_abbrev=False)
+    parser = harness.make_parser("Train with PEFT and the Hugging Face Trainer.")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--frozen", choices=("fp32", "bf16"), default="fp32", help="storage of the frozen encoder")
-    options: argparse.Namespace
     options, flags = parser.parse_known_args(argv)
     run(from_flags(flags), options.attention, options.frozen)
     return 0
 
+
+main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,27 +5,24 @@ take turns. A ratio is from two measurements of the same round.
 """
 
 import argparse
-import contextlib
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.publishing import publish
+from benchmarks import harness
+from benchmarks.harness import Record
 from finetuning.config import RunConfig, check_data_dir
-from finetuning.errors import UserError, exit_status
-from finetuning.flags import OneLineParser, parse_bool
-from finetuning.pages import ROOT
+from finetuning.errors import UserError
+from finetuning.pages import Table, measured
 from finetuning.processes import processor_seconds
 from finetuning.storage import read_json, write_json
 
-OUTPUT = Path(__file__).resolve().parent / "results" / "prediction.json"
+OUTPUT = harness.RESULTS / "prediction.json"
 NAMES = {
     "suite": "this suite",
     "pipeline": "pipeline, batches of 32",
@@ -34,7 +31,7 @@ NAMES = {
 BATCH = 32
 MAX_LENGTH = 256  # tokens, the suite's default
 MODEL, WORK = "minilm", "work.json"  # in the folder of a benchmark
-Record = dict[str, Any]
+COLUMNS = ("", "tokens/s", "suite / it", "peak memory, MiB", "same label as the pipeline in fp32, %")
 Labels = list[str]
 
 
@@ -125,104 +122,92 @@ def measure(contestant: str, folder: Path) -> Record:
 # all of them
 
 
-def measure_all(rounds: int, texts: int, data_dir: Path | None) -> Record:
+def measure_all(rounds: int, folder: Path, journal: harness.Journal) -> None:
     """All contestants in turns.
 
     Raises:
         UserError: a measurement failed; the message has its last line.
     """
-    from finetuning.runs.measurements import environment_record
-
-    result: Record = {"environment": environment_record(), "rounds": rounds, "texts": texts, "measurements": []}
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder), texts, data_dir)
-        result["tokens"] = read_json(Path(folder) / WORK)["tokens"]
-        for number in range(rounds):
-            labels: dict[str, Labels] = {}
-            for contestant in NAMES:
-                record = measure_in_process(contestant, Path(folder)) | {"round": number}
-                labels[contestant] = record.pop("labels")
-                print(f"{number} {contestant} {record['tokens_per_second']:,.0f} tokens/s", file=sys.stderr, flush=True)
-                result["measurements"].append(record)
-            for record in result["measurements"][-len(NAMES) :]:
+    for number in range(rounds):
+        for contestant in NAMES:
+            journal.measured(partial(measure_one, contestant, folder), contestant=contestant, round=number)
+        measured = [record for record in journal.records if record["round"] == number]
+        labels = {record["contestant"]: record.pop("labels", None) for record in measured}
+        for record in measured:
+            if labels[record["contestant"]] is not None:
                 pairs = zip(labels[record["contestant"]], labels["pipeline"], strict=True)
                 record["same_labels"] = statistics.mean(ours == theirs for ours, theirs in pairs)
-    return result
 
 
-def measure_in_process(contestant: str, folder: Path) -> Record:
+def measure_one(contestant: str, folder: Path) -> Record:
     """What ``measure`` returns, from a new process."""
-    command = [sys.executable, "-m", "benchmarks.prediction", "--contestant", contestant, "--folder", str(folder)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{contestant}: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
-    record: Record = json.loads(done.stdout.splitlines()[-1])
+    words = ["benchmarks.prediction", "--contestant", contestant, "--folder", str(folder)]
+    record: Record = harness.measured_in_process(words)
+    if "error" in record:
+        raise UserError(f"{contestant}: {record['error']}")
     return record
+
+
+def record_line(record: Record) -> str:
+    """A measurement in one line of output."""
+    return f"{record['round']} {record['contestant']} {record['tokens_per_second']:,.0f} tokens/s"
 
 
 def table(result: Record) -> str:
     """Markdown: speed and memory of each contestant, the suite's speed as a multiple, and equal labels."""
-    from benchmarks.peers import ratios, spread
-
-    machine, records = result["environment"], result["measurements"]
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
-    not_alone = sum(record["alone"] is False for record in records)
+    environment, records = result["environment"], result["measurements"]
     tokens = result["tokens"] / result["texts"]
-    lines = [
-        f"{result['texts']:,} reviews of {tokens:.0f} tokens on average, up to {MAX_LENGTH}; MiniLM.\n"
-        f"{machine['cpu']}, {machine['threads']} threads; {versions}; {result['rounds']} round(s)."
-        + (f" Measurements that were not alone on the machine: {not_alone}." if not_alone else ""),
-        "",
-        "| | tokens/s | suite / it | peak memory, MiB | same label as the pipeline in fp32, % |",
-        "|---|---|---|---|---|",
-    ]
-    ours = [record for record in records if record["contestant"] == "suite"]
-    for contestant, name in NAMES.items():
-        mine = [record for record in records if record["contestant"] == contestant]
+    by_name = {name: [record for record in records if record["contestant"] == name] for name in NAMES}
+    rows = []
+    for contestant, mine in by_name.items():
         rate = statistics.median(record["tokens_per_second"] for record in mine)
-        speed = "" if contestant == "suite" else ratios(ours, mine, "tokens_per_second")
-        memory = spread([record["peak_bytes"] / 2**20 for record in mine])
+        speed = "" if contestant == "suite" else harness.ratios(by_name["suite"], mine, "tokens_per_second")
+        peak = statistics.median(record["peak_bytes"] / 2**20 for record in mine)
         same = statistics.mean(record["same_labels"] for record in mine)
-        peak = "" if memory is None else f"{memory.median:,.0f}"
-        lines.append(f"| {name} | {rate:,.0f} | {speed} | {peak} | {100 * same:.1f} |")
-    return "\n".join(lines)
+        rows.append((NAMES[contestant], f"{rate:,.0f}", str(speed), f"{peak:,.0f}", f"{100 * same:.1f}"))
+    conditions = (
+        f"{result['texts']:,} reviews of {tokens:.0f} tokens on average, up to {MAX_LENGTH}; MiniLM.\n"
+        f"{harness.machine(environment, 'torch', 'transformers')}; {result['rounds']} round(s)."
+        f"{harness.not_alone(records)}"
+    )
+    return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured([environment])}"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command."""
-    parser = OneLineParser(description="Compare predict.py with a Transformers pipeline on a CPU.", allow_abbrev=False)
+    parser = harness.make_parser(
+        "Compare predict.py with a Transformers pipeline on a CPU.", quick="200 reviews, one round; changes no page"
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="number of rounds (default: 3)")
     parser.add_argument("--texts", type=int, default=2000, metavar="N", help="number of reviews (default: 2000)")
     parser.add_argument("--data_dir", type=Path, help="the official IMDb (default: the packaged reviews)")
-    flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    parser.add_argument("--quick", help="200 reviews, one round; changes no page", **flag)
     parser.add_argument("--contestant", choices=list(NAMES), help="measure it in this process and print JSON")
     parser.add_argument("--folder", type=Path, help="for --contestant: prepared model and reviews")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
-    return exit_status(lambda: command(argv), "interrupted")
-
-
 def command(argv: Sequence[str] | None) -> int:
     """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
+    from finetuning.runs.measurements import environment_record
+
     options = make_parser().parse_args(argv)
     if options.contestant is not None:
-        with contextlib.redirect_stdout(sys.stderr):
-            record = measure(options.contestant, options.folder)
-        print(json.dumps(record))
-        return 0
-    if min(options.rounds, options.texts) < 1:
-        raise UserError("--rounds, --texts: must be at least 1")
+        return harness.answer(partial(measure, options.contestant, options.folder))
+    harness.require_positive(options, "rounds", "texts")
     check_data_dir(options.data_dir)
     rounds, texts = (1, min(200, options.texts)) if options.quick else (options.rounds, options.texts)
-    result = measure_all(rounds, texts, options.data_dir)
-    publish(result, table(result), OUTPUT, "prediction", partly=options.quick)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder, texts, options.data_dir)
+        conditions = {"environment": environment_record(), "rounds": rounds, "texts": texts}
+        conditions["tokens"] = read_json(folder / WORK)["tokens"]
+        journal = harness.start_journal("prediction", options, conditions, show=record_line)
+        measure_all(rounds, folder, journal)
+    harness.publish(journal, OUTPUT, table, "prediction", partly=options.quick)
     return 0
 
+
+main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,6 @@ rate of 8-bit products, and all else the rate of bf16. The share is the least ti
 roofline`` runs it.
 """
 
-import argparse
 import contextlib
 import re
 import statistics
@@ -24,19 +23,19 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import harness
 from benchmarks.contestants import Suite
 from benchmarks.flops import FORMULAS, Size, products, step_flops
+from benchmarks.harness import Record
 from benchmarks.peers import PLACES
-from benchmarks.publishing import publish
 from benchmarks.workload import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
-from finetuning.errors import exit_status
-from finetuning.flags import OneLineParser, parse_bool
 from finetuning.models.int8 import ROWS_AT_ONCE
 from finetuning.models.int8_products import multiply, refused
+from finetuning.pages import Table, measured
 from finetuning.runs.measurements import environment_record
 from finetuning.training.optimization import make_optimizer
 
-OUTPUT = Path(__file__).resolve().parent / "results" / "roofline.json"
+OUTPUT = harness.RESULTS / "roofline.json"
 PLAN = (
     Job("suite", "minilm", "qv", 256),
     Job("suite", "minilm", "all", 256),
@@ -110,7 +109,7 @@ def _seconds(call: Callable[[], Any], limit: float) -> float:
 # one work
 
 
-def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) -> dict[str, Any]:
+def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) -> Record:
     """Rates and time shares of the suite at one work; the steps are done by its own trainer.
 
     Args:
@@ -128,7 +127,7 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
     median = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
     kinds = {suite.hardware.dtype} | ({torch.int8} if suite.hardware.int8 else set())
     rates = {str(kind).removeprefix("torch."): [product_rate(size, *median, kind, seconds_per_shape)] for kind in kinds}
-    measured = suite.train(split, many)
+    timed = suite.train(split, many)
     for kind in kinds:
         rates[str(kind).removeprefix("torch.")].append(product_rate(size, *median, kind, seconds_per_shape))
     flops: Counter[str] = sum((step_flops(size, *shape) for shape in shapes), Counter())
@@ -140,13 +139,13 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
         "targets": job.targets,
         "max_length": job.max_length,
         "dtype": "int8" if suite.hardware.int8 else dense,
-        "steps": len(measured.ends),
-        "seconds": measured.seconds,
+        "steps": len(timed.ends),
+        "seconds": timed.seconds,
         "median_batch": median,
         "flops": dict(flops),
-        "flops_per_second": flops.total() / measured.seconds,
+        "flops_per_second": flops.total() / timed.seconds,
         "product_rates_before_and_after": rates,
-        "share": (linears + (flops.total() - flops["linears"]) / mean[dense]) / measured.seconds,
+        "share": (linears + (flops.total() - flops["linears"]) / mean[dense]) / timed.seconds,
         "time_shares": time_shares(suite, list(suite.loader(split, few))),
     }
 
@@ -186,68 +185,62 @@ def kind_of(operator: str) -> str:
 # the table
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Record) -> str:
     """Markdown: one row for each work, and how operations are counted."""
-    environment = result["environment"]
     kinds = [name.replace("clipping and ", "").replace(" and copies", "") for name in KINDS]
-    columns = ["model, LoRA on, tokens", "dtype", "products, G/s", "step, G/s", "share", *kinds, "other"]
-    lines = [
-        f"{environment['cpu']}, {environment['threads']} threads. G/s: 10^9 operations per second."
-        " After the share: where the time goes, in %.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "---|" * len(columns),
-    ]
+    columns = ("model, LoRA on, tokens", "dtype", "products, G/s", "step, G/s", "share", *kinds, "other")
+    rows = []
     for row in result["rows"]:
         rate = statistics.mean(row["product_rates_before_and_after"][row["dtype"]])
-        cells = [
-            f"{MODELS[row['model']]}, {PLACES[row['targets']]}, {row['max_length']}",
-            row["dtype"],
-            f"{rate / 1e9:,.0f}",
-            f"{row['flops_per_second'] / 1e9:,.0f}",
-            f"{row['share']:.0%}",
-            *(f"{100 * row['time_shares'][kind]:.0f}" for kind in (*KINDS, "other")),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(
+            (
+                f"{MODELS[row['model']]}, {PLACES[row['targets']]}, {row['max_length']}",
+                row["dtype"],
+                f"{rate / 1e9:,.0f}",
+                f"{row['flops_per_second'] / 1e9:,.0f}",
+                f"{row['share']:.0%}",
+                *(f"{100 * row['time_shares'][kind]:.0f}" for kind in (*KINDS, "other")),
+            )
+        )
     letters = "n rows of a product, R ranks of all LoRA matrices together, B texts of T tokens, width D, H heads"
-    counted = [f"| {part} | {formula} |" for part, formula in FORMULAS.items()]
-    return "\n".join(
-        [*lines, "", f"Operations of a step ({letters}):", "", "| part | operations |", "|---|---|", *counted]
+    parts = (
+        f"{harness.machine(result['environment'])}. G/s: 10^9 operations per second."
+        " After the share: where the time goes, in %.",
+        Table(columns, rows).markdown(),
+        measured([result["environment"]]),
+        f"Operations of a step ({letters}):",
+        Table(("part", "operations"), list(FORMULAS.items())).markdown(),
     )
+    return "\n\n".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
-    parser = OneLineParser(
-        description="Measure how close a step comes to what the CPU's products allow.", allow_abbrev=False
-    )
-    flag: dict[str, Any] = {"type": parse_bool, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
-    parser.add_argument("--quick", help="one work and few steps; changes no page", **flag)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status."""
-    return exit_status(lambda: command(argv), "interrupted")
-
-
 def command(argv: Sequence[str] | None) -> int:
     """Measures, prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
-    arguments = make_parser().parse_args(argv)
+    description = "Measure how close a step comes to what the CPU's products allow."
+    arguments = harness.make_parser(description, quick="one work and few steps; changes no page").parse_args(argv)
     works = PLAN[1:2] if arguments.quick else [job for job in PLAN if job.precision != "int8" or refused() is None]
-    result: dict[str, Any] = {"environment": environment_record(), "formulas": FORMULAS, "rows": []}
+    conditions = {"environment": environment_record(), "formulas": FORMULAS}
+    journal = harness.start_journal("roofline", arguments, conditions, key="rows", show=record_line)
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         folder = Path(temporary)
         prepare(folder, {job.model for job in works}, {job.max_length for job in works})
-        for job in works:
-            result["rows"].append(measure(job, folder, steps=8 if arguments.quick else 24))
-    publish(result, table(result), OUTPUT, "roofline", partly=arguments.quick)
+        for number, job in enumerate(works):
+            if number >= len(journal.records):
+                journal.keep(measure(job, folder, steps=8 if arguments.quick else 24))
+    harness.publish(journal, OUTPUT, table, "roofline", partly=arguments.quick)
     return 0
 
+
+def record_line(row: Record) -> str:
+    """A measurement in one line of output."""
+    return f"{row['model']} {row['targets']} {row['max_length']} {row['dtype']}: {row['share']:.0%}"
+
+
+main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

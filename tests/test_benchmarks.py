@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import headline, measure, peers, plain_path, roofline
+import finetune_lora
+from benchmarks import accuracy, families, harness, headline, int8, measure, peers, plain_path, prediction, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
 from finetuning.comparison.packed import Record, change_records
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
-from finetuning.pages import README, RESULTS, SPEED, with_table
+from finetuning.pages import ACCURACY, README, RESULTS, ROOT, SPEED, with_table
+from finetuning.storage import read_json
 from tests.conftest import needs_int8
 
 MAX_LENGTH = 32
@@ -61,6 +65,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # contestants
+
+
+def test_benchmarks_import_no_tests() -> None:
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) tests\b", path.read_text(encoding="utf8"), re.MULTILINE), path
 
 
 @pytest.mark.parametrize("targets", list(TARGETS))
@@ -145,7 +154,7 @@ def test_parts_have_the_lengths_of_the_whole() -> None:
 def test_one_measurement_from_the_command_to_its_record(folder: Path) -> None:
     work = peers.Work("tiny", "all", MAX_LENGTH, ())
     flags = ["--precision=fp32", "--batch_size=16", "--attention=eager"]
-    record = peers.measure_in_process(work, "peft_tuned", flags, folder, seconds=0.01)
+    record = peers.measure_one(work, "peft_tuned", flags, folder, seconds=0.01)
     assert record["train_steps"] == measure.FEWEST_STEPS, record
     assert record["batch_size"] == 16
     assert record["train_examples"] == 16 * measure.FEWEST_STEPS
@@ -157,8 +166,8 @@ def test_one_measurement_from_the_command_to_its_record(folder: Path) -> None:
     assert record["alone"] in (True, False)
 
 
-def test_a_measurement_that_fails_says_why(folder: Path) -> None:
-    record = peers.measure_in_process(peers.Work("missing", "qv", MAX_LENGTH, ()), "suite", [], folder, 1)
+def test_a_measurement_that_fails_says_why() -> None:
+    record = harness.measured_in_process(["json.tool", "missing"])
     assert list(record) == ["error"]
     assert "missing" in record["error"]
 
@@ -198,19 +207,18 @@ MEASUREMENTS: list[dict[str, Any]] = [
 
 def test_ratios_are_those_of_the_same_round() -> None:
     (row,) = peers.compare(MEASUREMENTS)
-    assert row["train"] == peers.Spread(2.5, 2.0, 3.0)
-    assert row["evaluation"] == peers.Spread(2.5, 2.0, 3.0)
-    assert row["merged"] == peers.Spread(2.0, 2.0, 2.0)
-    assert row["memory"] == peers.Spread(0.5, 0.5, 0.5), "at equal batches"
+    assert row["train"] == harness.Spread(2.5, 2.0, 3.0)
+    assert row["evaluation"] == harness.Spread(2.5, 2.0, 3.0)
+    assert row["merged"] == harness.Spread(2.0, 2.0, 2.0)
+    assert row["memory"] == harness.Spread(0.5, 0.5, 0.5), "at equal batches"
     assert row["tokens_per_second"] == [300.0, 120.0]
     assert row["errors"] == ["out of memory"]
-    assert peers.spread([]) is None
+    assert harness.spread([]) is None
 
 
 def test_the_table() -> None:
-    environment = {
-        "cpu": "A CPU", "threads": 2, "versions": {"torch": "1", "transformers": "2", "peft": "3"}, "git": None,
-    }  # fmt: skip
+    versions = {"torch": "1", "transformers": "2", "peft": "3"}
+    environment = {"cpu": "A CPU", "threads": 2, "versions": versions, "git": None}
     lines = peers.table({"environment": environment, "repeats": 3, "measurements": MEASUREMENTS}).splitlines()
     assert lines[0] == "A CPU, 2 threads; torch 1, transformers 2, peft 3; commit unknown; 3 rounds."
     not_alone = [*MEASUREMENTS, record("tutorial_fp32", 0, 1.0, alone=False)]
@@ -218,7 +226,7 @@ def test_the_table() -> None:
     assert first.endswith("3 rounds. Measurements that were not alone on the machine: 1.")
     work = "| MiniLM, query, value, 256 | PEFT + Trainer, tuned (failed at least once) |"
     ratios = f"{work} 2.50 (2.00 to 3.00) | 2.50 (2.00 to 3.00) | 2.00 | 0.50 |"
-    assert lines[-1] == f"{work} 300, 120 | 1, 3 |"
+    assert lines[-3:] == [f"{work} 300, 120 | 1, 3 |", "", "Measured: commit not recorded, date not recorded."]
     assert ratios in lines[: lines.index("The same, measured values:")]
 
 
@@ -228,7 +236,7 @@ def whole_run(seed: int, seconds: float | None, accuracy: float) -> dict[str, An
         "status": "finished",
         "config": {"epochs": 2, "max_length": 512},
         "data": {"sizes": {"train": 1000, "test": 500}},
-        "environment": {"cpu": "A CPU", "threads": 2, "alone": True},
+        "environment": {"cpu": "A CPU", "threads": 2, "alone": True, "git": {"commit": "0123456789"}},
         "process_seconds": seconds,
         "test": {"accuracy": accuracy},
     }
@@ -242,14 +250,15 @@ def test_the_headline_extrapolates_the_tutorial_script_to_as_many_texts(tmp_path
     work = {"contestant": "tutorial_fp32", "model": "minilm", "targets": "qv", "max_length": 512}
     measured = [work | {"train_examples": 10, "train_seconds": seconds} for seconds in (9.9, 9.9, 50.0)]
     others = [work | {"max_length": 256, "train_examples": 1, "train_seconds": 1.0}, work | {"error": "no memory"}]
-    result = {"environment": {"cpu": "A CPU", "threads": 2}, "measurements": [*measured, *others]}
+    environment = {"cpu": "A CPU", "threads": 2, "git": {"commit": "ab", "modified": True}, "date": "2026-11-25"}
+    result = {"environment": environment, "measurements": [*measured, *others]}
     lines = headline.table(runs, result).splitlines()
     assert lines[0] == "1,000 training and 500 test texts, 2 epochs, up to 512 tokens; A CPU, 2 threads."
     assert lines[-4:] == [
         "| this suite, the whole command (3 seeds) | 1.10 (1.00 to 1.20) | 91.00 ± 1.00 |",
         "| tutorial script, fp32, training only, extrapolated from 30 texts | 33 (30 times as long) | not measured |",
         "",
-        "*Measured: not recorded. Code: commit not recorded.*",
+        "X",
     ]
     with pytest.raises(UserError, match="lora-seed7: was not alone"):
         headline.table([whole_run(7, None, 0.9)], result)
@@ -271,47 +280,90 @@ def test_the_headline_takes_what_was_measured_on_the_machine_of_its_runs(tmp_pat
         headline.measured_on_same_machine(runs, files[:2])
 
 
-def test_both_paths_are_trained_in_turns_and_compared_by_their_seconds() -> None:
-    measured = plain_path.measure(1, "--epochs 1 --limit_train 8 --max_length 16")
-    runs = measured["runs"]
+def test_both_paths_are_trained_in_turns_and_compared_by_their_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_this_process(words: list[str]) -> tuple[str, str | None]:
+        return "", f"exit status {status}" if (status := finetune_lora.main(words[1:])) else None
+
+    monkeypatch.setattr(harness, "in_process", in_this_process)
+    journal = harness.Journal(tmp_path / "journal.json", {}, key="runs")
+    plain_path.measure(1, "--epochs 1 --limit_train 8 --limit_validation 8 --max_length 16", journal)
+    runs = journal.records
     assert [(run["round"], run["efficient"]) for run in runs] == [(0, True), (0, False)]
     runs += copy.deepcopy(runs)  # as if of another round
     assert all(run["config"]["efficient"] == run["efficient"] for run in runs)
     for run, seconds in zip(runs, (10.0, 30.0, 20.0, 40.0), strict=True):
         run["train"]["seconds"], run["validation"]["accuracy"] = seconds, 0.5
-    lines = plain_path.table(measured).splitlines()
+    lines = plain_path.table(journal.result).splitlines()
     assert "8 texts, 1 epochs, up to 16 tokens, 1 round(s); " in lines[0]
-    assert lines[-3].startswith("| plain path (`--efficient False`) | 35.00 (30.00 to 40.00) | 50.0 | ")
-    assert lines[-2].startswith("| efficient path | 15.00 (10.00 to 20.00) | 50.0 | ")
-    assert lines[-1] == "| plain / efficient | 2.50 (2.00 to 3.00) | | |"
+    assert lines[4].startswith("| plain path (`--efficient False`) | 35.00 (30.00 to 40.00) | 50.0 | ")
+    assert lines[5].startswith("| efficient path | 15.00 (10.00 to 20.00) | 50.0 | ")
+    assert lines[6] == "| plain / efficient | 2.50 (2.00 to 3.00) | | |"
     with pytest.raises(UserError, match="--limit_train 0"):
-        plain_path.measure(1, "--limit_train 0")
+        plain_path.measure(2, "--limit_train 0", journal)
 
 
-def test_the_pages_have_the_tables_of_the_committed_results() -> None:
-    text = SPEED.read_text(encoding="utf8")
-    for name, path, table in (
-        ("peers", peers.OUTPUT, peers.table), ("roofline", roofline.OUTPUT, roofline.table),
-        ("plain_path", plain_path.OUTPUT, plain_path.table),
-    ):  # fmt: skip
-        content = table(json.loads(path.read_text(encoding="utf8"))) if path.exists() else "Not measured yet."
-        assert with_table(text, name, content) == text, f"run make benchmark or make roofline: {name}"
-    try:
-        runs = headline.read_row(RESULTS / "earlier_work", "lora")
-        content = headline.table(runs, headline.measured_on_same_machine(runs))
-    except UserError:
-        content = "Not measured yet."
-    assert with_table(text, "headline", content) == text, "run make tables"
-    short = peers.short_table(json.loads(peers.OUTPUT.read_text(encoding="utf8")))
-    readme = README.read_text(encoding="utf8")
-    assert with_table(readme, "speed_short", short) == readme, "run make tables"
+def stored(name: str) -> dict[str, Any]:
+    return read_json(harness.RESULTS / f"{name}.json")
+
+
+def headline_table() -> str:
+    runs = headline.read_row(RESULTS / "earlier_work", "lora")
+    return headline.table(runs, headline.measured_on_same_machine(runs))
+
+
+@pytest.mark.parametrize(
+    ("page", "marker", "table"),
+    [
+        (SPEED, "peers", lambda: peers.table(stored("peers"))),
+        (README, "speed_short", lambda: peers.short_table(stored("peers"))),
+        (SPEED, "headline", headline_table),
+        (SPEED, "plain_path", lambda: plain_path.table(stored("plain_path"))),
+        (SPEED, "families", lambda: families.table(stored("families"))),
+        (SPEED, "int8_speed", lambda: int8.table(stored("int8"))),
+        (SPEED, "prediction", lambda: prediction.table(stored("prediction"))),
+        (SPEED, "roofline", lambda: roofline.table(stored("roofline"))),
+        (ACCURACY, "accuracy", lambda: accuracy.table(*accuracy.load(harness.RESULTS))),
+    ],
+)
+def test_the_pages_have_the_tables_of_the_committed_results(page: Path, marker: str, table: Callable[[], str]) -> None:
+    text, content = page.read_text(encoding="utf8"), table()
+    assert f"<!-- {marker}:begin -->" in text
+    assert with_table(text, marker, content) == text, "run the benchmark, or make tables"
+    assert re.search(r"^Measured: commit [0-9a-f]{7}", content, re.MULTILINE)
+
+
+def test_a_benchmark_that_was_interrupted_goes_on_if_the_conditions_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    options, made = peers.make_parser().parse_args(["--quick"]), []
+
+    def journal(threads: int, flags: Any = options) -> harness.Journal:
+        return harness.start_journal("it", flags, {"threads": threads}, show=lambda record: f"round {record['round']}")
+
+    def measure() -> dict[str, Any]:
+        made.append(1)
+        return {"seconds": 2.0}
+
+    assert journal(2).measured(measure, round=0) == {"seconds": 2.0, "round": 0}
+    again = journal(2)
+    assert [again.measured(measure, round=number)["round"] for number in range(2)] == [0, 1]
+    assert len(made) == 2
+    assert capsys.readouterr().err == "round 0\nround 1\n"
+    assert journal(1).records == journal(2, peers.make_parser().parse_args([])).records == []
+    harness.publish(again, tmp_path / "it.json", lambda _: "a table", "it", partly=True)
+    assert "a table" in capsys.readouterr().out
+    assert read_json(tmp_path / "runs" / "it.json") == again.result == {"threads": 2, "measurements": again.records}
+    assert journal(2).records == [], "what is done is measured anew"
 
 
 def test_the_short_table_has_medians_of_chosen_works(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = (("minilm", "qv", 256, "peft_tuned"), ("base", "qv", 256, "peft_tuned"))  # the last was not measured
     monkeypatch.setattr(peers, "SHORT", wanted)
-    lines = peers.short_table({"measurements": MEASUREMENTS}).splitlines()
-    assert lines == [
+    lines = peers.short_table({"environment": {}, "measurements": MEASUREMENTS}).splitlines()
+    assert lines[:3] == [
         "| compared with | model, LoRA on, max_length | training speed (suite / peer)"
         " | memory of training (suite / peer) |",
         "|---|---|---|---|",
@@ -319,31 +371,26 @@ def test_the_short_table_has_medians_of_chosen_works(monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_every_row_of_the_short_table_is_in_the_plan() -> None:
-    planned = {(w.model, w.targets, w.max_length, name) for w in peers.plan() for name in w.contestants}
-    assert set(peers.SHORT) <= planned
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the plan
 
 
-def test_contestants_take_turns() -> None:
+def test_contestants_take_turns(tmp_path: Path) -> None:
     contestants = ("suite", "peft_tuned", "suite_equal_batches")
     work = peers.Work("minilm", "qv", 256, contestants)
     asked: list[tuple[str, list[str]]] = []
-    kept: list[dict[str, Any]] = []
 
     def measure(_: peers.Work, contestant: str, flags: Any) -> dict[str, Any]:
         asked.append((contestant, list(flags)))
         return {"chosen": {"batch_size": 64}} if "--choose" in flags else {}
 
-    peers.measure_all([work, replace(work, targets="all")], 2, measure, True, kept.append)
+    journal = harness.Journal(tmp_path / "journal.json", {})
+    peers.measure_all([work, replace(work, targets="all")], 2, measure, True, journal)
     chosen, *rest = asked
     assert chosen == ("peft_tuned", ["--choose"]), "once for both places of LoRA"
     assert [name for name, _ in rest] == [*contestants, "suite", "peft_tuned"] * 2
     assert all(flags == ([] if name == "suite" else ["--batch_size=64"]) for name, flags in rest)
-    assert [r["round"] for r in kept if "round" in r] == [0, 0, 0, 1, 1] * 2
+    assert [r["round"] for r in journal.records if "round" in r] == [0, 0, 0, 1, 1] * 2
 
 
 def test_the_plan_covers_what_is_claimed() -> None:
@@ -353,6 +400,7 @@ def test_the_plan_covers_what_is_claimed() -> None:
         assert "suite_qlora" in works["minilm", targets, 256]
         assert "peft_tuned" in works["base", targets, 256]
     assert {"peft_defaults", "tutorial_bf16", "tutorial_fp32"} <= set(works["minilm", "qv", 512])
+    assert set(peers.SHORT) <= {(*work, name) for work, contestants in works.items() for name in contestants}
     assert len(peers.plan(complete=True)) == 12
     assert all(set(w.contestants) == set(CONTESTANTS) for w in peers.plan(complete=True))
 
@@ -374,13 +422,8 @@ def test_flags_that_make_no_sense_are_refused(
 
 
 def test_less_than_the_plan_never_replaces_its_results() -> None:
-    def partly(*flags: str) -> bool:
-        return peers.chosen_works(peers.make_parser().parse_args(flags))[1]
-
-    assert not partly()
-    assert partly("--quick")
-    assert partly("--model", "base")
-    assert partly("--contestants", "suite,peft_tuned")
+    for flags in ("", "--quick", "--model base", "--contestants suite,peft_tuned"):
+        assert peers.chosen_works(peers.make_parser().parse_args(flags.split()))[1] == bool(flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,12 +449,9 @@ def test_operations_by_formula_are_those_that_are_executed(folder: Path, targets
     assert counter.get_total_flops() == step_flops(size, B, T).total() - unseen
 
 
-def test_operations_need_lora_in_the_attention() -> None:
+def test_every_product_is_counted_once() -> None:
     with pytest.raises(ValueError, match="query or value"):
         step_flops(Size(3, 32, 4, 64, 2, 8, ("mlp",)), 2, 8)
-
-
-def test_the_rate_of_products_counts_every_product_once() -> None:
     size = Size(2, 64, 4, 128, 2, 8, TARGETS["all"])
     assert len(list(products(size, 4, 16))) == 2 * 4 + 2
     assert roofline.product_rate(size, 4, 16, torch.float32, seconds_per_shape=0.001) > 1e6

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from finetuning.errors import UserError
-from finetuning.pages import measured_line, page_with_tables, renew_tables, with_table
+from finetuning.pages import measured, page_with_tables, renew_tables, with_table
 
 
 def test_markers_come_in_pairs_or_not_at_all() -> None:
@@ -55,4 +55,4 @@ def test_a_page_that_is_refused_stays_as_it_was(tmp_path: Path) -> None:
     ],
 )
 def test_the_line_below_a_table_of_measurements(environments: list[dict[str, Any]], line: str) -> None:
-    assert measured_line(environments) == line
+    assert measured(environments) == line

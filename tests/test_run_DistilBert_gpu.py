@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import finetune_lora
+from benchmarks.slurm_cluster import Cluster, wait_until
 from tests.conftest import one_thread
-from tests.slurm_cluster import Cluster, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "run_DistilBert_gpu.SBATCH"

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import finetune_lora
+from benchmarks.slurm_cluster import Cluster, wait_until
 from compare_methods import main
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import read_plan
 from tests.conftest import one_thread, write_study
-from tests.slurm_cluster import Cluster, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "studies" / "run_study_array.SBATCH"

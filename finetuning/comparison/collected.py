@@ -146,7 +146,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What ``measured_line`` needs; empty if the run failed before it was recorded."""
+        """What ``measured`` needs; empty if the run failed before it was recorded."""
         return self.get("environment") or {}
 
     def accuracy(self, split: str) -> float | None:

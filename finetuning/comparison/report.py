@@ -27,7 +27,7 @@ from finetuning.comparison.tables import (
 )
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.pages import measured_line, page_with_tables
+from finetuning.pages import measured, page_with_tables
 from finetuning.settings import DEFAULT_LEARNING_RATES
 from finetuning.storage import write_bytes
 
@@ -95,8 +95,8 @@ def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | Non
         files |= {folder / plot.file: plot.png for plot in section.plots}
         files[folder / "table.md"] = study_text(section).encode()
         files[folder / "table.csv"] = csv_text(study).encode()
-        measured = measured_line(run.environment for run in study.final if run.finished)
-        tables[study.name] = f"{study_summary(section)}\n\n{measured}"
+        caption = measured(run.environment for run in study.final if run.finished)
+        tables[study.name] = f"{study_summary(section)}\n\n{caption}"
         tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{measured}"
         if study.name == README_STUDY and (plot := draw_readme_plot(study, README_ROWS, README_PLOT)):
             files[results / README_PLOT] = plot.png

@@ -96,7 +96,7 @@ def was_alone(before: tuple[float, float] | None, seconds: float) -> bool | None
 
 
 def environment_record() -> dict[str, Any]:
-    """Versions, hardware and the commit, so that each result can be traced back."""
+    """Versions, hardware, commit and date, so that each result can be traced back."""
     import watermark
 
     versions = {}

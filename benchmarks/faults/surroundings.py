@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.faults import runs
+from benchmarks.faults.runs import Commands, Signals, Undisturbed, continued, number_of, require, require_same
 from finetuning import storage
 from finetuning.runs.checkpoints import has_checkpoint
 from finetuning.runs.files import (
@@ -26,17 +28,6 @@ from finetuning.runs.files import (
     TRAINED_WEIGHTS,
 )
 from finetuning.runs.lock import LOCK
-from tests.faults.runs import (
-    Commands,
-    Signals,
-    Undisturbed,
-    continued,
-    number_of,
-    on_file_operations,
-    refused_in_one_line,
-    require,
-    require_same,
-)
 
 TOKENS = ".npz"
 ONCE = (LOCK, SETTINGS, TOKENS, ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, CURVE, PREDICTIONS, RESULT, REPORT)
@@ -78,7 +69,7 @@ class FullDisk:
                 fill(self.filler)
 
         if self.name == LOCK:
-            on_file_operations(watched, fill_before_the_lock)
+            runs.on_file_operations(watched, fill_before_the_lock)
 
 
 def fill(filler: Path) -> None:
@@ -163,7 +154,7 @@ def environment(commands: Commands, _generator: random.Random, directory: Path) 
             stack.enter_context(small_disk(directory / "home", "ro"))
         outcome = commands.fresh(words, variables, chosen.prefix)
     if name == "read-only home and cache":
-        require(refused_in_one_line(outcome) and "FINETUNE_LORA_CACHE" in outcome.lines[-1], name, outcome)
+        require(runs.refused_in_one_line(outcome) and "FINETUNE_LORA_CACHE" in outcome.lines[-1], name, outcome)
         return "one line"
     require(outcome.status == 0, name, outcome)
     require(not outcome.lines, name, outcome)

@@ -1,27 +1,17 @@
 """Several processes want the same: one cache, one run directory, one study."""
 
-import os
 import random
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import finetune_lora
+from benchmarks.faults import runs
+from benchmarks.faults.runs import Broken, Commands, Undisturbed, left_by, require, require_same
+from benchmarks.tiny import write_study
 from finetuning.runs.files import LAST_CHECKPOINT, SETTINGS
-from tests.conftest import write_study
-from tests.faults.runs import (
-    ROOT,
-    Broken,
-    Commands,
-    Undisturbed,
-    left_by,
-    refused_in_one_line,
-    require,
-    require_same,
-)
 
 ROWS = """
 [[rows]]
@@ -38,12 +28,12 @@ def one_cache(commands: Commands, _generator: random.Random, directory: Path) ->
     """Eight runs at once on one empty cache."""
     whole = commands.whole("selective")[0]
     directory.mkdir()
-    runs = [directory / str(number) for number in range(8)]
+    places = [directory / str(number) for number in range(8)]
     processes = [
         commands.start(commands.flags(run, "selective"), run.with_suffix(".log"), cache=directory / "cache")
-        for run in runs
+        for run in places
     ]
-    for process, run in zip(processes, runs, strict=True):
+    for process, run in zip(processes, places, strict=True):
         outcome = commands.ended(process, run.with_suffix(".log"))
         require(outcome.status == 0 and not outcome.lines, run.name, outcome)
         require_same(run, whole)
@@ -109,7 +99,7 @@ def resumed_while_it_ends(commands: Commands, generator: random.Random, director
     late.go_on.touch()
     outcome = commands.ended(second, logs[1])
     said = "has finished: nothing to do" in outcome.printed
-    require(refused_in_one_line(outcome) if outcome.status else said, "the second", outcome)
+    require(runs.refused_in_one_line(outcome) if outcome.status else said, "the second", outcome)
     changed = sorted(path.name for path in run.iterdir() if left.pop(path.name, None) != path.read_bytes())
     require(not changed and not left, f"{', '.join([*changed, *left])} of the finished run changed", outcome)
     require_same(run, commands.whole("selective")[0])
@@ -126,13 +116,7 @@ def study_words(commands: Commands, directory: Path) -> list[str]:
 
 def processes_of_study(commands: Commands, words: list[str], count: int) -> list[subprocess.Popen[str]]:
     """Starts ``compare_methods.py run`` several times."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "FINETUNE_LORA_CACHE": str(commands.folder / "cache")}
-    command = [sys.executable, str(ROOT / "compare_methods.py"), "run", *words]
-    out = subprocess.PIPE
-    return [
-        subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True)
-        for _ in range(count)
-    ]
+    return [commands.popen(["compare_methods.py", "run", *words]) for _ in range(count)]
 
 
 def finished_study(commands: Commands) -> Path:

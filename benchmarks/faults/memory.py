@@ -11,18 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults import runs
+from benchmarks.faults.runs import Commands, Seen, Undisturbed, continued, empty_cache, number_of, require, require_same
 from finetuning.runs.checkpoints import has_checkpoint
-from tests.faults.runs import (
-    Commands,
-    Seen,
-    Undisturbed,
-    continued,
-    empty_cache,
-    number_of,
-    refused_in_one_line,
-    require,
-    require_same,
-)
 
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 SMALL_BYTES = 1 << 15  # larger blocks come from the system, so that a limit acts at once
@@ -92,7 +83,7 @@ def memory_runs_out(commands: Commands, generator: random.Random, directory: Pat
     outcome = commands.run(words, LittleMemory(place, generator.choice([0, 1 << 18, 1 << 21])), cache)
     if outcome.status == 0:
         raise Undisturbed
-    line = refused_in_one_line(outcome) and "memory" in outcome.lines[-1]
+    line = runs.refused_in_one_line(outcome) and "memory" in outcome.lines[-1]
     require(line or outcome.status in KILLED, f"no memory: {place}", outcome)
     last, how = continued(has_checkpoint(directory), outcome, lambda: commands.run(words, cache=cache))
     require(last.status == 0, "with memory", last)

@@ -1,7 +1,8 @@
 """The faults of the campaign: each is done to a run, and its promise is checked."""
 
-from tests.faults import cluster, crowd, damage, inputs, interruptions, memory, surroundings
-from tests.faults.runs import Fault
+from benchmarks.faults import cluster, crowd, damage, inputs, interruptions, memory, surroundings
+from benchmarks.faults.runs import Fault
+from benchmarks.slurm_cluster import missing_daemon
 
 RANK_KILLED = "the other ends within 60 s, one line, continues bit-identical"
 FULL_DISK = "one line, status 1 (2 if the run has not begun, 0 for its report), continues bit-identical"
@@ -9,7 +10,7 @@ FAULTS = (
     Fault("SIGKILL", 200, "continues, bit-identical", interruptions.killed),
     Fault("signals", 60, "status 130, a checkpoint, continues bit-identical", interruptions.signalled),
     Fault("one of two ranks killed", 20, RANK_KILLED, interruptions.rank_killed),
-    Fault("SLURM job", 10, "continues, one result", cluster.job_disturbed, cluster.needs_slurm),
+    Fault("SLURM job", 10, "continues, one result", cluster.job_disturbed, missing_daemon),
     Fault("disk full", len(surroundings.EACH_FILE), FULL_DISK, surroundings.disk_full,
           surroundings.needs_root),
     Fault("memory runs out", 25, "one line or killed, continues bit-identical", memory.memory_runs_out),

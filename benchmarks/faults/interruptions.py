@@ -6,28 +6,14 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+from benchmarks.faults import runs
+from benchmarks.faults.runs import Commands, Outcome, Seen, Signals, Undisturbed, continued, require, require_same
 from finetuning.runs.checkpoints import has_checkpoint
 from finetuning.runs.files import LAST_CHECKPOINT, RESULT
 from finetuning.storage import TEMPORARY
-from tests.faults.runs import (
-    METHODS,
-    REPEATED,
-    ROOT,
-    Broken,
-    Commands,
-    Outcome,
-    Seen,
-    Signals,
-    Undisturbed,
-    continued,
-    empty_cache,
-    require,
-    require_same,
-)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -35,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 def chosen_run(commands: Commands, generator: random.Random) -> tuple[str, str]:
     """A method and a precision; with bf16 also the compiled kernels, which are in the common cache."""
     precision = generator.choice(["fp32", "fp32", "auto"])
-    method = generator.choice(list(METHODS))
+    method = generator.choice(list(runs.METHODS))
     commands.whole(method, precision)
     return method, precision
 
@@ -67,7 +53,7 @@ def killed(commands: Commands, generator: random.Random, directory: Path) -> See
     """SIGKILL, in a third of the trials a second time in the continued run; half of the fp32 runs must tokenize."""
     method, precision = chosen_run(commands, generator)
     words = commands.flags(directory, method, precision)
-    cache = empty_cache(directory) if precision == "fp32" and generator.random() < 0.5 else None
+    cache = runs.empty_cache(directory) if precision == "fp32" and generator.random() < 0.5 else None
     earlier, how, moments = Outcome(0, ""), "", list[str]()
     for _ in range(generator.choice([1, 1, 2])):
         moment = random_moment(commands, generator, method, precision, (signal.SIGKILL,))
@@ -116,7 +102,7 @@ def signalled(commands: Commands, generator: random.Random, directory: Path) -> 
         has_checkpoint(directory) if at_once else (directory / LAST_CHECKPOINT).is_file(),
         outcome,
         lambda: commands.run([*words, "--resume", "auto"]),
-        REPEATED if at_once else 0,
+        runs.REPEATED if at_once else 0,
     )
     require(last.status == 0, "continued", last)
     require_same(directory, commands.whole(method, precision)[0])
@@ -130,7 +116,7 @@ def rank_killed(commands: Commands, generator: random.Random, directory: Path) -
     process = start_ranks(commands, directory)
     while not (directory / LAST_CHECKPOINT).exists():
         if process.poll() is not None:
-            raise Broken(f"did not start: {process.communicate()[0][-300:]}")
+            raise runs.Broken(f"did not start: {process.communicate()[0][-300:]}")
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf8").split()
     ranks = [process.pid, next(int(pid) for pid in children if _is_run(int(pid)))]
@@ -146,7 +132,7 @@ def rank_killed(commands: Commands, generator: random.Random, directory: Path) -
     except subprocess.TimeoutExpired:
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)
-        raise Broken(f"rank {1 - number} did not end within 60 s of the death of rank {number}") from None
+        raise runs.Broken(f"rank {1 - number} did not end within 60 s of the death of rank {number}") from None
     seconds = time.monotonic() - began
     outcome = Outcome(process.returncode, printed)
     # The first process is the one that was started, so of the second one only the line is seen.
@@ -161,11 +147,8 @@ def rank_killed(commands: Commands, generator: random.Random, directory: Path) -
 
 def start_ranks(commands: Commands, directory: Path) -> subprocess.Popen[str]:
     """Starts or continues a run of two processes, one of which starts the other."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "FINETUNE_LORA_CACHE": str(commands.folder / "cache")}
-    words = [sys.executable, "finetune_lora.py", *commands.flags(directory, "lora"), "--epochs", "12"]
-    words += ["--devices", "2", "--strategy", "ddp", "--accumulate", "1", "--resume", "auto"]
-    output = subprocess.PIPE
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+    ranks = ("--epochs", "12", "--devices", "2", "--strategy", "ddp", "--accumulate", "1", "--resume", "auto")
+    return commands.popen(["finetune_lora.py", *commands.flags(directory, "lora"), *ranks])
 
 
 def ranks_to_the_end(commands: Commands, directory: Path) -> Outcome:

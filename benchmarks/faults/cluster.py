@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,25 +10,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.runs import (
-    REPEATED,
-    ROOT,
-    Broken,
-    Commands,
-    Outcome,
-    Undisturbed,
-    continued,
-    number_of,
-    require_same,
-)
-from tests.slurm_cluster import DAEMON_PATH, DAEMONS, Cluster, daemons, running_cluster, wait_until
+from benchmarks.faults import runs
+from benchmarks.faults.runs import REPEATED, ROOT, Broken, Commands, Outcome, Undisturbed, continued, number_of
+from benchmarks.slurm_cluster import Cluster, daemons, running_cluster, wait_until
 
 KINDS = ("preempted", "requeued", "step killed", "node failed")
-
-
-def needs_slurm() -> str | None:
-    """Which of SLURM's daemons is missing."""
-    return next((f"no {name}" for name in DAEMONS if shutil.which(name, path=DAEMON_PATH) is None), None)
 
 
 def job_disturbed(commands: Commands, generator: random.Random, directory: Path) -> str:
@@ -67,7 +52,7 @@ def job_disturbed(commands: Commands, generator: random.Random, directory: Path)
     earlier = Outcome(0, "".join(part.printed for part in before))
     repeated = 0 if kind == "preempted" else REPEATED  # it has time to write a checkpoint
     _, how = continued(min(after.batches, default=2) > 1, earlier, lambda: after, repeated)
-    require_same(run, whole)
+    runs.require_same(run, whole)
     return f"{kind}: {how}, identical"
 
 

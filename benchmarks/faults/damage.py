@@ -6,6 +6,10 @@ import shutil
 from pathlib import Path
 
 import compare_methods
+from benchmarks.faults import runs
+from benchmarks.faults.crowd import finished_study, study_words
+from benchmarks.faults.interruptions import chosen_run
+from benchmarks.faults.runs import Commands, Outcome, Signals, Undisturbed, in_process, refused_in_one_line, require
 from finetuning.comparison.packed import RUNS
 from finetuning.runs.files import (
     ADAPTER,
@@ -19,22 +23,6 @@ from finetuning.runs.files import (
     TRAINED_WEIGHTS,
 )
 from finetuning.storage import sum_holds
-from tests.faults.crowd import finished_study, study_words
-from tests.faults.interruptions import chosen_run
-from tests.faults.runs import (
-    METHODS,
-    Commands,
-    Outcome,
-    Signals,
-    Undisturbed,
-    continued,
-    empty_cache,
-    in_process,
-    number_of,
-    refused_in_one_line,
-    require,
-    require_same,
-)
 
 KINDS = ("truncated", "bit flipped", "emptied", "folder instead")
 
@@ -53,7 +41,7 @@ def damage(path: Path, kind: str, generator: random.Random) -> None:
 
 def kind_of(directory: Path) -> str:
     """The trials take the kinds of damage in turn."""
-    return KINDS[number_of(directory) % len(KINDS)]
+    return KINDS[runs.number_of(directory) % len(KINDS)]
 
 
 def damaged_checkpoint(commands: Commands, generator: random.Random, directory: Path) -> str:
@@ -75,7 +63,7 @@ def damaged_checkpoint(commands: Commands, generator: random.Random, directory: 
         damage(path, kind_of(directory), generator)
     intact = {LAST_CHECKPOINT, PREVIOUS_CHECKPOINT} - {path.name for path in damaged}
     kept = any((directory / name).is_file() for name in intact)
-    last, how = continued(kept, Outcome(0, ""), lambda: commands.run([*words, "--resume", "auto"]))
+    last, how = runs.continued(kept, Outcome(0, ""), lambda: commands.run([*words, "--resume", "auto"]))
     seen = _identical_or_refused(last, directory, commands.whole(method, precision)[0])
     if last.status == 0 and kind_of(directory) != "folder instead":
         warnings = [line for line in last.lines if line.startswith("warning:") and "is damaged" in line]
@@ -89,7 +77,7 @@ def _identical_or_refused(outcome: Outcome, directory: Path, whole: Path) -> str
     if outcome.status == 0:
         for folder in directory.glob("*/"):  # that replaced a file which is no longer needed
             folder.rmdir()
-        require_same(directory, whole)
+        runs.require_same(directory, whole)
         return "identical"
     require(refused_in_one_line(outcome), "after damage", outcome)
     return f"refused, status {outcome.status}"
@@ -109,7 +97,7 @@ def damaged_settings(commands: Commands, generator: random.Random, directory: Pa
 def damaged_cache(commands: Commands, generator: random.Random, directory: Path) -> str:
     """Tokens or compiled kernels in the cache are damaged."""
     whole = commands.whole("selective", "auto")[0]
-    cache = empty_cache(directory)
+    cache = runs.empty_cache(directory)
     shutil.copytree(commands.folder / "cache", cache)
     folder = generator.choice([path for path in cache.iterdir() for _ in range(1 if path.name == "kernels" else 3)])
     path = generator.choice(sorted(folder.iterdir()))
@@ -120,7 +108,7 @@ def damaged_cache(commands: Commands, generator: random.Random, directory: Path)
         return f"{folder.name}: refused"
     if "no: not built" in outcome.printed:  # it says so, and computes the same with torch's operators
         return f"{folder.name}: not built"
-    require_same(directory, whole)
+    runs.require_same(directory, whole)
     if not sum_holds(path):  # kernels of another precision
         raise Undisturbed
     return f"{folder.name}: rebuilt, identical"
@@ -137,7 +125,7 @@ def damaged_result(commands: Commands, generator: random.Random, directory: Path
 
 
 def _used_by_predict(commands: Commands, generator: random.Random, directory: Path, weights: bool) -> str:
-    whole, _, _ = commands.whole(generator.choice(list(METHODS)))
+    whole, _, _ = commands.whole(generator.choice(list(runs.METHODS)))
     text = ("--text", "a dull film, number 7")
     expected = commands.run(["predict", str(whole), *text])
     shutil.copytree(whole, directory)

@@ -1,7 +1,7 @@
-"""Breaks runs many times and shows what is left: ``make campaign``, or ``python -m tests.fault_campaign --help``.
+"""Breaks runs many times and shows what is left: ``make campaign``, or ``python -m benchmarks.faults --help``.
 
 Each trial has a number that seeds its choices, so it can be repeated alone. A campaign that was stopped goes on with
-the trials that it has not done. The faults are in the folder ``faults``.
+the trials that it has not done. The faults are in ``plan.py``.
 """
 
 import argparse
@@ -15,11 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults.plan import FAULTS
+from benchmarks.faults.runs import ROOT, Broken, Commands, Fault, Seen, Undisturbed
+from benchmarks.tiny import make_tiny_folder, write_reviews
 from finetuning.pages import renew_tables
-from tests.faults.runs import ROOT, Broken, Commands, Fault, Seen, Undisturbed
 
 TABLE = "faults"  # in the markers of the page
 DRAWS = 8  # of a trial, until its fault disturbs something
@@ -79,6 +82,7 @@ class Campaign:
         seconds = round(time.monotonic() - began, 2)
         record = {"fault": fault.name, "number": number, "seed": self.seed, "kept": kept, "seen": found.text}
         record |= {"disturbed": found.disturbed, "seconds": seconds, "commit": commit()}
+        record["date"] = date.today().isoformat()
         with self.file.open("a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
         return record
@@ -113,10 +117,10 @@ class Campaign:
         return ["| fault | what | which | how often |", "|---|---|---|---|", *lines, ""] if lines else []
 
     def trials_of_commits(self) -> str:
-        """How many trials each commit of the code did, and the command that repeats a line."""
+        """How many trials each commit of the code did and when, and the command that repeats a line."""
         records = [record for fault in self.faults for record in self.done.get(fault.name, {}).values()]
-        commits = Counter(record["commit"] for record in records)
-        tried = ", ".join(f"{count} of commit {commit}" for commit, count in commits.items()) or "none"
+        whens = Counter(f"commit {record['commit']}, {record.get('date', 'date not recorded')}" for record in records)
+        tried = "; ".join(f"{count} of {when}" for when, count in whens.items()) or "none"
         return f"Trials: {tried}.\nThe command of a line, with its first column as NAME: `{COMMAND}`."
 
 
@@ -128,10 +132,9 @@ def commit() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0 if every promise was kept."""
-    from tests.conftest import make_tiny_folder, write_reviews
-    from tests.faults import FAULTS
-
-    parser = argparse.ArgumentParser(description="Breaks runs many times and shows what is left.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.faults", description="Breaks runs many times and shows what is left."
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/campaign"), help="where trials are noted")
     parser.add_argument("--only", nargs="*", choices=[fault.name for fault in FAULTS], help="only these faults")
     parser.add_argument("--times", type=int, help="at most N trials of each fault")
@@ -158,7 +161,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.page is not None:
         renew_tables(options.page, {TABLE: campaign.report()})
     return int(bool(campaign.broken))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import finetune_lora
+from benchmarks.faults.runs import Broken, Commands, Outcome, in_process
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.flags import parse_bool
 from finetuning.settings import FLAGS, DataSettings, Flag
 from local_dataset_utilities import load_texts
-from tests.faults.runs import Broken, Commands, Outcome, in_process
 
 CASES = 100
 DATA_FLAGS = [field.name for field in fields(DataSettings) if field.name not in ("dataset", "data_dir")]
@@ -180,23 +180,9 @@ def good_files() -> dict[str, bytes]:
 
 
 PIECES = st.binary(max_size=4) | st.sampled_from(
-    [
-        b'"',
-        b"\n",
-        b"\0",
-        b",",
-        b"\t",
-        b"{",
-        b"[",
-        b"]",
-        b"null",
-        b"\xff\xfe",
-        b"\xef\xbb\xbf",
-        b"NaN",
-        b"1e999",
-        b"\\ud800",
-    ]
-)
+    [b'"', b"\n", b"\0", b",", b"\t", b"{", b"[", b"]", b"null", b"\xff\xfe", b"\xef\xbb\xbf", b"NaN", b"1e999",
+     b"\\ud800"]
+)  # fmt: skip
 PLACES = st.floats(0, 1, exclude_max=True)
 EDITS = st.lists(
     st.tuples(PLACES, st.sampled_from(["insert", "replace", "cut", "repeat"]), PIECES), min_size=1, max_size=4

@@ -202,14 +202,20 @@ class Commands:
             self._whole[method, precision] = directory, outcome, time.monotonic() - began
         return self._whole[method, precision]
 
-    def fresh(self, words: list[str], variables: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> Outcome:
-        """``finetune_lora.py`` in a process that imports everything anew; an empty variable is unset."""
+    def popen(
+        self, words: list[str], variables: dict[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> subprocess.Popen[str]:
+        """Starts a script of the root in a process that imports everything anew; an empty variable is unset."""
         given = {"FINETUNE_LORA_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"} | (variables or {})
         environment = {name: value for name, value in (os.environ | given).items() if value}
-        command = [*prefix, sys.executable, str(ROOT / "finetune_lora.py"), *words]
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        ) as process:
+        return subprocess.Popen(
+            [*prefix, sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+
+    def fresh(self, words: list[str], variables: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> Outcome:
+        """``finetune_lora.py`` in such a process, to its end."""
+        with self.popen(["finetune_lora.py", *words], variables, prefix) as process:
             try:
                 printed, _ = process.communicate(timeout=LIMIT_SECONDS)
             except subprocess.TimeoutExpired:

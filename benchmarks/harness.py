@@ -1,0 +1,229 @@
+"""What the benchmarks share: flags, measurements in turns and in processes, ratios of rounds, and where results go."""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetuning.errors import UserError, exit_status
+from finetuning.flags import OneLineParser, parse_bool
+from finetuning.pages import ROOT, SPEED, renew_tables
+from finetuning.storage import read_json, write_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Record = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def make_parser(description: str, **switches: str) -> argparse.ArgumentParser:
+    """A parser with a boolean flag for each switch, which is a name and its help."""
+    parser = OneLineParser(description=description, allow_abbrev=False)
+    for name, text in switches.items():
+        parser.add_argument(
+            f"--{name}", type=parse_bool, nargs="?", const=True, default=False, metavar="BOOL", help=text
+        )
+    return parser
+
+
+def require_positive(options: argparse.Namespace, *names: str) -> None:
+    """Checks flags that must be above 0, if they are given.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} {value}: must be above 0")
+
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+def as_main(command: Main, interrupted: str = "interrupted") -> Callable[..., int]:
+    """The ``main`` of a command: it returns the exit status, and an early end becomes one line."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return exit_status(lambda: command(argv), interrupted)
+
+    return main
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measurements
+
+
+def in_process(words: Sequence[str], show: bool = False, **variables: str) -> tuple[str, str | None]:
+    """Runs ``python WORDS`` from the root, without the hub.
+
+    Args:
+        words: a script or module, and its flags.
+        show: whether its error output is seen meanwhile.
+        variables: of its environment.
+
+    Returns:
+        What it printed, and why it failed: the last line of its error output; ``None`` if it did not.
+    """
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | variables
+    errors = None if show else subprocess.PIPE
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+    )
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    reason = ((done.stderr or "").strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return done.stdout, reason if done.returncode else None
+
+
+def measured_in_process(words: Sequence[str], show: bool = False, **variables: str) -> Any:
+    """The JSON that ``python -m WORDS`` prints last, see ``answer``; if it fails, the reason under ``error``."""
+    printed, reason = in_process(["-m", *words], show, **variables)
+    return {"error": reason} if reason else json.loads(printed.splitlines()[-1])
+
+
+def answer(measure: Callable[[], Any]) -> int:
+    """Prints what was measured as one line of JSON, and everything else on standard error. Returns exit status 0."""
+    with contextlib.redirect_stdout(sys.stderr):
+        record = measure()
+    print(json.dumps(record), flush=True)
+    return 0
+
+
+@dataclass
+class Journal:
+    """The measurements of a benchmark, in a JSON file that is written after each one.
+
+    A command that was interrupted goes on with what is missing, if conditions and flags are the same.
+
+    Attributes:
+        path: where unfinished measurements are kept.
+        result: the conditions, which get the measurements.
+        show: a measurement in one line; ``None`` if it has been shown.
+        flags: what was asked for.
+        key: of the measurements in ``result``.
+    """
+
+    path: Path
+    result: Record
+    show: Callable[[Record], str] | None = None
+    flags: str = ""
+    key: str = "measurements"
+    records: list[Record] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.result = json.loads(json.dumps(self.result)) | {self.key: []}
+        earlier = read_json(self.path) if self.path.exists() else {}
+        if earlier.get("flags") == self.flags and earlier["result"] | {self.key: []} == self.result:
+            self.result = earlier["result"]
+        self.records = self.result[self.key]
+
+    def find(self, **described: Any) -> Record | None:
+        """The measurement with these values, if there is one."""
+        return next((record for record in self.records if described.items() <= record.items()), None)
+
+    def keep(self, *records: Record) -> None:
+        """Adds measurements, writes the file and shows them."""
+        self.records += records
+        self.write()
+        if self.show is not None:
+            print(*map(self.show, records), sep="\n", file=sys.stderr, flush=True)
+
+    def forget(self, unwanted: Callable[[Record], bool]) -> None:
+        """Drops measurements, so that they are made again."""
+        self.records[:] = [record for record in self.records if not unwanted(record)]
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"flags": self.flags, "result": self.result})
+
+    def measured(self, measure: Callable[[], Record], **described: Any) -> Record:
+        """The measurement with these values, which is made if it is missing."""
+        record = self.find(**described)
+        if record is None:
+            record = measure() | described
+            self.keep(record)
+        return record
+
+
+def start_journal(name: str, options: argparse.Namespace, result: Record, **more: Any) -> Journal:
+    """The journal of a command, in ``runs/``."""
+    return Journal(ROOT / "runs" / f"{name}.unfinished.json", result, flags=str(vars(options)), **more)
+
+
+def publish(
+    journal: Journal, output: Path, table: Callable[[Record], str], marker: str, partly: bool, page: Path = SPEED
+) -> None:
+    """Prints a benchmark's table, writes its JSON and renews the page.
+
+    Args:
+        journal: what was measured.
+        output: the committed JSON.
+        table: makes Markdown of what was measured.
+        marker: of the table on the page.
+        partly: whether only a part was measured: then the JSON goes to ``runs/``, and the page stays as it is.
+        page: a page with such a marker.
+    """
+    content, path = table(journal.result), ROOT / "runs" / output.name if partly else output
+    print(f"{content}\n\nall measurements: {path.relative_to(ROOT)}")
+    write_json(path, journal.result)
+    journal.path.unlink(missing_ok=True)
+    if not partly:
+        renew_tables(page, {marker: content})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ratios
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, smallest and largest of some numbers."""
+
+    median: float
+    least: float
+    greatest: float
+
+    def __str__(self) -> str:
+        if self.least == self.greatest:
+            return f"{self.median:.2f}"
+        return f"{self.median:.2f} ({self.least:.2f} to {self.greatest:.2f})"
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """The spread of these values; ``None`` without values."""
+    return Spread(statistics.median(values), min(values), max(values)) if values else None
+
+
+def ratios(ours: Sequence[Record], theirs: Sequence[Record], key: str, their_key: str | None = None) -> Spread | None:
+    """Our ``key`` divided by theirs in the same round. A round in which one of them is missing is left out."""
+    by_round = {record["round"]: record.get(their_key or key) for record in theirs}
+    pairs = [(record.get(key), by_round.get(record["round"])) for record in ours]
+    return spread([ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what stands next to a table
+
+
+def machine(environment: Record, *packages: str) -> str:
+    """``A CPU, 2 threads; torch 2.13, peft 0.21``."""
+    versions = ", ".join(f"{name} {environment['versions'][name]}" for name in packages)
+    return f"{environment['cpu']}, {environment['threads']} threads" + (f"; {versions}" if packages else "")
+
+
+def not_alone(records: Iterable[Record]) -> str:
+    """A sentence that counts the measurements next to which other programs ran; empty if there are none."""
+    count = sum(record.get("alone") is False for record in records)
+    return f" Measurements that were not alone on the machine: {count}." if count else ""
