@@ -34,8 +34,8 @@ from benchmarks.peft_model import as_examples, no_dropout, with_peft
 from benchmarks.workload import ALPHA, LABELS, RANK, TARGETS, Job
 from finetuning.data.batches import BatchIndices, evaluation_loader, train_loader
 from finetuning.data.tokens import TokenizedSplit
+from finetuning.models.base_model import find_base_model, read_base_model
 from finetuning.models.families import FAMILIES, ModelFamily
-from finetuning.models.pretrained import find_family
 from finetuning.models.quantization import import_bitsandbytes
 from finetuning.training.callbacks import Meter
 from finetuning.training.hardware import prepare_process, resolve_hardware
@@ -225,7 +225,7 @@ class Peft(Contestant):
         self.tuned, self.bf16, self.timer = tuned, _in_bf16(job), _TrainerTimer()
         self.on_cpu = job.accelerator == "cpu"
         self.batch_size = job.batch_size if tuned else DEFAULT_BATCH
-        family = find_family(job.model, folder / job.model)
+        family = read_base_model(job.model, folder / job.model).family
         options: dict[str, Any] = no_dropout(family) | {"attn_implementation": job.attention} if tuned else {}
         if q_lora:
             options |= {
@@ -334,7 +334,7 @@ class Suite(Contestant):
             config = config.changed(batch_size=job.batch_size, batch_tokens=job.batch_size * job.max_length)
         self.config, self.hardware = config, resolve_hardware(config.hardware)
         prepare_process(self.hardware)
-        self.classifier = self.model = build_classifier(config, folder / job.model, LABELS, self.hardware.dtype)
+        self.classifier = self.model = build_classifier(config, find_base_model(config), LABELS, self.hardware.dtype)
         self.pad_id = int(self.classifier.model.config.pad_token_id)  # type: ignore[union-attr, arg-type]
 
     def batches(self, split: TokenizedSplit) -> list[np.ndarray]:

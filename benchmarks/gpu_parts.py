@@ -69,7 +69,7 @@ def make_folder(folder: Path, sizes: Sizes) -> Record:
 
     from benchmarks.workload import save_split
     from finetuning.config import RunConfig
-    from finetuning.models.pretrained import load_tokenizer
+    from finetuning.models.base_model import load_tokenizer, read_base_model
     from local_dataset_utilities import load_texts, tokenize
 
     torch.manual_seed(0)
@@ -90,7 +90,9 @@ def make_folder(folder: Path, sizes: Sizes) -> Record:
             writer.writerow(["text", "label"])
             writer.writerows(_text(generator, words, i % 2, sizes.max_length) for i in range(count))
     run = RunConfig.from_settings(dataset="text", data_dir=texts, model_name=str(model), max_length=sizes.max_length)
-    splits = tokenize(load_texts(run.data, offline=True), load_tokenizer(str(model), model), run.data, test=False)
+    splits = tokenize(
+        load_texts(run.data, offline=True), load_tokenizer(read_base_model(str(model), model)), run.data, test=False
+    )
     save_split(folder, "train", sizes.max_length, splits["train"])
     lengths = splits["train"].lengths
     return {

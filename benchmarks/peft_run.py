@@ -26,8 +26,9 @@ from finetuning.data.texts import TextData
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
+from finetuning.models.base_model import BaseModel
 from finetuning.models.families import ModelFamily
-from finetuning.models.pretrained import load_pretrained, load_tokenizer
+from finetuning.models.pretrained import load_pretrained
 from finetuning.runs.files import write_result
 from finetuning.runs.history import write_predictions
 from finetuning.runs.measurements import (
@@ -41,7 +42,7 @@ from finetuning.runs.records import command_line, data_record, test_record
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import SeveralLabels, Task, make_task
 from local_dataset_utilities import load_texts, tokenize
-from local_model_utilities import find_base_model
+from local_model_utilities import find_base_model, load_tokenizer
 
 EVALUATION_BATCH = 64  # texts
 NOT_POSSIBLE = (  # settings that this run does not have, so they must keep their defaults
@@ -70,7 +71,7 @@ class Peer:
     """Everything that a run needs: its settings, its data and its task."""
 
     config: RunConfig
-    folder: Path  # of the base model
+    base: BaseModel
     tokenizer: Any
     texts: TextData
     splits: dict[str, TokenizedSplit]
@@ -94,14 +95,14 @@ def prepare(config: RunConfig) -> Peer:
     for name in NOT_POSSIBLE:
         if given[name] != default[name]:
             raise UserError(f"--{name} {given[name]}: the run of PEFT and the Trainer has no such setting")
-    folder = find_base_model(config)
-    tokenizer = load_tokenizer(config.model.model_name, folder)
+    base = find_base_model(config)
+    tokenizer = load_tokenizer(base)
     texts = load_texts(config.data, config.run.offline)
     labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, config.training)
     splits = tokenize(texts, tokenizer, config.data)
     bf16 = resolve_hardware(config.hardware).dtype == torch.bfloat16
-    return Peer(config, folder, tokenizer, texts, splits, task, bf16)
+    return Peer(config, base, tokenizer, texts, splits, task, bf16)
 
 
 def make_model(peer: Peer, attention: str, frozen: str) -> tuple[nn.Module, ModelFamily]:
@@ -113,7 +114,7 @@ def make_model(peer: Peer, attention: str, frozen: str) -> tuple[nn.Module, Mode
         frozen: in which precision the frozen encoder is stored, fp32 or bf16; the latter only if the run is in bf16.
     """
     set_seed(peer.config.training.seed)
-    base, family = load_pretrained(peer.config.model, peer.folder, peer.texts.label_names)
+    base, family = load_pretrained(peer.base, peer.config.model, peer.texts.label_names), peer.base.family
     base.set_attn_implementation(attention)  # type: ignore[operator]
     if isinstance(peer.task, SeveralLabels):
         base.config.problem_type = "multi_label_classification"  # type: ignore[union-attr]

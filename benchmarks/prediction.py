@@ -16,10 +16,11 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Record
-from finetuning.config import RunConfig, check_data_dir
+from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured
 from finetuning.processes import processor_seconds
+from finetuning.settings import check_data_dir
 from finetuning.storage import read_json, write_json
 
 OUTPUT = harness.RESULTS / "prediction.json"
@@ -49,15 +50,14 @@ def prepare(folder: Path, texts: int, data_dir: Path | None) -> None:
     from benchmarks import workload
     from finetuning.data.tokens import encode_texts
     from finetuning.export.plain import write_tokenizer
-    from finetuning.models.pretrained import load_tokenizer
     from local_dataset_utilities import load_texts
-    from local_model_utilities import find_base_model
+    from local_model_utilities import find_base_model, load_tokenizer
 
     config = RunConfig.from_settings(
         offline=True, data_dir=data_dir, limit_test=texts, max_length=MAX_LENGTH, truncation="head"
     )
     workload.prepare(folder, [MODEL], [])
-    tokenizer = load_tokenizer(config.model.model_name, find_base_model(config))
+    tokenizer = load_tokenizer(find_base_model(config))
     write_tokenizer(folder / MODEL, tokenizer, MAX_LENGTH)
     reviews = load_texts(config.data, offline=True).splits["test"].texts
     tokens = len(encode_texts(reviews, tokenizer, config.data)[0])

@@ -19,9 +19,9 @@ from transformers import (
 
 from finetuning.config import RunConfig
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.models.pretrained import load_pretrained, load_tokenizer
+from finetuning.models.pretrained import load_pretrained
 from local_dataset_utilities import load_texts, tokenize
-from local_model_utilities import find_base_model
+from local_model_utilities import find_base_model, load_tokenizer
 
 MODELS = {"minilm": "MiniLM", "base": "DistilBERT-base's size", "modernbert": "ModernBERT, MiniLM's size"}
 TARGETS = {"qv": ("query", "value"), "all": ("query", "key", "value", "projection", "mlp")}
@@ -74,7 +74,7 @@ def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None
         config = Job("suite", max_length=max_length).config.changed(
             limit_train=TRAINING_TEXTS, limit_validation=HELD_OUT_TEXTS
         )
-        tokenizer = load_tokenizer(config.model.model_name, find_base_model(config))
+        tokenizer = load_tokenizer(find_base_model(config))
         splits = tokenize(load_texts(config.data, offline=True), tokenizer, config.data, test=False)
         for name, split in splits.items():
             save_split(folder, name, max_length, split)
@@ -90,11 +90,11 @@ def _save_model(folder: Path, model: str, config: RunConfig) -> None:
     elif model == "base":
         classifier = DistilBertForSequenceClassification(defaults)
     else:
-        classifier = load_pretrained(config.model, packaged, LABELS)[0]
+        classifier = load_pretrained(packaged, config.model, LABELS)
         for name in ("dropout", "attention_dropout", "seq_classif_dropout"):
             setattr(classifier.config, name, getattr(defaults, name))
     classifier.save_pretrained(folder)
-    load_tokenizer(config.model.model_name, packaged).save_pretrained(folder)
+    load_tokenizer(packaged).save_pretrained(folder)
 
 
 def _modernbert() -> ModernBertConfig:

@@ -103,7 +103,7 @@ def test_both_start_from_the_same_logits(data_dir: Path, works: tuple[accuracy.W
     model, family = peft_run.make_model(peer, "eager", "bf16")
     model.eval()
     torch.manual_seed(5)
-    ours = build_classifier(config, peer.folder, peer.texts.label_names, torch.float32).eval()
+    ours = build_classifier(config, peer.base, peer.texts.label_names, torch.float32).eval()
     for batch in evaluation_loader(peer.splits["test"], config.training, pad_id=0):
         with torch.no_grad():
             theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

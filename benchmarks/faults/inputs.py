@@ -53,13 +53,13 @@ class Accepted(BaseException):
 
 
 def refused_before(step: str, words: list[str], cache: Path) -> Outcome | None:
-    """How ``finetune_lora.py`` refuses these flags; ``None`` if it comes to this function of it, where it ends."""
+    """How ``finetune_lora.py`` refuses these flags; ``None`` if it comes to this function, ``MODULE.NAME``, and ends."""
 
     def accept(*_arguments: object) -> None:
         raise Accepted
 
     with (
-        mock.patch.object(finetune_lora, step, accept),
+        mock.patch(step, accept),
         mock.patch.dict(os.environ, FINETUNE_LORA_CACHE=str(cache)),
         suppress(Accepted),
     ):
@@ -151,7 +151,7 @@ def flags_together(_commands: Commands, generator: random.Random, directory: Pat
 
     def check(case: list[tuple[str, str]]) -> None:
         words = ["--output_dir", str(directory), *(f"--{name}={value}" for name, value in case)]
-        if outcome := refused_before("limit_libraries", words, directory.with_name("own cache")):
+        if outcome := refused_before("finetune_lora.limit_libraries", words, directory.with_name("own cache")):
             require_refused(outcome, [f"--{name}" for name in FLAGS], directory, case)
 
     hundred(generator, check, SOME_FLAGS)
@@ -219,10 +219,10 @@ def mutated_files(commands: Commands, generator: random.Random, directory: Path)
         try:  # a hundred times as fast as the command
             load_texts(RunConfig.from_settings(dataset="text", data_dir=data).data, False)
         except UserError:
-            outcome = refused_before("claimed_directory", words, directory / "cache")
+            outcome = refused_before("finetuning.steps.claim.claimed_directory", words, directory / "cache")
             named = [name, *(f"--{flag}" for flag in DATA_FLAGS)]
             require_refused(outcome or Outcome(0, "accepted"), named, run, (name, edits))
 
-    with mock.patch("finetuning.models.pretrained.load_tokenizer"):  # slow, and not needed before the texts are read
+    with mock.patch("finetuning.steps.inputs.load_tokenizer"):  # slow, and not needed before the texts are read
         hundred(generator, check, st.sampled_from(sorted(good)), EDITS)
     return f"{CASES} accepted or refused"

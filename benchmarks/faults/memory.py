@@ -18,8 +18,8 @@ from finetuning.runs.checkpoints import has_checkpoint
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 SMALL_BYTES = 1 << 15  # larger blocks come from the system, so that a limit acts at once
 PLACES = {  # a function, and the number of its call
-    "tokenizing": ("local_dataset_utilities", "tokenize", 1),
-    "building": ("local_model_utilities", "build_classifier", 1),
+    "tokenizing": ("finetuning.steps.inputs", "tokenize", 1),
+    "building": ("finetuning.steps.inputs", "build_classifier", 1),
     "step 1": ("finetuning.training.module", "FineTuning.training_step", 1),
     "step 50": ("finetuning.training.module", "FineTuning.training_step", 50),
     "evaluation": ("finetuning.training.module", "FineTuning.test_step", 1),

@@ -28,10 +28,7 @@ from finetuning.runs.files import REPORT
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
     "finetune_lora", "predict", "export_model", "lightning.pytorch", "transformers", "peft", "bitsandbytes",
-    "pyarrow.parquet", "watermark", "matplotlib.pyplot", "local_dataset_utilities", "local_model_utilities",
-    "finetuning.data.batches", "finetuning.training.trainer", "finetuning.training.module", "finetuning.runs.history",
-    "finetuning.runs.weights", "finetuning.runs.measurements", "finetuning.models.pretrained",
-    "finetuning.models.quantization", "finetuning.report.page", "matplotlib.backends.backend_agg",
+    "pyarrow.parquet", "watermark", "matplotlib.pyplot", "finetuning.steps", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 METHODS = {
     "lora": ("--lora_mlp", "--lora_dropout", "0.1", "--dropout", "0.1", "--accumulate", "2"),
