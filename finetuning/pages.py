@@ -64,13 +64,14 @@ def measured(environments: Iterable[Mapping[str, Any]]) -> str:
     days = sorted({str(each["date"])[:10] for each in found if each.get("date")})
     when = [_range(days)] if days else []
     if not days or not all(each.get("date") for each in found):
-        when.append("not recorded")
+        when.append("not recorded" if not days else "some not recorded")
     commits = {
-        (str(git.get("date", "no date"))[:10], git["commit"][:7] + " with changes" * bool(git.get("modified")))
+        (str(git.get("date", ""))[:10], git["commit"][:7] + " with changes" * bool(git.get("modified")))
         for each in found
         if (git := each.get("git"))
     }
-    named = [f"{commit} ({date})" for date, commit in sorted(commits)] or ["not recorded"]
+    ordered = sorted(commits, key=lambda dated: (not dated[0], *dated))  # those without a date are the last
+    named = [f"{commit} ({date})" if date else commit for date, commit in ordered] or ["not recorded"]
     number = f"{len(named)} commits," if len(named) > 1 else "commit"
     return f"*Measured: {', '.join(when)}. Code: {number} {_range(named)}.*"
 

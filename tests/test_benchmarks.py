@@ -226,7 +226,7 @@ def test_the_table() -> None:
     assert first.endswith("3 rounds. Measurements that were not alone on the machine: 1.")
     work = "| MiniLM, query, value, 256 | PEFT + Trainer, tuned (failed at least once) |"
     ratios = f"{work} 2.50 (2.00 to 3.00) | 2.50 (2.00 to 3.00) | 2.00 | 0.50 |"
-    assert lines[-3:] == [f"{work} 300, 120 | 1, 3 |", "", "Measured: commit not recorded, date not recorded."]
+    assert lines[-3:] == [f"{work} 300, 120 | 1, 3 |", "", "*Measured: not recorded. Code: commit not recorded.*"]
     assert ratios in lines[: lines.index("The same, measured values:")]
 
 
@@ -258,7 +258,7 @@ def test_the_headline_extrapolates_the_tutorial_script_to_as_many_texts(tmp_path
         "| this suite, the whole command (3 seeds) | 1.10 (1.00 to 1.20) | 91.00 ± 1.00 |",
         "| tutorial script, fp32, training only, extrapolated from 30 texts | 33 (30 times as long) | not measured |",
         "",
-        "X",
+        "*Measured: 2026-11-25, some not recorded. Code: 2 commits, 0123456 to ab with changes.*",
     ]
     with pytest.raises(UserError, match="lora-seed7: was not alone"):
         headline.table([whole_run(7, None, 0.9)], result)
@@ -331,7 +331,7 @@ def test_the_pages_have_the_tables_of_the_committed_results(page: Path, marker: 
     text, content = page.read_text(encoding="utf8"), table()
     assert f"<!-- {marker}:begin -->" in text
     assert with_table(text, marker, content) == text, "run the benchmark, or make tables"
-    assert re.search(r"^Measured: commit [0-9a-f]{7}", content, re.MULTILINE)
+    assert re.search(r"^\*Measured: .* Code: .*[0-9a-f]{7}", content, re.MULTILINE)
 
 
 def test_a_benchmark_that_was_interrupted_goes_on_if_the_conditions_are_the_same(

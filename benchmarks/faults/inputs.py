@@ -53,7 +53,7 @@ class Accepted(BaseException):
 
 
 def refused_before(step: str, words: list[str], cache: Path) -> Outcome | None:
-    """How ``finetune_lora.py`` refuses these flags; ``None`` if it comes to this function, ``MODULE.NAME``, and ends."""
+    """How ``finetune_lora.py`` refuses these flags; ``None`` if it comes to this function, where it ends."""
 
     def accept(*_arguments: object) -> None:
         raise Accepted
