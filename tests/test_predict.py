@@ -29,7 +29,8 @@ from tests.prediction.test_progress import Terminal
 from tests.prediction.test_rows import REFUSED
 from tests.test_finetune_lora import flags
 
-Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 METHODS = {
     "lora": "--lora_mlp True --learning_rate 1e-2",
     "lora_head": "--lora_head True --learning_rate 1e-2",

@@ -42,9 +42,9 @@ def headline(model: str, data: DataRecord, training: TrainingSettings, kernels: 
 def summary(directory: Path, result: dict[str, Any]) -> str:
     """The text that a run prints at the end: scores, time, memory, and a command to try the classifier."""
     trained = result["train"]
-    predict = f"{_callable('python', Path(sys.executable))} predict.py"
-    if (command := Path(sys.argv[0])).name == INSTALLED:
-        predict = _callable(PREDICT, command.with_name(PREDICT))
+    installed = Path(sys.executable).with_name(PREDICT)
+    python = _callable("python", Path(sys.executable))
+    predict = _callable(PREDICT, installed) if installed.exists() else f"{python} predict.py"
     example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
     monitor = result["config"]["monitor"]
