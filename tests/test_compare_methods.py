@@ -385,30 +385,32 @@ def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
 ) -> None:
     rows = """
         [axes]
-        seed = [0, 1]
-        [[rows]]
-        name = "tuned"
-        tune = { learning_rate = [0.001, 0.002] }
+        seed = [0, 1, 2]
+        [tuning]
+        epochs = 1
         [[rows]]
         name = "long"
         epochs = 400
-        axes = { lora_r = [2, 4] }
+        tune = { learning_rate = [0.001, 0.002] }
     """
     write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
     runs = StudyRuns(read_plan(Path("tiny.toml")), project / "runs" / "tiny")
-    finals, long = runs.study.runs[2:4], [run for run in runs.study.runs if run.row.startswith("long")]
+    tuning, finals = runs.study.stage("tune"), runs.study.stage("final")
     with started("tiny.toml", "--data_dir", str(review_folder), "--jobs", "2", threads=None) as study:
-        for run in long[:2]:
+        for run in finals[:2]:
             wait_for("epoch 1/400  batch 2", runs.log(run))
         study.send_signal(signal.SIGTERM)
         shown, _ = study.communicate(timeout=PATIENCE_SECONDS)
     assert study.returncode == 130, shown
-    assert [runs.state(run) for run in runs.study.runs] == ["finished"] * 4 + ["interrupted"] * 2 + ["missing"] * 2
-    lines = [line.split()[1:3] for line in shown.splitlines()]
-    ends = [lines.index([run.name, "finished"]) for run in runs.study.runs[:2]]
-    assert max(ends) < min(lines.index([run.name, "started"]) for run in finals)
-    for run in long[:2]:
-        assert [run.name, "interrupted"] in lines
+    assert [runs.state(run) for run in tuning] == ["finished"] * 2
+    assert [runs.state(runs.tuned(run)) for run in finals] == ["interrupted"] * 2 + ["missing"]
+    lines = [line.replace(",", "").split()[1:3] for line in shown.splitlines()]
+    places = [lines.index([run.name, word]) for word in ("started", "finished") for run in tuning]
+    places += [lines.index([run.name, word]) for word in ("started", "interrupted") for run in finals[:2]]
+    assert max(places[:2]) < min(places[2:4])
+    assert max(places[2:4]) < min(places[4:6])
+    assert max(places[4:6]) < min(places[6:])
+    for run in finals[:2]:
         environment = runs.result(run)["environment"]
         assert environment["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
         assert environment["alone"] is False, "there was another one"
