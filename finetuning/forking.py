@@ -10,6 +10,7 @@ libraries read at their import, SIGTERM ends it, and its children leave without 
 
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -154,6 +155,7 @@ def serve(channel: str, *modules: str) -> NoReturn:
     limit_libraries()
     for module in modules:
         importlib.import_module(module)
+    sys.stdout.flush()
     gc.freeze()  # a collection in a child would copy these pages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watchers
     with socket.socket(fileno=int(channel)) as client:
@@ -197,6 +199,10 @@ def _run(
     for standard, file in enumerate(files[:3]):
         os.dup2(file, standard)
         os.close(file)
+    for standard, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = _opened(standard, getattr(sys, name))
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     with suppress(OSError):  # the client may have ended
         client.sendall(NUMBER.pack(os.getpid()))  # from here on signals reach the script
     os.chdir(directory)
@@ -207,3 +213,10 @@ def _run(
     sys.path[0] = str(Path(words[0]).resolve().parent)
     runpy.run_path(words[0], run_name="__main__")
     sys.exit()
+
+
+def _opened(file: int, like: io.TextIOWrapper) -> io.TextIOWrapper:
+    """A standard stream of a child, as Python opens it at its start; the server's one knows another kind of file."""
+    raw = open(file, "wb" if file else "rb", 0 if file and like.write_through else -1, closefd=False)  # noqa: SIM115
+    lines = like.line_buffering or raw.isatty()
+    return io.TextIOWrapper(raw, like.encoding, like.errors, None, lines, like.write_through)

@@ -24,7 +24,9 @@ print(json.dumps({
     "argv": sys.argv, "path": sys.path[0], "name": __name__, "cwd": os.getcwd(), "input": sys.stdin.read(),
     "variables": dict(os.environ), "group": os.getpgid(0) == os.getpid(), "torch": "torch" in sys.modules,
     "handlers": [str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)],
-    "random": random.random(), "tty": sys.stdout.isatty(), "buffered": not sys.stdout.line_buffering,
+    "random": random.random(),
+    "streams": [[s.isatty(), s.seekable(), s.encoding, s.errors, s.line_buffering, s.write_through]
+                for s in (sys.stdin, sys.stdout, sys.stderr, sys.__stdout__)],
 }))
 print("to the other file", file=sys.stderr)
 """
@@ -67,10 +69,11 @@ def test_a_child_is_what_a_process_is(server: ForkServer, tmp_path: Path) -> Non
         assert (tmp_path / "err").read_text() == "to the other file\n"
         seen.append(json.loads((tmp_path / "out").read_text()))
     words = [sys.executable, str(tmp_path / "script.py"), "--flag", "ä b"]
-    done = subprocess.run(
-        words, cwd=tmp_path, env=variables, capture_output=True, text=True, stdin=subprocess.DEVNULL, process_group=0
-    )
-    expected = json.loads(done.stdout)
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        subprocess.run(
+            words, cwd=tmp_path, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0
+        )
+    expected = json.loads((tmp_path / "out").read_text())
     assert seen[0].pop("random") != seen[1].pop("random") != expected.pop("random")
     assert seen[0] == expected
     assert seen[1].pop("variables")["OF_THE_SERVER"] == "1"

@@ -2,7 +2,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from finetuning.prediction.trained import for_this_machine, read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS, write_result
 from predict import load_predictor, main, predict
 from tests.conftest import needs_int8
+from tests.scripts import start_script
 from tests.test_finetune_lora import flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,12 +180,10 @@ def test_files(
 
 
 def test_the_command_as_a_process(runs: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "predict.py"), str(runs["q_lora"]), "--file", "-"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    given = "superb acting\n"
-    done = subprocess.run(command, cwd=tmp_path, input=given, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")  # no note of a library, no bar
-    assert [row["text"] for row in table(done.stdout)] == ["superb acting"]
+    process = start_script("predict.py", [str(runs["q_lora"]), "--file", "-"], tmp_path, given="superb acting\n")
+    shown, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")  # no note of a library, no bar
+    assert [row["text"] for row in table(shown)] == ["superb acting"]
 
 
 class Terminal(io.StringIO):
