@@ -33,10 +33,18 @@ NUMBER = struct.Struct("<i")  # a process id or exit status
 MOST_FILES = 16
 STATUS_UNKNOWN = 255  # of a child whose watcher was killed
 
+_forked = False
+
 
 def can_fork() -> bool:
     """Whether children of a server are as good as processes: not on macOS, and not with a GPU, which a fork breaks."""
     return sys.platform == "linux" and not any(Path(name).exists() for name in GPU_FILES)
+
+
+def is_forked() -> bool:
+    """Whether this process is a child of a server. Then its time is without the imports, and its peak memory without
+    the code that only they ran: on a CPU about 100 MiB less than in a process that was started."""
+    return _forked
 
 
 class ForkServer:
@@ -193,6 +201,8 @@ def _run(
     client: socket.socket, files: tuple[int, ...], words: list[str], directory: str, environment: dict[str, str] | None
 ) -> NoReturn:
     """The child: becomes the process that was asked for, and runs the script."""
+    global _forked
+    _forked = True
     os.setpgid(0, 0)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -22,6 +22,7 @@ from compare_methods import main
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.flags import from_flags
+from finetuning.forking import can_fork
 from finetuning.runs.history import write_predictions
 from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
 
@@ -414,3 +415,4 @@ def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
         environment = runs.result(run)["environment"]
         assert environment["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
         assert environment["alone"] is False, "there was another one"
+        assert environment["forked"] is can_fork()

@@ -141,11 +141,13 @@ class Run:
 
     @property
     def conditions(self) -> str:
-        """What time and memory depend on besides the settings: commit, processor, threads, missing kernels, torch."""
+        """What time and memory depend on besides the settings: commit, processor, threads, missing kernels, torch, and
+        whether the run was forked."""
         keys = (("git", "commit"), ("cpu",), ("gpus",), ("threads",), ("versions", "torch"))
         kernels = str(self.get("environment", "cpu_kernels") or "")
         missing = "" if kernels.startswith(("compiled", NOT_ASKED_FOR)) else kernels  # that is a setting
-        return json.dumps([missing, *(self.get("environment", *key) for key in keys)])
+        forked = bool(self.get("environment", "forked"))  # runs of earlier versions do not say it
+        return json.dumps([missing, forked, *(self.get("environment", *key) for key in keys)])
 
     def accuracy(self, split: str) -> float | None:
         """The share of ``split`` that a finished run got right, as a ratio of whole texts (no float32 rounding)."""
