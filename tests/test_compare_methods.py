@@ -22,6 +22,7 @@ from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.flags import from_flags
+from finetuning.forking import can_fork
 from finetuning.runs.files import write_result
 from finetuning.runs.history import write_predictions
 from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
@@ -268,27 +269,35 @@ def test_predictions_that_cannot_be_read_are_not_collected(instead: str, capsys:
 
 
 @contextmanager
-def started(*words: str) -> Iterator[subprocess.Popen[str]]:
+def started(*words: str, threads: str | None = "1") -> Iterator[subprocess.Popen[str]]:
     """The command as a process; nothing of it is left behind."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "compare_methods.py"), "run", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, str(ROOT / "compare_methods.py"), "run", *words], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=environment | ({"OMP_NUM_THREADS": threads} if threads else {}),
     )  # fmt: skip
     try:
         yield process
     finally:
-        for number in (process.pid, *children_of(process)):
+        for number in (*descendants(process.pid), process.pid):
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         process.communicate()
 
 
-def children_of(process: subprocess.Popen[str], of_run: str = "") -> list[int]:
-    """The processes of the runs that a study has started; ``ps`` tells them on Linux and macOS."""
-    words = ["ps", "-A", "-ww", "-o", "ppid=,pid=,args="]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    lines = [line.split(maxsplit=2) for line in shown.splitlines() if of_run in line]
-    return [int(line[1]) for line in lines if int(line[0]) == process.pid]
+def descendants(ancestor: int) -> list[int]:
+    """The processes that a process or one of its descendants has started; ``ps`` tells them on Linux and macOS."""
+    shown = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
+    pairs = [(int(parent), int(child)) for parent, child in (line.split() for line in shown.splitlines())]
+    found = [ancestor]
+    for number in found:  # which grows
+        found += [child for parent, child in pairs if parent == number]
+    return found[1:]
+
+
+def process_of(directory: Path) -> int:
+    """The process that holds a run directory."""
+    return int(json.loads((directory / ".lock").read_text())["process"])
 
 
 def wait_for(text: str, log: Path) -> None:
@@ -335,9 +344,10 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
         with started(*words) as one, started(*words) as two:
             wait_for("epoch 1/16  batch 3", runs.log(killed))
             assert runs.state(killed) == "running"
-            ((victim, run),) = ((study, n) for study in (one, two) for n in children_of(study, killed.name))
+            run_process = process_of(runs.directory(killed))
+            (victim,) = (study for study in (one, two) if run_process in descendants(study.pid))
             victim.kill()
-            os.kill(run, signal.SIGKILL)
+            os.kill(run_process, signal.SIGKILL)
             victim.wait()
             survivor = two if victim is one else one
             shown, _ = survivor.communicate(timeout=PATIENCE_SECONDS)
@@ -372,3 +382,40 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint(
     assert [runs.state(run) for run in runs.study.runs] == ["interrupted", "missing"]
     assert runs.result(runs.study.runs[0])["status"] == "interrupted"
     assert (runs.directory(runs.study.runs[0]) / "last.ckpt").exists()
+
+
+def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
+    project: Path, tiny_folders: dict[str, Path], review_folder: Path
+) -> None:
+    rows = """
+        [axes]
+        seed = [0, 1, 2]
+        [tuning]
+        epochs = 1
+        [[rows]]
+        name = "long"
+        epochs = 400
+        tune = { learning_rate = [0.001, 0.002] }
+    """
+    write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
+    runs = StudyRuns(read_plan(Path("tiny.toml")), project / "runs" / "tiny")
+    tuning, finals = runs.study.stage("tune"), runs.study.stage("final")
+    with started("tiny.toml", "--data_dir", str(review_folder), "--jobs", "2", threads=None) as study:
+        for run in finals[:2]:
+            wait_for("epoch 1/400  batch 2", runs.log(run))
+        study.send_signal(signal.SIGTERM)
+        shown, _ = study.communicate(timeout=PATIENCE_SECONDS)
+    assert study.returncode == 130, shown
+    assert [runs.state(run) for run in tuning] == ["finished"] * 2
+    assert [runs.state(runs.tuned(run)) for run in finals] == ["interrupted"] * 2 + ["missing"]
+    lines = [line.replace(",", "").split()[1:3] for line in shown.splitlines()]
+    places = [lines.index([run.name, word]) for word in ("started", "finished") for run in tuning]
+    places += [lines.index([run.name, word]) for word in ("started", "interrupted") for run in finals[:2]]
+    assert max(places[:2]) < min(places[2:4])
+    assert max(places[2:4]) < min(places[4:6])
+    assert max(places[4:6]) < min(places[6:])
+    for run in finals[:2]:
+        environment = runs.result(run)["environment"]
+        assert environment["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+        assert environment["alone"] is False, "there was another one"
+        assert environment["forked"] is can_fork()

@@ -25,6 +25,7 @@ from finetuning.runs.directory import settings_to_run
 from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from tests.conftest import needs_int8, one_thread, write_reviews
+from tests.scripts import Script, start_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,17 +41,8 @@ def result_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "result.json").read_text())
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "finetune_lora.py"), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    """Waits for a process that must succeed."""
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+def start(words: list[str]) -> Script | subprocess.Popen[str]:
+    return start_script("finetune_lora.py", words)
 
 
 # --- a run from end to end
@@ -116,10 +108,13 @@ def test_a_run_in_8_bits_on_a_processor_with_avx2_vnni(
         pytest.skip("the processor has no AVX2-VNNI")
     monkeypatch.setenv(VARIABLE, "avx2_vnni")
     more = ("--precision", "fast", "--lora_mlp", "True", "--epochs", "2", "--learning_rate", "0.01")
-    process = start(flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more))
-    shown, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "compiled for AVX2-VNNI" in shown
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "finetune_lora.py"), *words], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "compiled for AVX2-VNNI" in done.stdout
     result = result_of(tmp_path / "run")
     assert result["status"] == "finished"
     assert result["config"]["precision"] == "int8"
@@ -393,7 +388,9 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     if number == signal.SIGTERM:  # as if the disk had been mounted elsewhere
         broken_run = broken_run.rename(tmp_path / "moved")
     words = shlex.split(told.partition("finetune_lora.py ")[2].replace(str(tmp_path / "broken"), str(broken_run)))
-    finish(start(words))
+    continued = start(words)
+    _, errors = continued.communicate(timeout=120)
+    assert continued.returncode == 0, errors
     expected = load_file(whole / "adapter_model.safetensors")
     found = load_file(broken_run / "adapter_model.safetensors")
     assert all(np.array_equal(expected[key], found[key]) for key in expected)

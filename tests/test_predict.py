@@ -2,10 +2,7 @@ import csv
 import gzip
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +21,10 @@ from finetuning.prediction.command import main
 from finetuning.prediction.predictor import for_this_machine, load_predictor, predict
 from finetuning.prediction.trained import read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS, read_result, write_result
-from tests.conftest import ROOT, changed_run, needs_int8
+from tests.conftest import changed_run, needs_int8
 from tests.prediction.test_progress import Terminal
 from tests.prediction.test_rows import REFUSED
+from tests.scripts import start_script
 from tests.test_finetune_lora import flags
 
 Capture = pytest.CaptureFixture[str]
@@ -185,12 +183,10 @@ def test_files(runs: dict[str, Path], test_reviews: list[str], tmp_path: Path, c
 
 
 def test_the_command_as_a_process(runs: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "predict.py"), str(runs["q_lora"]), "--file", "-"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    given = "superb acting\n"
-    done = subprocess.run(command, cwd=tmp_path, input=given, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")  # no note of a library, no bar
-    assert [row["text"] for row in table(done.stdout)] == ["superb acting"]
+    process = start_script("predict.py", [str(runs["q_lora"]), "--file", "-"], tmp_path, given="superb acting\n")
+    shown, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")  # no note of a library, no bar
+    assert [row["text"] for row in table(shown)] == ["superb acting"]
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, True), (60.0, False)])

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,8 +15,8 @@ from safetensors.torch import load_file
 
 import finetune_lora
 from tests.conftest import needs_int8
+from tests.scripts import Script, start_script
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_SECONDS = 240  # for a machine with other work; a run takes five
 TWO = ("--devices", "2", "--strategy", "ddp")
 ONE = ("--accumulate", "2")  # the same batches in the same steps
@@ -37,17 +36,9 @@ def flags(tiny_folders: dict[str, Path], review_folder: Path) -> list[str]:
 
 
 @contextmanager
-def started(flags: list[str]) -> Iterator[subprocess.Popen[str]]:
+def started(flags: list[str]) -> Iterator[Script | subprocess.Popen[str]]:
     """The command in a process group of its own, as a terminal starts it; nothing of it is left behind."""
-    process = subprocess.Popen(
-        [sys.executable, "finetune_lora.py", *flags],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_script("finetune_lora.py", flags, joined=True)
     try:
         yield process
     finally:
@@ -56,11 +47,11 @@ def started(flags: list[str]) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def output_after_first_epoch(process: subprocess.Popen[str], directory: Path, number: int, group: bool) -> str:
+def output_after_first_epoch(process: Script | subprocess.Popen[str], directory: Path, number: int, group: bool) -> str:
     """Waits for a checkpoint, sends the signal, and returns what was printed once all processes have ended."""
     end = time.monotonic() + LIMIT_SECONDS
     while not (directory / "last.ckpt").exists():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate(LIMIT_SECONDS)[0]
         assert time.monotonic() < end
         time.sleep(0.01)
     (os.killpg if group else os.kill)(process.pid, number)

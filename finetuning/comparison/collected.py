@@ -138,11 +138,13 @@ class Run:
 
     @property
     def conditions(self) -> str:
-        """What time and memory depend on besides the settings: commit, processor, threads, missing kernels, torch."""
+        """What time and memory depend on besides the settings: commit, processor, threads, missing kernels, torch, and
+        whether the run was forked."""
         keys = (("git", "commit"), ("cpu",), ("gpus",), ("threads",), ("versions", "torch"))
         kernels = str(self.get("environment", "cpu_kernels") or "")
         missing = "" if kernels.startswith(("compiled", NOT_ASKED_FOR)) else kernels  # that is a setting
-        return json.dumps([missing, *(self.get("environment", *key) for key in keys)])
+        forked = bool(self.get("environment", "forked"))  # runs of earlier versions do not say it
+        return json.dumps([missing, forked, *(self.get("environment", *key) for key in keys)])
 
     @property
     def environment(self) -> dict[str, Any]:

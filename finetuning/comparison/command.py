@@ -72,6 +72,10 @@ def make_parser(results: Path = RESULTS, pages: Sequence[Path] = ()) -> argparse
     run = command("run", run_command, "Run what is missing; continue what was interrupted.", study)
     run.add_argument("--index", type=int, metavar="N", help="only run number N of --stage, from 0 (for job arrays)")
     run.add_argument("--retry_failed", action="store_true", help="start failed runs over")
+    run.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="runs to do at once; they share the cores, unless OMP_NUM_THREADS is set (default: 1)",
+    )  # fmt: skip
     command("count", count_command, "Print the number of runs.", study)
     listed = command("list", list_command, "Print each run's number, state and command.", study)
     for reader in (run, listed):
@@ -119,11 +123,13 @@ def study_runs(options: argparse.Namespace) -> StudyRuns:
 
 def run_command(options: argparse.Namespace) -> int:
     """Runs what is missing. Returns the exit status."""
+    if options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: must be at least 1")
     runs = study_runs(options)
     runs.check_flags()
     chosen = chosen_runs(runs, options.stage, options.index)
     with StopSignals().listening() as stop:
-        return StudyExecution(runs, script(), chosen, options.retry_failed, stop).run_all()
+        return StudyExecution(runs, script(), chosen, options.retry_failed, stop, options.jobs).run_all()
 
 
 def count_command(options: argparse.Namespace) -> int:

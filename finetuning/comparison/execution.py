@@ -1,11 +1,13 @@
-"""Runs the runs of a study, one after the other, each in a process of its own."""
+"""Runs the runs of a study, one or several at once, each in a process of its own."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -13,51 +15,72 @@ from types import FrameType
 from finetuning.comparison.plan import RATE, PlannedRun
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.errors import UserError
+from finetuning.forking import ForkedProcess, ForkServer, can_fork
+from finetuning.processes import STOP_SIGNALS, spin_variables, usable_cores
 from finetuning.runs.checkpoints import has_checkpoint
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = (130, *(-number for number in STOP_SIGNALS))  # exit status of a run that was asked to stop
-POLL_SECONDS = 1.0
+LOOK_AGAIN_SECONDS = 1.0  # at runs that another process does
+POLL_SECONDS = 0.02
+# What every run imports. More would count as memory of the runs.
+PRELOADED = (
+    "finetune_lora", "finetuning.materials", "finetuning.steps", "matplotlib.backends.backend_agg", "pyarrow.dataset",
+    "transformers.models.distilbert.modeling_distilbert", "watermark",
+)  # fmt: skip
+
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 class StopSignals:
-    """Passes Ctrl-C, SIGTERM and SIGUSR1 on to the current run, which then ends with a checkpoint.
+    """Passes Ctrl-C, SIGTERM and SIGUSR1 on to the current runs, which then end with a checkpoint.
 
-    The run is in a process group of its own, so that a Ctrl-C in a terminal reaches it once, not twice.
+    Each run is in a process group of its own, so that a Ctrl-C in a terminal reaches it once, not twice.
     """
 
     def __init__(self) -> None:
-        self.received = False
-        self._unsent: list[int] = []
-        self._child: subprocess.Popen[bytes] | None = None
+        self._received: list[int] = []
+        self._children: list[Process] = []
+
+    @property
+    def received(self) -> bool:
+        """Whether the command was asked to stop."""
+        return bool(self._received)
 
     @contextmanager
     def listening(self) -> Iterator["StopSignals"]:
         """Receives the signals until the block ends."""
-        earlier = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        earlier = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
         try:
             yield self
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        self._unsent.append(number)
-        self._pass_on()
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """Stops all runs."""
+        self._received.append(number)
+        for child in self._children:
+            child.send_signal(number)
 
-    def _pass_on(self) -> None:
-        while self._unsent and self._child is not None:
-            self._child.send_signal(self._unsent.pop(0))
+    def add(self, child: Process) -> None:
+        """A run that was started. It gets the signals that came while it was being started."""
+        self._children.append(child)
+        for number in self._received:
+            child.send_signal(number)
 
-    def wait(self, child: subprocess.Popen[bytes]) -> int:
-        """Waits for the child's exit status. A signal that came while the child was being started is passed on."""
-        self._child = child
-        try:
-            self._pass_on()
-            return child.wait()
-        finally:
-            self._child = None
+    def remove(self, child: Process) -> None:
+        """A run that has ended."""
+        self._children.remove(child)
+
+
+@dataclass(frozen=True)
+class CurrentRun:
+    """A run whose process has been started."""
+
+    run: PlannedRun
+    child: Process
+    began: float
+    lock: ExitStack  # closed when the run has ended
 
 
 def chosen_runs(runs: StudyRuns, stage: str, index: int | None = None) -> list[PlannedRun]:
@@ -74,6 +97,61 @@ def chosen_runs(runs: StudyRuns, stage: str, index: int | None = None) -> list[P
     return chosen[index : index + 1]
 
 
+class Starter:
+    """Starts the processes of runs, as children of a server where that is possible.
+
+    Args:
+        script: the path of ``finetune_lora.py``.
+        jobs: how many runs share the cores.
+        fork: whether a server is worth its start.
+    """
+
+    def __init__(self, script: Path, jobs: int, fork: bool) -> None:
+        self.script = script
+        self.environment = dict(os.environ)
+        if jobs > 1:
+            self.environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
+        self._fork = fork and can_fork()
+        self._spins: dict[str, str] = {}
+        self._servers: dict[str, ForkServer] = {}  # OpenMP reads how long it spins when torch is imported
+
+    def start(self, words: list[str], log: Path, lock: int, may_fork: bool, idle: bool) -> Process:
+        """Starts a run.
+
+        Args:
+            words: the script and its flags.
+            log: the file that its output is appended to.
+            lock: a descriptor that it keeps open.
+            may_fork: whether the run is one process.
+            idle: whether no other run goes on, so that busy cores are those of others.
+        """
+        with log.open("ab") as output, Path(os.devnull).open("rb") as nothing:
+            if self._fork and may_fork:
+                try:
+                    return self._server(idle).start(words, (nothing.fileno(), output.fileno(), output.fileno()), [lock])
+                except OSError:  # it cannot import what it needs; the run's own process says why
+                    self._fork = False
+            return subprocess.Popen(
+                [sys.executable, *words], stdin=nothing, stdout=output, stderr=output, env=self.environment,
+                process_group=0, pass_fds=[lock],
+            )  # fmt: skip
+
+    def _server(self, idle: bool) -> ForkServer:
+        if idle:
+            self._spins = spin_variables()
+        spins = "".join(self._spins.values())
+        if spins not in self._servers:
+            self._servers[spins] = ForkServer(self.script.parent, PRELOADED, self.environment | self._spins)
+        return self._servers[spins]
+
+    def __enter__(self) -> "Starter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for server in self._servers.values():
+            server.close()
+
+
 class StudyExecution:
     """Runs what is missing of a study, and remembers how each run ended.
 
@@ -83,16 +161,19 @@ class StudyExecution:
         chosen: the runs to do, in their order.
         retry_failed: whether failed runs are started over.
         stop: says whether the command was asked to stop.
+        jobs: how many runs are done at once.
     """
 
     def __init__(
-        self, runs: StudyRuns, script: Path, chosen: list[PlannedRun], retry_failed: bool, stop: StopSignals
+        self, runs: StudyRuns, script: Path, chosen: list[PlannedRun], retry_failed: bool, stop: StopSignals, jobs: int
     ) -> None:
         self.runs = runs
-        self.script = script
         self.chosen = chosen
         self.retry_failed = retry_failed
         self.stop = stop
+        self.jobs = jobs
+        self.starter = Starter(script, jobs, fork=len(chosen) > 1)
+        self.current: list[CurrentRun] = []
         self.ended: dict[str, str] = {}  # run's name -> finished, failed
         self.seconds: dict[str, float] = {}  # run's name -> its time, if this process ran it
 
@@ -105,26 +186,33 @@ class StudyExecution:
         states = [self.runs.state(self.runs.tuned_if_possible(run)) for run in self.chosen]
         counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
         print(f"{self.runs.study.name}: {len(self.chosen)} runs, {counts}", flush=True)
-        while waiting := [run for run in self.chosen if run.name not in self.ended]:
+        with self.starter:
+            return self._run_all()
+
+    def _run_all(self) -> int:
+        while len(self.ended) < len(self.chosen):
             before = len(self.ended)
-            for run in waiting:
-                if self.stop.received or not self.take_up(run):
-                    print("interrupted: run the same command again to continue", file=sys.stderr)
-                    return 130
-            if len(self.ended) == before:  # other processes are doing the rest
-                time.sleep(POLL_SECONDS)
+            for run in self.chosen:
+                if run.name not in self.ended and not self.stop.received and len(self.current) < self.jobs:
+                    self.take_up(run)
+            if self.stop.received and not self.current:
+                print("interrupted: run the same command again to continue", file=sys.stderr)
+                return 130
+            if len(self.ended) == before:
+                self.wait()
         return int("failed" in self.ended.values())
 
-    def take_up(self, run: PlannedRun) -> bool:
-        """Does a run, unless it has ended, another process does it, or its tuning goes on. False if interrupted."""
-        with self.runs.held(run) as lock:
+    def take_up(self, run: PlannedRun) -> None:
+        """Starts a run, unless it has ended, a process does it already, or its tuning goes on."""
+        with ExitStack() as stack:
+            lock = stack.enter_context(self.runs.held(run))
             if lock is None or self.waits_for_tuning(run):
-                return True
+                return
             try:
                 planned = self.runs.tuned(run)
             except TuningUnfinished as reason:
                 self.note_end(run, "failed", f"not started: {reason}")
-                return True
+                return
             state = self.runs.state_on_disk(planned)
             if state == "missing" and (source := self.runs.take_over(planned)):
                 self.note_end(run, "finished", f"finished: same settings as {source}, result reused")
@@ -138,8 +226,9 @@ class StudyExecution:
             elif state == "finished":
                 self.ended[run.name] = "finished"
             else:
-                return self.execute(planned, state, lock)
-        return True
+                child = self.start(planned, state, lock)
+                self.current.append(CurrentRun(planned, child, time.monotonic(), stack.pop_all()))
+                self.stop.add(child)
 
     def waits_for_tuning(self, run: PlannedRun) -> bool:
         """Whether a run that tunes this one's learning rate is still to be done here, or is running elsewhere."""
@@ -150,8 +239,8 @@ class StudyExecution:
             for other in tuning
         )
 
-    def execute(self, run: PlannedRun, state: str, lock: int) -> bool:
-        """Does the run in a process of its own, which inherits the lock. False if it was interrupted."""
+    def start(self, run: PlannedRun, state: str, lock: int) -> Process:
+        """Starts the run's process, which inherits the lock."""
         flags = []
         if state != "missing":
             resumable = state == "interrupted" and has_checkpoint(self.runs.directory(run))
@@ -160,18 +249,27 @@ class StudyExecution:
         verb = "continued" if "--resume" in flags else "started"
         rate = f" with the tuned learning rate {run.settings[RATE]:g}" if run.tuned_by else ""
         print(f"{self.position_of(run)}  {verb}{rate}, see {log}", flush=True)
-        began = time.monotonic()
-        with log.open("ab") as output:
-            words = [sys.executable, *self.runs.command_words(run, self.script), *flags]
-            child = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0, pass_fds=[lock]
-            )
-            status = self.stop.wait(child)
-        self.seconds[run.name] = time.monotonic() - began
-        return self._note_result(run, status)
+        words = [*self.runs.command_words(run, self.starter.script), *flags]
+        alone = run.settings.get("devices", 1) == run.settings.get("num_nodes", 1) == 1
+        return self.starter.start(words, log, lock, may_fork=alone, idle=not self.current)
 
-    def _note_result(self, run: PlannedRun, status: int) -> bool:
-        """Notes how a run's process ended. False if it was interrupted."""
+    def wait(self) -> None:
+        """Waits until a current run has ended. If more could be started, it waits a second at most."""
+        until = time.monotonic() + LOOK_AGAIN_SECONDS
+        full = len(self.current) == self.jobs
+        ended: list[CurrentRun] = []
+        while not ended and (full or time.monotonic() < until):
+            time.sleep(POLL_SECONDS)
+            ended = [current for current in self.current if current.child.poll() is not None]
+        for current in ended:
+            self.current.remove(current)
+            self.stop.remove(current.child)
+            self.seconds[current.run.name] = time.monotonic() - current.began
+            self._note_result(current.run, current.child.wait())
+            current.lock.close()
+
+    def _note_result(self, run: PlannedRun, status: int) -> None:
+        """Notes how a run's process ended. One that was asked to stop stops the others as well."""
         took = timedelta(seconds=round(self.seconds[run.name]))
         state = self.runs.state_on_disk(run)
         if state == "finished":
@@ -180,13 +278,13 @@ class StudyExecution:
             self.note_end(run, "finished", f"finished in {took}, {split} accuracy {accuracy:.2%}")
         elif status in STOPPED:
             print(f"{self.position_of(run)}  interrupted after {took}", flush=True)
-            return False
+            if not self.stop.received:
+                self.stop.receive(signal.SIGTERM)
         elif state == "failed" and status == 1:  # with another status the result is from an earlier attempt
             self.note_end(run, "failed", f"failed after {took}: {self.runs.result(run).get('error')}")
         else:
             reason = f"killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
             self.note_end(run, "failed", f"{reason} after {took}: {_last_line(self.runs.log(run))}")
-        return True
 
     def position_of(self, run: PlannedRun) -> str:
         """The run's number among the chosen ones and its name, as each line of output begins."""
@@ -211,7 +309,8 @@ class StudyExecution:
         rest = [run for run in self.chosen if run.name not in self.ended]
         if not known:
             return None
-        return sum(sum(values) / len(values) for values in (seconds.get(run.stage, known) for run in rest))
+        means = (sum(values) / len(values) for values in (seconds.get(run.stage, known) for run in rest))
+        return sum(means) / self.jobs
 
 
 def _last_line(log: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from finetuning.forking import is_forked
 from finetuning.processes import processor_seconds
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "bitsandbytes", "peft", "numpy")
@@ -71,7 +72,8 @@ def _left_in_group(folder: Path, limit: str, usage: str) -> list[int]:
 
 
 def process_seconds() -> float | None:
-    """Wall-clock seconds since this process started, including imports; ``None`` unless on Linux."""
+    """Wall-clock seconds since this process started, including imports unless it was forked after them; ``None``
+    unless on Linux."""
     with suppress(OSError, ValueError):
         after_name = Path("/proc/self/stat").read_text(encoding="utf8").rpartition(")")[2].split()
         began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # starttime in proc(5), counted from boot
@@ -114,6 +116,7 @@ def environment_record() -> dict[str, Any]:
         "gpus": gpus,
         "git": _git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "forked": is_forked(),
         "watermark": watermark.watermark(machine=True, python=True, iso8601=True),
     }
 

@@ -32,7 +32,7 @@ def test_memory_is_that_of_the_process() -> None:
 def test_environment_says_on_what_a_number_was_measured() -> None:
     record = environment_record()
     assert set(record) == {
-        "python", "versions", "cpu", "cpu_capability", "amx", "threads", "gpus", "git", "date", "watermark",
+        "python", "versions", "cpu", "cpu_capability", "amx", "threads", "gpus", "git", "date", "forked", "watermark",
     }  # fmt: skip
     assert record["versions"]["torch"] == torch.__version__
     assert {"lightning", "transformers", "numpy"} <= set(record["versions"])

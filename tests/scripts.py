@@ -1,0 +1,96 @@
+"""Starts the project's commands as children of one server for each worker of pytest: Python and torch start once."""
+
+import atexit
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from finetuning.comparison.execution import PRELOADED
+from finetuning.forking import ForkServer, can_fork
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Script:
+    """A command as a child of the server, with the part of ``subprocess.Popen``'s interface that tests need."""
+
+    def __init__(
+        self, words: Sequence[str], directory: Path, environment: Mapping[str, str], joined: bool, given: IO[str]
+    ) -> None:
+        out, its_out = os.pipe()
+        error, its_error = (out, its_out) if joined else os.pipe()
+        files = given.fileno(), its_out, its_error
+        process = _server().start(words, files, directory=directory, environment=environment)
+        for file in {its_out, its_error}:
+            os.close(file)
+        self._process = process
+        self.pid = process.pid
+        self.poll, self.wait, self.send_signal, self.kill = (
+            process.poll,
+            process.wait,
+            process.send_signal,
+            process.kill,
+        )
+        self.stdout: IO[str] | None = os.fdopen(out, encoding="utf8")
+        self.stderr: IO[str] | None = None if joined else os.fdopen(error, encoding="utf8")
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """What was printed, at the end of the process. After the timeout, in seconds, it is killed."""
+        killer = threading.Timer(timeout, self.kill)
+        killer.start()
+        streams = (self.stdout, self.stderr)
+        out, error = (stream.read() if stream and not stream.closed else "" for stream in streams)
+        self.wait()
+        killer.cancel()
+        self.close()
+        return out, error
+
+    def close(self) -> None:
+        """Closes the pipes."""
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+
+
+@functools.cache
+def _server() -> ForkServer:
+    server = ForkServer(ROOT, PRELOADED, os.environ | {"OMP_NUM_THREADS": "1"})
+    atexit.register(server.close)
+    return server
+
+
+def start_script(
+    script: str, words: Sequence[str], directory: Path = ROOT, joined: bool = False, given: str = ""
+) -> "Script | subprocess.Popen[str]":
+    """Starts a command with one thread, in a process group of its own.
+
+    Variables that a library reads at its import need a new process instead.
+
+    Args:
+        script: a file of the root.
+        words: its flags.
+        directory: the current one of the process.
+        joined: whether standard error goes where standard output goes.
+        given: its standard input.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [str(ROOT / script), *words]
+    with tempfile.TemporaryFile("w+", encoding="utf8") as reads:
+        reads.write(given)
+        reads.seek(0)
+        if can_fork():
+            return Script(command, directory, environment, joined, reads)
+        return subprocess.Popen(
+            [sys.executable, *command], cwd=directory, env=environment, text=True, process_group=0, stdin=reads,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT if joined else subprocess.PIPE,
+        )  # fmt: skip
