@@ -38,7 +38,8 @@ from finetuning.runs.measurements import (
     processor_seconds,
     was_alone,
 )
-from finetuning.runs.records import command_line, data_record, test_record
+from finetuning.runs.messages import command_line
+from finetuning.runs.records import data_record, test_record
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import SeveralLabels, Task, make_task
 from local_dataset_utilities import load_texts, tokenize

@@ -1,5 +1,6 @@
 """Studies that run, are killed and go on; and what is told, chosen and collected of runs that have ended."""
 
+import json
 import os
 import shutil
 import signal

@@ -272,8 +272,9 @@ def test_an_adapter_on_whole_fused_linears_is_not_continued(folder_of: Any, tmp_
     fill(classifier)
     save(tmp_path, classifier, RunConfig.from_settings(model_name=str(folder_of(model_type)), **settings))
     config = RunConfig.from_settings(model_name=str(folder_of(model_type)), max_length=32, init_adapter=tmp_path)
+    assert config.lora is not None
     with pytest.raises(UserError, match=rf"{fused} as a whole, and not on its parts query, key, value: only"):
-        adopt_adapter(config, folder_of(model_type))
+        adopt_adapter(config.lora, find_base_model(config), moved=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

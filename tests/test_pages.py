@@ -49,7 +49,8 @@ def test_a_page_that_is_refused_stays_as_it_was(tmp_path: Path) -> None:
                 {"date": "2026-12-02", "git": {"commit": "b" * 40, "date": "2026-12-01"}},
                 {"git": {"commit": "c" * 40}},
             ],
-            "*Measured: 2026-12-02 to 2026-12-03, some not recorded. Code: 3 commits, bbbbbbb (2026-12-01) to ccccccc.*",
+            "*Measured: 2026-12-02 to 2026-12-03, some not recorded. Code: 3 commits, bbbbbbb (2026-12-01) to ccccccc"
+            ".*",
         ),
     ],
 )

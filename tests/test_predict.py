@@ -18,7 +18,7 @@ from finetuning.errors import UserError
 from finetuning.models.base_files import file_hashes
 from finetuning.models.int8_products import refused
 from finetuning.prediction.command import main
-from finetuning.prediction.predictor import for_this_machine, load_predictor, predict
+from finetuning.prediction.predictor import load_predictor, on_this_machine, predict
 from finetuning.prediction.trained import read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, SETTINGS, TRAINED_WEIGHTS, read_result, write_result
 from tests.conftest import changed_run, needs_int8
@@ -471,11 +471,13 @@ def test_pairs_are_predicted_as_in_the_run(
 
 
 def test_precision_is_one_that_this_machine_has() -> None:
-    assert for_this_machine(RunConfig.from_settings(precision="bf16", device=3)).hardware.precision == "bf16"
-    assert for_this_machine(RunConfig.from_settings(precision="fp16", accelerator="gpu")).hardware.precision == (
-        "fp16" if torch.cuda.is_available() else "auto"
-    )
-    assert for_this_machine(RunConfig.from_settings(accelerator="cpu")).hardware.accelerator == "cpu"
+    def here(**settings: object) -> dict[str, object]:
+        return on_this_machine(RunConfig.from_settings(**settings).hardware)
+
+    assert here(precision="bf16", device=3)["precision"] == "bf16"
+    given = here(precision="fp16", accelerator="gpu")["precision"]
+    assert given == ("fp16" if torch.cuda.is_available() else "auto")
+    assert here(accelerator="cpu")["accelerator"] == "cpu"
 
 
 def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -47,13 +47,6 @@ class TrainRecord(TypedDict):
     tokens_per_second: float | None
 
 
-class MemoryRecord(TypedDict):
-    """The highest use of memory."""
-
-    peak_bytes: int
-    source: str  # what measured it
-
-
 @dataclass(frozen=True)
 class BuiltRecord:
     """What building the classifier tells."""
@@ -82,7 +75,7 @@ class TrainedRecord:
 class CostRecord:
     """What the run took. Each is ``None`` if it is not known."""
 
-    memory: MemoryRecord
+    memory: dict[str, Any]  # ``peak_bytes``, and the ``source`` that measured it
     seconds: float  # wall clock of training, evaluation and files, without the time between interruption and resume
     process_seconds: float | None  # wall clock since the process started, with imports; not of a continued run
     alone: bool | None  # whether no other process used the processors

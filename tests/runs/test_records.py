@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.runs import records
+from finetuning.runs.messages import command_line
 from finetuning.runs.records import accuracy_interval
 
 
@@ -29,7 +30,7 @@ def test_a_command_is_recorded_as_it_can_be_called(tmp_path: Path, monkeypatch: 
     program.parent.mkdir(parents=True)
     program.touch(mode=0o755)
     monkeypatch.setenv("PATH", "")
-    assert records.command_line([str(program), "--epochs", "1"]) == "venv/bin/finetune-lora --epochs 1"
+    assert command_line([str(program), "--epochs", "1"]) == "venv/bin/finetune-lora --epochs 1"
     monkeypatch.setenv("PATH", str(program.parent))
-    assert records.command_line([str(program), "--epochs", "1"]) == "finetune-lora --epochs 1"
-    assert records.command_line([str(tmp_path / "finetune_lora.py"), "-x"]) == "python finetune_lora.py -x"
+    assert command_line([str(program), "--epochs", "1"]) == "finetune-lora --epochs 1"
+    assert command_line([str(tmp_path / "finetune_lora.py"), "-x"]) == "python finetune_lora.py -x"
