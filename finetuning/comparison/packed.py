@@ -22,7 +22,7 @@ from finetuning.runs.lock import DirectoryLock
 from finetuning.storage import write_atomically, write_text
 
 RUNS = "runs.json"
-PATIENCE_SECONDS = 120.0  # a study of 60 runs takes two to write
+PATIENCE_SECONDS = 120.0  # to write a study of 60 runs takes one or two
 COLUMNS = ("row", "label", "predicted")  # of predictions.parquet, besides run
 
 
@@ -136,7 +136,11 @@ def change_records(folder: Path, new: Iterable[Record], planned: Sequence[str] |
         OSError: a file cannot be written.
         UserError: what is already there cannot be read, or another process has been changing it for minutes.
     """
-    with DirectoryLock(folder, PATIENCE_SECONDS):  # another process may add a run of the same study
+    try:
+        lock = DirectoryLock(folder, PATIENCE_SECONDS)  # another process may add a run of the same study
+    except UserError as error:
+        raise UserError(str(error).replace("--output_dir", "--results")) from None
+    with lock:
         records, before = read_records(folder)
         records |= {record.name: record for record in new}
         _write_records(folder, list(records.values()), before if planned is None else planned)
@@ -168,7 +172,7 @@ def _write_tables(path: Path, tables: Mapping[str, Any]) -> None:
         f"{name}.list.element" if lists else name: "PLAIN" for name in COLUMNS[1:]
     }
     with pq.ParquetWriter(
-        path, pa.schema(types), compression="zstd", compression_level=19, use_dictionary=["run"],
+        path, pa.schema(types), compression="zstd", compression_level=9, use_dictionary=["run"],
         column_encoding=encodings, write_page_checksum=True,
     ) as writer:  # fmt: skip
         for name, table in tables.items():

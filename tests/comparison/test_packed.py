@@ -13,6 +13,7 @@ from finetuning.comparison.collected import read_study
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
 from finetuning.errors import UserError
 from finetuning.runs.files import PREDICTIONS
+from finetuning.runs.lock import DirectoryLock
 from tests.synthetic_runs import outcomes, write_run
 
 
@@ -142,7 +143,18 @@ def test_a_killed_process_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     assert found.record.predictions().equals(record.predictions())
 
 
-def test_every_committed_line_is_json_by_itself(tmp_path: Path) -> None:
+def test_one_process_at_a_time_changes_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetuning.comparison.packed.PATIENCE_SECONDS", 0.0)
+    folder = tmp_path / "s"
+    with DirectoryLock(folder), pytest.raises(UserError, match=f"--results {folder}: is being written by process"):
+        write_run(tmp_path, "s", "lora")
+    assert list(folder.iterdir()) == []
+    (tmp_path / "t").touch()
+    with pytest.raises(UserError, match=f"--results {tmp_path / 't'}: cannot be written"):
+        write_run(tmp_path, "t", "lora")
+
+
+def test_every_line_is_json_by_itself(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora")
     first, *lines, last = (tmp_path / "s" / RUNS).read_text().splitlines()
     assert (first, last) == ("[", "]")
