@@ -51,7 +51,7 @@ def output_after_first_epoch(process: Script | subprocess.Popen[str], directory:
     """Waits for a checkpoint, sends the signal, and returns what was printed once all processes have ended."""
     end = time.monotonic() + LIMIT_SECONDS
     while not (directory / "last.ckpt").exists():
-        assert process.poll() is None, process.communicate(LIMIT_SECONDS)[0]
+        assert process.poll() is None, process.communicate(timeout=LIMIT_SECONDS)[0]
         assert time.monotonic() < end
         time.sleep(0.01)
     (os.killpg if group else os.kill)(process.pid, number)
