@@ -45,6 +45,12 @@ def start(words: list[str]) -> Script | subprocess.Popen[str]:
     return start_script("finetune_lora.py", words)
 
 
+def finish(process: Script | subprocess.Popen[str]) -> None:
+    """Waits for a process that must succeed."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
 # --- a run from end to end
 
 
@@ -388,9 +394,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     if number == signal.SIGTERM:  # as if the disk had been mounted elsewhere
         broken_run = broken_run.rename(tmp_path / "moved")
     words = shlex.split(told.partition("finetune_lora.py ")[2].replace(str(tmp_path / "broken"), str(broken_run)))
-    continued = start(words)
-    _, errors = continued.communicate(timeout=120)
-    assert continued.returncode == 0, errors
+    finish(start(words))
     expected = load_file(whole / "adapter_model.safetensors")
     found = load_file(broken_run / "adapter_model.safetensors")
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
