@@ -61,8 +61,12 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     share_processors()
     if instead.prefetch or instead.estimate:
         from finetuning import steps
+        from finetuning.materials import find_materials
 
-        print(steps.prefetch(config) if instead.prefetch else steps.estimate(config))
+        if instead.prefetch:
+            print(steps.prefetch(config))
+        else:
+            print(steps.estimate(steps.read_inputs(config, find_materials(config))))
         return 0
     status = run(config)["status"]
     # If another process ends with another status, Lightning and srun kill the first one while it may still write.
@@ -87,7 +91,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     claim = steps.claim_directory(directory, inputs)
     trackers = steps.trackers_of(claim)
     with claim.lock:
-        with recorded(directory, claim.config) as record:
+        with recorded(directory, claim.config.to_dict()) as record:
             classifier, record.built = steps.build_model(claim, inputs)
             with steps.watched(claim, inputs.hardware.on_gpu, trackers) as watch:
                 record.cost = watch.cost

@@ -114,9 +114,13 @@ class RunConfig:
         """The setting that excludes 8-bit products of frozen linears; ``None`` if none does."""
         return excludes_int8(self.method.method, self.name == "qlora", self.hardware.compile)
 
-    def differences(self, other: "RunConfig") -> list[str]:
-        """The flags whose values differ and change what the run computes, for example ``--seed 0 -> 1``."""
-        mine, others = self.to_dict(), other.to_dict()
+    def differences(self, others: Mapping[str, Any]) -> list[str]:
+        """The flags whose values differ and change what the run computes, for example ``--seed 0 -> 1``.
+
+        Args:
+            others: every setting of another run, from ``to_dict``.
+        """
+        mine = self.to_dict()
         return [
             f"--{name} {others[name]} -> {mine[name]}"
             for name in FLAGS

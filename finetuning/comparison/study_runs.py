@@ -289,4 +289,4 @@ def _differences(run: PlannedRun, settings: dict[str, Any]) -> list[str]:
             made = made.changed(learning_rate=planned.training.learning_rate)
     except (ValueError, TypeError, KeyError, UserError) as error:
         return [f"its settings cannot be used: {first_line(error)}"]
-    return planned.differences(made)
+    return planned.differences(made.to_dict())

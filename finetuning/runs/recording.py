@@ -7,7 +7,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from finetuning.config import RunConfig
 from finetuning.errors import Interrupted, first_line, is_out_of_memory, say
 from finetuning.processes import is_helper, undisturbed
 from finetuning.runs.checkpoints import forget_unneeded, has_checkpoint
@@ -23,12 +22,16 @@ OUT_OF_MEMORY = (
 
 
 @contextmanager
-def recorded(directory: Path, config: RunConfig) -> Iterator[RunRecord]:
+def recorded(directory: Path, settings: dict[str, Any]) -> Iterator[RunRecord]:
     """Writes ``result.json``, whether the steps in the context finish, fail or are interrupted.
 
     The context gets the run's record to put its parts into. Afterwards its ``written`` is what was written.
+
+    Args:
+        directory: the run directory.
+        settings: every setting of the run by name.
     """
-    record = RunRecord(config.to_dict(), _command(directory))
+    record = RunRecord(settings, _command(directory))
     try:
         yield record
         record.status = "finished"
@@ -46,7 +49,7 @@ def recorded(directory: Path, config: RunConfig) -> Iterator[RunRecord]:
             record.written = _written(directory, record.written)
     if record.written["status"] == "failed":
         say(f"failed: {record.written['error']}", sys.stderr)
-        if config.run.verbose:
+        if settings["verbose"]:
             say(record.written["traceback"], sys.stderr)
 
 

@@ -9,9 +9,7 @@ from finetuning.data.batches import check_batches
 from finetuning.data.loading import tokenize
 from finetuning.data.texts import TextData
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.errors import UserError
 from finetuning.materials import Materials
-from finetuning.models import int8_products
 from finetuning.models.base_model import BaseModel, check_vocabulary, find_base_model, load_tokenizer
 from finetuning.models.build import build_classifier, int8_widths
 from finetuning.models.classifier import Classifier
@@ -21,7 +19,7 @@ from finetuning.runs.adapters import Adapter
 from finetuning.runs.loading import adopt_adapter, load_adapter
 from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
-from finetuning.training.hardware import Hardware, fastest_precision, kernels_used, resolve_hardware
+from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.tasks import Task, imbalance_advice, make_task
 from finetuning.training.trainer import check_processes
 
@@ -67,7 +65,16 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     """
     check_processes(config.hardware)
     base, texts = find_base_model(config, materials.folder), materials.texts
-    hardware, found = _settled_hardware(config, base)
+    hardware = resolve_hardware(config.hardware, config.run.resume)
+    if (
+        config.lora is not None and config.lora.q_lora and not is_helper()
+    ):  # a helper would take memory on the first GPU
+        try_four_bits(hardware.device, hardware.dtype)
+    found: dict[str, Any] = {}
+    if config.hardware.precision in ("int8", "fast"):
+        widths = int8_widths(base, config.method, config.lora)
+        precision = settled_precision(config.hardware.precision, hardware, config.excludes_int8, widths)
+        hardware, found = dataclasses.replace(hardware, int8=precision == "int8"), {"precision": precision}
     labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, config.training)
     advice = imbalance_advice(task, task.counts(labels["train"]), config.training)
@@ -85,27 +92,3 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
     return dataclasses.replace(inputs, splits=splits)
-
-
-def _settled_hardware(config: RunConfig, base: BaseModel) -> tuple[Hardware, dict[str, Any]]:
-    """What ``auto`` and ``fast`` mean for this model on this machine, and the settings that this decides.
-
-    Raises:
-        UserError: the machine or the model cannot do what the settings ask for.
-    """
-    hardware, asked = resolve_hardware(config.hardware, config.run.resume), config.hardware.precision
-    if (
-        config.lora is not None and config.lora.q_lora and not is_helper()
-    ):  # a helper would take memory on the first GPU
-        try_four_bits(hardware.device, hardware.dtype)
-    if asked not in ("int8", "fast"):
-        return hardware, {}
-    widths = int8_widths(base, config.method, config.lora)
-    if asked == "int8":
-        if (reason := int8_products.unsuited(widths)) is not None:
-            raise UserError(f"--precision int8: {reason}; use --precision auto")
-        return hardware, {}
-    precision, why = fastest_precision(hardware, config.excludes_int8, widths)
-    if not is_helper():
-        print(f"--precision fast: {precision} ({why})", flush=True)
-    return dataclasses.replace(hardware, int8=precision == "int8"), {"precision": precision}

@@ -12,6 +12,7 @@ from finetuning.errors import UserError
 from finetuning.models import int8_products
 from finetuning.models.classifier import Classifier
 from finetuning.models.compiled import library
+from finetuning.processes import is_helper
 from finetuning.processor import instructions, limited
 from finetuning.runs.records import NOT_ASKED_FOR
 from finetuning.settings import HardwareSettings
@@ -90,6 +91,26 @@ def _check_int8(on_gpu: bool, resumed: bool) -> None:
 def without_int8(hardware: Hardware) -> str | None:
     """Why a run's device cannot multiply in 8 bits; ``None`` if it can, fast or not."""
     return "a GPU" if hardware.on_gpu else int8_products.refused()
+
+
+def settled_precision(asked: str, hardware: Hardware, excluded: str | None, widths: Sequence[int]) -> str:
+    """What ``--precision int8`` or ``fast`` means for a model on this machine, and says it of ``fast``.
+
+    Args:
+        asked: one of the two.
+        hardware, excluded, widths: as in ``fastest_precision``.
+
+    Raises:
+        UserError: int8 is asked for, and nothing of the model can be held in 8 bits.
+    """
+    if asked == "int8":
+        if (reason := int8_products.unsuited(widths)) is not None:
+            raise UserError(f"--precision int8: {reason}; use --precision auto")
+        return asked
+    precision, why = fastest_precision(hardware, excluded, widths)
+    if not is_helper():
+        print(f"--precision fast: {precision} ({why})", flush=True)
+    return precision
 
 
 def fastest_precision(hardware: Hardware, excluded: str | None, widths: Sequence[int]) -> tuple[str, str]:

@@ -28,7 +28,7 @@ ADVICE = "lower --batch_tokens, or use --gradient_checkpointing True; the last c
 def test_the_reason_of_a_failure_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, begin: str
 ) -> None:
-    with recorded(tmp_path, RunConfig.from_settings()):
+    with recorded(tmp_path, RunConfig.from_settings().to_dict()):
         raise error
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"failed: {begin}")
