@@ -5,9 +5,15 @@ Exit status: 0 all is done, 1 a run has failed, 2 input refused, 130 interrupted
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from finetuning.comparison import command
-from finetuning.pages import PAGES, RESULTS
+
+ROOT = Path(__file__).resolve().parent
+README, GUIDE, BEST_PRACTICES = ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "best_practices.md"
+SPEED, ACCURACY = ROOT / "docs" / "speed.md", ROOT / "docs" / "accuracy.md"
+PAGES = (README, GUIDE, BEST_PRACTICES, SPEED)
+RESULTS = ROOT / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,11 +22,12 @@ from benchmarks import harness
 from benchmarks.accuracy_table import CONTESTANTS, table
 from benchmarks.harness import Journal, Record
 from benchmarks.peers import fastest_settings
+from compare_methods import ACCURACY, ROOT
 from finetuning.comparison.collected import Predictions
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.plan import shown_command
 from finetuning.errors import UserError
-from finetuning.pages import ACCURACY, ROOT, renew_tables
+from finetuning.pages import renew_tables
 from finetuning.processes import stoppable
 from finetuning.runs.files import PREDICTIONS, read_result
 from finetuning.storage import read_json, write_atomically, write_json

@@ -15,8 +15,9 @@ import lightning.pytorch as pl
 import finetune_lora
 from benchmarks import harness
 from benchmarks.harness import Record
+from compare_methods import ROOT
 from finetuning.errors import UserError
-from finetuning.pages import ROOT, Table, measured
+from finetuning.pages import Table, measured
 from finetuning.runs.files import LAST_CHECKPOINT, RESULT
 from finetuning.storage import read_json
 

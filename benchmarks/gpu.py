@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks import gpu_parts, harness
 from benchmarks.gpu_parts import METHODS, SMALL, Record, Sizes
+from compare_methods import ROOT
 from finetuning.errors import UserError, first_line
-from finetuning.pages import ROOT
 from finetuning.storage import write_json
 
 OUTPUT = harness.RESULTS / "gpu.json"

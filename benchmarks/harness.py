@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compare_methods import ROOT, SPEED
 from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser, parse_bool
-from finetuning.pages import ROOT, SPEED, renew_tables
+from finetuning.pages import renew_tables
 from finetuning.storage import read_json, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"

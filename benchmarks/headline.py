@@ -12,9 +12,10 @@ from pathlib import Path
 
 from benchmarks import harness, peers
 from benchmarks.harness import Record
+from compare_methods import README, RESULTS, SPEED
 from finetuning.comparison.packed import read_records
 from finetuning.errors import UserError
-from finetuning.pages import README, RESULTS, SPEED, Table, measured, renew_tables
+from finetuning.pages import Table, measured, renew_tables
 from finetuning.storage import read_json, write_json
 
 OUTPUT = harness.RESULTS / "headline.json"

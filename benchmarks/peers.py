@@ -19,8 +19,9 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import Record
 from benchmarks.workload import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
+from compare_methods import README
 from finetuning.errors import UserError
-from finetuning.pages import README, Table, measured, renew_tables
+from finetuning.pages import Table, measured, renew_tables
 from finetuning.runs.measurements import environment_record
 from finetuning.storage import read_json
 

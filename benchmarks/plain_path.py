@@ -12,8 +12,9 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.harness import Record
+from compare_methods import ROOT
 from finetuning.errors import UserError
-from finetuning.pages import ROOT, Table, measured
+from finetuning.pages import Table, measured
 from finetuning.runs.files import RESULT
 from finetuning.storage import read_json
 

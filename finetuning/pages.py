@@ -8,15 +8,6 @@ from typing import Any
 from finetuning.errors import UserError
 from finetuning.storage import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-GUIDE = ROOT / "docs" / "guide.md"
-BEST_PRACTICES = ROOT / "docs" / "best_practices.md"
-SPEED = ROOT / "docs" / "speed.md"
-ACCURACY = ROOT / "docs" / "accuracy.md"
-PAGES = (README, GUIDE, BEST_PRACTICES, SPEED)
-RESULTS = ROOT / "results"
-
 
 @dataclass(frozen=True)
 class Table:

@@ -19,10 +19,11 @@ from benchmarks import accuracy, families, harness, headline, int8, measure, pee
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
+from compare_methods import ACCURACY, README, RESULTS, ROOT, SPEED
 from finetuning.comparison.packed import Record, change_records
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
-from finetuning.pages import ACCURACY, README, RESULTS, ROOT, SPEED, with_table
+from finetuning.pages import with_table
 from finetuning.storage import read_json
 from tests.conftest import needs_int8
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from compare_methods import BEST_PRACTICES, RESULTS, ROOT
 from finetuning.comparison import advice
 from finetuning.comparison.advice import (
     ALL_STUDIES,
@@ -25,7 +26,6 @@ from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.pairs import compare_rows
 from finetuning.comparison.statistics import LEVEL
 from finetuning.flags import from_flags
-from finetuning.pages import BEST_PRACTICES, RESULTS, ROOT
 from finetuning.settings import DEFAULT_LEARNING_RATES
 from tests.synthetic_runs import outcomes, write_run
 

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from compare_methods import main
+from compare_methods import BEST_PRACTICES, GUIDE, PAGES, README, RESULTS, SPEED, main
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
 from finetuning.comparison.report import README_PLOT, build_report, default_rates_table
-from finetuning.pages import BEST_PRACTICES, GUIDE, PAGES, README, RESULTS, SPEED
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top
