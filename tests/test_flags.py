@@ -172,6 +172,28 @@ def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "words", "said"),
+    [
+        ("train.csv", ["--text_column", "review"], "--text_column review: "),
+        ("train.parquet", [], "train.parquet cannot be read"),
+        ("train.csv", ["--model_name", "."], "--model_name .: no usable config.json in it"),
+    ],
+    ids=["a column that is not in the file", "an unreadable file", "a folder without a model"],
+)
+def test_what_files_alone_can_tell_is_refused_before_torch_is_loaded(
+    tmp_path: Path, file: str, words: list[str], said: str
+) -> None:
+    (tmp_path / file).write_text("text,label\nfine,good\ndull,bad\n", encoding="utf8")
+    given = ["--dataset", "text", "--data_dir", str(tmp_path / file), "--model_name", "packaged", *words]
+    call = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{CALL}", *given]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "['numpy'] 2\n"
+    (line,) = done.stderr.splitlines()
+    assert said in line
+    assert {path.name for path in tmp_path.iterdir()} == {file}
+
+
 def test_a_wrong_flag_ends_the_command_with_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "finetune_lora.py"), "--lora_r", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

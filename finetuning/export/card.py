@@ -105,7 +105,7 @@ def _reading(run: FinishedRun) -> dict[str, Any]:
 def _training(run: FinishedRun) -> dict[str, Any]:
     """What the run was trained on, and how."""
     result, config = run.result, run.config
-    precision = result.get("base_model", {}).get("precision", config.hardware.precision)
+    precision = result["base_model"]["precision"]
     if str(config.hardware.precision) == "int8":
         precision = f"int8 products of frozen linears, else {precision}"
     return {

@@ -85,7 +85,7 @@ def write_report(directory: Path, result: dict[str, Any], texts: Texts | None) -
 
 def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> str:
     """The text of ``report.html``, see ``write_report``."""
-    answers = read_answers(directory, result.get("task", {}).get("threshold"))
+    answers = read_answers(directory, result["task"].get("threshold"))
     split = "test" if "test" in answers else "validation"
     names, main = result["data"]["label_names"], answers[split]
     wrong = probably_wrong(answers, names, texts)
