@@ -40,6 +40,8 @@ def table(runs: Sequence[Record], peers_result: Record) -> str:
     for run in runs:
         if not run["environment"].get("alone") or run.get("process_seconds") is None:
             raise UserError(f"{run['study']['run']}: was not alone on its machine all the time")
+        if run["environment"].get("forked"):
+            raise UserError(f"{run['study']['run']}: was forked, so its time is without the start of the command")
     scores = [100 * run["test"]["accuracy"] for run in runs]
     minutes = [run["process_seconds"] / 60 for run in runs]
     config, sizes, environment = runs[0]["config"], runs[0]["data"]["sizes"], runs[0]["environment"]

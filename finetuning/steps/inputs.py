@@ -66,9 +66,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     check_processes(config.hardware)
     base, texts = find_base_model(config, materials.folder), materials.texts
     hardware = resolve_hardware(config.hardware, config.run.resume)
-    if (
-        config.lora is not None and config.lora.q_lora and not is_helper()
-    ):  # a helper would take memory on the first GPU
+    if config.name == "qlora" and not is_helper():  # a helper would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)
     found: dict[str, Any] = {}
     if config.hardware.precision in ("int8", "fast"):
