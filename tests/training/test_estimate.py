@@ -15,7 +15,7 @@ from finetuning.training.tasks import OneLabel
 from local_dataset_utilities import tokenize
 from local_model_utilities import build_classifier, count_parameters, find_base_model, load_tokenizer
 from tests.conftest import texts_of
-from tests.test_finetune_lora import flags, start
+from tests.test_finetune_lora import finish, flags, start
 
 
 def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig, int]:
@@ -87,9 +87,7 @@ def test_the_command_writes_nothing_and_its_peak_is_the_runs(
     assert process.returncode == 0, errors
     assert not (tmp_path / "run").exists()
     peak = float(next(line for line in shown.splitlines() if line.startswith("peak")).split()[1]) * 2**20
-    process = start(words)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    finish(start(words))
     used = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]["peak_bytes"]
     assert peak == pytest.approx(used, rel=0.15)
 
