@@ -15,6 +15,7 @@ import pytest
 
 from finetuning import forking
 from finetuning.forking import ForkedProcess, ForkServer
+from finetuning.processes import STOP_SIGNALS
 from tests.conftest import ROOT
 
 PATIENCE_SECONDS = 60
@@ -60,6 +61,16 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.fixture
+def no_signal_is_ignored() -> Iterator[None]:
+    """A process inherits that signals are ignored, and an earlier test may have left them so."""
+    earlier = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    yield
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("no_signal_is_ignored")
 def test_a_child_is_what_a_process_is(server: ForkServer, tmp_path: Path) -> None:
     variables = dict(os.environ) | {"A": "ä"}
     seen: list[dict[str, Any]] = []

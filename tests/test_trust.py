@@ -109,7 +109,7 @@ def test_a_pickle_is_no_checkpoint(
     words += ["--limit_train", "16", *RUN.split(), str(tmp_path / "run")]
     if name == LAST_CHECKPOINT:
         with monkeypatch.context() as patch:
-            patch.setattr(finetune_lora, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("finetuning.steps.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             assert finetune_lora.main(words) == 130
         write_checkpoint(tmp_path / "run" / name, buffer.getbuffer())  # with a checksum that holds
         words += ["--resume"]

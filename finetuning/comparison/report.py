@@ -97,7 +97,7 @@ def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | Non
         files[folder / "table.csv"] = csv_text(study).encode()
         caption = measured(run.environment for run in study.final if run.finished)
         tables[study.name] = f"{study_summary(section)}\n\n{caption}"
-        tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{measured}"
+        tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{caption}"
         if study.name == README_STUDY and (plot := draw_readme_plot(study, README_ROWS, README_PLOT)):
             files[results / README_PLOT] = plot.png
     rows = [row for study in studies for row in summary(study)]

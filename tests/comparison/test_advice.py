@@ -52,7 +52,7 @@ def made(found: list[Study], *blocks: Block, columns: Sequence[str] = ()) -> lis
 
 def cells(table: str) -> list[list[str]]:
     *lines, empty, measured = table.splitlines()
-    assert (empty, measured) == ("", "*Measured: not recorded. Code: commit c0ffee (no date).*")
+    assert (empty, measured) == ("", "*Measured: not recorded. Code: commit c0ffee.*")
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 

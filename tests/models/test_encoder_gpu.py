@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import tiny
 from finetuning.models.encoder import BIAS_MULTIPLE, classify
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.quantization import quantize_linears
-from tests import conftest
 from tests.models.test_encoder import (
     FAMILY,
     METHODS,
@@ -130,7 +130,7 @@ def step(model: nn.Module, family: ModelFamily, dtype: torch.dtype, padded: bool
 def test_shapes_dtypes_and_no_backward_of_slices(
     family: ModelFamily, method: str, precision: str, attention_of_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conftest, "LAYERS", 2)
+    monkeypatch.setattr(tiny, "LAYERS", 2)
     dtype = DTYPES[precision]
     if method.startswith("qlora_"):
         pytest.importorskip("bitsandbytes")
@@ -141,7 +141,7 @@ def test_shapes_dtypes_and_no_backward_of_slices(
         attention_of_a_gpu.clear()
         logits, operators = step(model, family, dtype, padded)
         assert (logits.shape, logits.dtype, logits.device.type) == ((B, 3), torch.float32, "meta")
-        assert attention_of_a_gpu == ["efficient" if padded else "flash"] * (conftest.LAYERS - 1)
+        assert attention_of_a_gpu == ["efficient" if padded else "flash"] * (tiny.LAYERS - 1)
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, name
             if parameter.grad is not None:
@@ -160,7 +160,7 @@ def test_a_layer_takes_no_more_operators_than_counted(
     for padded in (False, True) if family.model_type == "bert" else (False,):
         counts = []
         for layers in (2, 3):
-            monkeypatch.setattr(conftest, "LAYERS", layers)
+            monkeypatch.setattr(tiny, "LAYERS", layers)
             counts.append(step(on_meta(family, method, dtype), family, dtype, padded)[1].counts)
         more = counts[1] - counts[0]
         assert more.total() <= COUNTS[method, kind], more
@@ -172,7 +172,7 @@ def test_without_gradients_nothing_is_kept(attention_of_a_gpu: list[str]) -> Non
     ids = torch.zeros(B, T, dtype=torch.long, device="meta")
     with torch.inference_mode():
         assert classify(model, family, ids, torch.ones_like(ids), torch.bfloat16).shape == (B, 3)
-    assert attention_of_a_gpu == ["efficient"] * (conftest.LAYERS - 1), "what is not known may be padded"
+    assert attention_of_a_gpu == ["efficient"] * (tiny.LAYERS - 1), "what is not known may be padded"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str, padded: b
 def test_compiled_it_is_one_graph_for_all_lengths(
     family: ModelFamily, method: str, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conftest, "LAYERS", 2)
+    monkeypatch.setattr(tiny, "LAYERS", 2)
     model = prepare(family, method)
     graphs = []
 

@@ -30,6 +30,7 @@ def result_of_run(names: list[str], splits: dict[str, Split], **settings: Any) -
             "source": "a set <i>", "label_names": names, "sizes": {s: len(v[0]) for s, v in splits.items()},
             "leaks_dropped": 3, "notes": ["a note & more"],
         },
+        "task": {"kind": "single-label", "class_weights": None},
         "train": {"seconds": 12.5, "steps": 40, "epochs": 2.0, "tokens_per_second": 1234.0},
         "files": {"adapter_model.safetensors": 2**20},
         "memory": {"peak_bytes": 2**30, "source": "a counter"},

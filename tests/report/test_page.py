@@ -46,12 +46,13 @@ def test_the_report_is_whole_and_needs_no_other_file(tmp_path: Path) -> None:
 
 
 def test_a_missing_report_of_a_finished_run_is_written_again(
-    tmp_path: Path, review_folder: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     splits = {"validation": random_split(40, 2, 0), "test": random_split(40, 2, 1)}
     leave_predictions(tmp_path, splits)
-    result = result_of_run(["bad", "good"], splits, dataset="text", data_dir=review_folder, output_dir=tmp_path)
-    write_settings(tmp_path, result["config"], {})
+    settings = {"model_name": str(tiny_folders["distilbert"]), "max_length": 32, "dataset": "text"}
+    result = result_of_run(["bad", "good"], splits, **settings, data_dir=review_folder, output_dir=tmp_path)
+    write_settings(tmp_path, result["config"], {"data": {}})
     write_result(tmp_path, result)
     words = ["--resume", "auto", "--output_dir", str(tmp_path)]
     before = {path.name for path in tmp_path.iterdir()}
