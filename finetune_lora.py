@@ -14,7 +14,7 @@ from finetuning.caches import cache_table, clear_caches
 from finetuning.config import RunConfig, resumed_config
 from finetuning.errors import exit_status
 from finetuning.flags import given_flags, split_command
-from finetuning.processes import is_helper, share_processors, show_any_text, stoppable
+from finetuning.processes import fast_imports, is_helper, share_processors, show_any_text, stoppable
 from finetuning.processor import limit_libraries
 from finetuning.runs.directory import run_directory, settings_to_run
 from finetuning.runs.files import REPORT, read_settings
@@ -85,7 +85,8 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     materials = find_materials(config)
 
-    from finetuning import steps  # loads torch
+    with fast_imports():
+        from finetuning import steps  # loads torch
 
     inputs = steps.read_inputs(config, materials)
     claim = steps.claim_directory(directory, inputs)

@@ -1,5 +1,6 @@
 """How the processes of one run find each other: Lightning, srun or torchrun may have started several."""
 
+import gc
 import io
 import os
 import signal
@@ -68,6 +69,24 @@ def _handled(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
     finally:
         for number, old in earlier.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def fast_imports() -> Iterator[None]:
+    """Loads torch and what goes with it inside the context: a second faster, and the process ends a second faster.
+
+    Modules stay to the end. So the garbage collector need not look at them while they are loaded, nor later. Where
+    torch is loaded already, nothing is to be gained.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def slurm_job() -> str | None:

@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from finetuning import processes
-from finetuning.processes import busy_cores, interruptible, share_processors
+from finetuning.processes import busy_cores, fast_imports, interruptible, share_processors
+from tests.conftest import ROOT
 
 SPINNING = "while True: pass"
 
@@ -78,3 +80,21 @@ def test_signals_act_like_ctrl_c_in_any_process(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(KeyboardInterrupt), interruptible():
             signal.raise_signal(number)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+IMPORTING = """
+import gc
+from finetuning.processes import fast_imports
+with fast_imports():
+    assert not gc.isenabled()
+print(gc.isenabled(), gc.get_freeze_count() > 0)
+"""
+
+
+def test_the_garbage_collector_does_not_look_at_modules_that_are_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
+    before = gc.get_freeze_count()
+    with fast_imports():  # torch is loaded here
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser
-from finetuning.processes import interruptible, share_processors, show_any_text
+from finetuning.processes import fast_imports, interruptible, share_processors, show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.runs.finished import read_finished
 from finetuning.settings import check_data_dir
@@ -63,7 +63,8 @@ def command(argv: Sequence[str] | None) -> int:
     check_target(arguments.out, arguments.run)
     share_processors()
 
-    from finetuning.export.folder import export  # torch takes seconds to load
+    with fast_imports():
+        from finetuning.export.folder import export  # torch takes seconds to load
 
     export(run, arguments)
     return 0

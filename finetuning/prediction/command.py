@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from finetuning.errors import UserError, exit_status
 from finetuning.flags import OneLineParser
 from finetuning.prediction.trained import Trained, read_trained
-from finetuning.processes import interruptible, share_processors
+from finetuning.processes import fast_imports, interruptible, share_processors
 from finetuning.processor import limit_libraries
 
 if TYPE_CHECKING:  # functions import torch and pandas themselves, so that a wrong flag fails before they are loaded
@@ -133,7 +133,8 @@ def label(arguments: argparse.Namespace) -> None:
     with source_of(arguments, trained) as source:
         with Progress("check") as done:
             surveyed = survey(source, skip, output is not None and is_parquet(output), done)
-        from finetuning.prediction.predictor import answered, load_predictor  # torch takes seconds to load
+        with fast_imports():
+            from finetuning.prediction.predictor import answered, load_predictor  # torch takes seconds to load
 
         predict = load_predictor(trained)
         with Progress("predict", surveyed.rows) as done:
