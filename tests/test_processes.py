@@ -88,7 +88,8 @@ from finetuning.processes import fast_imports
 with fast_imports():
     assert not gc.isenabled()
     import torchmetrics
-print(gc.isenabled(), gc.get_freeze_count() > 0, [name for name in ("scipy.signal", "scipy.stats") if name in sys.modules])
+loaded = [name for name in ("scipy.signal", "scipy.stats") if name in sys.modules]
+print(gc.isenabled(), gc.get_freeze_count() > 0, loaded)
 import scipy.signal
 print(scipy.signal.get_window("hann", 4).tolist())
 """
