@@ -40,7 +40,7 @@ from finetuning.models.quantization import import_bitsandbytes
 from finetuning.training.callbacks import Meter
 from finetuning.training.hardware import prepare_process, resolve_hardware
 from finetuning.training.module import FineTuning
-from finetuning.training.tasks import OneLabel
+from finetuning.training.tasks import SingleLabel
 from finetuning.training.trainer import make_trainer, quiet_lightning
 from local_model_utilities import build_classifier
 
@@ -365,7 +365,7 @@ class Suite(Contestant):
 
     def module(self, total_steps: int) -> FineTuning:
         """The suite's own Lightning module."""
-        return FineTuning(self.classifier, self.config.training, OneLabel(LABELS), total_steps)
+        return FineTuning(self.classifier, self.config.training, SingleLabel(LABELS), total_steps)
 
     def trainer(self, directory: Path, *callbacks: Callback) -> pl.Trainer:
         """The suite's own trainer."""

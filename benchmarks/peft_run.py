@@ -41,7 +41,7 @@ from finetuning.runs.measurements import (
 from finetuning.runs.messages import command_line
 from finetuning.runs.records import data_record, test_record
 from finetuning.training.hardware import resolve_hardware
-from finetuning.training.tasks import SeveralLabels, Task, make_task
+from finetuning.training.tasks import MultiLabel, Task, make_task
 from local_dataset_utilities import load_texts, tokenize
 from local_model_utilities import find_base_model, load_tokenizer
 
@@ -117,7 +117,7 @@ def make_model(peer: Peer, attention: str, frozen: str) -> tuple[nn.Module, Mode
     set_seed(peer.config.training.seed)
     base, family = load_pretrained(peer.base, peer.config.model, peer.texts.label_names), peer.base.family
     base.set_attn_implementation(attention)  # type: ignore[operator]
-    if isinstance(peer.task, SeveralLabels):
+    if isinstance(peer.task, MultiLabel):
         base.config.problem_type = "multi_label_classification"  # type: ignore[union-attr]
     if peer.bf16 and frozen == "bf16":
         base.get_submodule(family.base).to(torch.bfloat16)

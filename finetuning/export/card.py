@@ -196,7 +196,7 @@ def plain_snippets(
     Args:
         name: of the folder.
         pairs: whether a row is two texts.
-        threshold: with several labels a text, the probability above which a label is given.
+        threshold: of a multi-label run, the probability above which a label is given.
         onnx: the inputs of the ONNX model; empty if there is none.
         pad_id, pad_token: the tokenizer's padding.
     """

@@ -307,7 +307,7 @@ def _predictions_sentence(compared: AgainstPredictions, held: HeldOut) -> str:
     if not compared.changed:
         return start
     margin = "distance of a changed label's logit from the threshold"
-    margin = margin if held.stored.several else "margin of a changed label, between its two highest logits,"
+    margin = margin if held.stored.multi_label else "margin of a changed label, between its two highest logits,"
     return (
         f"{start} The {margin} was {compared.largest_margin:.1e} at most; {compared.precision} can move it by"
         f" {compared.rounding:.1e}."
@@ -322,7 +322,7 @@ def _pipeline_sentence(compared: InPipeline, held: HeldOut, truncation: str) -> 
     )
     if compared.same_tokens == texts:
         return same
-    measure = "exact match" if held.stored.several else "accuracy"
+    measure = "exact match" if held.stored.multi_label else "accuracy"
     reason = "it cuts long texts at their end, and the run kept their beginning and end" * (truncation == "head_tail")
     return (
         f"{same} It reads the others differently{': ' if reason else ''}{reason}. That changes the labels of"

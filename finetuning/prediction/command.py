@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--threshold",
         type=float,
         metavar="X",
-        help="With several labels a text: give the labels above this probability. (default: the run's threshold)",
+        help="Multi-label run: give the labels above this probability. (default: the run's threshold)",
     )
     parser.add_argument(
         "--skip_bad_rows", action="store_true", help="Give rows without a text an empty label, instead of refusing."

@@ -64,8 +64,8 @@ class Predictor:
             for batch in evaluation_loader(split, config.training, int(self.tokenizer.pad_token_id)):
                 given = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
                 logits = self.classifier.logits(given)
-                several = self.trained.threshold is not None
-                found = torch.sigmoid(logits) if several else torch.softmax(logits, dim=-1)
+                multi_label = self.trained.threshold is not None
+                found = torch.sigmoid(logits) if multi_label else torch.softmax(logits, dim=-1)
                 probabilities[batch["rows"].numpy()] = found.cpu().numpy()
                 done(len(logits))
         return probabilities
@@ -111,7 +111,7 @@ def predict(
         pairs: the second text of each pair, for a run on pairs.
 
     Returns:
-        The label names, and one row of probabilities per text. They sum to 1, unless texts have several labels.
+        The label names, and one row of probabilities per text. They sum to 1, unless the run is multi-label.
 
     Raises:
         UserError: there is no trained classifier, its model or weights cannot be loaded, or it was not trained on

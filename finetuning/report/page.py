@@ -118,7 +118,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
 
 
 def _headline(split: str, answers: Answers) -> str:
-    measure = "exact match" if answers.several else "accuracy"
+    measure = "exact match" if answers.multi_label else "accuracy"
     accuracy = float(answers.right.mean())
     return f"{split} {measure} {percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))}"
 
@@ -134,7 +134,7 @@ def _calibration(answers: dict[str, Answers], split: str) -> dict[str, Any]:
         "before": before.bins,
         "after": after.bins if after else [],
         "table": sections.calibration_table(before, after),
-        "several": main.several,
+        "multi_label": main.multi_label,
     }
 
 

@@ -44,7 +44,7 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
     Multi-label: the probability is the one of the most confident wrong decision on a label.
     """
     chosen = np.where(answers.given, answers.probabilities, 1 - answers.probabilities)  # of the decision on each label
-    decisive = answers.given != answers.truth if answers.several else answers.given
+    decisive = answers.given != answers.truth if answers.multi_label else answers.given
     confidence = np.where(decisive, chosen, 0).max(1)
     wrong = np.flatnonzero(~answers.right)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
@@ -53,7 +53,7 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
             f"{split} {answers.rows[i]}",
             _labels(answers.truth[i], names),
             _labels(answers.given[i], names),
-            "" if answers.several else _probability(answers.probabilities[i, answers.truth[i]].sum()),
+            "" if answers.multi_label else _probability(answers.probabilities[i, answers.truth[i]].sum()),
             _probability(confidence[i]),
             _shown_texts(texts, split, answers.rows[i]),
         )
@@ -63,7 +63,7 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
 
 def probably_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Texts | None) -> list[Shown]:
     """Texts of all held-out splits whose label is probably wrong, the largest gap first. Single-label only."""
-    parts = {split: part for split, part in answers.items() if not part.several}
+    parts = {split: part for split, part in answers.items() if not part.multi_label}
     if not parts:
         return []
     places = [(split, int(row)) for split, part in parts.items() for row in part.rows]

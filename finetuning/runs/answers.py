@@ -21,14 +21,14 @@ class Answers:
     threshold: float | None = None  # multi-label: the probability above which a label is given
 
     @property
-    def several(self) -> bool:
+    def multi_label(self) -> bool:
         """Whether the run is multi-label: a text may have several labels, or none."""
         return self.threshold is not None
 
     @cached_property
     def probabilities(self) -> np.ndarray:
         """(n, classes) of the classes; multi-label: of each label by itself."""
-        if self.several:
+        if self.multi_label:
             return 0.5 * (1 + np.tanh(self.logits / 2))  # the sigmoid, without overflow
         powers = np.exp(self.logits - self.logits.max(1, keepdims=True))
         return powers / powers.sum(1, keepdims=True)
@@ -36,7 +36,7 @@ class Answers:
     @cached_property
     def given(self) -> np.ndarray:
         """(n, classes) bool, the labels that the run gave."""
-        return decided(self.probabilities if self.several else self.logits, self.threshold)
+        return decided(self.probabilities if self.multi_label else self.logits, self.threshold)
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -46,7 +46,7 @@ class Answers:
     @cached_property
     def losses(self) -> np.ndarray:
         """(n,) cross-entropy in nats; multi-label: the mean over labels."""
-        if self.several:
+        if self.multi_label:
             signed = np.where(self.truth, self.logits, -self.logits)
             return np.logaddexp(0, -signed).mean(1)
         largest = self.logits.max(1)

@@ -82,7 +82,7 @@ def reliability(answers: Answers) -> Reliability:
 
 def _decisions(answers: Answers) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities and whether they came true, both (n, k)."""
-    if answers.several:
+    if answers.multi_label:
         return answers.probabilities, answers.truth
     return answers.probabilities.max(1, keepdims=True), answers.right[:, None]
 

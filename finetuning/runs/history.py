@@ -36,8 +36,8 @@ def write_predictions(
     if tokens is not None:
         lengths = [tokens[name][row] for name, (rows, _, _) in splits.items() for row in rows.tolist()]
         columns["tokens"] = np.array(lengths, dtype=np.int32)
-    several = any(labels.ndim == 2 for _, labels, _ in splits.values())
-    types = {"label": pa.list_(pa.int16()) if several else pa.int16()}
+    multi_label = any(labels.ndim == 2 for _, labels, _ in splits.values())
+    types = {"label": pa.list_(pa.int16()) if multi_label else pa.int16()}
     table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
     write_atomically(directory / PREDICTIONS, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 

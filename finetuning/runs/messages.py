@@ -69,9 +69,9 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
 
 def scores_line(scores: dict[str, Any], monitor: str) -> str:
     """The main scores of a split, and the one that chose the checkpoint."""
-    several = "exact_match" in scores
-    names = dict.fromkeys(("accuracy", *(("micro_f1",) if several else ()), "macro_f1", monitor))
-    shown = score_names(several)
+    multi_label = "exact_match" in scores
+    names = dict.fromkeys(("accuracy", *(("micro_f1",) if multi_label else ()), "macro_f1", monitor))
+    shown = score_names(multi_label)
     parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
     return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
 

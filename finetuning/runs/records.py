@@ -18,9 +18,9 @@ INSTALLED, PREDICT = "finetune-lora", "finetune-predict"  # the commands that pi
 NOT_ASKED_FOR = "not asked for"  # what a run reports if its settings do not use the compiled kernels
 
 
-def score_names(several: bool) -> dict[str, str]:
+def score_names(multi_label: bool) -> dict[str, str]:
     """``SCORES``; the accuracy of a multi-label run is the exact match of all labels."""
-    return SCORES | ({"accuracy": "exact match"} if several else {})
+    return SCORES | ({"accuracy": "exact match"} if multi_label else {})
 
 
 class DataRecord(TypedDict, total=False):

@@ -23,9 +23,9 @@ def score_table(result: dict[str, Any], answers: dict[str, Answers]) -> Table:
     """The scores of each split with their 95 % intervals."""
     splits = [split for split in ("test", "validation") if split in result and split in answers]
     intervals = {split: score_intervals(answers[split]) for split in splits}
-    several = any(part.several for part in answers.values())
+    multi_label = any(part.multi_label for part in answers.values())
     rows = []
-    for key, name in score_names(several).items():
+    for key, name in score_names(multi_label).items():
         shown = number if key in ("loss", "mcc") else percent
         cells = [shown(result[s][key], intervals[s].get(key)) if key in result[s] else "" for s in splits]
         if any(cells):

@@ -57,10 +57,10 @@ def score_intervals(answers: Answers) -> dict[str, Interval]:
     n = len(answers.rows)
     found = {
         "accuracy": accuracy_interval(float(answers.right.mean()), n),
-        "macro_f1": interval(_macro_f1(right, given, truth, answers.several)),
+        "macro_f1": interval(_macro_f1(right, given, truth, answers.multi_label)),
         "loss": interval(resampled_sums(answers.losses[:, None])[:, 0] / n),
     }
-    if answers.several:
+    if answers.multi_label:
         return found | {"micro_f1": interval(_f1(right.sum(1), given.sum(1), truth.sum(1)))}
     return found | {"mcc": interval(_mcc(right, given, truth, n))}
 
@@ -97,9 +97,9 @@ def _f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.asarray(2 * right / np.maximum(given + truth, 1))
 
 
-def _macro_f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray, several: bool) -> np.ndarray:
+def _macro_f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray, multi_label: bool) -> np.ndarray:
     """Like torchmetrics: in a single-label run, classes that are neither true nor given anywhere do not count."""
-    counted = np.full(given.shape, True) if several else given + truth > 0
+    counted = np.full(given.shape, True) if multi_label else given + truth > 0
     return np.asarray((_f1(right, given, truth) * counted).sum(1) / counted.sum(1))
 
 

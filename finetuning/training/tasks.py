@@ -21,7 +21,7 @@ THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --thr
 IMBALANCED = 3  # times the texts of the smallest class: from here on accuracy can hide that small classes are ignored
 
 
-class OneLabel(nn.Module):
+class SingleLabel(nn.Module):
     """Each text has one of several classes: softmax and cross-entropy.
 
     Args:
@@ -101,7 +101,7 @@ class OneLabel(nn.Module):
         return {"kind": self.kind, "class_weights": weights}
 
 
-class SeveralLabels(nn.Module):
+class MultiLabel(nn.Module):
     """Each text has any number of labels: a sigmoid and binary cross-entropy for each label.
 
     Args:
@@ -201,7 +201,7 @@ class SeveralLabels(nn.Module):
         return {"kind": self.kind, "class_weights": weights, **self.decoding, "threshold_tuned": self.tuned}
 
 
-Task = OneLabel | SeveralLabels
+Task = SingleLabel | MultiLabel
 
 
 def probabilities_of(logits: np.ndarray) -> np.ndarray:
@@ -261,12 +261,12 @@ def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: Tra
                 f"--label_smoothing {training.label_smoothing:g}: needs a single-label task, not a multi-label one"
             )
         threshold = None if training.threshold == "tuned" else float(training.threshold or DEFAULT_THRESHOLD)
-        task = SeveralLabels(names, label_weights(training.class_weights, names, labels["train"]), threshold)
+        task = MultiLabel(names, label_weights(training.class_weights, names, labels["train"]), threshold)
     else:
         if training.threshold is not None:
             raise UserError(f"--threshold {training.threshold}: needs a multi-label task, not a single-label one")
         counts = np.bincount(labels["train"], minlength=len(names))
-        task = OneLabel(names, class_weights(training.class_weights, names, counts), training.label_smoothing)
+        task = SingleLabel(names, class_weights(training.class_weights, names, counts), training.label_smoothing)
     check_monitor(task, training.monitor, labels["validation"])
     return task
 
@@ -387,7 +387,7 @@ def chance_advice(task: Task, labels: np.ndarray, logits: np.ndarray) -> list[st
         labels: (n,) of validation.
         logits: (n, classes) of the chosen checkpoint.
     """
-    if not isinstance(task, OneLabel) or task.only_answer(logits) is not None:
+    if not isinstance(task, SingleLabel) or task.only_answer(logits) is not None:
         return []
     share = task.counts(labels).max() / len(labels)
     low, _ = accuracy_interval(float((logits.argmax(1) == labels).mean()), len(labels))

@@ -26,14 +26,14 @@ def test_answers_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert validation.tokens.tolist() == [30, 70]
     assert validation.right.tolist() == [True, False]
     assert found["test"].given.tolist() == [[False, True, False]]
-    assert not validation.several
+    assert not validation.multi_label
 
 
 def test_multi_label_answers_are_lists(tmp_path: Path) -> None:
     logits, truth = np.array([[2.0, 0.5], [-2.0, -1.0]]), np.array([[1, 1], [0, 0]], dtype=np.int8)
     write_predictions(tmp_path, {"validation": (np.array([3, 7]), truth, logits)}, {"validation": {3: 30, 7: 70}})
     validation = read_answers(tmp_path, threshold=0.7)["validation"]
-    assert validation.several
+    assert validation.multi_label
     assert validation.truth.tolist() == [[True, True], [False, False]]
     assert validation.given.tolist() == [[True, False], [False, False]]  # the sigmoid of 0.5 is 0.62
     assert validation.right.tolist() == [False, True]

@@ -7,19 +7,19 @@ from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import fit_temperature, reliability
 
 
-def true_answers(n: int, seed: int, several: bool = False) -> Answers:
+def true_answers(n: int, seed: int, multi_label: bool = False) -> Answers:
     """Labels drawn from the probabilities, so that they are true."""
     generator = np.random.default_rng(seed)
     logits = 2 * generator.normal(size=(n, 3))
-    if several:
+    if multi_label:
         return Answers(np.arange(n), generator.random((n, 3)) < 1 / (1 + np.exp(-logits)), logits, None, 0.5)
     return Answers(np.arange(n), np.eye(3, dtype=bool)[(logits + generator.gumbel(size=(n, 3))).argmax(1)], logits)
 
 
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
-def test_the_temperature_undoes_what_was_done_to_the_logits(several: bool, temperature: float) -> None:
-    answers = true_answers(8_000, 0, several).cooled(1 / temperature)
+def test_the_temperature_undoes_what_was_done_to_the_logits(multi_label: bool, temperature: float) -> None:
+    answers = true_answers(8_000, 0, multi_label).cooled(1 / temperature)
     found = fit_temperature(answers)
     assert found is not None
     assert found == pytest.approx(temperature, rel=0.06)
@@ -57,6 +57,6 @@ def test_the_temperature_brings_the_error_down() -> None:
 
 
 def test_multi_label_calibration_counts_every_label() -> None:
-    found = reliability(true_answers(3_000, 4, several=True))
+    found = reliability(true_answers(3_000, 4, multi_label=True))
     assert found.error < 0.02
     assert len(found.bins) == 15

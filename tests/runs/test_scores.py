@@ -7,14 +7,16 @@ from finetuning.runs import scores
 from finetuning.runs.answers import Answers
 
 
-def random_answers(n: int, classes: int, several: bool = False) -> Answers:
+def random_answers(n: int, classes: int, multi_label: bool = False) -> Answers:
     generator = np.random.default_rng(n)
     logits = 2 * generator.normal(size=(n, classes))
     labels = (logits + generator.gumbel(size=logits.shape)).argmax(1)
     truth = (
-        generator.random((n, classes)) < 1 / (1 + np.exp(-logits)) if several else np.eye(classes, dtype=bool)[labels]
+        generator.random((n, classes)) < 1 / (1 + np.exp(-logits))
+        if multi_label
+        else np.eye(classes, dtype=bool)[labels]
     )
-    return Answers(np.arange(n), truth, logits, None, 0.5 if several else None)
+    return Answers(np.arange(n), truth, logits, None, 0.5 if multi_label else None)
 
 
 def test_class_scores_are_those_of_torchmetrics() -> None:
@@ -43,7 +45,7 @@ def test_the_functions_of_sums_are_the_scores() -> None:
     assert scores._mcc(right, guesses, true, 150)[0] == pytest.approx(
         float(metrics.multiclass_matthews_corrcoef(given, labels, 5))
     )
-    several = random_answers(150, 5, several=True)
+    several = random_answers(150, 5, multi_label=True)
     right, guesses, true = (part.sum(0, keepdims=True) for part in scores._counts(several))
     answered, truth = torch.from_numpy(several.given).long(), torch.from_numpy(several.truth).long()
     expected = metrics.multilabel_f1_score(answered, truth, 5, average="macro")
@@ -58,7 +60,7 @@ def test_intervals_hold_the_score_and_shrink_with_more_texts() -> None:
         widths.append([high - low for low, high in found.values()])
     ratios = np.array(widths[0]) / np.array(widths[1])
     assert ((ratios > 3) & (ratios < 5.5)).all()
-    assert list(scores.score_intervals(random_answers(50, 3, several=True))) == [
+    assert list(scores.score_intervals(random_answers(50, 3, multi_label=True))) == [
         "accuracy",
         "macro_f1",
         "loss",

@@ -11,7 +11,7 @@ from finetune_lora import main
 from finetuning.config import RunConfig
 from finetuning.training.estimate import estimate_table, measure_steps
 from finetuning.training.hardware import resolve_hardware
-from finetuning.training.tasks import OneLabel
+from finetuning.training.tasks import SingleLabel
 from local_dataset_utilities import tokenize
 from local_model_utilities import build_classifier, count_parameters, find_base_model, load_tokenizer
 from tests.conftest import texts_of
@@ -29,7 +29,9 @@ def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunCon
     hardware = resolve_hardware(config.hardware)
     classifier = build_classifier(config, base, ["bad", "good"], hardware.dtype)
     pad_id, cache_gb = int(tokenizer.pad_token_id), config.hardware.frozen_cache_gb
-    record = measure_steps(classifier, OneLabel(["bad", "good"]), splits, pad_id, config.training, hardware, cache_gb)
+    record = measure_steps(
+        classifier, SingleLabel(["bad", "good"]), splits, pad_id, config.training, hardware, cache_gb
+    )
     return record, config, count_parameters(classifier)["total"].bytes
 
 

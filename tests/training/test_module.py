@@ -8,14 +8,14 @@ import torch
 from finetuning.config import RunConfig
 from finetuning.errors import TrainingFailed
 from finetuning.training.module import FineTuning
-from finetuning.training.tasks import OneLabel
+from finetuning.training.tasks import SingleLabel
 from local_model_utilities import build_classifier, find_base_model
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, Path]) -> None:
     config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32, dropout=0.3)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
-    module = FineTuning(classifier, config.training, OneLabel(["bad", "good"]), total_steps=1)
+    module = FineTuning(classifier, config.training, SingleLabel(["bad", "good"]), total_steps=1)
     ids, mask = torch.arange(1000, 1020)[None], torch.ones(1, 20, dtype=torch.long)
     assert not torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
     module.eval()
@@ -26,7 +26,7 @@ def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -
     """A single text's loss counts: a mean that leaves it out would hide it."""
     config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
-    module = FineTuning(classifier, config.training, OneLabel(["bad", "good"]), total_steps=1)
+    module = FineTuning(classifier, config.training, SingleLabel(["bad", "good"]), total_steps=1)
     logits = torch.tensor([[0.0, 1.0], [math.nan, 0.0]])
     module.classifier.logits = lambda *_: logits  # type: ignore[method-assign]
     module.validation_step({"labels": torch.tensor([1, 0]), "rows": torch.arange(2)})
@@ -39,7 +39,7 @@ def test_a_run_that_continues_with_other_kernels_says_so(
 ) -> None:
     config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
-    task = OneLabel(["bad", "good"])
+    task = SingleLabel(["bad", "good"])
     before, after = (
         FineTuning(classifier, config.training, task, 1, {}, kernels) for kernels in ("compiled", "no: why")
     )

@@ -7,8 +7,8 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
 from finetuning.training.tasks import (
-    OneLabel,
-    SeveralLabels,
+    MultiLabel,
+    SingleLabel,
     chance_advice,
     class_weights,
     imbalance_advice,
@@ -33,7 +33,7 @@ def logits_for(predicted: list[int], classes: int = 3) -> np.ndarray:
 
 def test_without_weights_and_smoothing_the_loss_is_the_plain_one() -> None:
     torch.manual_seed(0)
-    logits, labels, task = torch.randn(7, 3), torch.randint(0, 3, (7,)), OneLabel(NAMES)
+    logits, labels, task = torch.randn(7, 3), torch.randint(0, 3, (7,)), SingleLabel(NAMES)
     assert torch.equal(task.training_loss(logits, labels), cross_entropy(logits, labels, reduction="sum"))
     assert torch.equal(task.losses(logits, labels), cross_entropy(logits, labels, reduction="none"))
 
@@ -42,17 +42,17 @@ def test_weights_and_smoothing_act_in_training_only() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(7, 3), torch.randint(0, 3, (7,))
     weights = torch.tensor([1.0, 2.0, 0.5])
-    task = OneLabel(NAMES, weights, smoothing=0.1)
+    task = SingleLabel(NAMES, weights, smoothing=0.1)
     target = 0.9 * one_hot(labels, 3) + 0.1 / 3
     by_hand = -(target * weights * logits.log_softmax(-1)).sum()
     assert task.training_loss(logits, labels) == pytest.approx(float(by_hand), rel=1e-5)
-    assert torch.equal(task.losses(logits, labels), OneLabel(NAMES).losses(logits, labels))
+    assert torch.equal(task.losses(logits, labels), SingleLabel(NAMES).losses(logits, labels))
     assert not task.state_dict()  # checkpoints of runs with and without weights have the same content
 
 
 def test_scores_by_hand() -> None:
     labels, predicted = np.array([0, 0, 0, 1, 1, 2]), [0, 0, 1, 1, 0, 0]
-    task = OneLabel(NAMES)
+    task = SingleLabel(NAMES)
     scores, details = task.scores(labels, logits_for(predicted)), task.details(labels, logits_for(predicted))
     assert details["confusion_matrix"] == [[2, 1, 0], [1, 1, 0], [1, 0, 0]]
     assert details["per_class"]["bad"] == pytest.approx(
@@ -67,8 +67,8 @@ def test_scores_by_hand() -> None:
 
 def test_who_always_says_the_same_has_no_correlation() -> None:
     labels = np.array([1] * 8 + [0] * 2)
-    assert OneLabel(["bad", "good"]).scores(labels, logits_for([1] * 10, classes=2))["mcc"] == 0
-    assert OneLabel(["bad", "good"]).scores(labels[:8], logits_for([0, 1] * 4, classes=2))["mcc"] == 0
+    assert SingleLabel(["bad", "good"]).scores(labels, logits_for([1] * 10, classes=2))["mcc"] == 0
+    assert SingleLabel(["bad", "good"]).scores(labels[:8], logits_for([0, 1] * 4, classes=2))["mcc"] == 0
 
 
 def test_auroc_is_the_share_of_pairs_in_the_right_order() -> None:
@@ -76,12 +76,12 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order() -> None:
     labels, logits = generator.integers(0, 3, 50), generator.normal(size=(50, 3)).astype(np.float32)
     shares = torch.from_numpy(logits).double().softmax(-1).numpy()
     by_hand = [np.mean(shares[labels == c, c][:, None] > shares[labels != c, c]) for c in range(3)]
-    assert OneLabel(NAMES).scores(labels, logits)["auroc"] == pytest.approx(np.mean(by_hand))
+    assert SingleLabel(NAMES).scores(labels, logits)["auroc"] == pytest.approx(np.mean(by_hand))
     without_last = labels[labels < 2], logits[labels < 2]
     shares = shares[labels < 2]
     by_hand = [np.mean(shares[without_last[0] == c, c][:, None] > shares[without_last[0] != c, c]) for c in range(2)]
-    assert OneLabel(NAMES).scores(*without_last)["auroc"] == pytest.approx(np.mean(by_hand))  # "good" has no text
-    assert "auroc" not in OneLabel(NAMES).scores(labels[labels == 1], logits[labels == 1])
+    assert SingleLabel(NAMES).scores(*without_last)["auroc"] == pytest.approx(np.mean(by_hand))  # "good" has no text
+    assert "auroc" not in SingleLabel(NAMES).scores(labels[labels == 1], logits[labels == 1])
 
 
 def test_class_weights_keep_the_mean_over_the_texts() -> None:
@@ -141,11 +141,11 @@ GIVEN = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
 def test_multi_label_loss_is_the_mean_over_labels() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 3), torch.from_numpy(TRUTH)
-    task = SeveralLabels(NAMES)
+    task = MultiLabel(NAMES)
     plain = binary_cross_entropy_with_logits(logits, labels.float())
     assert float(task.training_loss(logits, labels) / 4) == pytest.approx(float(plain))
     assert float(task.losses(logits, labels).mean()) == pytest.approx(float(plain))
-    weighted = SeveralLabels(NAMES, torch.tensor([1.0, 3.0, 1.0]))
+    weighted = MultiLabel(NAMES, torch.tensor([1.0, 3.0, 1.0]))
     heavier = -3 * (labels * logits.sigmoid().log())[:, 1] - ((1 - labels) * (-logits).sigmoid().log())[:, 1]
     kept = [0, 2]
     others = binary_cross_entropy_with_logits(logits[:, kept], labels[:, kept].float(), reduction="sum") / 3
@@ -154,7 +154,7 @@ def test_multi_label_loss_is_the_mean_over_labels() -> None:
 
 
 def test_multi_label_scores_by_hand() -> None:
-    task, logits = SeveralLabels(NAMES), (GIVEN * 4 - 2).astype(np.float32)
+    task, logits = MultiLabel(NAMES), (GIVEN * 4 - 2).astype(np.float32)
     scores, details = task.scores(TRUTH, logits), task.details(TRUTH, logits)
     assert scores["accuracy"] == details["exact_match"] == 2 / 4
     assert scores["micro_f1"] == pytest.approx(2 * 3 / (4 + 4))
@@ -174,7 +174,7 @@ def test_the_threshold_is_the_one_of_validation() -> None:
         np.log(probabilities / (1 - probabilities)).astype(np.float32),
         (probabilities > 0.25).astype(np.int8),
     )
-    fixed, tuned = SeveralLabels(["a", "b"]), SeveralLabels(["a", "b"], threshold=None)
+    fixed, tuned = MultiLabel(["a", "b"]), MultiLabel(["a", "b"], threshold=None)
     for task in (fixed, tuned):
         task.tune(truth, logits)
     assert fixed.decoding == {"threshold": 0.5}
@@ -234,7 +234,7 @@ def test_a_threshold_needs_a_multi_label_task(threshold: str) -> None:
 
 
 def test_from_three_times_the_texts_on_another_monitor_is_advised() -> None:
-    task, counts = OneLabel(NAMES), np.array([30, 0, 10])
+    task, counts = SingleLabel(NAMES), np.array([30, 0, 10])
     (line,) = imbalance_advice(task, counts, training())
     assert "class 'bad' has 3.0 times the training texts of 'good', so --monitor accuracy may choose" in line
     assert line.endswith("consider --monitor macro_f1 or mcc, or --class_weights balanced")
@@ -246,7 +246,7 @@ def test_from_three_times_the_texts_on_another_monitor_is_advised() -> None:
 
 
 def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
-    task = OneLabel(NAMES)
+    task = SingleLabel(NAMES)
     (line,) = one_answer_advice(task, logits_for([2, 2]), training())
     assert "answers 'good' for every validation text: consider --monitor macro_f1 or mcc, --class_weights" in line
     (line,) = one_answer_advice(task, logits_for([2, 2]), training(monitor="mcc", class_weights="balanced"))
@@ -255,7 +255,7 @@ def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
 
 
 def test_a_classifier_at_chance_brings_advice() -> None:
-    task, labels = OneLabel(NAMES), np.array([0] * 60 + [1] * 40)
+    task, labels = SingleLabel(NAMES), np.array([0] * 60 + [1] * 40)
     guesses = logits_for([0, 1] * 50)
     (line,) = chance_advice(task, labels, guesses)
     assert "always answering the largest class is right for 60.0%" in line
