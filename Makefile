@@ -22,7 +22,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
-# Tables, plots (not committed), results/report.html and the tables of README and docs/, from the runs in results/.
+# Tables, plots (only README's is committed), results/report.html and the tables of README and docs/, from the runs in results/.
 tables: $(VENV)/.installed
 	$(BIN)/python compare_methods.py report
 	$(BIN)/python -m benchmarks.headline

@@ -1,6 +1,6 @@
 """All settings of one run: given values, defaults that depend on other settings, and checks.
 
-Users see flat flags; code sees the sections of ``settings.py``. This module checks everything that needs only the
+Users see flat flags; code sees the sections of ``settings``. This module checks everything that needs only the
 flags. Checks that need the data, the model or the machine are next to the code that reads them.
 """
 

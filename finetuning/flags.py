@@ -1,4 +1,4 @@
-"""Command-line flags, built from the fields of the sections in ``settings.py``.
+"""Command-line flags, built from the fields of the sections in ``settings``.
 
 Nothing here imports torch, so a wrong flag fails at once.
 """
@@ -32,7 +32,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _hint(self, message: str) -> str:
         """Suggests the existing flag that is most like an unknown one."""
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         known = [option for action in self._actions for option in action.option_strings]
         near = get_close_matches(unknown[1], known, n=1, cutoff=0.8) if unknown else []
         return f"; did you mean {near[0]}?" if near else ""

@@ -126,6 +126,7 @@ def test_unknown_flags_and_unfinished_ones() -> None:
     assert "--lora_r" in refusal("--lora_r")
     assert refusal("--learning_rat 1").endswith("; did you mean --learning_rate?")
     assert refusal("--optimiser adam").endswith("; did you mean --optimizer?")
+    assert refusal("--limit-train 3").endswith("; did you mean --limit_train?")
     assert "did you mean" not in refusal("--nonsense 1")
 
 

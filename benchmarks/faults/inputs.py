@@ -86,7 +86,7 @@ def require_refused(outcome: Outcome, names: list[str], directory: Path, case: o
 
 
 def is_allowed(flag: Flag, value: str) -> bool:
-    """Whether a flag takes a value, as ``settings.py`` says it."""
+    """Whether a flag takes a value, as ``settings`` says it."""
     if flag.choices:
         return value in flag.choices
     try:

@@ -1,4 +1,4 @@
-"""The inputs of a run: base model, hardware, adapter, texts, tokens. All checks of the input are done here."""
+"""The inputs of a run: base model, hardware, adapter, texts, tokens. What flags and files do not tell is checked here."""
 
 import dataclasses
 from dataclasses import dataclass
