@@ -1,4 +1,4 @@
-"""The inputs of a run: base model, hardware, adapter, texts, tokens. What flags and files do not tell is checked here."""
+"""The inputs of a run: base model, hardware, adapter, texts, tokens. Checks what flags and files do not tell."""
 
 import dataclasses
 from dataclasses import dataclass
