@@ -90,7 +90,7 @@ def test_a_job_that_is_signalled_before_its_run_begins_is_requeued(
     ready.command("scancel", "--batch", f"--signal={signal.SIGUSR1.name}", job)
     wait_until(lambda: "JobState=PENDING" in ready.job(job), "the requeue")
     assert "Restarts=1" in ready.job(job)
-    assert not (ready.submit_folder / "runs").exists(), "no run was started"
+    assert not (ready.submit_folder / "runs" / f"slurm-{job}").exists(), "no run was started"
     ready.command("scancel", job)
 
 
