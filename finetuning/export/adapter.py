@@ -10,7 +10,7 @@ import torch
 
 from finetuning.errors import UserError
 from finetuning.export.plain import plain_model, write_model, write_tokenizer
-from finetuning.export.proof import Loaded, Proof, against_predictions, check_same, fresh_answers
+from finetuning.export.proof import Loaded, Proof, against_predictions, compare_logits, fresh_answers
 from finetuning.models.classifier import Classifier
 from finetuning.models.lora import lora_modules
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
@@ -70,7 +70,7 @@ def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:
     reference = held.answers_of(model)
     predictions = against_predictions(reference, held.stored, loaded.precision)
     answers = fresh_answers(folder, held, base=base, classes=model.config.num_labels)
-    return Proof(held, check_same("logits of PEFT's model", answers["logits"], reference.logits), predictions)
+    return Proof(held, compare_logits("logits of PEFT's model", answers["logits"], reference.logits), predictions)
 
 
 def without_adapter(classifier: Classifier, pad_id: int) -> Any:

@@ -21,7 +21,7 @@ from finetuning.export.card import adapter_snippets, plain_snippets, write_card
 from finetuning.export.onnx_file import onnx_inputs, require_onnx
 from finetuning.export.plain import DTYPES, export_plain
 from finetuning.export.proof import Loaded, held_out, sentences
-from finetuning.models.base_files import check_unchanged
+from finetuning.models.base_files import check_base_unchanged
 from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer
 from finetuning.models.classifier import Classifier
 from finetuning.runs.answers import Answers
@@ -84,7 +84,7 @@ def base_model(run: FinishedRun) -> BaseModel:
         base = find_base_model(run.config)
     except UserError as error:
         raise UserError(f"{run.directory}: its base model is gone: {error}") from None
-    check_unchanged(base.folder, run.base_files)
+    check_base_unchanged(base.folder, run.base_files)
     return base
 
 

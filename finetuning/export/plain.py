@@ -16,7 +16,7 @@ from finetuning.export.proof import (
     Proof,
     against_predictions,
     changed_texts,
-    check_same,
+    compare_logits,
     fresh_answers,
     in_pipeline,
     rounding_of,
@@ -62,12 +62,12 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
     tolerance = rounding_of(dtype, written.logits) if rounded else LARGEST_DIFFERENCE
     return Proof(
         held,
-        check_same("logits of the exported folder", answers["logits"], written.logits),
+        compare_logits("logits of the exported folder", answers["logits"], written.logits),
         predictions,
         dtype_difference=float(np.abs(written.logits - reference.logits).max()) if rounded else None,
         dtype_changed=changed_texts(written, reference),
         pipeline=in_pipeline(answers["scores"], written, same, tolerance),
-        onnx_difference=check_same("onnxruntime's logits", answers["onnx"], written.logits) if onnx else None,
+        onnx_difference=compare_logits("onnxruntime's logits", answers["onnx"], written.logits) if onnx else None,
     )
 
 

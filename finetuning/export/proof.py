@@ -184,7 +184,7 @@ def run_alone(words: Sequence[str], folder: Path) -> str:
     return done.stdout
 
 
-def check_same(what: str, found: np.ndarray, expected: np.ndarray) -> float:
+def compare_logits(what: str, found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference.
 
     Raises:

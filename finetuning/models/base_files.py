@@ -192,7 +192,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {name: sha256_of(paths[name]) for name in sorted(paths)}
 
 
-def check_unchanged(folder: Path, recorded: Mapping[str, str]) -> None:
+def check_base_unchanged(folder: Path, recorded: Mapping[str, str]) -> None:
     """Checks that the base model's files are those of the run. Files that the run did not have are ignored.
 
     Raises:

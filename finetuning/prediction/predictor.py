@@ -11,7 +11,7 @@ import torch
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit, encode
 from finetuning.errors import UserError
-from finetuning.models.base_files import check_unchanged
+from finetuning.models.base_files import check_base_unchanged
 from finetuning.models.base_model import find_base_model, load_tokenizer, read_base_model
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
@@ -148,7 +148,7 @@ def load_predictor(trained: Trained) -> Predictor:
         trained = replace(trained, config=config)
     else:
         base = find_base_model(config)
-        check_unchanged(base.folder, trained.base_files)
+        check_base_unchanged(base.folder, trained.base_files)
         names, dtype = trained.label_names, hardware.dtype
         classifier = load_classifier(trained.directory, config, base, names, dtype, hardware.int8)
         tokenizer = load_tokenizer(base)

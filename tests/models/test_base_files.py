@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.errors import UserError
-from finetuning.models.base_files import check_unchanged, file_hashes
+from finetuning.models.base_files import check_base_unchanged, file_hashes
 
 
 def test_a_base_model_that_changed_is_noticed(tmp_path: Path) -> None:
@@ -15,14 +15,14 @@ def test_a_base_model_that_changed_is_noticed(tmp_path: Path) -> None:
     assert recorded["vocab.txt"] == hashlib.sha256(b"vocab.txt").hexdigest()
     (tmp_path / "README.md").write_text("another text")
     (tmp_path / "tokenizer_config.json").write_text("{}")  # a file that the run did not have
-    check_unchanged(tmp_path, recorded)
-    check_unchanged(tmp_path, {})  # a run of an earlier version recorded nothing
+    check_base_unchanged(tmp_path, recorded)
+    check_base_unchanged(tmp_path, {})  # nothing was recorded
     (tmp_path / "model.safetensors").write_text("other weights")
     with pytest.raises(UserError, match=r"model\.safetensors has changed since the run"):
-        check_unchanged(tmp_path, recorded)
+        check_base_unchanged(tmp_path, recorded)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors is gone"):
-        check_unchanged(tmp_path, recorded)
+        check_base_unchanged(tmp_path, recorded)
 
 
 @pytest.mark.parametrize(
