@@ -43,9 +43,9 @@ def recorded(directory: Path, settings: dict[str, Any]) -> Iterator[RunRecord]:
             say(_interruption(directory, at_once=not isinstance(error, Interrupted)), sys.stderr)
     except Exception as error:
         record.status, record.error, record.traceback = "failed", _reason(error), traceback.format_exc()
-    record.written = record.to_dict()
-    if not is_helper():
-        with undisturbed():
+    with undisturbed():
+        record.written = record.to_dict()
+        if not is_helper():
             record.written = _written(directory, record.written)
     if record.written["status"] == "failed":
         say(f"failed: {record.written['error']}", sys.stderr)
