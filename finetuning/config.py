@@ -143,7 +143,7 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
         run = RunConfig.from_dict({**stored, "resume": False, "overwrite": False})
     except (UserError, TypeError) as error:
         raise UserError(f"--resume: the settings stored in {given['output_dir']} cannot be used: {error}") from None
-    values = run.to_dict()
+    values, given = run.to_dict(), {name: value for name, value in given.items() if value is not None}
     level = run.training.scheduler == "constant" and run.training.warmup_fraction == 0
     for name, value in given.items():
         before, now = values[name], str(value) if isinstance(value, Path) else value

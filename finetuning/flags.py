@@ -19,6 +19,7 @@ ALLOWED = {  # by type
     "float": "a number",
     "parse_bool": "True, yes, 1, False, no or 0",
     "parse_bool_or_auto": f"True, yes, 1, False, no, 0 or {AUTO}",
+    "parse_int_or_auto": f"a whole number or {AUTO}",
 }
 
 
@@ -69,6 +70,11 @@ def parse_bool_or_auto(text: str) -> bool | str:
     return AUTO if text.lower() == AUTO else parse_bool(text)
 
 
+def parse_int_or_auto(text: str) -> int | None:
+    """Reads a whole number. The word ``auto`` is ``None``, as if the flag were not given."""
+    return None if text.lower() == AUTO else int(text)
+
+
 def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
     """The parser of all settings. Its namespace holds only the flags that were given."""
     parser = OneLineParser(
@@ -88,7 +94,8 @@ def make_parser(description: str, defaults: dict[str, Any] | None = None) -> arg
             kind = parse_bool_or_auto if flag.or_auto else parse_bool
             options |= {"type": kind, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:
-            options |= {"type": flag.kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind]}
+            kind = parse_int_or_auto if flag.or_auto else flag.kind
+            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind]}
         groups[flag.section].add_argument(f"--{flag.name}", **options)
     return parser
 

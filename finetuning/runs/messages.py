@@ -14,16 +14,25 @@ from finetuning.settings import TrainingSettings
 INSTALLED, PREDICT = "finetune-lora", "finetune-predict"  # the commands that pip installs
 
 
-def headline(model: str, data: DataRecord, training: TrainingSettings, kernels: str, advice: Sequence[str] = ()) -> str:
+def headline(
+    model: str,
+    data: DataRecord,
+    training: TrainingSettings,
+    steps: int,
+    kernels: str,
+    advice: Sequence[str] = (),
+) -> str:
     """The text that a run prints before training: data, model, settings.
 
     Args:
         model: the base model, the method, the precision and the device, as text.
         data: the ``data`` of ``result.json``.
         training: the run's settings.
+        steps: optimizer steps of the whole run.
         kernels: whether the run uses compiled CPU kernels, or why not.
         advice: what the user may want to change, one sentence each.
     """
+    patience = f"; stops after {training.patience} epochs without gain" if training.patience else ""
     sizes = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items())
     lines = [
         f"data    {data['source']}: {sizes}",
@@ -32,8 +41,9 @@ def headline(model: str, data: DataRecord, training: TrainingSettings, kernels: 
         *(f"        {note}" for note in data["notes"]),
         f"model   {model}",
         f"        CPU kernels: {kernels}",
-        f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g},"
-        f" epochs {training.epochs}",
+        f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}",
+        f"        {data['sizes']['train']:,} texts: {training.batch_size} texts a batch, {training.epochs} epochs,"
+        f" {steps:,} steps{patience}",
         *(f"advice  {sentence}" for sentence in advice),
     ]
     return "\n".join(lines)

@@ -32,7 +32,7 @@ def setting(
         shown: the default as ``--help`` prints it, if that differs from ``default``.
         choices: the allowed values, if the type does not list them.
         at_least, at_most, above, below: bounds of a number. A number with bounds must also be finite.
-        or_auto: whether a boolean flag also takes the word auto.
+        or_auto: whether the flag also takes the word auto. For a number it means "not given".
     """
     bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
     metadata = {"help": help, "shown": shown, "choices": choices, "or_auto": or_auto}

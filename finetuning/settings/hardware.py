@@ -34,6 +34,11 @@ class HardwareSettings:
         at_least=0,
     )
 
+    @property
+    def processes(self) -> int:
+        """How many processes share a run."""
+        return self.devices * self.num_nodes
+
     @staticmethod
     def check(s: Values) -> None:
         """Refuses settings that exclude each other."""

@@ -9,6 +9,7 @@ from finetuning.datasets import traits_of
 from finetuning.errors import UserError
 from finetuning.settings.fields import Values, require, setting
 
+AUTO_BY_TEXTS = "auto, by the number of training texts"
 DEFAULT_THRESHOLD = 0.5  # multi-label: the probability above which a label is given
 
 # Peak learning rates if --learning_rate is not given. LoRA needs about ten times the rate of full fine-tuning. SGD
@@ -49,11 +50,15 @@ class TrainingSettings:
     momentum: float | None = setting(None, "Momentum of SGD.", "0 for sgd, 0.9 for sgd_nesterov", at_least=0, below=1)
     gradient_clip: float = setting(1.0, "Largest norm of the gradient; 0 turns off clipping.", at_least=0)
     accumulate: int = setting(1, "Accumulate the gradients of N batches for each step.", at_least=1)
-    epochs: int = setting(2, "Passes over the training split; 0 only evaluates.", at_least=0)
-    batch_tokens: int = setting(
-        None, "Largest batch, in tokens including padding.", "6144; no limit if only --batch_size is given"
+    # What is auto is None until the texts are known, see finetuning/training/budget.py.
+    epochs: int = setting(
+        None, "Passes over the training split; 0 only evaluates.", AUTO_BY_TEXTS, at_least=0, or_auto=True
     )
-    batch_size: int = setting(None, "Largest batch, in texts.", "64", at_least=1)
+    batch_tokens: int = setting(
+        None, "Largest batch, in tokens including padding.", "6144; no limit if only --batch_size is given",
+        or_auto=True,
+    )  # fmt: skip
+    batch_size: int = setting(None, "Largest batch, in texts.", AUTO_BY_TEXTS, at_least=1, or_auto=True)
     class_weights: str = setting(
         "none", "Weight of a training text by its class: balanced, none, or NAME=WEIGHT,... (others weigh 1)."
     )
@@ -68,7 +73,10 @@ class TrainingSettings:
     monitor: Literal["accuracy", "macro_f1", "micro_f1", "mcc", "auroc", "loss"] = setting(
         None, "Validation metric that chooses the checkpoint.", "accuracy; macro_f1 for financial_phrasebank"
     )
-    patience: int = setting(0, "Stop after N epochs in which --monitor did not improve; 0 never stops.", at_least=0)
+    patience: int = setting(
+        None, "Stop after N epochs in which --monitor did not improve; 0 never stops.", AUTO_BY_TEXTS, at_least=0,
+        or_auto=True,
+    )  # fmt: skip
     seed: int = setting(
         0, "Seed of the initial weights, the order of texts, and dropout.", at_least=0, at_most=2**32 - 1
     )
@@ -81,7 +89,6 @@ class TrainingSettings:
             "warmup_fraction": 0.3 if s.scheduler == "onecycle" else 0.06,
             "weight_decay": 0.01 if s.optimizer == "adamw" else 0.0,
             "batch_tokens": s.batch_size * s.max_length if s.batch_size else max(6144, s.max_length),
-            "batch_size": 64,
         }
         if s.optimizer.startswith("sgd"):
             defaults["momentum"] = 0.9 if s.optimizer == "sgd_nesterov" else 0.0

@@ -2,10 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from finetuning.config import RunConfig
-from finetuning.data.batches import check_batches
+from finetuning.data.batches import check_batches, train_loader
 from finetuning.data.loading import tokenize
 from finetuning.data.texts import TextData
 from finetuning.data.tokens import TokenizedSplit
@@ -19,6 +18,7 @@ from finetuning.runs.adapters import Adapter
 from finetuning.runs.loading import adopt_adapter, load_adapter
 from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
+from finetuning.training.budget import training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.tasks import Task, imbalance_advice, make_task
 from finetuning.training.trainer import check_processes
@@ -49,8 +49,12 @@ class Inputs:
     def headline(self, classifier: Classifier) -> str:
         """The text that the run prints before training."""
         model = f"{self.base.name}, {self.config.name}, {self.hardware.described}"
+        training, processes = self.config.training, self.config.hardware.processes
         kernels = kernels_used(classifier, self.config.hardware, self.hardware)
-        return headline(model, data_record(self.texts, self.splits), self.config.training, kernels, self.advice)
+        steps = (
+            training.epochs * train_loader(self.splits["train"], training, self.pad_id, 0, processes).steps_per_epoch
+        )
+        return headline(model, data_record(self.texts, self.splits), training, steps, kernels, self.advice)
 
 
 def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
@@ -68,11 +72,12 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     hardware = resolve_hardware(config.hardware, config.run.resume)
     if config.name == "qlora" and not is_helper():  # a helper would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)
-    found: dict[str, Any] = {}
+    found = training_budget(config.training, len(texts.splits["train"].texts), config.hardware.processes)
     if config.hardware.precision in ("int8", "fast"):
         widths = int8_widths(base, config.method, config.lora)
         precision = settled_precision(config.hardware.precision, hardware, config.excludes_int8, widths)
-        hardware, found = dataclasses.replace(hardware, int8=precision == "int8"), {"precision": precision}
+        hardware = dataclasses.replace(hardware, int8=precision == "int8")
+        found["precision"] = precision
     labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, config.training)
     advice = imbalance_advice(task, task.counts(labels["train"]), config.training)
@@ -88,5 +93,5 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         inputs.build()  # what does not fit is refused before anything is written
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
     check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
-    check_batches(splits, config.training, config.hardware.devices * config.hardware.num_nodes)
+    check_batches(splits, inputs.config.training, config.hardware.processes)
     return dataclasses.replace(inputs, splits=splits)

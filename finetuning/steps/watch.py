@@ -27,7 +27,7 @@ class Watch:
         self.meter = Meter(claim.directory, on_row=trackers.log if trackers else None)
         self.stop = GracefulStop(claim.directory, self.meter, run.checkpoint_minutes, run.checkpoint_steps)
         self._on_gpu, self._resumed = on_gpu, run.resume
-        self._one_process = hardware.devices * hardware.num_nodes == 1
+        self._one_process = hardware.processes == 1
         self._started, self._busy = time.perf_counter(), processor_seconds()
 
     def cost(self) -> CostRecord:

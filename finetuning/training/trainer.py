@@ -52,7 +52,7 @@ def check_processes(settings: HardwareSettings) -> None:
     Raises:
         UserError: there is no such strategy, or Lightning would wait for processes that SLURM was not asked to start.
     """
-    processes, tasks = settings.devices * settings.num_nodes, int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    processes, tasks = settings.processes, int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     with quiet_lightning():  # hides Lightning's advice to use srun
         under_slurm = SLURMEnvironment.detect()
     if under_slurm and tasks != processes:
