@@ -72,13 +72,13 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     hardware = resolve_hardware(config.hardware, config.run.resume)
     if config.name == "qlora" and not is_helper():  # a helper would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)
-    found = training_budget(config.training, len(texts.splits["train"].texts), config.hardware.processes)
+    labels = {name: split.labels for name, split in texts.splits.items()}
+    found = training_budget(config.training, labels["train"], len(texts.label_names), config.hardware.processes)
     if config.hardware.precision in ("int8", "fast"):
         widths = int8_widths(base, config.method, config.lora)
         precision = settled_precision(config.hardware.precision, hardware, config.excludes_int8, widths)
         hardware = dataclasses.replace(hardware, int8=precision == "int8")
         found["precision"] = precision
-    labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, config.training)
     advice = imbalance_advice(task, task.counts(labels["train"]), config.training)
     adapter = None

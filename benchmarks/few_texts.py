@@ -1,0 +1,110 @@
+"""What the default learns from 100 and 250 texts: ``python -m benchmarks.few_texts --data_dir PATH``.
+
+Reads the collected runs of ``studies/few_texts.toml``, five draws of texts for each set and size. For each draw it adds
+a baseline: logistic regression on the mean of the frozen model's token vectors, trained on the same texts. Prints a
+table, writes JSON and renews docs/accuracy.md.
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModel, AutoTokenizer
+
+from benchmarks import harness
+from benchmarks.harness import Record
+from compare_methods import ROOT
+from finetuning.comparison.packed import read_records
+from finetuning.comparison.plan import PlannedRun, read_plan
+from finetuning.data.loading import load_texts
+from finetuning.flags import from_flags
+from finetuning.models.base_files import find_folder
+from finetuning.pages import Table, measured
+
+OUTPUT = harness.RESULTS / "few_texts.json"
+STUDY = ROOT / "studies" / "few_texts.toml"
+PAGE = ROOT / "docs" / "accuracy.md"
+FROZEN = "frozen mean embedding + logistic regression"
+BATCH = 64  # texts
+
+
+def table(result: Record) -> str:
+    """Markdown: a row for each set and size, with the mean and standard deviation over the draws, in %."""
+    kinds = list(dict.fromkeys(record["kind"] for record in result["measurements"]))
+    places = dict.fromkeys((record["set"], record["texts"]) for record in result["measurements"])
+    rows = []
+    for name, texts in places:
+        cells = []
+        for kind in kinds:
+            found = [
+                100 * record["accuracy"]
+                for record in result["measurements"]
+                if (record["set"], record["texts"], record["kind"]) == (name, texts, kind)
+            ]
+            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+            cells.append(f"{statistics.fmean(found):.2f}{spread} ({len(found)})" if found else "not measured")
+        rows.append((name, str(texts), *cells))
+    columns = ("data set", "training texts", *(f"{kind}, %" for kind in kinds))
+    return f"{Table(columns, rows).markdown()}\n\n{measured(result['environments'])}"
+
+
+def measure(results: Path, data_dir: Path, journal: harness.Journal) -> None:
+    """Takes the accuracies of the finished runs, and measures the baseline once for each draw."""
+    records = read_records(results)[0]
+    for run in read_plan(STUDY).runs:
+        found = records.get(run.name)
+        if found is None or found.result["status"] != "finished":
+            continue
+        name, texts, kind = run.settings["data_dir"], run.settings["limit_train"], run.row.split("-")[2]
+        draw = run.settings["data_seed"]
+        described = {"set": name, "texts": texts, "draw": draw}
+        journal.measured(lambda found=found: {"accuracy": found.result["test"]["accuracy"]}, kind=kind, **described)
+        journal.measured(lambda run=run: {"accuracy": frozen_accuracy(run, data_dir)}, kind=FROZEN, **described)
+    journal.result["environments"] = [record.result["environment"] for record in records.values()]
+
+
+def frozen_accuracy(run: PlannedRun, data_dir: Path) -> float:
+    """Test accuracy of logistic regression on mean token vectors, with the run's texts and scikit-learn's defaults."""
+    config = from_flags(run.flags(data_dir))
+    splits = load_texts(config.data, offline=True).splits
+    folder = find_folder(config.model.model_name, True, "")
+    vectors = {name: mean_vectors(splits[name].texts, folder, config.data.max_length) for name in ("train", "test")}
+    fitted = LogisticRegression(max_iter=1000).fit(vectors["train"], splits["train"].labels)
+    return float(fitted.score(vectors["test"], splits["test"].labels))
+
+
+@torch.inference_mode()
+def mean_vectors(texts: Sequence[Any], folder: Path, max_length: int) -> Any:
+    """The mean of each text's token vectors, (texts, width)."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    parts = []
+    for start in range(0, len(texts), BATCH):
+        chosen = list(texts[start : start + BATCH])
+        tokens = tokenizer(chosen, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        mask = tokens["attention_mask"].unsqueeze(-1)  # (B, T, 1)
+        parts.append((model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1))  # (B, D)
+    return torch.cat(parts).numpy()
+
+
+def command(argv: Sequence[str] | None) -> int:
+    """Makes the table. Returns the exit status."""
+    parser = harness.make_parser("What the default learns from few texts, next to a frozen embedding.")
+    parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "results" / STUDY.stem, metavar="PATH", help="the collected runs"
+    )
+    options = parser.parse_args(argv)
+    journal = harness.start_journal("few_texts", options, {"environments": []})
+    measure(options.results, options.data_dir, journal)
+    harness.publish(journal, OUTPUT, table, "few_texts", partly=False, page=PAGE)
+    return 0
+
+
+main = harness.as_main(command)
+
+if __name__ == "__main__":
+    sys.exit(main())
