@@ -11,7 +11,7 @@ install: $(VENV)/.installed
 # One real fine-tuning run on the packaged model and reviews: a progress bar, and a result at the end.
 finetune: $(VENV)/.installed
 	$(BIN)/python finetune_lora.py --offline --lora_key True --lora_projection True --lora_mlp True --epochs 1 \
-		--precision fast --output_dir $(OUTPUT) --overwrite
+		--batch_size 64 --batch_tokens 6144 --precision fast --output_dir $(OUTPUT) --overwrite
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.accuracy_table import CONTESTANTS, table
-from benchmarks.harness import Journal, Record
+from benchmarks.harness import TRAINING_FLAGS, Journal, Record
 from benchmarks.peers import fastest_settings
 from compare_methods import ACCURACY, ROOT
 from finetuning.comparison.collected import Predictions
@@ -59,18 +59,20 @@ class Work:
 
 
 PLAN = (
-    Work("trec6", "--epochs 3"),
-    Work("emotion", "--epochs 2 --limit_train 8000"),
-    Work("ag_news", "--epochs 1 --limit_train 6000 --limit_test 2000"),
-    Work("rte", "--text_column premise --text_pair_column hypothesis --epochs 3", seeds=12),
+    Work("trec6", f"--epochs 3 {TRAINING_FLAGS}"),
+    Work("emotion", f"--epochs 2 {TRAINING_FLAGS} --limit_train 8000"),
+    Work("ag_news", f"--epochs 1 {TRAINING_FLAGS} --limit_train 6000 --limit_test 2000"),
+    Work("rte", f"--text_column premise --text_pair_column hypothesis --epochs 3 {TRAINING_FLAGS}", seeds=12),
     Work(
         "goemotions",
-        "--label_column labels --monitor micro_f1 --epochs 2 --batch_size 16 --limit_train 12000"
-        " --limit_validation 2000 --limit_test 3000",
+        "--label_column labels --monitor micro_f1 --epochs 2 --batch_size 16 --batch_tokens 2048 --patience 0"
+        " --limit_train 12000 --limit_validation 2000 --limit_test 3000",
         seeds=6,
     ),
 )
-QUICK = (Work("trec6", "--epochs 1 --limit_train 200 --limit_validation 100 --limit_test 100", seeds=1),)
+QUICK = (
+    Work("trec6", f"--epochs 1 {TRAINING_FLAGS} --limit_train 200 --limit_validation 100 --limit_test 100", seeds=1),
+)
 
 
 @dataclass(frozen=True)

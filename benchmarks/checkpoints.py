@@ -28,7 +28,7 @@ METHODS = {
 }
 FLAGS = (
     "--offline", "--accelerator", "cpu", "--epochs", "1", "--limit_validation", "64", "--test", "False",
-    "--checkpoint_steps", "1",
+    "--checkpoint_steps", "1", *harness.TRAINING_FLAGS.split(),
 )  # fmt: skip
 COLUMNS = ("", "checkpoints measured", "bytes", "writing one, s")
 RUN_SECONDS, EVERY_SECONDS = 20 * 60, 5 * 60

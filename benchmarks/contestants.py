@@ -322,7 +322,7 @@ class _LightningTimer(Callback):
 
 
 class Suite(Contestant):
-    """This suite with its defaults and without validation.
+    """This suite with ``harness.TRAINING``, its other defaults, and without validation.
 
     To compare memory, ``equal_batches`` puts as many texts in a batch as a peer has.
     """

@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.harness import TRAINING_FLAGS
+
 ROOT = Path(__file__).resolve().parents[1]
-RUN_LIMITS = ("--limit_validation", "200", "--limit_test", "200")
+RUN_FLAGS = ("--epochs", "1", *TRAINING_FLAGS.split(), "--limit_validation", "200", "--limit_test", "200")
 METHODS: dict[str, tuple[str, ...]] = {
     "lora": ("--lora_key", "True", "--lora_projection", "True", "--lora_mlp", "True"),
     "qlora": ("--q_lora", "True"),
@@ -179,7 +181,7 @@ def one_run(folder: Path, sizes: Sizes, method: str, precision: str) -> Record:
 def _words(folder: Path, sizes: Sizes, output: Path, *more: str) -> list[str]:
     return [
         "--model_name", str(folder / "model"), "--dataset", "text", "--data_dir", str(folder / "texts"),
-        "--output_dir", str(output), "--max_length", str(sizes.max_length), "--epochs", "1", *RUN_LIMITS,
+        "--output_dir", str(output), "--max_length", str(sizes.max_length), *RUN_FLAGS,
         "--accelerator", sizes.accelerator, *more,
     ]  # fmt: skip
 
@@ -193,8 +195,12 @@ def _command(words: list[str]) -> int:
 
 def interrupt_and_resume(folder: Path, sizes: Sizes) -> Record:
     """A run that SIGTERM ends after its first batches and that is continued, against one that was left alone."""
-    more = ("--batch_size", str(max(1, sizes.texts // 250)), "--test", "False", "--precision", "fp32")
-    whole, parts = folder / "whole", folder / "interrupted"  # with many batches, so that there is time
+    batch = max(1, sizes.texts // 250)  # many batches, so that there is time
+    more = (
+        "--batch_size", str(batch), "--batch_tokens", str(batch * sizes.max_length), "--test", "False",
+        "--precision", "fp32",
+    )  # fmt: skip
+    whole, parts = folder / "whole", folder / "interrupted"
     statuses = [
         _in_a_process(sizes, _words(folder, sizes, whole, *more), whole),
         _in_a_process(sizes, _words(folder, sizes, parts, *more), parts, interrupt=True),

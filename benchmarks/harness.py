@@ -20,6 +20,9 @@ from finetuning.storage import read_json, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Record = dict[str, Any]
+# How the suite trains where a benchmark does not say otherwise; stated, because what auto chooses may change.
+TRAINING = {"batch_size": 64, "batch_tokens": 6144, "patience": 0}
+TRAINING_FLAGS = " ".join(f"--{name} {value}" for name, value in TRAINING.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

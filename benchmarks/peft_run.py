@@ -40,6 +40,7 @@ from finetuning.runs.measurements import (
 )
 from finetuning.runs.messages import command_line
 from finetuning.runs.records import data_record, test_record
+from finetuning.training.budget import training_budget
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import MultiLabel, Task, make_task
 from local_dataset_utilities import load_texts, tokenize
@@ -92,18 +93,29 @@ def prepare(config: RunConfig) -> Peer:
     Raises:
         UserError: the suite refuses the input, or a setting is one that this run does not have.
     """
-    given, default = config.to_dict(), RunConfig.from_settings().to_dict()
-    for name in NOT_POSSIBLE:
-        if given[name] != default[name]:
-            raise UserError(f"--{name} {given[name]}: the run of PEFT and the Trainer has no such setting")
+    check_possible(config)
     base = find_base_model(config)
     tokenizer = load_tokenizer(base)
     texts = load_texts(config.data, config.run.offline)
+    config = config.changed(**training_budget(config.training, len(texts.splits["train"].texts)))
+    check_possible(config)  # again, because auto may have chosen a patience
     labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, config.training)
     splits = tokenize(texts, tokenizer, config.data)
     bf16 = resolve_hardware(config.hardware).dtype == torch.bfloat16
     return Peer(config, base, tokenizer, texts, splits, task, bf16)
+
+
+def check_possible(config: RunConfig) -> None:
+    """Refuses what this run does not have. What is still auto passes.
+
+    Raises:
+        UserError: a setting of ``NOT_POSSIBLE`` has another value than its default.
+    """
+    given, default = config.to_dict(), RunConfig.from_settings(patience=0).to_dict()
+    for name in NOT_POSSIBLE:
+        if given[name] not in (default[name], None):
+            raise UserError(f"--{name} {given[name]}: the run of PEFT and the Trainer has no such setting")
 
 
 def make_model(peer: Peer, attention: str, frozen: str) -> tuple[nn.Module, ModelFamily]:
@@ -223,7 +235,7 @@ def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
     }
     result = {
         "status": "finished",
-        "config": config.to_dict(),
+        "config": peer.config.to_dict(),
         "command": command_line(sys.argv),
         "data": data_record(peer.texts, peer.splits),
         "trainer": {"batch_size": peer.batch_size, "attention": attention, "frozen": frozen, "bf16": peer.bf16},

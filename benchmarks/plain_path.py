@@ -19,7 +19,10 @@ from finetuning.runs.files import RESULT
 from finetuning.storage import read_json
 
 OUTPUT = harness.RESULTS / "plain_path.json"
-FLAGS = "--offline --method selective --trainable_layers 2 --limit_validation 200 --test False --accelerator cpu"
+FLAGS = (
+    "--offline --method selective --trainable_layers 2 --limit_validation 200 --test False --accelerator cpu"
+    f" {harness.TRAINING_FLAGS}"
+)
 KEPT = ("config", "train", "validation", "memory", "environment")
 COLUMNS = ("", "training time, s", "validation accuracy, %", "peak memory, MiB")
 

@@ -17,6 +17,7 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
+from benchmarks.harness import TRAINING
 from finetuning.config import RunConfig
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.models.pretrained import load_pretrained
@@ -47,7 +48,7 @@ class Job:
 
     @property
     def config(self) -> RunConfig:
-        """The suite's settings for the same work."""
+        """The suite's settings for the same work, with its own batches."""
         return RunConfig.from_settings(
             offline=True,
             accelerator=self.accelerator,
@@ -55,6 +56,7 @@ class Job:
             max_length=self.max_length,
             truncation="head",
             epochs=1,
+            **TRAINING,
             lora_r=RANK,
             lora_alpha=ALPHA,
             **{f"lora_{name}": name in TARGETS[self.targets] for name in TARGETS["all"]},

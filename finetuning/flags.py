@@ -91,8 +91,8 @@ def make_parser(description: str, defaults: dict[str, Any] | None = None) -> arg
         if flag.choices:
             options |= {"choices": flag.choices}
         elif flag.kind is bool:
-            kind = parse_bool_or_auto if flag.or_auto else parse_bool
-            options |= {"type": kind, "nargs": "?", "const": True, "metavar": "BOOL"}
+            parse = parse_bool_or_auto if flag.or_auto else parse_bool
+            options |= {"type": parse, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:
             kind = parse_int_or_auto if flag.or_auto else flag.kind
             options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind]}

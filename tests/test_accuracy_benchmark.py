@@ -1,6 +1,7 @@
 """Whole runs next to PEFT + Trainer: the same texts and parameters, from the same start, and nothing measured twice."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import finetune_lora
-from benchmarks import accuracy, peers, peft_run
+from benchmarks import accuracy, harness, peers, peft_run
 from benchmarks.accuracy_table import CONTESTANTS, table
 from finetuning.data.batches import evaluation_loader
 from finetuning.errors import UserError
@@ -165,7 +166,9 @@ def test_other_texts_are_noticed(measured: tuple[list[accuracy.Measurement], Pat
         path.write_text(original)
 
 
-@pytest.mark.parametrize("flag", ["--q_lora True", "--optimizer sgd", "--class_weights balanced", "--test False"])
+@pytest.mark.parametrize(
+    "flag", ["--q_lora True", "--optimizer sgd", "--class_weights balanced", "--test False", "--patience 1"]
+)
 def test_the_peer_refuses_what_it_does_not_do(flag: str) -> None:
     with pytest.raises(UserError, match=f"{flag.split()[0]} .*no such setting"):
         peft_run.prepare(from_flags(["--offline", *flag.split()]))
@@ -250,6 +253,18 @@ def test_the_plan_is_five_sets_and_more_seeds_where_they_differ_more() -> None:
         assert config.lora is not None
         assert config.lora.targets == ("query", "key", "value", "projection", "mlp")
         assert config.training.learning_rate == 1e-3
+
+
+def test_recorded_commands_are_those_of_the_plan_and_leave_nothing_to_auto() -> None:
+    result, _ = accuracy.load(harness.RESULTS)
+    assert (result["same"], result["sets"]) == (accuracy.SAME, {work.name: work.flags for work in accuracy.PLAN})
+    planned = {tuple(m.described.values()): m for m in accuracy.planned(accuracy.PLAN)}
+    for record in result["measurements"]:
+        measurement = planned[record["set"], record["contestant"], record["seed"]]
+        words = measurement.command(Path("data"), Path("run"), [])
+        assert re.sub(r" --(attention|frozen) \w+", "", record["command"]) == accuracy.shown(words)
+        training = from_flags(words[1:] if measurement.contestant == "suite" else words[2:]).training
+        assert None not in (training.epochs, training.batch_size, training.patience)
 
 
 @pytest.mark.parametrize(

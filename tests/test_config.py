@@ -50,19 +50,21 @@ def test_lora_settings_stay_unset_without_lora(method: str) -> None:
 @pytest.mark.parametrize(
     ("line", "tokens", "texts"),
     [
-        ("", 6144, 64),
-        ("--max_length 512", 6144, 64),
-        ("--max_length 8000", 8000, 64),  # one text must fit
+        ("", 6144, None),  # None: the number of training texts decides
+        ("--batch_size auto --batch_tokens auto", 6144, None),
+        ("--max_length 512", 6144, None),
+        ("--max_length 8000", 8000, None),  # one text must fit
         ("--batch_size 12", 12 * 256, 12),  # with the number of texts alone, the tokens are no bound
         ("--batch_size 12 --max_length 100", 1200, 12),
-        ("--batch_tokens 1000", 1000, 64),
+        ("--batch_tokens 1000", 1000, None),
         ("--batch_tokens 1000 --batch_size 500", 1000, 500),
-        ("--batch_tokens 256", 256, 64),
+        ("--batch_tokens 256", 256, None),
     ],
 )
-def test_batch_bounds(line: str, tokens: int, texts: int) -> None:
+def test_batch_bounds(line: str, tokens: int, texts: int | None) -> None:
     config = config_of_flags(line)
     assert (config.training.batch_tokens, config.training.batch_size) == (tokens, texts)
+    assert config.changed(batch_size=7).training.batch_tokens == tokens  # once the texts are known
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,8 @@ def test_names_of_splits_that_make_no_sense(names: str) -> None:
         ("--lora_r eight", "must be a whole number"),
         ("--lora_r 1.5", "must be a whole number"),
         ("--learning_rate fast", "must be a number"),
-        ("--epochs two", "must be a whole number"),
+        ("--limit_train two", "must be a whole number"),
+        ("--epochs two", "must be a whole number or auto"),
         ("--q_lora maybe", "must be True, yes, 1, False, no or 0"),
         ("--method lorra", "must be one of lora, full, selective"),
     ],
@@ -357,7 +360,7 @@ def test_links_that_lead_in_a_circle_are_no_traceback(tmp_path: Path) -> None:
 # --- continuing a run
 
 
-STORED = "--lora_r 4 --output_dir d --optimizer adam --data_dir old"
+STORED = "--lora_r 4 --output_dir d --optimizer adam --data_dir old --epochs 2 --batch_size 16 --patience 3"
 
 
 def resumed(stored: str, given: str) -> RunConfig:
@@ -376,6 +379,11 @@ def test_a_continued_run_has_its_stored_settings() -> None:
     )
 
 
+def test_auto_keeps_the_numbers_that_the_run_has_chosen() -> None:
+    for given in ("--epochs auto", "--epochs auto --batch_size auto --batch_tokens auto --patience auto"):
+        assert resumed(STORED, given).differences(config_of_flags(STORED).to_dict()) == []
+
+
 def test_where_things_are_and_the_hardware_may_change() -> None:
     config = resumed(STORED, "--data_dir new --model_name m --accelerator cpu --efficient no --devices 2 --verbose")
     assert (config.data.data_dir, config.model.model_name, config.hardware.devices) == (Path("new"), "m", 2)
@@ -389,9 +397,9 @@ def test_where_things_are_and_the_hardware_may_change() -> None:
         (STORED, "--precision fp32", "--precision fp32: the run in d has --precision auto, "),
         ("--method full --output_dir d", "--lora_r 8", "--lora_r 8: the run in d has --lora_r None, "),
         (STORED, "--epochs 9", "--epochs 9: the run in d has --epochs 2, "),
-        ("--output_dir d --scheduler constant", "--epochs 9", "--epochs 9: the run in d has --epochs 2, "),
+        ("--output_dir d --epochs 2 --scheduler constant", "--epochs 9", "--epochs 9: the run in d has --epochs 2, "),
         (
-            "--output_dir d --scheduler constant --warmup_fraction 0",
+            "--output_dir d --epochs 2 --scheduler constant --warmup_fraction 0",
             "--epochs 1",
             "--epochs 1: the run in d has --epochs 2, ",
         ),
@@ -411,7 +419,7 @@ def test_an_adapter_may_lie_elsewhere() -> None:
 
 
 def test_more_epochs_at_a_level_rate() -> None:
-    assert resumed("--scheduler constant --warmup_fraction 0", "--epochs 9").training.epochs == 9
+    assert resumed("--epochs 2 --scheduler constant --warmup_fraction 0", "--epochs 9").training.epochs == 9
 
 
 def test_fast_is_what_the_run_stored() -> None:

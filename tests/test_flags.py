@@ -51,6 +51,17 @@ def test_resume_also_takes_auto() -> None:
     assert refusal("--resume later") == "--resume later: must be True, yes, 1, False, no, 0 or auto"
 
 
+@pytest.mark.parametrize("flag", ["epochs", "batch_size", "batch_tokens", "patience"])
+def test_numbers_that_also_take_auto(flag: str) -> None:
+    for word in ("auto", "AUTO", "Auto"):
+        assert given_flags([f"--{flag}", word]) == {flag: None}
+        assert config_of_flags(f"--{flag} {word}") == config_of_flags("")
+    assert given_flags([f"--{flag}", "300"]) == {flag: 300}
+    for word in ("x", "1.5", "automatic", ""):
+        assert refusal(f"--{flag}={word}") == f"--{flag} {word}: must be a whole number or auto"
+    assert refusal("--lora_r auto") == "--lora_r auto: must be a whole number"
+
+
 def test_parse_bool_takes_nothing_else() -> None:
     for word in ("", "2", "t", "on", "None", " true"):
         with pytest.raises(ValueError, match="neither"):

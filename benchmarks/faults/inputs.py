@@ -135,7 +135,7 @@ def right_value(flag: Flag) -> st.SearchStrategy[str]:
     if flag.kind is bool:
         return st.sampled_from(["True", "no", "1"])
     if flag.kind in (int, float):
-        return NUMBERS.filter(lambda value: is_allowed(flag, value))
+        return (NUMBERS | st.just("auto")).filter(lambda value: is_allowed(flag, value))
     return WORDS
 
 

@@ -135,8 +135,8 @@ class Commands:
         """The flags of a run with a checkpoint every 4 steps."""
         return [
             "--model_name", str(self.model), "--dataset", "text", "--data_dir", str(self.data), "--max_length", "32",
-            "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003", "--epochs", "3", "--precision",
-            precision, "--checkpoint_steps", "4", *METHODS[method], "--output_dir", str(directory),
+            "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003", "--epochs", "3", "--patience", "0",
+            "--precision", precision, "--checkpoint_steps", "4", *METHODS[method], "--output_dir", str(directory),
         ]  # fmt: skip
 
     def start(

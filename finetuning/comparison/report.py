@@ -28,7 +28,7 @@ from finetuning.comparison.tables import (
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.pages import measured, page_with_tables
-from finetuning.settings import DEFAULT_LEARNING_RATES
+from finetuning.settings import DEFAULT_LEARNING_RATES, FLAGS
 from finetuning.storage import write_bytes
 
 DEFAULT_RATES = "default_learning_rates"  # the name of the table of default learning rates, in its markers
@@ -37,6 +37,7 @@ DEFAULT_FLAGS = {
     "max_length": "longest text, in tokens",
     "truncation": "part of a longer text that is kept",
     "batch_tokens": "largest batch, in tokens with padding",
+    "batch_size": "largest batch, in texts",
     "epochs": "passes over the training texts",
     "optimizer": "optimizer",
     "scheduler": "learning-rate schedule",
@@ -152,7 +153,8 @@ def study_text(section: Section) -> str:
 def defaults_table() -> str:
     """Defaults of a run with LoRA as a Markdown table."""
     settings = RunConfig.from_settings().to_dict()
-    lines = [f"| `--{name}` | {_plain(settings[name])} | {what} |" for name, what in DEFAULT_FLAGS.items()]
+    shown = {name: FLAGS[name].shown if settings[name] is None else _plain(settings[name]) for name in DEFAULT_FLAGS}
+    lines = [f"| `--{name}` | {shown[name]} | {what} |" for name, what in DEFAULT_FLAGS.items()]
     return "\n".join(["| flag | default | what it is |", "|---|---|---|", *lines])
 
 

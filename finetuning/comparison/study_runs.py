@@ -33,6 +33,7 @@ from finetuning.runs.files import (
     record_is_unchanged,
 )
 from finetuning.runs.lock import LOCK
+from finetuning.settings import FLAGS
 from finetuning.storage import TEMPORARY
 
 CHECKPOINTS = (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, BEST_CHECKPOINT)
@@ -134,10 +135,10 @@ class StudyRuns:
     def _record(self, run: PlannedRun) -> dict[str, Any]:
         """The collected result of the run; empty if there is none with the same settings and data."""
         record = read_records(self.collected)[0].get(run.name) if self.collected else None
-        return record.result if record and _stands_for(run, record.result) else {}
+        return record.result if record and _stands_for(run, record.result, own=True) else {}
 
     def differences(self, run: PlannedRun) -> list[str]:
-        """Settings in which the run on disk differs from the plan, except paths and a rate left to tuning.
+        """Settings in which the run on disk differs from the plan, except paths and what is left to tuning or auto.
 
         A damaged result counts as well, because it may be the one of a finished run.
         """
@@ -147,7 +148,7 @@ class StudyRuns:
             pass
         except (OSError, ValueError) as error:
             return [f"{RESULT} cannot be read: {first_line(error)}"]
-        return _stored_differences(run, self.directory(run))
+        return _stored_differences(run, self.directory(run), own=True)
 
     def place_in_study(self, run: PlannedRun) -> dict[str, Any]:
         """What a collected ``result.json`` says of the run under ``study``: its row, seed, stage and axes."""
@@ -159,6 +160,7 @@ class StudyRuns:
     def take_over(self, run: PlannedRun) -> Path | None:
         """Copies a finished run with the same settings and data from another study. Call it with the run's lock held.
 
+        Nothing is copied if the plan leaves a setting to auto, because that run may have another value than auto.
         Data whose files were changed after that run had begun are other data. If the process is killed, the copy
         either does not exist or is complete.
 
@@ -261,24 +263,25 @@ def _newer(data: Path | None, run: Path) -> bool:
     return any(path.stat().st_mtime > began for path in paths if path.is_file())
 
 
-def _stands_for(run: PlannedRun, result: dict[str, Any]) -> bool:
-    """Whether a collected result is one with the run's settings and data."""
+def _stands_for(run: PlannedRun, result: dict[str, Any], own: bool = False) -> bool:
+    """Whether a collected result is one with the run's settings and data. ``own`` as in ``_differences``."""
     same_data = result["config"]["data_dir"] == run.settings.get("data_dir")
-    return same_data and not _differences(run, result["config"])
+    return same_data and not _differences(run, result["config"], own)
 
 
-def _stored_differences(run: PlannedRun, directory: Path) -> list[str]:
+def _stored_differences(run: PlannedRun, directory: Path, own: bool = False) -> list[str]:
     """Like ``_differences``, for the settings in a run's directory."""
     try:
-        return _differences(run, read_settings(directory))
+        return _differences(run, read_settings(directory), own)
     except (OSError, ValueError) as error:
         return [f"its settings cannot be used: {first_line(error)}"]
 
 
-def _differences(run: PlannedRun, settings: dict[str, Any]) -> list[str]:
+def _differences(run: PlannedRun, settings: dict[str, Any], own: bool) -> list[str]:
     """Settings of a run that differ from the plan.
 
-    The path of its data does not count. A learning rate does not count if the plan leaves it to tuning.
+    The path of its data does not count. A learning rate does not count if the plan leaves it to tuning. In the
+    planned run's own result (``own``), the numbers that the plan leaves to auto do not count either.
     """
     planned = from_flags(run.flags(Path()))
     try:
@@ -287,6 +290,9 @@ def _differences(run: PlannedRun, settings: dict[str, Any]) -> list[str]:
         made = made.changed(test=made.run.test and planned.run.test)  # a test changes nothing in the training
         if RATE not in run.settings:
             made = made.changed(learning_rate=planned.training.learning_rate)
+        if own:
+            auto = [name for name, value in planned.to_dict().items() if value is None and FLAGS[name].or_auto]
+            made = made.changed(**dict.fromkeys(auto))
     except (ValueError, TypeError, KeyError, UserError) as error:
         return [f"its settings cannot be used: {first_line(error)}"]
     return planned.differences(made.to_dict())

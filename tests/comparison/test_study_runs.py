@@ -223,6 +223,29 @@ def test_a_collected_run_counts_where_none_lies_here() -> None:
     assert StudyRuns(runs.study, runs.folder).state(done) == "missing"  # only where it is asked for
 
 
+def test_a_run_left_to_auto_is_done_whatever_auto_chose_and_takes_over_no_other() -> None:
+    study = plan('[[rows]]\nname = "a"\nepochs = "auto"\nbatch_size = "auto"\npatience = "auto"').study
+    runs, other = (
+        StudyRuns(study, Path("runs") / name, Path("data"), Path("results") / name) for name in ("tiny", "other")
+    )
+    (run,) = study.runs
+    chosen = {"epochs": 7, "batch_size": 16, "batch_tokens": 6144, "patience": 2}
+    done = replace(run, settings={**run.settings, **chosen})
+    leave_run(other, done)
+    leave_record(Path("results/other"), done, predictions=PREDICTED, test={"accuracy": 0.9})
+    assert runs.take_over(done) == other.directory(done)
+    shutil.rmtree(runs.directory(done))
+    assert runs.take_over(run) is None
+    assert runs.state(run) == "missing"
+
+    leave_record(Path("results/tiny"), done)
+    assert runs.state(run) == "finished"
+    leave_run(runs, done)
+    assert runs.state(run) == "finished"
+    leave_run(runs, replace(done, settings={**done.settings, "lora_r": 2}))
+    assert runs.differences(run) == ["--lora_r 2 -> 8"]
+
+
 @pytest.mark.parametrize(
     ("monitor", "scores", "best"),
     [

@@ -1,12 +1,14 @@
 import csv
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetuning.comparison.collected import Study, read_study
-from finetuning.comparison.packed import change_records
+from compare_methods import RESULTS
+from finetuning.comparison.collected import Study, read_study, study_names
+from finetuning.comparison.packed import change_records, read_records
 from finetuning.comparison.pairs import answers, compare_rows
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.tables import (
@@ -19,6 +21,8 @@ from finetuning.comparison.tables import (
     summary,
     tuning_table,
 )
+from finetuning.config import RunConfig
+from finetuning.flags import from_flags
 from finetuning.pages import Table
 from tests.synthetic_runs import outcomes, write_run
 
@@ -181,6 +185,18 @@ def test_commands_are_shown_without_the_places_of_one_machine() -> None:
     command = "python finetune_lora.py --output_dir='a b' --data_dir=/data --text_column 'the text' --model_name=x"
     shown = "python finetune_lora.py --data_dir PATH --text_column 'the text' --model_name=x"
     assert shown_command(command) == shown
+
+
+@pytest.mark.parametrize("name", study_names(RESULTS))
+def test_every_recorded_command_gives_the_settings_of_its_run(name: str) -> None:
+    """Defaults, and what auto chooses, may change: a command that reproduces a number states what its run used."""
+    records, _ = read_records(RESULTS / name)
+    assert records
+    for record in records.values():
+        config, stored = from_flags(shlex.split(record.result["command"])[2:]), record.result["config"]
+        again = RunConfig.from_dict(stored | {"data_dir": config.data.data_dir, "resume": False}).to_dict()
+        assert config.differences(again) == [], record.path
+        assert None not in (config.training.epochs, config.training.batch_size, config.training.patience), record.path
 
 
 @pytest.mark.parametrize(
