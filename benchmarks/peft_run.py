@@ -97,7 +97,7 @@ def prepare(config: RunConfig) -> Peer:
     base = find_base_model(config)
     tokenizer = load_tokenizer(base)
     texts = load_texts(config.data, config.run.offline)
-    config = config.changed(**training_budget(config.training, len(texts.splits["train"].texts)))
+    config = config.changed(**training_budget(config.training, texts.splits["train"].labels, len(texts.label_names)))
     check_possible(config)  # again, because auto may have chosen a patience
     labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, config.training)
