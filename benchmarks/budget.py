@@ -1,8 +1,11 @@
-"""What the default learns from 100 and 250 texts: ``python -m benchmarks.few_texts --data_dir PATH``.
+"""What the automatic batch and epochs rest on, and what they give: ``python -m benchmarks.budget --data_dir PATH``.
 
-Reads the collected runs of ``studies/few_texts.toml``, five draws of texts for each set and size. For each draw it adds
-a baseline: logistic regression on the mean of the frozen model's token vectors, trained on the same texts. Prints a
-table, writes JSON and renews docs/accuracy.md.
+Two tables for docs/budget.md, from collected runs:
+
+* ``steps``: validation accuracy by training texts, batch and epochs (``studies/steps.toml``), from which the rule in
+  ``finetuning/training/budget.py`` was chosen.
+* ``few_texts``: test accuracy with 100 and 250 texts, five draws for each set (``studies/few_texts.toml``). For each
+  draw it adds a baseline: logistic regression on the mean of the frozen model's token vectors, with the same texts.
 """
 
 import statistics
@@ -23,16 +26,39 @@ from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.data.loading import load_texts
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, measured, renew_tables
 
 OUTPUT = harness.RESULTS / "few_texts.json"
+STEPS = ROOT / "results" / "steps"
 STUDY = ROOT / "studies" / "few_texts.toml"
-PAGE = ROOT / "docs" / "accuracy.md"
+PAGE = ROOT / "docs" / "budget.md"
 FROZEN = "frozen mean embedding + logistic regression"
 BATCH = 64  # texts
 
 
-def table(result: Record) -> str:
+def steps_table(folder: Path = STEPS) -> str:
+    """Markdown: a row for each method, number of texts, batch and number of epochs, a column for each data set, in %.
+
+    Args:
+        folder: the collected runs.
+    """
+    results = [record.result for record in read_records(folder)[0].values() if record.result["status"] == "finished"]
+    cells: dict[tuple[str, int, int, int], dict[str, Record]] = {}
+    for result in results:
+        config = result["config"]
+        place = (config["method"], config["limit_train"], config["batch_size"], config["epochs"])
+        cells.setdefault(place, {})[Path(config["data_dir"]).name] = result
+    sets = sorted({name for found in cells.values() for name in found})
+    rows = []
+    for (method, texts, batch, epochs), found in sorted(cells.items()):
+        steps = "; ".join(sorted({f"{result['train']['steps']:,}" for result in found.values()}))
+        scores = [f"{100 * found[name]['validation']['accuracy']:.2f}" if name in found else "" for name in sets]
+        rows.append((method, f"{texts:,}", str(batch), str(epochs), steps, *scores))
+    table = Table(("method", "training texts", "texts a batch", "epochs", "steps", *sets), rows)
+    return f"{table.markdown()}\n\n{measured(result['environment'] for result in results)}"
+
+
+def few_texts_table(result: Record) -> str:
     """Markdown: a row for each set and size, with the mean and standard deviation over the draws, in %."""
     kinds = list(dict.fromkeys(record["kind"] for record in result["measurements"]))
     places = dict.fromkeys((record["set"], record["texts"]) for record in result["measurements"])
@@ -92,7 +118,7 @@ def mean_vectors(texts: Sequence[Any], folder: Path, max_length: int) -> Any:
 
 def command(argv: Sequence[str] | None) -> int:
     """Makes the table. Returns the exit status."""
-    parser = harness.make_parser("What the default learns from few texts, next to a frozen embedding.")
+    parser = harness.make_parser("The tables of docs/budget.md: what the automatic batch and epochs rest on and give.")
     parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "results" / STUDY.stem, metavar="PATH", help="the collected runs"
@@ -100,7 +126,8 @@ def command(argv: Sequence[str] | None) -> int:
     options = parser.parse_args(argv)
     journal = harness.start_journal("few_texts", options, {"environments": []})
     measure(options.results, options.data_dir, journal)
-    harness.publish(journal, OUTPUT, table, "few_texts", partly=False, page=PAGE)
+    harness.publish(journal, OUTPUT, few_texts_table, "few_texts", partly=False, page=PAGE)
+    renew_tables(PAGE, {"steps": steps_table()})
     return 0
 
 
