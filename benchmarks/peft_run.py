@@ -231,7 +231,7 @@ def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
         "train": {"seconds": clock.seconds, "steps": trainer.state.global_step},
         "task": peer.task.record(),
         "validation": scores["validation"],
-        "test": test_record(scores["test"], len(test[0]), time.perf_counter() - tested),
+        "test": scores_record(scores["test"], len(test[0]), time.perf_counter() - tested),
         "memory": peak_memory(on_gpu=False),
         "seconds": time.perf_counter() - began,
         "process_seconds": process_seconds(),

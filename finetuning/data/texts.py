@@ -26,7 +26,8 @@ class LabelledTexts:
     """One split. ``rows`` gives the position of each text in its source, counted from 0.
 
     With ``--split official``, the source is the split's own file, or the train file for a split carved out of train.
-    With other splits, the source is train, validation and test one after another.
+    With other splits, the source is train, validation and test one after another. With ``--kfold``, a validation file
+    follows the train file.
     """
 
     texts: list[str]
@@ -38,6 +39,11 @@ class LabelledTexts:
         """Row -> its text, or the two texts of its pair."""
         columns = (self.texts,) if self.pairs is None else (self.texts, self.pairs)
         return dict(zip(self.rows.tolist(), zip(*columns, strict=True), strict=True))
+
+    def taken(self, positions: np.ndarray) -> "LabelledTexts":
+        """The texts at some positions."""
+        pairs = None if self.pairs is None else [self.pairs[i] for i in positions]
+        return LabelledTexts([self.texts[i] for i in positions], self.labels[positions], self.rows[positions], pairs)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,19 @@ class TrainRecord(TypedDict):
     tokens_per_second: float | None
 
 
+class FoldsRecord(TypedDict):
+    """The runs on the folds of ``--kfold``. The scores of all their predictions together are the run's ``validation``.
+
+    The interval of a mean is Nadeau's and Bengio's, see ``mean_interval``.
+    """
+
+    folds: list[dict[str, Any]]  # of each: ``epoch`` that it chose, validation scores, texts, seconds of its run
+    epochs: int  # that the final run trains: the median of those that the folds chose
+    mean: dict[str, float]  # of the folds' scores
+    mean_ci95: dict[str, tuple[float, float]]
+    seconds: float  # of all runs on folds
+
+
 @dataclass(frozen=True)
 class BuiltRecord:
     """What building the classifier tells."""
@@ -66,9 +79,10 @@ class TrainedRecord:
     """What the best checkpoint tells."""
 
     task: dict[str, Any]  # kind, class weights, threshold
-    validation: dict[str, Any]  # scores, texts, seconds of all validations
+    validation: dict[str, Any]  # scores, texts, seconds of all validations, the chosen ``epoch``
     advice: list[str]  # one sentence each
     files: dict[str, int] | None  # name -> bytes of what was saved
+    kfold: FoldsRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -164,8 +178,8 @@ def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> Trai
     }
 
 
-def test_record(scores: dict[str, float], examples: int, seconds: float) -> dict[str, Any]:
-    """The test scores, with the 95 % interval of the accuracy."""
+def scores_record(scores: dict[str, Any], examples: int, seconds: float) -> dict[str, Any]:
+    """The scores of texts that chose no checkpoint, with the 95 % interval of the accuracy."""
     interval = list(accuracy_interval(scores["accuracy"], examples))
     return scores | {"accuracy_ci95": interval, "examples": examples, "seconds": seconds}
 
