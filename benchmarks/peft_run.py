@@ -39,7 +39,7 @@ from finetuning.runs.measurements import (
     was_alone,
 )
 from finetuning.runs.messages import command_line
-from finetuning.runs.records import data_record, test_record
+from finetuning.runs.records import data_record, scores_record
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import MultiLabel, Task, make_task
 from local_dataset_utilities import load_texts, tokenize

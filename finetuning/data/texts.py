@@ -56,3 +56,11 @@ class TextData:
     leaks_dropped: int  # texts removed from train because they also appear in validation or test
     notes: list[str] = field(default_factory=list)  # one sentence for each change of the data
     columns: dict[str, str] = field(default_factory=dict)  # text_column and label_column, as given or found
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Split -> texts. If validation is all of train, as with ``--kfold``, it does not count."""
+        own = {
+            name: split for name, split in self.splits.items() if name == "train" or split is not self.splits["train"]
+        }
+        return {name: len(split.texts) for name, split in own.items()}

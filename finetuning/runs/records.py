@@ -146,8 +146,8 @@ def data_record(texts: Any, splits: Any) -> DataRecord:
         "source": texts.source,
         "columns": texts.columns,
         "label_names": texts.label_names,
-        "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
-        "tokens": {name: int(split.lengths.sum()) for name, split in splits.items()},
+        "sizes": texts.sizes,
+        "tokens": {name: int(split.lengths.sum()) for name, split in splits.items() if name in texts.sizes},
         "leaks_dropped": texts.leaks_dropped,
         "notes": texts.notes,
     }
