@@ -45,7 +45,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
         splits={
             name: LabelledTexts(
                 t.text.tolist(),
-                np.stack(t.labels.tolist()) if "labels" in t else t.label.to_numpy(np.int64),
+                np.stack(t.labels.tolist()) if "labels" in t else np.array(t.label, dtype=np.int64),
                 t.index.to_numpy(np.int64),
                 t.pair.tolist() if "pair" in t else None,
             )
