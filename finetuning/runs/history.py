@@ -74,7 +74,7 @@ def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor
     validated = [row for row in rows if row.get("validation_loss") is not None]
     metric = "accuracy" if monitor == "loss" else monitor
     figure, axes = plt.subplots(
-        2 if validated else 1, figsize=(7, 6 if validated else 4), sharex=True, squeeze=False,
+        2 if validated else 1, figsize=(7, 6), sharex=True, squeeze=False,
         height_ratios=(3, 2) if validated else None, layout="constrained", dpi=150,
     )  # fmt: skip
     above, below = axes[0, 0], axes[-1, 0]
