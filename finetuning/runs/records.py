@@ -55,6 +55,7 @@ class FoldsRecord(TypedDict):
 
     folds: list[dict[str, Any]]  # of each: ``epoch`` that it chose, validation scores, texts, seconds of its run
     epochs: int  # that the final run trains: the median of those that the folds chose
+    same_epoch: dict[str, Any] | None  # accuracy of all predictions after ``epochs`` in every fold, with its interval
     mean: dict[str, float]  # of the folds' scores
     mean_ci95: dict[str, tuple[float, float]]
     seconds: float  # of all runs on folds

@@ -17,8 +17,9 @@ from finetuning.runs.answers import joined
 from finetuning.runs.directory import fold_directories
 from finetuning.runs.files import SETTINGS, read_status
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
+from finetuning.runs.history import accuracy_by_epoch
 from finetuning.runs.messages import accuracy_line, scores_line
-from finetuning.runs.records import SCORES, FoldsRecord, scores_record
+from finetuning.runs.records import SCORES, FoldsRecord, accuracy_interval, scores_record
 from finetuning.runs.scores import mean_interval
 from finetuning.steps.claim import Claim
 from finetuning.steps.inputs import Inputs
@@ -59,10 +60,14 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
         begin = f"fold {len(runs)}/{count}"
         say(f"{begin:<11} {scores_line(scores, training.monitor)}   epoch {scores['epoch']}   {seconds:.1f} s")
     folds = _joined(inputs, runs)
-    scores = scores_record(folds.scores, len(folds.predictions[0]), folds.record["seconds"])
+    record, scores = folds.record, scores_record(folds.scores, len(folds.predictions[0]), folds.record["seconds"])
     say(f"{'out of fold':<11} {scores_line(scores, training.monitor)}\n{accuracy_line('out-of-fold', scores)}")
-    chosen = ", ".join(str(fold["epoch"]) for fold in folds.record["folds"])
-    say(f"{'all texts':<11} {folds.record['epochs']} of {training.epochs} epochs, the median of the folds' {chosen}\n")
+    if (same := record["same_epoch"]) is not None:
+        low, high = same["accuracy_ci95"]
+        every = f"after {record['epochs']} epochs in every fold"
+        say(f"{'':<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%}")
+    chosen = ", ".join(str(fold["epoch"]) for fold in record["folds"])
+    say(f"{'all texts':<11} {record['epochs']} of {training.epochs} epochs, the median of the folds' {chosen}\n")
     return folds
 
 
@@ -82,24 +87,41 @@ def _finished(directory: Path, fold: Inputs, carry_out: Callable[[Path, Inputs],
 
 
 def _joined(inputs: Inputs, runs: list[FinishedRun]) -> Folds:
-    """The predictions of all folds in the order of their rows, the scores, and the number of epochs."""
+    """The predictions of all folds in the order of their rows, and their scores."""
     answers = joined([read_own_answers(run)["validation"] for run in runs])
     pool, order = inputs.splits["train"], np.argsort(answers.rows)
     answers, labels = answers.taken(order), pool.labels[np.argsort(pool.rows)]
     logits = answers.logits.astype(np.float32)
     inputs.task.tune(labels, logits)
     scores = all_scores(inputs.task, labels, logits, float(answers.losses.mean()))
+    return Folds(_record(runs), (answers.rows, labels, logits), scores)
+
+
+def _record(runs: list[FinishedRun]) -> FoldsRecord:
+    """Each fold's scores, their means, and the number of epochs."""
     folds = [
         {name: score for name, score in run.result["validation"].items() if name in (*SCORES, "epoch", "examples")}
         | {"seconds": run.result["seconds"]}
         for run in runs
     ]
     columns = {name: [fold[name] for fold in folds] for name in SCORES if all(name in fold for fold in folds)}
-    record = FoldsRecord(
+    epochs = statistics.median_high(fold["epoch"] for fold in folds)
+    return FoldsRecord(
         folds=folds,
-        epochs=statistics.median_high(fold["epoch"] for fold in folds),
+        epochs=epochs,
+        same_epoch=_same_epoch(runs, epochs),
         mean={name: statistics.fmean(values) for name, values in columns.items()},
         mean_ci95={name: mean_interval(values, *RANGES.get(name, (0.0, 1.0))) for name, values in columns.items()},
         seconds=sum(fold["seconds"] for fold in folds),
     )
-    return Folds(record, (answers.rows, labels, logits), scores)
+
+
+def _same_epoch(runs: list[FinishedRun], epochs: int) -> dict[str, Any] | None:
+    """The accuracy of all folds' predictions after this epoch; ``None`` if a fold has stopped before it."""
+    histories = [accuracy_by_epoch(run.directory) for run in runs]
+    if not all(epochs in history for history in histories):
+        return None
+    texts = [run.result["validation"]["examples"] for run in runs]
+    right = sum(history[epochs] * count for history, count in zip(histories, texts, strict=True))
+    accuracy = right / sum(texts)
+    return {"accuracy": accuracy, "accuracy_ci95": list(accuracy_interval(accuracy, sum(texts)))}

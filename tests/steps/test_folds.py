@@ -94,6 +94,10 @@ def test_a_run_leaves_its_folds_and_a_classifier_of_all_texts(finished: Callable
         values = [fold["validation"][name] for fold in folds]
         assert [fold[name] for fold in result["kfold"]["folds"]] == values
         assert result["kfold"]["mean"][name] == pytest.approx(np.mean(values))
+    histories = [pd.read_csv(output / "folds" / name / "metrics.csv").query(f"epoch == {epochs}") for name in "12"]
+    accuracies = [history["validation_accuracy"].dropna().item() for history in histories]
+    assert result["kfold"]["same_epoch"]["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert result["kfold"]["same_epoch"]["accuracy_ci95"][0] < np.mean(accuracies)
     assert result["kfold"]["seconds"] == pytest.approx(sum(fold["seconds"] for fold in folds))
 
 
@@ -141,7 +145,8 @@ def test_the_command_prints_a_line_for_each_fold(
         "            95 % interval of the",
     )
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=False))
-    assert lines[5] == "all texts   1 of 1 epochs, the median of the folds' 1, 1"
+    assert lines[5].startswith("            after 1 epochs in every fold: ")
+    assert lines[6] == "all texts   1 of 1 epochs, the median of the folds' 1, 1"
     assert sum(line.startswith("data ") for line in lines) == 1
     assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2
     assert "has predicted no held-out text" in capsys.readouterr().err
