@@ -60,7 +60,8 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
         begin = f"fold {len(runs)}/{count}"
         say(f"{begin:<11} {scores_line(scores, training.monitor)}   epoch {scores['epoch']}   {seconds:.1f} s")
     folds = _joined(inputs, runs)
-    record, scores = folds.record, scores_record(folds.scores, len(folds.predictions[0]), folds.record["seconds"])
+    record, (rows, labels, logits) = folds.record, folds.predictions
+    scores = scores_record(folds.scores | inputs.task.details(labels, logits), len(rows), record["seconds"])
     say(f"{'out of fold':<11} {scores_line(scores, training.monitor)}\n{accuracy_line('out-of-fold', scores)}")
     if (same := record["same_epoch"]) is not None:
         low, high = same["accuracy_ci95"]

@@ -62,8 +62,8 @@ def finished(
     return run
 
 
-def predictions(directory: Path, split: str) -> dict[int, tuple[int, list[float]]]:
-    """Row -> label and logits."""
+def predictions(directory: Path, split: str) -> dict[int, tuple[Any, list[float]]]:
+    """Row -> label or labels, and logits."""
     table = pq.read_table(directory / PREDICTIONS)
     part = table.filter(np.array(table["split"].to_pylist()) == split).to_pydict()
     found = dict(zip(part["row"], zip(part["label"], part["logits"], strict=True), strict=True))
@@ -150,6 +150,27 @@ def test_the_command_prints_a_line_for_each_fold(
     assert sum(line.startswith("data ") for line in lines) == 1
     assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2
     assert "has predicted no held-out text" in capsys.readouterr().err
+
+
+def test_a_multi_label_run_tunes_its_threshold_on_the_predictions_out_of_fold(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "test"):
+        write_reviews(tmp_path / f"{name}.csv", 24, seed=len(name))
+        table = pd.read_csv(tmp_path / f"{name}.csv")
+        table["label"] = ["film;" * (i % 3 > 0) + label for i, label in enumerate(table["label"])]
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    more = ("--label_separator", ";", "--threshold", "tuned", "--monitor", "micro_f1", "--report", "False")
+    assert main(words(tiny_folders["distilbert"], tmp_path, tmp_path / "run", *more, "--epochs", "2")) == 0
+    result = read_result(tmp_path / "run")
+    truth, logits = (np.zeros((24, 3), dtype=bool), np.zeros((24, 3)))
+    for row, (labels, found) in predictions(tmp_path / "run", "validation").items():
+        truth[row, labels], logits[row] = True, found
+    given = 1 / (1 + np.exp(-logits)) > result["task"]["threshold"]
+    f1 = 2 * (truth & given).sum() / (truth.sum() + given.sum())
+    assert result["validation"]["micro_f1"] == pytest.approx(f1)
+    assert result["validation"]["exact_match"] == pytest.approx((truth == given).all(1).mean())
+    assert "95 % interval of the out-of-fold exact match" in capsys.readouterr().out
 
 
 # --- interruptions
