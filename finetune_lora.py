@@ -1,7 +1,7 @@
 """Fine-tunes a text classifier: ``python finetune_lora.py FLAGS``, see ``--help`` or README.md.
 
-``run`` is the story of a run. Its steps are in ``finetuning/steps/``, which is loaded once the flags are good and the
-model's folder and the texts have been found, because torch takes seconds to load.
+``run`` and ``carry_out`` are the story of a run. Its steps are in ``finetuning/steps/``, which is loaded once the flags
+are good and the model's folder and the texts have been found, because torch takes seconds to load.
 
 Exit status: 0 finished, 1 failed, 2 input refused, 130 interrupted.
 """
