@@ -1,14 +1,15 @@
 """Fine-tunes a text classifier: ``python finetune_lora.py FLAGS``, see ``--help`` or README.md.
 
-``run`` is the story of a run. Its steps are in ``finetuning/steps/``, which is loaded once the flags are good and the
-model's folder and the texts have been found, because torch takes seconds to load.
+``run`` and ``carry_out`` are the story of a run. Its steps are in ``finetuning/steps/``, which is loaded once the flags
+are good and the model's folder and the texts have been found, because torch takes seconds to load.
 
 Exit status: 0 finished, 1 failed, 2 input refused, 130 interrupted.
 """
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from finetuning.caches import cache_table, clear_caches
 from finetuning.config import RunConfig, resumed_config
@@ -20,6 +21,9 @@ from finetuning.runs.directory import run_directory, settings_to_run
 from finetuning.runs.files import REPORT, read_settings
 from finetuning.runs.recording import recorded
 from finetuning.settings import check_data_dir
+
+if TYPE_CHECKING:
+    from finetuning.steps.inputs import Inputs
 
 DESCRIPTION = "Fine-tune a text classifier, an encoder or a decoder: LoRA, QLoRA, the last layers or all weights."
 EXIT_STATUS = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -54,7 +58,7 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     if instead.cache_info or instead.cache_clear:
         print(clear_caches() if instead.cache_clear else cache_table())
         return 0
-    instead.check(config.hardware, config.run)
+    instead.check(config.data, config.hardware, config.run)
     check_data_dir(config.data.data_dir)
     config.run.check_trackers()
     limit_libraries()
@@ -74,12 +78,12 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Does one run: inputs, claim of the directory, classifier, training, evaluation. Returns what ``result.json`` got.
+    """Does one run, from its flags to ``result.json``. Returns what that got.
 
     Raises:
         UserError: input is refused, and nothing was written.
     """
-    directory = run_directory(config.run, config.data.dataset, config.name)
+    directory = run_directory(config.run, config.data, config.name)
 
     from finetuning.materials import find_materials  # loads pandas, but no torch
 
@@ -88,15 +92,26 @@ def run(config: RunConfig) -> dict[str, Any]:
     with fast_imports():
         from finetuning import steps  # loads torch
 
-    inputs = steps.read_inputs(config, materials)
+    return carry_out(directory, steps.read_inputs(config, materials))
+
+
+def carry_out(directory: Path, inputs: "Inputs") -> dict[str, Any]:
+    """Does a run whose inputs are known: claim of the directory, classifier, training, evaluation.
+
+    Raises:
+        UserError: the directory is refused, and nothing was written.
+    """
+    from finetuning import steps
+
     claim = steps.claim_directory(directory, inputs)
     trackers = steps.trackers_of(claim)
     with claim.lock:
         with recorded(directory, claim.config.to_dict()) as record:
+            folds = steps.cross_validate(claim, inputs, carry_out)
             classifier, record.built = steps.build_model(claim, inputs)
             with steps.watched(claim, inputs.hardware.on_gpu, trackers) as watch:
                 record.cost = watch.cost
-                training = steps.prepare_training(claim, inputs, classifier, record.built.kernels, watch)
+                training = steps.prepare_training(claim, inputs, classifier, record.built.kernels, watch, folds)
                 record.data, record.train = training.data, training.measured
                 record.trained = steps.train(training)
                 record.test = steps.evaluate(training)

@@ -39,7 +39,7 @@ from finetuning.runs.measurements import (
     was_alone,
 )
 from finetuning.runs.messages import command_line
-from finetuning.runs.records import data_record, test_record
+from finetuning.runs.records import data_record, scores_record
 from finetuning.training.budget import training_budget
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import MultiLabel, Task, make_task
@@ -243,7 +243,7 @@ def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
         "train": {"seconds": clock.seconds, "steps": trainer.state.global_step},
         "task": peer.task.record(),
         "validation": scores["validation"],
-        "test": test_record(scores["test"], len(test[0]), time.perf_counter() - tested),
+        "test": scores_record(scores["test"], len(test[0]), time.perf_counter() - tested),
         "memory": peak_memory(on_gpu=False),
         "seconds": time.perf_counter() - began,
         "process_seconds": process_seconds(),

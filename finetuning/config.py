@@ -134,7 +134,8 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
     Args:
         stored: the settings that the run stored.
         given: the flags of this command. Only flags in ``MAY_CHANGE`` may differ from the run. ``--epochs`` may grow
-            if the learning rate is constant, because earlier epochs then do not depend on it.
+            if the learning rate is constant, because earlier epochs then do not depend on it. With ``--kfold`` it may
+            not, because finished folds do not train on.
 
     Raises:
         UserError: a flag contradicts the run, or the stored settings cannot be used.
@@ -149,7 +150,7 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
         before, now = values[name], str(value) if isinstance(value, Path) else value
         if (name, now) == ("precision", "fast"):  # the run stored what it meant
             continue
-        more_epochs = name == "epochs" and level and now > before
+        more_epochs = name == "epochs" and level and run.data.kfold is None and now > before
         elsewhere = name in MAY_CHANGE and (name != "init_adapter" or None not in (before, now))
         if now != before and not elsewhere and not more_epochs:
             raise UserError(

@@ -1,6 +1,7 @@
 """The ways a command ends early, and how any error becomes one line."""
 
 import errno
+import io
 import os
 import sys
 import textwrap
@@ -23,6 +24,13 @@ class OneLine(Exception):
     def __init__(self, message: str) -> None:
         seen = (c.encode("unicode_escape").decode() if unicodedata.category(c) in UNSEEN else c for c in message)
         super().__init__("".join(seen))
+
+
+class Unheard(io.TextIOBase):
+    """Standard output of a run that is part of another one. What it says goes nowhere, its warnings are printed."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 class UserError(OneLine):
@@ -138,8 +146,10 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
     Args:
         text: for a person.
-        stream: where to; standard output if ``None``.
+        stream: where to; standard output if ``None``. Nowhere, if standard output is ``Unheard``.
     """
+    if isinstance(sys.stdout, Unheard):
+        return
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:

@@ -37,6 +37,7 @@ from finetuning.settings import FLAGS
 
 TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
 KEYS_OF_A_ROW = ("name", "axes", "tune", "reported")  # what a row may hold besides flags
+ALONE = ("kfold", "fold")  # a study compares runs that have one validation split
 MANAGED = ("output_dir", "resume", "overwrite", "prefetch", "verbose")  # the study sets these itself
 NOT_SHOWN = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # they depend on the machine
 RATE = "learning_rate"
@@ -209,6 +210,8 @@ def _settings_and_axes(
                 raise UserError(f"{place}{key}: finetune_lora.py has no flag of this name")
             if key in MANAGED:
                 raise UserError(f"{place}{key}: not allowed, the study sets it itself")
+            if key in ALONE:
+                raise UserError(f"{place}{key}: not allowed, the runs of a study have a validation split")
     for key, values in axes.items():
         if not isinstance(values, list) or not values or len({str(value) for value in values}) < len(values):
             raise UserError(f"{where}axes: {key}: must be a list of different values, at least one")

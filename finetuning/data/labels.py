@@ -56,7 +56,7 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     given = np.zeros((len(lists), len(names)), dtype=np.int8)
     rows = np.repeat(np.arange(len(lists)), lists.map(len))
     given[rows, [known[value] for value in values]] = 1
-    strata = pd.Series(_rarest(given), lists.index)
+    strata = pd.Series(rarest_labels(given), lists.index)
     labels = pd.Series(list(given), lists.index)
     tables = {
         split: table.assign(label=strata[split].to_numpy(), labels=labels[split].array)
@@ -68,7 +68,7 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
 def unseen_labels(splits: dict[str, pd.DataFrame], names: list[str]) -> list[str]:
     """A warning about labels that no training text has but others have; empty without such labels."""
     counts = {split: np.sum(table.labels.tolist(), axis=0) for split, table in splits.items()}
-    missing = (counts["train"] == 0) & (counts["validation"] + counts["test"] > 0)
+    missing = (counts["train"] == 0) & (sum(counts.values()) > 0)
     found = [name for name, is_missing in zip(names, missing, strict=True) if is_missing]
     return [f"warning: no training text has the label {', '.join(found)}, but other texts have it"] if found else []
 
@@ -98,7 +98,7 @@ def _are_zeros_and_ones(lists: pd.Series) -> bool:
     return alike and any(len(set(row)) < len(row) for row in lists)
 
 
-def _rarest(given: np.ndarray) -> np.ndarray:
+def rarest_labels(given: np.ndarray) -> np.ndarray:
     """The number of each text's rarest label, (n, names) -> (n,); the number of names without a label."""
     none = given.sum(1) == 0
     counts = np.where(given == 1, given.sum(0), len(given) + 1)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from finetuning.data.folds import pool_validation, with_folds
 from finetuning.data.labels import STRATIFIED, unseen_labels
 from finetuning.data.sources import read_source
 from finetuning.data.splits import drop_leaks, encode_labels, keep_test_unseen, limited, split_source
@@ -32,9 +33,10 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     data = dataclasses.replace(data, **source.found)
     names, source = encode_labels(source, data)
     splits, how = split_source(source, names, data)
-    leaks_dropped = drop_leaks(splits, names)
     given = "validation" in source.tables and data.split in (None, "official")
-    notes = [*keep_test_unseen(splits, given), *source.notes]
+    notes = [] if data.kfold is None else pool_validation(splits, given)
+    leaks_dropped = drop_leaks(splits, names)
+    notes += [*keep_test_unseen(splits, given), *source.notes]
     if "labels" in splits["train"]:
         notes += [STRATIFIED, *unseen_labels(splits, names)]
     texts = TextData(
@@ -43,7 +45,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
         splits={
             name: LabelledTexts(
                 t.text.tolist(),
-                np.stack(t.labels.tolist()) if "labels" in t else t.label.to_numpy(np.int64),
+                np.stack(t.labels.tolist()) if "labels" in t else np.array(t.label, dtype=np.int64),
                 t.index.to_numpy(np.int64),
                 t.pair.tolist() if "pair" in t else None,
             )
@@ -55,7 +57,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     )
     del source, splits
     pa.default_memory_pool().release_unused()  # otherwise it keeps several times the size of the texts
-    return texts
+    return texts if data.kfold is None else with_folds(texts, data)
 
 
 def prefetch_texts(data: DataSettings) -> None:

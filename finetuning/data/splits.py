@@ -136,12 +136,12 @@ def _content(table: pd.DataFrame) -> pd.Series:
 
 
 def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
-    """Removes from train, in ``splits``, the texts that also appear in validation or test. Returns their number.
+    """Removes from train, in ``splits``, the texts that also appear in another split. Returns their number.
 
     Raises:
         UserError: a label of validation or test does not appear in train.
     """
-    held_out = pd.concat([splits["validation"], splits["test"]])
+    held_out = pd.concat([table for name, table in splits.items() if name != "train"])
     leaks = _content(splits["train"]).isin(_content(held_out))
     splits["train"] = splits["train"][~leaks]
     if "labels" in held_out:  # multi-label: unseen_labels warns
@@ -162,7 +162,7 @@ def keep_test_unseen(splits: dict[str, pd.DataFrame], given: bool) -> list[str]:
     Validation chooses the checkpoint and the learning rate, so it must not see the test split.
 
     Args:
-        splits: train, validation and test; validation is replaced.
+        splits: train, validation and test; validation is replaced. With ``--kfold`` there is none yet.
         given: whether validation was a file of its own. It is then kept whole, and only the note warns.
 
     Returns:
@@ -171,6 +171,8 @@ def keep_test_unseen(splits: dict[str, pd.DataFrame], given: bool) -> list[str]:
     Raises:
         UserError: all texts of validation appear in test.
     """
+    if "validation" not in splits:
+        return []
     seen = _content(splits["validation"]).isin(_content(splits["test"]))
     if not seen.any():
         return []

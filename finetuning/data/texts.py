@@ -26,7 +26,8 @@ class LabelledTexts:
     """One split. ``rows`` gives the position of each text in its source, counted from 0.
 
     With ``--split official``, the source is the split's own file, or the train file for a split carved out of train.
-    With other splits, the source is train, validation and test one after another.
+    With other splits, the source is train, validation and test one after another. With ``--kfold``, a validation file
+    follows the train file.
     """
 
     texts: list[str]
@@ -39,6 +40,11 @@ class LabelledTexts:
         columns = (self.texts,) if self.pairs is None else (self.texts, self.pairs)
         return dict(zip(self.rows.tolist(), zip(*columns, strict=True), strict=True))
 
+    def taken(self, positions: np.ndarray) -> "LabelledTexts":
+        """The texts at some positions."""
+        pairs = None if self.pairs is None else [self.pairs[i] for i in positions]
+        return LabelledTexts([self.texts[i] for i in positions], self.labels[positions], self.rows[positions], pairs)
+
 
 @dataclass(frozen=True)
 class TextData:
@@ -50,3 +56,11 @@ class TextData:
     leaks_dropped: int  # texts removed from train because they also appear in validation or test
     notes: list[str] = field(default_factory=list)  # one sentence for each change of the data
     columns: dict[str, str] = field(default_factory=dict)  # text_column and label_column, as given or found
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Split -> texts. If validation is all of train, as with ``--kfold``, it does not count."""
+        own = {
+            name: split for name, split in self.splits.items() if name == "train" or split is not self.splits["train"]
+        }
+        return {name: len(split.texts) for name, split in own.items()}

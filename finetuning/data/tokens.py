@@ -53,6 +53,12 @@ class TokenizedSplit:
         """A view of sequence ``i``, (length,) int32."""
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
+    def taken(self, positions: np.ndarray) -> "TokenizedSplit":
+        """The sequences at some positions."""
+        tokens, offsets = _joined([self.sequence(i) for i in positions])
+        begins = None if self.second_positions is None else self.second_positions[positions]
+        return TokenizedSplit(tokens, offsets, self.labels[positions], self.rows[positions], begins)
+
 
 def _tokens_key(texts: list[str], tokenizer: Any, data: DataSettings, pairs: list[str] | None) -> str:
     """A hash of everything that the tokens depend on."""

@@ -13,6 +13,7 @@ from finetuning.errors import UserError, first_line
 from finetuning.processes import in_slurm_step, is_helper, shared_directory, slurm_job, was_requeued
 from finetuning.runs.checkpoints import discard_damaged, forget_unneeded, has_checkpoint, usable_checkpoint
 from finetuning.runs.files import (
+    FOLDS,
     RESULT,
     RUN_FILES,
     SETTINGS,
@@ -24,8 +25,8 @@ from finetuning.runs.files import (
     read_status,
     write_settings,
 )
-from finetuning.runs.lock import DirectoryLock, holder, in_use
-from finetuning.settings import AUTO, RunSettings
+from finetuning.runs.lock import LOCK, DirectoryLock, holder, in_use
+from finetuning.settings import AUTO, DataSettings, RunSettings
 from finetuning.storage import TEMPORARY, cannot_be_written_in, remove
 
 PARTS = {"base_model": "--model_name", "data": "--data_dir", "adapter": "--init_adapter"}  # of a run's origin
@@ -43,20 +44,28 @@ def default_directory(dataset: str, method: str) -> Path:
     return Path("runs") / f"{name}-{method}-{moment}"
 
 
-def run_directory(run: RunSettings, dataset: str, method: str) -> Path:
-    """The directory of a run, in which it can start. Writes nothing.
+def run_directory(run: RunSettings, data: DataSettings, method: str) -> Path:
+    """The directory of a run, in which it can start, and its folds as well. Writes nothing.
 
     Args:
         run: ``output_dir``, ``resume`` and ``overwrite``.
-        dataset, method: they name the directory if ``output_dir`` is not given.
+        data: ``dataset`` names the directory if ``output_dir`` is not given; the run may have folds.
+        method: it names the directory as well.
 
     Raises:
         UserError: as in ``check_directory`` and ``shared_directory``.
     """
-    directory = run.output_dir or shared_directory() or default_directory(dataset, method)
+    directory = run.output_dir or shared_directory() or default_directory(data.dataset, method)
     if not is_helper():
-        check_directory(directory, run.resume, run.overwrite)
+        for place in (directory, *fold_directories(directory, data)):
+            check_directory(place, run.resume, run.overwrite)
     return directory
+
+
+def fold_directories(directory: Path, data: DataSettings) -> list[Path]:
+    """The directories of the runs on the folds of ``--kfold``; none for other runs."""
+    count = data.kfold if data.cross_validates else None
+    return [directory / FOLDS / str(number) for number in range(1, (count or 0) + 1)]
 
 
 def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
@@ -177,12 +186,20 @@ def _stored_settings(directory: Path) -> dict[str, Any]:
 
 
 def checkpoint_to_resume(directory: Path) -> Path | None:
-    """The checkpoint with which a run continues; ``None``, and a line that says so, if it has to start over."""
+    """The checkpoint with which a run continues; ``None``, and a line that says so, if it has to start over.
+
+    A run that has only begun its folds has no checkpoint yet, but does not start over.
+    """
     checkpoint = usable_checkpoint(directory)
-    if checkpoint is None and not is_helper():
+    if checkpoint is None and not is_helper() and (has_checkpoint(directory) or not begun_folds(directory)):
         kind = "no intact checkpoint" if has_checkpoint(directory) else "no checkpoint yet"
         print(f"{directory} has {kind}: starting over", flush=True)
     return checkpoint
+
+
+def begun_folds(directory: Path) -> list[Path]:
+    """The directories of the folds that a run with ``--kfold`` has begun."""
+    return [fold for fold in sorted((directory / FOLDS).glob("*/")) if _holds_run(fold)]
 
 
 def claimed_directory(
@@ -216,10 +233,12 @@ def claimed_directory(
                 print(f"{lock.killed} {KILLED}", flush=True)
             origin = origin | {"command": read_origin(directory)["command"]}
             checkpoint = checkpoint_to_resume(directory)
-        if checkpoint is not None:
-            origin = _same_origin(directory, settings, origin)
-        elif resume:
-            settings = settings | START_OVER
+            if checkpoint is not None or begun_folds(directory):
+                origin = _same_origin(directory, settings, origin)
+            if checkpoint is None:
+                settings = settings | START_OVER
+        elif settings["overwrite"]:
+            remove_folds(directory)
         open_directory(directory, settings, origin)
     except BaseException:
         lock.release()
@@ -297,7 +316,29 @@ def open_directory(directory: Path, settings: dict[str, Any], origin: dict[str, 
                     remove(directory / name)
         write_settings(directory, settings, origin)
     except OSError as error:
-        raise UserError(f"--output_dir {directory}: cannot be written: {first_line(error, name_file=True)}") from None
+        raise _cannot_be_written(directory, error) from None
+
+
+def remove_folds(directory: Path) -> None:
+    """Removes the folds of an earlier run. Hold the directory's lock.
+
+    Raises:
+        UserError: they cannot be removed.
+    """
+    try:
+        for fold in begun_folds(directory):
+            for path in (*(fold / name for name in (*RUN_FILES, LOCK)), *fold.glob(TEMPORARY)):
+                remove(path)
+            with suppress(OSError):  # other files in it stay
+                fold.rmdir()
+        with suppress(OSError):
+            (directory / FOLDS).rmdir()
+    except OSError as error:
+        raise _cannot_be_written(directory, error) from None
+
+
+def _cannot_be_written(directory: Path, error: OSError) -> UserError:
+    return UserError(f"--output_dir {directory}: cannot be written: {first_line(error, name_file=True)}")
 
 
 def _refuse_another(directory: Path) -> None:

@@ -62,16 +62,26 @@ def read_finished(directory: Path) -> FinishedRun:
 
 
 def read_own_answers(run: FinishedRun) -> dict[str, Answers]:
-    """What the run answered for its held-out texts: split -> answers.
+    """What the run's classifier answered for its held-out texts: split -> answers.
+
+    With ``--kfold``, the classifiers of the folds gave the answers of validation, so they are left out.
 
     Raises:
-        UserError: ``predictions.parquet`` is missing, damaged or changed.
+        UserError: ``predictions.parquet`` is missing, damaged or changed, or has no answers of the classifier.
     """
     import pyarrow as pa
 
     check_unchanged(run.directory / PREDICTIONS)
     try:
-        return read_answers(run.directory, run.threshold)
+        answers = read_answers(run.directory, run.threshold)
     except (OSError, ValueError, LookupError, pa.ArrowException) as error:
         path = run.directory / PREDICTIONS
         raise UserError(f"{path} cannot be read: {first_line(error)}: restore it, or train again") from None
+    if "kfold" not in run.result:
+        return answers
+    if "test" not in answers:
+        raise UserError(
+            f"{run.directory}: the classifier that --kfold trained on all texts has predicted no held-out text: train"
+            f" without --test False"
+        )
+    return {"test": answers["test"]}

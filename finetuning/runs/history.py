@@ -60,8 +60,22 @@ def write_metrics(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(directory / METRICS, write)
 
 
+def accuracy_by_epoch(directory: Path) -> dict[int, float]:
+    """Epoch -> validation accuracy after it, from ``metrics.csv``.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with (directory / METRICS).open(newline="", encoding="utf8") as file:
+        rows = [row for row in csv.DictReader(file) if row["validation_accuracy"]]
+    return {int(row["epoch"]): float(row["validation_accuracy"]) for row in rows}
+
+
 def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor: str, title: str) -> None:
-    """Plots training and validation loss over the steps and, below them, the monitored metric with its best point."""
+    """Plots training and validation loss over the steps and, below them, the monitored metric with its best point.
+
+    A run without validation, the last one of ``--kfold``, only has a training loss.
+    """
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -70,32 +84,35 @@ def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor
     training = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss") is not None]
     validated = [row for row in rows if row.get("validation_loss") is not None]
     metric = "accuracy" if monitor == "loss" else monitor
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 2), layout="constrained", dpi=150
-    )
+    figure, axes = plt.subplots(
+        2 if validated else 1, figsize=(7, 6), sharex=True, squeeze=False,
+        height_ratios=(3, 2) if validated else None, layout="constrained", dpi=150,
+    )  # fmt: skip
+    above, below = axes[0, 0], axes[-1, 0]
     steps, losses = [s for s, _ in training], [loss for _, loss in training]
     above.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss")
     if len(losses) >= 20:
         width = max(len(losses) // 20, 3)
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         above.plot(steps[width - 1 :], smooth, color="#2171b5", linewidth=2, label=f"mean of {width} points")
-    at = [row["step"] for row in validated]
-    above.plot(at, [row["validation_loss"] for row in validated], "o-", color="#d94801", label="validation loss")
-    above.set(ylabel="cross-entropy, nats", ylim=(0, None))
-    above.set_title(title, parse_math=False)  # a folder's name may contain $
-    above.legend(frameon=False)
-    values = [100 * row[f"validation_{metric}"] for row in validated]
-    below.plot(at, values, "o-", color="#d94801")
-    if values:
+    if validated:
+        at = [row["step"] for row in validated]
+        above.plot(at, [row["validation_loss"] for row in validated], "o-", color="#d94801", label="validation loss")
+        values = [100 * row[f"validation_{metric}"] for row in validated]
+        below.plot(at, values, "o-", color="#d94801")
         best = int(np.argmax(values))
         below.annotate(
             f"{values[best]:.2f} %", (at[best], values[best]), xytext=(-6, 6), textcoords="offset points", ha="right"
         )
-    below.set(xlabel="step", ylabel=f"validation {metric.replace('_', '-')}, %")
-    below.margins(y=0.25)
-    below.set_ylim(top=min(below.get_ylim()[1], 101))
+        below.set(ylabel=f"validation {metric.replace('_', '-')}, %")
+        below.margins(y=0.25)
+        below.set_ylim(top=min(below.get_ylim()[1], 101))
+    above.set(ylabel="cross-entropy, nats", ylim=(0, None))
+    above.set_title(title, parse_math=False)  # a folder's name may contain $
+    above.legend(frameon=False)
+    below.set(xlabel="step")
     below.xaxis.get_major_locator().set_params(integer=True)
-    for axis in (above, below):
+    for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     write_atomically(directory / CURVE, lambda temporary: figure.savefig(temporary))

@@ -58,11 +58,11 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
     monitor = result["config"]["monitor"]
+    if "kfold" in result:  # printed before training
+        del shown["validation"]
     lines = [f"{split:<11} {scores_line(scores, monitor)}" for split, scores in shown.items()]
     if "test" in result:
-        low, high = result["test"]["accuracy_ci95"]
-        name = "exact match" if "exact_match" in result["test"] else "accuracy"
-        lines.append(f"{'':<11} 95 % interval of the test {name}: {low:.2%} to {high:.2%}")
+        lines.append(accuracy_line("test", result["test"]))
     if result["task"].get("threshold_tuned"):
         lines.append(f"{'threshold':<11} {result['task']['threshold']:g}, tuned on validation")
     lines += [
@@ -84,6 +84,13 @@ def scores_line(scores: dict[str, Any], monitor: str) -> str:
     shown = score_names(multi_label)
     parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
     return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
+
+
+def accuracy_line(split: str, scores: dict[str, Any]) -> str:
+    """The interval of the accuracy of a split."""
+    low, high = scores["accuracy_ci95"]
+    name = "exact match" if "exact_match" in scores else "accuracy"
+    return f"{'':<11} 95 % interval of the {split} {name}: {low:.2%} to {high:.2%}"
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -47,6 +47,20 @@ class TrainRecord(TypedDict):
     tokens_per_second: float | None
 
 
+class FoldsRecord(TypedDict):
+    """The runs on the folds of ``--kfold``. The scores of all their predictions together are the run's ``validation``.
+
+    The interval of a mean is Nadeau's and Bengio's, see ``mean_interval``.
+    """
+
+    folds: list[dict[str, Any]]  # of each: ``epoch`` that it chose, validation scores, texts, seconds of its run
+    epochs: int  # that the final run trains: the median of those that the folds chose
+    same_epoch: dict[str, Any] | None  # accuracy of all predictions after ``epochs`` in every fold, with its interval
+    mean: dict[str, float]  # of the folds' scores
+    mean_ci95: dict[str, tuple[float, float]]
+    seconds: float  # of all runs on folds
+
+
 @dataclass(frozen=True)
 class BuiltRecord:
     """What building the classifier tells."""
@@ -66,9 +80,10 @@ class TrainedRecord:
     """What the best checkpoint tells."""
 
     task: dict[str, Any]  # kind, class weights, threshold
-    validation: dict[str, Any]  # scores, texts, seconds of all validations
+    validation: dict[str, Any]  # scores, texts, seconds of all validations, the chosen ``epoch``
     advice: list[str]  # one sentence each
     files: dict[str, int] | None  # name -> bytes of what was saved
+    kfold: FoldsRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -132,8 +147,8 @@ def data_record(texts: Any, splits: Any) -> DataRecord:
         "source": texts.source,
         "columns": texts.columns,
         "label_names": texts.label_names,
-        "sizes": {name: len(split.texts) for name, split in texts.splits.items()},
-        "tokens": {name: int(split.lengths.sum()) for name, split in splits.items()},
+        "sizes": texts.sizes,
+        "tokens": {name: int(split.lengths.sum()) for name, split in splits.items() if name in texts.sizes},
         "leaks_dropped": texts.leaks_dropped,
         "notes": texts.notes,
     }
@@ -164,8 +179,8 @@ def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> Trai
     }
 
 
-def test_record(scores: dict[str, float], examples: int, seconds: float) -> dict[str, Any]:
-    """The test scores, with the 95 % interval of the accuracy."""
+def scores_record(scores: dict[str, Any], examples: int, seconds: float) -> dict[str, Any]:
+    """The scores of texts that chose no checkpoint, with the 95 % interval of the accuracy."""
     interval = list(accuracy_interval(scores["accuracy"], examples))
     return scores | {"accuracy_ci95": interval, "examples": examples, "seconds": seconds}
 

@@ -1,5 +1,8 @@
 """Scores of a run's answers, with bootstrap intervals over texts. Every score is a function of sums over texts."""
 
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +49,27 @@ def interval(values: np.ndarray) -> Interval:
     """The 95 % percentile interval of resampled values (RESAMPLES,)."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], lowest: float = -math.inf, highest: float = math.inf) -> Interval:
+    """The 95 % interval of the mean score of K folds: Student's t with K - 1 degrees of freedom.
+
+    The folds share training texts, so the variance of their mean is taken as (1 / K + 1 / (K - 1)) times the variance
+    of the scores, not as 1 / K times (Nadeau and Bengio 2003).
+
+    Args:
+        values: the scores, at least two.
+        lowest, highest: what a score can be.
+    """
+    degrees = len(values) - 1
+    # With x = tan(angle) * sqrt(degrees), the density of t becomes a power of the cosine.
+    angles = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(angles) ** (degrees - 1)
+    mass = np.cumsum((density[1:] + density[:-1]) / 2)
+    quantile = math.sqrt(degrees) * math.tan(np.interp(0.95, mass / mass[-1], angles[1:]))
+    spread = quantile * math.sqrt(1 / len(values) + 1 / degrees) * statistics.stdev(values)
+    mean = statistics.fmean(values)
+    return max(lowest, mean - spread), min(highest, mean + spread)
 
 
 def score_intervals(answers: Answers) -> dict[str, Interval]:

@@ -64,6 +64,15 @@ class DataSettings:
         None, "Use only N validation texts, keeping the class proportions.", "all", at_least=1
     )
     limit_test: int | None = setting(None, "Use only N test texts, keeping the class proportions.", "all", at_least=1)
+    kfold: int | None = setting(
+        None,
+        "For few texts: N folds of the training texts are validation in turn; then train on all of them.",
+        "none",
+        at_least=2,
+    )
+    fold: int | None = setting(
+        None, "With --kfold: only train the run whose validation is fold N.", "all folds, then all texts", at_least=1
+    )
     data_seed: int = setting(
         0, "Seed of the splits and limits; --seed does not change them.",
         at_least=0, at_most=2**32 - 1,
@@ -73,6 +82,11 @@ class DataSettings:
         """The value of ``--limit_train``, ``--limit_validation`` or ``--limit_test``."""
         limits = {"train": self.limit_train, "validation": self.limit_validation, "test": self.limit_test}
         return limits[split]
+
+    @property
+    def cross_validates(self) -> bool:
+        """Whether the run trains all folds of ``--kfold`` first, and then on all texts."""
+        return self.kfold is not None and self.fold is None
 
     @staticmethod
     def defaults(s: Values) -> dict[str, Any]:
@@ -106,6 +120,21 @@ class DataSettings:
         downloads = bool(traits.downloads) and s.data_dir is None and not s.offline
         message = f"{only_of('downloads')} without --data_dir and --offline"
         require(s, "data_source", s.data_source is None or downloads, message)
+        _check_folds(s)
+
+
+def _check_folds(s: Values) -> None:
+    """Refuses what cannot be used with ``--kfold``."""
+    require(s, "fold", s.fold is None or s.kfold is not None, "needs --kfold N, the number of folds")
+    if s.kfold is None:
+        return
+    require(s, "fold", s.fold is None or s.fold <= s.kfold, f"must be from 1 to {s.kfold}, the number of --kfold")
+    message = "cannot be used with --kfold, whose folds are validation: use --limit_train"
+    require(s, "limit_validation", s.limit_validation is None, message)
+    message = "cannot be used with --kfold, whose folds choose the number of epochs"
+    require(s, "epochs", s.epochs != 0 or s.fold is not None, message)
+    for name in ("devices", "num_nodes"):
+        require(s, name, getattr(s, name) == 1 or s.fold is not None, "must be 1 with --kfold: give each --fold alone")
 
 
 def check_data_dir(data_dir: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""The steps of one run, in their order: inputs, claim, classifier, training, evaluation, report; or what else is done.
+"""The steps of one run, in their order: inputs, claim, folds, classifier, training, evaluation, report; or what else.
 
 ``run`` in ``finetune_lora.py`` calls them. Each takes what the earlier ones gave, and changes nothing of it. Importing
 this package loads torch.
@@ -6,6 +6,7 @@ this package loads torch.
 
 from finetuning.steps.claim import claim_directory
 from finetuning.steps.classifier import build_model
+from finetuning.steps.folds import cross_validate
 from finetuning.steps.inputs import read_inputs
 from finetuning.steps.instead import estimate, prefetch
 from finetuning.steps.report import present, restore_report
@@ -15,6 +16,7 @@ from finetuning.steps.watch import trackers_of, watched
 __all__ = [
     "build_model",
     "claim_directory",
+    "cross_validate",
     "estimate",
     "evaluate",
     "prefetch",

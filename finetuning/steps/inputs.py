@@ -3,8 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 
+import numpy as np
+
 from finetuning.config import RunConfig
 from finetuning.data.batches import check_batches, train_loader
+from finetuning.data.folds import with_folds
 from finetuning.data.loading import tokenize
 from finetuning.data.texts import TextData
 from finetuning.data.tokens import TokenizedSplit
@@ -18,6 +21,7 @@ from finetuning.runs.adapters import Adapter
 from finetuning.runs.loading import adopt_adapter, load_adapter
 from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
+from finetuning.settings import TrainingSettings
 from finetuning.training.budget import training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.tasks import Task, imbalance_advice, make_task
@@ -37,6 +41,7 @@ class Inputs:
     splits: dict[str, TokenizedSplit]
     pad_id: int
     adapter: Adapter | None  # of --init_adapter
+    folds: tuple["Inputs", ...] = ()  # of --kfold: what the run of each fold is made from
 
     def build(self) -> Classifier:
         """The classifier before training. Its new weights are drawn from torch's global generator."""
@@ -72,15 +77,14 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     hardware = resolve_hardware(config.hardware, config.run.resume)
     if config.name == "qlora" and not is_helper():  # a helper would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)
-    labels = {name: split.labels for name, split in texts.splits.items()}
-    found = training_budget(config.training, labels["train"], len(texts.label_names), config.hardware.processes)
+    labels = texts.splits["train"].labels
+    found = training_budget(config.training, labels, len(texts.label_names), config.hardware.processes)
     if config.hardware.precision in ("int8", "fast"):
         widths = int8_widths(base, config.method, config.lora)
         precision = settled_precision(config.hardware.precision, hardware, config.excludes_int8, widths)
         hardware = dataclasses.replace(hardware, int8=precision == "int8")
         found["precision"] = precision
-    task = make_task(labels, texts.label_names, config.training)
-    advice = imbalance_advice(task, task.counts(labels["train"]), config.training)
+    task, advice = task_of(texts, config.training)
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, moved=config.run.resume)
@@ -94,4 +98,39 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
     check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, inputs.config.training, config.hardware.processes)
-    return dataclasses.replace(inputs, splits=splits)
+    inputs = dataclasses.replace(inputs, splits=splits)
+    numbers = range(1, config.data.kfold + 1) if config.data.kfold and config.data.cross_validates else ()
+    return dataclasses.replace(inputs, folds=tuple(fold_inputs(inputs, number) for number in numbers))
+
+
+def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str]]:
+    """What is learned from the labels, and what they suggest, one sentence each.
+
+    Raises:
+        UserError: as in ``make_task``.
+    """
+    labels = {name: split.labels for name, split in texts.splits.items()}
+    task = make_task(labels, texts.label_names, training)
+    return task, imbalance_advice(task, task.counts(labels["train"]), training)
+
+
+def fold_inputs(inputs: Inputs, number: int) -> Inputs:
+    """What the run of one fold is made from.
+
+    Args:
+        inputs: all training texts.
+        number: the fold, from 1 on.
+
+    Raises:
+        UserError: the fold has too few texts for the settings.
+    """
+    config = inputs.config.changed(fold=number, test=False, report=False, tracker="", resume=False, overwrite=False)
+    texts, pool = with_folds(inputs.texts, config.data), inputs.splits["train"]
+    task, advice = task_of(texts, config.training)
+    places = {row: i for i, row in enumerate(pool.rows.tolist())}
+    splits = {
+        name: pool.taken(np.array([places[row] for row in texts.splits[name].rows.tolist()]))
+        for name in ("train", "validation")
+    }
+    check_batches(splits, config.training, processes=1)
+    return dataclasses.replace(inputs, config=config, texts=texts, task=task, advice=advice, splits=splits)

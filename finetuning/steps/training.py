@@ -12,9 +12,10 @@ from finetuning.models.fused import split_widths
 from finetuning.models.lora import ranks_and_alphas
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
 from finetuning.runs.history import plot_learning_curve, write_predictions
-from finetuning.runs.records import DataRecord, TrainedRecord, TrainRecord, data_record, test_record, train_record
+from finetuning.runs.records import DataRecord, TrainedRecord, TrainRecord, data_record, scores_record, train_record
 from finetuning.runs.weights import save_trained
 from finetuning.steps.claim import Claim
+from finetuning.steps.folds import Folds
 from finetuning.steps.inputs import Inputs
 from finetuning.steps.watch import Watch
 from finetuning.training.memory import check_memory
@@ -33,8 +34,9 @@ class Training:
     trainer: pl.Trainer
     module: FineTuning
     batches: TokenBatchLoader
-    validation: Any  # a loader
+    validation: Any  # a loader; None if folds have validated
     loader_options: dict[str, Any]
+    folds: Folds | None
 
     @property
     def data(self) -> DataRecord:
@@ -46,7 +48,9 @@ class Training:
         return train_record(self.trainer, self.watch.meter, self.batches, len(self.inputs.splits["train"]))
 
 
-def prepare_training(claim: Claim, inputs: Inputs, classifier: Classifier, kernels: str, watch: Watch) -> Training:
+def prepare_training(
+    claim: Claim, inputs: Inputs, classifier: Classifier, kernels: str, watch: Watch, folds: Folds | None = None
+) -> Training:
     """Makes trainer and batches, and checks that training will fit into memory.
 
     Args:
@@ -55,45 +59,64 @@ def prepare_training(claim: Claim, inputs: Inputs, classifier: Classifier, kerne
         classifier: what is trained.
         kernels: from ``kernels_used``.
         watch: clock and signals.
+        folds: what they tell the final run of ``--kfold``. It has the schedule of all ``--epochs``, and stops earlier.
 
     Raises:
         TrainingFailed: there is too little memory.
     """
     settings, splits, hardware = claim.config.training, inputs.splits, inputs.hardware
-    trainer = make_trainer(settings, claim.config.hardware, hardware, claim.directory, [watch.meter, watch.stop])
+    epochs = None if folds is None else folds.record["epochs"]
+    callbacks: list[Any] = [watch.meter, watch.stop]
+    trainer = make_trainer(settings, claim.config.hardware, hardware, claim.directory, callbacks, epochs)
     options = loader_shares(trainer, hardware)
     batches = train_loader(splits["train"], settings, inputs.pad_id, **options)
-    validation = evaluation_loader(splits["validation"], settings, inputs.pad_id, **options)
-    repeated = {name: splits[name].lengths for name in ("train", "validation")}
-    keeps = settings.epochs > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
+    validation = evaluation_loader(splits["validation"], settings, inputs.pad_id, **options) if folds is None else None
+    repeated = {name: splits[name].lengths for name in ("train", "validation") if folds is None or name == "train"}
+    keeps = (
+        epochs or settings.epochs
+    ) > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
     frozen = classifier.frozen_outputs(repeated, claim.config.hardware.frozen_cache_gb) if keeps else {}
     steps = settings.epochs * batches.steps_per_epoch
     module = FineTuning(classifier, settings, inputs.task, steps, frozen, kernels)
     if settings.epochs and not claim.config.run.force:
         limits = claim.config.data.max_length, claim.config.hardware.devices
         check_memory(classifier, batches, settings, hardware, frozen, *limits)
-    return Training(claim, inputs, watch, trainer, module, batches, validation, options)
+    return Training(claim, inputs, watch, trainer, module, batches, validation, options, folds)
 
 
 def train(training: Training) -> TrainedRecord:
-    """Fits the classifier, loads the best checkpoint and saves its weights. With no epochs, it only validates."""
-    claim, task, trainer, module = training.claim, training.inputs.task, training.trainer, training.module
-    settings = claim.config.training
-    if settings.epochs:
-        trainer.fit(module, training.batches, training.validation, ckpt_path=claim.checkpoint, weights_only=True)
-        module.load_best(claim.directory / BEST_CHECKPOINT)
-    else:
-        trainer.validate(module, training.validation, verbose=False)
+    """Fits the classifier, validates it and saves its weights. With no epochs, it only validates."""
+    task, module, folds = training.inputs.task, training.module, training.folds
+    validation = _fit(training)
     _, labels, logits = module.predictions["validation"]
-    found = one_answer_advice(task, logits, settings) + chance_advice(task, labels, logits)
-    texts = len(training.inputs.splits["validation"])
+    found = one_answer_advice(task, logits, module.settings) + chance_advice(task, labels, logits)
     return TrainedRecord(
         task=task.record(),
-        validation=module.record("validation")
-        | {"examples": texts, "seconds": training.watch.meter.validation_seconds},
+        validation=validation,
         advice=training.inputs.advice + found,
-        files=_save(training) if trainer.is_global_zero else None,
+        files=_save(training) if training.trainer.is_global_zero else None,
+        kfold=None if folds is None else folds.record,
     )
+
+
+def _fit(training: Training) -> dict[str, Any]:
+    """Fits the classifier, and loads the checkpoint that validation chose. Returns the record of validation.
+
+    After folds, the last weights stay, and the folds' predictions are the validation.
+    """
+    claim, trainer, module, folds = training.claim, training.trainer, training.module, training.folds
+    epochs, epoch = claim.config.training.epochs, {}
+    if epochs:
+        trainer.fit(module, training.batches, training.validation, ckpt_path=claim.checkpoint, weights_only=True)
+    else:
+        trainer.validate(module, training.validation, verbose=False)
+    examples, seconds = len(training.inputs.splits["validation"]), training.watch.meter.validation_seconds
+    if folds is not None:
+        module.predictions["validation"], module.scores["validation"] = folds.predictions, folds.scores
+        return scores_record(module.record("validation"), examples, seconds)
+    if epochs:
+        epoch = {"epoch": module.load_best(claim.directory / BEST_CHECKPOINT)}
+    return module.record("validation") | {"examples": examples, "seconds": seconds} | epoch
 
 
 def _save(training: Training) -> dict[str, int]:
@@ -125,7 +148,7 @@ def evaluate(training: Training) -> dict[str, Any] | None:
         began = time.perf_counter()
         training.trainer.test(module, test, verbose=False)
         seconds = time.perf_counter() - began
-        record = test_record(module.record("test"), len(inputs.splits["test"]), seconds)
+        record = scores_record(module.record("test"), len(inputs.splits["test"]), seconds)
     training.watch.stop.check()
     if training.trainer.is_global_zero:
         lengths = {name: split.length_by_row for name, split in inputs.splits.items()}

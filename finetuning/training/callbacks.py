@@ -88,6 +88,12 @@ class Meter(Callback):
         if due:
             self._add_row(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.val_dataloaders:  # otherwise the validation has done both
+            self.tick(pl_module)
+            if trainer.is_global_zero:
+                write_metrics(self.directory, self.rows)
+
     def _check_finite(self, trainer: pl.Trainer, count: int) -> None:
         recent = torch.stack(self._losses[-count:]).float().cpu()
         bad = (~torch.isfinite(recent)).nonzero().flatten().tolist()

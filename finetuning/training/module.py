@@ -104,8 +104,7 @@ class FineTuning(pl.LightningModule):
         _, labels, logits = self.predictions[split]
         if split == "validation":
             self.task.tune(labels, logits)
-        scores = self.task.scores(labels, logits)
-        self.scores[split] = {"accuracy": scores.pop("accuracy"), "loss": loss} | scores
+        self.scores[split] = all_scores(self.task, labels, logits, loss)
         for name, value in self.scores[split].items():
             self.log(f"{split}_{name}", value, prog_bar=name == self.settings.monitor, logger=False)
 
@@ -144,13 +143,20 @@ class FineTuning(pl.LightningModule):
         _, labels, logits = self.predictions[split]
         return self.scores[split] | self.task.details(labels, logits)
 
-    def load_best(self, path: Path) -> None:
-        """Loads the weights and the validation scores of the best checkpoint."""
+    def load_best(self, path: Path) -> int:
+        """Loads the weights and the validation scores of the best checkpoint. Returns its epoch, counted from 1."""
         check_best(path)
         with only_tensors(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
         self._restore(checkpoint)
+        return int(checkpoint["epoch"]) + 1
+
+
+def all_scores(task: Task, labels: np.ndarray, logits: np.ndarray, loss: float) -> dict[str, float]:
+    """The metrics of a split and its loss, as ``result.json`` orders them."""
+    found = task.scores(labels, logits)
+    return {"accuracy": found.pop("accuracy"), "loss": loss} | found
 
 
 def _kind(kernels: str) -> str:

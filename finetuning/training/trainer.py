@@ -71,8 +71,16 @@ def make_trainer(
     hardware: Hardware,
     directory: Path,
     callbacks: list[Callback],
+    epochs: int | None = None,
 ) -> pl.Trainer:
-    """Lightning's trainer with best and last checkpoint, early stopping and progress output."""
+    """Lightning's trainer with best and last checkpoint, early stopping and progress output.
+
+    Args:
+        training, settings, hardware: the run's settings, and what they mean on this machine.
+        directory: the run directory.
+        callbacks: further ones, which come first.
+        epochs: the number of epochs, if folds have chosen it: then nothing is validated, and no checkpoint is the best.
+    """
     mode = "min" if training.monitor == "loss" else "max"
     monitor = f"validation_{training.monitor}"
     best = BestCheckpoint(
@@ -86,19 +94,19 @@ def make_trainer(
     at_terminal = sys.stdout.isatty()
     refresh_rate = 20 if hardware.on_gpu else 1  # on a GPU, each refresh waits for the device
     stopping = [PatientStop(monitor, patience=training.patience, mode=mode)] if training.patience else []
+    chosen = [*stopping, best] if epochs is None else []
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=settings.num_nodes,
         strategy=settings.strategy,
         precision="16-mixed" if hardware.dtype == torch.float16 else "32-true",  # the classifier handles bf16 itself
-        max_epochs=training.epochs,
+        max_epochs=training.epochs if epochs is None else epochs,
         accumulate_grad_batches=training.accumulate,
         gradient_clip_val=training.gradient_clip or None,
         callbacks=[
             *callbacks,
-            *stopping,
-            best,
+            *chosen,
             LastCheckpoint(directory),
             ProgressBar(refresh_rate) if at_terminal else ProgressLines(),
         ],
@@ -126,7 +134,10 @@ def quiet_lightning() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    notes = ("does not have many workers", "Checkpoint directory", "srun", "isinstance", "sync_dist=True")
+    notes = (
+        "does not have many workers", "Checkpoint directory", "srun", "isinstance", "sync_dist=True",
+        "have no `val_dataloader`",
+    )  # fmt: skip
     with warnings.catch_warnings():
         for note in notes:  # sync_dist: logged values are already equal on all ranks
             warnings.filterwarnings("ignore", f".*{note}.*")

@@ -19,7 +19,7 @@ def test_wilson_interval() -> None:
 
 
 def test_the_record_of_the_test_brings_the_interval_of_its_accuracy() -> None:
-    record = records.test_record({"accuracy": 0.8, "loss": 0.4}, examples=100, seconds=2.5)
+    record = records.scores_record({"accuracy": 0.8, "loss": 0.4}, examples=100, seconds=2.5)
     interval = list(accuracy_interval(0.8, 100))
     assert record == {"accuracy": 0.8, "loss": 0.4, "accuracy_ci95": interval, "examples": 100, "seconds": 2.5}
 

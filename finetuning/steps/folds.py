@@ -1,0 +1,128 @@
+"""The runs on the folds of ``--kfold``, and what the final run on all texts takes from them."""
+
+import dataclasses
+import gc
+import math
+import statistics
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetuning.errors import Interrupted, TrainingFailed, Unheard, say
+from finetuning.runs.answers import joined
+from finetuning.runs.directory import fold_directories
+from finetuning.runs.files import SETTINGS, read_status
+from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
+from finetuning.runs.history import accuracy_by_epoch
+from finetuning.runs.messages import accuracy_line, scores_line
+from finetuning.runs.records import SCORES, FoldsRecord, accuracy_interval, scores_record
+from finetuning.runs.scores import mean_interval
+from finetuning.steps.claim import Claim
+from finetuning.steps.inputs import Inputs
+from finetuning.training.module import Predictions, all_scores
+
+RANGES = {"mcc": (-1.0, 1.0), "loss": (0.0, math.inf)}  # of scores; the others are from 0 to 1
+
+
+@dataclass(frozen=True)
+class Folds:
+    """What the folds tell: how long to train, and what each text got from the run that did not train on it."""
+
+    record: FoldsRecord
+    predictions: Predictions  # out of fold
+    scores: dict[str, float]  # of these predictions
+
+
+def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inputs], dict[str, Any]]) -> Folds | None:
+    """Does the runs on the folds that have not finished yet. ``None`` for a run without folds.
+
+    Args:
+        claim: the final run, whose directory has those of the folds.
+        inputs: of the final run.
+        carry_out: does a run in a directory and returns what its ``result.json`` got.
+
+    Raises:
+        Interrupted: a signal has stopped the run on a fold.
+        TrainingFailed: the run on a fold has failed.
+    """
+    if not inputs.folds:
+        return None
+    count, training = len(inputs.folds), claim.config.training
+    say(f"{count} folds of {len(inputs.splits['train']):,} texts; each run validates on one of them")
+    runs = []
+    for directory, fold in zip(fold_directories(claim.directory, claim.config.data), inputs.folds, strict=True):
+        runs.append(_finished(directory, fold, carry_out))
+        scores, seconds = runs[-1].result["validation"], runs[-1].result["seconds"]
+        begin = f"fold {len(runs)}/{count}"
+        say(f"{begin:<11} {scores_line(scores, training.monitor)}   epoch {scores['epoch']}   {seconds:.1f} s")
+    folds = _joined(inputs, runs)
+    record, (rows, labels, logits) = folds.record, folds.predictions
+    scores = scores_record(folds.scores | inputs.task.details(labels, logits), len(rows), record["seconds"])
+    say(f"{'out of fold':<11} {scores_line(scores, training.monitor)}\n{accuracy_line('out-of-fold', scores)}")
+    if (same := record["same_epoch"]) is not None:
+        low, high = same["accuracy_ci95"]
+        every = f"after {record['epochs']} epochs in every fold"
+        say(f"{'':<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%}")
+    chosen = ", ".join(str(fold["epoch"]) for fold in record["folds"])
+    say(f"{'all texts':<11} {record['epochs']} of {training.epochs} epochs, the median of the folds' {chosen}\n")
+    return folds
+
+
+def _finished(directory: Path, fold: Inputs, carry_out: Callable[[Path, Inputs], dict[str, Any]]) -> FinishedRun:
+    """The finished run on a fold. It is begun or continued if necessary."""
+    if read_status(directory) != "finished":
+        begun = (directory / SETTINGS).exists()
+        config = fold.config.changed(output_dir=directory, resume=begun, overwrite=not begun)
+        with redirect_stdout(Unheard()):
+            result = carry_out(directory, dataclasses.replace(fold, config=config))
+        gc.collect()  # Lightning's objects refer to each other, and would keep the classifier
+        if result["status"] == "interrupted":
+            raise Interrupted
+        if result["status"] == "failed":
+            raise TrainingFailed(f"fold {fold.config.data.fold}: {result['error']}")
+    return read_finished(directory)
+
+
+def _joined(inputs: Inputs, runs: list[FinishedRun]) -> Folds:
+    """The predictions of all folds in the order of their rows, and their scores."""
+    answers = joined([read_own_answers(run)["validation"] for run in runs])
+    pool, order = inputs.splits["train"], np.argsort(answers.rows)
+    answers, labels = answers.taken(order), pool.labels[np.argsort(pool.rows)]
+    logits = answers.logits.astype(np.float32)
+    inputs.task.tune(labels, logits)
+    scores = all_scores(inputs.task, labels, logits, float(answers.losses.mean()))
+    return Folds(_record(runs), (answers.rows, labels, logits), scores)
+
+
+def _record(runs: list[FinishedRun]) -> FoldsRecord:
+    """Each fold's scores, their means, and the number of epochs."""
+    folds = [
+        {name: score for name, score in run.result["validation"].items() if name in (*SCORES, "epoch", "examples")}
+        | {"seconds": run.result["seconds"]}
+        for run in runs
+    ]
+    columns = {name: [fold[name] for fold in folds] for name in SCORES if all(name in fold for fold in folds)}
+    epochs = statistics.median_high(fold["epoch"] for fold in folds)
+    return FoldsRecord(
+        folds=folds,
+        epochs=epochs,
+        same_epoch=_same_epoch(runs, epochs),
+        mean={name: statistics.fmean(values) for name, values in columns.items()},
+        mean_ci95={name: mean_interval(values, *RANGES.get(name, (0.0, 1.0))) for name, values in columns.items()},
+        seconds=sum(fold["seconds"] for fold in folds),
+    )
+
+
+def _same_epoch(runs: list[FinishedRun], epochs: int) -> dict[str, Any] | None:
+    """The accuracy of all folds' predictions after this epoch; ``None`` if a fold has stopped before it."""
+    histories = [accuracy_by_epoch(run.directory) for run in runs]
+    if not all(epochs in history for history in histories):
+        return None
+    texts = [run.result["validation"]["examples"] for run in runs]
+    right = sum(history[epochs] * count for history, count in zip(histories, texts, strict=True))
+    accuracy = right / sum(texts)
+    return {"accuracy": accuracy, "accuracy_ci95": list(accuracy_interval(accuracy, sum(texts)))}

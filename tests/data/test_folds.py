@@ -1,0 +1,127 @@
+"""Folds of ``--kfold``: how the training texts are cut."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetuning.data.texts import LabelledTexts, TextData
+from finetuning.errors import UserError
+from tests.conftest import text_config, texts_of
+
+
+def write(folder: Path, name: str, rows: list[tuple[str, Any]]) -> None:
+    (folder / f"{name}.json").write_text(json.dumps([{"text": text, "label": label} for text, label in rows]))
+
+
+def folds_of(folder: Path, kfold: int, **settings: Any) -> list[TextData]:
+    """The data of the run of each fold."""
+    return [texts_of(text_config(folder, kfold=kfold, fold=fold + 1, **settings)) for fold in range(kfold)]
+
+
+def rows(split: LabelledTexts) -> list[int]:
+    return split.rows.tolist()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """23 training texts: 12 a, 8 b, 3 c; and a test split."""
+    write(tmp_path, "train", [(f"text {i}", "a" if i < 12 else "b" if i < 20 else "c") for i in range(23)])
+    write(tmp_path, "test", [(f"test {i}", "abc"[i % 3]) for i in range(6)])
+    return tmp_path
+
+
+def test_folds_are_a_stratified_partition(folder: Path) -> None:
+    everything = texts_of(text_config(folder, kfold=4))
+    assert rows(everything.splits["train"]) == rows(everything.splits["validation"]) == list(range(23))
+    assert everything.sizes == {"train": 23, "test": 6}
+    folds = folds_of(folder, 4)
+    assert sorted(row for fold in folds for row in rows(fold.splits["validation"])) == list(range(23))
+    for fold in folds:
+        train, validation = fold.splits["train"], fold.splits["validation"]
+        assert sorted(rows(train) + rows(validation)) == list(range(23))
+        assert rows(fold.splits["test"]) == list(range(6))
+        assert validation.texts == [f"text {row}" for row in rows(validation)]
+        counts = np.bincount(validation.labels, minlength=3)
+        assert counts[0] == 3
+        assert counts[1] == 2
+        assert counts[2] in (0, 1)
+        assert counts.sum() in (5, 6)
+    assert any("class 'c' has 3 different texts, so not all of the 4 folds" in note for note in everything.notes)
+
+
+def test_folds_depend_on_the_seed_of_the_data_only(folder: Path) -> None:
+    def first(**settings: Any) -> list[int]:
+        return rows(folds_of(folder, 4, **settings)[0].splits["validation"])
+
+    assert first() == first(seed=7)
+    assert first() != first(data_seed=7)
+
+
+def test_copies_of_a_text_are_in_one_fold(tmp_path: Path) -> None:
+    write(tmp_path, "train", [(f" text {i // 3} " if i % 3 else f"text {i // 3}", i // 3 % 2) for i in range(30)])
+    write(tmp_path, "test", [("test 0", 0), ("test 1", 1)])
+    for fold in folds_of(tmp_path, 5):
+        train, validation = ({text.strip() for text in fold.splits[name].texts} for name in ("train", "validation"))
+        assert not train & validation
+        assert len(validation) == 2
+        assert len(fold.splits["validation"].texts) == 6
+
+
+def test_a_validation_file_is_part_of_the_training_texts(folder: Path) -> None:
+    write(folder, "validation", [("more 0", "a"), ("test 1", "b"), ("more 2", "c"), ("text 0", "a")])
+    everything = texts_of(text_config(folder, kfold=4))
+    train = everything.splits["train"]
+    assert rows(train) == [*range(24), 25, 26]  # row 24 appears in test
+    assert train.texts[23:] == ["more 0", "more 2", "text 0"]
+    assert everything.leaks_dropped == 1
+    assert "validation is part of the training texts, because of --kfold" in everything.notes
+    (with_copy,) = [fold for fold in folds_of(folder, 4) if 0 in rows(fold.splits["validation"])]
+    assert 26 in rows(with_copy.splits["validation"])
+
+
+def test_the_test_split_is_the_one_of_a_run_without_folds(tmp_path: Path) -> None:
+    write(tmp_path, "train", [(f"text {i}", i % 2) for i in range(40)])
+    alone, folds = (texts_of(text_config(tmp_path, **more)) for more in ({}, {"kfold": 4}))
+    assert rows(alone.splits["test"]) == rows(folds.splits["test"])
+    together = rows(alone.splits["train"]) + rows(alone.splits["validation"])
+    assert sorted(together) == rows(folds.splits["train"])
+
+
+def test_a_limit_applies_before_the_folds_are_cut(folder: Path) -> None:
+    folds = folds_of(folder, 2, limit_train=16)
+    parts = [rows(fold.splits["validation"]) for fold in folds]
+    assert [len(part) for part in parts] == [8, 8]
+    assert sorted(parts[0] + parts[1]) == sorted(rows(folds[0].splits["train"]) + parts[0])
+
+
+def test_pairs_and_several_labels_are_cut_as_well(tmp_path: Path) -> None:
+    table = [{"text": f"a {i % 4}", "pair": f"b {i}", "label": [["x"], ["x", "y"], []][i % 3]} for i in range(18)]
+    for name in ("train", "test"):
+        marked = [row | {"pair": f"{name} {row['pair']}"} for row in table]
+        (tmp_path / f"{name}.json").write_text(json.dumps(marked))
+    folds = folds_of(tmp_path, 3, text_pair_column="pair")
+    for fold in folds:
+        validation = fold.splits["validation"]
+        assert validation.pairs == [f"train b {row}" for row in rows(validation)]
+        assert Counter(map(tuple, validation.labels.tolist())) == {(1, 0): 2, (1, 1): 2, (0, 0): 2}
+
+
+@pytest.mark.parametrize(
+    ("kfold", "labels", "message"),
+    [
+        (5, [0, 0, 1, 1], "--kfold 5: must be at most 4, the number of different training texts"),
+        (2, [0, 0, 0, 1, 1], "--kfold 2: class '1' has 1 different training text: must be at least 2"),
+    ],
+)
+def test_too_few_texts_are_refused(tmp_path: Path, kfold: int, labels: list[int], message: str) -> None:
+    texts = [f"text {min(i, 3)}" for i in range(len(labels))]  # the fifth is a copy
+    write(tmp_path, "train", list(zip(texts, labels, strict=True)))
+    write(tmp_path, "validation", [("text 0", 0)])
+    write(tmp_path, "test", [("test 0", 0), ("test 1", 1)])
+    with pytest.raises(UserError) as caught:
+        texts_of(text_config(tmp_path, kfold=kfold))
+    assert str(caught.value).startswith(message)

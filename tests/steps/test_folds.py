@@ -1,0 +1,333 @@
+"""Runs with ``--kfold``, from end to end: the folds, the classifier of all texts, interruptions, refusals."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.tiny import write_reviews
+from finetune_lora import main
+from finetuning.export.command import main as export
+from finetuning.prediction.command import main as predict
+from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result
+from finetuning.runs.finished import read_finished, read_own_answers
+from finetuning.runs.records import accuracy_interval
+from finetuning.runs.scores import mean_interval
+from finetuning.training.callbacks import Meter
+
+FILES = {
+    "result.json", "settings.json", "adapter_model.safetensors", "adapter_config.json", "predictions.parquet",
+    "metrics.csv", "learning_curve.png", "last.ckpt",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def few_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data_dir with 40 training and 20 test reviews."""
+    folder = tmp_path_factory.mktemp("few")
+    write_reviews(folder / "train.csv", 40, seed=0)
+    write_reviews(folder / "test.csv", 20, seed=1)
+    return folder
+
+
+def words(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--model_name", str(model), "--dataset", "text", "--data_dir", str(data), "--output_dir", str(output),
+        "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.01",
+        "--lora_mlp", "True", "--dropout", "0.1", "--epochs", "4", "--kfold", "2", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], Path]:
+    """The directory of a run that nothing has interrupted. The first test that asks for it makes it."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+
+    def run() -> Path:
+        if not output.exists():
+            assert main(words(tiny_folders["distilbert"], few_reviews, output)) == 0
+        return output
+
+    return run
+
+
+def predictions(directory: Path, split: str) -> dict[int, tuple[Any, list[float]]]:
+    """Row -> label or labels, and logits."""
+    table = pq.read_table(directory / PREDICTIONS)
+    part = table.filter(np.array(table["split"].to_pylist()) == split).to_pydict()
+    found = dict(zip(part["row"], zip(part["label"], part["logits"], strict=True), strict=True))
+    assert len(found) == len(part["row"])
+    return found
+
+
+def test_a_run_leaves_its_folds_and_a_classifier_of_all_texts(finished: Callable[[], Path]) -> None:
+    output = finished()
+    assert {path.name for path in output.iterdir()} == FILES | {"report.html", "folds"}
+    assert [path.name for path in sorted((output / "folds").iterdir())] == ["1", "2"]
+    result, folds = read_result(output), [read_result(output / "folds" / name) for name in "12"]
+    for number, fold in enumerate(folds, start=1):
+        assert {path.name for path in (output / "folds" / str(number)).iterdir()} == FILES
+        assert (fold["config"]["kfold"], fold["config"]["fold"]) == (2, number)
+        assert fold["data"]["sizes"] == {"train": 20, "validation": 20, "test": 20}
+        assert fold["validation"]["examples"] == 20
+        assert 1 <= fold["validation"]["epoch"] <= 4
+        assert "test" not in fold
+    assert result["data"]["sizes"] == {"train": 40, "test": 20}
+    assert (result["config"]["kfold"], result["config"]["fold"]) == (2, None)
+    assert result["config"]["epochs"] == 4
+    epochs = max(fold["validation"]["epoch"] for fold in folds)  # of two, the median is the higher one
+    assert result["train"]["epochs"] == result["kfold"]["epochs"] == epochs
+    assert result["train"]["steps"] == 5 * epochs
+    assert result["test"]["examples"] == 20
+    for name in ("accuracy", "macro_f1", "loss"):
+        values = [fold["validation"][name] for fold in folds]
+        assert [fold[name] for fold in result["kfold"]["folds"]] == values
+        assert result["kfold"]["mean"][name] == pytest.approx(np.mean(values))
+    histories = [pd.read_csv(output / "folds" / name / "metrics.csv").query(f"epoch == {epochs}") for name in "12"]
+    accuracies = [history["validation_accuracy"].dropna().item() for history in histories]
+    assert result["kfold"]["same_epoch"]["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert result["kfold"]["same_epoch"]["accuracy_ci95"][0] < np.mean(accuracies)
+    assert result["kfold"]["seconds"] == pytest.approx(sum(fold["seconds"] for fold in folds))
+
+
+def test_the_folds_predictions_are_the_validation_of_the_run(finished: Callable[[], Path]) -> None:
+    output = finished()
+    result, out_of_fold = read_result(output), predictions(output, "validation")
+    assert sorted(out_of_fold) == list(range(40))
+    of_folds = [predictions(output / "folds" / name, "validation") for name in "12"]
+    assert out_of_fold == of_folds[0] | of_folds[1]
+    right = [int(np.argmax(logits)) == label for label, logits in out_of_fold.values()]
+    assert result["validation"]["accuracy"] == pytest.approx(np.mean(right))
+    assert result["validation"]["accuracy_ci95"] == pytest.approx(accuracy_interval(float(np.mean(right)), 40))
+    assert result["validation"]["loss"] == pytest.approx(result["kfold"]["mean"]["loss"], abs=1e-5)
+    assert sum(map(sum, result["validation"]["confusion_matrix"])) == 40
+
+
+def test_the_final_run_has_the_learning_rates_of_the_folds(finished: Callable[[], Path]) -> None:
+    """The schedule is the one of all epochs: 20 steps here, and 12 in a fold."""
+    steps = 5 * read_result(finished())["kfold"]["epochs"]
+    history = pd.read_csv(finished() / "metrics.csv")
+    rates = dict(zip(history["step"], history["learning_rate"], strict=True))
+    assert rates == pytest.approx({step: 0.01 * (20 - step) / 18 for step in range(2, steps + 1)} | {1: 0.005})
+
+
+def test_what_a_finished_run_is_for(finished: Callable[[], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict([str(finished()), "--text", "a dull and tedious mess"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("a dull and tedious mess,")
+    report = (finished() / "report.html").read_text(encoding="utf8")
+    assert "Validation is out of fold" in report
+    assert "the classifier that was trained on all texts" in report
+    assert set(read_own_answers(read_finished(finished()))) == {"test"}  # what an export is compared with
+
+
+def test_the_command_prints_a_line_for_each_fold(
+    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--epochs", "1", "--test", "False", "--report", "False")
+    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *more)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    begins = (
+        "2 folds of 40 texts",
+        "fold 1/2 ",
+        "fold 2/2 ",
+        "out of fold accuracy ",
+        "            95 % interval of the",
+    )
+    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=False))
+    assert lines[5].startswith("            after 1 epochs in every fold: ")
+    assert lines[6] == "all texts   1 of 1 epochs, the median of the folds' 1, 1"
+    assert sum(line.startswith("data ") for line in lines) == 1
+    assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2
+    assert "has predicted no held-out text" in capsys.readouterr().err
+
+
+def test_a_multi_label_run_tunes_its_threshold_on_the_predictions_out_of_fold(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "test"):
+        write_reviews(tmp_path / f"{name}.csv", 24, seed=len(name))
+        table = pd.read_csv(tmp_path / f"{name}.csv")
+        table["label"] = ["film;" * (i % 3 > 0) + label for i, label in enumerate(table["label"])]
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    more = ("--label_separator", ";", "--threshold", "tuned", "--monitor", "micro_f1", "--report", "False")
+    assert main(words(tiny_folders["distilbert"], tmp_path, tmp_path / "run", *more, "--epochs", "2")) == 0
+    result = read_result(tmp_path / "run")
+    truth, logits = (np.zeros((24, 3), dtype=bool), np.zeros((24, 3)))
+    for row, (labels, found) in predictions(tmp_path / "run", "validation").items():
+        truth[row, labels], logits[row] = True, found
+    given = 1 / (1 + np.exp(-logits)) > result["task"]["threshold"]
+    f1 = 2 * (truth & given).sum() / (truth.sum() + given.sum())
+    assert result["validation"]["micro_f1"] == pytest.approx(f1)
+    assert result["validation"]["exact_match"] == pytest.approx((truth == given).all(1).mean())
+    assert "95 % interval of the out-of-fold exact match" in capsys.readouterr().out
+
+
+# --- interruptions
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, folder: str, hook: str, step: int, how: Callable[[], object]) -> None:
+    """At a step of the run in ``folder``, does something once."""
+    done: list[int] = []
+
+    def hooked(self: Meter, trainer: Any, *_: Any) -> None:
+        if self.directory.name == folder and trainer.global_step == step and not done:
+            done.append(step)
+            how()
+
+    monkeypatch.setattr(Meter, hook, hooked)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill() -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_continues_to_the_same_weights(
+    finished: Callable[[], Path], tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output, reference = tmp_path / "run", finished()
+    flags = words(tiny_folders["distilbert"], few_reviews, output)
+    epochs = read_result(reference)["kfold"]["epochs"]
+    assert epochs > 1, "the test needs an end of an epoch inside the final training"
+    interruptions: list[tuple[str, str, int, Callable[[], object], list[str]]] = [
+        ("2", "on_train_batch_start", 4, stop, flags),  # inside an epoch of the second fold
+        ("run", "on_train_epoch_start", 5, kill, ["--resume", "--output_dir", str(output)]),  # between two epochs
+        ("run", "on_test_start", 5 * epochs, stop, [*flags, "--resume", "auto"]),  # after the training
+    ]
+    for folder, hook, step, how, command in interruptions:
+        with monkeypatch.context() as patch:
+            interrupting(patch, folder, hook, step, how)
+            assert main(command) == 130
+        assert read_result(output)["status"] == "interrupted"
+        assert f"interrupted; continue with: python {sys.argv[0]}" in capsys.readouterr().err
+        first = (output / "folds" / "1" / "result.json").stat()
+    assert main([*flags, "--resume"]) == 0
+    assert (output / "folds" / "1" / "result.json").stat() == first
+    for place in ("", "folds/1", "folds/2"):
+        for name in (ADAPTER, PREDICTIONS):
+            assert (output / place / name).read_bytes() == (reference / place / name).read_bytes()
+    before = (output / "result.json").read_bytes()
+    assert main([*flags, "--resume", "auto"]) == 0
+    assert "has finished: nothing to do" in capsys.readouterr().out
+    assert (output / "result.json").read_bytes() == before
+
+
+def test_a_run_whose_texts_have_changed_is_not_continued(
+    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data, output = Path(shutil.copytree(few_reviews, tmp_path / "data")), tmp_path / "run"
+    flags = words(tiny_folders["distilbert"], data, output)
+    with monkeypatch.context() as patch:
+        interrupting(patch, "1", "on_train_batch_start", 2, stop)
+        assert main(flags) == 130
+    write_reviews(data / "train.csv", 40, seed=9)
+    before = (output / "result.json").read_bytes()
+    capsys.readouterr()
+    assert main([*flags, "--resume"]) == 2
+    assert "train of the data is not the one with which" in capsys.readouterr().err
+    assert (output / "result.json").read_bytes() == before
+    assert main([*flags, "--kfold", "3", "--resume"]) == 2
+    assert "--kfold 3: the run in" in capsys.readouterr().err
+    assert main(flags) == 2
+    assert "already contains a run" in capsys.readouterr().err
+    assert main([*flags, "--overwrite", "--kfold", "3", "--epochs", "1", "--report", "False"]) == 0
+    assert [path.name for path in sorted((output / "folds").iterdir())] == ["1", "2", "3"]
+    assert main([*flags[:-2], "--overwrite", "--epochs", "0", "--report", "False"]) == 0  # without folds
+    assert not (output / "folds").exists()
+
+
+def test_a_fold_that_fails_ends_the_run(
+    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--precision", "fp32")
+    assert main([*flags, "--learning_rate", "1e38", "--gradient_clip", "0"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("failed: fold 1: the loss is not finite")
+    assert read_result(tmp_path / "run")["error"] == line.removeprefix("failed: ")
+    assert read_result(tmp_path / "run" / "folds" / "1")["status"] == "failed"
+
+
+# --- one fold, and refusals
+
+
+def test_a_fold_alone_is_the_same_run(
+    finished: Callable[[], Path], tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path
+) -> None:
+    alone = ("--fold", "2", "--report", "False")
+    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *alone)) == 0
+    for directory in (tmp_path / "run", finished() / "folds" / "2"):
+        assert read_result(directory)["config"]["fold"] == 2
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (finished() / "folds" / "2" / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--kfold", "1"], "--kfold 1: must be at least 2"),
+        (["--kfold", "41"], "--kfold 41: must be at most 40, the number of different training texts"),
+        (["--fold", "3"], "--fold 3: must be from 1 to 2, the number of --kfold"),
+        (["--epochs", "0"], "--epochs 0: cannot be used with --kfold"),
+        (["--limit_validation", "8"], "--limit_validation 8: cannot be used with --kfold"),
+        (["--devices", "2"], "--devices 2: must be 1 with --kfold"),
+        (["--num_nodes", "2"], "--num_nodes 2: must be 1 with --kfold"),
+        (["--estimate"], "--estimate True: measures one run, but --kfold makes several: add --fold 1"),
+        (["--accumulate", "30"], "20 training texts: must be at least 30"),
+        (["--limit_train", "2", "--monitor", "auroc"], "--kfold 2: class 'bad' has 1 different training text"),
+        (["--kfold", "40", "--monitor", "auroc"], "--monitor auroc: all validation texts have the same label"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(
+    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    more: list[str], message: str,
+) -> None:  # fmt: skip
+    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *more)) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fold_needs_its_number_of_folds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--offline", "--fold", "1"]) == 2
+    assert capsys.readouterr().err == "error: --fold 1: needs --kfold N, the number of folds\n"
+
+
+def test_other_runs_in_the_folder_of_the_folds_are_kept(
+    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in (("1/result.json", json.dumps({"mine": 1})), ("1/notes.txt", "mine")):
+        path = tmp_path / "run" / "folds" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--overwrite")) == 2
+    assert "folds/1: contains a result.json from another program" in capsys.readouterr().err
+
+
+# --- the interval of a mean
+
+
+def test_the_interval_of_a_mean_of_folds() -> None:
+    # by hand: t with 4 degrees of freedom is 2.77645, the standard deviation of these scores 0.0158114,
+    # and sqrt(1 / 5 + 1 / 4) is 0.670820
+    scores = [0.88, 0.89, 0.90, 0.91, 0.92]
+    low, high = mean_interval(scores)
+    assert (high + low) / 2 == pytest.approx(0.9)
+    assert (high - low) / 2 == pytest.approx(2.77645 * 0.0158114 * 0.670820, rel=1e-4)
+    assert mean_interval([0.4, 0.6], 0.0, 1.0) == (0.0, 1.0)  # t with 1 degree of freedom is 12.7062
+    low, high = mean_interval([0.4, 0.6])
+    assert (high - low) / 2 == pytest.approx(12.7062 * np.sqrt(0.02) * np.sqrt(1.5), rel=1e-4)
