@@ -88,8 +88,10 @@ def measure(results: Path, data_dir: Path, journal: harness.Journal) -> None:
         name, texts, kind = run.settings["data_dir"], run.settings["limit_train"], run.row.split("-")[2]
         draw = run.settings["data_seed"]
         described = {"set": name, "texts": texts, "draw": draw}
-        journal.measured(lambda found=found: {"accuracy": found.result["test"]["accuracy"]}, kind=kind, **described)
-        journal.measured(lambda run=run: {"accuracy": frozen_accuracy(run, data_dir)}, kind=FROZEN, **described)
+        if journal.find(kind=kind, **described) is None:
+            journal.keep(described | {"kind": kind, "accuracy": found.result["test"]["accuracy"]})
+        if journal.find(kind=FROZEN, **described) is None:
+            journal.keep(described | {"kind": FROZEN, "accuracy": frozen_accuracy(run, data_dir)})
     journal.result["environments"] = [record.result["environment"] for record in records.values()]
 
 

@@ -1,6 +1,7 @@
 """How much a run trains if the flags do not say it."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ SIZES = (1, 10, 60, 500, 999, 1_000, 3_900, 9_999, 10_000, 22_377, 120_000, 1_00
 AUTO = ("batch_size", "epochs", "patience")
 
 
-def chosen(texts: int, classes: int = 2, multi_label: bool = False, processes: int = 1, **given: int) -> dict[str, int]:
+def chosen(texts: int, classes: int = 2, multi_label: bool = False, processes: int = 1, **given: Any) -> dict[str, int]:
     labels = np.zeros((texts, classes) if multi_label else texts, dtype=np.int8)
     return training_budget(RunConfig.from_settings(**given).training, labels, classes, processes)
 
