@@ -1,12 +1,16 @@
-"""How much a run trains if the flags do not say it. No test knows the rule's numbers, apart from those of large sets."""
+"""How much a run trains if the flags do not say it. The tests know no number of the rule but those of large sets."""
 
 import math
+from pathlib import Path
 
 import pytest
 
+from finetune_lora import main
 from finetuning.config import RunConfig
+from finetuning.runs.files import read_settings
 from finetuning.training import budget
 from finetuning.training.budget import training_budget
+from tests.test_finetune_lora import flags, result_of
 
 SIZES = (1, 10, 60, 500, 999, 1_000, 3_900, 5_000, 12_000, 16_000, 22_377, 120_000, 1_000_000)
 AUTO = ("batch_size", "epochs", "patience")
@@ -40,7 +44,7 @@ def test_there_are_enough_steps_unless_the_most_epochs_are_reached(texts: int, a
 
 
 def test_texts_that_share_a_step_make_fewer_steps_and_so_more_epochs() -> None:
-    texts = budget.STEPS  # of one text each, an epoch would do
+    texts = math.ceil(budget.STEPS / budget.EPOCHS[0])  # with one text a step, the least epochs are enough
     alone = chosen(texts, batch_size=1)["epochs"]
     assert chosen(texts, batch_size=4)["epochs"] > alone
     assert chosen(texts, batch_size=1, accumulate=4)["epochs"] == chosen(texts, batch_size=4)["epochs"]
@@ -64,3 +68,30 @@ def test_large_sets_keep_64_texts_and_two_epochs(texts: int) -> None:
 def test_given_values_stay(given: dict[str, int]) -> None:
     assert set(chosen(60, **given)) == set(AUTO) - set(given)
     assert chosen(60, epochs=7, batch_size=300, patience=1) == {}
+
+
+def test_what_auto_chooses_is_shown_and_stored(
+    tiny_folders: dict[str, Path],
+    review_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(budget, "EPOCHS", (2, 3))
+    monkeypatch.setattr(budget, "PATIENCE", 4)
+    more = ("--epochs", "auto", "--batch_size", "auto", "--patience", "auto", "--precision", "fp32")
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more)
+    found = chosen(120)
+    expected = steps(120, found)
+    line = (
+        f" 120 texts: {found['batch_size']} texts a batch, {found['epochs']} epochs, {expected} steps; stops after 4 "
+    )
+    assert main([*words, "--estimate"]) == 0
+    assert line in capsys.readouterr().out
+    assert main(words) == 0
+    assert line in capsys.readouterr().out
+    result = result_of(tmp_path / "run")
+    assert result["train"]["steps"] == expected
+    for stored in (result["config"], read_settings(tmp_path / "run")):
+        assert {name: stored[name] for name in found} == found
+        assert stored["batch_tokens"] == 6144
