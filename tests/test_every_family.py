@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.harness import TRAINING_FLAGS
 from finetune_lora import main
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
@@ -360,7 +361,8 @@ def test_a_run_of_a_type_without_a_row(data: Path, tmp_path: Path) -> None:
 def check_run(model: Path, data: Path, run: Path, placement: str) -> None:
     """Trains, and predicts the test split again."""
     words = f"--dataset text --data_dir {data} --model_name {model} --output_dir {run} --epochs 1 --max_length 32"
-    assert main([*words.split(), "--precision", "fp32", "--accelerator", "cpu", *placement.split()]) == 0
+    words += f" {TRAINING_FLAGS} --precision fp32 --accelerator cpu {placement}"
+    assert main(words.split()) == 0
     table = pq.read_table(run / "predictions.parquet").to_pandas()
     tested = table[table["split"] == "test"].sort_values("row")
     texts = pd.read_csv(data / "test.csv")["text"].tolist()

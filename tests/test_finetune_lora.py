@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     return [
         "--model_name", str(model), "--dataset", "text", "--data_dir", str(data), "--output_dir", str(output),
-        "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003", *more,
+        "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003",
+        "--epochs", "2", "--patience", "0", *more,
     ]  # fmt: skip
 
 

@@ -51,7 +51,8 @@ def runs(
         patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
         for method, line in METHODS.items():
             common = f"--dataset text --data_dir {review_folder} --model_name {tiny_folders['distilbert']}"
-            common += f" --max_length 32 --epochs 2 --batch_size 8 --accelerator cpu --output_dir {folder / method}"
+            common += " --max_length 32 --epochs 2 --batch_size 8 --patience 0 --accelerator cpu"
+            common += f" --output_dir {folder / method}"
             if "--precision" not in line:
                 common += " --precision fp32"
             assert finetune_lora.main([*common.split(), *line.split()]) == 0, method

@@ -25,6 +25,7 @@ def flags(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) ->
     return [
         *("--model_name", str(tiny_folders["distilbert"]), "--dataset", "text", "--data_dir", str(data)),
         *("--accelerator", "cpu", "--precision", "fp32", "--max_length", "32", "--batch_size", "4"),
+        *("--epochs", "2", "--patience", "0"),
     ]
 
 

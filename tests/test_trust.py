@@ -19,6 +19,7 @@ import torch
 
 import finetune_lora
 import predict
+from benchmarks.harness import TRAINING_FLAGS
 from finetuning import hub
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.report import build_report
@@ -34,7 +35,7 @@ from tests.conftest import ROOT, config_of_flags, frame, make_tiny_folder, texts
 from tests.hub_cache import card, parquet, write_hub_cache
 from tests.synthetic_runs import write_run
 
-RUN = "--accelerator cpu --precision fp32 --max_length 16 --epochs 1 --output_dir"
+RUN = f"--accelerator cpu --precision fp32 --max_length 16 --epochs 1 {TRAINING_FLAGS} --output_dir"
 
 
 class Planted:

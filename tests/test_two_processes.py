@@ -31,7 +31,7 @@ def flags(tiny_folders: dict[str, Path], review_folder: Path) -> list[str]:
     return [
         *("--model_name", str(tiny_folders["distilbert"]), "--dataset", "text", "--data_dir", str(review_folder)),
         *("--accelerator", "cpu", "--precision", "fp32", "--max_length", "32", "--batch_size", "8", "--epochs", "8"),
-        *("--limit_train", "64"),
+        *("--limit_train", "64", "--patience", "0"),
     ]
 
 

@@ -212,9 +212,8 @@ def test_training_batches_hold_the_right_tokens() -> None:
 
 def test_padding_is_small_at_imdbs_size() -> None:
     for longest in (256, 512):
-        loader = train_loader(
-            make_split(review_lengths(20_000, 0, longest)), RunConfig.from_settings(max_length=longest).training, PAD
-        )
+        training = RunConfig.from_settings(max_length=longest, batch_size=64, batch_tokens=6144).training
+        loader = train_loader(make_split(review_lengths(20_000, 0, longest)), training, PAD)
         assert loader.padding_fraction < 0.015
 
 

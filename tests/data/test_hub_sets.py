@@ -15,6 +15,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 import finetune_lora
 import predict
+from benchmarks.harness import TRAINING_FLAGS
 from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
@@ -259,7 +260,7 @@ def test_from_prefetch_to_prediction(
     assert finetune_lora.main([*common, "--prefetch"]) == 0
     assert "data: in the cache" in capsys.readouterr().out
     run = tmp_path / "run"
-    more = "--offline --epochs 1 --accelerator cpu --precision fp32 --output_dir"
+    more = f"--offline --epochs 1 {TRAINING_FLAGS} --accelerator cpu --precision fp32 --output_dir"
     assert finetune_lora.main([*common, *more.split(), str(run)]) == 0
     assert "warning" not in capsys.readouterr().err
     data = json.loads((run / RESULT).read_text())["data"]

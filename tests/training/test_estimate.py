@@ -21,7 +21,7 @@ from tests.test_finetune_lora import finish, flags, start
 def measured(folder: Path, data: Path, **settings: object) -> tuple[dict, RunConfig, int]:
     config = RunConfig.from_settings(
         model_name=str(folder), dataset="text", data_dir=data, max_length=32, batch_size=8, accelerator="cpu",
-        precision="fp32", **settings,
+        precision="fp32", **{"epochs": 2} | settings,
     )  # fmt: skip
     base = find_base_model(config)
     tokenizer = load_tokenizer(base)
