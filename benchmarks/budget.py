@@ -34,28 +34,35 @@ STUDY = ROOT / "studies" / "few_texts.toml"
 PAGE = ROOT / "docs" / "budget.md"
 FROZEN = "frozen mean embedding + logistic regression"
 BATCH = 64  # texts
+SETTINGS = ("method", "limit_train", "batch_size", "learning_rate", "epochs")  # of a row of steps
 
 
 def steps_table(folder: Path = STEPS) -> str:
-    """Markdown: a row for each method, number of texts, batch and number of epochs, a column for each data set, in %.
+    """Markdown: a row for each setting, a column for each data set with the mean over seeds, in %.
 
     Args:
         folder: the collected runs.
     """
     results = [record.result for record in read_records(folder)[0].values() if record.result["status"] == "finished"]
-    cells: dict[tuple[str, int, int, int], dict[str, Record]] = {}
+    rows: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for result in results:
         config = result["config"]
-        place = (config["method"], config["limit_train"], config["batch_size"], config["epochs"])
-        cells.setdefault(place, {})[Path(config["data_dir"]).name] = result
-    sets = sorted({name for found in cells.values() for name in found})
-    rows = []
-    for (method, texts, batch, epochs), found in sorted(cells.items()):
-        steps = "; ".join(sorted({f"{result['train']['steps']:,}" for result in found.values()}))
-        scores = [f"{100 * found[name]['validation']['accuracy']:.2f}" if name in found else "" for name in sets]
-        rows.append((method, f"{texts:,}", str(batch), str(epochs), steps, *scores))
-    table = Table(("method", "training texts", "texts a batch", "epochs", "steps", *sets), rows)
+        place = tuple(config[name] for name in SETTINGS)
+        rows.setdefault(place, {}).setdefault(Path(config["data_dir"]).name, []).append(result)
+    sets = sorted({name for found in rows.values() for name in found})
+    cells = []
+    for (method, texts, batch, rate, epochs), found in sorted(rows.items()):
+        steps = "; ".join(sorted({f"{each['train']['steps']:,}" for runs in found.values() for each in runs}))
+        scores = [_validation(found[name]) if name in found else "" for name in sets]
+        cells.append((method, f"{texts:,}", str(batch), f"{rate:g}", str(epochs), steps, *scores))
+    table = Table(("method", "training texts", "texts a batch", "rate", "epochs", "steps", *sets), cells)
     return f"{table.markdown()}\n\n{measured(result['environment'] for result in results)}"
+
+
+def _validation(runs: Sequence[Record]) -> str:
+    """The mean validation accuracy, and how many runs it is of, if there are several."""
+    mean = 100 * statistics.fmean(run["validation"]["accuracy"] for run in runs)
+    return f"{mean:.2f}" + (f" ({len(runs)})" if len(runs) > 1 else "")
 
 
 def few_texts_table(result: Record) -> str:

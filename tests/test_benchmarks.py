@@ -15,7 +15,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_lora
-from benchmarks import accuracy, families, harness, headline, int8, measure, peers, plain_path, prediction, roofline
+from benchmarks import (
+    accuracy,
+    budget,
+    families,
+    harness,
+    headline,
+    int8,
+    measure,
+    peers,
+    plain_path,
+    prediction,
+    roofline,
+)
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
@@ -326,6 +338,8 @@ def headline_table() -> str:
         (SPEED, "prediction", lambda: prediction.table(stored("prediction"))),
         (SPEED, "roofline", lambda: roofline.table(stored("roofline"))),
         (ACCURACY, "accuracy", lambda: accuracy.table(*accuracy.load(harness.RESULTS))),
+        (budget.PAGE, "steps", budget.steps_table),
+        (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),
     ],
 )
 def test_the_pages_have_the_tables_of_the_committed_results(page: Path, marker: str, table: Callable[[], str]) -> None:

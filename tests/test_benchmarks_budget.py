@@ -1,0 +1,44 @@
+"""The tables of docs/budget.md, from synthetic runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import budget
+from tests.synthetic_runs import ENVIRONMENT, write_run
+
+
+def test_the_steps_have_a_row_for_each_budget_and_a_column_for_each_set(tmp_path: Path) -> None:
+    def run(row: str, score: float, seed: int = 0, **config: Any) -> None:
+        config = {"method": "lora", "batch_size": 32, "learning_rate": 1e-3, "data_dir": row} | config
+        write_run(
+            tmp_path, "steps", row, seed=seed, axes=config, validation=score, train={"steps": 63 * config["epochs"]}
+        )
+
+    run("trec6", 0.91, limit_train=2000, epochs=5)
+    run("trec6", 0.93, seed=1, limit_train=2000, epochs=5)
+    run("emotion", 0.8, limit_train=2000, epochs=5)
+    run("trec6", 0.93, limit_train=2000, epochs=10)
+    run("trec6", 0.5, limit_train=250, epochs=5)
+    lines = budget.steps_table(tmp_path / "steps").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:1] + lines[2:5]]
+    assert rows[0][-2:] == ["emotion", "trec6"]
+    assert [row[1] for row in rows[1:]] == ["250", "2,000", "2,000"]
+    assert [row[-2:] for row in rows[1:]] == [["", "50.00"], ["80.00", "92.00 (2)"], ["", "93.00"]]
+
+
+def test_few_texts_are_means_over_draws() -> None:
+    def record(kind: str, draw: int, accuracy: float) -> dict[str, Any]:
+        return {"set": "trec6", "texts": 100, "draw": draw, "kind": kind, "accuracy": accuracy}
+
+    records = [record("before", 0, 0.2), record("before", 1, 0.4), record("auto", 0, 0.7)]
+    lines = budget.few_texts_table({"measurements": records, "environments": [ENVIRONMENT]}).splitlines()
+    assert lines[2] == "| trec6 | 100 | 30.00 ± 14.14 (2) | 70.00 (1) |"
+
+
+def test_mean_vectors_leave_padding_out() -> None:
+    folder = budget.find_folder("packaged", True, "")
+    texts = ["short", "a much longer text with many more tokens than the other one"]
+    together, alone = budget.mean_vectors(texts, folder, 32), budget.mean_vectors(texts[:1], folder, 32)
+    np.testing.assert_allclose(together[0], alone[0], atol=1e-5)
