@@ -74,7 +74,10 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Does one run: inputs, claim of the directory, classifier, training, evaluation. Returns what ``result.json`` got.
+    """Does one run: inputs, claim of the directory, classifier, training, evaluation, baseline.
+
+    Returns:
+        What ``result.json`` got.
 
     Raises:
         UserError: input is refused, and nothing was written.
@@ -100,6 +103,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 record.data, record.train = training.data, training.measured
                 record.trained = steps.train(training)
                 record.test = steps.evaluate(training)
+                record.compared = steps.compare_with_baseline(training)
         steps.present(claim, inputs, record.written)
         trackers.close(record.written)
     return record.written

@@ -56,7 +56,7 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     given = np.zeros((len(lists), len(names)), dtype=np.int8)
     rows = np.repeat(np.arange(len(lists)), lists.map(len))
     given[rows, [known[value] for value in values]] = 1
-    strata = pd.Series(_rarest(given), lists.index)
+    strata = pd.Series(rarest(given), lists.index)
     labels = pd.Series(list(given), lists.index)
     tables = {
         split: table.assign(label=strata[split].to_numpy(), labels=labels[split].array)
@@ -98,7 +98,7 @@ def _are_zeros_and_ones(lists: pd.Series) -> bool:
     return alike and any(len(set(row)) < len(row) for row in lists)
 
 
-def _rarest(given: np.ndarray) -> np.ndarray:
+def rarest(given: np.ndarray) -> np.ndarray:
     """The number of each text's rarest label, (n, names) -> (n,); the number of names without a label."""
     none = given.sum(1) == 0
     counts = np.where(given == 1, given.sum(0), len(given) + 1)

@@ -43,7 +43,9 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
         splits={
             name: LabelledTexts(
                 t.text.tolist(),
-                np.stack(t.labels.tolist()) if "labels" in t else t.label.to_numpy(np.int64),
+                np.stack(t.labels.tolist())
+                if "labels" in t
+                else t.label.to_numpy(np.int64, copy=True),  # torch warns about pandas' read-only ones
                 t.index.to_numpy(np.int64),
                 t.pair.tolist() if "pair" in t else None,
             )

@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,19 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     predict = _callable(PREDICT, installed) if installed.exists() else f"{python} predict.py"
     example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
-    monitor = result["config"]["monitor"]
-    lines = [f"{split:<11} {scores_line(scores, monitor)}" for split, scores in shown.items()]
+    monitor, multi_label = result["config"]["monitor"], "exact_match" in result["validation"]
+    lines = [f"{split:<11} {scores_line(scores, monitor, multi_label)}" for split, scores in shown.items()]
     if "test" in result:
         low, high = result["test"]["accuracy_ci95"]
-        name = "exact match" if "exact_match" in result["test"] else "accuracy"
+        name = score_names(multi_label)["accuracy"]
         lines.append(f"{'':<11} 95 % interval of the test {name}: {low:.2%} to {high:.2%}")
+    if "baseline" in result:
+        baseline, texts = result["baseline"], result["data"]["sizes"]["train"]
+        scores = baseline.get("test", baseline["validation"])
+        lines.append(f"{'baseline':<11} {baseline['name']}: {scores_line(scores, monitor, multi_label)}")
+        if baseline["texts"] < texts:
+            sample = f"trained on {baseline['texts']:,} of {texts:,} texts, so that it takes little time"
+            lines.append(f"{'':<11} {sample}")
     if result["task"].get("threshold_tuned"):
         lines.append(f"{'threshold':<11} {result['task']['threshold']:g}, tuned on validation")
     lines += [
@@ -67,9 +74,8 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     return "\n" + "\n".join(lines)
 
 
-def scores_line(scores: dict[str, Any], monitor: str) -> str:
+def scores_line(scores: Mapping[str, Any], monitor: str, multi_label: bool) -> str:
     """The main scores of a split, and the one that chose the checkpoint."""
-    multi_label = "exact_match" in scores
     names = dict.fromkeys(("accuracy", *(("micro_f1",) if multi_label else ()), "macro_f1", monitor))
     shown = score_names(multi_label)
     parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
