@@ -176,6 +176,6 @@ def advice(
     linears = "LoRA on all linears (--lora_key True --lora_projection True --lora_mlp True), " if all_linears else ""
     return [
         f"{NAME} is better on {baseline['examples']:,} validation texts: {score_names(multi_label)[monitor]}"
-        f" {shown.format(other)} against {shown.format(mine)} of this classifier: consider more --epochs, {linears}a higher"
-        f" --learning_rate, or more training texts"
+        f" {shown.format(other)} against {shown.format(mine)} of this classifier: consider more --epochs,"
+        f" {linears}a higher --learning_rate, or more training texts"
     ]

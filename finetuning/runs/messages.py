@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuning.runs.records import DataRecord, score_names
+from finetuning.runs.records import BaselineRecord, DataRecord, score_names
 from finetuning.settings import TrainingSettings
 
 INSTALLED, PREDICT = "finetune-lora", "finetune-predict"  # the commands that pip installs
@@ -54,12 +54,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         name = score_names(multi_label)["accuracy"]
         lines.append(f"{'':<11} 95 % interval of the test {name}: {low:.2%} to {high:.2%}")
     if "baseline" in result:
-        baseline, texts = result["baseline"], result["data"]["sizes"]["train"]
-        scores = baseline.get("test", baseline["validation"])
-        lines.append(f"{'baseline':<11} {baseline['name']}: {scores_line(scores, monitor, multi_label)}")
-        if baseline["texts"] < texts:
-            sample = f"trained on {baseline['texts']:,} of {texts:,} texts, so that it takes little time"
-            lines.append(f"{'':<11} {sample}")
+        lines += baseline_lines(result["baseline"], result["data"]["sizes"]["train"], monitor, multi_label)
     if result["task"].get("threshold_tuned"):
         lines.append(f"{'threshold':<11} {result['task']['threshold']:g}, tuned on validation")
     lines += [
@@ -75,11 +70,32 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
 
 
 def scores_line(scores: Mapping[str, Any], monitor: str, multi_label: bool) -> str:
-    """The main scores of a split, and the one that chose the checkpoint."""
+    """The main scores of a split, and the one that chose the checkpoint.
+
+    Args:
+        scores: by name, and ``examples``, the number of texts.
+        monitor: the metric that chose the checkpoint.
+        multi_label: whether the run is multi-label.
+    """
     names = dict.fromkeys(("accuracy", *(("micro_f1",) if multi_label else ()), "macro_f1", monitor))
     shown = score_names(multi_label)
     parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
     return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
+
+
+def baseline_lines(baseline: BaselineRecord, texts: int, monitor: str, multi_label: bool) -> list[str]:
+    """The baseline's scores on test, or on validation if the run does not read the test.
+
+    Args:
+        baseline: the ``baseline`` of ``result.json``.
+        texts: the training texts of the run.
+        monitor, multi_label: as in ``scores_line``.
+    """
+    scores = scores_line(baseline.get("test", baseline["validation"]), monitor, multi_label)
+    lines = [f"{'baseline':<11} {baseline['name']}: {scores}"]
+    if baseline["texts"] < texts:
+        lines.append(f"{'':<11} trained on {baseline['texts']:,} of {texts:,} texts, so that it takes little time")
+    return lines
 
 
 def command_line(words: Sequence[str]) -> str:
