@@ -94,6 +94,7 @@ precision = "fp32"
 max_length = 32
 batch_size = 4
 epochs = 1
+baseline = false
 {rows}""",
         encoding="utf8",
     )
