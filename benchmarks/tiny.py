@@ -95,6 +95,7 @@ max_length = 32
 batch_size = 4
 epochs = 1
 patience = 0
+baseline = false
 {rows}""",
         encoding="utf8",
     )

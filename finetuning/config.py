@@ -31,7 +31,7 @@ from finetuning.settings import (
 # Settings that do not change what a run computes.
 NOT_PART_OF_THE_RUN = (
     "output_dir", "resume", "overwrite", "checkpoint_minutes", "checkpoint_steps", "force", "report", "report_texts",
-    "tracker", "verbose",
+    "tracker", "verbose", "baseline",
 )  # fmt: skip
 # Settings that --resume may change: also the location of model and data, and the hardware.
 MAY_CHANGE = (

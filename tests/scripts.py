@@ -64,7 +64,7 @@ class Script:
 
 @functools.cache
 def _server() -> ForkServer:
-    server = ForkServer(ROOT, PRELOADED, os.environ | {"OMP_NUM_THREADS": "1"})
+    server = ForkServer(ROOT, (*PRELOADED, "finetuning.comparison.baselines"), os.environ | {"OMP_NUM_THREADS": "1"})
     atexit.register(server.close)
     return server
 

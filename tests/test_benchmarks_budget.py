@@ -10,8 +10,8 @@ from tests.synthetic_runs import ENVIRONMENT, write_run
 
 
 def test_the_steps_have_a_row_for_each_budget_and_a_column_for_each_set(tmp_path: Path) -> None:
-    def run(row: str, score: float, seed: int = 0, **config: Any) -> None:
-        config = {"method": "lora", "batch_size": 32, "learning_rate": 1e-3, "data_dir": row} | config
+    def run(row: str, score: float, seed: int = 0, **given: Any) -> None:
+        config: dict[str, Any] = {"method": "lora", "batch_size": 32, "learning_rate": 1e-3, "data_dir": row} | given
         write_run(
             tmp_path, "steps", row, seed=seed, axes=config, validation=score, train={"steps": 63 * config["epochs"]}
         )

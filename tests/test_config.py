@@ -436,6 +436,14 @@ def test_stored_settings_that_make_no_sense_are_refused(damaged: dict[str, objec
         resumed_config(damaged, {"output_dir": Path("d"), "resume": True})
 
 
+def test_settings_that_were_stored_before_there_was_a_baseline_are_continued() -> None:
+    stored = config_of_flags("--output_dir d").to_dict()
+    del stored["baseline"]
+    given = {"output_dir": Path("d"), "resume": True}
+    assert resumed_config(stored, given).run.baseline
+    assert not resumed_config(stored, given | {"baseline": False}).run.baseline
+
+
 def test_what_may_change_exists() -> None:
     assert set(MAY_CHANGE) <= set(FLAGS)
 
@@ -470,7 +478,7 @@ def test_differences_name_what_changes_the_run() -> None:
     earlier = config_of_flags("--lora_r 4 --output_dir a")
     later = config_of_flags("--lora_r 16 --seed 1 --output_dir b --resume --verbose")
     assert later.differences(earlier.to_dict()) == ["--lora_r 4 -> 16", "--seed 0 -> 1"]
-    assert config_of_flags("--overwrite --verbose").differences(config_of_flags("").to_dict()) == []
+    assert config_of_flags("--overwrite --verbose --baseline False").differences(config_of_flags("").to_dict()) == []
     method = config_of_flags("--method full").differences(config_of_flags("").to_dict())
     assert "--method lora -> full" in method
     assert "--lora_r 8 -> None" in method

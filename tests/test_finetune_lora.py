@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from safetensors.numpy import load_file
 
 from finetune_lora import main
+from finetuning.comparison.baselines import baseline_logits
 from finetuning.flags import given_flags
 from finetuning.materials import find_materials
 from finetuning.processor import VARIABLE, instructions
@@ -147,7 +148,8 @@ def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
         assert np.sum(scores["confusion_matrix"], axis=1).tolist() == [10, 40]
         assert (scores["accuracy"], scores["mcc"]) == pytest.approx((0.8, 0))
         assert 0 <= scores["auroc"] <= 1
-    before, after = result["advice"]
+    before, after, compared = result["advice"]
+    assert compared.startswith("TF-IDF + logistic regression is better on 50 validation texts: accuracy 9")
     assert before.startswith("class 'good' has 4.0 times the training texts of 'bad', so --monitor accuracy may")
     assert after.startswith(
         "the chosen checkpoint answers 'good' for every validation text: consider --monitor macro_f1"
@@ -155,6 +157,61 @@ def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
     shown = capsys.readouterr().out
     assert f"advice  {before}" in shown.partition("parameters")[0]  # before training
     assert after in shown
+
+
+def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--epochs", "0", "--offline")
+    assert main(words) == 0
+    result, shown = result_of(tmp_path / "run"), capsys.readouterr().out
+    baseline = result["baseline"]
+    assert (baseline["name"], baseline["texts"]) == ("TF-IDF + logistic regression", 120)
+    assert baseline["seconds"] > 0
+    for split in ("validation", "test"):
+        assert (baseline[split]["accuracy"], baseline[split]["examples"]) == (1.0, 40)  # the reviews say it in words
+        assert baseline[split].keys() == {"accuracy", "macro_f1", "mcc", "auroc", "loss", "examples"}
+    line = "baseline    TF-IDF + logistic regression: accuracy 100.00%   macro F1 100.00%   loss"
+    assert line in shown
+    sentence = result["advice"][-1]
+    start = f"accuracy 100.00% against {result['validation']['accuracy']:.2%} of this classifier: consider more"
+    assert start in sentence
+    assert sentence in shown
+    assert ">test, TF-IDF + logistic regression</th>" in (tmp_path / "run" / "report.html").read_text("utf8")
+    assert main([*words, "--overwrite", "--baseline", "False", "--test", "False"]) == 0
+    assert "baseline" not in result_of(tmp_path / "run")
+    assert "TF-IDF" not in capsys.readouterr().out
+    assert main([*words, "--overwrite", "--test", "False"]) == 0
+    assert result_of(tmp_path / "run")["baseline"].keys() == {"name", "texts", "seconds", "validation"}
+    assert line in capsys.readouterr().out
+
+
+def test_a_run_whose_texts_have_no_words_has_no_baseline(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"{'!' * (i + 1)},{'good' if i % 2 else 'bad'}" for i in range(60)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]), encoding="utf8")
+    assert main(flags(tiny_folders["bert"], tmp_path, tmp_path / "run", "--epochs", "0")) == 0
+    assert "baseline" not in result_of(tmp_path / "run")
+    assert "\nno baseline: empty vocabulary" in capsys.readouterr().out
+
+
+def test_a_signal_ends_a_run_while_the_baseline_is_computed(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return baseline_logits(*arguments)
+
+    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr("finetuning.comparison.baselines.baseline_logits", signalled)
+        assert main(words) == 130
+    result = result_of(tmp_path / "run")
+    assert result["status"] == "interrupted"
+    assert "baseline" not in result
+    assert main(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
+    assert result_of(tmp_path / "run")["baseline"]["test"]["accuracy"] == 1.0
 
 
 def test_a_run_is_repeatable_and_its_seed_matters(

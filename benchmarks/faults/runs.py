@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
     "finetune_lora", "predict", "export_model", "lightning.pytorch", "transformers", "peft", "bitsandbytes",
     "pyarrow.parquet", "watermark", "matplotlib.pyplot", "finetuning.steps", "matplotlib.backends.backend_agg",
+    "finetuning.comparison.baselines",
 )  # fmt: skip
 METHODS = {
     "lora": ("--lora_mlp", "--lora_dropout", "0.1", "--dropout", "0.1", "--accumulate", "2"),

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from finetuning.data.labels import encode_multi_label, is_multi_label
-from finetuning.data.texts import Source
+from finetuning.data.labels import encode_multi_label, is_multi_label, rarest_labels
+from finetuning.data.texts import LabelledTexts, Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
@@ -208,3 +208,11 @@ def limited(splits: dict[str, pd.DataFrame], data: DataSettings) -> dict[str, pd
             )
         kept[name] = table.iloc[stratified_parts(table.label.to_numpy(), [limit], data.data_seed)[0]]
     return kept
+
+
+def sampled(split: LabelledTexts, count: int, seed: int) -> LabelledTexts:
+    """A stratified sample of a split's texts, in their order; all texts if ``count`` is not below their number."""
+    if count >= len(split.texts):
+        return split
+    strata = split.labels if split.labels.ndim == 1 else rarest_labels(split.labels)
+    return split.taken(np.sort(stratified_parts(strata, [count], seed)[0]))

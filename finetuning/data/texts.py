@@ -35,15 +35,15 @@ class LabelledTexts:
     rows: np.ndarray  # (n,) int64
     pairs: list[str] | None = None  # the second text of each pair
 
-    def by_row(self) -> dict[int, tuple[str, ...]]:
-        """Row -> its text, or the two texts of its pair."""
-        columns = (self.texts,) if self.pairs is None else (self.texts, self.pairs)
-        return dict(zip(self.rows.tolist(), zip(*columns, strict=True), strict=True))
-
     def taken(self, positions: np.ndarray) -> "LabelledTexts":
         """The texts at some positions."""
         pairs = None if self.pairs is None else [self.pairs[i] for i in positions]
         return LabelledTexts([self.texts[i] for i in positions], self.labels[positions], self.rows[positions], pairs)
+
+    def by_row(self) -> dict[int, tuple[str, ...]]:
+        """Row -> its text, or the two texts of its pair."""
+        columns = (self.texts,) if self.pairs is None else (self.texts, self.pairs)
+        return dict(zip(self.rows.tolist(), zip(*columns, strict=True), strict=True))
 
 
 @dataclass(frozen=True)

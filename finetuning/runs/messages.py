@@ -4,11 +4,11 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuning.runs.records import DataRecord, score_names
+from finetuning.runs.records import BaselineRecord, DataRecord, score_names
 from finetuning.settings import TrainingSettings
 
 INSTALLED, PREDICT = "finetune-lora", "finetune-predict"  # the commands that pip installs
@@ -57,12 +57,14 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     predict = _callable(PREDICT, installed) if installed.exists() else f"{python} predict.py"
     example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
-    monitor = result["config"]["monitor"]
+    monitor, multi_label = result["config"]["monitor"], "exact_match" in result["validation"]
     if "kfold" in result:  # printed before training
         del shown["validation"]
-    lines = [f"{split:<11} {scores_line(scores, monitor)}" for split, scores in shown.items()]
+    lines = [f"{split:<11} {scores_line(scores, monitor, multi_label)}" for split, scores in shown.items()]
     if "test" in result:
-        lines.append(accuracy_line("test", result["test"]))
+        lines.append(accuracy_line("test", result["test"], multi_label))
+    if "baseline" in result:
+        lines += baseline_lines(result["baseline"], result["data"]["sizes"]["train"], monitor, multi_label)
     if result["task"].get("threshold_tuned"):
         lines.append(f"{'threshold':<11} {result['task']['threshold']:g}, tuned on validation")
     lines += [
@@ -77,20 +79,40 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     return "\n" + "\n".join(lines)
 
 
-def scores_line(scores: dict[str, Any], monitor: str) -> str:
-    """The main scores of a split, and the one that chose the checkpoint."""
-    multi_label = "exact_match" in scores
+def scores_line(scores: Mapping[str, Any], monitor: str, multi_label: bool) -> str:
+    """The main scores of a split, and the one that chose the checkpoint.
+
+    Args:
+        scores: by name, and ``examples``, the number of texts.
+        monitor: the metric that chose the checkpoint.
+        multi_label: whether the run is multi-label.
+    """
     names = dict.fromkeys(("accuracy", *(("micro_f1",) if multi_label else ()), "macro_f1", monitor))
     shown = score_names(multi_label)
     parts = [f"{shown[name]} {scores[name]:.2%}" for name in names if name in scores and name != "loss"]
     return "   ".join([*parts, f"loss {scores['loss']:.4f}", f"{scores['examples']:,} texts"])
 
 
-def accuracy_line(split: str, scores: dict[str, Any]) -> str:
+def accuracy_line(split: str, scores: dict[str, Any], multi_label: bool) -> str:
     """The interval of the accuracy of a split."""
     low, high = scores["accuracy_ci95"]
-    name = "exact match" if "exact_match" in scores else "accuracy"
+    name = score_names(multi_label)["accuracy"]
     return f"{'':<11} 95 % interval of the {split} {name}: {low:.2%} to {high:.2%}"
+
+
+def baseline_lines(baseline: BaselineRecord, texts: int, monitor: str, multi_label: bool) -> list[str]:
+    """The baseline's scores on test, or on validation if the run does not read the test.
+
+    Args:
+        baseline: the ``baseline`` of ``result.json``.
+        texts: the training texts of the run.
+        monitor, multi_label: as in ``scores_line``.
+    """
+    scores = scores_line(baseline.get("test", baseline["validation"]), monitor, multi_label)
+    lines = [f"{'baseline':<11} {baseline['name']}: {scores}"]
+    if baseline["texts"] < texts:
+        lines.append(f"{'':<11} trained on {baseline['texts']:,} of {texts:,} texts, so that it takes little time")
+    return lines
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ class FoldsRecord(TypedDict):
     The interval of a mean is Nadeau's and Bengio's, see ``mean_interval``.
     """
 
-    folds: list[dict[str, Any]]  # of each: ``epoch`` that it chose, validation scores, texts, seconds of its run
+    folds: list[dict[str, Any]]  # of each: ``epoch`` that it chose, validation scores, texts, seconds, ``baseline``
     epochs: int  # that the final run trains: the median of those that the folds chose
     same_epoch: dict[str, Any] | None  # accuracy of all predictions after ``epochs`` in every fold, with its interval
     mean: dict[str, float]  # of the folds' scores
@@ -86,11 +86,29 @@ class TrainedRecord:
     kfold: FoldsRecord | None = None
 
 
+class BaselineRecord(TypedDict, total=False):
+    """The baseline, which was trained on the run's training texts. Of many texts it uses a stratified sample."""
+
+    name: str
+    texts: int  # that it was trained on
+    seconds: float  # wall clock of training and scores, with the import of scikit-learn
+    validation: dict[str, float]  # scores, and ``examples``, the texts that were scored
+    test: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ComparedRecord:
+    """What the comparison with the baseline tells."""
+
+    baseline: BaselineRecord
+    advice: list[str]  # one sentence each
+
+
 @dataclass(frozen=True)
 class CostRecord:
     """What the run took. Each is ``None`` if it is not known."""
 
-    memory: dict[str, Any]  # ``peak_bytes``, and the ``source`` that measured it
+    memory: dict[str, Any]  # ``peak_bytes`` without the baseline's, and the ``source`` that measured it
     seconds: float  # wall clock of training, evaluation and files, without the time between interruption and resume
     process_seconds: float | None  # wall clock since the process started, with imports; not of a continued run
     alone: bool | None  # whether no other process used the processors
@@ -111,6 +129,7 @@ class RunRecord:
     train: Callable[[], TrainRecord] | None = None
     trained: TrainedRecord | None = None
     test: dict[str, Any] | None = None  # scores, texts, seconds
+    compared: ComparedRecord | None = None
     cost: Callable[[], CostRecord] | None = None
     error: str | None = None  # of a run that failed: why, in one line
     traceback: str | None = None
@@ -123,6 +142,9 @@ class RunRecord:
             content |= {} if part is None else vars(part)
         train, cost = self._measured
         content |= {"data": self.data, "train": train, "test": self.test}
+        if self.compared is not None:
+            advice = [*content["advice"], *self.compared.advice]
+            content |= {"baseline": self.compared.baseline, "advice": advice}
         content |= {"error": self.error, "traceback": self.traceback}
         content = {name: value for name, value in content.items() if value is not None}
         if cost is not None:

@@ -20,18 +20,21 @@ def number(value: float, interval: Interval | None = None) -> str:
 
 
 def score_table(result: dict[str, Any], answers: dict[str, Answers]) -> Table:
-    """The scores of each split with their 95 % intervals."""
+    """The scores of each split with their 95 % intervals, and next to them the baseline's."""
     splits = [split for split in ("test", "validation") if split in result and split in answers]
     intervals = {split: score_intervals(answers[split]) for split in splits}
+    baseline = result.get("baseline", {})
+    others = {f"{split}, {baseline['name']}": baseline[split] for split in splits if split in baseline}
     multi_label = any(part.multi_label for part in answers.values())
     rows = []
     for key, name in score_names(multi_label).items():
         shown = number if key in ("loss", "mcc") else percent
         cells = [shown(result[s][key], intervals[s].get(key)) if key in result[s] else "" for s in splits]
         if any(cells):
-            rows.append((name, *cells))
-    rows.append(("texts", *(f"{len(answers[split].rows):,}" for split in splits)))
-    return Table(("score", *splits), rows)
+            rows.append((name, *cells, *(shown(scores[key]) if key in scores else "" for scores in others.values())))
+    sizes = [len(answers[split].rows) for split in splits] + [scores["examples"] for scores in others.values()]
+    rows.append(("texts", *(f"{size:,}" for size in sizes)))
+    return Table(("score", *splits, *others), rows)
 
 
 def class_table(answers: Answers, names: Sequence[str]) -> Table:

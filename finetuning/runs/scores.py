@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from finetuning.runs.answers import Answers
 from finetuning.runs.records import accuracy_interval
@@ -62,12 +63,7 @@ def mean_interval(values: Sequence[float], lowest: float = -math.inf, highest: f
         lowest, highest: what a score can be.
     """
     degrees = len(values) - 1
-    # With x = tan(angle) * sqrt(degrees), the density of t becomes a power of the cosine.
-    angles = np.linspace(0, np.pi / 2, 100_001)
-    density = np.cos(angles) ** (degrees - 1)
-    mass = np.cumsum((density[1:] + density[:-1]) / 2)
-    quantile = math.sqrt(degrees) * math.tan(np.interp(0.95, mass / mass[-1], angles[1:]))
-    spread = quantile * math.sqrt(1 / len(values) + 1 / degrees) * statistics.stdev(values)
+    spread = float(stdtrit(degrees, 0.975)) * math.sqrt(1 / len(values) + 1 / degrees) * statistics.stdev(values)
     mean = statistics.fmean(values)
     return max(lowest, mean - spread), min(highest, mean + spread)
 

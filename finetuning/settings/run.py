@@ -33,6 +33,7 @@ class RunSettings:
     checkpoint_steps: int = setting(0, "Inside an epoch, write a checkpoint every N steps; 0: see minutes.", at_least=0)
     offline: bool = setting(False, "Never use the network: model and data must be packaged or local.")
     test: bool = setting(True, "Evaluate the test split once, at the end.")
+    baseline: bool = setting(True, "Compare with TF-IDF + logistic regression, trained on the same texts.")
     report: bool = setting(True, "Write report.html into the run directory.")
     report_texts: bool = setting(True, "Show held-out texts in report.html; False keeps them out of it.")
     tracker: str = setting("", f"Also log to {', '.join(TRACKERS)}; several are separated by a comma.", "none")

@@ -1,9 +1,10 @@
-"""The steps of one run, in their order: inputs, claim, folds, classifier, training, evaluation, report; or what else.
+"""The steps of one run, in their order: inputs, claim, folds, classifier, training, evaluation, baseline, report.
 
-``run`` in ``finetune_lora.py`` calls them. Each takes what the earlier ones gave, and changes nothing of it. Importing
-this package loads torch.
+``instead.py`` has what else the command does. ``run`` in ``finetune_lora.py`` calls the steps. Each takes what the
+earlier ones gave, and changes nothing of it. Importing this package loads torch.
 """
 
+from finetuning.steps.baseline import compare_with_baseline
 from finetuning.steps.claim import claim_directory
 from finetuning.steps.classifier import build_model
 from finetuning.steps.folds import cross_validate
@@ -16,6 +17,7 @@ from finetuning.steps.watch import trackers_of, watched
 __all__ = [
     "build_model",
     "claim_directory",
+    "compare_with_baseline",
     "cross_validate",
     "estimate",
     "evaluate",

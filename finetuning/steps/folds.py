@@ -24,6 +24,7 @@ from finetuning.runs.scores import mean_interval
 from finetuning.steps.claim import Claim
 from finetuning.steps.inputs import Inputs
 from finetuning.training.module import Predictions, all_scores
+from finetuning.training.tasks import MultiLabel
 
 RANGES = {"mcc": (-1.0, 1.0), "loss": (0.0, math.inf)}  # of scores; the others are from 0 to 1
 
@@ -52,17 +53,18 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     if not inputs.folds:
         return None
     count, training = len(inputs.folds), claim.config.training
+    shown = training.monitor, isinstance(inputs.task, MultiLabel)
     say(f"{count} folds of {len(inputs.splits['train']):,} texts; each run validates on one of them")
     runs = []
     for directory, fold in zip(fold_directories(claim.directory, claim.config.data), inputs.folds, strict=True):
         runs.append(_finished(directory, fold, carry_out))
         scores, seconds = runs[-1].result["validation"], runs[-1].result["seconds"]
         begin = f"fold {len(runs)}/{count}"
-        say(f"{begin:<11} {scores_line(scores, training.monitor)}   epoch {scores['epoch']}   {seconds:.1f} s")
+        say(f"{begin:<11} {scores_line(scores, *shown)}   epoch {scores['epoch']}   {seconds:.1f} s")
     folds = _joined(inputs, runs)
     record, (rows, labels, logits) = folds.record, folds.predictions
     scores = scores_record(folds.scores | inputs.task.details(labels, logits), len(rows), record["seconds"])
-    say(f"{'out of fold':<11} {scores_line(scores, training.monitor)}\n{accuracy_line('out-of-fold', scores)}")
+    say(f"{'out of fold':<11} {scores_line(scores, *shown)}\n{accuracy_line('out-of-fold', scores, shown[1])}")
     if (same := record["same_epoch"]) is not None:
         low, high = same["accuracy_ci95"]
         every = f"after {record['epochs']} epochs in every fold"
@@ -102,7 +104,7 @@ def _record(runs: list[FinishedRun]) -> FoldsRecord:
     """Each fold's scores, their means, and the number of epochs."""
     folds = [
         {name: score for name, score in run.result["validation"].items() if name in (*SCORES, "epoch", "examples")}
-        | {"seconds": run.result["seconds"]}
+        | {"seconds": run.result["seconds"], "baseline": run.result.get("baseline")}
         for run in runs
     ]
     columns = {name: [fold[name] for fold in folds] for name in SCORES if all(name in fold for fold in folds)}

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from finetuning.processes import is_helper, processor_seconds
 from finetuning.runs.measurements import peak_memory, process_seconds, was_alone
@@ -29,12 +30,17 @@ class Watch:
         self._on_gpu, self._resumed = on_gpu, run.resume
         self._one_process = hardware.processes == 1
         self._started, self._busy = time.perf_counter(), processor_seconds()
+        self._memory: dict[str, Any] | None = None
+
+    def keep_memory(self) -> None:
+        """Notes the peak memory until now: what the baseline takes does not count."""
+        self._memory = peak_memory(self._on_gpu)
 
     def cost(self) -> CostRecord:
         """What the run has taken until now."""
         seconds = time.perf_counter() - self._started
         return CostRecord(
-            memory=peak_memory(self._on_gpu),
+            memory=self._memory or peak_memory(self._on_gpu),
             seconds=self.meter.run_seconds,
             process_seconds=None if self._resumed else process_seconds(),
             alone=was_alone(self._busy, seconds) if self._one_process else None,

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from finetuning.runs import records
-from finetuning.runs.messages import command_line
-from finetuning.runs.records import accuracy_interval
+from finetuning.runs.messages import baseline_lines, command_line
+from finetuning.runs.records import BaselineRecord, accuracy_interval
 
 
 def test_wilson_interval() -> None:
@@ -22,6 +22,17 @@ def test_the_record_of_the_test_brings_the_interval_of_its_accuracy() -> None:
     record = records.scores_record({"accuracy": 0.8, "loss": 0.4}, examples=100, seconds=2.5)
     interval = list(accuracy_interval(0.8, 100))
     assert record == {"accuracy": 0.8, "loss": 0.4, "accuracy_ci95": interval, "examples": 100, "seconds": 2.5}
+
+
+def test_the_baseline_is_shown_for_test_and_says_if_it_was_trained_on_a_sample() -> None:
+    validation, test = ({"accuracy": value, "macro_f1": 0.5, "loss": 0.4, "examples": 1200} for value in (0.7, 0.852))
+    baseline = BaselineRecord(name="words", texts=60, seconds=1.0, validation=validation)
+    line = "baseline    words: accuracy 70.00%   macro F1 50.00%   loss 0.4000   1,200 texts"
+    assert baseline_lines(baseline, 60, "accuracy", False) == [line]
+    baseline["test"] = test
+    first, second = baseline_lines(baseline, 9000, "macro_f1", True)
+    assert first.startswith("baseline    words: exact match 85.20%   macro F1 50.00%")
+    assert second.strip() == "trained on 60 of 9,000 texts, so that it takes little time"
 
 
 def test_a_command_is_recorded_as_it_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

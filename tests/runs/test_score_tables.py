@@ -24,6 +24,21 @@ def test_scores_have_intervals_and_what_was_not_measured_is_left_out() -> None:
     assert rows["texts"] == "100"
 
 
+def test_the_baseline_is_next_to_the_run() -> None:
+    answers = answers_of([0, 1] * 50, [0, 1] * 50)
+    scores = {"accuracy": 0.75, "loss": 0.625, "examples": 80}
+    result: dict[str, Any] = {"test": {"accuracy": 1.0, "loss": 0.5, "auroc": 1.0}, "validation": {"accuracy": 1.0}}
+    result["baseline"] = {"name": "words", "texts": 9, "test": scores, "validation": scores}
+    table = score_table(result, {"test": answers})
+    assert table.columns == ("score", "test", "test, words")
+    rows = {row[0]: row[2] for row in table.rows}
+    assert rows == {"accuracy": "75.00 %", "AUROC": "", "loss, nats": "0.6250", "texts": "80"}
+    assert score_table(result, {"test": answers, "validation": answers}).columns[3:] == (
+        "test, words",
+        "validation, words",
+    )
+
+
 @pytest.mark.parametrize(("threshold", "name"), [(None, "accuracy"), (0.5, "exact match")])
 def test_the_accuracy_of_multi_label_runs_is_the_exact_match(threshold: float | None, name: str) -> None:
     result: dict[str, Any] = {"test": {"accuracy": 0.5, "micro_f1": 0.7}}

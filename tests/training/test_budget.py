@@ -64,6 +64,6 @@ def test_texts_that_share_a_step_make_fewer_steps_and_so_more_epochs() -> None:
 
 
 @pytest.mark.parametrize("given", [{"epochs": 0}, {"batch_size": 3}, {"patience": 0}, {"epochs": 1, "patience": 5}])
-def test_given_values_stay(given: dict[str, int]) -> None:
+def test_given_values_stay(given: dict[str, Any]) -> None:
     assert set(chosen(60, **given)) == set(AUTO) - set(given)
     assert chosen(60, epochs=7, batch_size=300, patience=1) == {}

@@ -1,0 +1,105 @@
+"""The baseline that a run is compared with, see ``finetuning/comparison/baselines.py``."""
+
+import copy
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from finetuning.data.splits import sampled
+from finetuning.errors import Interrupted, first_line, say
+from finetuning.processes import is_helper
+from finetuning.runs.measurements import free_memory
+from finetuning.runs.records import SCORES, BaselineRecord, ComparedRecord, FoldsRecord
+from finetuning.settings import LoRASettings
+from finetuning.steps.training import Training
+from finetuning.training.tasks import MultiLabel, Task
+
+ALL_LINEARS = {"query", "key", "value", "projection", "mlp"}
+
+
+def compare_with_baseline(training: Training) -> ComparedRecord | None:
+    """Trains the baseline and compares the run with it, in the first process.
+
+    Returns:
+        ``None`` if it is not asked for, or cannot be computed; then one line says why.
+
+    Raises:
+        Interrupted: a signal has arrived.
+    """
+    if is_helper() or not training.claim.config.run.baseline:
+        return None
+    training.watch.keep_memory()
+    try:
+        return _compared(training) if training.folds is None else _of_folds(training, training.folds.record)
+    except Interrupted:
+        raise
+    except Exception as error:  # a run whose classifier is trained does not fail here
+        say(f"no baseline: {first_line(error, name_file=True)}")
+        return None
+
+
+def _compared(training: Training) -> ComparedRecord:
+    began = time.perf_counter()
+    from finetuning.comparison import baselines  # loads scikit-learn
+
+    config, inputs, watch = training.claim.config, training.inputs, training.watch
+    task = copy.deepcopy(inputs.task)  # --threshold tuned gives the baseline a threshold of its own
+    classes, multi_label = len(task.names), isinstance(task, MultiLabel)
+    splits = {name: split for name, split in inputs.texts.splits.items() if name in inputs.splits}
+    sizes = {name: baselines.size_of(split) for name, split in splits.items()}
+    counts = baselines.affordable(sizes, classes, baselines.budget(watch.meter.run_seconds), free_memory())
+    used = {name: sampled(split, counts[name], config.data.data_seed) for name, split in splits.items()}
+    train, validation = used.pop("train"), used["validation"]
+    logits = baselines.baseline_logits(train, used, classes, watch.stop.check)
+    task.tune(validation.labels, logits["validation"])
+    scores = {name: _scores(task, split.labels, logits[name]) for name, split in used.items()}
+    rows, labels, answers = training.module.predictions["validation"]
+    same = np.isin(rows, validation.rows)
+    advice = baselines.advice(
+        _scores(inputs.task, labels[same], answers[same]), scores["validation"], config.training.monitor, multi_label,
+        all_linears=_can_adapt_more(config.lora),
+    )  # fmt: skip
+    watch.stop.check()
+    seconds = time.perf_counter() - began
+    record = BaselineRecord(
+        name=baselines.NAME, texts=len(train.texts), seconds=seconds, validation=scores["validation"]
+    )
+    if "test" in scores:
+        record["test"] = scores["test"]
+    return ComparedRecord(record, advice)
+
+
+def _of_folds(training: Training, folds: FoldsRecord) -> ComparedRecord | None:
+    """The means of what the runs on the folds were compared with; ``None`` if one has no baseline."""
+    from finetuning.comparison import baselines
+
+    found = [fold["baseline"] for fold in folds["folds"]]
+    if None in found:
+        return None
+    names = [name for name in SCORES if all(name in each["validation"] for each in found)]
+    means = {name: statistics.fmean(each["validation"][name] for each in found) for name in names}
+    record = BaselineRecord(
+        name=baselines.NAME,
+        texts=min(each["texts"] for each in found),
+        seconds=sum(each["seconds"] for each in found),
+        validation=means | {"examples": sum(each["validation"]["examples"] for each in found)},
+    )
+    config, multi_label = training.claim.config, isinstance(training.inputs.task, MultiLabel)
+    adapts_more = _can_adapt_more(config.lora)
+    advice = baselines.advice(
+        folds["mean"], record["validation"], config.training.monitor, multi_label, all_linears=adapts_more
+    )
+    return ComparedRecord(record, advice)
+
+
+def _can_adapt_more(lora: LoRASettings | None) -> bool:
+    """Whether LoRA could be put on more linears."""
+    return lora is not None and not lora.modules and not set(lora.targets) >= ALL_LINEARS
+
+
+def _scores(task: Task, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+    """The scores of a split as ``result.json`` has them, without details by class."""
+    loss = float(task.losses(torch.from_numpy(logits), torch.from_numpy(labels)).mean())
+    return task.scores(labels, logits) | {"loss": loss, "examples": len(labels)}
