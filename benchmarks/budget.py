@@ -1,13 +1,14 @@
 """What the automatic batch and epochs rest on, and what they give: ``python -m benchmarks.budget --data_dir PATH``.
 
-Two tables for docs/budget.md, from collected runs:
+The tables of docs/budget.md, from collected runs:
 
 * ``steps``: validation accuracy by training texts, batch and epochs (``studies/steps.toml``), from which the rule in
-  ``finetuning/training/budget.py`` was chosen.
+  ``finetuning/training/budget.py`` was chosen. ``patience``: what stopping these runs early would have cost.
 * ``few_texts``: test accuracy with 100 and 250 texts, five draws for each set (``studies/few_texts.toml``). For each
   draw it adds a baseline: logistic regression on the mean of the frozen model's token vectors, with the same texts.
 """
 
+import csv
 import statistics
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from finetuning.data.loading import load_texts
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
 from finetuning.pages import Table, measured, renew_tables
+from finetuning.training.budget import FEW
 
 OUTPUT = harness.RESULTS / "few_texts.json"
 STEPS = ROOT / "results" / "steps"
@@ -34,6 +36,7 @@ STUDY = ROOT / "studies" / "few_texts.toml"
 PAGE = ROOT / "docs" / "budget.md"
 FROZEN = "frozen mean embedding + logistic regression"
 BATCH = 64  # texts
+LEAST_EPOCHS = 5  # of a run that --patience could have stopped
 SETTINGS = ("method", "limit_train", "batch_size", "learning_rate", "epochs")  # of a row of steps
 
 
@@ -63,6 +66,43 @@ def _validation(runs: Sequence[Record]) -> str:
     """The mean validation accuracy, and how many runs it is of, if there are several."""
     mean = 100 * statistics.fmean(run["validation"]["accuracy"] for run in runs)
     return f"{mean:.2f}" + (f" ({len(runs)})" if len(runs) > 1 else "")
+
+
+def patience_table(folder: Path = STEPS) -> str:
+    """Markdown: what ``--patience`` would have cost and saved in the runs of ``steps`` with at least five epochs.
+
+    Args:
+        folder: the collected runs.
+    """
+    found: dict[bool, list[list[float]]] = {True: [], False: []}  # few texts or not -> accuracies by epoch
+    records = read_records(folder)[0].values()
+    for record in records:
+        lines = csv.DictReader((record.metrics or "").splitlines())
+        history = [100 * float(line["validation_accuracy"]) for line in lines if line.get("validation_accuracy")]
+        if record.result["status"] == "finished" and len(history) >= LEAST_EPOCHS:
+            found[record.result["config"]["limit_train"] < FEW].append(history)
+    rows = []
+    for few, histories in found.items():
+        for patience in (1, 2, 3, 5) if histories else ():
+            ends = [_stop(history, patience) for history in histories]
+            costs = [max(h) - max(h[:end]) for h, end in zip(histories, ends, strict=True)]
+            saved = statistics.fmean(1 - end / len(h) for h, end in zip(histories, ends, strict=True))
+            texts = f"fewer than {FEW:,}" if few else f"{FEW:,} or more"
+            cells = (f"{statistics.fmean(costs):.2f}", f"{max(costs):.2f}", f"{100 * saved:.0f}")
+            rows.append((texts, str(patience), str(len(histories)), *cells))
+    columns = ("training texts", "`--patience`", "runs", "mean loss, points", "largest loss, points", "epochs saved, %")
+    return f"{Table(columns, rows).markdown()}\n\n{measured(record.result['environment'] for record in records)}"
+
+
+def _stop(history: Sequence[float], patience: int) -> int:
+    """The number of epochs after which ``--patience`` stops."""
+    best = 0
+    for epoch, score in enumerate(history):
+        if score > history[best]:
+            best = epoch
+        elif epoch - best >= patience:
+            return epoch + 1
+    return len(history)
 
 
 def few_texts_table(result: Record) -> str:
@@ -136,7 +176,7 @@ def command(argv: Sequence[str] | None) -> int:
     journal = harness.start_journal("few_texts", options, {"environments": []})
     measure(options.results, options.data_dir, journal)
     harness.publish(journal, OUTPUT, few_texts_table, "few_texts", partly=False, page=PAGE)
-    renew_tables(PAGE, {"steps": steps_table()})
+    renew_tables(PAGE, {"steps": steps_table(), "patience": patience_table()})
     return 0
 
 

@@ -339,6 +339,7 @@ def headline_table() -> str:
         (SPEED, "roofline", lambda: roofline.table(stored("roofline"))),
         (ACCURACY, "accuracy", lambda: accuracy.table(*accuracy.load(harness.RESULTS))),
         (budget.PAGE, "steps", budget.steps_table),
+        (budget.PAGE, "patience", budget.patience_table),
         (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),
     ],
 )

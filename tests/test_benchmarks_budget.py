@@ -28,6 +28,15 @@ def test_the_steps_have_a_row_for_each_budget_and_a_column_for_each_set(tmp_path
     assert [row[-2:] for row in rows[1:]] == [["", "50.00"], ["80.00", "92.00 (2)"], ["", "93.00"]]
 
 
+def test_patience_stops_after_so_many_epochs_without_gain(tmp_path: Path) -> None:
+    curve = [0.5, 0.6, 0.6, 0.55, 0.7, 0.7]
+    write_run(tmp_path, "steps", "trec6", axes={"limit_train": 100}, curve=curve)
+    lines = budget.patience_table(tmp_path / "steps").splitlines()[2:]
+    assert lines[0] == "| fewer than 1,000 | 1 | 1 | 10.00 | 10.00 | 50 |"
+    assert lines[1] == "| fewer than 1,000 | 2 | 1 | 10.00 | 10.00 | 33 |"
+    assert lines[2] == "| fewer than 1,000 | 3 | 1 | 0.00 | 0.00 | 0 |"
+
+
 def test_few_texts_are_means_over_draws() -> None:
     def record(kind: str, draw: int, accuracy: float) -> dict[str, Any]:
         return {"set": "trec6", "texts": 100, "draw": draw, "kind": kind, "accuracy": accuracy}
