@@ -222,13 +222,15 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 # --- the studies of the suite
 
+AUTO = ("-auto", *(f"-auto-data_seed{draw}" for draw in range(5)))  # rows that ask what auto gives
+
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_of_the_suite_can_be_planned_and_holds_no_place_of_one_machine(path: Path) -> None:
     study = read_plan(path)
     assert study.question.endswith("?")
     assert not [run.name for run in study.runs if "/" in str(run.settings.get("model_name", ""))]
-    trainings = [from_flags(run.flags(Path())).training for run in study.runs]
+    trainings = [from_flags(run.flags(Path())).training for run in study.runs if not run.row.endswith(AUTO)]
     assert not [t for t in trainings if None in (t.epochs, t.batch_size, t.patience)], "what auto chooses may change"
 
 
