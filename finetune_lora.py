@@ -65,12 +65,8 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     share_processors()
     if instead.prefetch or instead.estimate:
         from finetuning import steps
-        from finetuning.materials import find_materials
 
-        if instead.prefetch:
-            print(steps.prefetch(config))
-        else:
-            print(steps.estimate(steps.read_inputs(config, find_materials(config))))
+        print(steps.prefetch(config) if instead.prefetch else steps.estimate(config))
         return 0
     status = run(config)["status"]
     # If another process ends with another status, Lightning and srun kill the first one while it may still write.

@@ -5,21 +5,23 @@ import torch
 from finetuning.config import RunConfig
 from finetuning.data.loading import prefetch_texts
 from finetuning.errors import UserError
+from finetuning.materials import find_materials
 from finetuning.models.base_files import find_folder
 from finetuning.models.base_model import find_base_model
 from finetuning.models.counting import count_parameters
-from finetuning.steps.inputs import Inputs
+from finetuning.steps.inputs import read_inputs
 from finetuning.training.estimate import estimate_table, measure_steps
 from finetuning.training.hardware import prepare_process
 from finetuning.training.trainer import quiet_lightning
 
 
-def estimate(inputs: Inputs) -> str:
+def estimate(config: RunConfig) -> str:
     """The memory and time that a run needs, as a text to print. Nothing is written.
 
     Raises:
-        UserError: a GPU has too little memory for one step.
+        UserError: input is refused, or a GPU has too little memory for one step.
     """
+    inputs = read_inputs(config, find_materials(config))
     training, hardware = inputs.config.training, inputs.hardware
     prepare_process(hardware)
     torch.manual_seed(training.seed)
