@@ -4,6 +4,7 @@ The tables of docs/budget.md, from collected runs:
 
 * ``steps``: validation accuracy by training texts, batch and epochs (``studies/steps.toml``), from which the rule in
   ``finetuning/training/budget.py`` was chosen. ``patience``: what stopping these runs early would have cost.
+* ``defaults`` and ``defaults_methods``: test accuracy with 2,000 texts, by the studies of these names.
 * ``few_texts``: test accuracy with 100 and 250 texts, five draws for each set (``studies/few_texts.toml``). For each
   draw it adds a baseline: logistic regression on the mean of the frozen model's token vectors, with the same texts.
 """
@@ -36,6 +37,7 @@ STUDY = ROOT / "studies" / "few_texts.toml"
 PAGE = ROOT / "docs" / "budget.md"
 FROZEN = "frozen mean embedding + logistic regression"
 BATCH = 64  # texts
+KINDS = ("before", "auto")  # two epochs of 64 texts a batch, and the rule
 LEAST_EPOCHS = 5  # of a run that --patience could have stopped
 SETTINGS = ("method", "limit_train", "batch_size", "learning_rate", "epochs")  # of a row of steps
 
@@ -105,6 +107,35 @@ def _stop(history: Sequence[float], patience: int) -> int:
     return len(history)
 
 
+def defaults_table(folder: Path) -> str:
+    """Markdown: a row for each data set (and method), with test accuracy, steps and training time before and now.
+
+    Args:
+        folder: the collected runs of a study whose rows are ``NAME-before`` and ``NAME-auto``.
+    """
+    results = [record.result for record in read_records(folder)[0].values() if record.result["status"] == "finished"]
+    found: dict[str, dict[str, list[Record]]] = {}
+    for result in results:
+        name, _, kind = result["study"]["row"].rpartition("-")
+        found.setdefault(name, {}).setdefault(kind, []).append(result)
+    rows = []
+    for name, runs in found.items():
+        scores = [_mean_of([100 * run["test"]["accuracy"] for run in runs.get(kind, ())]) for kind in KINDS]
+        steps = [f"{runs[kind][0]['train']['steps']:,}" if kind in runs else "" for kind in KINDS]
+        means = [statistics.fmean(run["train"]["seconds"] for run in runs[kind]) for kind in KINDS if kind in runs]
+        rows.append((name, *scores, " / ".join(steps), " / ".join(f"{mean:.0f}" for mean in means)))
+    columns = ("data set", *(f"{kind}, %" for kind in KINDS), "steps: before / auto", "training, s: before / auto")
+    return f"{Table(columns, rows).markdown()}\n\n{measured(result['environment'] for result in results)}"
+
+
+def _mean_of(values: Sequence[float]) -> str:
+    """``88.80 ± 0.35 (2)``: mean, standard deviation and number; empty without values."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread} ({len(values)})"
+
+
 def few_texts_table(result: Record) -> str:
     """Markdown: a row for each set and size, with the mean and standard deviation over the draws, in %."""
     kinds = list(dict.fromkeys(record["kind"] for record in result["measurements"]))
@@ -118,8 +149,7 @@ def few_texts_table(result: Record) -> str:
                 for record in result["measurements"]
                 if (record["set"], record["texts"], record["kind"]) == (name, texts, kind)
             ]
-            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.fmean(found):.2f}{spread} ({len(found)})" if found else "not measured")
+            cells.append(_mean_of(found) or "not measured")
         rows.append((name, str(texts), *cells))
     columns = ("data set", "training texts", *(f"{kind}, %" for kind in kinds))
     return f"{Table(columns, rows).markdown()}\n\n{measured(result['environments'])}"
@@ -177,6 +207,7 @@ def command(argv: Sequence[str] | None) -> int:
     measure(options.results, options.data_dir, journal)
     harness.publish(journal, OUTPUT, few_texts_table, "few_texts", partly=False, page=PAGE)
     renew_tables(PAGE, {"steps": steps_table(), "patience": patience_table()})
+    renew_tables(PAGE, {name: defaults_table(STEPS.with_name(name)) for name in ("defaults", "defaults_methods")})
     return 0
 
 

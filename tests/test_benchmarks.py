@@ -340,6 +340,8 @@ def headline_table() -> str:
         (ACCURACY, "accuracy", lambda: accuracy.table(*accuracy.load(harness.RESULTS))),
         (budget.PAGE, "steps", budget.steps_table),
         (budget.PAGE, "patience", budget.patience_table),
+        (budget.PAGE, "defaults", lambda: budget.defaults_table(RESULTS / "defaults")),
+        (budget.PAGE, "defaults_methods", lambda: budget.defaults_table(RESULTS / "defaults_methods")),
         (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),
     ],
 )

@@ -28,6 +28,18 @@ def test_the_steps_have_a_row_for_each_budget_and_a_column_for_each_set(tmp_path
     assert [row[-2:] for row in rows[1:]] == [["", "50.00"], ["80.00", "92.00 (2)"], ["", "93.00"]]
 
 
+def test_defaults_have_both_budgets_in_a_row(tmp_path: Path) -> None:
+    for row, seed, accuracy, steps in (
+        ("a-b-before", 0, 0.5, 60),
+        ("a-b-auto", 0, 0.7, 300),
+        ("a-b-auto", 1, 0.8, 300),
+    ):
+        test = {"accuracy": accuracy}
+        write_run(tmp_path, "defaults", row, seed=seed, test=test, train={"steps": steps, "seconds": steps / 4})
+    lines = budget.defaults_table(tmp_path / "defaults").splitlines()
+    assert lines[2] == "| a-b | 50.00 (1) | 75.00 ± 7.07 (2) | 60 / 300 | 15 / 75 |"
+
+
 def test_patience_stops_after_so_many_epochs_without_gain(tmp_path: Path) -> None:
     curve = [0.5, 0.6, 0.6, 0.55, 0.7, 0.7]
     write_run(tmp_path, "steps", "trec6", axes={"limit_train": 100}, curve=curve)
