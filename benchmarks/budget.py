@@ -60,7 +60,7 @@ def steps_table(folder: Path = STEPS) -> str:
         steps = "; ".join(sorted({f"{each['train']['steps']:,}" for runs in found.values() for each in runs}))
         scores = [_validation(found[name]) if name in found else "" for name in sets]
         cells.append((method, f"{texts:,}", str(batch), f"{rate:g}", str(epochs), steps, *scores))
-    table = Table(("method", "training texts", "texts a batch", "rate", "epochs", "steps", *sets), cells)
+    table = Table(("method", "texts", "batch", "rate", "epochs", "steps", *sets), cells)
     return f"{table.markdown()}\n\n{measured(result['environment'] for result in results)}"
 
 
