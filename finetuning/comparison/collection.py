@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.comparison.packed import Record, change_records
-from finetuning.comparison.plan import PlannedRun, shown_command
+from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, first_line
 from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged
@@ -38,7 +38,7 @@ def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
     source, result = runs.directory(run), runs.result(run)
     result["study"] = runs.place_in_study(run)
     # paths of this machine mean nothing on another one
-    result["command"] = shown_command(result["command"])
+    result["command"] = shown_command(stated_command(result["command"], result["config"]))
     result["config"] |= {"data_dir": run.settings.get("data_dir"), "output_dir": None}
     result.pop("traceback", None)
     if run.stage == "tune":

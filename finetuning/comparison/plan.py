@@ -26,13 +26,14 @@ import random
 import re
 import shlex
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from finetuning.datasets import hub_name
 from finetuning.errors import UserError, first_line
-from finetuning.flags import from_flags
+from finetuning.flags import from_flags, given_flags
 from finetuning.settings import FLAGS
 
 TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
@@ -104,6 +105,20 @@ class StudyPlan:
     def find(self, name: str) -> PlannedRun:
         """The run of this name."""
         return next(run for run in self.runs if run.name == name)
+
+
+def stated_command(command: str, config: Mapping[str, Any]) -> str:
+    """A command with the numbers that its run chose by itself, so that it repeats the run if ``auto`` changes.
+
+    Args:
+        command: as the run has recorded it.
+        config: every setting of the run.
+    """
+    words = shlex.split(command)
+    flags = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    given = {name for name, value in given_flags(words[flags:]).items() if value is not None}
+    missing = [name for name, flag in FLAGS.items() if flag.or_auto and flag.kind is int and name not in given]
+    return shlex.join([*words, *(word for name in missing for word in (f"--{name}", str(config[name])))])
 
 
 def shown_command(command: str) -> str:
