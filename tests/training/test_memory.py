@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.harness import TRAINING_FLAGS
 from finetuning.data.batches import train_loader
 from finetuning.errors import TrainingFailed
 from finetuning.training import memory
@@ -20,9 +21,9 @@ def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_n
     tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = (
-        f"--model_name {tiny_folders['distilbert']} --max_length 64 --batch_tokens 4096 --dropout 0.1 --accelerator cpu"
+        f"--model_name {tiny_folders['distilbert']} --max_length 64 --batch_size 64 --batch_tokens 4096 --dropout 0.1"
     )
-    config = config_of_flags(f"{line} --precision fp32 --method full")
+    config = config_of_flags(f"{line} --accelerator cpu --precision fp32 --method full")
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).train()
     loader = train_loader(make_split(review_lengths(400, 0, longest=64)), config.training, pad_id=0)
     state = torch.get_rng_state()
@@ -45,7 +46,8 @@ def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_n
 
 
 def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of_flags(f"--model_name {tiny_folders['bert']} --max_length 64 --precision fp32 --accelerator cpu")
+    line = f"--model_name {tiny_folders['bert']} --max_length 64 {TRAINING_FLAGS} --precision fp32 --accelerator cpu"
+    config = config_of_flags(line)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
     loader = train_loader(make_split(review_lengths(40, 0, longest=64)), config.training, pad_id=0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB // 1024, GIB))
