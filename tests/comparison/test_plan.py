@@ -1,5 +1,6 @@
 """What a TOML becomes, and what is refused; nothing runs here."""
 
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.comparison.plan import PlannedRun, StudyPlan, read_plan
+from finetuning.comparison.plan import PlannedRun, StudyPlan, read_plan, stated_command
+from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
 
@@ -221,6 +223,16 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 
 # --- the studies of the suite
+
+
+def test_a_stated_command_has_the_numbers_that_auto_chose() -> None:
+    config = RunConfig.from_settings(epochs=5, batch_size=32, patience=0).to_dict()
+    command = "python finetune_lora.py --epochs auto --data_dir 'a b' --patience 0"
+    stated = stated_command(command, config)
+    assert stated == f"{command} --epochs 5 --batch_tokens 8192 --batch_size 32"
+    assert stated_command(stated, config) == stated
+    assert from_flags(shlex.split(stated)[2:]).training == RunConfig.from_dict(config).training
+
 
 AUTO = ("-auto", *(f"-auto-data_seed{draw}" for draw in range(5)))  # rows that ask what auto gives
 
