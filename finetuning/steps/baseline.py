@@ -11,6 +11,7 @@ from finetuning.errors import Interrupted, first_line, say
 from finetuning.processes import is_helper
 from finetuning.runs.measurements import free_memory
 from finetuning.runs.records import BaselineRecord, ComparedRecord
+from finetuning.settings import LoRASettings
 from finetuning.steps.training import Training
 from finetuning.training.tasks import MultiLabel, Task
 
@@ -55,10 +56,9 @@ def _compared(training: Training) -> ComparedRecord:
     scores = {name: _scores(task, split.labels, logits[name]) for name, split in used.items()}
     rows, labels, answers = training.module.predictions["validation"]
     same = np.isin(rows, validation.rows)
-    linears = config.lora is not None and not config.lora.modules and not set(config.lora.targets) >= ALL_LINEARS
     advice = baselines.advice(
         _scores(inputs.task, labels[same], answers[same]), scores["validation"], config.training.monitor, multi_label,
-        all_linears=linears,
+        all_linears=_lacks_linears(config.lora),
     )  # fmt: skip
     watch.stop.check()
     seconds = time.perf_counter() - began
@@ -68,6 +68,13 @@ def _compared(training: Training) -> ComparedRecord:
     if "test" in scores:
         record["test"] = scores["test"]
     return ComparedRecord(record, advice)
+
+
+def _lacks_linears(lora: LoRASettings | None) -> bool:
+    """Whether flags could place LoRA on more linears."""
+    if lora is None or lora.init_adapter is not None or lora.modules:
+        return False
+    return not set(lora.targets) >= ALL_LINEARS
 
 
 def _scores(task: Task, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
