@@ -180,7 +180,7 @@ def _words(folder: Path, sizes: Sizes, output: Path, *more: str) -> list[str]:
     return [
         "--model_name", str(folder / "model"), "--dataset", "text", "--data_dir", str(folder / "texts"),
         "--output_dir", str(output), "--max_length", str(sizes.max_length), "--epochs", "1", *RUN_LIMITS,
-        "--accelerator", sizes.accelerator, *more,
+        "--accelerator", sizes.accelerator, "--baseline", "False", *more,
     ]  # fmt: skip
 
 
