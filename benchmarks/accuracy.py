@@ -93,7 +93,7 @@ class Measurement:
         flags = [*SAME.split(), *self.work.flags.split(), "--seed", str(self.seed)]
         places = ["--data_dir", str(data_dir / self.work.name), "--output_dir", str(directory), "--overwrite"]
         if self.contestant == "suite":
-            return [str(ROOT / "finetune_lora.py"), *flags, *places]
+            return [str(ROOT / "finetune_lora.py"), *flags, *places, "--baseline", "False"]  # the peer has none
         return ["-m", "benchmarks.peft_run", *peer_flags, *flags, *places]
 
     @property

@@ -182,7 +182,7 @@ def _words(folder: Path, sizes: Sizes, output: Path, *more: str) -> list[str]:
     return [
         "--model_name", str(folder / "model"), "--dataset", "text", "--data_dir", str(folder / "texts"),
         "--output_dir", str(output), "--max_length", str(sizes.max_length), *RUN_FLAGS,
-        "--accelerator", sizes.accelerator, *more,
+        "--accelerator", sizes.accelerator, "--baseline", "False", *more,
     ]  # fmt: skip
 
 

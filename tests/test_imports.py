@@ -53,6 +53,17 @@ def test_the_package_never_imports_what_is_above_it(package: str) -> None:
         assert not imported(path) & ABOVE, path
 
 
+def test_scikit_learn_is_loaded_only_for_a_baseline() -> None:
+    baselines = ROOT / "finetuning" / "comparison" / "baselines.py"
+    files = [ROOT / "finetune_lora.py", *(ROOT / "finetuning").rglob("*.py")]
+    assert [path for path in files if "sklearn" in imported(path)] == [baselines]
+    for path in files:
+        at_start = [
+            node for node in ast.parse(path.read_text(encoding="utf8")).body if isinstance(node, ast.ImportFrom)
+        ]
+        assert not [node for node in at_start if "baselines" in f"{node.module} {[n.name for n in node.names]}"], path
+
+
 @pytest.mark.parametrize("words", [["predict", "nowhere"], ["export_model", "nowhere", "out"]], ids=" ".join)
 def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
     code = f"import sys, {words[0]} as c; print(c.main({words[1:]!r}), 'torch' in sys.modules)"

@@ -59,7 +59,7 @@ def _compared(training: Training) -> ComparedRecord:
     same = np.isin(rows, validation.rows)
     advice = baselines.advice(
         _scores(inputs.task, labels[same], answers[same]), scores["validation"], config.training.monitor, multi_label,
-        all_linears=_can_adapt_more(config.lora),
+        all_linears=_lacks_linears(config.lora),
     )  # fmt: skip
     watch.stop.check()
     seconds = time.perf_counter() - began
@@ -87,16 +87,18 @@ def _of_folds(training: Training, folds: FoldsRecord) -> ComparedRecord | None:
         validation=means | {"examples": sum(each["validation"]["examples"] for each in found)},
     )
     config, multi_label = training.claim.config, isinstance(training.inputs.task, MultiLabel)
-    adapts_more = _can_adapt_more(config.lora)
     advice = baselines.advice(
-        folds["mean"], record["validation"], config.training.monitor, multi_label, all_linears=adapts_more
-    )
+        folds["mean"], record["validation"], config.training.monitor, multi_label,
+        all_linears=_lacks_linears(config.lora),
+    )  # fmt: skip
     return ComparedRecord(record, advice)
 
 
-def _can_adapt_more(lora: LoRASettings | None) -> bool:
-    """Whether LoRA could be put on more linears."""
-    return lora is not None and not lora.modules and not set(lora.targets) >= ALL_LINEARS
+def _lacks_linears(lora: LoRASettings | None) -> bool:
+    """Whether flags could place LoRA on more linears."""
+    if lora is None or lora.init_adapter is not None or lora.modules:
+        return False
+    return not set(lora.targets) >= ALL_LINEARS
 
 
 def _scores(task: Task, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
