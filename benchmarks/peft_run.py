@@ -110,7 +110,7 @@ def check_possible(config: RunConfig) -> None:
     """Refuses what this run does not have. What is still auto passes.
 
     Raises:
-        UserError: a setting of ``NOT_POSSIBLE`` has another value than its default.
+        UserError: a setting of ``NOT_POSSIBLE`` has another value than its default, or patience another than 0.
     """
     given, default = config.to_dict(), RunConfig.from_settings(patience=0).to_dict()
     for name in NOT_POSSIBLE:
