@@ -25,6 +25,7 @@ from benchmarks.harness import Record
 from compare_methods import ROOT
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
+from finetuning.comparison.statistics import mean_and_deviation
 from finetuning.data.loading import load_texts
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
@@ -48,7 +49,7 @@ def steps_table(folder: Path = STEPS) -> str:
     Args:
         folder: the collected runs.
     """
-    results = [record.result for record in read_records(folder)[0].values() if record.result["status"] == "finished"]
+    results = _finished(folder)
     rows: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for result in results:
         config = result["config"]
@@ -62,6 +63,11 @@ def steps_table(folder: Path = STEPS) -> str:
         cells.append((method, f"{texts:,}", str(batch), f"{rate:g}", str(epochs), steps, *scores))
     table = Table(("method", "texts", "batch", "rate", "epochs", "steps", *sets), cells)
     return f"{table.markdown()}\n\n{measured(result['environment'] for result in results)}"
+
+
+def _finished(folder: Path) -> list[Record]:
+    """The results of the finished runs of a study."""
+    return [record.result for record in read_records(folder)[0].values() if record.result["status"] == "finished"]
 
 
 def _validation(runs: Sequence[Record]) -> str:
@@ -113,7 +119,7 @@ def defaults_table(folder: Path) -> str:
     Args:
         folder: the collected runs of a study whose rows are ``NAME-before`` and ``NAME-auto``.
     """
-    results = [record.result for record in read_records(folder)[0].values() if record.result["status"] == "finished"]
+    results = _finished(folder)
     found: dict[str, dict[str, list[Record]]] = {}
     for result in results:
         name, _, kind = result["study"]["row"].rpartition("-")
@@ -132,8 +138,8 @@ def _mean_of(values: Sequence[float]) -> str:
     """``88.80 ± 0.35 (2)``: mean, standard deviation and number; empty without values."""
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread} ({len(values)})"
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}") + f" ({len(values)})"
 
 
 def few_texts_table(result: Record) -> str:
@@ -155,9 +161,9 @@ def few_texts_table(result: Record) -> str:
     return f"{Table(columns, rows).markdown()}\n\n{measured(result['environments'])}"
 
 
-def measure(results: Path, data_dir: Path, journal: harness.Journal) -> None:
+def measure(data_dir: Path, journal: harness.Journal) -> None:
     """Takes the accuracies of the finished runs, and measures the baseline once for each draw."""
-    records = read_records(results)[0]
+    records = read_records(STEPS.with_name(STUDY.stem))[0]
     for run in read_plan(STUDY).runs:
         found = records.get(run.name)
         if found is None or found.result["status"] != "finished":
@@ -199,12 +205,9 @@ def command(argv: Sequence[str] | None) -> int:
     """Makes the table. Returns the exit status."""
     parser = harness.make_parser("The tables of docs/budget.md: what the automatic batch and epochs rest on and give.")
     parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "results" / STUDY.stem, metavar="PATH", help="the collected runs"
-    )
     options = parser.parse_args(argv)
     journal = harness.start_journal("few_texts", options, {"environments": []})
-    measure(options.results, options.data_dir, journal)
+    measure(options.data_dir, journal)
     harness.publish(journal, OUTPUT, few_texts_table, "few_texts", partly=False, page=PAGE)
     renew_tables(PAGE, {"steps": steps_table(), "patience": patience_table()})
     renew_tables(PAGE, {name: defaults_table(STEPS.with_name(name)) for name in ("defaults", "defaults_methods")})

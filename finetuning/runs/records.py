@@ -14,7 +14,6 @@ SCORES = {  # as people read them
     "accuracy": "accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1", "mcc": "MCC", "auroc": "AUROC",
     "mean_average_precision": "mean average precision", "loss": "loss, nats",
 }  # fmt: skip
-INSTALLED, PREDICT = "finetune-lora", "finetune-predict"  # the commands that pip installs
 NOT_ASKED_FOR = "not asked for"  # what a run reports if its settings do not use the compiled kernels
 
 

@@ -65,16 +65,15 @@ def prepare_training(
         TrainingFailed: there is too little memory.
     """
     settings, splits, hardware = claim.config.training, inputs.splits, inputs.hardware
-    epochs = None if folds is None else folds.record["epochs"]
+    chosen = None if folds is None else folds.record["epochs"]
     callbacks: list[Any] = [watch.meter, watch.stop]
-    trainer = make_trainer(settings, claim.config.hardware, hardware, claim.directory, callbacks, epochs)
+    trainer = make_trainer(settings, claim.config.hardware, hardware, claim.directory, callbacks, chosen)
     options = loader_shares(trainer, hardware)
     batches = train_loader(splits["train"], settings, inputs.pad_id, **options)
     validation = evaluation_loader(splits["validation"], settings, inputs.pad_id, **options) if folds is None else None
     repeated = {name: splits[name].lengths for name in ("train", "validation") if folds is None or name == "train"}
-    keeps = (
-        epochs or settings.epochs
-    ) > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
+    epochs = chosen or settings.epochs
+    keeps = epochs > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
     frozen = classifier.frozen_outputs(repeated, claim.config.hardware.frozen_cache_gb) if keeps else {}
     steps = settings.epochs * batches.steps_per_epoch
     module = FineTuning(classifier, settings, inputs.task, steps, frozen, kernels)

@@ -7,7 +7,7 @@ The rule:
 * More epochs if that would be fewer than 300 steps, or 10 steps a class; multi-label: 50 a label. At most 50 epochs.
 * If 64 texts a batch would need more epochs, 32.
 
-Found on validation with six data sets of 100 to 8,000 texts, see docs/best_practices.md.
+docs/budget.md has the runs on which it rests, and what it gives.
 """
 
 import math
