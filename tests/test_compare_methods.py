@@ -205,7 +205,8 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
         "study": "tiny", "question": runs.study.question, "row": "lora_r2", "run": "lora_r2-seed3",
         "stage": "final", "seed": 3, "axes": {"lora_r": 2}, "reported": None,
     }  # fmt: skip
-    assert record.pop("command").endswith("--data_dir PATH"), "no place of one machine"
+    command = record.pop("command")
+    assert command.endswith("--data_dir PATH --batch_tokens 128"), "no place of one machine, and what auto chose"
     assert record["config"]["data_dir"] is None
     written = runs.result(finished)
     del written["command"], written["sha256"]
