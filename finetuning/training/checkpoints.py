@@ -1,6 +1,7 @@
 """Checkpoints of a run: how Lightning writes them, when one is due inside an epoch, and which one is the best."""
 
 import io
+import math
 import pickle
 import time
 from collections.abc import Iterator
@@ -66,12 +67,30 @@ def only_tensors(path: Path) -> Iterator[None]:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Finds the best checkpoint of a continued run even if its directory was moved or mounted elsewhere."""
+    """Keeps the epoch with the best monitored score, of epochs that share it the one with the smallest validation loss.
+
+    With few validation texts, many epochs share a score. A continued run finds its best checkpoint even if its directory
+    was moved or mounted elsewhere.
+    """
+
+    best_loss = math.inf
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: torch.Tensor | None = None) -> bool:
+        loss = float(trainer.callback_metrics["validation_loss"])
+        shared = current is not None and current == self.best_model_score and loss < self.best_loss
+        better = super().check_monitor_top_k(trainer, current) or shared
+        if better:
+            self.best_loss = loss
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"best_loss": self.best_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         moved = {key: self._in_this_directory(value) for key, value in state_dict.items() if key.endswith("_path")}
         best = {self._in_this_directory(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | moved | {"best_k_models": best, "dirpath": self.dirpath})
+        self.best_loss = state_dict["best_loss"]
         if self.best_model_path:
             check_best(Path(self.best_model_path))
 

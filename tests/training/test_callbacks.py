@@ -46,6 +46,37 @@ def test_the_best_checkpoint_is_known_where_its_directory_has_moved(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("monitor", "epochs", "best"),
+    [
+        ("accuracy", [(0.8, 0.9), (0.9, 1.2), (0.9, 0.5), (0.9, 0.6), (0.8, 0.1)], 3),
+        ("accuracy", [(0.9, 0.5), (0.9, 0.5), (0.9, 0.7)], 1),
+        ("loss", [(0.9, 0.5), (0.8, 0.4), (0.9, 0.4), (0.9, 0.6)], 2),
+    ],
+)
+def test_of_epochs_with_the_same_score_the_one_with_the_smallest_loss_is_kept(
+    tmp_path: Path, monitor: str, epochs: list[tuple[float, float]], best: int
+) -> None:
+    def checkpoint() -> BestCheckpoint:
+        mode = "min" if monitor == "loss" else "max"
+        return BestCheckpoint(dirpath=tmp_path, filename="best", monitor=f"validation_{monitor}", mode=mode)
+
+    strategy = SimpleNamespace(reduce_boolean_decision=bool)
+    kept, state = 0, checkpoint().state_dict()
+    for epoch, (accuracy, loss) in enumerate(epochs, 1):
+        callback = checkpoint()  # each epoch is done by a run that continues
+        callback.load_state_dict(state)
+        scores = {"validation_accuracy": torch.tensor(accuracy), "validation_loss": torch.tensor(loss)}
+        trainer: Any = SimpleNamespace(callback_metrics=scores, strategy=strategy)
+        current = scores[f"validation_{monitor}"]
+        if callback.check_monitor_top_k(trainer, current):
+            kept = epoch
+            callback.best_k_models = {"best": current}
+            callback.kth_best_model_path, callback.best_model_score = "best", current
+        state = callback.state_dict()
+    assert kept == best
+
+
+@pytest.mark.parametrize(
     ("step", "losses", "said"),
     [
         (1, [math.nan], "at batch 1: no step was taken yet, so use another --precision, or check the model's weights"),
