@@ -148,7 +148,8 @@ def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
         assert np.sum(scores["confusion_matrix"], axis=1).tolist() == [10, 40]
         assert (scores["accuracy"], scores["mcc"]) == pytest.approx((0.8, 0))
         assert 0 <= scores["auroc"] <= 1
-    before, after, compared = result["advice"]
+    before, few, after, compared = result["advice"]
+    assert few.startswith("validation has 50 texts, so the epoch that it chooses depends on chance: --kfold 5 needs")
     assert compared.startswith("TF-IDF + logistic regression is better on 50 validation texts: accuracy 9")
     assert before.startswith("class 'good' has 4.0 times the training texts of 'bad', so --monitor accuracy may")
     assert after.startswith(
@@ -171,8 +172,11 @@ def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
     for split in ("validation", "test"):
         assert (baseline[split]["accuracy"], baseline[split]["examples"]) == (1.0, 40)  # the reviews say it in words
         assert baseline[split].keys() == {"accuracy", "macro_f1", "mcc", "auroc", "loss", "examples"}
-    line = "baseline    TF-IDF + logistic regression: accuracy 100.00%   macro F1 100.00%   loss"
+    line = (
+        "baseline    TF-IDF + logistic regression\n            validation  accuracy 100.00%   macro F1 100.00%   loss"
+    )
     assert line in shown
+    assert "\n            test        accuracy 100.00%   macro F1 100.00%   loss" in shown
     sentence = result["advice"][-1]
     start = f"accuracy 100.00% against {result['validation']['accuracy']:.2%} of this classifier: consider more"
     assert start in sentence

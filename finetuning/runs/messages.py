@@ -64,7 +64,8 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     if "test" in result:
         lines.append(accuracy_line("test", result["test"], multi_label))
     if "baseline" in result:
-        lines += baseline_lines(result["baseline"], result["data"]["sizes"]["train"], monitor, multi_label)
+        texts = None if "kfold" in result else result["data"]["sizes"]["train"]
+        lines += baseline_lines(result["baseline"], texts, monitor, multi_label)
     if result["task"].get("threshold_tuned"):
         lines.append(f"{'threshold':<11} {result['task']['threshold']:g}, tuned on validation")
     lines += [
@@ -100,19 +101,23 @@ def accuracy_line(split: str, scores: dict[str, Any], multi_label: bool) -> str:
     return f"{'':<11} 95 % interval of the {split} {name}: {low:.2%} to {high:.2%}"
 
 
-def baseline_lines(baseline: BaselineRecord, texts: int, monitor: str, multi_label: bool) -> list[str]:
-    """The baseline's scores on test, or on validation if the run does not read the test.
+def baseline_lines(baseline: BaselineRecord, texts: int | None, monitor: str, multi_label: bool) -> list[str]:
+    """The baseline's scores on validation, and on test if the run reads it.
 
     Args:
         baseline: the ``baseline`` of ``result.json``.
-        texts: the training texts of the run.
+        texts: the training texts of the run; ``None`` if the scores are means over the folds of ``--kfold``.
         monitor, multi_label: as in ``scores_line``.
     """
-    scores = scores_line(baseline.get("test", baseline["validation"]), monitor, multi_label)
-    lines = [f"{'baseline':<11} {baseline['name']}: {scores}"]
-    if baseline["texts"] < texts:
-        lines.append(f"{'':<11} trained on {baseline['texts']:,} of {texts:,} texts, so that it takes little time")
-    return lines
+    note, scored = "", {"validation": baseline["validation"]}
+    if "test" in baseline:
+        scored["test"] = baseline["test"]
+    if texts is None:
+        note, scored = ", mean of the folds (compare it with out of fold)", {"out of fold": baseline["validation"]}
+    elif baseline["texts"] < texts:
+        note = f", trained on {baseline['texts']:,} of {texts:,} texts to take little time"
+    lines = [f"{'':<11} {split:<11} {scores_line(scores, monitor, multi_label)}" for split, scores in scored.items()]
+    return [f"{'baseline':<11} {baseline['name']}{note}", *lines]
 
 
 def command_line(words: Sequence[str]) -> str:

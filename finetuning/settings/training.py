@@ -74,7 +74,7 @@ class TrainingSettings:
         None, "Validation metric that chooses the checkpoint.", "accuracy; macro_f1 for financial_phrasebank"
     )
     patience: int = setting(
-        None, "Stop after N epochs in which --monitor did not improve; 0 never stops.", AUTO_BY_TEXTS, at_least=0,
+        None, "Stop after N epochs in which --monitor did not improve; 0 never stops.", "auto, which is 0", at_least=0,
         or_auto=True,
     )  # fmt: skip
     seed: int = setting(

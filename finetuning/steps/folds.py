@@ -55,6 +55,7 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     count, training = len(inputs.folds), claim.config.training
     shown = training.monitor, isinstance(inputs.task, MultiLabel)
     say(f"{count} folds of {len(inputs.splits['train']):,} texts; each run validates on one of them")
+    say(f"with the final run on all texts, it takes about {count} times as long as one run")
     runs = []
     for directory, fold in zip(fold_directories(claim.directory, claim.config.data), inputs.folds, strict=True):
         runs.append(_finished(directory, fold, carry_out))

@@ -24,15 +24,19 @@ def test_the_record_of_the_test_brings_the_interval_of_its_accuracy() -> None:
     assert record == {"accuracy": 0.8, "loss": 0.4, "accuracy_ci95": interval, "examples": 100, "seconds": 2.5}
 
 
-def test_the_baseline_is_shown_for_test_and_says_if_it_was_trained_on_a_sample() -> None:
+def test_the_baseline_is_shown_by_split_and_says_what_it_was_trained_on() -> None:
     validation, test = ({"accuracy": value, "macro_f1": 0.5, "loss": 0.4, "examples": 1200} for value in (0.7, 0.852))
     baseline = BaselineRecord(name="words", texts=60, seconds=1.0, validation=validation)
-    line = "baseline    words: accuracy 70.00%   macro F1 50.00%   loss 0.4000   1,200 texts"
-    assert baseline_lines(baseline, 60, "accuracy", False) == [line]
+    scores = "accuracy 70.00%   macro F1 50.00%   loss 0.4000   1,200 texts"
+    assert baseline_lines(baseline, 60, "accuracy", False) == ["baseline    words", f"{'':12}validation  {scores}"]
+    first, second = baseline_lines(baseline, None, "accuracy", False)
+    assert first == "baseline    words, mean of the folds (compare it with out of fold)"
+    assert second == f"{'':12}out of fold {scores}"
     baseline["test"] = test
-    first, second = baseline_lines(baseline, 9000, "macro_f1", True)
-    assert first.startswith("baseline    words: exact match 85.20%   macro F1 50.00%")
-    assert second.strip() == "trained on 60 of 9,000 texts, so that it takes little time"
+    first, second, third = baseline_lines(baseline, 9000, "macro_f1", True)
+    assert first == "baseline    words, trained on 60 of 9,000 texts to take little time"
+    assert second.startswith("            validation  exact match 70.00%   macro F1 50.00%")
+    assert third.startswith("            test        exact match 85.20%   macro F1 50.00%")
 
 
 def test_a_command_is_recorded_as_it_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

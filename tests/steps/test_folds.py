@@ -139,14 +139,15 @@ def test_the_command_prints_a_line_for_each_fold(
     lines = capsys.readouterr().out.splitlines()
     begins = (
         "2 folds of 40 texts",
+        "with the final run on all texts, it takes about 2 times as long as one run",
         "fold 1/2 ",
         "fold 2/2 ",
         "out of fold accuracy ",
         "            95 % interval of the",
     )
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=False))
-    assert lines[5].startswith("            after 1 epochs in every fold: ")
-    assert lines[6] == "all texts   1 of 1 epochs, the median of the folds' 1, 1"
+    assert lines[6].startswith("            after 1 epochs in every fold: ")
+    assert lines[7] == "all texts   1 of 1 epochs, the median of the folds' 1, 1"
     assert sum(line.startswith("data ") for line in lines) == 1
     assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2
     assert "has predicted no held-out text" in capsys.readouterr().err
