@@ -69,8 +69,8 @@ def only_tensors(path: Path) -> Iterator[None]:
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the epoch with the best monitored score, of epochs that share it the one with the smallest validation loss.
 
-    With few validation texts, many epochs share a score. A continued run finds its best checkpoint even if its directory
-    was moved or mounted elsewhere.
+    With few validation texts, many epochs share a score. A continued run finds its best checkpoint even if its
+    directory was moved or mounted elsewhere.
     """
 
     best_loss = math.inf
