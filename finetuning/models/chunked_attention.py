@@ -1,6 +1,5 @@
 """Attention in torch operators, for a CPU without the compiled kernels."""
 
-import math
 from typing import Any
 
 import torch
@@ -11,18 +10,17 @@ SCORES_IN_CACHE = 1_000_000  # attention scores computed at once: in bf16 1 MB f
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """``softmax(Q K^T / sqrt(d)) V`` for every head on a CPU: ``(B, T, 3 D) -> (B, T, D)``.
+    """``softmax(Q K^T / sqrt(d) + bias) V`` for every head on a CPU: ``(B, T, 3 D) -> (B, T, D)``.
 
     Forward is torch's fused kernel, whose backward is slow on a CPU. Here backward uses batched products over a few
     heads at a time, so that the scores stay in the processor's cache. It computes the probabilities again.
+
+    The bias is frozen, in qkv's dtype: ``(B or 1, H or 1, T or 1, T)``, or ``None``.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, padding: Tensor | None) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, d) each, views
-        bias = None
-        if padding is not None:
-            bias = torch.zeros(padding.shape, dtype=qkv.dtype).masked_fill_(padding, -math.inf)[:, None, None]
         out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
         ctx.save_for_backward(qkv, bias)
         ctx.heads = heads
@@ -36,7 +34,7 @@ class ChunkedAttention(torch.autograd.Function):
         q, k, v = qkv.view(B, T, 3, H, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each, copied
         grad = grad.view(B, T, H, -1).transpose(1, 2).flatten(0, 1)  # (B H, T, d)
         if bias is not None:
-            bias = bias.expand(B, H, 1, T).flatten(0, 1)  # (B H, 1, T)
+            bias = bias.expand(B, H, *bias.shape[2:])  # (B, H, T or 1, T)
         gradients = torch.empty(3, *q.shape, dtype=q.dtype)
         scale, step = q.shape[-1] ** -0.5, min(B * H, max(1, SCORES_IN_CACHE // T**2))
         scores, grad_P = torch.empty(2, step, T, T, dtype=q.dtype)
@@ -46,7 +44,8 @@ class ChunkedAttention(torch.autograd.Function):
                 scores, grad_P = scores[: len(q)], grad_P[: len(q)]
             P = _scaled_bmm(q, k.transpose(1, 2), scale, out=scores)  # (c, T, T)
             if bias is not None:
-                P.add_(bias[i * step : i * step + len(q)])
+                heads = torch.arange(i * step, i * step + len(q))
+                P.add_(bias[heads // H, heads % H])
             torch.softmax(P, -1, out=P)
             torch.bmm(P.transpose(1, 2), grad, out=grad_v)
             torch.bmm(grad, v.transpose(1, 2), out=grad_P)

@@ -1,16 +1,19 @@
 """Compiled steps of the efficient path on bf16, for CPUs with AMX or AVX512-BF16: attention, GELU, layer norm."""
 
 import ctypes
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from finetuning.models.compiled import call, library
 
 WIDTHS = (32, 64)  # of an attention head
 LONGEST = 4096
+LOG2_E = math.log2(math.e)  # the kernels compute powers of 2
 BIAS_OVER_WEIGHT = 32.0  # largest allowed ratio in a norm; the output's bf16 rounding error grows with it in backward
 
 
@@ -30,39 +33,46 @@ def takes_attention(x: Tensor, width: int, length: int) -> bool:
 
 
 class Attention(torch.autograd.Function):
-    """``softmax(Q K^T / sqrt(d)) V`` for every head, bf16; see kernels/attention.cpp.
+    """``softmax(Q K^T / sqrt(d) + bias) V`` for every head, bf16; see kernels/attention.cpp.
 
-    Called as ``Attention.apply(qkv, heads, batch, T, padding)``:
+    Called as ``Attention.apply(qkv, heads, batch, T, padding, bias)``:
 
     - qkv: ``(N, 3 D)``, query, key and value.
     - padding: ``(batch, T)`` bool, True where a key is padding, or ``None``.
+    - bias: ``(heads, 2 T - 1)`` fp32, frozen: a term of each score by the distance from its query to its key, which is
+      from 1 - T to T - 1; or ``None``.
 
     Rows are the tokens of one sequence after the other. Rows after the last sequence are not read, and are 0 in the
     output, ``(N, D)``. Saves its input, its output and one number per query. Backward computes the probabilities again.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, batch: int, length: int, padding: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, qkv: Tensor, heads: int, batch: int, length: int, padding: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         qkv, padding = qkv.contiguous(), None if padding is None else padding.contiguous()
+        if bias is not None:  # as the kernel reads it: by the distance from key to query, from 1 - P to P
+            padded = -(-length // 32) * 32
+            bias = F.pad(LOG2_E * bias.flip(1), (padded - length, padded - length + 1))  # (heads, 2 P)
         width = qkv.shape[1] // 3
         out = qkv.new_empty(len(qkv), width)
         out[batch * length :] = 0
         log_sum = torch.empty(batch, heads, length, dtype=torch.float32)
         ctx.sizes = (batch, length, heads, width // heads, 3 * width)
-        call("attention_forward", *qkv.chunk(3, -1), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
-        ctx.save_for_backward(qkv, padding, out, log_sum)
+        call("attention_forward", *qkv.chunk(3, -1), padding, bias, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        ctx.save_for_backward(qkv, padding, bias, out, log_sum)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, padding, out, log_sum = ctx.saved_tensors
+        qkv, padding, bias, out, log_sum = ctx.saved_tensors
         batch, length, *_ = ctx.sizes
         grad_qkv = torch.empty_like(qkv)
         grad_qkv[batch * length :] = 0
-        inputs = (*qkv.chunk(3, -1), padding, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        inputs = (*qkv.chunk(3, -1), padding, bias, *ctx.sizes, torch.get_num_threads(), out, log_sum)
         call("attention_backward", *inputs, grad.contiguous(), *grad_qkv.chunk(3, -1))
-        return grad_qkv, None, None, None, None
+        return grad_qkv, None, None, None, None, None
 
 
 def takes_mixture(tokens: Tensor) -> bool:
@@ -71,37 +81,41 @@ def takes_mixture(tokens: Tensor) -> bool:
 
 
 class Mixture(torch.autograd.Function):
-    """``softmax(U X^T scale) X`` for each sequence's tokens X, bf16: weighted means of them; see kernels/mixture.cpp.
+    """``softmax(U X^T scale + bias) X`` for each sequence's tokens X, bf16: means of them; see kernels/mixture.cpp.
 
-    Called as ``Mixture.apply(heads, tokens, scale, padding)``:
+    Called as ``Mixture.apply(heads, tokens, scale, padding, bias)``:
 
     - heads: ``(B, H, D)``, U of each sequence.
     - tokens: ``(B, T, D)``.
     - padding: ``(B, T)`` bool, or ``None``.
+    - bias: ``(H, T)`` fp32, frozen; or ``None``.
 
     Returns ``(B, H, D)``. Saves its inputs, its output and one number per head. Backward computes the weights again.
     """
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, tokens: Tensor, scale: float, padding: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, heads: Tensor, tokens: Tensor, scale: float, padding: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         heads, tokens = heads.contiguous(), tokens.contiguous()
         padding = None if padding is None else padding.contiguous()
+        bias = None if bias is None else F.pad(LOG2_E * bias, (0, -tokens.shape[1] % 16))
         batch, count, width = heads.shape
         mixed, log_sum = torch.empty_like(heads), torch.empty(batch, count, dtype=torch.float32)
         ctx.sizes = (batch, count, tokens.shape[1], width, ctypes.c_float(scale))
-        call("mixture_forward", heads, tokens, padding, *ctx.sizes, torch.get_num_threads(), mixed, log_sum)
-        ctx.save_for_backward(heads, tokens, padding, mixed, log_sum)
+        call("mixture_forward", heads, tokens, padding, bias, *ctx.sizes, torch.get_num_threads(), mixed, log_sum)
+        ctx.save_for_backward(heads, tokens, padding, bias, mixed, log_sum)
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        heads, tokens, padding, mixed, log_sum = ctx.saved_tensors
+        heads, tokens, padding, bias, mixed, log_sum = ctx.saved_tensors
         grad_heads = torch.empty_like(heads)
         grad_tokens = torch.empty_like(tokens) if ctx.needs_input_grad[1] else None
-        inputs = (heads, tokens, padding, *ctx.sizes, torch.get_num_threads(), mixed, log_sum)
+        inputs = (heads, tokens, padding, bias, *ctx.sizes, torch.get_num_threads(), mixed, log_sum)
         call("mixture_backward", *inputs, grad.contiguous(), grad_heads, grad_tokens)
-        return grad_heads, grad_tokens, None, None
+        return grad_heads, grad_tokens, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +125,7 @@ class Mixture(torch.autograd.Function):
 def gelu(x: Tensor) -> Tensor:
     """``x Phi(x)``, element by element. Uses the compiled kernel if it is available and accepts x, else torch."""
     if not available(x):
-        return torch.nn.functional.gelu(x)
+        return F.gelu(x)
     y: Tensor = _Gelu.apply(x)
     return y
 

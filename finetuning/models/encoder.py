@@ -31,7 +31,9 @@ from finetuning.models.lora import drops_input, linears, transposed
 from finetuning.models.products import Activation
 
 ROW_MULTIPLE = 64  # on a CPU, see _Encoder
-BIAS_MULTIPLE = 8  # elements; torch's attention copies a bias at each call unless its rows begin at such multiples
+BIAS_MULTIPLE = (
+    8  # elements; on a GPU torch's attention copies a bias at each call unless its rows begin at such multiples
+)
 
 
 def classify(
@@ -116,7 +118,6 @@ class _Encoder:
         self.batch, self.length = attention_mask.shape
         self.on_cpu, self.mask = on_cpu, attention_mask  # (B, T)
         self.padding = attention_mask == 0 if padded else None  # (B, T)
-        self.bias = self.attention_bias() if padded and not on_cpu else None  # (B, 1, 1, T)
         self.row_multiple = ROW_MULTIPLE if on_cpu else 1
         self.layer_count = int(family.setting(model, "layer_count"))
         self.heads = int(family.setting(model, "head_count"))
@@ -127,12 +128,42 @@ class _Encoder:
         self.attention_dropout = float(family.setting(model, "attention_dropout")) if model.training else 0.0
         head_dropout = family.setting(model, "head_dropout")
         self.head_dropout = self.dropout if head_dropout is None else float(head_dropout)
+        self.distances = self.distance_bias()  # (H, 2 T - 1)
+        self.compiled = self.compiles_attention()
+        self.bias = None if self.compiled else self.attention_bias()  # made once for all layers
 
-    def attention_bias(self) -> Tensor:
-        """The term added to the scores, 0 or minus infinity, ``(B, 1, 1, T)``; made once for all layers."""
-        padding = F.pad(self.mask == 0, (0, -self.length % BIAS_MULTIPLE))
-        bias = torch.zeros(padding.shape, dtype=self.dtype, device=padding.device).masked_fill_(padding, -math.inf)
-        return bias[:, None, None, : self.length]
+    def distance_bias(self) -> Tensor | None:
+        """The term of a score by the distance from its query to its key, from 1 - T to T - 1: ``(H, 2 T - 1)``, fp32.
+
+        A family has a row of terms for each bucket of distances, which all layers share (Raffel et al. 2020).
+        """
+        if not self.family.distance_bias:
+            return None
+        module: Any = self.model.get_submodule(self.family.distance_bias)
+        distances = torch.arange(1 - self.length, self.length, device=self.mask.device)
+        return module.relative_attention_bias(module.relative_position_bucket(distances)).float().t()
+
+    def compiles_attention(self) -> bool:
+        """Whether the compiled kernel computes attention: it knows no dropout, and no gradient of the term above."""
+        trained = self.distances is not None and self.distances.requires_grad
+        if not self.on_cpu or self.attention_dropout > 0 or trained:
+            return False
+        width = int(self.model.config.hidden_size) // self.heads  # type: ignore[union-attr, arg-type]
+        return cpu_kernels.takes_attention(self.mask.new_empty(0, dtype=self.dtype), width, self.length)
+
+    def attention_bias(self) -> Tensor | None:
+        """The term added to the scores, ``(B or 1, H or 1, T or 1, T)``, with minus infinity at padding."""
+        T, bias = self.length, None
+        if self.distances is not None:
+            places = torch.arange(T, device=self.mask.device)
+            bias = self.distances[:, places - places[:, None] + T - 1].to(self.dtype)[None]  # (1, H, T, T)
+        if self.padding is not None:
+            hidden = torch.zeros(self.padding.shape, dtype=self.dtype, device=self.mask.device)
+            hidden = hidden.masked_fill_(self.padding, -math.inf)[:, None, None]  # (B, 1, 1, T)
+            bias = hidden if bias is None else bias + hidden
+        if bias is None or self.on_cpu:
+            return bias
+        return F.pad(bias, (0, -T % BIAS_MULTIPLE))[..., :T]
 
     def as_rows(self, x: Tensor) -> Tensor:
         """``(B, T, D)`` or ``(B, D) -> (N, D)``, with rows of zeros at the end."""
@@ -219,13 +250,10 @@ class _Encoder:
 
     def attention(self, qkv: Tensor) -> Tensor:
         """Attention of every token: ``(N, 3 D) -> (N, D)``."""
-        width = qkv.shape[1] // 3 // self.heads
-        if not self.on_cpu:
-            return self.fused_attention(qkv)
-        if self.attention_dropout == 0 and cpu_kernels.takes_attention(qkv, width, self.length):
-            return cpu_kernels.Attention.apply(qkv, self.heads, self.batch, self.length, self.padding)
-        if self.attention_dropout == 0:
-            return self.as_rows(ChunkedAttention.apply(self.as_sequences(qkv), self.heads, self.padding))
+        if self.compiled:
+            return cpu_kernels.Attention.apply(qkv, self.heads, self.batch, self.length, self.padding, self.distances)
+        if self.on_cpu and self.attention_dropout == 0 and (self.bias is None or not self.bias.requires_grad):
+            return self.as_rows(ChunkedAttention.apply(self.as_sequences(qkv), self.heads, self.bias))
         return self.fused_attention(qkv)
 
     def attention_of_first(self, layer: nn.Module, first: Tensor, x: Tensor) -> Tensor:
@@ -259,33 +287,42 @@ class _Encoder:
         return self.as_rows(context)
 
     def mixture(self, heads: Tensor, tokens: Tensor) -> Tensor:
-        """``softmax(heads tokens^T / sqrt(d)) tokens``: ``(B, H, D), (B, T, D) -> (B, H, D)``."""
-        scale = (heads.shape[-1] // self.heads) ** -0.5
-        if not self.on_cpu:
-            return Mixture.apply(heads, tokens, scale, self.padding)
-        if cpu_kernels.takes_mixture(tokens):
-            return cpu_kernels.Mixture.apply(heads, tokens, scale, self.padding)
-        return self.attend(heads, tokens, tokens, scale)
+        """``softmax(heads tokens^T / sqrt(d) + bias) tokens``: ``(B, H, D), (B, T, D) -> (B, H, D)``."""
+        scale, bias = (heads.shape[-1] // self.heads) ** -0.5, self.bias_of_first()
+        trained = bias is not None and bias.requires_grad
+        if not self.on_cpu and not trained:
+            return Mixture.apply(heads, tokens, scale, self.padding, bias)
+        if cpu_kernels.takes_mixture(tokens) and not trained:
+            return cpu_kernels.Mixture.apply(heads, tokens, scale, self.padding, bias)
+        return self.attend(heads, tokens, tokens, scale, bias)
 
     def fused_attention(self, qkv: Tensor) -> Tensor:
         """torch's own attention of every token: ``(N, 3 D) -> (N, D)``."""
         parts = self.as_sequences(qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, d) each
         q, k, v = (z.transpose(1, 2) for z in parts)  # (B, H, T, d)
-        mask = self.bias
-        if self.on_cpu and self.padding is not None:
-            mask = ~self.padding[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, mask, self.attention_dropout)
+        out = F.scaled_dot_product_attention(q, k, v, self.bias, self.attention_dropout)
         return self.as_rows(out.transpose(1, 2).flatten(2))
 
     def attention_of_one(self, query: Tensor, key_value: Tensor) -> Tensor:
         """Attention of one query per sequence, by the plain formula: ``(B, 1, D), (B, T, 2 D) -> (B, 1, D)``."""
         B, H = len(query), self.heads
         k, v = key_value.unflatten(-1, (2, H, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)  # (B H, T, d) each
-        return self.attend(query.view(B * H, 1, -1), k, v, k.shape[-1] ** -0.5).view(B, 1, -1)
+        bias = self.bias_of_first()
+        bias = None if bias is None else bias.repeat(B, 1)[:, None]  # (B H, 1, T)
+        return self.attend(query.view(B * H, 1, -1), k, v, k.shape[-1] ** -0.5, bias).view(B, 1, -1)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """The plain formula of attention; G is a multiple of B: ``(G, Q, d), (G, T, d), (G, T, d) -> (G, Q, d)``."""
+    def bias_of_first(self) -> Tensor | None:
+        """The terms by distance of the first token's scores, ``(H, T)``, fp32."""
+        return None if self.distances is None else self.distances[:, self.length - 1 :]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+        """The plain formula of attention; G is a multiple of B: ``(G, Q, d), (G, T, d), (G, T, d) -> (G, Q, d)``.
+
+        The bias is ``(G or 1, Q, T)``, or ``(Q, T)``.
+        """
         scores = torch.bmm(query, key.transpose(1, 2)) * scale  # (G, Q, T)
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
         if self.padding is not None:
             groups = len(query) // self.batch
             scores = scores.masked_fill(self.padding.repeat_interleave(groups, 0)[:, None], -math.inf)

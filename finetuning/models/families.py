@@ -35,6 +35,7 @@ class ModelFamily:
     efficient: bool = True  # post-norm layers as in BERT, and a head of two linears that reads the first token
     attention_norm: str = ""
     output_norm: str = ""
+    distance_bias: str = ""  # path of the module whose buckets add a term to each score by the distance of its tokens
     head_activation: Literal["relu", "tanh", "gelu"] = "tanh"  # between the head's two linears
     drops_before_head: bool = False  # dropout before the head's first linear as well
 
@@ -142,6 +143,25 @@ _ERNIE = replace(
     _BERT, model_type="ernie", base="ernie", layers="ernie.encoder.layer", head=("ernie.pooler.dense", "classifier")
 )
 
+_MPNET = replace(  # Song et al. 2020
+    _ROBERTA,
+    model_type="mpnet",
+    base="mpnet",
+    layers="mpnet.encoder.layer",
+    targets={
+        "query": ("attention.attn.q",),
+        "key": ("attention.attn.k",),
+        "value": ("attention.attn.v",),
+        "projection": ("attention.attn.o",),
+        "mlp": ("intermediate.dense", "output.dense"),
+    },
+    attention_norm="attention.LayerNorm",
+    distance_bias="mpnet.encoder",
+    settings=_BERT.settings | {"head_dropout": "hidden_dropout_prob"},
+    token_types=False,
+    checkpointing=False,
+)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # encoders with Hugging Face's own forward
 
@@ -160,23 +180,6 @@ _ALBERT = replace(  # all layers of a group share their weights, which are adapt
     head=("albert.pooler", "classifier"),
     settings=_BERT.settings | {"layer_count": "num_hidden_groups", "head_dropout": "classifier_dropout_prob"},
     checkpointing=False,
-    efficient=False,
-)
-_MPNET = replace(
-    _ROBERTA,
-    model_type="mpnet",
-    base="mpnet",
-    layers="mpnet.encoder.layer",
-    targets={
-        "query": ("attention.attn.q",),
-        "key": ("attention.attn.k",),
-        "value": ("attention.attn.v",),
-        "projection": ("attention.attn.o",),
-        "mlp": ("intermediate.dense", "output.dense"),
-    },
-    settings={name: value for name, value in _BERT.settings.items() if name != "head_dropout"},
-    checkpointing=False,
-    token_types=False,
     efficient=False,
 )
 _DEBERTA_V2 = replace(  # and v3, whose config says v2
@@ -257,8 +260,8 @@ _ROWS = (
     _DATA2VEC,
     _ELECTRA,
     _ERNIE,
-    _ALBERT,
     _MPNET,
+    _ALBERT,
     _DEBERTA_V2,
     _MODERNBERT,
     _LLAMA,

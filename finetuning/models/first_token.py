@@ -29,14 +29,18 @@ class TakeFirst(torch.autograd.Function):
 
 
 class Mixture(torch.autograd.Function):
-    """``softmax(U X^T scale) X`` for each sequence's tokens X; arguments and output as in ``cpu_kernels.Mixture``.
+    """``softmax(U X^T scale + bias) X`` for each sequence's tokens X; arguments as in ``cpu_kernels.Mixture``.
 
     Saves its inputs and the probabilities. One product also sums the tokens' two gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, tokens: Tensor, scale: float, padding: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, heads: Tensor, tokens: Tensor, scale: float, padding: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         scores = torch.bmm(heads, tokens.transpose(1, 2)) * scale  # (B, H, T)
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
         if padding is not None:
             scores = scores.masked_fill(padding[:, None], -math.inf)
         P = scores.softmax(-1)
@@ -53,4 +57,4 @@ class Mixture(torch.autograd.Function):
         grad_tokens = None
         if ctx.needs_input_grad[1]:
             grad_tokens = torch.baddbmm(torch.bmm(P.transpose(1, 2), grad), grad_S.transpose(1, 2), heads)
-        return torch.bmm(grad_S, tokens), grad_tokens, None, None
+        return torch.bmm(grad_S, tokens), grad_tokens, None, None, None

@@ -63,36 +63,45 @@ def with_threads(function: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
 # attention
 
 
-def formula(query: Tensor, key: Tensor, value: Tensor, heads: int, padding: Tensor | None) -> Tensor:
+def formula(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, padding: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if bias is not None:
+        length, bias = scores.shape[-1], bias.to(scores.dtype)
+        scores = scores + torch.stack([bias[:, length - 1 - i : 2 * length - 1 - i] for i in range(length)], 1)
     if padding is not None:
         scores = scores.masked_fill(padding[:, None, None], -math.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def attention(qkv: Tensor, heads: int, padding: Tensor | None = None) -> Tensor:
+def attention(qkv: Tensor, heads: int, padding: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     batch, length, _ = qkv.shape
-    return Attention.apply(qkv.flatten(0, 1), heads, batch, length, padding).view(batch, length, -1)
+    return Attention.apply(qkv.flatten(0, 1), heads, batch, length, padding, bias).view(batch, length, -1)
 
 
-def attention_of_parts(q: Tensor, k: Tensor, v: Tensor, heads: int, padding: Tensor | None) -> Tensor:
-    return attention(torch.cat([q, k, v], -1), heads, padding)
+def attention_of_parts(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, padding: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    return attention(torch.cat([q, k, v], -1), heads, padding, bias)
 
 
 @needs_kernels
 @PADDED
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 32, 33, 100, 256, 511])
 @pytest.mark.parametrize("width", [32, 64])
-def test_attention_equals_its_formula(width: int, length: int, padded: bool) -> None:
+@pytest.mark.parametrize("biased", [False, True], ids=["", "by distance"])
+def test_attention_equals_its_formula(width: int, length: int, padded: bool, biased: bool) -> None:
     generator = torch.Generator().manual_seed(length)
     batch, heads = 3, 5
     qkv = torch.randn(batch, length, 3 * heads * width, generator=generator).bfloat16()
     grad = torch.randn(batch, length, heads * width, generator=generator).bfloat16()
     padding = some_padding(batch, length, generator) if padded else None
     assert takes_attention(qkv, width, length)
-    exact = partial(formula, heads=heads, padding=padding)
-    kernel, inputs = partial(attention_of_parts, heads=heads, padding=padding), list(qkv.chunk(3, -1))
+    bias = torch.randn(heads, 2 * length - 1, generator=generator) if biased else None
+    exact = partial(formula, heads=heads, padding=padding, bias=bias)
+    kernel, inputs = partial(attention_of_parts, heads=heads, padding=padding, bias=bias), list(qkv.chunk(3, -1))
     ours, torchs = (errors(function, exact, inputs, grad) for function in (kernel, exact))
     for error, allowed in zip(ours, torchs, strict=True):
         assert error < max(allowed, 0.01)  # bf16 keeps 8 bits
@@ -145,7 +154,7 @@ def test_rows_behind_the_last_sequence_stay_out_of_attention(width: int) -> None
     batch, length, heads, D = 3, 45, 2, 2 * width
     rows = torch.randn(batch * length + 7, 3 * D, generator=torch.Generator().manual_seed(0)).bfloat16()
     alone, more = rows[: batch * length].clone().requires_grad_(), rows.clone().requires_grad_()
-    outs = [Attention.apply(x, heads, batch, length, None) for x in (alone, more)]
+    outs = [Attention.apply(x, heads, batch, length, None, None) for x in (alone, more)]
     assert torch.equal(outs[1][: batch * length], outs[0])
     assert not outs[1][batch * length :].any()
     for out in outs:
@@ -160,8 +169,12 @@ def test_rows_behind_the_last_sequence_stay_out_of_attention(width: int) -> None
 # mixture
 
 
-def mixture_formula(heads: Tensor, tokens: Tensor, scale: float, padding: Tensor | None) -> Tensor:
+def mixture_formula(
+    heads: Tensor, tokens: Tensor, scale: float, padding: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     scores = heads @ tokens.transpose(1, 2) * scale
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     if padding is not None:
         scores = scores.masked_fill(padding[:, None], -math.inf)
     return scores.softmax(-1) @ tokens
@@ -178,14 +191,16 @@ def mixture_inputs(count: int, length: int, width: int) -> list[Tensor]:
 @PADDED
 @pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 100, 511])
 @pytest.mark.parametrize(("count", "width"), [(1, 32), (5, 96), (12, 384)])
-def test_mixture_equals_its_formula(count: int, width: int, length: int, padded: bool) -> None:
+@pytest.mark.parametrize("biased", [False, True], ids=["", "with a bias"])
+def test_mixture_equals_its_formula(count: int, width: int, length: int, padded: bool, biased: bool) -> None:
     *inputs, grad = mixture_inputs(count, length, width)
     padding = some_padding(3, length, torch.Generator().manual_seed(1)) if padded else None
     assert takes_mixture(inputs[1])
-    exact = partial(mixture_formula, scale=width**-0.5, padding=padding)
+    bias = torch.randn(count, length, generator=torch.Generator().manual_seed(2)) if biased else None
+    exact = partial(mixture_formula, scale=width**-0.5, padding=padding, bias=bias)
 
     def kernel(heads: Tensor, tokens: Tensor) -> Tensor:
-        return Mixture.apply(heads, tokens, width**-0.5, padding)
+        return Mixture.apply(heads, tokens, width**-0.5, padding, bias)
 
     ours, torchs = (errors(function, exact, inputs, grad) for function in (kernel, exact))
     if length == 1:  # one token is its own mean, whatever the heads
@@ -200,8 +215,8 @@ def test_padding_is_not_mixed_in_and_gets_no_gradient() -> None:
     heads, tokens, grad = mixture_inputs(12, 21, 96)
     longer = torch.cat([tokens, 1e3 * torch.ones(3, 30, 96).bfloat16()], 1).requires_grad_()
     padding = (torch.arange(51) >= 21).expand(3, 51)
-    mixed = Mixture.apply(heads, longer, 0.1, padding)
-    torch.testing.assert_close(mixed, Mixture.apply(heads, tokens, 0.1, None))
+    mixed = Mixture.apply(heads, longer, 0.1, padding, None)
+    torch.testing.assert_close(mixed, Mixture.apply(heads, tokens, 0.1, None, None))
     mixed.backward(grad)
     assert longer.grad is not None
     assert longer.grad[:, :21].any()
@@ -214,7 +229,7 @@ def test_tokens_without_a_gradient_get_none() -> None:
     gradients = []
     for trained in (False, True):
         own = heads.clone().requires_grad_()
-        Mixture.apply(own, tokens.clone().requires_grad_(trained), 0.1, None).backward(grad)
+        Mixture.apply(own, tokens.clone().requires_grad_(trained), 0.1, None, None).backward(grad)
         gradients.append(own.grad)
     assert torch.equal(*gradients)  # type: ignore[arg-type]
 

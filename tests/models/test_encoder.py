@@ -24,7 +24,8 @@ from tests.models.conftest import place_lora, relative_error, saved_tensors
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 METHODS = ("full", "selective", "head_only", *TARGETS, "query+value", "all")
-FAMILY = pytest.mark.parametrize("family", CORE.values(), ids=CORE)
+TRIED = CORE | {"mpnet": FAMILIES["mpnet"]}  # it adds a term to each score by the distance of its tokens
+FAMILY = pytest.mark.parametrize("family", TRIED.values(), ids=TRIED)
 PADDED = pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 STEPS = pytest.mark.parametrize("on_cpu", [True, False], ids=["steps for a CPU", "steps for a GPU"])
 VOCABULARY = 60
@@ -188,7 +189,7 @@ def test_other_activations(activation: str, on_cpu: bool) -> None:
 def test_each_dropout_works_in_training_only_and_averages_out(family: ModelFamily, kind: str) -> None:
     """Hugging Face draws other numbers, so the test compares the size of their effect."""
     model = prepare(family, "query+value")
-    for setting in ("dropout", "attention_dropout", "head_dropout"):
+    for setting in sorted(("dropout", "attention_dropout", "head_dropout"), key=lambda name: name == kind):
         setattr(model.config, family.settings[setting], 0.3 if setting == kind else 0.0)
     if kind == "lora":
         for module in model.modules():
@@ -215,11 +216,15 @@ def test_each_dropout_works_in_training_only_and_averages_out(family: ModelFamil
 
 def _set_dropout(model: nn.Module, family: ModelFamily, kind: str, p: float) -> None:
     """Sets the one kind of dropout in Hugging Face's modules, as a config with it would have."""
+    one = family.settings["dropout"] == family.settings["head_dropout"]  # MPNet's, for encoder and head
+    of_scores = "attention.attn.dropout" if one else ("attention.dropout", "attention.self.dropout")
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora" not in name:
-            attention = name.endswith(("attention.dropout", "attention.self.dropout"))
             outside = "dropout" if name.startswith(f"{family.base}.") else "head_dropout"
-            module.p = p if kind == ("attention_dropout" if attention else outside) else 0.0
+            kinds = (
+                {"attention_dropout"} if name.endswith(of_scores) else {"dropout", "head_dropout"} if one else {outside}
+            )
+            module.p = p if kind in kinds else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@
 //
 // Scores are transposed, keys by queries: the maximum and the sum of a query's scores are then one lane of a vector
 // each, and keys are the rows that the gradients of K and V sum into.
+//
+// A head may add a term to each score that depends on the distance between query and key alone, as in MPNet.
 
 #include <algorithm>
 #include <cmath>
@@ -29,9 +31,19 @@ struct Head {
     bf16 *q, *k, *v, *out;
 };
 
+// The scores of a key and 16 queries, times the factor, with the term of their distances. `distances` is of this head:
+// (2 padded,) in log2, at padded - 1 + query - key.
+template <bool Relative>
+inline __m512 scaled(const float* scores, __m512 factor, const float* distances, int query, int key, int padded) {
+    const __m512 x = _mm512_load_ps(scores);
+    if constexpr (!Relative) return _mm512_mul_ps(x, factor);
+    return _mm512_fmadd_ps(x, factor, _mm512_loadu_ps(distances + padded - 1 + query - key));
+}
+
 // bias: (padded,) 0 or -inf; log_sum: (length,) log2 of each query's sum, its factor included
-template <int D>
-void forward_head(const Head& head, const float* bias, const Sizes& size, float* log_sum, Scratch& scratch) {
+template <int D, bool Relative>
+void forward_head(const Head& head, const float* bias, const float* distances, const Sizes& size, float* log_sum,
+                  Scratch& scratch) {
     constexpr int N = D / 16;
     const int P = size.padded;
     scratch.reset();
@@ -55,18 +67,17 @@ void forward_head(const Head& head, const float* bias, const Sizes& size, float*
         const int count = std::min(16, size.length - first);
         scores_of<D>(k, transposed + first * D, P, scores);
         __m512 top0 = _mm512_set1_ps(-INFINITY), top1 = top0;
+        const auto score = [&](int j) { return scaled<Relative>(scores + 16 * j, factor, distances, first, j, P); };
         for (int j = 0; j < P; j += 2) {
-            const __m512 x0 = _mm512_fmadd_ps(_mm512_load_ps(scores + 16 * j), factor, _mm512_set1_ps(bias[j]));
-            const __m512 x1 = _mm512_fmadd_ps(_mm512_load_ps(scores + 16 * j + 16), factor, _mm512_set1_ps(bias[j + 1]));
-            top0 = _mm512_max_ps(top0, x0);
-            top1 = _mm512_max_ps(top1, x1);
+            top0 = _mm512_max_ps(top0, _mm512_add_ps(score(j), _mm512_set1_ps(bias[j])));
+            top1 = _mm512_max_ps(top1, _mm512_add_ps(score(j + 1), _mm512_set1_ps(bias[j + 1])));
         }
         const __m512 top = _mm512_max_ps(top0, top1);
         __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0;
         for (int j = 0; j < P; j += 2) {
             const __mmask16 keep0 = bias[j] == 0.f ? 0xffff : 0, keep1 = bias[j + 1] == 0.f ? 0xffff : 0;
-            const __m512 x0 = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + 16 * j), factor, top), keep0);
-            const __m512 x1 = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + 16 * j + 16), factor, top), keep1);
+            const __m512 x0 = exp2(_mm512_sub_ps(score(j), top), keep0);
+            const __m512 x1 = exp2(_mm512_sub_ps(score(j + 1), top), keep1);
             sum0 = _mm512_add_ps(sum0, x0);
             sum1 = _mm512_add_ps(sum1, x1);
             _mm512_store_si512(weights + 16 * j, _mm512_permutexvar_epi16(interleave, to_bf16(x0, x1)));
@@ -84,8 +95,8 @@ void forward_head(const Head& head, const float* bias, const Sizes& size, float*
 }
 
 // `grad.out` is the gradient that is given; those of q, k and v are written.
-template <int D>
-void backward_head(const Head& head, const Head& grad, const float* bias, const Sizes& size,
+template <int D, bool Relative>
+void backward_head(const Head& head, const Head& grad, const float* bias, const float* distances, const Sizes& size,
                    const float* log_sum, Scratch& scratch) {
     constexpr int N = D / 16;
     const int P = size.padded, blocks = P / 32;
@@ -145,8 +156,12 @@ void backward_head(const Head& head, const Head& grad, const float* bias, const 
                 for (int i = 0; i < 2; i++) {
                     const int at = (r / 16) * 2 * kSquare + (r % 16 + i) * 16;
                     const __mmask16 keep = bias[key + r + i] == 0.f ? 0xffff : 0;
-                    const __m512 p0 = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + at), factor, sum0), keep);
-                    const __m512 p1 = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + at + kSquare), factor, sum1), keep);
+                    const auto score = [&](int half) {
+                        const float* from = scores + at + half * kSquare;
+                        return scaled<Relative>(from, factor, distances, 32 * block + 16 * half, key + r + i, P);
+                    };
+                    const __m512 p0 = exp2(_mm512_sub_ps(score(0), sum0), keep);
+                    const __m512 p1 = exp2(_mm512_sub_ps(score(1), sum1), keep);
                     const __m512 g0 = _mm512_sub_ps(_mm512_load_ps(grad_weights + at), delta0);
                     const __m512 g1 = _mm512_sub_ps(_mm512_load_ps(grad_weights + at + kSquare), delta1);
                     const long to = ((r / 16) * blocks + block) * kTile + (r % 16 + i) * 32;
@@ -200,6 +215,10 @@ Head at(const Head& all, const Sizes& size, int width, long b, int h) {
     return {all.q + from, all.k + from, all.v + from, all.out + b * size.length * size.out_row + h * width};
 }
 
+template <bool Relative> const float* of_head(const float* distances, const Sizes& size, int h) {
+    return Relative ? distances + 2L * size.padded * h : nullptr;
+}
+
 // Calls work(sequence, head, bias, scratch) for each pair of the two, on several threads.
 template <class Work>
 void for_each_head(const Sizes& size, int width, const bool* padding, int threads, const Work& work) {
@@ -218,19 +237,22 @@ void for_each_head(const Sizes& size, int width, const bool* padding, int thread
     }
 }
 
-template <int D>
-void forward(const Head& all, const bool* padding, const Sizes& size, int threads, float* log_sum) {
+template <int D, bool Relative>
+void forward(const Head& all, const bool* padding, const float* distances, const Sizes& size, int threads,
+             float* log_sum) {
     for_each_head(size, D, padding, threads, [&](long b, int h, const float* bias, Scratch& scratch) {
-        forward_head<D>(at(all, size, D, b, h), bias, size, log_sum + (b * size.heads + h) * size.length, scratch);
+        forward_head<D, Relative>(at(all, size, D, b, h), bias, of_head<Relative>(distances, size, h), size,
+                                  log_sum + (b * size.heads + h) * size.length, scratch);
     });
 }
 
-template <int D>
-void backward(const Head& all, const Head& grad, const bool* padding, const Sizes& size, int threads,
-              const float* log_sum) {
+template <int D, bool Relative>
+void backward(const Head& all, const Head& grad, const bool* padding, const float* distances, const Sizes& size,
+              int threads, const float* log_sum) {
     for_each_head(size, D, padding, threads, [&](long b, int h, const float* bias, Scratch& scratch) {
-        backward_head<D>(at(all, size, D, b, h), at(grad, size, D, b, h), bias, size,
-                         log_sum + (b * size.heads + h) * size.length, scratch);
+        backward_head<D, Relative>(at(all, size, D, b, h), at(grad, size, D, b, h), bias,
+                                   of_head<Relative>(distances, size, h), size,
+                                   log_sum + (b * size.heads + h) * size.length, scratch);
     });
 }
 
@@ -245,22 +267,24 @@ extern "C" {
 // Whether this process may use the instructions.
 int attention_allowed() { return products_allowed(); }
 
-// q, k, v (batch, length, heads, width) bf16, tokens row apart; padding (batch, length) or null;
-// out (batch, length, heads, width) bf16; log_sum (batch, heads, length) fp32. width is 32 or 64; length at most 4096.
-void attention_forward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int length, int heads, int width,
-                       int row, int threads, bf16* out, float* log_sum) {
+// q, k, v (batch, length, heads, width) bf16, tokens row apart; padding (batch, length) or null; distances (heads,
+// 2 padded) fp32 or null; out (batch, length, heads, width) bf16; log_sum (batch, heads, length) fp32. width is 32 or
+// 64; length at most 4096.
+void attention_forward(bf16* q, bf16* k, bf16* v, const bool* padding, const float* distances, int batch, int length,
+                       int heads, int width, int row, int threads, bf16* out, float* log_sum) {
     const Sizes size = sizes(batch, length, heads, width, row);
-    if (width == 32) forward<32>({q, k, v, out}, padding, size, threads, log_sum);
-    else forward<64>({q, k, v, out}, padding, size, threads, log_sum);
+    const auto run = distances ? (width == 32 ? forward<32, true> : forward<64, true>)
+                               : (width == 32 ? forward<32, false> : forward<64, false>);
+    run({q, k, v, out}, padding, distances, size, threads, log_sum);
 }
 
 // The same, what forward gave, and the gradient of out; writes the gradients of q, k and v, laid out as these.
-void attention_backward(bf16* q, bf16* k, bf16* v, const bool* padding, int batch, int length, int heads, int width,
-                        int row, int threads, bf16* out, const float* log_sum, bf16* grad_out, bf16* grad_q,
-                        bf16* grad_k, bf16* grad_v) {
+void attention_backward(bf16* q, bf16* k, bf16* v, const bool* padding, const float* distances, int batch, int length,
+                        int heads, int width, int row, int threads, bf16* out, const float* log_sum, bf16* grad_out,
+                        bf16* grad_q, bf16* grad_k, bf16* grad_v) {
     const Sizes size = sizes(batch, length, heads, width, row);
-    const Head all{q, k, v, out}, grad{grad_q, grad_k, grad_v, grad_out};
-    if (width == 32) backward<32>(all, grad, padding, size, threads, log_sum);
-    else backward<64>(all, grad, padding, size, threads, log_sum);
+    const auto run = distances ? (width == 32 ? backward<32, true> : backward<64, true>)
+                               : (width == 32 ? backward<32, false> : backward<64, false>);
+    run({q, k, v, out}, {grad_q, grad_k, grad_v, grad_out}, padding, distances, size, threads, log_sum);
 }
 }

@@ -1,4 +1,4 @@
-// Each sequence's tokens mixed by a few heads, softmax(U X^T scale) X, and its gradient, bf16 in and out.
+// Each sequence's tokens mixed by a few heads, softmax(U X^T scale + bias) X, and its gradient, bf16 in and out.
 //
 // Heads are few (12) and rows wide (384), so that a token's row is read once for all heads, as it lies in memory, and
 // nothing is packed into tiles. All arithmetic but the operands of the products is fp32.
@@ -13,6 +13,7 @@ namespace {
 struct Sizes {
     int batch, heads, length, width;
     float scale;
+    const float* bias;  // (heads, padded) in log2, the same for all sequences; or null
     int padded() const { return (length + 15) / 16 * 16; }
 };
 
@@ -90,6 +91,13 @@ auto pairs_of_tokens(const Sequence& at, const Sizes& size) {
     return [&at, &size](int pair, int i) { return at.tokens + std::min(2 * pair + i, size.length - 1) * (long)size.width; };
 }
 
+// A head's scores of 16 tokens, times the factor, with their bias.
+inline __m512 scaled(const float* scores, __m512 factor, const Sizes& size, int h, int t) {
+    const __m512 x = _mm512_load_ps(scores + h * size.padded() + t);
+    if (size.bias == nullptr) return _mm512_mul_ps(x, factor);
+    return _mm512_fmadd_ps(x, factor, _mm512_loadu_ps(size.bias + h * size.padded() + t));
+}
+
 // mixed: (heads, width); log_sum: (heads,) log2 of each head's sum, its factor included
 void forward_sequence(const Sequence& at, const Sizes& size, bf16* mixed, float* log_sum, Scratch& scratch) {
     const int H = size.heads, T = size.length, P = size.padded();
@@ -102,12 +110,12 @@ void forward_sequence(const Sequence& at, const Sizes& size, bf16* mixed, float*
     for (int h = 0; h < H; h++) {
         __m512 tops = _mm512_set1_ps(-INFINITY), sums = _mm512_setzero_ps();
         for (int t = 0; t < P; t += 16) {
-            const __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + h * P + t), factor);
+            const __m512 x = scaled(scores, factor, size, h, t);
             tops = _mm512_mask_max_ps(tops, kept(at.padding, t, T), tops, x);
         }
         const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(tops));
         for (int t = 0; t < P; t += 16) {
-            const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores + h * P + t), factor, top);
+            const __m512 x = _mm512_sub_ps(scaled(scores, factor, size, h, t), top);
             const __m512 weight = exp2(x, kept(at.padding, t, T));
             sums = _mm512_add_ps(sums, weight);
             store_bf16(weights + h * P + t, weight);
@@ -136,7 +144,7 @@ void backward_sequence(const Sequence& at, const Sizes& size, const bf16* mixed,
         dots(grad + h * (long)size.width, 1, mixed + h * (long)size.width, 1, size.width, &dot, 1);
         const __m512 delta = _mm512_set1_ps(dot), sum = _mm512_set1_ps(log_sum[h]);
         for (int t = 0; t < P; t += 16) {
-            const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores + h * P + t), factor, sum);
+            const __m512 x = _mm512_sub_ps(scaled(scores, factor, size, h, t), sum);
             const __mmask16 keep = kept(at.padding, t, T);
             const __m512 weight = exp2(x, keep), slope = _mm512_sub_ps(_mm512_load_ps(grad_weights + h * P + t), delta);
             const __m512 grad_score = _mm512_maskz_mul_ps(keep, _mm512_mul_ps(weight, slope), scale);
@@ -172,20 +180,21 @@ void for_each_sequence(const bf16* heads, const bf16* tokens, const bool* paddin
 extern "C" {
 
 // heads, mixed: (batch, heads, width), tokens: (batch, length, width), bf16, the width a multiple of 32;
-// padding: (batch, length) or null; log_sum: (batch, heads) fp32
-void mixture_forward(const bf16* heads, const bf16* tokens, const bool* padding, int batch, int head_count, int length,
-                     int width, float scale, int threads, bf16* mixed, float* log_sum) {
-    const Sizes size{batch, head_count, length, width, scale};
+// padding: (batch, length) or null; bias: (heads, length rounded up to a multiple of 16) fp32 or null;
+// log_sum: (batch, heads) fp32
+void mixture_forward(const bf16* heads, const bf16* tokens, const bool* padding, const float* bias, int batch,
+                     int head_count, int length, int width, float scale, int threads, bf16* mixed, float* log_sum) {
+    const Sizes size{batch, head_count, length, width, scale, bias};
     for_each_sequence(heads, tokens, padding, size, threads, [&](long b, const Sequence& at, Scratch& scratch) {
         forward_sequence(at, size, mixed + b * head_count * width, log_sum + b * head_count, scratch);
     });
 }
 
 // The same, what forward gave, and the gradient of mixed; grad_tokens: like tokens, or null
-void mixture_backward(const bf16* heads, const bf16* tokens, const bool* padding, int batch, int head_count, int length,
-                      int width, float scale, int threads, const bf16* mixed, const float* log_sum, const bf16* grad,
-                      bf16* grad_heads, bf16* grad_tokens) {
-    const Sizes size{batch, head_count, length, width, scale};
+void mixture_backward(const bf16* heads, const bf16* tokens, const bool* padding, const float* bias, int batch,
+                      int head_count, int length, int width, float scale, int threads, const bf16* mixed,
+                      const float* log_sum, const bf16* grad, bf16* grad_heads, bf16* grad_tokens) {
+    const Sizes size{batch, head_count, length, width, scale, bias};
     for_each_sequence(heads, tokens, padding, size, threads, [&](long b, const Sequence& at, Scratch& scratch) {
         const long of_heads = b * head_count * width, of_tokens = b * length * width;
         backward_sequence(at, size, mixed + of_heads, log_sum + b * head_count, grad + of_heads, grad_heads + of_heads,
