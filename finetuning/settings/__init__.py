@@ -10,7 +10,7 @@ from finetuning.settings.data import DataSettings, check_data_dir
 from finetuning.settings.fields import Flag, Values, flags
 from finetuning.settings.hardware import HardwareSettings, excludes_int8
 from finetuning.settings.method import FROM_ADAPTER, LORA_TARGETS, LoRASettings, MethodSettings
-from finetuning.settings.model import DEFAULT_MODEL, PACKAGED, ModelSettings
+from finetuning.settings.model import DEFAULT_MODEL, PACKAGED, PACKAGED_BASE, PACKAGED_MODELS, ModelSettings
 from finetuning.settings.run import AUTO, TRACKERS, CommandSettings, RunSettings
 from finetuning.settings.training import (
     DEFAULT_LEARNING_RATES,
@@ -29,6 +29,8 @@ __all__ = [
     "FROM_ADAPTER",
     "LORA_TARGETS",
     "PACKAGED",
+    "PACKAGED_BASE",
+    "PACKAGED_MODELS",
     "SECTIONS",
     "TRACKERS",
     "CommandSettings",

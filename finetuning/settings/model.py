@@ -6,6 +6,8 @@ from typing import Any
 from finetuning.settings.fields import Values, setting
 
 PACKAGED = "packaged"  # the model that requirements-offline.txt installs
+PACKAGED_BASE = "packaged-base"  # the one that requirements-offline-base.txt installs
+PACKAGED_MODELS = (PACKAGED, PACKAGED_BASE)
 DEFAULT_MODEL = "distilbert-base-uncased"
 
 
@@ -15,7 +17,8 @@ class ModelSettings:
 
     model_name: str = setting(
         None,
-        f"Hub id, local folder, or '{PACKAGED}' (MiniLM as DistilBERT, installed with pip).",
+        f"Hub id, local folder, or a model installed with pip: '{PACKAGED}' (MiniLM as DistilBERT), '{PACKAGED_BASE}'"
+        " (MPNet, as large as BERT-base).",
         f"{DEFAULT_MODEL}; {PACKAGED} with --offline",
     )
     dropout: float = setting(0.0, "Dropout probability in the encoder and the head.", at_least=0, below=1)

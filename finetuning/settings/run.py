@@ -78,7 +78,7 @@ class CommandSettings:
 
     estimate: bool = setting(False, "Measure a few steps, print the memory and time that the run needs, and stop.")
     prefetch: bool = setting(False, "Download model and data into the caches and stop.")
-    cache_info: bool = setting(False, "Print the sizes of the caches (tokens, downloads, kernels) and stop.")
+    cache_info: bool = setting(False, "Print the sizes of the caches (tokens, downloads, kernels, a model) and stop.")
     cache_clear: bool = setting(False, "Empty these caches and stop.")
 
     def check(self, data: DataSettings, hardware: HardwareSettings, run: RunSettings) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from finetuning.config import RunConfig
-from finetuning.export.card import _training
+from finetuning.export.adapter import writes_base
+from finetuning.export.card import KNOWN_BASES, _training
+from finetuning.settings import PACKAGED_MODELS
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,13 @@ def test_the_precision_of_the_products(precision: str, said: str) -> None:
         result=result | {"base_model": {"precision": "bfloat16"}}, config=RunConfig.from_settings(precision=precision)
     )
     assert _training(run)["precision"] == said
+
+
+@pytest.mark.parametrize("name", PACKAGED_MODELS)
+def test_an_adapter_of_a_packaged_model_brings_the_model(name: str) -> None:
+    def run(model_name: str) -> Any:
+        return SimpleNamespace(config=RunConfig.from_settings(model_name=model_name))
+
+    assert writes_base(run(name)), "PEFT cannot load it by this name"
+    assert not writes_base(run("distilbert-base-uncased"))
+    assert KNOWN_BASES[name][1] == "apache-2.0"
