@@ -1,7 +1,8 @@
-"""Compares the training speed of families without an efficient path with PEFT: ``python -m benchmarks.families``.
+"""Compares other families than BERT's with PEFT: ``python -m benchmarks.families``.
 
-Hugging Face's own forward computes both contestants here, so what differs are LoRA layers, batches and training loop.
-The tuned peer's settings are chosen first, as in ``make benchmark``. Prints a table, writes JSON, renews docs/speed.md.
+MPNet has real weights and an efficient path. Of ModernBERT Hugging Face's own forward computes both contestants, so
+what differs are LoRA layers, batches and training loop. The tuned peer's settings are chosen first, as in
+``make benchmark``. Prints a table, writes JSON, renews docs/speed.md.
 """
 
 import sys
@@ -9,18 +10,34 @@ from collections.abc import Sequence
 
 from benchmarks import harness
 from benchmarks.harness import Record
-from benchmarks.peers import COLUMNS, FAILED, NAMES, Work, compare, measure_in_processes, place, record_line
+from benchmarks.peers import (
+    COLUMNS,
+    EQUAL_BATCHES,
+    FAILED,
+    NAMES,
+    Work,
+    compare,
+    measure_in_processes,
+    place,
+    record_line,
+)
 from finetuning.pages import Table, measured
 from finetuning.runs.measurements import environment_record
 
 OUTPUT = harness.RESULTS / "families.json"
-WORKS = (Work("modernbert", "all", 128, ("suite", "peft_tuned")),)
+CONTESTANTS = ("suite", "peft_tuned", EQUAL_BATCHES["peft_tuned"])
+WORKS = (
+    Work("mpnet", "all", 128, CONTESTANTS),
+    Work("mpnet", "all", 256, CONTESTANTS),
+    Work("modernbert", "all", 128, CONTESTANTS),
+)
 ROUNDS = 3
-MEASURED = ("training, suite / peer", "tokens/s: suite, peer", "trained parameters: suite, peer")
+RATIOS = {"train": "training", "merged": "evaluation, merged peer", "memory": "memory of training"}
+MEASURED = (*RATIOS.values(), "training, tokens/s: suite, peer", "trained parameters: suite, peer")
 
 
 def table(result: Record) -> str:
-    """Markdown: a row for each family, with the ratio of the rounds, the rates and the trained parameters."""
+    """Markdown: a row for each model and length, with ratios (suite / peer), rates and trained parameters."""
     records = result["measurements"]
     rows = []
     for row in compare(records):
@@ -32,7 +49,8 @@ def table(result: Record) -> str:
         rates = ["" if rate is None else f"{rate:,.0f}" for rate in row["tokens_per_second"]]
         parameters = ", ".join(trained.get(row[name], "") for name in ("ours", "theirs"))
         peer = NAMES[row["theirs"]] + (FAILED if row["errors"] else "")
-        rows.append((place(row), peer, str(row["train"] or ""), ", ".join(rates), parameters))
+        ratios = (str(row[key] or "") for key in RATIOS)
+        rows.append((place(row), peer, *ratios, ", ".join(rates), parameters))
     conditions = (
         f"{harness.machine(result['environment'], 'torch')}; {result['rounds']} rounds.{harness.not_alone(records)}"
     )
@@ -41,7 +59,7 @@ def table(result: Record) -> str:
 
 def command(argv: Sequence[str] | None) -> int:
     """Measures, writes JSON and renews docs/speed.md; fewer rounds change no page. Returns the exit status."""
-    parser = harness.make_parser("Compare families without an efficient path with PEFT.")
+    parser = harness.make_parser("Compare MPNet and ModernBERT with PEFT.")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"rounds (default: {ROUNDS})")
     parser.add_argument("--seconds", type=float, default=6, metavar="X", help="training time of one (default: 6)")
     options = parser.parse_args(argv)

@@ -21,10 +21,16 @@ from benchmarks.harness import TRAINING
 from finetuning.config import RunConfig
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.models.pretrained import load_pretrained
+from finetuning.settings import PACKAGED_BASE
 from local_dataset_utilities import load_texts, tokenize
 from local_model_utilities import find_base_model, load_tokenizer
 
-MODELS = {"minilm": "MiniLM", "base": "DistilBERT-base's size", "modernbert": "ModernBERT, MiniLM's size"}
+MODELS = {
+    "minilm": "MiniLM",
+    "base": "DistilBERT-base's size",
+    "mpnet": "MPNet-base",
+    "modernbert": "ModernBERT, MiniLM's size",
+}
 TARGETS = {"qv": ("query", "value"), "all": ("query", "key", "value", "projection", "mlp")}
 LENGTHS = (128, 256, 512)
 LABELS = ("negative", "positive")
@@ -68,7 +74,7 @@ class Job:
 
 
 def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None:
-    """Writes the models to ``folder/MODEL`` and the tokens to ``folder/SPLIT-LENGTH.npz``."""
+    """Writes the models to ``folder/MODEL`` and the tokens to ``folder/SPLIT-LENGTH.npz``: MiniLM's, for all models."""
     base = RunConfig.from_settings(offline=True)
     for model in models:
         _save_model(folder / model, model, base)
@@ -83,18 +89,19 @@ def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None
 
 
 def _save_model(folder: Path, model: str, config: RunConfig) -> None:
-    """A classifier with a new head and Hugging Face's own dropout; only MiniLM has weights that were trained."""
+    """A classifier with a new head and Hugging Face's own dropout; MiniLM and MPNet have weights that were trained."""
     torch.manual_seed(0)
-    packaged, defaults = find_base_model(config), DistilBertConfig()
+    packaged = find_base_model(config.changed(model_name=PACKAGED_BASE) if model == "mpnet" else config)
     classifier: Any
     if model == "modernbert":
         classifier = ModernBertForSequenceClassification(_modernbert())
     elif model == "base":
-        classifier = DistilBertForSequenceClassification(defaults)
+        classifier = DistilBertForSequenceClassification(DistilBertConfig())
     else:
         classifier = load_pretrained(packaged, config.model, LABELS)
-        for name in ("dropout", "attention_dropout", "seq_classif_dropout"):
-            setattr(classifier.config, name, getattr(defaults, name))
+        for name, value in type(classifier.config)().to_dict().items():
+            if "dropout" in name:
+                setattr(classifier.config, name, value)
     classifier.save_pretrained(folder)
     load_tokenizer(packaged).save_pretrained(folder)
 
