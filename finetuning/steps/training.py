@@ -79,7 +79,7 @@ def prepare_training(
     module = FineTuning(classifier, settings, inputs.task, steps, frozen, kernels)
     if settings.epochs and not claim.config.run.force:
         limits = claim.config.data.max_length, claim.config.hardware.devices
-        check_memory(classifier, batches, settings, hardware, frozen, *limits)
+        check_memory(classifier, batches, settings, trainer.strategy.root_device, frozen, *limits)
     return Training(claim, inputs, watch, trainer, module, batches, validation, options, folds)
 
 

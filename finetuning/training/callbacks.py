@@ -21,6 +21,8 @@ from finetuning.runs.history import write_metrics
 ADVICE = "lower --learning_rate, or use another --precision"
 NOTHING_LEARNED = "no step was taken yet, so use another --precision, or check the model's weights"
 GUARDED_STEPS = 20  # most runs that diverge do it here, so each of these losses is read at once
+LEAST_STEPS_ON_GPU = 10  # from one row of the history to the next, which waits for all queued work
+RANKS_ASK_EVERY = 10  # optimizer steps on GPUs, where asking the other ranks waits for all queued work
 
 
 class Meter(Callback):
@@ -28,14 +30,19 @@ class Meter(Callback):
 
     Checkpoints contain its state, so a continued run has one history and one clock. On a GPU it reads the losses
     once per row of the history, not once per step, because each reading waits for the device. Only the first
-    ``GUARDED_STEPS`` are read one by one.
+    ``guarded_steps`` are read one by one.
     """
 
     def __init__(
-        self, directory: Path, rows_per_run: int = 200, on_row: Callable[[dict[str, Any]], object] | None = None
+        self,
+        directory: Path,
+        rows_per_run: int = 200,
+        on_row: Callable[[dict[str, Any]], object] | None = None,
+        guarded_steps: int = GUARDED_STEPS,
     ) -> None:
         self.directory = directory
         self.rows_per_run = rows_per_run
+        self.guarded_steps = guarded_steps
         self.on_row = on_row  # also gets every new row
         self.rows: list[dict[str, Any]] = []
         self.train_seconds = 0.0
@@ -71,7 +78,9 @@ class Meter(Callback):
                 # At the start of each epoch torch's loader draws a seed, although nothing uses it. In a run that
                 # continues after a whole epoch, Lightning has started the next one before the state was restored.
                 torch.empty((), dtype=torch.int64).random_()
-        self._every = max(1, min(50, pl_module.total_steps // self.rows_per_run))
+        self._losses = [loss.to(pl_module.device) for loss in self._losses]  # of a checkpoint: on the CPU
+        least = LEAST_STEPS_ON_GPU if pl_module.device.type == "cuda" else 1
+        self._every = max(least, min(50, pl_module.total_steps // self.rows_per_run))
         self._since = _now(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -83,7 +92,7 @@ class Meter(Callback):
         self._losses.append(outputs["mean_loss"])
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = stepped and trainer.global_step % self._every == 0
-        if due or trainer.global_step <= GUARDED_STEPS or pl_module.device.type == "cpu":
+        if due or trainer.global_step <= self.guarded_steps or pl_module.device.type == "cpu":
             self._check_finite(trainer, len(self._losses))
         if due:
             self._add_row(trainer, pl_module)
@@ -257,6 +266,9 @@ class GracefulStop(Callback):
         last = batch_idx + 1 >= trainer.num_training_batches  # LastCheckpoint writes one after the validation
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        waits = trainer.world_size > 1 and pl_module.device.type == "cuda"
+        if waits and trainer.global_step % RANKS_ASK_EVERY and not self._due_by_steps(trainer):
+            return
         # Ranks receive a signal at different steps, and only the first one watches the clock. But all of them must
         # write a checkpoint, and stop, at the same step.
         if not self._any_rank(trainer, self.requested or self._due(trainer)):
@@ -270,8 +282,11 @@ class GracefulStop(Callback):
     def _due(self, trainer: pl.Trainer) -> bool:
         """Whether this process finds that a checkpoint inside the epoch is due."""
         files: Any = trainer.strategy.checkpoint_io
-        by_steps = self.steps > 0 and trainer.global_step % self.steps == 0
-        return by_steps or (trainer.is_global_zero and files.due(self.minutes))
+        return self._due_by_steps(trainer) or (trainer.is_global_zero and files.due(self.minutes))
+
+    def _due_by_steps(self, trainer: pl.Trainer) -> bool:
+        """Whether ``--checkpoint_steps`` asks for one: all ranks know it without asking."""
+        return self.steps > 0 and trainer.global_step % self.steps == 0
 
     @staticmethod
     def _any_rank(trainer: pl.Trainer, decision: bool) -> bool:

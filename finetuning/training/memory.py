@@ -14,7 +14,6 @@ from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.measurements import free_memory
 from finetuning.settings import TrainingSettings
 from finetuning.training.estimate import kept_for_backward
-from finetuning.training.hardware import Hardware
 
 MEASURED_TEXTS = 8
 OPTIMIZER_COPIES = {"adam": 2, "adamw": 2, "sgd": 0, "sgd_nesterov": 1}  # of each trained weight; sgd without momentum
@@ -24,7 +23,7 @@ def check_memory(
     classifier: Classifier,
     loader: TokenBatchLoader,
     training: TrainingSettings,
-    hardware: Hardware,
+    device: torch.device,
     frozen: dict[str, FrozenOutputs],
     max_length: int,
     processes: int,
@@ -35,7 +34,7 @@ def check_memory(
         classifier: the run's classifier, on the CPU.
         loader: the batches of this process.
         training: the optimizer.
-        hardware: where the run takes place.
+        device: where this process will train.
         frozen: outputs of frozen layers that are kept.
         max_length: the run's ``--max_length``, which ``--batch_tokens`` must reach.
         processes: the processes of the run on this machine, which share the main memory.
@@ -43,16 +42,17 @@ def check_memory(
     Raises:
         TrainingFailed: it will not; the line says what would fit.
     """
-    free = torch.cuda.mem_get_info(hardware.device)[0] if hardware.on_gpu else free_memory()
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
     if free is None:
         return
-    free //= 1 if hardware.on_gpu else processes
+    free //= 1 if on_gpu else processes
     copies = 1 + OPTIMIZER_COPIES[training.optimizer] + int(training.optimizer == "sgd" and bool(training.momentum))
     fixed = copies * sum(p.numel() * p.element_size() for p in classifier.parameters() if p.requires_grad)
     fixed += sum(outputs.bytes for outputs in frozen.values() if not outputs.on_disk)
-    if hardware.on_gpu:
+    if on_gpu:
         fixed += sum(t.numel() * t.element_size() for t in (*classifier.parameters(), *classifier.buffers()))
-    batch, tokens = (0, 0) if hardware.on_gpu else largest_batch(classifier, loader)
+    batch, tokens = (0, 0) if on_gpu else largest_batch(classifier, loader)
     if fixed + batch <= free:
         return
     raise TrainingFailed(

@@ -14,18 +14,22 @@ from finetuning.settings import TrainingSettings
 def make_optimizer(
     parameters: list[torch.nn.Parameter], training: TrainingSettings, fused: bool
 ) -> torch.optim.Optimizer:
-    """The optimizer. As in BERT's training, weight decay acts on matrices but not on biases and norms."""
+    """The optimizer. As in BERT's training, weight decay acts on matrices but not on biases and norms.
+
+    ``fused`` is one kernel for all weights. Without it, each operation still takes all weights at once.
+    """
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     rate, momentum = training.learning_rate, training.momentum or 0.0
+    how: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
     make: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adam": lambda: torch.optim.Adam(groups, lr=rate, fused=fused),
-        "adamw": lambda: torch.optim.AdamW(groups, lr=rate, fused=fused),
-        "sgd": lambda: torch.optim.SGD(groups, lr=rate, momentum=momentum, fused=fused),
-        "sgd_nesterov": lambda: torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=True, fused=fused),
+        "adam": lambda: torch.optim.Adam(groups, lr=rate, **how),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=rate, **how),
+        "sgd": lambda: torch.optim.SGD(groups, lr=rate, momentum=momentum, **how),
+        "sgd_nesterov": lambda: torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=True, **how),
     }
     return make[training.optimizer]()
 

@@ -19,6 +19,7 @@ import torch
 
 from finetuning.errors import TrainingFailed
 from finetuning.runs.checkpoints import write_checkpoint
+from finetuning.training import callbacks
 from finetuning.training.callbacks import Meter
 from finetuning.training.checkpoints import BestCheckpoint
 from tests.test_finetune_lora import ROOT, flags
@@ -100,6 +101,21 @@ def test_a_loss_that_is_not_finite_is_found_at_once_in_the_first_steps(
     refused = nullcontext() if said is None else pytest.raises(TrainingFailed, match=said)
     with refused:
         meter.on_train_batch_end(trainer, module, {"mean_loss": torch.tensor(losses[-1])}, {}, step - 1)
+
+
+@pytest.mark.parametrize(("device", "every"), [("cuda", 10), ("cpu", 1)])
+def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldom(
+    tmp_path: Path, device: str, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, place: (self, place))
+    monkeypatch.setattr(callbacks, "_now", lambda _: 0.0)
+    meter = Meter(tmp_path)
+    state = {"rows": [], "train_seconds": 0.0, "validation_seconds": 0.0, "earlier_seconds": 0.0}
+    meter.load_state_dict(state | {"losses": torch.tensor([0.5, 0.4]), "random": []})
+    module = SimpleNamespace(device=torch.device(device), total_steps=300)
+    meter.on_train_start(SimpleNamespace(), module)  # type: ignore[arg-type]
+    assert [place for _, place in meter._losses] == [torch.device(device)] * 2
+    assert meter._every == every
 
 
 def test_at_a_terminal_a_bar_shows_the_latest_loss(

@@ -82,6 +82,28 @@ def test_a_run_writes_the_checkpoints_that_are_due(
     assert saved == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "steps", "asked"),
+    [("cuda", 0, [10, 20]), ("cuda", 4, [4, 8, 10, 12, 16, 20, 24]), ("cpu", 0, [*range(1, 25)])],
+)
+def test_ranks_on_gpus_seldom_wait_for_each_other(device: str, steps: int, asked: list[int], tmp_path: Path) -> None:
+    found = []
+
+    def reduce(*_: bool, **__: bool) -> bool:
+        found.append(trainer.global_step)
+        return False
+
+    trainer: Any = SimpleNamespace(
+        num_training_batches=25, accumulate_grad_batches=1, world_size=2, is_global_zero=False,
+        strategy=SimpleNamespace(checkpoint_io=CheckpointFiles(), reduce_boolean_decision=reduce),
+    )  # fmt: skip
+    stop = GracefulStop(tmp_path, Meter(tmp_path), 5, steps)
+    for batch in range(25):
+        trainer.global_step = batch + 1
+        stop.on_train_batch_end(trainer, SimpleNamespace(device=torch.device(device)), {}, {}, batch)
+    assert found == asked
+
+
 def test_the_flags_reach_the_run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
     words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--checkpoint_steps", "9")
     for more, minutes in ((["--checkpoint_minutes", "7"], 7), ([], 5)):

@@ -8,7 +8,6 @@ from finetuning.data.batches import train_loader
 from finetuning.errors import TrainingFailed
 from finetuning.training import memory
 from finetuning.training.estimate import kept_for_backward
-from finetuning.training.hardware import Hardware, resolve_hardware
 from finetuning.training.memory import advice, check_memory, largest_batch
 from local_model_utilities import build_classifier, find_base_model
 from tests.conftest import config_of_flags
@@ -33,16 +32,15 @@ def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_n
     measured = max(kept_for_backward(classifier, batch) for batch in loader)
     assert estimated == pytest.approx(measured, rel=0.1)
 
-    hardware = resolve_hardware(config.hardware)
     weights = 3 * sum(p.numel() * 4 for p in classifier.parameters())  # gradients and AdamW's two averages
     most = weights + estimated
     for free, processes, fits in ((most + 2**20, 1, True), (most + 2**20, 2, False), (None, 1, True)):
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
         if fits:
-            check_memory(classifier, loader, config.training, hardware, {}, 64, processes)
+            check_memory(classifier, loader, config.training, torch.device("cpu"), {}, 64, processes)
         else:
             with pytest.raises(TrainingFailed, match=r"needs about .* --batch_tokens \d+ would fit; --force starts"):
-                check_memory(classifier, loader, config.training, hardware, {}, 64, processes)
+                check_memory(classifier, loader, config.training, torch.device("cpu"), {}, 64, processes)
 
 
 def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,10 +48,17 @@ def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: 
     config = config_of_flags(line)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
     loader = train_loader(make_split(review_lengths(40, 0, longest=64)), config.training, pad_id=0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (GIB // 1024, GIB))
-    hardware = Hardware("gpu", 1, torch.float32)
+    asked: list[torch.device] = []
+
+    def mem_get_info(device: torch.device) -> tuple[int, int]:
+        asked.append(device)
+        return GIB // 1024, GIB
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    own = torch.device("cuda", 3)  # of this rank: asking about another card would open a context on it
     with pytest.raises(TrainingFailed, match="use --method lora or a smaller model"):
-        check_memory(classifier, loader, config.training, hardware, {}, 512, 1)
+        check_memory(classifier, loader, config.training, own, {}, 512, 1)
+    assert asked == [own]
 
 
 def test_the_advice_fits() -> None:

@@ -25,6 +25,15 @@ def rates(config: RunConfig, steps: int = STEPS) -> np.ndarray:
     return np.array(found)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "sgd_nesterov"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_optimizer_loops_over_single_weights(name: str, fused: bool) -> None:
+    config = RunConfig.from_settings(optimizer=name)
+    (group,) = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training, fused).param_groups
+    assert bool(group["fused"]) is fused
+    assert bool(group["foreach"]) is not fused
+
+
 # --- schedules
 
 
