@@ -59,15 +59,18 @@ class Predictor:
         rows = np.arange(len(texts))
         tokens, offsets, second_positions = encoded
         split = TokenizedSplit(tokens, offsets, np.zeros_like(rows), rows, second_positions)
-        probabilities = np.empty((len(texts), len(self.trained.label_names)))
+        probabilities, parts = np.empty((len(texts), len(self.trained.label_names))), []
+        pinned = self.device.type == "cuda"
         with torch.inference_mode():
-            for batch in evaluation_loader(split, config.training, int(self.tokenizer.pad_token_id)):
-                given = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            loader = evaluation_loader(split, config.training, int(self.tokenizer.pad_token_id), pin_memory=pinned)
+            for batch in loader:
+                given = {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
                 logits = self.classifier.logits(given)
                 multi_label = self.trained.threshold is not None
-                found = torch.sigmoid(logits) if multi_label else torch.softmax(logits, dim=-1)
-                probabilities[batch["rows"].numpy()] = found.cpu().numpy()
+                parts.append((batch["rows"], torch.sigmoid(logits) if multi_label else torch.softmax(logits, dim=-1)))
                 done(len(logits))
+            for places, found in parts:  # only now: on a GPU each reading waits for all queued work
+                probabilities[places.numpy()] = found.cpu().numpy()
         return probabilities
 
 
