@@ -53,7 +53,7 @@ class Attention(torch.autograd.Function):
         qkv, padding = qkv.contiguous(), None if padding is None else padding.contiguous()
         if bias is not None:  # as the kernel reads it: by the distance from key to query, from 1 - P to P
             padded = -(-length // 32) * 32
-            bias = F.pad(LOG2_E * bias.flip(1), (padded - length, padded - length + 1))  # (heads, 2 P)
+            bias = F.pad(LOG2_E * bias.flip(1), (padded - length, padded - length + 1)).contiguous()  # (heads, 2 P)
         width = qkv.shape[1] // 3
         out = qkv.new_empty(len(qkv), width)
         out[batch * length :] = 0
@@ -99,7 +99,7 @@ class Mixture(torch.autograd.Function):
     ) -> Tensor:
         heads, tokens = heads.contiguous(), tokens.contiguous()
         padding = None if padding is None else padding.contiguous()
-        bias = None if bias is None else F.pad(LOG2_E * bias, (0, -tokens.shape[1] % 16))
+        bias = None if bias is None else F.pad(LOG2_E * bias, (0, -tokens.shape[1] % 16)).contiguous()
         batch, count, width = heads.shape
         mixed, log_sum = torch.empty_like(heads), torch.empty(batch, count, dtype=torch.float32)
         ctx.sizes = (batch, count, tokens.shape[1], width, ctypes.c_float(scale))

@@ -31,9 +31,7 @@ from finetuning.models.lora import drops_input, linears, transposed
 from finetuning.models.products import Activation
 
 ROW_MULTIPLE = 64  # on a CPU, see _Encoder
-BIAS_MULTIPLE = (
-    8  # elements; on a GPU torch's attention copies a bias at each call unless its rows begin at such multiples
-)
+BIAS_MULTIPLE = 8  # elements; a GPU's attention copies a bias at each call unless its rows begin at such multiples
 
 
 def classify(

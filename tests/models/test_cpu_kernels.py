@@ -99,7 +99,7 @@ def test_attention_equals_its_formula(width: int, length: int, padded: bool, bia
     grad = torch.randn(batch, length, heads * width, generator=generator).bfloat16()
     padding = some_padding(batch, length, generator) if padded else None
     assert takes_attention(qkv, width, length)
-    bias = torch.randn(heads, 2 * length - 1, generator=generator) if biased else None
+    bias = torch.randn(2 * length - 1, heads, generator=generator).t() if biased else None
     exact = partial(formula, heads=heads, padding=padding, bias=bias)
     kernel, inputs = partial(attention_of_parts, heads=heads, padding=padding, bias=bias), list(qkv.chunk(3, -1))
     ours, torchs = (errors(function, exact, inputs, grad) for function in (kernel, exact))
@@ -196,7 +196,7 @@ def test_mixture_equals_its_formula(count: int, width: int, length: int, padded:
     *inputs, grad = mixture_inputs(count, length, width)
     padding = some_padding(3, length, torch.Generator().manual_seed(1)) if padded else None
     assert takes_mixture(inputs[1])
-    bias = torch.randn(count, length, generator=torch.Generator().manual_seed(2)) if biased else None
+    bias = torch.randn(length, count, generator=torch.Generator().manual_seed(2)).t() if biased else None
     exact = partial(mixture_formula, scale=width**-0.5, padding=padding, bias=bias)
 
     def kernel(heads: Tensor, tokens: Tensor) -> Tensor:
