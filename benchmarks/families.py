@@ -26,11 +26,7 @@ from finetuning.runs.measurements import environment_record
 
 OUTPUT = harness.RESULTS / "families.json"
 CONTESTANTS = ("suite", "peft_tuned", EQUAL_BATCHES["peft_tuned"])
-WORKS = (
-    Work("mpnet", "all", 128, CONTESTANTS),
-    Work("mpnet", "all", 256, CONTESTANTS),
-    Work("modernbert", "all", 128, CONTESTANTS),
-)
+WORKS = tuple(Work(model, "all", 128, CONTESTANTS) for model in ("mpnet", "modernbert"))
 ROUNDS = 3
 RATIOS = {"train": "training", "merged": "evaluation, merged peer", "memory": "memory of training"}
 MEASURED = (*RATIOS.values(), "training, tokens/s: suite, peer", "trained parameters: suite, peer")
