@@ -26,7 +26,7 @@ import torch
 from benchmarks import harness
 from benchmarks.contestants import CONTESTANTS, Contestant, Peft
 from benchmarks.harness import Record
-from benchmarks.workload import Job, prepare, read_split, sample, some_batches
+from benchmarks.workload import Job, attentions, prepare, read_split, sample, some_batches
 from finetuning.data.batches import EVALUATION_FACTOR as LOADER_FACTOR
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit
@@ -36,7 +36,6 @@ WARM_UP_STEPS = 2
 FEWEST_STEPS = 3  # measured steps, at least
 EVALUATED_PER_TRAINED = 2  # texts evaluated for each text trained on: inference takes less than half the time
 MERGED_BATCHES_TOKENS = (6144, 24576)  # the faster one counts
-ATTENTIONS = ("sdpa", "eager")
 TRIAL_TEXTS, TRIAL_REPEATS = 128, 2  # the faster of two counts
 TRIAL_BATCHES = (4, 64)  # the smallest and the largest
 
@@ -84,7 +83,7 @@ def measure(job: Job, folder: Path, seconds: float) -> Record:
         "evaluation_examples": len(evaluated),
     }
     if isinstance(contestant, Peft) and contestant.tuned:
-        ways = [partial(contestant.evaluate, attention=attention) for attention in ATTENTIONS]
+        ways = [partial(contestant.evaluate, attention=attention) for attention in attentions(job.model)]
         record["evaluation_tokens_per_second"] = rate_of_the_fastest(ways, evaluated)
         if job.contestant == "peft_tuned":
             record["merged_evaluation_tokens_per_second"] = merged_rate(contestant, job, evaluated)
@@ -122,7 +121,7 @@ def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
             for batch in evaluation_loader(part, job.config.changed(batch_tokens=budget).training, pad_id=0):
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
-    ways = product(MERGED_BATCHES_TOKENS, ATTENTIONS)
+    ways = product(MERGED_BATCHES_TOKENS, attentions(job.model))
     return rate_of_the_fastest([partial(evaluate, batch_tokens=size, attention=name) for size, name in ways], split)
 
 
@@ -160,7 +159,9 @@ def choose(job: Job, folder: Path) -> Record:
         tried.append({**tuned_settings(candidate), "train_tokens_per_second": result})
         return result
 
-    best, best_rate = job, rate(job)
+    known = attentions(job.model)
+    best = replace(job, attention=known[0])
+    best_rate = rate(best)
 
     def kept(**change: Any) -> bool:
         nonlocal best, best_rate
@@ -171,7 +172,8 @@ def choose(job: Job, folder: Path) -> Record:
         best, best_rate = candidate, candidate_rate
         return True
 
-    kept(attention="eager")
+    for attention in known[1:]:
+        kept(attention=attention)
     kept(frozen="bf16")
     least, greatest = TRIAL_BATCHES
     while best.batch_size > least and kept(batch_size=best.batch_size // 2):

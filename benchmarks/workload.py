@@ -69,6 +69,11 @@ class Job:
         )
 
 
+def attentions(model: str) -> tuple[Literal["sdpa", "eager"], ...]:
+    """The ways in which Hugging Face's code computes attention: of MPNet it has one."""
+    return ("eager",) if model == "mpnet" else ("sdpa", "eager")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the folder
 

@@ -76,9 +76,11 @@ class BestCheckpoint(ModelCheckpoint):
     best_loss = math.inf
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: torch.Tensor | None = None) -> bool:
+        if current is None:  # benchmarks train without validation
+            return super().check_monitor_top_k(trainer, current)
         loss = float(trainer.callback_metrics["validation_loss"])
-        shared = current is not None and current == self.best_model_score and loss < self.best_loss
-        better = super().check_monitor_top_k(trainer, current) or shared
+        shared = current == self.best_model_score and loss < self.best_loss
+        better = super().check_monitor_top_k(trainer, current) or bool(shared)
         if better:
             self.best_loss = loss
         return better

@@ -75,6 +75,7 @@ def test_of_epochs_with_the_same_score_the_one_with_the_smallest_loss_is_kept(
             callback.kth_best_model_path, callback.best_model_score = "best", current
         state = callback.state_dict()
     assert kept == best
+    assert not checkpoint().check_monitor_top_k(SimpleNamespace(callback_metrics={}), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
