@@ -31,14 +31,16 @@ struct Head {
     bf16 *q, *k, *v, *out;
 };
 
-// The scores of a key and 16 queries, times the factor, with the term of their distances. `distances` is of this head:
-// (2 padded,) in log2, at padded - 1 + query - key.
+// The scores of a key and 16 queries, times the factor, plus a term and that of their distances. `distances` is of this
+// head: (2 padded,) in log2, at padded - 1 + query - key.
 template <bool Relative>
-inline __m512 scaled(const float* scores, __m512 factor, const float* distances, int query, int key, int padded) {
-    const __m512 x = _mm512_load_ps(scores);
-    if constexpr (!Relative) return _mm512_mul_ps(x, factor);
-    return _mm512_fmadd_ps(x, factor, _mm512_loadu_ps(distances + padded - 1 + query - key));
+inline __m512 scaled(const float* scores, __m512 factor, __m512 plus, const float* distances, int query, int key,
+                     int padded) {
+    if constexpr (Relative) plus = _mm512_add_ps(plus, _mm512_loadu_ps(distances + padded - 1 + query - key));
+    return _mm512_fmadd_ps(_mm512_load_ps(scores), factor, plus);
 }
+
+inline __m512 minus(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
 
 // bias: (padded,) 0 or -inf; log_sum: (length,) log2 of each query's sum, its factor included
 template <int D, bool Relative>
@@ -67,17 +69,19 @@ void forward_head(const Head& head, const float* bias, const float* distances, c
         const int count = std::min(16, size.length - first);
         scores_of<D>(k, transposed + first * D, P, scores);
         __m512 top0 = _mm512_set1_ps(-INFINITY), top1 = top0;
-        const auto score = [&](int j) { return scaled<Relative>(scores + 16 * j, factor, distances, first, j, P); };
+        const auto score = [&](int j, __m512 plus) {
+            return scaled<Relative>(scores + 16 * j, factor, plus, distances, first, j, P);
+        };
         for (int j = 0; j < P; j += 2) {
-            top0 = _mm512_max_ps(top0, _mm512_add_ps(score(j), _mm512_set1_ps(bias[j])));
-            top1 = _mm512_max_ps(top1, _mm512_add_ps(score(j + 1), _mm512_set1_ps(bias[j + 1])));
+            top0 = _mm512_max_ps(top0, score(j, _mm512_set1_ps(bias[j])));
+            top1 = _mm512_max_ps(top1, score(j + 1, _mm512_set1_ps(bias[j + 1])));
         }
-        const __m512 top = _mm512_max_ps(top0, top1);
+        const __m512 top = _mm512_max_ps(top0, top1), shift = minus(top);
         __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0;
         for (int j = 0; j < P; j += 2) {
             const __mmask16 keep0 = bias[j] == 0.f ? 0xffff : 0, keep1 = bias[j + 1] == 0.f ? 0xffff : 0;
-            const __m512 x0 = exp2(_mm512_sub_ps(score(j), top), keep0);
-            const __m512 x1 = exp2(_mm512_sub_ps(score(j + 1), top), keep1);
+            const __m512 x0 = exp2(score(j, shift), keep0);
+            const __m512 x1 = exp2(score(j + 1, shift), keep1);
             sum0 = _mm512_add_ps(sum0, x0);
             sum1 = _mm512_add_ps(sum1, x1);
             _mm512_store_si512(weights + 16 * j, _mm512_permutexvar_epi16(interleave, to_bf16(x0, x1)));
@@ -156,12 +160,11 @@ void backward_head(const Head& head, const Head& grad, const float* bias, const 
                 for (int i = 0; i < 2; i++) {
                     const int at = (r / 16) * 2 * kSquare + (r % 16 + i) * 16;
                     const __mmask16 keep = bias[key + r + i] == 0.f ? 0xffff : 0;
-                    const auto score = [&](int half) {
+                    const auto score = [&](int half, __m512 plus) {
                         const float* from = scores + at + half * kSquare;
-                        return scaled<Relative>(from, factor, distances, 32 * block + 16 * half, key + r + i, P);
+                        return scaled<Relative>(from, factor, plus, distances, 32 * block + 16 * half, key + r + i, P);
                     };
-                    const __m512 p0 = exp2(_mm512_sub_ps(score(0), sum0), keep);
-                    const __m512 p1 = exp2(_mm512_sub_ps(score(1), sum1), keep);
+                    const __m512 p0 = exp2(score(0, minus(sum0)), keep), p1 = exp2(score(1, minus(sum1)), keep);
                     const __m512 g0 = _mm512_sub_ps(_mm512_load_ps(grad_weights + at), delta0);
                     const __m512 g1 = _mm512_sub_ps(_mm512_load_ps(grad_weights + at + kSquare), delta1);
                     const long to = ((r / 16) * blocks + block) * kTile + (r % 16 + i) * 32;

@@ -91,11 +91,11 @@ auto pairs_of_tokens(const Sequence& at, const Sizes& size) {
     return [&at, &size](int pair, int i) { return at.tokens + std::min(2 * pair + i, size.length - 1) * (long)size.width; };
 }
 
-// A head's scores of 16 tokens, times the factor, with their bias.
-inline __m512 scaled(const float* scores, __m512 factor, const Sizes& size, int h, int t) {
-    const __m512 x = _mm512_load_ps(scores + h * size.padded() + t);
-    if (size.bias == nullptr) return _mm512_mul_ps(x, factor);
-    return _mm512_fmadd_ps(x, factor, _mm512_loadu_ps(size.bias + h * size.padded() + t));
+// A head's scores of 16 tokens, times the factor, minus a term and with their bias.
+inline __m512 scaled(const float* scores, __m512 factor, __m512 minus, const Sizes& size, int h, int t) {
+    const long at = h * size.padded() + t;
+    if (size.bias != nullptr) minus = _mm512_sub_ps(minus, _mm512_loadu_ps(size.bias + at));
+    return _mm512_fmsub_ps(_mm512_load_ps(scores + at), factor, minus);
 }
 
 // mixed: (heads, width); log_sum: (heads,) log2 of each head's sum, its factor included
@@ -110,12 +110,12 @@ void forward_sequence(const Sequence& at, const Sizes& size, bf16* mixed, float*
     for (int h = 0; h < H; h++) {
         __m512 tops = _mm512_set1_ps(-INFINITY), sums = _mm512_setzero_ps();
         for (int t = 0; t < P; t += 16) {
-            const __m512 x = scaled(scores, factor, size, h, t);
+            const __m512 x = scaled(scores, factor, _mm512_setzero_ps(), size, h, t);
             tops = _mm512_mask_max_ps(tops, kept(at.padding, t, T), tops, x);
         }
         const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(tops));
         for (int t = 0; t < P; t += 16) {
-            const __m512 x = _mm512_sub_ps(scaled(scores, factor, size, h, t), top);
+            const __m512 x = scaled(scores, factor, top, size, h, t);
             const __m512 weight = exp2(x, kept(at.padding, t, T));
             sums = _mm512_add_ps(sums, weight);
             store_bf16(weights + h * P + t, weight);
@@ -144,7 +144,7 @@ void backward_sequence(const Sequence& at, const Sizes& size, const bf16* mixed,
         dots(grad + h * (long)size.width, 1, mixed + h * (long)size.width, 1, size.width, &dot, 1);
         const __m512 delta = _mm512_set1_ps(dot), sum = _mm512_set1_ps(log_sum[h]);
         for (int t = 0; t < P; t += 16) {
-            const __m512 x = _mm512_sub_ps(scaled(scores, factor, size, h, t), sum);
+            const __m512 x = scaled(scores, factor, sum, size, h, t);
             const __mmask16 keep = kept(at.padding, t, T);
             const __m512 weight = exp2(x, keep), slope = _mm512_sub_ps(_mm512_load_ps(grad_weights + h * P + t), delta);
             const __m512 grad_score = _mm512_maskz_mul_ps(keep, _mm512_mul_ps(weight, slope), scale);
