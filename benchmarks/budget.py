@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
@@ -192,13 +193,14 @@ def frozen_accuracy(run: PlannedRun, data_dir: Path) -> float:
 def mean_vectors(texts: Sequence[Any], folder: Path, max_length: int) -> Any:
     """The mean of each text's token vectors, (texts, width)."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    order = np.argsort([len(str(text)) for text in texts], kind="stable")  # so batches have little padding
     parts = []
     for start in range(0, len(texts), BATCH):
-        chosen = list(texts[start : start + BATCH])
+        chosen = [texts[i] for i in order[start : start + BATCH]]
         tokens = tokenizer(chosen, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         mask = tokens["attention_mask"].unsqueeze(-1)  # (B, T, 1)
         parts.append((model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1))  # (B, D)
-    return torch.cat(parts).numpy()
+    return torch.cat(parts).numpy()[np.argsort(order)]
 
 
 def command(argv: Sequence[str] | None) -> int:
