@@ -288,7 +288,7 @@ def _differences(run: PlannedRun, settings: dict[str, Any], own: bool) -> list[s
         stored = {key: value for key, value in settings.items() if key not in NOT_PART_OF_THE_RUN}
         made = RunConfig.from_dict(stored | {"data_dir": planned.data.data_dir})
         made = made.changed(test=made.run.test and planned.run.test)  # a test changes nothing in the training
-        if RATE not in run.settings:
+        if run.tuned_by and RATE not in run.settings:
             made = made.changed(learning_rate=planned.training.learning_rate)
         if own:
             auto = [name for name, value in planned.to_dict().items() if value is None and FLAGS[name].or_auto]
