@@ -56,6 +56,14 @@ def test_a_run_has_one_holder_at_a_time() -> None:
     assert runs.state(run) == "missing"
 
 
+def test_a_run_with_the_default_rate_does_not_take_over_another_rate() -> None:
+    (other,) = plan("learning_rate = 0.02\n[axes]\nseed = [0]").study.runs
+    runs = plan("[axes]\nseed = [0]")
+    runs = StudyRuns(runs.study, runs.folder, Path("data"))
+    leave_run(StudyRuns(runs.study, Path("runs/other"), Path("data")), other)
+    assert runs.take_over(runs.study.runs[0]) is None
+
+
 def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
     runs = plan("[axes]\nseed = [0, 1, 2, 3]")
     runs = StudyRuns(runs.study, runs.folder, Path("data"))
