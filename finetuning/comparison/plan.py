@@ -116,7 +116,10 @@ def stated_command(command: str, config: Mapping[str, Any]) -> str:
     """
     words = shlex.split(command)
     flags = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-    given = {name for name, value in given_flags(words[flags:]).items() if value is not None}
+    try:
+        given = {name for name, value in given_flags(words[flags:]).items() if value is not None}
+    except UserError:  # the words of another program, which called the suite's main
+        return command
     missing = [name for name, flag in FLAGS.items() if flag.or_auto and flag.kind is int and name not in given]
     return shlex.join([*words, *(word for name in missing for word in (f"--{name}", str(config[name])))])
 

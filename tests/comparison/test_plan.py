@@ -232,6 +232,8 @@ def test_a_stated_command_has_the_numbers_that_auto_chose() -> None:
     assert stated == f"{command} --epochs 5 --batch_tokens 8192 --batch_size 32"
     assert stated_command(stated, config) == stated
     assert from_flags(shlex.split(stated)[2:]).training == RunConfig.from_dict(config).training
+    other = "notebook.py --kernel x"  # a program that called the suite's main
+    assert stated_command(other, config) == other
 
 
 AUTO = ("-auto", *(f"-auto-data_seed{draw}" for draw in range(5)))  # rows that ask what auto gives
