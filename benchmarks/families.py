@@ -28,8 +28,8 @@ OUTPUT = harness.RESULTS / "families.json"
 CONTESTANTS = ("suite", "peft_tuned", EQUAL_BATCHES["peft_tuned"])
 WORKS = tuple(Work(model, "all", 128, CONTESTANTS) for model in ("mpnet", "modernbert"))
 ROUNDS = 3
-RATIOS = {"train": "training", "merged": "evaluation, merged peer", "memory": "memory of training"}
-MEASURED = (*RATIOS.values(), "training, tokens/s: suite, peer", "trained parameters: suite, peer")
+RATIOS = {"train": "training", "merged": "evaluation (merged peer)", "memory": "memory"}
+MEASURED = (*RATIOS.values(), "training, tokens/s: suite, peer", "trained: suite, peer")
 
 
 def table(result: Record) -> str:

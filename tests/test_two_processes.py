@@ -92,7 +92,7 @@ def test_two_processes_stop_together_go_on_and_end_like_one(
     with started([*command, "--resume"]) as process:
         output = process.communicate(timeout=LIMIT_SECONDS)[0]
     assert process.returncode == 0, output
-    assert output.count("test  ") == 1
+    assert output.count("\ntest  ") == 1
     assert finetune_lora.main([*flags, *ONE, "--output_dir", str(one)]) == 0
 
     result, expected = read_result(two), read_result(one)
