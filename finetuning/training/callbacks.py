@@ -267,7 +267,8 @@ class GracefulStop(Callback):
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         waits = trainer.world_size > 1 and pl_module.device.type == "cuda"
-        if waits and trainer.global_step % RANKS_ASK_EVERY and not self._due_by_steps(trainer):
+        # The first step of ten, because in an epoch of ten steps the tenth is the last one, which does not ask.
+        if waits and trainer.global_step % RANKS_ASK_EVERY != 1 and not self._due_by_steps(trainer):
             return
         # Ranks receive a signal at different steps, and only the first one watches the clock. But all of them must
         # write a checkpoint, and stop, at the same step.
