@@ -127,6 +127,7 @@ class _Encoder:
         head_dropout = family.setting(model, "head_dropout")
         self.head_dropout = self.dropout if head_dropout is None else float(head_dropout)
         self.distances = self.distance_bias()  # (H, 2 T - 1)
+        self.trains_distances = self.distances is not None and self.distances.requires_grad
         self.compiled = self.compiles_attention()
         self.bias = None if self.compiled else self.attention_bias()  # made once for all layers
 
@@ -143,8 +144,7 @@ class _Encoder:
 
     def compiles_attention(self) -> bool:
         """Whether the compiled kernel computes attention: it knows no dropout, and no gradient of the term above."""
-        trained = self.distances is not None and self.distances.requires_grad
-        if not self.on_cpu or self.attention_dropout > 0 or trained:
+        if not self.on_cpu or self.attention_dropout > 0 or self.trains_distances:
             return False
         width = int(self.model.config.hidden_size) // self.heads  # type: ignore[union-attr, arg-type]
         return cpu_kernels.takes_attention(self.mask.new_empty(0, dtype=self.dtype), width, self.length)
@@ -250,7 +250,7 @@ class _Encoder:
         """Attention of every token: ``(N, 3 D) -> (N, D)``."""
         if self.compiled:
             return cpu_kernels.Attention.apply(qkv, self.heads, self.batch, self.length, self.padding, self.distances)
-        if self.on_cpu and self.attention_dropout == 0 and (self.bias is None or not self.bias.requires_grad):
+        if self.on_cpu and self.attention_dropout == 0 and not self.trains_distances:
             return self.as_rows(ChunkedAttention.apply(self.as_sequences(qkv), self.heads, self.bias))
         return self.fused_attention(qkv)
 
@@ -287,12 +287,10 @@ class _Encoder:
     def mixture(self, heads: Tensor, tokens: Tensor) -> Tensor:
         """``softmax(heads tokens^T / sqrt(d) + bias) tokens``: ``(B, H, D), (B, T, D) -> (B, H, D)``."""
         scale, bias = (heads.shape[-1] // self.heads) ** -0.5, self.bias_of_first()
-        trained = bias is not None and bias.requires_grad
-        if not self.on_cpu and not trained:
-            return Mixture.apply(heads, tokens, scale, self.padding, bias)
-        if cpu_kernels.takes_mixture(tokens) and not trained:
-            return cpu_kernels.Mixture.apply(heads, tokens, scale, self.padding, bias)
-        return self.attend(heads, tokens, tokens, scale, bias)
+        if self.trains_distances or (self.on_cpu and not cpu_kernels.takes_mixture(tokens)):
+            return self.attend(heads, tokens, tokens, scale, bias)
+        mix = cpu_kernels.Mixture if self.on_cpu else Mixture
+        return mix.apply(heads, tokens, scale, self.padding, bias)
 
     def fused_attention(self, qkv: Tensor) -> Tensor:
         """torch's own attention of every token: ``(N, 3 D) -> (N, D)``."""

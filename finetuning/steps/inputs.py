@@ -118,7 +118,7 @@ def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str
 
 
 def validation_advice(texts: int, data: DataSettings) -> list[str]:
-    """What to try if the number of validation texts is small, although more were there or folds could be cut."""
+    """What to try if validation has few texts; empty if it has enough, or if ``--kfold`` or a limit chose them."""
     if data.kfold or data.limit_validation or texts >= FEW_VALIDATION_TEXTS:
         return []
     return [
