@@ -161,38 +161,63 @@ def gelu_again(x: Tensor, grad: Tensor) -> Tensor:
 # norm
 
 
-def takes_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether ``AddNorm`` accepts rows like x. Not if a large bias hides the normalized rows in its output."""
+def takes_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``AddNorm`` accepts rows like x. Not if a weight of 0 or a large bias hides the normalized rows in y."""
     if weight.dtype != torch.float32 or x.shape[-1] % 16 or not available(x):
         return False
     with torch.no_grad():
+        if bias is None:
+            return float(weight.abs().min()) > 0
         return float((bias / weight).abs().max()) < BIAS_OVER_WEIGHT
 
 
 class AddNorm(torch.autograd.Function):
-    """Layer norm of ``a + b``, bf16 rows with an fp32 weight and bias; see kernels/norm.cpp.
+    """Layer norm or RMSNorm of ``a + b``, bf16 rows with an fp32 weight and bias; see kernels/norm.cpp.
 
-    Called as ``AddNorm.apply(a, b, weight, bias, eps)`` with ``(N, D), (N, D), (D,), (D,)``. Saves its output and one
-    number per row, but not its inputs a and b, like Apex's memory-efficient layer norm.
+    Called as ``AddNorm.apply(a, b, weight, bias, eps, rms, keeps_sum)``:
+
+    - a, b: ``(N, D)``; b may be ``None``, for the norm of a alone.
+    - weight, bias: ``(D,)``; bias may be ``None``.
+    - rms: whether to leave the mean in, ``x / sqrt(mean(x^2) + eps)``. Default: False.
+    - keeps_sum: whether to return ``(y, a + b)`` instead of y, for a pre-norm layer. The sum is rounded to bf16; the
+      norm is of the sum before that, as without keeps_sum. Default: False.
+
+    Saves its output y and one number per row, but not its inputs a and b, like Apex's memory-efficient layer norm.
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        a, b = a.contiguous(), b.contiguous()
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        rms: bool = False,
+        keeps_sum: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        a, b = a.contiguous(), None if b is None else b.contiguous()
         y, inverse_deviation = torch.empty_like(a), torch.empty(len(a), dtype=torch.float32)
+        total = torch.empty_like(a) if keeps_sum and b is not None else None
         sizes = (ctypes.c_long(len(a)), a.shape[1], torch.get_num_threads())
-        call("add_norm_forward", a, b, weight, bias, ctypes.c_float(eps), *sizes, y, inverse_deviation)
+        call("add_norm_forward", a, b, weight, bias, ctypes.c_float(eps), rms, *sizes, y, inverse_deviation, total)
         ctx.save_for_backward(y, inverse_deviation, weight, bias)
-        return y
+        ctx.rms = rms
+        ctx.set_materialize_grads(False)
+        return (y, a if total is None else total) if keeps_sum else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None) -> tuple[Tensor | None, ...]:
         y, inverse_deviation, weight, bias = ctx.saved_tensors
+        _, needs_b, *trained = ctx.needs_input_grad[:4]
+        if grad is None:
+            return grad_sum, grad_sum if needs_b else None, *[None] * 5
+        grad_sum = None if grad_sum is None else grad_sum.contiguous()
         threads, grad_x = torch.get_num_threads(), torch.empty_like(y)
-        trained = any(ctx.needs_input_grad[2:4])
-        sums = torch.zeros(2, threads, y.shape[1], dtype=torch.float32) if trained else None
+        sums = torch.zeros(2, threads, y.shape[1], dtype=torch.float32) if any(trained) else None
+        inputs = (y, inverse_deviation, weight, bias, grad.contiguous(), grad_sum, ctx.rms)
         sizes = (ctypes.c_long(len(y)), y.shape[1], threads)
-        outputs = (grad_x, *((None, None) if sums is None else sums))
-        call("add_norm_backward", y, inverse_deviation, weight, bias, grad.contiguous(), *sizes, *outputs)
-        return grad_x, grad_x, *((None, None) if sums is None else sums.sum(1)), None
+        call("add_norm_backward", *inputs, *sizes, grad_x, *((None, None) if sums is None else sums))
+        of_weight, of_bias = (None, None) if sums is None else sums.sum(1)
+        return grad_x, grad_x if needs_b else None, of_weight, None if bias is None else of_bias, None, None, None

@@ -306,6 +306,58 @@ def test_norm_of_a_sum_equals_its_formula(rows: int, width: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("rms", [False, True], ids=["layer norm", "RMSNorm"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "with a bias"])
+@pytest.mark.parametrize("summed", [False, True], ids=["alone", "of a sum"])
+@pytest.mark.parametrize("keeps_sum", [False, True], ids=["", "keeps it"])
+def test_norms_of_all_kinds_equal_their_formula(rms: bool, biased: bool, summed: bool, keeps_sum: bool) -> None:
+    a, b, weight, bias, grad = norm_inputs(300, 384)
+    a = a + 0.5  # a mean that RMSNorm leaves in
+    inputs = [a, *[b] * summed, weight, *[bias] * biased]
+    assert takes_norm(a, weight, bias if biased else None)
+
+    def parts(*inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        return inputs[0], inputs[1] if summed else None, inputs[1 + summed], inputs[-1] if biased else None
+
+    def kernel(*inputs: Tensor) -> Tensor:
+        y = AddNorm.apply(*parts(*inputs), 1e-5, rms, keeps_sum)
+        return y[0] + 3 * y[1] if keeps_sum else y
+
+    def exact(*inputs: Tensor) -> Tensor:
+        a, b, weight, bias = parts(*inputs)
+        x = a if b is None else a + b
+        of = x.to(weight.dtype)
+        centred = of if rms else of - of.mean(-1, keepdim=True)
+        y = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        y = (y if bias is None else y + bias).to(x.dtype)
+        return y + 3 * x if keeps_sum else y
+
+    ours, torchs = (errors(function, exact, inputs, grad) for function in (kernel, exact))
+    count = 2 + summed
+    for error, allowed in zip(ours[:count], torchs[:count], strict=True):
+        assert error <= max(1.05 * allowed, 0.003)
+    assert max(ours[count:]) < 0.005
+
+
+@needs_kernels
+def test_a_residual_stream_is_exact_and_its_gradient_takes_one_pass() -> None:
+    a, b, weight, _, grad = norm_inputs(50, 64)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    y, total = AddNorm.apply(a, b, weight, None, 1e-5, True, True)
+    assert torch.equal(total, a + b)
+    assert torch.equal(y, AddNorm.apply(a, b, weight, None, 1e-5, True))
+    for x in (a, b):
+        assert torch.equal(torch.autograd.grad(total, x, grad, retain_graph=True)[0], grad)  # no gradient of y
+        torch.testing.assert_close(
+            torch.autograd.grad([y, total], x, [grad, torch.zeros_like(grad)], retain_graph=True),
+            torch.autograd.grad(y, x, grad, retain_graph=True),
+        )
+    _, same = AddNorm.apply(a, None, weight, None, 1e-5, True, True)
+    assert same.data_ptr() == a.data_ptr()
+    assert torch.equal(torch.autograd.grad(same, a, grad)[0], grad)
+
+
+@needs_kernels
 def test_a_norm_whose_output_hides_the_normalized_row_is_left_to_torch() -> None:
     a, b, weight, bias, grad = norm_inputs(300, 384)
     most = bias * cpu_kernels.BIAS_OVER_WEIGHT / float((bias / weight).abs().max())
@@ -323,6 +375,9 @@ def test_what_the_norm_is_not_for() -> None:
     assert takes_norm(a, weight, bias)
     assert not takes_norm(a, weight * (torch.arange(384) > 0), bias)  # a weight of 0
     assert not takes_norm(a, weight * math.nan, bias)
+    assert takes_norm(a, weight, None)
+    assert not takes_norm(a, weight * (torch.arange(384) > 0), None)
+    assert not takes_norm(a, weight * math.nan, None)
     assert not takes_norm(a.float(), weight, bias)
     assert not takes_norm(a, weight.bfloat16(), bias.bfloat16())
     assert not takes_norm(a[:, :40], weight[:40], bias[:40])  # no multiple of 16
