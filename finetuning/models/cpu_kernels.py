@@ -1,7 +1,9 @@
-"""Compiled steps of the efficient path on bf16, for CPUs with AMX or AVX512-BF16: attention, GELU, layer norm."""
+"""Compiled steps of the efficient path on bf16, for CPUs with AMX or AVX512-BF16: attention, activations, norms."""
 
 import ctypes
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,6 +157,60 @@ def gelu_again(x: Tensor, grad: Tensor) -> Tensor:
     h = torch.empty_like(x)
     call("gelu_again", x, ctypes.c_long(x.numel()), torch.get_num_threads(), grad, h)
     return h
+
+
+def geglu(x: Tensor) -> Tensor:
+    """``gelu(a) b``, with a the first half of each row of x and b the second: ``(..., 2 F) -> (..., F)``."""
+    return _gated(x, "geglu", F.gelu)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(a) b``, with a the first half of each row of x and b the second: ``(..., 2 F) -> (..., F)``."""
+    return _gated(x, "swiglu", F.silu)
+
+
+def _gated(x: Tensor, name: str, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Uses the compiled kernel if it is available and accepts x, else torch."""
+    if available(x):
+        h: Tensor = _Gated.apply(x, name)
+        return h
+    a, b = x.chunk(2, -1)
+    return activation(a) * b
+
+
+class _Gated(torch.autograd.Function):
+    """See kernels/activation.cpp."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.name, width = name, x.shape[-1] // 2
+        h = x.new_empty(*x.shape[:-1], width)
+        call(f"{name}_forward", x, *_rows(h), torch.get_num_threads(), h)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        _gated_again(ctx.name, x, grad.contiguous(), grad_x)
+        return grad_x, None
+
+
+def _gated_again(name: str, x: Tensor, grad: Tensor, grad_x: Tensor) -> Tensor:
+    h = torch.empty_like(grad)
+    call(f"{name}_again", x, grad, *_rows(h), torch.get_num_threads(), grad_x, h)
+    return h
+
+
+def _rows(x: Tensor) -> tuple[ctypes.c_long, ctypes.c_long]:
+    return ctypes.c_long(x.numel() // max(x.shape[-1], 1)), ctypes.c_long(x.shape[-1])
+
+
+# Each takes (x, grad, grad_x): returns h of x, and writes x's gradient from that of h. All contiguous, and accepted.
+GATED_AGAIN = {geglu: partial(_gated_again, "geglu"), swiglu: partial(_gated_again, "swiglu")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from finetuning.models import cpu_kernels
 
-Activation = Callable[[Tensor], Tensor]  # differentiable, element by element
+Activation = Callable[[Tensor], Tensor]  # differentiable, row by row; a gated one halves a row's width
 ROWS_AT_ONCE = 1024  # rows of an activation's output computed at once on a CPU: 3 MB at MiniLM's size
 
 
@@ -73,7 +73,7 @@ def frozen_linear(
     """``h W^T + b + (h A^T) B^T`` with ``h = activation(x)``; W and b are frozen: ``(..., in) -> (..., out)``.
 
     Args:
-        x: the input; all tensors have its dtype.
+        x: the input, ``(..., 2 in)`` if the activation is gated; all tensors have its dtype.
         A: ``(R, in)``, or ``None`` without LoRA.
         B: ``(out, R)``, including the scale.
         weight: returns W ``(out, in)``. It is called again in backward, so that no copy of it lives until then.
@@ -133,7 +133,7 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.activation is None:
             grad_A = None if grad_inner is None else thin_gradient(grad_inner, x)  # (R, in)
         elif ctx.on_cpu:
-            grad_A = _activated_backward(ctx.activation, x, grad_x, grad_inner)
+            grad_x, grad_A = _activated_backward(ctx.activation, x, A, grad_x, grad_inner)
         else:
             grad_A = None if grad_inner is None else thin_gradient(grad_inner, F.gelu(x))
             grad_x = None if grad_x is None else torch.ops.aten.gelu_backward(grad_x, x)
@@ -150,31 +150,35 @@ def _product(h: Tensor, W: Tensor, bias: Tensor | None, on_cpu: bool) -> Tensor:
 
 
 def _activated_backward(
-    activation: Activation, x: Tensor, grad: Tensor | None, grad_inner: Tensor | None
-) -> Tensor | None:
-    """Turns ``grad`` ``(N, in)`` from the gradient of ``h = activation(x)`` into x's gradient, in place.
+    activation: Activation, x: Tensor, A: Tensor | None, grad: Tensor | None, grad_inner: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """x's gradient from ``grad`` of ``h = activation(x)``, and A's from ``grad_inner``, each if that is given.
 
-    Returns A's gradient, if ``grad_inner`` is given.
+    x's gradient is written over ``grad``, unless a gated activation makes it twice as wide.
     """
     if grad is None and grad_inner is None:
-        return None
+        return None, None
+    grad_x = grad if grad is None or grad.shape == x.shape else torch.empty_like(x)
     sums = torch.promote_types(x.dtype, torch.float32)
-    grad_A = None if grad_inner is None else x.new_zeros(grad_inner.shape[1], x.shape[1], dtype=sums)
+    grad_A = None if A is None or grad_inner is None else torch.zeros_like(A, dtype=sums)
     for start in range(0, len(x), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        h = _activated_again(activation, x[rows], None if grad is None else grad[rows])
+        h = _activated_again(activation, x[rows], *(None if g is None else g[rows] for g in (grad, grad_x)))
         if grad_A is not None and grad_inner is not None:
             grad_A += thin_gradient(grad_inner[rows], h)
-    return None if grad_A is None else grad_A.to(x.dtype)
+    return grad_x, None if grad_A is None else grad_A.to(x.dtype)
 
 
-def _activated_again(activation: Activation, x: Tensor, grad: Tensor | None) -> Tensor:
-    """Returns ``h = activation(x)``, and turns ``grad`` from h's gradient into x's, in place."""
-    if activation is cpu_kernels.gelu and grad is not None and cpu_kernels.available(x):
-        return cpu_kernels.gelu_again(x.contiguous(), grad)
+def _activated_again(activation: Activation, x: Tensor, grad: Tensor | None, grad_x: Tensor | None) -> Tensor:
+    """Returns ``h = activation(x)``, and writes the gradient of x from that of h, which may be the same tensor."""
+    if grad is not None and cpu_kernels.available(x):
+        if activation is cpu_kernels.gelu:
+            return cpu_kernels.gelu_again(x.contiguous(), grad)
+        if activation in cpu_kernels.GATED_AGAIN:
+            return cpu_kernels.GATED_AGAIN[activation](x.contiguous(), grad, grad_x)
     part = x.detach().requires_grad_(grad is not None)
     with torch.enable_grad():
         h = activation(part)
-    if grad is not None:
-        grad.copy_(torch.autograd.grad(h, part, grad)[0])
+    if grad is not None and grad_x is not None:
+        grad_x.copy_(torch.autograd.grad(h, part, grad)[0])
     return h.detach()

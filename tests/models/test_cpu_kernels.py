@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetuning.models import cpu_kernels
+from finetuning.models import cpu_kernels, products
 from finetuning.models.cpu_kernels import (
     AddNorm,
     Attention,
     Mixture,
+    geglu,
     gelu,
     gelu_again,
+    swiglu,
     takes_attention,
     takes_mixture,
     takes_norm,
@@ -272,6 +274,60 @@ def test_gelu_far_out() -> None:
     torch.testing.assert_close(y, F.gelu(x))
     torch.testing.assert_close(grad_x, torch.tensor([0, 0, 0, 0.5, 1, 1, 1]).bfloat16())
     assert gelu(torch.tensor([float("nan")]).bfloat16()).isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 2), (5, 2 * 17), (3, 4, 2 * 32), (41, 2 * 1000)])
+@pytest.mark.parametrize(("gated", "activation"), [(geglu, F.gelu), (swiglu, F.silu)])
+def test_gated_activations_equal_their_formula(
+    gated: Callable[[Tensor], Tensor], activation: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(shape, generator=generator)).bfloat16()
+    grad = torch.randn(*shape[:-1], shape[-1] // 2, generator=generator).bfloat16()
+
+    def formula(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return activation(a) * b
+
+    for ours, torchs in zip(errors(gated, formula, [x], grad), errors(formula, formula, [x], grad), strict=True):
+        assert ours <= max(torchs, 0.003)  # torch rounds between the steps as well
+    wide = x.float()
+    assert torch.equal(gated(wide), formula(wide))
+
+
+@needs_kernels
+def test_silu_far_out() -> None:
+    a = torch.tensor([-1e38, -1e4, -90.0, 0.0, 90.0, 1e4, 1e38]).bfloat16()
+    x = torch.stack([a, torch.ones_like(a)], 1)
+    y, grad_x = outcome(swiglu, [x], torch.ones(len(a), 1).bfloat16())
+    torch.testing.assert_close(y[:, 0], F.silu(a))
+    torch.testing.assert_close(grad_x, torch.stack([torch.tensor([0, 0, 0, 0.5, 1, 1, 1]).bfloat16(), F.silu(a)], 1))
+    assert swiglu(torch.tensor([float("nan"), 1]).bfloat16()).isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", [gelu, geglu, swiglu])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=["both", "x", "A"])
+def test_an_activation_before_a_linear_equals_the_two_alone(
+    activation: Callable[[Tensor], Tensor], needs: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    width = 96 if activation is gelu else 192
+    x, grad, W, A, B = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((50, width), (50, 64), (64, 96), (8, 96), (64, 8))
+    )
+    leaves = [leaf for leaf, need in zip((x, A), needs, strict=True) if leaf.requires_grad_(need).requires_grad]
+    monkeypatch.setattr(products, "ROWS_AT_ONCE", 20)
+    fused, alone = (
+        products.frozen_linear(*first, A, B, lambda: W, None, True, *last)
+        for first, last in (((x,), (activation,)), ((activation(x),), ()))
+    )
+    assert torch.equal(fused, alone)
+    ours, theirs = (torch.autograd.grad(y, leaves, grad) for y in (fused, alone))
+    for leaf, own, other in zip(leaves, ours, theirs, strict=True):
+        assert relative_error(own, other) <= (0 if leaf is x else 0.005)  # A's gradient is summed by parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from finetuning.models import lora as lora_module
 from finetuning.models import products
+from finetuning.models.cpu_kernels import swiglu
 from finetuning.models.families import ModelFamily
 from finetuning.models.lora import LinearWithLoRA, LoRALayer, linears, lora_modules, merge_lora
 from tests.conftest import CORE, tiny_classifier, train_only_lora
@@ -123,9 +124,9 @@ def test_activation_equals_the_plain_formula_and_its_output_is_not_saved(
 
 def test_gradcheck() -> None:
     modules = [lora_linear(4, 3, seed).double() for seed in (1, 2)]
-    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     matrices = [p for m in modules for p in m.lora.parameters()]
-    for activation in (None, F.gelu):
+    for activation, width in ((None, 4), (F.gelu, 4), (swiglu, 8)):
+        x = torch.randn(5, width, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda x, *_: linears(x, modules, activation), (x, *matrices))  # noqa: B023
 
 
