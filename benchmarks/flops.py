@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finetuning.models.encoder import ROW_MULTIPLE
+from finetuning.models.rows import ROW_MULTIPLE
 
 FORMULAS = {  # n rows, R ranks of all LoRA matrices together, B texts of T tokens, width D, H heads
     "linears": "2 n in out forward, the same backward if the input has a gradient",

@@ -13,8 +13,6 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
-    MPNetConfig,
-    MPNetForSequenceClassification,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -54,7 +52,6 @@ def tiny_classifier(model_type: str, vocabulary: int = 30522, classes: int = 2) 
             RobertaConfig,
             {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1, "pad_token_id": 1},
         ),
-        "mpnet": (MPNetForSequenceClassification, MPNetConfig, {"max_position_embeddings": POSITIONS + 2}),
     }
     model_class, config_class, more = kinds[model_type]
     model = model_class(config_class(**shape, **more))

@@ -46,10 +46,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def tiny_model(model_type: str, vocabulary: int = VOCABULARY, classes: int = 2) -> PreTrainedModel:
-    """A random classifier whose weights are large enough that attention is not even."""
+def tiny_model(model_type: str, vocabulary: int = VOCABULARY, classes: int = 2, **settings: object) -> PreTrainedModel:
+    """A random classifier whose weights are large enough that attention is not even; ``settings`` are its config's."""
     torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, vocab_size=vocabulary, num_labels=classes, **SHAPES[model_type])
+    shape = SHAPES[model_type] | settings
+    config = AutoConfig.for_model(model_type, vocab_size=vocabulary, num_labels=classes, **shape)
     model = AutoModelForSequenceClassification.from_config(config)
     for parameter in model.parameters():
         if parameter.dim() == 2:

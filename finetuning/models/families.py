@@ -7,7 +7,7 @@ layer. This file gives their names in each family. Paths are complete, never suf
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -32,11 +32,20 @@ class ModelFamily:
     padded_positions: bool = False  # positions count real tokens only, from padding_idx + 1
     position_offset: int = 0  # positions that no token uses
     # Traits of the efficient path. Other families run Hugging Face's own forward.
-    efficient: bool = True  # post-norm layers as in BERT, and a head of two linears that reads the first token
+    efficient: bool = True
+    embedding: tuple[str, str] | None = None  # word embedding and norm, or "", in the base; None: as BERT's
+    pre_norm: bool = False  # norms come before attention and feed-forward network, not after them
     attention_norm: str = ""
     output_norm: str = ""
+    final_norm: str = ""  # path of the norm after the last layer
+    query_key_norms: tuple[str, ...] = ()  # norms of each head's query and key
+    rms: bool = False  # norms subtract no mean
+    norm_offset: float = 0.0  # added to the weights of norms
     distance_bias: str = ""  # path of the module whose buckets add a term to each score by the distance of its tokens
-    head_activation: Literal["relu", "tanh", "gelu"] = "tanh"  # between the head's two linears
+    rotary: str = ""  # path of the module that knows the angles of positions
+    gated: bool = False  # the feed-forward network multiplies one half of its inner values, activated, with the other
+    drops_inside: bool = False  # dropout within the feed-forward network, and that of attention on the projection
+    head_activation: str = "tanh"  # between the head's linears
     drops_before_head: bool = False  # dropout before the head's first linear as well
 
     def linear_names(self, target: str, layer_count: int) -> list[str]:
@@ -48,9 +57,27 @@ class ModelFamily:
             return list(self.head)
         return [f"{self.layers}.{i}.{name}" for i in range(layer_count) for name in self.targets[target]]
 
-    def setting(self, model: nn.Module, name: str) -> Any:
-        """The value of one of ``settings``, for example ``layer_count`` or ``dropout``."""
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only itself and those before it."""
+        return self.last_token
+
+    def setting(self, model: nn.Module, name: str, default: Any = None) -> Any:
+        """The value of one of ``settings``, for example ``layer_count`` or ``dropout``.
+
+        A family that has no such setting gives the default; without one, it is a KeyError.
+        """
+        if name not in self.settings and default is not None:
+            return default
         return getattr(model.config, self.settings[name])
+
+    def kind(self, model: nn.Module, layer: int) -> tuple[str | None, int | None]:
+        """The type of a layer's attention, if layers differ, and how far a token sees; ``None``: to any distance."""
+        config: Any = model.config
+        types = getattr(config, "layer_types", None)
+        name = types[layer] if types else None
+        window = None if name == "full_attention" else getattr(config, "sliding_window", None)
+        return name, window if window is None else window - self.causal  # a decoder's window counts the token itself
 
     def longest_input(self, model_config: Any) -> float:
         """The longest sequence, in tokens, that the positions allow; infinite if they have no limit, as in Bloom."""
@@ -162,6 +189,37 @@ _MPNET = replace(  # Song et al. 2020
     checkpointing=False,
 )
 
+_QKV = ("query", "key", "value")
+_MODERNBERT = ModelFamily(
+    model_type="modernbert",
+    base="model",
+    layers="model.layers",
+    targets={part: (f"attn.Wqkv.{part}",) for part in _QKV} | {"projection": ("attn.Wo",), "mlp": ("mlp.Wi", "mlp.Wo")},
+    fused={"attn.Wqkv": _QKV},
+    head=("head.dense", "classifier"),
+    head_norms=("head.norm",),
+    settings={
+        "layer_count": "num_hidden_layers",
+        "head_count": "num_attention_heads",
+        "activation": "hidden_activation",
+        "head_activation": "classifier_activation",
+        "dropout": "mlp_dropout",
+        "embedding_dropout": "embedding_dropout",
+        "attention_dropout": "attention_dropout",
+        "head_dropout": "classifier_dropout",
+    },
+    more_dropouts=("embedding_dropout",),
+    token_types=False,
+    embedding=("embeddings.tok_embeddings", "embeddings.norm"),
+    pre_norm=True,
+    attention_norm="attn_norm",
+    output_norm="mlp_norm",
+    final_norm="model.final_norm",
+    rotary="model.rotary_emb",
+    gated=True,
+    drops_inside=True,
+)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # encoders with Hugging Face's own forward
 
@@ -198,26 +256,6 @@ _DEBERTA_V2 = replace(  # and v3, whose config says v2
     more_dropouts=("pooler_dropout",),
     efficient=False,
 )
-_QKV = ("query", "key", "value")
-_MODERNBERT = ModelFamily(
-    model_type="modernbert",
-    base="model",
-    layers="model.layers",
-    targets={part: (f"attn.Wqkv.{part}",) for part in _QKV} | {"projection": ("attn.Wo",), "mlp": ("mlp.Wi", "mlp.Wo")},
-    fused={"attn.Wqkv": _QKV},
-    head=("head.dense", "classifier"),
-    head_norms=("head.norm",),
-    settings={
-        "layer_count": "num_hidden_layers",
-        "dropout": "mlp_dropout",
-        "attention_dropout": "attention_dropout",
-        "head_dropout": "classifier_dropout",
-    },
-    more_dropouts=("embedding_dropout",),
-    token_types=False,
-    efficient=False,
-)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # decoders
 
@@ -233,10 +271,23 @@ _LLAMA = ModelFamily(
         "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     },
     head=("score",),
-    settings={"layer_count": "num_hidden_layers", "attention_dropout": "attention_dropout"},
+    settings={
+        "layer_count": "num_hidden_layers",
+        "head_count": "num_attention_heads",
+        "key_head_count": "num_key_value_heads",
+        "activation": "hidden_act",
+        "attention_dropout": "attention_dropout",
+    },
     last_token=True,
     token_types=False,
-    efficient=False,
+    embedding=("embed_tokens", ""),
+    pre_norm=True,
+    attention_norm="input_layernorm",
+    output_norm="post_attention_layernorm",
+    final_norm="model.norm",
+    rms=True,
+    rotary="model.rotary_emb",
+    gated=True,
 )
 _GPT2 = replace(
     _LLAMA,
@@ -249,7 +300,10 @@ _GPT2 = replace(
     conv1d=True,
     settings={"layer_count": "n_layer", "dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
     more_dropouts=("embd_pdrop",),
+    efficient=False,
 )
+
+_GEMMA_2 = replace(_LLAMA, settings=_LLAMA.settings | {"activation": "hidden_activation"}, efficient=False)
 
 _ROWS = (
     _DISTILBERT,
@@ -267,10 +321,10 @@ _ROWS = (
     _LLAMA,
     replace(_LLAMA, model_type="mistral"),
     replace(_LLAMA, model_type="qwen2"),
-    replace(_LLAMA, model_type="qwen3"),
-    replace(_LLAMA, model_type="gemma"),
-    replace(_LLAMA, model_type="gemma2"),
-    replace(_LLAMA, model_type="gemma3_text"),
+    replace(_LLAMA, model_type="qwen3", query_key_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    replace(_LLAMA, model_type="gemma", norm_offset=1.0),
+    replace(_GEMMA_2, model_type="gemma2"),
+    replace(_GEMMA_2, model_type="gemma3_text"),
     _GPT2,
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finetuning.models import compiled
 from finetuning.models.compiled import VARIANTS, Variant, library
 from finetuning.models.families import ModelFamily
+from finetuning.models.fused import split_linears
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
 from finetuning.processor import instructions
 from tests.conftest import train_only_lora
@@ -61,6 +62,7 @@ def place_lora(
     model: nn.Module, family: ModelFamily, targets: Iterable[str], rank: int = 4, alpha: float = 8, **settings: Any
 ) -> list[str]:
     """LoRA on the targets, B not zero, and everything else frozen. Returns the names of the linears."""
+    split_linears(model, family)
     count = len(list(model.get_submodule(family.layers).children()))
     names = [name for target in targets for name in family.linear_names(target, count)]
     generator = torch.Generator().manual_seed(2)

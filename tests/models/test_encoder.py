@@ -13,30 +13,39 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 from transformers.activations import ACT2FN
 
-from finetuning.models import chunked_attention, encoder
+from finetuning.models import chunked_attention, encoder, rows
+from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.models.lora import LoRALayer
 from finetuning.models.quantization import is_quantized, quantize_linears
-from tests.conftest import CORE, LAYERS, WIDTH, packaged_folder, tiny_classifier
+from tests.conftest import CORE, packaged_folder
 from tests.models.conftest import place_lora, relative_error, saved_tensors
+from tests.tiny_models import WIDTH, tiny_model
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 METHODS = ("full", "selective", "head_only", *TARGETS, "query+value", "all")
-TRIED = CORE | {"mpnet": FAMILIES["mpnet"]}  # it adds a term to each score by the distance of its tokens
+# Beside BERT's form: a term of the scores by distance; norms first, windows and gates; the same in decoders.
+TRIED = CORE | {name: FAMILIES[name] for name in ("mpnet", "modernbert", "mistral", "qwen3")}
+LAYERS = 3
 FAMILY = pytest.mark.parametrize("family", TRIED.values(), ids=TRIED)
 PADDED = pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 STEPS = pytest.mark.parametrize("on_cpu", [True, False], ids=["steps for a CPU", "steps for a GPU"])
 VOCABULARY = 60
 
 
-def prepare(family: ModelFamily, method: str) -> nn.Module:
-    """A tiny classifier in training mode, trained as the method says."""
-    model = tiny_classifier(family.model_type, vocabulary=VOCABULARY, classes=3).train()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.data.mul_(4)  # with the usual start attention is nearly uniform, which would hide errors
+def prepare(family: ModelFamily, method: str, **dropouts: float) -> nn.Module:
+    """A tiny classifier in training mode, trained as the method says; without dropout but what is given."""
+    dropouts = dict.fromkeys(("dropout", "attention_dropout", "head_dropout"), 0.0) | dropouts
+    names = {
+        family.settings[name]: p
+        for name, p in sorted(dropouts.items(), key=lambda item: item[1])
+        if name in family.settings
+    }
+    names |= dict.fromkeys(family.more_dropouts, dropouts["dropout"])
+    settings: dict[str, Any] = {family.settings["layer_count"]: LAYERS, **names}
+    model = tiny_model(family.model_type, VOCABULARY, 3, **settings).train()
     if method == "full":
         return model
     targets = TARGETS if method == "all" else [target for target in TARGETS if target in method.split("+")]
@@ -62,8 +71,11 @@ def batch(
     return ids * mask + pad * (1 - mask), mask, torch.randint(0, 3, (count,), generator=generator)
 
 
-def plain(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+def plain(model: nn.Module, ids: Tensor, mask: Tensor, **more: Tensor) -> Tensor:
+    """Hugging Face's logits, in autocast's dtype if it is on. A decoder's are of the last real token."""
+    family, on = FAMILIES[model.config.model_type], torch.is_autocast_enabled(ids.device.type)  # type: ignore[index, union-attr]
+    dtype = torch.get_autocast_dtype(ids.device.type) if on else torch.float32
+    logits: Tensor = Classifier(model, family, dtype, efficient=False)(ids, mask, **more)
     return logits
 
 
@@ -90,8 +102,8 @@ def assert_same(ours: dict[str, Tensor], reference: dict[str, Tensor], tolerance
 def assert_equal_those_of_hugging_face(
     model: nn.Module, logits: Tensor, ids: Tensor, mask: Tensor, labels: Tensor, tolerance: float = 1e-5, **more: Tensor
 ) -> None:
-    """Compares our logits and their gradients, in fp32. ``more`` are further inputs of Hugging Face's forward."""
-    reference = model(input_ids=ids, attention_mask=mask, **more).logits
+    """Compares our logits and their gradients, in fp32. ``more`` are further inputs of the forward."""
+    reference = plain(model, ids, mask, **more)
     assert logits.shape == (len(ids), 3)
     assert relative_error(logits, reference) < 1e-5
     assert_same(loss_gradients(model, logits, labels), loss_gradients(model, reference, labels), tolerance)
@@ -149,7 +161,7 @@ def test_token_types_of_pairs(on_cpu: bool) -> None:
     types = (torch.arange(ids.shape[1]) >= 3).long().expand_as(ids) * mask
     ours = classify(model, family, ids, mask, torch.float32, on_cpu=on_cpu, token_types=types)
     assert relative_error(classify(model, family, ids, mask, torch.float32), ours) > 1e-3
-    assert_equal_those_of_hugging_face(model, ours, ids, mask, labels, token_type_ids=types)
+    assert_equal_those_of_hugging_face(model, ours, ids, mask, labels, token_types=types)
 
 
 def test_mask_with_holes() -> None:
@@ -188,15 +200,12 @@ def test_other_activations(activation: str, on_cpu: bool) -> None:
 @pytest.mark.parametrize("kind", ["dropout", "attention_dropout", "head_dropout", "lora"])
 def test_each_dropout_works_in_training_only_and_averages_out(family: ModelFamily, kind: str) -> None:
     """Hugging Face draws other numbers, so the test compares the size of their effect."""
-    model = prepare(family, "query+value")
-    for setting in sorted(("dropout", "attention_dropout", "head_dropout"), key=lambda name: name == kind):
-        setattr(model.config, family.settings[setting], 0.3 if setting == kind else 0.0)
-    if kind == "lora":
-        for module in model.modules():
-            if isinstance(module, LoRALayer):
-                module.dropout.p = 0.3
-    else:
-        _set_dropout(model, family, kind, 0.3)
+    if kind != "lora" and kind not in family.settings:
+        pytest.skip(f"the family has no {kind}")
+    model = prepare(family, "query+value", **({} if kind == "lora" else {kind: 0.3}))
+    for module in model.modules():
+        if isinstance(module, LoRALayer) and kind == "lora":
+            module.dropout.p = 0.3
     ids, mask, _ = batch(family, padded=True)
     spread = {}
     forwards = {
@@ -212,19 +221,6 @@ def test_each_dropout_works_in_training_only_and_averages_out(family: ModelFamil
     for name in ("on a CPU", "on a GPU"):
         assert 0.8 < float(spread[name] / spread["theirs"]) < 1.25
         assert torch.equal(forwards[name](), forwards[name]())
-
-
-def _set_dropout(model: nn.Module, family: ModelFamily, kind: str, p: float) -> None:
-    """Sets the one kind of dropout in Hugging Face's modules, as a config with it would have."""
-    one = family.settings["dropout"] == family.settings["head_dropout"]  # MPNet's, for encoder and head
-    of_scores = "attention.attn.dropout" if one else ("attention.dropout", "attention.self.dropout")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora" not in name:
-            outside = "dropout" if name.startswith(f"{family.base}.") else "head_dropout"
-            kinds = (
-                {"attention_dropout"} if name.endswith(of_scores) else {"dropout", "head_dropout"} if one else {outside}
-            )
-            module.p = p if kind in kinds else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,9 +305,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, Tensor]]:
     for name in ("block", "last_block"):
         original = getattr(encoder._Encoder, name)
 
-        def spy(self: object, layer: nn.Module, x: Tensor, original: Callable = original) -> Tensor:
+        def spy(self: object, layer: nn.Module, x: Tensor, pattern: object, original: Callable = original) -> Tensor:
             calls.append((layer, x))
-            return original(self, layer, x)
+            return original(self, layer, x, pattern)
 
         monkeypatch.setattr(encoder._Encoder, name, spy)
     return calls
@@ -372,9 +368,7 @@ def test_nothing_is_frozen_below_trained_embeddings() -> None:
 @FAMILY
 @pytest.mark.parametrize("method", ["full", "all"])
 def test_checkpointing_gives_the_same_gradients_and_keeps_less(family: ModelFamily, method: str) -> None:
-    model = prepare(family, method)
-    _set_dropout(model, family, "dropout", 0.2)
-    setattr(model.config, family.settings["dropout"], 0.2)  # what is computed again must drop the same
+    model = prepare(family, method, dropout=0.2)  # what is computed again must drop the same
     ids, mask, labels = batch(family, padded=True)
     gradients, kept = [], []
     for checkpointing in (False, True):
@@ -391,7 +385,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(family: ModelFami
 def test_four_bits_equal_the_dequantized_model_and_save_no_dense_weight(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder, "ROW_MULTIPLE", 1)  # else activations have as many rows as weights
+    monkeypatch.setattr(rows, "ROW_MULTIPLE", 1)  # else activations have as many rows as weights
     bnb = pytest.importorskip("bitsandbytes")
     family = FAMILIES["distilbert"]
     dense = prepare(family, method)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import tiny
-from finetuning.models.encoder import BIAS_MULTIPLE, classify
+from finetuning.models.attention import BIAS_MULTIPLE
+from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.quantization import quantize_linears
 from tests.conftest import CORE
+from tests.models import test_encoder
 from tests.models.test_encoder import (
     FAMILY,
     METHODS,
@@ -74,10 +75,12 @@ def attention_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces torch's attention by the operators that it has on a GPU. On the meta device it would be its formula."""
     taken = []
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, is_causal: bool = False
+    ) -> Tensor:
         if mask is None:
             taken.append("flash")
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout)[0]
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, is_causal)[0]
         taken.append("efficient")
         bias = mask.expand(*q.shape[:3], k.shape[2])
         assert bias.dtype == q.dtype
@@ -131,7 +134,7 @@ def step(model: nn.Module, family: ModelFamily, dtype: torch.dtype, padded: bool
 def test_shapes_dtypes_and_no_backward_of_slices(
     family: ModelFamily, method: str, precision: str, attention_of_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiny, "LAYERS", 2)
+    monkeypatch.setattr(test_encoder, "LAYERS", 2)
     dtype = DTYPES[precision]
     if method.startswith("qlora_"):
         pytest.importorskip("bitsandbytes")
@@ -144,8 +147,9 @@ def test_shapes_dtypes_and_no_backward_of_slices(
         assert (logits.shape, logits.dtype, logits.device.type) == ((B, 3), torch.float32, "meta")
         # A term by distance rules flash attention out; if it is trained, torch computes the plain formula.
         known = not (family.distance_bias and method == "full")
-        with_bias = padded or bool(family.distance_bias)
-        assert attention_of_a_gpu == ["efficient" if with_bias else "flash"] * (tiny.LAYERS - 1) or not known
+        window = family.kind(model, 0)[1]
+        with_bias = (padded and not family.causal) or bool(family.distance_bias) or window is not None
+        assert attention_of_a_gpu == ["efficient" if with_bias else "flash"] or not known
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, name
             if parameter.grad is not None:
@@ -164,7 +168,7 @@ def test_a_layer_takes_no_more_operators_than_counted(
     for padded in (False, True) if family.model_type == "bert" else (False,):
         counts = []
         for layers in (2, 3):
-            monkeypatch.setattr(tiny, "LAYERS", layers)
+            monkeypatch.setattr(test_encoder, "LAYERS", layers)
             counts.append(step(on_meta(family, method, dtype), family, dtype, padded)[1].counts)
         more = counts[1] - counts[0]
         assert more.total() <= COUNTS[method, kind], more
@@ -176,7 +180,7 @@ def test_without_gradients_nothing_is_kept(attention_of_a_gpu: list[str]) -> Non
     ids = torch.zeros(B, T, dtype=torch.long, device="meta")
     with torch.inference_mode():
         assert classify(model, family, ids, torch.ones_like(ids), torch.bfloat16).shape == (B, 3)
-    assert attention_of_a_gpu == ["efficient"] * (tiny.LAYERS - 1), "what is not known may be padded"
+    assert attention_of_a_gpu == ["efficient"] * (test_encoder.LAYERS - 1), "what is not known may be padded"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +213,7 @@ def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str, padded: b
 def test_compiled_it_is_one_graph_for_all_lengths(
     family: ModelFamily, method: str, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiny, "LAYERS", 2)
+    monkeypatch.setattr(test_encoder, "LAYERS", 2)
     model = prepare(family, method)
     graphs = []
 

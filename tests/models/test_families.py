@@ -26,9 +26,10 @@ def test_names_are_all_the_linears_of_the_real_classifier(model_type: str) -> No
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     between = {"electra.embeddings_project", "albert.encoder.embedding_hidden_mapping_in"}  # embeddings and layers
     assert set(named) == linears - between
-    for i in range(count if family.efficient else 0):
-        for norm in (family.attention_norm, family.output_norm):
-            assert isinstance(model.get_submodule(f"{family.layers}.{i}.{norm}"), nn.LayerNorm)
+    norms = {family.attention_norm, family.output_norm, *family.query_key_norms}
+    for layer in model.get_submodule(family.layers).children() if family.efficient else ():
+        found = {name for name, module in layer.named_modules() if type(module).__name__.endswith("Norm")}
+        assert found == norms - {name for name in norms if isinstance(layer.get_submodule(name), nn.Identity)}
     assert family.longest_input(model.config) == POSITIONS
 
 

@@ -1,0 +1,67 @@
+"""Norms of the efficient path, with statistics in fp32 whatever the dtype of the rows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetuning.models import cpu_kernels
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The form of a family's norms.
+
+    Attributes:
+        rms: root mean square norms (Zhang and Sennrich 2019): no mean is subtracted.
+        offset: added to their weights.
+        dtype: of the products.
+        on_cpu: whether to use the steps for a CPU.
+    """
+
+    rms: bool
+    offset: float
+    dtype: torch.dtype
+    on_cpu: bool
+
+    def of(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """``(..., D) -> (..., D)``; an ``nn.Identity`` is no norm."""
+        if isinstance(norm, nn.Identity):
+            return x
+        weight, bias, eps = self.parts(norm)
+        if not self.on_cpu:  # a GPU needs one dtype, and always computes the statistics in fp32
+            return self.plain(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+        # a CPU's layer norm mixes dtypes natively only with an fp32 weight, its other norm never
+        if weight.dtype != torch.float32 or (self.rms and x.dtype != torch.float32):
+            bias = None if bias is None else bias.float()
+            return self.plain(x.float(), weight.float(), bias, eps).to(self.dtype)
+        return self.plain(x, weight, bias, eps)
+
+    def of_sum(self, a: Tensor, b: Tensor, norm: nn.Module) -> Tensor:
+        """The norm of ``a + b``, a residual sum."""
+        weight, bias, eps = self.parts(norm)
+        if self.on_cpu and cpu_kernels.takes_norm(a, weight, bias):
+            return cpu_kernels.AddNorm.apply(a, b, weight, bias, eps, self.rms)
+        return self.of(a + b, norm)
+
+    def with_sum(self, a: Tensor, b: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The norm of ``a + b``, and the sum itself, to which the next one adds; b may be left out."""
+        if not isinstance(norm, nn.Identity):
+            weight, bias, eps = self.parts(norm)
+            if self.on_cpu and cpu_kernels.takes_norm(a, weight, bias):
+                return cpu_kernels.AddNorm.apply(a, b, weight, bias, eps, self.rms, True)
+        x = a if b is None else a + b
+        return self.of(x, norm), x
+
+    def parts(self, norm: Any) -> tuple[Tensor, Tensor | None, float]:
+        weight = norm.weight + self.offset if self.offset else norm.weight
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        return weight, getattr(norm, "bias", None), eps
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """torch's own norm."""
+        if self.rms:
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
