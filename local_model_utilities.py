@@ -4,8 +4,9 @@ The public face of ``finetuning/models/`` and of ``finetuning/runs/loading.py``.
 """
 
 from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer
-from finetuning.models.build import build_classifier, choose_trained, int8_widths, place_lora
+from finetuning.models.build import build_classifier, int8_widths, place_lora
 from finetuning.models.counting import ParameterCount, count_parameters, module_table, parameter_record, parameter_table
+from finetuning.models.methods import choose_trained
 from finetuning.runs.loading import adopt_adapter, class_order, load_adapter, load_classifier
 
 __all__ = [

@@ -106,7 +106,7 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """The method, for people: lora, qlora, full or selective."""
+        """The method, for people: the one of ``--method``, or qlora."""
         return "qlora" if self.lora is not None and self.lora.q_lora else self.method.method
 
     @property

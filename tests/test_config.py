@@ -21,6 +21,7 @@ from tests.conftest import config_of_flags, lora_of_flags, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA_FLAGS = [flag.name for flag in FLAGS.values() if flag.section == "lora"]
+OTHER_METHODS = [method for method in FLAGS["method"].choices if method != "lora"]
 
 
 # --- defaults that depend on others
@@ -38,7 +39,7 @@ def test_lora_defaults() -> None:
     assert lora_of_flags("--lora_mlp").targets == ("query", "value", "mlp")
 
 
-@pytest.mark.parametrize("method", ["full", "selective"])
+@pytest.mark.parametrize("method", OTHER_METHODS)
 def test_lora_settings_stay_unset_without_lora(method: str) -> None:
     config = config_of_flags(f"--method {method}")
     assert {name: config.to_dict()[name] for name in LORA_FLAGS} == dict.fromkeys(LORA_FLAGS)
@@ -155,7 +156,7 @@ def test_names_of_splits_that_make_no_sense(names: str) -> None:
         ("--limit_train two", "must be a whole number"),
         ("--epochs two", "must be a whole number or auto"),
         ("--q_lora maybe", "must be True, yes, 1, False, no or 0"),
-        ("--method lorra", "must be one of lora, full, selective"),
+        ("--method lorra", "must be one of lora, full, selective, bitfit, norms, head"),
     ],
 )
 def test_values_of_another_type(given: str, allowed: str) -> None:
@@ -201,7 +202,7 @@ def test_momentum_out_of_range(value: str) -> None:
     assert refusal(f"--optimizer sgd --momentum {value}").endswith("must be at least 0 and below 1")
 
 
-@pytest.mark.parametrize("method", ["full", "selective"])
+@pytest.mark.parametrize("method", OTHER_METHODS)
 @pytest.mark.parametrize("name", LORA_FLAGS)
 def test_lora_flags_belong_to_lora(name: str, method: str) -> None:
     value = {"lora_r": "8", "lora_alpha": "16.0", "lora_scaling": "raw", "lora_dropout": "0.0"}.get(name, "False")
@@ -255,6 +256,10 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
             "--method full --trainable_layers 2",
             "--trainable_layers 2: needs --method selective, but the method is full",
         ),
+        (
+            "--method head --trainable_layers 0",
+            "--trainable_layers 0: needs --method selective, but the method is head",
+        ),
         ("--method selective --trainable_layers -1", "--trainable_layers -1: must be at least 0"),
         ("--double_quantization True", "--double_quantization True: needs --q_lora True"),
         ("--double_quantization False --q_lora False", "--double_quantization False: needs --q_lora True"),
@@ -306,6 +311,10 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
             "--precision int8 --method full",
             "--precision int8: cannot be used, because --method full trains all weights",
         ),
+        (
+            "--precision int8 --method bitfit",
+            "--precision int8: cannot be used, because --method bitfit trains the biases",
+        ),
         ("--precision int8 --q_lora", "--precision int8: cannot be used, because --q_lora True holds the frozen"),
         ("--precision int8 --compile", "--precision int8: cannot be used, because --compile True"),
         ("--resume --overwrite --output_dir d", "--resume True: cannot be used with --overwrite"),
@@ -328,6 +337,8 @@ def test_settings_that_exclude_each_other(line: str, words: str) -> None:
         "--device 1 --accelerator gpu",
         "--resume --output_dir d",
         "--method selective --trainable_layers 0",
+        "--method norms --precision int8",
+        "--method head --precision int8",
         "--lora_query no --lora_value no --lora_head",
         "--dataset text --data_dir d --text_column a --text_pair_column text",
         "--optimizer sgd --momentum 0",
@@ -459,6 +470,7 @@ def test_what_may_change_exists() -> None:
         "--q_lora --double_quantization False --device 2",
         "--method full --optimizer sgd_nesterov --learning_rate 0.3 --scheduler onecycle",
         "--method selective --trainable_layers 0 --optimizer sgd --batch_size 12",
+        "--method bitfit --optimizer sgd",
         "--dataset financial_phrasebank --agreement all --data_dir some/where --offline --output_dir runs/a",
         "--dataset text --data_dir d --monitor loss --resume --output_dir r --verbose --test no",
         "--offline --limit_train 10 --data_seed 4",

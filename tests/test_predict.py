@@ -35,6 +35,7 @@ METHODS = {
     "q_lora": "--q_lora True --learning_rate 1e-2",
     "full": "--method full --learning_rate 1e-2",
     "selective": "--method selective --trainable_layers 1 --learning_rate 1e-2",
+    "bitfit": "--method bitfit --learning_rate 1e-2 --precision bf16",
     "bf16": "--lora_mlp True --learning_rate 1e-2 --precision bf16",
 }
 if refused() is None:

@@ -14,6 +14,7 @@ from finetuning.models.base_files import check_tokenizer, check_weights, find_fo
 from finetuning.models.discovery import check_targets, family_of, on_meta
 from finetuning.models.distilbert import distilbert_config
 from finetuning.models.families import ModelFamily
+from finetuning.models.methods import check_method
 from finetuning.settings import PACKAGED, HardwareSettings, LoRASettings, MethodSettings, ModelSettings
 
 
@@ -105,6 +106,8 @@ def check_fits(
     if wanted and wanted > layers:
         shared = ", because layers share their weights" if layers < base.config.num_hidden_layers else ""
         raise UserError(f"--trainable_layers {wanted}: {base.name} has {layers} layers{shared}")
+    if method.method in ("bitfit", "norms"):
+        check_method(base.empty_classifier(), family, method, base.name)
     for name in ("dropout", "attention_dropout"):
         if getattr(model, name) > 0 and name not in family.settings:
             raise UserError(f"--{name} {getattr(model, name)}: {base.name} has no such dropout: leave out this flag")

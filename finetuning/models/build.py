@@ -20,6 +20,7 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.fused import split_linears
 from finetuning.models.int8 import frozen_linears, use_int8
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
+from finetuning.models.methods import choose_trained
 from finetuning.models.pretrained import load_pretrained
 from finetuning.models.quantization import quantize_linears
 from finetuning.settings import LoRASettings, MethodSettings
@@ -78,20 +79,6 @@ def int8_widths(base: BaseModel, method: MethodSettings, lora: LoRASettings | No
     _freeze(model, family, method, lora)
     linears = frozen_linears(model, family).values()
     return [width for linear in linears for width in (linear.in_features, linear.out_features)]
-
-
-def choose_trained(model: nn.Module, family: ModelFamily, method: MethodSettings, head: bool) -> None:
-    """Marks parameters as trained or frozen: all are trained (full), the last layers (selective) or none (lora).
-
-    ``head`` says whether the classification head is trained.
-    """
-    model.requires_grad_(method.method == "full")
-    if method.trainable_layers:
-        for layer in list(model.get_submodule(family.layers).children())[-method.trainable_layers :]:
-            layer.requires_grad_(True)
-    if head:
-        for _, parameter in family.head_parameters(model):
-            parameter.requires_grad_(True)
 
 
 def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:

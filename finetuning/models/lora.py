@@ -122,7 +122,7 @@ def linears(
     if activation is not None and not on_cpu and activation is not F.gelu:
         x, activation = activation(x), None
     bases, adapted = [_base(m) for m in modules], [m for m in modules if isinstance(m, LinearWithLoRA)]
-    base_is_trained = any(p.requires_grad for linear in bases for p in linear.parameters())
+    base_is_trained = any(linear.weight.requires_grad for linear in bases)  # a trained bias alone is a frozen linear's
     if adapted and (base_is_trained or any(map(drops_input, adapted))):
         x = x if activation is None else activation(x)
         return linears(x, bases, None, on_cpu) + _lora_outputs(x, modules)
@@ -167,7 +167,7 @@ def transposed(x: Tensor, module: nn.Module, on_cpu: bool | None = None) -> Tens
     A = B = None
     if isinstance(module, LinearWithLoRA):
         A, B = _scaled_B(module).t().to(dtype), module.lora.lora_A.t().to(dtype)
-    if not any(p.requires_grad for p in linear.parameters()):
+    if not linear.weight.requires_grad:
         return frozen_linear(x, A, B, weight, None, on_cpu)
     y = F.linear(x, weight())
     return y if A is None or B is None else y + x @ A.t() @ B.t()

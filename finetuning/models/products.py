@@ -3,7 +3,7 @@
 LoRA's formula for rows h, with A ``(R, in)`` and B ``(out, R)``, which includes the scale:
 
     forward    inner      = h A^T            y      = h W^T + b + inner B^T
-    backward   grad_inner = g B              grad_h = g W       + grad_inner A
+    backward   grad_inner = g B              grad_h = g W       + grad_inner A      (grad_b = sum of g's rows)
                grad_A     = grad_inner^T h   grad_B^T = inner^T g
 
 Backward is forward with A and ``B^T`` exchanged. *Thin* is either of them, ``(R, D)``. So three steps are enough:
@@ -70,7 +70,7 @@ def frozen_linear(
     on_cpu: bool,
     activation: Activation | None = None,
 ) -> Tensor:
-    """``h W^T + b + (h A^T) B^T`` with ``h = activation(x)``; W and b are frozen: ``(..., in) -> (..., out)``.
+    """``h W^T + b + (h A^T) B^T`` with ``h = activation(x)`` and a frozen W: ``(..., in) -> (..., out)``.
 
     Args:
         x: the input, ``(..., 2 in)`` if the activation is gated; all tensors have its dtype.
@@ -119,7 +119,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_A, need_B, *_ = ctx.needs_input_grad
+        need_x, need_A, need_B, _, need_bias, *_ = ctx.needs_input_grad
         x, A, B, inner = ctx.saved_tensors
         grad_x = grad @ ctx.weight() if need_x else None  # (N, in), of h until the end
         grad_A = grad_B = grad_inner = None
@@ -137,7 +137,7 @@ class _FrozenLinear(torch.autograd.Function):
         else:
             grad_A = None if grad_inner is None else thin_gradient(grad_inner, F.gelu(x))
             grad_x = None if grad_x is None else torch.ops.aten.gelu_backward(grad_x, x)
-        return grad_x, grad_A, grad_B, None, None, None, None
+        return grad_x, grad_A, grad_B, None, grad.sum(0) if need_bias else None, None, None
 
 
 def _product(h: Tensor, W: Tensor, bias: Tensor | None, on_cpu: bool) -> Tensor:

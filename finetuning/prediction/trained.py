@@ -90,8 +90,7 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
         dataset="text",
         data_dir=directory,
         model_name=str(directory.resolve()),  # "packaged" would be another model
-        method="selective",
-        trainable_layers=0,
+        method="head",
         max_length=int(min(stored.get("model_max_length") or positions, positions)),
         truncation="head",  # as a pipeline does
         offline=True,

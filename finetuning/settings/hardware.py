@@ -54,6 +54,8 @@ def excludes_int8(method: str, q_lora: bool, compile: bool) -> str | None:
     """The setting that excludes 8-bit products of frozen linears; ``None`` if none does."""
     if method == "full":
         return "--method full trains all weights"
+    if method == "bitfit":
+        return "--method bitfit trains the biases of all linears, whose products then stay in floating point"
     if q_lora:
         return "--q_lora True holds the frozen weights in 4 bits"
     return "--compile True is for GPUs" if compile else None

@@ -16,11 +16,16 @@ FROM_ADAPTER = ("lora_r", "lora_alpha", "lora_scaling", *LORA_TARGETS)  # what -
 class MethodSettings:
     """Which weights are trained."""
 
-    method: Literal["lora", "full", "selective"] = setting(
-        "lora", "Train LoRA matrices, all weights, or the last layers."
+    method: Literal["lora", "full", "selective", "bitfit", "norms", "head"] = setting(
+        "lora",
+        "What is trained with the head: LoRA matrices, all weights (full), the last layers (selective), all biases"
+        " (bitfit), all layer norms (norms), or nothing else (head).",
     )
     trainable_layers: int | None = setting(
-        None, "Train the last N encoder layers and the head; 0 trains only the head.", "2", at_least=0
+        None,
+        "With --method selective, train the last N encoder layers and the head; 0 is --method head.",
+        "2",
+        at_least=0,
     )
 
     @staticmethod

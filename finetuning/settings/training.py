@@ -13,7 +13,8 @@ AUTO_BY_TEXTS = "auto, by the number of training texts"
 DEFAULT_THRESHOLD = 0.5  # multi-label: the probability above which a label is given
 
 # Peak learning rates if --learning_rate is not given. LoRA needs about ten times the rate of full fine-tuning. SGD
-# needs a far higher rate, because it does not scale its step by the size of past gradients.
+# needs a far higher rate, because it does not scale its step by the size of past gradients. head has the rates of
+# selective, because --trainable_layers 0 means the same.
 DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
     ("lora", "adam"): 1e-3,
     ("lora", "adamw"): 1e-3,
@@ -27,6 +28,18 @@ DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
     ("selective", "adamw"): 5e-4,
     ("selective", "sgd"): 0.1,
     ("selective", "sgd_nesterov"): 0.02,
+    ("bitfit", "adam"): 1e-3,
+    ("bitfit", "adamw"): 1e-3,
+    ("bitfit", "sgd"): 0.1,
+    ("bitfit", "sgd_nesterov"): 0.02,
+    ("norms", "adam"): 1e-3,
+    ("norms", "adamw"): 1e-3,
+    ("norms", "sgd"): 0.1,
+    ("norms", "sgd_nesterov"): 0.02,
+    ("head", "adam"): 5e-4,
+    ("head", "adamw"): 5e-4,
+    ("head", "sgd"): 0.1,
+    ("head", "sgd_nesterov"): 0.02,
 }
 
 

@@ -102,13 +102,15 @@ def test_several_linears_of_one_input_equal_each_alone() -> None:
 
 
 @pytest.mark.parametrize("rows_at_once", [2, 5, products.ROWS_AT_ONCE])  # of five: 2 + 2 + 1, exactly all, all
-@pytest.mark.parametrize("kind", ["lora", "frozen", "trained"])
+@pytest.mark.parametrize("kind", ["lora", "frozen", "bias", "trained"])
 @pytest.mark.parametrize("input_is_trained", [True, False])
 def test_activation_equals_the_plain_formula_and_its_output_is_not_saved(
     kind: str, input_is_trained: bool, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "ROWS_AT_ONCE", rows_at_once)
     module: nn.Module = lora_linear() if kind == "lora" else nn.Linear(10, 7).requires_grad_(kind == "trained")
+    if kind == "bias":
+        module.bias.requires_grad_(True)
     x = torch.randn(5, 10, requires_grad=input_is_trained)
     inputs = [*([x] if input_is_trained else []), *(p for p in module.parameters() if p.requires_grad)]
     with saved_tensors() as saved:

@@ -71,7 +71,9 @@ METHODS: dict[str, dict[str, object]] = {
     "q_lora": {"q_lora": True},
     "full": {"method": "full"},
     "selective": {"method": "selective", "trainable_layers": 1},
-    "head_alone": {"method": "selective", "trainable_layers": 0},
+    "head_alone": {"method": "head"},
+    "bitfit": {"method": "bitfit"},
+    "norms": {"method": "norms"},
 }
 
 
@@ -103,7 +105,7 @@ def test_only_what_was_trained_is_saved(bases: dict[str, Path], tmp_path: Path, 
         head = sum(p.numel() for _, p in classifier.family.head_parameters(classifier.model) if not p.requires_grad)
         trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
         assert sizes[method] == trained + head
-    assert sizes["head_alone"] < sizes["lora"] < sizes["selective"] < sizes["full"]
+    assert sizes["head_alone"] < sizes["norms"] < sizes["bitfit"] < sizes["lora"] < sizes["selective"] < sizes["full"]
 
 
 def test_names_in_an_adapter_are_those_of_peft(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -187,7 +187,9 @@ def test_int8_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, "int8", "exact and fast"),
         ({"method": "selective"}, "int8", "exact and fast"),
+        ({"method": "norms"}, "int8", "exact and fast"),
         ({"method": "full"}, AUTO, "--method full trains all weights"),
+        ({"method": "bitfit"}, AUTO, "--method bitfit trains the biases"),
         ({"q_lora": True}, AUTO, "--q_lora True holds the frozen weights in 4 bits"),
         ({"compile": True}, AUTO, "--compile True"),
     ],

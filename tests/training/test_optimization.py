@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from finetuning.config import RunConfig
-from finetuning.settings import DEFAULT_LEARNING_RATES
+from finetuning.settings import DEFAULT_LEARNING_RATES, FLAGS
 from finetuning.training.optimization import make_optimizer, make_scheduler
 
 STEPS = 50
@@ -134,7 +134,7 @@ def test_weight_decay_spares_vectors() -> None:
 
 
 def test_every_method_and_optimizer_has_a_default_rate() -> None:
-    for method in ("lora", "full", "selective"):
+    for method in FLAGS["method"].choices:
         for optimizer in ("adam", "adamw", "sgd", "sgd_nesterov"):
             config = RunConfig.from_settings(method=method, optimizer=optimizer)
             assert config.training.learning_rate == DEFAULT_LEARNING_RATES[method, optimizer]
