@@ -14,7 +14,9 @@ from finetuning.settings import (
     FLAGS,
     LORA_TARGETS,
     PACKAGED,
+    named_layers,
     parsed_class_weights,
+    parsed_layers,
 )
 from finetuning.storage import cache_dir
 from tests.conftest import config_of_flags, lora_of_flags, refusal
@@ -212,7 +214,28 @@ def test_lora_flags_belong_to_lora(name: str, method: str) -> None:
 
 def test_every_lora_flag_is_known_to_the_test_above() -> None:
     named = {"lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "lora_modules", "q_lora", "double_quantization"}
-    assert set(LORA_FLAGS) == named | {"init_adapter", *LORA_TARGETS}
+    assert set(LORA_FLAGS) == named | {"init_adapter", "lora_layers", *LORA_TARGETS}
+
+
+@pytest.mark.parametrize(
+    ("given", "layers", "named"),
+    [("3", (3,), "3"), ("3-5", (3, 4, 5), "3-5"), ("4, 0 ,2-3,2", (0, 2, 3, 4), "0,2-4"), ("11-11,1", (1, 11), "1,11")],
+)
+def test_layers_by_number_range_and_list(given: str, layers: tuple[int, ...], named: str) -> None:
+    assert RunConfig.from_settings(lora_layers=given).lora == dataclasses.replace(lora_of_flags(""), lora_layers=given)
+    assert parsed_layers(given) == layers
+    assert named_layers(layers) == named
+    assert parsed_layers(named) == layers
+
+
+@pytest.mark.parametrize(
+    "given", ["", "a", "5-3", "-1", "1-", "1,,2", "1.5", "1-2-3", "99999", "\N{ARABIC-INDIC DIGIT THREE}"]
+)
+def test_layers_of_another_form(given: str) -> None:
+    with pytest.raises(UserError) as caught:
+        RunConfig.from_settings(lora_layers=given)
+    message = "must be layers, counted from 0, for example 5, 3-5 or 0,2,4"
+    assert str(caught.value) == f"--lora_layers {given}: {message}"
 
 
 def test_lora_modules_replace_the_parts() -> None:
@@ -251,6 +274,10 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
         ("--lora_query False --lora_value no", "no LoRA target: at least one of --lora_query, --lora_key"),
         ("--lora_modules a --lora_query True", "--lora_query True: cannot be used with --lora_modules"),
         ("--lora_modules ,", "--lora_modules ,: needs at least one name"),
+        (
+            "--lora_layers 1 --lora_query False --lora_value False --lora_head",
+            "--lora_layers 1: needs LoRA in the encoder, but only --lora_head is True",
+        ),
         ("--trainable_layers 2", "--trainable_layers 2: needs --method selective, but the method is lora"),
         (
             "--method full --trainable_layers 2",
@@ -340,6 +367,9 @@ def test_settings_that_exclude_each_other(line: str, words: str) -> None:
         "--method norms --precision int8",
         "--method head --precision int8",
         "--lora_query no --lora_value no --lora_head",
+        "--lora_layers 0 --lora_query no --lora_value no --lora_mlp",
+        "--lora_layers 0 --lora_modules a",
+        "--lora_layers 0 --init_adapter a",
         "--dataset text --data_dir d --text_column a --text_pair_column text",
         "--optimizer sgd --momentum 0",
     ],
@@ -468,6 +498,7 @@ def test_what_may_change_exists() -> None:
         "",
         "--q_lora --lora_scaling raw --lora_alpha 2 --lora_head",
         "--q_lora --double_quantization False --device 2",
+        "--lora_layers 0,2-3 --lora_mlp",
         "--method full --optimizer sgd_nesterov --learning_rate 0.3 --scheduler onecycle",
         "--method selective --trainable_layers 0 --optimizer sgd --batch_size 12",
         "--method bitfit --optimizer sgd",

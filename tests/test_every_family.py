@@ -193,6 +193,20 @@ def test_lora_equals_that_of_peft_with_the_adapter_that_is_written(
     assert_same(lora_gradients(logits, matrices), separate_parts(joined, matrices, widths))
 
 
+@EVERY_FAMILY
+def test_lora_in_the_last_layer_equals_that_of_peft(folder_of: Any, tmp_path: Path, model_type: str) -> None:
+    layer = 0 if model_type == "albert" else LAYERS - 1
+    switches = {name: name != "lora_head" for name in LORA_TARGETS} | {"lora_r": RANK, "lora_layers": str(layer)}
+    ours = build(folder_of(model_type), **switches)
+    fill(ours)
+    save(tmp_path, ours, RunConfig.from_settings(**switches))
+    theirs, given = in_peft(folder_of(model_type), tmp_path), batch(model_type)
+    torch.testing.assert_close(ours(**given), theirs(**given).logits, rtol=1e-4, atol=1e-5)
+    adapted = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A") and "lora" not in name}
+    assert adapted
+    assert all(f"{FAMILIES[model_type].layers}.{layer}." in name for name in adapted)
+
+
 def joined_name(name: str, widths: dict[str, dict[str, int]]) -> str:
     """``X.Wqkv.query.lora.lora_A`` -> ``X.Wqkv.lora.lora_A``."""
     linear, _, matrix = name.partition(".lora.")

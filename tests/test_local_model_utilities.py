@@ -14,6 +14,7 @@ from finetuning.errors import UserError
 from finetuning.models import classifier as classifier_module
 from finetuning.models import cpu_kernels
 from finetuning.models.classifier import Classifier
+from finetuning.models.encoder import count_frozen_layers
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import LinearWithLoRA, lora_modules
 from finetuning.models.quantization import dense_weight, import_bitsandbytes, is_quantized, try_four_bits
@@ -99,6 +100,36 @@ def test_exactly_the_asked_modules_carry_lora(tiny_folders: dict[str, Path], mod
     names = (distilbert if model_type == "distilbert" else bert).get(target, [])
     expected = {f"{layers}.{i}.{name}" for i in range(LAYERS) for name in names} or heads[model_type]
     assert {name for name, _ in lora_modules(model)} == expected
+
+
+@pytest.mark.parametrize("model_type", CORE)
+@pytest.mark.parametrize(("given", "layers"), [("1-2", [1, 2]), ("2", [2]), ("0,2", [0, 2])])
+def test_lora_in_some_layers_leaves_those_below_frozen(
+    tiny_folders: dict[str, Path], model_type: str, given: str, layers: list[int]
+) -> None:
+    family = FAMILIES[model_type]
+    named = {"lora_modules": family.targets["query"][0]}
+    for more in ({}, {"lora_head": True}, named):
+        everywhere, classifier = (build(tiny_folders[model_type], lora_layers=where, **more) for where in (None, given))
+        names = {name for name, _ in lora_modules(everywhere.model)}
+        chosen = tuple(f"{family.layers}.{i}." for i in layers)
+        expected = {name for name in names if name.startswith(chosen) or name in family.head}
+        assert {name for name, _ in lora_modules(classifier.model)} == expected < names
+        assert count_frozen_layers(classifier.model, family) == layers[0]
+    kept = classifier.frozen_outputs({"train": batch()[1].sum(1).numpy()}, memory_gb=1)
+    assert bool(kept) == (layers[0] > 0)
+
+
+def test_layers_that_a_model_lacks_are_refused(tiny_folders: dict[str, Path]) -> None:
+    def refused(words: str, **settings: object) -> None:
+        with pytest.raises(UserError) as caught:
+            build(tiny_folders["bert"], **settings)
+        assert str(caught.value).endswith(words)
+
+    refused(f"bert0 has {LAYERS} layers, counted from 0", lora_layers=f"1-{LAYERS}")
+    refused(
+        "has it in none of the layers of --lora_layers", lora_layers="2", lora_modules="layer.0.attention.self.query"
+    )
 
 
 @pytest.mark.parametrize("model_type", CORE)

@@ -181,7 +181,7 @@ def _method(name: str, method: MethodSettings, lora: LoRASettings | None) -> str
         return f"{name}, last {method.trainable_layers} layers" if name == "selective" else name
     return (
         f"{name}, r {lora.lora_r}, alpha {lora.lora_alpha:g} ({lora.lora_scaling} scaling), on"
-        f" {', '.join(lora.targets)}"
+        f" {', '.join(lora.targets)}" + (f" in layers {lora.lora_layers}" if lora.lora_layers else "")
     )
 
 

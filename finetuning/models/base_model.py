@@ -96,16 +96,11 @@ def check_fits(
     family = base.family
     if max_length > base.longest_input:
         raise UserError(f"--max_length {max_length}: {base.name} has {base.longest_input} positions")
-    wanted = method.trainable_layers
-    if wanted and "layer_count" not in family.settings:
-        raise UserError(
-            f"--trainable_layers {wanted}: {family.model_type} models have no list of whole layers: give 0, which"
-            " trains the head alone, or another --method"
-        )
-    layers = getattr(base.config, family.settings["layer_count"]) if wanted else 0
-    if wanted and wanted > layers:
-        shared = ", because layers share their weights" if layers < base.config.num_hidden_layers else ""
-        raise UserError(f"--trainable_layers {wanted}: {base.name} has {layers} layers{shared}")
+    if wanted := method.trainable_layers:
+        instead = "give 0, which trains the head alone, or another --method"
+        _check_layers(base, f"--trainable_layers {wanted}", wanted, instead)
+    if lora is not None and lora.layers is not None:
+        _check_layers(base, f"--lora_layers {lora.lora_layers}", lora.layers[-1] + 1, "leave out this flag", "from 0")
     if method.method in ("bitfit", "norms"):
         check_method(base.empty_classifier(), family, method, base.name)
     for name in ("dropout", "attention_dropout"):
@@ -117,7 +112,26 @@ def check_fits(
     if hardware.gradient_checkpointing and not ((hardware.efficient and family.efficient) or family.checkpointing):
         raise UserError(f"--gradient_checkpointing True: {family.model_type} models cannot do this: leave it out")
     if lora is not None:
-        check_targets(base.config, family, lora.targets, lora.modules, base.name)
+        check_targets(base.config, family, lora.targets, lora.modules, base.name, lora.layers)
+
+
+def _check_layers(base: BaseModel, flag: str, needed: int, instead: str, counted: str = "") -> None:
+    """Refuses a flag that needs more encoder layers than the model has, or a list of layers that it lacks.
+
+    Args:
+        base: the base model.
+        flag: the flag with its value.
+        needed: how many layers it needs.
+        instead: what to do for a model without a list of layers.
+        counted: from which number the flag counts layers.
+    """
+    family = base.family
+    if "layer_count" not in family.settings:
+        raise UserError(f"{flag}: {family.model_type} models have no list of whole layers: {instead}")
+    layers = getattr(base.config, family.settings["layer_count"])
+    if needed > layers:
+        shared = ", because layers share their weights" if layers < base.config.num_hidden_layers else ""
+        raise UserError(f"{flag}: {base.name} has {layers} layers{counted and f', counted {counted}'}{shared}")
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.base_model import BaseModel
 from finetuning.models.classifier import Classifier
-from finetuning.models.discovery import named_linears
+from finetuning.models.discovery import in_layers, named_linears
 from finetuning.models.families import ModelFamily
 from finetuning.models.fused import split_linears
 from finetuning.models.int8 import frozen_linears, use_int8
@@ -110,6 +110,7 @@ def place_lora(
     layers = family.setting(model, "layer_count") if "layer_count" in family.settings else 0
     names = [name for target in settings.targets for name in family.linear_names(target, layers)]
     names += named_linears(model, family, settings.modules)
+    names = in_layers(names, family, settings.layers)
     for name, (rank, alpha) in (linears or dict.fromkeys(names, (settings.lora_r, settings.lora_alpha))).items():
         try:
             linear: Any = model.get_submodule(name)

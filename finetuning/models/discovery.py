@@ -30,7 +30,14 @@ def family_of(config: Any, model_name: str) -> ModelFamily:
     return FAMILIES[config.model_type] if config.model_type in FAMILIES else _described(config, model_name)
 
 
-def check_targets(config: Any, family: ModelFamily, targets: Iterable[str], modules: Iterable[str], name: str) -> None:
+def check_targets(
+    config: Any,
+    family: ModelFamily,
+    targets: Iterable[str],
+    modules: Iterable[str],
+    name: str,
+    layers: Iterable[int] | None = None,
+) -> None:
     """Checks that the placement flags and ``--lora_modules`` select linears of this model.
 
     Args:
@@ -39,6 +46,7 @@ def check_targets(config: Any, family: ModelFamily, targets: Iterable[str], modu
         targets: the parts that the placement flags select.
         modules: the names of ``--lora_modules``.
         name: ``--model_name``, for the error.
+        layers: the layers of ``--lora_layers``.
 
     Raises:
         UserError: the type has no row and no names are given, or a name matches no linear.
@@ -57,12 +65,24 @@ def check_targets(config: Any, family: ModelFamily, targets: Iterable[str], modu
             others = [path for path, _ in model.named_modules() if _is_named(path, module)]
             found = f"{others[0]} is no linear of the encoder's" if others else f"{name} has no module of this name"
             raise UserError(f"--lora_modules {module}: {found}: its linears are {candidates}")
+    paths = in_layers(named_linears(model, family, modules), family, layers)
+    for module in modules:
+        if not any(_is_named(path, module) for path in paths):
+            raise UserError(f"--lora_modules {module}: {name} has it in none of the layers of --lora_layers")
 
 
 def named_linears(model: nn.Module, family: ModelFamily, modules: Iterable[str]) -> list[str]:
     """Full paths of the encoder's linears that ``--lora_modules`` names, by their whole path or its last parts."""
     paths = _encoder_linears(model, family)
     return [path for path in paths if any(_is_named(path, module) for module in modules)]
+
+
+def in_layers(paths: Iterable[str], family: ModelFamily, layers: Iterable[int] | None) -> list[str]:
+    """The paths without those in other encoder layers than these, counted from 0; ``None`` keeps all."""
+    if layers is None:
+        return list(paths)
+    chosen = tuple(f"{family.layers}.{i}." for i in layers)
+    return [path for path in paths if path.startswith(chosen) or not path.startswith(f"{family.layers}.")]
 
 
 def _is_named(path: str, name: str) -> bool:

@@ -1,7 +1,7 @@
 """The output of frozen layers for each text, computed in the first epoch and used again in every later one.
 
-Without dropout, the output of the layers below the first trained one never changes. In selective fine-tuning these
-layers are most of the model. Rows of padding are not kept, because nothing reads them.
+Without dropout, the output of the layers below the first trained one never changes. In selective fine-tuning, and with
+LoRA in the last layers, these layers are most of the model. Rows of padding are not kept, because nothing reads them.
 """
 
 import os

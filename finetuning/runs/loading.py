@@ -19,7 +19,7 @@ from finetuning.models.fused import split_widths
 from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.files import ADAPTER_CONFIG
 from finetuning.runs.weights import load_initial, load_trained, separate_linears
-from finetuning.settings import LORA_TARGETS, LoRASettings
+from finetuning.settings import LORA_TARGETS, LoRASettings, named_layers
 
 
 def load_classifier(
@@ -93,7 +93,27 @@ def adopt_adapter(lora: LoRASettings, base: BaseModel, moved: bool) -> tuple[dic
         given = getattr(lora, name)
         if given is not None and given != value:
             raise UserError(f"--{name} {given}: the adapter of --init_adapter has {value}: leave out this flag")
-    return values, adapter
+    if moved and lora.lora_layers is None:  # an earlier version, which stored no layers, has begun the run
+        return values, adapter
+    return values | {"lora_layers": _adapted_layers(lora, adapter, base)}, adapter
+
+
+def _adapted_layers(lora: LoRASettings, adapter: Adapter, base: BaseModel) -> str | None:
+    """The encoder layers in which an adapter has LoRA, as ``--lora_layers`` takes them; ``None`` for all.
+
+    Raises:
+        UserError: the flag names others.
+    """
+    inside = f"{base.family.layers}."
+    places = [name.removeprefix(inside) for name in adapter.linears if name.startswith(inside)]
+    found = {int(place.partition(".")[0]) for place in places}
+    if lora.layers is not None and set(lora.layers) != found:
+        has = f"LoRA in layers {named_layers(found)}" if found else "no LoRA in the encoder"
+        raise UserError(
+            f"--lora_layers {lora.lora_layers}: the adapter of --init_adapter has {has}: leave out this flag"
+        )
+    every = set(range(getattr(base.config, base.family.settings["layer_count"])))
+    return lora.lora_layers or (None if found in (set(), every) else named_layers(found))
 
 
 def _target_paths(family: ModelFamily, target: str) -> list[str]:

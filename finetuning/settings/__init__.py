@@ -9,7 +9,14 @@ torch, so a wrong flag fails at once.
 from finetuning.settings.data import DataSettings, check_data_dir
 from finetuning.settings.fields import Flag, Values, flags
 from finetuning.settings.hardware import HardwareSettings, excludes_int8
-from finetuning.settings.method import FROM_ADAPTER, LORA_TARGETS, LoRASettings, MethodSettings
+from finetuning.settings.method import (
+    FROM_ADAPTER,
+    LORA_TARGETS,
+    LoRASettings,
+    MethodSettings,
+    named_layers,
+    parsed_layers,
+)
 from finetuning.settings.model import DEFAULT_MODEL, PACKAGED, PACKAGED_BASE, PACKAGED_MODELS, ModelSettings
 from finetuning.settings.run import AUTO, TRACKERS, CommandSettings, RunSettings
 from finetuning.settings.training import (
@@ -45,7 +52,9 @@ __all__ = [
     "Values",
     "check_data_dir",
     "excludes_int8",
+    "named_layers",
     "parsed_class_weights",
+    "parsed_layers",
 ]
 
 SECTIONS: dict[str, type] = {

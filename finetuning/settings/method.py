@@ -1,6 +1,8 @@
 """Sections ``method`` and ``lora``: which weights are trained."""
 
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +11,7 @@ from finetuning.errors import UserError
 from finetuning.settings.fields import Values, require, setting
 
 LORA_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
-FROM_ADAPTER = ("lora_r", "lora_alpha", "lora_scaling", *LORA_TARGETS)  # what --init_adapter decides
+FROM_ADAPTER = ("lora_r", "lora_alpha", "lora_scaling", *LORA_TARGETS, "lora_layers")  # what --init_adapter decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,12 @@ class LoRASettings:
     lora_modules: str | None = setting(
         None, "Add LoRA to linears of these names, separated by commas, instead of the parts above.", "none"
     )
+    lora_layers: str | None = setting(
+        None, "Add LoRA only in these encoder layers, counted from 0, for example 3-5 or 0,2,4.", "all"
+    )
     q_lora: bool = setting(False, "Store the frozen linear layers in 4 bits (NF4, with bitsandbytes).")
     init_adapter: Path | None = setting(
-        None, "Start from this adapter in PEFT's format. It decides rank, alpha, scaling and placement.", "none"
+        None, "Start from this adapter in PEFT's format. It decides rank, alpha, scaling, placement and layers.", "none"
     )
     double_quantization: bool | None = setting(None, "With --q_lora, also quantize the quantization constants.", "True")
 
@@ -67,6 +72,11 @@ class LoRASettings:
     def modules(self) -> tuple[str, ...]:
         """The names of ``--lora_modules``."""
         return tuple(name.strip() for name in (self.lora_modules or "").split(",") if name.strip())
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The layers of ``--lora_layers``, counted from 0; ``None`` for all."""
+        return None if self.lora_layers is None else parsed_layers(self.lora_layers)
 
     @staticmethod
     def defaults(s: Values) -> dict[str, Any]:
@@ -91,6 +101,35 @@ class LoRASettings:
             require(s, "lora_modules", bool(s.lora_modules.replace(",", "").strip()), "needs at least one name")
             for name in LORA_TARGETS[:-1]:
                 require(s, name, not getattr(s, name), "cannot be used with --lora_modules")
+        if s.lora_layers is not None:
+            parsed_layers(s.lora_layers)
+            inside = any(getattr(s, name) for name in (*LORA_TARGETS[:-1], "lora_modules"))
+            message = "needs LoRA in the encoder, but only --lora_head is True"
+            require(s, "lora_layers", s.method != "lora" or s.init_adapter is not None or inside, message)
         chosen = any(getattr(s, name) for name in (*LORA_TARGETS, "lora_modules"))
         if s.method == "lora" and s.init_adapter is None and not chosen:
             raise UserError(f"no LoRA target: at least one of --{', --'.join(LORA_TARGETS)} must be True")
+
+
+def parsed_layers(setting: str) -> tuple[int, ...]:
+    """The layers that ``--lora_layers`` names, each once and in order.
+
+    Raises:
+        UserError: it has another form.
+    """
+    parts = [re.fullmatch(r" *([0-9]{1,4}) *(?:- *([0-9]{1,4}) *)?", part) for part in setting.split(",")]
+    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None]
+    if len(ranges) < len(parts) or not all(ranges):
+        raise UserError(f"--lora_layers {setting}: must be layers, counted from 0, for example 5, 3-5 or 0,2,4")
+    return tuple(sorted({layer for each in ranges for layer in each}))
+
+
+def named_layers(layers: Iterable[int]) -> str:
+    """Layers as ``--lora_layers`` takes them, e.g. ``0,3-5``."""
+    groups: list[list[int]] = []
+    for layer in sorted(layers):
+        if groups and layer == groups[-1][-1] + 1:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return ",".join(str(group[0]) if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)

@@ -94,6 +94,8 @@ def test_settings_that_a_family_lacks_are_refused(tmp_path: Path) -> None:
     tiny_model("albert").save_pretrained(tmp_path)
     shared = "has 1 layers, because layers share their weights"
     assert shared in refused(tmp_path, method="selective", trainable_layers=2)
+    counted = "--lora_layers 1: FOLDER has 1 layers, counted from 0, because layers share their weights"
+    assert refused(tmp_path, lora_layers="1") == counted
     assert "albert models cannot do this" in refused(tmp_path, gradient_checkpointing=True)
 
 
@@ -177,6 +179,8 @@ def test_layers_that_are_not_in_one_list(tmp_path: Path, model_type: str, linear
         f"--trainable_layers 1: {model_type} models have no list of whole layers: give 0, which trains the head alone"
     )
     assert none in refused(tmp_path, method="selective", trainable_layers=1)
+    message = f"--lora_layers 0: {model_type} models have no list of whole layers: leave out this flag"
+    assert refused(tmp_path, lora_layers="0", lora_modules=linears) == message
     config = config_of(tmp_path, lora_modules=linears)
     classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
     adapted = [name for name, _ in lora_modules(classifier.model)]

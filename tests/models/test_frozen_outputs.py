@@ -63,18 +63,22 @@ def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
         FrozenOutputs(np.array([2**50]), 4, torch.float32, 0, tmp_path)
 
 
-@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize(
+    "method",
+    ["--method head", "--method selective --trainable_layers 2", "--lora_layers 1-2 --lora_mlp True"],
+    ids=["head", "selective", "lora_layers"],
+)
 def test_a_run_ends_with_the_same_weights(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, layers: int
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, method: str
 ) -> None:
     """To rounding: an epoch's batches have other shapes than those in which the outputs were computed first."""
     weights, losses = [], []
     for gigabytes in ("0", "1", "1e-9"):
         output = tmp_path / gigabytes
-        words = ["--method", "selective", "--trainable_layers", str(layers), "--epochs", "3", "--test", "False"]
+        words = [*method.split(), "--epochs", "3", "--test", "False"]
         words += ["--frozen_cache_gb", gigabytes, "--precision", "fp32", "--optimizer", "sgd"]
         assert main(flags(tiny_folders["distilbert"], review_folder, output, *words)) == 0
-        weights.append(load_file(output / "trained_weights.safetensors"))
+        weights.append(load_file(next(output.glob("*.safetensors"))))
         losses.append(json.loads((output / "result.json").read_text())["validation"]["loss"])
     computed, in_memory, on_disk = weights
     for name, weight in computed.items():

@@ -95,6 +95,7 @@ def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, m
         assert {rank for rank, _ in ranks_and_alphas(classifier.model).values()} == {2, 4, 7}
     if case == "one_layer":
         assert len(ranks_and_alphas(classifier.model)) == 2 < 2 * LAYERS
+    assert config.lora.lora_layers == ("1" if case == "one_layer" else None)
     # and back: trained on, saved, and read by PEFT again
     train_a_little(classifier)
     (tmp_path / "ours").mkdir()
@@ -104,7 +105,9 @@ def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, m
     assert (again - expected).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("settings", [ALL_BUT_HEAD, {"lora_head": True}, {"lora_scaling": "raw"}, {"q_lora": True}])
+@pytest.mark.parametrize(
+    "settings", [ALL_BUT_HEAD, {"lora_head": True}, {"lora_scaling": "raw"}, {"q_lora": True}, {"lora_layers": "0,2"}]
+)
 def test_an_adapter_of_an_earlier_run_is_continued(
     bases: dict[str, Path], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
@@ -113,7 +116,7 @@ def test_an_adapter_of_an_earlier_run_is_continued(
     save(tmp_path, earlier, config)
     classifier, now = adopted(bases["roberta"], tmp_path, **({"q_lora": True} if "q_lora" in settings else {}))
     torch.testing.assert_close(logits(classifier), logits(earlier), rtol=0, atol=1e-5)
-    assert now.lora.targets == config.lora.targets
+    assert (now.lora.targets, now.lora.lora_layers) == (config.lora.targets, config.lora.lora_layers)
     trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in earlier.named_parameters() if p.requires_grad}
 
@@ -188,6 +191,7 @@ def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_pa
     refused("new_method {'a': 1}, which is not supported", {"new_method": {"a": 1}})
     refused("must have the numbers r and lora_alpha", {"r": None})
     refused(r"lora_A\.weight has rank 4, but adapter_config\.json says 5", {"rank_pattern": {"q_lin": 5}})
+    refused("--lora_layers 1: the adapter of --init_adapter has LoRA in layers 0-2: leave out", lora_layers="1")
     refused("made for the base model roberta-base, but --model_name", {"base_model_name_or_path": "roberta-base"})
     refused(r"lora_A\.weight has shape \(4, 33\), must be \(4, 32\)", weights={first: torch.ones(4, 33)})
     refused("values that are not finite", weights={first: torch.full((4, 32), float("nan"))})

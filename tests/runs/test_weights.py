@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
@@ -183,6 +183,31 @@ def test_an_adapter_on_the_head_loads_in_peft(bases: dict[str, Path], tmp_path: 
     train_a_little(trained)
     save(tmp_path, trained, config)
     base, ours = in_peft(bases[model_type], tmp_path)
+    torch.testing.assert_close(ours, logits(trained), rtol=1e-4, atol=1e-5)
+    assert (ours - base).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("model_type", CORE)
+def test_an_adapter_in_some_layers_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_type: str) -> None:
+    trained, config = build(bases[model_type], 0, lora_layers="1-2", **ALL_BUT_HEAD)
+    train_a_little(trained)
+    save(tmp_path, trained, config)
+    base, ours = in_peft(bases[model_type], tmp_path)
+    torch.testing.assert_close(ours, logits(trained), rtol=1e-4, atol=1e-5)
+    assert (ours - base).abs().max() > 0.05
+
+
+def test_an_adapter_on_more_linears_than_peft_lists_one_by_one(tmp_path: Path) -> None:
+    """PEFT shortens a list of twenty names or more to endings, which must not reach into other layers."""
+    folder, adapter = tmp_path / "base", tmp_path / "adapter"
+    shape = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 64}
+    BertForSequenceClassification(BertConfig(max_position_embeddings=64, **shape)).save_pretrained(folder)
+    trained, config = build(folder, 0, lora_layers="1,10-11,5", **ALL_BUT_HEAD)
+    train_a_little(trained)
+    adapter.mkdir()
+    save(adapter, trained, config)
+    assert len(json.loads((adapter / ADAPTER_CONFIG).read_text())["target_modules"]) == 4 * 6
+    base, ours = in_peft(folder, adapter)
     torch.testing.assert_close(ours, logits(trained), rtol=1e-4, atol=1e-5)
     assert (ours - base).abs().max() > 0.05
 

@@ -58,8 +58,13 @@ def test_one_step_in_an_epoch_is_enough(tiny_folders: dict[str, Path], review_fo
     assert all(seconds > 0 for seconds in record["seconds"].values())
 
 
-def test_outputs_of_frozen_layers_are_part_of_it(tiny_folders: dict[str, Path], review_folder: Path) -> None:
-    settings: dict[str, Any] = {"method": "selective", "trainable_layers": 1, "epochs": 5}
+@pytest.mark.parametrize(
+    "settings", [{"method": "selective", "trainable_layers": 1}, {"lora_layers": "2"}], ids=["selective", "lora_layers"]
+)
+def test_outputs_of_frozen_layers_are_part_of_it(
+    tiny_folders: dict[str, Path], review_folder: Path, settings: dict[str, Any]
+) -> None:
+    settings = settings | {"epochs": 5}
     record, config, weights = measured(tiny_folders["distilbert"], review_folder, **settings)
     plain, *_ = measured(tiny_folders["distilbert"], review_folder, frozen_cache_gb=0.0, **settings)
     memory, seconds = record["memory"], record["seconds"]
