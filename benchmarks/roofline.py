@@ -152,14 +152,14 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
 
 def time_shares(suite: Suite, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Share of a step's time by kind of operator, from torch's profiler; ``other`` includes Python."""
-    parameters = [p for p in suite.model.parameters() if p.requires_grad]
+    parameters = {name: p for name, p in suite.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, suite.config.training, fused=True)
     suite.model.train()
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         logits = suite.classifier(batch["input_ids"], batch["attention_mask"])
         (cross_entropy(logits, batch["labels"], reduction="sum") * batch["loss_weight"]).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, suite.config.training.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), suite.config.training.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
 

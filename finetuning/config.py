@@ -38,6 +38,8 @@ MAY_CHANGE = (
     *NOT_PART_OF_THE_RUN, "model_name", "data_dir", "data_source", "offline", "accelerator", "device", "devices",
     "num_nodes", "strategy", "efficient", "gradient_checkpointing", "compile", "frozen_cache_gb", "init_adapter",
 )  # fmt: skip
+# Settings that one method has, besides those of section lora.
+OF_ONE_METHOD = {"trainable_layers": "selective", "lora_plus_ratio": "lora"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ def _resolved(given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"--{name} {value}: is not valid UTF-8: rename it") from None
     for name in given:
         flag, method = FLAGS[name], given.get("method", FLAGS["method"].default)
-        wanted = "lora" if flag.section == "lora" else "selective" if name == "trainable_layers" else method
+        wanted = "lora" if flag.section == "lora" else OF_ONE_METHOD.get(name, method)
         if wanted != method:
             raise UserError(f"--{name} {given[name]}: needs --method {wanted}, but the method is {method}")
     plain = {name: flag.default for name, flag in FLAGS.items()} | given

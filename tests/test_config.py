@@ -170,6 +170,7 @@ OUT_OF_RANGE = [
       for name in ("lora_r", "accumulate", "batch_size", "devices", "num_nodes", "limit_train",
                    "limit_validation", "limit_test")
       for value in ("0", "-3")),
+    *(("lora_plus_ratio", value, "must be at least 1") for value in ("0", "0.5", "-2", "nan", "inf")),
     *((name, "-1", "must be at least 0") for name in ("patience", "device", "weight_decay", "gradient_clip")),
     *((name, value, "must be at least 0") for name in ("weight_decay", "gradient_clip") for value in ("nan", "inf")),
     *((name, value, "must be at least 0 and below 1")
@@ -286,6 +287,10 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
         (
             "--method head --trainable_layers 0",
             "--trainable_layers 0: needs --method selective, but the method is head",
+        ),
+        (
+            "--method bitfit --lora_plus_ratio 16",
+            "--lora_plus_ratio 16.0: needs --method lora, but the method is bitfit",
         ),
         ("--method selective --trainable_layers -1", "--trainable_layers -1: must be at least 0"),
         ("--double_quantization True", "--double_quantization True: needs --q_lora True"),
@@ -499,6 +504,7 @@ def test_what_may_change_exists() -> None:
         "--q_lora --lora_scaling raw --lora_alpha 2 --lora_head",
         "--q_lora --double_quantization False --device 2",
         "--lora_layers 0,2-3 --lora_mlp",
+        "--lora_plus_ratio 16 --optimizer sgd --init_adapter a",
         "--method full --optimizer sgd_nesterov --learning_rate 0.3 --scheduler onecycle",
         "--method selective --trainable_layers 0 --optimizer sgd --batch_size 12",
         "--method bitfit --optimizer sgd",

@@ -25,6 +25,7 @@ from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import settings_to_run
 from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
+from finetuning.training.module import FineTuning
 from tests.conftest import needs_int8, one_thread, write_reviews
 from tests.scripts import Script, start_script
 
@@ -467,6 +468,34 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     assert "--dropout 0.1" in result["command"]
     assert result["train"]["steps"] == result_of(whole)["train"]["steps"]
     assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
+
+
+def test_lora_plus_in_some_layers_continues_to_the_same_weights(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken, done = tmp_path / "whole", tmp_path / "broken", []
+    more = "--lora_layers 1-2 --lora_plus_ratio 4 --optimizer sgd_nesterov --scheduler onecycle --learning_rate 0.01"
+    step = FineTuning.training_step
+
+    def signalled(module: FineTuning, batch: Any) -> Any:
+        done.append(module)
+        if len(done) == 20:  # in the second epoch, which reads what the first has kept
+            signal.raise_signal(signal.SIGTERM)
+        return step(module, batch)
+
+    assert main(flags(tiny_folders["bert"], review_folder, whole, *more.split())) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuning, "training_step", signalled)
+        assert main(flags(tiny_folders["bert"], review_folder, broken, *more.split())) == 130
+    assert result_of(broken)["train"]["steps"] == 20
+    assert main(["--resume", "--output_dir", str(broken)]) == 0
+    assert result_of(broken)["config"]["lora_plus_ratio"] == 4
+    last, continued = (torch.load(run / "last.ckpt", weights_only=True) for run in (whole, broken))
+    assert {name.split(".layer.")[1][0] for name in last["state_dict"] if "lora_B" in name} == {"1", "2"}
+    for name, weights in last["state_dict"].items():
+        assert torch.equal(weights, continued["state_dict"][name]), name
+    of_A, of_B, *_ = (group["lr"] for group in continued["optimizer_states"][0]["param_groups"])
+    assert of_B == pytest.approx(4 * of_A)
 
 
 def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(

@@ -32,6 +32,8 @@ def headline(
         kernels: whether the run uses compiled CPU kernels, or why not.
         advice: what the user may want to change, one sentence each.
     """
+    ratio = training.lora_plus_ratio
+    of_B = "" if ratio is None else f", of LoRA's B {ratio:g} times as high"
     patience = f"; stops after {training.patience} epochs without gain" if training.patience else ""
     sizes = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items())
     lines = [
@@ -41,7 +43,7 @@ def headline(
         *(f"        {note}" for note in data["notes"]),
         f"model   {model}",
         f"        CPU kernels: {kernels}",
-        f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}",
+        f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}{of_B}",
         f"        {data['sizes']['train']:,} texts: {training.batch_size} texts a batch, {training.epochs} epochs,"
         f" {steps:,} steps{patience}",
         *(f"advice  {sentence}" for sentence in advice),

@@ -51,6 +51,9 @@ class TrainingSettings:
     learning_rate: float = setting(
         None, "Peak learning rate.", "depends on method and optimizer, see docs/guide.md", above=0
     )
+    lora_plus_ratio: float | None = setting(
+        None, "LoRA+: the learning rate of LoRA's B is X times --learning_rate, which is A's.", "none", at_least=1
+    )
     scheduler: Literal["constant", "linear", "cosine", "onecycle"] = setting(
         "linear", "Learning-rate schedule after the warm-up."
     )

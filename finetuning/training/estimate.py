@@ -61,7 +61,7 @@ def measure_steps(
     if hardware.on_gpu:
         torch.cuda.set_device(device)  # peak_memory reads the current device
     classifier, task = classifier.to(device).train(), task.to(device)
-    trained = [p for p in classifier.parameters() if p.requires_grad]
+    trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(trained, training, fused=hardware.dtype != torch.float16)
     loader = train_loader(splits["train"], training, pad_id)
     batches = _spread(loader, MEASURED_STEPS)
@@ -82,7 +82,7 @@ def measure_steps(
     seconds["run"] = seconds["epoch"] + seconds["validation"] + later + seconds.get("test", 0.0)
     kept = sum(outputs.bytes for outputs in frozen.values())
     memory = {
-        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        "gradients": sum(p.numel() * p.element_size() for p in trained.values()),
         "optimizer": state,
         "activations": activations,
         "kept_outputs": kept,

@@ -109,7 +109,7 @@ class FineTuning(pl.LightningModule):
             self.log(f"{split}_{name}", value, prog_bar=name == self.settings.monitor, logger=False)
 
     def configure_optimizers(self) -> Any:
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         fused = self.classifier.dtype != torch.float16  # with fp16, a fused step unscales by itself: too late to clip
         optimizer = make_optimizer(parameters, self.settings, fused)
         scheduler = make_scheduler(optimizer, self.settings, self.total_steps)

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,17 +12,13 @@ from finetuning.settings import TrainingSettings
 
 
 def make_optimizer(
-    parameters: list[torch.nn.Parameter], training: TrainingSettings, fused: bool
+    parameters: Mapping[str, torch.nn.Parameter], training: TrainingSettings, fused: bool
 ) -> torch.optim.Optimizer:
-    """The optimizer. As in BERT's training, weight decay acts on matrices but not on biases and norms.
+    """The optimizer of these parameters, by name.
 
     ``fused`` is one kernel for all weights. Without it, each operation still takes all weights at once.
     """
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = parameter_groups(parameters, training)
     rate, momentum = training.learning_rate, training.momentum or 0.0
     how: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
     make: dict[str, Callable[[], torch.optim.Optimizer]] = {
@@ -32,6 +28,26 @@ def make_optimizer(
         "sgd_nesterov": lambda: torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=True, **how),
     }
     return make[training.optimizer]()
+
+
+def parameter_groups(parameters: Mapping[str, torch.nn.Parameter], training: TrainingSettings) -> list[dict[str, Any]]:
+    """The parameters in groups, each with its peak learning rate and weight decay; none is empty.
+
+    As in BERT's training, weight decay acts on matrices but not on biases and norms. LoRA+ (Hayou et al. 2024,
+    https://arxiv.org/abs/2402.12354) has the groups of PEFT's ``create_loraplus_optimizer``: B, and the head's biases
+    and norms, have the larger rate; A and the head's matrices have the smaller one.
+    """
+    rate, decay, ratio = training.learning_rate, training.weight_decay, training.lora_plus_ratio
+    larger = rate if ratio is None else rate * ratio
+    matrices = {name: p for name, p in parameters.items() if p.ndim > 1}
+    of_B = [p for name, p in matrices.items() if ratio is not None and name.endswith("lora_B")]
+    chosen = set(map(id, of_B))
+    groups = [
+        {"params": [p for p in matrices.values() if id(p) not in chosen], "lr": rate, "weight_decay": decay},
+        {"params": of_B, "lr": larger, "weight_decay": decay},
+        {"params": [p for p in parameters.values() if p.ndim <= 1], "lr": larger, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, training: TrainingSettings, total_steps: int) -> LRScheduler:

@@ -1,21 +1,30 @@
 # mypy: disable-error-code="arg-type"
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import get_scheduler
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from transformers import AutoModelForSequenceClassification, get_scheduler
 
 from finetuning.config import RunConfig
+from finetuning.models.classifier import Classifier
+from finetuning.models.lora import lora_modules, ranks_and_alphas
+from finetuning.runs.weights import peft_name, save_trained
 from finetuning.settings import DEFAULT_LEARNING_RATES, FLAGS
-from finetuning.training.optimization import make_optimizer, make_scheduler
+from finetuning.training.optimization import make_optimizer, make_scheduler, parameter_groups
+from local_model_utilities import build_classifier, find_base_model
+from tests.conftest import CORE
 
 STEPS = 50
 
 
 def rates(config: RunConfig, steps: int = STEPS) -> np.ndarray:
     """The learning rate of each step, as the optimizer really has it."""
-    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training, fused=False)
+    optimizer = make_optimizer({"w": torch.nn.Parameter(torch.zeros(2, 2))}, config.training, fused=False)
     scheduler = make_scheduler(optimizer, config.training, steps)
     found = []
     for _ in range(steps):
@@ -29,7 +38,7 @@ def rates(config: RunConfig, steps: int = STEPS) -> np.ndarray:
 @pytest.mark.parametrize("fused", [True, False])
 def test_no_optimizer_loops_over_single_weights(name: str, fused: bool) -> None:
     config = RunConfig.from_settings(optimizer=name)
-    (group,) = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training, fused).param_groups
+    (group,) = make_optimizer({"w": torch.nn.Parameter(torch.zeros(2, 2))}, config.training, fused).param_groups
     assert bool(group["fused"]) is fused
     assert bool(group["foreach"]) is not fused
 
@@ -86,7 +95,7 @@ def test_the_shortest_runs_have_a_schedule_and_learn(scheduler: str, steps: int)
 def test_onecycle_leaves_momentum_and_beta_alone() -> None:
     for name, key in (("sgd_nesterov", "momentum"), ("adamw", "betas")):
         config = RunConfig.from_settings(optimizer=name, scheduler="onecycle", learning_rate=0.1)
-        optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))], config.training, fused=False)
+        optimizer = make_optimizer({"w": torch.nn.Parameter(torch.zeros(2, 2))}, config.training, fused=False)
         before = optimizer.param_groups[0][key]
         scheduler = make_scheduler(optimizer, config.training, STEPS)
         for _ in range(STEPS // 2):
@@ -111,7 +120,7 @@ def test_onecycle_leaves_momentum_and_beta_alone() -> None:
 def test_optimizers_step_as_torchs_own(name: str, kind: type, settings: dict[str, float], fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
-    first = make_optimizer([ours], RunConfig.from_settings(optimizer=name, learning_rate=0.01).training, fused)
+    first = make_optimizer({"w": ours}, RunConfig.from_settings(optimizer=name, learning_rate=0.01).training, fused)
     second = kind([theirs], **settings)
     for _ in range(5):
         ours.grad = torch.randn(3, 3, generator=generator)
@@ -125,12 +134,98 @@ def test_optimizers_step_as_torchs_own(name: str, kind: type, settings: dict[str
 def test_weight_decay_spares_vectors() -> None:
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     optimizer = make_optimizer(
-        [matrix, vector], RunConfig.from_settings(learning_rate=0.1, weight_decay=0.5).training, fused=False
+        {"w": matrix, "b": vector}, RunConfig.from_settings(learning_rate=0.1, weight_decay=0.5).training, fused=False
     )
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert torch.equal(vector, torch.ones(2))
     torch.testing.assert_close(matrix, torch.full((2, 2), 0.95))
+
+
+# --- LoRA+
+
+
+def lora_plus(**settings: Any) -> RunConfig:
+    return RunConfig.from_settings(
+        **{"lora_key": True, "lora_projection": True, "lora_mlp": True, "lora_plus_ratio": 8.0} | settings
+    )
+
+
+def groups_by_name(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of each trained parameter, by PEFT's name."""
+    names = {
+        id(p): name.replace(".modules_to_save", "").replace(".default", "") for name, p in model.named_parameters()
+    }
+    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+
+
+def with_peft(folder: Path, directory: Path, config: RunConfig) -> tuple[Classifier, Any]:
+    """A classifier with LoRA, and PEFT's model of the adapter that it writes."""
+    ours = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).eval()
+    for module in (m for _, m in lora_modules(ours.model)):
+        torch.nn.init.normal_(module.lora.lora_B, std=0.05)
+    head, targets = ours.family.head_modules, ranks_and_alphas(ours.model)
+    save_trained(directory, ours.saved_parameters(), config.lora, str(folder), targets, head)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    return ours, PeftModel.from_pretrained(base, directory, is_trainable=True).eval()
+
+
+@pytest.mark.parametrize("model_type", CORE)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_lora_plus_has_the_groups_and_the_steps_of_peft(
+    tiny_folders: dict[str, Path], tmp_path: Path, model_type: str, optimizer: str
+) -> None:
+    torch.manual_seed(0)
+    folder = tiny_folders[model_type]
+    config = lora_plus(
+        model_name=str(folder), max_length=32, optimizer=optimizer, weight_decay=0.03, learning_rate=0.004
+    )
+    ours, theirs = with_peft(folder, tmp_path, config)
+    trained = {name: p for name, p in ours.model.named_parameters() if p.requires_grad}
+    first = make_optimizer(trained, config.training, fused=False)
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
+    second = create_loraplus_optimizer(theirs, kind, lr=0.004, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.03)
+    found, expected = groups_by_name(first, ours.model), groups_by_name(second, theirs)
+    assert {peft_name(name, lora=True): group for name, group in found.items()} == expected
+    assert set(expected.values()) == {(0.004, 0.03), (0.032, 0.03), (0.032, 0.0)}
+    ids = torch.randint(1000, 30000, (6, 12), generator=torch.Generator().manual_seed(1))
+    mask, labels = torch.ones_like(ids), torch.tensor([0, 1, 1, 0, 1, 0])
+    start = ours(ids, mask).detach()
+    for _ in range(3):
+        for model, steps in ((ours, first), (theirs, second)):
+            out = model(input_ids=ids, attention_mask=mask)
+            torch.nn.functional.cross_entropy(out if model is ours else out.logits, labels).backward()
+            steps.step()
+            steps.zero_grad()
+    after = ours(ids, mask)
+    torch.testing.assert_close(after, theirs(input_ids=ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-5)
+    assert (after - start).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "onecycle"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "sgd_nesterov"])
+def test_schedules_keep_the_ratio_of_lora_plus(scheduler: str, optimizer: str) -> None:
+    config = lora_plus(scheduler=scheduler, optimizer=optimizer, learning_rate=0.1)
+    names = ("x.lora.lora_A", "x.lora.lora_B", "classifier.weight")
+    made = make_optimizer({n: torch.nn.Parameter(torch.zeros(2, 2)) for n in names}, config.training, fused=False)
+    schedule, found = make_scheduler(made, config.training, STEPS), []
+    for _ in range(STEPS):
+        found.append([group["lr"] for group in made.param_groups])
+        made.step()
+        schedule.step()
+    of_A, of_B = np.array(found).T
+    np.testing.assert_allclose(of_A, rates(RunConfig.from_settings(scheduler=scheduler, learning_rate=0.1)))
+    np.testing.assert_allclose(of_B, 8 * of_A)
+
+
+def test_without_a_ratio_the_groups_are_matrices_and_vectors() -> None:
+    """In this order, because a checkpoint knows a parameter's state by its number."""
+    names = {"a.lora_A": (2, 2), "b.bias": (2,), "a.lora_B": (2, 2)}
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in names.items()}
+    groups = parameter_groups(parameters, RunConfig.from_settings(learning_rate=0.1).training)
+    expected = [parameters["a.lora_A"], parameters["a.lora_B"], parameters["b.bias"]]
+    assert all(a is b for a, b in zip([p for group in groups for p in group["params"]], expected, strict=True))
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.01), (0.1, 0.0)]
 
 
 def test_every_method_and_optimizer_has_a_default_rate() -> None:
