@@ -1,8 +1,7 @@
 """Compares other families than BERT's with PEFT: ``python -m benchmarks.families``.
 
-MPNet has real weights and an efficient path. Of ModernBERT Hugging Face's own forward computes both contestants, so
-what differs are LoRA layers, batches and training loop. The tuned peer's settings are chosen first, as in
-``make benchmark``. Prints a table, writes JSON, renews docs/speed.md.
+MPNet has real weights; ModernBERT and Qwen3 are random models of MiniLM's size. The tuned peer's settings are chosen
+first, as in ``make benchmark``. Prints a table, writes JSON, renews docs/speed.md.
 """
 
 import sys
@@ -26,7 +25,7 @@ from finetuning.runs.measurements import environment_record
 
 OUTPUT = harness.RESULTS / "families.json"
 CONTESTANTS = ("suite", "peft_tuned", EQUAL_BATCHES["peft_tuned"])
-WORKS = tuple(Work(model, "all", 128, CONTESTANTS) for model in ("mpnet", "modernbert"))
+WORKS = tuple(Work(model, "all", 128, CONTESTANTS) for model in ("mpnet", "modernbert", "qwen3"))
 ROUNDS = 3
 RATIOS = {"train": "training", "merged": "evaluation (merged peer)", "memory": "memory"}
 MEASURED = (*RATIOS.values(), "training, tokens/s: suite, peer", "trained: suite, peer")
@@ -55,7 +54,7 @@ def table(result: Record) -> str:
 
 def command(argv: Sequence[str] | None) -> int:
     """Measures, writes JSON and renews docs/speed.md; fewer rounds change no page. Returns the exit status."""
-    parser = harness.make_parser("Compare MPNet and ModernBERT with PEFT.")
+    parser = harness.make_parser("Compare MPNet, ModernBERT and Qwen3 with PEFT.")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"rounds (default: {ROUNDS})")
     parser.add_argument("--seconds", type=float, default=6, metavar="X", help="training time of one (default: 6)")
     options = parser.parse_args(argv)

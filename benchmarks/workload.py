@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
-    ModernBertConfig,
-    ModernBertForSequenceClassification,
 )
 
 from benchmarks.harness import TRAINING
@@ -30,6 +30,12 @@ MODELS = {
     "base": "DistilBERT-base's size",
     "mpnet": "MPNet-base",
     "modernbert": "ModernBERT, MiniLM's size",
+    "qwen3": "Qwen3, MiniLM's size",
+}
+# Random models as deep and as wide as MiniLM, with its vocabulary and special tokens.
+SHAPES: dict[str, dict[str, int]] = {
+    "modernbert": {"intermediate_size": 576, "sep_token_id": 102, "cls_token_id": 101},
+    "qwen3": {"intermediate_size": 1024, "num_key_value_heads": 4, "head_dim": 32},
 }
 TARGETS = {"qv": ("query", "value"), "all": ("query", "key", "value", "projection", "mlp")}
 LENGTHS = (128, 256, 512)
@@ -98,8 +104,10 @@ def _save_model(folder: Path, model: str, config: RunConfig) -> None:
     torch.manual_seed(0)
     packaged = find_base_model(config.changed(model_name=PACKAGED_BASE) if model == "mpnet" else config)
     classifier: Any
-    if model == "modernbert":
-        classifier = ModernBertForSequenceClassification(_modernbert())
+    if model in SHAPES:
+        shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12} | SHAPES[model]
+        ids = {"vocab_size": 30522, "pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102}
+        classifier = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model, **ids, **shape))
     elif model == "base":
         classifier = DistilBertForSequenceClassification(DistilBertConfig())
     else:
@@ -109,22 +117,6 @@ def _save_model(folder: Path, model: str, config: RunConfig) -> None:
                 setattr(classifier.config, name, value)
     classifier.save_pretrained(folder)
     load_tokenizer(packaged).save_pretrained(folder)
-
-
-def _modernbert() -> ModernBertConfig:
-    """As deep and as wide as MiniLM, with its vocabulary and special tokens."""
-    return ModernBertConfig(
-        vocab_size=30522,
-        hidden_size=384,
-        intermediate_size=576,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        pad_token_id=0,
-        bos_token_id=101,
-        cls_token_id=101,
-        eos_token_id=102,
-        sep_token_id=102,
-    )
 
 
 def save_split(folder: Path, name: str, max_length: int, split: TokenizedSplit) -> None:

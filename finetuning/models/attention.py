@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from finetuning.models import cpu_kernels
@@ -36,6 +37,28 @@ class Pattern:
     distances: Tensor | None
     bias: Tensor | None
     positions: Tensor | None
+
+
+class JoinHeads(torch.autograd.Function):
+    """Queries, keys and values in one tensor, a key and a value for each query.
+
+    ``(N, H, d), (N, K, d), (N, K, d) -> (N, 3 H d)``. A key that several queries share is copied for each of them, and
+    its gradient is the sum of theirs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.shape = (len(q), 3, k.shape[1], q.shape[1] // k.shape[1], q.shape[2])  # (N, 3, K, H / K, d)
+        joined = q.new_empty(ctx.shape)
+        joined[:, 0] = q.unflatten(1, ctx.shape[2:4])
+        joined[:, 1], joined[:, 2] = k[:, :, None], v[:, :, None]
+        return joined.flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = grad.view(ctx.shape).unbind(1)
+        return q.flatten(1, 2), k.sum(2), v.sum(2)
 
 
 class Attention:
@@ -170,9 +193,7 @@ class Attention:
         if H == K and not self.family.query_key_norms:
             return qkv
         q, k, v = qkv.unflatten(-1, (-1, self.width)).split((H, K, K), 1)  # (N, H or K, d)
-        q, k = self.normed(layer, q, k)
-        k, v = (z.repeat_interleave(H // K, 1) for z in (k, v))
-        return torch.cat((q, k, v), 1).flatten(1)
+        return JoinHeads.apply(*self.normed(layer, q, k), v)
 
     def normed(self, layer: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys ``(..., d)`` after the norms that some families give them."""

@@ -31,6 +31,8 @@ class Norms:
         if isinstance(norm, nn.Identity):
             return x
         weight, bias, eps = self.parts(norm)
+        if self.on_cpu and cpu_kernels.takes_norm(x, weight, bias):
+            return cpu_kernels.AddNorm.apply(x.flatten(0, -2), None, weight, bias, eps, self.rms).view(x.shape)
         if not self.on_cpu:  # a GPU needs one dtype, and always computes the statistics in fp32
             return self.plain(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
         # a CPU's layer norm mixes dtypes natively only with an fp32 weight, its other norm never
