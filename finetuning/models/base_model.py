@@ -109,7 +109,9 @@ def check_fits(
     width = base.config.hidden_size
     if lora is not None and lora.lora_r is not None and lora.lora_r > width:
         raise UserError(f"--lora_r {lora.lora_r}: the layers of {base.name} are {width} wide, so 1 to that")
-    if hardware.gradient_checkpointing and not ((hardware.efficient and family.efficient) or family.checkpointing):
+    if hardware.gradient_checkpointing and not (
+        (hardware.efficient and family.is_efficient(base.config)) or family.checkpointing
+    ):
         raise UserError(f"--gradient_checkpointing True: {family.model_type} models cannot do this: leave it out")
     if lora is not None:
         check_targets(base.config, family, lora.targets, lora.modules, base.name, lora.layers)

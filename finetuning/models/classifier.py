@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         self.model = model
         self.family = family
         self.dtype = dtype
-        self.efficient = efficient and family.efficient
+        self.efficient = efficient and family.is_efficient(model.config)
         self.checkpointing = checkpointing
         if checkpointing and not self.efficient:
             _checkpoint_layers(model)

@@ -140,6 +140,8 @@ class _Encoder:
             return self.rows.of(self.embed_as_bert(base, input_ids, token_types))
         words, norm = self.family.embedding
         x = base.get_submodule(words)(input_ids)
+        if self.family.positions:
+            x = x + base.get_submodule(self.family.positions).weight[: input_ids.shape[1]].float()
         x = self.norms.of(x.float(), base.get_submodule(norm)) if norm else x
         return self.rows.of(self.drop(x.to(self.dtype), float(self.family.setting(self.model, "embedding_dropout", 0))))
 

@@ -33,7 +33,9 @@ class ModelFamily:
     position_offset: int = 0  # positions that no token uses
     # Traits of the efficient path. Other families run Hugging Face's own forward.
     efficient: bool = True
+    takes: dict[str, object] = field(default_factory=dict)  # values of the config without which it is not on this path
     embedding: tuple[str, str] | None = None  # word embedding and norm, or "", in the base; None: as BERT's
+    positions: str = ""  # learned positions in the base, next to such a word embedding
     pre_norm: bool = False  # norms come before attention and feed-forward network, not after them
     attention_norm: str = ""
     output_norm: str = ""
@@ -56,6 +58,10 @@ class ModelFamily:
         if target == "head":
             return list(self.head)
         return [f"{self.layers}.{i}.{name}" for i in range(layer_count) for name in self.targets[target]]
+
+    def is_efficient(self, model_config: Any) -> bool:
+        """Whether a model with this config takes the efficient path."""
+        return self.efficient and all(getattr(model_config, name) == value for name, value in self.takes.items())
 
     @property
     def causal(self) -> bool:
@@ -298,9 +304,24 @@ _GPT2 = replace(
     | {"projection": ("attn.c_proj",), "mlp": ("mlp.c_fc", "mlp.c_proj")},
     fused={"attn.c_attn": _QKV},
     conv1d=True,
-    settings={"layer_count": "n_layer", "dropout": "resid_pdrop", "attention_dropout": "attn_pdrop"},
+    settings={
+        "layer_count": "n_layer",
+        "head_count": "n_head",
+        "activation": "activation_function",
+        "dropout": "resid_pdrop",
+        "embedding_dropout": "embd_pdrop",
+        "attention_dropout": "attn_pdrop",
+    },
     more_dropouts=("embd_pdrop",),
-    efficient=False,
+    takes={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    embedding=("wte", ""),
+    positions="wpe",
+    attention_norm="ln_1",
+    output_norm="ln_2",
+    final_norm="transformer.ln_f",
+    rms=False,
+    rotary="",
+    gated=False,
 )
 
 _GEMMA_2 = replace(_LLAMA, settings=_LLAMA.settings | {"activation": "hidden_activation"}, efficient=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from finetuning.errors import UserError, first_line
 from finetuning.models.families import ModelFamily
@@ -98,7 +99,7 @@ def dense_weight(linear: Any) -> Tensor:
     if isinstance(linear, Int8Linear):
         return linear.dense_weight()
     if linear.weight.is_floating_point():
-        return linear.weight
+        return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
