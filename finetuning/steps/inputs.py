@@ -21,7 +21,7 @@ from finetuning.runs.adapters import Adapter
 from finetuning.runs.loading import adopt_adapter, load_adapter
 from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
-from finetuning.settings import DataSettings, TrainingSettings
+from finetuning.settings import TrainingSettings
 from finetuning.training.budget import training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.tasks import Task, imbalance_advice, make_task
@@ -87,7 +87,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         hardware = dataclasses.replace(hardware, int8=precision == "int8")
         found["precision"] = precision
     task, advice = task_of(texts, config.training)
-    advice += validation_advice(len(texts.splits["validation"].texts), config.data)
+    advice += validation_advice(len(texts.splits["validation"].texts), config)
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, moved=config.run.resume)
@@ -117,9 +117,10 @@ def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str
     return task, imbalance_advice(task, task.counts(labels["train"]), training)
 
 
-def validation_advice(texts: int, data: DataSettings) -> list[str]:
-    """What to try if validation has few texts; empty if it has enough, or if ``--kfold`` or a limit chose them."""
-    if data.kfold or data.limit_validation or texts >= FEW_VALIDATION_TEXTS:
+def validation_advice(texts: int, config: RunConfig) -> list[str]:
+    """What to try if validation has few texts; empty if ``--kfold`` or a limit chose them, or ``--kfold`` cannot run."""
+    data, alone = config.data, config.hardware.processes == 1
+    if data.kfold or data.limit_validation or config.training.epochs == 0 or not alone or texts >= FEW_VALIDATION_TEXTS:
         return []
     return [
         f"validation has {texts} texts, so the epoch that it chooses depends on chance: --kfold 5 needs no validation"
