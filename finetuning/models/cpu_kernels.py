@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from finetuning.models.compiled import call, library
 
-WIDTHS = (32, 64)  # of an attention head
+WIDTHS = (32, 64, 128)  # of an attention head
 LONGEST = 4096
 LOG2_E = math.log2(math.e)  # the kernels compute powers of 2
 BIAS_OVER_WEIGHT = 32.0  # largest allowed ratio in a norm; the output's bf16 rounding error grows with it in backward
@@ -37,12 +37,14 @@ def takes_attention(x: Tensor, width: int, length: int) -> bool:
 class Attention(torch.autograd.Function):
     """``softmax(Q K^T / sqrt(d) + bias) V`` for every head, bf16; see kernels/attention.cpp.
 
-    Called as ``Attention.apply(qkv, heads, batch, T, padding, bias)``:
+    Called as ``Attention.apply(qkv, heads, batch, T, padding, bias, cos_sin)``:
 
     - qkv: ``(N, 3 D)``, query, key and value.
     - padding: ``(batch, T)`` bool, True where a key is padding, or ``None``.
     - bias: ``(heads, 2 T - 1)`` fp32, frozen: a term of each score by the distance from its query to its key, which is
-      from 1 - T to T - 1; or ``None``.
+      from 1 - T to T - 1; or ``None``. -1e30 hides the key. A query that sees no key gets a finite output.
+    - cos_sin: ``(2, T, d / 2)`` fp32: cosines and sines of the angles by which each position turns its query and key,
+      each element i with i + d / 2, as Hugging Face's ``rotate_half`` does. Default: ``None``.
 
     Rows are the tokens of one sequence after the other. Rows after the last sequence are not read, and are 0 in the
     output, ``(N, D)``. Saves its input, its output and one number per query. Backward computes the probabilities again.
@@ -50,7 +52,14 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, heads: int, batch: int, length: int, padding: Tensor | None, bias: Tensor | None
+        ctx: Any,
+        qkv: Tensor,
+        heads: int,
+        batch: int,
+        length: int,
+        padding: Tensor | None,
+        bias: Tensor | None,
+        cos_sin: Tensor | None = None,
     ) -> Tensor:
         qkv, padding = qkv.contiguous(), None if padding is None else padding.contiguous()
         if bias is not None:  # as the kernel reads it: by the distance from key to query, from 1 - P to P
@@ -61,20 +70,22 @@ class Attention(torch.autograd.Function):
         out[batch * length :] = 0
         log_sum = torch.empty(batch, heads, length, dtype=torch.float32)
         ctx.sizes = (batch, length, heads, width // heads, 3 * width)
-        call("attention_forward", *qkv.chunk(3, -1), padding, bias, *ctx.sizes, torch.get_num_threads(), out, log_sum)
-        ctx.save_for_backward(qkv, padding, bias, out, log_sum)
+        cos_sin = None if cos_sin is None else cos_sin.contiguous()
+        inputs = (*qkv.chunk(3, -1), padding, bias, cos_sin)
+        call("attention_forward", *inputs, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        ctx.save_for_backward(qkv, padding, bias, cos_sin, out, log_sum)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, padding, bias, out, log_sum = ctx.saved_tensors
+        qkv, *terms, out, log_sum = ctx.saved_tensors
         batch, length, *_ = ctx.sizes
         grad_qkv = torch.empty_like(qkv)
         grad_qkv[batch * length :] = 0
-        inputs = (*qkv.chunk(3, -1), padding, bias, *ctx.sizes, torch.get_num_threads(), out, log_sum)
+        inputs = (*qkv.chunk(3, -1), *terms, *ctx.sizes, torch.get_num_threads(), out, log_sum)
         call("attention_backward", *inputs, grad.contiguous(), *grad_qkv.chunk(3, -1))
-        return grad_qkv, None, None, None, None, None
+        return grad_qkv, None, None, None, None, None, None
 
 
 def takes_mixture(tokens: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from finetuning.models import cpu_kernels, products
 from finetuning.models.cpu_kernels import (
+    WIDTHS,
     AddNorm,
     Attention,
     Mixture,
@@ -66,9 +68,17 @@ def with_threads(function: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
 
 
 def formula(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, padding: Tensor | None, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    padding: Tensor | None,
+    bias: Tensor | None = None,
+    cos_sin: Tensor | None = None,
 ) -> Tensor:
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    if cos_sin is not None:
+        q, k = (turned(x, cos_sin) for x in (q, k))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if bias is not None:
         length, bias = scores.shape[-1], bias.to(scores.dtype)
@@ -78,25 +88,41 @@ def formula(
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def attention(qkv: Tensor, heads: int, padding: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    batch, length, _ = qkv.shape
-    return Attention.apply(qkv.flatten(0, 1), heads, batch, length, padding, bias).view(batch, length, -1)
+def turned(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Hugging Face's rotary positions, in fp32 or better; rounded once."""
+    cos, sin = (torch.cat([part, part], -1) for part in cos_sin.to(torch.promote_types(x.dtype, torch.float32)))
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
 
 
-def attention_of_parts(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, padding: Tensor | None, bias: Tensor | None = None
+def angles(length: int, width: int) -> Tensor:
+    positions, speeds = torch.arange(length), 100.0 ** -(torch.arange(width // 2) / (width // 2))
+    return torch.stack([torch.outer(positions, speeds).cos(), torch.outer(positions, speeds).sin()])
+
+
+def attention(
+    qkv: Tensor,
+    heads: int,
+    padding: Tensor | None = None,
+    bias: Tensor | None = None,
+    cos_sin: Tensor | None = None,
 ) -> Tensor:
-    return attention(torch.cat([q, k, v], -1), heads, padding, bias)
+    batch, length, _ = qkv.shape
+    return Attention.apply(qkv.flatten(0, 1), heads, batch, length, padding, bias, cos_sin).view(batch, length, -1)
+
+
+def attention_of_parts(q: Tensor, k: Tensor, v: Tensor, *terms: Any, **named: Any) -> Tensor:
+    return attention(torch.cat([q, k, v], -1), *terms, **named)
 
 
 @needs_kernels
 @PADDED
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 32, 33, 100, 256, 511])
-@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("biased", [False, True], ids=["", "by distance"])
 def test_attention_equals_its_formula(width: int, length: int, padded: bool, biased: bool) -> None:
     generator = torch.Generator().manual_seed(length)
-    batch, heads = 3, 5
+    batch, heads = 3, 3
     qkv = torch.randn(batch, length, 3 * heads * width, generator=generator).bfloat16()
     grad = torch.randn(batch, length, heads * width, generator=generator).bfloat16()
     padding = some_padding(batch, length, generator) if padded else None
@@ -107,6 +133,51 @@ def test_attention_equals_its_formula(width: int, length: int, padded: bool, bia
     ours, torchs = (errors(function, exact, inputs, grad) for function in (kernel, exact))
     for error, allowed in zip(ours, torchs, strict=True):
         assert error < max(allowed, 0.01)  # bf16 keeps 8 bits
+
+
+@needs_kernels
+@pytest.mark.parametrize("length", [15, 31, 33, 100])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "by distance"])
+def test_attention_turns_queries_and_keys_by_their_positions(width: int, length: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(length)
+    *inputs, grad = torch.randn(4, 3, length, 2 * width, generator=generator).bfloat16()
+    bias = torch.randn(2, 2 * length - 1, generator=generator) if biased else None
+    terms = (2, some_padding(3, length, generator), bias, angles(length, width))
+    kernel, exact = (lambda q, k, v, f=f: f(q, k, v, *terms) for f in (attention_of_parts, formula))
+    ours, torchs = (errors(function, exact, inputs, grad) for function in (kernel, exact))
+    for error, allowed in zip(ours, torchs, strict=True):
+        assert error < max(allowed, 0.01)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("length", [9, 45, 150])
+@pytest.mark.parametrize("seen", [(-1000, 0), (0, 1000), (-7, 7), (-40, 3), (0, 0)], ids=str)  # keys, by distance
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hidden_distances(width: int, length: int, seen: tuple[int, int], side: str) -> None:
+    generator = torch.Generator().manual_seed(length)
+    real = length // 2  # of the second sequence; so the window of some queries holds padding alone
+    places = torch.arange(length)
+    padding = torch.stack([places < 0, places >= real if side == "right" else places < length - real])
+    *inputs, grad = torch.randn(4, 2, length, 2 * width, generator=generator).bfloat16()
+    q, k, v = ((20 * x).where(padding[..., None], x) for x in inputs)  # large enough to overflow if not hidden
+    grad = grad.masked_fill(padding[..., None], 0)
+    distances = torch.arange(1 - length, length)
+    hidden = (distances < seen[0]) | (distances > seen[1])
+    bias = torch.randn(2, 2 * length - 1, generator=generator).masked_fill(hidden, -1e30)
+    terms = (2, padding, bias, angles(length, width))
+    kernel, exact = (lambda q, k, v, f=f: f(q, k, v, *terms) for f in (attention_of_parts, formula))
+    (ours, *gradients), (reference, *references) = (
+        outcome(kernel, [q, k, v], grad),
+        outcome(exact, [x.double() for x in (q, k, v)], grad.double()),
+    )
+    assert ours.isfinite().all()
+    assert relative_error(ours[~padding], reference[~padding]) < 0.01
+    for own, other in zip(gradients, references, strict=True):
+        assert not own[padding].any()
+        if seen != (0, 0):  # one key: queries and keys have no gradient
+            assert relative_error(own, other) < 0.015
 
 
 @needs_kernels
@@ -151,7 +222,7 @@ def test_threads_give_the_same_bits_and_other_tile_products_still_work(batch: in
 
 
 @needs_kernels
-@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_rows_behind_the_last_sequence_stay_out_of_attention(width: int) -> None:
     batch, length, heads, D = 3, 45, 2, 2 * width
     rows = torch.randn(batch * length + 7, 3 * D, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -40,30 +40,34 @@ class Products {
 
 // C (16 x D) = sum over `count` steps of A (16 x 32) B (32 x D); C as D / 16 tiles of fp32
 template <int D> void product(const bf16* A, long A_step, const bf16* B, int count, float* C) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (D == 64) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int i = 0; i < count; i++, A += A_step, B += D / 16 * kTile) {
-        _tile_loadd(4, A, 64);
-        _tile_loadd(5, B, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, B + kTile, 64);
-        _tile_dpbf16ps(1, 4, 6);
-        if constexpr (D == 64) {
-            _tile_loadd(7, B + 2 * kTile, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_loadd(5, B + 3 * kTile, 64);
-            _tile_dpbf16ps(3, 4, 5);
+    constexpr int Together = D == 32 ? 2 : 4;  // tiles of C
+    for (int n = 0; n < D / 16; n += Together, B += Together * kTile, C += Together * kSquare) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (Together == 4) {
+            _tile_zero(2);
+            _tile_zero(3);
         }
-    }
-    _tile_stored(0, C, 64);
-    _tile_stored(1, C + kSquare, 64);
-    if constexpr (D == 64) {
-        _tile_stored(2, C + 2 * kSquare, 64);
-        _tile_stored(3, C + 3 * kSquare, 64);
+        const bf16 *a = A, *b = B;
+        for (int i = 0; i < count; i++, a += A_step, b += D / 16 * kTile) {
+            _tile_loadd(4, a, 64);
+            _tile_loadd(5, b, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(6, b + kTile, 64);
+            _tile_dpbf16ps(1, 4, 6);
+            if constexpr (Together == 4) {
+                _tile_loadd(7, b + 2 * kTile, 64);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_loadd(5, b + 3 * kTile, 64);
+                _tile_dpbf16ps(3, 4, 5);
+            }
+        }
+        _tile_stored(0, C, 64);
+        _tile_stored(1, C + kSquare, 64);
+        if constexpr (Together == 4) {
+            _tile_stored(2, C + 2 * kSquare, 64);
+            _tile_stored(3, C + 3 * kSquare, 64);
+        }
     }
 }
 
@@ -93,7 +97,11 @@ template <int D> void square(const bf16* A, const bf16* B, float* C) {
 // C (keys x 16 queries, as tiles) = A (keys x D) B (D x 16)
 template <int D> void scores_of(const bf16* A, const bf16* B, int keys, float* C) {
     _tile_loadd(6, B, 64);
-    if constexpr (D == 64) _tile_loadd(7, B + kTile, 64);
+    if constexpr (D > 32) _tile_loadd(7, B + kTile, 64);
+    if constexpr (D > 64) {
+        _tile_loadd(2, B + 2 * kTile, 64);
+        _tile_loadd(3, B + 3 * kTile, 64);
+    }
     for (int j = 0; j < keys; j += 32, A += 32 * D, C += 2 * kSquare) {
         _tile_zero(0);
         _tile_zero(1);
@@ -101,11 +109,21 @@ template <int D> void scores_of(const bf16* A, const bf16* B, int keys, float* C
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(5, A + 16 * D, 64);
         _tile_dpbf16ps(1, 5, 6);
-        if constexpr (D == 64) {
+        if constexpr (D > 32) {
             _tile_loadd(4, A + kTile, 64);
             _tile_dpbf16ps(0, 4, 7);
             _tile_loadd(5, A + 16 * D + kTile, 64);
             _tile_dpbf16ps(1, 5, 7);
+        }
+        if constexpr (D > 64) {
+            _tile_loadd(4, A + 2 * kTile, 64);
+            _tile_dpbf16ps(0, 4, 2);
+            _tile_loadd(5, A + 16 * D + 2 * kTile, 64);
+            _tile_dpbf16ps(1, 5, 2);
+            _tile_loadd(4, A + 3 * kTile, 64);
+            _tile_dpbf16ps(0, 4, 3);
+            _tile_loadd(5, A + 16 * D + 3 * kTile, 64);
+            _tile_dpbf16ps(1, 5, 3);
         }
         _tile_stored(0, C, 64);
         _tile_stored(1, C + kSquare, 64);
