@@ -20,6 +20,7 @@ from finetuning.models.rotary import cos_and_sin, turn
 from finetuning.models.rows import Rows
 
 BIAS_MULTIPLE = 8  # elements; a GPU's attention copies a bias at each call unless its rows begin at such multiples
+HIDDEN, HIDDEN_FP16 = -1e30, -3e4  # the term of a score that hides a key
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ class Attention:
             return None
         distances = torch.arange(1 - T, T, device=self.device)
         seen = (distances >= -farthest) & (distances <= (0 if self.family.causal else farthest))
-        lowest = torch.finfo(torch.float16 if self.dtype == torch.float16 else torch.bfloat16).min / 4
-        return torch.where(seen, 0.0, lowest)[None]
+        return torch.where(seen, 0.0, HIDDEN_FP16 if self.dtype == torch.float16 else HIDDEN)[None]
 
     def torch_bias(self, distances: Tensor | None) -> Tensor | None:
         T, bias = self.rows.length, None
@@ -170,11 +170,12 @@ class Attention:
     def of_all(self, layer: nn.Module, x: Tensor, pattern: Pattern) -> Tensor:
         """Attention of every token: ``(N, D) -> (N, H d)``."""
         qkv = linears(x, self.query_key_value(layer), on_cpu=self.on_cpu)
-        qkv = self.placed(self.with_all_heads(layer, qkv), pattern)
+        qkv = self.with_all_heads(layer, qkv)
         if self.compiled:
             distances = None if pattern.distances is None else pattern.distances.expand(self.heads, -1)
             sizes = (self.heads, self.rows.batch, self.rows.length)
-            return cpu_kernels.Attention.apply(qkv, *sizes, self.padding, distances)
+            return cpu_kernels.Attention.apply(qkv, *sizes, self.padding, distances, pattern.positions)
+        qkv = self.placed(qkv, pattern)
         if self.on_cpu and self.dropout == 0 and not self.trains_distances:
             return self.rows.of(ChunkedAttention.apply(self.rows.sequences(qkv), self.heads, pattern.bias))
         return self.fused(qkv, pattern)

@@ -118,7 +118,7 @@ def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str
 
 
 def validation_advice(texts: int, config: RunConfig) -> list[str]:
-    """What to try if validation has few texts; empty if ``--kfold`` or a limit chose them, or ``--kfold`` cannot run."""
+    """What to try if validation has few texts; empty if ``--kfold`` or a limit chose them, or if it cannot run."""
     data, alone = config.data, config.hardware.processes == 1
     if data.kfold or data.limit_validation or config.training.epochs == 0 or not alone or texts >= FEW_VALIDATION_TEXTS:
         return []
