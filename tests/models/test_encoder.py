@@ -1,7 +1,7 @@
 """The efficient forward against Hugging Face's own: same logits, same gradients, nothing done for what is frozen."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ STEPS = pytest.mark.parametrize("on_cpu", [True, False], ids=["steps for a CPU",
 VOCABULARY = 60
 
 
-def prepare(family: ModelFamily, method: str, **dropouts: float) -> nn.Module:
+def prepare(family: ModelFamily, method: str, shape: Mapping[str, int] | None = None, **dropouts: float) -> nn.Module:
     """A tiny classifier in training mode, trained as the method says; without dropout but what is given."""
     dropouts = dict.fromkeys(("dropout", "attention_dropout", "head_dropout"), 0.0) | dropouts
     names = {
@@ -44,7 +44,7 @@ def prepare(family: ModelFamily, method: str, **dropouts: float) -> nn.Module:
         if name in family.settings
     }
     names |= dict.fromkeys(family.more_dropouts, dropouts["dropout"])
-    settings: dict[str, Any] = {family.settings["layer_count"]: LAYERS, **names}
+    settings: dict[str, Any] = {family.settings["layer_count"]: LAYERS, **names, **(shape or {})}
     model = tiny_model(family.model_type, VOCABULARY, 3, **settings).train()
     if method == "full":
         return model
@@ -262,6 +262,19 @@ def assert_as_good(errors: Sequence[tuple[float, ...]], quantile: float = 0.5, o
 def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str) -> None:
     model = prepare(family, method)
     batches = [batch(family, padded=True, seed=seed) for seed in range(9)]
+    assert_as_good([low_precision_errors(model, family, *inputs, torch.bfloat16) for inputs in batches])
+
+
+@pytest.mark.usefixtures("bf16_variant")
+@pytest.mark.parametrize("model_type", ["bert", "mpnet", "modernbert", "mistral", "qwen3"])
+def test_each_form_of_the_compiled_kernels_is_as_good_as_autocast(model_type: str) -> None:
+    """Their heads are wide enough, and texts are longer than the windows and the blocks that the kernels skip."""
+    family = FAMILIES[model_type]
+    shape = {"hidden_size": 128, "max_position_embeddings": 128, **({"head_dim": 32} if model_type == "qwen3" else {})}
+    model = prepare(family, "all", shape)
+    batches = [batch(family, padded=True, longest=90, seed=seed) for seed in range(3)]
+    steps = encoder._Encoder(model, family, torch.bfloat16, batches[0][1], checkpointing=False, padded=True, on_cpu=True)
+    assert steps.attention.compiled
     assert_as_good([low_precision_errors(model, family, *inputs, torch.bfloat16) for inputs in batches])
 
 
