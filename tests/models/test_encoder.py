@@ -273,7 +273,8 @@ def test_each_form_of_the_compiled_kernels_is_as_good_as_autocast(model_type: st
     shape = {"hidden_size": 128, "max_position_embeddings": 128, **({"head_dim": 32} if model_type == "qwen3" else {})}
     model = prepare(family, "all", shape)
     batches = [batch(family, padded=True, longest=90, seed=seed) for seed in range(3)]
-    steps = encoder._Encoder(model, family, torch.bfloat16, batches[0][1], checkpointing=False, padded=True, on_cpu=True)
+    _, mask, _ = batches[0]
+    steps = encoder._Encoder(model, family, torch.bfloat16, mask, checkpointing=False, padded=True, on_cpu=True)
     assert steps.attention.compiled
     assert_as_good([low_precision_errors(model, family, *inputs, torch.bfloat16) for inputs in batches])
 
