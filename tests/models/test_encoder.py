@@ -202,7 +202,8 @@ def test_each_dropout_works_in_training_only_and_averages_out(family: ModelFamil
     """Hugging Face draws other numbers, so the test compares the size of their effect."""
     if kind != "lora" and kind not in family.settings:
         pytest.skip(f"the family has no {kind}")
-    model = prepare(family, "query+value", **({} if kind == "lora" else {kind: 0.3}))
+    dropouts: dict[str, Any] = {} if kind == "lora" else {kind: 0.3}
+    model = prepare(family, "query+value", **dropouts)
     for module in model.modules():
         if isinstance(module, LoRALayer) and kind == "lora":
             module.dropout.p = 0.3
