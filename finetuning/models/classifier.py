@@ -12,7 +12,7 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
 from finetuning.storage import cache_dir
 
-SHORT = 192  # tokens; up to here, on a CPU, the plain formula of attention is faster than torch's fused one
+SHORT = 192  # tokens; up to here, on a CPU, the plain formula of attention trains faster than torch's fused one
 
 
 class Classifier(nn.Module):
@@ -102,7 +102,7 @@ class Classifier(nn.Module):
     def _choose_attention(self, input_ids: Tensor) -> None:
         """Sets how Hugging Face's own forward computes attention for this batch. Results are equal up to rounding."""
         short = input_ids.device.type == "cpu" and input_ids.shape[1] <= SHORT
-        wanted = "eager" if short and self._attention == "sdpa" else self._attention
+        wanted = "eager" if short and torch.is_grad_enabled() and self._attention == "sdpa" else self._attention
         model: Any = self.model
         if wanted != getattr(model.config, "_attn_implementation", None):
             model.set_attn_implementation(wanted)
