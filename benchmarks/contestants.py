@@ -374,7 +374,7 @@ class Suite(Contestant):
 
     def evaluate(self, split: TokenizedSplit) -> None:
         module = self.module(total_steps=1)
-        loader = evaluation_loader(split, self.config.training, self.pad_id)
+        loader = evaluation_loader(split, self.config.training, self.pad_id, pin_memory=self.hardware.on_gpu)
         with tempfile.TemporaryDirectory() as directory, quiet_lightning():
             self.trainer(Path(directory)).test(module, loader, verbose=False)
 

@@ -27,7 +27,6 @@ from benchmarks import harness
 from benchmarks.contestants import CONTESTANTS, Contestant, Peft
 from benchmarks.harness import Record
 from benchmarks.workload import Job, attentions, prepare, read_split, sample, some_batches
-from finetuning.data.batches import EVALUATION_FACTOR as LOADER_FACTOR
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.runs.measurements import peak_memory, processor_seconds, was_alone
@@ -116,9 +115,8 @@ def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
 
     def evaluate(part: TokenizedSplit, batch_tokens: int, attention: str) -> None:
         model.set_attn_implementation(attention)
-        budget = max(batch_tokens // LOADER_FACTOR, job.max_length)
         with torch.inference_mode():
-            for batch in evaluation_loader(part, job.config.changed(batch_tokens=budget).training, pad_id=0):
+            for batch in evaluation_loader(part, job.config.changed(batch_tokens=batch_tokens).training, pad_id=0):
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     ways = product(MERGED_BATCHES_TOKENS, attentions(job.model))

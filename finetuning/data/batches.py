@@ -28,6 +28,7 @@ Batch = dict[str, Any]  # tensors, and ``padded``
 BLOCK_BATCHES = 4  # batches whose examples are mixed; a larger number means more randomness and more padding
 EVALUATION_FACTOR = 4  # evaluation batches are this much larger, because they keep no activations for gradients
 EVALUATION_BATCH_SIZE = 256
+CPU_TOKENS = 6144  # in an evaluation batch: on a CPU, larger ones leave its caches and are slower
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,10 @@ def evaluation_loader(
     synchronizes buffers in a forward and a rank with one more batch would wait for ever. ``loss_weight`` is
     1 / texts in the split: the sum of all losses times it, over all batches and ranks, is the mean loss.
 
+    Args:
+        split, training, pad_id, rank, world_size: as in ``train_loader``.
+        pin_memory: whether a GPU evaluates. It gets larger batches.
+
     Raises:
         UserError: there are fewer texts than processes.
     """
@@ -345,6 +350,8 @@ def evaluation_loader(
         )
     order = np.argsort(-split.lengths, kind="stable")
     batch_tokens = EVALUATION_FACTOR * training.batch_tokens
+    if not pin_memory:
+        batch_tokens = max(min(batch_tokens, CPU_TOKENS), training.batch_tokens)
     plan = plan_batches(split.lengths[order], batch_tokens, EVALUATION_BATCH_SIZE, world_size)
     batches = [BatchIndices(examples, 1 / len(split)) for examples in np.split(order, plan.cuts[1:-1])]
     return DataLoader(

@@ -102,8 +102,9 @@ def _evaluation_seconds(
 ) -> dict[str, float]:
     """Seconds to evaluate validation and test, see ``_first_and_later``."""
     seconds: dict[str, float] = {}
+    on_gpu = device.type == "cuda"
     for name in (name for name in ("validation", "test") if name in splits):
-        evaluated = _spread(evaluation_loader(splits[name], training, pad_id), MEASURED_EVALUATIONS)
+        evaluated = _spread(evaluation_loader(splits[name], training, pad_id, pin_memory=on_gpu), MEASURED_EVALUATIONS)
         classifier.logits(_to(evaluated[0], device))  # warm-up: evaluation uses other kernels
         tokens = int(splits[name].lengths.sum())
         seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)

@@ -232,6 +232,17 @@ def test_evaluation_sees_each_example_once(world_size: int) -> None:
         assert widths == sorted(widths, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("batch_tokens", "on_cpu", "on_gpu"), [(1024, 4096, 4096), (2048, 6144, 8192), (8192, 8192, 32768)]
+)
+def test_evaluation_batches_of_a_cpu_stay_in_its_caches(batch_tokens: int, on_cpu: int, on_gpu: int) -> None:
+    split = make_split(np.full(1024, 128))
+    training = RunConfig.from_settings(max_length=128, batch_tokens=batch_tokens).training
+    for pinned, limit in ((False, on_cpu), (True, on_gpu)):
+        sampler = evaluation_loader(split, training, PAD, pin_memory=pinned).sampler
+        assert max(128 * len(batch.examples) for batch in sampler) == min(limit, 128 * EVALUATION_BATCH_SIZE)
+
+
 def test_evaluation_with_fewer_texts_than_processes() -> None:
     with pytest.raises(UserError, match="--devices"):
         evaluation_loader(make_split(np.full(2, 9)), RunConfig.from_settings().training, PAD, 0, 3)
