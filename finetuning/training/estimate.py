@@ -18,6 +18,7 @@ from finetuning.data.batches import evaluation_loader, train_loader
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.models.classifier import Classifier
 from finetuning.models.frozen_outputs import FrozenOutputs
+from finetuning.models.lora import merged
 from finetuning.runs.measurements import peak_memory
 from finetuning.settings import TrainingSettings
 from finetuning.training.hardware import Hardware
@@ -77,7 +78,8 @@ def measure_steps(
         lambda batch, outputs: _step(classifier, task, optimizer, batch, training.gradient_clip, outputs),
     )  # fmt: skip
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
-    seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
+    with merged(classifier.model):
+        seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
     later = (training.epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
     seconds["run"] = seconds["epoch"] + seconds["validation"] + later + seconds.get("test", 0.0)
     kept = sum(outputs.bytes for outputs in frozen.values())

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from finetuning.errors import TrainingFailed, say
 from finetuning.models.classifier import Classifier
 from finetuning.models.frozen_outputs import FrozenOutputs
+from finetuning.models.lora import drop_merged, keep_merged
 from finetuning.processes import is_helper
 from finetuning.runs.files import NOT_FINITE
 from finetuning.settings import TrainingSettings
@@ -81,6 +82,18 @@ class FineTuning(pl.LightningModule):
 
     def test_step(self, batch: Batch) -> None:
         self._evaluation_step(batch, "test")
+
+    def on_validation_start(self) -> None:
+        keep_merged(self.classifier.model)
+
+    def on_test_start(self) -> None:
+        keep_merged(self.classifier.model)
+
+    def on_validation_end(self) -> None:
+        drop_merged(self.classifier.model)
+
+    def on_test_end(self) -> None:
+        drop_merged(self.classifier.model)
 
     def on_validation_epoch_end(self) -> None:
         self._end_evaluation("validation")

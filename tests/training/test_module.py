@@ -1,14 +1,22 @@
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from finetuning.config import RunConfig
+from finetuning.data.batches import evaluation_loader, train_loader
+from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import TrainingFailed
+from finetuning.models.lora import drop_merged, lora_modules
 from finetuning.training.module import FineTuning
 from finetuning.training.tasks import SingleLabel
+from finetuning.training.trainer import quiet_lightning
 from local_model_utilities import build_classifier, find_base_model
 
 
@@ -51,3 +59,56 @@ def test_a_run_that_continues_with_other_kernels_says_so(
     after.on_load_checkpoint(checkpoint)
     line = "warning: the run's CPU kernels were: compiled; now: no: results will not be bit-identical\n"
     assert capsys.readouterr().err == line
+
+
+class Compared(pl.Callback):
+    """Compares the logits of each validation with those of the plain products."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.logits: list[Tensor] = []
+        self.merged: list[bool] = []  # whether weights are kept: in each validation, after it
+
+    def note(self, module: Any) -> None:
+        self.merged.append(any(m.merged is not None for _, m in lora_modules(module.classifier.model)))
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        plain = copy.deepcopy(module.classifier)
+        drop_merged(plain.model)
+        found = module._parts[-1][2]
+        torch.testing.assert_close(found, plain.logits(batch), rtol=self.tolerance, atol=self.tolerance)
+        self.logits.append(found.clone())
+        self.note(module)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.note(module)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2)])
+@pytest.mark.parametrize("efficient", [True, False])
+def test_validation_after_each_step_uses_the_weights_of_that_step(
+    precision: str, tolerance: float, efficient: bool, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = RunConfig.from_settings(
+        model_name=str(tiny_folders["bert"]), max_length=32, batch_size=16, learning_rate=0.01, precision=precision,
+        efficient=efficient, lora_query=True, lora_key=True, lora_mlp=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], dtype)
+    rows = np.arange(16)
+    tokens = np.random.default_rng(0).integers(1000, 1100, 16 * 20)
+    split = TokenizedSplit(tokens, 20 * np.arange(17), rows % 2, rows)
+    module = FineTuning(classifier, config.training, SingleLabel(["bad", "good"]), total_steps=3)
+    compared = Compared(tolerance)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=3, callbacks=[compared], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    loaders = train_loader(split, config.training, 0), evaluation_loader(split, config.training, 0)
+    with quiet_lightning():
+        trainer.fit(module, *loaders)
+    assert compared.merged == [True, False] * 3
+    first, second, third = compared.logits
+    assert min((first - second).abs().max(), (second - third).abs().max()) > 2 * tolerance
