@@ -35,7 +35,7 @@ def test_lora_defaults() -> None:
     assert (config.method.method, config.method.trainable_layers) == ("lora", None)
     assert (lora.lora_r, lora.lora_alpha, lora.lora_scaling, lora.lora_dropout) == (8, 16.0, "standard", 0.0)
     assert (lora.q_lora, lora.double_quantization) == (False, None)
-    assert lora.targets == ("query", "value")
+    assert (lora.targets, lora.lora_variant) == (("query", "value"), "lora")
     assert lora_of_flags("--q_lora").double_quantization is True
     assert lora_of_flags("--q_lora --double_quantization no").double_quantization is False
     assert lora_of_flags("--lora_mlp").targets == ("query", "value", "mlp")
@@ -208,14 +208,20 @@ def test_momentum_out_of_range(value: str) -> None:
 @pytest.mark.parametrize("method", OTHER_METHODS)
 @pytest.mark.parametrize("name", LORA_FLAGS)
 def test_lora_flags_belong_to_lora(name: str, method: str) -> None:
-    value = {"lora_r": "8", "lora_alpha": "16.0", "lora_scaling": "raw", "lora_dropout": "0.0"}.get(name, "False")
+    value = {
+        "lora_r": "8",
+        "lora_alpha": "16.0",
+        "lora_scaling": "raw",
+        "lora_dropout": "0.0",
+        "lora_variant": "dora",
+    }.get(name, "False")
     message = refusal(f"--method {method} --{name} {value}")
     assert message == f"--{name} {value}: needs --method lora, but the method is {method}"
 
 
 def test_every_lora_flag_is_known_to_the_test_above() -> None:
     named = {"lora_r", "lora_alpha", "lora_scaling", "lora_dropout", "lora_modules", "q_lora", "double_quantization"}
-    assert set(LORA_FLAGS) == named | {"init_adapter", "lora_layers", *LORA_TARGETS}
+    assert set(LORA_FLAGS) == named | {"init_adapter", "lora_layers", "lora_variant", *LORA_TARGETS}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +268,7 @@ def test_class_weights_by_name() -> None:
 def test_an_adapter_decides_rank_scale_and_placement() -> None:
     lora = lora_of_flags("--init_adapter a --lora_dropout 0.1")
     assert (lora.init_adapter, lora.lora_dropout) == (Path("a"), 0.1)
-    assert [lora.lora_r, lora.lora_alpha, lora.lora_scaling] == [None] * 3
+    assert [lora.lora_r, lora.lora_alpha, lora.lora_scaling, lora.lora_variant, lora.lora_layers] == [None] * 5
     assert lora.targets == ()
     again = RunConfig.from_dict(config_of_flags("--init_adapter a --lora_r 3 --lora_key True").to_dict()).lora
     assert again is not None
@@ -504,6 +510,7 @@ def test_what_may_change_exists() -> None:
         "--q_lora --lora_scaling raw --lora_alpha 2 --lora_head",
         "--q_lora --double_quantization False --device 2",
         "--lora_layers 0,2-3 --lora_mlp",
+        "--lora_variant dora --q_lora",
         "--lora_plus_ratio 16 --optimizer sgd --init_adapter a",
         "--method full --optimizer sgd_nesterov --learning_rate 0.3 --scheduler onecycle",
         "--method selective --trainable_layers 0 --optimizer sgd --batch_size 12",

@@ -31,6 +31,7 @@ Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 METHODS = {
     "lora": "--lora_mlp True --learning_rate 1e-2",
+    "dora": "--lora_variant dora --lora_mlp True --learning_rate 1e-2 --precision bf16",
     "lora_head": "--lora_head True --learning_rate 1e-2",
     "q_lora": "--q_lora True --learning_rate 1e-2",
     "full": "--method full --learning_rate 1e-2",

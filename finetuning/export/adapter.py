@@ -78,4 +78,5 @@ def without_adapter(classifier: Classifier, pad_id: int) -> Any:
     bare = copy.deepcopy(classifier)
     for _, module in lora_modules(bare.model):
         module.lora.lora_B.data.zero_()
+        module.start_magnitude()
     return plain_model(bare, pad_id)

@@ -109,9 +109,15 @@ def check_fits(
     width = base.config.hidden_size
     if lora is not None and lora.lora_r is not None and lora.lora_r > width:
         raise UserError(f"--lora_r {lora.lora_r}: the layers of {base.name} are {width} wide, so 1 to that")
-    if hardware.gradient_checkpointing and not (
-        (hardware.efficient and family.is_efficient(base.config)) or family.checkpointing
-    ):
+    if lora is not None and lora.lora_variant == "dora":
+        for parts in family.fused.values():
+            if 0 < len(chosen := set(parts) & set(lora.targets)) < len(parts):
+                raise UserError(
+                    f"--lora_variant dora: in {family.model_type} models {', '.join(parts)} are one linear, which PEFT"
+                    f" adapts as a whole: put LoRA on all of them, not only on {', '.join(sorted(chosen))}"
+                )
+    efficient = hardware.efficient and family.is_efficient(base.config)
+    if hardware.gradient_checkpointing and not (efficient or family.checkpointing):
         raise UserError(f"--gradient_checkpointing True: {family.model_type} models cannot do this: leave it out")
     if lora is not None:
         check_targets(base.config, family, lora.targets, lora.modules, base.name, lora.layers)

@@ -19,7 +19,7 @@ from finetuning.models.discovery import in_layers, named_linears
 from finetuning.models.families import ModelFamily
 from finetuning.models.fused import split_linears
 from finetuning.models.int8 import frozen_linears, use_int8
-from finetuning.models.lora import LinearWithLoRA, LoRALayer
+from finetuning.models.lora import VARIANTS, LinearWithLoRA
 from finetuning.models.methods import choose_trained
 from finetuning.models.pretrained import load_pretrained
 from finetuning.models.quantization import quantize_linears
@@ -116,7 +116,7 @@ def place_lora(
             linear: Any = model.get_submodule(name)
         except AttributeError:
             raise UserError(f"the adapter has LoRA on {name}, but the model has only {layers} layers") from None
-        lora = LoRALayer(
+        lora = VARIANTS[settings.lora_variant or "lora"](
             linear.in_features,
             linear.out_features,
             rank,

@@ -95,6 +95,7 @@ def int8_linears(
     modules: Sequence[Int8Linear],
     loras: Sequence[tuple[Tensor, Tensor] | None],
     activation: Activation | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """Several 8-bit linears of one input, outputs concatenated: ``(..., in) -> (..., sum of out)`` in x's dtype.
 
@@ -103,31 +104,36 @@ def int8_linears(
         modules: the linears.
         loras: A ``(rank, in)`` and the scaled B ``(out, rank)`` of each, or ``None``.
         activation: applied to x first.
+        factors: multiply the rows of weights and B, ``(sum of out,)`` fp32, constants.
     """
     fused = activation in (F.gelu, cpu_kernels.gelu)
     if activation is not None and not fused:
         x = activation(x)
-    weight = lambda: _joined(modules)  # noqa: E731  # joined again in backward, so that no copy lives until then
+    weight = lambda: _joined(modules, factors)  # noqa: E731  # joined again in backward: no copy lives until then
     ends = [sum(m.out_features for m in modules[: i + 1]) for i in range(len(modules))]
     A = B = ranks = None
     if any(lora is not None for lora in loras):
         parts = [_padded(lora, module) for lora, module in zip(loras, modules, strict=True)]
         A, B = torch.cat([a for a, _ in parts]), torch.block_diag(*(b for _, b in parts))
         ranks = tuple(len(a) for a, _ in parts)
+        B = B if factors is None else B * factors[:, None]
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # one token of each sequence is a view with gaps
     y: Tensor = _FrozenInt8.apply(rows, A, B, weight, tuple(ends), ranks, fused)
     return y.view(*x.shape[:-1], ends[-1])
 
 
-def _joined(modules: Sequence[Int8Linear]) -> Int8Weight:
+def _joined(modules: Sequence[Int8Linear], factors: Tensor | None = None) -> Int8Weight:
+    """One weight of several, its rows multiplied by the factors."""
     if len(modules) == 1:
-        return Int8Weight(modules[0].weight, modules[0].scale, modules[0].bias)
+        scale = modules[0].scale
+        return Int8Weight(modules[0].weight, scale if factors is None else scale * factors, modules[0].bias)
     values, scales, biases = [], [], []
     for module in modules:
         values.append(module.weight.data)
         scales.append(module.scale)
         biases.append(module.scale.new_zeros(module.out_features) if module.bias is None else module.bias.data)
-    return Int8Weight(torch.cat(values), torch.cat(scales), torch.cat(biases))
+    scale = torch.cat(scales)
+    return Int8Weight(torch.cat(values), scale if factors is None else scale * factors, torch.cat(biases))
 
 
 def _padded(lora: tuple[Tensor, Tensor] | None, module: Int8Linear) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetuning.models.dora import Magnitude, row_norms
 from finetuning.models.int8 import Int8Linear, int8_linears
 from finetuning.models.products import Activation, frozen_linear, in_autocast, join
 from finetuning.models.quantization import dense_weight, is_quantized
@@ -79,6 +80,20 @@ class LoRALayer(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling}"
 
 
+class DoRALayer(LoRALayer):
+    """LoRA's matrices and DoRA's magnitude, one number for each output; see ``dora.py``. Arguments as in ``LoRALayer``.
+
+    ``LinearWithLoRA`` sets the magnitude to the norms of its rows, so that it changes nothing at first.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *rest: Any, **settings: Any) -> None:
+        super().__init__(in_features, out_features, *rest, **settings)
+        self.lora_magnitude_vector = nn.Parameter(torch.ones(out_features, dtype=torch.float32))
+
+
+VARIANTS: dict[str, type[LoRALayer]] = {"lora": LoRALayer, "dora": DoRALayer}
+
+
 class LinearWithLoRA(nn.Module):
     """A frozen linear and the LoRA layer next to it.
 
@@ -98,6 +113,31 @@ class LinearWithLoRA(nn.Module):
         self.lora = lora
         self.in_features: int = lora.lora_A.shape[1]
         self.out_features: int = lora.lora_B.shape[0]
+        self.start_magnitude()
+
+    def start_magnitude(self) -> None:
+        """Sets DoRA's magnitude, if there is one, to what changes nothing."""
+        if isinstance(self.lora, DoRALayer):
+            self.lora.lora_magnitude_vector.data = self.row_norms()
+
+    def row_norms(self) -> Tensor:
+        """The norm of each row of the linear's weight plus LoRA's, ``(out,)`` fp32, a constant."""
+        return row_norms(dense_weight(self.linear), self.lora.lora_A, self.lora.scale * self.lora.lora_B)
+
+    def factors(self) -> Tensor | None:
+        """DoRA's factor of each row, ``(out,)`` fp32; ``None`` for LoRA."""
+        return self.lora.lora_magnitude_vector / self.row_norms() if isinstance(self.lora, DoRALayer) else None
+
+    def added(self, x: Tensor) -> Tensor:
+        """``(..., in) -> (..., out)``: what is added to the linear's output, by the plain formula, in x's dtype."""
+        factors = self.factors()
+        if factors is None:
+            added: Tensor = self.lora(x)
+            return added
+        x, factors = self.lora.dropout(x), factors.to(x.dtype)
+        weight = dense_weight(self.linear)
+        merged = (weight + self.lora.delta_weight()).to(x.dtype)
+        return factors * F.linear(x, merged) - F.linear(x, weight.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``: the linear plus the LoRA layer, in x's dtype or autocast's."""
@@ -106,7 +146,8 @@ class LinearWithLoRA(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The single weight that replaces both, ``(out, in)``, fp32."""
-        return dense_weight(self.linear).float() + self.lora.delta_weight()
+        merged, factors = dense_weight(self.linear).float() + self.lora.delta_weight(), self.factors()
+        return merged if factors is None else factors[:, None] * merged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,26 +179,32 @@ def linears(
     if adapted and (base_is_trained or any(map(drops_input, adapted))):
         x = x if activation is None else activation(x)
         return linears(x, bases, None, on_cpu) + _lora_outputs(x, modules)
+    dtype = x.dtype  # a local name, so that ``weight`` below does not keep x alive until backward
+    bias = _join_bias(bases, dtype)
+    s = _row_factors(modules) if adapted else None  # (out,)
+    constant = None if s is None else s.detach()
     if isinstance(bases[0], Int8Linear):
         loras = [(m.lora.lora_A, _scaled_B(m)) if isinstance(m, LinearWithLoRA) else None for m in modules]
-        return int8_linears(x, bases, loras, activation)
-    dtype = x.dtype  # a local name, so that ``weight`` below does not keep x alive until backward
+        y = int8_linears(x, bases, loras, activation, constant)
+        return y if s is None else Magnitude.apply(y, s, bias)
 
     def weight() -> Tensor:
-        return join([dense_weight(linear) for linear in bases]).to(dtype)  # (out, in)
+        W = join([dense_weight(linear) for linear in bases])  # (out, in)
+        return (W if constant is None else W * constant[:, None]).to(dtype)
 
-    bias = _join_bias(bases, dtype)
     if base_is_trained:
         return F.linear(x if activation is None else activation(x), weight(), bias)
     if not adapted:
         return frozen_linear(x, None, None, weight, bias, on_cpu, activation)
     blocks = [_scaled_B(m) for m in modules]
     A = join([m.lora.lora_A for m in adapted]).to(dtype)  # (R, in)
-    B = (blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)).to(dtype)  # (out, R)
+    B = blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)  # (out, R)
+    B = (B if constant is None else B * constant[:, None]).to(dtype)
     if dtype == torch.float32 and not torch.is_grad_enabled():
         merged = torch.addmm(weight(), B, A)  # exact here; for bf16 see ``round_evenly``
         return frozen_linear(x, None, None, lambda: merged, bias, on_cpu, activation)
-    return frozen_linear(x, A, B, weight, bias, on_cpu, activation)
+    y = frozen_linear(x, A, B, weight, bias, on_cpu, activation)
+    return y if s is None else Magnitude.apply(y, s, bias)
 
 
 def transposed(x: Tensor, module: nn.Module, on_cpu: bool | None = None) -> Tensor:
@@ -181,6 +228,8 @@ def transposed(x: Tensor, module: nn.Module, on_cpu: bool | None = None) -> Tens
 
     A = B = None
     if isinstance(module, LinearWithLoRA):
+        factors = module.factors()
+        x = x if factors is None else x * factors.to(dtype)
         A, B = _scaled_B(module).t().to(dtype), module.lora.lora_A.t().to(dtype)
     if not linear.weight.requires_grad:
         return frozen_linear(x, A, B, weight, None, on_cpu)
@@ -211,10 +260,19 @@ def _scaled_B(module: Any) -> Tensor:
     return torch.empty(module.out_features, 0, device=module.weight.device)
 
 
+def _row_factors(modules: Sequence[Any]) -> Tensor | None:
+    """DoRA's factors of the rows of several linears, 1 for a linear without it; ``None`` if none has it."""
+    factors = [m.factors() if isinstance(m, LinearWithLoRA) else None for m in modules]
+    if all(f is None for f in factors):
+        return None
+    ones = partial(torch.ones, device=next(f for f in factors if f is not None).device)
+    return join([ones(m.out_features) if f is None else f for f, m in zip(factors, modules, strict=True)])
+
+
 def _lora_outputs(x: Tensor, modules: Sequence[Any]) -> Tensor:
     """LoRA's terms by the plain formula, concatenated; zeros for a linear without LoRA."""
     shape = x.shape[:-1]
-    parts = [m.lora(x) if isinstance(m, LinearWithLoRA) else x.new_zeros(*shape, m.out_features) for m in modules]
+    parts = [m.added(x) if isinstance(m, LinearWithLoRA) else x.new_zeros(*shape, m.out_features) for m in modules]
     return torch.cat(parts, -1)
 
 

@@ -19,7 +19,7 @@ UNDERSTOOD = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "bias", "init_lora_weights", "inference_mode",
     "revision", "auto_mapping", "peft_version", "layers_pattern", "layers_to_transform", "exclude_modules",
-    "megatron_core", "eva_config", "qalora_group_size", "fan_in_fan_out",
+    "megatron_core", "eva_config", "qalora_group_size", "fan_in_fan_out", "use_dora",
 }  # fmt: skip
 # Ways to begin that leave the base model as it is. Others (PiSSA, LoftQ, OLoRA) change its weights.
 PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -34,6 +34,7 @@ class Adapter:
     rank: int
     alpha: float
     scaling: str  # standard or rslora
+    variant: str  # lora or dora
     linears: dict[str, tuple[int, float]]  # full name of each linear with LoRA -> rank, alpha
 
     def file_hashes(self) -> dict[str, str]:
@@ -76,7 +77,8 @@ def read_adapter(folder: Path) -> Adapter:
     if not linears:
         raise UserError(f"{folder}: {ADAPTER} contains no LoRA matrices")
     scaling = "rslora" if config.get("use_rslora") else "standard"
-    return Adapter(folder, config.get("base_model_name_or_path"), rank, alpha, scaling, linears)
+    variant = "dora" if config.get("use_dora") else "lora"
+    return Adapter(folder, config.get("base_model_name_or_path"), rank, alpha, scaling, variant, linears)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -93,9 +93,13 @@ def adopt_adapter(lora: LoRASettings, base: BaseModel, moved: bool) -> tuple[dic
         given = getattr(lora, name)
         if given is not None and given != value:
             raise UserError(f"--{name} {given}: the adapter of --init_adapter has {value}: leave out this flag")
-    if moved and lora.lora_layers is None:  # an earlier version, which stored no layers, has begun the run
+    if moved and lora.lora_variant is None:  # an earlier version, which stored neither of these, has begun the run
         return values, adapter
-    return values | {"lora_layers": _adapted_layers(lora, adapter, base)}, adapter
+    if lora.lora_variant not in (None, adapter.variant):
+        has = f"the adapter of --init_adapter has {adapter.variant}"
+        raise UserError(f"--lora_variant {lora.lora_variant}: {has}: leave out this flag")
+    layers = _adapted_layers(lora, adapter, base)
+    return values | {"lora_variant": adapter.variant, "lora_layers": layers}, adapter
 
 
 def _adapted_layers(lora: LoRASettings, adapter: Adapter, base: BaseModel) -> str | None:

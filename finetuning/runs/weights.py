@@ -15,12 +15,15 @@ from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, chec
 from finetuning.settings import LoRASettings
 from finetuning.storage import write_atomically, write_json
 
+MAGNITUDE = "magnitude_vector"  # of DoRA
+
 
 def peft_name(name: str, lora: bool) -> str:
     """A parameter's name in PEFT's files, e.g. ``base_model.model.X.lora_A.weight`` for ``X.lora.lora_A``."""
     if not lora:
         return name
     name = name.replace(".lora.lora_A", ".lora_A.weight").replace(".lora.lora_B", ".lora_B.weight")
+    name = name.replace(".lora.lora_magnitude_vector", ".lora_magnitude_vector")
     return "base_model.model." + name.replace(".linear.", ".base_layer.")
 
 
@@ -74,6 +77,8 @@ def joined_parts(tensors: dict[str, Tensor], split: Mapping[str, Mapping[str, in
         if parts:
             A = torch.cat([rest.pop(f"{path}A") for path in parts.values()])
             blocks = [rest.pop(f"{parts[p]}B") if p in parts else A.new_empty(n, 0) for p, n in widths.items()]
+            magnitudes = [rest.pop(f"{path}{MAGNITUDE}") for path in parts.values() if f"{path}{MAGNITUDE}" in rest]
+            rest |= {f"{name}.lora.lora_{MAGNITUDE}": torch.cat(magnitudes)} if magnitudes else {}
             rest |= {f"{name}.lora.lora_A": A, f"{name}.lora.lora_B": torch.block_diag(*blocks)}
     return rest
 
@@ -88,6 +93,9 @@ def separate_parts(
         if parts:
             A, B = own.pop(f"{name}.lora.lora_A"), own.pop(f"{name}.lora.lora_B")
             rows = dict(zip(widths, B.split(list(widths.values())), strict=True))
+            if f"{name}.lora.lora_{MAGNITUDE}" in own:  # then all parts have LoRA
+                magnitudes = own.pop(f"{name}.lora.lora_{MAGNITUDE}").split(list(widths.values()))
+                own |= {f"{name}.{part}.lora.lora_{MAGNITUDE}": m for part, m in zip(parts, magnitudes, strict=True)}
             for i, part in enumerate(parts):
                 own[f"{name}.{part}.lora.lora_A"] = A.chunk(len(parts))[i]
                 own[f"{name}.{part}.lora.lora_B"] = rows[part].chunk(len(parts), dim=1)[i]
@@ -183,7 +191,7 @@ def adapter_config(
         "modules_to_save": None if lora.lora_head else list(trained_head),
         "bias": "none",
         "inference_mode": True,
-    }
+    } | ({"use_dora": True} if lora.lora_variant == "dora" else {})
 
 
 def load_trained(

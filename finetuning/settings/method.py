@@ -11,7 +11,8 @@ from finetuning.errors import UserError
 from finetuning.settings.fields import Values, require, setting
 
 LORA_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
-FROM_ADAPTER = ("lora_r", "lora_alpha", "lora_scaling", *LORA_TARGETS, "lora_layers")  # what --init_adapter decides
+# What --init_adapter decides.
+FROM_ADAPTER = ("lora_r", "lora_alpha", "lora_scaling", "lora_variant", *LORA_TARGETS, "lora_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ class LoRASettings:
         "standard", "Scale of LoRA: alpha / r (standard), alpha / sqrt(r) (rslora) or alpha (raw)."
     )
     lora_dropout: float = setting(0.0, "Dropout probability on the input of LoRA.", "0", at_least=0, below=1)
+    lora_variant: Literal["lora", "dora"] | None = setting(
+        None, "LoRA, or DoRA, which also trains a magnitude for each output of its linears.", "lora"
+    )
     lora_query: bool = setting(True, "Add LoRA to the attention query.")
     lora_key: bool = setting(False, "Add LoRA to the attention key.")
     lora_value: bool = setting(True, "Add LoRA to the attention value.")
@@ -59,7 +63,9 @@ class LoRASettings:
     )
     q_lora: bool = setting(False, "Store the frozen linear layers in 4 bits (NF4, with bitsandbytes).")
     init_adapter: Path | None = setting(
-        None, "Start from this adapter in PEFT's format. It decides rank, alpha, scaling, placement and layers.", "none"
+        None,
+        "Start from this adapter in PEFT's format. It decides rank, alpha, scaling, variant, placement and layers.",
+        "none",
     )
     double_quantization: bool | None = setting(None, "With --q_lora, also quantize the quantization constants.", "True")
 
@@ -80,7 +86,7 @@ class LoRASettings:
 
     @staticmethod
     def defaults(s: Values) -> dict[str, Any]:
-        defaults: dict[str, Any] = {}
+        defaults: dict[str, Any] = {"lora_variant": "lora"}
         if s.lora_modules is not None:
             defaults |= {"lora_query": False, "lora_value": False}
         if s.init_adapter is not None:  # ``adopt_adapter`` takes them from the adapter

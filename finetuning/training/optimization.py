@@ -34,18 +34,18 @@ def parameter_groups(parameters: Mapping[str, torch.nn.Parameter], training: Tra
     """The parameters in groups, each with its peak learning rate and weight decay; none is empty.
 
     As in BERT's training, weight decay acts on matrices but not on biases and norms. LoRA+ (Hayou et al. 2024,
-    https://arxiv.org/abs/2402.12354) has the groups of PEFT's ``create_loraplus_optimizer``: B, and the head's biases
-    and norms, have the larger rate; A and the head's matrices have the smaller one.
+    https://arxiv.org/abs/2402.12354) has the groups of PEFT's ``create_loraplus_optimizer``: B, DoRA's magnitudes, and
+    the head's biases and norms have the larger rate; A and the head's matrices have the smaller one.
     """
     rate, decay, ratio = training.learning_rate, training.weight_decay, training.lora_plus_ratio
     larger = rate if ratio is None else rate * ratio
-    matrices = {name: p for name, p in parameters.items() if p.ndim > 1}
-    of_B = [p for name, p in matrices.items() if ratio is not None and name.endswith("lora_B")]
-    chosen = set(map(id, of_B))
+    fast = ("lora_B", "lora_magnitude_vector") if ratio is not None else ()
+    of_B = {name: p for name, p in parameters.items() if name.endswith(fast)}
+    others = {name: p for name, p in parameters.items() if name not in of_B}
     groups = [
-        {"params": [p for p in matrices.values() if id(p) not in chosen], "lr": rate, "weight_decay": decay},
-        {"params": of_B, "lr": larger, "weight_decay": decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "lr": larger, "weight_decay": 0.0},
+        {"params": [p for p in others.values() if p.ndim > 1], "lr": rate, "weight_decay": decay},
+        {"params": list(of_B.values()), "lr": larger, "weight_decay": decay},
+        {"params": [p for p in others.values() if p.ndim <= 1], "lr": larger, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -28,6 +28,7 @@ PEFT_CASES: dict[str, dict[str, Any]] = {
     "standard": {"r": 4, "lora_alpha": 6},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
     "patterns": {"r": 4, "lora_alpha": 6, "rank_pattern": {"0.*": 2, "FIRST": 7}, "alpha_pattern": {"FIRST": 3}},
+    "dora": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "one_layer": {"r": 3, "lora_alpha": 5, "layers_to_transform": [1]},
 }
 
@@ -95,6 +96,7 @@ def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, m
         assert {rank for rank, _ in ranks_and_alphas(classifier.model).values()} == {2, 4, 7}
     if case == "one_layer":
         assert len(ranks_and_alphas(classifier.model)) == 2 < 2 * LAYERS
+    assert config.lora.lora_variant == ("dora" if case == "dora" else "lora")
     assert config.lora.lora_layers == ("1" if case == "one_layer" else None)
     # and back: trained on, saved, and read by PEFT again
     train_a_little(classifier)
@@ -106,7 +108,15 @@ def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    "settings", [ALL_BUT_HEAD, {"lora_head": True}, {"lora_scaling": "raw"}, {"q_lora": True}, {"lora_layers": "0,2"}]
+    "settings",
+    [
+        ALL_BUT_HEAD,
+        {"lora_head": True},
+        {"lora_scaling": "raw"},
+        {"q_lora": True},
+        {"lora_layers": "0,2"},
+        {"lora_variant": "dora"},
+    ],
 )
 def test_an_adapter_of_an_earlier_run_is_continued(
     bases: dict[str, Path], tmp_path: Path, settings: dict[str, Any]
@@ -184,7 +194,8 @@ def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_pa
         assert "\n" not in str(caught.value)
 
     refused("peft_type 'LOHA': supported are LORA", {"peft_type": "LOHA"})
-    refused("use_dora True, which is not supported", {"use_dora": True})
+    refused("lacks base_model.model.distilbert.*lora_magnitude_vector, and so does", {"use_dora": True})
+    refused("--lora_variant dora: the adapter of --init_adapter has lora: leave out", lora_variant="dora")
     refused("lora_bias True", {"lora_bias": True})
     refused("bias 'all': supported are none", {"bias": "all"})
     refused("init_lora_weights 'pissa': supported are", {"init_lora_weights": "pissa"})

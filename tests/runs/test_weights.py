@@ -69,6 +69,7 @@ METHODS: dict[str, dict[str, object]] = {
     "lora_all": ALL_BUT_HEAD,
     "lora_head": {"lora_head": True},
     "q_lora": {"q_lora": True},
+    "dora": {"lora_variant": "dora", "lora_mlp": True},
     "full": {"method": "full"},
     "selective": {"method": "selective", "trainable_layers": 1},
     "head_alone": {"method": "head"},

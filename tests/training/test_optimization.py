@@ -1,5 +1,6 @@
 # mypy: disable-error-code="arg-type"
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,8 @@ def lora_plus(**settings: Any) -> RunConfig:
 
 def groups_by_name(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, tuple[float, float]]:
     """Learning rate and weight decay of each trained parameter, by PEFT's name."""
-    names = {
-        id(p): name.replace(".modules_to_save", "").replace(".default", "") for name, p in model.named_parameters()
-    }
+    kinds = re.compile(r"(?<=vector)\.default\.weight|\.(modules_to_save|default)")
+    names = {id(p): kinds.sub("", name) for name, p in model.named_parameters()}
     return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
 
 
@@ -171,14 +171,19 @@ def with_peft(folder: Path, directory: Path, config: RunConfig) -> tuple[Classif
 
 
 @pytest.mark.parametrize("model_type", CORE)
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("optimizer", "variant"), [("adamw", "lora"), ("sgd", "lora"), ("adamw", "dora")])
 def test_lora_plus_has_the_groups_and_the_steps_of_peft(
-    tiny_folders: dict[str, Path], tmp_path: Path, model_type: str, optimizer: str
+    tiny_folders: dict[str, Path], tmp_path: Path, model_type: str, optimizer: str, variant: str
 ) -> None:
     torch.manual_seed(0)
     folder = tiny_folders[model_type]
     config = lora_plus(
-        model_name=str(folder), max_length=32, optimizer=optimizer, weight_decay=0.03, learning_rate=0.004
+        model_name=str(folder),
+        max_length=32,
+        lora_variant=variant,
+        optimizer=optimizer,
+        weight_decay=0.03,
+        learning_rate=0.004,
     )
     ours, theirs = with_peft(folder, tmp_path, config)
     trained = {name: p for name, p in ours.model.named_parameters() if p.requires_grad}

@@ -1,0 +1,198 @@
+# mypy: disable-error-code="arg-type,union-attr,operator,assignment"
+"""DoRA against its plain formula, and against PEFT's on the same weights: logits, gradients, merged weights."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.models.families import FAMILIES
+from finetuning.models.fused import split_widths
+from finetuning.models.int8 import Int8Linear
+from finetuning.models.lora import DoRALayer, LinearWithLoRA, linears, lora_modules, merge_lora, transposed
+from finetuning.models.quantization import dense_weight
+from finetuning.runs.weights import peft_name, separate_parts
+from tests.conftest import needs_int8, train_only_lora
+from tests.models.conftest import assert_each_near, relative_error, with_lora
+from tests.models.test_lora import gradients
+from tests.test_every_family import EVERY_FAMILY, FUSED, LABELS, batch, build, folder_of, joined_name, save
+
+__all__ = ["folder_of"]  # a fixture
+DORA = {"lora_variant": "dora", "lora_r": 3, "lora_alpha": 5.0}
+ALL = {f"lora_{target}": True for target in ("key", "projection", "mlp")} | DORA
+
+
+def dora_linear(n_in: int = 16, n_out: int = 7, seed: int = 0, bias: bool = True, **settings: Any) -> LinearWithLoRA:
+    """A linear with DoRA, its B and magnitude away from their start."""
+    torch.manual_seed(seed)
+    lora = DoRALayer(n_in, n_out, 3, 5.0, **settings)
+    nn.init.normal_(lora.lora_B)
+    module = LinearWithLoRA(nn.Linear(n_in, n_out, bias=bias), lora)
+    lora.lora_magnitude_vector.data *= 1 + 0.3 * torch.rand(n_out)
+    train_only_lora(module)
+    return module
+
+
+def formula(module: LinearWithLoRA, x: Tensor, dropped: Tensor | None = None) -> Tensor:
+    """The paper's formula; with dropout, PEFT's, which drops the input of all but the frozen product."""
+    lora, W = module.lora, dense_weight(module.linear)
+    V = W + lora.scale * lora.lora_B @ lora.lora_A
+    s = (lora.lora_magnitude_vector / V.detach().norm(dim=1))[:, None]
+    if dropped is None:
+        return F.linear(x, s * V, module.linear.bias)
+    return F.linear(x, W, module.linear.bias) + F.linear(dropped, s * V - W)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [None, F.gelu])
+def test_fast_forward_and_backward_equal_the_formula(bias: bool, activation: Any) -> None:
+    module = dora_linear(bias=bias)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    inputs = [x, *module.lora.parameters()]
+    assert len(inputs) == 4
+    fast = linears(x, [module], activation)
+    plain = formula(module, x if activation is None else activation(x))
+    assert relative_error(fast, plain) < 1e-6
+    assert_each_near(gradients(fast, inputs), gradients(plain, inputs), 1e-5)
+    with torch.no_grad():
+        assert relative_error(linears(x, [module], activation), plain) < 1e-6
+
+
+def test_at_first_it_changes_nothing() -> None:
+    linear = nn.Linear(16, 7)
+    module = LinearWithLoRA(linear, DoRALayer(16, 7, 3, 5.0))
+    x = torch.randn(4, 16)
+    assert relative_error(module(x), linear(x)) < 1e-6
+
+
+def test_several_linears_of_one_input_and_the_transposed_weight() -> None:
+    plain, lora = nn.Linear(16, 6).requires_grad_(False), with_lora(nn.Linear(16, 5), 2, 3.0)
+    train_only_lora(lora)
+    first, second = dora_linear(seed=1), dora_linear(n_out=4, seed=2)
+    modules: list[nn.Module] = [first, plain, lora, second]
+    x, z = torch.randn(5, 16, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    inputs = [x, *first.lora.parameters(), *second.lora.parameters(), *lora.lora.parameters()]
+    alone = torch.cat([formula(first, x), plain(x), lora(x), formula(second, x)], -1)
+    joined = linears(x, modules)
+    assert relative_error(joined, alone) < 1e-6
+    assert_each_near(gradients(joined, inputs), gradients(alone, inputs), 1e-5)
+    back, reference = transposed(z, first), z @ (formula(first, torch.eye(16)) - first.linear.bias).t()
+    inputs = [z, *first.lora.parameters()]
+    assert relative_error(back, reference) < 1e-5
+    assert_each_near(gradients(back, inputs), gradients(reference, inputs), 1e-5)
+
+
+def test_dropout_is_peft_s() -> None:
+    module, x = dora_linear(dropout=0.5).train(), torch.randn(5, 16, requires_grad=True)
+    torch.manual_seed(3)
+    ours = module(x)
+    torch.manual_seed(3)
+    reference = formula(module, x, F.dropout(x, 0.5))
+    assert relative_error(ours, reference) < 1e-6
+    inputs = [x, *module.lora.parameters()]
+    assert_each_near(gradients(ours, inputs), gradients(reference, inputs), 1e-5)
+
+
+@needs_int8
+def test_in_8_bits_it_is_the_formula_on_the_dequantized_weight() -> None:
+    module = dora_linear(n_in=64, n_out=32)
+    packed = LinearWithLoRA(Int8Linear(module.linear), module.lora)
+    module.lora.lora_magnitude_vector.data *= 1.5  # the new wrapper has set it again
+    x = torch.randn(70, 64, requires_grad=True)
+    inputs = [x, *module.lora.parameters()]
+    ours, reference = packed(x), formula(packed, x)
+    assert relative_error(ours, reference) < 0.02
+    assert_each_near(gradients(ours, inputs), gradients(reference, inputs), 0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PEFT
+
+
+def filled(folder: Path, **settings: Any) -> Any:
+    """A classifier with DoRA, all that it trains away from its start; its magnitudes by a tenth at most."""
+    classifier = build(folder, **settings)
+    generator = torch.Generator().manual_seed(5)
+    for name, p in classifier.named_parameters():
+        if p.requires_grad:
+            noise = 0.1 * torch.randn(p.shape, generator=generator)
+            p.data += p.data * noise if "magnitude" in name else noise
+    return classifier
+
+
+@EVERY_FAMILY
+def test_dora_equals_that_of_peft_with_the_adapter_that_is_written(
+    folder_of: Any,
+    tmp_path: Path,
+    model_type: str,
+) -> None:
+    folder, given = folder_of(model_type), batch(model_type)
+    ours = filled(folder, **ALL)
+    save(tmp_path, ours, RunConfig.from_settings(**ALL))
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    base.config.pad_token_id = base.config.pad_token_id or 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        theirs = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
+    logits, reference = ours(**given), theirs(**given).logits
+    assert relative_error(logits, reference) < 1e-5
+    matrices = {name: p for name, p in ours.model.named_parameters() if ".lora.lora_" in name}
+    widths = split_widths(ours.model)
+    whole = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
+    found = dict(zip(whole, torch.autograd.grad(F.cross_entropy(reference, LABELS), list(whole.values())), strict=True))
+    short = {name.replace(".default", "").replace("vector.weight", "vector"): g for name, g in found.items()}
+    joined = {name: short[peft_name(name, lora=True)] for name in (joined_name(n, widths) for n in matrices)}
+    assert len(joined) == len(found)
+    expected = separate_parts(joined, matrices, widths)
+    own = dict(
+        zip(matrices, torch.autograd.grad(F.cross_entropy(logits, LABELS), list(matrices.values())), strict=True)
+    )
+    largest = max(float(gradient.norm()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (own[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-6 * largest, name
+    merged = theirs.merge_and_unload().state_dict()
+    names = [name for name, _ in lora_modules(ours.model)]
+    assert names
+    merge_lora(ours.model)
+    for name in names:
+        owner, _, part = name.rpartition(".")
+        weight = merged[f"{owner if owner in widths else name}.weight"]
+        weight = weight.t() if FAMILIES[model_type].conv1d else weight
+        if owner in widths:
+            weight = weight.split(list(widths[owner].values()))[list(widths[owner]).index(part)]
+        assert relative_error(ours.model.get_submodule(name).weight, weight) < 1e-5
+
+
+@FUSED
+def test_parts_of_a_fused_linear_need_dora_together(folder_of: Any, model_type: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(folder_of(model_type), **DORA)
+    assert str(caught.value) == (
+        f"--lora_variant dora: in {model_type} models query, key, value are one linear, which PEFT adapts as a whole:"
+        " put LoRA on all of them, not only on query, value"
+    )
+
+
+def test_four_bits_equal_dora_on_the_dequantized_weights(folder_of: Any) -> None:
+    folder, given, found = folder_of("bert"), batch("bert"), []
+    packed = filled(folder, q_lora=True, **ALL)
+    dense = filled(folder, **ALL)
+    for (_, theirs), (_, ours) in zip(lora_modules(packed.model), lora_modules(dense.model), strict=True):
+        ours.linear.weight.data.copy_(dense_weight(theirs.linear))
+        ours.lora.lora_magnitude_vector.data.copy_(theirs.lora.lora_magnitude_vector)
+    for classifier in (packed, dense):
+        logits = classifier(**given)
+        trained = [p for name, p in classifier.named_parameters() if "lora_" in name]
+        found.append((logits, torch.autograd.grad(F.cross_entropy(logits, LABELS), trained)))
+    (logits, own), (reference, expected) = found
+    assert relative_error(logits, reference) < 1e-5
+    largest = max(float(g.norm()) for g in expected)
+    assert all((a - b).norm() < 1e-4 * b.norm() + 1e-6 * largest for a, b in zip(own, expected, strict=True))
