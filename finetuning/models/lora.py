@@ -308,9 +308,7 @@ class MergedWeights:
         """Weight ``(sum of out, in)`` and bias; ``None`` if it would be too large to keep."""
         bases = [_base(module) for module in modules]
         frozen = [p for base in bases for p in base.parameters()]
-        if any(
-            p.requires_grad or p.is_inference() for p in frozen
-        ):  # torch does not count an inference tensor's changes
+        if any(p.requires_grad or p.is_inference() for p in frozen):  # the latter's changes are not counted
             return None
         state = [(p.data_ptr(), p._version) for p in frozen]
         thin = [p for m in modules if isinstance(m, LinearWithLoRA) for p in m.lora.parameters()]
@@ -376,9 +374,7 @@ def _merged_weight(module: Any) -> Tensor:
 
 def _kept(modules: Sequence[Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """The kept weight and bias of several linears; ``None`` if none is kept, or if this pass must not use it."""
-    if (
-        torch.is_grad_enabled() or torch.compiler.is_compiling()
-    ):  # compiled code would be made again for each evaluation
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a kept weight would make torch compile again
         return None
     merged = next((m.merged for m in modules if isinstance(m, LinearWithLoRA)), None)
     known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
