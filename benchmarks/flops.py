@@ -1,7 +1,7 @@
 """Floating-point operations that a training step of the efficient path executes, by formula.
 
 A product of (n, in) and (in, out) takes 2 n in out operations. Only what is computed counts. The rows include padding
-and are rounded up as in ``finetuning/models/encoder.py``. In the last layer, query, projection and MLP see first tokens
+and are rounded up as in ``finetuning/models/rows.py``. In the last layer, query, projection and MLP see first tokens
 only, and key and value have one row for each head of a first token. The embeddings have no gradient. Attention is
 counted for the batch's own length, without padding to whole tiles.
 """

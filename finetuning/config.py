@@ -38,7 +38,7 @@ MAY_CHANGE = (
     *NOT_PART_OF_THE_RUN, "model_name", "data_dir", "data_source", "offline", "accelerator", "device", "devices",
     "num_nodes", "strategy", "efficient", "gradient_checkpointing", "compile", "frozen_cache_gb", "init_adapter",
 )  # fmt: skip
-# Settings that one method has, besides those of section lora.
+# Settings that only one method has, in addition to section lora.
 OF_ONE_METHOD = {"trainable_layers": "selective", "lora_plus_ratio": "lora"}
 
 

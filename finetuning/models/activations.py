@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -22,11 +21,5 @@ def feed_forward_activation(name: str, gated: bool, on_cpu: bool) -> Activation:
     """
     plain = F.gelu if name == "gelu" else ACT2FN[name]
     if gated:
-        return COMPILED_GATES[name] if on_cpu and name in COMPILED_GATES else partial(gate, plain)
+        return COMPILED_GATES[name] if on_cpu and name in COMPILED_GATES else partial(cpu_kernels.gate, plain)
     return cpu_kernels.gelu if on_cpu and name == "gelu" else plain
-
-
-def gate(activation: Activation, x: Tensor) -> Tensor:
-    """``(N, 2 F) -> (N, F)``."""
-    a, b = x.chunk(2, -1)
-    return activation(a) * b

@@ -25,7 +25,7 @@ HIDDEN, HIDDEN_FP16 = -1e30, -3e4  # the term of a score that hides a key
 
 @dataclass(frozen=True)
 class Pattern:
-    """What the scores of a layer get beside ``q k``. Layers of one kind share it.
+    """What is added to the scores ``q k`` of a layer. Layers of one kind share it.
 
     Attributes:
         distances: the term of a score by the distance from its query to its key, from 1 - T to T - 1: ``(H or 1,
@@ -58,7 +58,7 @@ class JoinHeads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = grad.view(ctx.shape).unbind(1)
+        q, k, v = grad.reshape(ctx.shape).unbind(1)
         return q.flatten(1, 2), k.sum(2), v.sum(2)
 
 
@@ -226,11 +226,10 @@ class Attention:
         """Attention of one token of each sequence over all of its tokens: ``(N', D), (N, D) -> (N', H d)``."""
         parts = self.query_key_value(layer)
         if len(parts) == 1:
-            of_query, width = self.heads * self.width, 2 * self.key_heads * self.width
-            query = self.rows.real(linears(one, parts, on_cpu=self.on_cpu), self.rows.batch).split(
-                (of_query, width), -1
-            )[0]
-            key_value = self.rows.sequences(linears(x, parts, on_cpu=self.on_cpu)).split((of_query, width), -1)[1]
+            sizes = (self.heads * self.width, 2 * self.key_heads * self.width)
+            both = self.rows.real(linears(one, parts, on_cpu=self.on_cpu), self.rows.batch)  # (B, 3 H d)
+            query, _ = both.split(sizes, -1)
+            _, key_value = self.rows.sequences(linears(x, parts, on_cpu=self.on_cpu)).split(sizes, -1)
             return self.rows.of(self.over_all(layer, query, key_value, pattern))
         own, key, value = parts
         query = self.rows.real(linears(one, [own], on_cpu=self.on_cpu), self.rows.batch)  # (B, H d)

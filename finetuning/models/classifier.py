@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from finetuning.models.encoder import classify, count_frozen_layers
 from finetuning.models.families import ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
+from finetuning.models.rows import last_places, take
 from finetuning.storage import cache_dir
 
 SHORT = 192  # tokens; up to here, on a CPU, the plain formula of attention trains faster than torch's fused one
@@ -95,9 +96,8 @@ class Classifier(nn.Module):
             # padding and end of text are one token.
             base = self.model.get_submodule(self.family.base)
             hidden = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        last = (attention_mask * torch.arange(hidden.shape[1], device=hidden.device)).argmax(1)  # (B,)
         (head,) = self.family.head
-        return self.model.get_submodule(head)(hidden[torch.arange(len(last), device=last.device), last].float())
+        return self.model.get_submodule(head)(take(hidden, last_places(attention_mask)).float())
 
     def _choose_attention(self, input_ids: Tensor) -> None:
         """Sets how Hugging Face's own forward computes attention for this batch. Results are equal up to rounding."""
@@ -132,7 +132,8 @@ class Classifier(nn.Module):
         if not self.efficient:
             return {}
         count = count_frozen_layers(self.model, self.family)
-        drops = any(self.family.setting(self.model, name) for name in ("dropout", "attention_dropout"))
+        names = ("dropout", "embedding_dropout", "attention_dropout")
+        drops = any(self.family.setting(self.model, name, 0.0) for name in names)
         if count == 0 or memory_gb == 0 or drops:
             return {}
         whole = count == self.family.setting(self.model, "layer_count")

@@ -185,6 +185,11 @@ def _gated(x: Tensor, name: str, activation: Callable[[Tensor], Tensor]) -> Tens
     if available(x):
         h: Tensor = _Gated.apply(x, name)
         return h
+    return gate(activation, x)
+
+
+def gate(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """One half of x, activated, times the other, in torch's operators: ``(..., 2 F) -> (..., F)``."""
     a, b = x.chunk(2, -1)
     return activation(a) * b
 

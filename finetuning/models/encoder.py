@@ -1,7 +1,9 @@
 """Exact rewrites of the encoder's forward: the same logits and gradients as Hugging Face's, with less work.
 
-1. The head reads one token: the first, or a decoder's last. So the last layer computes only that token.
-2. On a CPU attention works in chunks whose scores stay in cache. torch's fused backward is slow at these lengths.
+1. The head reads one token, the first or a decoder's last, so the last layer computes only that one. It computes all if
+   the head reads their mean, as in some ModernBERTs.
+2. On a CPU attention is a compiled kernel, or works in chunks whose scores stay in cache. torch's fused backward is
+   slow at these lengths.
 3. One product computes query, key and value. A frozen linear does not save its weight and has no weight gradient.
    The CPU's norm kernel does not save its input: backward recovers it from the output, up to the rounding of bf16.
 4. The output below the first trained layer is computed once and kept for the later epochs (``frozen_outputs``).
@@ -29,7 +31,7 @@ from finetuning.models.frozen_outputs import FrozenBatch
 from finetuning.models.lora import linears
 from finetuning.models.norms import Norms
 from finetuning.models.products import Activation
-from finetuning.models.rows import Rows
+from finetuning.models.rows import Rows, last_places
 
 
 def classify(
@@ -119,9 +121,7 @@ class _Encoder:
         self.head_dropout = self.dropout if head_dropout is None else float(head_dropout)
         self.norms = Norms(family.rms, family.norm_offset, dtype, on_cpu)
         self.means = getattr(model.config, "classifier_pooling", None) == "mean"  # the head reads the mean of tokens
-        self.places = None  # (B,), of the token that the head reads; None: the first
-        if family.last_token:
-            self.places = (attention_mask * torch.arange(length, device=attention_mask.device)).argmax(1)
+        self.places = last_places(attention_mask) if family.last_token else None  # (B,); None: the first
         padding = attention_mask == 0 if padded else None  # (B, T)
         self.attention = Attention(model, family, self.norms, self.rows, padding, self.places)
 
@@ -221,9 +221,9 @@ class _Encoder:
         return self.norms.of(x, self.model.get_submodule(self.family.final_norm)) if self.family.final_norm else x
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of each sequence's real tokens: ``(N, D) -> (B, D)``, in fp32."""
+        """The mean of each sequence's real tokens: ``(N, D) -> (B, D)``."""
         weights = self.mask[..., None].float()  # (B, T, 1)
-        return (self.rows.sequences(x).float() * weights).sum(1) / weights.sum(1)
+        return ((self.rows.sequences(x).float() * weights).sum(1) / weights.sum(1)).to(self.dtype)
 
     def load(self, frozen: FrozenBatch, count: int) -> Tensor:
         """The output of the first ``count`` layers for this batch, in the form that ``layers`` returns."""

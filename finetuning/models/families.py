@@ -7,7 +7,7 @@ layer. This file gives their names in each family. Paths are complete, never suf
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -44,6 +44,7 @@ class ModelFamily:
     rms: bool = False  # norms subtract no mean
     norm_offset: float = 0.0  # added to the weights of norms
     distance_bias: str = ""  # path of the module whose buckets add a term to each score by the distance of its tokens
+    windows: Literal["", "all", "by type"] = ""  # the layers that see only a window of tokens, if the config has one
     rotary: str = ""  # path of the module that knows the angles of positions
     gated: bool = False  # the feed-forward network multiplies one half of its inner values, activated, with the other
     drops_inside: bool = False  # dropout within the feed-forward network, and that of attention on the projection
@@ -61,7 +62,7 @@ class ModelFamily:
 
     def is_efficient(self, model_config: Any) -> bool:
         """Whether a model with this config takes the efficient path."""
-        return self.efficient and all(getattr(model_config, name) == value for name, value in self.takes.items())
+        return self.efficient and all(getattr(model_config, k, value) == value for k, value in self.takes.items())
 
     @property
     def causal(self) -> bool:
@@ -79,10 +80,11 @@ class ModelFamily:
 
     def kind(self, model: nn.Module, layer: int) -> tuple[str | None, int | None]:
         """The type of a layer's attention, if layers differ, and how far a token sees; ``None``: to any distance."""
+        if not self.windows:
+            return None, None
         config: Any = model.config
-        types = getattr(config, "layer_types", None)
-        name = types[layer] if types else None
-        window = None if name == "full_attention" else getattr(config, "sliding_window", None)
+        name = config.layer_types[layer] if self.windows == "by type" else None
+        window = None if name == "full_attention" else config.sliding_window
         return name, window if window is None else window - self.causal  # a decoder's window counts the token itself
 
     def longest_input(self, model_config: Any) -> float:
@@ -217,6 +219,7 @@ _MODERNBERT = ModelFamily(
     more_dropouts=("embedding_dropout",),
     token_types=False,
     embedding=("embeddings.tok_embeddings", "embeddings.norm"),
+    windows="by type",
     pre_norm=True,
     attention_norm="attn_norm",
     output_norm="mlp_norm",
@@ -286,6 +289,7 @@ _LLAMA = ModelFamily(
     },
     last_token=True,
     token_types=False,
+    takes={"is_causal": True},
     embedding=("embed_tokens", ""),
     pre_norm=True,
     attention_norm="input_layernorm",
@@ -313,7 +317,8 @@ _GPT2 = replace(
         "attention_dropout": "attn_pdrop",
     },
     more_dropouts=("embd_pdrop",),
-    takes={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    takes=_LLAMA.takes
+    | {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     embedding=("wte", ""),
     positions="wpe",
     attention_norm="ln_1",
@@ -340,9 +345,9 @@ _ROWS = (
     _DEBERTA_V2,
     _MODERNBERT,
     _LLAMA,
-    replace(_LLAMA, model_type="mistral"),
-    replace(_LLAMA, model_type="qwen2"),
-    replace(_LLAMA, model_type="qwen3", query_key_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    replace(_LLAMA, model_type="mistral", windows="all"),
+    replace(_LLAMA, model_type="qwen2", windows="by type"),
+    replace(_LLAMA, model_type="qwen3", windows="by type", query_key_norms=("self_attn.q_norm", "self_attn.k_norm")),
     replace(_LLAMA, model_type="gemma", norm_offset=1.0),
     replace(_GEMMA_2, model_type="gemma2"),
     replace(_GEMMA_2, model_type="gemma3_text"),

@@ -18,7 +18,7 @@ from finetuning.storage import OUR_PREFIX
 
 
 class FrozenOutputs:
-    """One split's outputs: one row per token, or one row per text if only the first token is read.
+    """One split's outputs: one row per token, or one row per text if the last layer is frozen too.
 
     Args:
         lengths: (examples,) rows of each example.

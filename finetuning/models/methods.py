@@ -1,4 +1,4 @@
-"""Which weights each method trains. The classification head is trained besides, unless it has LoRA."""
+"""Which weights each method trains. The classification head is also trained, unless it has LoRA."""
 
 from torch import nn
 

@@ -54,3 +54,8 @@ class Rows:
 def take(tokens: Tensor, places: Tensor | None) -> Tensor:
     """``(B, T, D) -> (B, D)``: one token of each sequence, at ``places`` ``(B,)`` or the first."""
     return tokens[:, 0] if places is None else tokens[torch.arange(len(tokens), device=tokens.device), places]
+
+
+def last_places(mask: Tensor) -> Tensor:
+    """The place of each sequence's last real token: ``(B, T) -> (B,)``."""
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)

@@ -58,7 +58,7 @@ def read_fitting(path: Path, family: ModelFamily) -> Adapter:
 
 
 def adopt_adapter(lora: LoRASettings, base: BaseModel, moved: bool) -> tuple[dict[str, Any], Adapter]:
-    """The adapter of ``--init_adapter``, and what it decides: rank, alpha, scaling and placement.
+    """The adapter of ``--init_adapter``, and what it decides: rank, alpha, scaling, placement, variant and layers.
 
     Where parts of the adapter differ in rank or alpha, its ``linears`` count.
 
@@ -116,8 +116,10 @@ def _adapted_layers(lora: LoRASettings, adapter: Adapter, base: BaseModel) -> st
         raise UserError(
             f"--lora_layers {lora.lora_layers}: the adapter of --init_adapter has {has}: leave out this flag"
         )
+    if lora.lora_layers or not found:
+        return lora.lora_layers
     every = set(range(getattr(base.config, base.family.settings["layer_count"])))
-    return lora.lora_layers or (None if found in (set(), every) else named_layers(found))
+    return None if found == every else named_layers(found)
 
 
 def _target_paths(family: ModelFamily, target: str) -> list[str]:

@@ -55,7 +55,7 @@ def excludes_int8(method: str, q_lora: bool, compile: bool) -> str | None:
     if method == "full":
         return "--method full trains all weights"
     if method == "bitfit":
-        return "--method bitfit trains the biases of all linears, whose products then stay in floating point"
+        return "--method bitfit trains the biases of linears, whose products then stay in floating point"
     if q_lora:
         return "--q_lora True holds the frozen weights in 4 bits"
     return "--compile True is for GPUs" if compile else None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 from transformers.activations import ACT2FN
 
-from finetuning.models import chunked_attention, encoder, rows
+from finetuning.models import chunked_attention, compiled, cpu_kernels, encoder, rows
 from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
@@ -26,7 +26,7 @@ from tests.tiny_models import WIDTH, tiny_model
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 METHODS = ("full", "selective", "head_only", *TARGETS, "query+value", "all")
-# Beside BERT's form: a term of the scores by distance; norms first, windows and gates; the same in decoders.
+# In addition to BERT's form: a term of the scores by distance; norms first, windows and gates; the same in decoders.
 TRIED = CORE | {name: FAMILIES[name] for name in ("mpnet", "modernbert", "mistral", "qwen3")}
 LAYERS = 3
 FAMILY = pytest.mark.parametrize("family", TRIED.values(), ids=TRIED)
@@ -35,7 +35,9 @@ STEPS = pytest.mark.parametrize("on_cpu", [True, False], ids=["steps for a CPU",
 VOCABULARY = 60
 
 
-def prepare(family: ModelFamily, method: str, shape: Mapping[str, int] | None = None, **dropouts: float) -> nn.Module:
+def prepare(
+    family: ModelFamily, method: str, shape: Mapping[str, object] | None = None, **dropouts: float
+) -> nn.Module:
     """A tiny classifier in training mode, trained as the method says; without dropout but what is given."""
     dropouts = dict.fromkeys(("dropout", "attention_dropout", "head_dropout"), 0.0) | dropouts
     names = {
@@ -192,6 +194,42 @@ def test_other_activations(activation: str, on_cpu: bool) -> None:
     assert_equal_those_of_hugging_face(model, ours, ids, mask, labels)
 
 
+CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
+    "a mean instead of the first token": ("modernbert", {"classifier_pooling": "mean"}),
+    "other activations": ("modernbert", {"hidden_activation": "relu", "classifier_activation": "relu"}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "scaled angles": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, "max_position_embeddings": 16},
+    ),
+    "a window that Llama ignores": ("llama", {"sliding_window": 4}),
+    "types of layers that Mistral ignores": (
+        "mistral",
+        {"sliding_window": 4, "layer_types": ["full_attention"] * LAYERS},
+    ),
+    "windows by type": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "a decoder that sees all": ("qwen3", {"is_causal": False}),
+    "scores scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+}
+
+
+@STEPS
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_config_says_is_computed_or_left_to_hugging_face(name: str, on_cpu: bool) -> None:
+    model_type, settings = CONFIGS[name]
+    family = FAMILIES[model_type]
+    model = prepare(family, "full", settings)
+    ids, mask, labels = batch(family, padded=True)
+    if not family.is_efficient(model.config):
+        assert name in ("a decoder that sees all", "scores scaled by layer")
+        return
+    ours = classify(model, family, ids, mask, torch.float32, on_cpu=on_cpu)
+    assert_equal_those_of_hugging_face(model, ours, ids, mask, labels)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # dropout
 
@@ -268,16 +306,25 @@ def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str) -> None:
 
 @pytest.mark.usefixtures("bf16_variant")
 @pytest.mark.parametrize("model_type", ["bert", "mpnet", "modernbert", "mistral", "qwen3"])
-def test_each_form_of_the_compiled_kernels_is_as_good_as_autocast(model_type: str) -> None:
-    """Their heads are wide enough, and texts are longer than the windows and the blocks that the kernels skip."""
+def test_each_form_of_the_compiled_kernels_is_as_good_as_autocast(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads are wide enough for the kernels, and texts longer than the windows and the blocks that these skip."""
+    called = set()
+
+    def spy(name: str, *arguments: Any) -> None:
+        called.add(name)
+        compiled.call(name, *arguments)
+
+    monkeypatch.setattr(cpu_kernels, "call", spy)
     family = FAMILIES[model_type]
     shape = {"hidden_size": 128, "max_position_embeddings": 128, **({"head_dim": 32} if model_type == "qwen3" else {})}
     model = prepare(family, "all", shape)
     batches = [batch(family, padded=True, longest=90, seed=seed) for seed in range(3)]
-    _, mask, _ = batches[0]
-    steps = encoder._Encoder(model, family, torch.bfloat16, mask, checkpointing=False, padded=True, on_cpu=True)
-    assert steps.attention.compiled
     assert_as_good([low_precision_errors(model, family, *inputs, torch.bfloat16) for inputs in batches])
+    gates = {"modernbert": "geglu", "mistral": "swiglu", "qwen3": "swiglu"}
+    for kernel in ("attention", "add_norm", gates.get(model_type, "gelu")):
+        assert f"{kernel}_forward" in called
 
 
 def test_frozen_base_stored_in_bf16_gives_the_same_as_casting_it() -> None:

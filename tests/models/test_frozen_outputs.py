@@ -11,6 +11,8 @@ import torch
 from safetensors.numpy import load_file
 
 from finetune_lora import main
+from finetuning.models.classifier import Classifier
+from finetuning.models.families import FAMILIES
 from finetuning.models.frozen_outputs import FrozenOutputs
 from tests.test_finetune_lora import flags
 
@@ -85,3 +87,13 @@ def test_a_run_ends_with_the_same_weights(
         assert np.array_equal(in_memory[name], on_disk[name])
         np.testing.assert_allclose(in_memory[name], weight, rtol=1e-4, atol=1e-6)
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.efficient])
+def test_a_classifier_of_every_family_keeps_outputs_unless_it_drops(model_type: str) -> None:
+    family = FAMILIES[model_type]
+    for dropout in (0.0, 0.1):
+        model = prepare(family, "head_only", dropout=dropout)
+        classifier = Classifier(model, family, torch.float32, efficient=True)
+        kept = classifier.frozen_outputs({"train": LENGTHS}, 1.0)
+        assert bool(kept) == (dropout == 0 or "dropout" not in family.settings)

@@ -10,18 +10,19 @@ from finetuning.models.encoder import classify, count_frozen_layers
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.methods import check_method, choose_trained
 from finetuning.settings import MethodSettings
-from tests.conftest import CORE, INNER, LAYERS, WIDTH, tiny_classifier
+from tests.conftest import CORE
 from tests.models.conftest import saved_tensors
 from tests.models.test_encoder import (
     FAMILY,
+    LAYERS,
     STEPS,
-    VOCABULARY,
     assert_as_good,
     assert_equal_those_of_hugging_face,
     batch,
     low_precision_errors,
+    prepare,
 )
-from tests.tiny_models import tiny_model
+from tests.tiny_models import INNER, WIDTH, tiny_model
 
 PARTIAL = pytest.mark.parametrize("method", ["bitfit", "norms"])
 
@@ -32,12 +33,10 @@ def method_of(method: str, **more: object) -> MethodSettings:
 
 def prepared(model_type: str, method: str) -> nn.Module:
     """A tiny classifier in training mode, trained as the method says, with biases and norms away from their start."""
-    model = tiny_classifier(model_type, vocabulary=VOCABULARY, classes=3).train()
+    model = prepare(FAMILIES[model_type], "full")
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.data.mul_(4)
-        else:
+        if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     choose_trained(model, FAMILIES[model_type], method_of(method), head=True)
     return model
@@ -87,7 +86,7 @@ def test_the_distances_of_mpnet_are_no_biases() -> None:
 
 
 def test_head_is_selective_with_no_layer() -> None:
-    model = tiny_classifier("bert", vocabulary=VOCABULARY, classes=3)
+    model = prepare(FAMILIES["bert"], "full")
     choose_trained(model, FAMILIES["bert"], method_of("selective", trainable_layers=0), head=True)
     assert trained_names(model) == trained_names(prepared("bert", "head"))
     assert count_frozen_layers(model, FAMILIES["bert"]) == LAYERS
