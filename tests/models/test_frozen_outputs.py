@@ -14,6 +14,7 @@ from finetune_lora import main
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.frozen_outputs import FrozenOutputs
+from tests.models.test_encoder import prepare
 from tests.test_finetune_lora import flags
 
 LENGTHS = np.array([3, 1, 5, 2])
