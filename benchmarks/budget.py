@@ -10,6 +10,7 @@ The tables of docs/budget.md, from collected runs:
 """
 
 import csv
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -129,9 +130,15 @@ def defaults_table(folder: Path) -> str:
     for name, runs in found.items():
         scores = [_mean_of([100 * run["test"]["accuracy"] for run in runs.get(kind, ())]) for kind in KINDS]
         steps = [f"{runs[kind][0]['train']['steps']:,}" if kind in runs else "" for kind in KINDS]
-        means = [statistics.fmean(run["train"]["seconds"] for run in runs[kind]) for kind in KINDS if kind in runs]
-        rows.append((name, *scores, " / ".join(steps), " / ".join(f"{mean:.0f}" for mean in means)))
-    columns = ("data set", *(f"{kind}, %" for kind in KINDS), "steps: before / auto", "training, s: before / auto")
+        # the median, because a run that was stopped for a while has a time of its own
+        times = [statistics.median(run["train"]["seconds"] for run in runs[kind]) for kind in KINDS if kind in runs]
+        rows.append((name, *scores, " / ".join(steps), " / ".join(f"{time:.0f}" for time in times)))
+    columns = (
+        "data set",
+        *(f"{kind}, %" for kind in KINDS),
+        "steps: before / auto",
+        "median training, s: before / auto",
+    )
     return f"{Table(columns, rows).markdown()}\n\n{measured(result['environment'] for result in results)}"
 
 
@@ -162,8 +169,9 @@ def few_texts_table(result: Record) -> str:
     return f"{Table(columns, rows).markdown()}\n\n{measured(result['environments'])}"
 
 
-def measure(data_dir: Path, journal: harness.Journal) -> None:
-    """Takes the accuracies of the finished runs, and measures the baseline once for each draw."""
+def measure(data_dir: Path, journal: harness.Journal, known: Sequence[Record]) -> None:
+    """Takes the accuracies of the finished runs, and measures the baseline once for each draw that is not known."""
+    accuracies = {(old["set"], old["texts"], old["draw"]): old["accuracy"] for old in known if old["kind"] == FROZEN}
     records = read_records(STEPS.with_name(STUDY.stem))[0]
     for run in read_plan(STUDY).runs:
         found = records.get(run.name)
@@ -175,7 +183,9 @@ def measure(data_dir: Path, journal: harness.Journal) -> None:
         if journal.find(kind=kind, **described) is None:
             journal.keep(described | {"kind": kind, "accuracy": found.result["test"]["accuracy"]})
         if journal.find(kind=FROZEN, **described) is None:
-            journal.keep(described | {"kind": FROZEN, "accuracy": frozen_accuracy(run, data_dir)})
+            accuracy = accuracies.get((name, texts, draw))
+            accuracy = frozen_accuracy(run, data_dir) if accuracy is None else accuracy
+            journal.keep(described | {"kind": FROZEN, "accuracy": accuracy})
     journal.result["environments"] = [record.result["environment"] for record in records.values()]
 
 
@@ -207,9 +217,11 @@ def command(argv: Sequence[str] | None) -> int:
     """Makes the table. Returns the exit status."""
     parser = harness.make_parser("The tables of docs/budget.md: what the automatic batch and epochs rest on and give.")
     parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
+    parser.add_argument("--again", action="store_true", help="also measure the baselines that were measured before")
     options = parser.parse_args(argv)
     journal = harness.start_journal("few_texts", options, {"environments": []})
-    measure(options.data_dir, journal)
+    known = [] if options.again or not OUTPUT.exists() else json.loads(OUTPUT.read_text("utf8"))["measurements"]
+    measure(options.data_dir, journal, known)
     harness.publish(journal, OUTPUT, few_texts_table, "few_texts", partly=False, page=PAGE)
     renew_tables(PAGE, {"steps": steps_table(), "patience": patience_table()})
     renew_tables(PAGE, {name: defaults_table(STEPS.with_name(name)) for name in ("defaults", "defaults_methods")})
