@@ -126,7 +126,7 @@ def test_layers_that_a_model_lacks_are_refused(tiny_folders: dict[str, Path]) ->
             build(tiny_folders["bert"], **settings)
         assert str(caught.value).endswith(words)
 
-    refused(f"bert0 has {LAYERS} layers, counted from 0", lora_layers=f"1-{LAYERS}")
+    refused(f"{tiny_folders['bert'].name} has {LAYERS} layers, counted from 0", lora_layers=f"1-{LAYERS}")
     refused(
         "has it in none of the layers of --lora_layers", lora_layers="2", lora_modules="layer.0.attention.self.query"
     )
