@@ -265,8 +265,8 @@ class Attention:
 
     def mixture(self, heads: Tensor, tokens: Tensor, pattern: Pattern) -> Tensor:
         """``softmax(heads tokens^T / sqrt(d) + bias) tokens``: ``(B, H, D), (B, T, D) -> (B, H, D)``."""
-        scale = self.width**-0.5
-        bias = None if pattern.distances is None else pattern.distances[:, self.rows.length - 1 :]  # (H, T)
+        scale, bias = self.width**-0.5, self.bias_of_one(pattern)
+        bias = None if bias is None else bias[0]  # (H, T)
         if self.trains_distances or (self.on_cpu and not cpu_kernels.takes_mixture(tokens)):
             return self.attend(heads, tokens, tokens, scale, bias)
         mix = cpu_kernels.Mixture if self.on_cpu else Mixture

@@ -265,6 +265,7 @@ _DEBERTA_V2 = replace(  # and v3, whose config says v2
     more_dropouts=("pooler_dropout",),
     efficient=False,
 )
+
 # ---------------------------------------------------------------------------------------------------------------------
 # decoders
 

@@ -30,9 +30,9 @@ class Norms:
         """``(..., D) -> (..., D)``; an ``nn.Identity`` is no norm."""
         if isinstance(norm, nn.Identity):
             return x
+        if self.compiles(x, norm):
+            return self.compiled(x.flatten(0, -2), None, norm).view(x.shape)
         weight, bias, eps = self.parts(norm)
-        if self.on_cpu and cpu_kernels.takes_norm(x, weight, bias):
-            return cpu_kernels.AddNorm.apply(x.flatten(0, -2), None, weight, bias, eps, self.rms).view(x.shape)
         if not self.on_cpu:  # a GPU needs one dtype, and always computes the statistics in fp32
             return self.plain(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
         # a CPU's layer norm mixes dtypes natively only with an fp32 weight, its other norm never
@@ -43,19 +43,25 @@ class Norms:
 
     def of_sum(self, a: Tensor, b: Tensor, norm: nn.Module) -> Tensor:
         """The norm of ``a + b``, a residual sum."""
-        weight, bias, eps = self.parts(norm)
-        if self.on_cpu and cpu_kernels.takes_norm(a, weight, bias):
-            return cpu_kernels.AddNorm.apply(a, b, weight, bias, eps, self.rms)
-        return self.of(a + b, norm)
+        return self.compiled(a, b, norm) if self.compiles(a, norm) else self.of(a + b, norm)
 
     def with_sum(self, a: Tensor, b: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The norm of ``a + b``, and the sum itself, to which the next one adds; b may be left out."""
-        if not isinstance(norm, nn.Identity):
-            weight, bias, eps = self.parts(norm)
-            if self.on_cpu and cpu_kernels.takes_norm(a, weight, bias):
-                return cpu_kernels.AddNorm.apply(a, b, weight, bias, eps, self.rms, True)
+        if self.compiles(a, norm):
+            return self.compiled(a, b, norm, keeps_sum=True)
         x = a if b is None else a + b
         return self.of(x, norm), x
+
+    def compiles(self, x: Tensor, norm: nn.Module) -> bool:
+        """Whether the compiled kernel takes rows like x and this norm."""
+        if not self.on_cpu or isinstance(norm, nn.Identity):
+            return False
+        weight, bias, _ = self.parts(norm)
+        return cpu_kernels.takes_norm(x, weight, bias)
+
+    def compiled(self, a: Tensor, b: Tensor | None, norm: nn.Module, keeps_sum: bool = False) -> Any:
+        """The norm of ``a + b`` by the kernel, ``(N, D)``; with ``keeps_sum`` also the sum."""
+        return cpu_kernels.AddNorm.apply(a, b, *self.parts(norm), self.rms, keeps_sum)
 
     def parts(self, norm: Any) -> tuple[Tensor, Tensor | None, float]:
         weight = norm.weight + self.offset if self.offset else norm.weight
