@@ -6,15 +6,13 @@
 Hu et al. 2021, https://arxiv.org/abs/2106.09685. A and B have PEFT's names and layout. ``linears`` computes several
 linears of one input in one product. ``products.py`` has the formula, its gradients, and what is saved for backward.
 
-For an evaluation, ``merged`` adds the product to W once, so that nothing is computed next to W.
+For an evaluation, ``merged.py`` adds the product to W once, so that nothing is computed next to W.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +22,9 @@ from finetuning.models.dora import Magnitude, row_norms
 from finetuning.models.int8 import Int8Linear, int8_linears
 from finetuning.models.products import Activation, frozen_linear, in_autocast, join
 from finetuning.models.quantization import dense_weight, is_quantized
+
+if TYPE_CHECKING:
+    from finetuning.models.merged import MergedWeights
 
 SCALES: dict[str, Callable[[float, int], float]] = {
     "standard": lambda alpha, rank: alpha / rank,  # Hu et al. 2021
@@ -98,7 +99,7 @@ class LinearWithLoRA(nn.Module):
     """A frozen linear and the LoRA layer next to it.
 
     Attributes:
-        merged: the weights that an evaluation keeps, see ``keep_merged``.
+        merged: the weights that an evaluation keeps, see ``merged.keep_merged``.
 
     Args:
         linear: an ``nn.Linear`` in any precision, or a linear whose weight is packed in 4 or 8 bits.
@@ -171,7 +172,7 @@ def linears(
     on_cpu = x.device.type == "cpu" if on_cpu is None else on_cpu
     if activation is not None and not on_cpu and activation is not F.gelu:
         x, activation = activation(x), None
-    bases, adapted = [_base(m) for m in modules], [m for m in modules if isinstance(m, LinearWithLoRA)]
+    bases, adapted = [base_linear(m) for m in modules], [m for m in modules if isinstance(m, LinearWithLoRA)]
     kept = _kept(modules, x)
     if kept is not None:
         return frozen_linear(x, None, None, lambda: kept[0], kept[1], on_cpu, activation)
@@ -180,13 +181,13 @@ def linears(
         x = x if activation is None else activation(x)
         return linears(x, bases, None, on_cpu) + _lora_outputs(x, modules)
     dtype = x.dtype  # a local name, so that ``weight`` below does not keep x alive until backward
-    bias = _join_bias(bases, dtype)
     s = _row_factors(modules) if adapted else None  # (out,)
     constant = None if s is None else s.detach()
     if isinstance(bases[0], Int8Linear):
         loras = [(m.lora.lora_A, _scaled_B(m)) if isinstance(m, LinearWithLoRA) else None for m in modules]
         y = int8_linears(x, bases, loras, activation, constant)
-        return y if s is None else Magnitude.apply(y, s, bias)
+        return y if s is None else Magnitude.apply(y, s, join_bias(bases, dtype))
+    bias = join_bias(bases, dtype)
 
     def weight() -> Tensor:
         W = join([dense_weight(linear) for linear in bases])  # (out, in)
@@ -201,7 +202,7 @@ def linears(
     B = blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)  # (out, R)
     B = (B if constant is None else B * constant[:, None]).to(dtype)
     if dtype == torch.float32 and not torch.is_grad_enabled():
-        merged = torch.addmm(weight(), B, A)  # exact here; for bf16 see ``round_evenly``
+        merged = torch.addmm(weight(), B, A)  # exact here; for bf16 see ``merged.round_evenly``
         return frozen_linear(x, None, None, lambda: merged, bias, on_cpu, activation)
     y = frozen_linear(x, A, B, weight, bias, on_cpu, activation)
     return y if s is None else Magnitude.apply(y, s, bias)
@@ -218,7 +219,7 @@ def transposed(x: Tensor, module: nn.Module, on_cpu: bool | None = None) -> Tens
         module, on_cpu: as in ``linears``.
     """
     on_cpu = x.device.type == "cpu" if on_cpu is None else on_cpu
-    dtype, linear = x.dtype, _base(module)
+    dtype, linear = x.dtype, base_linear(module)
     kept = _kept([module], x)
     if kept is not None:
         return x @ kept[0]
@@ -242,11 +243,13 @@ def drops_input(module: nn.Module) -> bool:
     return isinstance(module, LinearWithLoRA) and module.training and module.lora.dropout.p > 0
 
 
-def _base(module: nn.Module) -> Any:
+def base_linear(module: nn.Module) -> Any:
+    """The linear itself, without LoRA."""
     return module.linear if isinstance(module, LinearWithLoRA) else module
 
 
-def _join_bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
+def join_bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
+    """The biases of several linears as one, ``(sum of out,)``, zeros where one has none; ``None`` if none has one."""
     if all(linear.bias is None for linear in bases):
         return None
     missing = partial(torch.zeros, dtype=dtype, device=bases[0].weight.device)
@@ -276,102 +279,6 @@ def _lora_outputs(x: Tensor, modules: Sequence[Any]) -> Tensor:
     return torch.cat(parts, -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# weights merged for an evaluation
-
-KEPT_BYTES = 2**30  # of one model; linears beyond that are computed as in training
-
-
-@dataclass(frozen=True)
-class _Group:
-    """What was made for linears of one input, and from what."""
-
-    frozen: list[tuple[int, int]]  # of each frozen parameter: its address and its number of changes
-    thin: list[Tensor]  # copies of all A and B
-    weight: Tensor
-    bias: Tensor | None
-
-
-class MergedWeights:
-    """Weights of linears with LoRA in the precision of the products: merged, and joined for linears of one input.
-
-    Each is made at its first use, and made again if a parameter has changed since. A and B are compared by value: torch
-    does not count the changes that a fused optimizer makes.
-    """
-
-    def __init__(self) -> None:
-        self.free = KEPT_BYTES
-        self.groups: dict[tuple[Any, ...], _Group] = {}
-
-    @torch.no_grad()
-    def of(self, modules: Sequence[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        """Weight ``(sum of out, in)`` and bias; ``None`` if it would be too large to keep."""
-        bases = [_base(module) for module in modules]
-        frozen = [p for base in bases for p in base.parameters()]
-        if any(p.requires_grad or p.is_inference() for p in frozen):  # the latter's changes are not counted
-            return None
-        state = [(p.data_ptr(), p._version) for p in frozen]
-        thin = [p for m in modules if isinstance(m, LinearWithLoRA) for p in m.lora.parameters()]
-        key = (dtype, *modules)
-        group = self.groups.get(key)
-        if group is None or group.frozen != state or not all(map(torch.equal, group.thin, thin)):
-            if group is not None:
-                self.free += self.groups.pop(key).weight.nbytes
-            size = sum(base.weight.numel() for base in bases) * dtype.itemsize
-            if size > self.free:
-                return None
-            self.free -= size
-            weight = join([round_evenly(_merged_weight(module), dtype) for module in modules])
-            copies = [p.detach().clone() for p in thin]
-            group = self.groups[key] = _Group(state, copies, weight, _join_bias(bases, dtype))
-        return group.weight, group.bias
-
-
-def keep_merged(model: nn.Module) -> None:
-    """From now on, passes without gradients on a CPU keep the merged weights that they need, until ``drop_merged``.
-
-    Only fp32 and bf16 products do so, and only over weights that are not packed.
-    """
-    merged = MergedWeights()
-    for _, module in lora_modules(model):
-        module.merged = merged
-
-
-def drop_merged(model: nn.Module) -> None:
-    """Frees the weights that ``keep_merged`` keeps."""
-    for _, module in lora_modules(model):
-        module.merged = None
-
-
-@contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
-    """``keep_merged`` for an evaluation, and ``drop_merged`` at its end."""
-    keep_merged(model)
-    try:
-        yield
-    finally:
-        drop_merged(model)
-
-
-def round_evenly(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """An fp32 weight in ``dtype``; to bf16 it is rounded up or down, so that errors cancel over neighbouring elements.
-
-    An adapter is often smaller than half a step of bf16. If the base is already in bf16, rounding each element to the
-    nearest value would give the base again. Here an element is rounded up as often as it is far from the lower value:
-    the random bits of stochastic rounding are the multiples of the golden ratio, which are as even and cost less.
-    """
-    if dtype != torch.bfloat16:
-        return weight.to(dtype)
-    golden = -1640531527  # 2^32 / golden ratio, as a signed number
-    bits = torch.arange(weight.numel(), dtype=torch.int32).mul_(golden).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-    bits += weight.contiguous().view(torch.int32).view(-1)
-    return bits.bitwise_and_(-0x10000).view(torch.float32).view(weight.shape).to(dtype)
-
-
-def _merged_weight(module: Any) -> Tensor:
-    return module.merged_weight() if isinstance(module, LinearWithLoRA) else dense_weight(module).float()
-
-
 def _kept(modules: Sequence[Any], x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """The kept weight and bias of several linears; ``None`` if none is kept, or if this pass must not use it."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a kept weight would make torch compile again
@@ -380,7 +287,7 @@ def _kept(modules: Sequence[Any], x: Tensor) -> tuple[Tensor, Tensor | None] | N
     known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     if merged is None or not known or any(map(drops_input, modules)):
         return None
-    return None if any(is_quantized(_base(m)) for m in modules) else merged.of(modules, x.dtype)
+    return None if any(is_quantized(base_linear(m)) for m in modules) else merged.of(modules, x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from finetuning.models.base_files import check_base_unchanged
 from finetuning.models.base_model import find_base_model, load_tokenizer, read_base_model
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
-from finetuning.models.lora import keep_merged
+from finetuning.models.merged import keep_merged
 from finetuning.models.pretrained import check_head
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.rows import PAIR, TEXT, Rows, Source

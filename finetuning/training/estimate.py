@@ -18,7 +18,7 @@ from finetuning.data.batches import evaluation_loader, train_loader
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.models.classifier import Classifier
 from finetuning.models.frozen_outputs import FrozenOutputs
-from finetuning.models.lora import merged
+from finetuning.models.merged import merged
 from finetuning.runs.measurements import peak_memory
 from finetuning.settings import TrainingSettings
 from finetuning.training.hardware import Hardware

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from finetuning.errors import TrainingFailed, say
 from finetuning.models.classifier import Classifier
 from finetuning.models.frozen_outputs import FrozenOutputs
-from finetuning.models.lora import drop_merged, keep_merged
+from finetuning.models.merged import drop_merged, keep_merged
 from finetuning.processes import is_helper
 from finetuning.runs.files import NOT_FINITE
 from finetuning.settings import TrainingSettings

@@ -13,7 +13,8 @@ from finetuning.config import RunConfig
 from finetuning.data.batches import evaluation_loader, train_loader
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import TrainingFailed
-from finetuning.models.lora import drop_merged, lora_modules
+from finetuning.models.lora import lora_modules
+from finetuning.models.merged import drop_merged
 from finetuning.training.module import FineTuning
 from finetuning.training.tasks import SingleLabel
 from finetuning.training.trainer import quiet_lightning
