@@ -59,6 +59,8 @@ def test_lora_settings_stay_unset_without_lora(method: str) -> None:
         ("--max_length 8000", 8000, None),  # one text must fit
         ("--batch_size 12", 12 * 256, 12),  # with the number of texts alone, the tokens are no bound
         ("--batch_size 12 --max_length 100", 1200, 12),
+        ("--batch_size 12 --max_length 100 --windows 3", 3600, 12),
+        ("--max_length 3000 --windows 3", 9000, None),
         ("--batch_tokens 1000", 1000, None),
         ("--batch_tokens 1000 --batch_size 500", 1000, 500),
         ("--batch_tokens 256", 256, None),
@@ -168,7 +170,7 @@ def test_values_of_another_type(given: str, allowed: str) -> None:
 OUT_OF_RANGE = [
     *((name, value, "must be at least 1")
       for name in ("lora_r", "accumulate", "batch_size", "devices", "num_nodes", "limit_train",
-                   "limit_validation", "limit_test")
+                   "limit_validation", "limit_test", "windows")
       for value in ("0", "-3")),
     *(("lora_plus_ratio", value, "must be at least 1") for value in ("0", "0.5", "-2", "nan", "inf")),
     *((name, "-1", "must be at least 0") for name in ("patience", "device", "weight_decay", "gradient_clip")),
@@ -304,6 +306,10 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
         ("--batch_tokens 255", "--batch_tokens 255: must be at least --max_length 256"),
         ("--batch_tokens 0", "--batch_tokens 0: must be at least --max_length 256"),
         ("--batch_tokens -5 --batch_size 2", "--batch_tokens -5: must be at least --max_length 256"),
+        ("--windows 3 --batch_tokens 767", "--batch_tokens 767: must be at least --max_length 256 x --windows 3"),
+        ("--window_overlap 8", "--window_overlap 8: needs --windows of 2 or more"),
+        ("--window_pooling max", "--window_pooling max: needs --windows of 2 or more"),
+        ("--windows 2 --window_overlap 256", "--window_overlap 256: must be less than --max_length 256"),
         ("--dataset text", "--dataset text: needs --data_dir PATH"),
         (
             "--text_pair_column b",

@@ -18,6 +18,7 @@ import finetune_lora
 from finetuning.export import fresh_process
 from finetuning.export.command import main
 from finetuning.export.plain import write_model
+from finetuning.prediction.predictor import predict
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result, write_result
 from finetuning.storage import read_json
 from tests.conftest import changed_run
@@ -167,6 +168,23 @@ def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_typ
     assert np.abs(in_pipeline(out, swapped)[1] - expected).max() > 1e-3
     content, _ = exported(run, tmp_path / "adapter", "--adapter")
     assert '"text_pair": "The second text of the pair."' in content
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("pairs", [False, True], ids=["single", "pairs"])
+def test_a_run_with_windows(tiny_folders: dict[str, Path], tmp_path: Path, pairs: bool) -> None:
+    rows = [(" ".join(f"{j % 9} plot" for j in range(i % 15)) + f" {i}", "so", f"class {i % 2}") for i in range(60)]
+    table = pd.DataFrame(rows, columns=["text", "claim", "label"])
+    windows = ["--windows", "3", "--window_overlap", "2", "--window_pooling", "max", "--truncation", "head_tail"]
+    run = lora_run(tmp_path, tiny_folders["bert"], table, *windows, *(["--text_pair_column", "claim"] * pairs))
+    content, _ = exported(run, tmp_path / "out", *WITH_ONNX)
+    assert "up to 3 windows and took the max of their logits. A pipeline reads only one of 12 tokens." in content
+    assert "it cuts long texts, and the run read them as windows. That changes" in content
+    tested, logits = rows_of_test(run)
+    _, found = predict(tmp_path / "out", tested["text"].tolist(), tested["claim"].tolist() if pairs else None)
+    rounding = 5e-3  # an exported folder is read in the machine's fastest precision
+    np.testing.assert_allclose(found, torch.from_numpy(logits).softmax(-1).numpy(), rtol=0, atol=rounding)
+    exported(run, tmp_path / "adapter", "--adapter")
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -436,7 +436,7 @@ def test_several_processes_at_once(tokenizer: Any, cache: Path) -> None:
     processes = [context.Process(target=_tokenize_in_a_process, args=(queue,)) for _ in range(2)]
     for process in processes:
         process.start()
-    sums = {queue.get(timeout=60) for _ in processes}
+    sums = {queue.get(timeout=300) for _ in processes}
     for process in processes:
         process.join()
     assert sums == {int(tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.from_settings())["train"].tokens.sum())}

@@ -37,6 +37,7 @@ METHODS = {
     "full": "--method full --learning_rate 1e-2",
     "selective": "--method selective --trainable_layers 1 --learning_rate 1e-2",
     "bitfit": "--method bitfit --learning_rate 1e-2 --precision bf16",
+    "windows": "--windows 3 --window_overlap 2 --max_length 12 --learning_rate 1e-2",
     "bf16": "--lora_mlp True --learning_rate 1e-2 --precision bf16",
 }
 if refused() is None:

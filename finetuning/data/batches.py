@@ -44,7 +44,9 @@ class BatchPlan:
         return np.diff(self.cuts)
 
 
-def plan_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int, shards: int) -> BatchPlan:
+def plan_batches(
+    lengths: np.ndarray, batch_tokens: int, batch_size: int, shards: int, windows: np.ndarray | None = None
+) -> BatchPlan:
     """Cuts examples into batches of at most ``batch_tokens`` tokens, including padding, and ``batch_size`` examples.
 
     The number of batches is a multiple of ``shards``. Both limits hold for every mix of a block's examples.
@@ -55,6 +57,8 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int, shards
         batch_tokens: largest batch, in tokens.
         batch_size: largest batch, in examples.
         shards: batches in one optimizer step, over all processes.
+        windows: (examples,) equally long windows of each example, descending. They are padded to the longest window of
+            a batch. Default: one.
 
     Raises:
         UserError: each batch contains one example, and ``shards`` does not divide the number of examples.
@@ -65,6 +69,10 @@ def plan_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int, shards
     while start < total:
         capacity = max(1, min(batch_size, batch_tokens // int(lengths[start])))
         left, group = total - start, BLOCK_BATCHES * shards
+        if windows is not None:  # examples with fewer windows may have longer ones
+            candidates = slice(start, start + group * capacity)
+            longest = windows[start] * (lengths[candidates] // windows[candidates]).max()
+            capacity = max(1, min(batch_size, batch_tokens // int(longest)))
         if left - group * capacity >= shards:
             group_sizes = [capacity] * group
         else:  # the last batches share the remaining examples evenly
@@ -105,6 +113,7 @@ class TokenBatchSampler(Sampler[BatchIndices]):
         accumulate: batches of one rank in one optimizer step.
         rank: index of this process, from 0.
         world_size: number of processes.
+        windows: (examples,) equally long windows of each example. Default: one.
 
     Raises:
         UserError: there are fewer examples than one step needs.
@@ -119,6 +128,7 @@ class TokenBatchSampler(Sampler[BatchIndices]):
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        windows: np.ndarray | None = None,
     ) -> None:
         self.shards = world_size * accumulate
         if len(lengths) < self.shards:
@@ -126,9 +136,11 @@ class TokenBatchSampler(Sampler[BatchIndices]):
                 f"{len(lengths)} training texts: must be at least {self.shards}, the batches per step "
                 f"({world_size} processes x --accumulate {accumulate}): lower --accumulate or --devices"
             )
-        self.lengths, self.seed = lengths, seed
+        self.lengths, self.windows, self.seed = lengths, windows, seed
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
-        self.plan = plan_batches(np.sort(lengths)[::-1], batch_tokens, batch_size, self.shards)
+        order = np.argsort(-lengths, kind="stable")
+        sorted_windows = None if windows is None else windows[order]
+        self.plan = plan_batches(lengths[order], batch_tokens, batch_size, self.shards, sorted_windows)
         self.epoch = 0
         self.position = 0  # batches given in this epoch
         self._resume_at = 0
@@ -197,12 +209,17 @@ class TokenBatchSampler(Sampler[BatchIndices]):
     def padding_fraction(self) -> float:
         """Fraction of padding tokens in the current epoch, over all ranks."""
         order, _ = self.epoch_order(self.epoch)
-        longest = np.maximum.reduceat(self.lengths[order], self.plan.cuts[:-1])
-        return 1 - float(self.lengths.sum() / (longest * self.plan.sizes).sum())
+        return 1 - float(self.lengths.sum() / self.padded_tokens(order).sum())
+
+    def padded_tokens(self, order: np.ndarray) -> np.ndarray:
+        """Tokens of each batch of an epoch's order, including padding, (batches,)."""
+        starts = self.plan.cuts[:-1]
+        windows = np.ones_like(order) if self.windows is None else self.windows[order]
+        return np.maximum.reduceat(self.lengths[order] // windows, starts) * np.add.reduceat(windows, starts)
 
 
 class _Batches(Dataset[Batch]):
-    """Turns a batch's indices into tensors, padded to the longest sequence of the batch."""
+    """Turns a batch's indices into tensors, padded to the longest window of the batch."""
 
     def __init__(self, split: TokenizedSplit, pad_id: int) -> None:
         self.split, self.pad_id = split, pad_id
@@ -212,14 +229,14 @@ class _Batches(Dataset[Batch]):
 
     def __getitem__(self, batch: BatchIndices) -> Batch:
         split, examples = self.split, batch.examples
-        starts, lengths = split.offsets[examples], split.lengths[examples]
+        starts, lengths = split.window_spans(examples)
         columns = np.arange(lengths.max())
-        mask = columns < lengths[:, None]  # (B, T)
+        mask = columns < lengths[:, None]  # (windows, T)
         input_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         input_ids[mask] = split.tokens[(starts[:, None] + columns)[mask]]
         tensors = {
-            "input_ids": torch.from_numpy(input_ids),  # (B, T)
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),  # (B, T)
+            "input_ids": torch.from_numpy(input_ids),  # (windows, T)
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),  # (windows, T)
             "labels": torch.from_numpy(split.labels[examples]),  # (B,) or (B, names)
             "rows": torch.from_numpy(split.rows[examples]),  # (B,)
             "examples": torch.from_numpy(examples),  # (B,)
@@ -227,8 +244,12 @@ class _Batches(Dataset[Batch]):
             "padded": bool(lengths.min() < lengths.max()),  # known here; a GPU would have to be asked and waited for
         }
         if split.second_positions is not None:
-            types = mask & (columns >= split.second_positions[examples][:, None])
-            tensors["token_type_ids"] = torch.from_numpy(types.astype(np.int64))  # (B, T)
+            begins = split.second_positions[examples]
+            begins = begins if split.windows is None else np.repeat(begins, split.windows[examples])
+            types = mask & (columns >= begins[:, None])
+            tensors["token_type_ids"] = torch.from_numpy(types.astype(np.int64))  # (windows, T)
+        if split.windows is not None:
+            tensors["windows"] = torch.from_numpy(split.windows[examples])  # (B,)
         return tensors
 
 
@@ -237,11 +258,12 @@ class TokenBatchLoader(DataLoader[Batch]):
 
     Each batch is a dict of
 
-    * ``input_ids`` and ``attention_mask``: (B, T) int64
+    * ``input_ids`` and ``attention_mask``: (B, T) int64, or (windows, T) if texts have windows
     * ``labels``: (B,) int64, or (B, names) int8 for multi-label data
     * ``rows`` (in the source) and ``examples`` (positions in the split): (B,) int64
     * ``padded``: bool, whether the mask has a 0
-    * ``token_type_ids``: (B, T) int64, 1 in the second text; only for pairs of texts
+    * ``token_type_ids``: like ``input_ids``, 1 in the second text; only for pairs of texts
+    * ``windows``: (B,) int64, how many of the rows of ``input_ids`` are of each text; only with ``--windows``
     * ``loss_weight``: () float32, world_size * accumulate / examples in the optimizer step
 
     Call backward on the *sum* of the batch's losses times ``loss_weight``. Lightning then divides by ``accumulate``,
@@ -265,8 +287,7 @@ class TokenBatchLoader(DataLoader[Batch]):
         """Some texts of the batch that needs most memory, and how many times as large that batch is."""
         order, _ = self.token_batches.epoch_order(0)
         cuts = self.token_batches.plan.cuts
-        longest = np.maximum.reduceat(self.token_batches.lengths[order], cuts[:-1])
-        largest = int(np.argmax(longest * np.diff(cuts)))
+        largest = int(np.argmax(self.token_batches.padded_tokens(order)))
         batch = order[cuts[largest] : cuts[largest + 1]]
         part = batch[np.argsort(-self.token_batches.lengths[batch], kind="stable")][:texts]
         return self.dataset[BatchIndices(part, 1.0)], len(batch) / len(part)
@@ -303,6 +324,7 @@ def train_loader(
         training.accumulate,
         rank,
         world_size,
+        split.windows,
     )
     return TokenBatchLoader(split, sampler, pad_id, pin_memory=pin_memory)
 
@@ -352,7 +374,8 @@ def evaluation_loader(
     batch_tokens = EVALUATION_FACTOR * training.batch_tokens
     if not pin_memory:
         batch_tokens = max(min(batch_tokens, CPU_TOKENS), training.batch_tokens)
-    plan = plan_batches(split.lengths[order], batch_tokens, EVALUATION_BATCH_SIZE, world_size)
+    windows = None if split.windows is None else split.windows[order]
+    plan = plan_batches(split.lengths[order], batch_tokens, EVALUATION_BATCH_SIZE, world_size, windows)
     batches = [BatchIndices(examples, 1 / len(split)) for examples in np.split(order, plan.cuts[1:-1])]
     return DataLoader(
         _Batches(split, pad_id), batch_size=None, sampler=batches[rank::world_size], pin_memory=pin_memory

@@ -75,16 +75,16 @@ def tokenize(texts: TextData, tokenizer: Any, data: DataSettings, test: bool = T
     Args:
         texts: from ``load_texts``.
         tokenizer: a fast tokenizer of transformers; its own truncation and padding are ignored.
-        data: ``max_length`` and ``truncation``, see ``encode_texts``.
+        data: how long texts are cut, see ``encode_texts``.
         test: whether to include the test split.
 
     Raises:
-        UserError: the cache cannot be written, or ``max_length`` leaves no room for both texts of a pair.
+        UserError: the cache cannot be written, or as in ``encode_texts`` and ``encode_pairs``.
     """
     wanted = {name: split for name, split in texts.splits.items() if test or name != "test"}
     tokenized = {}
     for name, split in wanted.items():
         progress = f"tokenizing {name}"
-        tokens, offsets, second_positions = cached_tokens(split.texts, tokenizer, data, progress, split.pairs)
-        tokenized[name] = TokenizedSplit(tokens, offsets, split.labels, split.rows, second_positions)
+        encoded = cached_tokens(split.texts, tokenizer, data, progress, split.pairs)
+        tokenized[name] = encoded.labelled(split.labels, split.rows)
     return tokenized

@@ -93,13 +93,20 @@ def _reading(run: FinishedRun) -> dict[str, Any]:
     """Which labels there are, and how texts must be given to get them."""
     data = run.config.data
     breaks = DATASETS[data.dataset].line_breaks
+    notes = [f"Before training, `{breaks}` in a text was replaced by a space: do the same."] if breaks else []
+    if data.windows > 1:
+        notes.append(
+            f"The run read such a text as up to {data.windows} windows and took the {data.window_pooling} of their"
+            f" logits. A pipeline reads only one of {data.max_length} tokens. finetune-predict reads this folder as the"
+            f" run did."
+        )
     return {
         "labels": ", ".join(f"`{name}`" for name in run.label_names),
         "pairs": data.text_pair_column is not None,
         "threshold": run.threshold,
         "max_length": data.max_length,
         "truncated": " at its end" if data.truncation == "head" else ": the run kept its beginning and its end",
-        "notes": [f"Before training, `{breaks}` in a text was replaced by a space: do the same."] if breaks else [],
+        "notes": notes,
     }
 
 

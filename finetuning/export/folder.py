@@ -73,7 +73,8 @@ def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Name
     kept = {name: split for name, split in texts.splits.items() if name in answers}  # without train
     texts = replace(texts, splits=kept)
     tokens = tokenize(texts, tokenizer, config.data)
-    held = held_out(texts, tokens, answers, arguments.check_texts, int(tokenizer.pad_token_id))
+    pad_id, pooling = int(tokenizer.pad_token_id), config.data.window_pooling
+    held = held_out(texts, tokens, answers, arguments.check_texts, pad_id, pooling)
     unrounded = arguments.adapter and not writes_base(run)  # PEFT will load the base model's own weights
     return Loaded(run, base.folder, *load_classifier_of(run, base, unrounded), tokenizer, held)
 

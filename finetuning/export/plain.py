@@ -26,6 +26,7 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.fused import join_linears
 from finetuning.models.lora import merge_lora, plain_linear
 from finetuning.models.quantization import dense_weight, is_quantized
+from finetuning.settings import WINDOWED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,7 +49,10 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
     model = plain_model(loaded.classifier, held.pad_id)
     reference = held.answers_of(model)
     predictions = against_predictions(reference, held.stored, loaded.precision)
-    write_tokenizer(folder, tokenizer, loaded.run.config.data.max_length)
+    data = loaded.run.config.data
+    write_tokenizer(folder, tokenizer, data.max_length)
+    if data.windows > 1:  # predict.py reads it, Transformers keeps it
+        model.config.windows = {name: getattr(data, name) for name in WINDOWED}
     write_model(folder, model, DTYPES[dtype], held.stored.threshold)
     rounded = dtype != "fp32"
     written = held.answers_of(model) if rounded else reference

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetuning.data.splits import stratified_parts
 from finetuning.data.texts import LabelledTexts, TextData
@@ -21,7 +22,7 @@ from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import ExportFailed, UserError
 from finetuning.export import fresh_process
 from finetuning.export.fresh_process import logits_of
-from finetuning.models.classifier import Classifier
+from finetuning.models.classifier import Classifier, pool_windows
 from finetuning.runs.answers import Answers, decided, joined
 from finetuning.runs.finished import FinishedRun
 
@@ -38,15 +39,33 @@ class HeldOut:
     """Texts of validation and test, with what the run predicted for them."""
 
     columns: list[list[str]]  # the texts, or the first and the second texts of pairs
-    sequences: list[np.ndarray]  # the token ids of each text, as the run cut them
+    sequences: list[np.ndarray]  # the token ids of each text, as the run cut them, its windows one after another
     second_positions: np.ndarray | None  # (n,) where token type 1 begins; None if all tokens have one type
+    windows: np.ndarray | None  # (n,) of each text; None: one
     stored: Answers  # of predictions.parquet
     total: int  # number of held-out texts of the run
     pad_id: int  # of the tokenizer
+    window_pooling: str  # of the run
 
     def answers_of(self, model: Any) -> Answers:
         """What Hugging Face's classifier answers to these texts."""
-        return replace(self.stored, logits=logits_of(model, self.sequences, self.pad_id, self.second_positions))
+        sequences, second_positions = self.model_inputs
+        return replace(self.stored, logits=self.pooled(logits_of(model, sequences, self.pad_id, second_positions)))
+
+    @property
+    def model_inputs(self) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """The windows of all texts, and where token type 1 begins in each."""
+        if self.windows is None:
+            return self.sequences, self.second_positions
+        parts = [part for ids, count in zip(self.sequences, self.windows, strict=True) for part in np.split(ids, count)]
+        begins = self.second_positions
+        return parts, None if begins is None else np.repeat(begins, self.windows)
+
+    def pooled(self, logits: np.ndarray) -> np.ndarray:
+        """The logits of the texts, from those of ``model_inputs``."""
+        if self.windows is None:
+            return logits
+        return pool_windows(torch.from_numpy(logits), torch.from_numpy(self.windows), self.window_pooling).numpy()
 
 
 @dataclass(frozen=True)
@@ -97,7 +116,12 @@ class Proof:
 
 
 def held_out(
-    texts: TextData, tokens: Mapping[str, TokenizedSplit], stored: Mapping[str, Answers], limit: int, pad_id: int
+    texts: TextData,
+    tokens: Mapping[str, TokenizedSplit],
+    stored: Mapping[str, Answers],
+    limit: int,
+    pad_id: int,
+    window_pooling: str = "mean",
 ) -> HeldOut:
     """At most ``limit`` held-out texts, stratified by label, or by all labels of a text together.
 
@@ -107,6 +131,7 @@ def held_out(
         stored: the run's own answers, split by split.
         limit: largest number of texts.
         pad_id: the tokenizer's padding id.
+        window_pooling: the run's.
 
     Raises:
         UserError: these are not the texts that the run predicted.
@@ -124,13 +149,16 @@ def held_out(
         columns.append([text for split in splits for text in split.pairs or ()])
     sequences = [split.sequence(i) for split in tokens.values() for i in range(len(split))]
     begins = [split.second_positions for split in tokens.values() if split.second_positions is not None]
+    windows = [split.windows for split in tokens.values() if split.windows is not None]
     return HeldOut(
         [[column[i] for i in chosen] for column in columns],
         [sequences[i] for i in chosen],
         np.concatenate(begins)[chosen] if begins else None,
+        np.concatenate(windows)[chosen] if windows else None,
         answers.taken(chosen),
         len(sequences),
         pad_id,
+        window_pooling,
     )
 
 
@@ -161,12 +189,13 @@ def fresh_answers(folder: Path, held: HeldOut, **job: Any) -> dict[str, np.ndarr
     desk.mkdir(exist_ok=True)
     job = {"model": folder.name, "pad_id": held.pad_id, "base": None, "texts": None, "onnx": None} | job
     (desk / "job.json").write_text(json.dumps(job), encoding="utf8")
-    offsets = np.cumsum([0, *(len(sequence) for sequence in held.sequences)])
-    types: dict[str, Any] = {} if held.second_positions is None else {"second_positions": held.second_positions}
-    np.savez(desk / "tokens.npz", tokens=np.concatenate(held.sequences), offsets=offsets, **types)
+    sequences, second_positions = held.model_inputs
+    offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)])
+    types: dict[str, Any] = {} if second_positions is None else {"second_positions": second_positions}
+    np.savez(desk / "tokens.npz", tokens=np.concatenate(sequences), offsets=offsets, **types)
     run_alone([fresh_process.__file__, desk.name], folder.parent)
     with np.load(desk / "answers.npz") as answers:
-        return dict(answers)
+        return dict(answers) | {name: held.pooled(answers[name]) for name in ("logits", "onnx") if name in answers}
 
 
 def run_alone(words: Sequence[str], folder: Path) -> str:
@@ -324,6 +353,8 @@ def _pipeline_sentence(compared: InPipeline, held: HeldOut, truncation: str) -> 
         return same
     measure = "exact match" if held.stored.multi_label else "accuracy"
     reason = "it cuts long texts at their end, and the run kept their beginning and end" * (truncation == "head_tail")
+    if held.windows is not None:
+        reason = "it cuts long texts, and the run read them as windows"
     return (
         f"{same} It reads the others differently{': ' if reason else ''}{reason}. That changes the labels of"
         f" {compared.changed:,}: {measure} on these texts is {compared.accuracy:.2%} in a pipeline and"

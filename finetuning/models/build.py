@@ -58,7 +58,10 @@ def build_classifier(
     _store_frozen(model, family, dtype)
     if lora is not None:
         place_lora(model, family, lora, linears)
-    return Classifier(model, family, dtype, hardware.efficient, hardware.gradient_checkpointing, hardware.compile)
+    return Classifier(
+        model, family, dtype, hardware.efficient, hardware.gradient_checkpointing, hardware.compile,
+        config.data.window_pooling,
+    )  # fmt: skip
 
 
 def _freeze(model: nn.Module, family: ModelFamily, method: MethodSettings, lora: LoRASettings | None) -> None:

@@ -27,6 +27,7 @@ class Classifier(nn.Module):
             that have this path.
         checkpointing: whether backward computes layers again, so that their activations are not kept.
         compiled: whether ``torch.compile`` compiles the forward, during its first calls and once for all lengths.
+        window_pooling: how the logits of a text's windows become the text's: ``mean`` or ``max``.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Classifier(nn.Module):
         efficient: bool,
         checkpointing: bool = False,
         compiled: bool = False,
+        window_pooling: str = "mean",
     ) -> None:
         super().__init__()
         self.model = model
@@ -44,6 +46,7 @@ class Classifier(nn.Module):
         self.dtype = dtype
         self.efficient = efficient and family.is_efficient(model.config)
         self.checkpointing = checkpointing
+        self.window_pooling = window_pooling
         if checkpointing and not self.efficient:
             _checkpoint_layers(model)
         self._attention = getattr(model.config, "_attn_implementation", None)  # chosen by Hugging Face
@@ -70,7 +73,7 @@ class Classifier(nn.Module):
         logits: Tensor = self(
             batch["input_ids"], batch["attention_mask"], frozen, batch.get("padded"), batch.get("token_type_ids")
         )
-        return logits
+        return logits if "windows" not in batch else pool_windows(logits, batch["windows"], self.window_pooling)
 
     def _forward(
         self,
@@ -120,7 +123,9 @@ class Classifier(nn.Module):
             if parameter.requires_grad or name.startswith(head)
         }
 
-    def frozen_outputs(self, lengths: dict[str, np.ndarray], memory_gb: float) -> dict[str, FrozenOutputs]:
+    def frozen_outputs(
+        self, lengths: dict[str, np.ndarray], memory_gb: float, windows: dict[str, np.ndarray | None] | None = None
+    ) -> dict[str, FrozenOutputs]:
         """Stores for the outputs of frozen layers, one per split; empty if no layer is frozen.
 
         Only a model without dropout on the efficient path has them.
@@ -128,6 +133,7 @@ class Classifier(nn.Module):
         Args:
             lengths: split -> (examples,) tokens of each example, for splits that the run reads more than once.
             memory_gb: GiB of memory for all splits together. A split that does not fit is kept in a file.
+            windows: split -> (examples,) windows of each example. Default: one.
         """
         if not self.efficient:
             return {}
@@ -140,7 +146,9 @@ class Classifier(nn.Module):
         width = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         left, kept = int(memory_gb * 2**30), {}
         for name, tokens in lengths.items():
-            rows = np.ones_like(tokens) if whole else tokens
+            counts = (windows or {}).get(name)
+            ones = np.ones_like(tokens) if counts is None else counts
+            rows = ones if whole else tokens
             try:
                 kept[name] = FrozenOutputs(rows, width, self.dtype, left, cache_dir())
             except OSError as error:
@@ -148,6 +156,20 @@ class Classifier(nn.Module):
                 break
             left -= 0 if kept[name].on_disk else kept[name].bytes
         return kept
+
+
+def pool_windows(logits: Tensor, windows: Tensor, pooling: str) -> Tensor:
+    """The logits of texts from the logits of their windows.
+
+    Args:
+        logits: ``(windows, classes)``, the windows of one text together.
+        windows: ``(B,)`` windows of each text.
+        pooling: ``mean`` or ``max``.
+
+    Returns:
+        ``(B, classes)``.
+    """
+    return torch.segment_reduce(logits, pooling, lengths=windows, unsafe=True)  # safe: a GPU would wait for its check
 
 
 def _checkpoint_layers(model: Any) -> None:

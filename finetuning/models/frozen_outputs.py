@@ -18,7 +18,7 @@ from finetuning.storage import OUR_PREFIX
 
 
 class FrozenOutputs:
-    """One split's outputs: one row per token, or one row per text if the last layer is frozen too.
+    """One split's outputs: one row per token, or one row per window if the last layer is frozen too.
 
     Args:
         lengths: (examples,) rows of each example.
@@ -32,7 +32,7 @@ class FrozenOutputs:
     """
 
     def __init__(self, lengths: np.ndarray, width: int, dtype: torch.dtype, memory_bytes: int, folder: Path) -> None:
-        self.ends = np.cumsum(lengths)
+        self.lengths, self.ends = lengths, np.cumsum(lengths)
         self.known = np.zeros(len(lengths), dtype=bool)
         shape = (int(self.ends[-1]), width)
         self.bytes = shape[0] * width * dtype.itemsize
@@ -68,19 +68,21 @@ class FrozenBatch:
         return bool(self.outputs.known[self.examples].all())
 
     def load(self, mask: Tensor) -> Tensor:
-        """``(B, T) -> (B, T, D)``: the kept rows where the mask is True, zeros elsewhere."""
+        """``(B, T) -> (B, T, D)``: the kept rows where the mask is True, zeros elsewhere.
+
+        The mask has a row for each window, those of one example together. So do ``save``'s mask and x.
+        """
         rows = self.outputs.rows
         x = torch.zeros(*mask.shape, rows.shape[1], dtype=rows.dtype, device=mask.device)
-        x[mask] = rows[self._places(mask)].to(mask.device)
+        x[mask] = rows[self._places()].to(mask.device)
         return x
 
     def save(self, x: Tensor, mask: Tensor) -> None:
         """Keeps the rows of x ``(B, T, D)`` where ``mask`` ``(B, T)`` is True."""
-        self.outputs.rows[self._places(mask)] = x.detach()[mask].cpu()
+        self.outputs.rows[self._places()] = x.detach()[mask].cpu()
         self.outputs.known[self.examples] = True
 
-    def _places(self, mask: Tensor) -> Tensor:
-        """Positions of the mask's rows in ``outputs.rows``, one example after the other."""
-        lengths = mask.sum(1).cpu().numpy()
-        ends = self.outputs.ends[self.examples]
+    def _places(self) -> Tensor:
+        """Positions of the examples' rows in ``outputs.rows``, one example after the other."""
+        ends, lengths = self.outputs.ends[self.examples], self.outputs.lengths[self.examples]
         return torch.from_numpy(np.concatenate([np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from finetuning.data.batches import evaluation_loader
-from finetuning.data.tokens import TokenizedSplit, encode
+from finetuning.data.tokens import encode
 from finetuning.errors import UserError
 from finetuning.models.base_files import check_base_unchanged
 from finetuning.models.base_model import find_base_model, load_tokenizer, read_base_model
@@ -57,10 +57,9 @@ class Predictor:
         """
         config, clean = self.trained.config, self.trained.clean
         pairs = None if pairs is None else list(pairs)  # data sets of pairs need no cleaning
-        encoded = encode([clean(text) for text in texts], pairs, self.tokenizer, config.data)
         rows = np.arange(len(texts))
-        tokens, offsets, second_positions = encoded
-        split = TokenizedSplit(tokens, offsets, np.zeros_like(rows), rows, second_positions)
+        encoded = encode([clean(text) for text in texts], pairs, self.tokenizer, config.data)
+        split = encoded.labelled(np.zeros_like(rows), rows)
         probabilities, parts = np.empty((len(texts), len(self.trained.label_names))), []
         pinned = self.device.type == "cuda"
         with torch.inference_mode():

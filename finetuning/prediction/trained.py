@@ -13,7 +13,7 @@ from finetuning.datasets import traits_of
 from finetuning.errors import UserError, first_line
 from finetuning.runs.files import RESULT
 from finetuning.runs.finished import read_finished
-from finetuning.settings import DEFAULT_THRESHOLD
+from finetuning.settings import DEFAULT_THRESHOLD, WINDOWED
 from finetuning.storage import read_json
 
 MODEL_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"  # of Hugging Face
@@ -92,14 +92,20 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
         model_name=str(directory.resolve()),  # "packaged" would be another model
         method="head",
         max_length=int(min(stored.get("model_max_length") or positions, positions)),
-        truncation="head",  # as a pipeline does
         offline=True,
+        **_reading(content),
     )
     threshold = None
     if content.get("problem_type") == MULTI_LABEL:
         given = content.get("threshold")  # export_model.py writes the run's
         threshold = given if isinstance(given, float) and 0 < given < 1 else DEFAULT_THRESHOLD
     return Trained(directory, config, [names[number] for number in numbers], threshold, exported=True)
+
+
+def _reading(content: dict[str, Any]) -> dict[str, Any]:
+    """How long texts are read: as the run did if it used windows, else as a pipeline does."""
+    windows = content.get("windows")  # export_model.py writes it
+    return windows if isinstance(windows, dict) and set(windows) == set(WINDOWED) else {"truncation": "head"}
 
 
 def _json(directory: Path, name: str) -> dict[str, Any]:

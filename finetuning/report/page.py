@@ -89,6 +89,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
     split = "test" if "test" in answers else "validation"
     names, main = result["data"]["label_names"], answers[split]
     wrong = probably_wrong(answers, names, texts)
+    longest = result["config"]["max_length"] * (result["config"].get("windows") or 1)  # older runs have none
     return render(
         TEMPLATE,
         name=directory.resolve().name,
@@ -102,8 +103,8 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         confusion=sections.confusion_cells(main),
         confusions=sections.confusion_table(main, names),
         calibration=_calibration(answers, split),
-        lengths=sections.length_table(main, result["config"]["max_length"]),
-        cut=_cut(main, result["config"]["max_length"]),
+        lengths=sections.length_table(main, longest),
+        cut=_cut(main, longest),
         with_texts=texts is not None,
         mistakes=confident_mistakes(split, main, names, texts),
         wrong_count=int((~main.right).sum()),

@@ -9,6 +9,8 @@ from finetuning.datasets import DATASETS, hub_name, split_names, traits_of
 from finetuning.errors import UserError
 from finetuning.settings.fields import Values, require, setting
 
+WINDOWED = ("windows", "window_overlap", "window_pooling", "truncation")  # how a long text is read, besides its length
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -57,6 +59,11 @@ class DataSettings:
         "head_tail",
         "Keep the start of a long text (head), or a quarter from its start and the rest from its end (head_tail).",
     )
+    windows: int = setting(
+        1, "Turn a text of more than --max_length tokens into up to N windows, and pool their logits.", at_least=1
+    )
+    window_overlap: int = setting(0, "Tokens that a window has in common with the next one, at least.", at_least=0)
+    window_pooling: Literal["mean", "max"] = setting("mean", "How a text's logits come from those of its windows.")
     limit_train: int | None = setting(
         None, "Use only N training texts, keeping the class proportions.", "all", at_least=1
     )
@@ -82,6 +89,11 @@ class DataSettings:
         """The value of ``--limit_train``, ``--limit_validation`` or ``--limit_test``."""
         limits = {"train": self.limit_train, "validation": self.limit_validation, "test": self.limit_test}
         return limits[split]
+
+    @property
+    def longest(self) -> int:
+        """The largest number of tokens of a text, in all its windows together."""
+        return self.windows * self.max_length
 
     @property
     def cross_validates(self) -> bool:
@@ -117,6 +129,10 @@ class DataSettings:
         require(s, "label_separator", s.label_separator != "", "must not be empty")
         found = s.data_dir is not None or not s.offline or traits.packaged or on_hub  # the cache may have a hub set
         require(s, "offline", found, f"no package contains {s.dataset}: give --data_dir PATH")
+        message = f"must be less than --max_length {s.max_length}"
+        require(s, "window_overlap", s.window_overlap < s.max_length, message)
+        for name, default in (("window_overlap", 0), ("window_pooling", "mean")):
+            require(s, name, s.windows > 1 or getattr(s, name) == default, "needs --windows of 2 or more")
         downloads = bool(traits.downloads) and s.data_dir is None and not s.offline
         message = f"{only_of('downloads')} without --data_dir and --offline"
         require(s, "data_source", s.data_source is None or downloads, message)

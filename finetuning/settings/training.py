@@ -99,12 +99,13 @@ class TrainingSettings:
 
     @staticmethod
     def defaults(s: Values) -> dict[str, Any]:
+        longest = s.windows * s.max_length
         defaults: dict[str, Any] = {
             "monitor": traits_of(s.dataset).monitor,
             "learning_rate": DEFAULT_LEARNING_RATES[s.method, s.optimizer],
             "warmup_fraction": 0.3 if s.scheduler == "onecycle" else 0.06,
             "weight_decay": 0.01 if s.optimizer == "adamw" else 0.0,
-            "batch_tokens": s.batch_size * s.max_length if s.batch_size else max(6144, s.max_length),
+            "batch_tokens": s.batch_size * longest if s.batch_size else max(6144, longest),
         }
         if s.optimizer.startswith("sgd"):
             defaults["momentum"] = 0.9 if s.optimizer == "sgd_nesterov" else 0.0
@@ -120,7 +121,8 @@ class TrainingSettings:
         require(s, "momentum", not nesterov or bool(s.momentum), "must be above 0 with --optimizer sgd_nesterov")
         if s.class_weights not in ("none", "balanced"):
             parsed_class_weights(s.class_weights)
-        require(s, "batch_tokens", s.batch_tokens >= s.max_length, f"must be at least --max_length {s.max_length}")
+        longest, windows = s.windows * s.max_length, f" x --windows {s.windows}" if s.windows > 1 else ""
+        require(s, "batch_tokens", s.batch_tokens >= longest, f"must be at least --max_length {s.max_length}{windows}")
 
 
 def parsed_class_weights(setting: str) -> dict[str, float]:

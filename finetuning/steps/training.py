@@ -74,11 +74,12 @@ def prepare_training(
     repeated = {name: splits[name].lengths for name in ("train", "validation") if folds is None or name == "train"}
     epochs = chosen or settings.epochs
     keeps = epochs > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
-    frozen = classifier.frozen_outputs(repeated, claim.config.hardware.frozen_cache_gb) if keeps else {}
+    windows = {name: splits[name].windows for name in repeated}
+    frozen = classifier.frozen_outputs(repeated, claim.config.hardware.frozen_cache_gb, windows) if keeps else {}
     steps = settings.epochs * batches.steps_per_epoch
     module = FineTuning(classifier, settings, inputs.task, steps, frozen, kernels)
     if settings.epochs and not claim.config.run.force:
-        limits = claim.config.data.max_length, claim.config.hardware.devices
+        limits = claim.config.data.longest, claim.config.hardware.devices
         check_memory(classifier, batches, settings, trainer.strategy.root_device, frozen, *limits)
     return Training(claim, inputs, watch, trainer, module, batches, validation, options, folds)
 

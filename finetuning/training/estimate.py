@@ -68,7 +68,8 @@ def measure_steps(
     batches = _spread(loader, MEASURED_STEPS)
     repeated = {name: splits[name].lengths for name in ("train", "validation")}
     keeps = not hardware.on_gpu and training.epochs > 1
-    frozen = classifier.frozen_outputs(repeated, frozen_cache_gb) if keeps else {}
+    windows = {name: splits[name].windows for name in repeated}
+    frozen = classifier.frozen_outputs(repeated, frozen_cache_gb, windows) if keeps else {}
 
     activations = kept_for_backward(classifier, _to(batches[0], device))
     for batch in batches[:2]:  # warm-up: the first steps build kernels and allocate memory

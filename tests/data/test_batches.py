@@ -48,6 +48,47 @@ def test_pairs_have_types_and_single_texts_have_no_tensor_for_them() -> None:
     assert types == {0: [0, 0, 1, 1, 1], 1: [0, 1, 1, 0, 0]}  # padding has type 0
 
 
+def windowed_lengths(n: int, seed: int, longest: int = 64, most: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of texts of up to ``most`` equally long windows, and the number of windows."""
+    lengths = review_lengths(n, seed, longest * most)
+    windows = -(-lengths // longest)
+    return -(-lengths // windows) * windows, windows
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shards", [1, 3])
+def test_windows_keep_the_bounds_of_a_batch_with_their_padding(seed: int, shards: int) -> None:
+    lengths, windows = windowed_lengths(997, seed)
+    batches = sampler(lengths, seed, batch_tokens=512, accumulate=shards, windows=windows)
+    assert len(np.unique(windows)) == 4
+    assert batches.plan.sizes.max() <= 16
+    for number in range(3):
+        order, _ = batches.epoch_order(number)
+        padded = batches.padded_tokens(order)
+        members = np.split(order, batches.plan.cuts[1:-1])
+        assert padded.tolist() == [windows[m].sum() * (lengths[m] // windows[m]).max() for m in members]
+        assert padded.max() <= 512
+    assert 1 - lengths.sum() / padded.sum() < 0.25
+
+
+def test_a_batch_has_a_row_for_each_window() -> None:
+    windows = np.array([1, 3, 2])
+    split = replace(make_split(np.array([5, 12, 6])), windows=windows, second_positions=np.array([2, 1, 3]))
+    split.tokens[5:17] = np.repeat([11, 12, 13], 4)
+    training = RunConfig.from_settings(max_length=8, windows=3, batch_size=3).training
+    (batch,) = train_loader(split, training, PAD)
+    order = batch["examples"].tolist()
+    assert batch["windows"].tolist() == [windows[i] for i in order]
+    rows = {0: [[1] * 5], 1: [[n] * 4 + [PAD] for n in (11, 12, 13)], 2: [[3] * 3 + [PAD] * 2] * 2}
+    types = {0: [[0, 0, 1, 1, 1]], 1: [[0, 1, 1, 1, 0]] * 3, 2: [[0] * 5] * 2}
+    assert batch["input_ids"].tolist() == [row for i in order for row in rows[i]]
+    assert batch["token_type_ids"].tolist() == [row for i in order for row in types[i]]
+    assert torch.equal(batch["attention_mask"], (batch["input_ids"] != PAD).long())
+    taken = split.taken(np.array([2, 1]))
+    assert taken.windows is not None
+    assert taken.windows.tolist() == [2, 3]
+
+
 def review_lengths(n: int, seed: int, longest: int = 256) -> np.ndarray:
     """Lengths as reviews have them: many at the limit, a tail of short ones."""
     return np.clip(np.random.default_rng(seed).lognormal(5.4, 0.6, n), 8, longest).astype(np.int64)

@@ -8,7 +8,7 @@ import torch
 
 from finetuning.config import RunConfig
 from finetuning.data.batches import evaluation_loader
-from finetuning.data.tokens import TokenizedSplit, encode_pairs
+from finetuning.data.tokens import encode, encode_pairs
 from finetuning.models.classifier import SHORT, Classifier
 from finetuning.models.families import FAMILIES
 from local_model_utilities import build_classifier, find_base_model, load_tokenizer
@@ -31,8 +31,7 @@ def test_logits_of_pairs_equal_those_of_hugging_face(
     classifier = build_classifier(config, base, ["no", "maybe", "yes"], torch.float32).eval()
     tokenizer = load_tokenizer(base)
     rows = np.arange(len(TEXTS))
-    tokens, offsets, second_positions = encode_pairs(TEXTS, PAIRS, tokenizer, config.data)
-    split = TokenizedSplit(tokens, offsets, rows, rows, second_positions)
+    split = encode_pairs(TEXTS, PAIRS, tokenizer, config.data).labelled(rows, rows)
     (batch,) = evaluation_loader(split, config.training, int(tokenizer.pad_token_id))
     theirs = tokenizer(TEXTS, PAIRS, truncation="longest_first", max_length=16, padding=True, return_tensors="pt")
     if getattr(classifier.model.config, "type_vocab_size", 0) < 2:  # the packaged tokenizer is BERT's
@@ -42,6 +41,63 @@ def test_logits_of_pairs_equal_those_of_hugging_face(
         plain = classifier.logits({name: value for name, value in batch.items() if name != "token_type_ids"})
     torch.testing.assert_close(found, expected[batch["rows"]], rtol=1e-5, atol=1e-5)
     assert torch.equal(found, plain) == (family != "bert")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("pairs", [None, PAIRS], ids=["single", "pairs"])
+@pytest.mark.parametrize(("family", "efficient"), [("bert", True), ("bert", False), ("distilbert", True)])
+def test_logits_of_windows_are_pooled(
+    family: str, efficient: bool, pairs: list[str] | None, pooling: str, tiny_folders: dict[str, Path]
+) -> None:
+    config = RunConfig.from_settings(
+        model_name=str(tiny_folders[family]), max_length=12, windows=4, window_overlap=2, window_pooling=pooling,
+        efficient=efficient, batch_tokens=128, method="selective", trainable_layers=1,
+    )  # fmt: skip
+    base = find_base_model(config)
+    classifier = build_classifier(config, base, ["no", "maybe", "yes"], torch.float32)
+    tokenizer = load_tokenizer(base)
+    texts, rows = [TEXTS[0], TEXTS[1], " ".join(TEXTS * 2)], np.arange(3)
+    split = encode(texts, pairs, tokenizer, config.data).labelled(rows, rows)
+    assert split.windows is not None
+    assert split.windows.max() > 1
+    (batch,) = evaluation_loader(split, config.training, int(tokenizer.pad_token_id))
+    expected = []
+    for row in batch["rows"].tolist():
+        ids = torch.from_numpy(split.sequence(row).reshape(split.windows[row], -1).astype(np.int64))
+        types = {}
+        if pairs is not None and family == "bert":
+            assert split.second_positions is not None
+            types = {
+                "token_type_ids": (torch.arange(ids.shape[1]) >= split.second_positions[row]).long().expand_as(ids)
+            }
+        logits = classifier.model(input_ids=ids, **types).logits
+        expected.append(logits.mean(0) if pooling == "mean" else logits.max(0).values)
+    found = classifier.logits(batch)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+    trained = [p for p in classifier.parameters() if p.requires_grad]
+    weights = torch.tensor([[1.0, -2.0, 0.5]])
+    ours, theirs = (torch.autograd.grad((values * weights).sum(), trained) for values in (found, torch.stack(expected)))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    if efficient:
+        kept = classifier.frozen_outputs({"train": split.lengths}, 1.0, {"train": split.windows})["train"]
+        for _ in range(2):  # computed, then read
+            torch.testing.assert_close(classifier.logits(batch, kept), found, rtol=1e-6, atol=1e-6)
+
+
+def test_a_frozen_encoder_keeps_one_output_for_each_window(tiny_folders: dict[str, Path]) -> None:
+    config = RunConfig.from_settings(model_name=str(tiny_folders["bert"]), max_length=8, windows=3, method="head")
+    base = find_base_model(config)
+    classifier = build_classifier(config, base, ["no", "yes"], torch.float32)
+    tokenizer, rows = load_tokenizer(base), np.arange(3)
+    split = encode(TEXTS, None, tokenizer, config.data).labelled(rows, rows)
+    assert split.windows is not None
+    (batch,) = evaluation_loader(split, config.training, int(tokenizer.pad_token_id))
+    kept = classifier.frozen_outputs({"train": split.lengths}, 1.0, {"train": split.windows})["train"]
+    assert len(kept.rows) == split.windows.sum() > 3
+    expected = classifier.logits(batch)
+    for _ in range(2):
+        torch.testing.assert_close(classifier.logits(batch, kept), expected, rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()

@@ -34,6 +34,14 @@ def test_an_exported_folder(tmp_path: Path) -> None:
     assert read_trained(folder(tmp_path / "packaged", several | {"threshold": "x"})).threshold == 0.5
 
 
+def test_an_exported_folder_of_a_run_with_windows(tmp_path: Path) -> None:
+    windows = {"windows": 4, "window_overlap": 8, "window_pooling": "max", "truncation": "head_tail"}
+    data = read_trained(folder(tmp_path, CONFIG | {"windows": windows}, {"model_max_length": 32})).config.data
+    assert {name: getattr(data, name) for name in windows} == windows
+    for other in ({"windows": 4}, 4):  # of another program
+        assert read_trained(folder(tmp_path, CONFIG | {"windows": other})).config.data.windows == 1
+
+
 @pytest.mark.parametrize(
     ("config", "tokenizer", "expected"),
     [
