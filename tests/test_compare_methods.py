@@ -157,9 +157,9 @@ def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("scores", "reason"),
     [
-        ((0.7, 0.9, None), "its learning rate depends on tune-a-0.003, which is missing"),
-        ((0.7, "no space left", 0.8), "its learning rate depends on tune-a-0.002, which is failed"),
-        ((DIVERGED, DIVERGED, DIVERGED), "the loss is not finite at any learning rate of a"),
+        ((0.7, 0.9, None), "its settings depend on tune-a-0.003, which is missing"),
+        ((0.7, "no space left", 0.8), "its settings depend on tune-a-0.002, which is failed"),
+        ((DIVERGED, DIVERGED, DIVERGED), "the loss is not finite at any setting of a"),
     ],
 )
 def test_a_final_run_without_its_tuning_is_not_started(

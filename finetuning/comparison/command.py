@@ -13,7 +13,7 @@ from pathlib import Path
 
 from finetuning.comparison.collection import collect
 from finetuning.comparison.execution import StopSignals, StudyExecution, chosen_runs
-from finetuning.comparison.plan import RATE, STAGES, read_plan
+from finetuning.comparison.plan import STAGES, read_plan
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, exit_status, first_line
 from finetuning.flags import OneLineParser
@@ -146,8 +146,8 @@ def list_command(options: argparse.Namespace) -> int:
     with suppress(BrokenPipeError):  # if piped into `head`
         for number, run in enumerate(runs.study.stage(options.stage)):
             planned = runs.tuned_if_possible(run)
-            waits = planned.tuned_by and RATE not in planned.settings
-            words = shlex.join(["python", *runs.command_words(planned, path)]) + (f" --{RATE} TUNED" if waits else "")
+            words = shlex.join(["python", *runs.command_words(planned, path)])
+            words += "".join(f" --{flag} TUNED" for flag in planned.waits_for)
             print(f"{number:>4}  {runs.state(planned):<11}  {run.name}  {words}", flush=True)
     return 0
 

@@ -12,7 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
-from finetuning.comparison.plan import RATE, PlannedRun
+from finetuning.comparison.drawn import shown_settings
+from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.errors import UserError
 from finetuning.forking import ForkedProcess, ForkServer, can_fork
@@ -231,7 +232,7 @@ class StudyExecution:
                 self.stop.add(child)
 
     def waits_for_tuning(self, run: PlannedRun) -> bool:
-        """Whether a run that tunes this one's learning rate is still to be done here, or is running elsewhere."""
+        """Whether a run that tunes this one is still to be done here, or is running elsewhere."""
         tuning = [self.runs.study.find(name) for name in run.tuned_by]
         chosen = {other.name for other in self.chosen}
         return any(
@@ -247,8 +248,9 @@ class StudyExecution:
             flags = ["--resume" if resumable else "--overwrite"]
         log = self.runs.log(run)
         verb = "continued" if "--resume" in flags else "started"
-        rate = f" with the tuned learning rate {run.settings[RATE]:g}" if run.tuned_by else ""
-        print(f"{self.position_of(run)}  {verb}{rate}, see {log}", flush=True)
+        tuned = {flag: run.settings[flag] for flag in run.tuned}
+        chosen = f" with the tuned learning rate {shown_settings(tuned)}" if tuned else ""
+        print(f"{self.position_of(run)}  {verb}{chosen}, see {log}", flush=True)
         words = [*self.runs.command_words(run, self.starter.script), *flags]
         alone = run.settings.get("devices", 1) == run.settings.get("num_nodes", 1) == 1
         return self.starter.start(words, log, lock, may_fork=alone, idle=not self.current)

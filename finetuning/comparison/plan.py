@@ -15,6 +15,12 @@
     tune = { learning_rate = [1e-3] }     # tried on validation first; every row needs the same number of values
     reported = 89.71                      # accuracy in % that others reported; shown in a column of its own
     [tuning]                              # flags of the runs that tune, for example less data or fewer epochs
+    [search]                              # rows try random settings instead, each row equally many:
+    trials = 6                            #   tune = { learning_rate = { low = 1e-4, high = 3e-3 }, epochs = [3, 5, 8] }
+    seed = 0
+    [[data]]                              # data sets: a name, and flags. Every row runs on each of them, as SET-ROW
+    name = "trec6"                        # a row with data = ["trec6"] runs only on these
+    data_dir = "trec6"
 
 A *row* is what the report compares: its runs differ only in their seed. Axes other than the seed make one row of each
 combination. ``data_dir`` is a folder inside the one that ``compare_methods.py --data_dir`` names, because data is
@@ -31,17 +37,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finetuning.comparison.drawn import RATE, check_search, check_tuned, tried_settings
 from finetuning.datasets import hub_name
 from finetuning.errors import UserError, first_line
 from finetuning.flags import from_flags, given_flags
 from finetuning.settings import FLAGS
 
-TABLES = ("question", "defaults", "axes", "sample", "rows", "tuning")
-KEYS_OF_A_ROW = ("name", "axes", "tune", "reported")  # what a row may hold besides flags
+TABLES = ("question", "defaults", "axes", "sample", "data", "rows", "tuning", "search")
+KEYS_OF_A_ROW = ("name", "axes", "tune", "reported", "data")  # what a row may hold besides flags
 ALONE = ("kfold", "fold")  # a study compares runs that have one validation split
 MANAGED = ("output_dir", "resume", "overwrite", "prefetch", "verbose")  # the study sets these itself
 NOT_SHOWN = ("--output_dir", "--overwrite", "--resume", "--data_dir")  # they depend on the machine
-RATE = "learning_rate"
 STAGES = ("tune", "final", "all")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
@@ -56,7 +62,9 @@ class PlannedRun:
         stage: ``tune`` or ``final``.
         settings: flags of ``finetune_lora.py``, as the TOML gives them; ``data_dir`` is relative.
         axes: its values on the axes of the study, without the seed.
-        tuned_by: names of the runs that tune its learning rate; empty if it has a rate of its own.
+        tuned_by: names of the runs that tune it; empty if it has all settings of its own.
+        tunes: what a run that tunes tries.
+        tuned: the flags that its tuning sets.
         reported: test accuracy in % that others have reported for the row.
     """
 
@@ -67,14 +75,21 @@ class PlannedRun:
     axes: dict[str, Any] = field(default_factory=dict)
     tuned_by: tuple[str, ...] = ()
     reported: float | None = None
+    tunes: dict[str, Any] = field(default_factory=dict)
+    tuned: tuple[str, ...] = ()
+
+    @property
+    def waits_for(self) -> list[str]:
+        """The flags that its tuning has not set yet."""
+        return [flag for flag in self.tuned if flag not in self.settings]
 
     @property
     def seed(self) -> int:
         return int(self.settings.get("seed", 0))
 
-    def with_rate(self, rate: float) -> "PlannedRun":
-        """The same run with the learning rate that its tuning chose."""
-        return replace(self, settings={**self.settings, RATE: rate})
+    def with_tuned(self, settings: Mapping[str, Any]) -> "PlannedRun":
+        """The same run with the settings that its tuning chose."""
+        return replace(self, settings={**self.settings, **settings})
 
     def flags(self, data_dir: Path | None = None) -> list[str]:
         """The run as words of a command line; its data is inside ``data_dir`` if one is given."""
@@ -160,12 +175,15 @@ def _plan(name: str, content: dict[str, Any]) -> StudyPlan:
     question = content.get("question")
     if not isinstance(question, str) or not question.strip():
         raise UserError("question: must be a text that says what the study asks")
+    content = {"defaults": {}} | content
     for table in ("defaults", "axes", "sample", "tuning"):
         if not isinstance(content.get(table, {}), dict):
             raise UserError(f"{table}: must be a table, [{table}]")
     rows = content.get("rows", [{}])
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError("rows: must be tables, [[rows]], at least one")
+    check_search(content.get("search"))
+    rows = _on_data_sets(content, rows)
     _check_rows(content, rows)
     _check_tuning(content, rows)
     cells = _sampled([cell for row in rows for cell in _expand(content, row)], content.get("sample"))
@@ -177,13 +195,30 @@ def _plan(name: str, content: dict[str, Any]) -> StudyPlan:
     return StudyPlan(name, question.strip(), runs)
 
 
+def _on_data_sets(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of each data set of ``[[data]]``, with its flags; the rows themselves if there is none."""
+    sets = content.get("data")
+    if sets is None:
+        return rows
+    if not isinstance(sets, list) or not sets or not all(isinstance(each, dict) for each in sets):
+        raise UserError("data: must be tables, [[data]], at least one")
+    if not all(isinstance(each.get("name"), str) for each in (*sets, *rows)):
+        raise UserError("data: each [[data]] and each [[rows]] needs a name")
+    names, found = [each["name"] for each in sets], []
+    for row in rows:
+        wanted = row.get("data", names)
+        if not isinstance(wanted, list) or not set(wanted) <= set(names):
+            raise UserError(f"row {row['name']}: data {wanted}: must be a list of names of [[data]]")
+        found += [each | row | {"name": f"{each['name']}-{row['name']}"} for each in sets if each["name"] in wanted]
+    return found
+
+
 def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
     """All combinations of the axes of one ``[[rows]]``, without the seed."""
     where = f"row {row['name']}: " if "name" in row else ""
     settings, axes = _settings_and_axes(content, row, where)
     seeds = axes.pop("seed", [settings.get("seed", 0)])
-    rates = row.get("tune", {}).get(RATE, [])
-    if rates and any(len(values) > 1 for values in axes.values()):
+    if row.get("tune") and any(len(values) > 1 for values in axes.values()):
         raise UserError(f"{where}tune: not allowed with axes other than seed: make a row of each combination")
     cells = []
     for values in itertools.product(*axes.values()):
@@ -192,12 +227,21 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
         given = settings | cell | {"seed": seeds[0]}
         overrides = content.get("tuning", {}) | {"test": False}
         tune = [
-            PlannedRun(f"tune-{name}-{rate:g}", name, "tune", given | overrides | {RATE: rate}, cell | {RATE: rate})
-            for rate in rates
+            PlannedRun(f"tune-{name}-{trial}", name, "tune", given | overrides | tried, cell | tried, tunes=tried)
+            for trial, tried in tried_settings(name, row.get("tune", {}), content.get("search")).items()
         ]
         tuned_by = tuple(run.name for run in tune)
         final = [
-            PlannedRun(f"{name}-seed{seed}", name, "final", given | {"seed": seed}, cell, tuned_by, row.get("reported"))
+            PlannedRun(
+                f"{name}-seed{seed}",
+                name,
+                "final",
+                given | {"seed": seed},
+                cell,
+                tuned_by,
+                row.get("reported"),
+                tuned=tuple(row.get("tune", ())),
+            )
             for seed in seeds
         ]
         cells.append((tune, final))
@@ -274,29 +318,26 @@ def _check_rows(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 
 def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Every row must try the same number of learning rates, because more tries alone give a better score."""
+    """Every row must try equally many settings, because more tries alone give a better score."""
+    search, tuning = content.get("search"), content.get("tuning", {})
     for row in rows:
         if "tune" not in row:
             continue
-        where, values = f"row {row.get('name')}: tune: ", row["tune"].get(RATE)
-        if set(row["tune"]) != {RATE} or not isinstance(values, list) or not values:
-            raise UserError(f"{where}must be {{ {RATE} = [...] }}")
-        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-            raise UserError(f"{where}{RATE}: must be numbers")
-        places = (row, row.get("axes", {}), content.get("axes", {}), content.get("defaults", {}))
-        if any(RATE in place for place in places):
-            raise UserError(f"{where}{RATE}: must not be given as well")
-    budgets = {row.get("name", ""): len(row.get("tune", {}).get(RATE, [])) for row in rows}
+        where = f"row {row.get('name')}: tune: "
+        check_tuned(where, row["tune"], search)
+        for flag in row["tune"]:
+            if any(flag in place for place in (row, row.get("axes", {}), content.get("axes", {}), content["defaults"])):
+                raise UserError(f"{where}{flag}: must not be given as well")
+            if flag in tuning:
+                raise UserError(f"[tuning] {flag}: not allowed, because it is what is tuned: give it to the rows")
+    budgets = {row.get("name", ""): len(tried_settings("", row.get("tune", {}), search)) for row in rows}
     if len(set(budgets.values())) > 1:
         shown = ", ".join(f"{name} {count}" for name, count in budgets.items())
-        raise UserError(f"tune: every row needs the same number of learning rates, but they have: {shown}")
-    tuning = content.get("tuning", {})
+        raise UserError(f"tune: every row needs the same number of settings to try, but they have: {shown}")
     if tuning and not any(budgets.values()):
         raise UserError(f"[tuning] no row has anything to tune: give each row tune = {{ {RATE} = [...] }}")
     if tuning.get("test", False) is not False:
-        raise UserError("[tuning] test: must be false, because learning rates are chosen on validation")
-    if RATE in tuning:
-        raise UserError(f"[tuning] {RATE}: not allowed, because it is what is tuned: give it to the rows")
+        raise UserError("[tuning] test: must be false, because settings are chosen on validation")
 
 
 def _check_runs(runs: tuple[PlannedRun, ...]) -> None:

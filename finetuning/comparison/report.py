@@ -143,7 +143,7 @@ def study_text(section: Section) -> str:
     if section.f1_comparisons.rows:
         parts += ["## Micro F1 of multi-label data", section.f1_comparisons.markdown()]
     if section.tuning.rows:
-        parts += ["## Learning rates tried on validation", section.tuning.markdown()]
+        parts += ["## Settings tried on validation", section.tuning.markdown()]
     if section.plots:  # they are not committed
         parts.append("## Plots that `python compare_methods.py report` draws next to this file")
         parts.append("\n".join(f"- `{plot.file}`: {plot.caption}" for plot in section.plots))

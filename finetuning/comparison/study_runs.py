@@ -1,4 +1,4 @@
-"""The runs of a study on disk: where each one is, its state, and which learning rate its tuning chose.
+"""The runs of a study on disk: where each one is, its state, and which settings its tuning chose.
 
 ``runs/STUDY/RUN/`` is the directory of a run. Next to it, ``RUN.log`` holds what the run printed. ``RUN.lock`` is never
 removed: the process that does the run holds a lock on it. The run's own process inherits the lock, so the run still
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetuning.comparison.drawn import RATE
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
-from finetuning.comparison.plan import RATE, PlannedRun, StudyPlan
+from finetuning.comparison.plan import PlannedRun, StudyPlan
 from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.flags import from_flags
@@ -226,30 +227,32 @@ class StudyRuns:
     # tuning
 
     def tuned(self, run: PlannedRun) -> PlannedRun:
-        """The run with the best learning rate of its row, by ``--monitor`` on validation. Of equal ones the smaller.
+        """The run with the best settings of its row, by ``--monitor`` on validation.
+
+        Of equal ones the smaller learning rate, then the one that was tried first.
 
         Raises:
             TuningUnfinished: a run that tunes has neither finished nor diverged, or all of them have diverged.
         """
         if not run.tuned_by:
             return run
-        scores: list[tuple[float, float]] = []
-        for tuning in map(self.study.find, run.tuned_by):
+        scores: list[tuple[float, float, int, dict[str, Any]]] = []
+        for number, tuning in enumerate(map(self.study.find, run.tuned_by)):
             state = self.state_on_disk(tuning)
             result = self.result(tuning) if state in ("finished", "failed") else {}
-            rate = float(tuning.settings[RATE])
             if state == "finished":
                 monitor = result["config"]["monitor"]
                 score = result["validation"][monitor]
-                scores.append((-score if monitor == "loss" else score, -rate))
+                rate = float(tuning.tunes.get(RATE, 0.0))
+                scores.append((-score if monitor == "loss" else score, -rate, -number, tuning.tunes))
             elif not result.get("error", "").startswith(NOT_FINITE):  # a rate that is too large is an answer as well
-                raise TuningUnfinished(f"its learning rate depends on {tuning.name}, which is {self.state(tuning)}")
+                raise TuningUnfinished(f"its settings depend on {tuning.name}, which is {self.state(tuning)}")
         if not scores:
-            raise TuningUnfinished(f"{NOT_FINITE} at any learning rate of {run.row}")
-        return run.with_rate(-max(scores)[1])
+            raise TuningUnfinished(f"{NOT_FINITE} at any setting of {run.row}")
+        return run.with_tuned(max(scores, key=lambda score: score[:3])[3])
 
     def tuned_if_possible(self, run: PlannedRun) -> PlannedRun:
-        """The run with its tuned learning rate, or without one if its tuning has not finished."""
+        """The run with its tuned settings, or without them if its tuning has not finished."""
         try:
             return self.tuned(run)
         except TuningUnfinished:
@@ -280,7 +283,7 @@ def _stored_differences(run: PlannedRun, directory: Path, own: bool = False) -> 
 def _differences(run: PlannedRun, settings: dict[str, Any], own: bool) -> list[str]:
     """Settings of a run that differ from the plan.
 
-    The path of its data does not count. A learning rate does not count if the plan leaves it to tuning. In the
+    The path of its data does not count, nor does what the plan leaves to a tuning that has not finished. In the
     planned run's own result (``own``), the numbers that the plan leaves to auto do not count either.
     """
     planned = from_flags(run.flags(Path()))
@@ -288,8 +291,8 @@ def _differences(run: PlannedRun, settings: dict[str, Any], own: bool) -> list[s
         stored = {key: value for key, value in settings.items() if key not in NOT_PART_OF_THE_RUN}
         made = RunConfig.from_dict(stored | {"data_dir": planned.data.data_dir})
         made = made.changed(test=made.run.test and planned.run.test)  # a test changes nothing in the training
-        if run.tuned_by and RATE not in run.settings:
-            made = made.changed(learning_rate=planned.training.learning_rate)
+        left = {name: value for name, value in planned.to_dict().items() if name in run.waits_for}
+        made = made.changed(**left)
         if own:
             auto = [name for name, value in planned.to_dict().items() if value is None and FLAGS[name].or_auto]
             made = made.changed(**dict.fromkeys(auto))

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from finetuning.comparison.collected import Row, Run, Study
+from finetuning.comparison.drawn import RATE, shown_settings
 from finetuning.comparison.pairs import Answer, Comparison
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import mean_and_deviation
@@ -226,17 +227,20 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def tuning_table(study: Study) -> Table:
-    """For each row the learning rates that were tried, and the one that its final runs use."""
-    taken = {row.name: row.common("config", "learning_rate") for row in study.rows}
-    monitors = {run.row: run.monitor for run in study.tuning}
+    """For each row the settings that were tried, and those of its final runs; a number alone is a learning rate."""
     rows = []
-    for name, scores in tuning_scores(study.tuning).items():
-        in_words = "{:.4f}".format if monitors[name] == "loss" else percent
-        tried = [f"{rate:g}: {'no score' if score is None else in_words(score)}" for rate, score in scores.items()]
-        rows.append((name, monitors[name], "; ".join(tried), shown(taken.get(name), "{:g}")))
-    return Table(
-        ("row", "metric", "metric on validation, %, by learning rate", "learning rate of the final runs"), rows
-    )
+    for name in sorted({run.row for run in study.tuning}):
+        trials = sorted((run for run in study.tuning if run.row == name), key=lambda run: run.axes.get(RATE, 0.0))
+        in_words = "{:.4f}".format if trials[0].monitor == "loss" else percent
+        tried = [
+            f"{shown_settings(run.axes)}: {'no score' if run.monitored is None else in_words(run.monitored)}"
+            for run in trials
+        ]
+        finals = next((row for row in study.rows if row.name == name), None)
+        taken = {} if finals is None else {flag: finals.common("config", flag) for flag in trials[0].axes}
+        chosen = "" if None in taken.values() else shown_settings(taken)
+        rows.append((name, trials[0].monitor, "; ".join(tried), chosen))
+    return Table(("row", "metric", "metric on validation, %, by what was tried", "the final runs have"), rows)
 
 
 def notes(study: Study) -> list[str]:
@@ -279,7 +283,7 @@ def _best_on_validation(study: Study) -> list[str]:
 
 def _tuned_rates(study: Study) -> list[tuple[str, float, list[float]]]:
     """For each row with more than one tried rate: its name, the rate of its final runs, and all tried rates."""
-    scores = tuning_scores(study.tuning)
+    scores = tuning_scores([run for run in study.tuning if set(run.axes) == {RATE}])  # random ones have no edge
     taken = [(row.name, row.common("config", "learning_rate")) for row in study.rows]
     return [(name, rate, list(scores[name])) for name, rate in taken if rate and len(scores.get(name, ())) > 1]
 

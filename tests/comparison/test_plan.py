@@ -110,7 +110,64 @@ def test_tuning_comes_first_with_its_overrides_and_never_reads_the_test(tmp_path
     for run in study.stage("final"):
         assert (setting(run, "limit_train"), setting(run, "test"), setting(run, "learning_rate")) == (None, None, None)
         assert run.tuned_by == tuple(name for name in names(study.stage("tune")) if name.startswith(f"tune-{run.row}-"))
-        assert setting(run.with_rate(0.02), "learning_rate") == "0.02"
+        assert setting(run.with_tuned({"learning_rate": 0.02}), "learning_rate") == "0.02"
+
+
+SEARCHED = """
+[search]
+trials = 4
+seed = 3
+[axes]
+seed = [0, 1]
+[[data]]
+name = "one"
+data_dir = "one"
+max_length = 64
+[[data]]
+name = "two"
+data_dir = "two"
+[[rows]]
+name = "lora"
+tune = { learning_rate = { low = 1e-4, high = 1e-2 }, epochs = [3, 5], lora_r = { low = 2, high = 64 } }
+[[rows]]
+name = "full"
+data = ["two"]
+method = "full"
+tune = { learning_rate = { low = 1e-5, high = 1e-4 } }
+"""
+ROWS_OF_SEARCHED = ("one-lora", "two-lora", "two-full")
+
+
+def test_every_row_runs_on_every_data_set_that_it_names(tmp_path: Path) -> None:
+    study = study_of(tmp_path, SEARCHED)
+    assert names(study.stage("final")) == [f"{row}-seed{seed}" for seed in (0, 1) for row in ROWS_OF_SEARCHED]
+    lengths = {run.row: setting(run, "max_length") for run in study.runs}
+    assert lengths == {"one-lora": "64", "two-lora": None, "two-full": None}
+    assert {run.settings["data_dir"] for run in study.runs if run.row.startswith("two")} == {"two"}
+
+
+def test_a_search_tries_the_same_random_settings_everywhere(tmp_path: Path) -> None:
+    study, again = study_of(tmp_path, SEARCHED), study_of(tmp_path, SEARCHED)
+    assert study == again
+    tuning = study.stage("tune")
+    assert names(tuning) == [f"tune-{row}-trial{i}" for row in ROWS_OF_SEARCHED for i in range(4)]
+    for run in tuning:
+        assert run.axes == run.tunes
+        assert setting(run, "test") == "False"
+        low, high = (1e-5, 1e-4) if run.row == "two-full" else (1e-4, 1e-2)
+        assert low <= run.tunes["learning_rate"] <= high
+        if run.row != "two-full":
+            assert run.tunes["epochs"] in (3, 5)
+            assert run.tunes["lora_r"] in range(2, 65)
+    rates = [run.tunes["learning_rate"] for run in tuning]
+    assert len(set(rates)) == len(rates), "rows draw independently"
+    other = study_of(tmp_path, SEARCHED.replace("seed = 3", "seed = 4"))
+    assert other.stage("tune") != tuning
+    final = study.find("one-lora-seed1")
+    assert final.waits_for == ["learning_rate", "epochs", "lora_r"]
+    chosen = final.with_tuned(tuning[0].tunes)
+    assert chosen.waits_for == []
+    assert setting(chosen, "lora_r") == str(tuning[0].tunes["lora_r"])
 
 
 def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
@@ -185,8 +242,20 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         ),
         ("[defaults]\nlearning_rate = 1e-3" + TUNED, "row a: tune: learning_rate: must not be given as well"),
         ('[[rows]]\nname = "a"\naxes = { lora_r = [1, 2] }\ntune = { learning_rate = [1] }', "axes other than seed"),
-        (TUNED.replace("[1e-4, 0.02]", "[1e-4]"), "tune: every row needs the same number of learning rates"),
+        (TUNED.replace("[1e-4, 0.02]", "[1e-4]"), "tune: every row needs the same number of settings to try"),
         (TUNED + '[[rows]]\nname = "c"', "have: a 2, b 2, c 0"),
+        (SEARCHED.replace("trials = 4", ""), "[search] trials 0: must be a whole number of at least 1"),
+        (SEARCHED.replace("trials = 4", "trials = 1.5"), "[search] trials 1.5: must be a whole number"),
+        (SEARCHED.replace("trials = 4", "count = 4"), "[search] must be a table with trials and seed"),
+        (SEARCHED.replace("low = 2", "low = 0"), "row one-lora: tune: lora_r: must be { low = X, high = Y } with 0"),
+        (SEARCHED.replace("low = 2", "from = 2"), "row one-lora: tune: lora_r: must be { low = X, high = Y } with 0"),
+        (SEARCHED.replace("[3, 5]", "3"), "row one-lora: tune: epochs: must be a list of values, or { low = X"),
+        (SEARCHED.replace("epochs", "epoch"), "row one-lora: tune: epoch: finetune_lora.py has no flag of this name"),
+        (SEARCHED.replace("max_length = 64", "epochs = 2"), "row one-lora: tune: epochs: must not be given as well"),
+        (SEARCHED.replace("max_length", "max"), "row one-lora: max: finetune_lora.py has no flag of this name"),
+        (SEARCHED.replace('data = ["two"]', 'data = ["three"]'), "row full: data ['three']: must be a list of names"),
+        (SEARCHED.replace('name = "one"', ""), "data: each [[data]] and each [[rows]] needs a name"),
+        ("data = 3", "data: must be tables, [[data]]"),
         ("[tuning]\nepochs = 1", "[tuning] no row has anything to tune"),
         (TUNED.replace("limit_train", "test"), "[tuning] test: must be false"),
         (

@@ -118,7 +118,7 @@ def test_what_the_report_says(results: Path) -> None:
     for said in (
         "## All pairs of rows (1)",
         "no significant difference",
-        "## Learning rates tried",
+        "## Settings tried",
         "\n- `learning_rates.png`: Validation accuracy by peak learning rate.",
     ):
         assert said in table

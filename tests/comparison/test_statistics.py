@@ -1,11 +1,13 @@
 from math import comb, sqrt
 
+import baycomp
 import numpy as np
 import pytest
 
 from finetuning.comparison.statistics import (
     LEVEL,
     SeedSpread,
+    bayesian_signed_rank,
     bootstrap_difference,
     holm,
     mcnemar,
@@ -190,3 +192,16 @@ def test_pareto_front() -> None:
     costs, scores = [1, 2, 3, 3, 1, 4], [0.8, 0.9, 0.85, 0.95, 0.8, 0.95]
     # the fifth equals the first: neither beats the other; the last costs more for as much
     assert pareto_front(costs, scores) == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("shift", [-1.0, -0.2, 0.0, 0.4, 0.8])
+@pytest.mark.parametrize("sets", [4, 14])
+def test_the_bayesian_signed_rank_test_is_the_one_of_baycomp(sets: int, shift: float) -> None:
+    random = np.random.default_rng(sets)
+    second = random.uniform(70, 95, sets)
+    first = second + random.normal(shift, 0.7, sets)
+    found = bayesian_signed_rank(first.tolist(), second.tolist(), rope=0.5)
+    # baycomp's left is the probability that its first argument is better
+    expected = baycomp.SignedRankTest.probs(first, second, rope=0.5, random_state=1)
+    assert (found.better, found.equivalent, found.worse) == pytest.approx(expected, abs=0.01)
+    assert found.better + found.equivalent + found.worse == pytest.approx(1)

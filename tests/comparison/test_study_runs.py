@@ -108,7 +108,7 @@ def test_a_run_that_was_tested_stands_for_one_that_only_tunes() -> None:
 def test_what_was_collected_of_another_study_is_taken_over() -> None:
     study = plan(TUNED).study
     runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
-    (_, first, _, final), planned = study.runs, study.runs[-1].with_rate(0.001)
+    (_, first, _, final), planned = study.runs, study.runs[-1].with_tuned({"learning_rate": 0.001})
     sources = [
         leave_record(Path("results/other"), run, predictions=PREDICTED, test={"accuracy": 0.9})
         for run in (replace(first, settings={**first.settings, "test": True}), planned)
@@ -195,7 +195,7 @@ def test_a_record_without_its_test_stands_for_no_final_run() -> None:
     first, final = study.runs[0], study.runs[-1]
     # it tuned, and its test was forgotten
     record = leave_record(Path("results/other"), replace(first, settings={**first.settings, "test": True}))
-    assert runs.take_over(final.with_rate(first.settings["learning_rate"])) is None
+    assert runs.take_over(final.with_tuned(first.tunes)) is None
     assert runs.take_over(first) == record.path
 
 

@@ -1,0 +1,86 @@
+"""What a row of a study tries on validation: a list of learning rates, or random settings."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetuning.errors import UserError
+from finetuning.settings import FLAGS
+
+RATE = "learning_rate"
+Settings = dict[str, Any]
+
+
+def tried_settings(name: str, tune: Mapping[str, Any], search: Mapping[str, int] | None) -> dict[str, Settings]:
+    """The settings that a row tries: name of each trial -> its flags.
+
+    Args:
+        name: of the row. Rows draw independently of each other.
+        tune: flag -> a list of values or, with ``search``, also ``{low, high}``, drawn on a logarithmic scale.
+        search: ``trials``, the number of random trials, and ``seed``; ``None`` tries each learning rate of a list.
+    """
+    if search is None:
+        return {f"{rate:g}": {RATE: rate} for rate in tune.get(RATE, ())}
+    if not tune:
+        return {}
+    generator = random.Random(f"{search.get('seed', 0)} {name}")
+    drawn = [{flag: _drawn(values, generator) for flag, values in tune.items()} for _ in range(search["trials"])]
+    return {f"trial{number}": settings for number, settings in enumerate(drawn)}
+
+
+def _drawn(values: Sequence[Any] | Mapping[str, float], generator: random.Random) -> Any:
+    if not isinstance(values, Mapping):
+        return generator.choice(values)
+    low, high = values["low"], values["high"]
+    value = math.exp(generator.uniform(math.log(low), math.log(high)))
+    if isinstance(low, int) and isinstance(high, int):
+        return round(value)
+    return float(f"{value:.3g}")  # so that a command stays readable
+
+
+def shown_settings(settings: Mapping[str, Any]) -> str:
+    """What a trial set, for people."""
+    rate = [f"{settings[RATE]:g}"] if RATE in settings else []
+    return ", ".join([*rate, *(f"{flag} {value}" for flag, value in settings.items() if flag != RATE)])
+
+
+def check_search(search: Any) -> None:
+    """Checks ``[search]``.
+
+    Raises:
+        UserError: a key or value is not allowed.
+    """
+    if search is None:
+        return
+    if not isinstance(search, dict) or not set(search) <= {"trials", "seed"}:
+        raise UserError("[search] must be a table with trials and seed")
+    for key, least in (("trials", 1), ("seed", 0)):
+        value = search.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"[search] {key} {value!r}: must be a whole number of at least {least}")
+
+
+def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] | None) -> None:
+    """Checks the ``tune`` of a row.
+
+    Raises:
+        UserError: it names something else than flags, or gives no values for one.
+    """
+    if search is None:
+        rates = tune.get(RATE)
+        if set(tune) != {RATE} or not isinstance(rates, list) or not rates:
+            raise UserError(f"{where}must be {{ {RATE} = [...] }}, or the study needs [search]")
+        if any(isinstance(rate, bool) or not isinstance(rate, int | float) for rate in rates):
+            raise UserError(f"{where}{RATE}: must be numbers")
+        return
+    for flag, values in tune.items():
+        if flag not in FLAGS:
+            raise UserError(f"{where}{flag}: finetune_lora.py has no flag of this name")
+        if isinstance(values, dict):
+            ends = [values.get(key) for key in ("low", "high")]
+            numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
+            if set(values) != {"low", "high"} or not numbers or not 0 < ends[0] < ends[1]:  # type: ignore[operator]
+                raise UserError(f"{where}{flag}: must be {{ low = X, high = Y }} with 0 < X < Y")
+        elif not isinstance(values, list) or not values:
+            raise UserError(f"{where}{flag}: must be a list of values, or {{ low = X, high = Y }}")
