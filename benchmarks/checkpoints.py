@@ -19,6 +19,7 @@ from compare_methods import ROOT
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured
 from finetuning.runs.files import LAST_CHECKPOINT, RESULT
+from finetuning.settings import PACKAGED_DISTILBERT
 from finetuning.storage import read_json
 
 OUTPUT, PAGE = harness.RESULTS / "checkpoints.json", ROOT / "docs" / "faults.md"
@@ -27,8 +28,8 @@ METHODS = {
     "full": ["--method", "full"],
 }
 FLAGS = (
-    "--offline", "--accelerator", "cpu", "--epochs", "1", "--limit_validation", "64", "--test", "False",
-    "--checkpoint_steps", "1", *harness.TRAINING_FLAGS.split(),
+    "--model_name", PACKAGED_DISTILBERT, "--offline", "--accelerator", "cpu", "--epochs", "1",
+    "--limit_validation", "64", "--test", "False", "--checkpoint_steps", "1", *harness.TRAINING_FLAGS.split(),
 )  # fmt: skip
 COLUMNS = ("", "checkpoints measured", "bytes", "writing one, s")
 RUN_SECONDS, EVERY_SECONDS = 20 * 60, 5 * 60

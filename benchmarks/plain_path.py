@@ -16,12 +16,13 @@ from compare_methods import ROOT
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured
 from finetuning.runs.files import RESULT
+from finetuning.settings import PACKAGED_DISTILBERT
 from finetuning.storage import read_json
 
 OUTPUT = harness.RESULTS / "plain_path.json"
 FLAGS = (
-    "--offline --method selective --trainable_layers 2 --limit_validation 200 --test False --accelerator cpu"
-    f" {harness.TRAINING_FLAGS}"
+    f"--model_name {PACKAGED_DISTILBERT} --offline --method selective --trainable_layers 2 --limit_validation 200"
+    f" --test False --accelerator cpu {harness.TRAINING_FLAGS}"
 )
 KEPT = ("config", "train", "validation", "memory", "environment")
 COLUMNS = ("", "training time, s", "validation accuracy, %", "peak memory, MiB")

@@ -21,7 +21,7 @@ from benchmarks.harness import TRAINING
 from finetuning.config import RunConfig
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.models.pretrained import load_pretrained
-from finetuning.settings import PACKAGED_BASE
+from finetuning.settings import PACKAGED_BASE, PACKAGED_DISTILBERT
 from local_dataset_utilities import load_texts, tokenize
 from local_model_utilities import find_base_model, load_tokenizer
 
@@ -62,6 +62,7 @@ class Job:
     def config(self) -> RunConfig:
         """The suite's settings for the same work, with its own batches."""
         return RunConfig.from_settings(
+            model_name=PACKAGED_DISTILBERT,
             offline=True,
             accelerator=self.accelerator,
             precision=self.precision,
@@ -86,7 +87,7 @@ def attentions(model: str) -> tuple[Literal["sdpa", "eager"], ...]:
 
 def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None:
     """Writes the models to ``folder/MODEL`` and the tokens to ``folder/SPLIT-LENGTH.npz``: MiniLM's, for all models."""
-    base = RunConfig.from_settings(offline=True)
+    base = RunConfig.from_settings(model_name=PACKAGED_DISTILBERT, offline=True)
     for model in models:
         _save_model(folder / model, model, base)
     for max_length in lengths:

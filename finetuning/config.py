@@ -15,6 +15,7 @@ from finetuning.datasets import hub_name, traits_of
 from finetuning.errors import UserError
 from finetuning.settings import (
     FLAGS,
+    MINILM_FORMS,
     PACKAGED,
     SECTIONS,
     DataSettings,
@@ -26,6 +27,8 @@ from finetuning.settings import (
     TrainingSettings,
     Values,
     excludes_int8,
+    full_name,
+    recorded_name,
 )
 
 # Settings that do not change what a run computes.
@@ -82,7 +85,8 @@ class RunConfig:
             UserError: like ``from_settings``.
         """
         paths = {name: Path(value) for name, value in stored.items() if _is_path(name) and value is not None}
-        return cls.from_settings(**{**stored, **paths})
+        names = {"model_name": recorded_name(stored["model_name"])} if stored.get("model_name") else {}
+        return cls.from_settings(**{**stored, **paths, **names})
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting under its flag's name, ready for JSON. Settings of other methods are ``None``."""
@@ -147,6 +151,8 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
     except (UserError, TypeError) as error:
         raise UserError(f"--resume: the settings stored in {given['output_dir']} cannot be used: {error}") from None
     values, given = run.to_dict(), {name: value for name, value in given.items() if value is not None}
+    if "model_name" in given:
+        given["model_name"] = full_name(given["model_name"])
     level = run.training.scheduler == "constant" and run.training.warmup_fraction == 0
     for name, value in given.items():
         before, now = values[name], str(value) if isinstance(value, Path) else value
@@ -154,6 +160,7 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
             continue
         more_epochs = name == "epochs" and level and run.data.kfold is None and now > before
         elsewhere = name in MAY_CHANGE and (name != "init_adapter" or None not in (before, now))
+        elsewhere = elsewhere and {before, now} != {*MINILM_FORMS}  # two models of one file
         if now != before and not elsewhere and not more_epochs:
             raise UserError(
                 f"--{name} {now}: the run in {given['output_dir']} has --{name} {before}, and --resume cannot change"
@@ -191,6 +198,7 @@ def _resolved(given: dict[str, Any]) -> dict[str, Any]:
         if hasattr(kind, "defaults"):
             dependent |= kind.defaults(Values(**plain))
     values = plain | dependent | given
+    values["model_name"] = full_name(values["model_name"])
     _check_ranges(values)
     for kind in SECTIONS.values():
         if hasattr(kind, "check"):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import budget
+from finetuning.settings import PACKAGED_DISTILBERT
 from tests.synthetic_runs import ENVIRONMENT, write_run
 
 
@@ -59,7 +60,7 @@ def test_few_texts_are_means_over_draws() -> None:
 
 
 def test_mean_vectors_leave_padding_out() -> None:
-    folder = budget.find_folder("packaged", True, "")
+    folder = budget.find_folder(PACKAGED_DISTILBERT, True, "")
     texts = ["short", "a much longer text with many more tokens than the other one"]
     together, alone = budget.mean_vectors(texts, folder, 32), budget.mean_vectors(texts[:1], folder, 32)
     np.testing.assert_allclose(together[0], alone[0], atol=1e-5)

@@ -13,7 +13,9 @@ from finetuning.settings import (
     DEFAULT_MODEL,
     FLAGS,
     LORA_TARGETS,
-    PACKAGED,
+    PACKAGED_BERT,
+    PACKAGED_DISTILBERT,
+    PACKAGED_MEANS,
     named_layers,
     parsed_class_weights,
     parsed_layers,
@@ -113,9 +115,21 @@ def test_defaults_of_data_sets() -> None:
 
 def test_offline_means_the_packaged_model() -> None:
     assert config_of_flags("").model.model_name == DEFAULT_MODEL
-    assert config_of_flags("--offline").model.model_name == PACKAGED
+    assert config_of_flags("--offline").model.model_name == PACKAGED_MEANS
     assert config_of_flags("--offline --model_name some/folder").model.model_name == "some/folder"
     assert config_of_flags("--offline False").model.model_name == DEFAULT_MODEL
+
+
+@pytest.mark.parametrize("means", [PACKAGED_BERT, PACKAGED_DISTILBERT])
+def test_packaged_means_one_form_and_a_record_another(means: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetuning.settings.model.PACKAGED_MEANS", means)
+    assert [config_of_flags(line).model.model_name for line in ("--model_name packaged", "--offline")] == [means] * 2
+    assert config_of_flags(f"--model_name {PACKAGED_BERT} --offline").model.model_name == PACKAGED_BERT
+    stored = config_of_flags("").to_dict() | {"model_name": "packaged"}
+    assert RunConfig.from_dict(stored).model.model_name == PACKAGED_DISTILBERT, "of an earlier version"
+    now = config_of_flags("--model_name packaged --output_dir r").to_dict()
+    again = resumed_config(now, {"model_name": "packaged", "output_dir": Path("r")})
+    assert again.model.model_name == now["model_name"] == means
 
 
 # --- refusals
@@ -462,6 +476,11 @@ def test_where_things_are_and_the_hardware_may_change() -> None:
             "--epochs 1: the run in d has --epochs 2, ",
         ),
         (STORED, "--overwrite", "--resume True: cannot be used with --overwrite"),
+        (
+            f"--output_dir d --model_name {PACKAGED_DISTILBERT}",
+            f"--model_name {PACKAGED_BERT}",
+            f"--model_name {PACKAGED_BERT}: the run in d has --model_name {PACKAGED_DISTILBERT}, ",
+        ),
         (STORED, "--init_adapter a", "--init_adapter a: the run in d has --init_adapter None, "),
     ],
 )

@@ -20,6 +20,7 @@ from finetuning.export.command import main
 from finetuning.export.plain import write_model
 from finetuning.prediction.predictor import predict
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result, write_result
+from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json
 from tests.conftest import changed_run
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -148,17 +149,17 @@ def in_pipeline(out: Path, texts: list[Any]) -> tuple[list[str], np.ndarray]:
 
 
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", PACKAGED_BERT])
 def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_type: str) -> None:
     rows = [(f"the plot is number {i} of it", "no " * (i % 9) + f"{i}", f"class {i % 2}") for i in range(60)]
     table = pd.DataFrame(rows, columns=["premise", "claim", "label"])
-    base = tiny_folders[model_type]
+    base = tiny_folders.get(model_type, Path(model_type))
     run = lora_run(tmp_path, base, table, "--text_column", "premise", "--text_pair_column", "claim")
     out = tmp_path / "out"
     content, _ = exported(run, out, *WITH_ONNX)
     assert 'classify([{"text": "A text to classify.", "text_pair": "The second text of the pair."}])' in content
     if WITH_ONNX:
-        assert ('"token_type_ids": np.array(' in content) == (model_type == "bert")
+        assert ('"token_type_ids": np.array(' in content) == (model_type != "distilbert")
     tested, logits = rows_of_test(run)
     texts = [{"text": row.premise, "text_pair": row.claim} for row in tested.itertuples()]
     _, found = in_pipeline(out, texts)
@@ -168,6 +169,7 @@ def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_typ
     assert np.abs(in_pipeline(out, swapped)[1] - expected).max() > 1e-3
     content, _ = exported(run, tmp_path / "adapter", "--adapter")
     assert '"text_pair": "The second text of the pair."' in content
+    assert (tmp_path / "adapter" / "base").exists() == (model_type == PACKAGED_BERT)
 
 
 @pytest.mark.usefixtures("in_this_process")

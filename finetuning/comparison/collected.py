@@ -21,6 +21,7 @@ from finetuning.comparison.statistics import SCORES, mean_and_deviation
 from finetuning.config import NOT_PART_OF_THE_RUN
 from finetuning.errors import UserError
 from finetuning.runs.records import NOT_ASKED_FOR, accuracy_interval
+from finetuning.settings import recorded_name
 
 OTHER_CONDITIONS = "another commit, processor, number of threads or torch version"
 
@@ -107,6 +108,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The settings that must be equal for all runs of a row."""
         config = self.get("config") or {}
+        config = config | {"model_name": recorded_name(config.get("model_name", ""))}
         return {key: value for key, value in config.items() if key not in (*NOT_PART_OF_THE_RUN, "seed", "data_dir")}
 
     @property

@@ -41,7 +41,7 @@ from finetuning.comparison.drawn import RATE, check_search, check_tuned, tried_s
 from finetuning.datasets import hub_name
 from finetuning.errors import UserError, first_line
 from finetuning.flags import from_flags, given_flags
-from finetuning.settings import FLAGS
+from finetuning.settings import FLAGS, MINILM_FORMS, PACKAGED, recorded_name
 
 TABLES = ("question", "defaults", "axes", "sample", "data", "rows", "tuning", "search")
 KEYS_OF_A_ROW = ("name", "axes", "tune", "reported", "data")  # what a row may hold besides flags
@@ -123,7 +123,7 @@ class StudyPlan:
 
 
 def stated_command(command: str, config: Mapping[str, Any]) -> str:
-    """A command with the numbers that its run chose by itself, so that it repeats the run if ``auto`` changes.
+    """A command with what its run chose by itself, so that it repeats the run if ``auto`` or ``packaged`` changes.
 
     Args:
         command: as the run has recorded it.
@@ -136,7 +136,12 @@ def stated_command(command: str, config: Mapping[str, Any]) -> str:
     except UserError:  # the words of another program, which called the suite's main
         return command
     missing = [name for name, flag in FLAGS.items() if flag.or_auto and flag.kind is int and name not in given]
-    return shlex.join([*words, *(word for name in missing for word in (f"--{name}", str(config[name])))])
+    model = recorded_name(config["model_name"])
+    values = {name: str(config[name]) for name in missing}
+    if "model_name" not in given and model in MINILM_FORMS:  # of --offline
+        values["model_name"] = model
+    command = shlex.join([*words, *(word for name, value in values.items() for word in (f"--{name}", value))])
+    return re.sub(rf"(--model_name[ =]){PACKAGED}(?!\S)", rf"\g<1>{model}", command)
 
 
 def shown_command(command: str) -> str:

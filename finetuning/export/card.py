@@ -18,7 +18,7 @@ from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import reliability
 from finetuning.runs.finished import FinishedRun
 from finetuning.runs.score_tables import class_table, percent, score_table
-from finetuning.settings import PACKAGED, PACKAGED_BASE, LoRASettings, MethodSettings
+from finetuning.settings import MINILM_FORMS, PACKAGED_BASE, LoRASettings, MethodSettings
 from finetuning.storage import write_text
 
 CARD = "README.md"
@@ -26,7 +26,7 @@ TEMPLATE = Path(__file__).parent / "card.md.j2"
 EXAMPLE, SECOND = "A text to classify.", "The second text of the pair."
 # --model_name -> hub id, and licence in the hub's spelling; of other models the card says what their own card says
 KNOWN_BASES = {
-    PACKAGED: ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
+    **dict.fromkeys(MINILM_FORMS, ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")),
     PACKAGED_BASE: ("sentence-transformers/all-mpnet-base-v2", "apache-2.0"),
     "distilbert-base-uncased": ("distilbert/distilbert-base-uncased", "apache-2.0"),
     "distilroberta-base": ("distilbert/distilroberta-base", "apache-2.0"),

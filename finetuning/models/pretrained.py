@@ -18,7 +18,7 @@ from finetuning.models.base_files import OLD_WEIGHTS, stored_shapes
 from finetuning.models.base_model import BaseModel
 from finetuning.models.distilbert import distilbert_weights
 from finetuning.models.families import ModelFamily
-from finetuning.settings import PACKAGED, ModelSettings
+from finetuning.settings import PACKAGED_DISTILBERT, ModelSettings
 
 
 def load_pretrained(base: BaseModel, settings: ModelSettings, label_names: Sequence[str]) -> nn.Module:
@@ -33,7 +33,7 @@ def load_pretrained(base: BaseModel, settings: ModelSettings, label_names: Seque
         UserError: the weights are damaged, or cannot be loaded.
     """
     config, family = _config_of(base, settings, label_names), base.family
-    if base.name == PACKAGED:
+    if base.name == PACKAGED_DISTILBERT:
         weights = distilbert_weights(load_file(base.folder / "model.safetensors"))
         model = AutoModelForSequenceClassification.from_config(config)
         missing = [k for k in model.load_state_dict(weights, strict=False).missing_keys if k.startswith(family.base)]

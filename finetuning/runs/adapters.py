@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError, first_line, listed
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
+from finetuning.settings import recorded_name
 from finetuning.storage import read_json, sha256_of
 
 PREFIX = "base_model.model."
@@ -78,7 +79,8 @@ def read_adapter(folder: Path) -> Adapter:
         raise UserError(f"{folder}: {ADAPTER} contains no LoRA matrices")
     scaling = "rslora" if config.get("use_rslora") else "standard"
     variant = "dora" if config.get("use_dora") else "lora"
-    return Adapter(folder, config.get("base_model_name_or_path"), rank, alpha, scaling, variant, linears)
+    base = config.get("base_model_name_or_path")
+    return Adapter(folder, base and recorded_name(base), rank, alpha, scaling, variant, linears)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,19 @@ from finetuning.settings.method import (
     named_layers,
     parsed_layers,
 )
-from finetuning.settings.model import DEFAULT_MODEL, PACKAGED, PACKAGED_BASE, PACKAGED_MODELS, ModelSettings
+from finetuning.settings.model import (
+    DEFAULT_MODEL,
+    MINILM_FORMS,
+    PACKAGED,
+    PACKAGED_BASE,
+    PACKAGED_BERT,
+    PACKAGED_DISTILBERT,
+    PACKAGED_MEANS,
+    PACKAGED_MODELS,
+    ModelSettings,
+    full_name,
+    recorded_name,
+)
 from finetuning.settings.run import AUTO, TRACKERS, CommandSettings, RunSettings
 from finetuning.settings.training import (
     DEFAULT_LEARNING_RATES,
@@ -35,8 +47,12 @@ __all__ = [
     "FLAGS",
     "FROM_ADAPTER",
     "LORA_TARGETS",
+    "MINILM_FORMS",
     "PACKAGED",
     "PACKAGED_BASE",
+    "PACKAGED_BERT",
+    "PACKAGED_DISTILBERT",
+    "PACKAGED_MEANS",
     "PACKAGED_MODELS",
     "SECTIONS",
     "TRACKERS",
@@ -53,9 +69,11 @@ __all__ = [
     "Values",
     "check_data_dir",
     "excludes_int8",
+    "full_name",
     "named_layers",
     "parsed_class_weights",
     "parsed_layers",
+    "recorded_name",
 ]
 
 SECTIONS: dict[str, type] = {

@@ -5,9 +5,13 @@ from typing import Any
 
 from finetuning.settings.fields import Values, setting
 
-PACKAGED = "packaged"  # the model that requirements-offline.txt installs
-PACKAGED_BASE = "packaged-base"  # the one that requirements-offline-base.txt installs
-PACKAGED_MODELS = (PACKAGED, PACKAGED_BASE)
+PACKAGED_BERT = "packaged-bert"  # the MiniLM that requirements-offline.txt installs
+PACKAGED_DISTILBERT = "packaged-distilbert"  # the same without its pooler and token types
+MINILM_FORMS = (PACKAGED_BERT, PACKAGED_DISTILBERT)
+PACKAGED = "packaged"
+PACKAGED_MEANS = PACKAGED_DISTILBERT
+PACKAGED_BASE = "packaged-base"  # the model that requirements-offline-base.txt installs
+PACKAGED_MODELS = (*MINILM_FORMS, PACKAGED_BASE)
 DEFAULT_MODEL = "distilbert-base-uncased"
 
 
@@ -17,7 +21,8 @@ class ModelSettings:
 
     model_name: str = setting(
         None,
-        f"Hub id, local folder, or a model installed with pip: '{PACKAGED}' (MiniLM as DistilBERT), '{PACKAGED_BASE}'"
+        f"Hub id, local folder, or a model installed with pip: '{PACKAGED_BERT}' (MiniLM), '{PACKAGED_DISTILBERT}'"
+        f" (MiniLM without pooler and token types), '{PACKAGED}' (it means {PACKAGED_MEANS}) or '{PACKAGED_BASE}'"
         " (MPNet, as large as BERT-base).",
         f"{DEFAULT_MODEL}; {PACKAGED} with --offline",
     )
@@ -29,3 +34,13 @@ class ModelSettings:
     @staticmethod
     def defaults(s: Values) -> dict[str, Any]:
         return {"model_name": PACKAGED if s.offline else DEFAULT_MODEL}
+
+
+def full_name(model_name: str) -> str:
+    """The name of a model with ``packaged`` as what it means, so that a run records that."""
+    return PACKAGED_MEANS if model_name == PACKAGED else model_name
+
+
+def recorded_name(model_name: str) -> str:
+    """The name of a model in a record. Earlier versions recorded ``packaged``, which meant the DistilBERT."""
+    return PACKAGED_DISTILBERT if model_name == PACKAGED else model_name

@@ -12,6 +12,7 @@ from finetuning.comparison.plan import PlannedRun, StudyPlan, read_plan, stated_
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
+from finetuning.settings import PACKAGED_DISTILBERT
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
@@ -301,6 +302,11 @@ def test_a_stated_command_has_the_numbers_that_auto_chose() -> None:
     assert stated == f"{command} --epochs 5 --batch_tokens 8192 --batch_size 32"
     assert stated_command(stated, config) == stated
     assert from_flags(shlex.split(stated)[2:]).training == RunConfig.from_dict(config).training
+    packaged = RunConfig.from_settings(model_name="packaged").to_dict() | config | {"model_name": "packaged"}
+    for given in ("--offline", "--model_name packaged", "--model_name=packaged"):
+        stated = stated_command(f"python finetune_lora.py {given}", packaged)
+        assert from_flags(shlex.split(stated)[2:]).model.model_name == PACKAGED_DISTILBERT
+        assert "packaged " not in stated
     other = "notebook.py --kernel x"  # a program that called the suite's main
     assert stated_command(other, config) == other
 

