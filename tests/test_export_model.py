@@ -243,9 +243,9 @@ def test_a_multi_label_run(tiny_folders: dict[str, Path], tmp_path: Path) -> Non
 def test_a_folder_that_differs_does_not_stay(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_damaged(folder: Path, model: Any, dtype: torch.dtype, threshold: float | None) -> None:
+    def write_damaged(folder: Path, model: Any, dtype: torch.dtype, *threshold: Any) -> None:
         model.classifier.bias.data[0] += 0.001
-        write_model(folder, model, dtype, threshold)
+        write_model(folder, model, dtype, *threshold)
         model.classifier.bias.data[0] -= 0.001
 
     monkeypatch.setattr("finetuning.export.plain.write_model", write_damaged)

@@ -639,7 +639,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         ),
         (["--class_weights", "ugly=2"], "--class_weights ugly=2: class 'ugly' must be one of bad, good"),
         (["--monitor", "micro_f1"], "--monitor micro_f1: for a single-label task it must be one of accuracy"),
-        (["--threshold", "tuned"], "--threshold tuned: needs a multi-label task, not a single-label one"),
+        (["--threshold", "tuned", "--positive_label", "ugly"], "--positive_label ugly: must be bad or good"),
         (["--label_separator", ","], "--label_separator ',': never occurs in column label"),
         (["--label_smoothing", "1"], "--label_smoothing 1.0: must be at least 0 and below 1"),
         (["--tracker", "tensorboard,neptune"], "--tracker tensorboard,neptune: must be one or more of tensorboard"),

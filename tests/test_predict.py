@@ -267,7 +267,7 @@ def test_nothing_is_left_of_what_is_refused_or_interrupted(
     assert "the folder" in refusal(capsys, *words[:-1], tmp_path / "none" / "a.csv")
     assert "--top_k 3: " in refusal(capsys, *words, "--top_k", 3)
     assert "--top_k 0: must be at least 1" in refusal(capsys, *words, "--top_k", 0)
-    assert "--threshold 0.3: needs a multi-label run" in refusal(capsys, *words, "--threshold", 0.3)
+    assert "--threshold 0.3: needs a multi-label run, or two classes" in refusal(capsys, *words, "--threshold", 0.3)
     assert "--threshold 1: must be above 0 and below 1" in refusal(capsys, *words, "--threshold", 1)
     monkeypatch.setenv("FINETUNE_LORA_PROCESSOR", "avx")
     assert "FINETUNE_LORA_PROCESSOR=avx: must be one of" in refusal(capsys, *words)

@@ -8,6 +8,7 @@ from finetuning.comparison.packed import Record, change_records
 from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, first_line
+from finetuning.runs.answers import positive_of, unlabelled
 from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged
 
 
@@ -49,24 +50,26 @@ def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
         metrics = (source / METRICS).read_bytes().decode()
     if result["status"] == "finished" and "test" in result:
         check_unchanged(source / PREDICTIONS)
+        task = result["task"]
         try:
-            predictions = read_test_predictions(source / PREDICTIONS, result["task"].get("threshold"))
+            positive = positive_of(task, result["data"]["label_names"])
+            predictions = read_test_predictions(source / PREDICTIONS, task.get("threshold"), positive)
         except (OSError, ValueError, LookupError) as error:  # includes pyarrow's errors
             path = source / PREDICTIONS
             raise UserError(f"{path} cannot be read ({first_line(error)}): restore it, or train again") from None
     return Record.made(target, result, metrics, predictions)
 
 
-def read_test_predictions(path: Path, threshold: float | None = None) -> Any:
+def read_test_predictions(path: Path, threshold: float | None = None, positive: int | None = None) -> Any:
     """What a run predicted for the test texts, in the order of their rows.
 
     Args:
         path: the run's predictions.
-        threshold: of a multi-label run, the probability above which a label is given.
+        threshold, positive: as in ``Answers``.
 
     Returns:
         A pyarrow table with columns ``row`` (int32), ``label`` and ``predicted`` (int8; int16 for many classes). With
-        a threshold, the last two hold a list of labels for each text.
+        a threshold and no positive class, the last two hold a list of labels for each text.
     """
     import numpy as np
     import pyarrow as pa
@@ -75,8 +78,8 @@ def read_test_predictions(path: Path, threshold: float | None = None) -> Any:
     table = pq.read_table(path, filters=[("split", "=", "test")]).sort_by("row")
     logits = np.array(table["logits"].to_pylist())  # (n, classes)
     small = np.int8 if logits.shape[1] <= 127 else np.int16
-    if threshold is not None:
-        given = 1 / (1 + np.exp(-logits)) > threshold
+    given = unlabelled(logits, threshold, positive).given
+    if threshold is not None and positive is None:
         kind = pa.list_(pa.from_numpy_dtype(small))
         predicted = pa.array([np.flatnonzero(row).astype(small) for row in given], kind)
         rows = table["row"].to_numpy().astype(np.int32)
@@ -85,6 +88,6 @@ def read_test_predictions(path: Path, threshold: float | None = None) -> Any:
         {
             "row": table["row"].to_numpy().astype(np.int32),
             "label": table["label"].to_numpy().astype(small),
-            "predicted": logits.argmax(axis=1).astype(small),
+            "predicted": given.argmax(axis=1).astype(small),
         }
     )

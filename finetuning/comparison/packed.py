@@ -78,7 +78,8 @@ class Record:
                 raise ValueError("the file is missing")
             table = pq.read_table(path, filters=[("run", "=", self.name)], page_checksum_verification=True)
             table = table.select(COLUMNS)
-            multi_label = (self.result.get("task") or {}).get("threshold") is not None
+            task = self.result.get("task") or {}
+            multi_label = task.get("threshold") is not None and task.get("positive_label") is None
             if pa.types.is_list(table["label"].type) and not multi_label:  # another run of the study is multi-label
                 table = pa.table({"row": table["row"]} | {name: _numbers(table[name]) for name in COLUMNS[1:]})
             if _sum_of_table(table) != expected:

@@ -59,7 +59,7 @@ def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:
     recorded = base if Path(name).is_dir() else name
     if writes_base(loaded.run):
         bare = without_adapter(loaded.classifier, held.pad_id)
-        write_model(folder / BASE, bare, torch.float32, held.stored.threshold)
+        write_model(folder / BASE, bare, torch.float32, held.stored.threshold, held.stored.positive)
         write_tokenizer(folder / BASE, tokenizer, length)
         base, recorded = f"{folder.name}/{BASE}", str(out.absolute() / BASE)
     check_unchanged(run / ADAPTER_CONFIG)

@@ -104,6 +104,9 @@ def _reading(run: FinishedRun) -> dict[str, Any]:
         "labels": ", ".join(f"`{name}`" for name in run.label_names),
         "pairs": data.text_pair_column is not None,
         "threshold": run.threshold,
+        "multi_label": run.multi_label,
+        "positive": run.positive,
+        "names": run.label_names,
         "max_length": data.max_length,
         "truncated": " at its end" if data.truncation == "head" else ": the run kept its beginning and its end",
         "notes": notes,
@@ -162,7 +165,7 @@ def _metadata(folder: Path, run: FinishedRun, base: str | None, licence: str | N
             task_type="text-classification", dataset_type=data_id or "text", dataset_name=source, dataset_split=split,
             metric_type=metric, metric_value=round(run.result[split][key], 4),
         )
-        for metric, key in (("accuracy" if run.threshold is None else "exact_match", "accuracy"), ("f1", "macro_f1"))
+        for metric, key in (("exact_match" if run.multi_label else "accuracy", "accuracy"), ("f1", "macro_f1"))
     ]  # fmt: skip
     card = ModelCardData(
         base_model=base, datasets=[data_id] if data_id else None, eval_results=results,

@@ -49,15 +49,16 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
         print(f"writing {arguments.out} and checking it in a fresh process: about a minute", flush=True)
     with staged(arguments.out) as folder:
         pairs = config.data.text_pair_column is not None
+        threshold = run.threshold if run.multi_label else None
         if adapter:
             proof = export_adapter(folder, arguments.out, loaded)
             base = f"{folder.name}/{BASE}" if writes_base(run) else config.model.model_name
-            snippets = adapter_snippets(folder.name, base, run.label_names, pairs, run.threshold)
+            snippets = adapter_snippets(folder.name, base, run.label_names, pairs, threshold)
         else:
             proof = export_plain(folder, loaded, arguments.dtype, onnx)
             padding = (loaded.held.pad_id, loaded.tokenizer.pad_token)
             inputs = onnx_inputs(folder) if onnx else []
-            snippets = plain_snippets(folder.name, pairs, run.threshold, inputs, *padding)
+            snippets = plain_snippets(folder.name, pairs, threshold, inputs, *padding)
         found = sentences(proof, arguments.dtype, config.data.truncation)
         write_card(folder, run, loaded.base, answers[run.reported_split], snippets, found)
     print("\n".join([f"{arguments.out}: written and checked", *(f"  {sentence}" for sentence in found)]))

@@ -53,7 +53,7 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
     write_tokenizer(folder, tokenizer, data.max_length)
     if data.windows > 1:  # predict.py reads it, Transformers keeps it
         model.config.windows = {name: getattr(data, name) for name in WINDOWED}
-    write_model(folder, model, DTYPES[dtype], held.stored.threshold)
+    write_model(folder, model, DTYPES[dtype], held.stored.threshold, held.stored.positive)
     rounded = dtype != "fp32"
     written = held.answers_of(model) if rounded else reference
     if onnx:
@@ -114,14 +114,20 @@ def unpack_linears(model: nn.Module, family: ModelFamily) -> None:
         layers.set_submodule(name, plain_linear(dense_weight(packed).float(), bias))
 
 
-def write_model(folder: Path, model: Any, dtype: torch.dtype, threshold: float | None = None) -> None:
+def write_model(
+    folder: Path, model: Any, dtype: torch.dtype, threshold: float | None = None, positive: int | None = None
+) -> None:
     """Writes the model's weights, in ``dtype``, and its config. The model keeps the rounded weights, in fp32.
 
-    The config of a multi-label run also has its threshold, which Transformers keeps but does not use.
+    The config of a run with a threshold also has that and, for two classes, the name of the positive one. Transformers
+    keeps both but does not use them.
     """
-    model.config.problem_type = "single_label_classification" if threshold is None else "multi_label_classification"
+    multi_label = threshold is not None and positive is None
+    model.config.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
     if threshold is not None:
         model.config.threshold = threshold
+    if positive is not None:
+        model.config.positive_label = model.config.id2label[positive]
     vars(model.config).pop("attn_implementation", None)  # chosen for training; some models refuse to load with it
     model.to(dtype).save_pretrained(folder)
     model.float()

@@ -241,7 +241,7 @@ def against_predictions(reference: Answers, stored: Answers, precision: str) -> 
     """Compares the reference with the logits that the run stored.
 
     The margin of a label is the difference of the two highest logits. Multi-label: it is the distance of each
-    label's logit from the threshold's.
+    label's logit from the threshold's. Two classes and a threshold: it is the distance of their difference from that.
 
     Args:
         reference: of the merged model in fp32.
@@ -259,11 +259,15 @@ def against_predictions(reference: Answers, stored: Answers, precision: str) -> 
             f" {rounding:.2g} at most: the run's files do not belong together, and nothing is kept"
         )
     changed = reference.given != stored.given  # (n, classes)
-    if stored.threshold is not None:
-        margins = np.abs(stored.logits - np.log(stored.threshold / (1 - stored.threshold)))[changed]
-    else:
+    if stored.threshold is None:
         ordered = np.sort(stored.logits[changed.any(1)], axis=1)
         margins, rounding = ordered[:, -1] - ordered[:, -2], 2 * rounding  # both logits may move
+    else:
+        scores, boundary = stored.logits, np.log(stored.threshold / (1 - stored.threshold))
+        if stored.positive is not None:
+            scores, rounding = scores - scores[:, ::-1], 2 * rounding
+            changed = changed & (np.arange(2) == stored.positive)
+        margins = np.abs(scores - boundary)[changed]
     return AgainstPredictions(
         precision, largest, changed_texts(reference, stored), float(margins.max(initial=0.0)), rounding
     )
@@ -284,7 +288,7 @@ def in_pipeline(scores: np.ndarray, reference: Answers, same: np.ndarray, tolera
     largest = float(np.abs(scores - reference.probabilities)[same].max(initial=0.0))
     if not largest <= tolerance:
         raise ExportFailed(f"a pipeline's probabilities differ from the run's by up to {largest:.2g}: nothing is kept")
-    given = decided(scores, reference.threshold)
+    given = decided(scores, reference.threshold, reference.positive)
     return InPipeline(
         int(same.sum()),
         largest,
@@ -336,7 +340,7 @@ def _predictions_sentence(compared: AgainstPredictions, held: HeldOut) -> str:
     if not compared.changed:
         return start
     margin = "distance of a changed label's logit from the threshold"
-    margin = margin if held.stored.multi_label else "margin of a changed label, between its two highest logits,"
+    margin = margin if held.stored.threshold else "margin of a changed label, between its two highest logits,"
     return (
         f"{start} The {margin} was {compared.largest_margin:.1e} at most; {compared.precision} can move it by"
         f" {compared.rounding:.1e}."

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from finetuning.errors import UserError
+from finetuning.prediction.confidence import CONFIDENCE, Confidence
 from finetuning.prediction.trained import Trained
+from finetuning.runs.answers import decided
 
 LABEL, PROBABILITY = "label", "probability_"
 IF_TAKEN = "predicted_"  # before our columns if the input has columns of these names
@@ -19,22 +21,30 @@ class AnswerColumns:
 
     Attributes:
         names: the labels.
-        threshold: the probability above which a label is given; ``None`` if each text has one label.
+        threshold, positive: as in ``Answers``.
         top_k: number of labels with probabilities; ``None`` is all of them.
+        confidence: how sure an answer is, which is then a column; ``None`` if nobody asks for it.
     """
 
     names: Sequence[str]
     threshold: float | None = None
     top_k: int | None = None
+    positive: int | None = None
+    confidence: Confidence | None = None
+
+    @property
+    def multi_label(self) -> bool:
+        return self.threshold is not None and self.positive is None
 
     @property
     def columns(self) -> dict[str, type]:
         """The columns: their names, and the type of their values."""
-        label = str if self.threshold is None else list
+        first: dict[str, type] = {LABEL: list if self.multi_label else str}
+        first |= {} if self.confidence is None else {CONFIDENCE: float}
         if self.top_k is None:
-            return {LABEL: label} | {f"{PROBABILITY}{name}": float for name in self.names}
+            return first | {f"{PROBABILITY}{name}": float for name in self.names}
         best = [{f"{LABEL}_{k}": str, f"{PROBABILITY}{k}": float} for k in range(1, self.top_k + 1)]
-        return {LABEL: label} | {name: kind for pair in best for name, kind in pair.items()}
+        return first | {name: kind for pair in best for name, kind in pair.items()}
 
     def of(self, probabilities: np.ndarray) -> list[list[Any]]:
         """The values of each column.
@@ -43,24 +53,29 @@ class AnswerColumns:
             probabilities: (n, labels). A row of NaN is one without a text.
 
         Returns:
-            For each column n values: labels are strings, with a threshold lists of strings, and probabilities are
-            numbers. A row without a text has ``None`` everywhere.
+            For each column n values: labels are strings, in a multi-label run lists of strings, and probabilities are
+            numbers. A row without a text has ``None`` everywhere. A row with too little confidence has no label.
         """
         answered = [not missing for missing in np.isnan(probabilities[:, 0])]
-        labels = [self._label(row) if known else None for known, row in zip(answered, probabilities, strict=True)]
+        first, sure = [], answered
+        if self.confidence is not None:
+            confidence = self.confidence.of(probabilities, self.threshold, self.positive)
+            first, sure = [_known(confidence.tolist(), answered)], (confidence >= self.confidence.least).tolist()
+        given = decided(probabilities, self.threshold, self.positive)
+        labels = [self._label(row) if known else None for known, row in zip(sure, given, strict=True)]
+        first = [labels, *first]
         if self.top_k is None:
-            return [labels, *(_known(column.tolist(), answered) for column in probabilities.T)]
+            return [*first, *(_known(column.tolist(), answered) for column in probabilities.T)]
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
         best = np.take_along_axis(probabilities, order, axis=1)
-        columns = [labels]
+        columns = first
         for numbers, values in zip(order.T, best.T, strict=True):
             columns += [_known([self.names[i] for i in numbers.tolist()], answered), _known(values.tolist(), answered)]
         return columns
 
-    def _label(self, probabilities: np.ndarray) -> str | list[str]:
-        if self.threshold is None:
-            return self.names[int(probabilities.argmax())]
-        return [self.names[i] for i in np.flatnonzero(probabilities > self.threshold).tolist()]
+    def _label(self, given: np.ndarray) -> str | list[str]:
+        labels = [self.names[i] for i in np.flatnonzero(given).tolist()]
+        return labels if self.multi_label else labels[0]
 
 
 def _known(values: list[Any], answered: Sequence[bool]) -> list[Any]:
@@ -71,14 +86,18 @@ def make_answers(trained: Trained, threshold: float | None, top_k: int | None) -
     """The answers that the flags ask for.
 
     Raises:
-        UserError: ``--threshold`` with a single-label run, or more labels than there are.
+        UserError: ``--threshold`` with a run without one, or more labels than there are.
     """
     if threshold is not None and trained.threshold is None:
-        raise UserError(f"--threshold {threshold:g}: needs a multi-label run, but {trained.directory} is single-label")
+        raise UserError(
+            f"--threshold {threshold:g}: needs a multi-label run, or two classes trained with --threshold, but"
+            f" {trained.directory} has no threshold"
+        )
     count = len(trained.label_names)
     if top_k is not None and top_k > count:
         raise UserError(f"--top_k {top_k}: {trained.directory} has {count} labels, so at most {count}")
-    return AnswerColumns(trained.label_names, trained.threshold if threshold is None else threshold, top_k)
+    threshold = trained.threshold if threshold is None else threshold
+    return AnswerColumns(trained.label_names, threshold, top_k, trained.positive)
 
 
 def names_beside(columns: Collection[str], taken: Collection[str]) -> list[str]:

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,24 @@ def make_parser() -> argparse.ArgumentParser:
         "--threshold",
         type=float,
         metavar="X",
-        help="Multi-label run: give the labels above this probability. (default: the run's threshold)",
+        help="Multi-label run, or two classes trained with --threshold: give labels above this probability."
+        " (default: the run's threshold)",
+    )
+    unsure = parser.add_mutually_exclusive_group()
+    unsure.add_argument(
+        "--abstain", type=float, metavar="X", help="Leave the label empty below this confidence, which is calibrated."
+    )
+    unsure.add_argument(
+        "--abstain_risk",
+        type=float,
+        metavar="X",
+        help="Leave the label empty so often that at most this share of the answers is wrong; validation tells.",
+    )
+    unsure.add_argument(
+        "--most_uncertain",
+        type=int,
+        metavar="K",
+        help="Give only the K texts with the lowest confidence, to label next.",
     )
     parser.add_argument(
         "--skip_bad_rows", action="store_true", help="Give rows without a text an empty label, instead of refusing."
@@ -107,10 +125,14 @@ def check_flags(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"--{flag} {column}: needs --file with a table, for example .csv, because text has no columns"
             )
-    if arguments.top_k is not None and arguments.top_k < 1:
-        raise UserError(f"--top_k {arguments.top_k}: must be at least 1")
-    if arguments.threshold is not None and not 0 < arguments.threshold < 1:
-        raise UserError(f"--threshold {arguments.threshold:g}: must be above 0 and below 1")
+    for flag in ("top_k", "most_uncertain"):
+        count = getattr(arguments, flag)
+        if count is not None and count < 1:
+            raise UserError(f"--{flag} {count}: must be at least 1")
+    for flag in ("threshold", "abstain", "abstain_risk"):
+        share = getattr(arguments, flag)
+        if share is not None and not 0 < share < 1:
+            raise UserError(f"--{flag} {share:g}: must be above 0 and below 1")
     if arguments.output is not None:
         check_output(arguments.output)
 
@@ -123,22 +145,30 @@ def label(arguments: argparse.Namespace) -> None:
         OutputFailed: the output cannot be written.
     """
     from finetuning.prediction.answers import make_answers
+    from finetuning.prediction.confidence import most_uncertain, read_confidence
     from finetuning.prediction.outputs import is_parquet, print_answers, write_answers
     from finetuning.prediction.progress import Progress
     from finetuning.prediction.rows import survey
 
     trained = read_trained(arguments.run)
     answers = make_answers(trained, arguments.threshold, arguments.top_k)
+    if not (arguments.abstain is arguments.abstain_risk is arguments.most_uncertain is None):
+        confidence = read_confidence(trained, answers.threshold, arguments.abstain, arguments.abstain_risk)
+        answers = replace(answers, confidence=confidence)
     output, skip = arguments.output, arguments.skip_bad_rows
     with source_of(arguments, trained) as source:
         with Progress("check") as done:
             surveyed = survey(source, skip, output is not None and is_parquet(output), done)
+        for note in answers.confidence.notes if answers.confidence else ():
+            print(note, file=sys.stderr)
         with fast_imports():
             from finetuning.prediction.predictor import answered, load_predictor  # torch takes seconds to load
 
         predict = load_predictor(trained)
         with Progress("predict", surveyed.rows) as done:
             rows = answered(source, predict, answers, skip, done)
+            if arguments.most_uncertain is not None:
+                rows = most_uncertain(rows, arguments.most_uncertain, list(answers.columns))
             if output is None:
                 print_answers(rows, answers, done.clear)
             else:

@@ -11,6 +11,7 @@ from typing import Any
 from finetuning.config import RunConfig
 from finetuning.datasets import traits_of
 from finetuning.errors import UserError, first_line
+from finetuning.runs.answers import positive_of
 from finetuning.runs.files import RESULT
 from finetuning.runs.finished import read_finished
 from finetuning.settings import DEFAULT_THRESHOLD, WINDOWED
@@ -29,7 +30,8 @@ class Trained:
         directory: a run directory, or an exported folder.
         config: the settings of the run, or those with which an exported folder is read.
         label_names: one name for each column of the logits.
-        threshold: the probability above which a label is given; ``None`` if each text has one label.
+        threshold: the probability above which a label is given; ``None`` gives the most probable one.
+        positive: of two classes, the position of the one that the threshold is for; ``None`` with one: multi-label.
         exported: whether it is a Transformers folder.
         base_files: name -> SHA-256 of the files of the run's base model; empty if it is not known.
     """
@@ -38,8 +40,13 @@ class Trained:
     config: RunConfig
     label_names: list[str]
     threshold: float | None
+    positive: int | None = None
     exported: bool = False
     base_files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def multi_label(self) -> bool:
+        return self.threshold is not None and self.positive is None
 
     @property
     def clean(self) -> Callable[[str], str]:
@@ -73,7 +80,7 @@ def read_trained(directory: Path) -> Trained:
         if "model_type" in content:  # else it is no file of Hugging Face
             return _exported(directory, content)
     run = read_finished(directory)
-    return Trained(directory, run.config, run.label_names, run.threshold, base_files=run.base_files)
+    return Trained(directory, run.config, run.label_names, run.threshold, run.positive, base_files=run.base_files)
 
 
 def _exported(directory: Path, content: dict[str, Any]) -> Trained:
@@ -95,11 +102,13 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
         offline=True,
         **_reading(content),
     )
-    threshold = None
-    if content.get("problem_type") == MULTI_LABEL:
+    label_names, threshold, positive = [names[number] for number in numbers], None, None
+    if content.get("positive_label") in label_names and len(names) == 2:
+        positive = positive_of(content, label_names)
+    if content.get("problem_type") == MULTI_LABEL or positive is not None:
         given = content.get("threshold")  # export_model.py writes the run's
         threshold = given if isinstance(given, float) and 0 < given < 1 else DEFAULT_THRESHOLD
-    return Trained(directory, config, [names[number] for number in numbers], threshold, exported=True)
+    return Trained(directory, config, label_names, threshold, positive, exported=True)
 
 
 def _reading(content: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from finetuning.errors import UserError, first_line, say
 from finetuning.html import data_url, render
 from finetuning.report import sections
 from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, probably_wrong
-from finetuning.runs.answers import Answers, read_answers
+from finetuning.runs.answers import Answers, positive_of, read_answers
 from finetuning.runs.calibration import fit_temperature, reliability
 from finetuning.runs.files import CURVE, PREDICTIONS, REPORT, check_unchanged, read_result
 from finetuning.runs.lock import DirectoryLock
@@ -85,9 +85,10 @@ def write_report(directory: Path, result: dict[str, Any], texts: Texts | None) -
 
 def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> str:
     """The text of ``report.html``, see ``write_report``."""
-    answers = read_answers(directory, result["task"].get("threshold"))
+    names, task = result["data"]["label_names"], result["task"]
+    answers = read_answers(directory, task.get("threshold"), positive_of(task, names))
     split = "test" if "test" in answers else "validation"
-    names, main = result["data"]["label_names"], answers[split]
+    main = answers[split]
     wrong = probably_wrong(answers, names, texts)
     longest = result["config"]["max_length"] * (result["config"].get("windows") or 1)  # older runs have none
     return render(

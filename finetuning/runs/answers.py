@@ -1,9 +1,10 @@
 """What a finished run answered for its held-out texts: ``predictions.parquet`` as arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +16,16 @@ class Answers:
     """The answers for the texts of one split."""
 
     rows: np.ndarray  # (n,) position of each text in its source
-    truth: np.ndarray  # (n, classes) bool, the labels that each text has
+    truth: np.ndarray  # (n, classes) bool, the labels that each text has; all False if they are not known
     logits: np.ndarray  # (n, classes) float64
     tokens: np.ndarray | None = None  # (n,) length of each text as the model read it; None if the run did not keep it
-    threshold: float | None = None  # multi-label: the probability above which a label is given
+    threshold: float | None = None  # the probability above which a label is given; None gives the most probable one
+    positive: int | None = None  # of two classes, the one that the threshold is for; None: multi-label
 
     @property
     def multi_label(self) -> bool:
         """Whether the run is multi-label: a text may have several labels, or none."""
-        return self.threshold is not None
+        return self.threshold is not None and self.positive is None
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -36,12 +38,22 @@ class Answers:
     @cached_property
     def given(self) -> np.ndarray:
         """(n, classes) bool, the labels that the run gave."""
-        return decided(self.probabilities if self.multi_label else self.logits, self.threshold)
+        scores = self.logits if self.threshold is None else self.probabilities
+        return decided(scores, self.threshold, self.positive)
 
     @cached_property
     def right(self) -> np.ndarray:
         """(n,) bool, whether the run gave exactly the labels that the text has."""
         return (self.given == self.truth).all(1)
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """(n,) the probability that the given labels are exactly right.
+
+        Multi-label: the product over all labels, given or not, as if they were independent.
+        """
+        others = 1 - self.probabilities if self.multi_label else np.ones(1)
+        return np.where(self.given, self.probabilities, others).prod(1)
 
     @cached_property
     def losses(self) -> np.ndarray:
@@ -54,8 +66,11 @@ class Answers:
         return total - (self.logits * self.truth).sum(1)
 
     def cooled(self, temperature: float) -> "Answers":
-        """The same answers with logits divided by a temperature."""
-        return replace(self, logits=self.logits / temperature)
+        """The same answers with logits divided by a temperature. The threshold moves, so that the labels stay."""
+        threshold = self.threshold
+        if threshold is not None:
+            threshold = float(1 / (1 + (1 / threshold - 1) ** (1 / temperature)))
+        return replace(self, logits=self.logits / temperature, threshold=threshold)
 
     def taken(self, positions: np.ndarray) -> "Answers":
         """The answers for the texts at some positions."""
@@ -65,25 +80,50 @@ class Answers:
         )
 
 
-def decided(scores: np.ndarray, threshold: float | None) -> np.ndarray:
-    """(n, classes) bool: the labels whose probability is above the threshold, or without one the highest score."""
-    if threshold is not None:
+def decided(scores: np.ndarray, threshold: float | None, positive: int | None = None) -> np.ndarray:
+    """The labels that texts get, (n, classes) bool.
+
+    Args:
+        scores: (n, classes) probabilities; without a threshold, logits will do.
+        threshold: the probability above which a label is given; ``None`` gives the highest score.
+        positive: of two classes, the one that the threshold is for. A text that does not get it gets the other one.
+    """
+    if threshold is None:
+        return np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+    if positive is None:
         return scores > threshold
-    return np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+    return (np.arange(2) == positive) == (scores[:, [positive]] > threshold)
+
+
+def positive_of(task: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The position of ``positive_label`` among the label names; ``None`` if a task has none.
+
+    Raises:
+        ValueError: it is no label.
+    """
+    name = task.get("positive_label")
+    return None if name is None else list(names).index(name)
+
+
+def unlabelled(logits: np.ndarray, threshold: float | None, positive: int | None) -> Answers:
+    """Answers for texts whose labels are not known."""
+    return Answers(
+        np.arange(len(logits)), np.zeros(logits.shape, dtype=bool), logits, threshold=threshold, positive=positive
+    )
 
 
 def joined(parts: Sequence[Answers]) -> Answers:
     """The answers for the texts of several splits, one after another. Lengths are left out."""
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "truth", "logits")}
-    return Answers(**columns, threshold=parts[0].threshold)
+    return Answers(**columns, threshold=parts[0].threshold, positive=parts[0].positive)
 
 
-def read_answers(directory: Path, threshold: float | None = None) -> dict[str, Answers]:
+def read_answers(directory: Path, threshold: float | None = None, positive: int | None = None) -> dict[str, Answers]:
     """Split -> answers, in the order of the file.
 
     Args:
         directory: a run directory.
-        threshold: of a multi-label run.
+        threshold, positive: as in ``Answers``.
 
     Raises:
         OSError, ValueError: the file cannot be read.
@@ -100,6 +140,6 @@ def read_answers(directory: Path, threshold: float | None = None) -> dict[str, A
             truth[i, labels] = True  # a number, or a list of numbers
         found[split] = Answers(
             part["row"].to_numpy(), truth, logits, part["tokens"].to_numpy() if "tokens" in part.column_names else None,
-            threshold,
+            threshold, positive,
         )  # fmt: skip
     return found

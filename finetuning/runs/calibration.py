@@ -84,7 +84,7 @@ def _decisions(answers: Answers) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities and whether they came true, both (n, k)."""
     if answers.multi_label:
         return answers.probabilities, answers.truth
-    return answers.probabilities.max(1, keepdims=True), answers.right[:, None]
+    return answers.confidence[:, None], answers.right[:, None]
 
 
 def _basic_interval(value: float, drawn: np.ndarray) -> Interval:

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
-from finetuning.runs.answers import Answers, read_answers
+from finetuning.runs.answers import Answers, positive_of, read_answers
 from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, check_unchanged, read_result
 
 CONTINUE = "If nothing writes it, continue the run with --resume --output_dir"
@@ -19,9 +19,18 @@ class FinishedRun:
     directory: Path
     config: RunConfig
     label_names: list[str]
-    threshold: float | None  # of a multi-label run: the probability above which a label is given
+    threshold: float | None  # the probability above which a label is given; None gives the most probable one
     base_files: dict[str, str]  # name -> SHA-256 of the files of the base model
     result: dict[str, Any]
+
+    @property
+    def positive(self) -> int | None:
+        """Of two classes, the position of the one that the threshold is for; with ``None`` a run is multi-label."""
+        return positive_of(self.result.get("task", {}), self.label_names)
+
+    @property
+    def multi_label(self) -> bool:
+        return self.threshold is not None and self.positive is None
 
     @property
     def reported_split(self) -> str:
@@ -54,11 +63,37 @@ def read_finished(directory: Path) -> FinishedRun:
         found = {name: column for name, column in data["columns"].items() if not settings[name]}  # in a hub set
         threshold, base_files = result["task"].get("threshold"), result["base_model"]["sha256"]
         config = RunConfig.from_dict(settings | found)
+        positive_of(result["task"], data["label_names"])
         return FinishedRun(directory, config, data["label_names"], threshold, base_files, result)
     except UserError as error:
         raise UserError(f"{directory}: its settings cannot be used: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{wanted}, but {RESULT} is damaged: {type(error).__name__} {first_line(error)}") from None
+
+
+def checkpoints_compared(run: FinishedRun) -> int:
+    """How many checkpoints validation could choose from: one after each epoch."""
+    return max(1, int(run.config.training.epochs))
+
+
+def read_validation(run: FinishedRun) -> Answers:
+    """The answers for validation; with ``--kfold`` those out of fold, which the classifiers of the folds gave.
+
+    Raises:
+        UserError: ``predictions.parquet`` is missing, damaged or changed.
+    """
+    return _stored_answers(run)["validation"]
+
+
+def _stored_answers(run: FinishedRun) -> dict[str, Answers]:
+    import pyarrow as pa
+
+    check_unchanged(run.directory / PREDICTIONS)
+    try:
+        return read_answers(run.directory, run.threshold, run.positive)
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        path = run.directory / PREDICTIONS
+        raise UserError(f"{path} cannot be read: {first_line(error)}: restore it, or train again") from None
 
 
 def read_own_answers(run: FinishedRun) -> dict[str, Answers]:
@@ -69,14 +104,7 @@ def read_own_answers(run: FinishedRun) -> dict[str, Answers]:
     Raises:
         UserError: ``predictions.parquet`` is missing, damaged or changed, or has no answers of the classifier.
     """
-    import pyarrow as pa
-
-    check_unchanged(run.directory / PREDICTIONS)
-    try:
-        answers = read_answers(run.directory, run.threshold)
-    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
-        path = run.directory / PREDICTIONS
-        raise UserError(f"{path} cannot be read: {first_line(error)}: restore it, or train again") from None
+    answers = _stored_answers(run)
     if "kfold" not in run.result:
         return answers
     if "test" not in answers:

@@ -68,8 +68,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     if "baseline" in result:
         texts = None if "kfold" in result else result["data"]["sizes"]["train"]
         lines += baseline_lines(result["baseline"], texts, monitor, multi_label)
-    if result["task"].get("threshold_tuned"):
-        lines.append(f"{'threshold':<11} {result['task']['threshold']:g}, tuned on validation")
+    lines += threshold_line(result["task"])
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
         f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
@@ -80,6 +79,15 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         f"{'try it':<11} {predict} {shlex.quote(str(directory))} {example}",
     ]
     return "\n" + "\n".join(lines)
+
+
+def threshold_line(task: Mapping[str, Any]) -> list[str]:
+    """The threshold of a run that tuned it, or that has a positive class; else nothing."""
+    positive, tuned = task.get("positive_label"), task.get("threshold_tuned")
+    if not tuned and positive is None:
+        return []
+    label = "" if positive is None else f" for the positive label {positive!r}"
+    return [f"{'threshold':<11} {task['threshold']:g}{label}{', tuned on validation' if tuned else ''}"]
 
 
 def scores_line(scores: Mapping[str, Any], monitor: str, multi_label: bool) -> str:

@@ -78,7 +78,7 @@ class BuiltRecord:
 class TrainedRecord:
     """What the best checkpoint tells."""
 
-    task: dict[str, Any]  # kind, class weights, threshold
+    task: dict[str, Any]  # kind, class weights, threshold, positive_label
     validation: dict[str, Any]  # scores, texts, seconds of all validations, the chosen ``epoch``
     advice: list[str]  # one sentence each
     files: dict[str, int] | None  # name -> bytes of what was saved

@@ -83,9 +83,10 @@ class TrainingSettings:
     )
     threshold: str | None = setting(
         None,
-        "Multi-label data: give labels above this probability; tuned chooses it on validation.",
-        "0.5",
+        "Multi-label data or two classes: give labels above this probability; tuned chooses it on validation.",
+        "0.5; two classes: the more probable one",
     )
+    positive_label: str | None = setting(None, "Two classes: the one that --threshold is for.", "the second one")
     monitor: Literal["accuracy", "macro_f1", "micro_f1", "mcc", "auroc", "loss"] = setting(
         None, "Validation metric that chooses the checkpoint.", "accuracy; macro_f1 for financial_phrasebank"
     )
@@ -116,6 +117,7 @@ class TrainingSettings:
         """Refuses settings that exclude each other."""
         shared = s.threshold in (None, "tuned") or _is_share(s.threshold)
         require(s, "threshold", shared, "must be tuned, or above 0 and below 1")
+        require(s, "positive_label", s.positive_label is None or s.threshold is not None, "needs --threshold")
         require(s, "momentum", s.momentum is None or s.optimizer.startswith("sgd"), "needs an sgd --optimizer")
         nesterov = s.optimizer == "sgd_nesterov"
         require(s, "momentum", not nesterov or bool(s.momentum), "must be above 0 with --optimizer sgd_nesterov")

@@ -24,7 +24,8 @@ from finetuning.runs.records import data_record
 from finetuning.settings import TrainingSettings
 from finetuning.training.budget import training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
-from finetuning.training.tasks import Task, imbalance_advice, make_task
+from finetuning.training.label_advice import imbalance_advice
+from finetuning.training.tasks import Task, make_task
 from finetuning.training.trainer import check_processes
 
 FEW_VALIDATION_TEXTS = 100  # an accuracy of them has a 95 % interval of 6 to 10 points to each side

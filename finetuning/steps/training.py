@@ -18,9 +18,9 @@ from finetuning.steps.claim import Claim
 from finetuning.steps.folds import Folds
 from finetuning.steps.inputs import Inputs
 from finetuning.steps.watch import Watch
+from finetuning.training.label_advice import chance_advice, one_answer_advice
 from finetuning.training.memory import check_memory
 from finetuning.training.module import FineTuning
-from finetuning.training.tasks import chance_advice, one_answer_advice
 from finetuning.training.trainer import loader_shares, make_trainer
 
 

@@ -1,4 +1,4 @@
-"""What is learned from the labels: the losses, the metrics by torchmetrics, and what a run advises about the labels.
+"""What is learned from the labels: the losses, the metrics by torchmetrics, and what turns logits into labels.
 
 A task is a module, so that its weights move to the device with the classifier. Nothing of it is saved in checkpoints.
 """
@@ -13,12 +13,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional import classification as metrics
 
 from finetuning.errors import UserError
-from finetuning.runs.records import accuracy_interval
 from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings, parsed_class_weights
 
-LEARN_MORE = "more --epochs, a smaller --batch_size, or another --learning_rate"
 THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --threshold tuned tries
-IMBALANCED = 3  # times the texts of the smallest class: from here on accuracy can hide that small classes are ignored
 
 
 class SingleLabel(nn.Module):
@@ -53,6 +50,10 @@ class SingleLabel(nn.Module):
     def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
         """Nothing: the most probable class is the answer."""
 
+    def ranked(self, logits: np.ndarray) -> np.ndarray:
+        """Logits of which the highest is the answer, (n, classes)."""
+        return logits
+
     def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
         """The metrics of a split. ``auroc`` is missing if all labels are equal.
 
@@ -60,7 +61,7 @@ class SingleLabel(nn.Module):
             labels: (n,) classes.
             logits: (n, classes).
         """
-        given, predicted = torch.from_numpy(labels), torch.from_numpy(logits)
+        given, predicted = torch.from_numpy(labels), torch.from_numpy(self.ranked(logits))
         count: dict[str, Any] = {"num_classes": len(self.names), "validate_args": False}
         found = {
             "accuracy": metrics.multiclass_accuracy(predicted, given, average="micro", **count),
@@ -70,12 +71,12 @@ class SingleLabel(nn.Module):
         if self.only_answer(logits) is not None or (given == given[0]).all():
             found["mcc"] = torch.tensor(0.0)  # by convention; for two classes torchmetrics can give more than 0.2
         one_hot = given[:, None] == torch.arange(len(self.names))
-        auroc = mean_over_classes(metrics.binary_auroc, predicted.double().softmax(-1), one_hot)
+        auroc = mean_over_classes(metrics.binary_auroc, torch.from_numpy(logits).double().softmax(-1), one_hot)
         return {name: float(value) for name, value in found.items()} | ({} if auroc is None else {"auroc": auroc})
 
     def details(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
         """Precision, recall, F1 and support by class, and the confusion matrix: a row for each true class."""
-        given, predicted = torch.from_numpy(labels), torch.from_numpy(logits)
+        given, predicted = torch.from_numpy(labels), torch.from_numpy(self.ranked(logits))
         count: dict[str, Any] = {"num_classes": len(self.names), "validate_args": False}
         matrix = metrics.multiclass_confusion_matrix(predicted, given, **count)
         columns = {
@@ -88,7 +89,7 @@ class SingleLabel(nn.Module):
 
     def only_answer(self, logits: np.ndarray) -> str | None:
         """The class that all texts get; ``None`` if they get different ones."""
-        predicted = np.unique(logits.argmax(1))
+        predicted = np.unique(self.ranked(logits).argmax(1))
         return self.names[predicted[0]] if len(predicted) == 1 else None
 
     def counts(self, labels: np.ndarray) -> np.ndarray:
@@ -99,6 +100,40 @@ class SingleLabel(nn.Module):
         """What ``result.json`` says about the task."""
         weights = None if self.weights is None else dict(zip(self.names, self.weights.tolist(), strict=True))
         return {"kind": self.kind, "class_weights": weights}
+
+
+class Binary(SingleLabel):
+    """Two classes, one of them positive: a text gets it if its probability is above a threshold, else the other one.
+
+    Args:
+        names, weights, smoothing: as in ``SingleLabel``.
+        positive: the position of the positive class.
+        threshold: ``None`` chooses the one with the highest F1 of the positive class on validation.
+    """
+
+    def __init__(
+        self, names: Sequence[str], weights: Tensor | None, smoothing: float, positive: int, threshold: float | None
+    ) -> None:
+        super().__init__(names, weights, smoothing)
+        self.positive, self.tuned = positive, threshold is None
+        self.decoding = {"threshold": DEFAULT_THRESHOLD if threshold is None else threshold}
+
+    def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
+        """Sets the threshold, if the run asks for it."""
+        if self.tuned:
+            probabilities = probabilities_of(logits[:, self.positive] - logits[:, 1 - self.positive])
+            self.decoding["threshold"] = best_threshold(labels == self.positive, probabilities)
+
+    def ranked(self, logits: np.ndarray) -> np.ndarray:
+        """Logits of which the highest is the answer: the positive class's moved by the logit of the threshold."""
+        shift = np.zeros(2, dtype=logits.dtype)
+        shift[self.positive] = np.log(1 / self.decoding["threshold"] - 1)
+        return np.asarray(logits + shift)
+
+    def record(self) -> dict[str, Any]:
+        """What ``result.json`` says about the task."""
+        named = {"threshold_tuned": self.tuned, "positive_label": self.names[self.positive]}
+        return super().record() | self.decoding | named
 
 
 class MultiLabel(nn.Module):
@@ -141,11 +176,7 @@ class MultiLabel(nn.Module):
         """Sets the threshold with the highest micro F1 on validation, if the run asks for it."""
         if not self.tuned:
             return
-        probabilities, truth = probabilities_of(logits), labels == 1
-        scores = {threshold: micro_f1(truth, probabilities > threshold) for threshold in THRESHOLDS}
-        best = max(scores.values())
-        equal = [threshold for threshold, score in scores.items() if score == best]
-        self.decoding["threshold"] = min(equal, key=lambda threshold: abs(threshold - DEFAULT_THRESHOLD))
+        self.decoding["threshold"] = best_threshold(labels == 1, probabilities_of(logits))
 
     def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
         """The metrics of a split; ``accuracy`` is the share of texts with exactly the right labels.
@@ -209,8 +240,16 @@ def probabilities_of(logits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits).double().sigmoid().numpy()
 
 
+def best_threshold(truth: np.ndarray, probabilities: np.ndarray) -> float:
+    """The threshold with the highest micro F1; of equal ones, the nearest to the default."""
+    scores = {threshold: micro_f1(truth, probabilities > threshold) for threshold in THRESHOLDS}
+    best = max(scores.values())
+    equal = [threshold for threshold, score in scores.items() if score == best]
+    return min(equal, key=lambda threshold: abs(threshold - DEFAULT_THRESHOLD))
+
+
 def micro_f1(truth: np.ndarray, answers: np.ndarray) -> float:
-    """F1 over all labels of all texts, both (n, labels) bool; 0 if there is nothing to find and nothing found."""
+    """F1 over all labels of all texts, both bool, of one shape; 0 if there is nothing to find and nothing found."""
     both = truth.sum() + answers.sum()
     return float(2 * (truth & answers).sum() / both) if both else 0.0
 
@@ -246,13 +285,14 @@ def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: Tra
         labels: split -> the labels of the training and the validation texts: (n,) classes; multi-label:
             (n, names) of 0 and 1.
         names: the names of the classes.
-        training: ``class_weights``, ``label_smoothing``, ``threshold`` and ``monitor``.
+        training: ``class_weights``, ``label_smoothing``, ``threshold``, ``positive_label`` and ``monitor``.
 
     Raises:
         UserError: a setting does not fit the labels, a class with a weight does not exist, all weights are 0, or no
             training text of a multi-label task has a label.
     """
     task: Task
+    threshold = None if training.threshold == "tuned" else float(training.threshold or DEFAULT_THRESHOLD)
     if labels["train"].ndim == 2:
         if not labels["train"].any():
             raise UserError("--label_column: no training text has a label: give other data, or a larger --limit_train")
@@ -260,15 +300,32 @@ def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: Tra
             raise UserError(
                 f"--label_smoothing {training.label_smoothing:g}: needs a single-label task, not a multi-label one"
             )
-        threshold = None if training.threshold == "tuned" else float(training.threshold or DEFAULT_THRESHOLD)
+        if training.positive_label is not None:
+            raise UserError(f"--positive_label {training.positive_label}: needs two classes, not a multi-label task")
         task = MultiLabel(names, label_weights(training.class_weights, names, labels["train"]), threshold)
     else:
-        if training.threshold is not None:
-            raise UserError(f"--threshold {training.threshold}: needs a multi-label task, not a single-label one")
         counts = np.bincount(labels["train"], minlength=len(names))
-        task = SingleLabel(names, class_weights(training.class_weights, names, counts), training.label_smoothing)
+        options = class_weights(training.class_weights, names, counts), training.label_smoothing
+        positive = positive_class(names, training)
+        task = SingleLabel(names, *options) if positive is None else Binary(names, *options, positive, threshold)
     check_monitor(task, training.monitor, labels["validation"])
     return task
+
+
+def positive_class(names: Sequence[str], training: TrainingSettings) -> int | None:
+    """The position of the class that ``--threshold`` is for, by default the second one; ``None`` without a threshold.
+
+    Raises:
+        UserError: there are more than two classes, or ``--positive_label`` is none of them.
+    """
+    label = training.positive_label
+    if training.threshold is None:
+        return None
+    if len(names) != 2:
+        raise UserError(f"--threshold {training.threshold}: needs multi-label data or two classes, not {len(names)}")
+    if label is not None and label not in names:
+        raise UserError(f"--positive_label {label}: must be {names[0]} or {names[1]}")
+    return 1 if label is None else list(names).index(label)
 
 
 def check_monitor(task: Task, monitor: str, labels: np.ndarray) -> None:
@@ -346,54 +403,3 @@ def named_weights(setting: str, names: Sequence[str]) -> np.ndarray:
     if unknown:
         raise UserError(f"--class_weights {setting}: class {unknown[0]!r} must be one of {', '.join(names)}")
     return np.array([given.get(name, 1.0) for name in names])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# advice
-
-
-def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings) -> list[str]:
-    """What to try if classes differ much in size; empty if they do not, or if the run's metric is fair to them."""
-    present = np.flatnonzero(counts)
-    largest, smallest = present[counts[present].argmax()], present[counts[present].argmin()]
-    ratio = counts[largest] / counts[smallest]
-    if ratio < IMBALANCED or training.monitor in task.fair_monitors:
-        return []
-    weights = ", or --class_weights balanced" if training.class_weights == "none" else ""
-    return [
-        f"class {task.names[largest]!r} has {ratio:.1f} times the training texts of {task.names[smallest]!r}, so"
-        f" --monitor {training.monitor} may choose a checkpoint that ignores small classes: consider"
-        f" --monitor {' or '.join(task.fair_monitors[:2])}{weights}"
-    ]
-
-
-def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings) -> list[str]:
-    """What to try if the chosen checkpoint gives all validation texts the same answer; empty if it does not."""
-    answer = task.only_answer(logits)
-    if answer is None:
-        return []
-    monitor = "" if training.monitor in task.fair_monitors else f"--monitor {' or '.join(task.fair_monitors[:2])}, "
-    weights = "--class_weights balanced, " if training.class_weights == "none" else ""
-    return [
-        f"the chosen checkpoint answers {answer!r} for every validation text: consider {monitor}{weights}{LEARN_MORE}"
-    ]
-
-
-def chance_advice(task: Task, labels: np.ndarray, logits: np.ndarray) -> list[str]:
-    """What to try if validation does not tell the classifier from one that always answers the largest class.
-
-    Args:
-        task: the task; there is no such advice for a multi-label one.
-        labels: (n,) of validation.
-        logits: (n, classes) of the chosen checkpoint.
-    """
-    if not isinstance(task, SingleLabel) or task.only_answer(logits) is not None:
-        return []
-    share = task.counts(labels).max() / len(labels)
-    low, _ = accuracy_interval(float((logits.argmax(1) == labels).mean()), len(labels))
-    if low > share:
-        return []
-    return [
-        f"validation does not show that anything was learned: always answering the largest class is right for"
-        f" {share:.1%}: consider {LEARN_MORE}"
-    ]

@@ -51,7 +51,7 @@ def test_what_the_flags_ask_for() -> None:
     several = Trained(Path("run"), config, NAMES, threshold=0.4)
     assert make_answers(several, None, None).threshold == 0.4
     assert make_answers(several, 0.7, 3) == AnswerColumns(NAMES, 0.7, 3)
-    with pytest.raises(UserError, match=r"--threshold 0\.7: needs a multi-label run, but run"):
+    with pytest.raises(UserError, match=r"--threshold 0\.7: needs a multi-label run, or two classes"):
         make_answers(one, 0.7, None)
     with pytest.raises(UserError, match="--top_k 4: run has 3 labels, so at most 3"):
         make_answers(one, None, 4)

@@ -6,16 +6,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
-from finetuning.training.tasks import (
-    MultiLabel,
-    SingleLabel,
-    chance_advice,
-    class_weights,
-    imbalance_advice,
-    label_weights,
-    make_task,
-    one_answer_advice,
-)
+from finetuning.training.label_advice import chance_advice, imbalance_advice, one_answer_advice
+from finetuning.training.tasks import Binary, MultiLabel, SingleLabel, class_weights, label_weights, make_task
 
 NAMES = ["bad", "fair", "good"]
 
@@ -222,12 +214,53 @@ def test_training_texts_without_any_label_are_refused() -> None:
 
 
 @pytest.mark.parametrize("threshold", ["tuned", "0.3"])
-def test_a_threshold_needs_a_multi_label_task(threshold: str) -> None:
+def test_a_threshold_needs_a_multi_label_task_or_two_classes(threshold: str) -> None:
     labels = {"train": np.array([0, 1, 2]), "validation": np.array([0, 1])}
-    with pytest.raises(UserError, match=f"^--threshold {threshold}: needs a multi-label task, not a single-label one$"):
+    with pytest.raises(UserError, match=f"^--threshold {threshold}: needs multi-label data or two classes, not 3$"):
         make_task(labels, NAMES, training(threshold=threshold))
     task = make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(threshold=threshold))
     assert task.decoding == {"threshold": 0.5 if threshold == "tuned" else 0.3}
+
+
+# --- two classes, one of them positive
+
+TWO = {"train": np.array([0, 1]), "validation": np.array([0, 1])}
+
+
+def of_two(positive: str, **settings: object) -> Binary:
+    task = make_task(TWO, ["ham", "spam"], training(positive_label=positive, **settings))
+    assert isinstance(task, Binary)
+    return task
+
+
+def test_the_threshold_of_two_classes_has_the_best_f1_of_the_positive_one() -> None:
+    spam, labels = np.array([0.1, 0.2, 0.3, 0.6, 0.4]), np.array([0, 0, 1, 1, 0])
+    logits = np.stack([np.log(1 - spam), np.log(spam)], axis=1).astype(np.float32)
+    task = of_two("spam", threshold="tuned")
+    assert task.scores(labels, logits)["accuracy"] == pytest.approx(0.8)  # with 0.5
+    task.tune(labels, logits)
+    assert task.decoding == {"threshold": 0.29}, "F1 4 / 5; of 0.20 to 0.29, which are equal, the nearest to 0.5"
+    assert task.ranked(logits).argmax(1).tolist() == [0, 0, 1, 1, 1]
+    assert task.details(labels, logits)["per_class"]["spam"]["f1"] == pytest.approx(4 / 5)
+    assert task.scores(labels, logits)["auroc"] == SingleLabel(["ham", "spam"]).scores(labels, logits)["auroc"]
+    assert task.record() == {
+        "kind": "single-label", "class_weights": None, "threshold": 0.29, "threshold_tuned": True,
+        "positive_label": "spam",
+    }  # fmt: skip
+    ham = of_two("ham", threshold="0.75")
+    ham.tune(labels, logits)
+    assert ham.ranked(logits).argmax(1).tolist() == [0, 0, 1, 1, 1], "ham only above 0.75"
+
+
+def test_the_positive_label_is_the_second_one_or_a_named_one() -> None:
+    task = make_task(TWO, ["ham", "spam"], training(threshold="tuned"))
+    assert task.record()["positive_label"] == "spam"
+    with pytest.raises(UserError, match=r"^--positive_label eggs: must be ham or spam$"):
+        of_two("eggs", threshold="tuned")
+    with pytest.raises(UserError, match=r"^--positive_label spam: needs two classes, not a multi-label task$"):
+        make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(threshold="tuned", positive_label="spam"))
+    with pytest.raises(UserError, match=r"^--positive_label spam: needs --threshold$"):
+        training(positive_label="spam")
 
 
 # --- advice

@@ -1,0 +1,125 @@
+"""How sure an answer is: which texts get none, and which ones are worth a label. Nothing here imports torch."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from finetuning.errors import UserError
+from finetuning.prediction.rows import Rows
+from finetuning.prediction.trained import Trained
+from finetuning.runs.abstention import LEVEL, least_confidence, smallest_risk
+from finetuning.runs.answers import unlabelled
+from finetuning.runs.calibration import fit_temperature
+from finetuning.runs.finished import checkpoints_compared, read_finished, read_validation
+
+CONFIDENCE = "confidence"  # our column
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How sure an answer is, and how sure it must be.
+
+    Attributes:
+        temperature: by which logits are divided; 1 leaves the probabilities as trained.
+        least: a text with less gets no label.
+        notes: where both come from, a sentence each.
+    """
+
+    temperature: float = 1.0
+    least: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def of(self, probabilities: np.ndarray, threshold: float | None, positive: int | None) -> np.ndarray:
+        """``Answers.confidence`` of cooled answers, (n,); NaN for a row without a text.
+
+        Args:
+            probabilities: (n, labels).
+            threshold, positive: as in ``Answers``.
+        """
+        with np.errstate(divide="ignore"):  # a probability of 0 or 1 is an infinite logit
+            logits = np.log(probabilities)
+            if threshold is not None and positive is None:
+                logits -= np.log1p(-probabilities)
+        return unlabelled(logits, threshold, positive).cooled(self.temperature).confidence
+
+
+def read_confidence(trained: Trained, threshold: float | None, least: float | None, risk: float | None) -> Confidence:
+    """The confidence that ``--abstain``, ``--abstain_risk`` or ``--most_uncertain`` needs, from the run's validation.
+
+    Args:
+        trained: what labels texts.
+        threshold: the probability above which a label is given, as in ``Answers``.
+        least: ``--abstain``.
+        risk: ``--abstain_risk``.
+
+    Raises:
+        UserError: the directory is an exported folder, which has no validation, its predictions cannot be read, or
+            validation cannot show the risk.
+    """
+    if trained.exported:
+        for name, value in (("abstain", least), ("abstain_risk", risk)):
+            if value is not None:
+                raise UserError(f"--{name} {value:g}: needs a run directory: {trained.directory} has no validation")
+        return Confidence(notes=("confidence is as trained: an exported folder has no validation to calibrate it",))
+    run = read_finished(trained.directory)
+    answers = replace(read_validation(run), threshold=threshold)
+    temperature = fit_temperature(answers)
+    notes = () if temperature else ("confidence is as trained: validation gives no temperature",)
+    found = Confidence(temperature or 1.0, least or 0.0, notes)
+    if risk is None:
+        return found
+    cooled, candidates = answers.cooled(found.temperature), checkpoints_compared(run)
+    chosen = least_confidence(cooled, risk, candidates)
+    if chosen is None:
+        raise UserError(
+            f"--abstain_risk {risk:g}: the {len(cooled.rows):,} validation texts cannot show it: the smallest risk that"
+            f" they can show is {smallest_risk(cooled, candidates):g}"
+        )
+    shown = (
+        f"--abstain {chosen.least:.6f} answers {chosen.answered:,} of {chosen.texts:,} validation texts,"
+        f" {chosen.wrong:,} of them wrong. With {LEVEL:.0%} confidence, at most {risk:.4g} of all answers are wrong, if"
+        f" new texts are like validation"
+    )
+    if "kfold" in run.result:
+        shown += " (about: the classifiers of the folds gave these answers)"
+    return replace(found, least=chosen.least, notes=(*notes, shown))
+
+
+def most_uncertain(
+    answered: Iterable[tuple[Rows, list[list[Any]]]], count: int, columns: Sequence[str]
+) -> Iterator[tuple[Rows, list[list[Any]]]]:
+    """The rows with the lowest confidence, the lowest first, as one chunk. Rows without a text are left out.
+
+    Memory is bounded by ``count`` and a chunk of the input.
+
+    Args:
+        answered: rows, and the values of each column of their answers.
+        count: how many rows.
+        columns: the names of the answers' columns.
+    """
+    kept: tuple[Rows, list[list[Any]]] | None = None
+    place = list(columns).index(CONFIDENCE)
+    for rows, values in answered:
+        both = (rows, values) if kept is None else _joined(kept, (rows, values))
+        confidence = [np.inf if value is None else value for value in both[1][place]]
+        order = np.argsort(confidence, kind="stable")[:count]
+        kept = _taken(both, order[np.isfinite(np.array(confidence)[order])])
+    if kept is not None:
+        yield kept
+
+
+def _joined(first: tuple[Rows, list[list[Any]]], second: tuple[Rows, list[list[Any]]]) -> tuple[Rows, list[list[Any]]]:
+    (rows, values), (others, more) = first, second
+    tables = [part.table.astype(object) for part in (rows, others)]  # one chunk may have numbers where the next has not
+    texts = {name: column + others.texts[name] for name, column in rows.texts.items()}
+    joined = Rows(pd.concat(tables, ignore_index=True), texts, np.concatenate([rows.bad, others.bad]))
+    return joined, [a + b for a, b in zip(values, more, strict=True)]
+
+
+def _taken(answered: tuple[Rows, list[list[Any]]], places: np.ndarray) -> tuple[Rows, list[list[Any]]]:
+    rows, values = answered
+    texts = {name: [column[i] for i in places] for name, column in rows.texts.items()}
+    return Rows(rows.table.iloc[places], texts, rows.bad[places]), [[column[i] for i in places] for column in values]

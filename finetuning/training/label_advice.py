@@ -1,0 +1,57 @@
+"""What a run advises about its labels: one sentence for each thing to try."""
+
+import numpy as np
+
+from finetuning.runs.records import accuracy_interval
+from finetuning.settings import TrainingSettings
+from finetuning.training.tasks import SingleLabel, Task
+
+LEARN_MORE = "more --epochs, a smaller --batch_size, or another --learning_rate"
+IMBALANCED = 3  # times the texts of the smallest class: from here on accuracy can hide that small classes are ignored
+
+
+def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings) -> list[str]:
+    """What to try if classes differ much in size; empty if they do not, or if the run's metric is fair to them."""
+    present = np.flatnonzero(counts)
+    largest, smallest = present[counts[present].argmax()], present[counts[present].argmin()]
+    ratio = counts[largest] / counts[smallest]
+    if ratio < IMBALANCED or training.monitor in task.fair_monitors:
+        return []
+    weights = ", or --class_weights balanced" if training.class_weights == "none" else ""
+    return [
+        f"class {task.names[largest]!r} has {ratio:.1f} times the training texts of {task.names[smallest]!r}, so"
+        f" --monitor {training.monitor} may choose a checkpoint that ignores small classes: consider"
+        f" --monitor {' or '.join(task.fair_monitors[:2])}{weights}"
+    ]
+
+
+def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings) -> list[str]:
+    """What to try if the chosen checkpoint gives all validation texts the same answer; empty if it does not."""
+    answer = task.only_answer(logits)
+    if answer is None:
+        return []
+    monitor = "" if training.monitor in task.fair_monitors else f"--monitor {' or '.join(task.fair_monitors[:2])}, "
+    weights = "--class_weights balanced, " if training.class_weights == "none" else ""
+    return [
+        f"the chosen checkpoint answers {answer!r} for every validation text: consider {monitor}{weights}{LEARN_MORE}"
+    ]
+
+
+def chance_advice(task: Task, labels: np.ndarray, logits: np.ndarray) -> list[str]:
+    """What to try if validation does not tell the classifier from one that always answers the largest class.
+
+    Args:
+        task: the task; there is no such advice for a multi-label one.
+        labels: (n,) of validation.
+        logits: (n, classes) of the chosen checkpoint.
+    """
+    if not isinstance(task, SingleLabel) or task.only_answer(logits) is not None:
+        return []
+    share = task.counts(labels).max() / len(labels)
+    low, _ = accuracy_interval(float((task.ranked(logits).argmax(1) == labels).mean()), len(labels))
+    if low > share:
+        return []
+    return [
+        f"validation does not show that anything was learned: always answering the largest class is right for"
+        f" {share:.1%}: consider {LEARN_MORE}"
+    ]
