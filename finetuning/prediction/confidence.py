@@ -10,10 +10,10 @@ import pandas as pd
 from finetuning.errors import UserError
 from finetuning.prediction.rows import Rows
 from finetuning.prediction.trained import Trained
-from finetuning.runs.abstention import LEVEL, least_confidence, smallest_risk
+from finetuning.runs.abstention import LEVEL, checkpoints_compared, least_confidence, smallest_risk
 from finetuning.runs.answers import unlabelled
 from finetuning.runs.calibration import fit_temperature
-from finetuning.runs.finished import checkpoints_compared, read_finished, read_validation
+from finetuning.runs.finished import read_finished, read_validation
 
 CONFIDENCE = "confidence"  # our column
 
@@ -71,7 +71,7 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
     found = Confidence(temperature or 1.0, least or 0.0, notes)
     if risk is None:
         return found
-    cooled, candidates = answers.cooled(found.temperature), checkpoints_compared(run)
+    cooled, candidates = answers.cooled(found.temperature), checkpoints_compared(run.result["config"])
     chosen = least_confidence(cooled, risk, candidates)
     if chosen is None:
         raise UserError(
@@ -79,9 +79,9 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
             f" they can show is {smallest_risk(cooled, candidates):g}"
         )
     shown = (
-        f"--abstain {chosen.least:.6f} answers {chosen.answered:,} of {chosen.texts:,} validation texts,"
-        f" {chosen.wrong:,} of them wrong. With {LEVEL:.0%} confidence, at most {risk:.4g} of all answers are wrong, if"
-        f" new texts are like validation"
+        f"--abstain {chosen.shown} answers {chosen.answered:,} of {chosen.texts:,} validation texts,"
+        f" {chosen.wrong:,} of them wrong. With {100 * LEVEL:g} % confidence, at most {100 * risk:g} % of all"
+        f" answers are wrong, if new texts are like validation"
     )
     if "kfold" in run.result:
         shown += " (about: the classifiers of the folds gave these answers)"

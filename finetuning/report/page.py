@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from finetuning.errors import UserError, first_line, say
 from finetuning.html import data_url, render
 from finetuning.report import sections
+from finetuning.report.coverage import coverage_curve, risk_table
 from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, probably_wrong
+from finetuning.runs.abstention import LEVEL, checkpoints_compared
 from finetuning.runs.answers import Answers, positive_of, read_answers
 from finetuning.runs.calibration import fit_temperature, reliability
 from finetuning.runs.files import CURVE, PREDICTIONS, REPORT, check_unchanged, read_result
@@ -104,6 +106,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         confusion=sections.confusion_cells(main),
         confusions=sections.confusion_table(main, names),
         calibration=_calibration(answers, split),
+        abstention=_abstention(answers, split, result),
         lengths=sections.length_table(main, longest),
         cut=_cut(main, longest),
         with_texts=texts is not None,
@@ -137,6 +140,19 @@ def _calibration(answers: dict[str, Answers], split: str) -> dict[str, Any]:
         "after": after.bins if after else [],
         "table": sections.calibration_table(before, after),
         "multi_label": main.multi_label,
+    }
+
+
+def _abstention(answers: dict[str, Answers], split: str, result: dict[str, Any]) -> dict[str, Any] | None:
+    """What happens to a split if the least confident texts get no answer; ``None`` without validation."""
+    if "validation" not in answers:
+        return None
+    temperature = fit_temperature(answers["validation"]) or 1.0
+    validation, main = (answers[name].cooled(temperature) for name in ("validation", split))
+    return {
+        "curve": coverage_curve(main),
+        "table": risk_table(validation, main, split, checkpoints_compared(result["config"])),
+        "level": LEVEL,
     }
 
 

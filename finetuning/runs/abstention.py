@@ -1,6 +1,8 @@
 """When a classifier should not answer: the least confidence at which at most a given share of its answers is wrong."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import bdtr
@@ -19,6 +21,11 @@ class Abstention:
     texts: int
     answered: int
     wrong: int
+
+    @property
+    def shown(self) -> str:
+        """``least`` for people, rounded up, so that it answers no other texts."""
+        return f"{np.ceil(self.least * 1e6) / 1e6:.6f}"
 
 
 def least_confidence(answers: Answers, risk: float, candidates: int = 1) -> Abstention | None:
@@ -61,6 +68,11 @@ def least_confidence(answers: Answers, risk: float, candidates: int = 1) -> Abst
     answered = int(ranks[best - 1])
     least = 0.0 if best == len(ranks) else float(np.nextafter(confidence[answered], 1))
     return Abstention(least, len(order), answered, int(wrong[best - 1]))
+
+
+def checkpoints_compared(config: Mapping[str, Any]) -> int:
+    """How many checkpoints validation could choose from, one after each epoch, by the ``config`` of ``result.json``."""
+    return int(config["epochs"] or 1)
 
 
 def smallest_risk(answers: Answers, candidates: int = 1) -> float:

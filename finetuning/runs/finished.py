@@ -71,11 +71,6 @@ def read_finished(directory: Path) -> FinishedRun:
         raise UserError(f"{wanted}, but {RESULT} is damaged: {type(error).__name__} {first_line(error)}") from None
 
 
-def checkpoints_compared(run: FinishedRun) -> int:
-    """How many checkpoints validation could choose from: one after each epoch."""
-    return max(1, int(run.config.training.epochs))
-
-
 def read_validation(run: FinishedRun) -> Answers:
     """The answers for validation; with ``--kfold`` those out of fold, which the classifiers of the folds gave.
 

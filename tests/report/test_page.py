@@ -10,7 +10,7 @@ from finetuning.runs.lock import DirectoryLock
 from tests.html_reader import Reader
 from tests.report.conftest import leave_predictions, random_split, result_of_run
 
-SECTIONS = ("scores", "classes", "calibration", "length", "mistakes", "labels", "cost", "repeat")
+SECTIONS = ("scores", "classes", "calibration", "coverage", "length", "mistakes", "labels", "cost", "repeat")
 
 
 def read(text: str) -> Reader:
@@ -80,6 +80,8 @@ def test_without_texts_none_is_shown(tmp_path: Path) -> None:
     assert "Texts are left out: --report_texts False." in text
     assert 'class="quoted"' not in text
     assert "test accuracy" in read(text).text
+    assert "coverage: share of the texts that are answered" in read(text).text
+    assert "validation is too small or too often wrong" in read(text).text, "1 % needs more than 100 texts"
 
 
 def test_a_run_without_test_shows_validation_and_says_what_that_means(tmp_path: Path) -> None:

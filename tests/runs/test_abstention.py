@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+from scipy.stats import beta
+
+from finetuning.runs.abstention import checkpoints_compared, least_confidence, smallest_risk
+from finetuning.runs.answers import Answers
+
+
+def answers(confidence: np.ndarray, right: np.ndarray) -> Answers:
+    """Answers of two classes, of which the first is always given."""
+    logits = np.stack([np.log(confidence), np.log(1 - confidence)], axis=1)
+    return Answers(np.arange(len(right)), np.stack([right, ~right], axis=1), logits)
+
+
+def drawn(generator: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    confidence = 0.5 + 0.5 * generator.beta(1.5, 0.5, n)
+    return confidence, generator.random(n) < confidence
+
+
+def test_the_bound_of_clopper_and_pearson_is_at_most_the_risk() -> None:
+    found = answers(*drawn(np.random.default_rng(0), 1_000))
+    chosen = least_confidence(found, 0.05)
+    assert chosen is not None
+    answered = found.confidence >= chosen.least
+    assert (int(answered.sum()), int((answered & ~found.right).sum())) == (chosen.answered, chosen.wrong)
+    assert 200 < chosen.answered < chosen.texts == 1_000
+    assert beta.ppf(1 - 0.05 / 2, chosen.wrong + 1, chosen.answered - chosen.wrong) <= 0.05
+    fewer = least_confidence(found, 0.05, candidates=20)
+    assert fewer is not None
+    assert fewer.answered < chosen.answered, "the best of 20 classifiers must show more"
+
+
+def test_the_statement_holds_in_most_draws() -> None:
+    """The true risk is known here: the mean of one minus the confidence of what is answered."""
+    generator, broken, found = np.random.default_rng(1), 0, 0
+    population, _ = drawn(generator, 100_000)
+    for _ in range(300):
+        chosen = least_confidence(answers(*drawn(generator, 500)), 0.05)
+        if chosen is not None:
+            found += 1
+            broken += float(1 - population[population >= chosen.least].mean()) > 0.05
+    assert found > 100
+    assert broken <= 0.05 * 300
+
+
+def test_one_wrong_label_at_the_top_does_not_end_the_search() -> None:
+    confidence, right = np.linspace(0.99, 0.6, 1_000), np.ones(1_000, dtype=bool)
+    right[0] = False
+    chosen = least_confidence(answers(confidence, right), 0.02)
+    assert chosen is not None
+    assert (chosen.answered, chosen.wrong, chosen.least) == (1_000, 1, 0.0)
+
+
+def test_equal_confidences_are_answered_together() -> None:
+    confidence = np.repeat([0.9, 0.7], [300, 100])
+    right = np.arange(400) < 310
+    chosen = least_confidence(answers(confidence, right), 0.02)
+    assert chosen is not None
+    assert chosen.answered == 300
+    assert 0.7 < chosen.least <= 0.9
+
+
+def test_the_smallest_risk_that_few_texts_can_show() -> None:
+    few = answers(np.linspace(0.99, 0.6, 100), np.ones(100, dtype=bool))
+    assert least_confidence(few, 0.02) is None
+    smallest = smallest_risk(few)
+    assert smallest == pytest.approx(1 - 0.025 ** (1 / 100), abs=1e-4)
+    assert least_confidence(few, smallest) is not None
+    assert least_confidence(few, smallest - 2e-4) is None
+
+
+def test_each_epoch_is_a_checkpoint_that_validation_compares() -> None:
+    assert [checkpoints_compared({"epochs": epochs}) for epochs in (0, 1, 3)] == [1, 1, 3]
