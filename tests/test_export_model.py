@@ -19,6 +19,7 @@ from finetuning.export import fresh_process
 from finetuning.export.command import main
 from finetuning.export.plain import write_model
 from finetuning.prediction.predictor import predict
+from finetuning.prediction.trained import read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result, write_result
 from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json
@@ -237,6 +238,22 @@ def test_a_multi_label_run(tiny_folders: dict[str, Path], tmp_path: Path) -> Non
     np.testing.assert_allclose(found, torch.from_numpy(logits).sigmoid().numpy(), rtol=0, atol=1e-4)
     content, _ = exported(run, tmp_path / "adapter", "--adapter")
     assert 'function_to_apply="sigmoid"' in content
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_positive_class_and_its_threshold(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [(f"a {('funny', 'sad')[i % 2]} film, number {i}", ("spam", "ham")[i % 2]) for i in range(96)]
+    table = pd.DataFrame(rows, columns=["text", "label"])
+    run = lora_run(tmp_path, tiny_folders["bert"], table, "--threshold", "0.37")
+    content, _ = exported(run, tmp_path / "out")
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["problem_type"] == "single_label_classification"
+    assert (config["threshold"], config["positive_label"]) == (0.37, "spam")
+    assert "A text gets `spam` if its probability is above 0.37, else `ham`. A pipeline does not know this" in content
+    assert "| accuracy |" in content
+    assert "It always gives one of its labels" in content
+    trained = read_trained(tmp_path / "out")
+    assert (trained.threshold, trained.positive, trained.multi_label) == (0.37, 1, False)
 
 
 @pytest.mark.usefixtures("in_this_process")

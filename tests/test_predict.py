@@ -541,3 +541,61 @@ def test_several_labels_are_predicted_as_in_the_run(
     assert list(answer["label"]) == ["bad", "good"]
     assert {answer["label_1"], answer["label_2"]} == {"bad", "good"}
     assert answer["probability_1"] >= answer["probability_2"] > threshold
+
+
+def test_two_classes_a_positive_one_and_texts_without_an_answer(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    words = {"superb": "good", "boring": "bad"}
+    for name, count in (("train", 160), ("validation", 120), ("test", 40)):
+        texts = [f"{list(words)[i % 2]} film, number {name} {i}" for i in range(count)]
+        table_of = {"text": texts, "label": [list(words.values())[i % 2] for i in range(count)]}
+        pd.DataFrame(table_of).to_csv(tmp_path / f"{name}.csv", index=False)
+    run = tmp_path / "run"
+    more = ["--epochs", "3", "--method", "full", "--threshold", "tuned", "--positive_label", "bad", "--precision"]
+    assert finetune_lora.main(flags(tiny_folders["distilbert"], tmp_path, run, *more, "fp32")) == 0
+    task = read_result(run)["task"]
+    assert task["positive_label"] == "bad"
+    shown = capsys.readouterr().out
+    assert f"threshold   {task['threshold']:g} for the positive label 'bad', tuned on validation" in shown
+    file = ["--file", str(tmp_path / "test.csv")]
+    assert main([str(run), *file]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row["label"] for row in rows] == [
+        "bad" if float(row["probability_bad"]) > task["threshold"] else "good" for row in rows
+    ]
+    assert main([str(run), *file, "--threshold", "0.999999"]) == 0
+    assert {row["label"] for row in table(capsys.readouterr().out)} == {"good"}
+
+    assert main([str(run), *file, "--abstain_risk", "0.1"]) == 0
+    said = capsys.readouterr()
+    assert "of 120 validation texts" in said.err
+    assert "With 95 % confidence, at most 10 % of all answers are wrong" in said.err
+    least = float(said.err.split("--abstain ")[1].split()[0])
+    assert all((row["label"] != "") == (float(row["confidence"]) >= least) for row in table(said.out))
+    assert refusal(capsys, run, *file, "--abstain_risk", 0.001).startswith(
+        "error: --abstain_risk 0.001: the 120 validation texts cannot show it: the smallest risk that they can show is "
+    )
+    assert main([str(run), *file, "--most_uncertain", "3"]) == 0
+    found = [float(row["confidence"]) for row in table(capsys.readouterr().out)]
+    assert len(found) == 3
+    assert found == sorted(found)
+    for words_given, line in (
+        (("--abstain", 1), "--abstain 1: must be above 0 and below 1"),
+        (("--abstain_risk", 0), "--abstain_risk 0: must be above 0 and below 1"),
+        (("--most_uncertain", 0), "--most_uncertain 0: must be at least 1"),
+        (("--abstain", 0.5, "--most_uncertain", 2), "not allowed with argument"),
+    ):
+        assert line in refusal(capsys, run, *file, *words_given)
+
+
+def test_an_exported_folder_has_no_validation(tiny_folders: dict[str, Path], capsys: Capture) -> None:
+    folder = tiny_folders["distilbert"]
+    for flag in ("--abstain", "--abstain_risk"):
+        assert f"{flag} 0.5: needs a run directory: {folder} has no validation" in refusal(
+            capsys, folder, "--text", "a", flag, 0.5
+        )
+    assert main([str(folder), "--text", "a", "--text", "b", "--most_uncertain", "1"]) == 0
+    said = capsys.readouterr()
+    assert "confidence is as trained" in said.err
+    assert len(table(said.out)) == 1

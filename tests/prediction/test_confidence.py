@@ -1,0 +1,89 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from finetuning.data.files import FORMATS, read_frame
+from finetuning.prediction import rows as rows_module
+from finetuning.prediction.answers import AnswerColumns
+from finetuning.prediction.confidence import Confidence, most_uncertain
+from finetuning.prediction.outputs import is_parquet, write_answers
+from finetuning.prediction.rows import Rows, Source, file_of, survey
+
+ANSWERS = AnswerColumns(["bad", "good"], confidence=Confidence())
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "CHUNK_ROWS", 4)
+
+
+def test_the_temperature_cools_what_the_label_says() -> None:
+    probabilities = np.array([[0.2, 0.8], [0.9, 0.1], [np.nan, np.nan]])
+    cooled = Confidence(temperature=2).of(probabilities, None, None)
+    assert cooled[:2] == pytest.approx([2 / 3, 3 / 4])  # the odds of 4 and 9 become 2 and 3
+    assert np.isnan(cooled[2])
+    spam = Confidence().of(probabilities[:2], 0.05, 1)
+    assert spam == pytest.approx([0.8, 0.1]), "above the threshold, although the other class is more probable"
+    several = Confidence().of(probabilities[:2], 0.5, None)
+    assert several == pytest.approx([0.8 * 0.8, 0.9 * 0.9]), "all decisions must be right"
+    assert Confidence(temperature=3).of(np.array([[1.0, 0.0]]), 0.5, None) == pytest.approx([1])
+
+
+def test_below_the_least_confidence_there_is_no_label() -> None:
+    answers = AnswerColumns(["bad", "good"], confidence=Confidence(least=0.7), top_k=1)
+    assert list(answers.columns) == ["label", "confidence", "label_1", "probability_1"]
+    label, confidence, best, _ = answers.of(np.array([[0.2, 0.8], [0.6, 0.4], [np.nan, np.nan]]))
+    assert (label, confidence) == (["good", None, None], [pytest.approx(0.8), pytest.approx(0.6), None])
+    assert best == ["good", "bad", None]
+
+
+def test_a_positive_class_has_a_threshold() -> None:
+    answers = AnswerColumns(["ham", "spam"], threshold=0.3, positive=1)
+    assert answers.columns["label"] is str
+    assert answers.of(np.array([[0.6, 0.4], [0.7, 0.3]]))[0] == ["spam", "ham"], "above, not at"
+
+
+def answered(source: Source, skip: bool = False) -> Iterator[tuple[Rows, list[list[Any]]]]:
+    """The probability of good is the number in the text."""
+    for rows in source.rows(skip):
+        good = np.array(
+            [np.nan if bad else float(text) for bad, text in zip(rows.bad, rows.texts["text"], strict=True)]
+        )
+        yield rows, ANSWERS.of(np.stack([1 - good, good], axis=1))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_most_uncertain_of_all_chunks(tmp_path: Path, kind: str) -> None:
+    good = np.random.default_rng(0).uniform(size=23).round(6)
+    texts = [f"{value}" for value in good]
+    texts[5] = ""
+    pd.DataFrame({"text": texts, "id": range(23)}).to_csv(tmp_path / "in.csv", index=False)
+    out = tmp_path / f"out.{kind}"
+    with file_of(tmp_path / "in.csv", "text", None) as source:
+        surveyed = survey(source, True, is_parquet(out), lambda _: None)
+        rows = most_uncertain(answered(source, True), 6, list(ANSWERS.columns))
+        write_answers(out, rows, surveyed, ANSWERS)
+    distance = np.abs(good - 0.5)
+    distance[5] = np.inf
+    found = read_frame(out)
+    assert found["id"].astype(int).tolist() == np.argsort(distance)[:6].tolist()
+    assert found["confidence"].astype(float).tolist() == pytest.approx((0.5 + np.sort(distance)[:6]).tolist(), abs=1e-5)
+    assert list(found.columns) == ["text", "id", *ANSWERS.columns]
+
+
+def test_columns_that_differ_between_chunks_and_few_rows(tmp_path: Path) -> None:
+    lines = ['{"text": "0.9", "n": 1}'] * 4 + ['{"text": "0.4", "other": [1, 2]}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out.parquet"
+    with file_of(tmp_path / "in.jsonl", "text", None) as source:
+        surveyed = survey(source, False, True, lambda _: None)
+        write_answers(out, most_uncertain(answered(source), 50, list(ANSWERS.columns)), surveyed, ANSWERS)
+    table = pq.read_table(out).to_pydict()
+    assert table["text"] == ["0.4", *["0.9"] * 4]
+    assert table["n"] == [None, 1, 1, 1, 1]
+    assert table["other"] == [[1, 2], None, None, None, None]
