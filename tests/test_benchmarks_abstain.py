@@ -7,7 +7,7 @@ from benchmarks.abstain import RISKS, main, table
 
 
 def record(seed: int, wrong: int) -> dict[str, Any]:
-    found = [{"risk": risk, "least": 0.9, "answered": 500, "wrong": wrong} for risk in RISKS]
+    found: list[dict[str, Any]] = [{"risk": risk, "least": 0.9, "answered": 500, "wrong": wrong} for risk in RISKS]
     found[0] |= {"least": None, "answered": 0, "wrong": 0}
     sizes = {"validation": 950, "test": 1000}
     return {"set": "subj", "seed": seed, "accuracy": 0.9, "sizes": sizes, "found": found, "environment": {"git": None}}

@@ -7,7 +7,7 @@ import pytest
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.runs.files import PREDICTIONS, RESULT, write_result
-from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
+from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers, read_validation
 from finetuning.runs.history import write_predictions
 
 
@@ -47,6 +47,21 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     for damaged in cases:
         leave(tmp_path, **damaged)
         refused("result.json is damaged")
+
+
+def test_answers_out_of_fold_play_validation(tmp_path: Path) -> None:
+    stored = np.arange(2), np.array([0, 1]), np.array([[0.0, 1.0], [0.0, 1.0]], dtype=np.float32)
+    write_predictions(tmp_path, {"validation": stored})
+    task = {"threshold": 0.8, "positive_label": "b"}
+    run = FinishedRun(tmp_path, RunConfig.from_settings(), ["a", "b"], 0.8, {}, {"kfold": {}, "task": task})
+    assert (run.positive, run.multi_label) == (1, False)
+    found = read_validation(run)
+    assert found.given.tolist() == [[True, False]] * 2, "b has 0.73, less than the threshold"
+    assert found.right.tolist() == [True, False]
+    assert found.confidence == pytest.approx(1 / (1 + np.e))
+    cooled = found.cooled(2)
+    assert cooled.given.tolist() == found.given.tolist(), "the threshold moves with the probabilities"
+    assert cooled.confidence == pytest.approx(1 / (1 + np.e**0.5))
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3])
