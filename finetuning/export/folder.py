@@ -67,6 +67,9 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
 def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Namespace) -> Loaded:
     """The run's tokenizer and classifier, and a sample of its held-out texts with the run's own answers."""
     base, config = base_model(run), run.config
+    if config.model.pooling == "mean" and not hasattr(base.config, "classifier_pooling"):
+        model_class = f"Transformers' class for {base.family.model_type} models"
+        raise UserError(f"{run.directory}: has --pooling mean, which {model_class} cannot compute: use predict.py")
     if arguments.data_dir is not None:
         config = config.changed(data_dir=arguments.data_dir)
     tokenizer = load_tokenizer(base)

@@ -106,6 +106,9 @@ def check_fits(
     for name in ("dropout", "attention_dropout"):
         if getattr(model, name) > 0 and name not in family.settings:
             raise UserError(f"--{name} {getattr(model, name)}: {base.name} has no such dropout: leave out this flag")
+    if model.pooling is not None and (family.last_token or not family.efficient):
+        read = "the last token" if family.last_token else "what its class reads"
+        raise UserError(f"--pooling {model.pooling}: the head of {base.name} reads {read}: leave out this flag")
     width = base.config.hidden_size
     if lora is not None and lora.lora_r is not None and lora.lora_r > width:
         raise UserError(f"--lora_r {lora.lora_r}: the layers of {base.name} are {width} wide, so 1 to that")

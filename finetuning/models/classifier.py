@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetuning.models.encoder import classify, count_frozen_layers
+from finetuning.models.encoder import classify, classify_means, count_frozen_layers
 from finetuning.models.families import ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
 from finetuning.models.rows import last_places, take
@@ -93,12 +93,16 @@ class Classifier(nn.Module):
             self._choose_attention(input_ids)
         mixed = self.dtype != torch.float32
         with torch.autocast(input_ids.device.type, dtype=self.dtype if mixed else None, enabled=mixed):
-            if not self.family.last_token:
+            means = getattr(self.model.config, "classifier_pooling", None) == "mean"
+            if not (self.family.last_token or means):
                 return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits.float()
             # Hugging Face's classifier looks for the last token that is no padding token. That is the wrong one where
             # padding and end of text are one token.
             base = self.model.get_submodule(self.family.base)
-            hidden = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            more = types if means else {"use_cache": False}
+            hidden = base(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
+        if means:
+            return classify_means(self.model, self.family, hidden, attention_mask)
         (head,) = self.family.head
         return self.model.get_submodule(head)(take(hidden, last_places(attention_mask)).float())
 

@@ -1,7 +1,7 @@
 """Exact rewrites of the encoder's forward: the same logits and gradients as Hugging Face's, with less work.
 
 1. The head reads one token, the first or a decoder's last, so the last layer computes only that one. It computes all if
-   the head reads their mean, as in some ModernBERTs.
+   the head reads their mean (``--pooling mean``, and some ModernBERTs).
 2. On a CPU attention is a compiled kernel, or works in chunks whose scores stay in cache. torch's fused backward is
    slow at these lengths.
 3. One product computes query, key and value. A frozen linear does not save its weight and has no weight gradient.
@@ -78,6 +78,22 @@ def classify(
             x = encoder.layers(encoder.embed(input_ids, token_types), stop=count)
             encoder.save(frozen, count, x)
         return encoder.head(encoder.layers(x, start=count))
+
+
+def classify_means(model: nn.Module, family: ModelFamily, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """The head's logits for the mean of each text's real tokens, which another forward has computed.
+
+    Args:
+        model, family, attention_mask: as in ``classify``.
+        tokens: ``(B, T, D)``.
+
+    Returns:
+        ``(B, classes)`` in fp32.
+    """
+    on_cpu = tokens.device.type == "cpu"
+    encoder = _Encoder(model, family, torch.float32, attention_mask, False, True, on_cpu)
+    with _without_autocast(tokens.device):
+        return encoder.head(encoder.mean(encoder.rows.of(tokens)))
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

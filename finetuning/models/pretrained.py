@@ -26,7 +26,7 @@ def load_pretrained(base: BaseModel, settings: ModelSettings, label_names: Seque
 
     Args:
         base: the base model.
-        settings: the dropout flags.
+        settings: the flags of dropout and pooling.
         label_names: one name per class, in the order of the labels.
 
     Raises:
@@ -57,6 +57,8 @@ def _config_of(base: BaseModel, settings: ModelSettings, label_names: Sequence[s
             setattr(config, family.settings[ours], value)
     for name in family.more_dropouts:
         setattr(config, name, settings.dropout)
+    if settings.pooling is not None:  # ModernBERT's name and words
+        config.classifier_pooling = "mean" if settings.pooling == "mean" else "cls"
     config.attn_implementation = "sdpa"
     return config
 

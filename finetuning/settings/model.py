@@ -1,7 +1,7 @@
 """Section ``model``: the pretrained model."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from finetuning.settings.fields import Values, setting
 
@@ -25,6 +25,11 @@ class ModelSettings:
         f" (MiniLM without pooler and token types), '{PACKAGED}' (it means {PACKAGED_MEANS}) or '{PACKAGED_BASE}'"
         " (MPNet, as large as BERT-base).",
         f"{DEFAULT_MODEL}; {PACKAGED} with --offline",
+    )
+    pooling: Literal["first", "mean"] | None = setting(
+        None,
+        "What the head of an encoder reads: the first token, or the mean of a text's tokens.",
+        "as the model's class",
     )
     dropout: float = setting(0.0, "Dropout probability in the encoder and the head.", at_least=0, below=1)
     attention_dropout: float = setting(

@@ -1,0 +1,97 @@
+# mypy: disable-error-code="union-attr,arg-type"
+"""``--pooling mean``: the head reads the mean of a text's real tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import finetune_lora
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.export.command import main as export
+from finetuning.models.classifier import Classifier
+from finetuning.prediction.predictor import predict
+from finetuning.runs.files import PREDICTIONS
+from local_model_utilities import build_classifier, find_base_model
+from tests.conftest import CORE
+from tests.tiny_models import save_tokenizer, tiny_model
+
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+def build(folder: Path, **settings: Any) -> Classifier:
+    config = RunConfig.from_settings(model_name=str(folder), max_length=16, method="full", **settings)
+    torch.manual_seed(0)
+    return build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).eval()
+
+
+def mean_and_head(classifier: Classifier, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits from Hugging Face's encoder, a plain mean, and the modules of the head."""
+    model, family = classifier.model, classifier.family
+    hidden = model.get_submodule(family.base)(input_ids=ids, attention_mask=mask).last_hidden_state
+    means = torch.stack([tokens[real.bool()].mean(0) for tokens, real in zip(hidden, mask, strict=True)])
+    inner, outer = (model.get_submodule(name) for name in family.head)
+    return outer((F.relu if family.model_type == "distilbert" else torch.tanh)(inner(means)))
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+@pytest.mark.parametrize("model_type", CORE)
+def test_logits_and_gradients_are_those_of_the_mean(
+    tiny_folders: dict[str, Path], model_type: str, efficient: bool
+) -> None:
+    ids = torch.randint(1000, 30000, (4, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, 7:], mask[3, 1:] = 0, 0
+    ids = torch.where(mask == 1, ids, 1 if model_type == "roberta" else 0)
+    gradients = []
+    for forward in (lambda model: model(ids, mask), lambda model: mean_and_head(model, ids, mask)):
+        classifier = build(tiny_folders[model_type], pooling="mean", efficient=efficient)
+        logits = forward(classifier)
+        F.cross_entropy(logits, LABELS).backward()
+        gradients.append(
+            {n: p.grad for n, p in classifier.named_parameters() if p.grad is not None} | {"": logits.detach()}
+        )
+    largest = max(float(gradient.norm()) for gradient in gradients[1].values())
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[1].items():
+        assert (gradients[0][name] - expected).norm() < 1e-5 * max(float(expected.norm()), 1e-3 * largest), name
+    first = build(tiny_folders[model_type], pooling="first")(ids, mask)
+    assert torch.equal(first, build(tiny_folders[model_type])(ids, mask))
+    assert (first - gradients[0][""]).abs().max() > 1e-3
+
+
+def test_a_decoder_is_refused(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, decoder=True)
+    with pytest.raises(UserError, match=r"^--pooling mean: the head of .* reads the last token: leave out this flag$"):
+        build(tmp_path, pooling="mean")
+
+
+@pytest.mark.parametrize("method", ["head", "lora"])
+def test_a_run_predicts_the_same_again_and_is_not_exported(
+    tiny_folders: dict[str, Path],
+    review_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "cache"))
+    run, base = tmp_path / "run", tiny_folders["bert"]
+    line = f"--dataset text --data_dir {review_folder} --model_name {base} --output_dir {run} --pooling mean"
+    line += f" --method {method} --max_length 32 --epochs 2 --precision fp32 --accelerator cpu"
+    assert finetune_lora.main(line.split()) == 0
+    stored = pd.read_parquet(run / PREDICTIONS)
+    stored = stored[stored["split"] == "test"]
+    texts = pd.read_csv(review_folder / "test.csv").iloc[stored["row"]]["text"].tolist()
+    expected = torch.tensor(np.stack(stored["logits"].tolist())).softmax(-1)
+    np.testing.assert_allclose(predict(run, texts)[1], expected, rtol=0, atol=1e-5)
+    capsys.readouterr()
+    assert export([str(run), str(tmp_path / "out")]) == 2
+    assert "has --pooling mean, which Transformers' class for bert models cannot" in capsys.readouterr().err
