@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetuning.comparison.over_sets import OVER_SETS
 from finetuning.comparison.pairs import READING
 from finetuning.html import data_url, render
 from finetuning.pages import Table
@@ -39,6 +40,7 @@ class Section:
     pairs: int  # number of compared pairs, shown or not
     f1_comparisons: Table  # micro F1, only for multi-label data
     tuning: Table
+    over_sets: Sequence[Table]  # of a study over several data sets
     plots: Sequence[Plot]
 
     @property
@@ -57,4 +59,4 @@ class Section:
 
 def render_page(sections: Sequence[Section]) -> str:
     """The page. The same sections give the same text."""
-    return render(TEMPLATE, sections=sections, reading=READING)
+    return render(TEMPLATE, sections=sections, reading=READING, reading_over_sets=OVER_SETS)

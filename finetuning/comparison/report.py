@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
+from finetuning.comparison.over_sets import OVER_SETS, over_sets
 from finetuning.comparison.page import Section, render_page
 from finetuning.comparison.pairs import READING, Comparison, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
@@ -46,6 +47,7 @@ DEFAULT_FLAGS = {
     "lora_alpha": "alpha of LoRA",
 }
 SHORT = "_short"  # what the name of a study's short table ends with
+SETS = "_sets"  # and the one of its tables over data sets
 README_PLOT, README_STUDY, README_ROWS = "accuracy_time.png", "earlier_work", ("lora", "qlora", "selective", "full")
 
 
@@ -98,6 +100,7 @@ def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | Non
         files[folder / "table.csv"] = csv_text(study).encode()
         caption = measured(run.environment for run in study.final if run.finished)
         tables[study.name] = f"{study_summary(section)}\n\n{caption}"
+        tables[study.name + SETS] = f"{sets_text(section)}\n\n{caption}"
         tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{caption}"
         if study.name == README_STUDY and (plot := draw_readme_plot(study, README_ROWS, README_PLOT)):
             files[results / README_PLOT] = plot.png
@@ -125,6 +128,7 @@ def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: 
         pairs=len(comparisons),
         f1_comparisons=comparison_table(compare_rows(study, "micro_f1")[0]),
         tuning=tuning_table(study),
+        over_sets=over_sets(study),
         plots=draw_plots(study),
     )
 
@@ -142,12 +146,19 @@ def study_text(section: Section) -> str:
         parts += [f"## {section.comparisons_title}", section.comparisons.markdown(), READING]
     if section.f1_comparisons.rows:
         parts += ["## Micro F1 of multi-label data", section.f1_comparisons.markdown()]
+    if section.over_sets:
+        parts += ["## Over data sets", sets_text(section)]
     if section.tuning.rows:
         parts += ["## Settings tried on validation", section.tuning.markdown()]
     if section.plots:  # they are not committed
         parts.append("## Plots that `python compare_methods.py report` draws next to this file")
         parts.append("\n".join(f"- `{plot.file}`: {plot.caption}" for plot in section.plots))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def sets_text(section: Section) -> str:
+    """The tables over data sets, and how to read them."""
+    return "\n\n".join([*(table.markdown() for table in section.over_sets), OVER_SETS])
 
 
 def defaults_table() -> str:

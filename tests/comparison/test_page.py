@@ -15,7 +15,7 @@ def section(**changes: object) -> Section:
         "answers": Table(ANSWER_COLUMNS, [("a|<b>", "93.13", "", "1.00", "not compared & sure")]),
         "notes": ["A note on `--seed`."],
         "table": Table(("row", "seeds", "no value", "command"), [("a|<b>", "1", "", "python x.py --flag '<&>'")]),
-        "comparisons": EMPTY, "pairs": 0, "f1_comparisons": EMPTY, "tuning": EMPTY, "plots": [],
+        "comparisons": EMPTY, "pairs": 0, "f1_comparisons": EMPTY, "tuning": EMPTY, "over_sets": [], "plots": [],
     }  # fmt: skip
     return Section(**parts | changes)  # type: ignore[arg-type]
 
@@ -25,7 +25,10 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
     plots = [Plot("p.png", 'A "plot" < another', png)]
     comparison = Table(("row", "verdict"), [("a", "no significant difference")])
     text = render_page(
-        [section(plots=plots, comparisons=comparison, pairs=1, tuning=comparison), section(study="other")]
+        [
+            section(plots=plots, comparisons=comparison, pairs=1, tuning=comparison, over_sets=[comparison]),
+            section(study="other"),
+        ]
     )
     reader = Reader()
     reader.feed(text)
@@ -34,6 +37,7 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
         "Which <method>?",
         "a & b.",
         "A note on --seed.",
+        "Over data sets",
         "a|<b>",
         "--flag '<&>'",
         "no significant difference",

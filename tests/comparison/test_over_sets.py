@@ -1,0 +1,55 @@
+"""Tables over data sets, from synthetic runs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import t
+
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.over_sets import over_sets
+from finetuning.comparison.statistics import bayesian_signed_rank
+from tests.synthetic_runs import write_run
+
+ACCURACIES = {  # set -> method -> of each seed, in thousandths
+    "one": {"a": (900, 910), "b": (880, 890)},
+    "two": {"a": (700, 702), "b": (701, 703)},
+    "three-x": {"a": (800, 820), "b": (790, 800)},
+    "four": {"a": (500, 500)},
+}
+
+
+def results(folder: Path, accuracies: dict[str, dict[str, tuple[int, ...]]], draw: str = "") -> Path:
+    for name, methods in accuracies.items():
+        for method, scores in methods.items():
+            for seed, score in enumerate(scores):
+                row = f"{name}-{method}" + (f"{draw}{seed}" if draw else "")
+                right = np.arange(1000) < score
+                write_run(folder, "s", row, seed=0 if draw else seed, correct=right, config={"data_dir": f"in/{name}"})
+    return folder
+
+
+@pytest.mark.parametrize("draw", ["", "-data_seed"], ids=["seeds", "draws"])
+def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
+    grid, pairs = over_sets(read_study("s", results(tmp_path, ACCURACIES, draw)))
+    assert grid.columns == ("data set", "a, %", "b, %")
+    assert grid.rows == [
+        ("four", "50.00 ± 0.00 (2)", ""),
+        ("one", "90.50 ± 0.71 (2)", "88.50 ± 0.71 (2)"),
+        ("three-x", "81.00 ± 1.41 (2)", "79.50 ± 0.71 (2)"),
+        ("two", "70.10 ± 0.14 (2)", "70.20 ± 0.14 (2)"),
+        ("mean of 3 sets", "80.53", "79.40"),
+    ]
+    ((pair, sets, difference, *chances),) = pairs.rows
+    low, high = t.interval(0.95, 2, np.mean([2, 1.5, -0.1]), np.std([2, 1.5, -0.1], ddof=1) / np.sqrt(3))
+    assert (pair, sets) == ("a - b", "3")
+    assert difference == f"+1.13 ({low:+.2f} to {high:+.2f})"
+    expected = bayesian_signed_rank([90.5, 81, 70.1], [88.5, 79.5, 70.2], 0.5)
+    assert [int(share) for share in chances] == [
+        round(100 * share) for share in (expected.better, expected.equivalent, expected.worse)
+    ]
+
+
+def test_studies_on_few_sets_have_no_such_tables(tmp_path: Path) -> None:
+    two = {name: ACCURACIES[name] for name in ("one", "two", "four")}
+    assert over_sets(read_study("s", results(tmp_path, two))) == []
