@@ -1,5 +1,6 @@
 """Tables over data sets, from synthetic runs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ ACCURACIES = {  # set -> method -> of each seed, in thousandths
 }
 
 
-def results(folder: Path, accuracies: dict[str, dict[str, tuple[int, ...]]], draw: str = "") -> Path:
+def results(folder: Path, accuracies: Mapping[str, Mapping[str, tuple[int, ...]]], draw: str = "") -> Path:
     for name, methods in accuracies.items():
         for method, scores in methods.items():
             for seed, score in enumerate(scores):
