@@ -536,6 +536,7 @@ def test_what_may_change_exists() -> None:
         "--q_lora --double_quantization False --device 2",
         "--lora_layers 0,2-3 --lora_mlp",
         "--lora_variant dora --q_lora",
+        "--lora_variant pissa --q_lora",
         "--lora_plus_ratio 16 --optimizer sgd --init_adapter a",
         "--method full --optimizer sgd_nesterov --learning_rate 0.3 --scheduler onecycle",
         "--method selective --trainable_layers 0 --optimizer sgd --batch_size 12",

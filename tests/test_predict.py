@@ -32,6 +32,8 @@ Patch = pytest.MonkeyPatch
 METHODS = {
     "lora": "--lora_mlp True --learning_rate 1e-2",
     "dora": "--lora_variant dora --lora_mlp True --learning_rate 1e-2 --precision bf16",
+    "pissa": "--lora_variant pissa --lora_mlp True --learning_rate 1e-2 --precision bf16",
+    "pissa_q_lora": "--lora_variant pissa --q_lora True --learning_rate 1e-2",
     "lora_head": "--lora_head True --learning_rate 1e-2",
     "q_lora": "--q_lora True --learning_rate 1e-2",
     "full": "--method full --learning_rate 1e-2",

@@ -77,6 +77,6 @@ def without_adapter(classifier: Classifier, pad_id: int) -> Any:
     """The base model below the adapter, in fp32, with the trained head: with a packed base, the dequantized weights."""
     bare = copy.deepcopy(classifier)
     for _, module in lora_modules(bare.model):
-        module.lora.lora_B.data.zero_()
+        module.lora.reset()
         module.start_magnitude()
     return plain_model(bare, pad_id)

@@ -189,7 +189,7 @@ def _base_and_licence(model_name: str, folder: Path) -> tuple[str | None, str | 
 def _method(name: str, method: MethodSettings, lora: LoRASettings | None) -> str:
     if lora is None:
         return f"{name}, last {method.trainable_layers} layers" if name == "selective" else name
-    kind = "DoRA, " if lora.lora_variant == "dora" else ""
+    kind = {"dora": "DoRA, ", "pissa": "PiSSA, "}.get(lora.lora_variant or "", "")
     layers = f" in layers {lora.lora_layers}" if lora.lora_layers else ""
     return (
         f"{name}, {kind}r {lora.lora_r}, alpha {lora.lora_alpha:g} ({lora.lora_scaling} scaling), on"

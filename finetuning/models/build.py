@@ -19,7 +19,7 @@ from finetuning.models.discovery import in_layers, named_linears
 from finetuning.models.families import ModelFamily
 from finetuning.models.fused import split_linears
 from finetuning.models.int8 import frozen_linears, use_int8
-from finetuning.models.lora import VARIANTS, LinearWithLoRA
+from finetuning.models.lora import VARIANTS, LinearWithLoRA, lora_modules
 from finetuning.models.methods import choose_trained
 from finetuning.models.pretrained import load_pretrained
 from finetuning.models.quantization import quantize_linears
@@ -51,13 +51,15 @@ def build_classifier(
     model, family = load_pretrained(base, config.model, label_names), base.family
     lora, hardware = config.lora, config.hardware
     _freeze(model, family, config.method, lora)
+    if lora is not None:
+        place_lora(model, family, lora, linears)
     if lora is not None and lora.q_lora:
         quantize_linears(model, family, dtype, double=bool(lora.double_quantization))
     if hardware.precision == "int8":
         use_int8(model, family, packed=int8_products)
     _store_frozen(model, family, dtype)
-    if lora is not None:
-        place_lora(model, family, lora, linears)
+    for _, module in lora_modules(model):
+        module.start_magnitude()  # of the weight that training sees
     return Classifier(
         model, family, dtype, hardware.efficient, hardware.gradient_checkpointing, hardware.compile,
         config.data.window_pooling,

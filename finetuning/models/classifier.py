@@ -115,7 +115,7 @@ class Classifier(nn.Module):
             model.set_attn_implementation(wanted)
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters, by name, that turn the base model into this classifier: all trained ones and the head.
+        """The parameters, by name, that turn the base model into this classifier: all trained ones, LoRA and head.
 
         With LoRA on the head, the head itself is frozen. It is saved because it is drawn from the run's seed, so no
         base model contains it.
@@ -124,7 +124,7 @@ class Classifier(nn.Module):
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad or name.startswith(head)
+            if parameter.requires_grad or name.startswith(head) or ".lora." in name
         }
 
     def frozen_outputs(

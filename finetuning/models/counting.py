@@ -48,7 +48,7 @@ def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
             for group in ("encoder", "total"):
                 groups[group].bytes += module.scale.numel() * module.scale.element_size()
     for name, parameter in classifier.model.named_parameters():
-        in_lora = ".lora.lora_" in name
+        in_lora = ".lora." in name
         in_encoder = name.startswith(f"{family.layers}.")
         group = "lora" if in_lora else "head" if name.startswith(head) else "encoder" if in_encoder else "embeddings"
         groups[group].add(parameter)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from finetuning.models.dora import Magnitude, row_norms
 from finetuning.models.int8 import Int8Linear, int8_linears
+from finetuning.models.pissa import principal_part
 from finetuning.models.products import Activation, frozen_linear, in_autocast, join
 from finetuning.models.quantization import dense_weight, is_quantized
 
@@ -77,6 +78,10 @@ class LoRALayer(nn.Module):
         """The matrix that the layer adds to a weight: ``scale * B A``, ``(out, in)``, fp32."""
         return self.scale * (self.lora_B @ self.lora_A)
 
+    def reset(self) -> None:
+        """Back to the start, at which the layer changes nothing. DoRA's magnitude is ``LinearWithLoRA``'s to set."""
+        self.lora_B.data.zero_()
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling}"
 
@@ -92,11 +97,35 @@ class DoRALayer(LoRALayer):
         self.lora_magnitude_vector = nn.Parameter(torch.ones(out_features, dtype=torch.float32))
 
 
-VARIANTS: dict[str, type[LoRALayer]] = {"lora": LoRALayer, "dora": DoRALayer}
+class PiSSALayer(LoRALayer):
+    """LoRA's matrices, which start as the principal part of a weight; see ``pissa.py``. Arguments as in ``LoRALayer``.
+
+    Attributes:
+        start_A, start_B: the matrices at the start, frozen. With them, the layer is LoRA on the whole weight.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *rest: Any, **settings: Any) -> None:
+        super().__init__(in_features, out_features, *rest, **settings)
+        self.start_A = nn.Parameter(torch.zeros_like(self.lora_A), requires_grad=False)
+        self.start_B = nn.Parameter(torch.zeros_like(self.lora_B), requires_grad=False)
+
+    @torch.no_grad()
+    def take_principal(self, weight: Tensor) -> Tensor:
+        """Starts as the principal part of a weight ``(out, in)``, and returns the rest of it in its dtype."""
+        self.start_A.data, self.start_B.data = principal_part(weight, self.rank, self.scale)
+        self.reset()
+        return (weight.float() - self.delta_weight()).to(weight.dtype)
+
+    def reset(self) -> None:
+        self.lora_A.data.copy_(self.start_A)
+        self.lora_B.data.copy_(self.start_B)
+
+
+VARIANTS: dict[str, type[LoRALayer]] = {"lora": LoRALayer, "dora": DoRALayer, "pissa": PiSSALayer}
 
 
 class LinearWithLoRA(nn.Module):
-    """A frozen linear and the LoRA layer next to it.
+    """A frozen linear and the LoRA layer next to it. With PiSSA, the linear loses the part that the layer starts with.
 
     Attributes:
         merged: the weights that an evaluation keeps, see ``merged.keep_merged``.
@@ -114,6 +143,8 @@ class LinearWithLoRA(nn.Module):
         self.lora = lora
         self.in_features: int = lora.lora_A.shape[1]
         self.out_features: int = lora.lora_B.shape[0]
+        if isinstance(lora, PiSSALayer):
+            self.linear.weight.data = lora.take_principal(dense_weight(linear))
         self.start_magnitude()
 
     def start_magnitude(self) -> None:

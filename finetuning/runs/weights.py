@@ -1,6 +1,7 @@
 """Saves and loads the trained weights: an adapter in PEFT's format, or only the weights that changed."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def save_trained(
 
 
 def joined_parts(tensors: dict[str, Tensor], split: Mapping[str, Mapping[str, int]]) -> dict[str, Tensor]:
-    """LoRA on parts of fused linears as LoRA on the whole linears, which is all that PEFT's format has.
+    """LoRA as PEFT's format has it: on whole linears, also on fused ones, and next to whole weights.
+
+    PiSSA becomes LoRA of twice the rank on the whole weight, whose change is ``B A - start_B start_A``, as PEFT's
+    ``path_initial_model_for_weight_conversion`` writes it. So the base model stays as it is.
 
     The parts' A lie one below the other. B is block-diagonal: the columns of a part's rank are zero outside of its
     rows, and parts without LoRA have no columns.
@@ -72,6 +76,9 @@ def joined_parts(tensors: dict[str, Tensor], split: Mapping[str, Mapping[str, in
         split: ``X.Wqkv`` -> the width of each part, e.g. ``{"query": 768, "key": 768, "value": 768}``.
     """
     rest = dict(tensors)
+    for path in _pissa_paths(tensors):
+        rest[f"{path}lora_A"] = torch.cat([rest[f"{path}lora_A"], rest.pop(f"{path}start_A")])
+        rest[f"{path}lora_B"] = torch.cat([rest[f"{path}lora_B"], -rest.pop(f"{path}start_B")], 1)
     for name, widths in split.items():
         parts = {part: f"{name}.{part}.lora.lora_" for part in widths if f"{name}.{part}.lora.lora_A" in rest}
         if parts:
@@ -84,9 +91,9 @@ def joined_parts(tensors: dict[str, Tensor], split: Mapping[str, Mapping[str, in
 
 
 def separate_parts(
-    tensors: dict[str, Tensor], names: Container[str], split: Mapping[str, Mapping[str, int]]
+    tensors: dict[str, Tensor], names: Collection[str], split: Mapping[str, Mapping[str, int]]
 ) -> dict[str, Tensor]:
-    """The inverse of ``joined_parts``; ``names`` says which parts have LoRA."""
+    """The inverse of ``joined_parts``; ``names`` are those of the tensors that it returns, and maybe others."""
     own = dict(tensors)
     for name, widths in split.items():
         parts = [part for part in widths if f"{name}.{part}.lora.lora_A" in names]
@@ -99,7 +106,16 @@ def separate_parts(
             for i, part in enumerate(parts):
                 own[f"{name}.{part}.lora.lora_A"] = A.chunk(len(parts))[i]
                 own[f"{name}.{part}.lora.lora_B"] = rows[part].chunk(len(parts), dim=1)[i]
+    for path in _pissa_paths(names):
+        own[f"{path}lora_A"], own[f"{path}start_A"] = own[f"{path}lora_A"].chunk(2)
+        B, negative = own[f"{path}lora_B"].chunk(2, dim=1)
+        own |= {f"{path}lora_B": B, f"{path}start_B": -negative}
     return own
+
+
+def _pissa_paths(names: Collection[str]) -> list[str]:
+    """What the names of PiSSA's matrices have in common, for each linear with PiSSA, e.g. ``X.lora.``."""
+    return [name.removesuffix("start_A") for name in names if name.endswith(".lora.start_A")]
 
 
 def separate_linears(adapter: Adapter, fused: Mapping[str, Sequence[str]]) -> dict[str, tuple[int, float]]:
@@ -161,8 +177,13 @@ def adapter_config(
 
     PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r. Linears whose rank or alpha is not
     the run's, as an adapter of PEFT can have them, are listed as patterns. So are fused linears: they have the rank of
-    all their parts together, and an alpha with which their scale is still the one of a part.
+    all their parts together, and an alpha with which their scale is still the one of a part. PiSSA is written as LoRA
+    of twice the rank and the same scale, see ``joined_parts``.
     """
+    if lora.lora_variant == "pissa":
+        growth = {"standard": 2, "rslora": 2**0.5, "raw": 1}[lora.lora_scaling]
+        lora = replace(lora, lora_r=2 * lora.lora_r, lora_alpha=growth * lora.lora_alpha)
+        targets = dict.fromkeys(targets, (lora.lora_r, lora.lora_alpha))
     raw = lora.lora_scaling == "raw"
     alpha = lora.lora_alpha * lora.lora_r if raw else lora.lora_alpha
     parts = {name: sum(f"{name}.{part}" in targets for part in widths) for name, widths in (split or {}).items()}

@@ -46,8 +46,11 @@ class LoRASettings:
         "standard", "Scale of LoRA: alpha / r (standard), alpha / sqrt(r) (rslora) or alpha (raw)."
     )
     lora_dropout: float = setting(0.0, "Dropout probability on the input of LoRA.", "0", at_least=0, below=1)
-    lora_variant: Literal["lora", "dora"] | None = setting(
-        None, "LoRA, or DoRA, which also trains a magnitude for each output of its linears.", "lora"
+    lora_variant: Literal["lora", "dora", "pissa"] | None = setting(
+        None,
+        "LoRA; DoRA, which also trains a magnitude for each output of its linears; or PiSSA, which starts with the"
+        " largest singular values of their weights.",
+        "lora",
     )
     lora_query: bool = setting(True, "Add LoRA to the attention query.")
     lora_key: bool = setting(False, "Add LoRA to the attention key.")
@@ -107,6 +110,8 @@ class LoRASettings:
             require(s, "lora_modules", bool(s.lora_modules.replace(",", "").strip()), "needs at least one name")
             for name in LORA_TARGETS[:-1]:
                 require(s, name, not getattr(s, name), "cannot be used with --lora_modules")
+        random_head = "cannot be used with --lora_head True: the head's weights are random, so no part is principal"
+        require(s, "lora_variant", s.lora_variant != "pissa" or not s.lora_head, random_head)
         if s.lora_layers is not None:
             parsed_layers(s.lora_layers)
             inside = any(getattr(s, name) for name in (*LORA_TARGETS[:-1], "lora_modules"))

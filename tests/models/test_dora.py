@@ -134,14 +134,18 @@ def test_dora_equals_that_of_peft_with_the_adapter_that_is_written(
     tmp_path: Path,
     model_type: str,
 ) -> None:
-    folder, given = folder_of(model_type), batch(model_type)
-    ours = filled(folder, **ALL)
-    save(tmp_path, ours, RunConfig.from_settings(**ALL))
+    assert_equals_peft(folder_of(model_type), tmp_path, model_type, ALL)
+
+
+def assert_equals_peft(folder: Path, adapter: Path, model_type: str, settings: dict[str, Any]) -> None:
+    """Compares logits, gradients and merged weights with those of PEFT, which reads the adapter that is written."""
+    given, ours = batch(model_type), filled(folder, **settings)
+    save(adapter, ours, RunConfig.from_settings(**settings))
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
     base.config.pad_token_id = base.config.pad_token_id or 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
-        theirs = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
+        theirs = PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
     logits, reference = ours(**given), theirs(**given).logits
     assert relative_error(logits, reference) < 1e-5
     matrices = {name: p for name, p in ours.model.named_parameters() if ".lora.lora_" in name}
@@ -151,12 +155,13 @@ def test_dora_equals_that_of_peft_with_the_adapter_that_is_written(
     short = {name.replace(".default", "").replace("vector.weight", "vector"): g for name, g in found.items()}
     joined = {name: short[peft_name(name, lora=True)] for name in (joined_name(n, widths) for n in matrices)}
     assert len(joined) == len(found)
-    expected = separate_parts(joined, matrices, widths)
+    expected = separate_parts(joined, ours.saved_parameters(), widths)
     own = dict(
         zip(matrices, torch.autograd.grad(F.cross_entropy(logits, LABELS), list(matrices.values())), strict=True)
     )
     largest = max(float(gradient.norm()) for gradient in expected.values())
-    for name, gradient in expected.items():
+    for name in matrices:
+        gradient = expected[name]
         assert (own[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-6 * largest, name
     merged = theirs.merge_and_unload().state_dict()
     names = [name for name, _ in lora_modules(ours.model)]

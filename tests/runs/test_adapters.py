@@ -116,6 +116,7 @@ def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, m
         {"q_lora": True},
         {"lora_layers": "0,2"},
         {"lora_variant": "dora"},
+        {"lora_variant": "pissa", "lora_scaling": "rslora"},
     ],
 )
 def test_an_adapter_of_an_earlier_run_is_continued(
@@ -196,6 +197,7 @@ def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_pa
     refused("peft_type 'LOHA': supported are LORA", {"peft_type": "LOHA"})
     refused("lacks base_model.model.distilbert.*lora_magnitude_vector, and so does", {"use_dora": True})
     refused("--lora_variant dora: the adapter of --init_adapter has lora: leave out", lora_variant="dora")
+    refused("--lora_variant pissa: the adapter of --init_adapter has lora: leave out", lora_variant="pissa")
     refused("lora_bias True", {"lora_bias": True})
     refused("bias 'all': supported are none", {"bias": "all"})
     refused("init_lora_weights 'pissa': supported are", {"init_lora_weights": "pissa"})

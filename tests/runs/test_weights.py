@@ -70,6 +70,7 @@ METHODS: dict[str, dict[str, object]] = {
     "lora_head": {"lora_head": True},
     "q_lora": {"q_lora": True},
     "dora": {"lora_variant": "dora", "lora_mlp": True},
+    "pissa": {"lora_variant": "pissa", "lora_mlp": True},
     "full": {"method": "full"},
     "selective": {"method": "selective", "trainable_layers": 1},
     "head_alone": {"method": "head"},
@@ -103,9 +104,12 @@ def test_only_what_was_trained_is_saved(bases: dict[str, Path], tmp_path: Path, 
         tensors = load_file(path)
         assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
         sizes[method] = sum(tensor.numel() for tensor in tensors.values())
+        named = classifier.named_parameters()
+        start = sum(p.numel() for name, p in named if name.endswith(("start_A", "start_B")))  # of PiSSA
         head = sum(p.numel() for _, p in classifier.family.head_parameters(classifier.model) if not p.requires_grad)
         trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
-        assert sizes[method] == trained + head
+        assert sizes[method] == trained + start + head
+        assert bool(start) == (method == "pissa")
     assert sizes["head_alone"] < sizes["norms"] < sizes["bitfit"] < sizes["lora"] < sizes["selective"] < sizes["full"]
 
 
