@@ -1,4 +1,4 @@
-"""Compiled steps of the efficient path on bf16, for CPUs with AMX or AVX512-BF16: attention, activations, norms."""
+"""Compiled steps on bf16, for CPUs with AMX or AVX512-BF16: attention, activations, norms, sums for DoRA."""
 
 import ctypes
 import math
@@ -293,3 +293,21 @@ class AddNorm(torch.autograd.Function):
         call("add_norm_backward", *inputs, *sizes, grad_x, *((None, None) if sums is None else sums))
         of_weight, of_bias = (None, None) if sums is None else sums.sum(1)
         return grad_x, grad_x if needs_b else None, of_weight, None if bias is None else of_bias, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DoRA
+
+
+def takes_magnitude(y: Tensor) -> bool:
+    """Whether ``magnitude_sums`` accepts rows like y."""
+    return y.shape[-1] % 16 == 0 and available(y)
+
+
+def magnitude_sums(y: Tensor, grad: Tensor, bias: Tensor | None) -> Tensor:
+    """``grad (y - bias)``, summed over rows: ``(N, out), (N, out), (out,)`` to ``(out,)`` fp32; see magnitude.cpp."""
+    threads, width = torch.get_num_threads(), y.shape[1]
+    sums = torch.zeros(threads, width, dtype=torch.float32)
+    sizes = (ctypes.c_long(len(y)), ctypes.c_long(width), threads)
+    call("magnitude_sums", y.contiguous(), grad.contiguous(), bias, *sizes, sums)
+    return sums.sum(0)

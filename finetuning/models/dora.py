@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from finetuning.models.cpu_kernels import magnitude_sums, takes_magnitude
+
 ROWS_AT_ONCE = 256  # rows of products summed at once on a CPU, so that they stay in its cache
 
 
@@ -37,8 +39,11 @@ class Magnitude(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, s, bias = ctx.saved_tensors
-        count = ROWS_AT_ONCE if y.device.type == "cpu" else max(y.numel() // y.shape[-1], 1)
+        ys, grads = y.flatten(0, -2), grad.flatten(0, -2)
+        if takes_magnitude(y):
+            return grad, magnitude_sums(ys, grads, bias) / s, None
+        count = ROWS_AT_ONCE if y.device.type == "cpu" else max(len(ys), 1)
         sums = torch.zeros_like(s)
-        for rows, own in zip(y.flatten(0, -2).split(count), grad.flatten(0, -2).split(count), strict=True):
+        for rows, own in zip(ys.split(count), grads.split(count), strict=True):
             sums += (rows * own if bias is None else torch.sub(rows, bias).mul_(own)).sum(0)
         return grad, sums / s, None

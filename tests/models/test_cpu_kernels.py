@@ -19,8 +19,10 @@ from finetuning.models.cpu_kernels import (
     geglu,
     gelu,
     gelu_again,
+    magnitude_sums,
     swiglu,
     takes_attention,
+    takes_magnitude,
     takes_mixture,
     takes_norm,
 )
@@ -542,3 +544,20 @@ def test_what_attention_is_not_for() -> None:
     assert not takes_attention(torch.zeros(4, 64), 32, 4)  # fp32
     assert not takes_attention(torch.zeros(4, 16, dtype=torch.bfloat16), 8, 4)
     assert not takes_attention(torch.zeros(4, 32, dtype=torch.bfloat16), 32, 5000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DoRA
+
+
+@needs_kernels
+@pytest.mark.parametrize("biased", [True, False])
+def test_sums_of_the_magnitude(biased: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y, grad = torch.randn(2, 301, 48, generator=generator).bfloat16()
+    bias = torch.randn(48, generator=generator).bfloat16() if biased else None
+    expected = ((y.double() - (0 if bias is None else bias.double())) * grad.double()).sum(0)
+    assert takes_magnitude(y)
+    assert not takes_magnitude(y[:, :40])
+    for (found,) in with_threads(lambda: [magnitude_sums(y, grad, bias)]):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
