@@ -329,7 +329,7 @@ class Suite(Contestant):
 
     def __init__(self, job: Job, folder: Path, q_lora: bool = False, equal_batches: bool = False) -> None:
         torch.manual_seed(0)
-        config = job.config.changed(model_name=str(folder / job.model), q_lora=q_lora)
+        config = job.config.changed(model_name=str(folder / job.model), **({"q_lora": True} if q_lora else {}))
         if equal_batches:
             config = config.changed(batch_size=job.batch_size, batch_tokens=job.batch_size * job.max_length)
         self.config, self.hardware = config, resolve_hardware(config.hardware)

@@ -27,8 +27,13 @@ def no_dropout(family: ModelFamily) -> dict[str, float]:
     return dict.fromkeys([name for name in (*names, *family.more_dropouts) if name], 0.0)
 
 
-def with_peft(base: nn.Module, family: ModelFamily, parts: Iterable[str], rank: int, alpha: float) -> nn.Module:
-    """PEFT's LoRA on these parts of a model, and its head to be trained whole. What is trained is stored in fp32."""
+def with_peft(
+    base: nn.Module, family: ModelFamily, parts: Iterable[str], rank: int, alpha: float, **more: Any
+) -> nn.Module:
+    """PEFT's LoRA on these parts of a model, and its head to be trained whole. What is trained is stored in fp32.
+
+    ``more`` are settings of PEFT's ``LoraConfig``.
+    """
     adapter = LoraConfig(
         task_type="SEQ_CLS",
         r=rank,
@@ -36,6 +41,7 @@ def with_peft(base: nn.Module, family: ModelFamily, parts: Iterable[str], rank: 
         lora_dropout=0.0,
         target_modules=linear_names(family, parts),
         modules_to_save=list(family.head_modules),
+        **more,
     )
     model: nn.Module = get_peft_model(base, adapter)
     for parameter in model.parameters():

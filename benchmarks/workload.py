@@ -38,6 +38,16 @@ SHAPES: dict[str, dict[str, int]] = {
     "qwen3": {"intermediate_size": 1024, "num_key_value_heads": 4, "head_dim": 32},
 }
 TARGETS = {"qv": ("query", "value"), "all": ("query", "key", "value", "projection", "mlp")}
+VARIANTS: dict[str, dict[str, Any]] = {  # ways to train, with the flags that each adds
+    "lora": {},
+    "lora_layers": {"lora_layers": "3-5"},
+    "lora_plus": {"lora_plus_ratio": 16},
+    "dora": {"lora_variant": "dora"},
+    "pissa": {"lora_variant": "pissa"},
+    "bitfit": {"method": "bitfit"},
+    "norms": {"method": "norms"},
+    "head": {"method": "head"},
+}
 LENGTHS = (128, 256, 512)
 LABELS = ("negative", "positive")
 TRAINING_TEXTS, HELD_OUT_TEXTS = 6000, 2400
@@ -57,10 +67,15 @@ class Job:
     attention: Literal["sdpa", "eager"] = "sdpa"
     frozen: Literal["fp32", "bf16"] = "fp32"  # how frozen weights are stored
     accelerator: Literal["cpu", "gpu"] = "cpu"
+    variant: str = "lora"  # a key of VARIANTS
 
     @property
     def config(self) -> RunConfig:
         """The suite's settings for the same work, with its own batches."""
+        more = VARIANTS[self.variant]
+        if "method" not in more:
+            more = more | {"lora_r": RANK, "lora_alpha": ALPHA}
+            more |= {f"lora_{name}": name in TARGETS[self.targets] for name in TARGETS["all"]}
         return RunConfig.from_settings(
             model_name=PACKAGED_DISTILBERT,
             offline=True,
@@ -70,9 +85,7 @@ class Job:
             truncation="head",
             epochs=1,
             **TRAINING,
-            lora_r=RANK,
-            lora_alpha=ALPHA,
-            **{f"lora_{name}": name in TARGETS[self.targets] for name in TARGETS["all"]},
+            **more,
         )
 
 

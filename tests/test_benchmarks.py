@@ -27,6 +27,7 @@ from benchmarks import (
     plain_path,
     prediction,
     roofline,
+    variants,
 )
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
@@ -321,6 +322,23 @@ def stored(name: str) -> dict[str, Any]:
     return read_json(harness.RESULTS / f"{name}.json")
 
 
+def test_the_variants_equal_those_of_peft() -> None:
+    for record in differences():
+        assert max(record[kind] for kind in ("logits", "gradients", "merged weight")) < 1e-5, record
+
+
+def test_the_table_of_variants_compares_within_rounds() -> None:
+    common = {"trainable_parameters": 5, "peak_bytes": 2**20}
+    records = [
+        common | {"variant": name, "round": i, "train_tokens_per_second": rate}
+        for name, rate in (("lora", 30), ("dora", 20))
+        for i in range(2)
+    ]
+    result = {"environment": environment_record(), "rounds": 2, "measurements": records}
+    assert "| dora | `--lora_variant dora` | 1.50 | 1.00 | 20 | 1 | 5 |" in variants.table(result)
+    assert "| pissa | `--lora_variant pissa` |  |  |  |  |  |" in variants.table(result)
+
+
 def headline_table() -> str:
     runs = headline.read_row(RESULTS / "earlier_work", "lora")
     return headline.table(runs, headline.measured_on_same_machine(runs))
@@ -335,6 +353,7 @@ def headline_table() -> str:
         (SPEED, "plain_path", lambda: plain_path.table(stored("plain_path"))),
         (SPEED, "families", lambda: families.table(stored("families"))),
         (SPEED, "int8_speed", lambda: int8.table(stored("int8"))),
+        (SPEED, "variants_equality", lambda: variants.equality_table(stored("variants_equality"))),
         (SPEED, "prediction", lambda: prediction.table(stored("prediction"))),
         (SPEED, "roofline", lambda: roofline.table(stored("roofline"))),
         (ACCURACY, "accuracy", lambda: accuracy.table(*accuracy.load(harness.RESULTS))),
