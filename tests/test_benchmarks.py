@@ -30,6 +30,7 @@ from benchmarks import (
     variants,
 )
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
+from benchmarks.equality import differences
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
 from compare_methods import ACCURACY, README, RESULTS, ROOT, SPEED
@@ -37,6 +38,7 @@ from finetuning.comparison.packed import Record, change_records
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
 from finetuning.pages import with_table
+from finetuning.runs.measurements import environment_record
 from finetuning.storage import read_json
 from tests.conftest import needs_int8
 
