@@ -5,14 +5,14 @@ Nothing here imports torch, so a wrong flag fails at once.
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.settings import AUTO, COMMANDS, FLAGS, SECTIONS, CommandSettings
+from finetuning.settings import AUTO, COMMANDS, FLAGS, SECTIONS, CommandSettings, Flag
 
 ALLOWED = {  # by type
     "int": "a whole number",
@@ -75,19 +75,33 @@ def parse_int_or_auto(text: str) -> int | None:
     return None if text.lower() == AUTO else int(text)
 
 
+def wide_help(prog: str) -> argparse.HelpFormatter:
+    """The form of a long ``--help``."""
+    return argparse.HelpFormatter(prog, max_help_position=30, width=110)
+
+
 def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
     """The parser of all settings. Its namespace holds only the flags that were given."""
-    parser = OneLineParser(
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
-    )
+    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=wide_help)
+    add_flags(parser, FLAGS | COMMANDS, defaults or {})
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, Flag], defaults: Mapping[str, Any]) -> None:
+    """Adds flags of a run to a parser. Its namespace gets only those that are given.
+
+    Args:
+        parser: gets a group for each section.
+        flags: by name, such as ``FLAGS``.
+        defaults: defaults that ``--help`` prints instead of the usual ones.
+    """
     kinds = SECTIONS | {"command": CommandSettings}
-    groups = {name: parser.add_argument_group(name, kind.__doc__) for name, kind in kinds.items()}
-    for flag in (FLAGS | COMMANDS).values():
-        shown = (defaults or {}).get(flag.name, flag.shown)
+    used = dict.fromkeys(flag.section for flag in flags.values())
+    groups = {name: parser.add_argument_group(name, kinds[name].__doc__) for name in used}
+    for flag in flags.values():
+        shown = defaults.get(flag.name, flag.shown)
         options: dict[str, Any] = {"help": f"{flag.help} (default: {shown})".replace("%", "%%")}
+        options["default"] = argparse.SUPPRESS
         if flag.choices:
             options |= {"choices": flag.choices}
         elif flag.kind is bool:
@@ -97,7 +111,6 @@ def make_parser(description: str, defaults: dict[str, Any] | None = None) -> arg
             kind = parse_int_or_auto if flag.or_auto else flag.kind
             options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind]}
         groups[flag.section].add_argument(f"--{flag.name}", **options)
-    return parser
 
 
 def given_flags(argv: Sequence[str], description: str = "", defaults: dict[str, Any] | None = None) -> dict[str, Any]:

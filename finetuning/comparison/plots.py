@@ -71,7 +71,7 @@ def draw_readme_plot(study: Study, rows: Sequence[str], file: str) -> Plot | Non
 
 
 @contextmanager
-def _figure(title: str, width: float = 7, height: float = 4.5, rows: int = 1) -> Iterator[tuple[Figure, Any]]:
+def new_figure(title: str, width: float = 7, height: float = 4.5, rows: int = 1) -> Iterator[tuple[Figure, Any]]:
     """A figure without pyplot's global state, and its axes."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -81,7 +81,7 @@ def _figure(title: str, width: float = 7, height: float = 4.5, rows: int = 1) ->
         yield figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
     """The figure without version or date. Plots are committed, so a palette saves two thirds of the bytes."""
     canvas: Any = figure.canvas
     canvas.draw()
@@ -107,7 +107,7 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _log_scale(axis: Any, values: Sequence[float], form: Callable[[float], str] = _short) -> None:
+def log_scale(axis: Any, values: Sequence[float], form: Callable[[float], str] = _short) -> None:
     """A logarithmic x axis with round ticks, and space at both ends."""
     low, high = min(values), max(values)
     margin = max((high / low) ** 0.12, 1.5)
@@ -178,7 +178,7 @@ def cost_plot(
     deviations = [100 * (r["accuracy_std"] or 0) for r in records]
     front = _fronts(sources, costs, scores)
     height = max(4.5, 0.18 * len(records))  # for the legend
-    with _figure(title or f"{study.name}: test accuracy against {name}", height=height) as (figure, (axis,)):
+    with new_figure(title or f"{study.name}: test accuracy against {name}", height=height) as (figure, (axis,)):
         foot = _percent_scale(axis, scores, deviations)
         heights = [max(score, foot) for score in scores]
         _cost_scale(axis, costs, log=key == "trainable" or max(costs) > 8 * min(costs))
@@ -201,7 +201,7 @@ def cost_plot(
         caption += " (the Pareto front)." + (" Each test split has its own front." if len(set(sources)) > 1 else "")
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
         caption += TRIANGLES if min(scores) < foot else ""
-        return Plot(file, caption, _png(figure))
+        return Plot(file, caption, png_of(figure))
 
 
 def _fronts(sources: Sequence[str | None], costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
@@ -216,7 +216,7 @@ def _fronts(sources: Sequence[str | None], costs: Sequence[float], scores: Seque
 
 def _cost_scale(axis: Any, costs: Sequence[float], log: bool) -> None:
     if log:
-        _log_scale(axis, costs)
+        log_scale(axis, costs)
         return
     margin = max(0.15 * (max(costs) - min(costs)), 0.05 * max(costs))
     axis.set_xlim(min(costs) - margin, max(costs) + margin)
@@ -263,9 +263,9 @@ def rate_plot(study: Study) -> Plot | None:
     if not ranked:
         return None
     every = [value for name in ranked for value in means[name].values()]
-    with _figure(f"{study.name}: validation {metric} by learning rate") as (figure, (axis,)):
+    with new_figure(f"{study.name}: validation {metric} by learning rate") as (figure, (axis,)):
         foot = _percent_scale(axis, every)
-        _log_scale(axis, [rate for name in ranked for rate in means[name]], lambda rate: f"{rate:g}")
+        log_scale(axis, [rate for name in ranked for rate in means[name]], lambda rate: f"{rate:g}")
         axis.set(xlabel="peak learning rate", ylabel=f"validation {metric}, %")
         for k, name in enumerate(ranked):
             rates, values = (np.array(column) for column in zip(*means[name].items(), strict=True))
@@ -275,7 +275,7 @@ def rate_plot(study: Study) -> Plot | None:
         _legend(axis)
         caption = f"Validation {metric} by peak learning rate. Each name shows the rate at which it is best."
         caption += TRIANGLES if min(every) < foot else ""
-        return Plot("learning_rates.png", caption, _png(figure))
+        return Plot("learning_rates.png", caption, png_of(figure))
 
 
 def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
@@ -291,7 +291,7 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
     found, curves = len(curves), curves[:CURVES]
     if len(curves) < (2 if key == "train_seconds" else 1):  # the times of one row have nothing to compare with
         return None
-    with _figure(f"{study.name}: learning curves", height=6, rows=2) as (figure, (above, below)):
+    with new_figure(f"{study.name}: learning curves", height=6, rows=2) as (figure, (above, below)):
         accuracies = [_column(history, key, "validation_accuracy", 100) for *_, history in curves]
         foot = _percent_scale(above, [value for _, values in accuracies for value in values])
         for (place, row_name, history), (at, values) in zip(curves, accuracies, strict=True):
@@ -306,7 +306,7 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
         whose = f"the {CURVES} rows (of {found}) that are best on the test" if found > CURVES else "each row"
         caption = f"Learning curves over {name}, for the first seed of {whose}. The training loss is smoothed."
         caption += TRIANGLES if min(min(values) for _, values in accuracies) < foot else ""
-        return Plot(file, caption, _png(figure))
+        return Plot(file, caption, png_of(figure))
 
 
 def _column(history: Sequence[dict[str, float]], key: str, value: str, scale: float = 1) -> tuple[Any, Any]:
@@ -337,7 +337,7 @@ def rank_alpha_plot(study: Study) -> Plot | None:
     limits = (max(min(every), max(every) - DEPTH), max(every))
     size = {"width": max(4.5, 1.6 + 0.9 * len(alphas)), "height": (0.9 + 0.55 * len(ranks)) * len(maps) + 0.5}
     title = f"{study.name}: {split} accuracy, %"
-    with _figure(title, rows=len(maps), **size) as (figure, axes):
+    with new_figure(title, rows=len(maps), **size) as (figure, axes):
         for axis, (name, cells) in zip(axes, maps.items(), strict=True):
             _heat_map(axis, cells, ranks, alphas, limits)
             if len(maps) > 1:
@@ -348,7 +348,7 @@ def rank_alpha_plot(study: Study) -> Plot | None:
         caption = (
             f"Mean {split} accuracy in % by rank and alpha. The best value is bold. An empty cell has no finished run."
         )
-        return Plot("rank_alpha.png", caption, _png(figure))
+        return Plot("rank_alpha.png", caption, png_of(figure))
 
 
 def _heat_map(

@@ -6,11 +6,10 @@ counts as running if the study was killed. The system frees the lock when both p
 Nothing here imports torch.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from finetuning.runs.files import (
     read_status,
     record_is_unchanged,
 )
-from finetuning.runs.lock import LOCK
+from finetuning.runs.lock import LOCK, claimed
 from finetuning.settings import FLAGS
 from finetuning.storage import TEMPORARY
 
@@ -97,20 +96,14 @@ class StudyRuns:
     @contextmanager
     def held(self, run: PlannedRun) -> Iterator[int | None]:
         """Holds the run's lock. Gives its file descriptor, or ``None`` if another process holds it."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / f"{run.name}.lock").open("a")
-        except OSError as error:
-            raise UserError(f"--runs_dir: {self.folder} cannot be written: {error.strerror}") from None
-        with file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(claimed(self.folder / f"{run.name}.lock"))
             except OSError as error:
-                raise UserError(f"--runs_dir: {file.name} cannot be locked: {error.strerror}") from None
-            else:
-                yield file.fileno()
+                how = "written" if error.filename else "locked"
+                raise UserError(f"--runs_dir: {self.folder} cannot be {how}: {error.strerror}") from None
+            yield lock
 
     def state(self, run: PlannedRun) -> str:
         """``running``, or what ``state_on_disk`` says."""

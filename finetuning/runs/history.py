@@ -60,15 +60,15 @@ def write_metrics(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(directory / METRICS, write)
 
 
-def accuracy_by_epoch(directory: Path) -> dict[int, float]:
-    """Epoch -> validation accuracy after it, from ``metrics.csv``.
+def scores_by_epoch(directory: Path, score: str) -> dict[int, float]:
+    """Epoch -> this validation score after it, such as ``accuracy``, from ``metrics.csv``.
 
     Raises:
         OSError: the file cannot be read.
     """
     with (directory / METRICS).open(newline="", encoding="utf8") as file:
-        rows = [row for row in csv.DictReader(file) if row["validation_accuracy"]]
-    return {int(row["epoch"]): float(row["validation_accuracy"]) for row in rows}
+        rows = [row for row in csv.DictReader(file) if row.get(f"validation_{score}")]
+    return {int(row["epoch"]): float(row[f"validation_{score}"]) for row in rows}
 
 
 def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor: str, title: str) -> None:

@@ -1,4 +1,4 @@
-"""One writer per run directory: a lock that says who holds it.
+"""One writer per run directory: a lock that says who holds it. And claims: the lock of work that processes share.
 
 The system frees the lock when its process ends, however it ends. The file stays only if the process was killed, so the
 next run can say so. On a network file system, other hosts see the lock if the file system passes locks on: NFS does,
@@ -11,7 +11,8 @@ import os
 import platform
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -45,11 +46,7 @@ class DirectoryLock:
             directory.mkdir(parents=True, exist_ok=True)
             self._file = self._locked(directory, time.monotonic() + patience)
             self.killed = who(self._file.read())
-            self._file.seek(0)
-            self._file.truncate()
-            since = datetime.now().astimezone().isoformat(" ", "seconds")
-            json.dump({"host": platform.node(), "process": os.getpid(), "since": since}, self._file)
-            self._file.flush()
+            _sign(self._file)
         except OSError as error:
             if self._file is not None:
                 self.release()
@@ -92,6 +89,52 @@ class DirectoryLock:
         self.path.unlink(missing_ok=True)
         with suppress(OSError):  # closing writes what is buffered, which fails on a full disk
             self._file.close()
+
+
+@contextmanager
+def claimed(path: Path, lease: float = 0.0) -> Iterator[int | None]:
+    """Claims what a lock file stands for. The file is never removed.
+
+    A child process that inherits the descriptor has the claim as well. The system frees it when all of them have ended,
+    however they end.
+
+    Args:
+        path: the lock file.
+        lease: seconds in which the claim of a process on another host counts after its last ``os.utime``, even if that
+            host's lock is not seen here; 0 trusts the lock alone.
+
+    Returns:
+        The file's descriptor; ``None`` if another process has the claim.
+
+    Raises:
+        OSError: the file cannot be written (the error names it), or the file system has no locks (it does not).
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with os.fdopen(descriptor, "r+", encoding="utf8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        recent = time.time() - os.fstat(descriptor).st_mtime < lease
+        if recent and f'"{platform.node()}"' not in (content := file.read()) and who(content):
+            yield None
+            return
+        _sign(file)
+        try:
+            yield descriptor
+        finally:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+
+
+def _sign(file: Any) -> None:
+    """Writes who holds an open lock file."""
+    file.seek(0)
+    file.truncate()
+    since = datetime.now().astimezone().isoformat(" ", "seconds")
+    json.dump({"host": platform.node(), "process": os.getpid(), "since": since}, file)
+    file.flush()
 
 
 def holder(directory: Path) -> str | None:

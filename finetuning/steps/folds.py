@@ -17,7 +17,7 @@ from finetuning.runs.answers import joined
 from finetuning.runs.directory import fold_directories
 from finetuning.runs.files import SETTINGS, read_status
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
-from finetuning.runs.history import accuracy_by_epoch
+from finetuning.runs.history import scores_by_epoch
 from finetuning.runs.messages import accuracy_line, scores_line
 from finetuning.runs.records import SCORES, FoldsRecord, accuracy_interval, scores_record
 from finetuning.runs.scores import mean_interval
@@ -122,7 +122,7 @@ def _record(runs: list[FinishedRun]) -> FoldsRecord:
 
 def _same_epoch(runs: list[FinishedRun], epochs: int) -> dict[str, Any] | None:
     """The accuracy of all folds' predictions after this epoch; ``None`` if a fold has stopped before it."""
-    histories = [accuracy_by_epoch(run.directory) for run in runs]
+    histories = [scores_by_epoch(run.directory, "accuracy") for run in runs]
     if not all(epochs in history for history in histories):
         return None
     texts = [run.result["validation"]["examples"] for run in runs]
