@@ -52,7 +52,7 @@ $(VENV)/.installed-base: $(VENV)/.installed requirements-offline-base.txt
 	$(BIN)/pip install --no-deps --require-hashes -r requirements-offline-base.txt
 	touch $@
 
-DEV = requirements-dev.txt requirements-onnx.txt requirements-trackers.txt
+DEV = requirements-dev.txt requirements-onnx.txt requirements-trackers.txt requirements-tune.txt
 $(VENV)/.installed-dev: $(VENV)/.installed-base $(DEV)
 	$(BIN)/pip install -r requirements.txt $(DEV:%=-r %)
 	touch $@

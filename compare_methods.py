@@ -1,4 +1,4 @@
-"""Compares methods: runs the runs of a study, shows their state, collects them and makes the report; see ``--help``.
+"""Compares methods: runs a study, shows its state, collects it, makes the report; searches by itself; see ``--help``.
 
 Exit status: 0 all is done, 1 a run has failed, 2 input refused, 130 interrupted.
 """
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.comparison import command
+from finetuning.tuning import command
 
 ROOT = Path(__file__).resolve().parent
 README, GUIDE, BEST_PRACTICES = ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "best_practices.md"

@@ -165,6 +165,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def write_new_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that does not exist yet, see ``write_new``.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_new(path, lambda temporary: temporary.write_text(text, encoding="utf8"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file.
 

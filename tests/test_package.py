@@ -21,7 +21,8 @@ EXTRAS = {
     "offline-base": ["requirements-offline-base.txt"],
     "onnx": ["requirements-onnx.txt"],
     "trackers": ["requirements-trackers.txt"],
-    "dev": ["requirements-dev.txt", "requirements-onnx.txt", "requirements-trackers.txt"],
+    "tune": ["requirements-tune.txt"],
+    "dev": ["requirements-dev.txt", "requirements-onnx.txt", "requirements-trackers.txt", "requirements-tune.txt"],
 }
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 

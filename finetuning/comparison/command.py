@@ -21,34 +21,44 @@ from finetuning.processes import show_any_text
 
 RESULTS = Path("results")
 DESCRIPTION = "Run a study (a TOML file with the runs that answer one question) and report what came out."
+# Adds a subcommand: its name, the function that does it, a sentence for its help, parents. Returns its parser.
+Add = Callable[..., argparse.ArgumentParser]
 
 
-def main(argv: Sequence[str] | None = None, results: Path = RESULTS, pages: Sequence[Path] = ()) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    results: Path = RESULTS,
+    pages: Sequence[Path] = (),
+    add_more: Callable[[Add], object] | None = None,
+) -> int:
     """The command. Returns the exit status.
 
     Args:
         argv: the flags; ``None`` takes them from ``sys.argv``.
         results: the default folder of the report.
         pages: the default pages of a report from this folder.
+        add_more: adds the subcommands of the package above this one.
     """
     show_any_text()
-    return exit_status(lambda: command(argv, results, pages))
+    return exit_status(lambda: command(argv, make_parser(results, pages, add_more)))
 
 
-def command(argv: Sequence[str] | None, results: Path, pages: Sequence[Path]) -> int:
-    """Does what the flags ask for. Returns the exit status. Arguments as in ``main``.
+def command(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> int:
+    """Does what the flags ask for. Returns the exit status.
 
     Raises:
         UserError: input is refused.
     """
-    options, unknown = make_parser(results, pages).parse_known_args(argv)
+    options, unknown = parser.parse_known_args(argv)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # it knows the similar flags
     status: int = options.execute(options)
     return status
 
 
-def make_parser(results: Path = RESULTS, pages: Sequence[Path] = ()) -> argparse.ArgumentParser:
+def make_parser(
+    results: Path = RESULTS, pages: Sequence[Path] = (), add_more: Callable[[Add], object] | None = None
+) -> argparse.ArgumentParser:
     """The parser of all subcommands. Arguments as in ``main``."""
     study = OneLineParser(add_help=False)
     study.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, for example studies/smoke.toml")
@@ -97,6 +107,8 @@ def make_parser(results: Path = RESULTS, pages: Sequence[Path] = ()) -> argparse
         " (default: in a clone README.md and pages in docs/; none if --results is another folder)",
     )  # fmt: skip
     report.set_defaults(usual=(results, pages))
+    if add_more is not None:
+        add_more(command)
     return parser
 
 

@@ -71,12 +71,14 @@ def draw_readme_plot(study: Study, rows: Sequence[str], file: str) -> Plot | Non
 
 
 @contextmanager
-def new_figure(title: str, width: float = 7, height: float = 4.5, rows: int = 1) -> Iterator[tuple[Figure, Any]]:
+def new_figure(
+    title: str, width: float = 7, height: float = 4.5, rows: int = 1, columns: int = 1
+) -> Iterator[tuple[Figure, Any]]:
     """A figure without pyplot's global state, and its axes."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+        axes = figure.subplots(rows, columns, sharex=columns == 1, squeeze=False).ravel()
         axes[0].set_title(title)
         yield figure, axes
 
@@ -335,9 +337,9 @@ def rank_alpha_plot(study: Study) -> Plot | None:
     ranks, alphas = (sorted({place[i] for place in places}) for i in range(2))
     every = [value for cells in maps.values() for value in cells.values()]
     limits = (max(min(every), max(every) - DEPTH), max(every))
-    size = {"width": max(4.5, 1.6 + 0.9 * len(alphas)), "height": (0.9 + 0.55 * len(ranks)) * len(maps) + 0.5}
+    width, height = max(4.5, 1.6 + 0.9 * len(alphas)), (0.9 + 0.55 * len(ranks)) * len(maps) + 0.5
     title = f"{study.name}: {split} accuracy, %"
-    with new_figure(title, rows=len(maps), **size) as (figure, axes):
+    with new_figure(title, width, height, len(maps)) as (figure, axes):
         for axis, (name, cells) in zip(axes, maps.items(), strict=True):
             _heat_map(axis, cells, ranks, alphas, limits)
             if len(maps) > 1:

@@ -1,0 +1,181 @@
+"""``compare_methods.py tune``: searches for the best classifier of some texts; see ``--help`` and docs/guide.md."""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from finetuning.comparison import command as studies
+from finetuning.comparison.command import RESULTS, Add, script
+from finetuning.comparison.execution import StopSignals
+from finetuning.config import RunConfig
+from finetuning.errors import UserError, say
+from finetuning.flags import add_flags, parse_bool
+from finetuning.processor import limit_libraries
+from finetuning.settings import FLAGS, check_data_dir
+from finetuning.tuning.plan import (
+    LAST,
+    SAMPLERS,
+    SUMMARY,
+    TRIALS,
+    Asked,
+    Budget,
+    Plan,
+    begin,
+    check_new,
+    check_same,
+    holds_search,
+    resume,
+)
+from finetuning.tuning.space import space_table
+from finetuning.tuning.trials import Place
+
+STARTED = time.time()  # the budget includes the imports
+
+OWN = ("output_dir", "resume", "overwrite", "report", "baseline", "verbose")  # tune has or sets these itself
+TEXT = "Search for the best settings for your texts, in minutes or trials. Flags of a run that you give stay fixed."
+
+
+def main(argv: Sequence[str] | None = None, results: Path = RESULTS, pages: Sequence[Path] = ()) -> int:
+    """The command with all subcommands. Arguments as in ``finetuning.comparison.command.main``."""
+    return studies.main(argv, results, pages, add_tune)
+
+
+def add_tune(add: Add) -> None:
+    """Adds the subcommand."""
+    parser = add("tune", tune_command, TEXT)
+    search = parser.add_argument_group("search")
+    search.add_argument("--minutes", type=float, metavar="X", help="time for everything, the last runs included")
+    search.add_argument("--trials", type=int, metavar="N", help="number of trials, instead of minutes or as a limit")
+    search.add_argument("--output_dir", type=Path, metavar="DIR", help="folder of the search; workers share it")
+    search.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores (default: 1)"
+    )
+    search.add_argument("--seeds", type=int, metavar="N", help="train the winner again with N new seeds (default: 3)")
+    search.add_argument("--sampler", choices=SAMPLERS, default="tpe", help="what proposes trials (default: tpe)")
+    search.add_argument(
+        "--prune", type=parse_bool, nargs="?", const=True, default=True, metavar="BOOL",
+        help="end bad trials early, by successive halving (default: True)",
+    )  # fmt: skip
+    search.add_argument(
+        "--search", type=Path, metavar="FILE.toml", help="replaces or narrows the declared space, see docs/guide.md"
+    )
+    search.add_argument("--space", action="store_true", help="print the declared space and stop")
+    search.add_argument(
+        "--storage", metavar="URL", help="a database or grpc://HOST:PORT for Optuna's own storage (default: the folder)"
+    )
+    search.add_argument(
+        "--resume", action="store_true", help="continue the search in --output_dir; --minutes or --trials are added"
+    )
+    add_flags(parser, {name: flag for name, flag in FLAGS.items() if name not in OWN}, {})
+
+
+def tune_command(options: argparse.Namespace) -> int:
+    """Does a search, or joins it. Returns the exit status.
+
+    Raises:
+        UserError: input is refused.
+    """
+    if options.space:
+        print(space_table().markdown())
+        return 0
+    check_options(options)
+    folder = options.output_dir
+    prepare(options, folder)
+    if (folder / SUMMARY).exists():
+        print(f"the search in {folder} has finished: --resume with --minutes or --trials adds to it", flush=True)
+        return 0
+    return work(folder, options.jobs)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Checks the flags of the search.
+
+    Raises:
+        UserError: one is missing, or has a value that is not allowed.
+    """
+    if find_spec("optuna") is None:
+        raise UserError("tune: needs Optuna: pip install -r requirements-tune.txt")
+    if options.output_dir is None:
+        raise UserError("tune: needs --output_dir DIR, the folder of the search")
+    if options.minutes is None and options.trials is None and not options.resume:
+        raise UserError("tune: needs --minutes X or --trials N")
+    for name, least in (("minutes", 0.0), ("trials", 1), ("jobs", 1), ("seeds", 1)):
+        value = getattr(options, name)
+        if value is not None and not (least <= value < float("inf") and value > 0):
+            raise UserError(f"--{name} {value}: must be {f'at least {least}' if least else 'above 0 and finite'}")
+    if options.search is not None and not os.access(options.search, os.R_OK):
+        raise UserError(f"--search {options.search}: no such file, or you may not read it")
+
+
+def prepare(options: argparse.Namespace, folder: Path) -> None:
+    """Begins the search in the folder, or checks that this worker may join it.
+
+    Raises:
+        UserError: flags, texts or model are refused, or the folder holds something else.
+    """
+    given = {
+        name: value for name, value in vars(options).items() if name in FLAGS and name not in OWN and value is not None
+    }
+    asked = Asked(given, options.sampler, options.prune, options.storage, options.search)
+    if not holds_search(folder):
+        if options.resume:
+            raise UserError(f"--resume: --output_dir {folder}: there is no search in it")
+        check_new(folder)
+        config = checked_config(given)
+        limit_libraries()
+        from finetuning.tuning.facts import read_facts  # loads torch
+
+        budget = Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3)
+        begin(folder, asked, read_facts(config), budget)
+    elif options.resume:
+        if given:
+            name, value = next(iter(given.items()))
+            raise UserError(f"--{name} {value}: --resume takes the flags that the search has: leave it out")
+        places = (Place(path.with_suffix("")) for part in (TRIALS, LAST) for path in (folder / part).glob("*.lock"))
+        resume(folder, options.minutes, options.trials, active=any(place.is_claimed() for place in places))
+    else:
+        check_same(folder, asked)
+
+
+def checked_config(given: dict[str, Any]) -> RunConfig:
+    """The suite's default with the given flags.
+
+    Raises:
+        UserError: a run would refuse them, or a search does.
+    """
+    config = RunConfig.from_settings(**given)
+    if config.data.kfold is not None:
+        raise UserError(f"--kfold {config.data.kfold}: a search has no cross-validation: leave it out")
+    if config.hardware.processes > 1:
+        raise UserError("--devices, --num_nodes: a trial is one process: use --jobs N, or several workers")
+    check_data_dir(config.data.data_dir)
+    config.run.check_trackers()
+    return config
+
+
+def work(folder: Path, jobs: int) -> int:
+    """One worker, from its first trial to the report. Returns the exit status."""
+    from finetuning.tuning.report import finish, summary_lines
+    from finetuning.tuning.sampler import Proposer, StoredProposer
+    from finetuning.tuning.search import Search
+
+    plan = Plan.read(folder)
+    known = (plan.space, plan.sampler, plan.seed, plan.minimize)
+    proposer = StoredProposer(plan.storage, folder.resolve().name, *known) if plan.storage else Proposer(*known)
+    with StopSignals().listening() as stop:
+        search = Search(folder, plan, proposer, script(), jobs, stop)
+        winner = search.run()
+    if stop.received:
+        say(f"interrupted; continue with: python compare_methods.py tune --resume --output_dir {folder}")
+        return 130
+    if winner is None:
+        return 1
+    summary = finish(folder, plan, winner)
+    if summary is None:
+        return 1
+    print("\n".join(summary_lines(folder, summary)), flush=True)
+    return 0

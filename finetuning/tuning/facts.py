@@ -1,0 +1,59 @@
+"""What texts and model say about a search, by the inputs of a run with the default flags. Reading them loads torch."""
+
+import numpy as np
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.materials import find_materials
+from finetuning.processes import fast_imports
+from finetuning.tuning.space import Facts
+
+FEWEST_VALIDATION_TEXTS = 50
+PERCENTILES = (50, 75, 90, 99)
+LENGTH_STEP, SHORTEST, LONGEST = 32, 64, 512  # tokens; below SHORTEST a limit saves next to nothing
+SAMPLE = 1000  # texts whose uncut lengths are looked at
+
+
+def read_facts(config: RunConfig) -> Facts:
+    """Reads texts and model as a run does, so that what a run would refuse is refused now. Fills the cache of tokens.
+
+    Args:
+        config: the suite's default with the given flags.
+
+    Raises:
+        UserError: a run would be refused, or validation has too few texts.
+    """
+    materials = find_materials(config)
+    validation = len(materials.texts.splits["validation"].texts)
+    if validation < FEWEST_VALIDATION_TEXTS:
+        raise UserError(
+            f"tune: validation has {validation} texts, and a search needs {FEWEST_VALIDATION_TEXTS}, because it chooses"
+            f" by them (it has no cross-validation): give more texts, or a larger --limit_validation"
+        )
+    with fast_imports():
+        from finetuning import steps
+        from finetuning.data.tokens import encode
+        from finetuning.models.base_model import load_tokenizer
+    inputs = steps.read_inputs(config, materials)
+    train = inputs.texts.splits["train"]
+    lengths = inputs.splits["train"].lengths
+    if lengths.max() >= config.data.max_length:  # some are cut
+        longest = int(min(LONGEST, inputs.base.longest_input))
+        data = inputs.config.changed(max_length=longest, batch_tokens=longest).data
+        places = np.random.default_rng(0).permutation(len(train.texts))[:SAMPLE]
+        texts, pairs = ([column[i] for i in places] if column else None for column in (train.texts, train.pairs))
+        _, offsets, _ = encode(texts or [], pairs, load_tokenizer(inputs.base), data)
+        lengths = np.diff(offsets)
+    layers = getattr(inputs.base.config, inputs.base.family.settings.get("layer_count", ""), 0)
+    training = inputs.config.training
+    return Facts(
+        training.epochs, training.batch_size, useful_lengths(lengths, config.data.max_length), layers,
+        inputs.task.kind == "multi-label",
+    )  # fmt: skip
+
+
+def useful_lengths(lengths: np.ndarray, default: int) -> tuple[int, ...]:
+    """The values of ``--max_length`` that make a difference for texts of these lengths, and the default."""
+    rounded = (int(-(-np.percentile(lengths, at) // LENGTH_STEP)) * LENGTH_STEP for at in PERCENTILES)
+    cut = {length for length in rounded if SHORTEST <= length < max(lengths.max(), 1)}
+    return tuple(sorted(cut | {default}))

@@ -1,0 +1,218 @@
+"""What a search is, and how long it may take: ``search.json`` and ``budget.json`` in its folder.
+
+The first worker writes both. Others that come with the same flags, or with ``--resume``, join.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError, first_line
+from finetuning.runs.lock import claimed
+from finetuning.settings import FLAGS
+from finetuning.storage import cannot_be_written_in, read_json, remove, write_json, write_new_json
+from finetuning.tuning.space import Facts, Space, make_space
+
+SEARCH, BUDGET, WINNER, SUMMARY = "search.json", "budget.json", "winner.json", "tune.json"
+TRIALS, LAST, BEST = "trials", "last", "best"
+SAMPLERS = ("tpe", "random")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the flags of ``tune`` say of a search, besides its time.
+
+    Attributes:
+        given: flags of a run, which all trials have.
+        sampler: ``tpe`` or ``random``.
+        prune: whether bad trials end early.
+        storage: the address of a storage of Optuna; ``None`` uses the folders.
+        search: the file with the space; ``None`` for the declared one.
+    """
+
+    given: dict[str, Any]
+    sampler: str
+    prune: bool
+    storage: str | None
+    search: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored, and must be the same for workers that join."""
+        given = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in self.given.items()}
+        text = None if self.search is None else self.search.read_text(encoding="utf8")
+        return {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": self.storage, "search": text}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search, as it is stored."""
+
+    given: dict[str, Any]
+    sampler: str
+    prune: bool
+    storage: str | None
+    space: Space
+
+    @property
+    def config(self) -> RunConfig:
+        """The suite's default with the given flags."""
+        return RunConfig.from_settings(**self.given)
+
+    @property
+    def monitor(self) -> str:
+        return self.config.training.monitor
+
+    @property
+    def minimize(self) -> bool:
+        return self.monitor == "loss"
+
+    @property
+    def seed(self) -> int:
+        return self.config.training.seed
+
+    @staticmethod
+    def read(folder: Path) -> "Plan":
+        """The search in a folder.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        stored = _stored(folder)
+        given = {name: Path(v) if FLAGS[name].kind is Path else v for name, v in stored["given"].items()}
+        space = Space.from_dict(stored["space"], given)
+        return Plan(given, stored["sampler"], stored["prune"], stored["storage"], space)
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / SEARCH)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output_dir {folder}: {SEARCH} cannot be read: {first_line(error)}") from None
+
+
+def holds_search(folder: Path) -> bool:
+    """Whether a search has begun in the folder."""
+    return (folder / SEARCH).exists()
+
+
+def check_new(folder: Path) -> None:
+    """Checks that a search can begin in a folder.
+
+    Raises:
+        UserError: it is not empty, or cannot be written.
+    """
+    found = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    if found and not holds_search(folder):
+        raise UserError(f"--output_dir {folder}: contains {sorted(found)[0]}, but no search: give a new directory")
+    if (obstacle := cannot_be_written_in(folder)) is not None:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written: {obstacle} is not a directory that you may write to"
+        )
+
+
+def check_same(folder: Path, asked: Asked) -> None:
+    """Checks that a worker that comes with flags asks for the search that is in the folder.
+
+    Raises:
+        UserError: it is another one.
+    """
+    stored, mine = _stored(folder), json.loads(json.dumps(asked.to_dict()))
+    flags = {**stored, **stored["given"]}, {**mine, **mine["given"]}
+    for name in dict.fromkeys((*flags[0], *flags[1])):
+        before, now = (each.get(name) for each in flags)
+        if name not in ("given", "space") and before != now:
+            what = "another file" if name == "search" else f"--{name} {before}, not {now}"
+            raise UserError(
+                f"--output_dir {folder}: holds another search ({what}): give another directory, or --resume"
+            )
+
+
+def begin(folder: Path, asked: Asked, facts: Facts, budget: "Budget") -> None:
+    """Begins a search, unless another worker has just begun it.
+
+    Raises:
+        UserError: as ``make_space`` and ``check_same``, or the folder cannot be written.
+    """
+    space = make_space(asked.given, facts, asked.search)
+    stored = asked.to_dict() | {"space": space.to_dict()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            write_new_json(folder / BUDGET, asdict(budget))
+        with suppress(FileExistsError):
+            write_new_json(folder / SEARCH, stored)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written: {first_line(error, name_file=True)}") from None
+    check_same(folder, asked)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# time
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a search may go on.
+
+    Attributes:
+        began: when the clock was started, in seconds since the epoch.
+        used: seconds before that, without pauses.
+        minutes: of the whole search; ``None`` if only ``trials`` limits it.
+        trials: the number of trials; ``None`` if only ``minutes`` limits it.
+        seeds: how often the winner is trained again.
+    """
+
+    began: float
+    used: float
+    minutes: float | None
+    trials: int | None
+    seeds: int
+
+    @property
+    def seconds(self) -> float:
+        """What has been used."""
+        return self.used + time.time() - self.began
+
+    @property
+    def left(self) -> float:
+        """Seconds; infinite if only the number of trials limits the search."""
+        return float("inf") if self.minutes is None else 60 * self.minutes - self.seconds
+
+    @staticmethod
+    def read(folder: Path) -> "Budget":
+        return Budget(**read_json(folder / BUDGET))
+
+
+def resume(folder: Path, minutes: float | None, trials: int | None, active: bool) -> None:
+    """Starts the clock of a search again, and adds minutes or trials. A winner that more time may change is forgotten.
+
+    Args:
+        folder: of the search.
+        minutes, trials: to add.
+        active: whether other workers go on, so that the clock has not stopped.
+    """
+    with claimed(folder / f"{BUDGET}.lock"):
+        budget = Budget.read(folder)
+        if not active:
+            last = max(path.stat().st_mtime for path in (folder / BUDGET, *folder.glob("*/*.lock")))
+            budget = replace(budget, began=time.time(), used=budget.used + max(0.0, last - budget.began))
+        if minutes is not None:
+            # time that a search took beyond its minutes is not taken from those that are added
+            before = budget.seconds / 60 if budget.minutes is None else max(budget.minutes, budget.seconds / 60)
+            budget = replace(budget, minutes=before + minutes)
+        if trials is not None:
+            budget = replace(budget, trials=(budget.trials or 0) + trials)
+        write_json(folder / BUDGET, asdict(budget))
+        if minutes is not None or trials is not None:
+            for name in (WINNER, SUMMARY):
+                remove(folder / name)
+
+
+def stored_flags(given: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]

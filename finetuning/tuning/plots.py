@@ -1,0 +1,164 @@
+"""The trials of a search as plots, in the frame that the plots of studies have."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import optuna
+from matplotlib.ticker import NullFormatter
+
+from finetuning.comparison.page import Plot
+from finetuning.comparison.plots import COLORS, FRONT, log_scale, new_figure, png_of
+from finetuning.comparison.statistics import pareto_front
+from finetuning.runs.records import SCORES
+from finetuning.tuning.plan import Plan
+from finetuning.tuning.sampler import study_of
+from finetuning.tuning.space import Point
+from finetuning.tuning.trials import COMPLETE, Trial, better
+
+FEW_TRIALS = 30  # complete ones; with fewer, importances change much from trial to trial
+COLUMNS = 3
+GREY = "#bbbbbb"  # trials that did not end
+
+
+def draw_plots(plan: Plan, trials: Sequence[Trial]) -> list[Plot]:
+    """The plots for which the search has trials."""
+    complete = [trial for trial in trials if trial.state == COMPLETE]
+    drawn = [best_plot(plan, complete), cost_plot(plan, complete)]
+    if len(complete) > 2:
+        drawn += [importance_plot(plan, complete), slice_plot(plan, trials)]
+    return [plot for plot in drawn if plot is not None]
+
+
+def shown_score(plan: Plan, value: float) -> float:
+    """A score as plots and tables have it: in %, but the loss in nats."""
+    return value if plan.minimize else 100 * value
+
+
+def score_label(plan: Plan) -> str:
+    """The name of the monitored score on validation, with its unit."""
+    return f"validation {SCORES[plan.monitor]}" + ("" if plan.minimize else ", %")
+
+
+def best_plot(plan: Plan, complete: Sequence[Trial]) -> Plot:
+    """The best score until each minute."""
+    ordered = sorted(complete, key=lambda trial: trial.minutes)
+    best: list[float] = []
+    for trial in ordered:
+        value = trial.value or 0.0
+        best.append(value if not best or better(value, best[-1], plan.minimize) else best[-1])
+    minutes = [trial.minutes for trial in ordered]
+    with new_figure("Best so far") as (figure, (axis,)):
+        axis.step(minutes, [shown_score(plan, v) for v in best], where="post", color=COLORS[0], label="best so far")
+        scores = [shown_score(plan, trial.value or 0.0) for trial in ordered]
+        axis.plot(minutes, scores, "o", color=COLORS[1], markersize=4, label="complete trial")
+        axis.set(xlabel="minutes", ylabel=score_label(plan), xlim=(0, None))
+        axis.legend(frameon=False)
+        return Plot("best.png", "The best validation score until each minute.", png_of(figure))
+
+
+def cost_plot(plan: Plan, complete: Sequence[Trial]) -> Plot | None:
+    """Score against training time, with the Pareto front; the default has a ring."""
+    timed = [trial for trial in complete if trial.train_seconds]
+    if not timed:
+        return None
+    seconds = [trial.train_seconds or 0.0 for trial in timed]
+    scores = [shown_score(plan, trial.value or 0.0) for trial in timed]
+    front = pareto_front(seconds, [-score if plan.minimize else score for score in scores])
+    methods = [_method(plan, trial.point or {}) for trial in timed]
+    with new_figure("Score against training time") as (figure, (axis,)):
+        for i, method in enumerate(sorted(set(methods))):
+            own = [k for k, name in enumerate(methods) if name == method]
+            axis.plot(
+                [seconds[k] for k in own], [scores[k] for k in own], "o", color=COLORS[i % len(COLORS)], label=method
+            )
+        for trial, x, y in zip(timed, seconds, scores, strict=True):
+            if trial.number == 0:
+                axis.plot(x, y, "o", markersize=12, fillstyle="none", color="black", label="the default")
+        line = sorted((x, y) for x, y, kept in zip(seconds, scores, front, strict=True) if kept)
+        axis.plot([x for x, _ in line], [y for _, y in line], color=FRONT, linewidth=1, zorder=0, label="Pareto front")
+        log_scale(axis, seconds)
+        axis.set(xlabel="seconds of training", ylabel=score_label(plan))
+        axis.legend(frameon=False)
+        caption = "All complete trials. No other trial is both faster and better than one on the Pareto front."
+        return Plot("cost.png", caption, png_of(figure))
+
+
+def _method(plan: Plan, point: Point) -> str:
+    return str(point.get("method", plan.config.method.method))
+
+
+def importances(plan: Plan, complete: Sequence[Trial]) -> dict[str, float]:
+    """How much of the scores' variance each parameter explains, by functional ANOVA (Hutter et al. 2014).
+
+    A parameter that only some trials have is looked at among these, together with the parameters of all trials.
+    """
+    points = [trial.point or {} for trial in complete]
+    varied = [row.name for row in plan.space.parameters if len({point.get(row.name) for point in points}) > 1]
+    common = {name for name in varied if all(name in point for point in points)}
+    found = {}
+    for name in varied:
+        own = [trial for trial in complete if name in (trial.point or {})]
+        if len({(trial.point or {})[name] for trial in own}) < 2 or len({trial.value for trial in own}) < 2:
+            continue
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shares = optuna.importance.get_param_importances(
+                study_of(plan.space, own, plan.minimize), evaluator=evaluator, params=sorted(common | {name})
+            )
+        found[name] = float(shares.get(name, 0.0))
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def importance_plot(plan: Plan, complete: Sequence[Trial]) -> Plot | None:
+    """A bar for each parameter."""
+    shares = importances(plan, complete)
+    if not shares:
+        return None
+    with new_figure("Importance of each parameter", height=1.5 + 0.3 * len(shares)) as (figure, (axis,)):
+        axis.barh(list(shares), list(shares.values()), color=COLORS[0])
+        axis.set(xlabel="share of the variance of the scores (fANOVA)", xlim=(0, None))
+        few = (
+            f" Unsure: {len(complete)} complete trials are fewer than {FEW_TRIALS}."
+            if len(complete) < FEW_TRIALS
+            else ""
+        )
+        return Plot("importance.png", f"What moved the score of complete trials.{few}", png_of(figure))
+
+
+def slice_plot(plan: Plan, trials: Sequence[Trial]) -> Plot | None:
+    """The score against each parameter; trials that ended early are grey, at their last score."""
+    rows = [row for row in plan.space.parameters if len(row.ends) > 1]
+    scored = [
+        (t, t.value if t.value is not None else [*t.history.values()][-1]) for t in trials if t.history or t.value
+    ]
+    lines = math.ceil(len(rows) / COLUMNS)
+    with new_figure("", width=9, height=2.6 * lines, rows=lines, columns=COLUMNS) as (figure, axes):
+        for axis, row in zip(axes, rows, strict=False):
+            for early in (True, False):
+                own = [
+                    (t.point or {}, s)
+                    for t, s in scored
+                    if (t.state != COMPLETE) == early and row.name in (t.point or {})
+                ]
+                places = [_place(row.values, point[row.name]) for point, _ in own]
+                values = [shown_score(plan, score) for _, score in own]
+                axis.plot(places, values, "o", markersize=4, color=GREY if early else COLORS[0])
+            if row.values:
+                axis.set_xticks(range(len(row.values)), [str(value) for value in row.values], fontsize=7)
+                axis.set_xlim(-0.5, len(row.values) - 0.5)
+            elif row.log:
+                axis.set_xscale("log")
+                axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.set_title(row.name + (", times the default" if row.times_default else ""), fontsize=9)
+        for axis in axes[len(rows) :]:
+            axis.set_axis_off()
+        caption = (
+            f"The {score_label(plan)}, against each parameter. Grey: trials that ended early, at their last score."
+        )
+        return Plot("slices.png", caption, png_of(figure))
+
+
+def _place(values: Sequence[object], value: object) -> float:
+    return float(values.index(value)) if values else float(str(value))

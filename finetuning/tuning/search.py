@@ -1,0 +1,329 @@
+"""A worker of a search: tries points until the time is up, then trains the winner again with new seeds."""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from finetuning.comparison.execution import (
+    LOOK_AGAIN_SECONDS,
+    POLL_SECONDS,
+    STOPPED,
+    Process,
+    Starter,
+    StopSignals,
+)
+from finetuning.runs.files import METRICS, read_result, read_status
+from finetuning.storage import read_json, write_new_json
+from finetuning.tuning.plan import LAST, TRIALS, WINNER, Budget, Plan, stored_flags
+from finetuning.tuning.sampler import Proposer, pruned_after
+from finetuning.tuning.trials import (
+    COMPLETE,
+    FAILED,
+    OUT_OF_TIME,
+    PRUNED,
+    RENEW_SECONDS,
+    Place,
+    Trial,
+    Trials,
+    best_of,
+    renew,
+)
+
+REPORT_SECONDS = 10.0  # for the report and the copy of the best run
+MARGIN = 1.15  # a last run may take longer than the trial did
+MOST_FAILURES = 3  # of the first trials, if none has finished
+TRIAL_FLAGS = {"baseline": False, "report": False, "verbose": False}
+
+
+@dataclass
+class Job:
+    """A run whose process has been started. ``number`` is the one of a trial; ``None`` for a last run."""
+
+    place: Place
+    number: int | None
+    lock: int
+    claim: ExitStack  # closed when the run has ended
+    child: Process
+    began: float = field(default_factory=time.monotonic)
+    changed: int = 0  # when its history changed
+    seen: int = 0  # the last epoch that was judged
+    pruned: int | None = None  # after this epoch
+    stopped: bool = False
+
+
+class Search:
+    """One worker, with ``jobs`` runs at once.
+
+    Args:
+        folder: of the search.
+        plan: the search.
+        proposer: proposes its points.
+        script: the path of ``finetune_lora.py``.
+        jobs: how many runs are done at once.
+        stop: says whether the command was asked to stop.
+    """
+
+    def __init__(
+        self, folder: Path, plan: Plan, proposer: Proposer, script: Path, jobs: int, stop: StopSignals
+    ) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.proposer = proposer
+        self.jobs = jobs
+        self.stop = stop
+        self.trials = Trials(folder / TRIALS, plan.monitor)
+        self.starter = Starter(script, jobs, fork=True)
+        self.current: list[Job] = []
+        self._trials_until = math.inf  # by the monotonic clock; then the last runs must begin
+        self._renewed = 0.0
+        self._given_up: set[Path] = set()  # last runs that a signal has killed
+
+    def run(self) -> dict[str, Any] | None:
+        """Works until all trials and all last runs have ended, here and elsewhere.
+
+        Returns:
+            The trial that won and the seeds of the last runs, as in ``winner.json``; ``None`` if the command was
+            interrupted, or if no trial has finished.
+        """
+        with self.starter:
+            self._work(self._next_trial, lambda: self.trials.running() > 0)
+            if self.stop.received or (winner := self._choose()) is None:
+                return None
+            self._work(lambda: self._next_last(winner), lambda: self._others_finish(winner))
+        return None if self.stop.received else winner
+
+    @property
+    def budget(self) -> Budget:
+        """The time; another worker may have added some."""
+        return Budget.read(self.folder)
+
+    def _work(self, take_up: Callable[[], Job | None], others: Callable[[], bool]) -> None:
+        """Keeps ``jobs`` runs going, until there is nothing to take up and nobody works any more."""
+        while True:
+            self._reserve()
+            while not self.stop.received and len(self.current) < self.jobs and (job := take_up()) is not None:
+                self.current.append(job)
+                self.stop.add(job.child)
+            if self.current:
+                self._wait()
+            elif self.stop.received or not others():
+                return
+            else:
+                time.sleep(LOOK_AGAIN_SECONDS)
+
+    def _wait(self) -> None:
+        """Waits until a run has ended, a second at most, and watches the trials."""
+        until, ended = time.monotonic() + LOOK_AGAIN_SECONDS, list[Job]()
+        while not ended and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+            for job in self.current:
+                self._watch(job)
+            ended = [job for job in self.current if job.child.poll() is not None]
+        if time.monotonic() - self._renewed > RENEW_SECONDS:
+            renew([job.lock for job in self.current])
+            self._renewed = time.monotonic()
+        for job in ended:
+            self.current.remove(job)
+            self.stop.remove(job.child)
+            self._note_end(job)
+            job.claim.close()
+
+    def _start(self, place: Place, number: int | None, settings: dict[str, Any], lock: int, claim: ExitStack) -> Job:
+        words = [str(self.starter.script), *stored_flags({**self.plan.given, **TRIAL_FLAGS, **settings})]
+        words += ["--output_dir", str(place.directory), *place.start_flags()]
+        child = self.starter.start(words, place.log, lock, may_fork=True, idle=not self.current)
+        return Job(place, number, lock, claim.pop_all(), child)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # trials
+
+    def _next_trial(self) -> Job | None:
+        """Starts a trial whose worker is gone, or a new one if the time allows it."""
+        while not self.stop.received:
+            with ExitStack() as claim:
+                most = self.budget.trials
+                taken = self.trials.claim_released(claim)
+                if taken is None and self._time_for_another():
+                    taken = self.trials.claim_new(claim, most)
+                if taken is None:
+                    return None
+                number, lock = taken
+                if (trial := self.trials.read(number)).point is None:
+                    trial = self._proposed(number)
+                place = self.trials.place(number)
+                if read_status(place.directory) == "finished":  # its worker could not say so any more
+                    self._end_finished(number, 0.0)
+                elif self._time_for_trials <= 0 and number > 0:
+                    self._end(number, OUT_OF_TIME, history=trial.history)
+                else:
+                    test = {} if number == 0 else {"test": False}  # the report compares the winner with the default
+                    return self._start(place, number, trial.settings | test, lock, claim)
+        return None
+
+    def _proposed(self, number: int) -> Trial:
+        point, stored = self.proposer.propose(number, self.trials.all())
+        settings = {} if number == 0 else self.plan.space.settings(point)
+        self.trials.begin(number, point, settings, stored)
+        return self.trials.read(number)
+
+    @property
+    def _time_for_trials(self) -> float:
+        """Seconds until the last runs must begin."""
+        return self._trials_until - time.monotonic()
+
+    def _reserve(self) -> None:
+        """Decides when the last runs must begin, if the best trial until now wins."""
+        budget, best = self.budget, best_of(self.trials.all(), self.plan.minimize)
+        rounds = math.ceil(budget.seeds / self.jobs)
+        reserved = 0.0 if best is None else REPORT_SECONDS + rounds * self._last_seconds(best)
+        self._trials_until = time.monotonic() + budget.left - reserved
+
+    def _last_seconds(self, trial: Trial) -> float:
+        test = 0.0
+        with suppress(OSError, ValueError, KeyError):  # a run without a test has no such time
+            test = read_result(self.trials.place(0).directory)["test"]["seconds"]
+        return MARGIN * (trial.seconds + test)
+
+    def _time_for_another(self) -> bool:
+        """Whether a trial of the usual length would end before the last runs."""
+        ended = [trial for trial in self.trials.all() if trial.state is not None]
+        if len(ended) >= MOST_FAILURES and all(trial.state == FAILED for trial in ended):
+            return False
+        seconds = sorted(trial.seconds for trial in ended if trial.state == COMPLETE)
+        return self._time_for_trials > (seconds[len(seconds) // 2] if seconds else 0.0)
+
+    def _watch(self, job: Job) -> None:
+        """Ends a trial that is not worth its time, or whose time is up. The default always goes on."""
+        if job.number is None or job.stopped or job.pruned is not None:
+            return
+        with suppress(FileNotFoundError):
+            changed = (job.place.directory / METRICS).stat().st_mtime_ns
+            if changed != job.changed:
+                job.changed = changed
+                self._judge(job)
+        job.stopped = job.number > 0 and self._time_for_trials <= 0
+        if job.stopped or job.pruned is not None:
+            job.child.send_signal(signal.SIGTERM)
+
+    def _judge(self, job: Job) -> None:
+        assert job.number is not None
+        trial = self.trials.read(job.number)
+        latest = max(trial.history, default=0)
+        if latest <= job.seen:
+            return
+        self.proposer.heard(trial)
+        if self.plan.prune and job.number > 0:
+            default = self.plan.config.training.epochs or self.plan.space.defaults["epochs"]
+            epochs = trial.settings.get("epochs", default)
+            others = [o.history for o in self.trials.all() if o.number != job.number and o.state != FAILED]
+            job.pruned = pruned_after(trial.history, others, job.seen, default, epochs, self.plan.minimize)
+        job.seen = latest
+
+    def _note_end(self, job: Job) -> None:
+        """Notes how a run ended. If somebody else has stopped it, the others stop as well."""
+        status, seconds = job.child.wait(), time.monotonic() - job.began
+        found = read_status(job.place.directory)
+        if job.number is None:
+            how = found or "interrupted"
+            print(f"last run {job.place.directory.name}: {how}, see {job.place.log}", flush=True)
+            if found is None and status not in STOPPED:
+                self._given_up.add(job.place.directory)
+        elif not job.stopped and job.pruned is None:
+            self._judge(job)  # a short run may end before its history was looked at
+        if job.number is not None and job.pruned is not None:
+            history = self.trials.read(job.number).history
+            kept = {epoch: score for epoch, score in history.items() if epoch <= job.pruned}
+            self._end(job.number, PRUNED, history=kept, seconds=seconds)
+        elif job.number is not None and found == "finished":
+            self._end_finished(job.number, seconds)
+        elif job.number is not None and job.stopped:
+            self._end(job.number, OUT_OF_TIME, history=self.trials.history(job.number), seconds=seconds)
+        elif self.stop.received or status in STOPPED:
+            if not self.stop.received:
+                self.stop.receive(signal.SIGTERM)
+        elif job.number is not None:
+            error = read_result(job.place.directory).get("error") if found == "failed" else f"exit status {status}"
+            self._end(job.number, FAILED, history=self.trials.history(job.number), seconds=seconds, error=error)
+
+    def _end_finished(self, number: int, seconds: float) -> None:
+        result = read_result(self.trials.place(number).directory)
+        self._end(
+            number, COMPLETE, value=result["validation"][self.plan.monitor], history=self.trials.history(number),
+            seconds=seconds or result["seconds"],
+        )  # fmt: skip
+
+    def _end(self, number: int, state: str, **known: Any) -> None:
+        train_seconds = None
+        with suppress(OSError, ValueError, KeyError):
+            train_seconds = read_result(self.trials.place(number).directory)["train"]["seconds"]
+        budget = self.budget
+        trial = self.trials.end(number, state, minutes=budget.seconds / 60, train_seconds=train_seconds, **known)
+        self.proposer.heard(trial)
+        print(progress_line(trial, self.trials, self.plan, budget), flush=True)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # the winner
+
+    def _choose(self) -> dict[str, Any] | None:
+        """The winner, chosen by validation, and the seeds with which it is trained again. The first worker decides."""
+        path = self.folder / WINNER
+        best = best_of(self.trials.all(), self.plan.minimize)
+        if best is None:
+            errors = [trial.error for trial in self.trials.all() if trial.error]
+            print(f"failed: no trial has finished: {errors[0] if errors else 'too little time'}", file=sys.stderr)
+            return None
+        budget = self.budget
+        fitting = self.jobs * max(1.0, (budget.left - REPORT_SECONDS) / self._last_seconds(best))
+        seeds = [self.plan.seed + 1 + i for i in range(int(min(budget.seeds, fitting)))]
+        with suppress(FileExistsError):
+            write_new_json(path, {"trial": best.number, "seeds": seeds})
+        winner = read_json(path)
+        print(f"trial {winner['trial']} wins; it is trained again with {len(winner['seeds'])} new seeds", flush=True)
+        return winner
+
+    def _next_last(self, winner: dict[str, Any]) -> Job | None:
+        """Starts a last run that nobody has begun, or whose worker is gone."""
+        settings = self.trials.read(winner["trial"]).settings
+        for seed, place in last_places(self.folder, winner).items():
+            with ExitStack() as claim:
+                if place.directory in self._given_up or read_status(place.directory) in ("finished", "failed"):
+                    continue
+                lock = claim.enter_context(place.claim())
+                if lock is not None and read_status(place.directory) not in ("finished", "failed"):
+                    return self._start(place, None, settings | {"seed": seed, "report": True}, lock, claim)
+        return None
+
+    def _others_finish(self, winner: dict[str, Any]) -> bool:
+        return any(place.is_claimed() for place in last_places(self.folder, winner).values())
+
+
+def last_places(folder: Path, winner: dict[str, Any]) -> dict[int, Place]:
+    """Where the winner is trained again: seed -> the place of its run."""
+    return {seed: Place(folder / LAST / f"{winner['trial']:03d}-{seed}") for seed in winner["seeds"]}
+
+
+def shown_values(trial: Trial) -> dict[str, str]:
+    """What a trial tries, by parameter; what a parameter multiplies is shown as the flag has it."""
+    values = {name: trial.settings.get(name, value) for name, value in (trial.point or {}).items()}
+    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+
+
+def progress_line(trial: Trial, trials: Trials, plan: Plan, budget: Budget) -> str:
+    """How a trial ended, how many have, the best score until now, and the time left."""
+    everything = trials.all()
+    shown = "" if trial.latest is None else f" {plan.monitor} {trial.latest:.4f}"
+    values = ", ".join(f"{name} {value}" for name, value in shown_values(trial).items())
+    reason = f" ({trial.error})" if trial.error else ""
+    best = best_of(everything, plan.minimize)
+    top = f"; best {best.value:.4f}, trial {best.number}" if best is not None else ""
+    done = sum(other.state is not None for other in everything)
+    total = f" of {budget.trials}" if budget.trials is not None else ""
+    left = "" if budget.minutes is None else f"; {timedelta(seconds=max(0, round(budget.left)))} left"
+    return f"trial {trial.number} {trial.state}{reason}{shown}: {values}; {done}{total} done{top}{left}"

@@ -1,0 +1,225 @@
+"""The trials of a search on disk: a folder for each one, claimed by one process at a time. Nothing here imports torch.
+
+``DIR/trials/007/`` is a run directory with two more files: ``trial.json``, the point that the trial tries and its
+flags, and ``end.json``, how it ended. Next to it are ``007.log``, what it printed, and ``007.lock``, its claim, see
+``runs/lock.py``. The run's own process inherits the claim. So a trial has ended (``end.json``), is running
+(somebody has its claim), or its worker is gone; then another worker takes it over. Every file appears in one step, so
+any number of workers, on any hosts that share the folder, need no server.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetuning.runs.checkpoints import has_checkpoint
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, SETTINGS, TRAINED_WEIGHTS
+from finetuning.runs.history import scores_by_epoch
+from finetuning.runs.lock import claimed
+from finetuning.storage import read_json, write_json
+from finetuning.tuning.space import Point
+
+TRIAL, END = "trial.json", "end.json"
+LEASE_SECONDS = 180.0  # of a claim on another host whose lock is not seen here
+RENEW_SECONDS = 20.0
+LARGE = (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, BEST_CHECKPOINT, TRAINED_WEIGHTS)  # the last runs train the winner anew
+COMPLETE, PRUNED, OUT_OF_TIME, FAILED = "complete", "pruned", "stopped", "failed"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is known of a trial.
+
+    Attributes:
+        number: from 0 on.
+        point: its place in the space; ``None`` if its worker has not written it yet.
+        settings: its flags, besides those that all trials have.
+        state: one of the four above; ``None`` if it has not ended.
+        value: the monitored score of a complete trial.
+        history: epoch -> the monitored score after it. It ends where the trial was pruned.
+        seconds: wall clock, as far as the worker that ended it has seen it.
+        train_seconds: without validation.
+        minutes: of the search, when the trial ended.
+        error: why it failed.
+        stored: the number that ``--storage`` gave it.
+    """
+
+    number: int
+    point: Point | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    state: str | None = None
+    value: float | None = None
+    history: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    train_seconds: float | None = None
+    minutes: float = 0.0
+    error: str | None = None
+    stored: int | None = None
+
+    @property
+    def latest(self) -> float | None:
+        """The score of a complete trial, or the last one of another."""
+        return self.value if self.value is not None else next(reversed(self.history.values()), None)
+
+
+class Place:
+    """Where a run of the search is: its directory, and next to it its log and its claim.
+
+    Args:
+        directory: of the run; it need not exist yet.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.log = directory.with_name(f"{directory.name}.log")
+        self.lock = directory.with_name(f"{directory.name}.lock")
+
+    @contextmanager
+    def claim(self) -> Iterator[int | None]:
+        """Claims the run. Gives the descriptor of the lock, or ``None`` if another process has the claim."""
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(self.lock, LEASE_SECONDS) as lock:
+            yield lock
+
+    def is_claimed(self) -> bool:
+        """Whether a process has the claim."""
+        if not self.lock.exists():
+            return False
+        with self.claim() as lock:
+            return lock is None
+
+    def start_flags(self) -> list[str]:
+        """How the run starts: anew, or where the process that is gone has left it."""
+        if not (self.directory / SETTINGS).exists():
+            return []
+        return ["--resume" if has_checkpoint(self.directory) else "--overwrite"]
+
+
+class Trials:
+    """All trials of a search.
+
+    Args:
+        folder: ``DIR/trials``.
+        monitor: the score that chooses.
+    """
+
+    def __init__(self, folder: Path, monitor: str) -> None:
+        self.folder = folder
+        self.monitor = monitor
+        self._ended: dict[int, Trial] = {}  # they do not change any more
+
+    def place(self, number: int) -> Place:
+        return Place(self.folder / f"{number:03d}")
+
+    def numbers(self) -> list[int]:
+        """The numbers of all trials that have begun, in order."""
+        return sorted(int(path.name) for path in self.folder.glob("[0-9]*[0-9]") if path.is_dir())
+
+    def all(self) -> list[Trial]:
+        """All trials that have begun, in the order of their numbers."""
+        return [self.read(number) for number in self.numbers()]
+
+    def read(self, number: int) -> Trial:
+        """What is known of a trial."""
+        if number in self._ended:
+            return self._ended[number]
+        directory, found = self.place(number).directory, {}
+        with suppress(FileNotFoundError):
+            found = read_json(directory / TRIAL)
+        with suppress(FileNotFoundError):
+            end = read_json(directory / END)
+            end["history"] = {int(epoch): score for epoch, score in end["history"].items()}
+            self._ended[number] = Trial(number, **found, **end)
+            return self._ended[number]
+        return Trial(number, **found, history=self.history(number))
+
+    def history(self, number: int) -> dict[int, float]:
+        """Epoch -> the monitored score, as the run has written it until now."""
+        try:
+            scores = scores_by_epoch(self.place(number).directory, self.monitor)
+        except OSError:
+            return {}
+        return {epoch: score for epoch, score in scores.items() if math.isfinite(score)}
+
+    def running(self) -> int:
+        """How many trials are claimed and have not ended."""
+        return sum(self.place(trial.number).is_claimed() for trial in self.all() if trial.state is None)
+
+    def claim_released(self, stack: ExitStack) -> tuple[int, int] | None:
+        """Claims a trial whose worker is gone.
+
+        Args:
+            stack: holds the claim.
+
+        Returns:
+            The trial's number, and the descriptor of its lock; ``None`` if there is no such trial.
+        """
+        for trial in self.all():
+            if trial.state is not None:
+                continue
+            with ExitStack() as attempt:
+                lock = attempt.enter_context(self.place(trial.number).claim())
+                if lock is not None and not (self.place(trial.number).directory / END).exists():
+                    stack.push(attempt.pop_all())
+                    return trial.number, lock
+        return None
+
+    def claim_new(self, stack: ExitStack, most: int | None = None) -> tuple[int, int] | None:
+        """Makes the folder of a new trial. ``mkdir`` decides who has it.
+
+        Args:
+            stack: holds the claim.
+            most: the number of trials that the search may have.
+
+        Returns:
+            As ``claim_released``; ``None`` if the search has all of its trials.
+        """
+        number = 0
+        while most is None or number < most:
+            place = self.place(number)
+            with ExitStack() as attempt:
+                lock = None if place.directory.exists() else attempt.enter_context(place.claim())
+                if lock is not None:
+                    with suppress(FileExistsError):
+                        place.directory.mkdir()
+                        stack.push(attempt.pop_all())
+                        return number, lock
+            number += 1
+        return None
+
+    def begin(self, number: int, point: Point, settings: dict[str, Any], stored: int | None = None) -> None:
+        """Writes what a claimed trial tries."""
+        write_json(self.place(number).directory / TRIAL, {"point": point, "settings": settings, "stored": stored})
+
+    def end(self, number: int, state: str, **known: Any) -> Trial:
+        """Writes how a claimed trial ended; its large files go. The names are those of ``Trial``."""
+        directory = self.place(number).directory
+        ended = asdict(Trial(number, state=state, **known))
+        end = {
+            name: ended[name] for name in ("state", "value", "history", "seconds", "train_seconds", "minutes", "error")
+        }
+        write_json(directory / END, end)
+        for name in LARGE:
+            (directory / name).unlink(missing_ok=True)
+        return self.read(number)
+
+
+def renew(locks: list[int]) -> None:
+    """Tells other hosts that these claims are alive."""
+    for lock in locks:
+        with suppress(OSError):
+            os.utime(lock)
+
+
+def better(first: float, second: float, minimize: bool) -> bool:
+    """Whether the first score is better than the second."""
+    return first < second if minimize else first > second
+
+
+def best_of(trials: list[Trial], minimize: bool) -> Trial | None:
+    """The complete trial with the best score; of equal ones the first."""
+    complete = [trial for trial in trials if trial.state == COMPLETE and trial.value is not None]
+    return min(complete, key=lambda trial: (trial.value or 0.0) * (1 if minimize else -1), default=None)
