@@ -286,7 +286,7 @@ class StudyExecution:
             self.note_end(run, "failed", f"failed after {took}: {self.runs.result(run).get('error')}")
         else:
             reason = f"killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
-            self.note_end(run, "failed", f"{reason} after {took}: {_last_line(self.runs.log(run))}")
+            self.note_end(run, "failed", f"{reason} after {took}: {last_line(self.runs.log(run))}")
 
     def position_of(self, run: PlannedRun) -> str:
         """The run's number among the chosen ones and its name, as each line of output begins."""
@@ -315,6 +315,7 @@ class StudyExecution:
         return sum(means) / self.jobs
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty: why a run that wrote no result has ended."""
     lines = log.read_text(encoding="utf8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 
 import optuna
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import COLORS, FRONT, log_scale, new_figure, png_of
@@ -149,8 +149,9 @@ def slice_plot(plan: Plan, trials: Sequence[Trial]) -> Plot | None:
                 axis.set_xticks(range(len(row.values)), [str(value) for value in row.values], fontsize=7)
                 axis.set_xlim(-0.5, len(row.values) - 0.5)
             elif row.log:
-                axis.set_xscale("log")
-                axis.xaxis.set_minor_formatter(NullFormatter())
+                log_scale(axis, [row.low or 0.0, row.high or 0.0])
+            else:
+                axis.xaxis.set_major_locator(MaxNLocator(4, integer=row.whole))
             axis.set_title(row.name + (", times the default" if row.times_default else ""), fontsize=9)
         for axis in axes[len(rows) :]:
             axis.set_axis_off()

@@ -232,7 +232,7 @@ def trial_table(plan: Plan, trials: list[Trial]) -> Table:
     names = [row.name for row in plan.space.parameters]
     rows = []
     for trial in trials:
-        values = shown_values(trial)
+        values = shown_values(trial, plan)
         seconds = "" if trial.train_seconds is None else f"{trial.train_seconds:.1f}"
         cells = (str(trial.number), _cell(plan, trial.latest), seconds, trial.error or trial.state or "running")
         rows.append((*cells, *(values.get(name, "") for name in names)))

@@ -18,6 +18,7 @@ from finetuning.comparison.execution import (
     Process,
     Starter,
     StopSignals,
+    last_line,
 )
 from finetuning.runs.files import METRICS, read_result, read_status
 from finetuning.storage import read_json, write_new_json
@@ -192,12 +193,13 @@ class Search:
         return MARGIN * (trial.seconds + test)
 
     def _time_for_another(self) -> bool:
-        """Whether a trial of the usual length would end before the last runs."""
-        ended = [trial for trial in self.trials.all() if trial.state is not None]
+        """Whether a trial of the usual length would end before the last runs. The default has its time in any case."""
+        trials = self.trials.all()
+        ended = [trial for trial in trials if trial.state is not None]
         if len(ended) >= MOST_FAILURES and all(trial.state == FAILED for trial in ended):
             return False
         seconds = sorted(trial.seconds for trial in ended if trial.state == COMPLETE)
-        return self._time_for_trials > (seconds[len(seconds) // 2] if seconds else 0.0)
+        return not trials or self._time_for_trials > (seconds[len(seconds) // 2] if seconds else 0.0)
 
     def _watch(self, job: Job) -> None:
         """Ends a trial that is not worth its time, or whose time is up. The default always goes on."""
@@ -249,7 +251,7 @@ class Search:
             if not self.stop.received:
                 self.stop.receive(signal.SIGTERM)
         elif job.number is not None:
-            error = read_result(job.place.directory).get("error") if found == "failed" else f"exit status {status}"
+            error = read_result(job.place.directory).get("error") if found == "failed" else f"exit status {status}: {last_line(job.place.log)}"
             self._end(job.number, FAILED, history=self.trials.history(job.number), seconds=seconds, error=error)
 
     def _end_finished(self, number: int, seconds: float) -> None:
@@ -309,9 +311,11 @@ def last_places(folder: Path, winner: dict[str, Any]) -> dict[int, Place]:
     return {seed: Place(folder / LAST / f"{winner['trial']:03d}-{seed}") for seed in winner["seeds"]}
 
 
-def shown_values(trial: Trial) -> dict[str, str]:
+def shown_values(trial: Trial, plan: Plan) -> dict[str, str]:
     """What a trial tries, by parameter; what a parameter multiplies is shown as the flag has it."""
-    values = {name: trial.settings.get(name, value) for name, value in (trial.point or {}).items()}
+    point = trial.point or {}
+    settings = plan.space.settings(point)
+    values = {name: settings.get(name, value) for name, value in point.items()}
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
 
 
@@ -319,7 +323,7 @@ def progress_line(trial: Trial, trials: Trials, plan: Plan, budget: Budget) -> s
     """How a trial ended, how many have, the best score until now, and the time left."""
     everything = trials.all()
     shown = "" if trial.latest is None else f" {plan.monitor} {trial.latest:.4f}"
-    values = ", ".join(f"{name} {value}" for name, value in shown_values(trial).items())
+    values = ", ".join(f"{name} {value}" for name, value in shown_values(trial, plan).items())
     reason = f" ({trial.error})" if trial.error else ""
     best = best_of(everything, plan.minimize)
     top = f"; best {best.value:.4f}, trial {best.number}" if best is not None else ""

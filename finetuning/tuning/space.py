@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,8 @@ class Space:
             else:
                 flags[parameter.name] = value
         config = RunConfig.from_settings(**{**self.given, **flags}).to_dict() | dict(self.defaults)
+        if "batch_size" in point:  # a given batch size would lift the usual limit in tokens
+            flags.setdefault("batch_tokens", config["batch_tokens"])
         for parameter in self.parameters:
             if parameter.name in point and parameter.times_default:
                 product = float(point[parameter.name]) * config[parameter.name]
@@ -167,17 +170,20 @@ class Space:
                 flags[parameter.name] = max(1, round(product)) if whole else float(f"{product:.4g}")
         return flags
 
-    def default_point(self) -> Point:
-        """The point of the suite's defaults, without the parameters whose range does not contain them."""
+    @cached_property
+    def _usual(self) -> dict[str, Any]:
+        """What the suite's default with the given flags has for each parameter."""
         config = RunConfig.from_settings(**self.given).to_dict()
         targets = tuple(name for name in LORA_TARGETS if config[name])
-        placed = next((name for name, flags in PLACEMENTS.items() if flags == targets), None)
-        values = config | {PLACEMENT: placed}
+        config[PLACEMENT] = next((name for name, flags in PLACEMENTS.items() if flags == targets), None)
+        return {row.name: 1.0 if row.times_default else config[row.name] for row in self.parameters}
+
+    def default_point(self) -> Point:
+        """The point of the suite's defaults, without the parameters whose range does not contain them."""
         point: Point = {}
-        for parameter in self.parameters:
-            value = 1.0 if parameter.times_default else values[parameter.name]
-            if self._applies(parameter, point) and parameter.contains(value):
-                point[parameter.name] = value
+        for row in self.parameters:
+            if self._applies(row, point) and row.contains(self._usual[row.name]):
+                point[row.name] = self._usual[row.name]
         return point
 
     def checked(self) -> "Space":
@@ -187,7 +193,7 @@ class Space:
             UserError: a value of the file is refused, its condition can never hold, or nothing is left to search.
         """
         space = self
-        for parameter in self.parameters:
+        for parameter in sorted(self.parameters, key=lambda row: not row.own):  # an error in the file comes first
             allowed = tuple(value for value in parameter.ends if space._is_allowed(parameter, value))
             whole = parameter if allowed == parameter.ends else replace(parameter, values=allowed)
             kept = whole if allowed and (parameter.values or whole is parameter) else None
@@ -199,7 +205,13 @@ class Space:
 
     def _is_allowed(self, parameter: Parameter, value: Value) -> bool:
         forced = {name: values[0] for name, values in (parameter.only or {}).items()} | {parameter.name: value}
-        point = self.drawn(lambda row: forced[row.name] if row.contains(forced.get(row.name)) else row.ends[0])
+        usual = self._usual
+
+        def pick(row: Parameter) -> Value:
+            wanted = (forced.get(row.name), usual.get(row.name))
+            return next((value for value in wanted if value is not None and row.contains(value)), row.ends[0])
+
+        point = self.drawn(pick)
         try:
             if parameter.name not in point:
                 raise UserError(f"impossible condition: {parameter.condition} never occurs in this space")

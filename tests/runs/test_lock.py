@@ -10,7 +10,7 @@ import pytest
 
 from finetuning.errors import UserError
 from finetuning.runs import lock as lock_module
-from finetuning.runs.lock import LOCK, DirectoryLock
+from finetuning.runs.lock import LOCK, DirectoryLock, claimed
 
 HOLD = """
 import sys, pathlib
@@ -107,3 +107,19 @@ def test_a_full_disk_refuses_the_directory_in_one_line(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
     with DirectoryLock(tmp_path) as lock:
         assert lock.killed is None
+
+
+def test_a_claim_is_for_one_process_and_for_the_children_that_inherit_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with claimed(path) as lock:
+        assert lock is not None
+        assert json.loads(path.read_text())["process"] == os.getpid()
+        with claimed(path) as second:
+            assert second is None
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    with claimed(path) as third:
+        assert third is None
+    child.communicate(b"\n")
+    with claimed(path) as fourth:
+        assert fourth is not None
+    assert path.read_text() == ""

@@ -1,0 +1,182 @@
+"""``compare_methods.py tune`` as users call it: whole searches with a tiny model, and workers that are killed."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import predict
+from benchmarks.slurm_cluster import wait_until
+from compare_methods import main
+from finetuning.runs.files import read_result
+from finetuning.storage import read_json, sha256_of
+from finetuning.tuning import command
+from finetuning.tuning.facts import useful_lengths
+from tests.conftest import ROOT, write_reviews
+
+TRIED = 4
+ENDED = ("complete", "pruned")
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data_dir with 60 training, 50 validation and 40 test reviews."""
+    folder = tmp_path_factory.mktemp("texts")
+    for i, (name, count) in enumerate({"train": 60, "validation": 50, "test": 40}.items()):
+        write_reviews(folder / f"{name}.csv", count, seed=i)
+    return folder
+
+
+@pytest.fixture
+def flags(texts: Path, tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What all searches here have: a tiny model, and two epochs."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    line = "--dataset text --accelerator cpu --precision fp32 --max_length 32 --batch_size 8 --epochs 2"
+    return [*line.split(), "--data_dir", str(texts), "--model_name", str(tiny_folders["distilbert"])]
+
+
+def trials_of(folder: Path) -> list[dict[str, Any]]:
+    """Trial and end of each trial, without times."""
+    found = []
+    for path in sorted((folder / "trials").glob("*/")):
+        trial, end = read_json(path / "trial.json"), read_json(path / "end.json")
+        found.append(trial | {name: end[name] for name in ("state", "value", "history", "error")})
+    return found
+
+
+def weights_of(folder: Path) -> list[str]:
+    paths = sorted((*(folder / "best").glob("*.safetensors"), *(folder / "last").glob("*/*.safetensors")))
+    assert paths
+    return [sha256_of(path) for path in paths]
+
+
+def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ["tune", *flags, "--trials", str(TRIED), "--seeds", "2"]
+    assert main([*words, "--output_dir", str(first)]) == 0
+    out = capsys.readouterr().out
+    assert "4 of 4 done; best " in out
+    assert f"best run    {first / 'best'}" in out
+
+    summary = read_json(first / "tune.json")
+    winner = summary["winner"]
+    assert sum(summary["trials"].values()) == TRIED
+    assert winner["seeds"] == [1, 2]
+    results = [read_result(first / run) for run in winner["runs"]]
+    assert winner["test"]["accuracy"] == pytest.approx(sum(r["test"]["accuracy"] for r in results) / 2)
+    assert summary["gain"]["ci95"][0] <= summary["gain"]["mean"] <= summary["gain"]["ci95"][1]
+    tested = [path.name for path in sorted((first / "trials").glob("*/")) if "test" in read_result(path)]
+    assert tested == ["000"]  # the default, with which the report compares
+    assert not list(first.glob("trials/*/*.ckpt"))
+    page = (first / "tune.html").read_text(encoding="utf8")
+    assert page.count("<figure>") >= 2
+    assert str(tmp_path) not in page
+    assert predict.main([str(first / "best"), "--text", "a joy"]) == 0
+    assert (first / "best" / "report.html").exists()
+
+    assert main([*words, "--output_dir", str(second), "--jobs", "1"]) == 0
+    assert trials_of(first) == trials_of(second)
+    assert weights_of(first) == weights_of(second)
+
+    before = trials_of(first)
+    assert main([*words, "--output_dir", str(first)]) == 0
+    assert "has finished: --resume with --minutes or --trials adds to it" in capsys.readouterr().out
+    assert main(["tune", "--resume", "--output_dir", str(first), "--trials", "1"]) == 0
+    assert trials_of(first)[:TRIED] == before
+    assert len(trials_of(first)) == TRIED + 1
+
+
+def worker(flags: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
+    words = [sys.executable, str(ROOT / "compare_methods.py"), "tune", *flags, "--output_dir", str(folder), *more]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+
+
+def test_workers_that_are_killed_lose_no_trial(flags: list[str], tmp_path: Path) -> None:
+    folder, limits = tmp_path / "search", ("--trials", "5", "--seeds", "1", "--prune", "False")
+    first = worker(flags, folder, *limits)
+    wait_until(lambda: (folder / "trials" / "001" / "settings.json").exists(), "the second trial")
+    lock = json.loads((folder / "trials" / "001.lock").read_text() or "{}")
+    first.kill()  # its run goes on
+    first.communicate()
+    assert lock["process"] == first.pid
+    others = [worker(flags, folder, *limits) for _ in range(2)]
+    wait_until(lambda: (folder / "trials" / "002" / "settings.json").exists(), "the third trial")
+    others[0].send_signal(signal.SIGTERM)
+    assert "interrupted; continue with: python compare_methods.py tune --resume" in others[0].communicate()[0]
+    assert others[0].returncode == 130
+    out, _ = others[1].communicate()
+    assert others[1].returncode == 0, out
+    assert [trial["state"] for trial in trials_of(folder)] == ["complete"] * 5
+    assert [len(trial["history"]) for trial in trials_of(folder)] == [2] * 5
+    assert (folder / "tune.html").exists()
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_search_ends_in_its_minutes(flags: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    assert main(["tune", *flags, "--minutes", "0.02", "--jobs", "2", "--output_dir", str(folder)]) == 0
+    summary = read_json(folder / "tune.json")
+    assert summary["trials"]["complete"] >= 1
+    assert summary["winner"]["seeds"]  # at least one, however short the time
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("", "tune: needs --minutes X or --trials N"),
+        ("--minutes 0", "--minutes 0.0: must be above 0"),
+        ("--minutes nan", "--minutes nan: must be above 0"),
+        ("--trials 0", "--trials 0: must be at least 1"),
+        ("--trials 1 --jobs 0", "--jobs 0: must be at least 1"),
+        ("--trials 1 --seeds 0", "--seeds 0: must be at least 1"),
+        ("--trials x", "--trials x: must be a whole number"),
+        ("--trials 1 --sampler grid", "--sampler grid: must be one of tpe, random"),
+        ("--trials 1 --search no.toml", "--search no.toml: no such file"),
+        ("--trials 1 --lora_rank 8", "unrecognized arguments: --lora_rank 8"),
+        ("--trials 1 --kfold 5", "--kfold 5: a search has no cross-validation"),
+        ("--trials 1 --devices 2", "--devices, --num_nodes: a trial is one process"),
+        ("--trials 1 --monitor micro_f1", "--monitor micro_f1: for a single-label task it must be one of accuracy"),
+        ("--trials 1 --limit_validation 49", "tune: validation has 49 texts, and a search needs 50"),
+        ("--trials 1 --data_dir nowhere", "--data_dir nowhere: no such file or folder"),
+        ("--resume", "there is no search in it"),
+        ("--trials 1 --output_dir FILE", "cannot be written"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    words = more.replace("FILE", str(tmp_path / "file" / "below")).split()
+    assert main(["tune", *flags, "--output_dir", str(tmp_path / "search"), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert [line for line in error.splitlines() if line.startswith("error: ")] == error.splitlines()[-1:]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_folder_and_optuna_are_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", "--trials", "1"]) == 2
+    assert "tune: needs --output_dir DIR" in capsys.readouterr().err
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert main(["tune", "--trials", "1", "--output_dir", "x"]) == 2
+    assert "tune: needs Optuna: pip install -r requirements-tune.txt" in capsys.readouterr().err
+
+
+def test_the_declared_space_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--space"]) == 0
+    assert "| learning_rate | 0.2 to 5, log-uniform times the default |" in capsys.readouterr().out
+
+
+def test_only_lengths_that_cut_texts_are_searched() -> None:
+    import numpy as np
+
+    assert useful_lengths(np.full(100, 20), 256) == (256,)
+    assert useful_lengths(np.arange(1, 401), 256) == (224, 256, 320, 384)

@@ -1,0 +1,91 @@
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.errors import UserError
+from finetuning.tuning import plan as module
+from finetuning.tuning.plan import SEARCH, SUMMARY, WINNER, Asked, Budget, Plan, begin, check_new, check_same, resume
+from finetuning.tuning.space import Facts
+
+FACTS = Facts(6, 32, (256,), 6, False)
+
+
+def asked(search: Path | None = None, sampler: str = "tpe", **given: Any) -> Asked:
+    return Asked(given, sampler, True, None, search)
+
+
+def started(folder: Path, minutes: float | None = 10.0, trials: int | None = None, **given: Any) -> None:
+    begin(folder, asked(**given), FACTS, Budget(time.time(), 0.0, minutes, trials, 3))
+
+
+def test_a_search_is_read_as_it_was_asked_for(tmp_path: Path) -> None:
+    started(tmp_path, dataset="text", data_dir=tmp_path, monitor="loss", seed=3)
+    plan = Plan.read(tmp_path)
+    assert plan.given == {"dataset": "text", "data_dir": tmp_path, "monitor": "loss", "seed": 3}
+    assert (plan.monitor, plan.minimize, plan.seed, plan.sampler, plan.prune) == ("loss", True, 3, "tpe", True)
+    assert plan.space.defaults == {"epochs": 6, "batch_size": 32}
+    check_same(tmp_path, asked(dataset="text", data_dir=tmp_path, monitor="loss", seed=3))
+
+
+def test_another_search_is_refused(tmp_path: Path) -> None:
+    folder, file = tmp_path / "search", tmp_path / "space.toml"
+    file.write_text("dropout = [0, 0.1]")
+    started(folder, method="lora")
+    before = (folder / SEARCH).read_bytes()
+    for other, what in (
+        (asked(method="full"), "--method lora, not full"),
+        (asked(), "--method lora, not None"),
+        (asked(method="lora", seed=1), "--seed None, not 1"),
+        (asked(method="lora", sampler="random"), "--sampler tpe, not random"),
+        (asked(method="lora", search=file), "another file"),
+    ):
+        with pytest.raises(UserError, match=f"--output_dir {folder}: holds another search .{what}"):
+            check_same(folder, other)
+    with pytest.raises(UserError, match="holds another search"):
+        started(folder, method="full")
+    assert (folder / SEARCH).read_bytes() == before
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    check_new(tmp_path / "new")
+    check_new(tmp_path)
+    (tmp_path / "result.json").touch()
+    with pytest.raises(UserError, match=r"contains result.json, but no search: give a new directory"):
+        check_new(tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / SEARCH).write_text("{")
+    with pytest.raises(UserError, match=r"search.json cannot be read"):
+        Plan.read(tmp_path / "new")
+
+
+def test_time_runs_on_and_stands_still_while_nobody_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started(tmp_path, minutes=10)
+    now = time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + 120)
+    assert Budget.read(tmp_path).left == pytest.approx(480, abs=5)
+    resume(tmp_path, None, None, active=True)
+    assert Budget.read(tmp_path).left == pytest.approx(480, abs=5)
+    resume(tmp_path, None, None, active=False)  # the last sign of life is from the start
+    assert Budget.read(tmp_path).left == pytest.approx(600, abs=5)
+
+
+def test_minutes_and_trials_are_added_and_the_winner_is_chosen_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(tmp_path, minutes=10, trials=5)
+    for name in (WINNER, SUMMARY):
+        (tmp_path / name).write_text(json.dumps({}))
+    resume(tmp_path, None, None, active=False)
+    assert (tmp_path / SUMMARY).exists()
+    resume(tmp_path, 5, 3, active=False)
+    budget = Budget.read(tmp_path)
+    assert (budget.minutes, budget.trials) == (pytest.approx(15, abs=0.1), 8)
+    assert not (tmp_path / WINNER).exists()
+    assert not (tmp_path / SUMMARY).exists()
+    now = time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + 3600)  # beyond its minutes
+    resume(tmp_path, 5, None, active=True)
+    assert Budget.read(tmp_path).left == pytest.approx(300, abs=5)

@@ -1,0 +1,153 @@
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.tuning.space import DECLARED, PLACEMENTS, Facts, Parameter, Space, make_space, space_table
+
+FACTS = Facts(epochs=6, batch_size=32, lengths=(64, 128, 256), layers=6, multi_label=False)
+
+
+def space_of(facts: Facts = FACTS, search: Path | None = None, **given: Any) -> Space:
+    return make_space(given, facts, search)
+
+
+def names(space: Space) -> set[str]:
+    return {row.name for row in space.parameters}
+
+
+def values(space: Space, name: str) -> tuple[Any, ...]:
+    return next(row.ends for row in space.parameters if row.name == name)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "space.toml"
+    path.write_text(text, encoding="utf8")
+    return path
+
+
+def random_value(row: Parameter) -> Any:
+    if row.values:
+        return random.choice(row.values)
+    assert row.low is not None
+    assert row.high is not None
+    return random.randint(int(row.low), int(row.high)) if row.whole else random.uniform(row.low, row.high)
+
+
+def test_every_point_of_the_declared_space_is_a_run() -> None:
+    space = space_of()
+    assert names(space) == {row.name for row in DECLARED}
+    random.seed(0)
+    for _ in range(50):
+        point = space.drawn(random_value)
+        assert ("lora_r" in point) == ("placement" in point) == (point["method"] == "lora")
+        assert ("trainable_layers" in point) == (point["method"] == "selective")
+        config = RunConfig.from_settings(**space.settings(point))
+        assert config.method.method == point["method"]
+        assert 3 <= config.training.epochs <= 12
+        assert config.training.batch_size in (16, 32, 64)
+
+
+def test_a_rate_is_a_multiple_of_the_default_of_method_and_optimizer() -> None:
+    for given, method, default in (({}, "lora", 1e-3), ({}, "full", 1e-4), ({"optimizer": "sgd"}, "full", 0.1)):
+        space = space_of(**given)
+        point = space.drawn(lambda row: method if row.name == "method" else row.ends[0])  # noqa: B023
+        assert space.settings(point)["learning_rate"] == pytest.approx(0.2 * default)
+
+
+def test_the_default_point_is_the_default_run() -> None:
+    space = space_of()
+    point = space.default_point()
+    assert point["placement"] == "query_value"
+    assert point["learning_rate"] == point["epochs"] == point["batch_size"] == 1.0
+    made, usual = (RunConfig.from_settings(**s).to_dict() for s in (space.settings(point), {}))
+    decided = {"epochs": 6, "batch_size": 32}
+    assert made == usual | decided
+    assert "placement" not in space_of(lora_mlp=True).default_point()
+
+
+@pytest.mark.parametrize(
+    ("given", "absent"),
+    [
+        ({"method": "full"}, {"method", "placement", "lora_r", "lora_variant", "trainable_layers"}),
+        ({"method": "lora", "lora_r": 4}, {"method", "lora_r", "trainable_layers"}),
+        ({"lora_r": 4}, {"method", "lora_r", "trainable_layers"}),
+        ({"lora_mlp": True}, {"method", "placement", "trainable_layers"}),
+        ({"learning_rate": 1e-3, "epochs": 3}, {"learning_rate", "epochs"}),
+    ],
+)
+def test_given_flags_stay_fixed(given: dict[str, Any], absent: set[str]) -> None:
+    space = space_of(**given)
+    assert {row.name for row in DECLARED} - names(space) == absent
+    assert not space.settings(space.drawn(random_value)).keys() & given.keys()
+
+
+def test_declared_values_that_the_given_flags_exclude_are_left_out() -> None:
+    assert values(space_of(precision="int8"), "method") == ("lora", "selective", "head")
+    longer = Facts(5, 16, (128, 256, 512), 6, False)
+    assert values(space_of(longer, batch_tokens=256), "max_length") == (128, 256)
+
+
+def test_texts_and_model_fit_the_space() -> None:
+    small = Facts(epochs=5, batch_size=16, lengths=(256,), layers=1, multi_label=True)
+    assert {row.name for row in DECLARED} - names(space_of(small)) == {
+        "max_length", "label_smoothing", "trainable_layers",
+    }  # fmt: skip
+    assert values(space_of(Facts(5, 16, (256,), 3, False)), "trainable_layers") == (1, 2)
+
+
+def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
+    text = 'method = ["lora"]\nlearning_rate = { low = 1e-4, high = 1e-2, log = true }\ndropout = false\n'
+    text += 'lora_dropout = { values = [0.0, 0.1], if = { placement = ["all", "attention"] } }\n'
+    space = space_of(search=written(tmp_path, text))
+    assert names(space) >= {"method", "lora_r", "lora_dropout"}
+    assert not names(space) & {"dropout", "trainable_layers"}
+    point = space.drawn(lambda row: row.ends[-1])
+    assert point["placement"] == "all"
+    assert space.settings(point)["learning_rate"] == 1e-2
+    assert space.settings(point)["lora_dropout"] == 0.1
+    assert "lora_dropout" not in space.drawn(lambda row: row.ends[0])
+    only = space_of(search=written(tmp_path, "replace = true\nepochs = { low = 2, high = 6 }\n"))
+    assert names(only) == {"epochs"}
+    assert only.parameters[0].whole
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "message"),
+    [
+        ("method = [", {}, "space.toml: cannot be read: "),
+        ("replace = 1", {}, "replace: must be true or false"),
+        ("learning_rat = [1]", {}, "learning_rat: cannot be searched"),
+        ("data_seed = [1, 2]", {}, "data_seed: cannot be searched"),
+        ("dropout = 3", {}, "dropout: is neither a list nor a table: allowed are"),
+        ("dropout = { lo = 1 }", {}, "dropout: has unknown keys lo: allowed are"),
+        ("dropout = { low = 0.1 }", {}, "dropout: needs a list of values, or low and high"),
+        ("dropout = []", {}, "dropout: needs a list of values, or low and high"),
+        ("dropout = { low = 0.3, high = 0.1 }", {}, "low must be below high"),
+        ("dropout = { low = 0, high = 0.1, log = true }", {}, "above 0 with log"),
+        ("lora_r = [2.5]", {}, "lora_r: 2.5: must be whole numbers"),
+        ("lora_r = [true]", {}, "lora_r: True: must be whole numbers"),
+        ('placement = ["some"]', {}, "placement: some: must be query_value, attention, all"),
+        ("dropout = [0.1, 2.0]", {}, "--search: dropout: --dropout 2.0: must be"),
+        ('method = ["lora"]', {"method": "full"}, "--method full: --search .*space.toml allows lora"),
+        ('lora_r = { values = [1, 2], if = { method = "full" } }', {}, "--search: lora_r: --lora_r 1: needs --method lora"),
+        ('epochs = { values = [1, 2], if = { method = "lora" } }', {"method": "full"}, "impossible condition: method is lora"),
+        ('epochs = { values = [1, 2], if = { metod = "lora" } }', {}, "impossible condition: metod is lora never occurs"),
+        ("replace = true", {}, "the space is empty"),
+        ("replace = true\ndropout = [0.1]", {}, "the space is empty"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_refused(tmp_path: Path, text: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        space_of(search=written(tmp_path, text), **given)
+
+
+def test_a_space_is_stored_and_shown() -> None:
+    space = space_of(method="lora")
+    assert Space.from_dict(space.to_dict(), space.given) == space
+    assert set(space_table().column("parameter")) == {row.name for row in DECLARED}
+    assert all(space_table().column("values"))
+    assert set(PLACEMENTS) == {"query_value", "attention", "all"}
