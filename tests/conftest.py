@@ -184,6 +184,16 @@ def ready(cluster: Cluster, tmp_path: Path) -> Cluster:
     return Cluster(cluster.environment | variables, cluster.submit_folder)
 
 
+@pytest.fixture
+def jobs_folder(ready: Cluster) -> Path:
+    """The folder from which jobs are submitted, with what a job finds in the project's."""
+    for name in ("compare_methods.py", "run_DistilBert_gpu.SBATCH"):
+        path = ready.submit_folder / name
+        if not path.exists():  # the cluster and its folder are those of the session
+            path.symlink_to(ROOT / name)
+    return ready.submit_folder
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """A single thread for torch, as processes with ``OMP_NUM_THREADS=1`` have it."""

@@ -44,7 +44,7 @@ def test_root_modules_import_downward(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["", "data", "models", "training", "runs", "comparison", "export", "prediction", "report"]
+    "package", ["", "data", "models", "training", "runs", "comparison", "export", "prediction", "report", "tuning"]
 )
 def test_the_package_never_imports_what_is_above_it(package: str) -> None:
     files = sorted((ROOT / "finetuning" / package).glob("*.py"))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from finetune_lora import DESCRIPTION
-from finetuning.comparison.command import make_parser as make_study_parser
 from finetuning.comparison.plan import read_plan
 from finetuning.export.command import make_parser as make_export_parser
 from finetuning.flags import from_flags, make_parser
 from finetuning.prediction.command import make_parser as make_predict_parser
+from finetuning.tuning.command import make_parser as make_study_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
@@ -53,6 +53,8 @@ def test_every_command_parses(command: str) -> None:
         assert (ROOT / words[script]).is_file()
         if words[script] == "studies/run_study_array.SBATCH":
             check_study_command(["run", *words[script + 1 :]])
+        elif words[script] == "studies/run_tune_array.SBATCH":
+            check_study_command(["tune", *words[script + 1 :]])
         else:
             from_flags([word.replace("%a", "0") for word in words[script + 1 :]])
     elif words[:2] == ["python", "predict.py"]:
@@ -81,7 +83,7 @@ def study_help() -> str:
 
 def check_study_command(words: list[str]) -> None:
     options = make_study_parser().parse_args(words)
-    if words[0] != "report":
+    if words[0] not in ("report", "tune"):
         assert read_plan(ROOT / options.study).runs
 
 

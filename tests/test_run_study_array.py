@@ -41,14 +41,6 @@ def table(results: Path) -> dict[str, Any]:
     return records
 
 
-@pytest.fixture
-def jobs_folder(ready: Cluster) -> Path:
-    """The folder from which jobs are submitted, with what a job finds in the project's."""
-    for name in ("compare_methods.py", "run_DistilBert_gpu.SBATCH"):
-        (ready.submit_folder / name).symlink_to(ROOT / name)
-    return ready.submit_folder
-
-
 def test_an_array_with_a_killed_task_gives_the_table_of_a_local_run(
     ready: Cluster, jobs_folder: Path, tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -160,12 +160,10 @@ def test_bad_input_is_refused_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_folder_and_optuna_are_needed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_folder_and_optuna_are_needed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--trials", "1"]) == 2
     assert "tune: needs --output_dir DIR" in capsys.readouterr().err
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda _: None)
     assert main(["tune", "--trials", "1", "--output_dir", "x"]) == 2
     assert "tune: needs Optuna: pip install -r requirements-tune.txt" in capsys.readouterr().err
 

@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS, pages: Sequ
     return studies.main(argv, results, pages, add_tune)
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    return studies.make_parser(add_more=add_tune)
+
+
 def add_tune(add: Add) -> None:
     """Adds the subcommand."""
     parser = add("tune", tune_command, TEXT)

@@ -251,7 +251,11 @@ class Search:
             if not self.stop.received:
                 self.stop.receive(signal.SIGTERM)
         elif job.number is not None:
-            error = read_result(job.place.directory).get("error") if found == "failed" else f"exit status {status}: {last_line(job.place.log)}"
+            error = (
+                read_result(job.place.directory).get("error")
+                if found == "failed"
+                else f"exit status {status}: {last_line(job.place.log)}"
+            )
             self._end(job.number, FAILED, history=self.trials.history(job.number), seconds=seconds, error=error)
 
     def _end_finished(self, number: int, seconds: float) -> None:

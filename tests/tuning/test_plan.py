@@ -82,7 +82,8 @@ def test_minutes_and_trials_are_added_and_the_winner_is_chosen_again(
     assert (tmp_path / SUMMARY).exists()
     resume(tmp_path, 5, 3, active=False)
     budget = Budget.read(tmp_path)
-    assert (budget.minutes, budget.trials) == (pytest.approx(15, abs=0.1), 8)
+    assert budget.minutes == pytest.approx(15, abs=0.1)
+    assert budget.trials == 8
     assert not (tmp_path / WINNER).exists()
     assert not (tmp_path / SUMMARY).exists()
     now = time.time()

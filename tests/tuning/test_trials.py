@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,12 @@ from finetuning.tuning import trials as module
 from finetuning.tuning.trials import COMPLETE, FAILED, LEASE_SECONDS, PRUNED, Trial, Trials, best_of
 from tests.conftest import ROOT
 
+PYTHON = (sys.executable, "-c")
 WORKER = """
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from finetuning.tuning.trials import Trials
 
 trials = Trials(Path(sys.argv[1]), "accuracy")
@@ -30,6 +33,7 @@ HOLDER = """
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from finetuning.tuning.trials import Trials
 
 with ExitStack() as claim:
@@ -46,7 +50,10 @@ def test_a_trial_goes_from_claim_to_end(tmp_path: Path) -> None:
         assert trials.running() == 1
         assert trials.read(0) == Trial(0)
         trials.begin(0, {"dropout": 0.1}, {"dropout": 0.1})
-        rows = [{"step": 1, "epoch": 1, "validation_accuracy": 0.5}, {"step": 2, "epoch": 2, "validation_accuracy": "nan"}]
+        rows: list[dict[str, Any]] = [
+            {"step": 1, "epoch": 1, "validation_accuracy": 0.5},
+            {"step": 2, "epoch": 2, "validation_accuracy": "nan"},
+        ]
         write_metrics(trials.place(0).directory, rows)
         assert trials.read(0).history == {1: 0.5}
         (trials.place(0).directory / "last.ckpt").touch()
@@ -59,9 +66,9 @@ def test_a_trial_goes_from_claim_to_end(tmp_path: Path) -> None:
 
 def test_workers_share_the_numbers(tmp_path: Path) -> None:
     workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*PYTHON, WORKER, str(tmp_path), str(i)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for i in range(4)
-    ]  # fmt: skip
+    ]
     taken = [int(word) for worker in workers for word in worker.communicate()[0].split()]
     assert sorted(taken) == list(range(80))
     assert [trial.state for trial in Trials(tmp_path, "accuracy").all()] == [COMPLETE] * 80
@@ -69,9 +76,8 @@ def test_workers_share_the_numbers(tmp_path: Path) -> None:
 
 def test_the_trial_of_a_killed_worker_is_taken_over_once(tmp_path: Path) -> None:
     trials = Trials(tmp_path, "accuracy")
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
+    piped: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    other = subprocess.Popen([*PYTHON, HOLDER, str(tmp_path)], cwd=ROOT, **piped)
     assert other.stdout is not None
     assert other.stdout.readline() == "0\n"
     with ExitStack() as first, ExitStack() as second:

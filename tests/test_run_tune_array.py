@@ -1,0 +1,49 @@
+"""A search as a job array on a real cluster of one node: workers that join, one of them preempted and requeued."""
+
+import re
+import time
+from pathlib import Path
+
+from benchmarks.slurm_cluster import Cluster, wait_until
+from finetuning.storage import read_json
+from tests.conftest import write_reviews
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "studies" / "run_tune_array.SBATCH"
+TRIED = 4
+
+
+def test_an_array_of_workers_shares_a_search_and_survives_a_preemption(
+    ready: Cluster, jobs_folder: Path, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for i, (name, count) in enumerate({"train": 60, "validation": 50, "test": 40}.items()):
+        write_reviews(tmp_path / f"{name}.csv", count, seed=i)
+    line = "--dataset text --accelerator cpu --precision fp32 --max_length 32 --batch_size 8 --epochs 4 --prune False"
+    flags = [*line.split(), "--data_dir", str(tmp_path), "--model_name", str(tiny_folders["distilbert"])]
+    flags += ["--trials", str(TRIED), "--seeds", "2", "--output_dir", "search"]
+    array = ready.submit("--array=0-1", str(SCRIPT), *flags).stdout.strip()
+    folder = jobs_folder / "search"
+    wait_until(lambda: (folder / "trials" / "001" / "metrics.csv").exists(), "a trial of each worker")
+
+    (task,) = re.findall(r"JobId=(\d+) ArrayJobId=\d+ ArrayTaskId=0 ", ready.job(array))
+    ready.command("scontrol", "requeue", task)  # kills it first, as a preemption does
+    wait_until(lambda: "JobState=PENDING" in ready.job(task), "the requeued worker")
+    time.sleep(2)  # a job that starts in the second in which it ended is refused: "Job credential revoked"
+    ready.command("scontrol", "update", f"JobId={task}", "StartTime=now")  # it would wait for two minutes
+    wait_until(lambda: (folder / "tune.json").exists(), f"the end of the search: {ready.log()}")
+    wait_until(lambda: not re.search("JobState=(RUNNING|PENDING)", ready.job(array)), "the end of the jobs")
+    assert "Restarts=1" in ready.job(task)
+
+    ends = [read_json(path) for path in sorted(folder.glob("trials/*/end.json"))]
+    assert [end["state"] for end in ends] == ["complete"] * TRIED
+    assert [len(end["history"]) for end in ends] == [4] * TRIED
+    assert read_json(folder / "tune.json")["winner"]["seeds"] == [1, 2]
+    assert len(list(folder.glob("last/*/result.json"))) == 2
+    assert (folder / "best" / "result.json").exists()
+    assert ready.log().count("best run    search/best") == 2  # each worker says how it ended
+
+
+def test_the_script_starts_the_search_through_the_script_of_single_runs() -> None:
+    code = [line for line in SCRIPT.read_text(encoding="utf8").splitlines() if not line.startswith("#")]
+    assert "source ./run_DistilBert_gpu.SBATCH" in code
+    assert not [line for line in code if "activate" in line or "srun" in line]
