@@ -1,0 +1,250 @@
+"""What a search gains, and what it survives: ``python -m benchmarks.tune --data_dir PATH``, hours of work.
+
+* ``gain``: test score of the winner minus the default's, two searches for each of six data sets.
+* ``samplers``: best validation score after each third of the time, by random search, TPE, and TPE with pruning.
+* ``speed``: trials an hour of a search with two jobs, and of the same trials one after another, a process each.
+* ``kills``: eight workers on one folder, killed at random: is a trial lost or done twice, or a file torn?
+
+All searches are kept in ``runs/tune``, so that the same command goes on after an interruption.
+"""
+
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.special import stdtrit
+
+from benchmarks import harness
+from benchmarks.harness import Record
+from compare_methods import ROOT
+from finetuning.errors import UserError
+from finetuning.pages import Table
+from finetuning.runs.files import read_result
+from finetuning.storage import read_json, write_json
+from finetuning.tuning.plan import SEARCH, SUMMARY, TRIALS
+from finetuning.tuning.trials import COMPLETE, Trial, Trials
+
+FOLDER, OUTPUT = ROOT / "runs" / "tune", harness.RESULTS / "tune.json"
+PARTS = ("gain", "samplers", "speed", "kills")
+SETS = {
+    "trec6": "--dataset text", "emotion": "--dataset text", "customer_reviews": "--dataset text",
+    "financial_phrasebank": "--dataset financial_phrasebank", "twitter_financial_news": "--dataset text",
+    "banking77": "--dataset text",
+}  # fmt: skip
+SAMPLED = ("trec6", "twitter_financial_news")
+SEEDS = (0, 1)
+KINDS = {
+    "random": "--sampler random --prune False", "TPE": "--prune False", "TPE with pruning": "",
+}  # fmt: skip
+SHORT = "--limit_train 400 --epochs 2 --prune False"  # trials of ``speed`` and ``kills``
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the flags ask for."""
+
+    data_dir: Path
+    minutes: float
+    jobs: int
+    texts: int  # most training texts
+    quick: bool
+
+    def words(self, name: str, seed: int, more: str) -> list[str]:
+        """The flags of a search on a data set."""
+        line = f"{SETS[name]} --model_name packaged --limit_train {self.texts} --seed {seed} {more}"
+        return [*line.split(), "--data_dir", str(self.data_dir / name)]
+
+
+def searched(folder: Path, words: Sequence[str]) -> Path:
+    """The folder of a finished search, which is begun, continued, or only looked up."""
+    if not (folder / SUMMARY).exists():
+        flags = ["--resume"] if (folder / SEARCH).exists() else words
+        _, failed = harness.in_process(["compare_methods.py", "tune", *flags, "--output_dir", str(folder)], show=True)
+        if failed:
+            raise UserError(f"{folder}: the search has failed: {failed}")
+    return folder
+
+
+def timed_search(asked: Conditions, name: str, kind: str, seed: int) -> Path:
+    """A search in the asked minutes."""
+    more = f"{KINDS[kind]} --minutes {asked.minutes} --jobs {asked.jobs}"
+    return searched(FOLDER / f"{name}-{kind.replace(' ', '_')}-{seed}", asked.words(name, seed, more))
+
+
+def ended_trials(folder: Path) -> list[Trial]:
+    """The trials of a search."""
+    return Trials(folder / TRIALS, read_json(folder / SUMMARY)["monitor"]).all()
+
+
+def gain(asked: Conditions) -> list[Record]:
+    """Winner and default of each search."""
+    sets, seeds = (list(SETS)[:1], SEEDS[:1]) if asked.quick else (list(SETS), SEEDS)
+    found = []
+    for name in sets:
+        for seed in seeds:
+            summary = read_json(timed_search(asked, name, "TPE with pruning", seed) / SUMMARY)
+            found.append({"set": name, "seed": seed, **{key: summary[key] for key in ("trials", "minutes", "gain")}})
+    return found
+
+
+def gain_table(records: Sequence[Record]) -> str:
+    """A row for each data set, and the mean of all with its interval over data sets."""
+    sets = list(dict.fromkeys(record["set"] for record in records))
+    means = {name: statistics.fmean(r["gain"]["mean"] for r in records if r["set"] == name) for name in sets}
+    rows = []
+    for record in records:
+        low, high = (100 * end for end in record["gain"]["ci95"])
+        cells = (record["set"], str(record["seed"]), str(sum(record["trials"].values())), f"{record['minutes']:.1f}")
+        rows.append((*cells, f"{100 * record['gain']['mean']:+.2f} ({low:+.2f} to {high:+.2f})"))
+    if len(sets) > 1:
+        values = [100 * value for value in means.values()]
+        half = float(stdtrit(len(sets) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(sets))
+        mean = statistics.fmean(values)
+        rows.append(("mean of sets", "", "", "", f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"))
+    return Table(("data", "seed", "trials", "minutes", "test score minus default's, points"), rows).markdown()
+
+
+def samplers(asked: Conditions) -> list[Record]:
+    """The best validation score after each third of the time."""
+    sets, seeds = (SAMPLED[:1], SEEDS[:1]) if asked.quick else (SAMPLED, SEEDS)
+    found = []
+    for name in sets:
+        for kind in KINDS:
+            for seed in seeds:
+                trials = ended_trials(timed_search(asked, name, kind, seed))
+                best = {}
+                for third in (1, 2, 3):
+                    until = third * asked.minutes / 3
+                    values = [t.value or 0.0 for t in trials if t.state == COMPLETE and t.minutes <= until]
+                    best[f"{until:g}"] = max(values, default=None)
+                found.append({"set": name, "kind": kind, "seed": seed, "trials": len(trials), "best": best})
+    return found
+
+
+def samplers_table(records: Sequence[Record]) -> str:
+    """A row for each data set and kind, the mean over seeds."""
+    times, rows = list(records[0]["best"]), []
+    for name, kind in dict.fromkeys((record["set"], record["kind"]) for record in records):
+        own = [record for record in records if (record["set"], record["kind"]) == (name, kind)]
+        scores = [[r["best"][at] for r in own if r["best"][at] is not None] for at in times]
+        cells = [f"{100 * statistics.fmean(values):.2f}" if len(values) == len(own) else "" for values in scores]
+        rows.append((name, kind, str(statistics.fmean(record["trials"] for record in own)), *cells))
+    return Table(("data", "search", "trials", *(f"best after {at} min, %" for at in times)), rows).markdown()
+
+
+def speed(asked: Conditions) -> list[Record]:
+    """Seconds of all trials of a search with two jobs, and of the same commands one after another."""
+    count = 4 if asked.quick else 20
+    words = asked.words("trec6", 0, f"{SHORT} --sampler random --trials {count} --seeds 1 --jobs 2")
+    folder = searched(FOLDER / "speed", [word for word in words if word != "--test"])
+    together = 60 * max(trial.minutes for trial in ended_trials(folder))
+    alone = 0.0
+    for path in sorted((folder / TRIALS).glob("*/result.json")):
+        command = shlex.split(read_result(path.parent)["command"])
+        flags = command[next(i for i, word in enumerate(command) if word.startswith("--")) :]
+        flags[flags.index("--output_dir") + 1] = str(FOLDER / "alone")
+        began = time.monotonic()
+        harness.in_process(["finetune_lora.py", *flags, "--overwrite"])
+        alone += time.monotonic() - began
+    return [{"trials": count, "seconds_with_two_jobs": together, "seconds_one_by_one": alone}]
+
+
+def speed_table(records: Sequence[Record]) -> str:
+    """Trials an hour."""
+    (found,) = records
+    rates = [3600 * found["trials"] / found[key] for key in ("seconds_with_two_jobs", "seconds_one_by_one")]
+    row = (f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[0] / rates[1]:.2f}")
+    return Table(("trials an hour, --jobs 2", "one process a trial", "ratio"), [row]).markdown()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    with suppress(OSError):
+        own = [int(word) for word in children.read_text(encoding="utf8").split()]
+        return [*own, *(other for child in own for other in descendants(child))]
+    return []
+
+
+def kills(asked: Conditions) -> list[Record]:
+    """Kills workers, half of them with their runs, and starts others, until all is done."""
+    count, planned, workers = (6, 3, 2) if asked.quick else (60, 50, 8)
+    folder, done = FOLDER / "kills", 0
+    shutil.rmtree(folder, ignore_errors=True)
+    words = asked.words("trec6", 0, f"{SHORT} --trials {count} --seeds 1")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    dice = random.Random(0)
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "compare_methods.py", "tune", *words, "--output_dir", str(folder)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+
+    running = [start() for _ in range(workers)]
+    while not (folder / SUMMARY).exists():
+        time.sleep(dice.uniform(1, 15))
+        if done < planned:
+            victim = running.pop(dice.randrange(len(running)))
+            for pid in [*(descendants(victim.pid) if dice.random() < 0.5 else []), victim.pid]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            victim.wait()
+            running.append(start())
+            done += 1
+    statuses = [worker.wait() for worker in running]
+    trials = ended_trials(folder)
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text(encoding="utf8"))  # a torn file is an error
+    return [
+        {
+            "workers": workers, "kills": done, "trials": len(trials), "planned": count, "statuses": statuses,
+            "complete": sum(trial.state == COMPLETE and len(trial.history) == 2 for trial in trials),
+        }
+    ]  # fmt: skip
+
+
+def kills_table(records: Sequence[Record]) -> str:
+    """What is left after the kills."""
+    columns = ("workers", "kills", "planned", "trials", "complete")
+    return Table(columns, [tuple(str(record[name]) for name in columns) for record in records]).markdown()
+
+
+def command(argv: Sequence[str] | None) -> int:
+    """Measures the parts and prints their tables. Returns the exit status."""
+    parser = harness.make_parser(
+        "What a search gains, and what it survives.", quick="a minute each, to see that it runs"
+    )
+    parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
+    parser.add_argument("--minutes", type=float, default=15.0, metavar="X", help="of each search (default: 15)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="of each search (default: 1)")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    options = parser.parse_args(argv)
+    harness.require_positive(options, "minutes", "jobs")
+    asked = Conditions(options.data_dir, options.minutes, options.jobs, 400 if options.quick else 2000, options.quick)
+    measured: dict[str, Any] = {"gain": gain, "samplers": samplers, "speed": speed, "kills": kills}
+    tables = {"gain": gain_table, "samplers": samplers_table, "speed": speed_table, "kills": kills_table}
+    output = FOLDER / OUTPUT.name if options.quick else OUTPUT
+    result: Record = read_json(output) if output.exists() else {}
+    for part in options.only:
+        result[part] = measured[part](asked)
+        write_json(output, result | {"minutes": options.minutes, "jobs": options.jobs})
+        print(f"{part}\n\n{tables[part](result[part])}\n", flush=True)
+    return 0
+
+
+main = harness.as_main(command)
+
+if __name__ == "__main__":
+    sys.exit(main())
