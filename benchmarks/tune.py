@@ -62,6 +62,11 @@ class Conditions:
     texts: int  # most training texts
     quick: bool
 
+    @property
+    def folder(self) -> Path:
+        """Where the searches are."""
+        return FOLDER / "quick" if self.quick else FOLDER
+
     def words(self, name: str, seed: int, more: str) -> list[str]:
         """The flags of a search on a data set."""
         line = f"{SETS[name]} --model_name packaged --limit_train {self.texts} --seed {seed} {more}"
@@ -81,7 +86,7 @@ def searched(folder: Path, words: Sequence[str]) -> Path:
 def timed_search(asked: Conditions, name: str, kind: str, seed: int) -> Path:
     """A search in the asked minutes."""
     more = f"{KINDS[kind]} --minutes {asked.minutes} --jobs {asked.jobs}"
-    return searched(FOLDER / f"{name}-{kind.replace(' ', '_')}-{seed}", asked.words(name, seed, more))
+    return searched(asked.folder / f"{name}-{kind.replace(' ', '_')}-{seed}", asked.words(name, seed, more))
 
 
 def ended_trials(folder: Path) -> list[Trial]:
@@ -149,13 +154,13 @@ def speed(asked: Conditions) -> list[Record]:
     """Seconds of all trials of a search with two jobs, and of the same commands one after another."""
     count = 4 if asked.quick else 20
     words = asked.words("trec6", 0, f"{SHORT} --sampler random --trials {count} --seeds 1 --jobs 2")
-    folder = searched(FOLDER / "speed", [word for word in words if word != "--test"])
+    folder = searched(asked.folder / "speed", words)
     together = 60 * max(trial.minutes for trial in ended_trials(folder))
     alone = 0.0
     for path in sorted((folder / TRIALS).glob("*/result.json")):
         command = shlex.split(read_result(path.parent)["command"])
         flags = command[next(i for i, word in enumerate(command) if word.startswith("--")) :]
-        flags[flags.index("--output_dir") + 1] = str(FOLDER / "alone")
+        flags[flags.index("--output_dir") + 1] = str(asked.folder / "alone")
         began = time.monotonic()
         harness.in_process(["finetune_lora.py", *flags, "--overwrite"])
         alone += time.monotonic() - began
@@ -182,7 +187,7 @@ def descendants(pid: int) -> list[int]:
 def kills(asked: Conditions) -> list[Record]:
     """Kills workers, half of them with their runs, and starts others, until all is done."""
     count, planned, workers = (6, 3, 2) if asked.quick else (60, 50, 8)
-    folder, done = FOLDER / "kills", 0
+    folder, done = asked.folder / "kills", 0
     shutil.rmtree(folder, ignore_errors=True)
     words = asked.words("trec6", 0, f"{SHORT} --trials {count} --seeds 1")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -235,7 +240,7 @@ def command(argv: Sequence[str] | None) -> int:
     asked = Conditions(options.data_dir, options.minutes, options.jobs, 400 if options.quick else 2000, options.quick)
     measured: dict[str, Any] = {"gain": gain, "samplers": samplers, "speed": speed, "kills": kills}
     tables = {"gain": gain_table, "samplers": samplers_table, "speed": speed_table, "kills": kills_table}
-    output = FOLDER / OUTPUT.name if options.quick else OUTPUT
+    output = asked.folder / OUTPUT.name if options.quick else OUTPUT
     result: Record = read_json(output) if output.exists() else {}
     for part in options.only:
         result[part] = measured[part](asked)

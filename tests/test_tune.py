@@ -61,7 +61,7 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     words = ["tune", *flags, "--trials", str(TRIED), "--seeds", "2"]
     assert main([*words, "--output_dir", str(first)]) == 0
     out = capsys.readouterr().out
-    assert "4 of 4 done; best " in out
+    assert "; 4 ended of 4" in out
     assert f"best run    {first / 'best'}" in out
 
     summary = read_json(first / "tune.json")

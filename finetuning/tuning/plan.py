@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Plan:
     storage: str | None
     space: Space
 
-    @property
+    @cached_property
     def config(self) -> RunConfig:
         """The suite's default with the given flags."""
         return RunConfig.from_settings(**self.given)
@@ -106,7 +107,8 @@ def check_new(folder: Path) -> None:
     Raises:
         UserError: it is not empty, or cannot be written.
     """
-    found = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    found = [name for name in names if not name.startswith(".") and name != BUDGET]  # another worker may just begin
     if found and not holds_search(folder):
         raise UserError(f"--output_dir {folder}: contains {sorted(found)[0]}, but no search: give a new directory")
     if (obstacle := cannot_be_written_in(folder)) is not None:
@@ -142,8 +144,7 @@ def begin(folder: Path, asked: Asked, facts: Facts, budget: "Budget") -> None:
     stored = asked.to_dict() | {"space": space.to_dict()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            write_new_json(folder / BUDGET, asdict(budget))
+        write_json(folder / BUDGET, asdict(budget))
         with suppress(FileExistsError):
             write_new_json(folder / SEARCH, stored)
     except OSError as error:

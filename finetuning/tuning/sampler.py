@@ -5,6 +5,7 @@ run have their history until now. The sampler's seed comes from the search's see
 alone proposes the same trials each time.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -113,7 +114,9 @@ def make_sampler(kind: str, seed: int, number: int) -> optuna.samplers.BaseSampl
     own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=own)
-    return optuna.samplers.TPESampler(seed=own, n_startup_trials=RANDOM_TRIALS, constant_liar=True)
+    with warnings.catch_warnings():  # Optuna 4 calls the argument experimental that keeps workers from the same points
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=own, n_startup_trials=RANDOM_TRIALS, constant_liar=True)
 
 
 def study_of(

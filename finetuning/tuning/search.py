@@ -93,8 +93,11 @@ class Search:
             The trial that won and the seeds of the last runs, as in ``winner.json``; ``None`` if the command was
             interrupted, or if no trial has finished.
         """
+        budget, ended = self.budget, sum(trial.state is not None for trial in self.trials.all())
+        print(f"search in {self.folder}: {ended} trials ended{limits_text(budget)}", flush=True)
         with self.starter:
-            self._work(self._next_trial, lambda: self.trials.running() > 0)
+            if not (self.folder / WINNER).exists():
+                self._work(self._next_trial, lambda: self.trials.running() > 0)
             if self.stop.received or (winner := self._choose()) is None:
                 return None
             self._work(lambda: self._next_last(winner), lambda: self._others_finish(winner))
@@ -262,7 +265,7 @@ class Search:
         result = read_result(self.trials.place(number).directory)
         self._end(
             number, COMPLETE, value=result["validation"][self.plan.monitor], history=self.trials.history(number),
-            seconds=seconds or result["seconds"],
+            seconds=max(seconds, result["seconds"]),
         )  # fmt: skip
 
     def _end(self, number: int, state: str, **known: Any) -> None:
@@ -323,6 +326,13 @@ def shown_values(trial: Trial, plan: Plan) -> dict[str, str]:
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
 
 
+def limits_text(budget: Budget) -> str:
+    """What limits a search, as the end of a line."""
+    trials = "" if budget.trials is None else f" of {budget.trials}"
+    left = "" if budget.minutes is None else f"; {timedelta(seconds=max(0, round(budget.left)))} left"
+    return trials + left
+
+
 def progress_line(trial: Trial, trials: Trials, plan: Plan, budget: Budget) -> str:
     """How a trial ended, how many have, the best score until now, and the time left."""
     everything = trials.all()
@@ -332,6 +342,4 @@ def progress_line(trial: Trial, trials: Trials, plan: Plan, budget: Budget) -> s
     best = best_of(everything, plan.minimize)
     top = f"; best {best.value:.4f}, trial {best.number}" if best is not None else ""
     done = sum(other.state is not None for other in everything)
-    total = f" of {budget.trials}" if budget.trials is not None else ""
-    left = "" if budget.minutes is None else f"; {timedelta(seconds=max(0, round(budget.left)))} left"
-    return f"trial {trial.number} {trial.state}{reason}{shown}: {values}; {done}{total} done{top}{left}"
+    return f"trial {trial.number} {trial.state}{reason}{shown}: {values}{top}; {done} ended{limits_text(budget)}"
