@@ -146,7 +146,7 @@ def samplers_table(records: Sequence[Record]) -> str:
         own = [record for record in records if (record["set"], record["kind"]) == (name, kind)]
         scores = [[r["best"][at] for r in own if r["best"][at] is not None] for at in times]
         cells = [f"{100 * statistics.fmean(values):.2f}" if len(values) == len(own) else "" for values in scores]
-        rows.append((name, kind, str(statistics.fmean(record["trials"] for record in own)), *cells))
+        rows.append((name, kind, f"{statistics.fmean(record['trials'] for record in own):g}", *cells))
     return Table(("data", "search", "trials", *(f"best after {at} min, %" for at in times)), rows).markdown()
 
 
