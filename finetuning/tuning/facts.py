@@ -37,13 +37,13 @@ def read_facts(config: RunConfig) -> Facts:
     inputs = steps.read_inputs(config, materials)
     train = inputs.texts.splits["train"]
     lengths = inputs.splits["train"].lengths
-    if lengths.max() >= config.data.max_length:  # some are cut
+    if lengths.max() >= config.data.longest:  # some are cut
         longest = int(min(LONGEST, inputs.base.longest_input))
-        data = inputs.config.changed(max_length=longest, batch_tokens=longest).data
+        one = {"windows": 1, "window_overlap": 0, "window_pooling": "mean"}
+        data = inputs.config.changed(max_length=longest, batch_tokens=longest, **one).data
         places = np.random.default_rng(0).permutation(len(train.texts))[:SAMPLE]
         texts, pairs = ([column[i] for i in places] if column else None for column in (train.texts, train.pairs))
-        _, offsets, _ = encode(texts or [], pairs, load_tokenizer(inputs.base), data)
-        lengths = np.diff(offsets)
+        lengths = np.diff(encode(texts or [], pairs, load_tokenizer(inputs.base), data).offsets)
     layers = getattr(inputs.base.config, inputs.base.family.settings.get("layer_count", ""), 0)
     training = inputs.config.training
     return Facts(
