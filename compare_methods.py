@@ -11,8 +11,9 @@ from finetuning.tuning import command
 
 ROOT = Path(__file__).resolve().parent
 README, GUIDE, BEST_PRACTICES = ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "best_practices.md"
+DATA_SETS = ROOT / "docs" / "data_sets.md"
 SPEED, ACCURACY = ROOT / "docs" / "speed.md", ROOT / "docs" / "accuracy.md"
-PAGES = (README, GUIDE, BEST_PRACTICES, SPEED)
+PAGES = (README, GUIDE, BEST_PRACTICES, DATA_SETS, SPEED)
 RESULTS = ROOT / "results"
 
 
