@@ -200,14 +200,15 @@ def frozen_accuracy(run: PlannedRun, data_dir: Path) -> float:
 
 
 @torch.inference_mode()
-def mean_vectors(texts: Sequence[Any], folder: Path, max_length: int) -> Any:
-    """The mean of each text's token vectors, (texts, width)."""
+def mean_vectors(texts: Sequence[str], folder: Path, max_length: int, pairs: Sequence[str] | None = None) -> np.ndarray:
+    """The mean of each text's token vectors, or of each pair's, (texts, width)."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    order = np.argsort([len(str(text)) for text in texts], kind="stable")  # so batches have little padding
+    order = np.argsort([len(text) for text in texts], kind="stable")  # so batches have little padding
     parts = []
     for start in range(0, len(texts), BATCH):
-        chosen = [texts[i] for i in order[start : start + BATCH]]
-        tokens = tokenizer(chosen, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        places = order[start : start + BATCH]
+        columns = [[column[i] for i in places] for column in (texts, pairs) if column is not None]
+        tokens = tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         mask = tokens["attention_mask"].unsqueeze(-1)  # (B, T, 1)
         parts.append((model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1))  # (B, D)
     return torch.cat(parts).numpy()[np.argsort(order)]

@@ -1,0 +1,60 @@
+"""The baselines on the sets of a study, with small real texts."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks import sets_baselines
+from benchmarks.budget import FROZEN
+from finetuning.comparison.baselines import NAME
+from finetuning.comparison.plan import PlannedRun
+
+
+def test_every_set_of_the_study_has_as_many_trials_as_a_method() -> None:
+    runs, trials = sets_baselines.sets_of()
+    assert len(runs) == 14
+    assert trials == 6
+
+
+def test_both_baselines_learn_the_words_and_validation_chooses(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    rows = [
+        (f"a {generator.choice(words)} film about {generator.randrange(99)} dogs {i}", label)
+        for i in range(150)
+        for words, label in ((("superb", "lovely"), "good"), (("dull", "tedious"), "bad"))
+    ]
+    (tmp_path / "films").mkdir()
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path / "films" / "train.csv", index=False)
+    settings = {"dataset": "text", "data_dir": "films", "model_name": "packaged", "max_length": 32}
+    run = PlannedRun("films-a-seed0", "films-a", "final", settings)
+    found = sets_baselines.measure(run, 3, tmp_path)
+    assert [(record["set"], record["baseline"]) for record in found] == [("films", NAME), ("films", FROZEN)]
+    for record in found:
+        assert record["accuracy"] > 0.9
+        assert sets_baselines.LEAST < record["C"] < sets_baselines.MOST
+    assert found == sets_baselines.measure(run, 3, tmp_path)
+
+
+def test_of_equal_scores_the_strongest_regularization_is_chosen() -> None:
+    x, y = np.array([[0.0], [1.0]] * 20), np.array([0, 1] * 20)
+    features, labels = (
+        dict.fromkeys(("train", "validation", "test"), x),
+        dict.fromkeys(("train", "validation", "test"), y),
+    )
+    record = sets_baselines.chosen("a", features, labels, 5)
+    again = sets_baselines.chosen("a", features, labels, 1)
+    assert record["accuracy"] == record["validation"] == 1
+    assert record["C"] <= again["C"]
+
+
+def test_the_table_has_the_mean_over_sets() -> None:
+    records = [
+        {"set": name, "baseline": kind, "accuracy": accuracy}
+        for name, accuracies in (("b", (0.5, 0.75)), ("a", (0.7, 0.85)))
+        for kind, accuracy in zip((NAME, FROZEN), accuracies, strict=True)
+    ]
+    text = sets_baselines.table({"measurements": records, "environment": {}})
+    assert f"| data set | {NAME}, % | {FROZEN}, % |" in text
+    assert "| a | 70.00 | 85.00 |\n| b | 50.00 | 75.00 |\n| mean of 2 sets | 60.00 | 80.00 |" in text
