@@ -12,9 +12,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import finetune_lora
+from finetuning.errors import UserError
 from finetuning.export import fresh_process
 from finetuning.export.command import main
 from finetuning.export.plain import write_model
@@ -188,6 +189,74 @@ def test_a_run_with_windows(tiny_folders: dict[str, Path], tmp_path: Path, pairs
     rounding = 5e-3  # an exported folder is read in the machine's fastest precision
     np.testing.assert_allclose(found, torch.from_numpy(logits).softmax(-1).numpy(), rtol=0, atol=rounding)
     exported(run, tmp_path / "adapter", "--adapter")
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.skipif(not WITH_ONNX, reason="needs onnx")
+@pytest.mark.parametrize(
+    ("model_type", "pairs", "more"),
+    [("distilbert", False, []), ("bert", True, []), ("roberta", False, ["--windows", "3", "--window_pooling", "max"])],
+)
+def test_a_head_on_the_mean_becomes_onnx_alone(
+    tiny_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model_type: str,
+    pairs: bool,
+    more: list[str],
+) -> None:
+    rows = [(" ".join(f"{j % 9} plot" for j in range(i % 15)) + f" {i}", "so", f"class {i % 2}") for i in range(60)]
+    table = pd.DataFrame(rows, columns=["text", "claim", "label"])
+    more = ["--pooling", "mean", *more, *(["--text_pair_column", "claim"] * pairs)]
+    run, out = lora_run(tmp_path, tiny_folders[model_type], table, *more), tmp_path / "out"
+    message = refusal(capsys, run, out)
+    assert (
+        f"{run}: has --pooling mean, which Transformers' class for {model_type} models cannot compute: give" in message
+    )
+    message = refusal(capsys, run, out, "--adapter")
+    assert f"which PEFT cannot compute with this {model_type} model: leave out --adapter" in message
+    content, data = exported(run, out, "--onnx")
+    assert data["library_name"] == "onnx"
+    assert "this folder has no weights for Transformers" in content
+    assert "pipeline(" not in content
+    files = {"README.md", "config.json", "tokenizer.json", "tokenizer_config.json", "onnx"}
+    assert {path.name for path in out.iterdir()} == files
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForSequenceClassification.from_pretrained(out)
+    with pytest.raises(UserError, match="out: has only ONNX, for onnxruntime: give the run's directory"):
+        predict(out, ["a text"])
+    tested, logits = rows_of_test(run)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    columns = [tested["text"].tolist(), *([tested["claim"].tolist()] * pairs)]
+    encoded = tokenizer(*columns, truncation=True)
+    second = [ids.index(tokenizer.sep_token_id) + 1 for ids in encoded["input_ids"]] if pairs else None
+    ids = [np.array(ids) for ids in encoded["input_ids"]]
+    found = fresh_process.onnx_logits(
+        out / "onnx" / "model.onnx", ids, tokenizer.pad_token_id, None if second is None else np.array(second)
+    )
+    if "--windows" in more:
+        assert "took the max of their logits. The code above reads only one of 12 tokens." in content
+        assert "finetune-predict reads texts with the run's directory as the run did" in content
+        short = np.array([len(one) < 12 for one in ids])
+        assert 0 < short.sum() < len(short)
+        found, logits = found[short], logits[short]
+    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_class_that_reads_the_mean_itself_is_exported_as_usual(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.DataFrame([(f"film number {i}", f"class {i % 2}") for i in range(60)], columns=["text", "label"])
+    tiny_model("modernbert").save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", decoder=False)
+    run = lora_run(tmp_path, tmp_path / "base", table, "--pooling", "mean")
+    exported(run, tmp_path / "out")
+    assert read_json(tmp_path / "out" / "config.json")["classifier_pooling"] == "mean"
+    tested, logits = rows_of_test(run)
+    _, found = in_pipeline(tmp_path / "out", tested["text"].tolist())
+    np.testing.assert_allclose(found, torch.from_numpy(logits).softmax(-1).numpy(), rtol=0, atol=1e-4)
+    assert "which PEFT cannot compute" in refusal(capsys, run, tmp_path / "adapter", "--adapter")
 
 
 @pytest.mark.usefixtures("in_this_process")

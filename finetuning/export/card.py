@@ -16,6 +16,7 @@ from finetuning.export.proof import run_alone
 from finetuning.html import render
 from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import reliability
+from finetuning.runs.files import ADAPTER_CONFIG
 from finetuning.runs.finished import FinishedRun
 from finetuning.runs.score_tables import class_table, percent, score_table
 from finetuning.settings import MINILM_FORMS, PACKAGED_BASE, LoRASettings, MethodSettings
@@ -81,7 +82,7 @@ def write_card(
         base_licence=base_licence or "not known here",
         data_licence=data_licence,
         sentences=sentences,
-        **_reading(run),
+        **_reading(run, folder),
         **_training(run),
         **_scores(run, answers),
         **_sizes(folder, run),
@@ -89,16 +90,24 @@ def write_card(
     write_text(folder / CARD, text)
 
 
-def _reading(run: FinishedRun) -> dict[str, Any]:
+def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
     """Which labels there are, and how texts must be given to get them."""
     data = run.config.data
     breaks = DATASETS[data.dataset].line_breaks
     notes = [f"Before training, `{breaks}` in a text was replaced by a space: do the same."] if breaks else []
     if data.windows > 1:
+        plain = _library(folder) == "transformers"
+        way = "this folder" if plain else "texts with the run's directory"
         notes.append(
             f"The run read such a text as up to {data.windows} windows and took the {data.window_pooling} of their"
-            f" logits. A pipeline reads only one of {data.max_length} tokens. finetune-predict reads this folder as the"
-            f" run did."
+            f" logits. {'A pipeline' if plain else 'The code above'} reads only one of"
+            f" {data.max_length} tokens. finetune-predict reads {way} as the run did."
+        )
+    if _library(folder) == "onnx":
+        notes.append(
+            f"The model's head reads the mean of a text's tokens, which Transformers' class for this type does not"
+            f" compute. So this folder has no weights for Transformers. The columns of `logits` are the labels in the"
+            f" order above; {'a sigmoid' if run.multi_label else 'softmax'} makes probabilities of them."
         )
     return {
         "labels": ", ".join(f"`{name}`" for name in run.label_names),
@@ -158,7 +167,6 @@ def _sizes(folder: Path, run: FinishedRun) -> dict[str, Any]:
 
 def _metadata(folder: Path, run: FinishedRun, base: str | None, licence: str | None, data_id: str | None) -> str:
     """The hub's metadata as YAML."""
-    adapter = (folder / "adapter_config.json").exists()
     source, split = run.result["data"].get("source", run.config.data.dataset), run.reported_split
     results = [
         EvalResult(
@@ -169,10 +177,17 @@ def _metadata(folder: Path, run: FinishedRun, base: str | None, licence: str | N
     ]  # fmt: skip
     card = ModelCardData(
         base_model=base, datasets=[data_id] if data_id else None, eval_results=results,
-        library_name="peft" if adapter else "transformers", license=licence, model_name=folder.name,
+        library_name=_library(folder), license=licence, model_name=folder.name,
         pipeline_tag="text-classification", tags=["text-classification", run.config.name],
     )  # fmt: skip
     return card.to_yaml()
+
+
+def _library(folder: Path) -> str:
+    """What loads the folder."""
+    if (folder / ADAPTER_CONFIG).exists():
+        return "peft"
+    return "transformers" if any(folder.glob("*.safetensors")) else "onnx"
 
 
 def _base_and_licence(model_name: str, folder: Path) -> tuple[str | None, str | None]:
@@ -201,24 +216,23 @@ def _method(name: str, method: MethodSettings, lora: LoRASettings | None) -> str
 # code that uses the folder
 
 
-def plain_snippets(
-    name: str, pairs: bool, threshold: float | None, onnx: Sequence[str] = (), pad_id: int = 0, pad_token: str = ""
-) -> list[str]:
-    """Code that uses a plain folder: a pipeline, and onnxruntime if the folder holds ONNX.
+def pipeline_snippet(name: str, pairs: bool, threshold: float | None) -> str:
+    """Code that uses a plain folder in a pipeline.
 
     Args:
         name: of the folder.
         pairs: whether a row is two texts.
         threshold: of a multi-label run, the probability above which a label is given.
-        onnx: the inputs of the ONNX model; empty if there is none.
-        pad_id, pad_token: the tokenizer's padding.
     """
-    snippets = [f"from transformers import pipeline\n\n{_classified(f'model={_quoted(name)}', pairs, threshold)}"]
-    if onnx:
-        text = f'("{EXAMPLE}", "{SECOND}")' if pairs else f'"{EXAMPLE}"'
-        parts = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        inputs = "\n".join(f'    "{key}": np.array([text.{parts[key]} for text in texts]),' for key in onnx)
-        snippets.append(f"""import numpy as np
+    return f"from transformers import pipeline\n\n{_classified(f'model={_quoted(name)}', pairs, threshold)}"
+
+
+def onnx_snippet(name: str, pairs: bool, read: Sequence[str], pad_id: int, pad_token: str) -> str:
+    """Code that uses a folder's ONNX model, whose inputs are ``read``; the tokenizer pads with the last two."""
+    text = f'("{EXAMPLE}", "{SECOND}")' if pairs else f'"{EXAMPLE}"'
+    parts = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+    inputs = "\n".join(f'    "{key}": np.array([text.{parts[key]} for text in texts]),' for key in read)
+    return f"""import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
@@ -229,14 +243,13 @@ texts = tokenizer.encode_batch([{text}])
 inputs = {{
 {inputs}
 }}
-print(session.run(["logits"], inputs)[0].round(2))""")
-    return snippets
+print(session.run(["logits"], inputs)[0].round(2))"""
 
 
 def adapter_snippets(
     name: str, base: str, label_names: Sequence[str], pairs: bool, threshold: float | None
 ) -> list[str]:
-    """Code that uses an adapter's folder. Arguments as in ``plain_snippets``; ``base`` is the base model."""
+    """Code that uses an adapter's folder. Arguments as in ``pipeline_snippet``; ``base`` is the base model."""
     return [
         f"""from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline

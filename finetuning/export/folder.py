@@ -17,9 +17,9 @@ from transformers.utils import logging as transformers_logging
 from finetuning.data.loading import load_texts, tokenize
 from finetuning.errors import UserError, first_line
 from finetuning.export.adapter import BASE, check_adapter, export_adapter, writes_base
-from finetuning.export.card import adapter_snippets, plain_snippets, write_card
+from finetuning.export.card import adapter_snippets, onnx_snippet, pipeline_snippet, write_card
 from finetuning.export.onnx_file import onnx_inputs, require_onnx
-from finetuning.export.plain import DTYPES, export_plain
+from finetuning.export.plain import DTYPES, export_onnx, export_plain
 from finetuning.export.proof import Loaded, held_out, sentences
 from finetuning.models.base_files import check_base_unchanged
 from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer
@@ -55,10 +55,11 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
             base = f"{folder.name}/{BASE}" if writes_base(run) else config.model.model_name
             snippets = adapter_snippets(folder.name, base, run.label_names, pairs, threshold)
         else:
-            proof = export_plain(folder, loaded, arguments.dtype, onnx)
+            alone = loaded.onnx_alone
+            proof = export_onnx(folder, loaded) if alone else export_plain(folder, loaded, arguments.dtype, onnx)
             padding = (loaded.held.pad_id, loaded.tokenizer.pad_token)
-            inputs = onnx_inputs(folder) if onnx else []
-            snippets = plain_snippets(folder.name, pairs, threshold, inputs, *padding)
+            snippets = [] if alone else [pipeline_snippet(folder.name, pairs, threshold)]
+            snippets += [onnx_snippet(folder.name, pairs, onnx_inputs(folder), *padding)] if onnx else []
         found = sentences(proof, arguments.dtype, config.data.truncation)
         write_card(folder, run, loaded.base, answers[run.reported_split], snippets, found)
     print("\n".join([f"{arguments.out}: written and checked", *(f"  {sentence}" for sentence in found)]))
@@ -67,9 +68,7 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
 def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Namespace) -> Loaded:
     """The run's tokenizer and classifier, and a sample of its held-out texts with the run's own answers."""
     base, config = base_model(run), run.config
-    if config.model.pooling == "mean" and not hasattr(base.config, "classifier_pooling"):
-        model_class = f"Transformers' class for {base.family.model_type} models"
-        raise UserError(f"{run.directory}: has --pooling mean, which {model_class} cannot compute: use predict.py")
+    onnx_alone = check_pooling(run, base, arguments)
     if arguments.data_dir is not None:
         config = config.changed(data_dir=arguments.data_dir)
     tokenizer = load_tokenizer(base)
@@ -80,7 +79,24 @@ def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Name
     pad_id, pooling = int(tokenizer.pad_token_id), config.data.window_pooling
     held = held_out(texts, tokens, answers, arguments.check_texts, pad_id, pooling)
     unrounded = arguments.adapter and not writes_base(run)  # PEFT will load the base model's own weights
-    return Loaded(run, base.folder, *load_classifier_of(run, base, unrounded), tokenizer, held)
+    return Loaded(run, base.folder, *load_classifier_of(run, base, unrounded), tokenizer, held, onnx_alone)
+
+
+def check_pooling(run: FinishedRun, base: BaseModel, arguments: argparse.Namespace) -> bool:
+    """Whether only ONNX can compute what the run's head reads: Transformers' class for the model cannot.
+
+    Raises:
+        UserError: the flags ask for a folder that would compute something else.
+    """
+    pooling = base.other_pooling(run.config.model.pooling)
+    if pooling is None or (base.chooses_pooling and (writes_base(run) or not arguments.adapter)):
+        return False
+    has, kind = f"{run.directory}: has --pooling {pooling}, which", base.family.model_type
+    if arguments.adapter:
+        raise UserError(f"{has} PEFT cannot compute with this {kind} model: leave out --adapter")
+    if not arguments.onnx:
+        raise UserError(f"{has} Transformers' class for {kind} models cannot compute: give --onnx, or use predict.py")
+    return True
 
 
 def base_model(run: FinishedRun) -> BaseModel:

@@ -118,7 +118,9 @@ def main(folder: Path) -> None:
     with np.load(folder / "tokens.npz") as stored:
         sequences = np.split(stored["tokens"], stored["offsets"][1:-1])
         second_positions = stored.get("second_positions")
-    answers = {"logits": logits_of(load(job), sequences, job["pad_id"], second_positions)}
+    answers = {}
+    if not job["onnx_alone"]:
+        answers["logits"] = logits_of(load(job), sequences, job["pad_id"], second_positions)
     if job["texts"] is not None:
         scores, labels = pipeline_scores(job["model"], job["texts"])
         answers |= {"scores": scores, "labels": np.array(labels)}

@@ -1,11 +1,15 @@
-"""A run's classifier as a plain Transformers folder: merged weights, tokenizer, label names, maximum length."""
+"""A run's classifier as a plain Transformers folder: merged weights, tokenizer, label names, maximum length.
+
+Most of Transformers' classes cannot compute ``--pooling mean``. Then the folder has ONNX instead of weights.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from finetuning.errors import ExportFailed, UserError
 from finetuning.export.fresh_process import reads_types
@@ -22,6 +26,7 @@ from finetuning.export.proof import (
     rounding_of,
 )
 from finetuning.models.classifier import Classifier
+from finetuning.models.encoder import classify_means
 from finetuning.models.families import ModelFamily
 from finetuning.models.fused import join_linears
 from finetuning.models.lora import merge_lora, plain_linear
@@ -75,6 +80,43 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
     )
 
 
+def export_onnx(folder: Path, loaded: Loaded) -> Proof:
+    """Writes ONNX, tokenizer and config, and proves them. Without weights, Transformers refuses to load the folder.
+
+    Args:
+        folder: where to write; it exists.
+        loaded: the run, whose head reads the mean of tokens.
+
+    Raises:
+        UserError: a weight is not finite.
+        ExportFailed: the ONNX model does not compute what the run does.
+        OSError: the folder cannot be written.
+    """
+    held = loaded.held
+    model = MeanPooled(plain_model(loaded.classifier, held.pad_id), loaded.classifier.family)
+    reference = held.answers_of(model)
+    predictions = against_predictions(reference, held.stored, loaded.precision)
+    write_tokenizer(folder, loaded.tokenizer, loaded.run.config.data.max_length)
+    complete_config(model.config, held.stored.threshold, held.stored.positive)
+    model.config.save_pretrained(folder)
+    write_onnx(folder / ONNX_FILE, model, types=held.second_positions is not None and reads_types(model))
+    answers = fresh_answers(folder, held, onnx=ONNX_FILE, onnx_alone=True)
+    return Proof(held, compare_logits("onnxruntime's logits", answers["onnx"], reference.logits), predictions)
+
+
+class MeanPooled(nn.Module):
+    """Hugging Face's encoder, and its head on the mean of a text's real tokens."""
+
+    def __init__(self, model: Any, family: ModelFamily) -> None:
+        super().__init__()
+        self.model, self.family, self.config = model, family, model.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **types: Tensor) -> SequenceClassifierOutput:
+        encoder = self.model.get_submodule(self.family.base)
+        tokens = encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        return SequenceClassifierOutput(logits=classify_means(self.model, self.family, tokens, attention_mask))
+
+
 def plain_model(classifier: Classifier, pad_id: int) -> Any:
     """Hugging Face's own classifier in fp32 with ordinary linears, made from the run's classifier, which it changes.
 
@@ -117,20 +159,25 @@ def unpack_linears(model: nn.Module, family: ModelFamily) -> None:
 def write_model(
     folder: Path, model: Any, dtype: torch.dtype, threshold: float | None = None, positive: int | None = None
 ) -> None:
-    """Writes the model's weights, in ``dtype``, and its config. The model keeps the rounded weights, in fp32.
-
-    The config of a run with a threshold also has that and, for two classes, the name of the positive one. Transformers
-    keeps both but does not use them.
-    """
-    multi_label = threshold is not None and positive is None
-    model.config.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
-    if threshold is not None:
-        model.config.threshold = threshold
-    if positive is not None:
-        model.config.positive_label = model.config.id2label[positive]
-    vars(model.config).pop("attn_implementation", None)  # chosen for training; some models refuse to load with it
+    """Writes the model's weights, in ``dtype``, and its config. The model keeps the rounded weights, in fp32."""
+    complete_config(model.config, threshold, positive)
     model.to(dtype).save_pretrained(folder)
     model.float()
+
+
+def complete_config(config: Any, threshold: float | None, positive: int | None) -> None:
+    """Makes the config say what kind of task it is.
+
+    With a threshold it also has that and, for two classes, the name of the positive one. Transformers keeps both but
+    does not use them.
+    """
+    multi_label = threshold is not None and positive is None
+    config.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
+    if threshold is not None:
+        config.threshold = threshold
+    if positive is not None:
+        config.positive_label = config.id2label[positive]
+    vars(config).pop("attn_implementation", None)  # chosen for training; some models refuse to load with it
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, max_length: int) -> None:

@@ -78,6 +78,7 @@ class Loaded:
     precision: str  # of the run's products: a key of ``ROUNDING``
     tokenizer: Any
     held: HeldOut  # the texts of the proof
+    onnx_alone: bool = False  # whether Transformers' class cannot compute what the run does
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,15 @@ def fresh_answers(folder: Path, held: HeldOut, **job: Any) -> dict[str, np.ndarr
     Args:
         folder: the exported folder; the process starts in the folder above it.
         held: the texts.
-        job: ``texts``, ``onnx``, ``base`` and ``classes`` of ``fresh_process.py``.
+        job: ``texts``, ``onnx``, ``onnx_alone``, ``base`` and ``classes`` of ``fresh_process.py``.
 
     Raises:
         ExportFailed: the process could not load the folder or classify with it.
     """
     desk = folder.parent / "proof"
     desk.mkdir(exist_ok=True)
-    job = {"model": folder.name, "pad_id": held.pad_id, "base": None, "texts": None, "onnx": None} | job
+    absent = dict.fromkeys(("base", "texts", "onnx", "onnx_alone"))
+    job = {"model": folder.name, "pad_id": held.pad_id} | absent | job
     (desk / "job.json").write_text(json.dumps(job), encoding="utf8")
     sequences, second_positions = held.model_inputs
     offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)])

@@ -32,6 +32,16 @@ class BaseModel:
         """The longest sequence, in tokens, that the model can read; infinite if there is no limit."""
         return self.family.longest_input(self.config)
 
+    def other_pooling(self, pooling: str | None) -> str | None:
+        """A ``--pooling`` that differs from what the base model's own class computes; ``None`` if it does not."""
+        own = "mean" if self.chooses_pooling and self.config.classifier_pooling == "mean" else "first"
+        return None if pooling in (None, own) else pooling
+
+    @property
+    def chooses_pooling(self) -> bool:
+        """Whether the config of Hugging Face's class can say what the head reads."""
+        return hasattr(type(self.config)(), "classifier_pooling")
+
     def empty_classifier(self) -> nn.Module:
         """The Hugging Face classifier without memory for its weights."""
         return on_meta(self.config, self.name)

@@ -90,6 +90,8 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
     if set(names) != set(numbers) or len(names) < 2 or content.get("problem_type") == "regression":
         raise UserError(f"{directory}: must be a text classifier with at least two labels, says its {MODEL_CONFIG}")
     if not any(directory.glob("*.safetensors")):
+        if any(directory.rglob("*.onnx")):
+            raise UserError(f"{directory}: has only ONNX, for onnxruntime: give the run's directory")
         raise UserError(f"{directory}: has no .safetensors: save the model with safetensors, pickles are never loaded")
     positions = content.get("max_position_embeddings") or content.get("n_positions") or LONGEST
     stored = _json(directory, TOKENIZER_CONFIG) if (directory / TOKENIZER_CONFIG).is_file() else {}

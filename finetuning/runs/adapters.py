@@ -20,10 +20,14 @@ UNDERSTOOD = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "bias", "init_lora_weights", "inference_mode",
     "revision", "auto_mapping", "peft_version", "layers_pattern", "layers_to_transform", "exclude_modules",
-    "megatron_core", "eva_config", "qalora_group_size", "fan_in_fan_out", "use_dora",
+    "megatron_core", "eva_config", "qalora_group_size", "fan_in_fan_out", "use_dora", "pooling",
 }  # fmt: skip
 # Ways to begin that leave the base model as it is. Others (PiSSA, LoftQ, OLoRA) change its weights.
 PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none", None), "init_lora_weights": PLAIN_BEGINNINGS,
+    "pooling": ("first", "mean", None),  # this suite writes it
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Adapter:
     scaling: str  # standard or rslora
     variant: str  # lora or dora
     linears: dict[str, tuple[int, float]]  # full name of each linear with LoRA -> rank, alpha
+    pooling: str | None  # what its head reads; None: what the base model's class reads
 
     def file_hashes(self) -> dict[str, str]:
         """The SHA-256 of each of its files, by name."""
@@ -57,7 +62,7 @@ def read_adapter(folder: Path) -> Adapter:
     strange = sorted(name for name, value in config.items() if value and name not in UNDERSTOOD)
     if strange:
         raise UserError(f"{folder}: {ADAPTER_CONFIG} has {strange[0]} {config[strange[0]]!r}, which is not supported")
-    for name, allowed in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("init_lora_weights", PLAIN_BEGINNINGS)):
+    for name, allowed in SUPPORTED.items():
         if config.get(name) not in allowed:
             choices = listed(value for value in allowed if value is not None)
             raise UserError(f"{folder}: {ADAPTER_CONFIG} has {name} {config.get(name)!r}: supported are {choices}")
@@ -80,7 +85,7 @@ def read_adapter(folder: Path) -> Adapter:
     scaling = "rslora" if config.get("use_rslora") else "standard"
     variant = "dora" if config.get("use_dora") else "lora"
     base = config.get("base_model_name_or_path")
-    return Adapter(folder, base and recorded_name(base), rank, alpha, scaling, variant, linears)
+    return Adapter(folder, base and recorded_name(base), rank, alpha, scaling, variant, linears, config.get("pooling"))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

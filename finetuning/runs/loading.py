@@ -57,9 +57,12 @@ def read_fitting(path: Path, family: ModelFamily) -> Adapter:
     return replace(adapter, linears=separate_linears(adapter, family.fused))
 
 
-def adopt_adapter(lora: LoRASettings, base: BaseModel, moved: bool) -> tuple[dict[str, Any], Adapter]:
-    """The adapter of ``--init_adapter``, and what it decides: rank, alpha, scaling, placement, variant and layers.
+def adopt_adapter(
+    lora: LoRASettings, base: BaseModel, moved: bool, pooling: str | None = None
+) -> tuple[dict[str, Any], Adapter]:
+    """The adapter of ``--init_adapter``, and what it decides.
 
+    It decides rank, alpha, scaling, placement, variant, layers and pooling.
     Where parts of the adapter differ in rank or alpha, its ``linears`` count.
 
     Args:
@@ -67,6 +70,7 @@ def adopt_adapter(lora: LoRASettings, base: BaseModel, moved: bool) -> tuple[dic
         base: the base model.
         moved: whether the base model may have another name than the adapter says: a run that continues knows it by its
             content.
+        pooling: the run's ``--pooling``.
 
     Returns:
         The settings by name, and the adapter.
@@ -93,6 +97,10 @@ def adopt_adapter(lora: LoRASettings, base: BaseModel, moved: bool) -> tuple[dic
         given = getattr(lora, name)
         if given is not None and given != value:
             raise UserError(f"--{name} {given}: the adapter of --init_adapter has {value}: leave out this flag")
+    if pooling is not None and base.other_pooling(pooling) != base.other_pooling(adapter.pooling):
+        has = adapter.pooling or "what the base model's class computes"
+        raise UserError(f"--pooling {pooling}: the adapter of --init_adapter has {has}: leave out this flag")
+    values |= {"pooling": adapter.pooling} if adapter.pooling else {}
     if moved and lora.lora_variant is None:  # an earlier version, which stored neither of these, has begun the run
         return values, adapter
     if lora.lora_variant not in (None, adapter.variant):

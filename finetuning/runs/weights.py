@@ -37,6 +37,7 @@ def save_trained(
     head: Sequence[str],
     split: Mapping[str, Mapping[str, int]] | None = None,
     transposed: bool = False,
+    pooling: str | None = None,
 ) -> Path:
     """Writes the trained weights. The base model plus these weights is the run's classifier.
 
@@ -49,6 +50,7 @@ def save_trained(
         head: full names of the head's modules with weights.
         split: for each fused linear that was split into parts, the width of each part; see ``joined_parts``.
         transposed: whether the base model stores the weights of these linears transposed, as GPT-2 does.
+        pooling: what the head reads, if the base model's class computes something else.
 
     Returns:
         The file with the weights.
@@ -58,7 +60,8 @@ def save_trained(
     path = directory / (TRAINED_WEIGHTS if lora is None else ADAPTER)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
     if lora is not None:
-        write_json(directory / ADAPTER_CONFIG, adapter_config(lora, model_name, targets, head, split or {}, transposed))
+        config = adapter_config(lora, model_name, targets, head, split or {}, transposed, pooling)
+        write_json(directory / ADAPTER_CONFIG, config)
     return path
 
 
@@ -172,13 +175,15 @@ def adapter_config(
     head: Sequence[str],
     split: Mapping[str, Mapping[str, int]] | None = None,
     transposed: bool = False,
+    pooling: str | None = None,
 ) -> dict[str, Any]:
     """The content of PEFT's ``adapter_config.json``; arguments as in ``save_trained``.
 
     PEFT has no raw scaling, so raw is written as alpha * r, which PEFT divides by r. Linears whose rank or alpha is not
     the run's, as an adapter of PEFT can have them, are listed as patterns. So are fused linears: they have the rank of
     all their parts together, and an alpha with which their scale is still the one of a part. PiSSA is written as LoRA
-    of twice the rank and the same scale, see ``joined_parts``.
+    of twice the rank and the same scale, see ``joined_parts``. PEFT has no pooling either: it warns that it ignores
+    this entry.
     """
     if lora.lora_variant == "pissa":
         growth = {"standard": 2, "rslora": 2**0.5, "raw": 1}[lora.lora_scaling]
@@ -196,6 +201,8 @@ def adapter_config(
     alphas |= {name: alpha * (count**0.5 if rslora else count) for name, count in several.items()}
     # For SEQ_CLS, PEFT saves all of "classifier", so RoBERTa's layers inside it must not be listed again.
     trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in head)
+    more: dict[str, Any] = {"use_dora": True} if lora.lora_variant == "dora" else {}
+    more |= {"pooling": pooling} if pooling else {}
     return {
         "peft_type": "LORA",
         # PEFT does not allow LoRA on a head with the task type SEQ_CLS
@@ -212,7 +219,7 @@ def adapter_config(
         "modules_to_save": None if lora.lora_head else list(trained_head),
         "bias": "none",
         "inference_mode": True,
-    } | ({"use_dora": True} if lora.lora_variant == "dora" else {})
+    } | more
 
 
 def load_trained(

@@ -91,7 +91,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     advice += validation_advice(len(texts.splits["validation"].texts), config)
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
-        decided, adapter = adopt_adapter(config.lora, base, moved=config.run.resume)
+        decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)
         found |= decided
     tokenizer = load_tokenizer(base)
     inputs = Inputs(

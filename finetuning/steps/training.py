@@ -126,7 +126,7 @@ def _save(training: Training) -> dict[str, int]:
     saved = save_trained(
         directory, classifier.saved_parameters(), config.lora, config.model.model_name,
         ranks_and_alphas(classifier.model), classifier.family.head_modules, split_widths(classifier.model),
-        classifier.family.conv1d,
+        classifier.family.conv1d, training.inputs.base.other_pooling(config.model.pooling),
     )  # fmt: skip
     optimizer = f"{config.training.optimizer}, {config.training.learning_rate:g}"
     title = f"{training.inputs.texts.source}: {config.method.method}, {optimizer}"

@@ -8,16 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from torch.nn import functional as F
 
 import finetune_lora
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.export.command import main as export
 from finetuning.models.classifier import Classifier
 from finetuning.prediction.predictor import predict
-from finetuning.runs.files import PREDICTIONS
+from finetuning.runs.files import PREDICTIONS, read_result
 from local_model_utilities import build_classifier, find_base_model
 from tests.conftest import CORE
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -74,7 +74,7 @@ def test_a_decoder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["head", "lora"])
-def test_a_run_predicts_the_same_again_and_is_not_exported(
+def test_a_run_predicts_the_same_again(
     tiny_folders: dict[str, Path],
     review_folder: Path,
     tmp_path: Path,
@@ -92,6 +92,19 @@ def test_a_run_predicts_the_same_again_and_is_not_exported(
     texts = pd.read_csv(review_folder / "test.csv").iloc[stored["row"]]["text"].tolist()
     expected = torch.tensor(np.stack(stored["logits"].tolist())).softmax(-1)
     np.testing.assert_allclose(predict(run, texts)[1], expected, rtol=0, atol=1e-5)
-    capsys.readouterr()
-    assert export([str(run), str(tmp_path / "out")]) == 2
-    assert "has --pooling mean, which Transformers' class for bert models cannot" in capsys.readouterr().err
+    if method == "lora":
+        with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['pooling'\]"):
+            LoraConfig.from_pretrained(str(run))
+        again = tmp_path / "again"
+        line = line.replace(" --pooling mean", "").replace(str(run), str(again)) + f" --init_adapter {run} --epochs 0"
+        assert finetune_lora.main(line.split()) == 0
+        assert read_result(again)["config"]["pooling"] == "mean"
+        found = pd.read_parquet(again / PREDICTIONS)
+        np.testing.assert_allclose(
+            np.stack(found[found["split"] == "test"]["logits"].tolist()), np.stack(stored["logits"].tolist()), atol=1e-5
+        )
+        capsys.readouterr()
+        assert finetune_lora.main([*line.split(), "--overwrite", "--pooling", "first"]) == 2
+        assert capsys.readouterr().err.endswith(
+            "--pooling first: the adapter of --init_adapter has mean: leave out this flag\n"
+        )
