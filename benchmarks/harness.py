@@ -127,9 +127,16 @@ class Journal:
     def __post_init__(self) -> None:
         self.result = json.loads(json.dumps(self.result)) | {self.key: []}
         earlier = read_json(self.path) if self.path.exists() else {}
-        if earlier.get("flags") == self.flags and earlier["result"] | {self.key: []} == self.result:
+        if earlier.get("flags") == self.flags and self._conditions(earlier["result"]) == self._conditions(self.result):
             self.result = earlier["result"]
         self.records = self.result[self.key]
+
+    def _conditions(self, result: Record) -> Record:
+        """What must be the same, so that measurements can be continued. The day need not."""
+        kept = {name: value for name, value in result.items() if name != self.key}
+        if "environment" in kept:
+            kept["environment"] = {name: value for name, value in kept["environment"].items() if name != "date"}
+        return kept
 
     def find(self, **described: Any) -> Record | None:
         """The measurement with these values, if there is one."""

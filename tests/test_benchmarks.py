@@ -432,6 +432,15 @@ def test_contestants_take_turns(tmp_path: Path) -> None:
     assert [r["round"] for r in journal.records if "round" in r] == [0, 0, 0, 1, 1] * 2
 
 
+def test_a_benchmark_goes_on_the_next_day_but_not_on_another_machine(tmp_path: Path) -> None:
+    def journal(cpu: str, date: str) -> harness.Journal:
+        return harness.Journal(tmp_path / "journal.json", {"environment": {"cpu": cpu, "date": date}, "rounds": 3})
+
+    journal("one", "2026-11-27").keep({"round": 0})
+    assert journal("one", "2026-11-28").records == [{"round": 0}]
+    assert journal("two", "2026-11-28").records == []
+
+
 def test_the_plan_covers_what_is_claimed() -> None:
     works = {(w.model, w.targets, w.max_length): w.contestants for w in peers.plan()}
     for targets in TARGETS:
