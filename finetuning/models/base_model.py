@@ -38,6 +38,11 @@ class BaseModel:
         return None if pooling in (None, own) else pooling
 
     @property
+    def takes_pooling(self) -> bool:
+        """Whether ``--pooling`` can say what the head reads."""
+        return self.family.efficient and not self.family.last_token
+
+    @property
     def chooses_pooling(self) -> bool:
         """Whether the config of Hugging Face's class can say what the head reads."""
         return hasattr(type(self.config)(), "classifier_pooling")
@@ -116,7 +121,7 @@ def check_fits(
     for name in ("dropout", "attention_dropout"):
         if getattr(model, name) > 0 and name not in family.settings:
             raise UserError(f"--{name} {getattr(model, name)}: {base.name} has no such dropout: leave out this flag")
-    if model.pooling is not None and (family.last_token or not family.efficient):
+    if model.pooling is not None and not base.takes_pooling:
         read = "the last token" if family.last_token else "what its class reads"
         raise UserError(f"--pooling {model.pooling}: the head of {base.name} reads {read}: leave out this flag")
     width = base.config.hidden_size

@@ -89,12 +89,13 @@ DECLARED = (
     Parameter("method", ("lora", "full", "selective", "head")),
     Parameter(PLACEMENT, tuple(PLACEMENTS), only=LORA),
     Parameter("lora_r", (4, 8, 16, 32), only=LORA),
-    Parameter("lora_variant", ("lora", "dora"), only=LORA),
+    Parameter("lora_variant", ("lora", "dora", "pissa"), only=LORA),
     Parameter("trainable_layers", low=1, high=3, only=SELECTIVE),
     Parameter("learning_rate", low=0.2, high=5.0, log=True, times_default=True),
     Parameter("epochs", low=0.5, high=2.0, log=True, times_default=True),
     Parameter("batch_size", (0.5, 1.0, 2.0), times_default=True),
     Parameter(MAX_LENGTH, ("percentiles 50, 75, 90 and 99 of the lengths of the texts",)),
+    Parameter("pooling", ("first", "mean")),
     Parameter("dropout", (0.0, 0.1)),
     Parameter("label_smoothing", (0.0, 0.1)),
 )
@@ -109,6 +110,7 @@ class Facts:
         lengths: the values of ``--max_length`` that make a difference; at most one if none does.
         layers: of the encoder; 0 if the model has no list of layers.
         multi_label: whether a text may have several labels.
+        takes_pooling: whether the model's head can read the mean of the tokens.
     """
 
     epochs: int
@@ -116,6 +118,7 @@ class Facts:
     lengths: tuple[int, ...]
     layers: int
     multi_label: bool
+    takes_pooling: bool = True
 
 
 @dataclass(frozen=True)
@@ -272,6 +275,8 @@ def _fitted(facts: Facts) -> list[Parameter]:
         del rows[MAX_LENGTH]
     if facts.multi_label:
         del rows["label_smoothing"]
+    if not facts.takes_pooling:
+        del rows["pooling"]
     layers = min(3, facts.layers - 1)
     if layers < 2:
         del rows["trainable_layers"]
