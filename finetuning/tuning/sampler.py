@@ -6,7 +6,8 @@ alone proposes the same trials each time.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -72,17 +73,32 @@ class StoredProposer(Proposer):
 
     def __init__(self, url: str, name: str, space: Space, sampler: str, seed: int, minimize: bool) -> None:
         super().__init__(space, sampler, seed, minimize)
-        try:
+        self.url = url
+        with self._reached():
             self.study = optuna.create_study(
                 storage=_storage(url), study_name=name, direction=_direction(minimize), load_if_exists=True
             )
-        except Exception as error:  # each database raises its own
-            raise UserError(f"--storage {url}: cannot be used: {first_line(error)}") from None
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Turns an error of the storage into one line; each database raises its own."""
+        try:
+            yield
+        except Exception as error:
+            raise UserError(f"--storage {self.url}: cannot be used: {first_line(error)}") from None
+
+    def propose(self, number: int, trials: Sequence[Trial]) -> tuple[Point, int | None]:
+        with self._reached():
+            return super().propose(number, trials)
 
     def _study(self, trials: Sequence[Trial]) -> optuna.Study:
         return self.study
 
     def heard(self, trial: Trial) -> None:
+        with self._reached():
+            self._tell(trial)
+
+    def _tell(self, trial: Trial) -> None:
         ended = trial.state is not None
         if trial.stored is None:  # the default, which no sampler proposed
             if ended:

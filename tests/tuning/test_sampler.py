@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ def test_a_storage_of_optuna_holds_the_same_trials(tmp_path: Path) -> None:
 def test_a_storage_that_cannot_be_used_is_refused() -> None:
     with pytest.raises(UserError, match="--storage nonsense: cannot be used: "):
         StoredProposer("nonsense", "search", SPACE, "tpe", 0, False)
+
+
+def test_a_storage_that_is_gone_ends_the_worker_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "trials.db"
+    proposer = StoredProposer(f"sqlite:///{file}", "search", SPACE, "tpe", 0, False)
+    (trial, *_) = scored(proposer, 2)
+    file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"--storage sqlite:///.*: cannot be used: "):
+        proposer.propose(2, [])
+    with pytest.raises(UserError, match=r"--storage sqlite:///.*: cannot be used: "):
+        proposer.heard(replace(trial, number=1, stored=1))
 
 
 def test_ranges_of_whole_numbers_and_fixed_values_are_drawn() -> None:
