@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
@@ -47,6 +48,7 @@ DEFAULT_FLAGS = {
     "lora_alpha": "alpha of LoRA",
 }
 SHORT = "_short"  # what the name of a study's short table ends with
+WIDTH = 150  # of a line of text on a page
 SETS = "_sets"  # and the one of its tables over data sets
 README_PLOT, README_STUDY, README_ROWS = "accuracy_time.png", "earlier_work", ("lora", "qlora", "selective", "full")
 
@@ -158,7 +160,7 @@ def study_text(section: Section) -> str:
 
 def sets_text(section: Section) -> str:
     """The tables over data sets, and how to read them."""
-    return "\n\n".join([*(table.markdown() for table in section.over_sets), OVER_SETS])
+    return "\n\n".join([*(table.markdown() for table in section.over_sets), fill(OVER_SETS, WIDTH)])
 
 
 def defaults_table() -> str:
