@@ -574,10 +574,18 @@ def test_two_classes_a_positive_one_and_texts_without_an_answer(
     assert "of 120 validation texts" in said.err
     assert "With 95 % confidence, at most 10 % of all answers are wrong" in said.err
     least = float(said.err.split("--abstain ")[1].split()[0])
-    assert all((row["label"] != "") == (float(row["confidence"]) >= least) for row in table(said.out))
-    assert refusal(capsys, run, *file, "--abstain_risk", 0.001).startswith(
+    rows = table(said.out)
+    assert all((row["label"] != "") == (float(row["confidence"]) >= least) for row in rows)
+    confidence = sorted(float(row["confidence"]) for row in rows)
+    assert said.err.splitlines()[-1] == (
+        f"{sum(row['label'] != '' for row in rows)} of 40 texts answered;"
+        f" confidence {confidence[0]:.2f} to {confidence[-1]:.2f}"
+    )
+    line = refusal(capsys, run, *file, "--abstain_risk", 0.001)
+    assert line.startswith(
         "error: --abstain_risk 0.001: the 120 validation texts cannot show it: the smallest risk that they can show is "
     )
+    assert ": use --abstain X, or label more texts" in line
     assert main([str(run), *file, "--most_uncertain", "3"]) == 0
     found = [float(row["confidence"]) for row in table(capsys.readouterr().out)]
     assert len(found) == 3

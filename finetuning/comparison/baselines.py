@@ -154,7 +154,12 @@ def _learned(words: Any, truth: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def advice(
-    run: Mapping[str, float], baseline: Mapping[str, float], monitor: str, multi_label: bool, all_linears: bool
+    run: Mapping[str, float],
+    baseline: Mapping[str, float],
+    monitor: str,
+    multi_label: bool,
+    all_linears: bool,
+    few: bool,
 ) -> list[str]:
     """What to try if the baseline is better on validation; empty if it is not, or if a score is missing.
 
@@ -164,6 +169,7 @@ def advice(
         monitor: the score that counts.
         multi_label: whether the run is multi-label.
         all_linears: whether to advise LoRA on all linears.
+        few: whether the run has few training texts, so that the automatic --epochs are many.
     """
     if monitor not in run or monitor not in baseline:
         return []
@@ -171,9 +177,11 @@ def advice(
     if (mine <= other) if monitor == "loss" else (mine >= other):
         return []
     shown = "{:.4f}" if monitor == "loss" else "{:.2%}"
-    linears = "LoRA on all linears (--lora_key True --lora_projection True --lora_mlp True), " if all_linears else ""
+    linears = "LoRA on all linears (--lora_key True --lora_projection True --lora_mlp True)"
+    tries = [*([] if few else ["more --epochs"]), *([linears] if all_linears else [])]
+    tries += [] if few else ["a higher --learning_rate"]
     return [
         f"{NAME} is better on {baseline['examples']:,} validation texts: {score_names(multi_label)[monitor]}"
-        f" {shown.format(other)} against {shown.format(mine)} of this classifier: consider more --epochs,"
-        f" {linears}a higher --learning_rate, or more training texts"
+        f" {shown.format(other)} against {shown.format(mine)} of this classifier: consider"
+        f" {''.join(f'{each}, ' for each in tries)}{'or ' if tries else ''}more training texts"
     ]

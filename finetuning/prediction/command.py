@@ -145,7 +145,7 @@ def label(arguments: argparse.Namespace) -> None:
         OutputFailed: the output cannot be written.
     """
     from finetuning.prediction.answers import make_answers
-    from finetuning.prediction.confidence import most_uncertain, read_confidence
+    from finetuning.prediction.confidence import Coverage, most_uncertain, read_confidence
     from finetuning.prediction.outputs import is_parquet, print_answers, write_answers
     from finetuning.prediction.progress import Progress
     from finetuning.prediction.rows import survey
@@ -155,6 +155,8 @@ def label(arguments: argparse.Namespace) -> None:
     if not (arguments.abstain is arguments.abstain_risk is arguments.most_uncertain is None):
         confidence = read_confidence(trained, answers.threshold, arguments.abstain, arguments.abstain_risk)
         answers = replace(answers, confidence=confidence)
+    abstains = answers.confidence is not None and arguments.most_uncertain is None
+    coverage = Coverage(answers.confidence.least) if abstains else None
     output, skip = arguments.output, arguments.skip_bad_rows
     with source_of(arguments, trained) as source:
         with Progress("check") as done:
@@ -167,12 +169,16 @@ def label(arguments: argparse.Namespace) -> None:
         predict = load_predictor(trained)
         with Progress("predict", surveyed.rows) as done:
             rows = answered(source, predict, answers, skip, done)
+            if coverage is not None:
+                rows = coverage.counted(rows, list(answers.columns))
             if arguments.most_uncertain is not None:
                 rows = most_uncertain(rows, arguments.most_uncertain, list(answers.columns))
             if output is None:
                 print_answers(rows, answers, done.clear)
             else:
                 write_answers(output, rows, surveyed, answers)
+    if coverage is not None:
+        print(coverage, file=sys.stderr)
     if surveyed.bad:
         print(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and got an empty label", file=sys.stderr)
 

@@ -46,6 +46,40 @@ class Confidence:
         return unlabelled(logits, threshold, positive).cooled(self.temperature).confidence
 
 
+@dataclass
+class Coverage:
+    """Counts the texts that ``--abstain`` or ``--abstain_risk`` answers, while they pass.
+
+    Attributes:
+        least: a text with less confidence gets no label.
+        texts: how many have passed, without rows that have no text.
+        answered: how many of them got a label.
+        lowest, highest: their confidence.
+    """
+
+    least: float
+    texts: int = 0
+    answered: int = 0
+    lowest: float = 1.0
+    highest: float = 0.0
+
+    def counted(
+        self, answered: Iterable[tuple[Rows, list[list[Any]]]], columns: Sequence[str]
+    ) -> Iterator[tuple[Rows, list[list[Any]]]]:
+        """The same rows and values. ``columns`` are the names of the answers' columns."""
+        place = list(columns).index(CONFIDENCE)
+        for rows, values in answered:
+            found = [value for value in values[place] if value is not None]
+            self.texts += len(found)
+            self.answered += sum(value >= self.least for value in found)
+            self.lowest, self.highest = min([self.lowest, *found]), max([self.highest, *found])
+            yield rows, values
+
+    def __str__(self) -> str:
+        confidence = f"; confidence {self.lowest:.2f} to {self.highest:.2f}" if self.texts else ""
+        return f"{self.answered:,} of {self.texts:,} texts answered{confidence}"
+
+
 def read_confidence(trained: Trained, threshold: float | None, least: float | None, risk: float | None) -> Confidence:
     """The confidence that ``--abstain``, ``--abstain_risk`` or ``--most_uncertain`` needs, from the run's validation.
 
@@ -76,7 +110,7 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
     if chosen is None:
         raise UserError(
             f"--abstain_risk {risk:g}: the {len(cooled.rows):,} validation texts cannot show it: the smallest risk that"
-            f" they can show is {smallest_risk(cooled, candidates):g}"
+            f" they can show is {smallest_risk(cooled, candidates):g}: use --abstain X, or label more texts"
         )
     shown = (
         f"--abstain {chosen.shown} answers {chosen.answered:,} of {chosen.texts:,} validation texts,"

@@ -9,7 +9,7 @@ from finetuning.runs.answers import Answers
 
 @dataclass(frozen=True)
 class Suspect:
-    """A text, the class that it has, and the class that it more probably belongs to."""
+    """A text, the class that it has, and the class that it fits better."""
 
     position: int  # in the answers
     label: int

@@ -17,6 +17,7 @@ from finetuning.runs.files import CURVE, PREDICTIONS, REPORT, check_unchanged, r
 from finetuning.runs.lock import DirectoryLock
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.score_tables import class_table, percent, score_table
+from finetuning.runs.scores import beats_largest_class
 from finetuning.settings import RunSettings
 from finetuning.storage import write_text
 
@@ -89,9 +90,10 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
     """The text of ``report.html``, see ``write_report``."""
     names, task = result["data"]["label_names"], result["task"]
     answers = read_answers(directory, task.get("threshold"), positive_of(task, names))
-    split = "test" if "test" in answers else "validation"
-    main = answers[split]
-    wrong = probably_wrong(answers, names, texts)
+    split = _main_split(answers, "kfold" in result)
+    main, validation = answers[split], answers.get("validation", answers[split])
+    learned = main.multi_label or beats_largest_class(float(validation.right.mean()), validation.truth.sum(0))
+    wrong = probably_wrong(answers, names, texts) if learned else []
     longest = result["config"]["max_length"] * (result["config"].get("windows") or 1)  # older runs have none
     return render(
         TEMPLATE,
@@ -99,7 +101,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         result=result,
         split=split,
         names=names,
-        headline=_headline(split, main),
+        headline=_headline("out-of-fold" if "kfold" in result and split == "validation" else split, main),
         scores=score_table(result, answers),
         curve=data_url((directory / CURVE).read_bytes()) if (directory / CURVE).exists() else None,
         classes=class_table(main, names),
@@ -112,6 +114,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         with_texts=texts is not None,
         mistakes=confident_mistakes(split, main, names, texts),
         wrong_count=int((~main.right).sum()),
+        learned=learned,
         suspects=wrong[:SUSPECTS],
         suspect_count=len(wrong),
         held_out=sum(len(part.rows) for part in answers.values()),
@@ -120,6 +123,13 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         settings=sections.settings_table(result),
         environment=sections.environment_table(result),
     )  # fmt: skip
+
+
+def _main_split(answers: dict[str, Answers], folds: bool) -> str:
+    """The split that most of the page shows: test; after folds validation, if that has more texts."""
+    if "test" in answers and not (folds and len(answers["validation"].rows) > len(answers["test"].rows)):
+        return "test"
+    return "validation"
 
 
 def _headline(split: str, answers: Answers) -> str:

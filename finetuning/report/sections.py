@@ -98,7 +98,8 @@ def cost_table(result: dict[str, Any]) -> Table:
     rows = [
         ("training", f"{train['seconds']:,.1f} s, {train['steps']:,} steps, {train['epochs']:g} epochs"),
         ("speed of training", f"{train['tokens_per_second'] or 0:,.0f} tokens/s"),
-        ("whole run", f"{result['seconds']:,.1f} s"),
+        *([("all folds, before that", f"{result['kfold']['seconds']:,.1f} s")] if "kfold" in result else []),
+        ("final run" if "kfold" in result else "whole run", f"{result['seconds']:,.1f} s"),
         ("peak memory", f"{result['memory']['peak_bytes'] / MIB:,.0f} MiB ({result['memory']['source']})"),
         ("trained parameters", f"{trained:,} of {total:,} ({percent(trained / total)})"),
         *((f"file {name}", f"{size / MIB:,.1f} MiB") for name, size in result.get("files", {}).items()),

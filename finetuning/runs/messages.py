@@ -68,6 +68,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     if "baseline" in result:
         texts = None if "kfold" in result else result["data"]["sizes"]["train"]
         lines += baseline_lines(result["baseline"], texts, monitor, multi_label)
+        lines += largest_class_line(result["validation"])
     lines += threshold_line(result["task"])
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
@@ -109,6 +110,14 @@ def accuracy_line(split: str, scores: dict[str, Any], multi_label: bool) -> str:
     low, high = scores["accuracy_ci95"]
     name = score_names(multi_label)["accuracy"]
     return f"{'':<11} 95 % interval of the {split} {name}: {low:.2%} to {high:.2%}"
+
+
+def largest_class_line(scores: Mapping[str, Any]) -> list[str]:
+    """The share of the largest class among the scored texts; nothing for a multi-label run."""
+    if "confusion_matrix" not in scores:
+        return []
+    share = max(map(sum, scores["confusion_matrix"])) / scores["examples"]
+    return [f"{'':<11} always answering the largest class is right for {share:.2%}"]
 
 
 def baseline_lines(baseline: BaselineRecord, texts: int | None, monitor: str, multi_label: bool) -> list[str]:

@@ -98,6 +98,17 @@ def class_scores(answers: Answers) -> list[ClassScore]:
     ]  # fmt: skip
 
 
+def beats_largest_class(accuracy: float, counts: np.ndarray) -> bool:
+    """Whether the 95 % interval of an accuracy lies above the share of the largest class.
+
+    Args:
+        accuracy: of some texts.
+        counts: (classes,) how many of these texts each class has.
+    """
+    texts = int(counts.sum())
+    return accuracy_interval(accuracy, texts)[0] > counts.max() / texts
+
+
 def confusion_matrix(answers: Answers) -> np.ndarray:
     """(classes, classes): texts by true class (row) and given class (column). Single-label only."""
     return answers.truth.T.astype(np.int64) @ answers.given.astype(np.int64)

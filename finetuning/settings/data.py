@@ -78,7 +78,10 @@ class DataSettings:
         at_least=2,
     )
     fold: int | None = setting(
-        None, "With --kfold: only train the run whose validation is fold N.", "all folds, then all texts", at_least=1
+        None,
+        "With --kfold: only train the run whose validation is fold N.",
+        "all folds, then all training texts",
+        at_least=1,
     )
     data_seed: int = setting(
         0, "Seed of the splits and limits; --seed does not change them.",
@@ -97,7 +100,7 @@ class DataSettings:
 
     @property
     def cross_validates(self) -> bool:
-        """Whether the run trains all folds of ``--kfold`` first, and then on all texts."""
+        """Whether the run trains all folds of ``--kfold`` first, and then on all training texts."""
         return self.kfold is not None and self.fold is None
 
     @staticmethod

@@ -14,6 +14,7 @@ from finetuning.runs.measurements import free_memory
 from finetuning.runs.records import SCORES, BaselineRecord, ComparedRecord, FoldsRecord
 from finetuning.settings import LoRASettings
 from finetuning.steps.training import Training
+from finetuning.training.label_advice import FEW_TEXTS
 from finetuning.training.tasks import MultiLabel, Task
 
 ALL_LINEARS = {"query", "key", "value", "projection", "mlp"}
@@ -59,7 +60,7 @@ def _compared(training: Training) -> ComparedRecord:
     same = np.isin(rows, validation.rows)
     advice = baselines.advice(
         _scores(inputs.task, labels[same], answers[same]), scores["validation"], config.training.monitor, multi_label,
-        all_linears=_lacks_linears(config.lora),
+        all_linears=_lacks_linears(config.lora), few=len(training.inputs.splits["train"]) < FEW_TEXTS,
     )  # fmt: skip
     watch.stop.check()
     seconds = time.perf_counter() - began
@@ -89,7 +90,7 @@ def _of_folds(training: Training, folds: FoldsRecord) -> ComparedRecord | None:
     config, multi_label = training.claim.config, isinstance(training.inputs.task, MultiLabel)
     advice = baselines.advice(
         folds["mean"], record["validation"], config.training.monitor, multi_label,
-        all_linears=_lacks_linears(config.lora),
+        all_linears=_lacks_linears(config.lora), few=len(training.inputs.splits["train"]) < FEW_TEXTS,
     )  # fmt: skip
     return ComparedRecord(record, advice)
 

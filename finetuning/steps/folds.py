@@ -1,4 +1,4 @@
-"""The runs on the folds of ``--kfold``, and what the final run on all texts takes from them."""
+"""The runs on the folds of ``--kfold``, and what the final run on all training texts takes from them."""
 
 import dataclasses
 import gc
@@ -18,7 +18,7 @@ from finetuning.runs.directory import fold_directories
 from finetuning.runs.files import SETTINGS, read_status
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 from finetuning.runs.history import scores_by_epoch
-from finetuning.runs.messages import accuracy_line, scores_line
+from finetuning.runs.messages import accuracy_line, largest_class_line, scores_line
 from finetuning.runs.records import SCORES, FoldsRecord, accuracy_interval, scores_record
 from finetuning.runs.scores import mean_interval
 from finetuning.steps.claim import Claim
@@ -26,6 +26,8 @@ from finetuning.steps.inputs import Inputs
 from finetuning.training.module import Predictions, all_scores
 from finetuning.training.tasks import MultiLabel
 
+OPTIMISTIC = "(optimistic: each fold chose its epoch)"
+TO_REPORT = "(report this, or the score of a large test split)"
 RANGES = {"mcc": (-1.0, 1.0), "loss": (0.0, math.inf)}  # of scores; the others are from 0 to 1
 
 
@@ -55,7 +57,7 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     count, training = len(inputs.folds), claim.config.training
     shown = training.monitor, isinstance(inputs.task, MultiLabel)
     say(f"{count} folds of {len(inputs.splits['train']):,} texts; each run validates on one of them")
-    say(f"with the final run on all texts, it takes about {count} times as long as one run")
+    say(f"with the final run on all of them, it takes about {count} times as long as one run")
     runs = []
     for directory, fold in zip(fold_directories(claim.directory, claim.config.data), inputs.folds, strict=True):
         runs.append(_finished(directory, fold, carry_out))
@@ -65,13 +67,17 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     folds = _joined(inputs, runs)
     record, (rows, labels, logits) = folds.record, folds.predictions
     scores = scores_record(folds.scores | inputs.task.details(labels, logits), len(rows), record["seconds"])
-    say(f"{'out of fold':<11} {scores_line(scores, *shown)}\n{accuracy_line('out-of-fold', scores, shown[1])}")
+    say(f"{'out of fold':<11} {scores_line(scores, *shown)}")
+    say(f"{accuracy_line('out-of-fold', scores, shown[1])} {OPTIMISTIC}")
     if (same := record["same_epoch"]) is not None:
         low, high = same["accuracy_ci95"]
         every = f"after {record['epochs']} epochs in every fold"
-        say(f"{'':<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%}")
+        say(f"{'':<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {TO_REPORT}")
+    for line in largest_class_line(scores):
+        say(line)
     chosen = ", ".join(str(fold["epoch"]) for fold in record["folds"])
-    say(f"{'all texts':<11} {record['epochs']} of {training.epochs} epochs, the median of the folds' {chosen}\n")
+    stop = f"schedule of {training.epochs} epochs, stopped after {record['epochs']}, the median of the folds' {chosen}"
+    say(f"{'final run':<11} {stop}\n")
     return folds
 
 

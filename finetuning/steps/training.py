@@ -89,7 +89,8 @@ def train(training: Training) -> TrainedRecord:
     task, module, folds = training.inputs.task, training.module, training.folds
     validation = _fit(training)
     _, labels, logits = module.predictions["validation"]
-    found = one_answer_advice(task, logits, module.settings) + chance_advice(task, labels, logits)
+    texts = len(training.inputs.splits["train"])
+    found = one_answer_advice(task, logits, module.settings, texts) + chance_advice(task, labels, logits, texts)
     return TrainedRecord(
         task=task.record(),
         validation=validation,

@@ -2,12 +2,19 @@
 
 import numpy as np
 
-from finetuning.runs.records import accuracy_interval
+from finetuning.runs.scores import beats_largest_class
 from finetuning.settings import TrainingSettings
 from finetuning.training.tasks import SingleLabel, Task
 
-LEARN_MORE = "more --epochs, a smaller --batch_size, or another --learning_rate"
+FEW_TEXTS = 200  # training texts: with fewer, the automatic --epochs are many and validation chooses an early one
 IMBALANCED = 3  # times the texts of the smallest class: from here on accuracy can hide that small classes are ignored
+
+
+def learn_more(texts: int) -> str:
+    """What to try so that a run with so many training texts learns more."""
+    if texts < FEW_TEXTS:
+        return "more training texts"
+    return "more --epochs, a smaller --batch_size, or another --learning_rate"
 
 
 def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings) -> list[str]:
@@ -25,33 +32,41 @@ def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings)
     ]
 
 
-def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings) -> list[str]:
-    """What to try if the chosen checkpoint gives all validation texts the same answer; empty if it does not."""
+def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings, texts: int) -> list[str]:
+    """What to try if the chosen checkpoint gives all validation texts the same answer; empty if it does not.
+
+    Args:
+        task: the task.
+        logits: (n, classes) of validation.
+        training: ``monitor`` and ``class_weights``.
+        texts: how many training texts the run has.
+    """
     answer = task.only_answer(logits)
     if answer is None:
         return []
     monitor = "" if training.monitor in task.fair_monitors else f"--monitor {' or '.join(task.fair_monitors[:2])}, "
     weights = "--class_weights balanced, " if training.class_weights == "none" else ""
     return [
-        f"the chosen checkpoint answers {answer!r} for every validation text: consider {monitor}{weights}{LEARN_MORE}"
+        f"the chosen checkpoint answers {answer!r} for every validation text: consider"
+        f" {monitor}{weights}{learn_more(texts)}"
     ]
 
 
-def chance_advice(task: Task, labels: np.ndarray, logits: np.ndarray) -> list[str]:
+def chance_advice(task: Task, labels: np.ndarray, logits: np.ndarray, texts: int) -> list[str]:
     """What to try if validation does not tell the classifier from one that always answers the largest class.
 
     Args:
         task: the task; there is no such advice for a multi-label one.
         labels: (n,) of validation.
         logits: (n, classes) of the chosen checkpoint.
+        texts: how many training texts the run has.
     """
     if not isinstance(task, SingleLabel) or task.only_answer(logits) is not None:
         return []
-    share = task.counts(labels).max() / len(labels)
-    low, _ = accuracy_interval(float((task.ranked(logits).argmax(1) == labels).mean()), len(labels))
-    if low > share:
+    counts = task.counts(labels)
+    if beats_largest_class(float((task.ranked(logits).argmax(1) == labels).mean()), counts):
         return []
     return [
         f"validation does not show that anything was learned: always answering the largest class is right for"
-        f" {share:.1%}: consider {LEARN_MORE}"
+        f" {counts.max() / len(labels):.1%}: consider {learn_more(texts)}"
     ]

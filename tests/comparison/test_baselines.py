@@ -165,22 +165,24 @@ def test_a_sample_is_stratified_and_keeps_what_belongs_together(multi_label: boo
 
 
 def test_a_better_baseline_brings_advice_with_both_numbers() -> None:
-    both: dict[str, Any] = {"monitor": "accuracy", "multi_label": False, "all_linears": True}
+    both: dict[str, Any] = {"monitor": "accuracy", "multi_label": False, "all_linears": True, "few": False}
     (sentence,) = advice({"accuracy": 0.831}, {"accuracy": 0.852, "examples": 1000}, **both)
     assert sentence == (
         "TF-IDF + logistic regression is better on 1,000 validation texts: accuracy 85.20% against 83.10% of this"
         " classifier: consider more --epochs, LoRA on all linears (--lora_key True --lora_projection True --lora_mlp"
         " True), a higher --learning_rate, or more training texts"
     )
-    (sentence,) = advice({"accuracy": 0.2}, {"accuracy": 0.3, "examples": 10}, "accuracy", True, all_linears=False)
+    (sentence,) = advice({"accuracy": 0.2}, {"accuracy": 0.3, "examples": 10}, "accuracy", True, False, few=False)
     assert "exact match 30.00% against 20.00% of this classifier: consider more --epochs, a higher" in sentence
+    (sentence,) = advice({"accuracy": 0.2}, {"accuracy": 0.3, "examples": 10}, "accuracy", True, False, few=True)
+    assert sentence.endswith(": consider more training texts")
     for mine in (0.852, 0.9):
         assert advice({"accuracy": mine}, {"accuracy": 0.852, "examples": 1000}, **both) == []
 
 
 def test_a_loss_is_better_if_it_is_lower_and_a_missing_score_is_no_reason() -> None:
     baseline = {"accuracy": 1.0, "loss": 0.5, "examples": 9}
-    (sentence,) = advice({"accuracy": 0.1, "loss": 0.51}, baseline, "loss", False, all_linears=False)
+    (sentence,) = advice({"accuracy": 0.1, "loss": 0.51}, baseline, "loss", False, all_linears=False, few=False)
     assert "loss, nats 0.5000 against 0.5100" in sentence
-    assert advice({"accuracy": 0.1, "loss": 0.5}, baseline, "loss", False, all_linears=False) == []
-    assert advice({"accuracy": 0.1}, baseline, "auroc", False, all_linears=False) == []
+    assert advice({"accuracy": 0.1, "loss": 0.5}, baseline, "loss", False, all_linears=False, few=False) == []
+    assert advice({"accuracy": 0.1}, baseline, "auroc", False, all_linears=False, few=False) == []

@@ -5,6 +5,7 @@ import pytest
 
 from finetune_lora import main
 from finetuning.report.page import make_report, write_report
+from finetuning.report.sections import cost_table
 from finetuning.runs.files import REPORT, write_result, write_settings
 from finetuning.runs.lock import DirectoryLock
 from tests.html_reader import Reader
@@ -100,6 +101,24 @@ def test_a_perfect_run_has_no_mistakes_and_no_temperature(tmp_path: Path) -> Non
     said = read(make_report(tmp_path, result_of_run(["a", "b"], splits), None)).text
     for sentence in ("No wrong answer.", "No such text.", "Validation gives no temperature"):
         assert sentence in said
+
+
+def test_a_run_that_has_not_learned_lists_no_wrong_labels(tmp_path: Path) -> None:
+    labels, logits = random_split(60, 2, 0)
+    splits = {split: (labels, np.roll(logits, 1, axis=0)) for split in ("validation", "test")}
+    leave_predictions(tmp_path, splits)
+    said = read(make_report(tmp_path, result_of_run(["a", "b"], splits), None)).text
+    assert "No list: validation does not show that the classifier learned anything" in said
+    assert "rather" not in said
+
+
+def test_after_folds_the_larger_split_is_the_headline_and_the_folds_are_a_cost(tmp_path: Path) -> None:
+    for count, headline in ((20, "out-of-fold accuracy"), (300, "test accuracy")):
+        splits = {"validation": random_split(200, 2, 0), "test": random_split(count, 2, 1)}
+        leave_predictions(tmp_path, splits)
+        result = result_of_run(["a", "b"], splits, kfold=5) | {"kfold": {"seconds": 383.4}}
+        assert headline in read(make_report(tmp_path, result, None)).text
+        assert cost_table(result).rows[2:4] == [("all folds, before that", "383.4 s"), ("final run", "20.0 s")]
 
 
 def test_a_multi_label_run_leaves_out_what_does_not_apply(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.runs import records
-from finetuning.runs.messages import baseline_lines, command_line
+from finetuning.runs.messages import baseline_lines, command_line, largest_class_line
 from finetuning.runs.records import BaselineRecord, accuracy_interval
 
 
@@ -37,6 +37,12 @@ def test_the_baseline_is_shown_by_split_and_says_what_it_was_trained_on() -> Non
     assert first == "baseline    words, trained on 60 of 9,000 texts to take little time"
     assert second.startswith("            validation  exact match 70.00%   macro F1 50.00%")
     assert third.startswith("            test        exact match 85.20%   macro F1 50.00%")
+
+
+def test_the_largest_class_is_shown_if_there_is_one() -> None:
+    scores = {"confusion_matrix": [[3, 2], [1, 2]], "examples": 8}
+    assert largest_class_line(scores) == [f"{'':12}always answering the largest class is right for 62.50%"]
+    assert largest_class_line({"examples": 8}) == []
 
 
 def test_a_command_is_recorded_as_it_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Runs with ``--kfold``, from end to end: the folds, the classifier of all texts, interruptions, refusals."""
+"""Runs with ``--kfold``, from end to end: the folds, the final classifier, interruptions, refusals."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def predictions(directory: Path, split: str) -> dict[int, tuple[Any, list[float]
     return found
 
 
-def test_a_run_leaves_its_folds_and_a_classifier_of_all_texts(finished: Callable[[], Path]) -> None:
+def test_a_run_leaves_its_folds_and_a_final_classifier(finished: Callable[[], Path]) -> None:
     output = finished()
     assert {path.name for path in output.iterdir()} == FILES | {"report.html", "folds"}
     assert [path.name for path in sorted((output / "folds").iterdir())] == ["1", "2"]
@@ -129,7 +129,7 @@ def test_what_a_finished_run_is_for(finished: Callable[[], Path], capsys: pytest
     assert capsys.readouterr().out.splitlines()[1].startswith("a dull and tedious mess,")
     report = (finished() / "report.html").read_text(encoding="utf8")
     assert "Validation is out of fold" in report
-    assert "the classifier that was trained on all texts" in report
+    assert "the classifier that was trained on all training texts" in report
     assert set(read_own_answers(read_finished(finished()))) == {"test"}  # what an export is compared with
 
 
@@ -139,9 +139,11 @@ def test_the_command_prints_a_line_for_each_fold(
     more = ("--epochs", "1", "--test", "False", "--report", "False")
     assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *more)) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[5].endswith(" (optimistic: each fold chose its epoch)")
+    assert lines[6].endswith(" (report this, or the score of a large test split)")
     begins = (
         "2 folds of 40 texts",
-        "with the final run on all texts, it takes about 2 times as long as one run",
+        "with the final run on all of them, it takes about 2 times as long as one run",
         "fold 1/2 ",
         "fold 2/2 ",
         "out of fold accuracy ",
@@ -149,7 +151,8 @@ def test_the_command_prints_a_line_for_each_fold(
     )
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=False))
     assert lines[6].startswith("            after 1 epochs in every fold: ")
-    assert lines[7] == "all texts   1 of 1 epochs, the median of the folds' 1, 1"
+    assert lines[7] == "            always answering the largest class is right for 50.00%"
+    assert lines[8] == "final run   schedule of 1 epochs, stopped after 1, the median of the folds' 1, 1"
     assert sum(line.startswith("data ") for line in lines) == 1
     assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2
     assert "has predicted no held-out text" in capsys.readouterr().err

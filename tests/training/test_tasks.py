@@ -280,20 +280,22 @@ def test_from_three_times_the_texts_on_another_monitor_is_advised() -> None:
 
 def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
     task = SingleLabel(NAMES)
-    (line,) = one_answer_advice(task, logits_for([2, 2]), training())
+    (line,) = one_answer_advice(task, logits_for([2, 2]), training(), 200)
     assert "answers 'good' for every validation text: consider --monitor macro_f1 or mcc, --class_weights" in line
-    (line,) = one_answer_advice(task, logits_for([2, 2]), training(monitor="mcc", class_weights="balanced"))
+    (line,) = one_answer_advice(task, logits_for([2, 2]), training(monitor="mcc", class_weights="balanced"), 200)
     assert line.endswith("consider more --epochs, a smaller --batch_size, or another --learning_rate")
-    assert not one_answer_advice(task, logits_for([2, 1]), training())
+    assert not one_answer_advice(task, logits_for([2, 1]), training(), 200)
 
 
 def test_a_classifier_at_chance_brings_advice() -> None:
     task, labels = SingleLabel(NAMES), np.array([0] * 60 + [1] * 40)
     guesses = logits_for([0, 1] * 50)
-    (line,) = chance_advice(task, labels, guesses)
-    assert "always answering the largest class is right for 60.0%" in line
-    assert not chance_advice(task, labels, logits_for([0] * 50 + [1] * 50))  # 90 % are right
-    assert not chance_advice(task, labels, logits_for([0] * 100))  # has advice of its own
+    (line,) = chance_advice(task, labels, guesses, 200)
+    assert "always answering the largest class is right for 60.0%: consider more --epochs" in line
+    (line,) = chance_advice(task, labels, guesses, 199)
+    assert line.endswith("consider more training texts")
+    assert not chance_advice(task, labels, logits_for([0] * 50 + [1] * 50), 200)  # 90 % are right
+    assert not chance_advice(task, labels, logits_for([0] * 100), 200)  # has advice of its own
     assert not chance_advice(
-        make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training()), TRUTH, -np.ones((4, 3))
+        make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training()), TRUTH, -np.ones((4, 3)), 200
     )
