@@ -155,8 +155,9 @@ def label(arguments: argparse.Namespace) -> None:
     if not (arguments.abstain is arguments.abstain_risk is arguments.most_uncertain is None):
         confidence = read_confidence(trained, answers.threshold, arguments.abstain, arguments.abstain_risk)
         answers = replace(answers, confidence=confidence)
-    abstains = answers.confidence is not None and arguments.most_uncertain is None
-    coverage = Coverage(answers.confidence.least) if abstains else None
+    coverage = None
+    if answers.confidence is not None and arguments.most_uncertain is None:
+        coverage = Coverage(answers.confidence.least)
     output, skip = arguments.output, arguments.skip_bad_rows
     with source_of(arguments, trained) as source:
         with Progress("check") as done:
