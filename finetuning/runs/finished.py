@@ -104,6 +104,7 @@ def read_own_answers(run: FinishedRun) -> dict[str, Answers]:
         return answers
     if "test" not in answers:
         raise UserError(
-            f"{run.directory}: the final classifier of --kfold has predicted no held-out text: train without --test False"
+            f"{run.directory}: the final classifier of --kfold has predicted no held-out text: train without"
+            " --test False"
         )
     return {"test": answers["test"]}
