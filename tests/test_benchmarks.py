@@ -355,6 +355,7 @@ def headline_table() -> str:
         (SPEED, "plain_path", lambda: plain_path.table(stored("plain_path"))),
         (SPEED, "families", lambda: families.table(stored("families"))),
         (SPEED, "int8_speed", lambda: int8.table(stored("int8"))),
+        (SPEED, "variants", lambda: variants.table(stored("variants"))),
         (SPEED, "variants_equality", lambda: variants.equality_table(stored("variants_equality"))),
         (SPEED, "prediction", lambda: prediction.table(stored("prediction"))),
         (SPEED, "roofline", lambda: roofline.table(stored("roofline"))),
