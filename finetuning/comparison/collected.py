@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from finetuning.comparison.drawn import RATE
 from finetuning.comparison.packed import RUNS, Record, read_records
 from finetuning.comparison.statistics import SCORES, mean_and_deviation
 from finetuning.config import NOT_PART_OF_THE_RUN
@@ -288,8 +289,13 @@ class Study:
 
     @property
     def tuning(self) -> list[Run]:
-        """The runs that only tuned the learning rate."""
+        """The runs that only tuned."""
         return [run for run in self.runs if run.tunes]
+
+    @property
+    def rate_trials(self) -> list[Run]:
+        """The ones that tried learning rates alone. Random trials also differ in other settings."""
+        return [run for run in self.tuning if set(run.axes) == {RATE}]
 
     def measured(self, row: Row) -> Row:
         """The row, with only the runs whose time and memory can be compared with other rows."""

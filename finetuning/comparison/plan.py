@@ -61,7 +61,7 @@ class PlannedRun:
         row: what the report compares; runs that differ only in their seed have the same row.
         stage: ``tune`` or ``final``.
         settings: flags of ``finetune_lora.py``, as the TOML gives them; ``data_dir`` is relative.
-        axes: its values on the axes of the study, without the seed.
+        axes: its values on the axes of the study, without the seed; of a run that tunes, what it tries.
         tuned_by: names of the runs that tune it; empty if it has all settings of its own.
         tunes: what a run that tunes tries.
         tuned: the flags that its tuning sets.
@@ -204,15 +204,22 @@ def _on_data_sets(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[d
     """The rows of each data set of ``[[data]]``, with its flags; the rows themselves if there is none."""
     sets = content.get("data")
     if sets is None:
+        named = [row for row in rows if "data" in row]
+        if named:
+            raise UserError(f"row {named[0].get('name')}: data: needs [[data]], the sets that it names")
         return rows
     if not isinstance(sets, list) or not sets or not all(isinstance(each, dict) for each in sets):
         raise UserError("data: must be tables, [[data]], at least one")
     if not all(isinstance(each.get("name"), str) for each in (*sets, *rows)):
         raise UserError("data: each [[data]] and each [[rows]] needs a name")
+    for each in sets:
+        folder = str(each.get("data_dir", each["name"]))
+        if Path(folder).name != each["name"]:
+            raise UserError(f"data {each['name']}: must have the name of its folder, data_dir {folder}")
     names, found = [each["name"] for each in sets], []
     for row in rows:
         wanted = row.get("data", names)
-        if not isinstance(wanted, list) or not set(wanted) <= set(names):
+        if not isinstance(wanted, list) or not all(name in names for name in wanted):
             raise UserError(f"row {row['name']}: data {wanted}: must be a list of names of [[data]]")
         found += [each | row | {"name": f"{each['name']}-{row['name']}"} for each in sets if each["name"] in wanted]
     return found
@@ -232,7 +239,7 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
         given = settings | cell | {"seed": seeds[0]}
         overrides = content.get("tuning", {}) | {"test": False}
         tune = [
-            PlannedRun(f"tune-{name}-{trial}", name, "tune", given | overrides | tried, cell | tried, tunes=tried)
+            PlannedRun(f"tune-{name}-{trial}", name, "tune", given | overrides | tried, tried, tunes=tried)
             for trial, tried in tried_settings(name, row.get("tune", {}), content.get("search")).items()
         ]
         tuned_by = tuple(run.name for run in tune)

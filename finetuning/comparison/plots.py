@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 
 from finetuning.comparison.collected import Run, Study
+from finetuning.comparison.drawn import RATE
 from finetuning.comparison.page import Plot
 from finetuning.comparison.statistics import mean_and_deviation, pareto_front
 from finetuning.comparison.tables import GIB, record, scores_by_rate
@@ -251,8 +252,8 @@ def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
 
 
 def _rated(study: Study) -> list[Run]:
-    """The runs that tuned; without tuning, the runs for which the learning rate is an axis."""
-    return study.tuning or [run for run in study.final if "learning_rate" in run.axes]
+    """The runs that tuned the rate alone; if there are none, the runs for which the learning rate is an axis."""
+    return study.rate_trials or [run for run in study.final if RATE in run.axes]
 
 
 def rate_plot(study: Study) -> Plot | None:

@@ -283,7 +283,7 @@ def _best_on_validation(study: Study) -> list[str]:
 
 def _tuned_rates(study: Study) -> list[tuple[str, float, list[float]]]:
     """For each row with more than one tried rate: its name, the rate of its final runs, and all tried rates."""
-    scores = tuning_scores([run for run in study.tuning if set(run.axes) == {RATE}])  # random ones have no edge
+    scores = tuning_scores(study.rate_trials)
     taken = [(row.name, row.common("config", "learning_rate")) for row in study.rows]
     return [(name, rate, list(scores[name])) for name, rate in taken if rate and len(scores.get(name, ())) > 1]
 

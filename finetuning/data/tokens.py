@@ -64,7 +64,8 @@ class TokenizedSplit:
     @property
     def sha256(self) -> str:
         """A hash of everything that training and evaluation read."""
-        arrays = (self.tokens, self.offsets, self.labels, self.rows, self.second_positions, self.windows)
+        windows = () if self.windows is None else (self.windows,)  # runs without windows keep their hash
+        arrays = (self.tokens, self.offsets, self.labels, self.rows, self.second_positions, *windows)
         parts = (b"" if array is None else array.tobytes() for array in arrays)
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

@@ -69,7 +69,8 @@ class Answers:
         """The same answers with logits divided by a temperature. The threshold moves, so that the labels stay."""
         threshold = self.threshold
         if threshold is not None:
-            threshold = float(1 / (1 + (1 / threshold - 1) ** (1 / temperature)))
+            logit = np.log(threshold / (1 - threshold)) / temperature
+            threshold = float(np.exp(-np.logaddexp(0, -logit)))  # its sigmoid, which does not overflow
         return replace(self, logits=self.logits / temperature, threshold=threshold)
 
     def taken(self, positions: np.ndarray) -> "Answers":

@@ -116,8 +116,7 @@ def claimed(path: Path, lease: float = 0.0) -> Iterator[int | None]:
         except BlockingIOError:
             yield None
             return
-        recent = time.time() - os.fstat(descriptor).st_mtime < lease
-        if recent and f'"{platform.node()}"' not in (content := file.read()) and who(content):
+        if _is_leased(file, lease):
             yield None
             return
         _sign(file)
@@ -126,6 +125,26 @@ def claimed(path: Path, lease: float = 0.0) -> Iterator[int | None]:
         finally:
             with suppress(OSError):
                 os.ftruncate(descriptor, 0)
+
+
+def is_held(path: Path, lease: float = 0.0) -> bool:
+    """Whether a process has the claim of a lock file, see ``claimed``. Changes nothing."""
+    try:
+        file = path.open(encoding="utf8", errors="replace")
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return _is_leased(file, lease)
+
+
+def _is_leased(file: Any, lease: float) -> bool:
+    """Whether a process of another host has signed an open lock file, not longer ago than its lease."""
+    recent = time.time() - os.fstat(file.fileno()).st_mtime < lease
+    return recent and f'"{platform.node()}"' not in (content := file.read()) and who(content) is not None
 
 
 def _sign(file: Any) -> None:

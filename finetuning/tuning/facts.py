@@ -48,7 +48,7 @@ def read_facts(config: RunConfig) -> Facts:
     training = inputs.config.training
     return Facts(
         training.epochs, training.batch_size, useful_lengths(lengths, config.data.max_length), layers,
-        inputs.task.kind == "multi-label", inputs.base.takes_pooling,
+        inputs.task.kind == "multi-label", inputs.base.takes_pooling, "dropout" in inputs.base.family.settings,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ The first worker writes both. Others that come with the same flags, or with ``--
 import json
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
-from finetuning.runs.lock import claimed
+from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
 from finetuning.settings import FLAGS
 from finetuning.storage import cannot_be_written_in, read_json, remove, write_json, write_new_json
 from finetuning.tuning.space import Facts, Space, make_space
@@ -197,7 +197,9 @@ def resume(folder: Path, minutes: float | None, trials: int | None, active: bool
         minutes, trials: to add.
         active: whether other workers go on, so that the clock has not stopped.
     """
-    with claimed(folder / f"{BUDGET}.lock"):
+    with ExitStack() as stack:
+        while stack.enter_context(claimed(folder / f"{BUDGET}.lock")) is None:  # another worker adds to it
+            time.sleep(LOOK_AGAIN_SECONDS)
         budget = Budget.read(folder)
         if not active:
             last = max(path.stat().st_mtime for path in (folder / BUDGET, *folder.glob("*/*.lock")))

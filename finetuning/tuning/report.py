@@ -17,6 +17,7 @@ from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import SCORES, Difference, bootstrap_difference, seed_spread
 from finetuning.html import render
 from finetuning.pages import Table
+from finetuning.runs.answers import positive_of
 from finetuning.runs.files import PREDICTIONS, read_result, read_status
 from finetuning.runs.records import SCORES as SCORE_NAMES
 from finetuning.storage import read_json, write_json, write_text
@@ -127,12 +128,13 @@ def gain_of(default: Path, runs: list[Path], result: dict[str, Any]) -> dict[str
         runs: the last runs.
         result: of the default.
     """
-    threshold = result["task"].get("threshold")
-    measure = "accuracy" if threshold is None else "micro_f1"
+    names = result["data"]["label_names"]
+    several = "threshold" in result["task"] and positive_of(result["task"], names) is None
+    measure = "micro_f1" if several else "accuracy"
 
     def counted(run: Path) -> np.ndarray:
-        own = read_result(run)["task"].get("threshold")
-        frame = read_test_predictions(run / PREDICTIONS, own).to_pandas()
+        task = read_result(run)["task"]
+        frame = read_test_predictions(run / PREDICTIONS, task.get("threshold"), positive_of(task, names)).to_pandas()
         return Predictions.from_frame("", frame).counted(measure)
 
     first, second = np.stack([counted(run) for run in runs]), counted(default)[None]

@@ -23,7 +23,7 @@ PLACEMENTS = {
 }
 MAX_LENGTH = "max_length"
 SECTIONS = ("method", "lora", "model", "training")  # whose flags can be searched
-NOT_SEARCHED = ("seed", "monitor", "threshold", "init_adapter", "model_name")
+NOT_SEARCHED = ("seed", "monitor", "threshold", "positive_label", "init_adapter", "model_name")
 ALSO_SEARCHED = (MAX_LENGTH, "truncation")
 KEYS = ("values", "low", "high", "log", "times_default", "if")
 REPLACE = "replace"  # the key of a file whose rows are the whole space
@@ -111,6 +111,7 @@ class Facts:
         layers: of the encoder; 0 if the model has no list of layers.
         multi_label: whether a text may have several labels.
         takes_pooling: whether the model's head can read the mean of the tokens.
+        takes_dropout: whether the model has ``--dropout``.
     """
 
     epochs: int
@@ -119,6 +120,7 @@ class Facts:
     layers: int
     multi_label: bool
     takes_pooling: bool = True
+    takes_dropout: bool = True
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,9 @@ def _fitted(facts: Facts) -> list[Parameter]:
         del rows[MAX_LENGTH]
     if facts.multi_label:
         del rows["label_smoothing"]
-    if not facts.takes_pooling:
-        del rows["pooling"]
+    for name, taken in (("pooling", facts.takes_pooling), ("dropout", facts.takes_dropout)):
+        if not taken:
+            del rows[name]
     layers = min(3, facts.layers - 1)
     if layers < 2:
         del rows["trainable_layers"]
@@ -289,7 +292,7 @@ def _is_decided(name: str, given: Mapping[str, Any]) -> bool:
     """Whether given flags decide a declared parameter that is none of them."""
     if name == "method":  # flags of one method fix it
         return any(FLAGS[flag].section == "lora" or flag in OF_ONE_METHOD for flag in given)
-    if "init_adapter" in given and (name in FROM_ADAPTER or name == PLACEMENT):
+    if "init_adapter" in given and name in (*FROM_ADAPTER, PLACEMENT, "pooling"):
         return True
     return name == PLACEMENT and bool(given.keys() & {*LORA_TARGETS[:-1], "lora_modules"})
 

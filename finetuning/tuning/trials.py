@@ -18,7 +18,7 @@ from typing import Any
 from finetuning.runs.checkpoints import has_checkpoint
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, SETTINGS, TRAINED_WEIGHTS
 from finetuning.runs.history import scores_by_epoch
-from finetuning.runs.lock import claimed
+from finetuning.runs.lock import claimed, is_held
 from finetuning.storage import read_json, write_json
 from finetuning.tuning.space import Point
 
@@ -86,10 +86,7 @@ class Place:
 
     def is_claimed(self) -> bool:
         """Whether a process has the claim."""
-        if not self.lock.exists():
-            return False
-        with self.claim() as lock:
-            return lock is None
+        return is_held(self.lock, LEASE_SECONDS)
 
     def start_flags(self) -> list[str]:
         """How the run starts: anew, or where the process that is gone has left it."""

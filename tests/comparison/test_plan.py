@@ -257,6 +257,11 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         (SEARCHED.replace('data = ["two"]', 'data = ["three"]'), "row full: data ['three']: must be a list of names"),
         (SEARCHED.replace('name = "one"', ""), "data: each [[data]] and each [[rows]] needs a name"),
         ("data = 3", "data: must be tables, [[data]]"),
+        (
+            SEARCHED.replace('data_dir = "two"', 'data_dir = "2"'),
+            "data two: must have the name of its folder",
+        ),
+        ('[[rows]]\nname = "a"\ndata = ["two"]', "row a: data: needs [[data]], the sets that it names"),
         ("[tuning]\nepochs = 1", "[tuning] no row has anything to tune"),
         (TUNED.replace("limit_train", "test"), "[tuning] test: must be false"),
         (

@@ -1,5 +1,7 @@
 """Tokens of pairs of texts; those of single texts are tested in tests/test_local_dataset_utilities.py."""
 
+import hashlib
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from transformers import AutoTokenizer
 
 from finetuning.data import tokens as module
-from finetuning.data.tokens import cached_tokens, encode, encode_pairs, encode_texts
+from finetuning.data.tokens import TokenizedSplit, cached_tokens, encode, encode_pairs, encode_texts
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 from finetuning.storage import sum_holds
@@ -173,3 +175,11 @@ def test_the_cache_keeps_windows(tokenizer: Any) -> None:
     assert again.windows is not None
     np.testing.assert_array_equal(first.windows, again.windows)
     assert cached_tokens(TEXTS, tokenizer, DataSettings(max_length=20), "one window").windows is None
+
+
+def test_sequences_of_one_window_keep_the_hash_that_interrupted_runs_have() -> None:
+    split = TokenizedSplit(np.arange(5, dtype=np.int32), np.array([0, 2, 5]), np.array([0, 1]), np.array([7, 8]))
+    parts = [*(array.tobytes() for array in (split.tokens, split.offsets, split.labels, split.rows)), b""]
+    expected = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    assert split.sha256 == expected
+    assert replace(split, windows=np.array([2, 1])).sha256 != expected

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_answers_out_of_fold_play_validation(tmp_path: Path) -> None:
     cooled = found.cooled(2)
     assert cooled.given.tolist() == found.given.tolist(), "the threshold moves with the probabilities"
     assert cooled.confidence == pytest.approx(1 / (1 + np.e**0.5))
+    assert replace(found, threshold=0.0005).cooled(0.01).threshold == pytest.approx(0.0), "it does not overflow"
 
 
 @pytest.mark.parametrize("threshold", [None, 0.3])

@@ -92,9 +92,11 @@ def test_declared_values_that_the_given_flags_exclude_are_left_out() -> None:
 
 
 def test_texts_and_model_fit_the_space() -> None:
-    small = Facts(epochs=5, batch_size=16, lengths=(256,), layers=1, multi_label=True, takes_pooling=False)
+    small = Facts(
+        epochs=5, batch_size=16, lengths=(256,), layers=1, multi_label=True, takes_pooling=False, takes_dropout=False
+    )
     assert {row.name for row in DECLARED} - names(space_of(small)) == {
-        "max_length", "label_smoothing", "trainable_layers", "pooling",
+        "max_length", "label_smoothing", "trainable_layers", "pooling", "dropout",
     }  # fmt: skip
     assert values(space_of(Facts(5, 16, (256,), 3, False)), "trainable_layers") == (1, 2)
 

@@ -99,6 +99,8 @@ def test_a_claim_of_another_host_counts_until_its_lease_ends(tmp_path: Path) -> 
     old = time.time() - LEASE_SECONDS - 1
     os.utime(lock, (old, old))
     assert not trials.place(0).is_claimed()
+    with trials.place(0).claim() as descriptor:
+        assert descriptor is not None
     assert lock.read_text() == ""
 
 
@@ -120,3 +122,13 @@ def test_the_best_trial_is_the_first_complete_one(minimize: bool, winner: int) -
     assert best is not None
     assert best.number == winner
     assert best_of([Trial(0)], minimize) is None
+
+
+def test_looking_at_a_claim_is_no_sign_of_life(tmp_path: Path) -> None:
+    place = module.Place(tmp_path / "trials" / "000")
+    assert not place.is_claimed()
+    with place.claim():
+        assert place.is_claimed()
+    os.utime(place.lock, (1000, 1000))
+    assert not place.is_claimed()
+    assert place.lock.stat().st_mtime == 1000
