@@ -179,7 +179,7 @@ def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
     assert line in shown
     assert "\n            test        accuracy 100.00%   macro F1 100.00%   loss" in shown
     sentence = result["advice"][-1]
-    start = f"accuracy 100.00% against {result['validation']['accuracy']:.2%} of this classifier: consider more"
+    start = f"accuracy 100.00% against {result['validation']['accuracy']:.2%} of this classifier: consider LoRA"
     assert start in sentence
     assert sentence in shown
     assert ">test, TF-IDF + logistic regression</th>" in (tmp_path / "run" / "report.html").read_text("utf8")
