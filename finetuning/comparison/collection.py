@@ -52,7 +52,7 @@ def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
         check_unchanged(source / PREDICTIONS)
         task = result["task"]
         try:
-            positive = positive_of(task, result["data"]["label_names"])
+            positive = positive_of(task, result.get("data", {}).get("label_names", ()))
             predictions = read_test_predictions(source / PREDICTIONS, task.get("threshold"), positive)
         except (OSError, ValueError, LookupError) as error:  # includes pyarrow's errors
             path = source / PREDICTIONS
