@@ -4,7 +4,6 @@ Logistic regression on TF-IDF, and on the mean of the frozen model's token vecto
 the regularization as a method of ``studies/methods_on_sets.toml`` gets trials; validation chooses.
 """
 
-import math
 import random
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from benchmarks.budget import FROZEN, mean_vectors
 from benchmarks.harness import Record
 from compare_methods import DATA_SETS, ROOT
 from finetuning.comparison.baselines import NAME, VECTORIZER
+from finetuning.comparison.drawn import log_uniform
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.data.loading import load_texts
 from finetuning.flags import from_flags
@@ -77,7 +77,7 @@ def chosen(name: str, features: dict[str, Any], labels: dict[str, Any], trials: 
     generator = random.Random(name)
     tried = []
     for _ in range(trials):
-        C = math.exp(generator.uniform(math.log(LEAST), math.log(MOST)))
+        C = log_uniform(LEAST, MOST, generator)
         model = LogisticRegression(C=C, max_iter=2000).fit(features["train"], labels["train"])
         tried.append((model.score(features["validation"], labels["validation"]), -C, model))
     validation, C, model = max(tried, key=lambda each: each[:2])

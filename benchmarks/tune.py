@@ -9,7 +9,6 @@ All searches are kept in ``runs/tune``, so that the same command goes on after a
 """
 
 import json
-import math
 import os
 import random
 import shlex
@@ -25,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.special import stdtrit
-
 from benchmarks import harness
 from benchmarks.harness import Record
 from compare_methods import ROOT
+from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
 from finetuning.pages import Table
 from finetuning.runs.files import read_result
@@ -116,9 +114,8 @@ def gain_table(records: Sequence[Record]) -> str:
         rows.append((*cells, f"{100 * record['gain']['mean']:+.2f} ({low:+.2f} to {high:+.2f})"))
     if len(sets) > 1:
         values = [100 * value for value in means.values()]
-        half = float(stdtrit(len(sets) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(sets))
-        mean = statistics.fmean(values)
-        rows.append(("mean of sets", "", "", "", f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"))
+        mean, (low, high) = statistics.fmean(values), interval_over_sets(values)
+        rows.append(("mean of sets", "", "", "", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"))
     return Table(("data", "seed", "trials", "minutes", "test score minus default's, points"), rows).markdown()
 
 

@@ -8,7 +8,7 @@ from finetuning.comparison.packed import Record, change_records
 from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, first_line
-from finetuning.runs.answers import positive_of, unlabelled
+from finetuning.runs.answers import is_multi_label, positive_of, unlabelled
 from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged
 
 
@@ -79,7 +79,7 @@ def read_test_predictions(path: Path, threshold: float | None = None, positive: 
     logits = np.array(table["logits"].to_pylist())  # (n, classes)
     small = np.int8 if logits.shape[1] <= 127 else np.int16
     given = unlabelled(logits, threshold, positive).given
-    if threshold is not None and positive is None:
+    if is_multi_label(threshold, positive):
         kind = pa.list_(pa.from_numpy_dtype(small))
         predicted = pa.array([np.flatnonzero(row).astype(small) for row in given], kind)
         rows = table["row"].to_numpy().astype(np.int32)

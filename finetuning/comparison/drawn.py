@@ -33,10 +33,15 @@ def _drawn(values: Sequence[Any] | Mapping[str, float], generator: random.Random
     if not isinstance(values, Mapping):
         return generator.choice(values)
     low, high = values["low"], values["high"]
-    value = math.exp(generator.uniform(math.log(low), math.log(high)))
+    value = log_uniform(low, high, generator)
     if isinstance(low, int) and isinstance(high, int):
         return round(value)
     return float(f"{value:.3g}")  # so that a command stays readable
+
+
+def log_uniform(low: float, high: float, generator: random.Random) -> float:
+    """A number from ``low`` to ``high``, uniform on a logarithmic scale."""
+    return math.exp(generator.uniform(math.log(low), math.log(high)))
 
 
 def shown_settings(settings: Mapping[str, Any]) -> str:

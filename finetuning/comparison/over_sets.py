@@ -4,14 +4,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
-
-from scipy.special import stdtrit
+from statistics import fmean
 
 from finetuning.comparison.collected import Study
-from finetuning.comparison.statistics import bayesian_signed_rank, mean_and_deviation
+from finetuning.comparison.statistics import bayesian_signed_rank, interval_over_sets, mean_and_deviation
 from finetuning.pages import Table
 
 LEAST_SETS = 3
@@ -83,10 +80,10 @@ def pairs_table(grid: Grid) -> Table:
             continue
         ours, theirs = grid.means(first, sets), grid.means(second, sets)
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        mean, half = fmean(differences), float(stdtrit(len(sets) - 1, 0.975)) * stdev(differences) / sqrt(len(sets))
+        mean, (low, high) = fmean(differences), interval_over_sets(differences)
         test = bayesian_signed_rank(ours, theirs, ROPE)
         chances = (f"{100 * share:.0f}" for share in (test.better, test.equivalent, test.worse))
-        interval = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+        interval = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
         rows.append((f"{first} - {second}", str(len(sets)), interval, *chances))
     return Table(("pair", "sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %"), rows)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 LEVEL = 0.05  # a corrected p value at or above it means "no significant difference"
 RESAMPLES = 2_000
@@ -173,6 +174,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
+
+
+def interval_over_sets(differences: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of independent values, at least two: Student's t."""
+    half = float(stdtrit(len(differences) - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(len(differences))
+    mean = statistics.fmean(differences)
+    return mean - half, mean + half
 
 
 @dataclass(frozen=True)

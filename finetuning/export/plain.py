@@ -31,6 +31,7 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.fused import join_linears
 from finetuning.models.lora import merge_lora, plain_linear
 from finetuning.models.quantization import dense_weight, is_quantized
+from finetuning.runs.answers import is_multi_label
 from finetuning.settings import WINDOWED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -171,7 +172,7 @@ def complete_config(config: Any, threshold: float | None, positive: int | None) 
     With a threshold it also has that and, for two classes, the name of the positive one. Transformers keeps both but
     does not use them.
     """
-    multi_label = threshold is not None and positive is None
+    multi_label = is_multi_label(threshold, positive)
     config.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
     if threshold is not None:
         config.threshold = threshold

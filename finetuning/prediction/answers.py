@@ -9,7 +9,7 @@ import numpy as np
 from finetuning.errors import UserError
 from finetuning.prediction.confidence import CONFIDENCE, Confidence
 from finetuning.prediction.trained import Trained
-from finetuning.runs.answers import decided
+from finetuning.runs.answers import decided, is_multi_label
 
 LABEL, PROBABILITY = "label", "probability_"
 IF_TAKEN = "predicted_"  # before our columns if the input has columns of these names
@@ -34,7 +34,7 @@ class AnswerColumns:
 
     @property
     def multi_label(self) -> bool:
-        return self.threshold is not None and self.positive is None
+        return is_multi_label(self.threshold, self.positive)
 
     @property
     def columns(self) -> dict[str, type]:

@@ -11,7 +11,7 @@ from finetuning.errors import UserError
 from finetuning.prediction.rows import Rows
 from finetuning.prediction.trained import Trained
 from finetuning.runs.abstention import LEVEL, checkpoints_compared, least_confidence, smallest_risk
-from finetuning.runs.answers import unlabelled
+from finetuning.runs.answers import is_multi_label, unlabelled
 from finetuning.runs.calibration import fit_temperature
 from finetuning.runs.finished import read_finished, read_validation
 
@@ -41,7 +41,7 @@ class Confidence:
         """
         with np.errstate(divide="ignore"):  # a probability of 0 or 1 is an infinite logit
             logits = np.log(probabilities)
-            if threshold is not None and positive is None:
+            if is_multi_label(threshold, positive):
                 logits -= np.log1p(-probabilities)
         return unlabelled(logits, threshold, positive).cooled(self.temperature).confidence
 

@@ -11,7 +11,7 @@ from typing import Any
 from finetuning.config import RunConfig
 from finetuning.datasets import traits_of
 from finetuning.errors import UserError, first_line
-from finetuning.runs.answers import positive_of
+from finetuning.runs.answers import is_multi_label, positive_of
 from finetuning.runs.files import RESULT
 from finetuning.runs.finished import read_finished
 from finetuning.settings import DEFAULT_THRESHOLD, WINDOWED
@@ -46,7 +46,7 @@ class Trained:
 
     @property
     def multi_label(self) -> bool:
-        return self.threshold is not None and self.positive is None
+        return is_multi_label(self.threshold, self.positive)
 
     @property
     def clean(self) -> Callable[[str], str]:

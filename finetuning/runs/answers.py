@@ -25,7 +25,7 @@ class Answers:
     @property
     def multi_label(self) -> bool:
         """Whether the run is multi-label: a text may have several labels, or none."""
-        return self.threshold is not None and self.positive is None
+        return is_multi_label(self.threshold, self.positive)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -94,6 +94,11 @@ def decided(scores: np.ndarray, threshold: float | None, positive: int | None = 
     if positive is None:
         return scores > threshold
     return (np.arange(2) == positive) == (scores[:, [positive]] > threshold)
+
+
+def is_multi_label(threshold: float | None, positive: int | None) -> bool:
+    """Whether a run is multi-label: it has a threshold, and no positive class to which it belongs."""
+    return threshold is not None and positive is None
 
 
 def positive_of(task: Mapping[str, Any], names: Sequence[str]) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
-from finetuning.runs.answers import Answers, positive_of, read_answers
+from finetuning.runs.answers import Answers, is_multi_label, positive_of, read_answers
 from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, check_unchanged, read_result
 
 CONTINUE = "If nothing writes it, continue the run with --resume --output_dir"
@@ -30,7 +30,7 @@ class FinishedRun:
 
     @property
     def multi_label(self) -> bool:
-        return self.threshold is not None and self.positive is None
+        return is_multi_label(self.threshold, self.positive)
 
     @property
     def reported_split(self) -> str:
