@@ -7,7 +7,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
 from finetuning.training.label_advice import chance_advice, imbalance_advice, one_answer_advice
-from finetuning.training.tasks import Binary, MultiLabel, SingleLabel, class_weights, label_weights, make_task
+from finetuning.training.tasks import Binary, MultiLabel, SingleLabel, make_task
 
 NAMES = ["bad", "fair", "good"]
 
@@ -74,21 +74,6 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order() -> None:
     by_hand = [np.mean(shares[without_last[0] == c, c][:, None] > shares[without_last[0] != c, c]) for c in range(2)]
     assert SingleLabel(NAMES).scores(*without_last)["auroc"] == pytest.approx(np.mean(by_hand))  # "good" has no text
     assert "auroc" not in SingleLabel(NAMES).scores(labels[labels == 1], logits[labels == 1])
-
-
-def test_class_weights_keep_the_mean_over_the_texts() -> None:
-    counts = np.array([80, 15, 5])
-    assert class_weights("none", NAMES, counts) is None
-    balanced = class_weights("balanced", NAMES, counts)
-    assert balanced is not None
-    assert (balanced.numpy() * counts).tolist() == pytest.approx([100 / 3] * 3)
-    given = class_weights("good=3,bad=0.5", NAMES, counts)
-    assert given is not None
-    assert (given / given[1]).tolist() == pytest.approx([0.5, 1, 3])
-    assert float(given.numpy() @ counts) == pytest.approx(100)
-    unseen = class_weights("balanced", NAMES, np.array([5, 0, 15]))
-    assert unseen is not None
-    assert unseen.tolist() == pytest.approx([2, 0, 2 / 3])
 
 
 @pytest.mark.parametrize(
@@ -175,16 +160,6 @@ def test_the_threshold_is_the_one_of_validation() -> None:
     assert fixed.only_answer(logits) == "no label"
     assert tuned.only_answer(logits) is None
     assert tuned.record()["threshold_tuned"]
-
-
-def test_multi_label_weights() -> None:
-    assert label_weights("none", NAMES, TRUTH) is None
-    balanced = label_weights("balanced", NAMES, TRUTH[:3])
-    assert balanced is not None
-    assert balanced.tolist() == pytest.approx([1 / 2, 2, 1])  # texts without the label / texts with it
-    named = label_weights("fair=3", NAMES, TRUTH)
-    assert named is not None
-    assert named.tolist() == [1, 3, 1]
 
 
 @pytest.mark.parametrize(
