@@ -27,7 +27,7 @@ SETS = ("ag_news", "subj", "twitter_financial_news", "emotion")  # folders below
 KEPT_ENVIRONMENT = ("cpu", "threads", "versions", "git", "date")
 RISKS = (0.01, 0.02, 0.05, 0.1)
 FLAGS = (
-    "--dataset text --model_name packaged --split stratified --limit_train 1500 --limit_validation 950"
+    "--dataset text --model_name packaged-distilbert --split stratified --limit_train 1500 --limit_validation 950"
     " --max_length 128 --lora_key True --lora_projection True --lora_mlp True --epochs 2"
     f" {TRAINING_FLAGS} --accelerator cpu --baseline False --report False"
 )

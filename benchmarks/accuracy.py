@@ -36,7 +36,7 @@ OUTPUT, COUNTS = "accuracy.json", "accuracy.npz"  # the second has what each tes
 FOLDER, JOURNAL = ROOT / "runs" / "accuracy", "measured.json"
 MAX_LENGTH = 128
 SAME = (
-    "--dataset text --model_name packaged --lora_key True --lora_projection True --lora_mlp True"
+    "--dataset text --model_name packaged-distilbert --lora_key True --lora_projection True --lora_mlp True"
     f" --max_length {MAX_LENGTH} --accelerator cpu"
 )
 KEPT_SCORES = ("accuracy", "macro_f1", "micro_f1", "mean_average_precision", "mcc")

@@ -67,7 +67,7 @@ class Conditions:
 
     def words(self, name: str, seed: int, more: str) -> list[str]:
         """The flags of a search on a data set."""
-        line = f"{SETS[name]} --model_name packaged --limit_train {self.texts} --seed {seed} {more}"
+        line = f"{SETS[name]} --model_name packaged-bert --limit_train {self.texts} --seed {seed} {more}"
         return [*line.split(), "--data_dir", str(self.data_dir / name)]
 
 

@@ -11,9 +11,10 @@ from finetuning.errors import UserError
 from finetuning.prediction.rows import Rows
 from finetuning.prediction.trained import Trained
 from finetuning.runs.abstention import LEVEL, checkpoints_compared, least_confidence, smallest_risk
-from finetuning.runs.answers import is_multi_label, unlabelled
+from finetuning.runs.answers import Answers, is_multi_label, unlabelled
 from finetuning.runs.calibration import fit_temperature
 from finetuning.runs.finished import read_finished, read_validation
+from finetuning.runs.records import accuracy_interval
 
 CONFIDENCE = "confidence"  # our column
 
@@ -103,9 +104,12 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
     temperature = fit_temperature(answers)
     notes = () if temperature else ("confidence is as trained: validation gives no temperature",)
     found = Confidence(temperature or 1.0, least or 0.0, notes)
+    cooled, folds = answers.cooled(found.temperature), "kfold" in run.result
+    if least is not None:
+        return replace(found, notes=(*notes, reached(cooled, least, folds)))
     if risk is None:
         return found
-    cooled, candidates = answers.cooled(found.temperature), checkpoints_compared(run.result["config"])
+    candidates = checkpoints_compared(run.result["config"])
     chosen = least_confidence(cooled, risk, candidates)
     if chosen is None:
         raise UserError(
@@ -117,9 +121,28 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
         f" {chosen.wrong:,} of them wrong. With {100 * LEVEL:g} % confidence, at most {100 * risk:g} % of all"
         f" answers are wrong, if new texts are like validation"
     )
-    if "kfold" in run.result:
+    if folds:
         shown += " (about: the classifiers of the folds gave these answers)"
     return replace(found, least=chosen.least, notes=(*notes, shown))
+
+
+def reached(validation: Answers, least: float, folds: bool) -> str:
+    """How many validation texts reach a confidence, and how many of these answers are right, as a sentence.
+
+    Args:
+        validation: cooled.
+        least: the confidence.
+        folds: whether these answers are out of fold.
+    """
+    sure = validation.confidence >= least
+    count, right = int(sure.sum()), int((sure & validation.right).sum())
+    texts = "texts out of fold" if folds else "validation texts"
+    shown = f"confidence {least:g}: {count:,} of {len(sure):,} {texts} reach it"
+    if not count:
+        return shown
+    low, high = accuracy_interval(right / count, count)
+    interval = f"{right / count:.0%}; 95 % interval {low:.0%} to {high:.0%}"
+    return f"{shown}, and {right:,} of these answers are right ({interval})"
 
 
 def most_uncertain(

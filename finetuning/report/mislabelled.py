@@ -1,4 +1,4 @@
-"""Held-out texts whose label is probably wrong, by confident learning (Northcutt et al. 2021, arXiv:1911.00068)."""
+"""Held-out texts whose label may be wrong, by confident learning (Northcutt et al. 2021, arXiv:1911.00068)."""
 
 from dataclasses import dataclass
 

@@ -9,7 +9,7 @@ from finetuning.errors import UserError, first_line, say
 from finetuning.html import data_url, render
 from finetuning.report import sections
 from finetuning.report.coverage import coverage_curve, risk_table
-from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, probably_wrong
+from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, maybe_wrong
 from finetuning.runs.abstention import LEVEL, checkpoints_compared
 from finetuning.runs.answers import Answers, positive_of, read_answers
 from finetuning.runs.calibration import fit_temperature, reliability
@@ -17,7 +17,7 @@ from finetuning.runs.files import CURVE, PREDICTIONS, REPORT, check_unchanged, r
 from finetuning.runs.lock import DirectoryLock
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.score_tables import class_table, percent, score_table
-from finetuning.runs.scores import beats_largest_class
+from finetuning.runs.scores import shows_learning
 from finetuning.settings import RunSettings
 from finetuning.storage import write_text
 
@@ -92,8 +92,8 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
     answers = read_answers(directory, task.get("threshold"), positive_of(task, names))
     split = _main_split(answers, "kfold" in result)
     main, validation = answers[split], answers.get("validation", answers[split])
-    learned = main.multi_label or beats_largest_class(float(validation.right.mean()), validation.truth.sum(0))
-    wrong = probably_wrong(answers, names, texts) if learned else []
+    learned = main.multi_label or shows_learning(validation, result["config"]["monitor"], result.get("kfold"))
+    wrong = maybe_wrong(answers, names, texts) if learned else []
     longest = result["config"]["max_length"] * (result["config"].get("windows") or 1)  # older runs have none
     return render(
         TEMPLATE,
@@ -101,7 +101,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         result=result,
         split=split,
         names=names,
-        headline=_headline("out-of-fold" if "kfold" in result and split == "validation" else split, main),
+        headline=_headline(split, main, result.get("kfold")),
         scores=score_table(result, answers),
         curve=data_url((directory / CURVE).read_bytes()) if (directory / CURVE).exists() else None,
         classes=class_table(main, names),
@@ -132,10 +132,17 @@ def _main_split(answers: dict[str, Answers], folds: bool) -> str:
     return "validation"
 
 
-def _headline(split: str, answers: Answers) -> str:
+def _headline(split: str, answers: Answers, kfold: Mapping[str, Any] | None) -> str:
+    """The main score. Out of fold, the one after the same epoch in each fold comes first, if it is known."""
     measure = "exact match" if answers.multi_label else "accuracy"
     accuracy = float(answers.right.mean())
-    return f"{split} {measure} {percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))}"
+    shown = percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))
+    if kfold is None or split != "validation":
+        return f"{split} {measure} {shown}"
+    if (same := kfold.get("same_epoch")) is None:  # older runs have none
+        return f"out-of-fold {measure} {shown}"
+    every = percent(same["accuracy"], same["accuracy_ci95"])
+    return f"out-of-fold {measure} {every} after {kfold['epochs']} epochs in every fold, {shown} if each fold chooses,"
 
 
 def _calibration(answers: dict[str, Answers], split: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Held-out texts that a reader of the report should see: confident mistakes, and labels that are probably wrong."""
+"""Held-out texts that a reader of the report should see: confident mistakes, and labels that may be wrong."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -61,8 +61,8 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
     ]
 
 
-def probably_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Texts | None) -> list[Shown]:
-    """Texts of all held-out splits whose label is probably wrong, the largest gap first. Single-label only."""
+def maybe_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Texts | None) -> list[Shown]:
+    """Texts of all held-out splits whose label may be wrong, the largest gap first. Single-label only."""
     parts = {split: part for split, part in answers.items() if not part.multi_label}
     if not parts:
         return []

@@ -68,6 +68,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     if "baseline" in result:
         texts = None if "kfold" in result else result["data"]["sizes"]["train"]
         lines += baseline_lines(result["baseline"], texts, monitor, multi_label)
+        lines += folds_line(result, monitor, multi_label)
         lines += largest_class_line(result["validation"])
     lines += threshold_line(result["task"])
     lines += [
@@ -132,11 +133,22 @@ def baseline_lines(baseline: BaselineRecord, texts: int | None, monitor: str, mu
     if "test" in baseline:
         scored["test"] = baseline["test"]
     if texts is None:
-        note, scored = ", mean of the folds (compare it with out of fold)", {"out of fold": baseline["validation"]}
+        note, scored = ", mean of the folds", {"out of fold": baseline["validation"]}
     elif baseline["texts"] < texts:
         note = f", trained on {baseline['texts']:,} of {texts:,} texts to take little time"
     lines = [f"{'':<11} {split:<11} {scores_line(scores, monitor, multi_label)}" for split, scores in scored.items()]
     return [f"{'baseline':<11} {baseline['name']}{note}", *lines]
+
+
+def folds_line(result: Mapping[str, Any], monitor: str, multi_label: bool) -> list[str]:
+    """The means of a run's folds, which the means of its baseline compare with; nothing without folds."""
+    if "kfold" not in result:
+        return []
+    folds = result["kfold"]
+    means = folds["same_epoch"] or folds
+    shown = scores_line(means["mean"] | {"examples": result["validation"]["examples"]}, monitor, multi_label)
+    after = f"after {folds['epochs']} epochs in each" if folds["same_epoch"] else "each after its best epoch"
+    return [f"{'run':<11} mean of the folds, {after}", f"{'':<11} {'out of fold':<11} {shown}"]
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -46,17 +46,19 @@ class TrainRecord(TypedDict):
     tokens_per_second: float | None
 
 
-class FoldsRecord(TypedDict):
-    """The runs on the folds of ``--kfold``. The scores of all their predictions together are the run's ``validation``.
+class Means(TypedDict):
+    """Scores over the folds of ``--kfold``. The interval of a mean is Nadeau's and Bengio's, see ``mean_interval``."""
 
-    The interval of a mean is Nadeau's and Bengio's, see ``mean_interval``.
-    """
+    mean: dict[str, float]
+    mean_ci95: dict[str, tuple[float, float]]
+
+
+class FoldsRecord(Means):
+    """The runs on the folds of ``--kfold``. The scores of all predictions together are the run's ``validation``."""
 
     folds: list[dict[str, Any]]  # of each: ``epoch`` that it chose, validation scores, texts, seconds, ``baseline``
     epochs: int  # that the final run trains: the median of those that the folds chose
-    same_epoch: dict[str, Any] | None  # accuracy of all predictions after ``epochs`` in every fold, with its interval
-    mean: dict[str, float]  # of the folds' scores
-    mean_ci95: dict[str, tuple[float, float]]
+    same_epoch: dict[str, Any] | None  # after ``epochs`` in every fold: accuracy of all texts, means of all scores
     seconds: float  # of all runs on folds
 
 

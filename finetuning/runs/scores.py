@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -14,6 +15,7 @@ from finetuning.runs.records import accuracy_interval
 RESAMPLES = 1_000
 BLOCK = 50  # resamples at a time, to save memory
 Interval = tuple[float, float]  # 95 %
+FAIR_MONITORS = ("macro_f1", "mcc", "auroc")  # of a single-label run: small classes count as much as large ones
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,26 @@ def beats_largest_class(accuracy: float, counts: np.ndarray) -> bool:
     """
     texts = int(counts.sum())
     return accuracy_interval(accuracy, texts)[0] > counts.max() / texts
+
+
+def shows_learning(answers: Answers, monitor: str, kfold: Mapping[str, Any] | None) -> bool:
+    """Whether validation tells a classifier from one that always answers the largest class.
+
+    The 95 % interval of accuracy must lie above the share of that class. If the run chose its checkpoint by a score
+    that is fair to small classes, an interval of MCC above 0 will do as well. After folds both are those after the
+    same epoch in each, because each fold chose its epoch by the texts that it predicts.
+
+    Args:
+        answers: of validation; single-label only.
+        monitor: the score that chose the checkpoint.
+        kfold: the ``FoldsRecord`` of a run with folds.
+    """
+    same = kfold.get("same_epoch") if kfold else None  # older runs have none
+    if monitor in FAIR_MONITORS:
+        low, _ = same.get("mean_ci95", {}).get("mcc", (0.0, 0.0)) if same else score_intervals(answers)["mcc"]
+        if low > 0:
+            return True
+    return beats_largest_class(same["accuracy"] if same else float(answers.right.mean()), answers.truth.sum(0))
 
 
 def confusion_matrix(answers: Answers) -> np.ndarray:

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from finetuning.runs.files import SETTINGS, read_status
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 from finetuning.runs.history import scores_by_epoch
 from finetuning.runs.messages import accuracy_line, largest_class_line, scores_line
-from finetuning.runs.records import SCORES, FoldsRecord, accuracy_interval, scores_record
+from finetuning.runs.records import SCORES, FoldsRecord, Means, accuracy_interval, scores_record
 from finetuning.runs.scores import mean_interval
 from finetuning.steps.claim import Claim
 from finetuning.steps.inputs import Inputs
@@ -69,16 +69,29 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     scores = scores_record(folds.scores | inputs.task.details(labels, logits), len(rows), record["seconds"])
     say(f"{'out of fold':<11} {scores_line(scores, *shown)}")
     say(f"{accuracy_line('out-of-fold', scores, shown[1])} {OPTIMISTIC}")
-    if (same := record["same_epoch"]) is not None:
-        low, high = same["accuracy_ci95"]
-        every = f"after {record['epochs']} epochs in every fold"
-        say(f"{'':<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {TO_REPORT}")
+    for line in same_epoch_lines(record, training.monitor):
+        say(line)
     for line in largest_class_line(scores):
         say(line)
     chosen = ", ".join(str(fold["epoch"]) for fold in record["folds"])
     stop = f"schedule of {training.epochs} epochs, stopped after {record['epochs']}, the median of the folds' {chosen}"
     say(f"{'final run':<11} {stop}\n")
     return folds
+
+
+def same_epoch_lines(record: FoldsRecord, monitor: str) -> list[str]:
+    """The scores after the same epoch in every fold, if they are known: accuracy, and the monitored one."""
+    if (same := record["same_epoch"]) is None:
+        return []
+    low, high = same["accuracy_ci95"]
+    every = f"after {record['epochs']} epochs in every fold"
+    lines = [f"{'':<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {TO_REPORT}"]
+    if monitor != "accuracy" and monitor in same["mean"]:
+        kind = ".4f" if monitor == "loss" else ".2%"
+        low, high = same["mean_ci95"][monitor]
+        score = f"{same['mean'][monitor]:{kind}}, 95 % interval {low:{kind}} to {high:{kind}}"
+        lines.append(f"{'':<11} then {SCORES[monitor]}, mean of the folds: {score}")
+    return lines
 
 
 def _finished(directory: Path, fold: Inputs, carry_out: Callable[[Path, Inputs], dict[str, Any]]) -> FinishedRun:
@@ -114,24 +127,32 @@ def _record(runs: list[FinishedRun]) -> FoldsRecord:
         | {"seconds": run.result["seconds"], "baseline": run.result.get("baseline")}
         for run in runs
     ]
-    columns = {name: [fold[name] for fold in folds] for name in SCORES if all(name in fold for fold in folds)}
     epochs = statistics.median_high(fold["epoch"] for fold in folds)
     return FoldsRecord(
         folds=folds,
         epochs=epochs,
         same_epoch=_same_epoch(runs, epochs),
-        mean={name: statistics.fmean(values) for name, values in columns.items()},
-        mean_ci95={name: mean_interval(values, *RANGES.get(name, (0.0, 1.0))) for name, values in columns.items()},
+        **_means(folds),
         seconds=sum(fold["seconds"] for fold in folds),
     )
 
 
+def _means(folds: Sequence[Mapping[str, Any]]) -> Means:
+    """The means of the scores that all folds have."""
+    columns = {name: [fold[name] for fold in folds] for name in SCORES if all(name in fold for fold in folds)}
+    return Means(
+        mean={name: statistics.fmean(values) for name, values in columns.items()},
+        mean_ci95={name: mean_interval(values, *RANGES.get(name, (0.0, 1.0))) for name, values in columns.items()},
+    )
+
+
 def _same_epoch(runs: list[FinishedRun], epochs: int) -> dict[str, Any] | None:
-    """The accuracy of all folds' predictions after this epoch; ``None`` if a fold has stopped before it."""
-    histories = [scores_by_epoch(run.directory, "accuracy") for run in runs]
-    if not all(epochs in history for history in histories):
+    """The scores of the folds after this epoch; ``None`` if a fold has stopped before it."""
+    histories = [{name: scores_by_epoch(run.directory, name) for name in SCORES} for run in runs]
+    if not all(epochs in history["accuracy"] for history in histories):
         return None
+    folds = [{name: scores[epochs] for name, scores in history.items() if epochs in scores} for history in histories]
     texts = [run.result["validation"]["examples"] for run in runs]
-    right = sum(history[epochs] * count for history, count in zip(histories, texts, strict=True))
+    right = sum(fold["accuracy"] * count for fold, count in zip(folds, texts, strict=True))
     accuracy = right / sum(texts)
-    return {"accuracy": accuracy, "accuracy_ci95": list(accuracy_interval(accuracy, sum(texts)))}
+    return {"accuracy": accuracy, "accuracy_ci95": list(accuracy_interval(accuracy, sum(texts))), **_means(folds)}

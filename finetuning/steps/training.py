@@ -90,13 +90,15 @@ def train(training: Training) -> TrainedRecord:
     validation = _fit(training)
     _, labels, logits = module.predictions["validation"]
     texts = len(training.inputs.splits["train"])
-    found = one_answer_advice(task, logits, module.settings, texts) + chance_advice(task, labels, logits, texts)
+    kfold = None if folds is None else folds.record
+    found = one_answer_advice(task, logits, module.settings, texts)
+    found += chance_advice(task, labels, logits, module.settings.monitor, texts, kfold)
     return TrainedRecord(
         task=task.record(),
         validation=validation,
         advice=training.inputs.advice + found,
         files=_save(training) if training.trainer.is_global_zero else None,
-        kfold=None if folds is None else folds.record,
+        kfold=kfold,
     )
 
 

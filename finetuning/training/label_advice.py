@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from finetuning.runs.scores import beats_largest_class
+from finetuning.runs.answers import Answers
+from finetuning.runs.records import FoldsRecord
+from finetuning.runs.scores import shows_learning
 from finetuning.settings import TrainingSettings
 from finetuning.training.tasks import SingleLabel, Task
 
@@ -52,21 +54,25 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
     ]
 
 
-def chance_advice(task: Task, labels: np.ndarray, logits: np.ndarray, texts: int) -> list[str]:
+def chance_advice(
+    task: Task, labels: np.ndarray, logits: np.ndarray, monitor: str, texts: int, kfold: FoldsRecord | None
+) -> list[str]:
     """What to try if validation does not tell the classifier from one that always answers the largest class.
 
     Args:
         task: the task; there is no such advice for a multi-label one.
         labels: (n,) of validation.
         logits: (n, classes) of the chosen checkpoint.
+        monitor: the score that chose it.
         texts: how many training texts the run has.
+        kfold: of a run with folds.
     """
     if not isinstance(task, SingleLabel) or task.only_answer(logits) is not None:
         return []
-    counts = task.counts(labels)
-    if beats_largest_class(float((task.ranked(logits).argmax(1) == labels).mean()), counts):
+    truth = labels[:, None] == np.arange(len(task.names))
+    if shows_learning(Answers(np.arange(len(labels)), truth, task.ranked(logits)), monitor, kfold):
         return []
     return [
         f"validation does not show that anything was learned: always answering the largest class is right for"
-        f" {counts.max() / len(labels):.1%}: consider {learn_more(texts)}"
+        f" {truth.sum(0).max() / len(labels):.1%}: consider {learn_more(texts)}"
     ]

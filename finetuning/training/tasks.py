@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional import classification as metrics
 
 from finetuning.errors import UserError
+from finetuning.runs.scores import FAIR_MONITORS
 from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 from finetuning.training.class_weights import class_weights, label_weights
 
@@ -30,7 +31,7 @@ class SingleLabel(nn.Module):
 
     kind = "single-label"
     monitors = ("accuracy", "macro_f1", "mcc", "auroc", "loss")
-    fair_monitors = ("macro_f1", "mcc", "auroc")  # small classes count as much as large ones
+    fair_monitors = FAIR_MONITORS
 
     weights: Tensor | None
 

@@ -10,9 +10,10 @@ import pytest
 from finetuning.data.files import FORMATS, read_frame
 from finetuning.prediction import rows as rows_module
 from finetuning.prediction.answers import AnswerColumns
-from finetuning.prediction.confidence import Confidence, most_uncertain
+from finetuning.prediction.confidence import Confidence, most_uncertain, reached
 from finetuning.prediction.outputs import is_parquet, write_answers
 from finetuning.prediction.rows import Rows, Source, file_of, survey
+from finetuning.runs.answers import Answers
 
 ANSWERS = AnswerColumns(["bad", "good"], confidence=Confidence())
 
@@ -32,6 +33,16 @@ def test_the_temperature_cools_what_the_label_says() -> None:
     several = Confidence().of(probabilities[:2], 0.5, None)
     assert several == pytest.approx([0.8 * 0.8, 0.9 * 0.9]), "all decisions must be right"
     assert Confidence(temperature=3).of(np.array([[1.0, 0.0]]), 0.5, None) == pytest.approx([1])
+
+
+def test_a_confidence_comes_with_what_validation_says_of_it() -> None:
+    logits = np.log([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.4, 0.6]])
+    answers = Answers(np.arange(4), np.eye(2, dtype=bool)[[0, 0, 0, 1]], logits)
+    assert reached(answers, 0.7, False) == (
+        "confidence 0.7: 3 of 4 validation texts reach it,"
+        " and 2 of these answers are right (67%; 95 % interval 21% to 94%)"
+    )
+    assert reached(answers, 0.95, True) == "confidence 0.95: 0 of 4 texts out of fold reach it"
 
 
 def test_below_the_least_confidence_there_is_no_label() -> None:

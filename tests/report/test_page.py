@@ -118,6 +118,10 @@ def test_after_folds_the_larger_split_is_the_headline_and_the_folds_are_a_cost(t
         leave_predictions(tmp_path, splits)
         result = result_of_run(["a", "b"], splits, kfold=5) | {"kfold": {"seconds": 383.4}}
         assert headline in read(make_report(tmp_path, result, None)).text
+        same = {"accuracy": 0.7, "accuracy_ci95": [0.6, 0.8]}
+        fair = result | {"kfold": {"seconds": 1.0, "epochs": 9, "same_epoch": same}}
+        shown = "after 9 epochs in every fold, "
+        assert (shown in read(make_report(tmp_path, fair, None)).text) == (count == 20)
         assert cost_table(result).rows[2:4] == [("all folds, before that", "383.4 s"), ("final run", "20.0 s")]
 
 

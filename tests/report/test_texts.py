@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from finetuning.report.mislabelled import suspects
-from finetuning.report.texts import confident_mistakes, probably_wrong, shortened
+from finetuning.report.texts import confident_mistakes, maybe_wrong, shortened
 from finetuning.runs.answers import Answers
 
 
@@ -65,6 +65,6 @@ def test_most_swapped_labels_are_found_and_lead_the_list() -> None:
     labels = true.copy()
     labels[swapped] = (true[swapped] + 1) % 3
     answers = {"test": Answers(np.arange(2_000), np.eye(3, dtype=bool)[labels], logits)}
-    found = [int(s.where.removeprefix("test ")) for s in probably_wrong(answers, ["a", "b", "c"], None)]
+    found = [int(s.where.removeprefix("test ")) for s in maybe_wrong(answers, ["a", "b", "c"], None)]
     assert len(set(found) & set(swapped.tolist())) >= 45
     assert set(found[:40]) <= set(swapped.tolist())

@@ -1,9 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetuning.runs import records
-from finetuning.runs.messages import baseline_lines, command_line, largest_class_line
+from finetuning.runs.messages import baseline_lines, command_line, folds_line, largest_class_line
 from finetuning.runs.records import BaselineRecord, accuracy_interval
 
 
@@ -24,13 +25,26 @@ def test_the_record_of_the_test_brings_the_interval_of_its_accuracy() -> None:
     assert record == {"accuracy": 0.8, "loss": 0.4, "accuracy_ci95": interval, "examples": 100, "seconds": 2.5}
 
 
+def test_the_folds_of_a_run_are_shown_as_those_of_its_baseline() -> None:
+    own, same = ({"mean": {"accuracy": value, "macro_f1": 0.5, "loss": 0.4}} for value in (0.75, 0.7))
+    result: dict[str, Any] = {"validation": {"examples": 72}, "kfold": {"epochs": 9, "same_epoch": same, **own}}
+    first, second = folds_line(result, "accuracy", False)
+    assert first == "run         mean of the folds, after 9 epochs in each"
+    assert second == f"{'':12}out of fold accuracy 70.00%   macro F1 50.00%   loss 0.4000   72 texts"
+    result["kfold"]["same_epoch"] = None
+    first, second = folds_line(result, "accuracy", False)
+    assert first.endswith("each after its best epoch")
+    assert "accuracy 75.00%" in second
+    assert not folds_line({"validation": {}}, "accuracy", False)
+
+
 def test_the_baseline_is_shown_by_split_and_says_what_it_was_trained_on() -> None:
     validation, test = ({"accuracy": value, "macro_f1": 0.5, "loss": 0.4, "examples": 1200} for value in (0.7, 0.852))
     baseline = BaselineRecord(name="words", texts=60, seconds=1.0, validation=validation)
     scores = "accuracy 70.00%   macro F1 50.00%   loss 0.4000   1,200 texts"
     assert baseline_lines(baseline, 60, "accuracy", False) == ["baseline    words", f"{'':12}validation  {scores}"]
     first, second = baseline_lines(baseline, None, "accuracy", False)
-    assert first == "baseline    words, mean of the folds (compare it with out of fold)"
+    assert first == "baseline    words, mean of the folds"
     assert second == f"{'':12}out of fold {scores}"
     baseline["test"] = test
     first, second, third = baseline_lines(baseline, 9000, "macro_f1", True)

@@ -74,3 +74,28 @@ def test_the_bootstrap_of_a_mean_is_its_standard_error() -> None:
     assert drawn.std() == pytest.approx(values.std() / 20, rel=0.1)
     assert drawn.mean() == pytest.approx(values.mean(), abs=0.01)
     assert (scores.resampled_sums(values) == scores.resampled_sums(values)).all()
+
+
+def answered_by_class(right: tuple[int, ...], texts: tuple[int, ...]) -> Answers:
+    """Two classes; of each so many texts are right, and the others get the other class."""
+    truth = np.repeat([0, 1], texts)
+    given = np.concatenate([np.where(np.arange(texts[c]) < right[c], c, 1 - c) for c in (0, 1)])
+    return Answers(np.arange(len(truth)), np.eye(2, dtype=bool)[truth], np.eye(2)[given])
+
+
+def test_a_fair_monitor_judges_what_was_learned_by_mcc() -> None:
+    found_the_small_class = answered_by_class((80, 15), (100, 20))  # 79 %, and the large class has 83 %
+    assert not scores.shows_learning(found_the_small_class, "accuracy", None)
+    assert scores.shows_learning(found_the_small_class, "macro_f1", None)
+    guesses = answered_by_class((50, 10), (100, 20))
+    assert not scores.shows_learning(guesses, "macro_f1", None)
+
+
+def test_after_folds_what_was_learned_is_judged_after_the_same_epoch() -> None:
+    good, same = answered_by_class((90, 30), (100, 50)), {"accuracy": 0.7, "mean_ci95": {"mcc": (-0.1, 0.4)}}
+    assert scores.shows_learning(good, "mcc", {"same_epoch": None})  # a fold has stopped before
+    assert scores.shows_learning(good, "accuracy", {"same_epoch": None})
+    assert not scores.shows_learning(good, "accuracy", {"same_epoch": same})
+    assert not scores.shows_learning(good, "mcc", {"same_epoch": same})
+    assert scores.shows_learning(good, "mcc", {"same_epoch": same | {"mean_ci95": {"mcc": (0.1, 0.6)}}})
+    assert scores.shows_learning(good, "mcc", {"same_epoch": {"accuracy": 0.9}})  # of an earlier version

@@ -22,6 +22,7 @@ from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result
 from finetuning.runs.finished import read_finished, read_own_answers
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import mean_interval
+from finetuning.steps.folds import TO_REPORT, same_epoch_lines
 from finetuning.training.callbacks import Meter
 
 FILES = {
@@ -337,3 +338,16 @@ def test_the_interval_of_a_mean_of_folds() -> None:
     assert mean_interval([0.4, 0.6], 0.0, 1.0) == (0.0, 1.0)  # t with 1 degree of freedom is 12.7062
     low, high = mean_interval([0.4, 0.6])
     assert (high - low) / 2 == pytest.approx(12.7062 * np.sqrt(0.02) * np.sqrt(1.5), rel=1e-4)
+
+
+def test_the_monitored_score_after_the_same_epoch_is_shown() -> None:
+    same = {"accuracy": 0.7, "accuracy_ci95": [0.6, 0.8], "mean": {"macro_f1": 0.5, "loss": 1.25}}
+    same["mean_ci95"] = {"macro_f1": (0.25, 0.75), "loss": (1.0, 1.5)}
+    record: Any = {"epochs": 9, "same_epoch": same}
+    (first,) = same_epoch_lines(record, "accuracy")
+    assert first.endswith("after 9 epochs in every fold: 70.00%, 95 % interval 60.00% to 80.00% " + TO_REPORT)
+    _, line = same_epoch_lines(record, "macro_f1")
+    assert line.endswith("then macro F1, mean of the folds: 50.00%, 95 % interval 25.00% to 75.00%")
+    assert same_epoch_lines(record, "loss")[1].endswith("1.2500, 95 % interval 1.0000 to 1.5000")
+    assert same_epoch_lines(record, "auroc") == [first], "not defined in each fold"
+    assert not same_epoch_lines(record | {"same_epoch": None}, "loss")
