@@ -89,6 +89,7 @@ def test_a_run_leaves_what_the_design_lists(
     assert result["data"]["label_names"] == ["bad", "good"]
     assert result["train"]["steps"] == 2 * 15
     assert result["train"]["seconds"] > 0
+    assert result["train"]["processor_seconds"] > 0
     assert result["memory"]["peak_bytes"] > 0
     assert result["test"]["examples"] == 40
     if family == "distilbert":

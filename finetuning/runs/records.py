@@ -39,6 +39,7 @@ class TrainRecord(TypedDict):
     """The work of training, over all ranks. Padding tokens do not count."""
 
     seconds: float  # wall clock, without validation
+    processor_seconds: float  # of all threads of this process in that time
     steps: int
     batches: int
     epochs: float
@@ -194,6 +195,7 @@ def train_record(trainer: Any, meter: Any, training: Any, examples: int) -> Trai
     seconds = meter.train_seconds
     return {
         "seconds": seconds,
+        "processor_seconds": meter.processor_seconds,
         "steps": trainer.global_step,
         "batches": batches,
         "epochs": epochs,

@@ -22,6 +22,7 @@ ADVICE = "lower --learning_rate, or use another --precision"
 NOTHING_LEARNED = "no step was taken yet, so use another --precision, or check the model's weights"
 GUARDED_STEPS = 20  # most runs that diverge do it here, so each of these losses is read at once
 LEAST_STEPS_ON_GPU = 10  # from one row of the history to the next, which waits for all queued work
+CLOCKS = ("train_seconds", "processor_seconds", "validation_seconds")
 RANKS_ASK_EVERY = 10  # optimizer steps on GPUs, where asking the other ranks waits for all queued work
 
 
@@ -46,15 +47,16 @@ class Meter(Callback):
         self.on_row = on_row  # also gets every new row
         self.rows: list[dict[str, Any]] = []
         self.train_seconds = 0.0
+        self.processor_seconds = 0.0  # of all threads of this process in that time
         self.validation_seconds = 0.0
         self.earlier_seconds = 0.0  # wall clock of the run before the interruption
         self._made = time.perf_counter()
         self._losses: list[Tensor] = []  # since the last row
         self._random: list[dict[str, Tensor]] = []  # states to continue from, one per rank
-        self._since: float | None = None
+        self._since: tuple[float, float] | None = None  # by both clocks
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: getattr(self, name) for name in ("rows", "train_seconds", "validation_seconds")}
+        state = {name: getattr(self, name) for name in ("rows", *CLOCKS)}
         losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)
         return state | {"earlier_seconds": self.run_seconds, "losses": losses, "random": _of_all_ranks(_random_state())}
 
@@ -81,10 +83,10 @@ class Meter(Callback):
         self._losses = [loss.to(pl_module.device) for loss in self._losses]  # of a checkpoint: on the CPU
         least = LEAST_STEPS_ON_GPU if pl_module.device.type == "cuda" else 1
         self._every = max(least, min(50, pl_module.total_steps // self.rows_per_run))
-        self._since = _now(pl_module)
+        self._since = _both_clocks(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._since = _now(pl_module)
+        self._since = _both_clocks(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -126,7 +128,7 @@ class Meter(Callback):
         )
         self._losses.clear()
         if self.on_row is not None:
-            self._since = _now(pl_module)  # the time of a tracker is not training time
+            self._since = _both_clocks(pl_module)  # the time of a tracker is not training time
 
     def _keep(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -136,8 +138,9 @@ class Meter(Callback):
     def tick(self, pl_module: Any) -> None:
         """Adds the time since the last call to the training time, unless the clock is stopped."""
         if self._since is not None:
-            now = _now(pl_module)
-            self.train_seconds += now - self._since
+            now = _both_clocks(pl_module)
+            self.train_seconds += now[0] - self._since[0]
+            self.processor_seconds += now[1] - self._since[1]
             self._since = now
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -218,6 +221,11 @@ def _now(pl_module: Any) -> float:
     if pl_module.device.type == "cuda":
         torch.cuda.synchronize(pl_module.device)
     return time.perf_counter()
+
+
+def _both_clocks(pl_module: Any) -> tuple[float, float]:
+    """The clock, and the seconds that all threads of this process have used processors."""
+    return _now(pl_module), time.process_time()
 
 
 class GracefulStop(Callback):

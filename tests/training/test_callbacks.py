@@ -104,6 +104,27 @@ def test_a_loss_that_is_not_finite_is_found_at_once_in_the_first_steps(
         meter.on_train_batch_end(trainer, module, {"mean_loss": torch.tensor(losses[-1])}, {}, step - 1)
 
 
+def test_training_has_a_clock_for_the_wall_and_one_for_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that shares its machine waits, so only the second one can be compared then."""
+    clocks = {"wall": 10.0, "processors": 3.0}
+    monkeypatch.setattr(callbacks, "_now", lambda _: clocks["wall"])
+    monkeypatch.setattr(callbacks.time, "process_time", lambda: clocks["processors"])
+    meter, module = Meter(tmp_path), SimpleNamespace(device=torch.device("cpu"))
+    meter.on_train_epoch_start(SimpleNamespace(), module)  # type: ignore[arg-type]
+    clocks.update(wall=12.0, processors=6.5)
+    meter.tick(module)
+    clocks.update(wall=15.0, processors=7.0)
+    meter.on_validation_start(SimpleNamespace(), module)  # type: ignore[arg-type]
+    clocks.update(wall=90.0, processors=80.0)
+    meter.tick(module)  # the clocks stand
+    assert (meter.train_seconds, meter.processor_seconds) == (5.0, 4.0)
+    other = Meter(tmp_path)
+    other.load_state_dict(meter.state_dict())
+    assert (other.train_seconds, other.processor_seconds) == (5.0, 4.0)
+
+
 @pytest.mark.parametrize(("device", "every"), [("cuda", 10), ("cpu", 1)])
 def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldom(
     tmp_path: Path, device: str, every: int, monkeypatch: pytest.MonkeyPatch
