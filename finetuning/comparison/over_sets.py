@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
-from finetuning.comparison.collected import Study
+from finetuning.comparison.collected import Run, Study
 from finetuning.comparison.statistics import bayesian_signed_rank, interval_over_sets, mean_and_deviation
 from finetuning.pages import Table
 
@@ -19,51 +19,71 @@ OVER_SETS = (
     " Student's t over sets. Better, equivalent, worse: probabilities on a new set, by the Bayesian signed-rank test"
     f" (Benavoli et al. 2017); differences of up to {ROPE} points are equivalent."
 )
+COSTS = ("method", "trained parameters", "training, processor s", "with its trials, processor s", "peak, MiB")
+SECONDS = ("train", "processor_seconds")  # runs of earlier versions lack it
 DRAW = re.compile(r"-data_seed\d+$")
+
+
+Found = dict[str, dict[str, list[Run]]]  # set -> method -> runs
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The test accuracies of a study, in %: set -> method -> one for each seed and draw."""
+    """The runs of a study by set and method.
 
-    accuracies: dict[str, dict[str, list[float]]]
+    Attributes:
+        runs: those with a test: one for each seed and draw.
+        trials: the finished ones that chose settings.
+    """
+
+    runs: Found
+    trials: Found
 
     @property
     def methods(self) -> list[str]:
-        return list(dict.fromkeys(method for found in self.accuracies.values() for method in found))
+        return list(dict.fromkeys(method for found in self.runs.values() for method in found))
 
     def shared(self, methods: Sequence[str]) -> list[str]:
         """The sets on which all these methods have run."""
-        return [name for name, found in self.accuracies.items() if all(method in found for method in methods)]
+        return [name for name, found in self.runs.items() if all(method in found for method in methods)]
+
+    def accuracies(self, name: str, method: str) -> list[float]:
+        """The test accuracies on a set, in %; empty if the method has not run on it."""
+        return [100 * (run.accuracy("test") or 0.0) for run in self.runs[name].get(method, [])]
 
     def means(self, method: str, sets: Sequence[str]) -> list[float]:
-        """The method's mean on each set."""
-        return [fmean(self.accuracies[name][method]) for name in sets]
+        """The method's mean accuracy on each set, in %."""
+        return [fmean(self.accuracies(name, method)) for name in sets]
 
 
 def grid_of(study: Study) -> Grid | None:
     """The grid of a study whose rows are named SET-METHOD; ``None`` if two methods do not share several sets."""
-    accuracies: dict[str, dict[str, list[float]]] = {}
-    for run in sorted(study.final, key=lambda run: (str(run.get("config", "data_dir")), run.row)):
-        accuracy, name = run.accuracy("test"), Path(str(run.get("config", "data_dir"))).name
-        if accuracy is not None and run.row.startswith(f"{name}-"):
+    runs: Found = {}
+    trials: Found = {}
+    for run in sorted(study.runs, key=lambda run: (str(run.get("config", "data_dir")), run.row)):
+        name = Path(str(run.get("config", "data_dir"))).name
+        score, found = (run.monitored, trials) if run.tunes else (run.accuracy("test"), runs)
+        if score is not None and run.row.startswith(f"{name}-"):
             method = DRAW.sub("", run.row.removeprefix(f"{name}-"))
-            accuracies.setdefault(name, {}).setdefault(method, []).append(100 * accuracy)
-    grid = Grid(accuracies)
+            found.setdefault(name, {}).setdefault(method, []).append(run)
+    grid = Grid(runs, trials)
     enough = any(len(grid.shared(pair)) >= LEAST_SETS for pair in combinations(grid.methods, 2))
     return grid if enough and len(grid.methods) <= MOST_METHODS else None
 
 
 def over_sets(study: Study) -> list[Table]:
-    """Test accuracies by set, and each pair of methods over the sets; empty without a grid."""
+    """Test accuracies by set, each pair of methods over the sets, and costs; empty without a grid."""
     grid = grid_of(study)
-    return [] if grid is None else [sets_table(grid), pairs_table(grid)]
+    if grid is None:
+        return []
+    tables = (sets_table(grid), pairs_table(grid), costs_table(grid))
+    return [table for table in tables if table.rows]
 
 
 def sets_table(grid: Grid) -> Table:
     """A row for each set, and the mean over the sets that all methods have."""
     methods = grid.methods
-    rows = [(name, *(_cell(found.get(method, [])) for method in methods)) for name, found in grid.accuracies.items()]
+    rows = [(name, *(_cell(grid.accuracies(name, method)) for method in methods)) for name in grid.runs]
     shared = grid.shared(methods)
     if len(shared) > 1:
         means = (f"{fmean(grid.means(method, shared)):.2f}" for method in methods)
@@ -86,6 +106,31 @@ def pairs_table(grid: Grid) -> Table:
         interval = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
         rows.append((f"{first} - {second}", str(len(sets)), interval, *chances))
     return Table(("pair", "sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %"), rows)
+
+
+def costs_table(grid: Grid) -> Table:
+    """What each method costs, as means over the sets that all methods have; no rows without processor times.
+
+    Runs of such a study share their machine. So the table has processor time, because wall time includes waiting.
+    """
+    sets, rows = grid.shared(grid.methods), []
+    for method in grid.methods:
+        found = [grid.runs[name][method] for name in sets]
+        training = mean_of_sets(found, *SECONDS)
+        if training is None:
+            return Table(COSTS, [])
+        tried = [run for name in sets for run in grid.trials.get(name, {}).get(method, ())]
+        searched = sum(run.get(*SECONDS) or 0.0 for run in tried) / len(sets)
+        trained, peak = mean_of_sets(found, "parameters", "trainable"), mean_of_sets(found, "memory", "peak_bytes")
+        values = (f"{trained:,.0f}", f"{training:,.0f}", f"{training + searched:,.0f}", f"{(peak or 0) / 2**20:,.0f}")
+        rows.append((method, *values))
+    return Table(COSTS, rows)
+
+
+def mean_of_sets(found: Sequence[Sequence[Run]], *keys: str) -> float | None:
+    """The mean over sets of the mean over runs; ``None`` without runs, or if one lacks the value."""
+    values = [[run.get(*keys) for run in runs] for runs in found]
+    return None if not values or any(None in each for each in values) else fmean(map(fmean, values))
 
 
 def _cell(values: Sequence[float]) -> str:

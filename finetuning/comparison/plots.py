@@ -133,14 +133,14 @@ def _percent_scale(axis: Any, values: Sequence[float], deviations: Sequence[floa
     return foot
 
 
-def _style(k: int) -> dict[str, str]:
+def style_of(k: int) -> dict[str, str]:
     """Colour and marker of the k-th row: 49 different pairs."""
     return {"color": COLORS[k % len(COLORS)], "marker": MARKERS[(k + k // len(COLORS)) % len(MARKERS)]}
 
 
 def _curve(axis: Any, x: np.ndarray, y: np.ndarray, foot: float, k: int, name: str) -> dict[str, str]:
     """Draws the k-th curve. Points below the foot become open triangles at the foot. Returns the line's style."""
-    style, low = _style(k), np.asarray(y) < foot
+    style, low = style_of(k), np.asarray(y) < foot
     line = {"color": style["color"], "linestyle": "-" if k < len(COLORS) else "--"}
     heights, marks = np.maximum(y, foot), np.flatnonzero(~low).tolist()
     axis.plot(x, heights, marker=style["marker"], markersize=5, markevery=marks, linewidth=1.6, label=name, **line)
@@ -148,7 +148,7 @@ def _curve(axis: Any, x: np.ndarray, y: np.ndarray, foot: float, k: int, name: s
     return line
 
 
-def _legend(axis: Any) -> None:
+def add_legend(axis: Any) -> None:
     """Names next to the plot, in the order of drawing; small if they are many."""
     size = 9 if len(axis.get_legend_handles_labels()[1]) <= CURVES else 6.5
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=size)
@@ -191,7 +191,7 @@ def cost_plot(
             steps = _staircase(sorted((x, y) for source, x, y, on in points if on and source == own))
             axis.plot(*zip(*steps, strict=True), color=FRONT, alpha=0.35, linewidth=2)
         for k, r in enumerate(records):
-            style, low = _style(k), scores[k] < foot
+            style, low = style_of(k), scores[k] < foot
             axis.errorbar(
                 costs[k], heights[k], deviations[k] or None, markersize=7, capsize=3, markeredgewidth=1.5,
                 elinewidth=1.2, linestyle="none", zorder=4 if front[k] else 3,
@@ -199,7 +199,7 @@ def cost_plot(
                 markerfacecolor=style["color"] if front[k] else "white",
                 label=f"{r['row']}, {scores[k]:.1f} %" if low else r["row"],
             )  # fmt: skip
-        _legend(axis)
+        add_legend(axis)
         caption = f"Test accuracy against {name}. Filled: no other row is at least as good in both and better in one"
         caption += " (the Pareto front)." + (" Each test split has its own front." if len(set(sources)) > 1 else "")
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
@@ -275,7 +275,7 @@ def rate_plot(study: Study) -> Plot | None:
             spreads = np.array([mean_and_deviation(scores[name][rate])[1] or 0 for rate in rates])
             line = _curve(axis, rates, values, foot, k, f"{name}, {rates[np.argmax(values)]:g}")
             axis.errorbar(rates, np.maximum(values, foot), spreads, fmt="none", color=line["color"], capsize=3)
-        _legend(axis)
+        add_legend(axis)
         caption = f"Validation {metric} by peak learning rate. Each name shows the rate at which it is best."
         caption += TRIANGLES if min(every) < foot else ""
         return Plot("learning_rates.png", caption, png_of(figure))
@@ -305,7 +305,7 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
             below.plot(at[width - 1 :], smooth, linewidth=1.2, **line)
         above.set(ylabel="validation accuracy, %")
         below.set(xlabel=name, ylabel="training loss, nats", xlim=(0, None), ylim=(0, None))
-        _legend(above)
+        add_legend(above)
         whose = f"the {CURVES} rows (of {found}) that are best on the test" if found > CURVES else "each row"
         caption = f"Learning curves over {name}, for the first seed of {whose}. The training loss is smoothed."
         caption += TRIANGLES if min(min(values) for _, values in accuracies) < foot else ""

@@ -17,6 +17,7 @@ from finetuning.comparison.over_sets import OVER_SETS, over_sets
 from finetuning.comparison.page import Section, render_page
 from finetuning.comparison.pairs import READING, Comparison, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
+from finetuning.comparison.set_plots import SET_FILES, draw_set_plots
 from finetuning.comparison.tables import (
     answer_table,
     comparison_table,
@@ -96,7 +97,7 @@ def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | Non
     tables = {DEFAULT_RATES: default_rates_table(), DEFAULTS: defaults_table()}
     for study, section in zip(studies, sections, strict=True):
         folder = results / study.name
-        files |= dict.fromkeys(folder / name for name in FILES)
+        files |= dict.fromkeys(folder / name for name in (*FILES, *SET_FILES))
         files |= {folder / plot.file: plot.png for plot in section.plots}
         files[folder / "table.md"] = study_text(section).encode()
         files[folder / "table.csv"] = csv_text(study).encode()
@@ -131,7 +132,7 @@ def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: 
         f1_comparisons=comparison_table(compare_rows(study, "micro_f1")[0]),
         tuning=tuning_table(study),
         over_sets=over_sets(study),
-        plots=draw_plots(study),
+        plots=[*draw_plots(study), *draw_set_plots(study)],
     )
 
 

@@ -222,3 +222,33 @@ def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
     """Which points are on the front: no other one is at least as good in cost and score and better in one of them."""
     points = list(zip(costs, scores, strict=True))
     return [not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in points) for cost, score in points]
+
+
+@dataclass(frozen=True)
+class TuningCurve:
+    """The best score of k trials, for k = 1, 2, ...: its median, and the ends of a band that holds at all k at once."""
+
+    median: np.ndarray
+    low: np.ndarray  # NaN where the trials are too few for a bound
+    high: np.ndarray
+
+
+def tuning_curve(scores: Sequence[float], most: int) -> TuningCurve:
+    """The median tuning curve with its 95 % band (Lourie et al. 2023, https://arxiv.org/abs/2311.09480).
+
+    The best of k independent trials has the distribution F^k, so its median is the 0.5^(1/k) quantile of F. The band of
+    Dvoretzky, Kiefer and Wolfowitz around the empirical F, with Massart's constant, bounds all quantiles.
+
+    Args:
+        scores: of independent random trials.
+        most: the largest k.
+    """
+    ordered, n = np.sort(scores), len(scores)
+    width = math.sqrt(math.log(2 / LEVEL) / (2 * n))
+    quantiles = 0.5 ** (1 / np.arange(1, most + 1))
+
+    def at(levels: np.ndarray) -> np.ndarray:
+        ranks = np.ceil(np.round(levels * n, 9)).astype(int)
+        return np.where((ranks >= 1) & (ranks <= n), ordered[np.clip(ranks, 1, n) - 1], np.nan)
+
+    return TuningCurve(at(quantiles), at(quantiles - width), at(quantiles + width))

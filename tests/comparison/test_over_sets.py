@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,3 +55,17 @@ def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
 def test_studies_on_few_sets_have_no_such_tables(tmp_path: Path) -> None:
     two = {name: ACCURACIES[name] for name in ("one", "two", "four")}
     assert over_sets(read_study("s", results(tmp_path, two))) == []
+
+
+def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -> None:
+    for name, seconds in (("one", 10.0), ("two", 20.0), ("three", 60.0)):
+        for method, times, trained in (("a", 1, 1000), ("b", 2, 3000)):
+            more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "parameters": {"trainable": trained}}
+            for seed in (0, 1):
+                train = {"processor_seconds": times * (seconds + seed)}
+                write_run(tmp_path, "s", f"{name}-{method}", seed=seed, correct=np.arange(10) < 5, train=train, **more)
+            axes, train = {"learning_rate": 0.1}, {"processor_seconds": 5.0}
+            write_run(tmp_path, "s", f"{name}-{method}", stage="tune", axes=axes, validation=0.5, train=train, **more)
+    _, _, costs = over_sets(read_study("s", tmp_path))
+    assert costs.columns[2:4] == ("training, processor s", "with its trials, processor s")
+    assert costs.rows == [("a", "1,000", "30", "36", "1,024"), ("b", "3,000", "61", "66", "1,024")]

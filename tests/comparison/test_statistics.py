@@ -17,6 +17,7 @@ from finetuning.comparison.statistics import (
     pooled_difference,
     resamples_for,
     seed_spread,
+    tuning_curve,
 )
 from tests.synthetic_runs import outcomes
 
@@ -205,3 +206,19 @@ def test_the_bayesian_signed_rank_test_is_the_one_of_baycomp(sets: int, shift: f
     expected = baycomp.SignedRankTest.probs(first, second, rope=0.5, random_state=1)
     assert (found.better, found.equivalent, found.worse) == pytest.approx(expected, abs=0.01)
     assert found.better + found.equivalent + found.worse == pytest.approx(1)
+
+
+def test_the_tuning_curve_of_uniform_scores() -> None:
+    """The best of k uniform scores has the distribution x^k, so its median is 0.5^(1/k)."""
+    true, inside, draws = 0.5 ** (1 / np.arange(1, 7)), 0, 300
+    generator = np.random.default_rng(0)
+    for _ in range(draws):
+        curve = tuning_curve(generator.random(84).tolist(), 6)
+        assert (curve.low[:3] <= curve.median[:3]).all()
+        inside += bool(((np.nan_to_num(curve.low, nan=0) <= true) & (true <= np.nan_to_num(curve.high, nan=1))).all())
+    assert inside / draws >= 0.95  # of the whole band at once
+    exact = tuning_curve(np.arange(1, 10_001).tolist(), 3)
+    assert exact.median / 10_000 == pytest.approx(true[:3], abs=1e-3)
+    few = tuning_curve([0.1, 0.2, 0.3], 2)
+    assert few.median.tolist() == [0.2, 0.3]
+    assert np.isnan([*few.low[:1], *few.high]).all()  # three trials bound nothing

@@ -1,0 +1,51 @@
+"""Pictures of studies over data sets, from synthetic runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.over_sets import grid_of
+from finetuning.comparison.set_plots import SET_FILES, draw_set_plots, losses
+from tests.synthetic_runs import outcomes, write_run
+
+SETS, TRIALS = ("one", "two", "three", "four"), 6
+
+
+def write_grid(results: Path, seconds: bool = True, trials: int = TRIALS) -> None:
+    for k, name in enumerate(SETS):
+        for method, accuracy, cost in (("head", 0.7, 10.0), ("lora", 0.8 + 0.01 * k, 40.0)):
+            row, config = f"{name}-{method}", {"data_dir": f"in/{name}", "monitor": "accuracy"}
+            train = {"processor_seconds": cost * (k + 1)} if seconds else {}
+            more: dict[str, Any] = {"config": config, "train": train, "parameters": {"trainable": 1000}}
+            write_run(results, "s", row, correct=outcomes(accuracy, 100, k), **more)
+            for i in range(trials):
+                axes = {"learning_rate": 0.1 * (i + 1)}
+                write_run(results, "s", row, stage="tune", axes=axes, validation=accuracy - 0.01 * i, **more)
+
+
+def test_losses_to_the_best_method_of_each_set(tmp_path: Path) -> None:
+    write_grid(tmp_path)
+    grid = grid_of(read_study("s", tmp_path))
+    assert grid is not None
+    found = losses(grid)
+    assert found["lora"].tolist() == [0, 0, 0, 0]
+    assert sorted(found["head"].round(6).tolist()) == pytest.approx([10, 11, 12, 13])
+
+
+def test_each_picture_where_there_is_data_for_it_and_the_same_bytes_twice(tmp_path: Path) -> None:
+    write_grid(tmp_path / "all")
+    found = draw_set_plots(read_study("s", tmp_path / "all"))
+    assert tuple(plot.file for plot in found) == SET_FILES
+    assert found == draw_set_plots(read_study("s", tmp_path / "all"))
+    assert all(plot.png.startswith(b"\x89PNG") and plot.caption.endswith(".") for plot in found)
+    write_grid(tmp_path / "few", seconds=False, trials=1)
+    assert [plot.file for plot in draw_set_plots(read_study("s", tmp_path / "few"))] == [SET_FILES[0]]
+
+
+def test_a_study_on_one_set_has_none(tmp_path: Path) -> None:
+    for method in ("a", "b"):
+        write_run(tmp_path, "s", f"one-{method}", correct=np.arange(10) < 5, config={"data_dir": "in/one"})
+    assert draw_set_plots(read_study("s", tmp_path)) == []
