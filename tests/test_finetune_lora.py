@@ -471,11 +471,31 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
 
 
+def test_an_average_is_evaluated_and_saved(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
+    run, more = tmp_path / "run", "--epochs 1 --average swa --learning_rate 0.01"
+    assert main(flags(tiny_folders["bert"], review_folder, run, *more.split())) == 0
+    saved, last = load_file(run / "adapter_model.safetensors"), torch.load(run / "last.ckpt", weights_only=True)
+    averages = {name: weights for name, weights in last["average"]["weights"].items() if "lora_B" in name}
+    assert averages
+    for name, average in averages.items():
+        (of_adapter,) = (
+            key for key in saved if name.split(".model.", 1)[1].split(".lora.")[0] in key and "lora_B" in key
+        )
+        assert np.array_equal(saved[of_adapter], average.numpy()), name
+        assert not torch.equal(average, last["state_dict"][name]), name
+    again = [*more.split(), "--epochs", "0", "--average", "none", "--init_adapter", str(run)]
+    assert main(flags(tiny_folders["bert"], review_folder, tmp_path / "again", *again)) == 0
+    for split in ("validation", "test"):
+        found, expected = (result_of(tmp_path / name)[split]["loss"] for name in ("again", "run"))
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
 def test_lora_plus_in_some_layers_continues_to_the_same_weights(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken, done = tmp_path / "whole", tmp_path / "broken", []
     more = "--lora_layers 1-2 --lora_plus_ratio 4 --optimizer sgd_nesterov --scheduler onecycle --learning_rate 0.01"
+    more += " --average ema"
     step = FineTuning.training_step
 
     def signalled(module: FineTuning, batch: Any) -> Any:
@@ -495,6 +515,7 @@ def test_lora_plus_in_some_layers_continues_to_the_same_weights(
     assert {name.split(".layer.")[1][0] for name in last["state_dict"] if "lora_B" in name} == {"1", "2"}
     for name, weights in last["state_dict"].items():
         assert torch.equal(weights, continued["state_dict"][name]), name
+        assert torch.equal(last["average"]["weights"][name], continued["average"]["weights"][name]), name
     of_A, of_B, *_ = (group["lr"] for group in continued["optimizer_states"][0]["param_groups"])
     assert of_B == pytest.approx(4 * of_A)
 

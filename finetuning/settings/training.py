@@ -54,6 +54,11 @@ class TrainingSettings:
     lora_plus_ratio: float | None = setting(
         None, "LoRA+: the learning rate of LoRA's B is X times --learning_rate, which is A's.", "none", at_least=1
     )
+    average: Literal["none", "ema", "swa"] = setting(
+        "none",
+        "Evaluate and save an average of the trained weights: exponential (ema), or of the last quarter of all steps"
+        " (swa).",
+    )
     scheduler: Literal["constant", "linear", "cosine", "onecycle"] = setting(
         "linear", "Learning-rate schedule after the warm-up."
     )

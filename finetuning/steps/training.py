@@ -105,7 +105,7 @@ def train(training: Training) -> TrainedRecord:
 def _fit(training: Training) -> dict[str, Any]:
     """Fits the classifier, and loads the checkpoint that validation chose. Returns the record of validation.
 
-    After folds, the last weights stay, and the folds' predictions are the validation.
+    After folds, the last weights or their averages stay, and the folds' predictions are the validation.
     """
     claim, trainer, module, folds = training.claim, training.trainer, training.module, training.folds
     epochs, epoch = claim.config.training.epochs, {}
@@ -115,6 +115,7 @@ def _fit(training: Training) -> dict[str, Any]:
         trainer.validate(module, training.validation, verbose=False)
     examples, seconds = len(training.inputs.splits["validation"]), training.watch.meter.validation_seconds
     if folds is not None:
+        module.swap_average()
         module.predictions["validation"], module.scores["validation"] = folds.predictions, folds.scores
         return scores_record(module.record("validation"), examples, seconds)
     if epochs:

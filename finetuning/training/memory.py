@@ -48,6 +48,7 @@ def check_memory(
         return
     free //= 1 if on_gpu else processes
     copies = 1 + OPTIMIZER_COPIES[training.optimizer] + int(training.optimizer == "sgd" and bool(training.momentum))
+    copies += training.average != "none"
     fixed = copies * sum(p.numel() * p.element_size() for p in classifier.parameters() if p.requires_grad)
     fixed += sum(outputs.bytes for outputs in frozen.values() if not outputs.on_disk)
     if on_gpu:

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from finetuning.errors import TrainingFailed, say
@@ -22,6 +22,7 @@ from finetuning.models.merged import drop_merged, keep_merged
 from finetuning.processes import is_helper
 from finetuning.runs.files import NOT_FINITE
 from finetuning.settings import TrainingSettings
+from finetuning.training.averaging import Averaging
 from finetuning.training.callbacks import ADVICE
 from finetuning.training.checkpoints import check_best, only_tensors
 from finetuning.training.optimization import make_optimizer, make_scheduler
@@ -56,11 +57,20 @@ class FineTuning(pl.LightningModule):
         self.mean_loss = MeanMetric(nan_strategy="disable")  # of the present evaluation; by default it would skip NaN
         self.scores: dict[str, dict[str, float]] = {}  # split -> metric -> value, from the latest evaluation
         self.predictions: dict[str, Predictions] = {}  # split -> rows, labels, logits, from the latest evaluation
+        self.averaging: Averaging | None = None  # from the start of training on, if the run asks for it
+        self._averages: dict[str, Any] | None = None  # of the checkpoint to continue from
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
         # A loaded model is in evaluation mode, and Lightning does not change that, so dropout would stay off.
         self.train()
 
     def on_train_start(self) -> None:
+        self._continue_outputs()
+        if self.settings.average != "none":
+            self.averaging = Averaging(self.settings.average, self._trained, self.total_steps)
+            if self._averages is not None:
+                self.averaging.load(self._averages)
+
+    def _continue_outputs(self) -> None:
         """Computes the outputs of frozen layers that an interrupted run had, from the batches that made them.
 
         In other batches their last bits would differ, and so would the trained weights.
@@ -72,10 +82,19 @@ class FineTuning(pl.LightningModule):
                 for batch in loader.first_batches(self.trainer.global_step * self.settings.accumulate):
                     self.classifier.logits(batch, outputs)
 
+    @property
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
     def training_step(self, batch: Batch) -> Tensor:
         logits = self.classifier.logits(batch, self.frozen.get("train"))
         loss_sum = self.task.training_loss(logits, batch["labels"])
         return {"loss": loss_sum * batch["loss_weight"], "mean_loss": loss_sum.detach() / len(logits)}  # type: ignore[return-value]
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        if self.averaging is not None:  # before callbacks write a checkpoint
+            self.averaging.update(self.trainer.global_step + 1)  # Lightning counts the step after this
 
     def validation_step(self, batch: Batch) -> None:
         self._evaluation_step(batch, "validation")
@@ -84,6 +103,7 @@ class FineTuning(pl.LightningModule):
         self._evaluation_step(batch, "test")
 
     def on_validation_start(self) -> None:
+        self.swap_average()
         keep_merged(self.classifier.model)
 
     def on_test_start(self) -> None:
@@ -91,9 +111,15 @@ class FineTuning(pl.LightningModule):
 
     def on_validation_end(self) -> None:
         drop_merged(self.classifier.model)
+        self.swap_average()
 
     def on_test_end(self) -> None:
         drop_merged(self.classifier.model)
+
+    def swap_average(self) -> None:
+        """Exchanges the trained weights and their averages, if the run has any. A second call undoes it."""
+        if self.averaging is not None:
+            self.averaging.swap()
 
     def on_validation_epoch_end(self) -> None:
         self._end_evaluation("validation")
@@ -122,15 +148,16 @@ class FineTuning(pl.LightningModule):
             self.log(f"{split}_{name}", value, prog_bar=name == self.settings.monitor, logger=False)
 
     def configure_optimizers(self) -> Any:
-        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         fused = self.classifier.dtype != torch.float16  # with fp16, a fused step unscales by itself: too late to clip
-        optimizer = make_optimizer(parameters, self.settings, fused)
+        optimizer = make_optimizer(self._trained, self.settings, fused)
         scheduler = make_scheduler(optimizer, self.settings, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = {f"classifier.model.{name}" for name in self.classifier.saved_parameters()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        if self.averaging is not None:
+            checkpoint["average"] = self.averaging.state()
         # load_best restores the scores and predictions of the best epoch from here.
         checkpoint["kernels"] = _kind(self.kernels)
         checkpoint["scores"] = dict(self.scores)
@@ -144,6 +171,7 @@ class FineTuning(pl.LightningModule):
             print(f"warning: {text}", file=sys.stderr)
         if not is_helper():
             say(f"continuing after step {checkpoint['global_step']} of {self.total_steps}")
+        self._averages = checkpoint.get("average")
         self._restore(checkpoint)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
@@ -157,11 +185,16 @@ class FineTuning(pl.LightningModule):
         return self.scores[split] | self.task.details(labels, logits)
 
     def load_best(self, path: Path) -> int:
-        """Loads the weights and the validation scores of the best checkpoint. Returns its epoch, counted from 1."""
+        """Loads the weights of the best checkpoint, or their averages, and its scores on validation.
+
+        Returns:
+            Its epoch, counted from 1.
+        """
         check_best(path)
         with only_tensors(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        self.load_state_dict(checkpoint["state_dict"], strict=False)
+        averages = checkpoint.get("average", {}).get("weights", {})
+        self.load_state_dict(checkpoint["state_dict"] | averages, strict=False)
         self._restore(checkpoint)
         return int(checkpoint["epoch"]) + 1
 

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.numpy import load_file
 
 from benchmarks.tiny import write_reviews
 from finetune_lora import main
@@ -351,3 +353,12 @@ def test_the_monitored_score_after_the_same_epoch_is_shown() -> None:
     assert same_epoch_lines(record, "loss")[1].endswith("1.2500, 95 % interval 1.0000 to 1.5000")
     assert same_epoch_lines(record, "auroc") == [first], "not defined in each fold"
     assert not same_epoch_lines(record | {"same_epoch": None}, "loss")
+
+
+def test_the_final_run_saves_its_average(few_reviews: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--average", "ema")) == 0
+    saved, last = load_file(tmp_path / "run" / ADAPTER), torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    (name,) = (name for name in last["state_dict"] if "layer.0.attention.q_lin.lora.lora_B" in name)
+    (of_adapter,) = (key for key in saved if "layer.0.attention.q_lin" in key and "lora_B" in key)
+    assert np.array_equal(saved[of_adapter], last["average"]["weights"][name].numpy())
+    assert not torch.equal(last["average"]["weights"][name], last["state_dict"][name])
