@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.harness import Record
+from benchmarks.harness import TRAINING_FLAGS, Record
 from compare_methods import ROOT
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured
@@ -27,9 +27,9 @@ SETS = ("ag_news", "subj", "twitter_financial_news", "emotion")  # folders below
 KEPT_ENVIRONMENT = ("cpu", "threads", "versions", "git", "date")
 RISKS = (0.01, 0.02, 0.05, 0.1)
 FLAGS = (
-    "--dataset text --model_name packaged-bert --split stratified --limit_train 1500 --limit_validation 950"
-    " --max_length 128 --lora_key True --lora_projection True --lora_mlp True"
-    " --epochs 5 --batch_size 32 --batch_tokens 6144 --patience 0 --accelerator cpu --baseline False --report False"
+    "--dataset text --model_name packaged-distilbert --split stratified --limit_train 1500 --limit_validation 950"
+    " --max_length 128 --lora_key True --lora_projection True --lora_mlp True --epochs 2"
+    f" {TRAINING_FLAGS} --accelerator cpu --baseline False --report False"
 )
 COLUMNS = (
     "data set, accuracy", "wrong answers: asked, at most", "splits with a threshold", "answered, % (median)",
