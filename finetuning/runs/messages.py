@@ -114,11 +114,13 @@ def accuracy_line(split: str, scores: dict[str, Any], multi_label: bool) -> str:
 
 
 def largest_class_line(scores: Mapping[str, Any]) -> list[str]:
-    """The share of the largest class among the scored texts; nothing for a multi-label run."""
+    """What always answering the largest class would score on these texts; nothing for a multi-label run."""
     if "confusion_matrix" not in scores:
         return []
-    share = max(map(sum, scores["confusion_matrix"])) / scores["examples"]
-    return [f"{'':<11} always answering the largest class is right for {share:.2%}"]
+    texts = [sum(row) for row in scores["confusion_matrix"] if any(row)]  # of the classes that there are
+    share = max(texts) / scores["examples"]
+    macro_f1 = 2 * share / (1 + share) / len(texts)
+    return [f"{'':<11} always answering the largest class is right for {share:.2%}, with a macro F1 of {macro_f1:.2%}"]
 
 
 def baseline_lines(baseline: BaselineRecord, texts: int | None, monitor: str, multi_label: bool) -> list[str]:

@@ -154,7 +154,7 @@ def test_the_command_prints_a_line_for_each_fold(
     )
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=False))
     assert lines[6].startswith("            after 1 epochs in every fold: ")
-    assert lines[7] == "            always answering the largest class is right for 50.00%"
+    assert lines[7] == "            always answering the largest class is right for 50.00%, with a macro F1 of 33.33%"
     assert lines[8] == "final run   schedule of 1 epochs, stopped after 1, the median of the folds' 1, 1"
     assert sum(line.startswith("data ") for line in lines) == 1
     assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2
