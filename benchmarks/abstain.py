@@ -32,7 +32,7 @@ FLAGS = (
     f" {TRAINING_FLAGS} --accelerator cpu --baseline False --report False"
 )
 COLUMNS = (
-    "data set, accuracy", "wrong answers: asked, at most", "splits with a threshold", "answered, % (median)",
+    "data set, accuracy", "wrong asked, at most", "splits with a threshold", "answered, % (median)",
     "wrong, % (median)", "wrong, % (highest)", "wrong at most as asked",
 )  # fmt: skip
 
@@ -99,7 +99,7 @@ def table(result: Record) -> str:
     sizes = records[0]["sizes"]
     conditions = (
         f"MiniLM, LoRA on all linears, 1,500 training texts, 2 epochs; {sizes['validation']:,} validation texts;"
-        f" confidence of the statement {100 * LEVEL:g} %. In all, the share on test was at most as asked in {kept} of"
+        f" confidence of the statement {100 * LEVEL:g} %.\nIn all, the share on test was at most as asked in {kept} of"
         f" {asked}."
     )
     return (
