@@ -17,8 +17,12 @@ ROPE = 0.5  # points of accuracy; smaller differences are equivalent in practice
 OVER_SETS = (
     "Mean and standard deviation over seeds and draws of the training texts, with their number. The interval is"
     " Student's t over sets. Better, equivalent, worse: probabilities on a new set, by the Bayesian signed-rank test"
-    f" (Benavoli et al. 2017); differences of up to {ROPE} points are equivalent."
+    f" (Benavoli et al. 2017); differences of up to {ROPE} points are equivalent. The loss is the cross-entropy on test:"
+    " it also falls if probabilities are better."
 )
+PAIRS = (
+    "pair", "sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %", "loss, nats (95 %)",
+)  # fmt: skip
 COSTS = ("method", "trained parameters", "training, processor s", "with its trials, processor s", "peak, MiB")
 SECONDS = ("train", "processor_seconds")  # runs of earlier versions lack it
 DRAW = re.compile(r"-data_seed\d+$")
@@ -104,8 +108,18 @@ def pairs_table(grid: Grid) -> Table:
         test = bayesian_signed_rank(ours, theirs, ROPE)
         chances = (f"{100 * share:.0f}" for share in (test.better, test.equivalent, test.worse))
         interval = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-        rows.append((f"{first} - {second}", str(len(sets)), interval, *chances))
-    return Table(("pair", "sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %"), rows)
+        rows.append((f"{first} - {second}", str(len(sets)), interval, *chances, _loss_cell(grid, first, second, sets)))
+    return Table(PAIRS, rows)
+
+
+def _loss_cell(grid: Grid, first: str, second: str, sets: Sequence[str]) -> str:
+    """The mean difference of the test losses with its interval; empty if a run lacks its loss."""
+    ours, theirs = ([mean_of_sets([grid.runs[name][m]], "test", "loss") for name in sets] for m in (first, second))
+    differences = [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    if len(differences) < len(sets):
+        return ""
+    low, high = interval_over_sets(differences)
+    return f"{fmean(differences):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def costs_table(grid: Grid) -> Table:

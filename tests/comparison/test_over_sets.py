@@ -42,7 +42,8 @@ def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
         ("two", "70.10 ± 0.14 (2)", "70.20 ± 0.14 (2)"),
         ("mean of 3 sets", "80.53", "79.40"),
     ]
-    ((pair, sets, difference, *chances),) = pairs.rows
+    ((pair, sets, difference, *chances, loss),) = pairs.rows
+    assert loss == "", "the runs have none"
     low, high = t.interval(0.95, 2, np.mean([2, 1.5, -0.1]), np.std([2, 1.5, -0.1], ddof=1) / np.sqrt(3))
     assert (pair, sets) == ("a - b", "3")
     assert difference == f"+1.13 ({low:+.2f} to {high:+.2f})"
@@ -69,3 +70,12 @@ def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -
     _, _, costs = over_sets(read_study("s", tmp_path))
     assert costs.columns[2:4] == ("training, processor s", "with its trials, processor s")
     assert costs.rows == [("a", "1,000", "30", "36", "1,024"), ("b", "3,000", "61", "66", "1,024")]
+
+
+def test_the_losses_of_a_pair(tmp_path: Path) -> None:
+    for name, first, second in (("one", 0.5, 0.4), ("two", 0.6, 0.4), ("three", 0.7, 0.4)):
+        for method, loss in (("a", first), ("b", second)):
+            more = {"config": {"data_dir": f"in/{name}"}, "test": {"loss": loss}}
+            write_run(tmp_path, "s", f"{name}-{method}", correct=np.arange(10) < 5, **more)  # type: ignore[arg-type]
+    low, high = t.interval(0.95, 2, 0.2, 0.1 / np.sqrt(3))
+    assert over_sets(read_study("s", tmp_path))[1].rows[0][-1] == f"+0.200 ({low:+.3f} to {high:+.3f})"
