@@ -17,7 +17,7 @@ ROPE = 0.5  # points of accuracy; smaller differences are equivalent in practice
 OVER_SETS = (
     "Mean and standard deviation over seeds and draws of the training texts, with their number. The interval is"
     " Student's t over sets. Better, equivalent, worse: probabilities on a new set, by the Bayesian signed-rank test"
-    f" (Benavoli et al. 2017); differences of up to {ROPE} points are equivalent. The loss is the cross-entropy on test:"
+    f" (Benavoli et al. 2017); differences of up to {ROPE} points are equivalent. The loss is cross-entropy on test:"
     " it also falls if probabilities are better."
 )
 PAIRS = (
