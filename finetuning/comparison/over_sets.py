@@ -85,8 +85,11 @@ def over_sets(study: Study) -> list[Table]:
 
 
 def sets_table(grid: Grid) -> Table:
-    """A row for each set, and the mean over the sets that all methods have."""
+    """A row for each set, and the mean over the sets that all methods have; a row for each method if they are more."""
     methods = grid.methods
+    if len(methods) > len(grid.runs):
+        by_method = [(method, *(_cell(grid.accuracies(name, method)) for name in grid.runs)) for method in methods]
+        return Table(("method", *(f"{name}, %" for name in grid.runs)), by_method)
     rows = [(name, *(_cell(grid.accuracies(name, method)) for method in methods)) for name in grid.runs]
     shared = grid.shared(methods)
     if len(shared) > 1:

@@ -33,11 +33,11 @@ def losses(grid: Grid) -> dict[str, np.ndarray]:
 
 def loss_plot(grid: Grid) -> Plot | None:
     """What each method loses to the best one of each set: a dot for each set, the mean with its interval."""
-    found = losses(grid)
-    order = sorted(found, key=lambda method: -float(found[method].mean()))
-    count = len(found[order[0]])
+    count = len(grid.shared(grid.methods))
     if count < 2:
         return None
+    found = losses(grid)
+    order = sorted(found, key=lambda method: -float(found[method].mean()))
     with new_figure("Loss to the best method of each data set", height=1.2 + 0.4 * len(order)) as (figure, (axis,)):
         for place, method in enumerate(order):
             own = found[method]

@@ -79,3 +79,11 @@ def test_the_losses_of_a_pair(tmp_path: Path) -> None:
             write_run(tmp_path, "s", f"{name}-{method}", correct=np.arange(10) < 5, **more)  # type: ignore[arg-type]
     low, high = t.interval(0.95, 2, 0.2, 0.1 / np.sqrt(3))
     assert over_sets(read_study("s", tmp_path))[1].rows[0][-1] == f"+0.200 ({low:+.3f} to {high:+.3f})"
+
+
+def test_many_methods_are_rows(tmp_path: Path) -> None:
+    sets = {name: dict.fromkeys("abcd", (500,)) for name in ("one", "two", "three")}
+    table, *_ = over_sets(read_study("s", results(tmp_path, sets)))
+    assert table.columns == ("method", "one, %", "three, %", "two, %")
+    assert table.rows[0] == ("a", "50.00 (1)", "50.00 (1)", "50.00 (1)")
+    assert len(table.rows) == 4
