@@ -107,11 +107,10 @@ def pairs_table(grid: Grid) -> Table:
             continue
         ours, theirs = grid.means(first, sets), grid.means(second, sets)
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        mean, (low, high) = fmean(differences), interval_over_sets(differences)
         test = bayesian_signed_rank(ours, theirs, ROPE)
         chances = (f"{100 * share:.0f}" for share in (test.better, test.equivalent, test.worse))
-        interval = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-        rows.append((f"{first} - {second}", str(len(sets)), interval, *chances, _loss_cell(grid, first, second, sets)))
+        shown = _difference_cell(differences, 2), *chances, _loss_cell(grid, first, second, sets)
+        rows.append((f"{first} - {second}", str(len(sets)), *shown))
     return Table(PAIRS, rows)
 
 
@@ -119,10 +118,14 @@ def _loss_cell(grid: Grid, first: str, second: str, sets: Sequence[str]) -> str:
     """The mean difference of the test losses with its interval; empty if a run lacks its loss."""
     ours, theirs = ([mean_of_sets([grid.runs[name][m]], "test", "loss") for name in sets] for m in (first, second))
     differences = [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    if len(differences) < len(sets):
-        return ""
-    low, high = interval_over_sets(differences)
-    return f"{fmean(differences):+.3f} ({low:+.3f} to {high:+.3f})"
+    return "" if len(differences) < len(sets) else _difference_cell(differences, 3)
+
+
+def _difference_cell(differences: Sequence[float], digits: int) -> str:
+    """``+1.13 (-1.52 to +3.79)``: the mean over sets with its interval."""
+    values = fmean(differences), *interval_over_sets(differences)
+    mean, low, high = (f"{value:+.{digits}f}" for value in values)
+    return f"{mean} ({low} to {high})"
 
 
 def costs_table(grid: Grid) -> Table:

@@ -10,6 +10,8 @@ import numpy as np
 from finetuning.runs.files import CURVE, METRICS, PREDICTIONS
 from finetuning.storage import write_atomically
 
+VALIDATED = "validation_"  # begins the columns of ``metrics.csv`` with scores
+
 
 def write_predictions(
     directory: Path,
@@ -60,15 +62,19 @@ def write_metrics(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(directory / METRICS, write)
 
 
-def scores_by_epoch(directory: Path, score: str) -> dict[int, float]:
-    """Epoch -> this validation score after it, such as ``accuracy``, from ``metrics.csv``.
+def scores_by_epoch(directory: Path) -> dict[int, dict[str, float]]:
+    """Epoch -> the validation scores after it, such as ``accuracy``, from ``metrics.csv``.
 
     Raises:
         OSError: the file cannot be read.
     """
+    found: dict[int, dict[str, float]] = {}
     with (directory / METRICS).open(newline="", encoding="utf8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get(f"validation_{score}")]
-    return {int(row["epoch"]): float(row[f"validation_{score}"]) for row in rows}
+        for row in csv.DictReader(file):
+            scores = {name: value for name, value in row.items() if name.startswith(VALIDATED) and value}
+            if scores:
+                found[int(row["epoch"])] = {name.removeprefix(VALIDATED): float(v) for name, v in scores.items()}
+    return found
 
 
 def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor: str, title: str) -> None:

@@ -148,10 +148,10 @@ def _means(folds: Sequence[Mapping[str, Any]]) -> Means:
 
 def _same_epoch(runs: list[FinishedRun], epochs: int) -> dict[str, Any] | None:
     """The scores of the folds after this epoch; ``None`` if a fold has stopped before it."""
-    histories = [{name: scores_by_epoch(run.directory, name) for name in SCORES} for run in runs]
-    if not all(epochs in history["accuracy"] for history in histories):
+    histories = [scores_by_epoch(run.directory) for run in runs]
+    if not all(epochs in history for history in histories):
         return None
-    folds = [{name: scores[epochs] for name, scores in history.items() if epochs in scores} for history in histories]
+    folds = [history[epochs] for history in histories]
     texts = [run.result["validation"]["examples"] for run in runs]
     right = sum(fold["accuracy"] * count for fold, count in zip(folds, texts, strict=True))
     accuracy = right / sum(texts)

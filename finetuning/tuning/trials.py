@@ -136,10 +136,11 @@ class Trials:
     def history(self, number: int) -> dict[int, float]:
         """Epoch -> the monitored score, as the run has written it until now."""
         try:
-            scores = scores_by_epoch(self.place(number).directory, self.monitor)
+            epochs = scores_by_epoch(self.place(number).directory)
         except OSError:
             return {}
-        return {epoch: score for epoch, score in scores.items() if math.isfinite(score)}
+        found = {epoch: scores.get(self.monitor, math.nan) for epoch, scores in epochs.items()}
+        return {epoch: score for epoch, score in found.items() if math.isfinite(score)}
 
     def running(self) -> int:
         """How many trials are claimed and have not ended."""
