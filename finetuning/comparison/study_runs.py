@@ -36,6 +36,7 @@ from finetuning.runs.lock import LOCK, claimed
 from finetuning.settings import FLAGS
 from finetuning.storage import TEMPORARY
 
+QUICK = (RATE, "seed", "data_seed", "epochs", "limit_train")  # nearly all runs differ in one, and it costs no parser
 CHECKPOINTS = (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, BEST_CHECKPOINT)
 
 
@@ -212,7 +213,7 @@ class StudyRuns:
     def _same_runs(self, run: PlannedRun) -> Iterator[Path]:
         """Finished and undamaged runs with the same settings, in the folders of all studies."""
         for source in sorted(path.parent for path in self.folder.parent.glob(f"*/[!.]*/{RESULT}")):
-            same = read_status(source) == "finished" and not _stored_differences(run, source)
+            same = not _stored_differences(run, source) and read_status(source) == "finished"
             if same and record_is_unchanged(source):
                 yield source
 
@@ -279,6 +280,9 @@ def _differences(run: PlannedRun, settings: dict[str, Any], own: bool) -> list[s
     The path of its data does not count, nor does what the plan leaves to a tuning that has not finished. In the
     planned run's own result (``own``), the numbers that the plan leaves to auto do not count either.
     """
+    seen = [name for name in QUICK if name in run.settings and settings.get(name) not in (None, run.settings[name])]
+    if seen and not own:
+        return seen
     planned = from_flags(run.flags(Path()))
     try:
         stored = {key: value for key, value in settings.items() if key not in NOT_PART_OF_THE_RUN}

@@ -1,0 +1,117 @@
+"""Would a recommender choose a better method than the default? ``python -m benchmarks.recommend``
+
+From the collected runs of ``studies/methods_on_sets.toml``. Each data set is left out in turn, and the others choose a
+method for it. The regret is what the choice loses to the best method of the set, in points of test accuracy. The best
+one is known from the same test texts, so nobody could have a regret of 0.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
+
+from benchmarks import harness
+from benchmarks.sets_baselines import STUDY
+from compare_methods import DATA_SETS, ROOT
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.over_sets import LEAST_SETS, Grid, grid_of
+from finetuning.comparison.statistics import interval_over_sets
+from finetuning.errors import UserError
+from finetuning.pages import Table, measured, renew_tables
+
+COLUMNS = ("chosen by", "mean regret, points (95 %)", "largest regret", "sets within 1 point of the best")
+NEIGHBOURS = (1, 3)
+Scores = Mapping[str, Mapping[str, float]]  # data set -> method -> score in %
+Chooser = Callable[[str, Scores], str]  # a data set, and the test scores of the others
+
+
+def described(grid: Grid, name: str) -> tuple[float, float, float]:
+    """What is known of a data set before training: logarithms of its texts, its classes, and tokens a text."""
+    run = next(iter(grid.runs[name].values()))[0]
+    texts = run.get("data", "sizes", "train")
+    return math.log(texts), math.log(len(run.get("data", "label_names"))), math.log(
+        run.get("data", "tokens", "train") / texts
+    )
+
+
+def best_of(sets: Sequence[str], scores: Scores) -> str:
+    """The method with the best mean score on some sets."""
+    return max(scores[sets[0]], key=lambda method: fmean(scores[name][method] for name in sets))
+
+
+def nearest(points: Mapping[str, Sequence[float]], count: int) -> Chooser:
+    """Chooses what was best on the ``count`` sets whose descriptions are nearest, each value in standard deviations."""
+
+    def choose(name: str, others: Scores) -> str:
+        columns = zip(*(points[other] for other in others), strict=True)
+        scales = [stdev(column) or 1.0 for column in columns]
+
+        def distance(other: str) -> float:
+            pairs = zip(points[name], points[other], scales, strict=True)
+            return math.hypot(*((a - b) / scale for a, b, scale in pairs))
+
+        return best_of(sorted(others, key=distance)[:count], others)
+
+    return choose
+
+
+def choosers(grid: Grid) -> dict[str, Chooser]:
+    """Every way to choose, by its name in the table."""
+    points = {name: described(grid, name) for name in grid.runs}
+    trials = {
+        name: {method: max(run.monitored or 0.0 for run in runs) for method, runs in found.items()}
+        for name, found in grid.trials.items()
+    }
+    found: dict[str, Chooser] = {f"always {method}": lambda name, others, m=method: m for method in grid.methods}
+    found["best on the other sets"] = lambda name, others: best_of(list(others), others)
+    for count in NEIGHBOURS:
+        found["nearest set" if count == 1 else f"{count} nearest sets"] = nearest(points, count)
+    found["validation, after all trials of all methods"] = lambda name, others: max(
+        next(iter(others.values())), key=lambda method: trials[name][method]
+    )
+    return found
+
+
+def regrets(scores: Scores, choose: Chooser) -> list[float]:
+    """What the choice for each set loses to its best method; the choice does not see the set's own scores."""
+    losses = []
+    for name, own in scores.items():
+        others = {other: found for other, found in scores.items() if other != name}
+        losses.append(max(own.values()) - own[choose(name, others)])
+    return losses
+
+
+def table(grid: Grid) -> Table:
+    """A row for each way to choose, on the sets that all methods have."""
+    methods = grid.methods
+    sets = grid.shared(methods)
+    if len(sets) <= LEAST_SETS:
+        raise UserError(f"{STUDY.stem}: {len(sets)} data sets have runs of all methods: must be over {LEAST_SETS}")
+    scores = {name: {method: fmean(grid.accuracies(name, method)) for method in methods} for name in sets}
+    rows = []
+    for chosen, choose in choosers(grid).items():
+        found = regrets(scores, choose)
+        low, high = interval_over_sets(found)
+        near = sum(loss <= 1 for loss in found)
+        shown = f"{fmean(found):.2f} ({low:.2f} to {high:.2f})", f"{max(found):.2f}", f"{near} of {len(sets)}"
+        rows.append((chosen, *shown))
+    return Table(COLUMNS, rows)
+
+
+def command(argv: Sequence[str] | None) -> int:
+    """Renews the table of docs/data_sets.md. Returns the exit status."""
+    harness.make_parser("What a recommender would lose on a data set that it has not seen.").parse_args(argv)
+    study = read_study(STUDY.stem, ROOT / "results")
+    grid = grid_of(study)
+    if grid is None:
+        raise UserError(f"{STUDY.stem}: no two methods have runs on {LEAST_SETS} data sets")
+    text = f"{table(grid).markdown()}\n\n{measured([run.environment for run in study.final])}"
+    print(text)
+    renew_tables(DATA_SETS, {"recommend": text})
+    return 0
+
+
+main = harness.as_main(command)
+
+if __name__ == "__main__":
+    sys.exit(main())
