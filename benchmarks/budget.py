@@ -25,9 +25,9 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks import harness
 from benchmarks.harness import Record
 from compare_methods import ROOT
+from finetuning.comparison.over_sets import score_cell
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
-from finetuning.comparison.statistics import mean_and_deviation
 from finetuning.data.loading import load_texts
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
@@ -128,7 +128,7 @@ def defaults_table(folder: Path) -> str:
         found.setdefault(name, {}).setdefault(kind, []).append(result)
     rows = []
     for name, runs in found.items():
-        scores = [_mean_of([100 * run["test"]["accuracy"] for run in runs.get(kind, ())]) for kind in KINDS]
+        scores = [score_cell([100 * run["test"]["accuracy"] for run in runs.get(kind, ())]) for kind in KINDS]
         steps = [f"{runs[kind][0]['train']['steps']:,}" if kind in runs else "" for kind in KINDS]
         # the median, because a run that was stopped for a while has a time of its own
         times = [statistics.median(run["train"]["seconds"] for run in runs[kind]) for kind in KINDS if kind in runs]
@@ -140,14 +140,6 @@ def defaults_table(folder: Path) -> str:
         "median training, s: before / auto",
     )
     return f"{Table(columns, rows).markdown()}\n\n{measured(result['environment'] for result in results)}"
-
-
-def _mean_of(values: Sequence[float]) -> str:
-    """``88.80 ± 0.35 (2)``: mean, standard deviation and number; empty without values."""
-    if not values:
-        return ""
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}") + f" ({len(values)})"
 
 
 def few_texts_table(result: Record) -> str:
@@ -163,7 +155,7 @@ def few_texts_table(result: Record) -> str:
                 for record in result["measurements"]
                 if (record["set"], record["texts"], record["kind"]) == (name, texts, kind)
             ]
-            cells.append(_mean_of(found) or "not measured")
+            cells.append(score_cell(found) or "not measured")
         rows.append((name, str(texts), *cells))
     columns = ("data set", "training texts", *(f"{kind}, %" for kind in kinds))
     return f"{Table(columns, rows).markdown()}\n\n{measured(result['environments'])}"

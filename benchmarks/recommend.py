@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
 from benchmarks import harness
-from benchmarks.sets_baselines import STUDY
 from compare_methods import DATA_SETS, ROOT
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import LEAST_SETS, Grid, grid_of
@@ -19,6 +18,7 @@ from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured, renew_tables
 
+STUDY = "methods_on_sets"
 COLUMNS = ("chosen by", "mean regret, points (95 %)", "largest regret", "sets within 1 point of the best")
 NEIGHBOURS = (1, 3)
 Scores = Mapping[str, Mapping[str, float]]  # data set -> method -> score in %
@@ -29,14 +29,21 @@ def described(grid: Grid, name: str) -> tuple[float, float, float]:
     """What is known of a data set before training: logarithms of its texts, its classes, and tokens a text."""
     run = next(iter(grid.runs[name].values()))[0]
     texts = run.get("data", "sizes", "train")
-    return math.log(texts), math.log(len(run.get("data", "label_names"))), math.log(
-        run.get("data", "tokens", "train") / texts
+    return (
+        math.log(texts),
+        math.log(len(run.get("data", "label_names"))),
+        math.log(run.get("data", "tokens", "train") / texts),
     )
 
 
 def best_of(sets: Sequence[str], scores: Scores) -> str:
     """The method with the best mean score on some sets."""
     return max(scores[sets[0]], key=lambda method: fmean(scores[name][method] for name in sets))
+
+
+def always(method: str) -> Chooser:
+    """Chooses this method for every set."""
+    return lambda _name, _others: method
 
 
 def nearest(points: Mapping[str, Sequence[float]], count: int) -> Chooser:
@@ -62,8 +69,8 @@ def choosers(grid: Grid) -> dict[str, Chooser]:
         name: {method: max(run.monitored or 0.0 for run in runs) for method, runs in found.items()}
         for name, found in grid.trials.items()
     }
-    found: dict[str, Chooser] = {f"always {method}": lambda name, others, m=method: m for method in grid.methods}
-    found["best on the other sets"] = lambda name, others: best_of(list(others), others)
+    found = {f"always {method}": always(method) for method in grid.methods}
+    found["best on the other sets"] = lambda _name, others: best_of(list(others), others)
     for count in NEIGHBOURS:
         found["nearest set" if count == 1 else f"{count} nearest sets"] = nearest(points, count)
     found["validation, after all trials of all methods"] = lambda name, others: max(
@@ -86,7 +93,7 @@ def table(grid: Grid) -> Table:
     methods = grid.methods
     sets = grid.shared(methods)
     if len(sets) <= LEAST_SETS:
-        raise UserError(f"{STUDY.stem}: {len(sets)} data sets have runs of all methods: must be over {LEAST_SETS}")
+        raise UserError(f"{STUDY}: {len(sets)} data sets have runs of all methods: must be over {LEAST_SETS}")
     scores = {name: {method: fmean(grid.accuracies(name, method)) for method in methods} for name in sets}
     rows = []
     for chosen, choose in choosers(grid).items():
@@ -101,10 +108,10 @@ def table(grid: Grid) -> Table:
 def command(argv: Sequence[str] | None) -> int:
     """Renews the table of docs/data_sets.md. Returns the exit status."""
     harness.make_parser("What a recommender would lose on a data set that it has not seen.").parse_args(argv)
-    study = read_study(STUDY.stem, ROOT / "results")
+    study = read_study(STUDY, ROOT / "results")
     grid = grid_of(study)
     if grid is None:
-        raise UserError(f"{STUDY.stem}: no two methods have runs on {LEAST_SETS} data sets")
+        raise UserError(f"{STUDY}: no two methods have runs on {LEAST_SETS} data sets")
     text = f"{table(grid).markdown()}\n\n{measured([run.environment for run in study.final])}"
     print(text)
     renew_tables(DATA_SETS, {"recommend": text})

@@ -4,9 +4,11 @@ Logistic regression on TF-IDF, and on the mean of the frozen model's token vecto
 the regularization as a method of ``studies/methods_on_sets.toml`` gets trials; validation chooses.
 """
 
+import math
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +22,7 @@ from benchmarks.harness import Record
 from compare_methods import DATA_SETS, ROOT
 from finetuning.comparison.baselines import NAME, VECTORIZER
 from finetuning.comparison.drawn import log_uniform
+from finetuning.comparison.over_sets import score_cell
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.data.loading import load_texts
 from finetuning.flags import from_flags
@@ -27,17 +30,29 @@ from finetuning.models.base_files import find_folder
 from finetuning.pages import Table, measured
 from finetuning.runs.measurements import environment_record
 
-OUTPUT = harness.RESULTS / "sets_baselines.json"
-STUDY = ROOT / "studies" / "methods_on_sets.toml"
+STUDIES = {"methods_on_sets": "sets_baselines", "curves": "curves_baselines"}  # study -> its table
+TRIALS = 6
 LEAST, MOST = 0.01, 1000.0  # of C, the inverse of the regularization; drawn on a logarithmic scale
 
 
-def sets_of(study: Path = STUDY) -> tuple[dict[str, PlannedRun], int]:
-    """Data set -> a run of the study on it, and the number of trials of each of its rows."""
+@dataclass(frozen=True, order=True)
+class Cell:
+    """What a method and the baselines share: a data set, the number of training texts (0: all), and their draw."""
+
+    set: str
+    texts: int
+    draw: int
+
+
+def cells_of(study: Path) -> tuple[dict[Cell, PlannedRun], int]:
+    """Each cell of a study with a run of it, and the number of trials: as many as a row has, or the usual number."""
     plan = read_plan(study)
-    runs = {str(run.settings["data_dir"]): run for run in plan.stage("final")}
+    runs = {}
+    for run in plan.stage("final"):
+        texts, draw = (int(run.settings.get(name, 0)) for name in ("limit_train", "data_seed"))
+        runs[Cell(str(run.settings["data_dir"]), texts, draw)] = run
     row = next(iter(runs.values())).row
-    return runs, sum(run.row == row for run in plan.stage("tune"))
+    return runs, sum(run.row == row for run in plan.stage("tune")) or TRIALS
 
 
 def measure(run: PlannedRun, trials: int, data_dir: Path) -> list[Record]:
@@ -59,10 +74,7 @@ def measure(run: PlannedRun, trials: int, data_dir: Path) -> list[Record]:
     }
     labels = {name: split.labels for name, split in splits.items()}
     place = str(run.settings["data_dir"])
-    return [
-        {"set": place, "baseline": name} | chosen(f"{name} {place}", parts, labels, trials)
-        for name, parts in features.items()
-    ]
+    return [{"baseline": name} | chosen(f"{name} {place}", parts, labels, trials) for name, parts in features.items()]
 
 
 def chosen(name: str, features: dict[str, Any], labels: dict[str, Any], trials: int) -> Record:
@@ -86,14 +98,31 @@ def chosen(name: str, features: dict[str, Any], labels: dict[str, Any], trials: 
 
 
 def table(result: Record) -> str:
-    """Markdown: a row for each data set."""
-    records: list[Record] = result["measurements"]
-    kinds = list(dict.fromkeys(record["baseline"] for record in records))
-    found = {(record["set"], record["baseline"]): record["accuracy"] for record in records}
-    sets = sorted({record["set"] for record in records})
-    rows = [(name, *(f"{100 * found[name, kind]:.2f}" for kind in kinds)) for name in sets]
-    means = (f"{100 * fmean(found[name, kind] for name in sets):.2f}" for kind in kinds)
-    shown = Table(("data set", *(f"{kind}, %" for kind in kinds)), [*rows, (f"mean of {len(sets)} sets", *means)])
+    """Markdown: a row for each data set; for each number of training texts and baseline, if there are several."""
+    found: dict[Cell, dict[str, float]] = {}
+    for record in result["measurements"]:
+        cell = Cell(record["set"], record["texts"], record["draw"])
+        found.setdefault(cell, {})[record["baseline"]] = 100 * record["accuracy"]
+    sizes = sorted({cell.texts for cell in found}, key=lambda texts: texts or math.inf)
+    sets = sorted({cell.set for cell in found})
+    kinds = list(next(iter(found.values())))
+
+    def cell_of(name: str, texts: int, kind: str) -> str:
+        return score_cell([own[kind] for cell, own in found.items() if (cell.set, cell.texts) == (name, texts)])
+
+    if len(sizes) > 1:
+        columns = ("training texts", "baseline", *(f"{name}, %" for name in sets))
+        rows = [
+            (str(texts or "all"), kind, *(cell_of(name, texts, kind) for name in sets))
+            for texts in sizes
+            for kind in kinds
+        ]
+        shown = Table(columns, rows)
+    else:
+        rows = [(cell.set, *(f"{own[kind]:.2f}" for kind in kinds)) for cell, own in sorted(found.items())]
+        means = (f"{fmean(own[kind] for own in found.values()):.2f}" for kind in kinds)
+        mean = (f"mean of {len(sets)} sets", *means)
+        shown = Table(("data set", *(f"{kind}, %" for kind in kinds)), [*rows, mean])
     return f"{shown.markdown()}\n\n{measured([result['environment']])}"
 
 
@@ -101,13 +130,18 @@ def command(argv: Sequence[str] | None) -> int:
     """Measures what is missing, and renews docs/data_sets.md. Returns the exit status."""
     parser = harness.make_parser("The baselines of docs/protocol.md on every data set.")
     parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
+    parser.add_argument(
+        "--study", choices=STUDIES, default=next(iter(STUDIES)), help="whose texts (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
-    journal = harness.start_journal("sets_baselines", options, {"environment": environment_record()})
-    runs, trials = sets_of()
-    for name, run in runs.items():
-        if journal.find(set=name) is None:
-            journal.keep(*measure(run, trials, options.data_dir))
-    harness.publish(journal, OUTPUT, table, "sets_baselines", partly=False, page=DATA_SETS)
+    name = STUDIES[options.study]
+    journal = harness.start_journal(name, options, {"environment": environment_record()})
+    runs, trials = cells_of(ROOT / "studies" / f"{options.study}.toml")
+    for cell, run in runs.items():
+        if journal.find(**asdict(cell)) is None:
+            found = measure(run, trials, options.data_dir)
+            journal.keep(*(asdict(cell) | record for record in found))
+    harness.publish(journal, harness.RESULTS / f"{name}.json", table, name, partly=False, page=DATA_SETS)
     return 0
 
 

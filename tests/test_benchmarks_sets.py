@@ -8,13 +8,14 @@ import pandas as pd
 
 from benchmarks import sets_baselines
 from benchmarks.budget import FROZEN
+from compare_methods import ROOT
 from finetuning.comparison.baselines import NAME
 from finetuning.comparison.plan import PlannedRun
 
 
 def test_every_set_of_the_study_has_as_many_trials_as_a_method() -> None:
-    runs, trials = sets_baselines.sets_of()
-    assert len(runs) == 14
+    runs, trials = sets_baselines.cells_of(ROOT / "studies" / "methods_on_sets.toml")
+    assert len(runs) == len({cell.set for cell in runs}) == 14
     assert trials == 6
 
 
@@ -30,7 +31,7 @@ def test_both_baselines_learn_the_words_and_validation_chooses(tmp_path: Path) -
     settings = {"dataset": "text", "data_dir": "films", "model_name": "packaged", "max_length": 32}
     run = PlannedRun("films-a-seed0", "films-a", "final", settings)
     found = sets_baselines.measure(run, 3, tmp_path)
-    assert [(record["set"], record["baseline"]) for record in found] == [("films", NAME), ("films", FROZEN)]
+    assert [record["baseline"] for record in found] == [NAME, FROZEN]
     for record in found:
         assert record["accuracy"] > 0.9
         assert sets_baselines.LEAST < record["C"] < sets_baselines.MOST
@@ -51,10 +52,22 @@ def test_of_equal_scores_the_strongest_regularization_is_chosen() -> None:
 
 def test_the_table_has_the_mean_over_sets() -> None:
     records = [
-        {"set": name, "baseline": kind, "accuracy": accuracy}
+        {"set": name, "texts": 0, "draw": 0, "baseline": kind, "accuracy": accuracy}
         for name, accuracies in (("b", (0.5, 0.75)), ("a", (0.7, 0.85)))
         for kind, accuracy in zip((NAME, FROZEN), accuracies, strict=True)
     ]
     text = sets_baselines.table({"measurements": records, "environment": {}})
     assert f"| data set | {NAME}, % | {FROZEN}, % |" in text
     assert "| a | 70.00 | 85.00 |\n| b | 50.00 | 75.00 |\n| mean of 2 sets | 60.00 | 80.00 |" in text
+
+
+def test_several_numbers_of_texts_are_rows_with_their_draws() -> None:
+    records = [
+        {"set": "a", "texts": texts, "draw": draw, "baseline": kind, "accuracy": accuracy + 0.1 * draw}
+        for texts, accuracy in ((0, 0.8), (50, 0.5))
+        for draw in (0, 1)
+        for kind in (NAME, FROZEN)
+    ]
+    text = sets_baselines.table({"measurements": records, "environment": {}})
+    assert f"| 50 | {NAME} | 55.00 ± 7.07 (2) |" in text
+    assert text.index("| 50 |") < text.index(f"| all | {FROZEN} | 85.00 ± 7.07 (2) |")

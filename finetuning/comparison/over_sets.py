@@ -12,7 +12,6 @@ from finetuning.comparison.statistics import bayesian_signed_rank, interval_over
 from finetuning.pages import Table
 
 LEAST_SETS = 3
-MOST_METHODS = 12  # a study with more has no use for a table of pairs
 ROPE = 0.5  # points of accuracy; smaller differences are equivalent in practice
 OVER_SETS = (
     "Mean and standard deviation over seeds and draws of the training texts, with their number. The interval is"
@@ -55,6 +54,10 @@ class Grid:
         """The test accuracies on a set, in %; empty if the method has not run on it."""
         return [100 * (run.accuracy("test") or 0.0) for run in self.runs[name].get(method, [])]
 
+    def texts(self, name: str, method: str) -> int:
+        """The number of training texts of the method's runs on a set; 0 if they do not say it."""
+        return self.runs[name][method][0].get("data", "sizes", "train") or 0
+
     def means(self, method: str, sets: Sequence[str]) -> list[float]:
         """The method's mean accuracy on each set, in %."""
         return [fmean(self.accuracies(name, method)) for name in sets]
@@ -72,7 +75,7 @@ def grid_of(study: Study) -> Grid | None:
             found.setdefault(name, {}).setdefault(method, []).append(run)
     grid = Grid(runs, trials)
     enough = any(len(grid.shared(pair)) >= LEAST_SETS for pair in combinations(grid.methods, 2))
-    return grid if enough and len(grid.methods) <= MOST_METHODS else None
+    return grid if enough else None
 
 
 def over_sets(study: Study) -> list[Table]:
@@ -88,9 +91,9 @@ def sets_table(grid: Grid) -> Table:
     """A row for each set, and the mean over the sets that all methods have; a row for each method if they are more."""
     methods = grid.methods
     if len(methods) > len(grid.runs):
-        by_method = [(method, *(_cell(grid.accuracies(name, method)) for name in grid.runs)) for method in methods]
+        by_method = [(method, *(score_cell(grid.accuracies(name, method)) for name in grid.runs)) for method in methods]
         return Table(("method", *(f"{name}, %" for name in grid.runs)), by_method)
-    rows = [(name, *(_cell(grid.accuracies(name, method)) for method in methods)) for name in grid.runs]
+    rows = [(name, *(score_cell(grid.accuracies(name, method)) for method in methods)) for name in grid.runs]
     shared = grid.shared(methods)
     if len(shared) > 1:
         means = (f"{fmean(grid.means(method, shared)):.2f}" for method in methods)
@@ -99,10 +102,10 @@ def sets_table(grid: Grid) -> Table:
 
 
 def pairs_table(grid: Grid) -> Table:
-    """Each pair of methods with enough common sets: the difference, and the Bayesian signed-rank test."""
+    """Each pair of methods with enough sets on which both had as many texts: the Bayesian signed-rank test."""
     rows = []
     for first, second in combinations(grid.methods, 2):
-        sets = grid.shared((first, second))
+        sets = [name for name in grid.shared((first, second)) if grid.texts(name, first) == grid.texts(name, second)]
         if len(sets) < LEAST_SETS:
             continue
         ours, theirs = grid.means(first, sets), grid.means(second, sets)
@@ -153,8 +156,8 @@ def mean_of_sets(found: Sequence[Sequence[Run]], *keys: str) -> float | None:
     return None if not values or any(None in each for each in values) else fmean(map(fmean, values))
 
 
-def _cell(values: Sequence[float]) -> str:
-    """``88.80 ± 0.35 (3)``; empty without values."""
+def score_cell(values: Sequence[float]) -> str:
+    """``88.80 ± 0.35 (3)``: mean, standard deviation and number; empty without values."""
     mean, deviation = mean_and_deviation(values)
     if mean is None:
         return ""

@@ -1,0 +1,54 @@
+"""What a recommender loses on a data set that it has not seen, from synthetic runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import recommend
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.over_sets import Grid, grid_of
+from finetuning.errors import UserError
+from tests.synthetic_runs import write_run
+
+# Data set -> classes, and of each method the right ones of 1,000 test texts and the validation score. With few classes
+# "a" is best, with many "b".
+SETS = {
+    "few1": (2, {"a": (900, 0.8), "b": (880, 0.9)}),
+    "few2": (3, {"a": (800, 0.8), "b": (785, 0.7)}),
+    "many1": (90, {"a": (500, 0.5), "b": (540, 0.6)}),
+    "many2": (100, {"a": (600, 0.5), "b": (660, 0.6)}),
+}
+
+
+def grid(folder: Path, sets: dict[str, Any]) -> Grid | None:
+    for name, (classes, methods) in sets.items():
+        data = {"sizes": {"train": 100}, "tokens": {"train": 2000}, "label_names": [str(i) for i in range(classes)]}
+        for method, (right, score) in methods.items():
+            more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "data": data}
+            write_run(folder, "s", f"{name}-{method}", correct=np.arange(1000) < right, **more)
+            axes = {"learning_rate": 0.1}
+            write_run(folder, "s", f"{name}-{method}", stage="tune", axes=axes, validation=score, **more)
+    return grid_of(read_study("s", folder))
+
+
+def test_each_set_is_chosen_for_without_its_own_test_scores(tmp_path: Path) -> None:
+    found = grid(tmp_path, SETS)
+    assert found is not None
+    rows = {row[0]: row[1:] for row in recommend.table(found).rows}
+    assert rows["always a"][0].startswith("2.50 (")
+    assert rows["always a"][1:] == ("6.00", "2 of 4")
+    assert rows["always b"][0].startswith("0.88 (")
+    assert rows["always b"][1:] == ("2.00", "2 of 4")
+    assert rows["best on the other sets"][0].startswith("0.88 ("), "without one set, b is still the best on average"
+    assert rows["nearest set"] == ("0.00 (0.00 to 0.00)", "0.00", "4 of 4")
+    assert rows["3 nearest sets"] == rows["best on the other sets"], "with four sets these are all others"
+    assert rows["validation, after all trials of all methods"][1] == "2.00", "it takes b for few1"
+
+
+def test_too_few_sets_are_one_line(tmp_path: Path) -> None:
+    found = grid(tmp_path, {name: SETS[name] for name in ("few1", "few2", "many1")})
+    assert found is not None
+    with pytest.raises(UserError, match="3 data sets have runs of all methods: must be over 3"):
+        recommend.table(found)
