@@ -1,5 +1,8 @@
 """Pictures of a study over data sets: what a method loses to the best one, what it costs, and what trials bring."""
 
+import math
+import re
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,8 @@ from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import COLORS, FRONT, add_legend, log_scale, new_figure, png_of, style_of
 from finetuning.comparison.statistics import interval_over_sets, pareto_front, tuning_curve
 
-SET_FILES = ("sets_loss.png", "sets_cost.png", "sets_tuning.png")
+SET_FILES = ("sets_loss.png", "sets_cost.png", "sets_tuning.png", "sets_texts.png")
+SIZED = re.compile(r"(?:\d+|all)-(.+)")  # the number of training texts, and a method
 LEAST_TRIALS = 20  # of a method over all sets: fewer say nothing about the best of several
 
 
@@ -19,7 +23,7 @@ def draw_set_plots(study: Study) -> list[Plot]:
     grid = grid_of(study)
     if grid is None:
         return []
-    drawn = (loss_plot(grid), cost_plot(grid), tuning_plot(grid))
+    drawn = (loss_plot(grid), cost_plot(grid), tuning_plot(grid), texts_plot(grid))
     return [plot for plot in drawn if plot is not None]
 
 
@@ -94,6 +98,32 @@ def tuning_plot(grid: Grid) -> Plot | None:
         caption = "The median of the best of so many trials, next to the best trial of any method on each of"
         caption += f" {len(sets)} data sets, and its 95 % band (Lourie et al. 2023), as if all trials were of one set."
         return Plot(SET_FILES[2], caption, png_of(figure))
+
+
+def texts_plot(grid: Grid) -> Plot | None:
+    """The accuracy of each method against the number of training texts, of a study whose methods are ``50-head``."""
+    curves: dict[str, list[str]] = {}
+    for method in grid.methods:
+        if found := SIZED.fullmatch(method):
+            curves.setdefault(found[1], []).append(method)
+    if max(map(len, curves.values()), default=0) < 2:
+        return None
+    rows = math.ceil(len(grid.runs) / 2)
+    with new_figure("", 7, 0.6 + 2.6 * rows, rows, 2) as (figure, axes):
+        for axis, name in zip(axes, grid.runs, strict=False):
+            for k, (curve, methods) in enumerate(curves.items()):
+                shown = sorted(
+                    (grid.texts(name, m), fmean(grid.accuracies(name, m))) for m in methods if m in grid.runs[name]
+                )
+                axis.plot(*zip(*shown, strict=True), label=curve, linewidth=1.6, markersize=5, **style_of(k))
+            axis.set(title=name, xlabel="training texts", ylabel="test accuracy, %")
+            log_scale(axis, [grid.texts(name, method) for method in grid.runs[name]])
+        for axis in axes[len(grid.runs) :]:
+            axis.set_axis_off()
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+        )
+        return Plot(SET_FILES[3], "Means over the draws of the training texts, on each data set.", png_of(figure))
 
 
 def _curve(axis: Any, scores: list[float], most: int, k: int, name: str) -> None:

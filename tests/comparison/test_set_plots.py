@@ -38,7 +38,7 @@ def test_losses_to_the_best_method_of_each_set(tmp_path: Path) -> None:
 def test_each_picture_where_there_is_data_for_it_and_the_same_bytes_twice(tmp_path: Path) -> None:
     write_grid(tmp_path / "all")
     found = draw_set_plots(read_study("s", tmp_path / "all"))
-    assert tuple(plot.file for plot in found) == SET_FILES
+    assert tuple(plot.file for plot in found) == SET_FILES[:3]
     assert found == draw_set_plots(read_study("s", tmp_path / "all"))
     assert all(plot.png.startswith(b"\x89PNG") and plot.caption.endswith(".") for plot in found)
     write_grid(tmp_path / "few", seconds=False, trials=1)
@@ -49,3 +49,13 @@ def test_a_study_on_one_set_has_none(tmp_path: Path) -> None:
     for method in ("a", "b"):
         write_run(tmp_path, "s", f"one-{method}", correct=np.arange(10) < 5, config={"data_dir": "in/one"})
     assert draw_set_plots(read_study("s", tmp_path)) == []
+
+
+def test_methods_with_a_number_of_texts_are_curves_over_it(tmp_path: Path) -> None:
+    for k, name in enumerate(SETS[:3]):
+        for texts in (50, 1000):
+            for method, accuracy in (("head", 0.6), ("lora", 0.5 + 0.2 * (texts > 50))):
+                more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "data": {"sizes": {"train": texts}}}
+                write_run(tmp_path, "s", f"{name}-{texts}-{method}", correct=outcomes(accuracy, 100, k), **more)
+    files = [plot.file for plot in draw_set_plots(read_study("s", tmp_path))]
+    assert files == [SET_FILES[0], SET_FILES[3]]
