@@ -13,8 +13,8 @@ install-base: $(VENV)/.installed-base
 
 # One real fine-tuning run on the packaged model and reviews: a progress bar, and a result at the end.
 finetune: $(VENV)/.installed
-	$(BIN)/python finetune_lora.py --offline --lora_key True --lora_projection True --lora_mlp True --epochs 1 \
-		--batch_size 64 --batch_tokens 6144 --precision fast --output_dir $(OUTPUT) --overwrite
+	$(BIN)/python finetune_lora.py --offline --epochs 1 --batch_size 64 --batch_tokens 6144 \
+		--precision fast --output_dir $(OUTPUT) --overwrite
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LORA_FLAGS = [flag.name for flag in FLAGS.values() if flag.section == "lora"]
 OTHER_METHODS = [method for method in FLAGS["method"].choices if method != "lora"]
 
+NOWHERE = "--lora_query no --lora_key no --lora_value no --lora_projection no --lora_mlp no"
+
 
 # --- defaults that depend on others
 
@@ -37,10 +39,10 @@ def test_lora_defaults() -> None:
     assert (config.method.method, config.method.trainable_layers) == ("lora", None)
     assert (lora.lora_r, lora.lora_alpha, lora.lora_scaling, lora.lora_dropout) == (8, 16.0, "standard", 0.0)
     assert (lora.q_lora, lora.double_quantization) == (False, None)
-    assert (lora.targets, lora.lora_variant) == (("query", "value"), "lora")
+    assert (lora.targets, lora.lora_variant) == (("query", "key", "value", "projection", "mlp"), "lora")
     assert lora_of_flags("--q_lora").double_quantization is True
     assert lora_of_flags("--q_lora --double_quantization no").double_quantization is False
-    assert lora_of_flags("--lora_mlp").targets == ("query", "value", "mlp")
+    assert lora_of_flags("--lora_key no --lora_projection no").targets == ("query", "value", "mlp")
 
 
 @pytest.mark.parametrize("method", OTHER_METHODS)
@@ -294,11 +296,11 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--lora_query False --lora_value no", "no LoRA target: at least one of --lora_query, --lora_key"),
+        (NOWHERE, "no LoRA target: at least one of --lora_query, --lora_key"),
         ("--lora_modules a --lora_query True", "--lora_query True: cannot be used with --lora_modules"),
         ("--lora_modules ,", "--lora_modules ,: needs at least one name"),
         (
-            "--lora_layers 1 --lora_query False --lora_value False --lora_head",
+            f"--lora_layers 1 {NOWHERE} --lora_head",
             "--lora_layers 1: needs LoRA in the encoder, but only --lora_head is True",
         ),
         ("--trainable_layers 2", "--trainable_layers 2: needs --method selective, but the method is lora"),
@@ -397,8 +399,8 @@ def test_settings_that_exclude_each_other(line: str, words: str) -> None:
         "--method selective --trainable_layers 0",
         "--method norms --precision int8",
         "--method head --precision int8",
-        "--lora_query no --lora_value no --lora_head",
-        "--lora_layers 0 --lora_query no --lora_value no --lora_mlp",
+        f"{NOWHERE} --lora_head",
+        "--lora_layers 0 --lora_query no --lora_key no --lora_value no --lora_projection no",
         "--lora_layers 0 --lora_modules a",
         "--lora_layers 0 --init_adapter a",
         "--dataset text --data_dir d --text_column a --text_pair_column text",

@@ -23,6 +23,7 @@ from finetuning.materials import find_materials
 from finetuning.processor import VARIABLE, instructions
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import settings_to_run
+from finetuning.settings import LORA_TARGETS
 from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.module import FineTuning
@@ -165,7 +166,8 @@ def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
 def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", "--epochs", "0", "--offline")
+    more = ("--epochs", "0", "--offline", "--lora_mlp", "False")
+    words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", *more)
     assert main(words) == 0
     result, shown = result_of(tmp_path / "run"), capsys.readouterr().out
     baseline = result["baseline"]
@@ -239,7 +241,7 @@ def test_an_adapter_is_evaluated_and_trained_on(
     def words(name: str, epochs: int) -> list[str]:
         return [*flags(tiny_folders["bert"], review_folder, tmp_path / name), "--epochs", str(epochs)]
 
-    assert main([*words("first", 1), "--lora_mlp", "True", "--lora_r", "3"]) == 0
+    assert main([*words("first", 1), "--lora_key", "False", "--lora_r", "3"]) == 0
     again = ["--init_adapter", str(tmp_path / "first"), "--seed", "7"]
     assert main([*words("only", 0), *again]) == 0
     first, only = result_of(tmp_path / "first"), result_of(tmp_path / "only")
@@ -632,7 +634,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--lora_r", "1000"], "--lora_r 1000"),
         (["--lora_alpha", "inf"], "--lora_alpha"),
         (["--learning_rate", "-1"], "--learning_rate"),
-        (["--lora_query", "no", "--lora_value", "no"], "no LoRA target"),
+        ([word for name in LORA_TARGETS for word in (f"--{name}", "no")], "no LoRA target"),
         (["--method", "full", "--lora_alpha", "3"], "--lora_alpha 3.0: needs --method lora, but the method is full"),
         (["--method", "full", "--q_lora"], "--q_lora True: needs --method lora, but the method is full"),
         (["--method", "selective", "--trainable_layers", "9"], "--trainable_layers 9"),

@@ -343,7 +343,8 @@ def test_what_is_quantized_and_what_it_weighs(tiny_folders: dict[str, Path]) -> 
 
 
 def test_the_new_head_is_saved_beneath_lora(tiny_folders: dict[str, Path]) -> None:
-    names = set(build(tiny_folders["roberta"], lora_head=True, lora_query=False, lora_value=False).saved_parameters())
+    nowhere = dict.fromkeys(LORA_TARGETS, False) | {"lora_head": True}
+    names = set(build(tiny_folders["roberta"], **nowhere).saved_parameters())
     assert names == {
         f"classifier.{part}.{rest}"
         for part in ("dense", "out_proj")
@@ -352,7 +353,7 @@ def test_the_new_head_is_saved_beneath_lora(tiny_folders: dict[str, Path]) -> No
 
 
 def test_frozen_weights_are_stored_in_the_precision_of_the_products(tiny_folders: dict[str, Path]) -> None:
-    model = build(tiny_folders["distilbert"], torch.bfloat16).model
+    model = build(tiny_folders["distilbert"], torch.bfloat16, lora_mlp=False).model
     original = load_file(tiny_folders["distilbert"] / "model.safetensors")
     linear = model.get_submodule("distilbert.transformer.layer.0.ffn.lin1")
     assert torch.equal(linear.weight, original["distilbert.transformer.layer.0.ffn.lin1.weight"].to(torch.bfloat16))

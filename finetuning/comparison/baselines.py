@@ -177,8 +177,7 @@ def advice(
     if (mine <= other) if monitor == "loss" else (mine >= other):
         return []
     shown = "{:.4f}" if monitor == "loss" else "{:.2%}"
-    linears = "LoRA on all linears (--lora_key True --lora_projection True --lora_mlp True)"
-    tries = [*([] if few else ["more --epochs"]), *([linears] if all_linears else [])]
+    tries = [*([] if few else ["more --epochs"]), *(["LoRA on all linears, the default"] if all_linears else [])]
     tries += [] if few else ["a higher --learning_rate"]
     return [
         f"{NAME} is better on {baseline['examples']:,} validation texts: {score_names(multi_label)[monitor]}"

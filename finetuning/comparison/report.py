@@ -50,6 +50,7 @@ DEFAULT_FLAGS = {
 }
 SHORT = "_short"  # what the name of a study's short table ends with
 WIDTH = 150  # of a line of text on a page
+ROWS = "_rows"  # and the one of its table without commands
 SETS = "_sets"  # and the one of its tables over data sets
 README_PLOT, README_STUDY, README_ROWS = "accuracy_time.png", "earlier_work", ("lora", "qlora", "selective", "full")
 
@@ -103,6 +104,8 @@ def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | Non
         files[folder / "table.csv"] = csv_text(study).encode()
         caption = measured(run.environment for run in study.final if run.finished)
         tables[study.name] = f"{study_summary(section)}\n\n{caption}"
+        table = section.table.without_empty_columns().without("command").markdown()
+        tables[study.name + ROWS] = "\n\n".join([table, *(fill(note, WIDTH) for note in section.notes), caption])
         tables[study.name + SETS] = f"{sets_text(section)}\n\n{caption}"
         tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{caption}"
         if study.name == README_STUDY and (plot := draw_readme_plot(study, README_ROWS, README_PLOT)):

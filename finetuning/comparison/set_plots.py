@@ -120,9 +120,7 @@ def texts_plot(grid: Grid) -> Plot | None:
             log_scale(axis, [grid.texts(name, method) for method in grid.runs[name]])
         for axis in axes[len(grid.runs) :]:
             axis.set_axis_off()
-        figure.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-        )
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         return Plot(SET_FILES[3], "Means over the draws of the training texts, on each data set.", png_of(figure))
 
 

@@ -53,10 +53,10 @@ class LoRASettings:
         "lora",
     )
     lora_query: bool = setting(True, "Add LoRA to the attention query.")
-    lora_key: bool = setting(False, "Add LoRA to the attention key.")
+    lora_key: bool = setting(True, "Add LoRA to the attention key.")
     lora_value: bool = setting(True, "Add LoRA to the attention value.")
-    lora_projection: bool = setting(False, "Add LoRA to the attention output layer.")
-    lora_mlp: bool = setting(False, "Add LoRA to the feed-forward layers.")
+    lora_projection: bool = setting(True, "Add LoRA to the attention output layer.")
+    lora_mlp: bool = setting(True, "Add LoRA to the feed-forward layers.")
     lora_head: bool = setting(False, "Add LoRA to the classification head and freeze the head's own weights.")
     lora_modules: str | None = setting(
         None, "Add LoRA to linears of these names, separated by commas, instead of the parts above.", "none"
@@ -91,7 +91,7 @@ class LoRASettings:
     def defaults(s: Values) -> dict[str, Any]:
         defaults: dict[str, Any] = {"lora_variant": "lora"}
         if s.lora_modules is not None:
-            defaults |= {"lora_query": False, "lora_value": False}
+            defaults |= dict.fromkeys(LORA_TARGETS[:-1], False)
         if s.init_adapter is not None:  # ``adopt_adapter`` takes them from the adapter
             defaults |= dict.fromkeys(FROM_ADAPTER)
         if s.method == "lora" and s.q_lora:

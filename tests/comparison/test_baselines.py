@@ -169,8 +169,8 @@ def test_a_better_baseline_brings_advice_with_both_numbers() -> None:
     (sentence,) = advice({"accuracy": 0.831}, {"accuracy": 0.852, "examples": 1000}, **both)
     assert sentence == (
         "TF-IDF + logistic regression is better on 1,000 validation texts: accuracy 85.20% against 83.10% of this"
-        " classifier: consider more --epochs, LoRA on all linears (--lora_key True --lora_projection True --lora_mlp"
-        " True), a higher --learning_rate, or more training texts"
+        " classifier: consider more --epochs, LoRA on all linears, the default, a higher --learning_rate, or"
+        " more training texts"
     )
     (sentence,) = advice({"accuracy": 0.2}, {"accuracy": 0.3, "examples": 10}, "accuracy", True, False, few=False)
     assert "exact match 30.00% against 20.00% of this classifier: consider more --epochs, a higher" in sentence

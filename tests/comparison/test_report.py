@@ -15,6 +15,8 @@ old
 <!-- s:end -->
 <!-- s_short:begin -->
 <!-- s_short:end -->
+<!-- s_rows:begin -->
+<!-- s_rows:end -->
 <!-- default_learning_rates:begin -->
 <!-- default_learning_rates:end -->
 end
@@ -109,6 +111,9 @@ def test_what_the_report_says(results: Path) -> None:
     assert "| lora | 90.50 ± 0.71 | 2 | 300 | 90.00 | 1,234 | 100 | 1.00 |" in readme
     assert "<!-- s_short:begin -->\n| row | test accuracy, % | trainable parameters |\n" in readme
     assert "\n| lora | 90.50 | 1,234 |\n" in readme
+    rows = readme[readme.index("<!-- s_rows:begin -->") : readme.index("<!-- s_rows:end -->")]
+    assert "| lora | 90.50 ± 0.71 | 2 |" in rows
+    assert "finetune_lora" not in rows
     assert "| broken | failed |" in readme
     assert "Best: lora (90.50 %). No significant difference: qlora." in readme  # a tie
     assert readme.startswith("top\n")

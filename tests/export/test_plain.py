@@ -107,7 +107,7 @@ def test_weights_in_half_precision(bases: dict[str, Path], tmp_path: Path, dtype
 
 
 def test_a_weight_that_is_not_a_number_is_refused(bases: dict[str, Path]) -> None:
-    classifier, _ = build(bases["bert"], 0)
+    classifier, _ = build(bases["bert"], 0, lora_mlp=False)
     weight = classifier.model.get_submodule("bert.encoder.layer.1.output.dense").weight
     weight.data[2, 3] = float("nan")
     with pytest.raises(UserError, match=r"bert\.encoder\.layer\.1\.output\.dense\.weight has values that are not"):

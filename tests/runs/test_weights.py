@@ -63,14 +63,15 @@ def logits(classifier: Classifier) -> torch.Tensor:
     return classifier(*batch())
 
 
-ALL_BUT_HEAD: dict[str, object] = {"lora_key": True, "lora_projection": True, "lora_mlp": True, "lora_r": 4}
+ALL_BUT_HEAD: dict[str, object] = {"lora_r": 4}  # the default linears
+QUERY_VALUE: dict[str, object] = {"lora_key": False, "lora_projection": False, "lora_mlp": False}
 METHODS: dict[str, dict[str, object]] = {
-    "lora": {},
+    "lora": QUERY_VALUE,
     "lora_all": ALL_BUT_HEAD,
     "lora_head": {"lora_head": True},
     "q_lora": {"q_lora": True},
-    "dora": {"lora_variant": "dora", "lora_mlp": True},
-    "pissa": {"lora_variant": "pissa", "lora_mlp": True},
+    "dora": {"lora_variant": "dora"},
+    "pissa": {"lora_variant": "pissa"},
     "full": {"method": "full"},
     "selective": {"method": "selective", "trainable_layers": 1},
     "head_alone": {"method": "head"},
@@ -119,7 +120,7 @@ def test_names_in_an_adapter_are_those_of_peft(bases: dict[str, Path], tmp_path:
     assert peft_name("classifier.linear.bias", lora=True) == "base_model.model.classifier.base_layer.bias"
     assert peft_name("classifier.bias", lora=True) == "base_model.model.classifier.bias"
     assert peft_name("classifier.bias", lora=False) == "classifier.bias"
-    classifier, config = build(bases["distilbert"], 0, lora_value=False, lora_r=3)
+    classifier, config = build(bases["distilbert"], 0, **QUERY_VALUE | {"lora_value": False, "lora_r": 3})
     tensors = load_file(save(tmp_path, classifier, config))
     layers = [f"base_model.model.distilbert.transformer.layer.{i}.attention.q_lin" for i in range(LAYERS)]
     expected = {f"{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
@@ -130,7 +131,8 @@ def test_names_in_an_adapter_are_those_of_peft(bases: dict[str, Path], tmp_path:
 
 
 def test_adapter_config_says_what_peft_reads(bases: dict[str, Path], tmp_path: Path) -> None:
-    classifier, config = build(bases["bert"], 0, lora_r=4, lora_alpha=2.0, lora_dropout=0.25, lora_value=False)
+    settings = {"lora_r": 4, "lora_alpha": 2.0, "lora_dropout": 0.25, "lora_value": False}
+    classifier, config = build(bases["bert"], 0, **QUERY_VALUE | settings)
     save(tmp_path, classifier, config)
     stored = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     targets = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(LAYERS)]
@@ -232,7 +234,7 @@ def test_a_damaged_or_foreign_file_is_refused(bases: dict[str, Path], tmp_path: 
     refused("cannot be read")
     path = save(tmp_path, classifier, config)
     refused("cannot be read", method="full")
-    refused("does not contain the weights of this run", lora_key=True)
+    refused("does not contain the weights of this run", lora_key=False)
     refused("does not contain the weights of this run", lora_value=False)
     refused(r"has shape \(8, 32\), must be \(4, 32\)", lora_r=4)
     whole = path.read_bytes()

@@ -61,7 +61,7 @@ def test_a_rate_is_a_multiple_of_the_default_of_method_and_optimizer() -> None:
 def test_the_default_point_is_the_default_run() -> None:
     space = space_of()
     point = space.default_point()
-    assert point["placement"] == "query_value"
+    assert point["placement"] == "all"
     assert point["learning_rate"] == point["epochs"] == point["batch_size"] == 1.0
     made, usual = (RunConfig.from_settings(**s).to_dict() for s in (space.settings(point), {}))
     decided = {"epochs": 6, "batch_size": 32}
