@@ -41,6 +41,7 @@ class Section:
     f1_comparisons: Table  # micro F1, only for multi-label data
     tuning: Table
     over_sets: Sequence[Table]  # of a study over several data sets
+    part: str  # how much of the study has run; empty if all has
     plots: Sequence[Plot]
 
     @property

@@ -135,6 +135,7 @@ def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: 
         f1_comparisons=comparison_table(compare_rows(study, "micro_f1")[0]),
         tuning=tuning_table(study),
         over_sets=over_sets(study),
+        part=part_done(study),
         plots=[*draw_plots(study), *draw_set_plots(study)],
     )
 
@@ -164,7 +165,16 @@ def study_text(section: Section) -> str:
 
 def sets_text(section: Section) -> str:
     """The tables over data sets, and how to read them."""
-    return "\n\n".join([*(table.markdown() for table in section.over_sets), fill(OVER_SETS, WIDTH)])
+    parts = [section.part, *(table.markdown() for table in section.over_sets), fill(OVER_SETS, WIDTH)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def part_done(study: Study) -> str:
+    """How many of the planned final runs are there, with the trials that chose their settings; empty if all are."""
+    if not study.missing:
+        return ""
+    trials = f" Trials that chose their settings: {len(study.tuning):,}." if study.tuning else ""
+    return f"{len(study.planned) - len(study.missing):,} of {len(study.planned):,} runs are there.{trials}"
 
 
 def defaults_table() -> str:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from compare_methods import BEST_PRACTICES, GUIDE, PAGES, README, RESULTS, SPEED, main
+from finetuning.comparison.collected import read_study
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
-from finetuning.comparison.report import README_PLOT, build_report, default_rates_table
+from finetuning.comparison.report import README_PLOT, build_report, default_rates_table, part_done
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top
@@ -103,6 +104,14 @@ def test_rebuilding_gives_the_same_bytes(results: Path) -> None:
     assert {"results/summary.json", "results/report.html", "results/s/table.md", "results/s/table.csv"} <= set(first)
     assert report(results) == 0
     assert contents(results.parent) == first
+
+
+def test_a_part_of_a_study_says_how_much_is_there(tmp_path: Path) -> None:
+    write_run(tmp_path, "s", "lora", correct=outcomes(0.9, 10, 0))
+    write_run(tmp_path, "s", "lora", stage="tune", axes={"learning_rate": 0.1})
+    assert part_done(read_study("s", tmp_path)) == ""
+    change_records(tmp_path / "s", [], ["lora-final-seed0", "lora-final-seed1", "lora-final-seed2"])
+    assert part_done(read_study("s", tmp_path)) == "1 of 3 runs are there. Trials that chose their settings: 1."
 
 
 def test_what_the_report_says(results: Path) -> None:
