@@ -15,7 +15,8 @@ def section(**changes: object) -> Section:
         "answers": Table(ANSWER_COLUMNS, [("a|<b>", "93.13", "", "1.00", "not compared & sure")]),
         "notes": ["A note on `--seed`."],
         "table": Table(("row", "seeds", "no value", "command"), [("a|<b>", "1", "", "python x.py --flag '<&>'")]),
-        "comparisons": EMPTY, "pairs": 0, "f1_comparisons": EMPTY, "tuning": EMPTY, "over_sets": [], "part": "", "plots": [],
+        "comparisons": EMPTY, "pairs": 0, "f1_comparisons": EMPTY, "tuning": EMPTY, "over_sets": [],
+        "part": "", "plots": [],
     }  # fmt: skip
     return Section(**parts | changes)  # type: ignore[arg-type]
 
