@@ -231,7 +231,8 @@ def test_what_is_held_in_8_bits_and_what_it_weighs(tiny_folders: dict[str, Path]
 
 
 def test_without_the_products_the_linears_hold_the_same_weights(tiny_folders: dict[str, Path]) -> None:
-    config = RunConfig.from_settings(model_name=str(tiny_folders["bert"]), max_length=32, precision="int8")
+    settings = {"max_length": 32, "precision": "int8", "lora_mlp": False}
+    config = RunConfig.from_settings(model_name=str(tiny_folders["bert"]), **settings)
     folder = find_base_model(config)
     packed, dense = (
         build_classifier(config, folder, NAMES, torch.float32, int8_products=products).model
