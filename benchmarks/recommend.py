@@ -2,7 +2,7 @@
 
 From the collected runs of ``studies/methods_on_sets.toml``. Each data set is left out in turn, and the others choose a
 method for it. The regret is what the choice loses to the best method of the set, in points of test accuracy. The best
-one is known from the same test texts, so nobody could have a regret of 0.
+one is known from the same test texts, so a part of the regret is chance.
 """
 
 import math

@@ -41,7 +41,7 @@ from finetuning.comparison.drawn import RATE, check_search, check_tuned, tried_s
 from finetuning.datasets import hub_name
 from finetuning.errors import UserError, first_line
 from finetuning.flags import from_flags, given_flags
-from finetuning.settings import FLAGS, LORA_TARGETS, MINILM_FORMS, PACKAGED, recorded_name
+from finetuning.settings import ENCODER_TARGETS, FLAGS, MINILM_FORMS, PACKAGED, recorded_name
 
 TABLES = ("question", "defaults", "axes", "sample", "data", "rows", "tuning", "search")
 KEYS_OF_A_ROW = ("name", "axes", "tune", "reported", "data")  # what a row may hold besides flags
@@ -141,7 +141,7 @@ def stated_command(command: str, config: Mapping[str, Any]) -> str:
     model = recorded_name(config["model_name"])
     values = {name: str(config[name]) for name in missing}
     if config.get("method") == "lora" and not given & {"lora_modules", "init_adapter"}:
-        values |= {name: "False" for name in LORA_TARGETS[:-1] if name not in given and config[name] is False}
+        values |= {name: "False" for name in ENCODER_TARGETS if name not in given and config[name] is False}
     if "model_name" not in given and model in MINILM_FORMS:  # of --offline
         values["model_name"] = model
     command = shlex.join([*words, *(word for name, value in values.items() for word in (f"--{name}", value))])

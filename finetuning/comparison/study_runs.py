@@ -278,7 +278,8 @@ def _differences(run: PlannedRun, settings: dict[str, Any], own: bool) -> list[s
     """Settings of a run that differ from the plan.
 
     The path of its data does not count, nor does what the plan leaves to a tuning that has not finished. In the
-    planned run's own result (``own``), the numbers that the plan leaves to auto do not count either.
+    planned run's own result (``own``), the numbers that the plan leaves to auto do not count either. Of another run's
+    settings, those of ``QUICK`` that differ are enough, and are all that is given.
     """
     seen = [name for name in QUICK if name in run.settings and settings.get(name) not in (None, run.settings[name])]
     if seen and not own:

@@ -10,6 +10,7 @@ from finetuning.settings.data import WINDOWED, DataSettings, check_data_dir
 from finetuning.settings.fields import Flag, Values, flags
 from finetuning.settings.hardware import HardwareSettings, excludes_int8
 from finetuning.settings.method import (
+    ENCODER_TARGETS,
     FROM_ADAPTER,
     LORA_TARGETS,
     LoRASettings,
@@ -44,6 +45,7 @@ __all__ = [
     "DEFAULT_LEARNING_RATES",
     "DEFAULT_MODEL",
     "DEFAULT_THRESHOLD",
+    "ENCODER_TARGETS",
     "FLAGS",
     "FROM_ADAPTER",
     "LORA_TARGETS",

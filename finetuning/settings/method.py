@@ -10,7 +10,8 @@ from typing import Any, Literal
 from finetuning.errors import UserError
 from finetuning.settings.fields import Values, require, setting
 
-LORA_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp", "lora_head")
+ENCODER_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp")
+LORA_TARGETS = (*ENCODER_TARGETS, "lora_head")
 # What --init_adapter decides.
 FROM_ADAPTER = ("lora_r", "lora_alpha", "lora_scaling", "lora_variant", *LORA_TARGETS, "lora_layers")
 
@@ -91,7 +92,7 @@ class LoRASettings:
     def defaults(s: Values) -> dict[str, Any]:
         defaults: dict[str, Any] = {"lora_variant": "lora"}
         if s.lora_modules is not None:
-            defaults |= dict.fromkeys(LORA_TARGETS[:-1], False)
+            defaults |= dict.fromkeys(ENCODER_TARGETS, False)
         if s.init_adapter is not None:  # ``adopt_adapter`` takes them from the adapter
             defaults |= dict.fromkeys(FROM_ADAPTER)
         if s.method == "lora" and s.q_lora:
@@ -108,13 +109,13 @@ class LoRASettings:
         require(s, "double_quantization", s.double_quantization is None or bool(s.q_lora), "needs --q_lora True")
         if s.lora_modules is not None:
             require(s, "lora_modules", bool(s.lora_modules.replace(",", "").strip()), "needs at least one name")
-            for name in LORA_TARGETS[:-1]:
+            for name in ENCODER_TARGETS:
                 require(s, name, not getattr(s, name), "cannot be used with --lora_modules")
         random_head = "cannot be used with --lora_head True: the head's weights are random, so no part is principal"
         require(s, "lora_variant", s.lora_variant != "pissa" or not s.lora_head, random_head)
         if s.lora_layers is not None:
             parsed_layers(s.lora_layers)
-            inside = any(getattr(s, name) for name in (*LORA_TARGETS[:-1], "lora_modules"))
+            inside = any(getattr(s, name) for name in (*ENCODER_TARGETS, "lora_modules"))
             message = "needs LoRA in the encoder, but only --lora_head is True"
             require(s, "lora_layers", s.method != "lora" or s.init_adapter is not None or inside, message)
         chosen = any(getattr(s, name) for name in (*LORA_TARGETS, "lora_modules"))

@@ -10,7 +10,7 @@ from typing import Any
 from finetuning.config import OF_ONE_METHOD, RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.pages import Table
-from finetuning.settings import FLAGS, FROM_ADAPTER, LORA_TARGETS
+from finetuning.settings import ENCODER_TARGETS, FLAGS, FROM_ADAPTER, LORA_TARGETS
 
 Value = str | int | float | bool
 Point = dict[str, Value]  # a parameter's name -> its value
@@ -162,7 +162,7 @@ class Space:
                 continue
             value = point[parameter.name]
             if parameter.name == PLACEMENT:
-                flags |= {name: name in PLACEMENTS[str(value)] for name in LORA_TARGETS[:-1]}
+                flags |= {name: name in PLACEMENTS[str(value)] for name in ENCODER_TARGETS}
             else:
                 flags[parameter.name] = value
         config = RunConfig.from_settings(**{**self.given, **flags}).to_dict() | dict(self.defaults)
@@ -294,7 +294,7 @@ def _is_decided(name: str, given: Mapping[str, Any]) -> bool:
         return any(FLAGS[flag].section == "lora" or flag in OF_ONE_METHOD for flag in given)
     if "init_adapter" in given and name in (*FROM_ADAPTER, PLACEMENT, "pooling"):
         return True
-    return name == PLACEMENT and bool(given.keys() & {*LORA_TARGETS[:-1], "lora_modules"})
+    return name == PLACEMENT and bool(given.keys() & {*ENCODER_TARGETS, "lora_modules"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
