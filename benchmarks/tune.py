@@ -4,8 +4,10 @@
 * ``samplers``: best validation score after each third of the time, by random search, TPE, and TPE with pruning.
 * ``speed``: trials an hour of a search with two jobs, and of the same trials one after another, a process each.
 * ``kills``: eight workers on one folder, killed at random: is a trial lost or done twice, or a file torn?
+* ``repeat``: the same search twice: are trials, scores and the winner's weights the same?
 
-All searches are kept in ``runs/tune``, so that the same command goes on after an interruption.
+All searches are kept in ``runs/tune``, so that the same command goes on after an interruption. What is measured is
+written to ``benchmarks/results/tune.json`` and to docs/data_sets.md; with ``--seeds`` or ``--sets`` a part of it.
 """
 
 import json
@@ -18,32 +20,31 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Record
 from compare_methods import ROOT
 from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
-from finetuning.pages import Table
+from finetuning.pages import Table, measured, renew_tables
 from finetuning.runs.files import read_result
 from finetuning.storage import read_json, write_json
-from finetuning.tuning.plan import SEARCH, SUMMARY, TRIALS
+from finetuning.tuning.plan import BEST, SEARCH, SUMMARY, TRIALS
 from finetuning.tuning.trials import COMPLETE, Trial, Trials
 
 FOLDER, OUTPUT = ROOT / "runs" / "tune", harness.RESULTS / "tune.json"
-PARTS = ("gain", "samplers", "speed", "kills")
+PAGE = ROOT / "docs" / "data_sets.md"
 SETS = {
     "trec6": "--dataset text", "emotion": "--dataset text", "customer_reviews": "--dataset text",
     "financial_phrasebank": "--dataset financial_phrasebank", "twitter_financial_news": "--dataset text",
     "banking77": "--dataset text",
 }  # fmt: skip
 SAMPLED = ("trec6", "twitter_financial_news")
-SEEDS = (0, 1)
+SEEDS = 2
 KINDS = {
     "random": "--sampler random --prune False", "TPE": "--prune False", "TPE with pruning": "",
 }  # fmt: skip
@@ -59,6 +60,8 @@ class Conditions:
     jobs: int
     texts: int  # most training texts
     quick: bool
+    sets: Sequence[str]
+    seeds: int  # searches of each data set
 
     @property
     def folder(self) -> Path:
@@ -92,47 +95,63 @@ def ended_trials(folder: Path) -> list[Trial]:
     return Trials(folder / TRIALS, read_json(folder / SUMMARY)["monitor"]).all()
 
 
+def environment(folder: Path) -> Record:
+    """Where a search was made."""
+    return dict(read_result(folder / BEST)["environment"])
+
+
+def shown(table: Table, records: Sequence[Record]) -> str:
+    """A part's table and where it was measured."""
+    return f"{table.markdown()}\n\n{measured(record['environment'] for record in records)}"
+
+
 def gain(asked: Conditions) -> list[Record]:
     """Winner and default of each search."""
-    sets, seeds = (list(SETS)[:1], SEEDS[:1]) if asked.quick else (list(SETS), SEEDS)
     found = []
-    for name in sets:
-        for seed in seeds:
-            summary = read_json(timed_search(asked, name, "TPE with pruning", seed) / SUMMARY)
-            found.append({"set": name, "seed": seed, **{key: summary[key] for key in ("trials", "minutes", "gain")}})
+    for seed in range(asked.seeds):
+        for name in asked.sets:
+            folder = timed_search(asked, name, "TPE with pruning", seed)
+            summary = read_json(folder / SUMMARY)
+            known = {key: summary[key] for key in ("trials", "minutes", "gain")}
+            found.append({"set": name, "seed": seed, **known, "environment": environment(folder)})
     return found
 
 
 def gain_table(records: Sequence[Record]) -> str:
-    """A row for each data set, and the mean of all with its interval over data sets."""
-    sets = list(dict.fromkeys(record["set"] for record in records))
-    means = {name: statistics.fmean(r["gain"]["mean"] for r in records if r["set"] == name) for name in sets}
+    """A row for each search, and the mean of all with its interval over data sets."""
+    means = {
+        name: 100 * statistics.fmean(record["gain"]["mean"] for record in records if record["set"] == name)
+        for name in SETS
+        if any(record["set"] == name for record in records)
+    }
     rows = []
-    for record in records:
+    for record in sorted(records, key=lambda record: list(SETS).index(record["set"])):
         low, high = (100 * end for end in record["gain"]["ci95"])
         cells = (record["set"], str(record["seed"]), str(sum(record["trials"].values())), f"{record['minutes']:.1f}")
         rows.append((*cells, f"{100 * record['gain']['mean']:+.2f} ({low:+.2f} to {high:+.2f})"))
-    if len(sets) > 1:
-        values = [100 * value for value in means.values()]
+    if len(means) > 1:
+        values = list(means.values())
         mean, (low, high) = statistics.fmean(values), interval_over_sets(values)
-        rows.append(("mean of sets", "", "", "", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"))
-    return Table(("data", "seed", "trials", "minutes", "test score minus default's, points"), rows).markdown()
+        rows.append((f"mean of {len(means)} sets", "", "", "", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"))
+    table = Table(("data", "seed", "trials", "minutes", "test score minus default's, points"), rows)
+    return f"{len(records)} of {len(SETS) * SEEDS} searches are there.\n\n{shown(table, records)}"
 
 
 def samplers(asked: Conditions) -> list[Record]:
     """The best validation score after each third of the time."""
-    sets, seeds = (SAMPLED[:1], SEEDS[:1]) if asked.quick else (SAMPLED, SEEDS)
     found = []
-    for name in sets:
+    for name in (name for name in SAMPLED if name in asked.sets):
         for kind in KINDS:
-            for seed in seeds:
-                trials = ended_trials(timed_search(asked, name, kind, seed))
+            for seed in range(asked.seeds):
+                folder = timed_search(asked, name, kind, seed)
+                trials = ended_trials(folder)
                 best = {}
                 for third in (1, 2, 3):
                     until = third * asked.minutes / 3
                     values = [t.value or 0.0 for t in trials if t.state == COMPLETE and t.minutes <= until]
                     best[f"{until:g}"] = max(values, default=None)
-                found.append({"set": name, "kind": kind, "seed": seed, "trials": len(trials), "best": best})
+                known = {"set": name, "kind": kind, "seed": seed, "trials": len(trials), "best": best}
+                found.append(known | {"environment": environment(folder)})
     return found
 
 
@@ -143,8 +162,9 @@ def samplers_table(records: Sequence[Record]) -> str:
         own = [record for record in records if (record["set"], record["kind"]) == (name, kind)]
         scores = [[r["best"][at] for r in own if r["best"][at] is not None] for at in times]
         cells = [f"{100 * statistics.fmean(values):.2f}" if len(values) == len(own) else "" for values in scores]
-        rows.append((name, kind, f"{statistics.fmean(record['trials'] for record in own):g}", *cells))
-    return Table(("data", "search", "trials", *(f"best after {at} min, %" for at in times)), rows).markdown()
+        rows.append((name, kind, str(len(own)), f"{statistics.fmean(r['trials'] for r in own):g}", *cells))
+    columns = ("data", "search", "seeds", "trials", *(f"best after {at} min, %" for at in times))
+    return shown(Table(columns, rows), records)
 
 
 def speed(asked: Conditions) -> list[Record]:
@@ -159,17 +179,40 @@ def speed(asked: Conditions) -> list[Record]:
         flags = command[next(i for i, word in enumerate(command) if word.startswith("--")) :]
         flags[flags.index("--output_dir") + 1] = str(asked.folder / "alone")
         began = time.monotonic()
-        harness.in_process(["finetune_lora.py", *flags, "--overwrite"])
+        _, failed = harness.in_process(["finetune_lora.py", *flags, "--overwrite"])
+        if failed:
+            raise UserError(f"{path.parent}: its command has failed: {failed}")
         alone += time.monotonic() - began
-    return [{"trials": count, "seconds_with_two_jobs": together, "seconds_one_by_one": alone}]
+    known = {"trials": count, "seconds_with_two_jobs": together, "seconds_one_by_one": alone}
+    return [known | {"environment": environment(folder)}]
 
 
 def speed_table(records: Sequence[Record]) -> str:
     """Trials an hour."""
     (found,) = records
     rates = [3600 * found["trials"] / found[key] for key in ("seconds_with_two_jobs", "seconds_one_by_one")]
-    row = (f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[0] / rates[1]:.2f}")
-    return Table(("trials an hour, --jobs 2", "one process a trial", "ratio"), [row]).markdown()
+    row = (str(found["trials"]), f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[0] / rates[1]:.2f}")
+    return shown(Table(("trials", "an hour, --jobs 2", "an hour, one process a trial", "ratio"), [row]), records)
+
+
+def repeat(asked: Conditions) -> list[Record]:
+    """The same search twice, from nothing."""
+    count, folders = (3 if asked.quick else 12), [asked.folder / f"repeat-{number}" for number in (1, 2)]
+    words = asked.words("trec6", 0, f"--limit_train 400 --trials {count} --seeds 1 --jobs 1")
+    for folder in folders:
+        searched(folder, words)
+    trials = [[(t.settings, t.state, t.history) for t in ended_trials(folder)] for folder in folders]
+    weights = [{path.name: path.read_bytes() for path in (folder / BEST).glob("*.safetensors")} for folder in folders]
+    known = {"trials": count, "same_trials": trials[0] == trials[1], "files_of_weights": len(weights[0])}
+    return [known | {"same_weights": weights[0] == weights[1], "environment": environment(folders[0])}]
+
+
+def repeat_table(records: Sequence[Record]) -> str:
+    """Whether two searches were the same."""
+    (found,) = records
+    words = ["yes" if found[key] else "no" for key in ("same_trials", "same_weights")]
+    columns = ("trials", "same flags, ends and scores of all trials", "same weights of the winner")
+    return shown(Table(columns, [(str(found["trials"]), *words)]), records)
 
 
 def descendants(pid: int) -> list[int]:
@@ -187,12 +230,12 @@ def kills(asked: Conditions) -> list[Record]:
     folder, done = asked.folder / "kills", 0
     shutil.rmtree(folder, ignore_errors=True)
     words = asked.words("trec6", 0, f"{SHORT} --trials {count} --seeds 1")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
     dice = random.Random(0)
 
     def start() -> subprocess.Popen[bytes]:
         command = [sys.executable, "compare_methods.py", "tune", *words, "--output_dir", str(folder)]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=sys.stderr)
 
     running = [start() for _ in range(workers)]
     while not (folder / SUMMARY).exists():
@@ -213,6 +256,7 @@ def kills(asked: Conditions) -> list[Record]:
         {
             "workers": workers, "kills": done, "trials": len(trials), "planned": count, "statuses": statuses,
             "complete": sum(trial.state == COMPLETE and len(trial.history) == 2 for trial in trials),
+            "environment": environment(folder),
         }
     ]  # fmt: skip
 
@@ -220,7 +264,17 @@ def kills(asked: Conditions) -> list[Record]:
 def kills_table(records: Sequence[Record]) -> str:
     """What is left after the kills."""
     columns = ("workers", "kills", "planned", "trials", "complete")
-    return Table(columns, [tuple(str(record[name]) for name in columns) for record in records]).markdown()
+    return shown(Table(columns, [tuple(str(record[name]) for name in columns) for record in records]), records)
+
+
+Part = tuple[Callable[[Conditions], list[Record]], Callable[[Sequence[Record]], str]]
+PARTS: dict[str, Part] = {
+    "gain": (gain, gain_table),
+    "samplers": (samplers, samplers_table),
+    "speed": (speed, speed_table),
+    "kills": (kills, kills_table),
+    "repeat": (repeat, repeat_table),
+}
 
 
 def command(argv: Sequence[str] | None) -> int:
@@ -231,18 +285,26 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
     parser.add_argument("--minutes", type=float, default=15.0, metavar="X", help="of each search (default: 15)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="of each search (default: 1)")
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS), metavar="SET", help="of gain, samplers")
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS, metavar="N", help=f"searches of each set, gain and samplers ({SEEDS})"
+    )
     options = parser.parse_args(argv)
-    harness.require_positive(options, "minutes", "jobs")
-    asked = Conditions(options.data_dir, options.minutes, options.jobs, 400 if options.quick else 2000, options.quick)
-    measured: dict[str, Any] = {"gain": gain, "samplers": samplers, "speed": speed, "kills": kills}
-    tables = {"gain": gain_table, "samplers": samplers_table, "speed": speed_table, "kills": kills_table}
-    output = asked.folder / OUTPUT.name if options.quick else OUTPUT
+    harness.require_positive(options, "minutes", "jobs", "seeds")
+    quick = options.quick
+    sets, seeds = (list(SETS)[:1], 1) if quick else (options.sets, options.seeds)
+    asked = Conditions(options.data_dir, options.minutes, options.jobs, 400 if quick else 2000, quick, sets, seeds)
+    output = asked.folder / OUTPUT.name if quick else OUTPUT
     result: Record = read_json(output) if output.exists() else {}
-    for part in options.only:
-        result[part] = measured[part](asked)
+    for name in options.only:
+        measure, table = PARTS[name]
+        result[name] = measure(asked)
         write_json(output, result | {"minutes": options.minutes, "jobs": options.jobs})
-        print(f"{part}\n\n{tables[part](result[part])}\n", flush=True)
+        content = table(result[name])
+        print(f"{name}\n\n{content}\n", flush=True)
+        if not quick:
+            renew_tables(PAGE, {f"tune_{name}": content})
     return 0
 
 

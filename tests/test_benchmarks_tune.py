@@ -1,31 +1,53 @@
 """The tables of the benchmark of searches, from records; its searches are those of tests/test_tune.py."""
 
-from benchmarks.tune import gain_table, kills_table, samplers_table, speed_table
+import pytest
+
+from benchmarks.tune import OUTPUT, PAGE, PARTS, gain_table, kills_table, repeat_table, samplers_table, speed_table
+from finetuning.pages import with_table
+from finetuning.storage import read_json
+from tests.synthetic_runs import ENVIRONMENT
+
+MADE = {"environment": ENVIRONMENT}
+
+
+def row_of(table: str) -> str:
+    """The last row of a table."""
+    return [line for line in table.splitlines() if line.startswith("|")][-1]
 
 
 def test_gains_have_their_mean_over_data_sets() -> None:
     records = [
-        {"set": name, "seed": seed, "trials": {"complete": 5, "pruned": 3}, "minutes": 14.5, "gain": gain}
-        for name, mean in (("a", 0.01), ("b", 0.03))
+        {"set": name, "seed": seed, "trials": {"complete": 5, "pruned": 3}, "minutes": 14.5, "gain": gain} | MADE
         for seed in (0, 1)
+        for name, mean in (("trec6", 0.01), ("emotion", 0.03))
         for gain in [{"mean": mean, "ci95": [mean - 0.01, mean + 0.01]}]
     ]
-    lines = gain_table(records).splitlines()
-    assert "| a | 0 | 8 | 14.5 | +1.00 (+0.00 to +2.00) |" in lines
-    assert lines[-1] == "| mean of sets |  |  |  | +2.00 (-10.71 to +14.71) |"
-    assert "mean of sets" not in gain_table(records[:2])
+    table = gain_table(records)
+    assert table.startswith("4 of 12 searches are there.\n")
+    assert "| trec6 | 0 | 8 | 14.5 | +1.00 (+0.00 to +2.00) |\n| trec6 | 1 |" in table
+    assert row_of(table) == "| mean of 2 sets |  |  |  | +2.00 (-10.71 to +14.71) |"
+    assert "mean of" not in gain_table([record for record in records if record["set"] == "trec6"])
 
 
 def test_samplers_have_the_mean_over_seeds_where_all_have_a_score() -> None:
     records = [
-        {"set": "a", "kind": "TPE", "seed": seed, "trials": 10, "best": {"5": best, "10": 0.9}}
+        {"set": "a", "kind": "TPE", "seed": seed, "trials": 10, "best": {"5": best, "10": 0.9}} | MADE
         for seed, best in ((0, 0.8), (1, None))
     ]
-    assert samplers_table(records).splitlines()[-1] == "| a | TPE | 10 |  | 90.00 |"
+    assert row_of(samplers_table(records)) == "| a | TPE | 2 | 10 |  | 90.00 |"
 
 
-def test_speed_and_kills_have_one_row() -> None:
+def test_speed_kills_and_repetition_have_one_row() -> None:
     speed = {"trials": 10, "seconds_with_two_jobs": 100.0, "seconds_one_by_one": 250.0}
-    assert speed_table([speed]).endswith("| 360 | 144 | 2.50 |")
+    assert row_of(speed_table([speed | MADE])) == "| 10 | 360 | 144 | 2.50 |"
     kills = {"workers": 8, "kills": 50, "planned": 60, "trials": 60, "complete": 60, "statuses": [0] * 8}
-    assert kills_table([kills]).endswith("| 8 | 50 | 60 | 60 | 60 |")
+    assert row_of(kills_table([kills | MADE])) == "| 8 | 50 | 60 | 60 | 60 |"
+    same = {"trials": 12, "same_trials": True, "same_weights": False}
+    assert row_of(repeat_table([same | MADE])) == "| 12 | yes | no |"
+
+
+@pytest.mark.parametrize("part", list(PARTS))
+def test_the_page_has_what_was_measured(part: str) -> None:
+    text, result = PAGE.read_text(encoding="utf8"), read_json(OUTPUT) if OUTPUT.exists() else {}
+    content = PARTS[part][1](result[part]) if part in result else "Not run yet."
+    assert with_table(text, f"tune_{part}", content) == text, "run the benchmark"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.tune import PARTS
 from compare_methods import BEST_PRACTICES, DATA_SETS, RESULTS, ROOT
 from finetuning.comparison import advice
 from finetuning.comparison.advice import (
@@ -313,7 +314,7 @@ def test_each_advice_has_its_row_in_the_first_table() -> None:
 def test_every_study_has_a_place_on_the_page() -> None:
     elsewhere = {"smoke", "steps", "few_texts", "defaults", "defaults_methods"}  # the last four: docs/budget.md
     shown = {name.partition("/")[0] for text in sections().values() for name in rows_of(text)}
-    of_benchmarks = {"sets_baselines", "curves_baselines", "recommend"}
+    of_benchmarks = {"sets_baselines", "curves_baselines", "recommend", *(f"tune_{part}" for part in PARTS)}
     shown |= set(re.findall(r"<!-- (\w+?)(?:_sets|_rows)?:begin -->", DATA_SETS.read_text())) - of_benchmarks
     assert shown >= set(study_names(RESULTS)) - elsewhere
     assert shown == {path.stem for path in (ROOT / "studies").glob("*.toml")} - elsewhere
