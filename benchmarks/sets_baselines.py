@@ -7,12 +7,13 @@ the regularization as a method of ``studies/methods_on_sets.toml`` gets trials; 
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
@@ -25,6 +26,7 @@ from finetuning.comparison.drawn import log_uniform
 from finetuning.comparison.over_sets import score_cell
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.data.loading import load_texts
+from finetuning.data.texts import LabelledTexts
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
 from finetuning.pages import Table, measured
@@ -55,7 +57,30 @@ def cells_of(study: Path) -> tuple[dict[Cell, PlannedRun], int]:
     return runs, sum(run.row == row for run in plan.stage("tune")) or TRIALS
 
 
-def measure(run: PlannedRun, trials: int, data_dir: Path) -> list[Record]:
+Known = dict[tuple[str, ...], np.ndarray]  # a text, or a pair of them -> its vector
+
+
+def frozen_features(
+    splits: Mapping[str, LabelledTexts], folder: Path, max_length: int, known: Known
+) -> dict[str, np.ndarray]:
+    """The mean token vectors of all splits, each (texts, width).
+
+    Args:
+        splits: the texts.
+        folder: of the model.
+        max_length: tokens of a text.
+        known: vectors that earlier cells have made, because cells of a data set share texts. New ones are added.
+    """
+    columns = {name: [split.texts, split.pairs] if split.pairs else [split.texts] for name, split in splits.items()}
+    keys = {name: list(zip(*own, strict=True)) for name, own in columns.items()}
+    missing = list(dict.fromkeys(key for own in keys.values() for key in own if key not in known))
+    if missing:
+        texts, *pairs = zip(*missing, strict=True)
+        known |= zip(missing, mean_vectors(texts, folder, max_length, *pairs), strict=True)
+    return {name: np.stack([known[key] for key in own]) for name, own in keys.items()}
+
+
+def measure(run: PlannedRun, trials: int, data_dir: Path, known: Known) -> list[Record]:
     """The scores of both baselines on a data set."""
     config = from_flags(run.flags(data_dir))
     splits = load_texts(config.data, offline=True).splits
@@ -67,10 +92,7 @@ def measure(run: PlannedRun, trials: int, data_dir: Path) -> list[Record]:
     vectorizer = TfidfVectorizer(**VECTORIZER).fit(documents["train"])
     features = {
         NAME: {name: vectorizer.transform(texts) for name, texts in documents.items()},
-        FROZEN: {
-            name: mean_vectors(split.texts, folder, config.data.max_length, split.pairs)
-            for name, split in splits.items()
-        },
+        FROZEN: frozen_features(splits, folder, config.data.max_length, known),
     }
     labels = {name: split.labels for name, split in splits.items()}
     place = str(run.settings["data_dir"])
@@ -137,9 +159,10 @@ def command(argv: Sequence[str] | None) -> int:
     name = STUDIES[options.study]
     journal = harness.start_journal(name, options, {"environment": environment_record()})
     runs, trials = cells_of(ROOT / "studies" / f"{options.study}.toml")
+    known: Known = {}
     for cell, run in runs.items():
         if journal.find(**asdict(cell)) is None:
-            found = measure(run, trials, options.data_dir)
+            found = measure(run, trials, options.data_dir, known)
             journal.keep(*(asdict(cell) | record for record in found))
     harness.publish(journal, harness.RESULTS / f"{name}.json", table, name, partly=False, page=DATA_SETS)
     return 0

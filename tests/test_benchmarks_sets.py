@@ -30,12 +30,14 @@ def test_both_baselines_learn_the_words_and_validation_chooses(tmp_path: Path) -
     pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path / "films" / "train.csv", index=False)
     settings = {"dataset": "text", "data_dir": "films", "model_name": "packaged", "max_length": 32}
     run = PlannedRun("films-a-seed0", "films-a", "final", settings)
-    found = sets_baselines.measure(run, 3, tmp_path)
+    known: sets_baselines.Known = {}
+    found = sets_baselines.measure(run, 3, tmp_path, known)
     assert [record["baseline"] for record in found] == [NAME, FROZEN]
     for record in found:
         assert record["accuracy"] > 0.9
         assert sets_baselines.LEAST < record["C"] < sets_baselines.MOST
-    assert found == sets_baselines.measure(run, 3, tmp_path)
+    assert len(known) == len(rows)
+    assert found == sets_baselines.measure(run, 3, tmp_path, known), "with known vectors"
 
 
 def test_of_equal_scores_the_strongest_regularization_is_chosen() -> None:
