@@ -50,6 +50,10 @@ class Grid:
         """The sets on which all these methods have run."""
         return [name for name, found in self.runs.items() if all(method in found for method in methods)]
 
+    def shared_alike(self, first: str, second: str) -> list[str]:
+        """The sets on which both methods have run with as many training texts."""
+        return [name for name in self.shared((first, second)) if self.texts(name, first) == self.texts(name, second)]
+
     def accuracies(self, name: str, method: str) -> list[float]:
         """The test accuracies on a set, in %; empty if the method has not run on it."""
         return [100 * (run.accuracy("test") or 0.0) for run in self.runs[name].get(method, [])]
@@ -105,14 +109,14 @@ def pairs_table(grid: Grid) -> Table:
     """Each pair of methods with enough sets on which both had as many texts: the Bayesian signed-rank test."""
     rows = []
     for first, second in combinations(grid.methods, 2):
-        sets = [name for name in grid.shared((first, second)) if grid.texts(name, first) == grid.texts(name, second)]
+        sets = grid.shared_alike(first, second)
         if len(sets) < LEAST_SETS:
             continue
         ours, theirs = grid.means(first, sets), grid.means(second, sets)
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
         test = bayesian_signed_rank(ours, theirs, ROPE)
         chances = (f"{100 * share:.0f}" for share in (test.better, test.equivalent, test.worse))
-        shown = _difference_cell(differences, 2), *chances, _loss_cell(grid, first, second, sets)
+        shown = difference_cell(differences, 2), *chances, _loss_cell(grid, first, second, sets)
         rows.append((f"{first} - {second}", str(len(sets)), *shown))
     return Table(PAIRS, rows)
 
@@ -121,10 +125,10 @@ def _loss_cell(grid: Grid, first: str, second: str, sets: Sequence[str]) -> str:
     """The mean difference of the test losses with its interval; empty if a run lacks its loss."""
     ours, theirs = ([mean_of_sets([grid.runs[name][m]], "test", "loss") for name in sets] for m in (first, second))
     differences = [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    return "" if len(differences) < len(sets) else _difference_cell(differences, 3)
+    return "" if len(differences) < len(sets) else difference_cell(differences, 3)
 
 
-def _difference_cell(differences: Sequence[float], digits: int) -> str:
+def difference_cell(differences: Sequence[float], digits: int) -> str:
     """``+1.13 (-1.52 to +3.79)``: the mean over sets with its interval."""
     values = fmean(differences), *interval_over_sets(differences)
     mean, low, high = (f"{value:+.{digits}f}" for value in values)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
+from finetuning.comparison import decisions
 from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.over_sets import OVER_SETS, over_sets
@@ -96,6 +97,7 @@ def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | Non
     sections = [make_section(study, *compared[study.name]) for study in studies]
     files: dict[Path, bytes | None] = {results / README_PLOT: None}
     tables = {DEFAULT_RATES: default_rates_table(), DEFAULTS: defaults_table()}
+    tables[decisions.NAME] = decisions.decisions_table({study.name: study for study in studies})
     for study, section in zip(studies, sections, strict=True):
         folder = results / study.name
         files |= dict.fromkeys(folder / name for name in (*FILES, *SET_FILES))

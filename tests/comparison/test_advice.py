@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.tune import PARTS
 from compare_methods import BEST_PRACTICES, DATA_SETS, RESULTS, ROOT
-from finetuning.comparison import advice
+from finetuning.comparison import advice, decisions
 from finetuning.comparison.advice import (
     ALL_STUDIES,
     COLUMNS,
@@ -24,6 +24,7 @@ from finetuning.comparison.advice import (
     studies_table,
 )
 from finetuning.comparison.collected import Study, read_study, study_names
+from finetuning.comparison.over_sets import ROPE
 from finetuning.comparison.pairs import compare_rows
 from finetuning.comparison.statistics import LEVEL
 from finetuning.flags import from_flags
@@ -167,7 +168,10 @@ def unchecked_numbers(text: str) -> list[str]:
         if re.search(r"\d", span) and (span in scores() or span.startswith("--")):
             text = text.replace(f"`{span}`", "")
     parameters = scores()["methods/full"]["trainable"]  # all of the model's
-    checked = (CHANCE, f"{LEVEL:g} or more", f"{parameters / 1e6:.1f} M parameters")
+    checked = (
+        CHANCE, f"{LEVEL:g} or more", f"{parameters / 1e6:.1f} M parameters",
+        f"probability {100 * decisions.SURE:g} % or {100 * decisions.LIKELY:g} %",
+    )  # fmt: skip
     for known in ("macro F1", "bf16", "95 % interval", *checked):
         text = text.replace(known, "")
     return [word for word in text.split() if re.search(r"\d", word)]
@@ -234,6 +238,7 @@ def test_what_the_text_says_in_words() -> None:
         ("compute_memory/efficient-false", "compute_memory/base"),
     ):
         assert 2 * seconds(fast) < seconds(slow)
+    assert (decisions.ENOUGH_SETS, ROPE) == (8, 0.5)  # "at least eight data sets", "half a point"
     rates = DEFAULT_LEARNING_RATES
     assert all(10 * rates["full", o] == pytest.approx(rates["lora", o]) for o in ("adam", "adamw"))
     high = [row for name, row in scores().items() if re.match(r"lora_rank_alpha/lora_r(8|16|64)-", name)]
@@ -321,7 +326,7 @@ def test_every_study_has_a_place_on_the_page() -> None:
 
 
 def test_every_table_has_its_place_on_the_page() -> None:
-    for name in (*TABLES, ALL_STUDIES):
+    for name in (*TABLES, ALL_STUDIES, decisions.NAME):
         assert PAGE.count(f"<!-- {name}:begin -->") == PAGE.count(f"<!-- {name}:end -->") == 1, name
     shown = {(name, row) for _, blocks in TABLES.values() for name, rows in blocks for row in rows.split()}
     assert all(row in {r.name for r in study(name).rows} for name, row in shown)

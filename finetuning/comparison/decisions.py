@@ -1,0 +1,107 @@
+"""The first table of docs/best_practices.md: what other settings give and cost, compared with the default.
+
+Each row is a pair of methods of a study over data sets. Its numbers, and how sure they are, come from the runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from finetuning.comparison.collected import Study
+from finetuning.comparison.over_sets import LEAST_SETS, ROPE, SECONDS, Grid, difference_cell, grid_of, mean_of_sets
+from finetuning.comparison.statistics import bayesian_signed_rank
+from finetuning.pages import Table, measured
+
+NAME = "decisions"  # of the table on a page
+COLUMNS = (
+    "instead of the default", "training texts", "data sets", "accuracy, points (95 %)", "on a new data set",
+    "training time, ratio", "peak memory, ratio", "how sure",
+)  # fmt: skip
+MISSING = "not run yet"
+SURE, LIKELY = 0.95, 0.8  # least probability of the outcome
+ENOUGH_SETS = 8  # fewer leave an advice open
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A choice that a user has.
+
+    Attributes:
+        take: its flags.
+        study: over data sets.
+        method: of the study, with these flags.
+        default: of the study, with the default instead.
+    """
+
+    take: str
+    study: str
+    method: str
+    default: str
+
+
+DECISIONS = (
+    Decision("`--method full`", "methods_on_sets", "full", "lora-all"),
+    Decision("`--method head --pooling mean`", "methods_on_sets", "head-mean", "lora-all"),
+    Decision("`--method selective --trainable_layers 2`", "methods_on_sets", "last-two", "lora-all"),
+    Decision("`--method bitfit`", "methods_on_sets", "bitfit", "lora-all"),
+    Decision("`--q_lora True`", "methods_on_sets", "qlora-all", "lora-all"),
+    Decision("LoRA on query and value alone", "placement", "query-value", "all"),
+    Decision("`--lora_layers 3-5`, the upper half", "layers", "upper", "all"),
+    Decision("`--average ema`", "average", "ema", "none"),
+    Decision("`--pooling mean`", "pooling", "250-lora-pooling-mean", "250-lora-pooling-first"),
+    Decision("`--pooling mean`", "pooling", "50-lora-pooling-mean", "50-lora-pooling-first"),
+)
+
+
+def decisions_table(studies: Mapping[str, Study]) -> str:
+    """A row for each decision, the ones that no study has yet as well: Markdown, with where it was measured."""
+    rows, environments = [], []
+    for decision in DECISIONS:
+        study = studies.get(decision.study)
+        grid = grid_of(study) if study else None
+        cells = decision_cells(grid, decision) if grid else None
+        rows.append((decision.take, *(cells or (MISSING, *[""] * (len(COLUMNS) - 2)))))
+        if grid and cells:
+            pair = (decision.method, decision.default)
+            environments += [run.environment for found in grid.runs.values() for m in pair for run in found.get(m, ())]
+    return f"{Table(COLUMNS, rows).markdown()}\n\n{measured(environments)}"
+
+
+def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:
+    """A row without its first cell; ``None`` if too few sets have both methods."""
+    pair = decision.method, decision.default
+    sets = grid.shared_alike(*pair)
+    if len(sets) < LEAST_SETS:
+        return None
+    ours, theirs = (grid.means(method, sets) for method in pair)
+    test = bayesian_signed_rank(ours, theirs, ROPE)
+    chances = {"better": test.better, "equivalent": test.equivalent, "worse": test.worse}
+    outcome = max(chances, key=lambda name: chances[name])
+    texts = sorted({grid.texts(name, decision.method) for name in sets})
+    return (
+        " to ".join(f"{number:,}" for number in (texts if len(texts) < 2 else (texts[0], texts[-1]))),
+        str(len(sets)),
+        difference_cell([a - b for a, b in zip(ours, theirs, strict=True)], 2),
+        f"{outcome}, {100 * chances[outcome]:.0f} %",
+        _ratio(grid, sets, pair, *SECONDS),
+        _ratio(grid, sets, pair, "memory", "peak_bytes"),
+        how_sure(chances[outcome], len(sets)),
+    )
+
+
+def how_sure(chance: float, sets: int) -> str:
+    """The word for an outcome of this probability over this many data sets."""
+    if sets < ENOUGH_SETS or chance < LIKELY:
+        return "open"
+    return "sure" if chance >= SURE else "likely"
+
+
+def _ratio(grid: Grid, sets: Sequence[str], pair: tuple[str, str], *keys: str) -> str:
+    """What the first method takes over what the second one takes: the mean over sets. Empty if a run lacks it."""
+    ratios = []
+    for name in sets:
+        ours, theirs = (mean_of_sets([grid.runs[name][method]], *keys) for method in pair)
+        if not ours or not theirs:
+            return ""
+        ratios.append(ours / theirs)
+    return f"{fmean(ratios):.2f}"

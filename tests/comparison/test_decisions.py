@@ -1,0 +1,54 @@
+"""The first table of docs/best_practices.md, from synthetic runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetuning.comparison import decisions
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.decisions import COLUMNS, Decision, decisions_table, how_sure
+from finetuning.comparison.over_sets import ROPE
+from finetuning.comparison.statistics import bayesian_signed_rank
+from tests.synthetic_runs import write_run
+
+DECISION = Decision("`--flag`", "s", "b", "a")
+
+
+def table(folder: Path, sets: int, monkeypatch: pytest.MonkeyPatch, **more: Any) -> list[str]:
+    """The cells of the only row; ``b`` is two points better, a little more on later sets."""
+    monkeypatch.setattr(decisions, "DECISIONS", (DECISION,))
+    for number in range(sets):
+        for method, right, seconds in (("a", 800, 10), ("b", 820 + number, 25)):
+            config, data = {"data_dir": f"in/d{number}"}, {"sizes": {"train": 100 + number}}
+            train = {"processor_seconds": seconds} if more.get("times", True) else {}
+            correct = np.arange(1000) < right
+            write_run(folder, "s", f"d{number}-{method}", correct=correct, config=config, data=data, train=train)
+    text = decisions_table({"s": read_study("s", folder)})
+    (row,) = (line for line in text.splitlines() if line.startswith("| `--flag`"))
+    return [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+def test_a_decision_has_its_difference_costs_and_certainty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, sets, difference, outcome, time, memory, word = table(tmp_path, 9, monkeypatch)
+    assert (texts, sets, time, memory) == ("100 to 108", "9", "2.50", "1.00")
+    assert difference.startswith("+2.40 (+2.1")
+    chance = bayesian_signed_rank([82 + i / 10 for i in range(9)], [80.0] * 9, ROPE).better
+    assert outcome == f"better, {100 * chance:.0f} %"
+    assert word == "sure"
+
+
+def test_few_sets_leave_it_open_and_missing_times_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = table(tmp_path, 4, monkeypatch, times=False)
+    assert cells[4] == ""
+    assert cells[-1] == "open"
+
+
+def test_what_no_study_has_yet_stays_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert table(tmp_path, 2, monkeypatch) == ["not run yet", *[""] * (len(COLUMNS) - 2)]
+
+
+def test_how_sure_needs_sets_and_probability() -> None:
+    words = [how_sure(*each) for each in ((0.95, 8), (0.94, 14), (0.79, 14), (1.0, 7))]
+    assert words == ["sure", "likely", "open", "open"]
