@@ -3,6 +3,9 @@
 From the collected runs of ``studies/methods_on_sets.toml``. Each data set is left out in turn, and the others choose a
 method for it. The regret is what the choice loses to the best method of the set, in points of test accuracy. The best
 one is known from the same test texts, so a part of the regret is chance.
+
+Two more rows are not choices of a method: the default command, now and before, from ``studies/placement.toml``. It is
+not tuned, and can be better than all methods of the study.
 """
 
 import math
@@ -21,6 +24,7 @@ from finetuning.pages import Table, measured, renew_tables
 STUDY = "methods_on_sets"
 COLUMNS = ("chosen by", "mean regret, points (95 %)", "largest regret", "sets within 1 point of the best")
 NEIGHBOURS = (1, 3)
+DEFAULTS = {"all": "the default command", "query-value": "the default before: query and value"}  # rows of "placement"
 Scores = Mapping[str, Mapping[str, float]]  # data set -> method -> score in %
 Chooser = Callable[[str, Scores], str]  # a data set, and the test scores of the others
 
@@ -88,31 +92,48 @@ def regrets(scores: Scores, choose: Chooser) -> list[float]:
     return losses
 
 
-def table(grid: Grid) -> Table:
-    """A row for each way to choose, on the sets that all methods have."""
+def default_scores(grid: Grid, defaults: Grid) -> dict[str, dict[str, float]]:
+    """Name in the table -> data set -> test accuracy in % of the default command on the texts of the methods."""
+
+    def texts(of: Grid, name: str) -> object:
+        return next(iter(of.runs[name].values()))[0].get("data", "tokens")
+
+    same = [name for name in grid.runs if name in defaults.runs and texts(grid, name) == texts(defaults, name)]
+    return {
+        shown: {name: fmean(defaults.accuracies(name, method)) for name in same if method in defaults.runs[name]}
+        for method, shown in DEFAULTS.items()
+    }
+
+
+def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row for each way to choose, and for each default, on the sets that all methods have."""
     methods = grid.methods
     sets = grid.shared(methods)
     if len(sets) <= LEAST_SETS:
         raise UserError(f"{STUDY}: {len(sets)} data sets have runs of all methods: must be over {LEAST_SETS}")
     scores = {name: {method: fmean(grid.accuracies(name, method)) for method in methods} for name in sets}
+    found = {chosen: regrets(scores, choose) for chosen, choose in choosers(grid).items()}
+    for shown, own in defaults.items():
+        if own.keys() >= set(sets):
+            found[shown] = [max(scores[name].values()) - own[name] for name in sets]
     rows = []
-    for chosen, choose in choosers(grid).items():
-        found = regrets(scores, choose)
-        low, high = interval_over_sets(found)
-        near = sum(loss <= 1 for loss in found)
-        shown = f"{fmean(found):.2f} ({low:.2f} to {high:.2f})", f"{max(found):.2f}", f"{near} of {len(sets)}"
-        rows.append((chosen, *shown))
+    for chosen, losses in found.items():
+        low, high = interval_over_sets(losses)
+        near = sum(loss <= 1 for loss in losses)
+        mean = f"{fmean(losses):.2f} ({low:.2f} to {high:.2f})"
+        rows.append((chosen, mean, f"{max(losses):.2f}", f"{near} of {len(sets)}"))
     return Table(COLUMNS, rows)
 
 
 def command(argv: Sequence[str] | None) -> int:
     """Renews the table of docs/data_sets.md. Returns the exit status."""
     harness.make_parser("What a recommender would lose on a data set that it has not seen.").parse_args(argv)
-    study = read_study(STUDY, ROOT / "results")
-    grid = grid_of(study)
-    if grid is None:
+    study, placement = (read_study(name, ROOT / "results") for name in (STUDY, "placement"))
+    grid, defaults = grid_of(study), grid_of(placement)
+    if grid is None or defaults is None:
         raise UserError(f"{STUDY}: no two methods have runs on {LEAST_SETS} data sets")
-    text = f"{table(grid).markdown()}\n\n{measured([run.environment for run in study.final])}"
+    content = table(grid, default_scores(grid, defaults))
+    text = f"{content.markdown()}\n\n{measured([run.environment for run in study.final])}"
     print(text)
     renew_tables(DATA_SETS, {"recommend": text})
     return 0

@@ -36,7 +36,7 @@ def grid(folder: Path, sets: dict[str, Any]) -> Grid | None:
 def test_each_set_is_chosen_for_without_its_own_test_scores(tmp_path: Path) -> None:
     found = grid(tmp_path, SETS)
     assert found is not None
-    rows = {row[0]: row[1:] for row in recommend.table(found).rows}
+    rows = {row[0]: row[1:] for row in recommend.table(found, {}).rows}
     assert rows["always a"][0].startswith("2.50 (")
     assert rows["always a"][1:] == ("6.00", "2 of 4")
     assert rows["always b"][0].startswith("0.88 (")
@@ -51,4 +51,18 @@ def test_too_few_sets_are_one_line(tmp_path: Path) -> None:
     found = grid(tmp_path, {name: SETS[name] for name in ("few1", "few2", "many1")})
     assert found is not None
     with pytest.raises(UserError, match="3 data sets have runs of all methods: must be over 3"):
-        recommend.table(found)
+        recommend.table(found, {})
+
+
+def test_the_default_counts_where_it_ran_on_the_same_texts(tmp_path: Path) -> None:
+    found = grid(tmp_path / "methods", SETS)
+    default = {name: {"all": (905, 0.0), "query-value": (700, 0.0)} for name in SETS}
+    ran = grid(tmp_path / "placement", {name: (SETS[name][0], own) for name, own in default.items()})
+    assert found is not None
+    assert ran is not None
+    scores = recommend.default_scores(found, ran)
+    rows = {row[0]: row[1:] for row in recommend.table(found, scores).rows}
+    assert rows["the default command"][1:] == ("-0.50", "4 of 4"), "it can be better than all methods"
+    assert rows["the default before: query and value"][1:] == ("20.00", "2 of 4")
+    del scores["the default command"]["few1"]
+    assert "the default command" not in {row[0] for row in recommend.table(found, scores).rows}
