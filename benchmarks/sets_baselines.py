@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,8 +23,9 @@ from benchmarks.budget import FROZEN, mean_vectors
 from benchmarks.harness import Record
 from compare_methods import DATA_SETS, ROOT
 from finetuning.comparison.baselines import NAME, VECTORIZER
+from finetuning.comparison.collected import read_study
 from finetuning.comparison.drawn import log_uniform
-from finetuning.comparison.over_sets import score_cell
+from finetuning.comparison.over_sets import difference_cell, grid_of, score_cell
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.data.loading import load_texts
 from finetuning.data.texts import LabelledTexts
@@ -33,6 +35,7 @@ from finetuning.pages import Table, measured
 from finetuning.runs.measurements import environment_record
 
 STUDIES = {"methods_on_sets": "sets_baselines", "curves": "curves_baselines"}  # study -> its table
+DEFAULT = "the default command"
 TRIALS = 6
 LEAST, MOST = 0.01, 1000.0  # of C, the inverse of the regularization; drawn on a logarithmic scale
 
@@ -119,8 +122,19 @@ def chosen(name: str, features: dict[str, Any], labels: dict[str, Any], trials: 
     return {"C": -C, "validation": float(validation), "accuracy": test}
 
 
-def table(result: Record) -> str:
-    """Markdown: a row for each data set; for each number of training texts and baseline, if there are several."""
+def default_accuracies() -> dict[str, float]:
+    """Data set -> test accuracy in % of the default command on the same texts: rows of ``studies/placement.toml``."""
+    grid = grid_of(read_study("placement", ROOT / "results"))
+    return {name: fmean(found) for name in grid.runs if (found := grid.accuracies(name, "all"))} if grid else {}
+
+
+def table(result: Record, default: Mapping[str, float]) -> str:
+    """Markdown: a row for each data set; for each number of texts and baseline, if a data set has several numbers.
+
+    Args:
+        result: the measurements of a study's cells.
+        default: data set -> accuracy in % of the default command; a column of rows of data sets.
+    """
     found: dict[Cell, dict[str, float]] = {}
     for record in result["measurements"]:
         cell = Cell(record["set"], record["texts"], record["draw"])
@@ -128,24 +142,36 @@ def table(result: Record) -> str:
     sizes = sorted({cell.texts for cell in found}, key=lambda texts: texts or math.inf)
     sets = sorted({cell.set for cell in found})
     kinds = list(next(iter(found.values())))
+    gains: list[str] = []
 
     def cell_of(name: str, texts: int, kind: str) -> str:
         return score_cell([own[kind] for cell, own in found.items() if (cell.set, cell.texts) == (name, texts)])
 
-    if len(sizes) > 1:
-        columns = ("training texts", "baseline", *(f"{name}, %" for name in sets))
-        rows = [
+    if len({(cell.set, cell.texts) for cell in found}) > len(sets):
+        by_texts = [
             (str(texts or "all"), kind, *(cell_of(name, texts, kind) for name in sets))
             for texts in sizes
             for kind in kinds
         ]
-        shown = Table(columns, rows)
+        shown = Table(("training texts", "baseline", *(f"{name}, %" for name in sets)), by_texts)
     else:
-        rows = [(cell.set, *(f"{own[kind]:.2f}" for kind in kinds)) for cell, own in sorted(found.items())]
-        means = (f"{fmean(own[kind] for own in found.values()):.2f}" for kind in kinds)
-        mean = (f"mean of {len(sets)} sets", *means)
-        shown = Table(("data set", *(f"{kind}, %" for kind in kinds)), [*rows, mean])
-    return f"{shown.markdown()}\n\n{measured([result['environment']])}"
+        columns = {kind: {cell.set: own[kind] for cell, own in found.items()} for kind in kinds}
+        if default.keys() >= set(sets):
+            columns[DEFAULT] = {name: default[name] for name in sets}
+        rows = [(name, *(f"{own[name]:.2f}" for own in columns.values())) for name in sets]
+        rows.append((f"mean of {len(sets)} sets", *(f"{fmean(own.values()):.2f}" for own in columns.values())))
+        shown = Table(("data set", *(f"{kind}, %" for kind in columns)), rows)
+        gains = [gain_sentence(kind, columns[kind], columns[DEFAULT]) for kind in kinds if DEFAULT in columns]
+    return "\n\n".join([shown.markdown(), *gains, measured([result["environment"]])])
+
+
+def gain_sentence(kind: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> str:
+    """What the default gains over a baseline, over data sets."""
+    differences = [ours[name] - theirs[name] for name in theirs]
+    better = sum(difference > 0 for difference in differences)
+    return (
+        f"{DEFAULT} - {kind}: {difference_cell(differences, 2)} points; better on {better} of {len(differences)} sets."
+    )
 
 
 def command(argv: Sequence[str] | None) -> int:
@@ -164,7 +190,9 @@ def command(argv: Sequence[str] | None) -> int:
         if journal.find(**asdict(cell)) is None:
             found = measure(run, trials, options.data_dir, known)
             journal.keep(*(asdict(cell) | record for record in found))
-    harness.publish(journal, harness.RESULTS / f"{name}.json", table, name, partly=False, page=DATA_SETS)
+    default = default_accuracies() if name == "sets_baselines" else {}
+    shown = partial(table, default=default)
+    harness.publish(journal, harness.RESULTS / f"{name}.json", shown, name, partly=False, page=DATA_SETS)
     return 0
 
 

@@ -27,13 +27,14 @@ from benchmarks import (
     plain_path,
     prediction,
     roofline,
+    sets_baselines,
     variants,
 )
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.equality import differences
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
-from compare_methods import ACCURACY, README, RESULTS, ROOT, SPEED
+from compare_methods import ACCURACY, DATA_SETS, README, RESULTS, ROOT, SPEED
 from finetuning.comparison.packed import Record, change_records
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
@@ -364,6 +365,11 @@ def headline_table() -> str:
         (budget.PAGE, "patience", budget.patience_table),
         (budget.PAGE, "defaults", lambda: budget.defaults_table(RESULTS / "defaults")),
         (budget.PAGE, "defaults_methods", lambda: budget.defaults_table(RESULTS / "defaults_methods")),
+        (
+            DATA_SETS,
+            "sets_baselines",
+            lambda: sets_baselines.table(stored("sets_baselines"), sets_baselines.default_accuracies()),
+        ),
         (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),
     ],
 )

@@ -58,9 +58,14 @@ def test_the_table_has_the_mean_over_sets() -> None:
         for name, accuracies in (("b", (0.5, 0.75)), ("a", (0.7, 0.85)))
         for kind, accuracy in zip((NAME, FROZEN), accuracies, strict=True)
     ]
-    text = sets_baselines.table({"measurements": records, "environment": {}})
+    result = {"measurements": records, "environment": {}}
+    text = sets_baselines.table(result, {"a": 80.0})
+    assert "the default command" not in text, "it lacks a set"
     assert f"| data set | {NAME}, % | {FROZEN}, % |" in text
     assert "| a | 70.00 | 85.00 |\n| b | 50.00 | 75.00 |\n| mean of 2 sets | 60.00 | 80.00 |" in text
+    text = sets_baselines.table(result, {"a": 86.0, "b": 74.0})
+    assert "| mean of 2 sets | 60.00 | 80.00 | 80.00 |" in text
+    assert f"the default command - {FROZEN}: +0.00 (-12.71 to +12.71) points; better on 1 of 2 sets." in text
 
 
 def test_several_numbers_of_texts_are_rows_with_their_draws() -> None:
@@ -70,6 +75,6 @@ def test_several_numbers_of_texts_are_rows_with_their_draws() -> None:
         for draw in (0, 1)
         for kind in (NAME, FROZEN)
     ]
-    text = sets_baselines.table({"measurements": records, "environment": {}})
+    text = sets_baselines.table({"measurements": records, "environment": {}}, {})
     assert f"| 50 | {NAME} | 55.00 ± 7.07 (2) |" in text
     assert text.index("| 50 |") < text.index(f"| all | {FROZEN} | 85.00 ± 7.07 (2) |")
