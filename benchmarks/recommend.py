@@ -16,15 +16,19 @@ from statistics import fmean, stdev
 from benchmarks import harness
 from compare_methods import DATA_SETS, ROOT
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.over_sets import LEAST_SETS, Grid, grid_of
+from finetuning.comparison.over_sets import LEAST_SETS, Grid, difference_cell, grid_of
 from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured, renew_tables
 
 STUDY = "methods_on_sets"
-COLUMNS = ("chosen by", "mean regret, points (95 %)", "largest regret", "sets within 1 point of the best")
+COLUMNS = (
+    "chosen by", "mean regret, points (95 %)", "largest regret", "sets within 1 point of the best",
+    "gain over the default command, points (95 %)",
+)  # fmt: skip
 NEIGHBOURS = (1, 3)
-DEFAULTS = {"all": "the default command", "query-value": "the default before: query and value"}  # rows of "placement"
+DEFAULT = "the default command"
+DEFAULTS = {"all": DEFAULT, "query-value": "the default before: query and value"}  # rows of the study "placement"
 Scores = Mapping[str, Mapping[str, float]]  # data set -> method -> score in %
 Chooser = Callable[[str, Scores], str]  # a data set, and the test scores of the others
 
@@ -121,8 +125,10 @@ def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
         low, high = interval_over_sets(losses)
         near = sum(loss <= 1 for loss in losses)
         mean = f"{fmean(losses):.2f} ({low:.2f} to {high:.2f})"
-        rows.append((chosen, mean, f"{max(losses):.2f}", f"{near} of {len(sets)}"))
-    return Table(COLUMNS, rows)
+        gains = [a - b for a, b in zip(found.get(DEFAULT, losses), losses, strict=True)]
+        gain = "" if chosen == DEFAULT or DEFAULT not in found else difference_cell(gains, 2)
+        rows.append((chosen, mean, f"{max(losses):.2f}", f"{near} of {len(sets)}", gain))
+    return Table(COLUMNS, rows).without_empty_columns()
 
 
 def command(argv: Sequence[str] | None) -> int:

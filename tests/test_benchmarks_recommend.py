@@ -62,7 +62,7 @@ def test_the_default_counts_where_it_ran_on_the_same_texts(tmp_path: Path) -> No
     assert ran is not None
     scores = recommend.default_scores(found, ran)
     rows = {row[0]: row[1:] for row in recommend.table(found, scores).rows}
-    assert rows["the default command"][1:] == ("-0.50", "4 of 4"), "it can be better than all methods"
-    assert rows["the default before: query and value"][1:] == ("20.00", "2 of 4")
+    assert rows["the default command"][1:] == ("-0.50", "4 of 4", ""), "it can be better than all methods"
+    assert rows["the default before: query and value"][1:] == ("20.00", "2 of 4", "-20.50 (-20.50 to -20.50)")
     del scores["the default command"]["few1"]
     assert "the default command" not in {row[0] for row in recommend.table(found, scores).rows}
