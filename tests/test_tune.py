@@ -70,6 +70,11 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert winner["seeds"] == [1, 2]
     results = [read_result(first / run) for run in winner["runs"]]
     assert winner["test"]["accuracy"] == pytest.approx(sum(r["test"]["accuracy"] for r in results) / 2)
+    assert summary["default"]["seeds"] == [1, 2]
+    finalists = [summary["default"], summary["candidate"]]
+    assert winner == max(finalists, key=lambda record: record["validation"]["accuracy"]), "of equal ones the default"
+    gain = winner["test"]["accuracy"] - summary["default"]["test"]["accuracy"]
+    assert summary["gain"]["mean"] == pytest.approx(gain, abs=1e-6)
     assert summary["gain"]["ci95"][0] <= summary["gain"]["mean"] <= summary["gain"]["ci95"][1]
     tested = [path.name for path in sorted((first / "trials").glob("*/")) if "test" in read_result(path)]
     assert tested == ["000"]  # the default, with which the report compares

@@ -131,7 +131,7 @@ def _loss_cell(grid: Grid, first: str, second: str, sets: Sequence[str]) -> str:
 def difference_cell(differences: Sequence[float], digits: int) -> str:
     """``+1.13 (-1.52 to +3.79)``: the mean over sets with its interval."""
     values = fmean(differences), *interval_over_sets(differences)
-    mean, low, high = (f"{value:+.{digits}f}" for value in values)
+    mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in values)  # no -0.00
     return f"{mean} ({low} to {high})"
 
 

@@ -59,7 +59,12 @@ def add_tune(add: Add) -> None:
     search.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores (default: 1)"
     )
-    search.add_argument("--seeds", type=int, metavar="N", help="train the winner again with N new seeds (default: 3)")
+    search.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="train the best trial and the default again with N new seeds (default: 3)",
+    )
     search.add_argument("--sampler", choices=SAMPLERS, default="tpe", help="what proposes trials (default: tpe)")
     search.add_argument(
         "--prune", type=parse_bool, nargs="?", const=True, default=True, metavar="BOOL",
@@ -173,13 +178,13 @@ def work(folder: Path, jobs: int) -> int:
     proposer = StoredProposer(plan.storage, folder.resolve().name, *known) if plan.storage else Proposer(*known)
     with StopSignals().listening() as stop:
         search = Search(folder, plan, proposer, script(), jobs, stop)
-        winner = search.run()
+        final = search.run()
     if stop.received:
         say(f"interrupted; continue with: python compare_methods.py tune --resume --output_dir {folder}")
         return 130
-    if winner is None:
+    if final is None:
         return 1
-    summary = finish(folder, plan, winner)
+    summary = finish(folder, plan, final)
     if summary is None:
         return 1
     print("\n".join(summary_lines(folder, summary)), flush=True)

@@ -19,7 +19,7 @@ from finetuning.settings import FLAGS
 from finetuning.storage import cannot_be_written_in, read_json, remove, write_json, write_new_json
 from finetuning.tuning.space import Facts, Space, make_space
 
-SEARCH, BUDGET, WINNER, SUMMARY = "search.json", "budget.json", "winner.json", "tune.json"
+SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
 TRIALS, LAST, BEST = "trials", "last", "best"
 SAMPLERS = ("tpe", "random")
 
@@ -165,7 +165,7 @@ class Budget:
         used: seconds before that, without pauses.
         minutes: of the whole search; ``None`` if only ``trials`` limits it.
         trials: the number of trials; ``None`` if only ``minutes`` limits it.
-        seeds: how often the winner is trained again.
+        seeds: how often the best trial and the default are trained again.
     """
 
     began: float
@@ -190,7 +190,7 @@ class Budget:
 
 
 def resume(folder: Path, minutes: float | None, trials: int | None, active: bool) -> None:
-    """Starts the clock of a search again, and adds minutes or trials. A winner that more time may change is forgotten.
+    """Starts the clock of a search again, and adds minutes or trials, which may change who is trained again at the end.
 
     Args:
         folder: of the search.
@@ -212,7 +212,7 @@ def resume(folder: Path, minutes: float | None, trials: int | None, active: bool
             budget = replace(budget, trials=(budget.trials or 0) + trials)
         write_json(folder / BUDGET, asdict(budget))
         if minutes is not None or trials is not None:
-            for name in (WINNER, SUMMARY):
+            for name in (FINAL, SUMMARY):
                 remove(folder / name)
 
 

@@ -30,13 +30,13 @@ REPORT, TEMPLATE = "tune.html", Path(__file__).parent / "tune.html.j2"
 END, LOOK_AGAIN_SECONDS = "end", 1.0
 
 
-def finish(folder: Path, plan: Plan, winner: dict[str, Any]) -> dict[str, Any] | None:
+def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | None:
     """Writes best run, summary and page, unless another worker does; then it waits for them.
 
     Args:
         folder: of the search.
         plan: the search.
-        winner: the trial that won, and the seeds of the last runs.
+        final: the trials that were trained again, and their seeds.
 
     Returns:
         The content of ``tune.json``; ``None`` if no last run has finished.
@@ -46,21 +46,28 @@ def finish(folder: Path, plan: Plan, winner: dict[str, Any]) -> dict[str, Any] |
             if (folder / SUMMARY).exists():
                 return read_json(folder / SUMMARY)
             if lock is not None:
-                return _finish(folder, plan, winner)
+                return _finish(folder, plan, final)
         time.sleep(LOOK_AGAIN_SECONDS)
 
 
-def _finish(folder: Path, plan: Plan, winner: dict[str, Any]) -> dict[str, Any] | None:
-    places = last_places(folder, winner).values()
-    runs = [place.directory for place in places if read_status(place.directory) == "finished"]
+def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | None:
+    places = last_places(folder, final)
+    runs: dict[int, list[Path]] = {}
+    for (number, _), place in places.items():
+        if read_status(place.directory) == "finished":
+            runs.setdefault(number, []).append(place.directory)
     if not runs:
-        print(f"failed: no last run has finished, see {next(iter(places)).log}", file=sys.stderr)
+        print(f"failed: no last run has finished, see {next(iter(places.values())).log}", file=sys.stderr)
         return None
-    sign = -1 if plan.minimize else 1
-    best = max(runs, key=lambda run: sign * read_result(run)["validation"][plan.monitor])  # of equal ones the first
-    copy_run(best, folder / BEST)
-    trials = Trials(folder / TRIALS, plan.monitor)
-    summary = make_summary(plan, trials, winner["trial"], runs, Budget.read(folder).seconds / 60)
+    trials, sign = Trials(folder / TRIALS, plan.monitor), -1 if plan.minimize else 1
+
+    def score(run: Path) -> float:
+        return sign * float(read_result(run)["validation"][plan.monitor])
+
+    winner = max(sorted(runs), key=lambda number: statistics.fmean(map(score, runs[number])))  # a tie: the default
+    copy_run(max(runs[winner], key=score), folder / BEST)  # of equal ones the first
+    summary = make_summary(plan, trials, runs, winner)
+    summary["minutes"] = Budget.read(folder).seconds / 60
     write_text(folder / REPORT, make_page(folder.resolve().name, plan, trials.all(), summary))
     summary["minutes"] = Budget.read(folder).seconds / 60
     write_json(folder / SUMMARY, summary)  # last: it says that the search has finished
@@ -76,37 +83,45 @@ def copy_run(source: Path, target: Path) -> None:
     half.replace(target)
 
 
-def make_summary(plan: Plan, trials: Trials, winner: int, runs: list[Path], minutes: float) -> dict[str, Any]:
-    """What the search has found, as ``tune.json`` holds it.
+def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner: int) -> dict[str, Any]:
+    """What the search has found, as ``tune.json`` holds it, without its minutes.
 
     Args:
         plan: the search.
         trials: all of its trials.
-        winner: the number of the trial that won.
-        runs: the finished last runs.
-        minutes: that the search took.
+        runs: the finished last runs of each trial that was trained again.
+        winner: the number of the one that won.
     """
     everything = trials.all()
-    won, results = trials.read(winner), [read_result(run) for run in runs]
-    default_run = trials.place(0).directory
-    default = read_result(default_run) if everything[0].state == COMPLETE else {}
-    tested = all("test" in result for result in (default, *results))
+    found = {number: _record(trials.read(number), own) for number, own in runs.items()}
+    default_runs = runs.get(0, [])
+    if not default_runs and everything[0].state == COMPLETE:  # there was no time to train it again
+        default_runs = [trials.place(0).directory]
+    default = found.get(0) or _record(everything[0], default_runs)
+    compared = default["test"] is not None and found[winner]["test"] is not None
     return {
         "monitor": plan.monitor,
         "trials": dict(Counter(trial.state for trial in everything)),
-        "minutes": minutes,
-        "default": {"validation": everything[0].value, "test": default.get("test")},
-        "winner": {
-            "trial": winner,
-            "flags": won.settings,
-            "command": command_of(results[0]),
-            "search_validation": won.value,  # chosen as the highest of many, so likely too high
-            "seeds": [result["config"]["seed"] for result in results],
-            "validation": _means([result["validation"] for result in results]),
-            "test": _means([result["test"] for result in results]) if tested else None,
-            "runs": [f"{run.parent.name}/{run.name}" for run in runs],
-        },
-        "gain": gain_of(default_run, runs, default) if tested else None,
+        "default": default,
+        "candidate": found[max(found)],  # the best trial of the search; the default if no trial was better
+        "winner": found[winner],
+        "gain": gain_of(default_runs, runs[winner]) if compared else None,
+    }
+
+
+def _record(trial: Trial, runs: list[Path]) -> dict[str, Any]:
+    """A trial and its runs with new seeds."""
+    results = [read_result(run) for run in runs]
+    tested = bool(results) and all("test" in result for result in results)
+    return {
+        "trial": trial.number,
+        "flags": trial.settings,
+        "command": command_of(results[0]) if results else None,
+        "search_validation": trial.value,  # if chosen as the highest of many, likely too high
+        "seeds": [result["config"]["seed"] for result in results],
+        "validation": _means([result["validation"] for result in results]) if results else None,
+        "test": _means([result["test"] for result in results]) if tested else None,
+        "runs": [f"{run.parent.name}/{run.name}" for run in runs],
     }
 
 
@@ -120,14 +135,14 @@ def command_of(result: dict[str, Any]) -> str:
     return shown_command(result["command"])
 
 
-def gain_of(default: Path, runs: list[Path], result: dict[str, Any]) -> dict[str, Any]:
-    """The mean test score of the last runs minus the default's, with a 95 % interval over texts and seeds.
+def gain_of(default: list[Path], runs: list[Path]) -> dict[str, Any]:
+    """The mean test score of runs minus the default's, with a 95 % interval over texts and seeds.
 
     Args:
-        default: the run of the default, which read the test split once and chose nothing by it.
-        runs: the last runs.
-        result: of the default.
+        default: the runs of the default. Each has read the test split once, and nothing was chosen by it.
+        runs: those of the winner. If the winner is the default, the gain is 0.
     """
+    result = read_result(default[0])
     names = result["data"]["label_names"]
     several = "threshold" in result["task"] and positive_of(result["task"], names) is None
     measure = "micro_f1" if several else "accuracy"
@@ -137,7 +152,7 @@ def gain_of(default: Path, runs: list[Path], result: dict[str, Any]) -> dict[str
         frame = read_test_predictions(run / PREDICTIONS, task.get("threshold"), positive_of(task, names)).to_pandas()
         return Predictions.from_frame("", frame).counted(measure)
 
-    first, second = np.stack([counted(run) for run in runs]), counted(default)[None]
+    first, second = (np.stack([counted(run) for run in each]) for each in (runs, default))
     scores = [[float(SCORES[measure](run.sum(axis=0))) for run in method] for method in (first, second)]
     found = bootstrap_difference(first, second, seed_spread(scores), score=measure)
     return {"measure": measure, "mean": found.mean, "ci95": [found.low, found.high], "p": found.p}
@@ -146,19 +161,36 @@ def gain_of(default: Path, runs: list[Path], result: dict[str, Any]) -> dict[str
 def summary_lines(folder: Path, summary: dict[str, Any]) -> list[str]:
     """The search in a few lines."""
     won, monitor = summary["winner"], summary["monitor"]
-    lines = [
-        f"{'search':<11} {counts_text(summary['trials'])} in {summary['minutes']:.1f} minutes",
-        f"{'winner':<11} trial {won['trial']}: {flags_text(won['flags']) or 'the default'}",
-        f"{'validation':<11} {monitor} {won['search_validation']:.4f} in the search, {won['validation'][monitor]:.4f}"
-        f" on average of {len(won['seeds'])} new seeds" + _of_default(summary["default"]["validation"]),
-    ]
-    if won["test"] is not None:
-        test = summary["default"]["test"].get(monitor)
-        lines.append(f"{'test':<11} {monitor} {won['test'][monitor]:.4f}" + _of_default(test))
-        lines.append(f"{'gain':<11} {gain_text(summary['gain'])}")
+    lines = [f"{'search':<11} {counts_text(summary['trials'])} in {summary['minutes']:.1f} minutes"]
+    for record in compared(summary):
+        lines.append(f"{name_of(record):<11} {_scores_text(record, monitor)}")
+    lines.append(f"{'winner':<11} {name_of(won)}{': ' if won['flags'] else ''}{flags_text(won['flags'])}")
+    if summary["gain"] is not None:
+        lines.append(f"{'gain':<11} {gain_text(summary)}")
     lines.append(f"{'best run':<11} {folder / BEST}")
     lines.append(f"{'report':<11} {folder / REPORT}")
     return lines
+
+
+def compared(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The default, and the best trial of the search if that is another one."""
+    default, candidate = summary["default"], summary["candidate"]
+    return [default] if candidate["trial"] == 0 else [default, candidate]
+
+
+def name_of(record: dict[str, Any]) -> str:
+    """A trial, for people."""
+    return "the default" if record["trial"] == 0 else f"trial {record['trial']}"
+
+
+def _scores_text(record: dict[str, Any], monitor: str) -> str:
+    """A trial's scores in one line."""
+    search, seeds = record["search_validation"], record["seeds"]
+    parts = [] if search is None else [f"validation {monitor} {search:.4f} in the search"]
+    if seeds:
+        test = "" if record["test"] is None else f", test {record['test'][monitor]:.4f}"
+        parts.append(f"{record['validation'][monitor]:.4f} on average of seeds {', '.join(map(str, seeds))}{test}")
+    return "; ".join(parts) or "has not finished"
 
 
 def counts_text(counts: dict[str, int]) -> str:
@@ -166,12 +198,11 @@ def counts_text(counts: dict[str, int]) -> str:
     return f"{sum(counts.values())} trials ({', '.join(f'{n} {state}' for state, n in counts.items())})"
 
 
-def _of_default(score: float | None) -> str:
-    return "" if score is None else f" (the default: {score:.4f})"
-
-
-def gain_text(gain: dict[str, Any]) -> str:
+def gain_text(summary: dict[str, Any]) -> str:
     """The gain over the default, for people."""
+    gain = summary["gain"]
+    if summary["winner"]["trial"] == 0:
+        return "none, the default wins"
     difference = Difference(gain["mean"], gain["ci95"][0], gain["ci95"][1], gain["p"])
     return f"{difference} of test {gain['measure'].replace('_', ' ')} over the default"
 
@@ -194,15 +225,14 @@ def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any
         trials: all of them.
         summary: what ``make_summary`` gives.
     """
-    gain, won = summary["gain"], summary["winner"]
-    before = summary["default"]["validation"]
-    score = f"{plan.monitor.replace('_', ' ')} on validation"
-    mean = won["validation"][plan.monitor]
-    compared = f"{score}: {_cell(plan, mean)}, the default {_cell(plan, before)}."
+    won, monitor = summary["winner"], plan.monitor.replace("_", " ")
+    said = f"{name_of(won)} wins: {monitor} on validation {_cell(plan, won['validation'][plan.monitor])}."
+    headline = f"Gain: {gain_text(summary)}." if summary["gain"] else said[0].upper() + said[1:]
     return render(
         TEMPLATE,
         name=name,
-        headline=f"{gain_text(gain)}." if gain else compared[0].upper() + compared[1:],
+        headline=headline,
+        winner=name_of(won),
         results=result_table(plan, summary),
         summary=summary,
         trial_count=len(trials),
@@ -215,18 +245,20 @@ def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any
 
 
 def result_table(plan: Plan, summary: dict[str, Any]) -> Table:
-    """The default next to the winner: in the search, and trained again."""
-    won, default = summary["winner"], summary["default"]
-    test = [scores and scores.get(plan.monitor) for scores in (default["test"], won["test"])]
-    unit = "" if plan.minimize else ", %"
-    seeds = f"winner, mean of {len(won['seeds'])} new seeds"
+    """The default next to the best trial: in the search, and trained again."""
+
+    def mean(record: dict[str, Any], split: str) -> str:
+        return _cell(plan, record[split] and record[split].get(plan.monitor))
+
     rows = [
-        ("default, one seed", _cell(plan, default["validation"]), _cell(plan, test[0])),
-        ("winner, in the search", _cell(plan, won["search_validation"]), ""),
-        (seeds, _cell(plan, won["validation"][plan.monitor]), _cell(plan, test[1])),
-    ]
-    name = SCORE_NAMES[plan.monitor]
-    return Table(("runs", f"validation {name}{unit}", f"test {name}{unit}"), rows)
+        (
+            name_of(record), _cell(plan, record["search_validation"]), ", ".join(map(str, record["seeds"])),
+            mean(record, "validation"), mean(record, "test"),
+        )
+        for record in compared(summary)
+    ]  # fmt: skip
+    name = SCORE_NAMES[plan.monitor] + ("" if plan.minimize else ", %")
+    return Table(("", f"in the search: validation {name}", "seeds", f"validation {name}", f"test {name}"), rows)
 
 
 def trial_table(plan: Plan, trials: list[Trial]) -> Table:

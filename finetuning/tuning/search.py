@@ -1,10 +1,11 @@
-"""A worker of a search: tries points until the time is up, then trains the winner again with new seeds."""
+"""A worker of a search: tries points until the time is up, then trains the best one and the default with new seeds."""
 
+import heapq
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,7 +23,7 @@ from finetuning.comparison.execution import (
 )
 from finetuning.runs.files import METRICS, read_result, read_status
 from finetuning.storage import read_json, write_new_json
-from finetuning.tuning.plan import LAST, TRIALS, WINNER, Budget, Plan, stored_flags
+from finetuning.tuning.plan import FINAL, LAST, TRIALS, Budget, Plan, stored_flags
 from finetuning.tuning.sampler import Proposer, pruned_after
 from finetuning.tuning.trials import (
     COMPLETE,
@@ -90,18 +91,18 @@ class Search:
         """Works until all trials and all last runs have ended, here and elsewhere.
 
         Returns:
-            The trial that won and the seeds of the last runs, as in ``winner.json``; ``None`` if the command was
+            The trials that are trained again and their seeds, as in ``final.json``; ``None`` if the command was
             interrupted, or if no trial has finished.
         """
         budget, ended = self.budget, sum(trial.state is not None for trial in self.trials.all())
         print(f"search in {self.folder}: {ended} trials ended{limits_text(budget)}", flush=True)
         with self.starter:
-            if not (self.folder / WINNER).exists():
+            if not (self.folder / FINAL).exists():
                 self._work(self._next_trial, lambda: self.trials.running() > 0)
-            if self.stop.received or (winner := self._choose()) is None:
+            if self.stop.received or (final := self._choose()) is None:
                 return None
-            self._work(lambda: self._next_last(winner), lambda: self._others_finish(winner))
-        return None if self.stop.received else winner
+            self._work(lambda: self._next_last(final), lambda: self._others_finish(final))
+        return None if self.stop.received else final
 
     @property
     def budget(self) -> Budget:
@@ -183,17 +184,25 @@ class Search:
         return self._trials_until - time.monotonic()
 
     def _reserve(self) -> None:
-        """Decides when the last runs must begin, if the best trial until now wins."""
+        """Decides when the last runs must begin, if the best trial until now is one of them."""
         budget, best = self.budget, best_of(self.trials.all(), self.plan.minimize)
-        rounds = math.ceil(budget.seeds / self.jobs)
-        reserved = 0.0 if best is None else REPORT_SECONDS + rounds * self._last_seconds(best)
+        reserved = 0.0 if best is None else REPORT_SECONDS + self._last_seconds(self._finalists(best), budget.seeds)
         self._trials_until = time.monotonic() + budget.left - reserved
 
-    def _last_seconds(self, trial: Trial) -> float:
+    def _last_seconds(self, finalists: Sequence[Trial], seeds: int) -> float:
+        """How long the last runs take if each finalist has this many."""
         test = 0.0
         with suppress(OSError, ValueError, KeyError):  # a run without a test has no such time
             test = read_result(self.trials.place(0).directory)["test"]["seconds"]
-        return MARGIN * (trial.seconds + test)
+        free = [0.0] * self.jobs  # when each job has ended what it was given
+        for trial in [*finalists] * seeds:
+            heapq.heapreplace(free, free[0] + MARGIN * (trial.seconds + test))
+        return max(free)
+
+    def _finalists(self, best: Trial) -> list[Trial]:
+        """The best trial, and the default if that is another one and has finished."""
+        default = self.trials.read(0)
+        return [best] if best.number == 0 or default.state != COMPLETE else [best, default]
 
     def _time_for_another(self) -> bool:
         """Whether a trial of the usual length would end before the last runs. The default has its time in any case."""
@@ -278,44 +287,54 @@ class Search:
         print(progress_line(trial, self.trials, self.plan, budget), flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # the winner
+    # the last runs
 
     def _choose(self) -> dict[str, Any] | None:
-        """The winner, chosen by validation, and the seeds with which it is trained again. The first worker decides."""
-        path = self.folder / WINNER
+        """The trials that are trained again, and with which seeds. The first worker decides.
+
+        The best of many trials looks better than it is, so it has to be better than the default with new seeds as well.
+        If there is no time for both, the best trial is trained again alone, at least once.
+        """
         best = best_of(self.trials.all(), self.plan.minimize)
         if best is None:
             errors = [trial.error for trial in self.trials.all() if trial.error]
             print(f"failed: no trial has finished: {errors[0] if errors else 'too little time'}", file=sys.stderr)
             return None
         budget = self.budget
-        fitting = self.jobs * max(1.0, (budget.left - REPORT_SECONDS) / self._last_seconds(best))
-        seeds = [self.plan.seed + 1 + i for i in range(int(min(budget.seeds, fitting)))]
+        choices = [(who, count) for who in (self._finalists(best), [best]) for count in range(budget.seeds, 0, -1)]
+        left = budget.left - REPORT_SECONDS
+        finalists, count = next((c for c in choices if self._last_seconds(*c) <= left), choices[-1])
+        seeds = [self.plan.seed + 1 + i for i in range(count)]
         with suppress(FileExistsError):
-            write_new_json(path, {"trial": best.number, "seeds": seeds})
-        winner = read_json(path)
-        print(f"trial {winner['trial']} wins; it is trained again with {len(winner['seeds'])} new seeds", flush=True)
-        return winner
+            write_new_json(self.folder / FINAL, {"trials": [trial.number for trial in finalists], "seeds": seeds})
+        final = read_json(self.folder / FINAL)
+        names = " and ".join("the default" if number == 0 else f"trial {number}" for number in final["trials"])
+        print(f"last runs: {names}, again with {len(final['seeds'])} new seeds", flush=True)
+        return final
 
-    def _next_last(self, winner: dict[str, Any]) -> Job | None:
+    def _next_last(self, final: dict[str, Any]) -> Job | None:
         """Starts a last run that nobody has begun, or whose worker is gone."""
-        settings = self.trials.read(winner["trial"]).settings
-        for seed, place in last_places(self.folder, winner).items():
+        for (number, seed), place in last_places(self.folder, final).items():
             with ExitStack() as claim:
                 if place.directory in self._given_up or read_status(place.directory) in ("finished", "failed"):
                     continue
                 lock = claim.enter_context(place.claim())
                 if lock is not None and read_status(place.directory) not in ("finished", "failed"):
-                    return self._start(place, None, settings | {"seed": seed, "report": True}, lock, claim)
+                    settings = self.trials.read(number).settings | {"seed": seed, "report": True}
+                    return self._start(place, None, settings, lock, claim)
         return None
 
-    def _others_finish(self, winner: dict[str, Any]) -> bool:
-        return any(place.is_claimed() for place in last_places(self.folder, winner).values())
+    def _others_finish(self, final: dict[str, Any]) -> bool:
+        return any(place.is_claimed() for place in last_places(self.folder, final).values())
 
 
-def last_places(folder: Path, winner: dict[str, Any]) -> dict[int, Place]:
-    """Where the winner is trained again: seed -> the place of its run."""
-    return {seed: Place(folder / LAST / f"{winner['trial']:03d}-{seed}") for seed in winner["seeds"]}
+def last_places(folder: Path, final: dict[str, Any]) -> dict[tuple[int, int], Place]:
+    """The last runs: trial and seed -> the place of its run."""
+    return {
+        (number, seed): Place(folder / LAST / f"{number:03d}-{seed}")
+        for seed in final["seeds"]
+        for number in final["trials"]
+    }
 
 
 def shown_values(trial: Trial, plan: Plan) -> dict[str, str]:

@@ -7,7 +7,7 @@ import pytest
 
 from finetuning.errors import UserError
 from finetuning.tuning import plan as module
-from finetuning.tuning.plan import SEARCH, SUMMARY, WINNER, Asked, Budget, Plan, begin, check_new, check_same, resume
+from finetuning.tuning.plan import FINAL, SEARCH, SUMMARY, Asked, Budget, Plan, begin, check_new, check_same, resume
 from finetuning.tuning.space import Facts
 
 FACTS = Facts(6, 32, (256,), 6, False)
@@ -72,11 +72,11 @@ def test_time_runs_on_and_stands_still_while_nobody_works(tmp_path: Path, monkey
     assert Budget.read(tmp_path).left == pytest.approx(600, abs=5)
 
 
-def test_minutes_and_trials_are_added_and_the_winner_is_chosen_again(
+def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started(tmp_path, minutes=10, trials=5)
-    for name in (WINNER, SUMMARY):
+    for name in (FINAL, SUMMARY):
         (tmp_path / name).write_text(json.dumps({}))
     resume(tmp_path, None, None, active=False)
     assert (tmp_path / SUMMARY).exists()
@@ -84,7 +84,7 @@ def test_minutes_and_trials_are_added_and_the_winner_is_chosen_again(
     budget = Budget.read(tmp_path)
     assert budget.minutes == pytest.approx(15, abs=0.1)
     assert budget.trials == 8
-    assert not (tmp_path / WINNER).exists()
+    assert not (tmp_path / FINAL).exists()
     assert not (tmp_path / SUMMARY).exists()
     now = time.time()
     monkeypatch.setattr(module.time, "time", lambda: now + 3600)  # beyond its minutes
