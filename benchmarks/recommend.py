@@ -96,6 +96,11 @@ def regrets(scores: Scores, choose: Chooser) -> list[float]:
     return losses
 
 
+def default_accuracies(defaults: Grid, method: str = "all") -> dict[str, float]:
+    """Data set -> mean test accuracy in % of a row of ``studies/placement.toml``: by default the default command."""
+    return {name: fmean(found) for name in defaults.runs if (found := defaults.accuracies(name, method))}
+
+
 def default_scores(grid: Grid, defaults: Grid) -> dict[str, dict[str, float]]:
     """Name in the table -> data set -> test accuracy in % of the default command on the texts of the methods."""
 
@@ -104,7 +109,7 @@ def default_scores(grid: Grid, defaults: Grid) -> dict[str, dict[str, float]]:
 
     same = [name for name in grid.runs if name in defaults.runs and texts(grid, name) == texts(defaults, name)]
     return {
-        shown: {name: fmean(defaults.accuracies(name, method)) for name in same if method in defaults.runs[name]}
+        shown: {name: score for name, score in default_accuracies(defaults, method).items() if name in same}
         for method, shown in DEFAULTS.items()
     }
 

@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from benchmarks import harness
 from benchmarks.budget import FROZEN, mean_vectors
 from benchmarks.harness import Record
+from benchmarks.recommend import DEFAULT, default_accuracies
 from compare_methods import DATA_SETS, ROOT
 from finetuning.comparison.baselines import NAME, VECTORIZER
 from finetuning.comparison.collected import read_study
@@ -35,7 +36,6 @@ from finetuning.pages import Table, measured
 from finetuning.runs.measurements import environment_record
 
 STUDIES = {"methods_on_sets": "sets_baselines", "curves": "curves_baselines"}  # study -> its table
-DEFAULT = "the default command"
 TRIALS = 6
 LEAST, MOST = 0.01, 1000.0  # of C, the inverse of the regularization; drawn on a logarithmic scale
 
@@ -122,10 +122,10 @@ def chosen(name: str, features: dict[str, Any], labels: dict[str, Any], trials: 
     return {"C": -C, "validation": float(validation), "accuracy": test}
 
 
-def default_accuracies() -> dict[str, float]:
-    """Data set -> test accuracy in % of the default command on the same texts: rows of ``studies/placement.toml``."""
+def of_default() -> dict[str, float]:
+    """The accuracies of the default command. Its study has the data settings of ``methods_on_sets``; a test says so."""
     grid = grid_of(read_study("placement", ROOT / "results"))
-    return {name: fmean(found) for name in grid.runs if (found := grid.accuracies(name, "all"))} if grid else {}
+    return default_accuracies(grid) if grid else {}
 
 
 def table(result: Record, default: Mapping[str, float]) -> str:
@@ -190,7 +190,7 @@ def command(argv: Sequence[str] | None) -> int:
         if journal.find(**asdict(cell)) is None:
             found = measure(run, trials, options.data_dir, known)
             journal.keep(*(asdict(cell) | record for record in found))
-    default = default_accuracies() if name == "sets_baselines" else {}
+    default = of_default() if name == "sets_baselines" else {}
     shown = partial(table, default=default)
     harness.publish(journal, harness.RESULTS / f"{name}.json", shown, name, partly=False, page=DATA_SETS)
     return 0

@@ -368,7 +368,7 @@ def headline_table() -> str:
         (
             DATA_SETS,
             "sets_baselines",
-            lambda: sets_baselines.table(stored("sets_baselines"), sets_baselines.default_accuracies()),
+            lambda: sets_baselines.table(stored("sets_baselines"), sets_baselines.of_default()),
         ),
         (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),
     ],

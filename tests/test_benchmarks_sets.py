@@ -11,12 +11,21 @@ from benchmarks.budget import FROZEN
 from compare_methods import ROOT
 from finetuning.comparison.baselines import NAME
 from finetuning.comparison.plan import PlannedRun
+from finetuning.flags import from_flags
 
 
 def test_every_set_of_the_study_has_as_many_trials_as_a_method() -> None:
     runs, trials = sets_baselines.cells_of(ROOT / "studies" / "methods_on_sets.toml")
     assert len(runs) == len({cell.set for cell in runs}) == 14
     assert trials == 6
+
+
+def test_the_default_command_has_the_texts_of_the_methods() -> None:
+    methods, placement = (
+        {cell.set: from_flags(run.flags(Path())).data for cell, run in sets_baselines.cells_of(path)[0].items()}
+        for path in (ROOT / "studies" / name for name in ("methods_on_sets.toml", "placement.toml"))
+    )
+    assert methods == placement
 
 
 def test_both_baselines_learn_the_words_and_validation_chooses(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The first table of docs/best_practices.md: what other settings give and cost, compared with the default.
+"""The table of choices in docs/best_practices.md: what other settings give and cost, compared with the default.
 
 Each row is a pair of methods of a study over data sets. Its numbers, and how sure they are, come from the runs.
 """
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from finetuning.comparison.collected import Study
-from finetuning.comparison.over_sets import LEAST_SETS, ROPE, SECONDS, Grid, difference_cell, grid_of, mean_of_sets
-from finetuning.comparison.statistics import bayesian_signed_rank
+from finetuning.comparison.over_sets import SECONDS, Grid, compare_pair, grid_of, mean_of_sets
 from finetuning.pages import Table, measured
 
 NAME = "decisions"  # of the table on a page
@@ -55,10 +54,10 @@ DECISIONS = (
 
 def decisions_table(studies: Mapping[str, Study]) -> str:
     """A row for each decision, the ones that no study has yet as well: Markdown, with where it was measured."""
+    grids = {name: grid_of(study) for name, study in studies.items() if name in {each.study for each in DECISIONS}}
     rows, environments = [], []
     for decision in DECISIONS:
-        study = studies.get(decision.study)
-        grid = grid_of(study) if study else None
+        grid = grids.get(decision.study)
         cells = decision_cells(grid, decision) if grid else None
         rows.append((decision.take, *(cells or (MISSING, *[""] * (len(COLUMNS) - 2)))))
         if grid and cells:
@@ -69,23 +68,20 @@ def decisions_table(studies: Mapping[str, Study]) -> str:
 
 def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:
     """A row without its first cell; ``None`` if too few sets have both methods."""
-    pair = decision.method, decision.default
-    sets = grid.shared_alike(*pair)
-    if len(sets) < LEAST_SETS:
+    methods = decision.method, decision.default
+    pair = compare_pair(grid, *methods)
+    if pair is None:
         return None
-    ours, theirs = (grid.means(method, sets) for method in pair)
-    test = bayesian_signed_rank(ours, theirs, ROPE)
-    chances = {"better": test.better, "equivalent": test.equivalent, "worse": test.worse}
-    outcome = max(chances, key=lambda name: chances[name])
-    texts = sorted({grid.texts(name, decision.method) for name in sets})
+    outcome = max(pair.chances, key=lambda name: pair.chances[name])
+    texts = sorted({grid.texts(name, decision.method) for name in pair.sets})
     return (
         " to ".join(f"{number:,}" for number in (texts if len(texts) < 2 else (texts[0], texts[-1]))),
-        str(len(sets)),
-        difference_cell([a - b for a, b in zip(ours, theirs, strict=True)], 2),
-        f"{outcome}, {100 * chances[outcome]:.0f} %",
-        _ratio(grid, sets, pair, *SECONDS),
-        _ratio(grid, sets, pair, "memory", "peak_bytes"),
-        how_sure(chances[outcome], len(sets)),
+        str(len(pair.sets)),
+        pair.difference,
+        f"{outcome}, {100 * pair.chances[outcome]:.0f} %",
+        _ratio(grid, pair.sets, methods, *SECONDS),
+        _ratio(grid, pair.sets, methods, "memory", "peak_bytes"),
+        how_sure(pair.chances[outcome], len(pair.sets)),
     )
 
 
@@ -96,11 +92,11 @@ def how_sure(chance: float, sets: int) -> str:
     return "sure" if chance >= SURE else "likely"
 
 
-def _ratio(grid: Grid, sets: Sequence[str], pair: tuple[str, str], *keys: str) -> str:
+def _ratio(grid: Grid, sets: Sequence[str], methods: tuple[str, str], *keys: str) -> str:
     """What the first method takes over what the second one takes: the mean over sets. Empty if a run lacks it."""
     ratios = []
     for name in sets:
-        ours, theirs = (mean_of_sets([grid.runs[name][method]], *keys) for method in pair)
+        ours, theirs = (mean_of_sets([grid.runs[name][method]], *keys) for method in methods)
         if not ours or not theirs:
             return ""
         ratios.append(ours / theirs)

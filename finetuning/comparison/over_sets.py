@@ -50,10 +50,6 @@ class Grid:
         """The sets on which all these methods have run."""
         return [name for name, found in self.runs.items() if all(method in found for method in methods)]
 
-    def shared_alike(self, first: str, second: str) -> list[str]:
-        """The sets on which both methods have run with as many training texts."""
-        return [name for name in self.shared((first, second)) if self.texts(name, first) == self.texts(name, second)]
-
     def accuracies(self, name: str, method: str) -> list[float]:
         """The test accuracies on a set, in %; empty if the method has not run on it."""
         return [100 * (run.accuracy("test") or 0.0) for run in self.runs[name].get(method, [])]
@@ -105,19 +101,41 @@ def sets_table(grid: Grid) -> Table:
     return Table(("data set", *(f"{method}, %" for method in methods)), rows)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two methods on the sets on which both had as many training texts.
+
+    Attributes:
+        sets: their names.
+        difference: the mean of the first method minus the second, in points, with its interval over sets.
+        chances: ``better``, ``equivalent`` and ``worse`` -> how likely the first method is that on a new set.
+    """
+
+    sets: list[str]
+    difference: str
+    chances: dict[str, float]
+
+
+def compare_pair(grid: Grid, first: str, second: str) -> Pair | None:
+    """The Bayesian signed-rank test of two methods; ``None`` if too few sets have both."""
+    sets = [name for name in grid.shared((first, second)) if grid.texts(name, first) == grid.texts(name, second)]
+    if len(sets) < LEAST_SETS:
+        return None
+    ours, theirs = grid.means(first, sets), grid.means(second, sets)
+    test = bayesian_signed_rank(ours, theirs, ROPE)
+    chances = {"better": test.better, "equivalent": test.equivalent, "worse": test.worse}
+    return Pair(sets, difference_cell([a - b for a, b in zip(ours, theirs, strict=True)], 2), chances)
+
+
 def pairs_table(grid: Grid) -> Table:
-    """Each pair of methods with enough sets on which both had as many texts: the Bayesian signed-rank test."""
+    """Each pair of methods that can be compared."""
     rows = []
     for first, second in combinations(grid.methods, 2):
-        sets = grid.shared_alike(first, second)
-        if len(sets) < LEAST_SETS:
-            continue
-        ours, theirs = grid.means(first, sets), grid.means(second, sets)
-        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        test = bayesian_signed_rank(ours, theirs, ROPE)
-        chances = (f"{100 * share:.0f}" for share in (test.better, test.equivalent, test.worse))
-        shown = difference_cell(differences, 2), *chances, _loss_cell(grid, first, second, sets)
-        rows.append((f"{first} - {second}", str(len(sets)), *shown))
+        pair = compare_pair(grid, first, second)
+        if pair is not None:
+            chances = (f"{100 * share:.0f}" for share in pair.chances.values())
+            shown = pair.difference, *chances, _loss_cell(grid, first, second, pair.sets)
+            rows.append((f"{first} - {second}", str(len(pair.sets)), *shown))
     return Table(PAIRS, rows)
 
 

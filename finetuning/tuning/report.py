@@ -23,7 +23,7 @@ from finetuning.runs.records import SCORES as SCORE_NAMES
 from finetuning.storage import read_json, write_json, write_text
 from finetuning.tuning.plan import BEST, SUMMARY, TRIALS, Budget, Plan, stored_flags
 from finetuning.tuning.plots import draw_plots, shown_score
-from finetuning.tuning.search import last_places, shown_values
+from finetuning.tuning.search import last_places, shown_values, trial_name
 from finetuning.tuning.trials import COMPLETE, Place, Trial, Trials
 
 REPORT, TEMPLATE = "tune.html", Path(__file__).parent / "tune.html.j2"
@@ -163,8 +163,8 @@ def summary_lines(folder: Path, summary: dict[str, Any]) -> list[str]:
     won, monitor = summary["winner"], summary["monitor"]
     lines = [f"{'search':<11} {counts_text(summary['trials'])} in {summary['minutes']:.1f} minutes"]
     for record in compared(summary):
-        lines.append(f"{name_of(record):<11} {_scores_text(record, monitor)}")
-    lines.append(f"{'winner':<11} {name_of(won)}{': ' if won['flags'] else ''}{flags_text(won['flags'])}")
+        lines.append(f"{trial_name(record['trial']):<11} {_scores_text(record, monitor)}")
+    lines.append(f"{'winner':<11} {trial_name(won['trial'])}{': ' if won['flags'] else ''}{flags_text(won['flags'])}")
     if summary["gain"] is not None:
         lines.append(f"{'gain':<11} {gain_text(summary)}")
     lines.append(f"{'best run':<11} {folder / BEST}")
@@ -176,11 +176,6 @@ def compared(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """The default, and the best trial of the search if that is another one."""
     default, candidate = summary["default"], summary["candidate"]
     return [default] if candidate["trial"] == 0 else [default, candidate]
-
-
-def name_of(record: dict[str, Any]) -> str:
-    """A trial, for people."""
-    return "the default" if record["trial"] == 0 else f"trial {record['trial']}"
 
 
 def _scores_text(record: dict[str, Any], monitor: str) -> str:
@@ -226,13 +221,13 @@ def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any
         summary: what ``make_summary`` gives.
     """
     won, monitor = summary["winner"], plan.monitor.replace("_", " ")
-    said = f"{name_of(won)} wins: {monitor} on validation {_cell(plan, won['validation'][plan.monitor])}."
+    said = f"{trial_name(won['trial'])} wins: {monitor} on validation {_cell(plan, won['validation'][plan.monitor])}."
     headline = f"Gain: {gain_text(summary)}." if summary["gain"] else said[0].upper() + said[1:]
     return render(
         TEMPLATE,
         name=name,
         headline=headline,
-        winner=name_of(won),
+        winner=trial_name(won["trial"]),
         results=result_table(plan, summary),
         summary=summary,
         trial_count=len(trials),
@@ -252,7 +247,7 @@ def result_table(plan: Plan, summary: dict[str, Any]) -> Table:
 
     rows = [
         (
-            name_of(record), _cell(plan, record["search_validation"]), ", ".join(map(str, record["seeds"])),
+            trial_name(record["trial"]), _cell(plan, record["search_validation"]), ", ".join(map(str, record["seeds"])),
             mean(record, "validation"), mean(record, "test"),
         )
         for record in compared(summary)

@@ -308,8 +308,10 @@ class Search:
         with suppress(FileExistsError):
             write_new_json(self.folder / FINAL, {"trials": [trial.number for trial in finalists], "seeds": seeds})
         final = read_json(self.folder / FINAL)
-        names = " and ".join("the default" if number == 0 else f"trial {number}" for number in final["trials"])
-        print(f"last runs: {names}, again with {len(final['seeds'])} new seeds", flush=True)
+        print(
+            f"last runs: {' and '.join(map(trial_name, final['trials']))}, again with {len(final['seeds'])} new seeds",
+            flush=True,
+        )
         return final
 
     def _next_last(self, final: dict[str, Any]) -> Job | None:
@@ -326,6 +328,11 @@ class Search:
 
     def _others_finish(self, final: dict[str, Any]) -> bool:
         return any(place.is_claimed() for place in last_places(self.folder, final).values())
+
+
+def trial_name(number: int) -> str:
+    """A trial, for people."""
+    return "the default" if number == 0 else f"trial {number}"
 
 
 def last_places(folder: Path, final: dict[str, Any]) -> dict[tuple[int, int], Place]:

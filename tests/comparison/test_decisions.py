@@ -1,7 +1,6 @@
-"""The first table of docs/best_practices.md, from synthetic runs."""
+"""The table of choices in docs/best_practices.md, from synthetic runs."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +15,13 @@ from tests.synthetic_runs import write_run
 DECISION = Decision("`--flag`", "s", "b", "a")
 
 
-def table(folder: Path, sets: int, monkeypatch: pytest.MonkeyPatch, **more: Any) -> list[str]:
+def table(folder: Path, sets: int, monkeypatch: pytest.MonkeyPatch, times: bool = True) -> list[str]:
     """The cells of the only row; ``b`` is two points better, a little more on later sets."""
     monkeypatch.setattr(decisions, "DECISIONS", (DECISION,))
     for number in range(sets):
         for method, right, seconds in (("a", 800, 10), ("b", 820 + number, 25)):
             config, data = {"data_dir": f"in/d{number}"}, {"sizes": {"train": 100 + number}}
-            train = {"processor_seconds": seconds} if more.get("times", True) else {}
+            train = {"processor_seconds": seconds} if times else {}
             correct = np.arange(1000) < right
             write_run(folder, "s", f"d{number}-{method}", correct=correct, config=config, data=data, train=train)
     text = decisions_table({"s": read_study("s", folder)})
