@@ -33,15 +33,11 @@ Scores = Mapping[str, Mapping[str, float]]  # data set -> method -> score in %
 Chooser = Callable[[str, Scores], str]  # a data set, and the test scores of the others
 
 
-def described(grid: Grid, name: str) -> tuple[float, float, float]:
-    """What is known of a data set before training: logarithms of its texts, its classes, and tokens a text."""
+def size_of(grid: Grid, name: str) -> tuple[int, int, float]:
+    """What is known of a data set before training: its training texts, its classes, and tokens a text."""
     run = next(iter(grid.runs[name].values()))[0]
     texts = run.get("data", "sizes", "train")
-    return (
-        math.log(texts),
-        math.log(len(run.get("data", "label_names"))),
-        math.log(run.get("data", "tokens", "train") / texts),
-    )
+    return texts, len(run.get("data", "label_names")), run.get("data", "tokens", "train") / texts
 
 
 def best_of(sets: Sequence[str], scores: Scores) -> str:
@@ -72,7 +68,7 @@ def nearest(points: Mapping[str, Sequence[float]], count: int) -> Chooser:
 
 def choosers(grid: Grid) -> dict[str, Chooser]:
     """Every way to choose, by its name in the table."""
-    points = {name: described(grid, name) for name in grid.runs}
+    points = {name: [math.log(each) for each in size_of(grid, name)] for name in grid.runs}
     trials = {
         name: {method: max(run.monitored or 0.0 for run in runs) for method, runs in found.items()}
         for name, found in grid.trials.items()

@@ -21,12 +21,12 @@ from sklearn.linear_model import LogisticRegression
 from benchmarks import harness
 from benchmarks.budget import FROZEN, mean_vectors
 from benchmarks.harness import Record
-from benchmarks.recommend import DEFAULT, default_accuracies
-from compare_methods import DATA_SETS, ROOT
+from benchmarks.recommend import DEFAULT, default_accuracies, size_of
+from compare_methods import BEST_PRACTICES, DATA_SETS, ROOT
 from finetuning.comparison.baselines import NAME, VECTORIZER
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.drawn import log_uniform
-from finetuning.comparison.over_sets import difference_cell, grid_of, score_cell
+from finetuning.comparison.over_sets import Grid, difference_cell, grid_of, score_cell
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.data.loading import load_texts
 from finetuning.data.texts import LabelledTexts
@@ -35,7 +35,11 @@ from finetuning.models.base_files import find_folder
 from finetuning.pages import Table, measured
 from finetuning.runs.measurements import environment_record
 
-STUDIES = {"methods_on_sets": "sets_baselines", "curves": "curves_baselines"}  # study -> its table
+STUDIES = {  # study -> its table, and the page of the table
+    "methods_on_sets": ("sets_baselines", BEST_PRACTICES),
+    "curves": ("curves_baselines", DATA_SETS),
+}
+SIZES = ("classes", "training texts", "tokens a text")
 TRIALS = 6
 LEAST, MOST = 0.01, 1000.0  # of C, the inverse of the regularization; drawn on a logarithmic scale
 
@@ -122,47 +126,63 @@ def chosen(name: str, features: dict[str, Any], labels: dict[str, Any], trials: 
     return {"C": -C, "validation": float(validation), "accuracy": test}
 
 
-def of_default() -> dict[str, float]:
-    """The accuracies of the default command. Its study has the data settings of ``methods_on_sets``; a test says so."""
-    grid = grid_of(read_study("placement", ROOT / "results"))
-    return default_accuracies(grid) if grid else {}
+def of_default() -> Grid | None:
+    """The runs of the default command. Their study has the data settings of ``methods_on_sets``; a test says so."""
+    return grid_of(read_study("placement", ROOT / "results"))
 
 
-def table(result: Record, default: Mapping[str, float]) -> str:
+def table(result: Record, default: Grid | None) -> str:
     """Markdown: a row for each data set; for each number of texts and baseline, if a data set has several numbers.
 
     Args:
         result: the measurements of a study's cells.
-        default: data set -> accuracy in % of the default command; a column of rows of data sets.
+        default: the runs of the default command, if they are to stand beside: rows of data sets then have its scores
+            and the sizes of its texts.
     """
     found: dict[Cell, dict[str, float]] = {}
     for record in result["measurements"]:
         cell = Cell(record["set"], record["texts"], record["draw"])
         found.setdefault(cell, {})[record["baseline"]] = 100 * record["accuracy"]
+    if len({(cell.set, cell.texts) for cell in found}) > len({cell.set for cell in found}):
+        parts = [by_texts(found).markdown()]
+    else:
+        parts = by_sets({cell.set: own for cell, own in found.items()}, default)
+    return "\n\n".join([*parts, measured([result["environment"]])])
+
+
+def by_texts(found: Mapping[Cell, Mapping[str, float]]) -> Table:
+    """A row for each number of texts and each baseline, a column for each data set."""
     sizes = sorted({cell.texts for cell in found}, key=lambda texts: texts or math.inf)
     sets = sorted({cell.set for cell in found})
-    kinds = list(next(iter(found.values())))
-    gains: list[str] = []
 
     def cell_of(name: str, texts: int, kind: str) -> str:
         return score_cell([own[kind] for cell, own in found.items() if (cell.set, cell.texts) == (name, texts)])
 
-    if len({(cell.set, cell.texts) for cell in found}) > len(sets):
-        by_texts = [
-            (str(texts or "all"), kind, *(cell_of(name, texts, kind) for name in sets))
-            for texts in sizes
-            for kind in kinds
-        ]
-        shown = Table(("training texts", "baseline", *(f"{name}, %" for name in sets)), by_texts)
-    else:
-        columns = {kind: {cell.set: own[kind] for cell, own in found.items()} for kind in kinds}
-        if default.keys() >= set(sets):
-            columns[DEFAULT] = {name: default[name] for name in sets}
-        rows = [(name, *(f"{own[name]:.2f}" for own in columns.values())) for name in sets]
-        rows.append((f"mean of {len(sets)} sets", *(f"{fmean(own.values()):.2f}" for own in columns.values())))
-        shown = Table(("data set", *(f"{kind}, %" for kind in columns)), rows)
-        gains = [gain_sentence(kind, columns[kind], columns[DEFAULT]) for kind in kinds if DEFAULT in columns]
-    return "\n\n".join([shown.markdown(), *gains, measured([result["environment"]])])
+    rows = [
+        (str(texts or "all"), kind, *(cell_of(name, texts, kind) for name in sets))
+        for texts in sizes
+        for kind in next(iter(found.values()))
+    ]
+    return Table(("training texts", "baseline", *(f"{name}, %" for name in sets)), rows)
+
+
+def by_sets(found: Mapping[str, Mapping[str, float]], default: Grid | None) -> list[str]:
+    """A table with a row for each data set and the mean of all, and what the default gains: paragraphs of Markdown."""
+    kinds = list(next(iter(found.values())))
+    columns = {kind: {name: own[kind] for name, own in found.items()} for kind in kinds}
+    sizes: dict[str, tuple[str, ...]] = dict.fromkeys(sorted(found), ())
+    if default and default_accuracies(default).keys() >= found.keys():
+        columns[DEFAULT] = {name: default_accuracies(default)[name] for name in found}
+        known = {name: size_of(default, name) for name in found}
+        ordered = sorted(found, key=lambda name: (known[name][1], known[name][0], name))
+        sizes = {name: (str(c), f"{n:,}", f"{t:.0f}") for name in ordered for n, c, t in [known[name]]}
+    titles = SIZES if DEFAULT in columns else ()
+    rows = [(name, *own, *(f"{scores[name]:.2f}" for scores in columns.values())) for name, own in sizes.items()]
+    means = (f"{fmean(scores.values()):.2f}" for scores in columns.values())
+    rows.append((f"mean of {len(found)} sets", *("" for _ in titles), *means))
+    shown = Table(("data set", *titles, *(f"{kind}, %" for kind in columns)), rows)
+    gains = [gain_sentence(kind, columns[kind], columns[DEFAULT]) for kind in kinds if DEFAULT in columns]
+    return [shown.markdown(), *gains]
 
 
 def gain_sentence(kind: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> str:
@@ -175,14 +195,14 @@ def gain_sentence(kind: str, theirs: Mapping[str, float], ours: Mapping[str, flo
 
 
 def command(argv: Sequence[str] | None) -> int:
-    """Measures what is missing, and renews docs/data_sets.md. Returns the exit status."""
+    """Measures what is missing, and renews their page. Returns the exit status."""
     parser = harness.make_parser("The baselines of docs/protocol.md on every data set.")
     parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
     parser.add_argument(
         "--study", choices=STUDIES, default=next(iter(STUDIES)), help="whose texts (default: %(default)s)"
     )
     options = parser.parse_args(argv)
-    name = STUDIES[options.study]
+    name, page = STUDIES[options.study]
     journal = harness.start_journal(name, options, {"environment": environment_record()})
     runs, trials = cells_of(ROOT / "studies" / f"{options.study}.toml")
     known: Known = {}
@@ -190,9 +210,8 @@ def command(argv: Sequence[str] | None) -> int:
         if journal.find(**asdict(cell)) is None:
             found = measure(run, trials, options.data_dir, known)
             journal.keep(*(asdict(cell) | record for record in found))
-    default = of_default() if name == "sets_baselines" else {}
-    shown = partial(table, default=default)
-    harness.publish(journal, harness.RESULTS / f"{name}.json", shown, name, partly=False, page=DATA_SETS)
+    shown = partial(table, default=of_default() if name == "sets_baselines" else None)
+    harness.publish(journal, harness.RESULTS / f"{name}.json", shown, name, partly=False, page=page)
     return 0
 
 

@@ -7,7 +7,8 @@
 * ``repeat``: the same search twice: are trials, scores and the winner's weights the same?
 
 All searches are kept in ``runs/tune``, so that the same command goes on after an interruption. What is measured is
-written to ``benchmarks/results/tune.json`` and to docs/data_sets.md; with ``--seeds`` or ``--sets`` a part of it.
+written to ``benchmarks/results/tune.json`` and to docs/data_sets.md; with ``--seeds`` or ``--sets`` a part of it, next
+to what is there.
 """
 
 import json
@@ -100,6 +101,16 @@ def environment(folder: Path) -> Record:
     return dict(read_result(folder / BEST)["environment"])
 
 
+def merged(earlier: Sequence[Record], new: Sequence[Record]) -> list[Record]:
+    """The records of an earlier call and the new ones, which replace those of the same search."""
+
+    def place(record: Record) -> tuple[object, ...]:
+        return tuple(record.get(key) for key in ("set", "kind", "seed"))
+
+    places = {place(record) for record in new}
+    return [*(record for record in earlier if place(record) not in places), *new]
+
+
 def shown(table: Table, records: Sequence[Record]) -> str:
     """A part's table and where it was measured."""
     return f"{table.markdown()}\n\n{measured(record['environment'] for record in records)}"
@@ -112,7 +123,7 @@ def gain(asked: Conditions) -> list[Record]:
         for name in asked.sets:
             folder = timed_search(asked, name, "TPE with pruning", seed)
             summary = read_json(folder / SUMMARY)
-            known = {key: summary[key] for key in ("trials", "minutes", "gain")}
+            known = {key: summary[key] for key in ("trials", "minutes", "gain")} | {"jobs": asked.jobs}
             found.append({"set": name, "seed": seed, **known, "environment": environment(folder)})
     return found
 
@@ -150,7 +161,14 @@ def samplers(asked: Conditions) -> list[Record]:
                     until = third * asked.minutes / 3
                     values = [t.value or 0.0 for t in trials if t.state == COMPLETE and t.minutes <= until]
                     best[f"{until:g}"] = max(values, default=None)
-                known = {"set": name, "kind": kind, "seed": seed, "trials": len(trials), "best": best}
+                known = {
+                    "set": name,
+                    "kind": kind,
+                    "seed": seed,
+                    "trials": len(trials),
+                    "jobs": asked.jobs,
+                    "best": best,
+                }
                 found.append(known | {"environment": environment(folder)})
     return found
 
@@ -299,8 +317,8 @@ def command(argv: Sequence[str] | None) -> int:
     result: Record = read_json(output) if output.exists() else {}
     for name in options.only:
         measure, table = PARTS[name]
-        result[name] = measure(asked)
-        write_json(output, result | {"minutes": options.minutes, "jobs": options.jobs})
+        result[name] = merged(result.get(name, []), measure(asked))
+        write_json(output, result)
         content = table(result[name])
         print(f"{name}\n\n{content}\n", flush=True)
         if not quick:

@@ -34,7 +34,7 @@ from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.equality import differences
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
-from compare_methods import ACCURACY, DATA_SETS, README, RESULTS, ROOT, SPEED
+from compare_methods import ACCURACY, BEST_PRACTICES, README, RESULTS, ROOT, SPEED
 from finetuning.comparison.packed import Record, change_records
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
@@ -366,7 +366,7 @@ def headline_table() -> str:
         (budget.PAGE, "defaults", lambda: budget.defaults_table(RESULTS / "defaults")),
         (budget.PAGE, "defaults_methods", lambda: budget.defaults_table(RESULTS / "defaults_methods")),
         (
-            DATA_SETS,
+            BEST_PRACTICES,
             "sets_baselines",
             lambda: sets_baselines.table(stored("sets_baselines"), sets_baselines.of_default()),
         ),

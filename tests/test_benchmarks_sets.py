@@ -10,8 +10,11 @@ from benchmarks import sets_baselines
 from benchmarks.budget import FROZEN
 from compare_methods import ROOT
 from finetuning.comparison.baselines import NAME
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.over_sets import Grid, grid_of
 from finetuning.comparison.plan import PlannedRun
 from finetuning.flags import from_flags
+from tests.synthetic_runs import write_run
 
 
 def test_every_set_of_the_study_has_as_many_trials_as_a_method() -> None:
@@ -61,19 +64,33 @@ def test_of_equal_scores_the_strongest_regularization_is_chosen() -> None:
     assert record["C"] <= again["C"]
 
 
-def test_the_table_has_the_mean_over_sets() -> None:
+def default_runs(folder: Path, sets: dict[str, tuple[int, int]]) -> Grid | None:
+    """Runs of the default command: data set -> right ones of 1,000 test texts, classes."""
+    for name, (right, classes) in sets.items():
+        data = {"sizes": {"train": 2000}, "tokens": {"train": 24_000}, "label_names": [str(i) for i in range(classes)]}
+        for method in ("all", "query-value"):
+            config = {"data_dir": f"in/{name}"}
+            write_run(folder, "s", f"{name}-{method}", correct=np.arange(1000) < right, config=config, data=data)
+    return grid_of(read_study("s", folder))
+
+
+def test_the_table_has_sizes_and_the_default_command(tmp_path: Path) -> None:
     records = [
         {"set": name, "texts": 0, "draw": 0, "baseline": kind, "accuracy": accuracy}
-        for name, accuracies in (("b", (0.5, 0.75)), ("a", (0.7, 0.85)))
+        for name, accuracies in (("a", (0.7, 0.85)), ("b", (0.5, 0.75)))
         for kind, accuracy in zip((NAME, FROZEN), accuracies, strict=True)
     ]
     result = {"measurements": records, "environment": {}}
-    text = sets_baselines.table(result, {"a": 80.0})
-    assert "the default command" not in text, "it lacks a set"
-    assert f"| data set | {NAME}, % | {FROZEN}, % |" in text
-    assert "| a | 70.00 | 85.00 |\n| b | 50.00 | 75.00 |\n| mean of 2 sets | 60.00 | 80.00 |" in text
-    text = sets_baselines.table(result, {"a": 86.0, "b": 74.0})
-    assert "| mean of 2 sets | 60.00 | 80.00 | 80.00 |" in text
+    others = {"c": (900, 2), "d": (900, 2)}
+    for default in (None, default_runs(tmp_path / "lacks", {"a": (860, 2)} | others)):
+        text = sets_baselines.table(result, default)
+        assert f"| data set | {NAME}, % | {FROZEN}, % |" in text
+        assert "| a | 70.00 | 85.00 |\n| b | 50.00 | 75.00 |\n| mean of 2 sets | 60.00 | 80.00 |" in text
+        assert "the default command" not in text, "it was not given, or lacks a set"
+    text = sets_baselines.table(result, default_runs(tmp_path, {"a": (860, 6), "b": (740, 2)} | others))
+    assert f"| data set | classes | training texts | tokens a text | {NAME}, % | {FROZEN}, % |" in text
+    assert "| b | 2 | 2,000 | 12 | 50.00 | 75.00 | 74.00 |\n| a | 6 | 2,000 | 12 | 70.00 | 85.00 | 86.00 |" in text
+    assert "| mean of 2 sets |  |  |  | 60.00 | 80.00 | 80.00 |" in text
     assert f"the default command - {FROZEN}: +0.00 (-12.71 to +12.71) points; better on 1 of 2 sets." in text
 
 
@@ -84,6 +101,6 @@ def test_several_numbers_of_texts_are_rows_with_their_draws() -> None:
         for draw in (0, 1)
         for kind in (NAME, FROZEN)
     ]
-    text = sets_baselines.table({"measurements": records, "environment": {}}, {})
+    text = sets_baselines.table({"measurements": records, "environment": {}}, None)
     assert f"| 50 | {NAME} | 55.00 ± 7.07 (2) |" in text
     assert text.index("| 50 |") < text.index(f"| all | {FROZEN} | 85.00 ± 7.07 (2) |")

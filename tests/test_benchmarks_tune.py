@@ -2,7 +2,17 @@
 
 import pytest
 
-from benchmarks.tune import OUTPUT, PAGE, PARTS, gain_table, kills_table, repeat_table, samplers_table, speed_table
+from benchmarks.tune import (
+    OUTPUT,
+    PAGE,
+    PARTS,
+    gain_table,
+    kills_table,
+    merged,
+    repeat_table,
+    samplers_table,
+    speed_table,
+)
 from finetuning.pages import with_table
 from finetuning.storage import read_json
 from tests.synthetic_runs import ENVIRONMENT
@@ -27,6 +37,13 @@ def test_gains_have_their_mean_over_data_sets() -> None:
     assert "| trec6 | 0 | 8 | 14.5 | +1.00 (+0.00 to +2.00) |\n| trec6 | 1 |" in table
     assert row_of(table) == "| mean of 2 sets |  |  |  | +2.00 (-10.71 to +14.71) |"
     assert "mean of" not in gain_table([record for record in records if record["set"] == "trec6"])
+
+
+def test_a_part_of_the_searches_stands_next_to_the_earlier_ones() -> None:
+    earlier = [{"set": name, "seed": 0, "gain": 1} for name in ("a", "b")]
+    new = [{"set": "b", "seed": seed, "gain": 2} for seed in (0, 1)]
+    assert merged(earlier, new) == [earlier[0], *new]
+    assert merged([{"kills": 1}], [{"kills": 2}]) == [{"kills": 2}], "these parts have one record"
 
 
 def test_samplers_have_the_mean_over_seeds_where_all_have_a_score() -> None:

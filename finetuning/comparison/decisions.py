@@ -13,10 +13,10 @@ from finetuning.pages import Table, measured
 
 NAME = "decisions"  # of the table on a page
 COLUMNS = (
-    "instead of the default", "training texts", "data sets", "accuracy, points (95 %)", "on a new data set",
+    "instead of the default", "tuned", "training texts", "data sets", "accuracy, points (95 %)", "on a new data set",
     "training time, ratio", "peak memory, ratio", "how sure",
 )  # fmt: skip
-MISSING = "not run yet"
+MISSING = "not run yet over data sets"
 SURE, LIKELY = 0.95, 0.8  # least probability of the outcome
 ENOUGH_SETS = 8  # fewer leave an advice open
 
@@ -59,7 +59,7 @@ def decisions_table(studies: Mapping[str, Study]) -> str:
     for decision in DECISIONS:
         grid = grids.get(decision.study)
         cells = decision_cells(grid, decision) if grid else None
-        rows.append((decision.take, *(cells or (MISSING, *[""] * (len(COLUMNS) - 2)))))
+        rows.append((decision.take, *(cells or ("", MISSING, *[""] * (len(COLUMNS) - 3)))))
         if grid and cells:
             pair = (decision.method, decision.default)
             environments += [run.environment for found in grid.runs.values() for m in pair for run in found.get(m, ())]
@@ -75,6 +75,7 @@ def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:
     outcome = max(pair.chances, key=lambda name: pair.chances[name])
     texts = sorted({grid.texts(name, decision.method) for name in pair.sets})
     return (
+        "both" if all(m in grid.trials.get(name, ()) for name in pair.sets for m in methods) else "",
         " to ".join(f"{number:,}" for number in (texts if len(texts) < 2 else (texts[0], texts[-1]))),
         str(len(pair.sets)),
         pair.difference,

@@ -15,7 +15,7 @@ from tests.synthetic_runs import write_run
 DECISION = Decision("`--flag`", "s", "b", "a")
 
 
-def table(folder: Path, sets: int, monkeypatch: pytest.MonkeyPatch, times: bool = True) -> list[str]:
+def table(folder: Path, sets: int, monkeypatch: pytest.MonkeyPatch, times: bool = True, tuned: str = "") -> list[str]:
     """The cells of the only row; ``b`` is two points better, a little more on later sets."""
     monkeypatch.setattr(decisions, "DECISIONS", (DECISION,))
     for number in range(sets):
@@ -24,28 +24,35 @@ def table(folder: Path, sets: int, monkeypatch: pytest.MonkeyPatch, times: bool 
             train = {"processor_seconds": seconds} if times else {}
             correct = np.arange(1000) < right
             write_run(folder, "s", f"d{number}-{method}", correct=correct, config=config, data=data, train=train)
+            if method in tuned:
+                write_run(folder, "s", f"d{number}-{method}", stage="tune", config=config)
     text = decisions_table({"s": read_study("s", folder)})
     (row,) = (line for line in text.splitlines() if line.startswith("| `--flag`"))
     return [cell.strip() for cell in row.split("|")[2:-1]]
 
 
 def test_a_decision_has_its_difference_costs_and_certainty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts, sets, difference, outcome, time, memory, word = table(tmp_path, 9, monkeypatch)
-    assert (texts, sets, time, memory) == ("100 to 108", "9", "2.50", "1.00")
+    tuned, texts, sets, difference, outcome, time, memory, word = table(tmp_path, 9, monkeypatch)
+    assert (tuned, texts, sets, time, memory) == ("", "100 to 108", "9", "2.50", "1.00")
     assert difference.startswith("+2.40 (+2.1")
     chance = bayesian_signed_rank([82 + i / 10 for i in range(9)], [80.0] * 9, ROPE).better
     assert outcome == f"better, {100 * chance:.0f} %"
     assert word == "sure"
 
 
+def test_tuned_is_a_pair_whose_methods_both_had_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert table(tmp_path / "both", 3, monkeypatch, tuned="ab")[0] == "both"
+    assert table(tmp_path / "one", 3, monkeypatch, tuned="b")[0] == ""
+
+
 def test_few_sets_leave_it_open_and_missing_times_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = table(tmp_path, 4, monkeypatch, times=False)
-    assert cells[4] == ""
+    assert cells[5] == ""
     assert cells[-1] == "open"
 
 
 def test_what_no_study_has_yet_stays_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert table(tmp_path, 2, monkeypatch) == ["not run yet", *[""] * (len(COLUMNS) - 2)]
+    assert table(tmp_path, 2, monkeypatch) == ["", "not run yet over data sets", *[""] * (len(COLUMNS) - 3)]
 
 
 def test_how_sure_needs_sets_and_probability() -> None:
