@@ -2,6 +2,7 @@
 
 import base64
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,13 @@ def render(template: Path, escape_text: bool = True, **content: Any) -> str:
         escape_text: whether text is escaped for HTML; not for a page in Markdown.
         content: what the template names.
     """
+    return _environment(template.parent, escape_text).get_template(template.name).render(**content)
+
+
+@cache  # it holds the compiled templates
+def _environment(folder: Path, escape_text: bool) -> Environment:
     environment = Environment(
-        loader=FileSystemLoader([template.parent, SHARED]),
+        loader=FileSystemLoader([folder, SHARED]),
         autoescape=escape_text,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -32,7 +38,7 @@ def render(template: Path, escape_text: bool = True, **content: Any) -> str:
     environment.filters |= {
         "with_code": _with_code, "cell_classes": _cell_classes, "with_whole_brackets": _with_whole_brackets,
     }  # fmt: skip
-    return environment.get_template(template.name).render(**content)
+    return environment
 
 
 def data_url(png: bytes) -> str:

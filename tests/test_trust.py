@@ -22,7 +22,7 @@ import predict
 from benchmarks.harness import TRAINING_FLAGS
 from finetuning import hub
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.report import build_report
+from finetuning.comparison.report import write_report
 from finetuning.comparison.tables import csv_text
 from finetuning.errors import UserError
 from finetuning.models.pretrained import load_pretrained
@@ -328,8 +328,7 @@ def test_the_report_of_studies_shows_markup_as_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)<"
     write_run(tmp_path, evil, evil, question=f"{evil} `{evil}`?", command=f"python finetune_lora.py --data_dir {evil}")
     write_run(tmp_path, evil, "=1+1", status="failed", error=evil)
-    files = build_report(tmp_path, [])
-    page = (files[tmp_path / "report.html"] or b"").decode()
+    page = write_report(tmp_path, []).read_text(encoding="utf8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;") >= 4
     rows = list(csv.DictReader(io.StringIO(csv_text(read_study(evil, tmp_path)))))

@@ -105,7 +105,7 @@ class Run:
         """Its seed."""
         return int(self.get("study", "seed"))
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """The settings that must be equal for all runs of a row."""
         config = self.get("config") or {}

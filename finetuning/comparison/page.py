@@ -1,7 +1,8 @@
 """All studies on one HTML page that needs no other file. The page itself is the template ``report.html.j2``."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from finetuning.comparison.over_sets import OVER_SETS
@@ -14,11 +15,15 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: the name of its file, a caption, and its PNG."""
+    """A plot: the name of its file, a caption, and what draws its PNG, which takes most of a report's time."""
 
     file: str
     caption: str
-    png: bytes
+    draw: Callable[[], bytes] = field(compare=False)
+
+    @cached_property
+    def png(self) -> bytes:
+        return self.draw()
 
     @property
     def data_url(self) -> str:

@@ -34,6 +34,7 @@ import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def stated_command(command: str, config: Mapping[str, Any]) -> str:
     return re.sub(rf"(--model_name[ =]){PACKAGED}(?!\S)", rf"\g<1>{model}", command)
 
 
+@cache
 def shown_command(command: str) -> str:
     """A command without the paths of one machine; the value of ``--data_dir`` becomes ``PATH``."""
     words, kept = shlex.split(command), []

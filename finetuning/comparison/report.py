@@ -8,6 +8,7 @@ README, and the tables between markers in README and ``docs/``. Plots of studies
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
@@ -15,7 +16,7 @@ from finetuning.comparison import decisions
 from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.over_sets import OVER_SETS, over_sets
-from finetuning.comparison.page import Section, render_page
+from finetuning.comparison.page import Plot, Section, render_page
 from finetuning.comparison.pairs import READING, Comparison, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots
@@ -74,52 +75,69 @@ def write_report(results: Path, pages: Sequence[Path]) -> Path:
     for page in pages:
         if not page.is_file():
             raise UserError(f"--pages {page}: must be a Markdown file")
-    for path, content in build_report(results, pages).items():
-        if content is None:
+    report = build_report(results, pages)
+    for path, plot in report.plots.items():
+        if plot is None:
             path.unlink(missing_ok=True)
         else:
-            write_bytes(path, content)
-    return results / "report.html"
+            write_bytes(path, plot.png)
+    for path, content in report.texts.items():
+        write_bytes(path, content.encode())
+    html = results / "report.html"
+    write_bytes(html, render_page(report.sections).encode())
+    return html
 
 
-def build_report(results: Path, pages: Sequence[Path]) -> dict[Path, bytes | None]:
-    """The content of every file of the report; writes nothing.
+@dataclass(frozen=True)
+class Report:
+    """What is written; no plot is drawn yet.
+
+    Attributes:
+        texts: path -> content of tables and pages.
+        plots: path -> plot; ``None`` if there is no data for it any more, and it must be deleted.
+        sections: of the HTML page.
+    """
+
+    texts: dict[Path, str]
+    plots: dict[Path, Plot | None]
+    sections: list[Section]
+
+
+def build_report(results: Path, pages: Sequence[Path]) -> Report:
+    """Everything of the report; writes nothing.
 
     Args:
         results: holds a folder for each study.
         pages: Markdown files with markers.
-
-    Returns:
-        The content by path; ``None`` for a plot that has no data any more and must be deleted.
     """
     studies = [read_study(name, results) for name in study_names(results)]
     compared = {study.name: compare_rows(study) for study in studies}
     sections = [make_section(study, *compared[study.name]) for study in studies]
-    files: dict[Path, bytes | None] = {results / README_PLOT: None}
+    texts: dict[Path, str] = {}
+    plots: dict[Path, Plot | None] = {results / README_PLOT: None}
     tables = {DEFAULT_RATES: default_rates_table(), DEFAULTS: defaults_table()}
     tables[decisions.NAME] = decisions.decisions_table({study.name: study for study in studies})
     for study, section in zip(studies, sections, strict=True):
         folder = results / study.name
-        files |= dict.fromkeys(folder / name for name in (*FILES, *SET_FILES))
-        files |= {folder / plot.file: plot.png for plot in section.plots}
-        files[folder / "table.md"] = study_text(section).encode()
-        files[folder / "table.csv"] = csv_text(study).encode()
+        plots |= dict.fromkeys(folder / name for name in (*FILES, *SET_FILES))
+        plots |= {folder / plot.file: plot for plot in section.plots}
+        texts[folder / "table.md"] = study_text(section)
+        texts[folder / "table.csv"] = csv_text(study)
         caption = measured(run.environment for run in study.final if run.finished)
         tables[study.name] = f"{study_summary(section)}\n\n{caption}"
         table = section.table.without_empty_columns().without("command").markdown()
         tables[study.name + ROWS] = "\n\n".join([table, *(fill(note, WIDTH) for note in section.notes), caption])
         tables[study.name + SETS] = f"{sets_text(section)}\n\n{caption}"
         tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{caption}"
-        if study.name == README_STUDY and (plot := draw_readme_plot(study, README_ROWS, README_PLOT)):
-            files[results / README_PLOT] = plot.png
+        if study.name == README_STUDY:
+            plots[results / README_PLOT] = draw_readme_plot(study, README_ROWS, README_PLOT)
     rows = [row for study in studies for row in summary(study)]
-    files[results / "summary.json"] = (json.dumps(rows, indent=2, allow_nan=False) + "\n").encode()
-    files[results / "report.html"] = render_page(sections).encode()
+    texts[results / "summary.json"] = json.dumps(rows, indent=2, allow_nan=False) + "\n"
     pairs = {name: comparisons for name, (comparisons, _) in compared.items()}
     for page in pages:
         advice = advice_tables(studies, pairs, os.path.relpath(results, page.parent))
-        files[page] = page_with_tables(page, advice | tables).encode()
-    return files
+        texts[page] = page_with_tables(page, advice | tables)
+    return Report(texts, plots, sections)
 
 
 def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: Sequence[str]) -> Section:

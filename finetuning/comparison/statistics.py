@@ -156,7 +156,7 @@ def _drawn_differences(
     """``(resamples,)``: the difference in each draw of texts and seeds, see ``bootstrap_difference``."""
     runs = np.concatenate([first, second])  # (runs, n, 2)
     texts = runs.shape[1]
-    patterns, counts = np.unique(runs.transpose(1, 0, 2).reshape(texts, -1), axis=0, return_counts=True)
+    patterns, counts = _distinct(runs.transpose(1, 0, 2).reshape(texts, -1))
     drawn = generator.multinomial(texts, counts / texts, size=resamples)  # (resamples, patterns)
     scores = SCORES[score]((drawn @ patterns).reshape(resamples, len(runs), 2))  # (resamples, runs)
     differences: np.ndarray = scores[:, : len(first)].mean(axis=1) - scores[:, len(first) :].mean(axis=1)
@@ -164,6 +164,19 @@ def _drawn_differences(
         return differences
     scale = spread.deviation * math.sqrt(1 / len(first) + 1 / len(second))
     return differences + scale * generator.standard_t(spread.degrees, size=resamples)
+
+
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different rows of numbers from 0 in their order, and how often each occurs.
+
+    Rows become single numbers where 63 bits are enough: these are sorted ten times as fast.
+    """
+    sizes = rows.max(axis=0) + 1
+    if math.prod(sizes.tolist()) >= 2**63:
+        patterns, counts = np.unique(rows, axis=0, return_counts=True)
+        return patterns, counts
+    codes, counts = np.unique(np.ravel_multi_index(tuple(rows.T), sizes), return_counts=True)
+    return np.stack(np.unravel_index(codes, sizes), axis=1), counts
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

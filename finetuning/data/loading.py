@@ -15,7 +15,7 @@ from finetuning.data.labels import STRATIFIED, unseen_labels
 from finetuning.data.sources import read_source
 from finetuning.data.splits import drop_leaks, encode_labels, keep_test_unseen, limited, split_source
 from finetuning.data.texts import LabelledTexts, TextData
-from finetuning.data.tokens import TokenizedSplit, cached_tokens
+from finetuning.data.tokens import TokenizedSplit, begun_key, cached_tokens
 from finetuning.settings import DataSettings
 
 
@@ -82,9 +82,9 @@ def tokenize(texts: TextData, tokenizer: Any, data: DataSettings, test: bool = T
         UserError: the cache cannot be written, or as in ``encode_texts`` and ``encode_pairs``.
     """
     wanted = {name: split for name, split in texts.splits.items() if test or name != "test"}
-    tokenized = {}
+    tokenized, begun = {}, begun_key(tokenizer, data)
     for name, split in wanted.items():
         progress = f"tokenizing {name}"
-        encoded = cached_tokens(split.texts, tokenizer, data, progress, split.pairs)
+        encoded = cached_tokens(split.texts, tokenizer, data, progress, split.pairs, begun)
         tokenized[name] = encoded.labelled(split.labels, split.rows)
     return tokenized

@@ -92,13 +92,18 @@ class TokenizedSplit:
         return TokenizedSplit(tokens, offsets, self.labels[positions], self.rows[positions], begins, windows)
 
 
-def _tokens_key(texts: list[str], tokenizer: Any, data: DataSettings, pairs: list[str] | None) -> str:
-    """A hash of everything that the tokens depend on."""
+def begun_key(tokenizer: Any, data: DataSettings) -> "hashlib.blake2b":
+    """The part of a hash of everything that tokens depend on which all splits share: a vocabulary is long."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # earlier calls change them, but they do not change our tokens
         backend.pop(state, None)
     cutting = [data.max_length, data.truncation, data.windows, data.window_overlap]
-    digest = hashlib.blake2b(json.dumps([FORMAT, *cutting, backend]).encode(), digest_size=16)
+    return hashlib.blake2b(json.dumps([FORMAT, *cutting, backend]).encode(), digest_size=16)
+
+
+def _tokens_key(texts: list[str], pairs: list[str] | None, begun: "hashlib.blake2b") -> str:
+    """The whole hash of a split."""
+    digest = begun.copy()
     for column in (texts, pairs) if pairs is not None else (texts,):
         encoded = [text.encode("utf-8", "surrogatepass") for text in column]
         digest.update(np.array([len(text) for text in encoded]).tobytes())
@@ -245,16 +250,22 @@ def _joined(sequences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cached_tokens(
-    texts: list[str], tokenizer: Any, data: DataSettings, progress: str, pairs: list[str] | None = None
+    texts: list[str],
+    tokenizer: Any,
+    data: DataSettings,
+    progress: str,
+    pairs: list[str] | None = None,
+    begun: "hashlib.blake2b | None" = None,
 ) -> Encoded:
     """Like ``encode_pairs``, or ``encode_texts`` without ``pairs``, but reads the tokens from the cache.
 
-    Tokens that are not in the cache, or damaged there, are made and written to it.
+    Tokens that are not in the cache, or damaged there, are made and written to it. ``begun`` is what ``begun_key``
+    gives, if several splits share it.
 
     Raises:
         UserError: the cache cannot be written, or as in ``encode_pairs``.
     """
-    path = cache_dir() / "tokens" / f"{_tokens_key(texts, tokenizer, data, pairs)}.npz"
+    path = cache_dir() / "tokens" / f"{_tokens_key(texts, pairs, begun or begun_key(tokenizer, data))}.npz"
     if sum_holds(path):
         with suppress(OSError), path.open("rb") as file, np.load(file) as stored:  # it may have been removed meanwhile
             return Encoded(**stored)

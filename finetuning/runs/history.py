@@ -82,18 +82,17 @@ def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor
 
     A run without validation, the last one of ``--kfold``, only has a training loss.
     """
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.image import imsave
 
     training = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss") is not None]
     validated = [row for row in rows if row.get("validation_loss") is not None]
     metric = "accuracy" if monitor == "loss" else monitor
-    figure, axes = plt.subplots(
-        2 if validated else 1, figsize=(7, 6), sharex=True, squeeze=False,
-        height_ratios=(3, 2) if validated else None, layout="constrained", dpi=150,
-    )  # fmt: skip
+    figure = Figure(figsize=(7, 6), dpi=150)
+    figure.subplots_adjust(left=0.11, right=0.97, top=0.94, bottom=0.09, hspace=0.07)  # a layout that fits takes longer
+    ratios = (3, 2) if validated else None
+    axes = figure.subplots(2 if validated else 1, sharex=True, squeeze=False, height_ratios=ratios)
     above, below = axes[0, 0], axes[-1, 0]
     steps, losses = [s for s, _ in training], [loss for _, loss in training]
     above.plot(steps, losses, color="#9ecae1", linewidth=1, label="training loss")
@@ -121,5 +120,6 @@ def plot_learning_curve(directory: Path, rows: Sequence[dict[str, Any]], monitor
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    write_atomically(directory / CURVE, lambda temporary: figure.savefig(temporary))
-    plt.close(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # savefig would draw it twice
+    write_atomically(directory / CURVE, lambda temporary: imsave(temporary, canvas.buffer_rgba(), format="png"))

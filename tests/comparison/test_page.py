@@ -23,7 +23,7 @@ def section(**changes: object) -> Section:
 
 def test_the_page_is_whole_and_needs_no_other_file() -> None:
     png = b"\x89PNG bytes"
-    plots = [Plot("p.png", 'A "plot" < another', png)]
+    plots = [Plot("p.png", 'A "plot" < another', lambda: png)]
     comparison = Table(("row", "verdict"), [("a", "no significant difference")])
     text = render_page(
         [

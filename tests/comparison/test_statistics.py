@@ -7,6 +7,7 @@ import pytest
 from finetuning.comparison.statistics import (
     LEVEL,
     SeedSpread,
+    _distinct,
     bayesian_signed_rank,
     bootstrap_difference,
     holm,
@@ -222,3 +223,11 @@ def test_the_tuning_curve_of_uniform_scores() -> None:
     few = tuning_curve([0.1, 0.2, 0.3], 2)
     assert few.median.tolist() == [0.2, 0.3]
     assert np.isnan([*few.low[:1], *few.high]).all()  # three trials bound nothing
+
+
+def test_texts_that_runs_treat_alike_are_found_as_numpy_finds_them() -> None:
+    generator = np.random.default_rng(0)
+    for columns, largest in ((4, 2), (12, 9), (40, 5)):  # the last are more than 63 bits
+        rows = generator.integers(0, largest, (500, columns))
+        for found, expected in zip(_distinct(rows), np.unique(rows, axis=0, return_counts=True), strict=True):
+            assert np.array_equal(found, expected)
