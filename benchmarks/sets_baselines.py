@@ -39,7 +39,7 @@ STUDIES = {  # study -> its table, and the page of the table
     "methods_on_sets": ("sets_baselines", BEST_PRACTICES),
     "curves": ("curves_baselines", DATA_SETS),
 }
-SIZES = ("classes", "training texts", "tokens a text")
+SIZES = ("classes", "texts", "tokens a text")
 TRIALS = 6
 LEAST, MOST = 0.01, 1000.0  # of C, the inverse of the regularization; drawn on a logarithmic scale
 

@@ -320,10 +320,10 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
     rows = """
         [[rows]]
         name = "orphan"
-        epochs = 8
+        epochs = 6
         [[rows]]
         name = "killed"
-        epochs = 16
+        epochs = 6
         checkpoint_steps = 1
         [[rows]]
         name = "diverges"
@@ -340,11 +340,11 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
     leave_run(runs, killed, "failed", error="no space left")  # to be tried again
 
     with started(*words) as study:
-        wait_for("epoch 1/8", runs.log(orphan))
+        wait_for("epoch 1/6", runs.log(orphan))
         study.kill()  # its run goes on
         study.wait()
         with started(*words) as one, started(*words) as two:
-            wait_for("epoch 1/16  batch 3", runs.log(killed))
+            wait_for("epoch 1/6  batch 3", runs.log(killed))
             assert runs.state(killed) == "running"
             run_process = process_of(runs.directory(killed))
             (victim,) = (study for study in (one, two) if run_process in descendants(study.pid))

@@ -27,7 +27,7 @@ from finetuning.storage import read_json
 from tests.conftest import changed_run
 from tests.tiny_models import save_tokenizer, tiny_model
 
-# A layer takes seconds to become ONNX. So only tests of what changes the file ask for it: its inputs, and what its head reads.
+# A layer takes seconds to become ONNX. So only tests of what changes the file ask for it: its inputs, and its head.
 WITH_ONNX = ["--onnx"] if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")) else []
 
 

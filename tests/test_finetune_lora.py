@@ -426,7 +426,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
 def whole_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The directory of a run of two epochs that nobody interrupts, and its flags for another directory."""
     folder = tmp_path_factory.mktemp("whole")
-    for name, count in (("train", 1500), ("validation", 40), ("test", 40)):
+    for name, count in (("train", 600), ("validation", 40), ("test", 40)):
         write_reviews(folder / f"{name}.csv", count, seed=count)
     words = ["--epochs", "2", "--dropout", "0.1", "--precision", "fp32"]
     words = flags(tiny_folders["distilbert"], folder, folder / "run", *words)

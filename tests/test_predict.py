@@ -27,6 +27,7 @@ from tests.prediction.test_rows import REFUSED
 from tests.scripts import start_script
 from tests.test_finetune_lora import flags
 
+pytestmark = pytest.mark.xdist_group("predict")  # in one process: the runs are made once
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 METHODS = {

@@ -33,14 +33,6 @@ def read_result(directory: Path) -> dict:
     return json.loads((directory / "result.json").read_text(encoding="utf8"))
 
 
-def test_a_job_runs_with_its_flags_and_writes_to_a_directory_of_its_own(ready: Cluster, flags: list[str]) -> None:
-    done = ready.submit("--wait", str(SCRIPT), *flags, "--epochs", "1", check=False)
-    assert done.returncode == 0, ready.log()
-    result = read_result(ready.submit_folder / "runs" / f"slurm-{done.stdout.strip()}")
-    assert result["status"] == "finished"
-    assert result["config"]["data_dir"] == flags[flags.index("--data_dir") + 1]
-
-
 def test_a_refused_job_fails_with_status_2_and_is_not_requeued(ready: Cluster, flags: list[str]) -> None:
     done = ready.submit("--wait", str(SCRIPT), *flags, "--epochs", "-1", check=False)
     assert done.returncode == 2, ready.log()
@@ -95,11 +87,13 @@ def test_a_job_that_is_signalled_before_its_run_begins_is_requeued(
     ready.command("scancel", job)
 
 
-def test_two_tasks_train_as_one_process_does(ready: Cluster, flags: list[str], tmp_path: Path) -> None:
+def test_two_tasks_train_as_one_process_does_in_a_directory_of_the_job(
+    ready: Cluster, flags: list[str], tmp_path: Path
+) -> None:
     flags = [*flags, "--epochs", "2", "--limit_train", "64"]
     log = tmp_path / "log"
     options = ("--wait", "--nodes=1", "--ntasks-per-node=2", "--gres=gpu:2", f"--output={log}")
-    two = ("--num_nodes", "1", "--devices", "2", "--strategy", "ddp", "--output_dir", str(tmp_path / "two"))
+    two = ("--num_nodes", "1", "--devices", "2", "--strategy", "ddp")
     done = ready.submit(*options, str(SCRIPT), *flags, *two, check=False)
     assert done.returncode == 0, log.read_text()
     assert "NumTasks=2" in ready.job(done.stdout.strip())
@@ -107,8 +101,10 @@ def test_two_tasks_train_as_one_process_does(ready: Cluster, flags: list[str], t
     one = [*flags, "--accumulate", "2", "--output_dir", str(tmp_path / "one")]  # the same batches in the same steps
     with one_thread():
         assert finetune_lora.main(one) == 0
-    result, expected = read_result(tmp_path / "two"), read_result(tmp_path / "one")
+    directory = ready.submit_folder / "runs" / f"slurm-{done.stdout.strip()}"
+    result, expected = read_result(directory), read_result(tmp_path / "one")
     assert result["status"] == "finished"
+    assert result["config"]["data_dir"] == flags[flags.index("--data_dir") + 1]
     assert result["train"]["steps"] == expected["train"]["steps"] > 0
     assert result["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=1e-5)
     assert (result["config"]["devices"], result["config"]["num_nodes"]) == (2, 1)
