@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from finetuning.comparison.collected import Study
-from finetuning.comparison.over_sets import SECONDS, Grid, compare_pair, grid_of, mean_of_sets
+from finetuning.comparison.over_sets import SECONDS, Grid, compare_pair, conditions, grid_of, mean_of_sets
 from finetuning.pages import Table, measured
 
 NAME = "decisions"  # of the table on a page
@@ -94,7 +94,12 @@ def how_sure(chance: float, sets: int) -> str:
 
 
 def _ratio(grid: Grid, sets: Sequence[str], methods: tuple[str, str], *keys: str) -> str:
-    """What the first method takes over what the second one takes: the mean over sets. Empty if a run lacks it."""
+    """What the first method takes over what the second one takes: the mean over sets.
+
+    Empty if a run lacks it, or if the two ran on other processors or in another precision.
+    """
+    if conditions(grid.runs[n][methods[0]] for n in sets) != conditions(grid.runs[n][methods[1]] for n in sets):
+        return ""
     ratios = []
     for name in sets:
         ours, theirs = (mean_of_sets([grid.runs[name][method]], *keys) for method in methods)

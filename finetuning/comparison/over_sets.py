@@ -1,7 +1,7 @@
 """A study whose rows ran on several data sets: a table of sets, and what is likely on a new set."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +22,10 @@ OVER_SETS = (
 PAIRS = (
     "pair", "sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %", "loss, nats (95 %)",
 )  # fmt: skip
-COSTS = ("method", "trained parameters", "training, processor s", "with its trials, processor s", "peak, MiB")
+COSTS = (
+    "method", "trained parameters", "training, processor s", "with its trials, processor s", "peak, MiB", "precision",
+    "processor",
+)  # fmt: skip
 SECONDS = ("train", "processor_seconds")  # runs of earlier versions lack it
 DRAW = re.compile(r"-data_seed\d+$")
 
@@ -168,8 +171,16 @@ def costs_table(grid: Grid) -> Table:
         searched = sum(run.get(*SECONDS) or 0.0 for run in tried) / len(sets)
         trained, peak = mean_of_sets(found, "parameters", "trainable"), mean_of_sets(found, "memory", "peak_bytes")
         values = (f"{trained:,.0f}", f"{training:,.0f}", f"{training + searched:,.0f}", f"{(peak or 0) / 2**20:,.0f}")
-        rows.append((method, *values))
+        rows.append((method, *values, *("; ".join(sorted(names)) for names in conditions(found))))
     return Table(COSTS, rows)
+
+
+def conditions(found: Iterable[Iterable[Run]]) -> tuple[set[str], set[str]]:
+    """The precisions and the processors of runs. Costs can be compared only where both are the same."""
+    runs = [run for each in found for run in each]
+    keys = (("base_model", "precision"), ("environment", "cpu"))
+    precisions, processors = ({str(run.get(*key) or "unknown") for run in runs} for key in keys)
+    return precisions, processors
 
 
 def mean_of_sets(found: Sequence[Sequence[Run]], *keys: str) -> float | None:

@@ -1,6 +1,7 @@
 """The table of choices in docs/best_practices.md, from synthetic runs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +16,18 @@ from tests.synthetic_runs import write_run
 DECISION = Decision("`--flag`", "s", "b", "a")
 
 
-def table(folder: Path, sets: int, monkeypatch: pytest.MonkeyPatch, times: bool = True, tuned: str = "") -> list[str]:
-    """The cells of the only row; ``b`` is two points better, a little more on later sets."""
+def table(
+    folder: Path, sets: int, monkeypatch: pytest.MonkeyPatch, times: bool = True, tuned: str = "", precision: str = "x"
+) -> list[str]:
+    """The cells of the only row; ``b`` is two points better, a little more on later sets, and has the precision."""
     monkeypatch.setattr(decisions, "DECISIONS", (DECISION,))
     for number in range(sets):
         for method, right, seconds in (("a", 800, 10), ("b", 820 + number, 25)):
-            config, data = {"data_dir": f"in/d{number}"}, {"sizes": {"train": 100 + number}}
-            train = {"processor_seconds": seconds} if times else {}
-            correct = np.arange(1000) < right
-            write_run(folder, "s", f"d{number}-{method}", correct=correct, config=config, data=data, train=train)
+            config = {"data_dir": f"in/d{number}"}
+            more: dict[str, Any] = {"data": {"sizes": {"train": 100 + number}}}
+            more |= {"base_model": {"precision": precision if method == "b" else "x"}}
+            more |= {"train": {"processor_seconds": seconds} if times else {}}
+            write_run(folder, "s", f"d{number}-{method}", correct=np.arange(1000) < right, config=config, **more)
             if method in tuned:
                 write_run(folder, "s", f"d{number}-{method}", stage="tune", config=config)
     text = decisions_table({"s": read_study("s", folder)})
@@ -43,6 +47,11 @@ def test_a_decision_has_its_difference_costs_and_certainty(tmp_path: Path, monke
 def test_tuned_is_a_pair_whose_methods_both_had_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert table(tmp_path / "both", 3, monkeypatch, tuned="ab")[0] == "both"
     assert table(tmp_path / "one", 3, monkeypatch, tuned="b")[0] == ""
+
+
+def test_costs_in_another_precision_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert table(tmp_path / "same", 3, monkeypatch)[5:7] == ["2.50", "1.00"]
+    assert table(tmp_path / "other", 3, monkeypatch, precision="y")[5:7] == ["", ""]
 
 
 def test_few_sets_leave_it_open_and_missing_times_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,7 @@ def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -
     for name, seconds in (("one", 10.0), ("two", 20.0), ("three", 60.0)):
         for method, times, trained in (("a", 1, 1000), ("b", 2, 3000)):
             more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "parameters": {"trainable": trained}}
+            more |= {"base_model": {"precision": "float32"}} if method == "a" else {}
             for seed in (0, 1):
                 train = {"processor_seconds": times * (seconds + seed)}
                 write_run(tmp_path, "s", f"{name}-{method}", seed=seed, correct=np.arange(10) < 5, train=train, **more)
@@ -69,7 +70,10 @@ def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -
             write_run(tmp_path, "s", f"{name}-{method}", stage="tune", axes=axes, validation=0.5, train=train, **more)
     _, _, costs = over_sets(read_study("s", tmp_path))
     assert costs.columns[2:4] == ("training, processor s", "with its trials, processor s")
-    assert costs.rows == [("a", "1,000", "30", "36", "1,024"), ("b", "3,000", "61", "66", "1,024")]
+    assert costs.rows == [
+        ("a", "1,000", "30", "36", "1,024", "float32", "A CPU"),
+        ("b", "3,000", "61", "66", "1,024", "unknown", "A CPU"),
+    ]
 
 
 def test_the_losses_of_a_pair(tmp_path: Path) -> None:
