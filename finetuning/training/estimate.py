@@ -66,10 +66,8 @@ def measure_steps(
     optimizer = make_optimizer(trained, training, fused=hardware.dtype != torch.float16)
     loader = train_loader(splits["train"], training, pad_id)
     batches = _spread(loader, MEASURED_STEPS)
-    repeated = {name: splits[name].lengths for name in ("train", "validation")}
     keeps = not hardware.on_gpu and training.epochs > 1
-    windows = {name: splits[name].windows for name in repeated}
-    frozen = classifier.frozen_outputs(repeated, frozen_cache_gb, windows) if keeps else {}
+    frozen = _frozen_outputs(classifier, splits, frozen_cache_gb) if keeps else {}
 
     activations = kept_for_backward(classifier, _to(batches[0], device))
     for batch in batches[:2]:  # warm-up: the first steps build kernels and allocate memory
@@ -92,6 +90,16 @@ def measure_steps(
         "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept,
     }
     return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
+
+
+def _frozen_outputs(
+    classifier: Classifier, splits: dict[str, TokenizedSplit], frozen_cache_gb: float
+) -> dict[str, FrozenOutputs]:
+    """Where a run keeps outputs of frozen layers, of the splits that it reads in every epoch."""
+    repeated = {name: splits[name] for name in ("train", "validation")}
+    lengths = {name: split.lengths for name, split in repeated.items()}
+    windows = {name: split.windows for name, split in repeated.items()}
+    return classifier.frozen_outputs(lengths, frozen_cache_gb, windows)
 
 
 @torch.inference_mode()
