@@ -1,4 +1,4 @@
-"""A study whose rows ran on several data sets: a table of sets, and what is likely on a new set."""
+"""A study whose rows ran on several data sets: a table of sets, and what is typical of them."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -15,9 +15,9 @@ LEAST_SETS = 3
 ROPE = 0.5  # points of accuracy; smaller differences are equivalent in practice
 OVER_SETS = (
     "Mean and standard deviation over seeds and draws of the training texts, with their number. The interval is"
-    " Student's t over sets. Better, equivalent, worse: probabilities on a new set, by the Bayesian signed-rank test"
-    f" (Benavoli et al. 2017); differences of up to {ROPE} points are equivalent. The loss is cross-entropy on test:"
-    " it also falls if probabilities are better."
+    " Student's t over sets. Better, equivalent, worse: the probability that the typical difference is that, by the"
+    f" Bayesian signed-rank test (Benavoli et al. 2017); up to {ROPE} points are equivalent. A single set can differ"
+    " more. The loss is cross-entropy on test: it also falls if probabilities are better."
 )
 PAIRS = (
     "pair", "sets", "mean difference, points (95 %)", "better, %", "equivalent, %", "worse, %", "loss, nats (95 %)",
@@ -111,7 +111,7 @@ class Pair:
     Attributes:
         sets: their names.
         difference: the mean of the first method minus the second, in points, with its interval over sets.
-        chances: ``better``, ``equivalent`` and ``worse`` -> how likely the first method is that on a new set.
+        chances: ``better``, ``equivalent`` and ``worse`` -> how likely the first method is typically that.
     """
 
     sets: list[str]

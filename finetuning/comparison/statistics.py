@@ -198,7 +198,7 @@ def interval_over_sets(differences: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class OverSets:
-    """How probable it is that the first of two methods is better, equivalent or worse on a new data set."""
+    """How probable it is that the first of two methods is typically better, equivalent or worse. One set can differ."""
 
     better: float
     equivalent: float

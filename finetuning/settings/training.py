@@ -9,7 +9,6 @@ from finetuning.datasets import traits_of
 from finetuning.errors import UserError
 from finetuning.settings.fields import Values, require, setting
 
-AUTO_BY_TEXTS = "auto, by the number of training texts"
 DEFAULT_THRESHOLD = 0.5  # multi-label: the probability above which a label is given
 
 # Peak learning rates if --learning_rate is not given. LoRA needs about ten times the rate of full fine-tuning. SGD
@@ -73,13 +72,14 @@ class TrainingSettings:
     accumulate: int = setting(1, "Accumulate the gradients of N batches for each step.", at_least=1)
     # What is auto is None until the texts are known, see finetuning/training/budget.py.
     epochs: int = setting(
-        None, "Passes over the training split; 0 only evaluates.", AUTO_BY_TEXTS, at_least=0, or_auto=True
-    )
+        None, "Passes over the training split; 0 only evaluates.", "auto, by the texts and classes", at_least=0,
+        or_auto=True,
+    )  # fmt: skip
     batch_tokens: int = setting(
         None, "Largest batch, in tokens including padding.", "6144; no limit if only --batch_size is given",
         or_auto=True,
     )  # fmt: skip
-    batch_size: int = setting(None, "Largest batch, in texts.", AUTO_BY_TEXTS, at_least=1, or_auto=True)
+    batch_size: int = setting(None, "Largest batch, in texts.", "auto, by the texts", at_least=1, or_auto=True)
     class_weights: str = setting(
         "none", "Weight of a training text by its class: balanced, none, or NAME=WEIGHT,... (others weigh 1)."
     )
