@@ -19,7 +19,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import harness
-from benchmarks.budget import FROZEN, mean_vectors
+from benchmarks.budget import FROZEN, KINDS, mean_vectors
+from benchmarks.budget import OUTPUT as FEW_TEXTS
 from benchmarks.harness import Record
 from benchmarks.recommend import DEFAULT, default_accuracies, size_of
 from compare_methods import BEST_PRACTICES, DATA_SETS, ROOT
@@ -32,13 +33,15 @@ from finetuning.data.loading import load_texts
 from finetuning.data.texts import LabelledTexts
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, measured, renew_tables
 from finetuning.runs.measurements import environment_record
+from finetuning.storage import read_json
 
 STUDIES = {  # study -> its table, and the page of the table
     "methods_on_sets": ("sets_baselines", BEST_PRACTICES),
     "curves": ("curves_baselines", DATA_SETS),
 }
+AUTO = KINDS[-1]  # the default command, in few_texts.json
 SIZES = ("classes", "texts", "tokens a text")
 TRIALS = 6
 LEAST, MOST = 0.01, 1000.0  # of C, the inverse of the regularization; drawn on a logarithmic scale
@@ -185,6 +188,44 @@ def by_sets(found: Mapping[str, Mapping[str, float]], default: Grid | None) -> l
     return [shown.markdown(), *gains]
 
 
+def crossing_table(few: Record, whole: Record, default: Grid) -> str:
+    """Markdown: LoRA minus logistic regression on the frozen model, by the number of training texts.
+
+    Args:
+        few: the measurements of ``benchmarks/results/few_texts.json``.
+        whole: those of this benchmark, with the numbers of texts of ``default``.
+        default: the runs of the default command.
+    """
+    pairs: dict[str, dict[int, dict[int, dict[str, float]]]] = {}  # set -> texts -> draw -> kind -> accuracy in %
+    for record in few["measurements"]:
+        draws = pairs.setdefault(record["set"], {}).setdefault(record["texts"], {})
+        draws.setdefault(record["draw"], {})[record["kind"]] = 100 * record["accuracy"]
+    found = {
+        name: {texts: [each[AUTO] - each[FROZEN] for each in draws.values()] for texts, draws in own.items()}
+        for name, own in pairs.items()
+    }
+    for record in whole["measurements"]:
+        if record["baseline"] == FROZEN and record["set"] in found:
+            gain = default_accuracies(default)[record["set"]] - 100 * record["accuracy"]
+            found[record["set"]][size_of(default, record["set"])[0]] = [gain]
+    smaller = sorted({texts for own in found.values() for texts in list(own)[:-1]})
+    rows = []
+    for name, own in found.items():
+        cells = (f"{fmean(own[texts]):+.2f}" for texts in (*smaller, max(own)))
+        rows.append((name, *cells, better_from({texts: fmean(gains) for texts, gains in own.items()})))
+    columns = ("data set", *(f"{texts} texts" for texts in smaller), "2,000 texts, or all", "LoRA is better from")
+    return f"{Table(columns, rows).markdown()}\n\n{measured([*few['environments'], whole['environment']])}"
+
+
+def better_from(gains: Mapping[int, float]) -> str:
+    """From which number of texts on all gains are positive, in words. ``gains`` has rising numbers of texts."""
+    last_behind = max((texts for texts, gain in gains.items() if gain <= 0), default=0)
+    first = next((texts for texts in gains if texts > last_behind), None)
+    if first is None:
+        return f"not up to {last_behind:,}"
+    return f"over {last_behind:,}, at most {first:,}" if last_behind else f"{first:,} or fewer"
+
+
 def gain_sentence(kind: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> str:
     """What the default gains over a baseline, over data sets."""
     differences = [ours[name] - theirs[name] for name in theirs]
@@ -210,8 +251,12 @@ def command(argv: Sequence[str] | None) -> int:
         if journal.find(**asdict(cell)) is None:
             found = measure(run, trials, options.data_dir, known)
             journal.keep(*(asdict(cell) | record for record in found))
-    shown = partial(table, default=of_default() if name == "sets_baselines" else None)
+    default = of_default() if name == "sets_baselines" else None
+    shown = partial(table, default=default)
     harness.publish(journal, harness.RESULTS / f"{name}.json", shown, name, partly=False, page=page)
+    if default:
+        few = read_json(FEW_TEXTS)
+        renew_tables(DATA_SETS, {"crossing": crossing_table(few, journal.result, default)})
     return 0
 
 

@@ -34,7 +34,7 @@ from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.equality import differences
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
-from compare_methods import ACCURACY, BEST_PRACTICES, README, RESULTS, ROOT, SPEED
+from compare_methods import ACCURACY, BEST_PRACTICES, DATA_SETS, README, RESULTS, ROOT, SPEED
 from finetuning.comparison.packed import Record, change_records
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
@@ -347,6 +347,12 @@ def headline_table() -> str:
     return headline.table(runs, headline.measured_on_same_machine(runs))
 
 
+def crossing() -> str:
+    default = sets_baselines.of_default()
+    assert default is not None
+    return sets_baselines.crossing_table(stored("few_texts"), stored("sets_baselines"), default)
+
+
 @pytest.mark.parametrize(
     ("page", "marker", "table"),
     [
@@ -370,6 +376,7 @@ def headline_table() -> str:
             "sets_baselines",
             lambda: sets_baselines.table(stored("sets_baselines"), sets_baselines.of_default()),
         ),
+        (DATA_SETS, "crossing", crossing),
         (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),
     ],
 )

@@ -94,6 +94,24 @@ def test_the_table_has_sizes_and_the_default_command(tmp_path: Path) -> None:
     assert f"the default command - {FROZEN}: +0.00 (-12.71 to +12.71) points; better on 1 of 2 sets." in text
 
 
+def test_lora_is_better_from_the_first_number_of_texts_after_the_last_defeat() -> None:
+    words = [sets_baselines.better_from(dict(zip((50, 100, 2000), gains, strict=True)))
+             for gains in ((1, 2, 3), (-1, 2, 3), (1, -2, 3), (1, 2, 0))]  # fmt: skip
+    assert words == ["50 or fewer", "over 50, at most 100", "over 100, at most 2,000", "not up to 2,000"]
+
+
+def test_gains_over_the_frozen_model_are_means_over_draws(tmp_path: Path) -> None:
+    few = {"measurements": [
+        {"set": "a", "texts": 100, "draw": draw, "kind": kind, "accuracy": accuracy}
+        for draw, pair in enumerate(((0.7, 0.72), (0.8, 0.72)))
+        for kind, accuracy in zip(("auto", FROZEN), pair, strict=True)
+    ], "environments": []}  # fmt: skip
+    whole = {"measurements": [{"set": name, "baseline": FROZEN, "accuracy": 0.85} for name in "abc"], "environment": {}}
+    default = default_runs(tmp_path, dict.fromkeys("abc", (860, 2)))
+    assert default is not None
+    assert "| a | +3.00 | +1.00 | 100 or fewer |" in sets_baselines.crossing_table(few, whole, default)
+
+
 def test_several_numbers_of_texts_are_rows_with_their_draws() -> None:
     records = [
         {"set": "a", "texts": texts, "draw": draw, "baseline": kind, "accuracy": accuracy + 0.1 * draw}

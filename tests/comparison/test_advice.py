@@ -319,7 +319,7 @@ def test_each_advice_has_its_row_in_the_first_table() -> None:
 def test_every_study_has_a_place_on_the_page() -> None:
     elsewhere = {"smoke", "steps", "few_texts", "defaults", "defaults_methods"}  # the last four: docs/budget.md
     shown = {name.partition("/")[0] for text in sections().values() for name in rows_of(text)}
-    of_benchmarks = {"sets_baselines", "curves_baselines", "recommend", *(f"tune_{part}" for part in PARTS)}
+    of_benchmarks = {"sets_baselines", "curves_baselines", "crossing", "recommend", *(f"tune_{part}" for part in PARTS)}
     shown |= set(re.findall(r"<!-- (\w+?)(?:_sets|_rows)?:begin -->", DATA_SETS.read_text())) - of_benchmarks
     assert shown >= set(study_names(RESULTS)) - elsewhere
     assert shown == {path.stem for path in (ROOT / "studies").glob("*.toml")} - elsewhere
