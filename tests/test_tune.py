@@ -16,6 +16,7 @@ from finetuning.runs.files import read_result
 from finetuning.storage import read_json, sha256_of
 from finetuning.tuning import command
 from finetuning.tuning.facts import useful_lengths
+from finetuning.tuning.report import gain_text
 from tests.conftest import ROOT, write_reviews
 
 TRIED = 4
@@ -61,6 +62,9 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     words = ["tune", *flags, "--trials", str(TRIED), "--seeds", "2"]
     assert main([*words, "--output_dir", str(first)]) == 0
     out = capsys.readouterr().out
+    assert "data: 60 train, 50 validation, 40 test texts; one text is 2.00 points on validation, 2.50 points" in out
+    assert "trial 0, the default, complete accuracy" in out
+    assert "again with 2 new seeds\n" in out
     assert "; 4 ended of 4" in out
     assert f"best run    {first / 'best'}" in out
 
@@ -75,6 +79,9 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert winner == max(finalists, key=lambda record: record["validation"]["accuracy"]), "of equal ones the default"
     gain = winner["test"]["accuracy"] - summary["default"]["test"]["accuracy"]
     assert summary["gain"]["mean"] == pytest.approx(gain, abs=1e-6)
+    gain = summary["candidate"]["test"]["accuracy"] - summary["default"]["test"]["accuracy"]
+    assert summary["candidate_gain"]["mean"] == pytest.approx(gain, abs=1e-6)
+    assert all("baseline" in result for result in results)
     assert summary["gain"]["ci95"][0] <= summary["gain"]["mean"] <= summary["gain"]["ci95"][1]
     tested = [path.name for path in sorted((first / "trials").glob("*/")) if "test" in read_result(path)]
     assert tested == ["000"]  # the default, with which the report compares
@@ -182,4 +189,20 @@ def test_only_lengths_that_cut_texts_are_searched() -> None:
     import numpy as np
 
     assert useful_lengths(np.full(100, 20), 256) == (256,)
+    lengths = np.r_[np.full(600, 60), np.full(399, 90), 400]
+    assert useful_lengths(lengths, 256) == (64, 256), "96 tokens cut one text of a thousand"
     assert useful_lengths(np.arange(1, 401), 256) == (224, 256, 320, 384)
+
+
+@pytest.mark.parametrize(
+    ("winner", "candidate", "said"),
+    [
+        (2, 2, "+1.00 points (95 % interval -1.00 to +3.00) of test accuracy over the default"),
+        (0, 2, "none: trial 2 is not better on validation with new seeds. It has +1.00 points (95 % interval -1.00"),
+        (0, 0, "none, no trial was better than the default"),
+    ],
+)
+def test_the_gain_says_what_a_trial_has_that_does_not_win(winner: int, candidate: int, said: str) -> None:
+    gain = {"measure": "accuracy", "mean": 0.01, "ci95": [-0.01, 0.03], "p": 0.5}
+    summary = {"winner": {"trial": winner}, "candidate": {"trial": candidate}, "candidate_gain": gain}
+    assert gain_text(summary).startswith(said)

@@ -3,7 +3,7 @@
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,11 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         from finetuning.tuning.facts import read_facts  # loads torch
 
         budget = Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3)
-        begin(folder, asked, read_facts(config), budget)
+        facts = read_facts(config)
+        begin(folder, asked, facts, budget)
+        print(data_text(facts.sizes), flush=True)
+        if facts.takes_pooling and "pooling" not in given:
+            print("space: a head on the mean of the tokens can only be exported as ONNX: --pooling first leaves it out")
     elif options.resume:
         if given:
             name, value = next(iter(given.items()))
@@ -149,6 +153,13 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         resume(folder, options.minutes, options.trials, active=any(place.is_claimed() for place in places))
     else:
         check_same(folder, asked)
+
+
+def data_text(sizes: Mapping[str, int]) -> str:
+    """How many texts a search has, and what one of them is worth: small splits cannot tell good settings apart."""
+    texts = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+    worth = (f"{100 / size:.2f} points on {name}" for name, size in sizes.items() if name != "train")
+    return f"data: {texts} texts; one text is {', '.join(worth)}"
 
 
 def checked_config(given: dict[str, Any]) -> RunConfig:

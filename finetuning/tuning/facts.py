@@ -11,6 +11,7 @@ from finetuning.tuning.space import Facts
 FEWEST_VALIDATION_TEXTS = 50
 PERCENTILES = (50, 75, 90, 99)
 LENGTH_STEP, SHORTEST, LONGEST = 32, 64, 512  # tokens; below SHORTEST a limit saves next to nothing
+LEAST_CUT = 0.01  # share of the texts that a limit cuts; below it, it changes next to nothing
 SAMPLE = 1000  # texts whose uncut lengths are looked at
 
 
@@ -49,11 +50,12 @@ def read_facts(config: RunConfig) -> Facts:
     return Facts(
         training.epochs, training.batch_size, useful_lengths(lengths, config.data.max_length), layers,
         inputs.task.kind == "multi-label", inputs.base.takes_pooling, "dropout" in inputs.base.family.settings,
+        {name: len(split.texts) for name, split in materials.texts.splits.items()},
     )  # fmt: skip
 
 
 def useful_lengths(lengths: np.ndarray, default: int) -> tuple[int, ...]:
     """The values of ``--max_length`` that make a difference for texts of these lengths, and the default."""
     rounded = (int(-(-np.percentile(lengths, at) // LENGTH_STEP)) * LENGTH_STEP for at in PERCENTILES)
-    cut = {length for length in rounded if SHORTEST <= length < max(lengths.max(), 1)}
+    cut = {length for length in rounded if length >= SHORTEST and (lengths > length).mean() >= LEAST_CUT}
     return tuple(sorted(cut | {default}))

@@ -23,7 +23,7 @@ from finetuning.runs.records import SCORES as SCORE_NAMES
 from finetuning.storage import read_json, write_json, write_text
 from finetuning.tuning.plan import BEST, SUMMARY, TRIALS, Budget, Plan, stored_flags
 from finetuning.tuning.plots import draw_plots, shown_score
-from finetuning.tuning.search import last_places, shown_values, trial_name
+from finetuning.tuning.search import last_places, seeds_text, shown_values, trial_name
 from finetuning.tuning.trials import COMPLETE, Place, Trial, Trials
 
 REPORT, TEMPLATE = "tune.html", Path(__file__).parent / "tune.html.j2"
@@ -98,14 +98,20 @@ def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner
     if not default_runs and everything[0].state == COMPLETE:  # there was no time to train it again
         default_runs = [trials.place(0).directory]
     default = found.get(0) or _record(everything[0], default_runs)
-    compared = default["test"] is not None and found[winner]["test"] is not None
+    candidate = max(found)  # the best trial of the search; the default if no trial was better
+
+    def gain(number: int) -> dict[str, Any] | None:
+        compared = default["test"] is not None and found[number]["test"] is not None
+        return gain_of(default_runs, runs[number]) if compared else None
+
     return {
         "monitor": plan.monitor,
         "trials": dict(Counter(trial.state for trial in everything)),
         "default": default,
-        "candidate": found[max(found)],  # the best trial of the search; the default if no trial was better
+        "candidate": found[candidate],
         "winner": found[winner],
-        "gain": gain_of(default_runs, runs[winner]) if compared else None,
+        "gain": gain(winner),
+        "candidate_gain": gain(candidate),
     }
 
 
@@ -140,7 +146,7 @@ def gain_of(default: list[Path], runs: list[Path]) -> dict[str, Any]:
 
     Args:
         default: the runs of the default. Each has read the test split once, and nothing was chosen by it.
-        runs: those of the winner. If the winner is the default, the gain is 0.
+        runs: those of another trial. The default itself gains 0.
     """
     result = read_result(default[0])
     names = result["data"]["label_names"]
@@ -169,6 +175,12 @@ def summary_lines(folder: Path, summary: dict[str, Any]) -> list[str]:
         lines.append(f"{'gain':<11} {gain_text(summary)}")
     lines.append(f"{'best run':<11} {folder / BEST}")
     lines.append(f"{'report':<11} {folder / REPORT}")
+    best = shlex.quote(str(folder / BEST))
+    onnx = (
+        " --onnx" if won["flags"].get("pooling") == "mean" else ""
+    )  # most classes of Transformers cannot read the mean
+    lines.append(f'{"try it":<11} python predict.py {best} --text "..."')
+    lines.append(f"{'export':<11} python export_model.py {best} FOLDER{onnx}")
     return lines
 
 
@@ -184,7 +196,7 @@ def _scores_text(record: dict[str, Any], monitor: str) -> str:
     parts = [] if search is None else [f"validation {monitor} {search:.4f} in the search"]
     if seeds:
         test = "" if record["test"] is None else f", test {record['test'][monitor]:.4f}"
-        parts.append(f"{record['validation'][monitor]:.4f} on average of seeds {', '.join(map(str, seeds))}{test}")
+        parts.append(f"{record['validation'][monitor]:.4f} with {seeds_text(len(seeds))}{test}")
     return "; ".join(parts) or "has not finished"
 
 
@@ -195,11 +207,14 @@ def counts_text(counts: dict[str, int]) -> str:
 
 def gain_text(summary: dict[str, Any]) -> str:
     """The gain over the default, for people."""
-    gain = summary["gain"]
-    if summary["winner"]["trial"] == 0:
-        return "none, the default wins"
+    gain, candidate = summary["candidate_gain"], summary["candidate"]["trial"]
+    if candidate == 0:
+        return "none, no trial was better than the default"
     difference = Difference(gain["mean"], gain["ci95"][0], gain["ci95"][1], gain["p"])
-    return f"{difference} of test {gain['measure'].replace('_', ' ')} over the default"
+    text = f"{difference} of test {gain['measure'].replace('_', ' ')} over the default"
+    if summary["winner"]["trial"] != 0:
+        return text
+    return f"none: {trial_name(candidate)} is not better on validation with new seeds. It has {text}"
 
 
 def flags_text(settings: dict[str, Any]) -> str:

@@ -42,6 +42,7 @@ REPORT_SECONDS = 10.0  # for the report and the copy of the best run
 MARGIN = 1.15  # a last run may take longer than the trial did
 MOST_FAILURES = 3  # of the first trials, if none has finished
 TRIAL_FLAGS = {"baseline": False, "report": False, "verbose": False}
+LAST_FLAGS = {"baseline": True, "report": True}
 
 
 @dataclass
@@ -308,10 +309,9 @@ class Search:
         with suppress(FileExistsError):
             write_new_json(self.folder / FINAL, {"trials": [trial.number for trial in finalists], "seeds": seeds})
         final = read_json(self.folder / FINAL)
-        print(
-            f"last runs: {' and '.join(map(trial_name, final['trials']))}, again with {len(final['seeds'])} new seeds",
-            flush=True,
-        )
+        less = "" if len(final["seeds"]) == budget.seeds else f"; there is no time for {budget.seeds}"
+        names = " and ".join(map(trial_name, final["trials"]))
+        print(f"last runs: {names}, again with {seeds_text(len(final['seeds']))}{less}", flush=True)
         return final
 
     def _next_last(self, final: dict[str, Any]) -> Job | None:
@@ -322,7 +322,7 @@ class Search:
                     continue
                 lock = claim.enter_context(place.claim())
                 if lock is not None and read_status(place.directory) not in ("finished", "failed"):
-                    settings = self.trials.read(number).settings | {"seed": seed, "report": True}
+                    settings = self.trials.read(number).settings | {"seed": seed} | LAST_FLAGS
                     return self._start(place, None, settings, lock, claim)
         return None
 
@@ -333,6 +333,11 @@ class Search:
 def trial_name(number: int) -> str:
     """A trial, for people."""
     return "the default" if number == 0 else f"trial {number}"
+
+
+def seeds_text(count: int) -> str:
+    """A number of seeds, for people."""
+    return f"{count} new seed{'s' if count > 1 else ''}"
 
 
 def last_places(folder: Path, final: dict[str, Any]) -> dict[tuple[int, int], Place]:
@@ -364,8 +369,10 @@ def progress_line(trial: Trial, trials: Trials, plan: Plan, budget: Budget) -> s
     everything = trials.all()
     shown = "" if trial.latest is None else f" {plan.monitor} {trial.latest:.4f}"
     values = ", ".join(f"{name} {value}" for name, value in shown_values(trial, plan).items())
-    reason = f" ({trial.error})" if trial.error else ""
+    why = trial.error or ("the time left is for the last runs" if trial.state == OUT_OF_TIME else "")
+    reason = f" ({why})" if why else ""
+    name = f"trial {trial.number}{', the default,' if trial.number == 0 else ''}"
     best = best_of(everything, plan.minimize)
     top = f"; best {best.value:.4f}, trial {best.number}" if best is not None else ""
     done = sum(other.state is not None for other in everything)
-    return f"trial {trial.number} {trial.state}{reason}{shown}: {values}{top}; {done} ended{limits_text(budget)}"
+    return f"{name} {trial.state}{reason}{shown}: {values}{top}; {done} ended{limits_text(budget)}"

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ class Facts:
         multi_label: whether a text may have several labels.
         takes_pooling: whether the model's head can read the mean of the tokens.
         takes_dropout: whether the model has ``--dropout``.
+        sizes: split -> its number of texts.
     """
 
     epochs: int
@@ -121,6 +122,7 @@ class Facts:
     multi_label: bool
     takes_pooling: bool = True
     takes_dropout: bool = True
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
