@@ -92,7 +92,7 @@ class TokenizedSplit:
         return TokenizedSplit(tokens, offsets, self.labels[positions], self.rows[positions], begins, windows)
 
 
-def begun_key(tokenizer: Any, data: DataSettings) -> "hashlib.blake2b":
+def begun_key(tokenizer: Any, data: DataSettings) -> hashlib.blake2b:
     """The part of a hash of everything that tokens depend on which all splits share: a vocabulary is long."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # earlier calls change them, but they do not change our tokens
@@ -101,7 +101,7 @@ def begun_key(tokenizer: Any, data: DataSettings) -> "hashlib.blake2b":
     return hashlib.blake2b(json.dumps([FORMAT, *cutting, backend]).encode(), digest_size=16)
 
 
-def _tokens_key(texts: list[str], pairs: list[str] | None, begun: "hashlib.blake2b") -> str:
+def _tokens_key(texts: list[str], pairs: list[str] | None, begun: hashlib.blake2b) -> str:
     """The whole hash of a split."""
     digest = begun.copy()
     for column in (texts, pairs) if pairs is not None else (texts,):
@@ -255,7 +255,7 @@ def cached_tokens(
     data: DataSettings,
     progress: str,
     pairs: list[str] | None = None,
-    begun: "hashlib.blake2b | None" = None,
+    begun: hashlib.blake2b | None = None,
 ) -> Encoded:
     """Like ``encode_pairs``, or ``encode_texts`` without ``pairs``, but reads the tokens from the cache.
 
