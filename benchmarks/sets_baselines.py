@@ -42,7 +42,7 @@ STUDIES = {  # study -> its table, and the page of the table
     "curves": ("curves_baselines", DATA_SETS),
 }
 AUTO = KINDS[-1]  # the default command, in few_texts.json
-SIZES = ("classes", "texts", "tokens a text")
+SIZES = ("classes", "texts", "tokens, cut")
 TRIALS = 6
 LEAST, MOST = 0.01, 1000.0  # of C, the inverse of the regularization; drawn on a logarithmic scale
 

@@ -88,7 +88,7 @@ def test_the_table_has_sizes_and_the_default_command(tmp_path: Path) -> None:
         assert "| a | 70.00 | 85.00 |\n| b | 50.00 | 75.00 |\n| mean of 2 sets | 60.00 | 80.00 |" in text
         assert "the default command" not in text, "it was not given, or lacks a set"
     text = sets_baselines.table(result, default_runs(tmp_path, {"a": (860, 6), "b": (740, 2)} | others))
-    assert f"| data set | classes | texts | tokens a text | {NAME}, % | {FROZEN}, % |" in text
+    assert f"| data set | classes | texts | tokens, cut | {NAME}, % | {FROZEN}, % |" in text
     assert "| b | 2 | 2,000 | 12 | 50.00 | 75.00 | 74.00 |\n| a | 6 | 2,000 | 12 | 70.00 | 85.00 | 86.00 |" in text
     assert "| mean of 2 sets |  |  |  | 60.00 | 80.00 | 80.00 |" in text
     assert f"the default command - {FROZEN}: +0.00 (-12.71 to +12.71) points; better on 1 of 2 sets." in text

@@ -13,7 +13,7 @@ from finetuning.pages import Table, measured
 
 NAME = "decisions"  # of the table on a page
 COLUMNS = (
-    "instead of the default", "tuned", "texts", "data sets", "accuracy, points (95 %)", "typically",
+    "instead of LoRA on all linears", "tuned", "texts", "data sets", "accuracy, points (95 %)", "typically",
     "training time, ratio", "peak memory, ratio", "how sure",
 )  # fmt: skip
 MISSING = "not run yet over data sets"
