@@ -126,7 +126,7 @@ class StudyPlan:
 def stated_command(command: str, config: Mapping[str, Any]) -> str:
     """A command with what its run chose by itself, and with linears that have LoRA by default now and had none then.
 
-    So it repeats the run if ``auto``, ``packaged`` or the default linears change.
+    So it repeats the run if ``auto``, ``packaged``, or the default of linears or of the learning rate changes.
 
     Args:
         command: as the run has recorded it.
@@ -139,6 +139,7 @@ def stated_command(command: str, config: Mapping[str, Any]) -> str:
     except UserError:  # the words of another program, which called the suite's main
         return command
     missing = [name for name, flag in FLAGS.items() if flag.or_auto and flag.kind is int and name not in given]
+    missing += [RATE] if RATE not in given else []
     model = recorded_name(config["model_name"])
     values = {name: str(config[name]) for name in missing}
     if config.get("method") == "lora" and not given & {"lora_modules", "init_adapter"}:

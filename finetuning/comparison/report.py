@@ -15,10 +15,11 @@ from textwrap import fill
 from finetuning.comparison import decisions
 from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
-from finetuning.comparison.over_sets import OVER_SETS, over_sets
+from finetuning.comparison.over_sets import OVER_SETS, grid_of, over_sets
 from finetuning.comparison.page import Plot, Section, render_page
 from finetuning.comparison.pairs import READING, Comparison, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
+from finetuning.comparison.rates import rates_table
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots
 from finetuning.comparison.tables import (
     answer_table,
@@ -32,7 +33,7 @@ from finetuning.comparison.tables import (
 )
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.pages import measured, page_with_tables
+from finetuning.pages import Table, measured, page_with_tables
 from finetuning.settings import DEFAULT_LEARNING_RATES, FLAGS
 from finetuning.storage import write_bytes
 
@@ -154,10 +155,17 @@ def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: 
         pairs=len(comparisons),
         f1_comparisons=comparison_table(compare_rows(study, "micro_f1")[0]),
         tuning=tuning_table(study),
-        over_sets=over_sets(study),
+        over_sets=[*over_sets(study), *rates(study)],
         part=part_done(study),
         plots=[*draw_plots(study), *draw_set_plots(study)],
     )
+
+
+def rates(study: Study) -> list[Table]:
+    """What random trials over data sets say of the default learning rates; nothing without them."""
+    grid = grid_of(study)
+    table = rates_table(grid) if grid else None
+    return [table] if table and table.rows else []
 
 
 def study_summary(section: Section) -> str:

@@ -12,8 +12,7 @@ from finetuning.settings.fields import Values, require, setting
 DEFAULT_THRESHOLD = 0.5  # multi-label: the probability above which a label is given
 
 # Peak learning rates if --learning_rate is not given. LoRA needs about ten times the rate of full fine-tuning. SGD
-# needs a far higher rate, because it does not scale its step by the size of past gradients. head has the rates of
-# selective, because --trainable_layers 0 means the same.
+# needs a far higher rate, because it does not scale its step by the size of past gradients.
 DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
     ("lora", "adam"): 1e-3,
     ("lora", "adamw"): 1e-3,
@@ -35,8 +34,8 @@ DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
     ("norms", "adamw"): 3e-3,
     ("norms", "sgd"): 0.5,
     ("norms", "sgd_nesterov"): 0.1,
-    ("head", "adam"): 5e-4,
-    ("head", "adamw"): 5e-4,
+    ("head", "adam"): 4e-3,
+    ("head", "adamw"): 4e-3,
     ("head", "sgd"): 0.1,
     ("head", "sgd_nesterov"): 0.02,
 }
@@ -106,9 +105,10 @@ class TrainingSettings:
     @staticmethod
     def defaults(s: Values) -> dict[str, Any]:
         longest = s.windows * s.max_length
+        method = "head" if s.trainable_layers == 0 else s.method  # the last 0 layers are the same
         defaults: dict[str, Any] = {
             "monitor": traits_of(s.dataset).monitor,
-            "learning_rate": DEFAULT_LEARNING_RATES[s.method, s.optimizer],
+            "learning_rate": DEFAULT_LEARNING_RATES[method, s.optimizer],
             "warmup_fraction": 0.3 if s.scheduler == "onecycle" else 0.06,
             "weight_decay": 0.01 if s.optimizer == "adamw" else 0.0,
             "batch_tokens": s.batch_size * longest if s.batch_size else max(6144, longest),

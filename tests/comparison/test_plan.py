@@ -304,7 +304,7 @@ def test_a_stated_command_has_the_numbers_that_auto_chose() -> None:
     config = RunConfig.from_settings(epochs=5, batch_size=32, patience=0).to_dict()
     command = "python finetune_lora.py --epochs auto --data_dir 'a b' --patience 0"
     stated = stated_command(command, config)
-    assert stated == f"{command} --epochs 5 --batch_tokens 8192 --batch_size 32"
+    assert stated == f"{command} --epochs 5 --batch_tokens 8192 --batch_size 32 --learning_rate 0.001"
     assert stated_command(stated, config) == stated
     assert from_flags(shlex.split(stated)[2:]).training == RunConfig.from_dict(config).training
     packaged = RunConfig.from_settings(model_name="packaged").to_dict() | config | {"model_name": "packaged"}

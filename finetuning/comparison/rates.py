@@ -1,0 +1,90 @@
+"""Which learning rate random trials over data sets speak for, next to the default.
+
+Trials of a method differ in rate, epochs and batch. Their validation scores are fitted by least squares: a level for
+each data set, a parabola of the logarithm of the rate, and lines of the logarithms of epochs and batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+from finetuning.comparison.collected import Run
+from finetuning.comparison.over_sets import Grid
+from finetuning.pages import Table
+from finetuning.settings import DEFAULT_LEARNING_RATES
+
+LEAST_TRIALS = 20  # of a method over all sets
+MULTIPLES = (0.125, 0.5, 2.0, 4.0)  # of the default rate
+FITTED = ("learning_rate", "epochs", "batch_size")
+COLUMNS = (
+    "method", "trials", "default rate", "best rate", "validation over the default (95 %)",
+    *(f"{multiple:g} times" for multiple in MULTIPLES),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """Validation score in points against the rate, 0 at the default.
+
+    Attributes:
+        weights: (2,) of x and x squared; x is the logarithm of the rate over the default, to base 10.
+        covariance: (2, 2) of the weights.
+        degrees: of freedom.
+        tried: the smallest and the largest x of the trials.
+    """
+
+    weights: np.ndarray
+    covariance: np.ndarray
+    degrees: int
+    tried: tuple[float, float]
+
+    @property
+    def top(self) -> float:
+        """The best x among those that were tried."""
+        slope, bend = self.weights
+        inside = -slope / (2 * bend) if bend < 0 else math.inf
+        candidates = [x for x in (*self.tried, inside) if self.tried[0] <= x <= self.tried[1]]
+        return max(candidates, key=lambda x: float(self.weights @ (x, x * x)))
+
+    def gain(self, x: float) -> str:
+        """``+1.66 (+1.10 to +2.22)``: the score over the default's, with its interval; empty beyond what was tried."""
+        if not self.tried[0] <= x <= self.tried[1]:
+            return ""
+        place = np.array([x, x * x])
+        mean = float(self.weights @ place)
+        half = float(student.ppf(0.975, self.degrees)) * math.sqrt(float(place @ self.covariance @ place))
+        return f"{mean:+z.2f} ({mean - half:+z.2f} to {mean + half:+z.2f})"
+
+
+def rates_table(grid: Grid) -> Table:
+    """A row for each method with enough trials; no rows if none has."""
+    rows = []
+    for method in grid.methods:
+        trials = {name: found[method] for name, found in grid.trials.items() if method in found}
+        flat = [run for runs in trials.values() for run in runs]
+        if len(flat) < LEAST_TRIALS:
+            continue
+        key = flat[0].get("config", "method"), flat[0].get("config", "optimizer")
+        default = DEFAULT_LEARNING_RATES[key]
+        fit = fitted(list(trials.values()), default)
+        gains = (fit.gain(math.log10(multiple)) for multiple in MULTIPLES)
+        best = f"{default * 10**fit.top:.1g}"
+        rows.append((method, str(len(flat)), f"{default:g}", f"{float(best):g}", fit.gain(fit.top), *gains))
+    return Table(COLUMNS, rows)
+
+
+def fitted(trials: Sequence[Sequence[Run]], default: float) -> Parabola:
+    """The parabola of the trials of each data set."""
+    values = np.array([[math.log10(run.get("config", name)) for name in FITTED] for own in trials for run in own])
+    scores = np.array([100 * (run.monitored or 0.0) for own in trials for run in own])
+    x = values[:, 0] - math.log10(default)
+    levels = np.repeat(np.eye(len(trials)), [len(own) for own in trials], axis=0)
+    matrix = np.column_stack([x, x * x, values[:, 1:], levels])  # (trials, 4 + sets)
+    inverse = np.linalg.pinv(matrix.T @ matrix)  # epochs may be the same in all trials
+    weights = inverse @ matrix.T @ scores
+    degrees = len(scores) - int(np.linalg.matrix_rank(matrix))
+    variance = float(((scores - matrix @ weights) ** 2).sum()) / degrees
+    return Parabola(weights[:2], variance * inverse[:2, :2], degrees, (float(x.min()), float(x.max())))

@@ -1,0 +1,78 @@
+"""The parabola of random trials over the learning rate, against one that made the scores."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.over_sets import Grid, grid_of
+from finetuning.comparison.rates import COLUMNS, LEAST_TRIALS, fitted, rates_table
+from tests.synthetic_runs import write_run
+
+SETS = {"one": 0.9, "two": 0.8, "three": 0.7}
+BEST = 2e-3  # of the parabola; LoRA's default is 1e-3
+
+
+def score(level: float, rate: float, epochs: int, batch: int) -> float:
+    far = math.log10(rate / BEST)
+    return level - 0.05 * far**2 + 0.01 * math.log2(epochs / 5) - 0.02 * math.log2(batch / 32)
+
+
+def trials(folder: Path, count: int) -> Grid:
+    """Random trials of LoRA on three sets."""
+    generator = np.random.default_rng(0)
+    for name, level in SETS.items():
+        more: dict[str, Any] = {"config": {"data_dir": f"in/{name}", "method": "lora", "optimizer": "adamw"}}
+        write_run(folder, "s", f"{name}-other", correct=np.arange(10) < 5, config={"data_dir": f"in/{name}"})
+        write_run(folder, "s", f"{name}-lora", correct=np.arange(10) < 5, **more)
+        for _ in range(count):
+            rate, epochs = float(10 ** generator.uniform(-3.5, -2.3)), int(generator.choice([3, 5, 8]))
+            batch = int(generator.choice([16, 32, 64]))
+            found = score(level, rate, epochs, batch)
+            axes = {"learning_rate": rate, "epochs": epochs, "batch_size": batch}
+            write_run(folder, "s", f"{name}-lora", stage="tune", axes=axes, validation=found, **more)
+    grid = grid_of(read_study("s", folder))
+    assert grid is not None
+    return grid
+
+
+def mean(cell: str) -> float:
+    return float(cell.partition(" ")[0])
+
+
+def test_the_fit_finds_the_parabola_in_spite_of_levels_epochs_and_batches(tmp_path: Path) -> None:
+    (row,) = rates_table(trials(tmp_path, 8)).rows
+    cells = dict(zip(COLUMNS, row, strict=True))
+    assert (cells["method"], cells["trials"], cells["default rate"], cells["best rate"]) == (
+        "lora",
+        "24",
+        "0.001",
+        "0.002",
+    )
+    gain, lower = (100 * 0.05 * (math.log10(2) ** 2 - math.log10(far) ** 2) for far in (1, 4))
+    assert mean(cells["validation over the default (95 %)"]) == pytest.approx(gain, abs=0.03)
+    assert mean(cells["2 times"]) == pytest.approx(gain, abs=0.03)
+    assert mean(cells["0.5 times"]) == pytest.approx(lower, abs=0.03)
+    assert cells["0.125 times"] == "", "no trial had such a rate"
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says(tmp_path: Path) -> None:
+    grid = trials(tmp_path, 8)
+    runs = [grid.trials[name]["lora"] for name in SETS]
+    scores = {run.name: run.monitored or 0.0 for own in runs for run in own}
+    truth, held, repetitions = 100 * 0.05 * math.log10(2) ** 2, 0, 100
+    generator = np.random.default_rng(0)
+    for _ in range(repetitions):
+        for run in (run for own in runs for run in own):
+            run.record.result["validation"]["accuracy"] = scores[run.name] + 0.01 * generator.standard_normal()
+        cell = fitted(runs, 1e-3).gain(math.log10(2))
+        low, high = (float(part) for part in cell.partition("(")[2].rstrip(")").split(" to "))
+        held += low <= truth <= high
+    assert 89 <= held <= 100
+
+
+def test_few_trials_say_nothing(tmp_path: Path) -> None:
+    assert rates_table(trials(tmp_path, LEAST_TRIALS // 3)).rows == []
