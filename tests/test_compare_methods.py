@@ -206,7 +206,8 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
         "stage": "final", "seed": 3, "axes": {"lora_r": 2}, "reported": None,
     }  # fmt: skip
     command = record.pop("command")
-    assert command.endswith("--data_dir PATH --batch_tokens 128"), "no place of one machine, and what auto chose"
+    stated = "--data_dir PATH --batch_tokens 128 --learning_rate 0.001"
+    assert command.endswith(stated), "no place of one machine, and what auto and the default chose"
     assert record["config"]["data_dir"] is None
     written = runs.result(finished)
     del written["command"], written["sha256"]

@@ -90,10 +90,11 @@ def test_head_is_selective_with_no_layer() -> None:
     choose_trained(model, FAMILIES["bert"], method_of("selective", trainable_layers=0), head=True)
     assert trained_names(model) == trained_names(prepared("bert", "head"))
     assert count_frozen_layers(model, FAMILIES["bert"]) == LAYERS
-    head, selective = (
-        RunConfig.from_settings(method=method).training.learning_rate for method in ("head", "selective")
+    head, no_layer, two_layers = (
+        RunConfig.from_settings(**more).training.learning_rate
+        for more in ({"method": "head"}, {"method": "selective", "trainable_layers": 0}, {"method": "selective"})
     )
-    assert head == selective
+    assert head == no_layer != two_layers
 
 
 def test_an_encoder_without_biases_is_refused() -> None:
