@@ -174,8 +174,8 @@ def by_sets(found: Mapping[str, Mapping[str, float]], default: Grid | None) -> l
     kinds = list(next(iter(found.values())))
     columns = {kind: {name: own[kind] for name, own in found.items()} for kind in kinds}
     sizes: dict[str, tuple[str, ...]] = dict.fromkeys(sorted(found), ())
-    if default and default_accuracies(default).keys() >= found.keys():
-        columns[DEFAULT] = {name: default_accuracies(default)[name] for name in found}
+    if default and (ours := default_accuracies(default)).keys() >= found.keys():
+        columns[DEFAULT] = {name: ours[name] for name in found}
         known = {name: size_of(default, name) for name in found}
         ordered = sorted(found, key=lambda name: (known[name][1], known[name][0], name))
         sizes = {name: (str(c), f"{n:,}", f"{t:.0f}") for name in ordered for n, c, t in [known[name]]}
@@ -204,9 +204,10 @@ def crossing_table(few: Record, whole: Record, default: Grid) -> str:
         name: {texts: [each[AUTO] - each[FROZEN] for each in draws.values()] for texts, draws in own.items()}
         for name, own in pairs.items()
     }
+    ours = default_accuracies(default)
     for record in whole["measurements"]:
         if record["baseline"] == FROZEN and record["set"] in found:
-            gain = default_accuracies(default)[record["set"]] - 100 * record["accuracy"]
+            gain = ours[record["set"]] - 100 * record["accuracy"]
             found[record["set"]][size_of(default, record["set"])[0]] = [gain]
     smaller = sorted({texts for own in found.values() for texts in list(own)[:-1]})
     rows = []

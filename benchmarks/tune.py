@@ -161,15 +161,8 @@ def samplers(asked: Conditions) -> list[Record]:
                     until = third * asked.minutes / 3
                     values = [t.value or 0.0 for t in trials if t.state == COMPLETE and t.minutes <= until]
                     best[f"{until:g}"] = max(values, default=None)
-                known = {
-                    "set": name,
-                    "kind": kind,
-                    "seed": seed,
-                    "trials": len(trials),
-                    "jobs": asked.jobs,
-                    "best": best,
-                }
-                found.append(known | {"environment": environment(folder)})
+                known = {"set": name, "kind": kind, "seed": seed, "trials": len(trials), "best": best}
+                found.append(known | {"jobs": asked.jobs, "environment": environment(folder)})
     return found
 
 

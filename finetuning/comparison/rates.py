@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from finetuning.comparison.collected import Run
+from finetuning.comparison.drawn import RATE
 from finetuning.comparison.over_sets import Grid
 from finetuning.pages import Table
 from finetuning.settings import DEFAULT_LEARNING_RATES
 
 LEAST_TRIALS = 20  # of a method over all sets
 MULTIPLES = (0.125, 0.5, 2.0, 4.0)  # of the default rate
-FITTED = ("learning_rate", "epochs", "batch_size")
+FITTED = (RATE, "epochs", "batch_size")
 COLUMNS = (
     "method", "trials", "default rate", "best rate", "validation over the default (95 %)",
     *(f"{multiple:g} times" for multiple in MULTIPLES),
@@ -55,7 +56,7 @@ class Parabola:
             return ""
         place = np.array([x, x * x])
         mean = float(self.weights @ place)
-        half = float(student.ppf(0.975, self.degrees)) * math.sqrt(float(place @ self.covariance @ place))
+        half = float(stdtrit(self.degrees, 0.975)) * math.sqrt(float(place @ self.covariance @ place))
         return f"{mean:+z.2f} ({mean - half:+z.2f} to {mean + half:+z.2f})"
 
 

@@ -143,7 +143,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         facts = read_facts(config)
         begin(folder, asked, facts, budget)
         print(data_text(facts.sizes), flush=True)
-        if facts.takes_pooling and "pooling" not in given:
+        if any(row.name == "pooling" for row in Plan.read(folder).space.parameters):
             print("space: a head on the mean of the tokens can only be exported as ONNX: --pooling first leaves it out")
     elif options.resume:
         if given:

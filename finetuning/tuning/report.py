@@ -104,14 +104,15 @@ def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner
         compared = default["test"] is not None and found[number]["test"] is not None
         return gain_of(default_runs, runs[number]) if compared else None
 
+    gains = {number: gain(number) for number in {winner, candidate}}
     return {
         "monitor": plan.monitor,
         "trials": dict(Counter(trial.state for trial in everything)),
         "default": default,
         "candidate": found[candidate],
         "winner": found[winner],
-        "gain": gain(winner),
-        "candidate_gain": gain(candidate),
+        "gain": gains[winner],
+        "candidate_gain": gains[candidate],
     }
 
 
