@@ -1,6 +1,7 @@
 """``compare_methods.py tune`` as users call it: whole searches with a tiny model, and workers that are killed."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -130,12 +131,14 @@ def test_workers_that_are_killed_lose_no_trial(flags: list[str], tmp_path: Path)
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
-def test_a_search_ends_in_its_minutes(flags: list[str], tmp_path: Path) -> None:
+def test_a_search_ends_in_its_minutes(flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "search"
     assert main(["tune", *flags, "--minutes", "0.02", "--jobs", "2", "--output_dir", str(folder)]) == 0
     summary = read_json(folder / "tune.json")
     assert summary["trials"]["complete"] >= 1
     assert summary["winner"]["seeds"]  # at least one, however short the time
+    forecasts = re.findall(r"at this length, this worker has time for about (\d+) more trials", capfd.readouterr().out)
+    assert forecasts == ["0"], "its second is over"
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,16 @@ def kernels_used(classifier: Classifier, settings: HardwareSettings, hardware: H
     """Whether a run with this classifier uses the compiled CPU kernels, or why not."""
     if hardware.int8:
         return library(without_bf16=True)[1]
-    if settings.efficient and not classifier.efficient:
-        return f"{NOT_ASKED_FOR}: {classifier.family.model_type} models run Hugging Face's code"
-    used = classifier.efficient and not hardware.on_gpu and hardware.dtype == torch.bfloat16 and not settings.compile
-    return library()[1] if used else NOT_ASKED_FOR
+    name = str(hardware.dtype).removeprefix("torch.")
+    reasons = {
+        "--efficient False": not settings.efficient,
+        f"{classifier.family.model_type} models run Hugging Face's code": not classifier.efficient,
+        "--compile": settings.compile,
+        "a GPU": hardware.on_gpu,
+        f"they compute in bfloat16 and 8 bits, this run in {name}": hardware.dtype != torch.bfloat16,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    return library()[1] if reason is None else f"{NOT_ASKED_FOR}: {reason}"
 
 
 def prepare_process(hardware: Hardware) -> None:

@@ -286,6 +286,10 @@ class Search:
         trial = self.trials.end(number, state, minutes=budget.seconds / 60, train_seconds=train_seconds, **known)
         self.proposer.heard(trial)
         print(progress_line(trial, self.trials, self.plan, budget), flush=True)
+        if number == 0 and state == COMPLETE and budget.minutes is not None:
+            self._reserve()
+            fits = self.jobs * max(0.0, self._time_for_trials) / trial.seconds
+            print(f"at this length, this worker has time for about {fits:.0f} more trials", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # the last runs

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from finetuning.training.hardware import (
     Hardware,
     fastest_precision,
     keep_freed_memory,
+    kernels_used,
     prepare_process,
     resolve_hardware,
 )
@@ -223,3 +225,18 @@ def test_fast_does_not_take_int8_where_it_saves_no_time(
 def test_a_limited_processor_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "avx512_vnni")
     assert resolve_hardware(settings_of().hardware).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "efficient", "reason"),
+    [
+        ({}, True, "they compute in bfloat16 and 8 bits, this run in float32"),
+        ({"efficient": False}, False, "--efficient False"),
+        ({}, False, "bloom models run Hugging Face's code"),
+        ({"compile": True}, True, "--compile"),
+    ],
+)
+def test_a_run_without_the_kernels_says_why(settings: dict[str, Any], efficient: bool, reason: str) -> None:
+    classifier: Any = SimpleNamespace(efficient=efficient, family=SimpleNamespace(model_type="bloom"))
+    hardware = settings_of(precision="fp32", accelerator="cpu", **settings).hardware
+    assert kernels_used(classifier, hardware, resolve_hardware(hardware)) == f"not asked for: {reason}"
