@@ -1,5 +1,6 @@
 """Several processes want the same: one cache, one run directory, one study."""
 
+import importlib
 import random
 import subprocess
 import time
@@ -7,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import finetune_lora
 from benchmarks.faults import runs
 from benchmarks.faults.runs import Broken, Commands, Undisturbed, left_by, require, require_same
 from benchmarks.tiny import write_study
@@ -65,9 +65,9 @@ class Late:
     go_on: Path  # it waits for this one
 
     def install(self, watched: tuple[str, ...]) -> None:
-        """Wraps the command's function that takes the directory."""
-        command: Any = finetune_lora
-        original = command.claimed_directory
+        """Wraps the function that takes the directory."""
+        module: Any = importlib.import_module("finetuning.steps.claim")
+        original = module.claimed_directory
 
         def late(*arguments: Any) -> Any:
             self.waiting.touch()
@@ -75,7 +75,7 @@ class Late:
                 time.sleep(0.05)
             return original(*arguments)
 
-        command.claimed_directory = late
+        module.claimed_directory = late
 
 
 def resumed_while_it_ends(commands: Commands, generator: random.Random, directory: Path) -> str:
