@@ -66,13 +66,7 @@ def measure(method: str, texts: int) -> Record:
 def table(result: Record) -> str:
     """Markdown: the size of a checkpoint, how long writing takes, and its share of a run of 20 minutes."""
     inside, records = RUN_SECONDS // EVERY_SECONDS, result["runs"]
-    columns = (
-        "",
-        "checkpoints measured",
-        "bytes",
-        "writing one, s",
-        f"{inside} in a run of {RUN_SECONDS // 60} minutes",
-    )
+    columns = (*COLUMNS, f"{inside} in a run of {RUN_SECONDS // 60} minutes")
     rows = []
     for record in records:
         median, longest = statistics.median(record["seconds"]), max(record["seconds"])

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.harness import TRAINING_FLAGS
+from benchmarks.harness import TRAINING_FLAGS, Record
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_FLAGS = ("--epochs", "1", *TRAINING_FLAGS.split(), "--limit_validation", "200", "--limit_test", "200")
@@ -32,7 +32,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     "lora, plain path": ("--efficient", "False"),
 }
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -157,10 +157,7 @@ def some_batches(batches: Sequence[np.ndarray], lengths: np.ndarray, count: int)
 
 def sample(split: TokenizedSplit, count: int) -> TokenizedSplit:
     """``count`` texts, spread evenly over all lengths, in random order; all of them if there are no more."""
-    chosen = np.argsort(split.lengths, kind="stable")[_places(len(split), count)]
-    tokens = np.concatenate([split.sequence(i) for i in chosen])
-    offsets = np.concatenate([[0], np.cumsum(split.lengths[chosen])])
-    return TokenizedSplit(tokens, offsets, split.labels[chosen], split.rows[chosen])
+    return split.taken(np.argsort(split.lengths, kind="stable")[_places(len(split), count)])
 
 
 def _places(total: int, count: int) -> np.ndarray:

@@ -50,19 +50,19 @@ def stoppable() -> Iterator[None]:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM and SIGUSR1 act like Ctrl-C, in any process: for commands that srun may start several times."""
-    with _handled((signal.SIGTERM, signal.SIGUSR1), signal.default_int_handler):
+    with handled((signal.SIGTERM, signal.SIGUSR1), signal.default_int_handler):
         yield
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Ignores these signals for the moment that it takes to write a result."""
-    with _handled(STOP_SIGNALS, signal.SIG_IGN):
+    with handled(STOP_SIGNALS, signal.SIG_IGN):
         yield
 
 
 @contextmanager
-def _handled(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
+def handled(numbers: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
     """Signals have this handler, and their earlier ones afterwards."""
     earlier = {number: signal.signal(number, handler) for number in numbers}
     try:

@@ -20,6 +20,7 @@ from finetuning.settings import LORA_TARGETS
 from tests import test_every_family as every_family
 from tests.conftest import CORE, make_tiny_folder, packaged_folder
 from tests.runs import test_adapters as adapters
+from tests.small_classifiers import build, fill, in_peft, save
 from tests.tiny_models import save_tokenizer, tiny_model
 
 SCALINGS = ("standard", "rslora", "raw")
@@ -32,13 +33,13 @@ def largest(found: Tensor, expected: Tensor) -> float:
 
 def ours_in_peft(folder: Path, given: dict[str, Tensor], adapter: Path, **settings: Any) -> tuple[float, float]:
     """An adapter of ours in ``PeftModel.from_pretrained``: the difference, and how far the matrices move the logits."""
-    ours = every_family.build(folder, lora_r=3, lora_alpha=5.0, **settings)
+    ours = build(folder, lora_r=3, lora_alpha=5.0, **settings)
     untrained = ours(**given)
-    every_family.fill(ours)
+    fill(ours)
     adapter.mkdir()
-    every_family.save(adapter, ours, RunConfig.from_settings(lora_r=3, lora_alpha=5.0, **settings))
+    save(adapter, ours, RunConfig.from_settings(lora_r=3, lora_alpha=5.0, **settings))
     expected = ours(**given)
-    return largest(every_family.in_peft(folder, adapter)(**given).logits, expected), largest(untrained, expected)
+    return largest(in_peft(folder, adapter)(**given).logits, expected), largest(untrained, expected)
 
 
 def every_placement(place: Path) -> Table:
@@ -72,11 +73,11 @@ def round_trips(place: Path) -> Table:
             expected = adapters.made_by_peft(folder, theirs, model_type, **settings)
             classifier, config = adapters.adopted(folder, theirs)
             first = largest(adapters.logits(classifier), expected)
-            adapters.train_a_little(classifier)
+            fill(classifier)
             ours.mkdir()
-            adapters.save(ours, classifier, config)
+            save(ours, classifier, config)
             trained = adapters.logits(classifier)
-            second = largest(adapters.in_peft(folder, ours)[1], trained)
+            second = largest(adapters.logits_in_peft(folder, ours)[1], trained)
             values = (first, second, largest(trained, expected))
             rows.append((model_type, case, *(f"{value:.1e}" for value in values)))
     return Table(

@@ -6,7 +6,6 @@
 
 import csv
 import functools
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification
 
 from benchmarks.harness import TRAINING_FLAGS
 from finetune_lora import main
@@ -32,7 +30,7 @@ from finetuning.models.int8 import Int8Linear
 from finetuning.models.lora import LinearWithLoRA, ranks_and_alphas
 from finetuning.models.quantization import dense_weight, is_quantized
 from finetuning.prediction.predictor import predict
-from finetuning.runs.weights import load_trained, peft_name, save_trained, separate_parts
+from finetuning.runs.weights import load_trained, peft_name, separate_parts
 from finetuning.settings import LORA_TARGETS
 from local_model_utilities import (
     adopt_adapter,
@@ -43,6 +41,7 @@ from local_model_utilities import (
     load_classifier,
 )
 from tests.conftest import BAD, GOOD, needs_int8
+from tests.small_classifiers import build, fill, in_peft, save
 from tests.tiny_models import (
     HEADS,
     INNER,
@@ -75,20 +74,6 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-def build(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: object) -> Classifier:
-    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
-    torch.manual_seed(seed)
-    return build_classifier(config, find_base_model(config), ["bad", "good"], dtype).eval()
-
-
-def fill(classifier: Classifier) -> None:
-    """Moves everything that is trained, LoRA's B away from zero above all."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in classifier.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-
-
 def batch(model_type: str) -> dict[str, Tensor]:
     """Four texts, two of them with padding."""
     ids = torch.randint(5, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(3))
@@ -97,14 +82,6 @@ def batch(model_type: str) -> dict[str, Tensor]:
     mask[3, 11:] = 0
     padding = SHAPES[model_type].get("pad_token_id") or 0
     return {"input_ids": torch.where(mask == 1, ids, padding), "attention_mask": mask}
-
-
-def save(directory: Path, classifier: Classifier, config: RunConfig) -> None:
-    family, targets = classifier.family, ranks_and_alphas(classifier.model)
-    save_trained(
-        directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets, family.head_modules,
-        split_widths(classifier.model), family.conv1d,
-    )  # fmt: skip
 
 
 def lora_gradients(logits: Tensor, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,17 +128,6 @@ def closed_form(model_type: str, target: str) -> int:
         return RANK * sum(map(sum, linears))
     layers = 1 if model_type == "albert" else LAYERS  # its layers share their weights
     return layers * RANK * sum(map(sum, shapes(model_type, target)))
-
-
-def in_peft(folder: Path, adapter: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from peft import PeftModel
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
-    base.config.pad_token_id = base.config.pad_token_id or 0
-    with warnings.catch_warnings():  # PEFT finds out by itself that GPT-2's head is no Conv1D, and says so
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
-        return PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
 
 
 @pytest.mark.parametrize("target", [*(name.removeprefix("lora_") for name in LORA_TARGETS), "all"])

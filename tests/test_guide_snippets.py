@@ -9,7 +9,8 @@ import pytest
 from finetuning.export.onnx_file import ONNX_FILE, PACKAGES, write_onnx
 from finetuning.export.plain import plain_model, write_model, write_tokenizer
 from finetuning.models.base_model import load_tokenizer, read_base_model
-from tests.runs.test_weights import build, train_a_little
+from tests.runs.test_weights import build
+from tests.small_classifiers import fill
 
 GUIDE = Path(__file__).resolve().parent.parent / "docs" / "guide.md"
 SNIPPETS = re.findall(r"\n```python\n(.*?)```", GUIDE.read_text(encoding="utf8"), flags=re.DOTALL)
@@ -25,7 +26,7 @@ def test_a_snippet_of_the_guide_runs(
 ) -> None:
     folder = tmp_path / "reviews-model"
     classifier, config = build(bases["distilbert"], 0)
-    train_a_little(classifier)
+    fill(classifier)
     model = plain_model(classifier, 0)
     write_model(folder, model, next(model.parameters()).dtype)
     write_tokenizer(folder, load_tokenizer(read_base_model("tiny", bases["distilbert"])), config.data.max_length)

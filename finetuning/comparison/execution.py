@@ -17,7 +17,7 @@ from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.errors import UserError
 from finetuning.forking import ForkedProcess, ForkServer, can_fork
-from finetuning.processes import STOP_SIGNALS, spin_variables, usable_cores
+from finetuning.processes import STOP_SIGNALS, handled, spin_variables, usable_cores
 from finetuning.runs.checkpoints import has_checkpoint
 
 STOPPED = (130, *(-number for number in STOP_SIGNALS))  # exit status of a run that was asked to stop
@@ -50,12 +50,8 @@ class StopSignals:
     @contextmanager
     def listening(self) -> Iterator["StopSignals"]:
         """Receives the signals until the block ends."""
-        earlier = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
-        try:
+        with handled(STOP_SIGNALS, self.receive):
             yield self
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Stops all runs."""

@@ -125,8 +125,7 @@ def compare_pair(grid: Grid, first: str, second: str) -> Pair | None:
     if len(sets) < LEAST_SETS:
         return None
     ours, theirs = grid.means(first, sets), grid.means(second, sets)
-    test = bayesian_signed_rank(ours, theirs, ROPE)
-    chances = {"better": test.better, "equivalent": test.equivalent, "worse": test.worse}
+    chances = bayesian_signed_rank(ours, theirs, ROPE)
     return Pair(sets, difference_cell([a - b for a, b in zip(ours, theirs, strict=True)], 2), chances)
 
 

@@ -196,34 +196,27 @@ def interval_over_sets(differences: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-@dataclass(frozen=True)
-class OverSets:
-    """How probable it is that the first of two methods is typically better, equivalent or worse. One set can differ."""
-
-    better: float
-    equivalent: float
-    worse: float
-
-
 def bayesian_signed_rank(
-    first: Sequence[float], second: Sequence[float], rope: float, samples: int = 50_000, seed: int = 0
-) -> OverSets:
+    first: Sequence[float], second: Sequence[float], rope: float, samples: int = 50_000
+) -> dict[str, float]:
     """The Bayesian signed-rank test with a region of practical equivalence (Benavoli et al. 2014 and 2017).
 
     Args:
         first, second: the score of each method on each data set, in the same order.
         rope: differences up to this size are equivalent, in the unit of the scores.
         samples: draws from the posterior distribution.
-        seed: of the draws.
+
+    Returns:
+        How probable it is that the first method is typically ``better``, ``equivalent``, ``worse``. One set can differ.
     """
     differences = np.array([0.0, *np.subtract(first, second)])  # 0: the prior's pseudo-observation
     sums = differences[:, None] + differences
     above, below = (np.heaviside(side - 2 * rope, 0.5) for side in (sums, -sums))
-    weights = np.random.default_rng(seed).dirichlet([0.5, *np.ones(len(first))], samples)
+    weights = np.random.default_rng(0).dirichlet([0.5, *np.ones(len(first))], samples)
     shares = [np.einsum("si,ij,sj->s", weights, side, weights) for side in (above, below)]
     mass = np.stack([shares[0], 1 - shares[0] - shares[1], shares[1]])
     best = mass == mass.max(0)  # of equal ones each gets its part
-    return OverSets(*(best / best.sum(0)).mean(1).tolist())
+    return dict(zip(("better", "equivalent", "worse"), (best / best.sum(0)).mean(1).tolist(), strict=True))
 
 
 def resamples_for(pairs: int) -> int:

@@ -210,8 +210,9 @@ def scores_record(scores: dict[str, Any], examples: int, seconds: float) -> dict
     return scores | {"accuracy_ci95": interval, "examples": examples, "seconds": seconds}
 
 
-def accuracy_interval(accuracy: float, examples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95 % with the default ``z`` (Wilson 1927)."""
+def accuracy_interval(accuracy: float, examples: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion (Wilson 1927)."""
+    z = 1.959964
     centre = (accuracy + z**2 / (2 * examples)) / (1 + z**2 / examples)
     spread = z / (1 + z**2 / examples) * math.sqrt(accuracy * (1 - accuracy) / examples + (z / (2 * examples)) ** 2)
     return max(0.0, centre - spread), min(1.0, centre + spread)

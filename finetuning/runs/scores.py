@@ -29,17 +29,16 @@ class ClassScore:
     f1_interval: Interval
 
 
-def resampled_sums(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Sums over texts that are drawn with replacement. Calls with the same n and seed draw the same texts.
+def resampled_sums(values: np.ndarray) -> np.ndarray:
+    """Sums over texts that are drawn with replacement. Calls with the same n draw the same texts.
 
     Args:
         values: (n, k), what each text adds to each sum.
-        seed: seed of the random generator.
 
     Returns:
         (RESAMPLES, k)
     """
-    generator, n = np.random.default_rng(seed), len(values)
+    generator, n = np.random.default_rng(0), len(values)
     columns = values.astype(np.float64)
     sums = []
     for _ in range(RESAMPLES // BLOCK):

@@ -13,31 +13,18 @@ DEFAULT_THRESHOLD = 0.5  # multi-label: the probability above which a label is g
 
 # Peak learning rates if --learning_rate is not given. LoRA needs about ten times the rate of full fine-tuning. SGD
 # needs a far higher rate, because it does not scale its step by the size of past gradients.
+_RATES = {  # of adam and adamw, sgd, sgd_nesterov
+    "lora": (1e-3, 0.5, 0.1),
+    "full": (1e-4, 0.1, 0.02),
+    "selective": (5e-4, 0.1, 0.02),
+    "bitfit": (3e-3, 0.5, 0.1),
+    "norms": (3e-3, 0.5, 0.1),
+    "head": (4e-3, 0.1, 0.02),
+}
 DEFAULT_LEARNING_RATES: dict[tuple[str, str], float] = {
-    ("lora", "adam"): 1e-3,
-    ("lora", "adamw"): 1e-3,
-    ("lora", "sgd"): 0.5,
-    ("lora", "sgd_nesterov"): 0.1,
-    ("full", "adam"): 1e-4,
-    ("full", "adamw"): 1e-4,
-    ("full", "sgd"): 0.1,
-    ("full", "sgd_nesterov"): 0.02,
-    ("selective", "adam"): 5e-4,
-    ("selective", "adamw"): 5e-4,
-    ("selective", "sgd"): 0.1,
-    ("selective", "sgd_nesterov"): 0.02,
-    ("bitfit", "adam"): 3e-3,
-    ("bitfit", "adamw"): 3e-3,
-    ("bitfit", "sgd"): 0.5,
-    ("bitfit", "sgd_nesterov"): 0.1,
-    ("norms", "adam"): 3e-3,
-    ("norms", "adamw"): 3e-3,
-    ("norms", "sgd"): 0.5,
-    ("norms", "sgd_nesterov"): 0.1,
-    ("head", "adam"): 4e-3,
-    ("head", "adamw"): 4e-3,
-    ("head", "sgd"): 0.1,
-    ("head", "sgd_nesterov"): 0.02,
+    (method, optimizer): rate
+    for method, (adam, sgd, nesterov) in _RATES.items()
+    for optimizer, rate in {"adam": adam, "adamw": adam, "sgd": sgd, "sgd_nesterov": nesterov}.items()
 }
 
 

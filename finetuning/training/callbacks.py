@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from finetuning.errors import Interrupted, TrainingFailed, say
+from finetuning.processes import STOP_SIGNALS, handled
 from finetuning.runs.files import LAST_CHECKPOINT, NOT_FINITE
 from finetuning.runs.history import write_metrics
 
@@ -236,8 +237,6 @@ class GracefulStop(Callback):
     process could end before the others.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
     def __init__(self, directory: Path, meter: Meter, minutes: float, steps: int) -> None:
         self.directory = directory
         self.meter = meter
@@ -251,15 +250,9 @@ class GracefulStop(Callback):
         self.requested = True
         rank_zero_only(say)("\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Handles the signals inside the context."""
-        earlier = {number: signal.signal(number, self._request_stop) for number in self.signals}
-        try:
-            yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
+        return handled(STOP_SIGNALS, self._request_stop)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Lightning has installed its own SIGTERM handler. It stops in the middle of a validation, and with DDP its

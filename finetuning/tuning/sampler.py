@@ -135,11 +135,9 @@ def make_sampler(kind: str, seed: int, number: int) -> optuna.samplers.BaseSampl
         return optuna.samplers.TPESampler(seed=own, n_startup_trials=RANDOM_TRIALS, constant_liar=True)
 
 
-def study_of(
-    space: Space, trials: Sequence[Trial], minimize: bool, sampler: optuna.samplers.BaseSampler | None = None
-) -> optuna.Study:
+def study_of(space: Space, trials: Sequence[Trial], minimize: bool) -> optuna.Study:
     """A study in memory with these trials. A failed one counts as pruned before its first score, so as a bad one."""
-    study = optuna.create_study(direction=_direction(minimize), sampler=sampler)
+    study = optuna.create_study(direction=_direction(minimize))
     study.add_trials([_frozen(space, trial) for trial in trials if trial.point is not None])
     return study
 

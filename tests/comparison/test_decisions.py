@@ -39,7 +39,7 @@ def test_a_decision_has_its_difference_costs_and_certainty(tmp_path: Path, monke
     tuned, texts, sets, difference, outcome, time, memory, word = table(tmp_path, 9, monkeypatch)
     assert (tuned, texts, sets, time, memory) == ("", "100 to 108", "9", "2.50", "1.00")
     assert difference.startswith("+2.40 (+2.1")
-    chance = bayesian_signed_rank([82 + i / 10 for i in range(9)], [80.0] * 9, ROPE).better
+    chance = bayesian_signed_rank([82 + i / 10 for i in range(9)], [80.0] * 9, ROPE)["better"]
     assert outcome == f"better, {100 * chance:.0f} %"
     assert word == "sure"
 

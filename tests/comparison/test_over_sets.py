@@ -49,7 +49,7 @@ def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
     assert difference == f"+1.13 ({low:+.2f} to {high:+.2f})"
     expected = bayesian_signed_rank([90.5, 81, 70.1], [88.5, 79.5, 70.2], 0.5)
     assert [int(share) for share in chances] == [
-        round(100 * share) for share in (expected.better, expected.equivalent, expected.worse)
+        round(100 * expected[outcome]) for outcome in ("better", "equivalent", "worse")
     ]
 
 

@@ -205,8 +205,8 @@ def test_the_bayesian_signed_rank_test_is_the_one_of_baycomp(sets: int, shift: f
     found = bayesian_signed_rank(first.tolist(), second.tolist(), rope=0.5)
     # baycomp's left is the probability that its first argument is better
     expected = baycomp.SignedRankTest.probs(first, second, rope=0.5, random_state=1)
-    assert (found.better, found.equivalent, found.worse) == pytest.approx(expected, abs=0.01)
-    assert found.better + found.equivalent + found.worse == pytest.approx(1)
+    assert [found[outcome] for outcome in ("better", "equivalent", "worse")] == pytest.approx(expected, abs=0.01)
+    assert sum(found.values()) == pytest.approx(1)
 
 
 def test_the_tuning_curve_of_uniform_scores() -> None:

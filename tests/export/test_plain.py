@@ -13,7 +13,8 @@ from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
 from local_model_utilities import build_classifier, find_base_model, load_tokenizer
 from tests.conftest import CORE, needs_int8, packaged_folder
-from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, NAMES, batch, build, logits, train_a_little
+from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, batch, build, logits
+from tests.small_classifiers import NAMES, fill
 from tests.tiny_models import save_tokenizer, tiny_model
 
 CASES = METHODS | {
@@ -39,7 +40,7 @@ def test_transformers_loads_what_the_run_computed(
 ) -> None:
     classifier, _ = build(bases[model_type], 0, **CASES[case])
     untrained = logits(classifier)
-    train_a_little(classifier)
+    fill(classifier)
     expected = logits(classifier)  # not merged, and on the efficient path
     model = plain_model(classifier, 0)
     assert {type(module).__name__ for module in model.modules()} & {"LinearWithLoRA", "Linear4bit"} == set()
@@ -55,7 +56,7 @@ def test_transformers_loads_what_the_run_computed(
 @needs_int8
 def test_an_8_bit_base_becomes_the_weights_that_training_saw(bases: dict[str, Path], tmp_path: Path) -> None:
     classifier, _ = build(bases["bert"], 0, **ALL_BUT_HEAD, precision="int8")
-    train_a_little(classifier)
+    fill(classifier)
     linear = classifier.model.get_submodule("bert.encoder.layer.1.output.dense")
     weight = linear.merged_weight()
     expected = logits(classifier)
@@ -92,7 +93,7 @@ def test_families_without_efficient_path(tmp_path: Path, model_type: str, q_lora
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_weights_in_half_precision(bases: dict[str, Path], tmp_path: Path, dtype: str) -> None:
     classifier, _ = build(bases["distilbert"], 0)
-    train_a_little(classifier)
+    fill(classifier)
     before = logits(classifier)
     model = plain_model(classifier, 0)
     write_model(tmp_path, model, DTYPES[dtype])

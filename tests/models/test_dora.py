@@ -1,16 +1,13 @@
 # mypy: disable-error-code="arg-type,union-attr,operator,assignment"
 """DoRA against its plain formula, and against PEFT's on the same weights: logits, gradients, merged weights."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
@@ -23,7 +20,8 @@ from finetuning.runs.weights import peft_name, separate_parts
 from tests.conftest import needs_int8, train_only_lora
 from tests.models.conftest import assert_each_near, relative_error, with_lora
 from tests.models.test_lora import gradients
-from tests.test_every_family import EVERY_FAMILY, FUSED, LABELS, batch, build, folder_of, joined_name, save
+from tests.small_classifiers import build, built_and_filled, in_peft, save
+from tests.test_every_family import EVERY_FAMILY, FUSED, LABELS, batch, folder_of, joined_name, lora_gradients
 
 __all__ = ["folder_of"]  # a fixture
 DORA = {"lora_variant": "dora", "lora_r": 3, "lora_alpha": 5.0}
@@ -117,17 +115,6 @@ def test_in_8_bits_it_is_the_formula_on_the_dequantized_weight() -> None:
 # PEFT
 
 
-def filled(folder: Path, **settings: Any) -> Any:
-    """A classifier with DoRA, all that it trains away from its start; its magnitudes by a tenth at most."""
-    classifier = build(folder, **settings)
-    generator = torch.Generator().manual_seed(5)
-    for name, p in classifier.named_parameters():
-        if p.requires_grad:
-            noise = 0.1 * torch.randn(p.shape, generator=generator)
-            p.data += p.data * noise if "magnitude" in name else noise
-    return classifier
-
-
 @EVERY_FAMILY
 def test_dora_equals_that_of_peft_with_the_adapter_that_is_written(
     folder_of: Any,
@@ -139,26 +126,20 @@ def test_dora_equals_that_of_peft_with_the_adapter_that_is_written(
 
 def assert_equals_peft(folder: Path, adapter: Path, model_type: str, settings: dict[str, Any]) -> None:
     """Compares logits, gradients and merged weights with those of PEFT, which reads the adapter that is written."""
-    given, ours = batch(model_type), filled(folder, **settings)
+    given, ours = batch(model_type), built_and_filled(folder, **settings)
     save(adapter, ours, RunConfig.from_settings(**settings))
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
-    base.config.pad_token_id = base.config.pad_token_id or 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
-        theirs = PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
+    theirs = in_peft(folder, adapter)
     logits, reference = ours(**given), theirs(**given).logits
     assert relative_error(logits, reference) < 1e-5
     matrices = {name: p for name, p in ours.model.named_parameters() if ".lora.lora_" in name}
     widths = split_widths(ours.model)
     whole = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
-    found = dict(zip(whole, torch.autograd.grad(F.cross_entropy(reference, LABELS), list(whole.values())), strict=True))
+    found = lora_gradients(reference, whole)
     short = {name.replace(".default", "").replace("vector.weight", "vector"): g for name, g in found.items()}
     joined = {name: short[peft_name(name, lora=True)] for name in (joined_name(n, widths) for n in matrices)}
     assert len(joined) == len(found)
     expected = separate_parts(joined, ours.saved_parameters(), widths)
-    own = dict(
-        zip(matrices, torch.autograd.grad(F.cross_entropy(logits, LABELS), list(matrices.values())), strict=True)
-    )
+    own = lora_gradients(logits, matrices)
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for name in matrices:
         gradient = expected[name]
@@ -188,8 +169,8 @@ def test_parts_of_a_fused_linear_need_dora_together(folder_of: Any, model_type: 
 
 def test_four_bits_equal_dora_on_the_dequantized_weights(folder_of: Any) -> None:
     folder, given, found = folder_of("bert"), batch("bert"), []
-    packed = filled(folder, q_lora=True, **ALL)
-    dense = filled(folder, **ALL)
+    packed = built_and_filled(folder, q_lora=True, **ALL)
+    dense = built_and_filled(folder, **ALL)
     for (_, theirs), (_, ours) in zip(lora_modules(packed.model), lora_modules(dense.model), strict=True):
         ours.linear.weight.data.copy_(dense_weight(theirs.linear))
         ours.lora.lora_magnitude_vector.data.copy_(theirs.lora.lora_magnitude_vector)

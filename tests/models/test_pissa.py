@@ -21,8 +21,9 @@ from finetuning.models.quantization import dense_weight
 from finetuning.runs.weights import load_trained
 from tests.conftest import CORE, needs_int8
 from tests.models.conftest import relative_error
-from tests.models.test_dora import assert_equals_peft, filled
-from tests.test_every_family import EVERY_FAMILY, LABELS, RANK, batch, build, folder_of, save
+from tests.models.test_dora import assert_equals_peft
+from tests.small_classifiers import build, built_and_filled, save
+from tests.test_every_family import EVERY_FAMILY, LABELS, RANK, batch, folder_of
 
 __all__ = ["folder_of"]  # a fixture
 PISSA: dict[str, Any] = {"lora_variant": "pissa", "lora_r": RANK, "lora_alpha": 5.0}
@@ -135,7 +136,7 @@ def test_packed_weights_hold_the_rest(folder_of: Any, tmp_path: Path, packing: d
         rest = dense.model.get_submodule(name).linear.weight
         assert 0 < relative_error(dense_weight(module.linear), rest) < 0.3  # 4 bits: 0.22
     assert relative_error(packed(**given), whole(**given)) < 0.2
-    trained = filled(folder, **ALL, **packing)
+    trained = built_and_filled(folder, **ALL, **packing)
     save(tmp_path, trained, RunConfig.from_settings(**ALL))
     load_trained(tmp_path, packed.saved_parameters(), lora=True)
     assert torch.equal(packed(**given), trained(**given))

@@ -22,7 +22,8 @@ from finetuning.runs.adapters import read_adapter
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result
 from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
 from tests.conftest import CORE, LAYERS
-from tests.runs.test_weights import ALL_BUT_HEAD, NAMES, batch, build, in_peft, logits, save, train_a_little
+from tests.runs.test_weights import ALL_BUT_HEAD, batch, build, logits, logits_in_peft
+from tests.small_classifiers import NAMES, fill, save
 
 PEFT_CASES: dict[str, dict[str, Any]] = {
     "standard": {"r": 4, "lora_alpha": 6},
@@ -99,10 +100,10 @@ def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, m
     assert config.lora.lora_variant == ("dora" if case == "dora" else "lora")
     assert config.lora.lora_layers == ("1" if case == "one_layer" else None)
     # and back: trained on, saved, and read by PEFT again
-    train_a_little(classifier)
+    fill(classifier)
     (tmp_path / "ours").mkdir()
     save(tmp_path / "ours", classifier, config)
-    _, again = in_peft(bases[model_type], tmp_path / "ours")
+    _, again = logits_in_peft(bases[model_type], tmp_path / "ours")
     torch.testing.assert_close(again, logits(classifier), rtol=0, atol=1e-5)
     assert (again - expected).abs().max() > 0.01
 
@@ -123,7 +124,7 @@ def test_an_adapter_of_an_earlier_run_is_continued(
     bases: dict[str, Path], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     earlier, config = build(bases["roberta"], 0, **settings)
-    train_a_little(earlier)
+    fill(earlier)
     save(tmp_path, earlier, config)
     classifier, now = adopted(bases["roberta"], tmp_path, **({"q_lora": True} if "q_lora" in settings else {}))
     torch.testing.assert_close(logits(classifier), logits(earlier), rtol=0, atol=1e-5)
@@ -165,7 +166,7 @@ def test_what_transformers_does_with_the_head_of_such_a_folder(
 ) -> None:
     """AutoModel reads adapter_config.json, loads the base it names, and puts LoRA and head of the folder on it."""
     classifier, config = build(bases["distilbert"], 0, **ALL_BUT_HEAD)
-    train_a_little(classifier)
+    fill(classifier)
     save(tmp_path, classifier, config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

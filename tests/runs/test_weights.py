@@ -5,49 +5,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
-from finetuning.models.lora import lora_modules, ranks_and_alphas
+from finetuning.models.lora import lora_modules
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
-from finetuning.runs.weights import adapter_config, load_trained, peft_name, save_trained
+from finetuning.runs.weights import adapter_config, load_trained, peft_name
 from finetuning.settings import LoRASettings
-from local_model_utilities import build_classifier, find_base_model
+from tests import small_classifiers
 from tests.conftest import CORE, LAYERS
-
-NAMES = ["bad", "good"]
+from tests.small_classifiers import fill, in_peft, save
 
 
 def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:
-    torch.manual_seed(seed)
-    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
-    return build_classifier(config, find_base_model(config), NAMES, torch.float32).eval(), config
-
-
-def train_a_little(classifier: Classifier) -> None:
-    """Moves everything that is trained, LoRA's B away from zero above all."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in classifier.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    config = RunConfig.from_settings(model_name=str(folder), **settings)
+    return small_classifiers.build(folder, seed=seed, **settings), config
 
 
 def lora_settings(**settings: object) -> LoRASettings:
     lora = RunConfig.from_settings(**settings).lora
     assert lora is not None
     return lora
-
-
-def save(directory: Path, classifier: Classifier, config: RunConfig) -> Path:
-    targets = ranks_and_alphas(classifier.model)
-    return save_trained(
-        directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets, classifier.family.head
-    )
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +68,7 @@ def test_saved_weights_make_the_same_classifier_again(
     bases: dict[str, Path], tmp_path: Path, model_type: str, method: str
 ) -> None:
     trained, config = build(bases[model_type], 0, **METHODS[method])
-    train_a_little(trained)
+    fill(trained)
     path = save(tmp_path, trained, config)
     assert path.name == (ADAPTER if config.method.method == "lora" else TRAINED_WEIGHTS)
     fresh, _ = build(bases[model_type], 1, **METHODS[method])
@@ -156,15 +138,15 @@ def test_adapter_config_says_what_peft_reads(bases: dict[str, Path], tmp_path: P
     assert (on_head["task_type"], on_head["modules_to_save"]) == (None, None)
 
 
-def in_peft(folder: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the base model and of PEFT's model on it, from the same head drawn with a seed of its own."""
+def logits_in_peft(folder: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of PEFT's model without its adapter, and with it."""
     ids, mask = batch()
-    torch.manual_seed(11)
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32).eval()
+    torch.manual_seed(11)  # of the head that is drawn anew
+    model = in_peft(folder, adapter)
     with torch.no_grad():
-        before = base(input_ids=ids, attention_mask=mask).logits
-        after = PeftModel.from_pretrained(base, adapter).eval()(input_ids=ids, attention_mask=mask).logits
-    return before, after
+        with model.disable_adapter():
+            before = model(input_ids=ids, attention_mask=mask).logits
+        return before, model(input_ids=ids, attention_mask=mask).logits
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora", "raw"])
@@ -172,9 +154,9 @@ def in_peft(folder: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def test_an_adapter_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_type: str, scaling: str) -> None:
     settings = ALL_BUT_HEAD | {"lora_alpha": 3.0, "lora_scaling": scaling}
     trained, config = build(bases[model_type], 0, **settings)
-    train_a_little(trained)
+    fill(trained)
     save(tmp_path, trained, config)
-    base, ours = in_peft(bases[model_type], tmp_path)
+    base, ours = logits_in_peft(bases[model_type], tmp_path)
     expected = logits(trained)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert (ours - base).abs().max() > 0.05
@@ -187,9 +169,9 @@ def test_an_adapter_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_
 @pytest.mark.parametrize("model_type", CORE)
 def test_an_adapter_on_the_head_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_type: str) -> None:
     trained, config = build(bases[model_type], 0, lora_head=True)
-    train_a_little(trained)
+    fill(trained)
     save(tmp_path, trained, config)
-    base, ours = in_peft(bases[model_type], tmp_path)
+    base, ours = logits_in_peft(bases[model_type], tmp_path)
     torch.testing.assert_close(ours, logits(trained), rtol=1e-4, atol=1e-5)
     assert (ours - base).abs().max() > 0.05
 
@@ -197,9 +179,9 @@ def test_an_adapter_on_the_head_loads_in_peft(bases: dict[str, Path], tmp_path: 
 @pytest.mark.parametrize("model_type", CORE)
 def test_an_adapter_in_some_layers_loads_in_peft(bases: dict[str, Path], tmp_path: Path, model_type: str) -> None:
     trained, config = build(bases[model_type], 0, lora_layers="1-2", **ALL_BUT_HEAD)
-    train_a_little(trained)
+    fill(trained)
     save(tmp_path, trained, config)
-    base, ours = in_peft(bases[model_type], tmp_path)
+    base, ours = logits_in_peft(bases[model_type], tmp_path)
     torch.testing.assert_close(ours, logits(trained), rtol=1e-4, atol=1e-5)
     assert (ours - base).abs().max() > 0.05
 
@@ -210,11 +192,11 @@ def test_an_adapter_on_more_linears_than_peft_lists_one_by_one(tmp_path: Path) -
     shape = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 64}
     BertForSequenceClassification(BertConfig(max_position_embeddings=64, **shape)).save_pretrained(folder)
     trained, config = build(folder, 0, lora_layers="1,10-11,5", **ALL_BUT_HEAD)
-    train_a_little(trained)
+    fill(trained)
     adapter.mkdir()
     save(adapter, trained, config)
     assert len(json.loads((adapter / ADAPTER_CONFIG).read_text())["target_modules"]) == 4 * 6
-    base, ours = in_peft(folder, adapter)
+    base, ours = logits_in_peft(folder, adapter)
     torch.testing.assert_close(ours, logits(trained), rtol=1e-4, atol=1e-5)
     assert (ours - base).abs().max() > 0.05
 

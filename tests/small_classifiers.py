@@ -1,0 +1,60 @@
+# mypy: disable-error-code="arg-type"
+"""Small classifiers for tests: built from a folder, moved away from their beginning, saved, and read by PEFT."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from finetuning.config import RunConfig
+from finetuning.models.classifier import Classifier
+from finetuning.models.fused import split_widths
+from finetuning.models.lora import ranks_and_alphas
+from finetuning.runs.weights import save_trained
+from local_model_utilities import build_classifier, find_base_model
+
+NAMES = ["bad", "good"]
+
+
+def build(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: object) -> Classifier:
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
+    torch.manual_seed(seed)
+    return build_classifier(config, find_base_model(config), NAMES, dtype).eval()
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Moves everything that is trained, LoRA's B away from zero above all; DoRA's magnitudes by about a tenth."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += parameter.data * noise if "magnitude" in name else noise
+
+
+def built_and_filled(folder: Path, **settings: object) -> Classifier:
+    classifier = build(folder, **settings)
+    fill(classifier)
+    return classifier
+
+
+def save(directory: Path, classifier: Classifier, config: RunConfig) -> Path:
+    """Writes what is trained, as a run does."""
+    family, targets = classifier.family, ranks_and_alphas(classifier.model)
+    return save_trained(
+        directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets, family.head_modules,
+        split_widths(classifier.model), family.conv1d,
+    )  # fmt: skip
+
+
+def in_peft(folder: Path, adapter: Path) -> Any:
+    """PEFT's model of an adapter; the head that the adapter replaces is drawn anew."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import PeftModel
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    base.config.pad_token_id = base.config.pad_token_id or 0
+    with warnings.catch_warnings():  # PEFT finds out by itself that GPT-2's head is no Conv1D, and says so
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        return PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
