@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_parts, harness
+from benchmarks import gpu_parts, gpu_steps, harness
 from benchmarks.gpu_parts import METHODS, SMALL, Record, Sizes
 from compare_methods import ROOT
 from finetuning.errors import UserError, first_line
@@ -53,7 +53,7 @@ def plan(sizes: Sizes) -> list[Part]:
     ]
     contestants = ("suite_equal_batches", "peft_tuned")
     steps = [
-        Part(f"steps {name} {size}", partial(gpu_parts.steps_per_second, name=name, batch_size=size), 120)
+        Part(f"steps {name} {size}", partial(gpu_steps.steps_per_second, name=name, batch_size=size), 120)
         for size in sizes.batch_sizes
         for name in contestants
     ]
@@ -63,11 +63,11 @@ def plan(sizes: Sizes) -> list[Part]:
         Part("tests", gpu_parts.gpu_tests, 900),
         *runs,
         Part("interrupt and resume", gpu_parts.interrupt_and_resume, 300),
-        Part("synchronisations", gpu_parts.synchronisations, 120),
-        Part("attention", gpu_parts.attention, 180),
+        Part("synchronisations", gpu_steps.synchronisations, 120),
+        Part("attention", gpu_steps.attention, 180),
         *steps,
-        Part("memory", gpu_parts.memory, 240),
-        Part("profile", gpu_parts.profile_steps, 120),
+        Part("memory", gpu_steps.memory, 240),
+        Part("profile", gpu_steps.profile_steps, 120),
     ]
     return [Part(part.name, part.call, SMALL_LIMIT) for part in parts] if small else parts
 

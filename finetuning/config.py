@@ -140,8 +140,8 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
     Args:
         stored: the settings that the run stored.
         given: the flags of this command. Only flags in ``MAY_CHANGE`` may differ from the run. ``--epochs`` may grow
-            if the learning rate is constant, because earlier epochs then do not depend on it. With ``--kfold`` it may
-            not, because finished folds do not train on.
+            if the learning rate is constant and no average is taken, because earlier epochs then do not depend on it.
+            With ``--kfold`` it may not, because finished folds do not train on.
 
     Raises:
         UserError: a flag contradicts the run, or the stored settings cannot be used.
@@ -153,7 +153,8 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
     values, given = run.to_dict(), {name: value for name, value in given.items() if value is not None}
     if "model_name" in given:
         given["model_name"] = full_name(given["model_name"])
-    level = run.training.scheduler == "constant" and run.training.warmup_fraction == 0
+    training = run.training
+    level = (training.scheduler, training.warmup_fraction, training.average) == ("constant", 0, "none")
     for name, value in given.items():
         before, now = values[name], str(value) if isinstance(value, Path) else value
         if (name, now) == ("precision", "fast"):  # the run stored what it meant

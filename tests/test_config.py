@@ -473,6 +473,11 @@ def test_where_things_are_and_the_hardware_may_change() -> None:
         (STORED, "--epochs 9", "--epochs 9: the run in d has --epochs 2, "),
         ("--output_dir d --epochs 2 --scheduler constant", "--epochs 9", "--epochs 9: the run in d has --epochs 2, "),
         (
+            "--output_dir d --epochs 2 --scheduler constant --warmup_fraction 0 --average ema",
+            "--epochs 9",
+            "--epochs 9: the run in d has --epochs 2, ",
+        ),
+        (
             "--output_dir d --epochs 2 --scheduler constant --warmup_fraction 0",
             "--epochs 1",
             "--epochs 1: the run in d has --epochs 2, ",
