@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import budget
+from benchmarks import budget, harness
 from finetuning.settings import PACKAGED_DISTILBERT
 from tests.synthetic_runs import ENVIRONMENT, write_run
 
@@ -57,6 +57,24 @@ def test_few_texts_are_means_over_draws() -> None:
     records = [record("before", 0, 0.2), record("before", 1, 0.4), record("auto", 0, 0.7)]
     lines = budget.few_texts_table({"measurements": records, "environments": [ENVIRONMENT]}).splitlines()
     assert lines[2] == "| trec6 | 100 | 30.00 ± 14.14 (2) | 70.00 (1) |"
+
+
+def test_runs_on_the_same_texts_whose_head_reads_the_mean_are_added(tmp_path: Path) -> None:
+    def run(row: str, texts: int, pooling: str, method: str) -> None:
+        axes = {"data_dir": "trec6", "limit_train": texts, "data_seed": 0, "pooling": pooling, "method": method}
+        write_run(tmp_path / "results", "pooling", row, axes=axes, test={"accuracy": 0.7})
+
+    run("head", 100, "mean", "head")
+    run("first", 100, "first", "head")
+    run("lora", 100, "mean", "lora")
+    run("fewer", 50, "mean", "lora")  # no baseline has these texts
+    frozen = {"set": "trec6", "texts": 100, "draw": 0, "kind": budget.FROZEN, "accuracy": 0.6}
+    journal = harness.Journal(tmp_path / "journal.json", {})
+    journal.keep(frozen)
+    assert len(budget.measure_means(journal, tmp_path / "results" / "pooling")) == 2
+    assert [record["kind"] for record in journal.records] == [budget.FROZEN, *budget.MEAN_KINDS.values()]
+    table = budget.few_texts_table({"measurements": journal.records, "environments": [ENVIRONMENT]})
+    assert table.splitlines()[2] == "| trec6 | 100 | 60.00 (1) | 70.00 (1) | 70.00 (1) |"
 
 
 def test_mean_vectors_leave_padding_out() -> None:
