@@ -40,7 +40,7 @@ class Inputs:
     hardware: Hardware
     texts: TextData
     task: Task
-    advice: list[str]  # what the labels suggest, one sentence each
+    advice: list[str]  # what labels and settings suggest, one sentence each
     splits: dict[str, TokenizedSplit]
     pad_id: int
     adapter: Adapter | None  # of --init_adapter
@@ -88,7 +88,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         hardware = dataclasses.replace(hardware, int8=precision == "int8")
         found["precision"] = precision
     task, advice = task_of(texts, config.training)
-    advice += validation_advice(len(texts.splits["validation"].texts), config)
+    advice += validation_advice(len(texts.splits["validation"].texts), config) + pooling_advice(base, config)
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)
@@ -126,6 +126,17 @@ def validation_advice(texts: int, config: RunConfig) -> list[str]:
     return [
         f"validation has {texts} texts, so the epoch that it chooses depends on chance: --kfold 5 needs no validation"
         f" split and scores every training text"
+    ]
+
+
+def pooling_advice(base: BaseModel, config: RunConfig) -> list[str]:
+    """What to try if the head is trained alone, on the first token of a model that was not trained for it."""
+    reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
+    if config.method.method != "head" or config.training.epochs == 0 or not reads_first:
+        return []
+    return [
+        "the head alone reads the first token: with MiniLM, --pooling mean was better on every data set that was tried;"
+        " then the classifier can be exported as ONNX only"
     ]
 
 
