@@ -13,8 +13,7 @@ from typing import IO
 
 from finetuning.comparison.execution import PRELOADED
 from finetuning.forking import ForkServer, can_fork
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 class Script:

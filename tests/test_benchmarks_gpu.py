@@ -12,8 +12,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu_parts import SMALL, Record, Sizes
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
 
 
 def test_all_parts_in_the_small_form(tmp_path: Path) -> None:

@@ -26,9 +26,8 @@ from finetuning.flags import from_flags
 from finetuning.forking import can_fork
 from finetuning.runs.files import write_result
 from finetuning.runs.history import write_predictions
-from tests.conftest import DIVERGED, TUNED, leave_run, one_thread, plan, scored, write_study
+from tests.conftest import DIVERGED, ROOT, TUNED, leave_run, one_thread, plan, scored, write_study
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 240  # for a machine with other work
 
 pytestmark = pytest.mark.usefixtures("project")

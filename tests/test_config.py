@@ -23,7 +23,6 @@ from finetuning.settings import (
 from finetuning.storage import cache_dir
 from tests.conftest import config_of_flags, lora_of_flags, refusal
 
-ROOT = Path(__file__).resolve().parent.parent
 LORA_FLAGS = [flag.name for flag in FLAGS.values() if flag.section == "lora"]
 OTHER_METHODS = [method for method in FLAGS["method"].choices if method != "lora"]
 

@@ -27,10 +27,8 @@ from finetuning.settings import LORA_TARGETS
 from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.module import FineTuning
-from tests.conftest import needs_int8, one_thread, write_reviews
+from tests.conftest import ROOT, needs_int8, one_thread, write_reviews
 from tests.scripts import Script, start_script
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:

@@ -13,10 +13,7 @@ from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, from_flags, given_flags, make_parser, parse_bool
 from finetuning.runs.directory import settings_to_run
 from finetuning.settings import COMMANDS, FLAGS, LORA_TARGETS, SECTIONS
-from tests.conftest import config_of_flags, lora_of_flags, refusal
-
-ROOT = Path(__file__).resolve().parent.parent
-
+from tests.conftest import ROOT, config_of_flags, lora_of_flags, refusal
 
 # --- parsing
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 LIBRARY = {"local_dataset_utilities", "local_model_utilities"}
 COMMANDS = {"finetune_lora", "predict", "export_model", "compare_methods"}
 ABOVE = COMMANDS | LIBRARY | {"benchmarks", "tests"}  # of finetuning/

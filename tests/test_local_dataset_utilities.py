@@ -18,9 +18,7 @@ from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
 from local_dataset_utilities import tokenize
-from tests.conftest import frame, packaged_folder, text_config, texts_of, write_texts
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT, frame, packaged_folder, text_config, texts_of, write_texts
 
 
 @pytest.fixture(autouse=True)

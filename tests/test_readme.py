@@ -4,7 +4,6 @@ import re
 import shlex
 import subprocess
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,8 @@ from finetuning.export.command import make_parser as make_export_parser
 from finetuning.flags import from_flags, make_parser
 from finetuning.prediction.command import make_parser as make_predict_parser
 from finetuning.tuning.command import make_parser as make_study_parser
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
     "README.md",
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ from safetensors.torch import load_file
 
 import finetune_lora
 from benchmarks.slurm_cluster import Cluster, wait_until
-from tests.conftest import one_thread
+from tests.conftest import ROOT, one_thread
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "run_DistilBert_gpu.SBATCH"
 
 
@@ -53,8 +51,7 @@ def test_a_signalled_array_task_is_requeued_and_ends_as_if_nothing_had_happened(
     wait_until(lambda: "JobState=PENDING" in ready.job(number), "the requeue")
     interrupted = read_result(directory)
     assert interrupted["status"] == "interrupted", ready.log()
-    time.sleep(2)  # a job that starts in the second in which it ended is refused: "Job credential revoked"
-    ready.command("scontrol", "update", f"JobId={number}", "StartTime=now")  # it would wait for two minutes
+    ready.start_now(number)
     wait_until(lambda: re.search("JobState=(COMPLETED|FAILED)", ready.job(number)) is not None, "the end")
     assert "JobState=COMPLETED" in ready.job(number), ready.log()
     assert "Restarts=1" in ready.job(number)

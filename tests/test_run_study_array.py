@@ -1,7 +1,6 @@
 """A study as a job array on a real cluster of one node: two runs at a time, one of them killed and requeued."""
 
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ from benchmarks.slurm_cluster import Cluster, wait_until
 from compare_methods import main
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import read_plan
-from tests.conftest import one_thread, write_study
+from tests.conftest import ROOT, one_thread, write_study
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "studies" / "run_study_array.SBATCH"
 ROWS = """
 [axes]
@@ -56,8 +54,7 @@ def test_an_array_with_a_killed_task_gives_the_table_of_a_local_run(
     (task,) = re.findall(r"JobId=(\d+) ArrayJobId=\d+ ArrayTaskId=0 ", ready.job(array))
     ready.command("scontrol", "requeue", task)  # kills it first, as a preemption does
     wait_until(lambda: "JobState=PENDING" in ready.job(task), "the requeued task")
-    time.sleep(2)  # a job that starts in the second in which it ended is refused: "Job credential revoked"
-    ready.command("scontrol", "update", f"JobId={task}", "StartTime=now")  # it would wait for two minutes
+    ready.start_now(task)
     wait_until(lambda: re.search("JobState=(COMPLETED|FAILED)", ready.job(collected)) is not None, "the collection")
     assert "4 finished and 0 failed of 4 runs" in ready.log(), ready.log()
     assert "continued" in ready.log()

@@ -1,14 +1,12 @@
 """A search as a job array on a real cluster of one node: workers that join, one of them preempted and requeued."""
 
 import re
-import time
 from pathlib import Path
 
 from benchmarks.slurm_cluster import Cluster, wait_until
 from finetuning.storage import read_json
-from tests.conftest import write_reviews
+from tests.conftest import ROOT, write_reviews
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "studies" / "run_tune_array.SBATCH"
 TRIED = 4
 
@@ -28,8 +26,7 @@ def test_an_array_of_workers_shares_a_search_and_survives_a_preemption(
     (task,) = re.findall(r"JobId=(\d+) ArrayJobId=\d+ ArrayTaskId=0 ", ready.job(array))
     ready.command("scontrol", "requeue", task)  # kills it first, as a preemption does
     wait_until(lambda: "JobState=PENDING" in ready.job(task), "the requeued worker")
-    time.sleep(2)  # a job that starts in the second in which it ended is refused: "Job credential revoked"
-    ready.command("scontrol", "update", f"JobId={task}", "StartTime=now")  # it would wait for two minutes
+    ready.start_now(task)
     wait_until(lambda: (folder / "tune.json").exists(), f"the end of the search: {ready.log()}")
     wait_until(lambda: not re.search("JobState=(RUNNING|PENDING)", ready.job(array)), "the end of the jobs")
     assert "Restarts=1" in ready.job(task)

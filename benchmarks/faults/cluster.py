@@ -40,8 +40,7 @@ def job_disturbed(commands: Commands, generator: random.Random, directory: Path)
         if state(cluster, job) == "FAILED":  # its step was killed: SLURM leaves it to the user to start it again
             cluster.command("scontrol", "requeue", job)
         if state(cluster, job) != "COMPLETED":
-            time.sleep(2)  # a job that starts in the second in which it ended is refused: "Job credential revoked"
-            cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            cluster.start_now(job, check=False)
         wait_until(lambda: state(cluster, job) in ("COMPLETED", "FAILED"), "the end")
         if state(cluster, job) != "COMPLETED":
             raise Broken(f"{kind}: the job ended as {state(cluster, job)}: {cluster.log()[-300:]}")

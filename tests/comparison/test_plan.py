@@ -13,8 +13,8 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
 from finetuning.settings import PACKAGED_DISTILBERT
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
 TUNED = """
 [axes]

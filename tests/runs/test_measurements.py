@@ -12,8 +12,7 @@ import torch
 
 from finetuning.runs import measurements
 from finetuning.runs.measurements import environment_record, free_memory, peak_memory, processor_seconds, was_alone
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
 
 
 def test_memory_is_that_of_the_process() -> None:
