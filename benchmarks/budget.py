@@ -43,7 +43,7 @@ PAGE = ROOT / "docs" / "budget.md"
 FROZEN = "frozen mean embedding + logistic regression"
 BATCH = 64  # texts
 KINDS = ("before", "auto")  # two epochs of 64 texts a batch, and the rule
-MEAN_KINDS = {"head": "`--method head --pooling mean`", "lora": "auto, `--pooling mean`"}
+MEAN_KINDS = {"head": "head alone on the mean", "lora": "auto on the mean"}
 LEAST_EPOCHS = 5  # of a run that --patience could have stopped
 SETTINGS = ("method", "limit_train", "batch_size", "learning_rate", "epochs")  # of a row of steps
 
