@@ -161,7 +161,8 @@ def few_texts_table(result: Record) -> str:
             cells.append(score_cell(found) or "not measured")
         rows.append((name, str(texts), *cells))
     columns = ("data set", "training texts", *(f"{kind}, %" for kind in kinds))
-    return f"{Table(columns, rows).markdown()}\n\n{measured(result['environments'])}"
+    environments = result["environments"] + result.get("environments_of_means", [])
+    return f"{Table(columns, rows).markdown()}\n\n{measured(environments)}"
 
 
 def measure(data_dir: Path, journal: harness.Journal, known: Sequence[Record]) -> None:
@@ -181,8 +182,8 @@ def measure(data_dir: Path, journal: harness.Journal, known: Sequence[Record]) -
             accuracy = accuracies.get((name, texts, draw))
             accuracy = frozen_accuracy(run, data_dir) if accuracy is None else accuracy
             journal.keep(described | {"kind": FROZEN, "accuracy": accuracy})
-    results = [record.result for record in records.values()] + measure_means(journal)
-    journal.result["environments"] = [result["environment"] for result in results]
+    journal.result["environments"] = [record.result["environment"] for record in records.values()]
+    journal.result["environments_of_means"] = [result["environment"] for result in measure_means(journal)]
 
 
 def measure_means(journal: harness.Journal, folder: Path = POOLING) -> list[Record]:
