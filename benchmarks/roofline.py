@@ -131,7 +131,7 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
     for kind in kinds:
         rates[str(kind).removeprefix("torch.")].append(product_rate(size, *median, kind, seconds_per_shape))
     flops: Counter[str] = sum((step_flops(size, *shape) for shape in shapes), Counter())
-    dense = str(suite.hardware.dtype).removeprefix("torch.")
+    dense = suite.hardware.precision
     mean = {kind: statistics.mean(found) for kind, found in rates.items()}
     linears = flops["linears"] / mean.get("int8", mean[dense])
     return {

@@ -11,8 +11,8 @@ import torch
 from safetensors.numpy import load_file
 
 from finetune_lora import main
-from tests.conftest import write_reviews
-from tests.test_finetune_lora import ROOT, flags, result_of
+from tests.conftest import ROOT, write_reviews
+from tests.test_finetune_lora import flags, result_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ON_GPU = ("--accelerator", "gpu", "--learning_rate", "0.01")

@@ -130,7 +130,7 @@ def validation_advice(texts: int, config: RunConfig) -> list[str]:
 
 
 def pooling_advice(base: BaseModel, config: RunConfig) -> list[str]:
-    """What to try if the head is trained alone, on the first token of a model that was not trained for it."""
+    """What to try if the head is trained alone and reads the first token."""
     reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
     if config.method.method != "head" or config.training.epochs == 0 or not reads_first:
         return []

@@ -43,10 +43,15 @@ class Hardware:
         return torch.device("cuda", self.devices[0] if isinstance(self.devices, list) else 0)
 
     @property
+    def precision(self) -> str:
+        """The precision of the products as torch names it, e.g. ``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def described(self) -> str:
         """For people, e.g. ``bfloat16 on cpu``."""
         products = "int8 products of frozen linears, else " if self.int8 else ""
-        return f"{products}{str(self.dtype).removeprefix('torch.')} on {self.accelerator}"
+        return f"{products}{self.precision} on {self.accelerator}"
 
 
 def resolve_hardware(settings: HardwareSettings, resumed: bool = False) -> Hardware:
@@ -164,13 +169,12 @@ def kernels_used(classifier: Classifier, settings: HardwareSettings, hardware: H
     """Whether a run with this classifier uses the compiled CPU kernels, or why not."""
     if hardware.int8:
         return library(without_bf16=True)[1]
-    name = str(hardware.dtype).removeprefix("torch.")
     reasons = {
         "--efficient False": not settings.efficient,
         f"{classifier.family.model_type} models run Hugging Face's code": not classifier.efficient,
         "--compile": settings.compile,
         "a GPU": hardware.on_gpu,
-        f"they compute in bfloat16 and 8 bits, this run in {name}": hardware.dtype != torch.bfloat16,
+        f"they compute in bfloat16 and 8 bits, this run in {hardware.precision}": hardware.dtype != torch.bfloat16,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     return library()[1] if reason is None else f"{NOT_ASKED_FOR}: {reason}"

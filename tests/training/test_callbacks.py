@@ -22,7 +22,8 @@ from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.training import callbacks
 from finetuning.training.callbacks import Meter
 from finetuning.training.checkpoints import BestCheckpoint
-from tests.test_finetune_lora import ROOT, flags
+from tests.conftest import ROOT
+from tests.test_finetune_lora import flags
 
 
 def test_the_best_checkpoint_is_known_where_its_directory_has_moved(tmp_path: Path) -> None:
