@@ -6,8 +6,7 @@ The tables of docs/budget.md, from collected runs:
   ``finetuning/training/budget.py`` was chosen. ``patience``: what stopping these runs early would have cost.
 * ``defaults`` and ``defaults_methods``: test accuracy with 2,000 texts, by the studies of these names.
 * ``few_texts``: test accuracy with 100 and 250 texts, five draws for each set (``studies/few_texts.toml``). For each
-  draw it adds a baseline: logistic regression on the mean of the frozen model's token vectors, with the same texts. And
-  it adds what ``studies/pooling.toml`` has on them with ``--pooling mean``.
+  draw it adds a baseline: logistic regression on the mean of the frozen model's token vectors, with the same texts.
 """
 
 import csv
@@ -38,12 +37,10 @@ from finetuning.training.budget import FEW
 OUTPUT = harness.RESULTS / "few_texts.json"
 STEPS = ROOT / "results" / "steps"
 STUDY = ROOT / "studies" / "few_texts.toml"
-POOLING = ROOT / "results" / "pooling"
 PAGE = ROOT / "docs" / "budget.md"
 FROZEN = "frozen mean embedding + logistic regression"
 BATCH = 64  # texts
 KINDS = ("before", "auto")  # two epochs of 64 texts a batch, and the rule
-MEAN_KINDS = {"head": "head alone on the mean", "lora": "auto on the mean"}
 LEAST_EPOCHS = 5  # of a run that --patience could have stopped
 SETTINGS = ("method", "limit_train", "batch_size", "learning_rate", "epochs")  # of a row of steps
 
@@ -161,8 +158,7 @@ def few_texts_table(result: Record) -> str:
             cells.append(score_cell(found) or "not measured")
         rows.append((name, str(texts), *cells))
     columns = ("data set", "training texts", *(f"{kind}, %" for kind in kinds))
-    environments = result["environments"] + result.get("environments_of_means", [])
-    return f"{Table(columns, rows).markdown()}\n\n{measured(environments)}"
+    return f"{Table(columns, rows).markdown()}\n\n{measured(result['environments'])}"
 
 
 def measure(data_dir: Path, journal: harness.Journal, known: Sequence[Record]) -> None:
@@ -183,21 +179,6 @@ def measure(data_dir: Path, journal: harness.Journal, known: Sequence[Record]) -
             accuracy = frozen_accuracy(run, data_dir) if accuracy is None else accuracy
             journal.keep(described | {"kind": FROZEN, "accuracy": accuracy})
     journal.result["environments"] = [record.result["environment"] for record in records.values()]
-    journal.result["environments_of_means"] = [result["environment"] for result in measure_means(journal)]
-
-
-def measure_means(journal: harness.Journal, folder: Path = POOLING) -> list[Record]:
-    """Takes the accuracies of the finished runs on the same texts whose head reads the mean. Returns their results."""
-    used = []
-    for result in _finished(folder):
-        config = result["config"]
-        described = {"set": Path(config["data_dir"]).name, "texts": config["limit_train"], "draw": config["data_seed"]}
-        if config["pooling"] == "mean" and journal.find(kind=FROZEN, **described) is not None:
-            used.append(result)
-            kind = MEAN_KINDS[config["method"]]
-            if journal.find(kind=kind, **described) is None:
-                journal.keep(described | {"kind": kind, "accuracy": result["test"]["accuracy"]})
-    return used
 
 
 def frozen_accuracy(run: PlannedRun, data_dir: Path) -> float:

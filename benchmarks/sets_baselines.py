@@ -7,7 +7,7 @@ the regularization as a method of ``studies/methods_on_sets.toml`` gets trials; 
 import math
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,12 @@ from finetuning.storage import read_json
 STUDIES = {  # study -> its table, and the page of the table
     "methods_on_sets": ("sets_baselines", BEST_PRACTICES),
     "curves": ("curves_baselines", DATA_SETS),
+    "pooling": ("pooling_baselines", BEST_PRACTICES),
+}
+WITH_FEW_TEXTS = {  # column of the table -> rows of the study "pooling", without their number of texts
+    "default": "lora-pooling-first",
+    "default on the mean": "lora-pooling-mean",
+    "head on the mean": "head-pooling-mean",
 }
 AUTO = KINDS[-1]  # the default command, in few_texts.json
 SIZES = ("classes", "texts", "tokens, cut")
@@ -142,15 +148,60 @@ def table(result: Record, default: Grid | None) -> str:
         default: the runs of the default command, if they are to stand beside: rows of data sets then have its scores
             and the sizes of its texts.
     """
-    found: dict[Cell, dict[str, float]] = {}
-    for record in result["measurements"]:
-        cell = Cell(record["set"], record["texts"], record["draw"])
-        found.setdefault(cell, {})[record["baseline"]] = 100 * record["accuracy"]
+    found = by_cell(result)
     if len({(cell.set, cell.texts) for cell in found}) > len({cell.set for cell in found}):
         parts = [by_texts(found).markdown()]
     else:
         parts = by_sets({cell.set: own for cell, own in found.items()}, default)
     return "\n\n".join([*parts, measured([result["environment"]])])
+
+
+def by_cell(result: Record) -> dict[Cell, dict[str, float]]:
+    """Cell -> baseline -> test accuracy in %."""
+    found: dict[Cell, dict[str, float]] = {}
+    for record in result["measurements"]:
+        cell = Cell(record["set"], record["texts"], record["draw"])
+        found.setdefault(cell, {})[record["baseline"]] = 100 * record["accuracy"]
+    return found
+
+
+def few_texts_table(result: Record, runs: Grid) -> str:
+    """Markdown: a row for each number of training texts and data set, and the mean of the sets.
+
+    Args:
+        result: the measurements of the cells of the study ``pooling``.
+        runs: of that study.
+    """
+    found, rows = by_cell(result), []
+    for texts in sorted({cell.texts for cell in found}):
+        sets = {cell.set: size_of(runs, cell.set)[1] for cell in found if cell.texts == texts}
+        scores = {
+            name: [
+                *(
+                    [own[kind] for cell, own in found.items() if (cell.set, cell.texts) == (name, texts)]
+                    for kind in (NAME, FROZEN)
+                ),
+                *(runs.accuracies(name, f"{texts}-{method}") for method in WITH_FEW_TEXTS.values()),
+            ]
+            for name in sorted(sets, key=lambda name: (sets[name], name))
+        }
+        rows += [(name, str(sets[name]), str(texts), *map(score_cell, own)) for name, own in scores.items()]
+        if len(sets) > 1 and all(all(own) for own in scores.values()):
+            means = (fmean(map(fmean, column)) for column in zip(*scores.values(), strict=True))
+            rows.append((f"mean of {len(sets)} sets", "", str(texts), *(f"{mean:.2f}" for mean in means)))
+    columns = ("TF-IDF", "frozen model", *WITH_FEW_TEXTS)
+    shown = Table(("data set", "classes", "texts", *(f"{name}, %" for name in columns)), rows)
+    environments = [run.environment for own in runs.runs.values() for each in own.values() for run in each]
+    return f"{shown.markdown()}\n\n{measured([result['environment'], *environments])}"
+
+
+def table_of(name: str) -> Callable[[Record], str]:
+    """How a table of ``STUDIES`` is made from its measurements; runs that stand beside are those that are collected."""
+    if name == "pooling_baselines":
+        runs = grid_of(read_study("pooling", ROOT / "results"))
+        assert runs is not None, "the study is committed"
+        return partial(few_texts_table, runs=runs)
+    return partial(table, default=of_default() if name == "sets_baselines" else None)
 
 
 def by_texts(found: Mapping[Cell, Mapping[str, float]]) -> Table:
@@ -252,10 +303,8 @@ def command(argv: Sequence[str] | None) -> int:
         if journal.find(**asdict(cell)) is None:
             found = measure(run, trials, options.data_dir, known)
             journal.keep(*(asdict(cell) | record for record in found))
-    default = of_default() if name == "sets_baselines" else None
-    shown = partial(table, default=default)
-    harness.publish(journal, harness.RESULTS / f"{name}.json", shown, name, partly=False, page=page)
-    if default:
+    harness.publish(journal, harness.RESULTS / f"{name}.json", table_of(name), name, partly=False, page=page)
+    if name == "sets_baselines" and (default := of_default()):
         few = read_json(FEW_TEXTS)
         renew_tables(DATA_SETS, {"crossing": crossing_table(few, journal.result, default)})
     return 0

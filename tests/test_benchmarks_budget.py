@@ -59,24 +59,6 @@ def test_few_texts_are_means_over_draws() -> None:
     assert lines[2] == "| trec6 | 100 | 30.00 ± 14.14 (2) | 70.00 (1) |"
 
 
-def test_runs_on_the_same_texts_whose_head_reads_the_mean_are_added(tmp_path: Path) -> None:
-    def run(row: str, texts: int, pooling: str, method: str) -> None:
-        axes = {"data_dir": "trec6", "limit_train": texts, "data_seed": 0, "pooling": pooling, "method": method}
-        write_run(tmp_path / "results", "pooling", row, axes=axes, test={"accuracy": 0.7})
-
-    run("head", 100, "mean", "head")
-    run("first", 100, "first", "head")
-    run("lora", 100, "mean", "lora")
-    run("fewer", 50, "mean", "lora")  # no baseline has these texts
-    frozen = {"set": "trec6", "texts": 100, "draw": 0, "kind": budget.FROZEN, "accuracy": 0.6}
-    journal = harness.Journal(tmp_path / "journal.json", {})
-    journal.keep(frozen)
-    assert len(budget.measure_means(journal, tmp_path / "results" / "pooling")) == 2
-    assert [record["kind"] for record in journal.records] == [budget.FROZEN, *budget.MEAN_KINDS.values()]
-    table = budget.few_texts_table({"measurements": journal.records, "environments": [ENVIRONMENT]})
-    assert table.splitlines()[2] == "| trec6 | 100 | 60.00 (1) | 70.00 (1) | 70.00 (1) |"
-
-
 def test_mean_vectors_leave_padding_out() -> None:
     folder = budget.find_folder(PACKAGED_DISTILBERT, True, "")
     texts = ["short", "a much longer text with many more tokens than the other one"]

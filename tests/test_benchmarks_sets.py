@@ -122,3 +122,28 @@ def test_several_numbers_of_texts_are_rows_with_their_draws() -> None:
     text = sets_baselines.table({"measurements": records, "environment": {}}, None)
     assert f"| 50 | {NAME} | 55.00 ± 7.07 (2) |" in text
     assert text.index("| 50 |") < text.index(f"| all | {FROZEN} | 85.00 ± 7.07 (2) |")
+
+
+def test_few_texts_have_the_baselines_beside_the_runs_and_the_mean_of_the_sets(tmp_path: Path) -> None:
+    for name, classes in (("a", 6), ("b", 2), ("c", 3)):
+        data = {"sizes": {"train": 50}, "tokens": {"train": 500}, "label_names": [str(i) for i in range(classes)]}
+        for draw in range(2):
+            for i, method in enumerate(sets_baselines.WITH_FEW_TEXTS.values()):
+                right = np.arange(1000) < 500 + 100 * i
+                row, axes = f"{name}-50-{method}-data_seed{draw}", {"data_dir": name, "data_seed": draw}
+                write_run(tmp_path, "s", row, correct=right, axes=axes, data=data)
+    runs = grid_of(read_study("s", tmp_path))
+    assert runs is not None
+    records = [
+        {"set": name, "texts": 50, "draw": draw, "baseline": kind, "accuracy": 0.4 + 0.02 * draw}
+        for name in "abc"
+        for draw in range(2)
+        for kind in (NAME, FROZEN)
+    ]
+    lines = sets_baselines.few_texts_table({"measurements": records, "environment": {}}, runs).splitlines()
+    assert lines[0].endswith(
+        "| TF-IDF, % | frozen model, % | default, % | default on the mean, % | head on the mean, % |"
+    )
+    cells = "41.00 ± 1.41 (2) | 41.00 ± 1.41 (2) | 50.00 ± 0.00 (2) | 60.00 ± 0.00 (2) | 70.00 ± 0.00 (2) |"
+    assert lines[2:5] == [f"| {name} | {classes} | 50 | {cells}" for name, classes in (("b", 2), ("c", 3), ("a", 6))]
+    assert lines[5] == "| mean of 3 sets |  | 50 | 41.00 | 41.00 | 50.00 | 60.00 | 70.00 |"
