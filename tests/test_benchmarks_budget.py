@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import budget, harness
+from benchmarks import budget
 from finetuning.settings import PACKAGED_DISTILBERT
 from tests.synthetic_runs import ENVIRONMENT, write_run
 
