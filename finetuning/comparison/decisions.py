@@ -47,6 +47,7 @@ DECISIONS = (
     Decision("LoRA on query and value alone", "placement", "query-value", "all"),
     Decision("`--lora_layers 3-5`, the upper half", "layers", "upper", "all"),
     Decision("`--average ema`", "average", "ema", "none"),
+    Decision("`--method head --pooling mean`", "pooling", "50-head-pooling-mean", "50-lora-pooling-first"),
     Decision("`--pooling mean`", "pooling", "250-lora-pooling-mean", "250-lora-pooling-first"),
     Decision("`--pooling mean`", "pooling", "50-lora-pooling-mean", "50-lora-pooling-first"),
 )

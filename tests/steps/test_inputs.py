@@ -7,7 +7,7 @@ import pytest
 from compare_methods import RESULTS
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of
-from finetuning.steps.inputs import FEW_VALIDATION_TEXTS, pooling_advice, validation_advice
+from finetuning.steps.inputs import FEW_TEXTS, FEW_VALIDATION_TEXTS, pooling_advice, validation_advice
 from local_model_utilities import find_base_model
 from tests.conftest import config_of_flags
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -30,22 +30,25 @@ def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, adv
 
 
 @pytest.mark.parametrize(
-    ("model_type", "flags", "advises"),
+    ("model_type", "texts", "flags", "advises"),
     [
-        ("bert", "--method head", True),
-        ("bert", "--method head --pooling mean", False),
-        ("bert", "--method head --epochs 0", False),
-        ("bert", "--method lora", False),
-        ("gpt2", "--method head", False),
+        ("bert", 2000, "--method head", True),
+        ("bert", 2000, "--method head --pooling mean", False),
+        ("bert", 2000, "--method head --epochs 0", False),
+        ("bert", FEW_TEXTS + 1, "--method lora", False),
+        ("bert", FEW_TEXTS, "--method lora", True),
+        ("bert", FEW_TEXTS, "--method lora --pooling mean", False),
+        ("bert", FEW_TEXTS, "--method full", False),
+        ("gpt2", 2000, "--method head", False),
     ],
 )
-def test_a_head_alone_on_the_first_token_gets_advice(
-    tmp_path: Path, model_type: str, flags: str, advises: bool
+def test_where_the_mean_was_better_than_the_first_token_the_run_advises_it(
+    tmp_path: Path, model_type: str, texts: int, flags: str, advises: bool
 ) -> None:
     tiny_model(model_type).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, decoder=model_type == "gpt2")
     config = config_of_flags(f"--accelerator cpu --model_name {tmp_path} --max_length 16 {flags}")
-    assert bool(pooling_advice(find_base_model(config), config)) == advises
+    assert bool(pooling_advice(texts, find_base_model(config), config)) == advises
 
 
 def test_the_mean_was_better_on_every_data_set() -> None:
@@ -55,3 +58,13 @@ def test_the_mean_was_better_on_every_data_set() -> None:
     assert len(sets) >= 9
     for first, mean in zip(grid.means("head", sets), grid.means("head-mean", sets), strict=True):
         assert first < mean
+
+
+def test_with_few_texts_the_mean_was_better_on_four_of_five_data_sets() -> None:
+    grid = grid_of(read_study("pooling", RESULTS))
+    assert grid is not None
+    methods = [f"50-lora-pooling-{name}" for name in ("first", "mean")]
+    sets = grid.shared(methods)
+    pairs = zip(*(grid.means(method, sets) for method in methods), strict=True)
+    assert [first < mean for first, mean in pairs].count(True) == 4
+    assert len(sets) == 5
