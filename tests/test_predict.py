@@ -588,9 +588,14 @@ def test_two_classes_a_positive_one_and_texts_without_an_answer(
     )
     assert ": use --abstain X, or label more texts" in line
     assert main([str(run), *file, "--most_uncertain", "3"]) == 0
-    found = [float(row["confidence"]) for row in table(capsys.readouterr().out)]
+    rows = table(capsys.readouterr().out)
+    found = [float(row["confidence"]) for row in rows]
     assert len(found) == 3
     assert found == sorted(found)
+    assert "predicted_label" in rows[0]
+    assert "label" not in rows[0], "a guess would be taken for a label"
+    assert main([str(run), *file, "--most_uncertain", "3", "--output", str(tmp_path / "next.csv")]) == 0
+    assert f"{tmp_path / 'next.csv'}: 3 rows" in capsys.readouterr().err
     for words_given, line in (
         (("--abstain", 1), "--abstain 1: must be above 0 and below 1"),
         (("--abstain_risk", 0), "--abstain_risk 0: must be above 0 and below 1"),

@@ -24,6 +24,7 @@ class AnswerColumns:
         threshold, positive: as in ``Answers``.
         top_k: number of labels with probabilities; ``None`` is all of them.
         confidence: how sure an answer is, which is then a column; ``None`` if nobody asks for it.
+        to_check: whether somebody will label these texts: the column ``label`` stays free for that.
     """
 
     names: Sequence[str]
@@ -31,6 +32,7 @@ class AnswerColumns:
     top_k: int | None = None
     positive: int | None = None
     confidence: Confidence | None = None
+    to_check: bool = False
 
     @property
     def multi_label(self) -> bool:
@@ -39,7 +41,8 @@ class AnswerColumns:
     @property
     def columns(self) -> dict[str, type]:
         """The columns: their names, and the type of their values."""
-        first: dict[str, type] = {LABEL: list if self.multi_label else str}
+        name = f"{IF_TAKEN}{LABEL}" if self.to_check else LABEL
+        first: dict[str, type] = {name: list if self.multi_label else str}
         first |= {} if self.confidence is None else {CONFIDENCE: float}
         if self.top_k is None:
             return first | {f"{PROBABILITY}{name}": float for name in self.names}

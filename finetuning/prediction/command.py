@@ -154,10 +154,10 @@ def label(arguments: argparse.Namespace) -> None:
     answers = make_answers(trained, arguments.threshold, arguments.top_k)
     if not (arguments.abstain is arguments.abstain_risk is arguments.most_uncertain is None):
         confidence = read_confidence(trained, answers.threshold, arguments.abstain, arguments.abstain_risk)
-        answers = replace(answers, confidence=confidence)
+        answers = replace(answers, confidence=confidence, to_check=arguments.most_uncertain is not None)
     coverage = None
     if answers.confidence is not None and arguments.most_uncertain is None:
-        coverage = Coverage(answers.confidence.least)
+        coverage = Coverage(answers.confidence.least, answers.confidence.reached)
     output, skip = arguments.output, arguments.skip_bad_rows
     with source_of(arguments, trained) as source:
         with Progress("check") as done:
@@ -178,6 +178,10 @@ def label(arguments: argparse.Namespace) -> None:
                 print_answers(rows, answers, done.clear)
             else:
                 write_answers(output, rows, surveyed, answers)
+    if output is not None:
+        most = arguments.most_uncertain
+        count = surveyed.rows if most is None else min(most, surveyed.rows - surveyed.bad)
+        print(f"{output}: {count:,} rows", file=sys.stderr)
     if coverage is not None:
         print(coverage, file=sys.stderr)
     if surveyed.bad:

@@ -1,5 +1,6 @@
 """How sure an answer is: which texts get none, and which ones are worth a label. Nothing here imports torch."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from finetuning.runs.finished import read_finished, read_validation
 from finetuning.runs.records import accuracy_interval
 
 CONFIDENCE = "confidence"  # our column
+SURER = 3.09  # standard errors: what chance exceeds once in a thousand
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Confidence:
         temperature: by which logits are divided; 1 leaves the probabilities as trained.
         least: a text with less gets no label.
         notes: where both come from, a sentence each.
+        reached: how many validation texts are as sure as ``least``, and of how many.
     """
 
     temperature: float = 1.0
     least: float = 0.0
     notes: tuple[str, ...] = ()
+    reached: tuple[int, int] | None = None
 
     def of(self, probabilities: np.ndarray, threshold: float | None, positive: int | None) -> np.ndarray:
         """``Answers.confidence`` of cooled answers, (n,); NaN for a row without a text.
@@ -53,12 +57,14 @@ class Coverage:
 
     Attributes:
         least: a text with less confidence gets no label.
+        reached: as in ``Confidence``.
         texts: how many have passed, without rows that have no text.
         answered: how many of them got a label.
         lowest, highest: their confidence.
     """
 
     least: float
+    reached: tuple[int, int] | None = None
     texts: int = 0
     answered: int = 0
     lowest: float = 1.0
@@ -78,7 +84,29 @@ class Coverage:
 
     def __str__(self) -> str:
         confidence = f"; confidence {self.lowest:.2f} to {self.highest:.2f}" if self.texts else ""
-        return f"{self.answered:,} of {self.texts:,} texts answered{confidence}"
+        shown = f"{self.answered:,} of {self.texts:,} texts answered{confidence}"
+        if self.reached is None or not surer((self.answered, self.texts), self.reached):
+            return shown
+        count, of = self.reached
+        return (
+            f"{shown}\nwarning: {self.answered / self.texts:.0%} of these texts are answered, but {count / of:.0%} of"
+            " validation: the classifier is surer here, so more answers may be wrong than validation says"
+        )
+
+
+def surer(found: tuple[int, int], expected: tuple[int, int]) -> bool:
+    """Whether the first share is larger than chance explains: a z test of two shares, one-sided, at 0.1 %.
+
+    Args:
+        found: how many, and of how many.
+        expected: the same for the other share.
+    """
+    texts = found[1], expected[1]
+    if not all(texts):
+        return False
+    share = (found[0] + expected[0]) / sum(texts)
+    error = math.sqrt(share * (1 - share) * sum(1 / count for count in texts))
+    return found[0] / texts[0] - expected[0] / texts[1] > SURER * error
 
 
 def read_confidence(trained: Trained, threshold: float | None, least: float | None, risk: float | None) -> Confidence:
@@ -106,7 +134,7 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
     found = Confidence(temperature or 1.0, least or 0.0, notes)
     cooled, folds = answers.cooled(found.temperature), "kfold" in run.result
     if least is not None:
-        return replace(found, notes=(*notes, reached(cooled, least, folds)))
+        return replace(found, notes=(*notes, reached(cooled, least, folds)), reached=reaching(cooled, least))
     if risk is None:
         return found
     candidates = checkpoints_compared(run.result["config"])
@@ -123,7 +151,12 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
     )
     if folds:
         shown += " (about: the classifiers of the folds gave these answers)"
-    return replace(found, least=chosen.least, notes=(*notes, shown))
+    return replace(found, least=chosen.least, notes=(*notes, shown), reached=(chosen.answered, chosen.texts))
+
+
+def reaching(validation: Answers, least: float) -> tuple[int, int]:
+    """How many validation texts have this confidence, and how many there are."""
+    return int((validation.confidence >= least).sum()), len(validation.rows)
 
 
 def reached(validation: Answers, least: float, folds: bool) -> str:
@@ -134,10 +167,10 @@ def reached(validation: Answers, least: float, folds: bool) -> str:
         least: the confidence.
         folds: whether these answers are out of fold.
     """
-    sure = validation.confidence >= least
-    count, right = int(sure.sum()), int((sure & validation.right).sum())
+    count, of = reaching(validation, least)
+    right = int(((validation.confidence >= least) & validation.right).sum())
     texts = "texts out of fold" if folds else "validation texts"
-    shown = f"confidence {least:g}: {count:,} of {len(sure):,} {texts} reach it"
+    shown = f"confidence {least:g}: {count:,} of {of:,} {texts} reach it"
     if not count:
         return shown
     low, high = accuracy_interval(right / count, count)

@@ -92,7 +92,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
     answers = read_answers(directory, task.get("threshold"), positive_of(task, names))
     split = _main_split(answers, "kfold" in result)
     main, validation = answers[split], answers.get("validation", answers[split])
-    learned = main.multi_label or shows_learning(validation, result["config"]["monitor"], result.get("kfold"))
+    learned = main.multi_label or shows_learning(validation, result.get("kfold"))
     wrong = maybe_wrong(answers, names, texts) if learned else []
     longest = result["config"]["max_length"] * (result["config"].get("windows") or 1)  # older runs have none
     return render(

@@ -110,24 +110,21 @@ def beats_largest_class(accuracy: float, counts: np.ndarray) -> bool:
     return accuracy_interval(accuracy, texts)[0] > counts.max() / texts
 
 
-def shows_learning(answers: Answers, monitor: str, kfold: Mapping[str, Any] | None) -> bool:
-    """Whether validation tells a classifier from one that always answers the largest class.
+def shows_learning(answers: Answers, kfold: Mapping[str, Any] | None) -> bool:
+    """Whether validation tells a classifier from one that always answers the largest class, or that guesses.
 
-    The 95 % interval of accuracy must lie above the share of that class. If the run chose its checkpoint by a score
-    that is fair to small classes, an interval of MCC above 0 will do as well. After folds both are those after the
-    same epoch in each, because each fold chose its epoch by the texts that it predicts.
+    The 95 % interval of MCC must lie above 0, or that of accuracy above the share of the largest class. After folds
+    both are those after the same epoch in each, because each fold chose its epoch by the texts that it predicts.
 
     Args:
         answers: of validation; single-label only.
-        monitor: the score that chose the checkpoint.
         kfold: the ``FoldsRecord`` of a run with folds.
     """
     same = kfold.get("same_epoch") if kfold else None  # older runs have none
-    if monitor in FAIR_MONITORS:
-        low, _ = same.get("mean_ci95", {}).get("mcc", (0.0, 0.0)) if same else score_intervals(answers)["mcc"]
-        if low > 0:
-            return True
-    return beats_largest_class(same["accuracy"] if same else float(answers.right.mean()), answers.truth.sum(0))
+    low, _ = same.get("mean_ci95", {}).get("mcc", (0.0, 0.0)) if same else score_intervals(answers)["mcc"]
+    return low > 0 or beats_largest_class(
+        same["accuracy"] if same else float(answers.right.mean()), answers.truth.sum(0)
+    )
 
 
 def confusion_matrix(answers: Answers) -> np.ndarray:

@@ -92,7 +92,7 @@ def train(training: Training) -> TrainedRecord:
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
     found = one_answer_advice(task, logits, module.settings, texts)
-    found += chance_advice(task, labels, logits, module.settings.monitor, texts, kfold)
+    found += chance_advice(task, labels, logits, texts, kfold)
     return TrainedRecord(
         task=task.record(),
         validation=validation,

@@ -55,7 +55,7 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
 
 
 def chance_advice(
-    task: Task, labels: np.ndarray, logits: np.ndarray, monitor: str, texts: int, kfold: FoldsRecord | None
+    task: Task, labels: np.ndarray, logits: np.ndarray, texts: int, kfold: FoldsRecord | None
 ) -> list[str]:
     """What to try if validation does not tell the classifier from one that always answers the largest class.
 
@@ -63,16 +63,20 @@ def chance_advice(
         task: the task; there is no such advice for a multi-label one.
         labels: (n,) of validation.
         logits: (n, classes) of the chosen checkpoint.
-        monitor: the score that chose it.
         texts: how many training texts the run has.
         kfold: of a run with folds.
     """
     if not isinstance(task, SingleLabel) or task.only_answer(logits) is not None:
         return []
     truth = labels[:, None] == np.arange(len(task.names))
-    if shows_learning(Answers(np.arange(len(labels)), truth, task.ranked(logits)), monitor, kfold):
+    answers = Answers(np.arange(len(labels)), truth, task.ranked(logits))
+    if shows_learning(answers, kfold):
         return []
+    largest = truth.sum(0).max() / len(labels)
+    advice = learn_more(texts)
+    if answers.right.mean() > largest and kfold is None:  # it may have learned
+        advice = f"--kfold 5, because {len(labels)} texts show little"
     return [
         f"validation does not show that anything was learned: always answering the largest class is right for"
-        f" {truth.sum(0).max() / len(labels):.1%}: consider {learn_more(texts)}"
+        f" {largest:.1%}: consider {advice}"
     ]

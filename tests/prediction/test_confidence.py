@@ -10,7 +10,7 @@ import pytest
 from finetuning.data.files import FORMATS, read_frame
 from finetuning.prediction import rows as rows_module
 from finetuning.prediction.answers import AnswerColumns
-from finetuning.prediction.confidence import Confidence, most_uncertain, reached
+from finetuning.prediction.confidence import Confidence, Coverage, most_uncertain, reached, surer
 from finetuning.prediction.outputs import is_parquet, write_answers
 from finetuning.prediction.rows import Rows, Source, file_of, survey
 from finetuning.runs.answers import Answers
@@ -98,3 +98,17 @@ def test_columns_that_differ_between_chunks_and_few_rows(tmp_path: Path) -> None
     assert table["text"] == ["0.4", *["0.9"] * 4]
     assert table["n"] == [None, 1, 1, 1, 1]
     assert table["other"] == [[1, 2], None, None, None, None]
+
+
+def test_a_classifier_that_is_surer_than_on_validation_is_told() -> None:
+    said = str(Coverage(0.7, reached=(29, 72), texts=200, answered=150))
+    assert said.splitlines()[1].startswith("warning: 75% of these texts are answered, but 40% of validation")
+    for texts, answered in ((200, 90), (2, 2), (200, 10), (0, 0)):
+        assert "warning" not in str(Coverage(0.7, reached=(29, 72), texts=texts, answered=answered))
+    assert "warning" not in str(Coverage(0.7, texts=200, answered=200)), "an exported folder has no validation"
+
+
+def test_chance_exceeds_the_test_of_two_shares_once_in_a_thousand() -> None:
+    draws = np.random.default_rng(0).binomial([[200], [100]], 0.5, (2, 20_000)).T.tolist()
+    warned = sum(surer((a, 200), (b, 100)) for a, b in draws)
+    assert warned / len(draws) == pytest.approx(0.001, abs=0.0007)
