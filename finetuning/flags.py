@@ -141,5 +141,5 @@ def from_flags(argv: Sequence[str]) -> RunConfig:
     """
     instead, given = split_command(given_flags(argv))
     config = RunConfig.from_settings(**given)
-    instead.check(config.data, config.hardware, config.run)
+    instead.check(config.hardware, config.run)
     return config

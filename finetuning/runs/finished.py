@@ -9,7 +9,7 @@ from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import Answers, is_multi_label, positive_of, read_answers
 from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, check_unchanged, read_result
 
-CONTINUE = "If nothing writes it, continue the run with --resume --output_dir"
+CONTINUE = "If nothing writes it, continue it with finetune_lora.py --resume --output_dir"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from finetuning.errors import UserError
-from finetuning.settings.data import DataSettings
 from finetuning.settings.fields import Values, require, setting
 from finetuning.settings.hardware import HardwareSettings
 
@@ -81,7 +80,7 @@ class CommandSettings:
     cache_info: bool = setting(False, "Print the sizes of the caches (tokens, downloads, kernels, a model) and stop.")
     cache_clear: bool = setting(False, "Empty these caches and stop.")
 
-    def check(self, data: DataSettings, hardware: HardwareSettings, run: RunSettings) -> None:
+    def check(self, hardware: HardwareSettings, run: RunSettings) -> None:
         """Refuses settings of a run with which this cannot be done.
 
         Raises:
@@ -89,9 +88,5 @@ class CommandSettings:
         """
         if self.estimate and hardware.devices * hardware.num_nodes > 1:
             raise UserError("--estimate True: needs --devices 1 and --num_nodes 1")
-        if self.estimate and data.cross_validates:
-            raise UserError(
-                "--estimate True: measures one run, but --kfold makes several: add --fold 1 for the first fold"
-            )
         if self.prefetch and run.offline:
             raise UserError("--prefetch True: needs the network: leave out --offline")

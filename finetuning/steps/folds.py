@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     for directory, fold in zip(fold_directories(claim.directory, claim.config.data), inputs.folds, strict=True):
         runs.append(_finished(directory, fold, carry_out))
         scores, seconds = runs[-1].result["validation"], runs[-1].result["seconds"]
-        begin = f"fold {len(runs)}/{count}"
-        say(f"{begin:<11} {scores_line(scores, *shown)}   epoch {scores['epoch']}   {seconds:.1f} s")
+        begin, left = f"fold {len(runs)}/{count}", timedelta(seconds=round(time_left(runs, count)))
+        say(f"{begin:<11} {scores_line(scores, *shown)}   epoch {scores['epoch']}   {seconds:.1f} s, about {left} left")
     folds = _joined(inputs, runs)
     record, (rows, labels, logits) = folds.record, folds.predictions
     scores = scores_record(folds.scores | inputs.task.details(labels, logits), len(rows), record["seconds"])
@@ -77,6 +78,13 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     stop = f"schedule of {training.epochs} epochs, stopped after {record['epochs']}, the median of the folds' {chosen}"
     say(f"{'final run':<11} {stop}\n")
     return folds
+
+
+def time_left(runs: Sequence[FinishedRun], count: int) -> float:
+    """Seconds that the other folds and the final run take, as far as is known: that one stops after fewer epochs."""
+    done = [(run.result["seconds"], run.result["validation"]["epoch"] / run.config.training.epochs) for run in runs]
+    seconds, epochs = (statistics.fmean(column) for column in zip(*done, strict=True))
+    return seconds * (count - len(runs) + epochs * count / (count - 1))
 
 
 def same_epoch_lines(record: FoldsRecord, monitor: str) -> list[str]:

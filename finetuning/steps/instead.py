@@ -1,5 +1,7 @@
 """What the command does instead of a run: measures a few of its steps, or downloads what it needs."""
 
+from datetime import timedelta
+
 import torch
 
 from finetuning.config import RunConfig
@@ -16,11 +18,14 @@ from finetuning.training.trainer import quiet_lightning
 
 
 def estimate(config: RunConfig) -> str:
-    """The memory and time that a run needs, as a text to print. Nothing is written.
+    """The memory and time that a run needs, as a text to print. With folds, those of the first one. Nothing is written.
 
     Raises:
         UserError: input is refused, or a GPU has too little memory for one step.
     """
+    folds = config.data.kfold if config.data.cross_validates else None
+    if folds:
+        config = config.changed(fold=1, test=False)
     inputs = read_inputs(config, find_materials(config))
     training, hardware = inputs.config.training, inputs.hardware
     prepare_process(hardware)
@@ -36,7 +41,12 @@ def estimate(config: RunConfig) -> str:
     except torch.OutOfMemoryError:
         advice = f"lower --batch_tokens ({training.batch_tokens}), or use --gradient_checkpointing True"
         raise UserError(f"--estimate: the GPU has too little memory for one step of this run: {advice}") from None
-    return f"{inputs.headline(classifier)}\n\n{estimate_table(record, weight_bytes, training.epochs)}"
+    shown = f"{inputs.headline(classifier)}\n\n{estimate_table(record, weight_bytes, training.epochs)}"
+    if folds is None:
+        return shown
+    final = folds / (folds - 1)  # it has the texts of all folds, and the chosen epochs only
+    total = timedelta(seconds=round((folds + final) * record["seconds"]["run"]))
+    return f"{shown}\n\nThis is the first of {folds} folds. With the final run, all take at most about {total}."
 
 
 def prefetch(config: RunConfig) -> str:

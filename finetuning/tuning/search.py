@@ -40,6 +40,8 @@ from finetuning.tuning.trials import (
 
 REPORT_SECONDS = 10.0  # for the report and the copy of the best run
 MARGIN = 1.15  # a last run may take longer than the trial did
+FEWEST_RUNS = 20  # what a search needs to find more than the default
+FEW = 3  # trials: with less time a search is too short to be useful
 MOST_FAILURES = 3  # of the first trials, if none has finished
 TRIAL_FLAGS = {"baseline": False, "report": False, "verbose": False}
 LAST_FLAGS = {"baseline": True, "report": True}
@@ -289,7 +291,9 @@ class Search:
         if number == 0 and state == COMPLETE and budget.minutes is not None:
             self._reserve()
             fits = self.jobs * max(0.0, self._time_for_trials) / trial.seconds
-            print(f"at this length, this worker has time for about {fits:.0f} more trials", flush=True)
+            need = math.ceil(FEWEST_RUNS * trial.seconds / 60 / self.jobs)
+            more = f": a search needs about {FEWEST_RUNS} runs, so --minutes {need} or more" if fits < FEW else ""
+            print(f"at this length, this worker has time for about {fits:.0f} more trials{more}", flush=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # the last runs

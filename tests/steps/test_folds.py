@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -24,8 +26,9 @@ from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result
 from finetuning.runs.finished import read_finished, read_own_answers
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import mean_interval
-from finetuning.steps.folds import TO_REPORT, same_epoch_lines
+from finetuning.steps.folds import TO_REPORT, same_epoch_lines, time_left
 from finetuning.training.callbacks import Meter
+from tests.conftest import config_of_flags
 
 FILES = {
     "result.json", "settings.json", "adapter_model.safetensors", "adapter_config.json", "predictions.parquet",
@@ -153,6 +156,7 @@ def test_the_command_prints_a_line_for_each_fold(
         "            95 % interval of the",
     )
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=False))
+    assert re.search(r"   epoch 1   \d+\.\d s, about 0:\d\d:\d\d left$", lines[2])
     assert lines[6].startswith("            after 1 epochs in every fold: ")
     assert lines[7] == "            always answering the largest class is right for 50.00%, with a macro F1 of 33.33%"
     assert lines[8] == "final run   schedule of 1 epochs, stopped after 1, the median of the folds' 1, 1"
@@ -285,6 +289,30 @@ def test_a_fold_alone_is_the_same_run(
     assert (tmp_path / "run" / ADAPTER).read_bytes() == (finished() / "folds" / "2" / ADAPTER).read_bytes()
 
 
+def test_the_estimate_is_of_the_first_fold_and_of_all(
+    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--estimate")) == 0
+    shown = capsys.readouterr().out
+    assert "20 train, 20 validation" in shown
+    line = r"\nThis is the first of 2 folds. With the final run, all take at most about 0:\d\d:\d\d.\n"
+    assert re.search(line, shown)
+        r"\nThis is the first of 2 folds. With the final run, all take at most about 0:\d\d:\d\d.\n", shown
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_time_left_counts_the_epochs_of_the_final_run() -> None:
+    runs = [
+        SimpleNamespace(
+            result={"seconds": seconds, "validation": {"epoch": epoch}},
+            config=config_of_flags("--epochs 10 --patience 0"),
+        )
+        for seconds, epoch in ((90, 2), (110, 6))
+    ]
+    assert time_left(cast(Any, runs), 5) == pytest.approx(100 * (3 + 0.4 * 5 / 4))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -295,7 +323,6 @@ def test_a_fold_alone_is_the_same_run(
         (["--limit_validation", "8"], "--limit_validation 8: cannot be used with --kfold"),
         (["--devices", "2"], "--devices 2: must be 1 with --kfold"),
         (["--num_nodes", "2"], "--num_nodes 2: must be 1 with --kfold"),
-        (["--estimate"], "--estimate True: measures one run, but --kfold makes several: add --fold 1"),
         (["--accumulate", "30"], "20 training texts: must be at least 30"),
         (["--limit_train", "2", "--monitor", "auroc"], "--kfold 2: class 'bad' has 1 different training text"),
         (["--kfold", "40", "--monitor", "auroc"], "--monitor auroc: all validation texts have the same label"),
