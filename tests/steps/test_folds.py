@@ -297,8 +297,6 @@ def test_the_estimate_is_of_the_first_fold_and_of_all(
     assert "20 train, 20 validation" in shown
     line = r"\nThis is the first of 2 folds. With the final run, all take at most about 0:\d\d:\d\d.\n"
     assert re.search(line, shown)
-        r"\nThis is the first of 2 folds. With the final run, all take at most about 0:\d\d:\d\d.\n", shown
-    )
     assert not (tmp_path / "run").exists()
 
 
