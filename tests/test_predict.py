@@ -587,6 +587,14 @@ def test_two_classes_a_positive_one_and_texts_without_an_answer(
         "error: --abstain_risk 0.001: the 120 validation texts cannot show it: the smallest risk that they can show is "
     )
     assert ": use --abstain X, or label more texts" in line
+    assert main([str(run), *file, "--label_column", "label", "--output", str(tmp_path / "checked.csv")]) == 0
+    checked = pd.read_csv(tmp_path / "checked.csv")
+    accuracy = (checked["label"] == checked["predicted_label"]).mean()
+    assert f"accuracy {accuracy:.2%}, 95 % interval " in capsys.readouterr().err
+    line = refusal(capsys, run, *file, "--label_column", "text")
+    assert "--label_column text: 'superb film, number test 0' is none of the classifier's labels: bad, good" in line
+    line = refusal(capsys, run, "--text", "a", "--label_column", "label")
+    assert "--label_column label: needs --file with a table" in line
     assert main([str(run), *file, "--most_uncertain", "3"]) == 0
     rows = table(capsys.readouterr().out)
     found = [float(row["confidence"]) for row in rows]

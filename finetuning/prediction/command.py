@@ -47,6 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="Column of the table with the second text of each pair. (default: the column that the run was trained on)",
     )
     parser.add_argument(
+        "--label_column", help="Column of the table with the true labels: then the command says how many it finds."
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
@@ -119,7 +122,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UserError("no text: give --text TEXT or --file FILE")
     if pair is not None and len(pair) != len(text or ()):
         raise UserError(f"--text_pair: must be given once for each --text, so {len(text or ())} times")
-    for flag in ("text_column", "text_pair_column"):
+    for flag in ("text_column", "text_pair_column", "label_column"):
         column = getattr(arguments, flag)
         if column is not None and (file is None or not is_table(file)):
             raise UserError(
@@ -149,6 +152,7 @@ def label(arguments: argparse.Namespace) -> None:
     from finetuning.prediction.outputs import is_parquet, print_answers, write_answers
     from finetuning.prediction.progress import Progress
     from finetuning.prediction.rows import survey
+    from finetuning.prediction.scoring import Score
 
     trained = read_trained(arguments.run)
     answers = make_answers(trained, arguments.threshold, arguments.top_k)
@@ -158,10 +162,13 @@ def label(arguments: argparse.Namespace) -> None:
     coverage = None
     if answers.confidence is not None and arguments.most_uncertain is None:
         coverage = Coverage(answers.confidence.least, answers.confidence.reached)
+    score = None if arguments.label_column is None else Score(trained, arguments.label_column)
     output, skip = arguments.output, arguments.skip_bad_rows
     with source_of(arguments, trained) as source:
         with Progress("check") as done:
             surveyed = survey(source, skip, output is not None and is_parquet(output), done)
+        if score is not None:
+            score.check(source)
         for note in answers.confidence.notes if answers.confidence else ():
             print(note, file=sys.stderr)
         with fast_imports():
@@ -172,6 +179,8 @@ def label(arguments: argparse.Namespace) -> None:
             rows = answered(source, predict, answers, skip, done)
             if coverage is not None:
                 rows = coverage.counted(rows, list(answers.columns))
+            if score is not None:
+                rows = score.counted(rows)
             if arguments.most_uncertain is not None:
                 rows = most_uncertain(rows, arguments.most_uncertain, list(answers.columns))
             if output is None:
@@ -182,8 +191,9 @@ def label(arguments: argparse.Namespace) -> None:
         most = arguments.most_uncertain
         count = surveyed.rows if most is None else min(most, surveyed.rows - surveyed.bad)
         print(f"{output}: {count:,} rows", file=sys.stderr)
-    if coverage is not None:
-        print(coverage, file=sys.stderr)
+    for counter in (coverage, score):
+        if counter is not None:
+            print(counter, file=sys.stderr)
     if surveyed.bad:
         print(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and got an empty label", file=sys.stderr)
 

@@ -1,0 +1,70 @@
+"""The score of answers against true labels in the input, by scikit-learn's numbers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.prediction.rows import Rows, Source
+from finetuning.prediction.scoring import Score
+from finetuning.prediction.trained import Trained
+from finetuning.runs.records import accuracy_interval
+
+TRAINED = Trained(Path("run"), RunConfig.from_settings(), ["0", "1", "spam"], None)
+
+
+def source(*tables: list[Any]) -> Source:
+    return Source("--file a.csv", lambda: iter([pd.DataFrame({"y": labels}) for labels in tables]), {})
+
+
+def rows(labels: list[Any]) -> Rows:
+    return Rows(pd.DataFrame({"y": labels}), {}, np.zeros(len(labels), dtype=bool))
+
+
+def test_the_score_is_that_of_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    true, given = (generator.choice(["0", "1"], 60).tolist() for _ in range(2))
+    score, chunks = Score(TRAINED, "y"), ((true[:40], given[:40]), (true[40:], given[40:]))
+    passed = list(score.counted((rows(labels), [answers, [0.5] * len(labels)]) for labels, answers in chunks))
+    assert [values[0] for _, values in passed] == [answers for _, answers in chunks]
+    accuracy, macro_f1 = accuracy_score(true, given), f1_score(true, given, average="macro")
+    low, high = accuracy_interval(accuracy, 60)
+    assert str(score) == (
+        f"accuracy {accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}; macro F1 {macro_f1:.2%};"
+        " 60 labelled and answered texts"
+    )
+
+
+def test_texts_without_a_label_or_an_answer_do_not_count() -> None:
+    score = Score(TRAINED, "y")
+    labels: list[Any] = [1, 1.0, None, float("nan"), " ", "spam ", 0]
+    score.check(source(["", None], labels))
+    list(score.counted([(rows(labels), [["1", "1", "1", "1", "1", "spam", None]])]))
+    assert "accuracy 100.00%" in str(score)
+    assert str(score).endswith("; 3 labelled and answered texts")
+    assert str(Score(TRAINED, "y")) == "no labelled text was answered"
+
+
+@pytest.mark.parametrize(
+    ("labels", "column", "message"),
+    [
+        (["1"], "label", "--label_column label: must be a column of a.csv, which has: y"),
+        (["1", "ham"], "y", "--label_column y: 'ham' is none of the classifier's labels: 0, 1, spam"),
+        (["", None], "y", "--label_column y: has no label: leave it out"),
+    ],
+)
+def test_labels_that_cannot_be_counted_are_refused(labels: list[Any], column: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Score(TRAINED, column).check(source(labels))
+    assert str(caught.value) == message
+
+
+def test_a_multi_label_classifier_is_refused() -> None:
+    with pytest.raises(UserError, match="needs a classifier that gives each text one label"):
+        Score(replace(TRAINED, threshold=0.5), "y")
