@@ -159,10 +159,12 @@ def label(arguments: argparse.Namespace) -> None:
     if not (arguments.abstain is arguments.abstain_risk is arguments.most_uncertain is None):
         confidence = read_confidence(trained, answers.threshold, arguments.abstain, arguments.abstain_risk)
         answers = replace(answers, confidence=confidence, to_check=arguments.most_uncertain is not None)
-    coverage = None
+    counters: list[Coverage | Score] = []
     if answers.confidence is not None and arguments.most_uncertain is None:
-        coverage = Coverage(answers.confidence.least, answers.confidence.reached)
+        counters.append(Coverage(answers.confidence.least, answers.confidence.reached))
     score = None if arguments.label_column is None else Score(trained, arguments.label_column)
+    if score is not None:
+        counters.append(score)
     output, skip = arguments.output, arguments.skip_bad_rows
     with source_of(arguments, trained) as source:
         with Progress("check") as done:
@@ -177,10 +179,8 @@ def label(arguments: argparse.Namespace) -> None:
         predict = load_predictor(trained)
         with Progress("predict", surveyed.rows) as done:
             rows = answered(source, predict, answers, skip, done)
-            if coverage is not None:
-                rows = coverage.counted(rows, list(answers.columns))
-            if score is not None:
-                rows = score.counted(rows)
+            for counter in counters:
+                rows = counter.counted(rows)
             if arguments.most_uncertain is not None:
                 rows = most_uncertain(rows, arguments.most_uncertain, list(answers.columns))
             if output is None:
@@ -191,9 +191,8 @@ def label(arguments: argparse.Namespace) -> None:
         most = arguments.most_uncertain
         count = surveyed.rows if most is None else min(most, surveyed.rows - surveyed.bad)
         print(f"{output}: {count:,} rows", file=sys.stderr)
-    for counter in (coverage, score):
-        if counter is not None:
-            print(counter, file=sys.stderr)
+    for counter in counters:
+        print(counter, file=sys.stderr)
     if surveyed.bad:
         print(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and got an empty label", file=sys.stderr)
 

@@ -70,13 +70,10 @@ class Coverage:
     lowest: float = 1.0
     highest: float = 0.0
 
-    def counted(
-        self, answered: Iterable[tuple[Rows, list[list[Any]]]], columns: Sequence[str]
-    ) -> Iterator[tuple[Rows, list[list[Any]]]]:
-        """The same rows and values. ``columns`` are the names of the answers' columns."""
-        place = list(columns).index(CONFIDENCE)
+    def counted(self, answered: Iterable[tuple[Rows, list[list[Any]]]]) -> Iterator[tuple[Rows, list[list[Any]]]]:
+        """The same rows and values, whose second column is the confidence."""
         for rows, values in answered:
-            found = [value for value in values[place] if value is not None]
+            found = [value for value in values[1] if value is not None]
             self.texts += len(found)
             self.answered += sum(value >= self.least for value in found)
             self.lowest, self.highest = min([self.lowest, *found]), max([self.highest, *found])
