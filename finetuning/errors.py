@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shutil
 import sys
 import textwrap
 import unicodedata
@@ -15,6 +16,7 @@ NO_MEMORY = (
     "can't allocate memory", "failed to map segment", "can't start new thread", "ThreadPoolBuildError",
     "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
+PROGRESS = "epoch "  # with which a line of a run's progress begins
 UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, stray surrogates and line breaks
 
 
@@ -27,10 +29,30 @@ class OneLine(Exception):
 
 
 class Unheard(io.TextIOBase):
-    """Standard output of a run that is part of another one. What it says goes nowhere, its warnings are printed."""
+    """Standard output of a run that is part of another one. What it says goes nowhere, its warnings are printed.
+
+    Args:
+        shown_on: a terminal that shows the latest line of its progress, and nothing when the run is over.
+        title: stands before that line.
+    """
+
+    def __init__(self, shown_on: TextIO | None = None, title: str = "") -> None:
+        self._terminal, self._title = shown_on, title
 
     def write(self, text: str) -> int:
         return len(text)
+
+    def progress(self, line: str) -> None:
+        """Replaces the line that the terminal shows."""
+        if self._terminal is not None:
+            shown = f"{self._title}{line}"[: shutil.get_terminal_size().columns - 1]
+            self._terminal.write(f"\r\x1b[K{shown}")
+            self._terminal.flush()
+
+    def close(self) -> None:
+        if self._terminal is not None and not self.closed:
+            self._terminal.write("\r\x1b[K")
+        super().close()
 
 
 class UserError(OneLine):
@@ -146,9 +168,11 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
     Args:
         text: for a person.
-        stream: where to; standard output if ``None``. Nowhere, if standard output is ``Unheard``.
+        stream: where to; standard output if ``None``. If that is ``Unheard``, only progress is shown.
     """
     if isinstance(sys.stdout, Unheard):
+        if text.startswith(PROGRESS):
+            sys.stdout.progress(text)
         return
     try:
         print(text, file=stream, flush=True)

@@ -1,14 +1,17 @@
 """How a command ends: its status, and one line on standard error."""
 
+import io
 import os
 import re
+import shutil
 import subprocess
 import sys
+from contextlib import closing, redirect_stdout
 
 import pyarrow as pa
 import pytest
 
-from finetuning.errors import ExportFailed, OutputFailed, UserError, exit_status, say
+from finetuning.errors import ExportFailed, OutputFailed, Unheard, UserError, exit_status, say
 from tests.conftest import ROOT
 
 
@@ -99,6 +102,19 @@ def test_a_command_whose_output_is_closed_prints_to_nobody(monkeypatch: pytest.M
     monkeypatch.setattr(sys, "stdout", None)
     assert exit_status(lambda: int(sys.stdout.isatty())) == 0
     sys.stdout.close()
+
+
+def test_a_part_of_a_run_shows_the_latest_line_of_its_progress() -> None:
+    terminal = io.StringIO()
+    for shown_on in (terminal, None):
+        with closing(Unheard(shown_on, "fold 1  ")) as unheard, redirect_stdout(unheard):
+            print("the table of a library")
+            say("data    40 texts")
+            say("epoch 1/2  batch 3/9  loss 0.5000" + " and more" * 99)
+    first, shown, last = terminal.getvalue().split("\r\x1b[K")
+    assert (first, last) == ("", "")
+    assert shown.startswith("fold 1  epoch 1/2  batch 3/9  loss 0.5000 and")
+    assert len(shown) < shutil.get_terminal_size().columns
 
 
 def test_a_text_that_nobody_reads_stops_no_run() -> None:

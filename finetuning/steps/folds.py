@@ -4,8 +4,9 @@ import dataclasses
 import gc
 import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -59,6 +60,8 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     shown = training.monitor, isinstance(inputs.task, MultiLabel)
     say(f"{count} folds of {len(inputs.splits['train']):,} texts; each run validates on one of them")
     say(f"with the final run on all of them, it takes about {count} times as long as one run")
+    for sentence in inputs.advice:
+        say(f"{'advice':<11} {sentence}")
     runs = []
     for directory, fold in zip(fold_directories(claim.directory, claim.config.data), inputs.folds, strict=True):
         runs.append(_finished(directory, fold, carry_out))
@@ -107,7 +110,8 @@ def _finished(directory: Path, fold: Inputs, carry_out: Callable[[Path, Inputs],
     if read_status(directory) != "finished":
         begun = (directory / SETTINGS).exists()
         config = fold.config.changed(output_dir=directory, resume=begun, overwrite=not begun)
-        with redirect_stdout(Unheard()):
+        terminal = sys.stdout if sys.stdout.isatty() else None
+        with closing(Unheard(terminal, f"fold {fold.config.data.fold}  ")) as unheard, redirect_stdout(unheard):
             result = carry_out(directory, dataclasses.replace(fold, config=config))
         gc.collect()  # Lightning's objects refer to each other, and would keep the classifier
         if result["status"] == "interrupted":

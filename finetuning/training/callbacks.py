@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from finetuning.errors import Interrupted, TrainingFailed, say
+from finetuning.errors import PROGRESS, Interrupted, TrainingFailed, say
 from finetuning.processes import STOP_SIGNALS, handled
 from finetuning.runs.files import LAST_CHECKPOINT, NOT_FINITE
 from finetuning.runs.history import write_metrics
@@ -192,14 +192,14 @@ class ProgressLines(Callback):
     ) -> None:
         total, done = int(trainer.num_training_batches), batch_idx + 1
         if trainer.is_global_zero and done % max(1, total // 20) == 0:
-            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            epoch = f"{PROGRESS}{trainer.current_epoch + 1}/{trainer.max_epochs}"
             say(f"{epoch}  batch {done}/{total}  loss {float(outputs['mean_loss']):.4f}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             scores = "  ".join(f"{name} {value:.4f}" for name, value in pl_module.scores["validation"].items())
             epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 0)
-            say(f"epoch {epoch}/{trainer.max_epochs}  validation  {scores}")
+            say(f"{PROGRESS}{epoch}/{trainer.max_epochs}  validation  {scores}")
 
 
 def _random_state() -> dict[str, Tensor]:
