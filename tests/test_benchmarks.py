@@ -167,6 +167,11 @@ def crossing() -> str:
             "sets_baselines",
             lambda: sets_baselines.table(stored("sets_baselines"), sets_baselines.of_default()),
         ),
+        (
+            BEST_PRACTICES,
+            "pooling_baselines",
+            lambda: sets_baselines.table_of("pooling_baselines")(stored("pooling_baselines")),
+        ),
         (DATA_SETS, "crossing", crossing),
         (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),
     ],
