@@ -229,7 +229,7 @@ def test_a_file_of_answers(
     assert main([*words, "--skip_bad_rows"]) == 0
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err == "1 of 40 rows have no text and got an empty label\n"
+    assert shown.err == f"{tmp_path / name}: 40 rows\n1 of 40 rows have no text and got an empty label\n"
     found = read_frame(tmp_path / name)
     ours = ["predicted_label", "predicted_probability_bad", "predicted_probability_good"]
     assert list(found.columns) == ["id", "text", "label", *ours]
