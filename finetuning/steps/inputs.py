@@ -148,7 +148,8 @@ def pooling_advice(texts: int, base: BaseModel, config: RunConfig) -> list[str]:
             "the head alone reads the first token: with MiniLM, --pooling mean was better on every data set that was"
             f" tried{export}"
         ]
-    if config.method.method == "lora" and texts <= FEW_TEXTS:
+    new = config.lora is not None and config.lora.init_adapter is None  # an adapter has its pooling
+    if new and texts <= FEW_TEXTS:
         return [
             f"{texts} texts are few: with LoRA, MiniLM and 50 texts, --pooling mean was better on four of five data"
             f" sets{export}"

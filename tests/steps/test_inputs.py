@@ -39,6 +39,7 @@ def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, adv
         ("bert", FEW_TEXTS, "--method lora", True),
         ("bert", FEW_TEXTS, "--method lora --pooling mean", False),
         ("bert", FEW_TEXTS, "--method full", False),
+        ("bert", FEW_TEXTS, "--init_adapter an_adapter", False),
         ("gpt2", 2000, "--method head", False),
     ],
 )
