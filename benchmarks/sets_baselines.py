@@ -165,6 +165,11 @@ def by_cell(result: Record) -> dict[Cell, dict[str, float]]:
     return found
 
 
+def draws(found: Mapping[Cell, Mapping[str, float]], name: str, texts: int, kind: str) -> list[float]:
+    """The accuracies of a baseline on a data set with so many training texts, one for each draw of them."""
+    return [own[kind] for cell, own in found.items() if (cell.set, cell.texts) == (name, texts)]
+
+
 def few_texts_table(result: Record, runs: Grid) -> str:
     """Markdown: a row for each number of training texts and data set, and the mean of the sets.
 
@@ -176,13 +181,8 @@ def few_texts_table(result: Record, runs: Grid) -> str:
     for texts in sorted({cell.texts for cell in found}):
         sets = {cell.set: size_of(runs, cell.set)[1] for cell in found if cell.texts == texts}
         scores = {
-            name: [
-                *(
-                    [own[kind] for cell, own in found.items() if (cell.set, cell.texts) == (name, texts)]
-                    for kind in (NAME, FROZEN)
-                ),
-                *(runs.accuracies(name, f"{texts}-{method}") for method in WITH_FEW_TEXTS.values()),
-            ]
+            name: [draws(found, name, texts, kind) for kind in (NAME, FROZEN)]
+            + [runs.accuracies(name, f"{texts}-{method}") for method in WITH_FEW_TEXTS.values()]
             for name in sorted(sets, key=lambda name: (sets[name], name))
         }
         rows += [(name, str(sets[name]), str(texts), *map(score_cell, own)) for name, own in scores.items()]
@@ -209,11 +209,8 @@ def by_texts(found: Mapping[Cell, Mapping[str, float]]) -> Table:
     sizes = sorted({cell.texts for cell in found}, key=lambda texts: texts or math.inf)
     sets = sorted({cell.set for cell in found})
 
-    def cell_of(name: str, texts: int, kind: str) -> str:
-        return score_cell([own[kind] for cell, own in found.items() if (cell.set, cell.texts) == (name, texts)])
-
     rows = [
-        (str(texts or "all"), kind, *(cell_of(name, texts, kind) for name in sets))
+        (str(texts or "all"), kind, *(score_cell(draws(found, name, texts, kind)) for name in sets))
         for texts in sizes
         for kind in next(iter(found.values()))
     ]

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import gzip
 import io
@@ -546,22 +547,27 @@ def test_several_labels_are_predicted_as_in_the_run(
     assert answer["probability_1"] >= answer["probability_2"] > threshold
 
 
-def test_two_classes_a_positive_one_and_texts_without_an_answer(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: Capture
-) -> None:
+@pytest.fixture(scope="module")
+def positive_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run with a positive class, in a folder with its texts, and what it printed."""
+    folder = tmp_path_factory.mktemp("positive")
     words = {"superb": "good", "boring": "bad"}
     for name, count in (("train", 160), ("validation", 120), ("test", 40)):
         texts = [f"{list(words)[i % 2]} film, number {name} {i}" for i in range(count)]
         table_of = {"text": texts, "label": [list(words.values())[i % 2] for i in range(count)]}
-        pd.DataFrame(table_of).to_csv(tmp_path / f"{name}.csv", index=False)
-    run = tmp_path / "run"
+        pd.DataFrame(table_of).to_csv(folder / f"{name}.csv", index=False)
     more = ["--epochs", "3", "--method", "full", "--threshold", "tuned", "--positive_label", "bad", "--precision"]
-    assert finetune_lora.main(flags(tiny_folders["distilbert"], tmp_path, run, *more, "fp32")) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        assert finetune_lora.main(flags(tiny_folders["distilbert"], folder, folder / "run", *more, "fp32")) == 0
+    return folder / "run", shown.getvalue()
+
+
+def test_two_classes_and_a_positive_one(positive_run: tuple[Path, str], capsys: Capture) -> None:
+    run, shown = positive_run
     task = read_result(run)["task"]
     assert task["positive_label"] == "bad"
-    shown = capsys.readouterr().out
     assert f"threshold   {task['threshold']:g} for the positive label 'bad', tuned on validation" in shown
-    file = ["--file", str(tmp_path / "test.csv")]
+    file = ["--file", str(run.parent / "test.csv")]
     assert main([str(run), *file]) == 0
     rows = table(capsys.readouterr().out)
     assert [row["label"] for row in rows] == [
@@ -570,6 +576,10 @@ def test_two_classes_a_positive_one_and_texts_without_an_answer(
     assert main([str(run), *file, "--threshold", "0.999999"]) == 0
     assert {row["label"] for row in table(capsys.readouterr().out)} == {"good"}
 
+
+def test_texts_without_an_answer(positive_run: tuple[Path, str], capsys: Capture) -> None:
+    run, _ = positive_run
+    file = ["--file", str(run.parent / "test.csv")]
     assert main([str(run), *file, "--abstain_risk", "0.1"]) == 0
     said = capsys.readouterr()
     assert "of 120 validation texts" in said.err
@@ -587,6 +597,18 @@ def test_two_classes_a_positive_one_and_texts_without_an_answer(
         "error: --abstain_risk 0.001: the 120 validation texts cannot show it: the smallest risk that they can show is "
     )
     assert ": use --abstain X, or label more texts" in line
+    for words_given, line in (
+        (("--abstain", 1), "--abstain 1: must be above 0 and below 1"),
+        (("--abstain_risk", 0), "--abstain_risk 0: must be above 0 and below 1"),
+        (("--most_uncertain", 0), "--most_uncertain 0: must be at least 1"),
+        (("--abstain", 0.5, "--most_uncertain", 2), "not allowed with argument"),
+    ):
+        assert line in refusal(capsys, run, *file, *words_given)
+
+
+def test_a_labelled_file_is_scored(positive_run: tuple[Path, str], tmp_path: Path, capsys: Capture) -> None:
+    run, _ = positive_run
+    file = ["--file", str(run.parent / "test.csv")]
     assert main([str(run), *file, "--label_column", "label", "--output", str(tmp_path / "checked.csv")]) == 0
     checked = pd.read_csv(tmp_path / "checked.csv")
     accuracy = (checked["label"] == checked["predicted_label"]).mean()
@@ -595,6 +617,11 @@ def test_two_classes_a_positive_one_and_texts_without_an_answer(
     assert "--label_column text: 'superb film, number test 0' is none of the classifier's labels: bad, good" in line
     line = refusal(capsys, run, "--text", "a", "--label_column", "label")
     assert "--label_column label: needs --file with a table" in line
+
+
+def test_the_texts_to_label_next(positive_run: tuple[Path, str], tmp_path: Path, capsys: Capture) -> None:
+    run, _ = positive_run
+    file = ["--file", str(run.parent / "test.csv")]
     assert main([str(run), *file, "--most_uncertain", "3"]) == 0
     rows = table(capsys.readouterr().out)
     found = [float(row["confidence"]) for row in rows]
@@ -604,13 +631,6 @@ def test_two_classes_a_positive_one_and_texts_without_an_answer(
     assert "label" not in rows[0], "a guess would be taken for a label"
     assert main([str(run), *file, "--most_uncertain", "3", "--output", str(tmp_path / "next.csv")]) == 0
     assert f"{tmp_path / 'next.csv'}: 3 rows" in capsys.readouterr().err
-    for words_given, line in (
-        (("--abstain", 1), "--abstain 1: must be above 0 and below 1"),
-        (("--abstain_risk", 0), "--abstain_risk 0: must be above 0 and below 1"),
-        (("--most_uncertain", 0), "--most_uncertain 0: must be at least 1"),
-        (("--abstain", 0.5, "--most_uncertain", 2), "not allowed with argument"),
-    ):
-        assert line in refusal(capsys, run, *file, *words_given)
 
 
 def test_an_exported_folder_has_no_validation(tiny_folders: dict[str, Path], capsys: Capture) -> None:

@@ -65,6 +65,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="Multi-label run, or two classes trained with --threshold: give labels above this probability."
         " (default: the run's threshold)",
     )
+    _add_confidence(parser)
+    parser.add_argument(
+        "--skip_bad_rows", action="store_true", help="Give rows without a text an empty label, instead of refusing."
+    )
+    return parser
+
+
+def _add_confidence(parser: argparse.ArgumentParser) -> None:
+    """The flags that ask how sure an answer is; one of them at most."""
     unsure = parser.add_mutually_exclusive_group()
     unsure.add_argument(
         "--abstain", type=float, metavar="X", help="Leave the label empty below this confidence, which is calibrated."
@@ -81,10 +90,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="Give only the K texts with the lowest confidence, to label next.",
     )
-    parser.add_argument(
-        "--skip_bad_rows", action="store_true", help="Give rows without a text an empty label, instead of refusing."
-    )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,10 +172,9 @@ def label(arguments: argparse.Namespace) -> None:
         counters.append(score)
     output, skip = arguments.output, arguments.skip_bad_rows
     with source_of(arguments, trained) as source:
+        source = source if score is None else score.checking(source)
         with Progress("check") as done:
             surveyed = survey(source, skip, output is not None and is_parquet(output), done)
-        if score is not None:
-            score.check(source)
         for note in answers.confidence.notes if answers.confidence else ():
             print(note, file=sys.stderr)
         with fast_imports():

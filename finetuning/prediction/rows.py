@@ -58,6 +58,11 @@ class Source:
     columns: dict[str, str]
     schema: pa.Schema | None = None
 
+    @property
+    def where(self) -> str:
+        """The file, for messages about its columns."""
+        return self.flag.removeprefix("--file ")
+
     def rows(self, skip_bad: bool = False) -> Iterator[Rows]:
         """The rows, in chunks.
 
@@ -66,9 +71,9 @@ class Source:
         """
         first = 1
         for table in self.tables():
-            where = self.flag.removeprefix("--file ")
             found = {
-                name: texts_in(table, wanted, where, f"{name}_column").tolist() for name, wanted in self.columns.items()
+                name: texts_in(table, wanted, self.where, f"{name}_column").tolist()
+                for name, wanted in self.columns.items()
             }
             bad = np.zeros(len(table), dtype=bool)
             for name, texts in found.items():

@@ -1,15 +1,18 @@
-"""How many answers are right, where the input has the true labels too. Nothing here imports torch."""
+"""How many answers are right, if the input also has the true labels. Nothing here imports torch."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from finetuning.errors import UserError, listed
+from finetuning.data.columns import texts_in
+from finetuning.errors import UserError
 from finetuning.prediction.rows import Rows, Source
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
+from finetuning.runs.scores import macro_f1
 
 
 class Score:
@@ -30,29 +33,28 @@ class Score:
         self._places = {name: i for i, name in enumerate(trained.label_names)}
         self._counts = np.zeros((len(self._places), len(self._places)), dtype=np.int64)  # true label, given label
 
-    def check(self, source: Source) -> None:
-        """Reads all labels once.
+    def checking(self, source: Source) -> Source:
+        """The same source. When it is read, its labels are checked.
 
-        Raises:
+        Reading raises:
             UserError: the column is missing, has no label, or one that the classifier does not know.
         """
-        labelled = False
-        for table in source.tables():
-            if self.column not in table:
-                raise UserError(
-                    f"--label_column {self.column}: must be a column of {source.flag.removeprefix('--file ')}, which"
-                    f" has: {listed(table.columns)}"
-                )
-            found = self._true(table)
-            for label in found:
-                if label is not None and label not in self._places:
+
+        def tables() -> Iterator[pd.DataFrame]:
+            labelled = False
+            for table in source.tables():
+                found = [label for label in self._true(table, source.where) if label is not None]
+                if unknown := [label for label in found if label not in self._places]:
                     raise UserError(
-                        f"--label_column {self.column}: {label!r} is none of the classifier's labels:"
+                        f"--label_column {self.column}: {unknown[0]!r} is none of the classifier's labels:"
                         f" {', '.join(self._places)}"
                     )
-            labelled |= any(label is not None for label in found)
-        if not labelled:
-            raise UserError(f"--label_column {self.column}: has no label: leave it out")
+                labelled |= bool(found)
+                yield table
+            if not labelled:
+                raise UserError(f"--label_column {self.column}: has no label: leave it out")
+
+        return replace(source, tables=tables)
 
     def counted(self, answered: Iterable[tuple[Rows, list[list[Any]]]]) -> Iterator[tuple[Rows, list[list[Any]]]]:
         """The same rows and values; the first column of the values is the label."""
@@ -66,16 +68,17 @@ class Score:
         texts = int(self._counts.sum())
         if not texts:
             return "no labelled text was answered"
-        right, both = np.diag(self._counts), self._counts.sum(0) + self._counts.sum(1)
-        accuracy, macro_f1 = right.sum() / texts, float((2 * right[both > 0] / both[both > 0]).mean())
+        right = np.diag(self._counts)
+        accuracy = right.sum() / texts
+        (score,) = macro_f1(right[None], self._counts.sum(0)[None], self._counts.sum(1)[None], multi_label=False)
         low, high = accuracy_interval(accuracy, texts)
         return (
-            f"accuracy {accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}; macro F1 {macro_f1:.2%};"
+            f"accuracy {accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}; macro F1 {score:.2%};"
             f" {texts:,} labelled and answered texts"
         )
 
-    def _true(self, table: pd.DataFrame) -> list[str | None]:
-        return [_name(value) for value in table[self.column].tolist()]
+    def _true(self, table: pd.DataFrame, where: str = "") -> list[str | None]:
+        return [_name(value) for value in texts_in(table, self.column, where, "label_column").tolist()]
 
 
 def _name(value: object) -> str | None:

@@ -78,7 +78,7 @@ def score_intervals(answers: Answers) -> dict[str, Interval]:
     n = len(answers.rows)
     found = {
         "accuracy": accuracy_interval(float(answers.right.mean()), n),
-        "macro_f1": interval(_macro_f1(right, given, truth, answers.multi_label)),
+        "macro_f1": interval(macro_f1(right, given, truth, answers.multi_label)),
         "loss": interval(resampled_sums(answers.losses[:, None])[:, 0] / n),
     }
     if answers.multi_label:
@@ -146,8 +146,11 @@ def _f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.asarray(2 * right / np.maximum(given + truth, 1))
 
 
-def _macro_f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Like torchmetrics: in a single-label run, classes that are neither true nor given anywhere do not count."""
+def macro_f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray, multi_label: bool) -> np.ndarray:
+    """Macro F1 from the number of texts by class, each (draws, classes): given rightly, given, true. Returns (draws,).
+
+    Like torchmetrics: in a single-label run, classes that are neither true nor given anywhere do not count.
+    """
     counted = np.full(given.shape, True) if multi_label else given + truth > 0
     return np.asarray((_f1(right, given, truth) * counted).sum(1) / counted.sum(1))
 

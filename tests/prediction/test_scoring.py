@@ -44,7 +44,7 @@ def test_the_score_is_that_of_scikit_learn() -> None:
 def test_texts_without_a_label_or_an_answer_do_not_count() -> None:
     score = Score(TRAINED, "y")
     labels: list[Any] = [1, 1.0, None, float("nan"), " ", "spam ", 0]
-    score.check(source(["", None], labels))
+    assert len(list(score.checking(source(["", None], labels)).tables())) == 2
     list(score.counted([(rows(labels), [["1", "1", "1", "1", "1", "spam", None]])]))
     assert "accuracy 100.00%" in str(score)
     assert str(score).endswith("; 3 labelled and answered texts")
@@ -61,7 +61,7 @@ def test_texts_without_a_label_or_an_answer_do_not_count() -> None:
 )
 def test_labels_that_cannot_be_counted_are_refused(labels: list[Any], column: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        Score(TRAINED, column).check(source(labels))
+        list(Score(TRAINED, column).checking(source(labels)).tables())
     assert str(caught.value) == message
 
 

@@ -39,7 +39,7 @@ def test_the_functions_of_sums_are_the_scores() -> None:
     answers = random_answers(150, 5)
     right, guesses, true = (part.sum(0, keepdims=True) for part in scores._counts(answers))
     given, labels = torch.from_numpy(answers.logits), torch.from_numpy(answers.truth.argmax(1))
-    assert scores._macro_f1(right, guesses, true, False)[0] == pytest.approx(
+    assert scores.macro_f1(right, guesses, true, False)[0] == pytest.approx(
         float(metrics.multiclass_f1_score(given, labels, 5))
     )
     assert scores._mcc(right, guesses, true, 150)[0] == pytest.approx(
@@ -49,7 +49,7 @@ def test_the_functions_of_sums_are_the_scores() -> None:
     right, guesses, true = (part.sum(0, keepdims=True) for part in scores._counts(several))
     answered, truth = torch.from_numpy(several.given).long(), torch.from_numpy(several.truth).long()
     expected = metrics.multilabel_f1_score(answered, truth, 5, average="macro")
-    assert scores._macro_f1(right, guesses, true, True)[0] == pytest.approx(float(expected))
+    assert scores.macro_f1(right, guesses, true, True)[0] == pytest.approx(float(expected))
 
 
 def test_intervals_hold_the_score_and_shrink_with_more_texts() -> None:
