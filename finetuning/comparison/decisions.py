@@ -16,7 +16,7 @@ COLUMNS = (
     "instead of LoRA on all linears", "tuned", "texts", "data sets", "accuracy, points (95 %)", "typically",
     "training time, ratio", "peak memory, ratio", "how sure",
 )  # fmt: skip
-MISSING = "not run yet over data sets"
+MISSING = "not run yet"
 SURE, LIKELY = 0.95, 0.8  # least probability of the outcome
 ENOUGH_SETS = 8  # fewer leave an advice open
 
@@ -60,7 +60,7 @@ def decisions_table(studies: Mapping[str, Study]) -> str:
     for decision in DECISIONS:
         grid = grids.get(decision.study)
         cells = decision_cells(grid, decision) if grid else None
-        rows.append((decision.take, *(cells or ("", MISSING, *[""] * (len(COLUMNS) - 3)))))
+        rows.append((decision.take, *(cells or (*[""] * (len(COLUMNS) - 2), MISSING))))
         if grid and cells:
             pair = (decision.method, decision.default)
             environments += [run.environment for found in grid.runs.values() for m in pair for run in found.get(m, ())]
