@@ -40,6 +40,12 @@ def writes_base(run: FinishedRun) -> bool:
     return config.model.model_name in PACKAGED_MODELS or quantized
 
 
+def recorded_base(loaded: Loaded) -> str:
+    """How the exported folder names a base model that others can load: its path from anywhere, or its name."""
+    name = loaded.run.config.model.model_name
+    return str(loaded.base.absolute()) if Path(name).is_dir() else name
+
+
 def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:
     """Writes the folder and proves it: PEFT in a fresh process must give the logits of the run's adapter.
 
@@ -54,9 +60,7 @@ def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:
         OSError, SafetensorError: the folder cannot be written.
     """
     run, held, tokenizer, config = loaded.run.directory, loaded.held, loaded.tokenizer, loaded.run.config
-    length, name = config.data.max_length, config.model.model_name
-    base = str(loaded.base.absolute())
-    recorded = base if Path(name).is_dir() else name
+    length, base, recorded = config.data.max_length, str(loaded.base.absolute()), recorded_base(loaded)
     if writes_base(loaded.run):
         bare = without_adapter(loaded.classifier, held.pad_id)
         write_model(folder / BASE, bare, torch.float32, held.stored.threshold, held.stored.positive)

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from finetuning.datasets import DATASETS
+from finetuning.datasets import traits_of
 from finetuning.export.onnx_file import ONNX_FILE
 from finetuning.export.proof import run_alone
 from finetuning.html import render
@@ -93,7 +93,7 @@ def write_card(
 def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
     """Which labels there are, and how texts must be given to get them."""
     data = run.config.data
-    breaks = DATASETS[data.dataset].line_breaks
+    breaks = traits_of(data.dataset).line_breaks
     notes = [f"Before training, `{breaks}` in a text was replaced by a space: do the same."] if breaks else []
     if data.windows > 1:
         plain = _library(folder) == "transformers"
@@ -208,7 +208,7 @@ def _method(name: str, method: MethodSettings, lora: LoRASettings | None) -> str
     layers = f" in layers {lora.lora_layers}" if lora.lora_layers else ""
     return (
         f"{name}, {kind}r {lora.lora_r}, alpha {lora.lora_alpha:g} ({lora.lora_scaling} scaling), on"
-        f" {', '.join(lora.targets)}{layers}"
+        f" {', '.join((*lora.targets, *lora.modules))}{layers}"
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from finetuning.data.loading import load_texts, tokenize
 from finetuning.errors import UserError, first_line
-from finetuning.export.adapter import BASE, check_adapter, export_adapter, writes_base
+from finetuning.export.adapter import BASE, check_adapter, export_adapter, recorded_base, writes_base
 from finetuning.export.card import adapter_snippets, onnx_snippet, pipeline_snippet, write_card
 from finetuning.export.onnx_file import onnx_inputs, require_onnx
 from finetuning.export.plain import DTYPES, export_onnx, export_plain
-from finetuning.export.proof import Loaded, held_out, sentences
+from finetuning.export.proof import HeldOut, Loaded, held_out, sentences
 from finetuning.models.base_files import check_base_unchanged
 from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer
 from finetuning.models.classifier import Classifier
@@ -52,7 +53,7 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
         threshold = run.threshold if run.multi_label else None
         if adapter:
             proof = export_adapter(folder, arguments.out, loaded)
-            base = f"{folder.name}/{BASE}" if writes_base(run) else config.model.model_name
+            base = f"{folder.name}/{BASE}" if writes_base(run) else recorded_base(loaded)
             snippets = adapter_snippets(folder.name, base, run.label_names, pairs, threshold)
         else:
             alone = loaded.onnx_alone
@@ -78,6 +79,7 @@ def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Name
     tokens = tokenize(texts, tokenizer, config.data)
     pad_id, pooling = int(tokenizer.pad_token_id), config.data.window_pooling
     held = held_out(texts, tokens, answers, arguments.check_texts, pad_id, pooling)
+    check_last_tokens(run, base, held, tokenizer)
     unrounded = arguments.adapter and not writes_base(run)  # PEFT will load the base model's own weights
     return Loaded(run, base.folder, *load_classifier_of(run, base, unrounded), tokenizer, held, onnx_alone)
 
@@ -97,6 +99,19 @@ def check_pooling(run: FinishedRun, base: BaseModel, arguments: argparse.Namespa
     if not arguments.onnx:
         raise UserError(f"{has} Transformers' class for {kind} models cannot compute: give --onnx, or use predict.py")
     return True
+
+
+def check_last_tokens(run: FinishedRun, base: BaseModel, held: HeldOut, tokenizer: Any) -> None:
+    """Checks that Transformers' class finds the token that the head reads: the last one that is no padding token.
+
+    Raises:
+        UserError: the tokenizer ends texts with its padding token, so the class would read the token before it.
+    """
+    if base.family.last_token and any(ids[-1] == held.pad_id for ids in held.sequences):
+        raise UserError(
+            f"{run.directory}: the tokenizer ends a text with its padding token {tokenizer.pad_token!r}, which"
+            f" Transformers' class for {base.family.model_type} models leaves out: use predict.py"
+        )
 
 
 def base_model(run: FinishedRun) -> BaseModel:

@@ -13,6 +13,7 @@ from finetuning.models.families import FAMILIES, ModelFamily
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in configs
 
+PADS_LEFT = ("xlnet",)  # types whose classifier reads the last place of a batch, with padding before the text
 DECODERS = ("ctrl",)  # types whose head reads the last token, as "score" does in the others
 
 
@@ -164,6 +165,11 @@ def _described(config: Any, model_name: str) -> ModelFamily:
     if not head:
         raise UserError(
             f"--model_name {model_name} is of type {config.model_type!r}, in which no linear of the head was found"
+        )
+    if config.model_type in PADS_LEFT:
+        raise UserError(
+            f"--model_name {model_name} is of type {config.model_type!r}, whose head reads the last place of a batch,"
+            f" where padding is"
         )
     dropouts = [k for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)]
     attention = [key for key in dropouts if "att" in key]

@@ -1,13 +1,14 @@
 """What a model card says of a run."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from finetuning.config import RunConfig
-from finetuning.export.adapter import writes_base
-from finetuning.export.card import KNOWN_BASES, _training
+from finetuning.export.adapter import recorded_base, writes_base
+from finetuning.export.card import KNOWN_BASES, _method, _reading, _training
 from finetuning.settings import PACKAGED_MODELS
 
 
@@ -35,3 +36,29 @@ def test_an_adapter_of_a_packaged_model_brings_the_model(name: str) -> None:
     assert writes_base(run(name)), "PEFT cannot load it by this name"
     assert not writes_base(run("distilbert-base-uncased"))
     assert KNOWN_BASES[name][1] == "apache-2.0"
+
+
+def test_a_base_model_in_a_folder_is_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(name: str) -> Any:
+        run = SimpleNamespace(config=RunConfig.from_settings(model_name=name))
+        return SimpleNamespace(run=run, base=Path("models/mine"))
+
+    monkeypatch.chdir(tmp_path)
+    Path("models/mine").mkdir(parents=True)
+    assert recorded_base(loaded("models/mine")) == str(tmp_path / "models/mine")
+    assert recorded_base(loaded("distilbert-base-uncased")) == "distilbert-base-uncased"
+
+
+@pytest.mark.parametrize(("dataset", "notes"), [("imdb", 1), ("text", 0), ("owner/name", 0)])
+def test_how_texts_must_be_given(tmp_path: Path, dataset: str, notes: int) -> None:
+    (tmp_path / "model.safetensors").touch()
+    where = {} if "/" in dataset else {"data_dir": tmp_path}
+    config = RunConfig.from_settings(dataset=dataset, **where)
+    facts = {"label_names": ["a", "b"], "threshold": None, "multi_label": False, "positive": None}
+    run: Any = SimpleNamespace(config=config, **facts)
+    assert len(_reading(run, tmp_path)["notes"]) == notes
+
+
+def test_where_lora_is() -> None:
+    config = RunConfig.from_settings(lora_modules="fc1, mlp.fc2")
+    assert _method("lora", config.method, config.lora).endswith("on fc1, mlp.fc2")

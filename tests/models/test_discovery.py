@@ -124,7 +124,6 @@ def test_a_type_without_a_row_is_adapted_where_lora_modules_says(tmp_path: Path)
     [
         ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, math.inf),
         ({"model_type": "funnel", "d_model": 32, "block_sizes": [1, 2], "n_head": 4, "d_head": 8}, math.inf),
-        ({"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}, math.inf),
         ({"model_type": "mpt", "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 40}, 40),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
@@ -142,6 +141,8 @@ def test_models_whose_config_has_other_names_for_sizes(tmp_path: Path, content: 
 def test_models_that_cannot_be_described_are_refused(tmp_path: Path) -> None:
     perceiver = refused(folder_with(tmp_path, {"model_type": "perceiver", "num_latents": 4, "d_latents": 32}))
     assert perceiver.endswith("is of type 'perceiver', in which no linear of the head was found")
+    xlnet = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    assert "'xlnet', whose head reads the last place of a batch" in refused(folder_with(tmp_path, xlnet))
     assert "is of type 'esm', whose classifier cannot be built: " in refused(
         folder_with(tmp_path, {"model_type": "esm"})
     )
