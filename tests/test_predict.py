@@ -619,6 +619,29 @@ def test_a_labelled_file_is_scored(positive_run: tuple[Path, str], tmp_path: Pat
     assert "--label_column label: needs --file with a table" in line
 
 
+def test_labels_of_objects_that_need_not_have_one(runs: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    objects = [{"text": f"a film {i}"} | ({"label": "good"} if i < 5 else {}) for i in range(30)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(each) + "\n" for each in objects))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetuning.prediction.rows.CHUNK_ROWS", 7)
+        words = ["--file", str(tmp_path / "some.jsonl"), "--label_column", "label"]
+        assert main([str(runs["full"]), *words]) == 0
+    assert "; 5 labelled and answered texts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet"])
+def test_a_kept_value_with_half_an_emoji(runs: dict[str, Path], tmp_path: Path, capsys: Capture, name: str) -> None:
+    (tmp_path / "in.jsonl").write_text('{"title": "abc \\ud83d", "text": "a film"}\n')
+    words = [str(runs["full"]), "--file", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / name)]
+    if name == "out.parquet":
+        assert main(words) == 2
+        assert "parquet cannot hold a column with such values" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+        return
+    assert main(words) == 0
+    assert "abc \\ud83d" in (tmp_path / name).read_text(encoding="utf8")
+
+
 def test_the_texts_to_label_next(positive_run: tuple[Path, str], tmp_path: Path, capsys: Capture) -> None:
     run, _ = positive_run
     file = ["--file", str(run.parent / "test.csv")]

@@ -191,10 +191,15 @@ def _json_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
             objects = ((number, _parsed(number, line)) for number, line in lines)
         kept = (_checked_object("element" if start == "[" else "line", *pair) for pair in objects)
         kind = None if rows is None else object  # chunks keep values as they are: a whole number next to a missing one
-        chunk = list(itertools.islice(kept, rows))
-        yield pd.DataFrame(chunk, dtype=kind)
+        columns: dict[str, None] = {}  # of all objects so far: a chunk may lack one of them
+
+        def table(chunk: list[dict[str, Any]]) -> pd.DataFrame:
+            columns.update(dict.fromkeys(itertools.chain.from_iterable(chunk)))
+            return pd.DataFrame(chunk, columns=list(columns), dtype=kind)
+
+        yield table(list(itertools.islice(kept, rows)))
         while rows is not None and (chunk := list(itertools.islice(kept, rows))):
-            yield pd.DataFrame(chunk, dtype=kind)
+            yield table(chunk)
 
 
 def _parsed(number: int, line: str) -> Any:

@@ -5,6 +5,8 @@ labels reach every part in proportion, as far as their texts allow.
 """
 
 import dataclasses
+import math
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,16 @@ from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 
 STRATIFIED = "splits and limits are stratified by each text's rarest label"
+
+
+def as_number(text: str) -> int | float | None:
+    """The number that a text is, if Python writes it so; ``None`` for other texts, also for codes such as ``01``."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            number: int | float = kind(text)
+            if str(number) == text and math.isfinite(number):
+                return number
+    return None
 
 
 def is_multi_label(source: Source, data: DataSettings) -> bool:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from finetuning.data.folds import pool_validation, with_folds
 from finetuning.data.labels import STRATIFIED, unseen_labels
 from finetuning.data.sources import read_source
-from finetuning.data.splits import drop_leaks, encode_labels, keep_test_unseen, limited, split_source
+from finetuning.data.splits import drop_leaks, encode_labels, keep_test_unseen, limited, lost_classes, split_source
 from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit, begun_key, cached_tokens
 from finetuning.settings import DataSettings
@@ -37,8 +37,10 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     notes = [] if data.kfold is None else pool_validation(splits, given)
     leaks_dropped = drop_leaks(splits, names)
     notes += [*keep_test_unseen(splits, given), *source.notes]
+    kept = limited(splits, data)
+    notes += lost_classes(splits, kept, names)
     if "labels" in splits["train"]:
-        notes += [STRATIFIED, *unseen_labels(splits, names)]
+        notes += [STRATIFIED, *unseen_labels(kept, names)]
     texts = TextData(
         source=how,
         label_names=names,
@@ -49,13 +51,13 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
                 t.index.to_numpy(np.int64),
                 t.pair.tolist() if "pair" in t else None,
             )
-            for name, t in limited(splits, data).items()
+            for name, t in kept.items()
         },
         leaks_dropped=leaks_dropped,
         notes=notes,
         columns={"text_column": data.text_column, "label_column": data.label_column},
     )
-    del source, splits
+    del source, splits, kept
     pa.default_memory_pool().release_unused()  # otherwise it keeps several times the size of the texts
     return texts if data.kfold is None else with_folds(texts, data)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from finetuning.data.labels import encode_multi_label, is_multi_label, rarest_labels
+from finetuning.data.labels import as_number, encode_multi_label, is_multi_label, rarest_labels
 from finetuning.data.texts import LabelledTexts, Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError
@@ -54,12 +54,15 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
 
 
 def _comparable(labels: pd.Series) -> pd.Series:
-    """Labels as numbers if all are numbers, else with strings stripped, because CSV files give strings."""
+    """Labels as numbers if all are written as such, else with strings stripped, because CSV files give strings."""
     words = labels.map(lambda label: isinstance(label, str))
     if not words.any():
         return labels
+    stripped = labels.where(~words, labels.astype(str).str.strip())
+    if any(as_number(word) is None for word in stripped[words].unique()):
+        return stripped  # codes such as 01 stay as they are written
     numbers = pd.to_numeric(labels.where(words | labels.map(np.isscalar)), errors="coerce")
-    return numbers if numbers.notna().all() else labels.where(~words, labels.astype(str).str.strip())
+    return numbers if numbers.notna().all() else stripped
 
 
 def stratified_parts(labels: np.ndarray, sizes: Sequence[int], seed: int) -> list[np.ndarray]:
@@ -208,6 +211,14 @@ def limited(splits: dict[str, pd.DataFrame], data: DataSettings) -> dict[str, pd
             )
         kept[name] = table.iloc[stratified_parts(table.label.to_numpy(), [limit], data.data_seed)[0]]
     return kept
+
+
+def lost_classes(splits: dict[str, pd.DataFrame], kept: dict[str, pd.DataFrame], names: list[str]) -> list[str]:
+    """A warning about classes that ``--limit_train`` left without a training text; empty without such classes."""
+    if "labels" in kept["train"]:  # multi-label: unseen_labels warns
+        return []
+    lost = [names[i] for i in sorted(set(splits["train"].label) - set(kept["train"].label))]
+    return [f"warning: --limit_train leaves no training text of class {', '.join(lost)}"] if lost else []
 
 
 def sampled(split: LabelledTexts, count: int, seed: int) -> LabelledTexts:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from finetuning.data.files import PACKED, allowed_endings, name_and_format
 from finetuning.errors import OutputFailed, UserError, first_line, forget_output
 from finetuning.prediction.answers import AnswerColumns, names_beside
-from finetuning.prediction.rows import Rows, Survey
+from finetuning.prediction.rows import UNHOLDABLE, Rows, Survey
 from finetuning.storage import write_new
 
 DIGITS, SHOWN_DIGITS = 6, 4  # of probabilities: in files of text, and on standard output
@@ -165,12 +165,13 @@ def _write_file(temporary: Path, path: Path, schema: pa.Schema | None, chunks: C
         if kind == "parquet":
             try:
                 write_parquet(chunks, stream, schema)
-            except (pa.ArrowException, OverflowError) as error:
+            except UNHOLDABLE as error:
                 raise UserError(
                     f"--output {path}: parquet cannot hold the input's values ({first_line(error)}): use .jsonl"
                 ) from None
             return
-        with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+        # a kept value may have half of a surrogate pair, from an emoji that was cut: it is spelled, as JSON does it
+        with io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="") as text:
             if kind in ("csv", "tsv"):
                 write_csv(chunks, text, "\t" if kind == "tsv" else ",", DIGITS)
             else:

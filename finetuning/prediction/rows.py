@@ -6,7 +6,6 @@ labels them. Memory is bounded by a chunk. Nothing here imports torch.
 
 import io
 import itertools
-import re
 import reprlib
 import shutil
 import stat
@@ -22,15 +21,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from finetuning.data.columns import texts_in
+from finetuning.data.columns import is_utf8, texts_in
 from finetuning.data.files import UNREADABLE, name_and_format, opened, parquet_schema, read_chunks
 from finetuning.errors import UserError, first_line
 
 STANDARD_INPUT = Path("-")
 CHUNK_ROWS = 10_000  # enough that batches of like lengths have little padding
 TEXT, PAIR = "text", "text_pair"
+UNHOLDABLE = (pa.ArrowException, OverflowError, UnicodeEncodeError)  # what parquet says of values that it cannot hold
 T = TypeVar("T")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # how Python decodes bytes of a command line that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _fault(text: object) -> str | None:
         return f"{reprlib.repr(text)}, no text: remove or correct it"
     if not text.strip():
         return "empty: remove it"
-    return "not UTF-8: convert it" if _SURROGATE.search(text) else None
+    return None if is_utf8(text) else "not UTF-8: convert it"
 
 
 def given_texts(texts: list[str], pairs: list[str] | None) -> Source:
@@ -228,7 +227,7 @@ def _widened(schema: pa.Schema | None, table: pd.DataFrame, flag: str) -> pa.Sch
     try:
         found = pa.Schema.from_pandas(table, preserve_index=False).remove_metadata()
         return found if schema is None else pa.unify_schemas([schema, found], promote_options="permissive")
-    except (pa.ArrowException, OverflowError) as error:
+    except UNHOLDABLE as error:
         raise UserError(
             f"{flag}: parquet cannot hold a column with such values: {first_line(error)}: use .jsonl for --output"
         ) from None

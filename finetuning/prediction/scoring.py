@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from finetuning.data.columns import texts_in
+from finetuning.data.labels import as_number
 from finetuning.errors import UserError
 from finetuning.prediction.rows import Rows, Source
 from finetuning.prediction.trained import Trained
@@ -78,13 +79,15 @@ class Score:
         )
 
     def _true(self, table: pd.DataFrame, where: str = "") -> list[str | None]:
-        return [_name(value) for value in texts_in(table, self.column, where, "label_column").tolist()]
+        return [self._name(value) for value in texts_in(table, self.column, where, "label_column").tolist()]
 
-
-def _name(value: object) -> str | None:
-    """A label as the classifier calls it: a column of whole numbers with gaps holds floats."""
-    if value is None or value != value:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip() or None
+    def _name(self, value: object) -> str | None:
+        """A label as the classifier calls it: a column of whole numbers with gaps holds floats."""
+        if value is None or value != value:
+            return None
+        text = str(value).strip()
+        number = as_number(text)
+        if text in self._places or number is None:
+            return text or None
+        other = str(int(number)) if float(number).is_integer() and isinstance(number, float) else str(float(number))
+        return other if other in self._places else text

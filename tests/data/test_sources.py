@@ -83,6 +83,30 @@ def test_other_columns(tmp_path: Path) -> None:
             texts_of(text_config(tmp_path, **given))
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["0.0", "1.0"], ["0", "1"]),  # pandas writes whole numbers so if a column once had gaps
+        (["10", "9"], ["9", "10"]),
+        (["01", "1"], ["01", "1"]),  # codes stay as they are written
+        (["1e3", "1000"], ["1000", "1e3"]),
+        (["+1", "-1"], ["+1", "-1"]),
+        ([" 2", "1 "], ["1", "2"]),
+    ],
+)
+def test_labels_of_a_csv_file_that_look_like_numbers(tmp_path: Path, labels: list[str], names: list[str]) -> None:
+    rows = "".join(f"text {i},{labels[i % 2]}\n" for i in range(30))
+    assert texts_of(write_texts(tmp_path, "text,label\n" + rows)).label_names == names
+
+
+def test_a_limit_that_leaves_out_a_class_brings_a_warning(tmp_path: Path) -> None:
+    table = frame(1000).assign(label=["rare" if i % 50 == 0 else "usual" for i in range(1000)])
+    table.to_csv(tmp_path / "train.csv", index=False)
+    warning = "warning: --limit_train leaves no training text of class rare"
+    assert warning in texts_of(text_config(tmp_path, limit_train=10)).notes
+    assert warning not in texts_of(text_config(tmp_path, limit_train=100)).notes
+
+
 def test_several_text_columns(tmp_path: Path) -> None:
     frame(30).assign(title="A title:").to_csv(tmp_path / "train.csv", index=False)
     texts = texts_of(text_config(tmp_path, text_column="title,text"))
@@ -171,6 +195,7 @@ def rows_of(*lines: str) -> str:
         ("train.jsonl", '{"text": "x", "label": 0}\n{"label": 1}', "no text in row 1"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": 7, "label": 1}', "no text in row 1"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y"}', "no label in row 1"),
+        ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y \\ud83d", "label": 1}', "cannot be read"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y", "label": "a"}', "all numbers or all strings"),
         (
             "train.jsonl",
