@@ -30,6 +30,7 @@ from finetuning.training.tasks import MultiLabel
 
 OPTIMISTIC = "(optimistic: each fold chose its epoch)"
 TO_REPORT = "(report this, or the score of a large test split)"
+TUNED = "(optimistic: each fold tuned its threshold)"
 RANGES = {"mcc": (-1.0, 1.0), "loss": (0.0, math.inf)}  # of scores; the others are from 0 to 1
 
 
@@ -73,7 +74,8 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     scores = scores_record(folds.scores | inputs.task.details(labels, logits), len(rows), record["seconds"])
     say(f"{'out of fold':<11} {scores_line(scores, *shown)}")
     say(f"{accuracy_line('out-of-fold', scores, shown[1])} {OPTIMISTIC}")
-    for line in same_epoch_lines(record, training.monitor):
+    tuned = bool(inputs.task.record().get("threshold_tuned"))
+    for line in same_epoch_lines(record, training.monitor, tuned):
         say(line)
     for line in largest_class_line(scores):
         say(line)
@@ -90,13 +92,20 @@ def time_left(runs: Sequence[FinishedRun], count: int) -> float:
     return seconds * (count - len(runs) + epochs * count / (count - 1))
 
 
-def same_epoch_lines(record: FoldsRecord, monitor: str) -> list[str]:
-    """The scores after the same epoch in every fold, if they are known: accuracy, and the monitored one."""
+def same_epoch_lines(record: FoldsRecord, monitor: str, tuned: bool = False) -> list[str]:
+    """The scores after the same epoch in every fold, if they are known: accuracy, and the monitored one.
+
+    Args:
+        record: what the folds tell.
+        monitor: the score that chose the epochs.
+        tuned: whether each fold tuned a threshold on the texts that it scored.
+    """
     if (same := record["same_epoch"]) is None:
         return []
     low, high = same["accuracy_ci95"]
     every = f"after {record['epochs']} epochs in every fold"
-    lines = [f"{'':<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {TO_REPORT}"]
+    note = TUNED if tuned else TO_REPORT
+    lines = [f"{'':<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {note}"]
     if monitor != "accuracy" and monitor in same["mean"]:
         kind = ".4f" if monitor == "loss" else ".2%"
         low, high = same["mean_ci95"][monitor]

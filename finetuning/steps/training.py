@@ -79,7 +79,8 @@ def prepare_training(
     steps = settings.epochs * batches.steps_per_epoch
     module = FineTuning(classifier, settings, inputs.task, steps, frozen, kernels)
     if settings.epochs and not claim.config.run.force:
-        limits = claim.config.data.longest, claim.config.hardware.devices
+        data = claim.config.data
+        limits = data.max_length, data.windows, claim.config.hardware.devices
         check_memory(classifier, batches, settings, trainer.strategy.root_device, frozen, *limits)
     return Training(claim, inputs, watch, trainer, module, batches, validation, options, folds)
 
@@ -115,7 +116,7 @@ def _fit(training: Training) -> dict[str, Any]:
         trainer.validate(module, training.validation, verbose=False)
     examples, seconds = len(training.inputs.splits["validation"]), training.watch.meter.validation_seconds
     if folds is not None:
-        module.swap_average()
+        module.take_average()
         module.predictions["validation"], module.scores["validation"] = folds.predictions, folds.scores
         return scores_record(module.record("validation"), examples, seconds)
     if epochs:

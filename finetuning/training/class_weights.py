@@ -39,7 +39,8 @@ def class_weights(setting: str, names: Sequence[str], counts: np.ndarray) -> Ten
 def label_weights(setting: str, names: Sequence[str], labels: np.ndarray) -> Tensor | None:
     """The weight of each label in the training texts that have it, (labels,); ``None`` if all weigh 1.
 
-    ``balanced`` gives the texts that have a label the same total weight as the texts that do not.
+    ``balanced`` gives the texts that have a label the same total weight as the texts that do not. A label that all
+    texts or none have weighs 1.
 
     Args:
         setting: ``--class_weights``.
@@ -53,7 +54,8 @@ def label_weights(setting: str, names: Sequence[str], labels: np.ndarray) -> Ten
         return None
     if setting == "balanced":
         counts = labels.sum(0, dtype=np.int64)
-        weights = np.divide(len(labels) - counts, counts, out=np.ones(len(names)), where=counts > 0)
+        known = (counts > 0) & (counts < len(labels))
+        weights = np.divide(len(labels) - counts, counts, out=np.ones(len(names)), where=known)
     else:
         weights = named_weights(setting, names)
         if not weights.any():

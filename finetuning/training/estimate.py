@@ -79,8 +79,7 @@ def measure_steps(
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
     with merged(classifier.model):
         seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
-    later = (training.epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
-    seconds["run"] = seconds["epoch"] + seconds["validation"] + later + seconds.get("test", 0.0)
+    seconds["run"] = run_seconds(seconds, training.epochs)
     kept = sum(outputs.bytes for outputs in frozen.values())
     memory = {
         "gradients": sum(p.numel() * p.element_size() for p in trained.values()),
@@ -90,6 +89,13 @@ def measure_steps(
         "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept,
     }
     return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
+
+
+def run_seconds(seconds: dict[str, float], epochs: int) -> float:
+    """The seconds of a run without start and files. With no epochs it only evaluates."""
+    first = seconds["epoch"] if epochs else 0.0
+    later = max(0, epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
+    return first + seconds["validation"] + later + seconds.get("test", 0.0)
 
 
 def _frozen_outputs(
@@ -210,7 +216,7 @@ def estimate_table(record: dict[str, Any], weight_bytes: int, epochs: int) -> st
     parts["libraries, buffers, data"] = max(memory["peak"] - sum(parts.values()), 0)
     lines = [f"{'memory':<28}{'MiB':>10}"]
     lines += [f"{name:<28}{size / 2**20:>10,.0f}" for name, size in (parts | {"peak": memory["peak"]}).items()]
-    times = {f"epoch 1 of {epochs}, {record['steps']:,} steps": seconds["epoch"]}
+    times = {f"epoch 1 of {epochs}, {record['steps']:,} steps": seconds["epoch"]} if epochs else {}
     times |= {name: seconds[name] for name in ("validation", "test") if name in seconds}
     if memory["kept_outputs"]:
         times |= {f"{name}, from the second on": seconds[f"later_{name}"] for name in ("epoch", "validation")}

@@ -26,6 +26,7 @@ def check_memory(
     device: torch.device,
     frozen: dict[str, FrozenOutputs],
     max_length: int,
+    windows: int,
     processes: int,
 ) -> None:
     """Checks that training will fit into the free memory.
@@ -36,7 +37,7 @@ def check_memory(
         training: the optimizer.
         device: where this process will train.
         frozen: outputs of frozen layers that are kept.
-        max_length: the run's ``--max_length``, which ``--batch_tokens`` must reach.
+        max_length, windows: the run's flags; ``--batch_tokens`` must reach their product.
         processes: the processes of the run on this machine, which share the main memory.
 
     Raises:
@@ -58,7 +59,7 @@ def check_memory(
         return
     raise TrainingFailed(
         f"training needs about {_gib(fixed + batch)} more memory, but only {_gib(free)} are free:"
-        f" {advice(fixed, batch, free, tokens, max_length, classifier.checkpointing)}; --force starts anyway"
+        f" {advice(fixed, batch, free, tokens, max_length, windows, classifier.checkpointing)}; --force starts anyway"
     )
 
 
@@ -72,7 +73,7 @@ def largest_batch(classifier: Classifier, loader: TokenBatchLoader) -> tuple[int
         return int(times * kept_for_backward(classifier, batch)), round(times * batch["input_ids"].numel())
 
 
-def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, checkpointing: bool) -> str:
+def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, windows: int, checkpointing: bool) -> str:
     """What would fit.
 
     Args:
@@ -80,12 +81,12 @@ def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, chec
         batch: bytes of the largest batch.
         free: bytes that are free.
         tokens: tokens of that batch, with padding. If its texts are short, it has fewer than ``--batch_tokens``.
-        max_length: the run's ``--max_length``.
+        max_length, windows: the run's flags.
         checkpointing: whether the run already has ``--gradient_checkpointing``.
     """
     fitting = int(tokens * (free - fixed) / batch) // 64 * 64 if batch else 0
     if fitting >= 64:
-        shorter = f" --max_length {fitting}" if fitting < max_length else ""
+        shorter = f" --max_length {fitting // windows}" if fitting < windows * max_length else ""
         return f"--batch_tokens {fitting}{shorter} would fit"
     if batch and not checkpointing:
         return "use --gradient_checkpointing True, a shorter --max_length or a smaller model"

@@ -121,6 +121,13 @@ class FineTuning(pl.LightningModule):
         if self.averaging is not None:
             self.averaging.swap()
 
+    def take_average(self) -> None:
+        """Replaces the trained weights by their averages, if the run has any."""
+        if self.averaging is not None:
+            self.averaging.swap()
+        elif self._averages is not None:  # continued after the last step, so training did not start
+            self.load_state_dict(self._averages["weights"], strict=False)
+
     def on_validation_epoch_end(self) -> None:
         self._end_evaluation("validation")
 

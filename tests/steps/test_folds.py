@@ -26,7 +26,7 @@ from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result
 from finetuning.runs.finished import read_finished, read_own_answers
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import mean_interval
-from finetuning.steps.folds import TO_REPORT, same_epoch_lines, time_left
+from finetuning.steps.folds import TO_REPORT, TUNED, same_epoch_lines, time_left
 from finetuning.training.callbacks import Meter
 from tests.conftest import config_of_flags
 
@@ -190,13 +190,15 @@ def test_a_multi_label_run_tunes_its_threshold_on_the_predictions_out_of_fold(
 # --- interruptions
 
 
-def interrupting(monkeypatch: pytest.MonkeyPatch, folder: str, hook: str, step: int, how: Callable[[], object]) -> None:
-    """At a step of the run in ``folder``, does something once."""
+def interrupting(
+    monkeypatch: pytest.MonkeyPatch, folder: str, hook: str, step: int | None, how: Callable[[], object]
+) -> None:
+    """At a step of the run in ``folder``, or at the first one with this hook, does something once."""
     done: list[int] = []
 
     def hooked(self: Meter, trainer: Any, *_: Any) -> None:
-        if self.directory.name == folder and trainer.global_step == step and not done:
-            done.append(step)
+        if self.directory.name == folder and step in (None, trainer.global_step) and not done:
+            done.append(trainer.global_step)
             how()
 
     monkeypatch.setattr(Meter, hook, hooked)
@@ -379,10 +381,18 @@ def test_the_monitored_score_after_the_same_epoch_is_shown() -> None:
     assert same_epoch_lines(record, "loss")[1].endswith("1.2500, 95 % interval 1.0000 to 1.5000")
     assert same_epoch_lines(record, "auroc") == [first], "not defined in each fold"
     assert not same_epoch_lines(record | {"same_epoch": None}, "loss")
+    (line,) = same_epoch_lines(record, "accuracy", tuned=True)
+    assert line.endswith(TUNED), "a threshold that was tuned on the scored texts is not to be reported"
 
 
-def test_the_final_run_saves_its_average(few_reviews: Path, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--average", "ema")) == 0
+def test_the_final_run_saves_its_average(
+    few_reviews: Path, tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--average", "ema")
+    with monkeypatch.context() as patch:
+        interrupting(patch, "run", "on_test_start", None, stop)  # so the resumed run does not train
+        assert main(flags) == 130
+    assert main([*flags, "--resume"]) == 0
     saved, last = load_file(tmp_path / "run" / ADAPTER), torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     (name,) = (name for name in last["state_dict"] if "layer.0.attention.q_lin.lora.lora_B" in name)
     (of_adapter,) = (key for key in saved if "layer.0.attention.q_lin" in key and "lora_B" in key)

@@ -27,6 +27,9 @@ def test_multi_label_weights() -> None:
     balanced = label_weights("balanced", NAMES, LABELS)
     assert balanced is not None
     assert balanced.tolist() == pytest.approx([1 / 2, 2, 1])  # texts without the label / texts with it
+    everywhere = label_weights("balanced", NAMES, np.ones_like(LABELS))
+    assert everywhere is not None
+    assert everywhere.tolist() == [1, 1, 1]
     named = label_weights("fair=3", NAMES, LABELS)
     assert named is not None
     assert named.tolist() == [1, 3, 1]

@@ -9,7 +9,7 @@ import torch
 
 from finetune_lora import main
 from finetuning.config import RunConfig
-from finetuning.training.estimate import estimate_table, measure_steps
+from finetuning.training.estimate import estimate_table, measure_steps, run_seconds
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import SingleLabel
 from local_dataset_utilities import tokenize
@@ -115,6 +115,12 @@ def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
     *_, line = capsys.readouterr().err.splitlines()  # tokenizing comes first
     assert line.startswith("error: --estimate: the GPU has too little memory")
     assert "--batch_tokens (4096)" in line
+
+
+def test_the_seconds_of_a_run() -> None:
+    seconds = {"epoch": 10.0, "later_epoch": 8.0, "validation": 3.0, "later_validation": 2.0, "test": 5.0}
+    assert run_seconds(seconds, 3) == 10 + 3 + 2 * (8 + 2) + 5
+    assert run_seconds(seconds, 0) == 3 + 5, "without an epoch, a run only evaluates"
 
 
 def test_it_is_for_one_device(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,10 +37,10 @@ def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_n
     for free, processes, fits in ((most + 2**20, 1, True), (most + 2**20, 2, False), (None, 1, True)):
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
         if fits:
-            check_memory(classifier, loader, config.training, torch.device("cpu"), {}, 64, processes)
+            check_memory(classifier, loader, config.training, torch.device("cpu"), {}, 64, 1, processes)
         else:
             with pytest.raises(TrainingFailed, match=r"needs about .* --batch_tokens \d+ would fit; --force starts"):
-                check_memory(classifier, loader, config.training, torch.device("cpu"), {}, 64, processes)
+                check_memory(classifier, loader, config.training, torch.device("cpu"), {}, 64, 1, processes)
 
 
 def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,17 +57,20 @@ def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: 
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     own = torch.device("cuda", 3)  # of this rank: asking about another card would open a context on it
     with pytest.raises(TrainingFailed, match="use --method lora or a smaller model"):
-        check_memory(classifier, loader, config.training, own, {}, 512, 1)
+        check_memory(classifier, loader, config.training, own, {}, 512, 1, 1)
     assert asked == [own]
 
 
 def test_the_advice_fits() -> None:
-    assert advice(GIB, 4 * GIB, 3 * GIB, 6144, 512, False) == "--batch_tokens 3072 would fit"
-    short = advice(GIB, 4 * GIB, 3 * GIB, 1920, 512, False)  # 64 texts of 30 tokens
+    assert advice(GIB, 4 * GIB, 3 * GIB, 6144, 512, 1, False) == "--batch_tokens 3072 would fit"
+    short = advice(GIB, 4 * GIB, 3 * GIB, 1920, 512, 1, False)  # 64 texts of 30 tokens
     assert short == "--batch_tokens 960 would fit"
-    shorter = advice(GIB, 4 * GIB, 3 * GIB, 512, 512, False)
+    shorter = advice(GIB, 4 * GIB, 3 * GIB, 512, 512, 1, False)
     assert shorter == "--batch_tokens 256 --max_length 256 would fit"
     config_of_flags(f"--offline {shorter.removesuffix(' would fit')}")  # is not refused
-    assert "--gradient_checkpointing" in advice(GIB, 4 * GIB, GIB, 6144, 512, False)
-    assert "--gradient_checkpointing" not in advice(GIB, 4 * GIB, GIB, 6144, 512, True)
-    assert "--method lora" in advice(4 * GIB, 0, GIB, 0, 512, False)
+    windows = advice(GIB, 4 * GIB, 3 * GIB, 2048, 512, 4, False)
+    assert windows == "--batch_tokens 1024 --max_length 256 would fit"
+    config_of_flags(f"--offline --windows 4 {windows.removesuffix(' would fit')}")
+    assert "--gradient_checkpointing" in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, False)
+    assert "--gradient_checkpointing" not in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, True)
+    assert "--method lora" in advice(4 * GIB, 0, GIB, 0, 512, 1, False)
