@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from finetuning.runs.files import read_result
 from finetuning.storage import read_json, sha256_of
 from finetuning.tuning import command
 from finetuning.tuning.facts import useful_lengths
-from finetuning.tuning.report import gain_text
+from finetuning.tuning.plan import Plan
+from finetuning.tuning.report import finish, gain_text, summary_lines
 from tests.conftest import ROOT, write_reviews
 
 TRIED = 4
@@ -103,6 +105,24 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert main(["tune", "--resume", "--output_dir", str(first), "--trials", "1"]) == 0
     assert trials_of(first)[:TRIED] == before
     assert len(trials_of(first)) == TRIED + 1
+    assert a_failure_loses(first)
+    for flag in ("--sampler", "random"), ("--prune",), ("--storage", "sqlite:///x"):
+        assert main(["tune", "--resume", "--output_dir", str(first), *flag]) == 2
+        assert f"{flag[0]} " in (err := capsys.readouterr().err)
+        assert "--resume takes the flags that the search has" in err
+
+
+def a_failure_loses(folder: Path) -> bool:
+    """Whether the default wins if the best trial has as good a run, but another one failed; and the summary says so."""
+    final = {"trials": [1, 0], "seeds": [1, 2]}
+    shutil.copytree(folder / "last" / "000-1", folder / "last" / "001-1")  # with the second seed it has failed
+    (folder / "tune.json").unlink()
+    summary = finish(folder, Plan.read(folder), final)
+    assert summary is not None
+    compared = sum(len(trial["history"]) for trial in trials_of(folder)) + 3 * 2  # three last runs of two epochs
+    assert read_result(folder / "best")["checkpoints_compared"] == compared
+    said = "\n".join(summary_lines(folder, summary))
+    return summary["winner"]["trial"] == 0 and "1 new seed failed" in said and "failed with some of the new" in said
 
 
 def worker(flags: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -208,5 +228,10 @@ def test_only_lengths_that_cut_texts_are_searched() -> None:
 )
 def test_the_gain_says_what_a_trial_has_that_does_not_win(winner: int, candidate: int, said: str) -> None:
     gain = {"measure": "accuracy", "mean": 0.01, "ci95": [-0.01, 0.03], "p": 0.5}
-    summary = {"winner": {"trial": winner}, "candidate": {"trial": candidate}, "candidate_gain": gain}
+    found = {"trial": candidate, "failed": 0}
+    summary = {"winner": {"trial": winner}, "candidate": found, "candidate_gain": gain}
     assert gain_text(summary).startswith(said)
+    if winner != candidate:
+        found["failed"] = 1
+        assert gain_text(summary).startswith("none: trial 2 has failed with some of the new seeds. It has +1.00")
+        assert gain_text(summary | {"candidate_gain": None}) == "none: trial 2 has failed with new seeds"

@@ -134,7 +134,7 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
         return replace(found, notes=(*notes, reached(cooled, least, folds)), reached=reaching(cooled, least))
     if risk is None:
         return found
-    candidates = checkpoints_compared(run.result["config"])
+    candidates = checkpoints_compared(run.result)
     chosen = least_confidence(cooled, risk, candidates)
     if chosen is None:
         raise UserError(

@@ -168,7 +168,7 @@ def _abstention(answers: dict[str, Answers], split: str, result: dict[str, Any])
     validation, main = (answers[name].cooled(temperature) for name in ("validation", split))
     return {
         "curve": coverage_curve(main),
-        "table": risk_table(validation, main, split, checkpoints_compared(result["config"])),
+        "table": risk_table(validation, main, split, checkpoints_compared(result)),
         "level": LEVEL,
     }
 

@@ -70,9 +70,9 @@ def least_confidence(answers: Answers, risk: float, candidates: int = 1) -> Abst
     return Abstention(least, len(order), answered, int(wrong[best - 1]))
 
 
-def checkpoints_compared(config: Mapping[str, Any]) -> int:
-    """How many checkpoints validation could choose from, one after each epoch, by the ``config`` of ``result.json``."""
-    return int(config["epochs"] or 1)
+def checkpoints_compared(result: Mapping[str, Any]) -> int:
+    """How many checkpoints validation could choose from, by ``result.json``: one an epoch, in a search of all runs."""
+    return int(result.get("checkpoints_compared") or result["config"]["epochs"] or 1)
 
 
 def smallest_risk(answers: Answers, candidates: int = 1) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -12,11 +13,12 @@ from finetuning.comparison import command as studies
 from finetuning.comparison.command import RESULTS, Add, script
 from finetuning.comparison.execution import StopSignals
 from finetuning.config import RunConfig
-from finetuning.errors import UserError, say
+from finetuning.errors import UserError, first_line, say
 from finetuning.flags import add_flags, parse_bool
 from finetuning.processor import limit_libraries
 from finetuning.settings import FLAGS, check_data_dir
 from finetuning.tuning.plan import (
+    BEST,
     LAST,
     SAMPLERS,
     SUMMARY,
@@ -65,9 +67,9 @@ def add_tune(add: Add) -> None:
         metavar="N",
         help="train the best trial and the default again with N new seeds (default: 3)",
     )
-    search.add_argument("--sampler", choices=SAMPLERS, default="tpe", help="what proposes trials (default: tpe)")
+    search.add_argument("--sampler", choices=SAMPLERS, help="what proposes trials (default: tpe)")
     search.add_argument(
-        "--prune", type=parse_bool, nargs="?", const=True, default=True, metavar="BOOL",
+        "--prune", type=parse_bool, nargs="?", const=True, metavar="BOOL",
         help="end bad trials early, by successive halving (default: True)",
     )  # fmt: skip
     search.add_argument(
@@ -130,7 +132,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     given = {
         name: value for name, value in vars(options).items() if name in FLAGS and name not in OWN and value is not None
     }
-    asked = Asked(given, options.sampler, options.prune, options.storage, options.search)
+    own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
+    asked = Asked(given, own["sampler"] or "tpe", own["prune"] is not False, own["storage"], own["search"])
     if not holds_search(folder):
         if options.resume:
             raise UserError(f"--resume: --output_dir {folder}: there is no search in it")
@@ -146,11 +149,12 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         if any(row.name == "pooling" for row in Plan.read(folder).space.parameters):
             print("space: a head on the mean of the tokens can only be exported as ONNX: --pooling first leaves it out")
     elif options.resume:
-        if given:
-            name, value = next(iter(given.items()))
-            raise UserError(f"--{name} {value}: --resume takes the flags that the search has: leave it out")
+        for name, value in (own | given).items():
+            if value is not None:
+                raise UserError(f"--{name} {value}: --resume takes the flags that the search has: leave it out")
         places = (Place(path.with_suffix("")) for part in (TRIALS, LAST) for path in (folder / part).glob("*.lock"))
-        resume(folder, options.minutes, options.trials, active=any(place.is_claimed() for place in places))
+        active = any(place.is_claimed() for place in places)
+        resume(folder, options.minutes, options.trials, options.seeds, active)
     else:
         check_same(folder, asked)
 
@@ -186,12 +190,16 @@ def work(folder: Path, jobs: int) -> int:
 
     plan = Plan.read(folder)
     known = (plan.space, plan.sampler, plan.seed, plan.minimize)
-    proposer = StoredProposer(plan.storage, folder.resolve().name, *known) if plan.storage else Proposer(*known)
+    proposer = StoredProposer(plan.storage, plan.study, *known) if plan.storage else Proposer(*known)
     with StopSignals().listening() as stop:
         search = Search(folder, plan, proposer, script(), jobs, stop)
-        final = search.run()
+        try:
+            final = search.run()
+        except OSError as error:
+            raise UserError(f"--output_dir {folder}: cannot be used: {first_line(error, name_file=True)}") from None
     if stop.received:
-        say(f"interrupted; continue with: python compare_methods.py tune --resume --output_dir {folder}")
+        resumed = f"python compare_methods.py tune --resume --output_dir {shlex.quote(str(folder))}"
+        say(f"interrupted; continue with: {resumed}\n{folder / BEST} is made when the search ends")
         return 130
     if final is None:
         return 1

@@ -5,6 +5,7 @@ The first worker writes both. Others that come with the same flags, or with ``--
 
 import json
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from finetuning.tuning.space import Facts, Space, make_space
 SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
 TRIALS, LAST, BEST = "trials", "last", "best"
 SAMPLERS = ("tpe", "random")
+PATHS = ("model_name", *(name for name, flag in FLAGS.items() if flag.kind is Path))  # a model may be a folder
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,16 @@ class Asked:
 
     def to_dict(self) -> dict[str, Any]:
         """What is stored, and must be the same for workers that join."""
-        given = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in self.given.items()}
+        given = {name: _anywhere(value) if name in PATHS else value for name, value in self.given.items()}
         text = None if self.search is None else self.search.read_text(encoding="utf8")
         return {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": self.storage, "search": text}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A search, as it is stored."""
+    """A search, as it is stored. ``study`` is its name in a storage of Optuna, which no other search has."""
 
+    study: str
     given: dict[str, Any]
     sampler: str
     prune: bool
@@ -86,7 +89,12 @@ class Plan:
         stored = _stored(folder)
         given = {name: Path(v) if FLAGS[name].kind is Path else v for name, v in stored["given"].items()}
         space = Space.from_dict(stored["space"], given)
-        return Plan(given, stored["sampler"], stored["prune"], stored["storage"], space)
+        return Plan(stored["study"], given, stored["sampler"], stored["prune"], stored["storage"], space)
+
+
+def _anywhere(value: str | Path) -> str:
+    """A path that workers in other directories understand; the name of a model stays."""
+    return str(Path(value).resolve()) if isinstance(value, Path) or Path(value).is_dir() else value
 
 
 def _stored(folder: Path) -> dict[str, Any]:
@@ -127,7 +135,7 @@ def check_same(folder: Path, asked: Asked) -> None:
     flags = {**stored, **stored["given"]}, {**mine, **mine["given"]}
     for name in dict.fromkeys((*flags[0], *flags[1])):
         before, now = (each.get(name) for each in flags)
-        if name not in ("given", "space") and before != now:
+        if name not in ("given", "space", "study") and before != now:
             what = "another file" if name == "search" else f"--{name} {before}, not {now}"
             raise UserError(
                 f"--output_dir {folder}: holds another search ({what}): give another directory, or --resume"
@@ -141,7 +149,7 @@ def begin(folder: Path, asked: Asked, facts: Facts, budget: "Budget") -> None:
         UserError: as ``make_space`` and ``check_same``, or the folder cannot be written.
     """
     space = make_space(asked.given, facts, asked.search)
-    stored = asked.to_dict() | {"space": space.to_dict()}
+    stored = asked.to_dict() | {"space": space.to_dict(), "study": f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / BUDGET, asdict(budget))
@@ -189,12 +197,15 @@ class Budget:
         return Budget(**read_json(folder / BUDGET))
 
 
-def resume(folder: Path, minutes: float | None, trials: int | None, active: bool) -> None:
+def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int | None, active: bool) -> None:
     """Starts the clock of a search again, and adds minutes or trials, which may change who is trained again at the end.
+
+    What is added limits the search from then on: after minutes, ``--trials 5`` means five more, however long they take.
 
     Args:
         folder: of the search.
         minutes, trials: to add.
+        seeds: of the last runs; ``None`` leaves them as they are.
         active: whether other workers go on, so that the clock has not stopped.
     """
     with ExitStack() as stack:
@@ -204,14 +215,19 @@ def resume(folder: Path, minutes: float | None, trials: int | None, active: bool
         if not active:
             last = max(path.stat().st_mtime for path in (folder / BUDGET, *folder.glob("*/*.lock")))
             budget = replace(budget, began=time.time(), used=budget.used + max(0.0, last - budget.began))
+        more = minutes is not None or trials is not None
+        limits: dict[str, Any] = {"minutes": None, "trials": None} if more else {}
         if minutes is not None:
             # time that a search took beyond its minutes is not taken from those that are added
             before = budget.seconds / 60 if budget.minutes is None else max(budget.minutes, budget.seconds / 60)
-            budget = replace(budget, minutes=before + minutes)
+            limits["minutes"] = before + minutes
         if trials is not None:
-            budget = replace(budget, trials=(budget.trials or 0) + trials)
-        write_json(folder / BUDGET, asdict(budget))
-        if minutes is not None or trials is not None:
+            begun = sum(path.is_dir() for path in (folder / TRIALS).glob("*"))
+            limits["trials"] = max(budget.trials or 0, begun) + trials
+        if seeds is not None:
+            limits["seeds"] = seeds
+        write_json(folder / BUDGET, asdict(replace(budget, **limits)))
+        if more or seeds is not None:
             for name in (FINAL, SUMMARY):
                 remove(folder / name)
 

@@ -17,8 +17,9 @@ from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import SCORES, Difference, bootstrap_difference, seed_spread
 from finetuning.html import render
 from finetuning.pages import Table
+from finetuning.runs.abstention import checkpoints_compared
 from finetuning.runs.answers import positive_of
-from finetuning.runs.files import PREDICTIONS, read_result, read_status
+from finetuning.runs.files import PREDICTIONS, read_result, read_status, write_result
 from finetuning.runs.records import SCORES as SCORE_NAMES
 from finetuning.storage import read_json, write_json, write_text
 from finetuning.tuning.plan import BEST, SUMMARY, TRIALS, Budget, Plan, stored_flags
@@ -28,6 +29,7 @@ from finetuning.tuning.trials import COMPLETE, Place, Trial, Trials
 
 REPORT, TEMPLATE = "tune.html", Path(__file__).parent / "tune.html.j2"
 END, LOOK_AGAIN_SECONDS = "end", 1.0
+IS_NOT_BETTER = "is not better on validation with new seeds"
 
 
 def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | None:
@@ -52,11 +54,11 @@ def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | 
 
 def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | None:
     places = last_places(folder, final)
-    runs: dict[int, list[Path]] = {}
+    runs: dict[int, list[Path]] = {number: [] for number in final["trials"]}
     for (number, _), place in places.items():
         if read_status(place.directory) == "finished":
-            runs.setdefault(number, []).append(place.directory)
-    if not runs:
+            runs[number].append(place.directory)
+    if not any(runs.values()):
         print(f"failed: no last run has finished, see {next(iter(places.values())).log}", file=sys.stderr)
         return None
     trials, sign = Trials(folder / TRIALS, plan.monitor), -1 if plan.minimize else 1
@@ -64,9 +66,14 @@ def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] |
     def score(run: Path) -> float:
         return sign * float(read_result(run)["validation"][plan.monitor])
 
-    winner = max(sorted(runs), key=lambda number: statistics.fmean(map(score, runs[number])))  # a tie: the default
+    def rank(number: int) -> tuple[int, float]:
+        scores = [score(run) for run in runs[number]]  # whose runs fail more often cannot win
+        return len(scores), statistics.fmean(scores) if scores else 0.0
+
+    winner = max(sorted(runs), key=rank)  # a tie: the default
     copy_run(max(runs[winner], key=score), folder / BEST)  # of equal ones the first
-    summary = make_summary(plan, trials, runs, winner)
+    note_comparisons(folder / BEST, trials.all(), [run for own in runs.values() for run in own])
+    summary = make_summary(plan, trials, runs, winner, len(final["seeds"]))
     summary["minutes"] = Budget.read(folder).seconds / 60
     write_text(folder / REPORT, make_page(folder.resolve().name, plan, trials.all(), summary))
     summary["minutes"] = Budget.read(folder).seconds / 60
@@ -83,7 +90,14 @@ def copy_run(source: Path, target: Path) -> None:
     half.replace(target)
 
 
-def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner: int) -> dict[str, Any]:
+def note_comparisons(best: Path, trials: list[Trial], last_runs: list[Path]) -> None:
+    """Writes into the copied run how many checkpoints validation has compared, for statements about validation."""
+    result = read_result(best)
+    epochs = [len(trial.history) for trial in trials] + [checkpoints_compared(read_result(run)) for run in last_runs]
+    write_result(best, result | {"checkpoints_compared": sum(epochs)})
+
+
+def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner: int, seeds: int) -> dict[str, Any]:
     """What the search has found, as ``tune.json`` holds it, without its minutes.
 
     Args:
@@ -91,13 +105,14 @@ def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner
         trials: all of its trials.
         runs: the finished last runs of each trial that was trained again.
         winner: the number of the one that won.
+        seeds: how many last runs each of them has, finished or not.
     """
     everything = trials.all()
-    found = {number: _record(trials.read(number), own) for number, own in runs.items()}
+    found = {number: _record(trials.read(number), own, seeds - len(own)) for number, own in runs.items()}
     default_runs = runs.get(0, [])
     if not default_runs and everything[0].state == COMPLETE:  # there was no time to train it again
         default_runs = [trials.place(0).directory]
-    default = found.get(0) or _record(everything[0], default_runs)
+    default = found[0] if runs.get(0) else _record(everything[0], default_runs)
     candidate = max(found)  # the best trial of the search; the default if no trial was better
 
     def gain(number: int) -> dict[str, Any] | None:
@@ -116,8 +131,8 @@ def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner
     }
 
 
-def _record(trial: Trial, runs: list[Path]) -> dict[str, Any]:
-    """A trial and its runs with new seeds."""
+def _record(trial: Trial, runs: list[Path], failed: int = 0) -> dict[str, Any]:
+    """A trial and its runs with new seeds, of which some more have failed."""
     results = [read_result(run) for run in runs]
     tested = bool(results) and all("test" in result for result in results)
     return {
@@ -126,6 +141,7 @@ def _record(trial: Trial, runs: list[Path]) -> dict[str, Any]:
         "command": command_of(results[0]) if results else None,
         "search_validation": trial.value,  # if chosen as the highest of many, likely too high
         "seeds": [result["config"]["seed"] for result in results],
+        "failed": failed,
         "validation": _means([result["validation"] for result in results]) if results else None,
         "test": _means([result["test"] for result in results]) if tested else None,
         "runs": [f"{run.parent.name}/{run.name}" for run in runs],
@@ -198,6 +214,8 @@ def _scores_text(record: dict[str, Any], monitor: str) -> str:
     if seeds:
         test = "" if record["test"] is None else f", test {record['test'][monitor]:.4f}"
         parts.append(f"{record['validation'][monitor]:.4f} with {seeds_text(len(seeds))}{test}")
+    if record["failed"]:
+        parts.append(f"{seeds_text(record['failed'])} failed")
     return "; ".join(parts) or "has not finished"
 
 
@@ -211,11 +229,14 @@ def gain_text(summary: dict[str, Any]) -> str:
     gain, candidate = summary["candidate_gain"], summary["candidate"]["trial"]
     if candidate == 0:
         return "none, no trial was better than the default"
+    if gain is None:
+        return f"none: {trial_name(candidate)} has failed with new seeds"
     difference = Difference(gain["mean"], gain["ci95"][0], gain["ci95"][1], gain["p"])
     text = f"{difference} of test {gain['measure'].replace('_', ' ')} over the default"
     if summary["winner"]["trial"] != 0:
         return text
-    return f"none: {trial_name(candidate)} is not better on validation with new seeds. It has {text}"
+    why = "has failed with some of the new seeds" if summary["candidate"]["failed"] else IS_NOT_BETTER
+    return f"none: {trial_name(candidate)} {why}. It has {text}"
 
 
 def flags_text(settings: dict[str, Any]) -> str:

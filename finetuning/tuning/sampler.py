@@ -19,6 +19,7 @@ from finetuning.errors import UserError, first_line
 from finetuning.tuning.space import Parameter, Point, Space, Value
 from finetuning.tuning.trials import COMPLETE, FAILED, Trial
 
+MOST_DRAWS = 100  # for a point whose flags go together
 RANDOM_TRIALS = 10  # TPE begins with as many, the default among them
 REDUCTION = 3  # successive halving: the best third of the trials that reach a rung goes on
 RUNGS_TO_DEFAULT = 9  # the first rung is at a ninth of the default's epochs
@@ -44,13 +45,26 @@ class Proposer:
         self.minimize = minimize
 
     def propose(self, number: int, trials: Sequence[Trial]) -> tuple[Point, int | None]:
-        """The point of a new trial, and the number that a storage gave it. The first trial is the default."""
+        """The point of a new trial, and the number that a storage gave it. The first trial is the default.
+
+        Raises:
+            UserError: no point was found whose flags go together.
+        """
         if number == 0:
             return self.space.default_point(), None
-        study = self._study(trials)
-        study.sampler = make_sampler(self.sampler, self.seed, number)
-        trial = study.ask()
-        return drawn_point(self.space, trial), trial.number
+        for draw in range(MOST_DRAWS):
+            study = self._study(trials)
+            study.sampler = make_sampler(self.sampler, self.seed, number, draw)
+            trial = study.ask()
+            point = drawn_point(self.space, trial)
+            try:
+                self.space.settings(point)
+            except UserError as error:  # flags that each are allowed, but not together
+                refused = error
+                study.tell(trial, state=TrialState.FAIL)
+            else:
+                return point, trial.number
+        raise UserError(f"--search: {MOST_DRAWS} points in a row were refused, the last one for {refused}")
 
     def _study(self, trials: Sequence[Trial]) -> optuna.Study:
         return study_of(self.space, trials, self.minimize)
@@ -125,9 +139,9 @@ def _direction(minimize: bool) -> Literal["minimize", "maximize"]:
     return "minimize" if minimize else "maximize"
 
 
-def make_sampler(kind: str, seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """The sampler that proposes one trial."""
-    own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+def make_sampler(kind: str, seed: int, number: int, draw: int = 0) -> optuna.samplers.BaseSampler:
+    """The sampler that proposes one trial; with another ``draw``, another point."""
+    own = int(np.random.SeedSequence([seed, number, draw][: 3 if draw else 2]).generate_state(1)[0])
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=own)
     with warnings.catch_warnings():  # Optuna 4 calls the argument experimental that keeps workers from the same points

@@ -100,12 +100,29 @@ class Search:
         budget, ended = self.budget, sum(trial.state is not None for trial in self.trials.all())
         print(f"search in {self.folder}: {ended} trials ended{limits_text(budget)}", flush=True)
         with self.starter:
-            if not (self.folder / FINAL).exists():
-                self._work(self._next_trial, lambda: self.trials.running() > 0)
-            if self.stop.received or (final := self._choose()) is None:
-                return None
-            self._work(lambda: self._next_last(final), lambda: self._others_finish(final))
+            try:
+                while (final := self._round()) is not None and final != self._decided():
+                    pass  # meanwhile, another worker has added minutes or trials
+            except BaseException:
+                for job in self.current:  # their claims end with this process, so nobody would watch them
+                    job.child.send_signal(signal.SIGTERM)
+                raise
+        return final
+
+    def _round(self) -> dict[str, Any] | None:
+        """Trials, then last runs. Returns what ``run`` returns."""
+        if self._decided() is None:
+            self._work(self._next_trial, lambda: self.trials.running() > 0)
+        if self.stop.received or (final := self._choose()) is None:
+            return None
+        self._work(lambda: self._next_last(final), lambda: self._others_finish(final))
         return None if self.stop.received else final
+
+    def _decided(self) -> dict[str, Any] | None:
+        """Who is trained again; ``None`` before that is decided."""
+        with suppress(FileNotFoundError):
+            return read_json(self.folder / FINAL)
+        return None
 
     @property
     def budget(self) -> Budget:
@@ -193,14 +210,20 @@ class Search:
         self._trials_until = time.monotonic() + budget.left - reserved
 
     def _last_seconds(self, finalists: Sequence[Trial], seeds: int) -> float:
-        """How long the last runs take if each finalist has this many."""
+        """How long the last runs take if each finalist has this many, without those that have finished."""
         test = 0.0
         with suppress(OSError, ValueError, KeyError):  # a run without a test has no such time
             test = read_result(self.trials.place(0).directory)["test"]["seconds"]
         free = [0.0] * self.jobs  # when each job has ended what it was given
-        for trial in [*finalists] * seeds:
-            heapq.heapreplace(free, free[0] + MARGIN * (trial.seconds + test))
+        seconds = {trial.number: MARGIN * (trial.seconds + test) for trial in finalists}
+        final = {"trials": list(seconds), "seeds": self._new_seeds(seeds)}
+        for (number, _), place in last_places(self.folder, final).items():
+            if read_status(place.directory) != "finished":
+                heapq.heapreplace(free, free[0] + seconds[number])
         return max(free)
+
+    def _new_seeds(self, count: int) -> list[int]:
+        return [self.plan.seed + 1 + i for i in range(count)]
 
     def _finalists(self, best: Trial) -> list[Trial]:
         """The best trial, and the default if that is another one and has finished."""
@@ -313,7 +336,7 @@ class Search:
         choices = [(who, count) for who in (self._finalists(best), [best]) for count in range(budget.seeds, 0, -1)]
         left = budget.left - REPORT_SECONDS
         finalists, count = next((c for c in choices if self._last_seconds(*c) <= left), choices[-1])
-        seeds = [self.plan.seed + 1 + i for i in range(count)]
+        seeds = self._new_seeds(count)
         with suppress(FileExistsError):
             write_new_json(self.folder / FINAL, {"trials": [trial.number for trial in finalists], "seeds": seeds})
         final = read_json(self.folder / FINAL)

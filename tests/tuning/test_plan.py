@@ -7,7 +7,19 @@ import pytest
 
 from finetuning.errors import UserError
 from finetuning.tuning import plan as module
-from finetuning.tuning.plan import FINAL, SEARCH, SUMMARY, Asked, Budget, Plan, begin, check_new, check_same, resume
+from finetuning.tuning.plan import (
+    FINAL,
+    SEARCH,
+    SUMMARY,
+    TRIALS,
+    Asked,
+    Budget,
+    Plan,
+    begin,
+    check_new,
+    check_same,
+    resume,
+)
 from finetuning.tuning.space import Facts
 
 FACTS = Facts(6, 32, (256,), 6, False)
@@ -66,9 +78,9 @@ def test_time_runs_on_and_stands_still_while_nobody_works(tmp_path: Path, monkey
     now = time.time()
     monkeypatch.setattr(module.time, "time", lambda: now + 120)
     assert Budget.read(tmp_path).left == pytest.approx(480, abs=5)
-    resume(tmp_path, None, None, active=True)
+    resume(tmp_path, None, None, None, active=True)
     assert Budget.read(tmp_path).left == pytest.approx(480, abs=5)
-    resume(tmp_path, None, None, active=False)  # the last sign of life is from the start
+    resume(tmp_path, None, None, None, active=False)  # the last sign of life is from the start
     assert Budget.read(tmp_path).left == pytest.approx(600, abs=5)
 
 
@@ -78,9 +90,9 @@ def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(
     started(tmp_path, minutes=10, trials=5)
     for name in (FINAL, SUMMARY):
         (tmp_path / name).write_text(json.dumps({}))
-    resume(tmp_path, None, None, active=False)
+    resume(tmp_path, None, None, None, active=False)
     assert (tmp_path / SUMMARY).exists()
-    resume(tmp_path, 5, 3, active=False)
+    resume(tmp_path, 5, 3, None, active=False)
     budget = Budget.read(tmp_path)
     assert budget.minutes == pytest.approx(15, abs=0.1)
     assert budget.trials == 8
@@ -88,5 +100,33 @@ def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(
     assert not (tmp_path / SUMMARY).exists()
     now = time.time()
     monkeypatch.setattr(module.time, "time", lambda: now + 3600)  # beyond its minutes
-    resume(tmp_path, 5, None, active=True)
+    resume(tmp_path, 5, None, None, active=True)
     assert Budget.read(tmp_path).left == pytest.approx(300, abs=5)
+
+
+def test_what_is_added_limits_the_search(tmp_path: Path) -> None:
+    started(tmp_path, minutes=10)
+    for number in range(7):
+        (tmp_path / TRIALS / f"{number:03d}").mkdir(parents=True)
+    resume(tmp_path, None, 3, None, active=False)
+    assert (Budget.read(tmp_path).minutes, Budget.read(tmp_path).trials) == (None, 10), "three more than there are"
+    resume(tmp_path, 5, None, None, active=False)
+    assert Budget.read(tmp_path).minutes == pytest.approx(5, abs=0.1)
+    assert Budget.read(tmp_path).trials is None
+    (tmp_path / FINAL).write_text(json.dumps({}))
+    resume(tmp_path, None, None, 7, active=False)
+    assert Budget.read(tmp_path).minutes == pytest.approx(5, abs=0.1)
+    assert Budget.read(tmp_path).seeds == 7
+    assert not (tmp_path / FINAL).exists(), "more seeds are trained"
+
+
+def test_a_search_goes_on_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    started(tmp_path / "first", model_name="models/mine", data_dir=Path("models"))
+    started(tmp_path / "second", model_name="distilbert-base-uncased")
+    first, second = Plan.read(tmp_path / "first"), Plan.read(tmp_path / "second")
+    assert first.given == {"model_name": str(tmp_path / "models" / "mine"), "data_dir": tmp_path / "models"}
+    assert second.given == {"model_name": "distilbert-base-uncased"}
+    assert first.study.startswith("first-")
+    assert first.study[6:] != second.study[7:], "one database can hold searches in folders of one name"

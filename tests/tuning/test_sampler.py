@@ -36,6 +36,17 @@ def test_the_same_seed_proposes_the_same_trials(sampler: str) -> None:
         SPACE.settings(trial.point or {})
 
 
+def test_a_point_whose_flags_do_not_go_together_is_drawn_again(tmp_path: Path) -> None:
+    rows = 'optimizer = ["sgd", "sgd_nesterov"]\nmomentum = [0.9, 0.0]'  # Nesterov's needs one
+    (tmp_path / "space.toml").write_text(f"replace = true\n{rows}")
+    space = make_space({}, Facts(6, 32, (256,), 6, False), tmp_path / "space.toml")
+    proposer = Proposer(space, "random", 0, False)
+    points = [proposer.propose(number, [])[0] for number in range(1, 20)]
+    assert {proposer.propose(number, [])[0] == point for number, point in enumerate(points, 1)} == {True}
+    found = {(point["optimizer"], point["momentum"]) for point in points}
+    assert found == {("sgd", 0.9), ("sgd", 0.0), ("sgd_nesterov", 0.9)}
+
+
 def test_tpe_learns_from_the_folders() -> None:
     def mean(sampler: str) -> float:
         runs = [scored(Proposer(SPACE, sampler, seed, False), 40)[25:] for seed in range(2)]
