@@ -126,7 +126,7 @@ REFUSED: list[tuple[Any, ...]] = [  # name, content, message, and perhaps the co
 ]
 
 
-IN_CHUNKS = ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"texts": "c"}', "must be a column of")
+IN_CHUNKS = ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"texts": "c"}', "text 3 is nan, no text")
 
 
 @pytest.mark.parametrize("case", [*REFUSED, IN_CHUNKS])
