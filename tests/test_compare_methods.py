@@ -240,6 +240,23 @@ def test_of_a_run_that_tuned_no_test_is_collected() -> None:
     assert not Path("results/tiny/predictions.parquet").exists()
 
 
+def test_a_later_success_on_another_machine_outlives_a_failure_here(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan("[axes]\nseed = [0, 1]")
+    first, second = runs.study.runs
+    for run in (first, second):
+        leave_run(runs, run, environment={"date": "2100-01-01T00:00:00+00:00"})
+    assert main(["collect", "tiny.toml"]) == 0  # as the other machine would
+    before = Path("results/tiny/runs.json").read_bytes()
+    leave_run(runs, first, "failed", error="out of memory")
+    (runs.directory(second) / "metrics.csv").write_text("damaged")
+    capsys.readouterr()
+    assert main(["collect", "tiny.toml"]) == 2
+    shown = capsys.readouterr()
+    assert "1 finished and 0 failed of 2 runs" in shown.out, "the first one counts, and the second one is named"
+    assert "metrics.csv" in shown.err
+    assert Path("results/tiny/runs.json").read_bytes() == before
+
+
 def test_many_classes_keep_their_numbers() -> None:
     runs = plan("")
     (run,) = runs.study.runs

@@ -183,7 +183,8 @@ class Run:
         table = self.record.predictions()
         if table is None:
             return None
-        found = Predictions.from_frame(str(self.get("data", "source")), table.to_pandas())
+        where = json.dumps([self.get("config", name) for name in ("dataset", "data_dir")])  # the same on all machines
+        found = Predictions.from_frame(where, table.to_pandas())
         accuracy = self.accuracy("test")
         if len(np.unique(found.rows)) != len(found.rows) or not len(found.rows):
             raise UserError(f"{self.record.path}: column row of its predictions must name every test text once")

@@ -1,37 +1,59 @@
 """Keeps what the report needs of every run that has ended: ``runs/STUDY/RUN`` -> ``results/STUDY``, see ``packed``."""
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetuning.comparison.packed import Record, change_records
+from finetuning.comparison.packed import Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import is_multi_label, positive_of, unlabelled
-from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged
+from finetuning.runs.files import METRICS, PREDICTIONS, RESULT, check_unchanged
 
 
 def collect(runs: StudyRuns, stage: str, results: Path) -> None:
     """Collects every finished or failed run of a stage in ``results/STUDY``, and prints which runs it left out.
 
-    Runs of the study that were collected before, for example on another machine, stay there.
+    Runs of the study that were collected before, for example on another machine, stay there. One that has finished
+    there after it failed here counts as finished.
+
+    Raises:
+        UserError: the files of a run cannot be read; all others are collected.
     """
     kept = {"finished": 0, "failed": 0}
     target = results / runs.study.name
-    chosen = runs.study.stage(stage)
-    found = []
+    chosen, before = runs.study.stage(stage), read_records(target)[0]
+    found, damaged = [], list[str]()
     for run in map(runs.tuned_if_possible, chosen):
         state = runs.state(run)
-        if state in kept:
-            if runs.holds(run):  # else it was collected on another machine
-                found.append(make_record(runs, run, target))
-            kept[state] += 1
-        else:
+        if state not in kept:
             print(f"not collected: {run.name} is {state}", file=sys.stderr)
+            continue
+        if state == "failed" and run.name in before and finished_later(before[run.name], runs.directory(run)):
+            state = "finished"
+        elif runs.holds(run):  # else it was collected on another machine
+            try:
+                found.append(make_record(runs, run, target))
+            except UserError as error:
+                damaged.append(str(error))
+                continue
+        kept[state] += 1
     if any(kept.values()):
         change_records(target, found, [run.name for run in runs.study.stage("final")])
     print(f"{target}: {kept['finished']} finished and {kept['failed']} failed of {len(chosen)} runs")
+    if damaged:
+        raise UserError("; ".join(damaged))
+
+
+def finished_later(record: Record, directory: Path) -> bool:
+    """Whether the collected run, of another machine, has finished after the one in the directory failed."""
+    date = record.result.get("environment", {}).get("date")
+    if record.result["status"] != "finished" or date is None:
+        return False
+    result = directory / RESULT
+    return not result.exists() or datetime.fromisoformat(date).timestamp() > result.stat().st_mtime
 
 
 def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetuning.errors import UserError
-from finetuning.settings import FLAGS
+from finetuning.settings import AUTO, FLAGS
 
 RATE = "learning_rate"
 Settings = dict[str, Any]
@@ -66,6 +66,17 @@ def check_search(search: Any) -> None:
             raise UserError(f"[search] {key} {value!r}: must be a whole number of at least {least}")
 
 
+def check_numbers(where: str, flag: str, values: Sequence[Any]) -> None:
+    """Checks that values of a flag that takes numbers are numbers: a command takes ``"1e-3"``, but a table cannot.
+
+    Raises:
+        UserError: one is a text.
+    """
+    texts = [value for value in values if isinstance(value, str) and value != AUTO]
+    if FLAGS[flag].kind in (int, float) and texts:
+        raise UserError(f"{where} {texts[0]!r}: must be a number, without quotes")
+
+
 def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] | None) -> None:
     """Checks the ``tune`` of a row.
 
@@ -89,3 +100,5 @@ def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] |
                 raise UserError(f"{where}{flag}: must be {{ low = X, high = Y }} with 0 < X < Y")
         elif not isinstance(values, list) or not values:
             raise UserError(f"{where}{flag}: must be a list of values, or {{ low = X, high = Y }}")
+        else:
+            check_numbers(f"{where}{flag}", flag, values)

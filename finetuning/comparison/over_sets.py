@@ -71,7 +71,7 @@ def grid_of(study: Study) -> Grid | None:
     runs: Found = {}
     trials: Found = {}
     for run in sorted(study.runs, key=lambda run: (str(run.get("config", "data_dir")), run.row)):
-        name = Path(str(run.get("config", "data_dir"))).name
+        name = str(run.get("study", "data") or Path(str(run.get("config", "data_dir"))).name)
         score, found = (run.monitored, trials) if run.tunes else (run.accuracy("test"), runs)
         if score is not None and run.row.startswith(f"{name}-"):
             method = DRAW.sub("", run.row.removeprefix(f"{name}-"))

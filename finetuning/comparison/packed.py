@@ -101,6 +101,8 @@ def read_records(folder: Path) -> tuple[dict[str, Record], list[str]]:
         state = path.stat()
     except FileNotFoundError:
         return {}, []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     records, planned = _read(path, (state.st_mtime_ns, state.st_size, state.st_ino))
     return dict(records), list(planned)
 

@@ -38,7 +38,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetuning.comparison.drawn import RATE, check_search, check_tuned, tried_settings
+from finetuning.comparison.drawn import RATE, check_numbers, check_search, check_tuned, tried_settings
 from finetuning.datasets import hub_name
 from finetuning.errors import UserError, first_line
 from finetuning.flags import from_flags, given_flags
@@ -66,6 +66,7 @@ class PlannedRun:
         tuned_by: names of the runs that tune it; empty if it has all settings of its own.
         tunes: what a run that tunes tries.
         tuned: the flags that its tuning sets.
+        data: the name of its data set in ``[[data]]``.
         reported: test accuracy in % that others have reported for the row.
     """
 
@@ -78,6 +79,7 @@ class PlannedRun:
     reported: float | None = None
     tunes: dict[str, Any] = field(default_factory=dict)
     tuned: tuple[str, ...] = ()
+    data: str | None = None
 
     @property
     def waits_for(self) -> list[str]:
@@ -228,7 +230,8 @@ def _on_data_sets(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[d
         wanted = row.get("data", names)
         if not isinstance(wanted, list) or not all(name in names for name in wanted):
             raise UserError(f"row {row['name']}: data {wanted}: must be a list of names of [[data]]")
-        found += [each | row | {"name": f"{each['name']}-{row['name']}"} for each in sets if each["name"] in wanted]
+        on = [each | row | {"name": f"{each['name']}-{row['name']}", "data": each["name"]} for each in sets]
+        found += [each for each in on if each["data"] in wanted]
     return found
 
 
@@ -236,7 +239,7 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
     """All combinations of the axes of one ``[[rows]]``, without the seed."""
     where = f"row {row['name']}: " if "name" in row else ""
     settings, axes = _settings_and_axes(content, row, where)
-    seeds = axes.pop("seed", [settings.get("seed", 0)])
+    seeds, data = axes.pop("seed", [settings.get("seed", 0)]), row.get("data")
     if row.get("tune") and any(len(values) > 1 for values in axes.values()):
         raise UserError(f"{where}tune: not allowed with axes other than seed: make a row of each combination")
     cells = []
@@ -246,7 +249,7 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
         given = settings | cell | {"seed": seeds[0]}
         overrides = content.get("tuning", {}) | {"test": False}
         tune = [
-            PlannedRun(f"tune-{name}-{trial}", name, "tune", given | overrides | tried, tried, tunes=tried)
+            PlannedRun(f"tune-{name}-{trial}", name, "tune", given | overrides | tried, tried, tunes=tried, data=data)
             for trial, tried in tried_settings(name, row.get("tune", {}), content.get("search")).items()
         ]
         tuned_by = tuple(run.name for run in tune)
@@ -260,6 +263,7 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
                 tuned_by,
                 row.get("reported"),
                 tuned=tuple(row.get("tune", ())),
+                data=data,
             )
             for seed in seeds
         ]
@@ -285,14 +289,15 @@ def _settings_and_axes(
     if twice:
         raise UserError(f"{where}{twice[0]}: given as a flag and as an axis")
     parts = [("[defaults] ", content.get("defaults", {})), ("[tuning] ", content.get("tuning", {}))]
-    for place, keys in [*parts, (where, own), (f"{where}axes: ", axes)]:
-        for key in keys:
+    for place, values in [*parts, (where, own), (f"{where}axes: ", axes)]:
+        for key, value in values.items():
             if key not in FLAGS:
                 raise UserError(f"{place}{key}: finetune_lora.py has no flag of this name")
             if key in MANAGED:
                 raise UserError(f"{place}{key}: not allowed, the study sets it itself")
             if key in ALONE:
                 raise UserError(f"{place}{key}: not allowed, the runs of a study have a validation split")
+            check_numbers(f"{place}{key}", key, value if isinstance(value, list) else [value])
     for key, values in axes.items():
         if not isinstance(values, list) or not values or len({str(value) for value in values}) < len(values):
             raise UserError(f"{where}axes: {key}: must be a list of different values, at least one")

@@ -264,7 +264,7 @@ def _rated(study: Study) -> list[Run]:
 
 def rate_plot(study: Study) -> Plot | None:
     """The metric that chose on validation by learning rate: a curve for each row, named with its best rate."""
-    metrics = dict.fromkeys(SCORES.get(run.monitor, SCORES["accuracy"]) for run in _rated(study))
+    metrics = {SCORES["accuracy" if run.monitor == "loss" else run.monitor] for run in _rated(study)}
     metric = " or ".join(sorted(metrics))
     scores = _rate_scores(study)
     means = {name: {rate: fmean(values) for rate, values in rates.items()} for name, rates in scores.items()}

@@ -66,7 +66,7 @@ def rates_table(grid: Grid) -> Table:
     for method in grid.methods:
         trials = {name: found[method] for name, found in grid.trials.items() if method in found}
         flat = [run for runs in trials.values() for run in runs]
-        if len(flat) < LEAST_TRIALS:
+        if len(flat) < LEAST_TRIALS or any(run.monitor == "loss" for run in flat):  # a loss has other units
             continue
         key = flat[0].get("config", "method"), flat[0].get("config", "optimizer")
         default = DEFAULT_LEARNING_RATES[key]

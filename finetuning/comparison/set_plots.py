@@ -85,7 +85,8 @@ def tuning_plot(grid: Grid) -> Plot | None:
     sets = [name for name in grid.shared(grid.methods) if all(m in grid.trials.get(name, {}) for m in grid.methods)]
     tried = {method: [grid.trials[name][method] for name in sets] for method in grid.methods}
     most = min((len(runs) for of_sets in tried.values() for runs in of_sets), default=0)
-    if most < 2 or most * len(sets) < LEAST_TRIALS:
+    flat = [run for of_sets in tried.values() for runs in of_sets for run in runs]
+    if most < 2 or most * len(sets) < LEAST_TRIALS or any(run.monitor == "loss" for run in flat):
         return None
     best = [max(_score(run) for of_sets in tried.values() for run in of_sets[i]) for i in range(len(sets))]
     with new_figure("The best of several random trials") as (figure, (axis,)):

@@ -32,8 +32,8 @@ from finetuning.runs.files import (
     read_status,
     record_is_unchanged,
 )
-from finetuning.runs.lock import LOCK, claimed
-from finetuning.settings import FLAGS
+from finetuning.runs.lock import LOCK, claimed, is_held
+from finetuning.settings import FLAGS, FROM_ADAPTER
 from finetuning.storage import TEMPORARY
 
 QUICK = (RATE, "seed", "data_seed", "epochs", "limit_train")  # nearly all runs differ in one, and it costs no parser
@@ -108,10 +108,11 @@ class StudyRuns:
 
     def state(self, run: PlannedRun) -> str:
         """``running``, or what ``state_on_disk`` says."""
-        if not (self.folder / f"{run.name}.lock").exists():
-            return self.state_on_disk(run)
-        with self.held(run) as lock:
-            return "running" if lock is None else self.state_on_disk(run)
+        try:
+            held = is_held(self.folder / f"{run.name}.lock")
+        except OSError as error:
+            raise UserError(f"--runs_dir: {self.folder} cannot be used: {error.strerror}") from None
+        return "running" if held else self.state_on_disk(run)
 
     def state_on_disk(self, run: PlannedRun) -> str:
         """``missing``, ``finished``, ``failed``, ``interrupted`` (or killed), or ``changed`` (other settings)."""
@@ -147,10 +148,11 @@ class StudyRuns:
 
     def place_in_study(self, run: PlannedRun) -> dict[str, Any]:
         """What a collected ``result.json`` says of the run under ``study``: its row, seed, stage and axes."""
-        return {
+        place = {
             "study": self.study.name, "question": self.study.question, "row": run.row, "run": run.name,
             "stage": run.stage, "seed": run.seed, "axes": run.axes, "reported": run.reported,
         }  # fmt: skip
+        return place if "data_dir" in run.settings or run.data is None else place | {"data": run.data}
 
     def take_over(self, run: PlannedRun) -> Path | None:
         """Copies a finished run with the same settings and data from another study. Call it with the run's lock held.
@@ -185,7 +187,12 @@ class StudyRuns:
         return self._take_over_record(run)
 
     def _take_over_record(self, run: PlannedRun) -> Path | None:
-        """Collects such a run of another study for this one as well."""
+        """Collects such a run of another study for this one as well.
+
+        A record does not say where texts of the user's own were if only ``--data_dir`` says it; they may be others.
+        """
+        if run.settings.get("dataset") == "text" and "data_dir" not in run.settings:
+            return None
         for source in self._records_of_all_studies():
             if source.result["status"] != "finished" or not _stands_for(run, source.result):
                 continue
@@ -278,22 +285,22 @@ def _differences(run: PlannedRun, settings: dict[str, Any], own: bool) -> list[s
     """Settings of a run that differ from the plan.
 
     The path of its data does not count, nor does what the plan leaves to a tuning that has not finished. In the
-    planned run's own result (``own``), the numbers that the plan leaves to auto do not count either. Of another run's
-    settings, those of ``QUICK`` that differ are enough, and are all that is given.
+    planned run's own result (``own``), what the plan leaves to auto or to an adapter does not count either. Of another
+    run's settings, those of ``QUICK`` that differ are enough, and are all that is given.
     """
     seen = [name for name in QUICK if name in run.settings and settings.get(name) not in (None, run.settings[name])]
     if seen and not own:
         return seen
-    planned = from_flags(run.flags(Path()))
+    tuned = {name: settings[name] for name in run.waits_for if name in settings}
+    planned = from_flags(run.with_tuned(tuned).flags(Path()))
     try:
         stored = {key: value for key, value in settings.items() if key not in NOT_PART_OF_THE_RUN}
         made = RunConfig.from_dict(stored | {"data_dir": planned.data.data_dir})
         made = made.changed(test=made.run.test and planned.run.test)  # a test changes nothing in the training
-        left = {name: value for name, value in planned.to_dict().items() if name in run.waits_for}
-        made = made.changed(**left)
         if own:
-            auto = [name for name, value in planned.to_dict().items() if value is None and FLAGS[name].or_auto]
-            made = made.changed(**dict.fromkeys(auto))
+            found = FROM_ADAPTER if run.settings.get("init_adapter") else ()
+            left = [n for n, value in planned.to_dict().items() if value is None and (FLAGS[n].or_auto or n in found)]
+            made = made.changed(**dict.fromkeys(left))
     except (ValueError, TypeError, KeyError, UserError) as error:
         return [f"its settings cannot be used: {first_line(error)}"]
     return planned.differences(made.to_dict())

@@ -36,9 +36,11 @@ KILLED = "ended without a result: it was killed, perhaps because memory ran out,
 
 
 def default_directory(dataset: str, method: str) -> Path:
-    """``runs/DATASET-METHOD-TIME``. With srun, the job and step numbers replace the time."""
+    """``runs/DATASET-METHOD-TIME``. If srun starts several processes, the job and step numbers replace the time."""
     moment = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]  # a shell loop can start several runs in a second
-    if in_slurm_step():  # the processes of a run share these numbers, but may start at different times
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "2"))
+    # the processes of a run share these numbers, but may start at different times; an interactive shell has one task
+    if in_slurm_step() and tasks > 1:
         moment = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     name = re.sub(r"[^\w.-]+", "-", dataset)  # a data set of the hub has a slash
     return Path("runs") / f"{name}-{method}-{moment}"

@@ -53,6 +53,16 @@ def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
     ]
 
 
+def test_data_sets_of_the_hub_have_the_name_that_the_study_gives_them(tmp_path: Path) -> None:
+    for name in ("ag", "imdb", "trec"):
+        for method, score in (("a", 90), ("b", 80)):
+            study = {"row": f"{name}-{method}", "run": f"{name}-{method}-seed0", "data": name}
+            right = np.arange(100) < score
+            write_run(tmp_path, "s", f"{name}-{method}", correct=right, study=study, config={"dataset": f"o/{name}"})
+    grid, _ = over_sets(read_study("s", tmp_path))
+    assert [row[0] for row in grid.rows] == ["ag", "imdb", "trec", "mean of 3 sets"]
+
+
 def test_studies_on_few_sets_have_no_such_tables(tmp_path: Path) -> None:
     two = {name: ACCURACIES[name] for name in ("one", "two", "four")}
     assert over_sets(read_study("s", results(tmp_path, two))) == []

@@ -79,7 +79,7 @@ def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_different_test_texts_are_never_compared(tmp_path: Path) -> None:
-    changes = {"a": {}, "b": {"first_row": 1}, "c": {"data": {"source": "elsewhere"}}}
+    changes = {"a": {}, "b": {"first_row": 1}, "c": {"config": {"data_dir": "elsewhere"}}}
     for name, change in changes.items():
         write_run(tmp_path, "s", name, correct=outcomes(0.9, 100, 0), **change)  # type: ignore[arg-type]
     study = read_study("s", tmp_path)
@@ -97,7 +97,7 @@ def test_each_group_has_a_best_row(tmp_path: Path) -> None:
     for k, source in enumerate(["imdb", "financial"]):
         for name, accuracy in {"low": 0.6, "high": 0.9}.items():
             correct = outcomes(accuracy - 0.01 * k, 300, 1)
-            write_run(tmp_path, "s", f"{source}-{name}", correct=correct, data={"source": source})
+            write_run(tmp_path, "s", f"{source}-{name}", correct=correct, config={"data_dir": source})
     study = read_study("s", tmp_path)
     comparisons, _ = compare_rows(study)
     assert [answer.sentence for answer in answers(study, comparisons)] == [

@@ -208,7 +208,9 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
     [
         ("[defaults]\nlorar = 8", "[defaults] lorar: finetune_lora.py has no flag of this name"),
         ("[defaults]\nlora_r = 0", "row run: lora_r 0: must be at least 1"),
-        ('[defaults]\nlora_r = "x"', "row run: lora_r x: must be a whole number"),
+        ('[defaults]\nlora_r = "x"', "[defaults] lora_r 'x': must be a number, without quotes"),
+        ('[axes]\nlearning_rate = ["1e-3"]', "axes: learning_rate '1e-3': must be a number, without quotes"),
+        ('[[rows]]\nname = "a"\ntune = { epochs = ["3"] }\n[search]\ntrials = 2', "tune: epochs '3': must be a number"),
         ("[defaults]\nepochs = [1, 2]", "row run: epochs [1, 2]: must be a whole number"),
         ('[defaults]\noutput_dir = "x"', "[defaults] output_dir: not allowed, the study sets it itself"),
         ("[axes]\nkfold = [5, 10]", "axes: kfold: not allowed, the runs of a study have a validation split"),

@@ -24,7 +24,8 @@ def leave_record(
     folder: Path, run: PlannedRun, config: dict[str, Any] | None = None, predictions: Any = None, **more: Any
 ) -> Record:
     """A collected run in the folder of its study."""
-    settings = from_flags(run.flags(Path("data"))).to_dict() | {"data_dir": None, "output_dir": None} | (config or {})
+    where = {"data_dir": run.settings.get("data_dir"), "output_dir": None}
+    settings = from_flags(run.flags(Path("data"))).to_dict() | where | (config or {})
     result = {"status": "finished", "config": settings, "study": {"run": run.name}} | more
     record = Record.made(folder, result, "step,train_loss\n1,0.5\n", predictions)
     change_records(folder, [record])
@@ -106,7 +107,7 @@ def test_a_run_that_was_tested_stands_for_one_that_only_tunes() -> None:
 
 
 def test_what_was_collected_of_another_study_is_taken_over() -> None:
-    study = plan(TUNED).study
+    study = plan(f'data_dir = "set"\n{TUNED}').study
     runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
     (_, first, _, final), planned = study.runs, study.runs[-1].with_tuned({"learning_rate": 0.001})
     sources = [
@@ -175,7 +176,7 @@ def test_a_damaged_run_of_another_study_is_not_taken_over(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["predictions.parquet", RUNS])
 def test_damaged_records_of_another_study_are_not_taken_over(name: str) -> None:
-    study = plan("[axes]\nseed = [0]").study
+    study = plan('data_dir = "set"\n[axes]\nseed = [0]').study
     runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
     (run,) = study.runs
     record = leave_record(Path("results/other"), run, predictions=PREDICTED, test={"accuracy": 0.9})
@@ -189,8 +190,35 @@ def test_damaged_records_of_another_study_are_not_taken_over(name: str) -> None:
     assert runs.take_over(run) == record.path
 
 
+def test_a_record_of_texts_that_only_the_command_names_is_not_taken_over() -> None:
+    study = plan("[axes]\nseed = [0]").study  # the other study may have had another --data_dir
+    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
+    leave_record(Path("results/other"), study.runs[0])
+    assert runs.take_over(study.runs[0]) is None
+
+
+def test_a_run_from_an_adapter_is_done_whatever_the_adapter_said() -> None:
+    runs = plan('init_adapter = "first"\n[axes]\nseed = [0]')
+    (run,) = runs.study.runs
+    found = {"lora_r": 4, "lora_alpha": 8.0, "lora_scaling": "standard", "lora_variant": "lora", "lora_query": True}
+    leave_run(runs, replace(run, settings={**run.settings, **found}))
+    assert runs.state(run) == "finished"
+    leave_run(runs, replace(run, settings={**run.settings, **found, "epochs": 9}))
+    assert runs.state(run) == "changed"
+
+
+def test_what_tuning_sets_changes_the_defaults_that_follow_from_it() -> None:
+    """The optimizer of the tuning has another weight decay than that of the plan without it."""
+    rows = '[[rows]]\nname = "a"\ntune = { optimizer = ["sgd", "adamw"] }\n[search]\ntrials = 2'
+    study = plan(rows).study
+    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
+    (final,) = study.stage("final")
+    record = leave_record(Path("results/tiny"), final.with_tuned({"optimizer": "sgd"}), seconds=3.0)
+    assert runs.result(final) == record.result
+
+
 def test_a_record_without_its_test_stands_for_no_final_run() -> None:
-    study = plan(TUNED).study
+    study = plan(f'data_dir = "set"\n{TUNED}').study
     runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
     first, final = study.runs[0], study.runs[-1]
     # it tuned, and its test was forgotten

@@ -509,3 +509,5 @@ def test_default_directory_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> No
     assert default_directory("me/films:plain text", "lora").match("runs/me-films-plain-text-lora-20*-*")
     monkeypatch.setenv("SLURM_STEP_ID", "3")
     assert default_directory("imdb", "full") == Path("runs/imdb-full-77.3")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell of srun --pty
+    assert default_directory("imdb", "full").match("runs/imdb-full-20*-*")
