@@ -93,7 +93,8 @@ class Classifier(nn.Module):
             self._choose_attention(input_ids)
         mixed = self.dtype != torch.float32
         with torch.autocast(input_ids.device.type, dtype=self.dtype if mixed else None, enabled=mixed):
-            means = getattr(self.model.config, "classifier_pooling", None) == "mean"
+            # other types compute their own means, with a head of their own
+            means = self.family.efficient and getattr(self.model.config, "classifier_pooling", None) == "mean"
             if not (self.family.last_token or means):
                 return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits.float()
             # Hugging Face's classifier looks for the last token that is no padding token. That is the wrong one where

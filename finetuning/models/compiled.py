@@ -88,6 +88,7 @@ def _build(compiler: str, variant: Variant) -> Path:
     """The shared library of the current sources, from the cache or compiled into it."""
     command: list[str | Path] = [compiler, *FLAGS, f"-march={variant.architecture}"]
     texts = [path.read_text("utf8") for path in sorted(FOLDER.iterdir())]
+    texts += [path.name for path in _torchs_openmp()]  # other builds of torch bring another one
     identity = hashlib.sha256("\0".join([*map(str, command), *texts]).encode()).hexdigest()[:16]
     path = cache_dir() / "kernels" / f"{identity}.so"
     if not sum_holds(path):  # missing or damaged

@@ -214,7 +214,8 @@ class _Encoder:
         """Projection and feed-forward network, each with its residual sum and norm: ``(N, D) -> (N, D)``."""
         family = self.family
         projected = self.linear(context, layer, *family.targets["projection"])
-        projected = self.drop(projected, self.attention.dropout if family.drops_inside else self.dropout)
+        if family.drops_projection:
+            projected = self.drop(projected, self.attention.dropout if family.drops_inside else self.dropout)
         norm = layer.get_submodule(family.output_norm)
         if family.pre_norm:
             y, x = self.norms.with_sum(x, projected, norm)

@@ -47,6 +47,7 @@ class ModelFamily:
     windows: Literal["", "all", "by type"] = ""  # the layers that see only a window of tokens, if the config has one
     rotary: str = ""  # path of the module that knows the angles of positions
     gated: bool = False  # the feed-forward network multiplies one half of its inner values, activated, with the other
+    drops_projection: bool = True  # dropout of attention's output, before the sum
     drops_inside: bool = False  # dropout within the feed-forward network, and that of attention on the projection
     head_activation: str = "tanh"  # between the head's linears
     drops_before_head: bool = False  # dropout before the head's first linear as well
@@ -120,6 +121,7 @@ _BERT = ModelFamily(
     attention_norm="attention.output.LayerNorm",
     output_norm="output.LayerNorm",
     head=("bert.pooler.dense", "classifier"),
+    takes={"is_decoder": False},  # else Hugging Face makes it causal
     settings={
         "layer_count": "num_hidden_layers",
         "head_count": "num_attention_heads",
@@ -142,6 +144,7 @@ _DISTILBERT = ModelFamily(
     },
     attention_norm="sa_layer_norm",
     output_norm="output_layer_norm",
+    drops_projection=False,
     head=("pre_classifier", "classifier"),
     settings={
         "layer_count": "n_layers",

@@ -24,6 +24,8 @@ from finetuning.settings import PACKAGED_DISTILBERT, ModelSettings
 def load_pretrained(base: BaseModel, settings: ModelSettings, label_names: Sequence[str]) -> nn.Module:
     """The Hugging Face classifier of a base model, in fp32. The head is new, drawn from torch's global generator.
 
+    If the base model is a classifier of the same classes, its head stays, with its rows in the order of the labels.
+
     Args:
         base: the base model.
         settings: the flags of dropout and pooling.
@@ -42,7 +44,30 @@ def load_pretrained(base: BaseModel, settings: ModelSettings, label_names: Seque
     unloaded = [name for name in missing if not name.startswith(family.head_modules)]
     if unloaded:
         raise UserError(f"--model_name {base.name} is damaged: it lacks {len(unloaded)} weights of the encoder")
+    if f"{family.head[-1]}.weight" not in missing:
+        _fit_head(model, family, list(base.config.id2label.values()), label_names)
     return model
+
+
+@torch.no_grad()
+def _fit_head(model: Any, family: ModelFamily, stored: Sequence[str], label_names: Sequence[str]) -> None:
+    """Orders the rows of a head that the base model has, or draws them anew if they are of other classes."""
+    last = model.get_submodule(family.head[-1])
+    order = class_order(stored, label_names)
+    if order is not None:
+        for parameter in last.parameters():
+            parameter.copy_(parameter[order].clone())
+    elif list(stored) != list(label_names):
+        last.weight.normal_(std=getattr(model.config, "initializer_range", 0.02))
+        if last.bias is not None:
+            last.bias.zero_()
+
+
+def class_order(stored: Sequence[str], label_names: Sequence[str]) -> list[int] | None:
+    """The number of each class among stored names; ``None`` if these are others, or are in the same order."""
+    if list(stored) == list(label_names) or sorted(stored) != sorted(label_names):
+        return None
+    return [list(stored).index(name) for name in label_names]
 
 
 def _config_of(base: BaseModel, settings: ModelSettings, label_names: Sequence[str]) -> Any:

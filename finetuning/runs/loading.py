@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
 from finetuning.models.fused import split_widths
+from finetuning.models.pretrained import class_order
 from finetuning.runs.adapters import Adapter, read_adapter
-from finetuning.runs.files import ADAPTER_CONFIG
+from finetuning.runs.files import ADAPTER_CONFIG, read_result
 from finetuning.runs.weights import load_initial, load_trained, separate_linears
 from finetuning.settings import LORA_TARGETS, LoRASettings, named_layers
 
@@ -138,9 +140,9 @@ def _target_paths(family: ModelFamily, target: str) -> list[str]:
 def load_adapter(classifier: Classifier, adapter: Adapter, base: BaseModel) -> None:
     """Copies an adapter into a classifier that was built with its ``linears``.
 
-    A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them. PEFT
-    stores no names of classes. If the base model's config has the same names in another order, the head's rows follow
-    them.
+    A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them. Rows of
+    the head follow the names of the classes: those of the run that wrote the adapter. PEFT stores none, so they are
+    then those of the base model's config.
 
     Args:
         classifier: the classifier.
@@ -157,19 +159,19 @@ def load_adapter(classifier: Classifier, adapter: Adapter, base: BaseModel) -> N
         return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
 
     saved = classifier.saved_parameters()
-    load_initial(adapter.folder, saved, in_base, split_widths(classifier.model))
+    loaded = load_initial(adapter.folder, saved, in_base, split_widths(classifier.model))
     config: Any = classifier.model.config
-    order = class_order(base, list(config.id2label.values()))
+    stored = _names_of_run(adapter.folder) or list(base.config.id2label.values())
+    order = class_order(stored, list(config.id2label.values()))
     if order is not None:
         last = f"{classifier.family.head[-1]}."
-        for name, parameter in saved.items():
+        for name in loaded:
             if name.startswith(last) and not name.endswith("lora_A"):
-                parameter.data = parameter.data[order]
+                saved[name].data = saved[name].data[order]
 
 
-def class_order(base: BaseModel, label_names: Sequence[str]) -> list[int] | None:
-    """The number of each class in a base model's config; ``None`` if it has other names, or these in this order."""
-    stored = list(base.config.id2label.values())
-    if stored == list(label_names) or sorted(stored) != sorted(label_names):
-        return None
-    return [stored.index(name) for name in label_names]
+def _names_of_run(folder: Path) -> list[str] | None:
+    """The classes of the run in a folder; ``None`` if it holds no run."""
+    with suppress(OSError, ValueError, KeyError):
+        return list(read_result(folder)["data"]["label_names"])
+    return None

@@ -257,7 +257,7 @@ def load_initial(
     parameters: dict[str, torch.nn.Parameter],
     optional: Callable[[str], bool],
     split: Mapping[str, Mapping[str, int]] | None = None,
-) -> None:
+) -> list[str]:
     """Copies an adapter into a classifier whose LoRA layers were placed as it says.
 
     Args:
@@ -265,6 +265,9 @@ def load_initial(
         parameters: the classifier's ``saved_parameters()``.
         optional: whether the adapter may lack a parameter, which then keeps its value.
         split: as in ``save_trained``.
+
+    Returns:
+        The parameters that the adapter has.
 
     Raises:
         UserError: the file lacks a parameter, has one too many, or one of another shape.
@@ -284,6 +287,7 @@ def load_initial(
     own = separate_parts({name: tensors[stored] for name, stored in given.items()}, parameters, split or {})
     for name, value in own.items():
         parameters[name].data.copy_(value)
+    return list(own)
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 FADES_OVER = 0.1  # of all steps
 LAST_PART = 0.25
@@ -26,25 +25,25 @@ class Averaging:
     """
 
     def __init__(self, kind: Literal["ema", "swa"], parameters: Mapping[str, nn.Parameter], total_steps: int) -> None:
-        self._names, self._live = list(parameters), nn.ParameterList(parameters.values())
+        self._names, self._live = list(parameters), list[Tensor](parameters.values())
         self._first = int((1 - LAST_PART) * total_steps) if kind == "swa" else 0
-        fading = get_ema_multi_avg_fn(1 - 1 / max(2.0, FADES_OVER * total_steps)) if kind == "ema" else None
-        self._model = AveragedModel(self._live, multi_avg_fn=fading)
-        self._averages = list(self._model.module.parameters())
+        self._fading = 1 / max(2.0, FADES_OVER * total_steps) if kind == "ema" else None
+        self._averages = [live.detach().clone() for live in self._live]
+        self._averaged = 0  # counted here: torch's AveragedModel counts on the device, so each step would wait for it
 
-    @property
-    def _begun(self) -> bool:
-        return int(self._model.n_averaged) > 0
-
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes the weights after a step, counted from 1."""
-        if step > self._first:
-            self._model.update_parameters(self._live)
+        if step <= self._first:
+            return
+        share = self._fading or 1 / (self._averaged + 1)
+        torch._foreach_lerp_(self._averages, self._live, share if self._averaged else 1.0)
+        self._averaged += 1
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges weights and averages, if there are any yet. A second call undoes it."""
-        if self._begun:
+        if self._averaged:
             for live, average in zip(self._live, self._averages, strict=True):
                 kept = live.clone()
                 live.copy_(average)
@@ -52,14 +51,14 @@ class Averaging:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: how many weights were averaged, and the averages by name, none before the first."""
-        averages = zip(self._names, self._averages, strict=True) if self._begun else ()
+        averages = zip(self._names, self._averages, strict=True) if self._averaged else ()
         weights = {name: average.detach().clone() for name, average in averages}
-        return {"averaged": int(self._model.n_averaged), "weights": weights}
+        return {"averaged": self._averaged, "weights": weights}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
         """Continues from what ``state`` gave."""
-        self._model.n_averaged.fill_(state["averaged"])
+        self._averaged = int(state["averaged"])
         weights: Mapping[str, Tensor] = state["weights"]
         for name, average in zip(self._names, self._averages, strict=True):
             if name in weights:

@@ -262,6 +262,26 @@ def test_each_dropout_works_in_training_only_and_averages_out(family: ModelFamil
         assert torch.equal(forwards[name](), forwards[name]())
 
 
+@FAMILY
+def test_dropout_is_where_hugging_face_has_it(family: ModelFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "dropout" not in family.settings:
+        pytest.skip("the family has no dropout")
+    model = prepare(family, "query+value", dropout=0.3)
+    ids, mask, _ = batch(family, padded=True)
+    counts: list[int] = []
+    real = torch.nn.functional.dropout
+
+    def counted(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        counts[-1] += p > 0 and training
+        return real(x, p, training, inplace)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", counted)
+    for forward in (lambda: classify(model, family, ids, mask, torch.float32), lambda: plain(model, ids, mask)):
+        counts.append(0)
+        forward()
+    assert counts[0] == counts[1] > 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # low precision
 

@@ -161,6 +161,19 @@ def test_rows_of_a_head_follow_the_names_of_the_base(tiny_folders: dict[str, Pat
     torch.testing.assert_close(logits_with(["other", "names"]), expected, rtol=0, atol=1e-5)
 
 
+def test_rows_of_a_runs_head_are_in_the_order_of_its_own_classes(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["distilbert"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(NAMES[::-1])), "label2id": {name: i for i, name in enumerate(NAMES[::-1])}}
+    (base / "config.json").write_text(json.dumps(config))
+    earlier, settings = build(base, 0, **ALL_BUT_HEAD)
+    fill(earlier)
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run", earlier, settings)
+    write_result(tmp_path / "run", {"data": {"label_names": NAMES}})
+    torch.testing.assert_close(logits(adopted(base, tmp_path / "run")[0]), logits(earlier), rtol=0, atol=1e-5)
+
+
 def test_what_transformers_does_with_the_head_of_such_a_folder(
     bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

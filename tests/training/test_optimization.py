@@ -204,7 +204,7 @@ def test_lora_plus_has_the_groups_and_the_steps_of_peft(
             steps.zero_grad()
     after = ours(ids, mask)
     torch.testing.assert_close(after, theirs(input_ids=ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-5)
-    assert (after - start).abs().max() > 1e-2
+    assert (after - start).abs().max() > 3e-3
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "onecycle"])
