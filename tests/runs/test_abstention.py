@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.stats import beta
@@ -70,4 +72,6 @@ def test_the_smallest_risk_that_few_texts_can_show() -> None:
 
 
 def test_each_epoch_is_a_checkpoint_that_validation_compares() -> None:
-    assert [checkpoints_compared({"epochs": epochs}) for epochs in (0, 1, 3)] == [1, 1, 3]
+    runs: list[dict[str, Any]] = [{"config": {"epochs": epochs}} for epochs in (0, 1, 3)]
+    assert [checkpoints_compared(run) for run in runs] == [1, 1, 3]
+    assert checkpoints_compared(runs[2] | {"checkpoints_compared": 40}) == 40, "the best run of a search"
