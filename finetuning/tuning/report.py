@@ -22,7 +22,7 @@ from finetuning.runs.answers import positive_of
 from finetuning.runs.files import PREDICTIONS, read_result, read_status, write_result
 from finetuning.runs.records import SCORES as SCORE_NAMES
 from finetuning.storage import read_json, write_json, write_text
-from finetuning.tuning.plan import BEST, SUMMARY, TRIALS, Budget, Plan, stored_flags
+from finetuning.tuning.plan import BEST, LAST, SUMMARY, TRIALS, Budget, Plan, stored_flags
 from finetuning.tuning.plots import draw_plots, shown_score
 from finetuning.tuning.search import last_places, seeds_text, shown_values, trial_name
 from finetuning.tuning.trials import COMPLETE, Place, Trial, Trials
@@ -265,6 +265,7 @@ def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any
         name=name,
         headline=headline,
         winner=trial_name(won["trial"]),
+        compared=any(run.startswith(f"{LAST}/") for run in summary["default"]["runs"]),
         results=result_table(plan, summary),
         summary=summary,
         trial_count=len(trials),
