@@ -39,7 +39,7 @@ class Table:
         names = [f" {name} " if name else " " for name in self.columns]
         lines = [f"|{'|'.join(names)}|", "|" + "---|" * len(self.columns)]
         for row in self.rows:
-            cells = [cell.replace("|", "\\|") for cell in row]
+            cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
             cells = [f"`{c}`" if c and n in self.code else c for n, c in zip(self.columns, cells, strict=True)]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)

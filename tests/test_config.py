@@ -298,6 +298,7 @@ def test_an_adapter_decides_rank_scale_and_placement() -> None:
         (NOWHERE, "no LoRA target: at least one of --lora_query, --lora_key"),
         ("--lora_modules a --lora_query True", "--lora_query True: cannot be used with --lora_modules"),
         ("--lora_modules ,", "--lora_modules ,: needs at least one name"),
+        ("--lora_modules a --init_adapter b", "--lora_modules a: the adapter of --init_adapter says where LoRA is"),
         (
             f"--lora_layers 1 {NOWHERE} --lora_head",
             "--lora_layers 1: needs LoRA in the encoder, but only --lora_head is True",

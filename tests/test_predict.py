@@ -486,6 +486,11 @@ def test_precision_is_one_that_this_machine_has() -> None:
     given = here(precision="fp16", accelerator="gpu")["precision"]
     assert given == ("fp16" if torch.cuda.is_available() else "auto")
     assert here(accelerator="cpu")["accelerator"] == "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        for able, precision in (True, "bf16"), (False, "auto"):
+            patch.setattr("finetuning.prediction.predictor.multiplies_bf16", lambda _, able=able: able)
+            assert here(precision="bf16")["precision"] == precision
 
 
 def test_a_run_is_read_as_it_was_written(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -13,16 +13,17 @@ from finetuning.settings import DataSettings
 POOLED = "validation is part of the training texts, because of --kfold"
 
 
-def pool_validation(splits: dict[str, pd.DataFrame], given: bool) -> list[str]:
+def pool_validation(splits: dict[str, pd.DataFrame], given: bool, rows: int) -> list[str]:
     """Moves validation, in ``splits``, into train. Returns notes for the user.
 
     Args:
         splits: train, validation and test.
         given: whether validation was a file of its own. Its rows are then counted on from those of train.
+        rows: of the source's train, from which test may have been taken.
     """
     train, validation = splits["train"], splits.pop("validation")
     if given:
-        validation = validation.set_axis(validation.index + train.index.max() + 1)
+        validation = validation.set_axis(validation.index + rows)
     splits["train"] = pd.concat([train, validation]).sort_index()
     return [POOLED] if given else []
 

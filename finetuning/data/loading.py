@@ -34,7 +34,8 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     names, source = encode_labels(source, data)
     splits, how = split_source(source, names, data)
     given = "validation" in source.tables and data.split in (None, "official")
-    notes = [] if data.kfold is None else pool_validation(splits, given)
+    rows = int(source.tables["train"].index.max()) + 1
+    notes = [] if data.kfold is None else pool_validation(splits, given, rows)
     leaks_dropped = drop_leaks(splits, names)
     notes += [*keep_test_unseen(splits, given), *source.notes]
     kept = limited(splits, data)

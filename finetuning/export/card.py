@@ -77,7 +77,7 @@ def write_card(
         escape_text=False,
         metadata=_metadata(folder, run, base, base_licence, data_id),
         name=folder.name,
-        snippets=[Snippet(code, run_alone(["-c", code], folder.parent).strip()) for code in snippets],
+        snippets=[Snippet(code, _run(code, folder.parent)) for code in snippets],
         base=base or "a local folder",
         base_licence=base_licence or "not known here",
         data_licence=data_licence,
@@ -88,6 +88,16 @@ def write_card(
         **_sizes(folder, run),
     )
     write_text(folder / CARD, text)
+
+
+def _run(code: str, folder: Path) -> str:
+    """What code prints. It is run from a file: with many names of classes it is too long for an argument."""
+    script = folder / "snippet.py"
+    write_text(script, code)
+    try:
+        return run_alone([script.name], folder).strip()
+    finally:
+        script.unlink()
 
 
 def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:

@@ -160,8 +160,13 @@ def _check_layers(base: BaseModel, flag: str, needed: int, instead: str, counted
         raise UserError(f"{flag}: {base.name} has {layers} layers{counted and f', counted {counted}'}{shared}")
 
 
+def class_names(config: Any) -> list[str]:
+    """The names of a classifier's classes, in the order of its head's rows: a file may list them in another one."""
+    return [name for _, name in sorted(config.id2label.items())]
+
+
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, which must be a fast one. If it has no padding token, it pads with its end of text.
+    """The model's own tokenizer, a fast one. It pads with its padding token, the config's, or its end of text.
 
     Raises:
         UserError: it cannot be loaded, or is another kind.
@@ -172,7 +177,11 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     except Exception as error:  # a damaged file can make the library raise any type
         raise UserError(f"--model_name {base.name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer.pad_token_id is None:  # of a decoder; the attention mask says what is padding
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        # Hugging Face's class finds the last token by the config's number
+        number: int | None = getattr(base.config, "pad_token_id", None)
+        known = number is not None and 0 <= number < len(tokenizer)
+        token = tokenizer.convert_ids_to_tokens(number or 0) if known else None
+        tokenizer.pad_token = token or tokenizer.eos_token or tokenizer.unk_token
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"--model_name {base.name}: needs a fast tokenizer with a token for padding or end of text")
     return tokenizer

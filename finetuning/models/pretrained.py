@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetuning.errors import UserError, first_line
 from finetuning.models.base_files import OLD_WEIGHTS, stored_shapes
-from finetuning.models.base_model import BaseModel
+from finetuning.models.base_model import BaseModel, class_names
 from finetuning.models.distilbert import distilbert_weights
 from finetuning.models.families import ModelFamily
 from finetuning.settings import PACKAGED_DISTILBERT, ModelSettings
@@ -45,7 +45,7 @@ def load_pretrained(base: BaseModel, settings: ModelSettings, label_names: Seque
     if unloaded:
         raise UserError(f"--model_name {base.name} is damaged: it lacks {len(unloaded)} weights of the encoder")
     if f"{family.head[-1]}.weight" not in missing:
-        _fit_head(model, family, list(base.config.id2label.values()), label_names)
+        _fit_head(model, family, class_names(base.config), label_names)
     return model
 
 

@@ -130,7 +130,8 @@ def write_json(chunks: Chunks, stream: TextIO, lines: bool) -> None:
         stream: where to write.
         lines: whether each line is an object.
     """
-    before, between, after = ("", "\n", "\n") if lines else ("[\n", ",\n", "\n]\n")
+    before, between, after = ("", "\n", "\n") if lines else ("\n", ",\n", "\n]\n")
+    stream.write("" if lines else "[")
     for kept, ours in chunks:
         rounded = ([round(v, DIGITS) if isinstance(v, float) else v for v in column] for column in ours.values())
         names = [*map(str, kept.columns), *ours]

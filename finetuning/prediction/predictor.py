@@ -22,7 +22,7 @@ from finetuning.prediction.rows import PAIR, TEXT, Rows, Source
 from finetuning.prediction.trained import Trained, read_trained
 from finetuning.runs.loading import load_classifier
 from finetuning.settings import HardwareSettings
-from finetuning.training.hardware import prepare_process, resolve_hardware, without_int8
+from finetuning.training.hardware import multiplies_bf16, prepare_process, resolve_hardware, without_int8
 
 
 class Predictor:
@@ -164,6 +164,7 @@ def on_this_machine(stored: HardwareSettings) -> dict[str, Any]:
     accelerator = "cpu" if stored.accelerator == "cpu" else "auto"
     without_gpu = accelerator == "cpu" or not torch.cuda.is_available()
     lacking = stored.precision == "int8" or (stored.precision == "fp16" and without_gpu)
+    lacking |= stored.precision == "bf16" and not without_gpu and not multiplies_bf16(0)
     return {
         "device": None, "devices": 1, "num_nodes": 1, "accelerator": accelerator,
         "precision": "auto" if lacking else stored.precision,

@@ -55,6 +55,8 @@ def read_adapter(folder: Path) -> Adapter:
         UserError: there is no adapter, it is damaged, was changed after its run, or contains what this suite does not
             compute.
     """
+    if folder.is_file():
+        raise UserError(f"--init_adapter {folder}: must be the folder of the adapter")
     for name in (ADAPTER, ADAPTER_CONFIG):
         check_unchanged(folder / name)
     config = _read_config(folder)

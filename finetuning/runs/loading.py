@@ -12,7 +12,7 @@ import torch
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.base_files import stored_shapes
-from finetuning.models.base_model import BaseModel
+from finetuning.models.base_model import BaseModel, class_names
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
@@ -161,8 +161,8 @@ def load_adapter(classifier: Classifier, adapter: Adapter, base: BaseModel) -> N
     saved = classifier.saved_parameters()
     loaded = load_initial(adapter.folder, saved, in_base, split_widths(classifier.model))
     config: Any = classifier.model.config
-    stored = _names_of_run(adapter.folder) or list(base.config.id2label.values())
-    order = class_order(stored, list(config.id2label.values()))
+    stored = _names_of_run(adapter.folder) or class_names(base.config)
+    order = class_order(stored, class_names(config))
     if order is not None:
         last = f"{classifier.family.head[-1]}."
         for name in loaded:

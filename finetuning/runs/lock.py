@@ -86,7 +86,8 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Releases the directory."""
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # the file system may have become read-only
+            self.path.unlink(missing_ok=True)
         with suppress(OSError):  # closing writes what is buffered, which fails on a full disk
             self._file.close()
 

@@ -55,8 +55,11 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     """The text that a run prints at the end: scores, time, memory, and a command to try the classifier."""
     trained = result["train"]
     installed = Path(sys.executable).with_name(PREDICT)
-    python = _callable("python", Path(sys.executable))
-    predict = _callable(PREDICT, installed) if installed.exists() else f"{python} predict.py"
+    begun = Path(sys.argv[0])
+    script = os.path.relpath(begun.with_name("predict.py")) if begun.name == "finetune_lora.py" else "predict.py"
+    words = (
+        [_callable(PREDICT, installed)] if installed.exists() else [_callable("python", Path(sys.executable)), script]
+    )
     example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
     monitor, multi_label = result["config"]["monitor"], "exact_match" in result["validation"]
@@ -78,7 +81,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
         *(f"{'advice':<11} {sentence}" for sentence in result["advice"]),
-        f"{'try it':<11} {predict} {shlex.quote(str(directory))} {example}",
+        f"{'try it':<11} {shlex.join([*words, str(directory)])} {example}",
     ]
     return "\n" + "\n".join(lines)
 

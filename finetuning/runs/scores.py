@@ -14,6 +14,7 @@ from finetuning.runs.records import accuracy_interval
 
 RESAMPLES = 1_000
 BLOCK = 50  # resamples at a time, to save memory
+COPIED = 2**25  # numbers that are held as float64 at once
 Interval = tuple[float, float]  # 95 %
 FAIR_MONITORS = ("macro_f1", "mcc", "auroc")  # of a single-label run: small classes count as much as large ones
 
@@ -39,11 +40,15 @@ def resampled_sums(values: np.ndarray) -> np.ndarray:
         (RESAMPLES, k)
     """
     generator, n = np.random.default_rng(0), len(values)
-    columns = values.astype(np.float64)
+    width = max(1, COPIED // n)  # with many texts and classes, all numbers would be gigabytes
+    columns = [values[:, i : i + width] for i in range(0, values.shape[1], width)]
+    if len(columns) == 1:
+        columns = [values.astype(np.float64)]
     sums = []
     for _ in range(RESAMPLES // BLOCK):
         drawn = [np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(BLOCK)]
-        sums.append(np.array(drawn, dtype=np.float64) @ columns)
+        counts = np.array(drawn, dtype=np.float64)
+        sums.append(np.concatenate([counts @ part.astype(np.float64, copy=False) for part in columns], axis=1))
     return np.concatenate(sums)
 
 
@@ -121,10 +126,11 @@ def shows_learning(answers: Answers, kfold: Mapping[str, Any] | None) -> bool:
         kfold: the ``FoldsRecord`` of a run with folds.
     """
     same = kfold.get("same_epoch") if kfold else None  # older runs have none
+    accuracy = same["accuracy"] if same else float(answers.right.mean())
+    if beats_largest_class(accuracy, answers.truth.sum(0)):
+        return True
     low, _ = same.get("mean_ci95", {}).get("mcc", (0.0, 0.0)) if same else score_intervals(answers)["mcc"]
-    return low > 0 or beats_largest_class(
-        same["accuracy"] if same else float(answers.right.mean()), answers.truth.sum(0)
-    )
+    return bool(low > 0)
 
 
 def confusion_matrix(answers: Answers) -> np.ndarray:

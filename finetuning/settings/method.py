@@ -111,6 +111,7 @@ class LoRASettings:
             require(s, "lora_modules", bool(s.lora_modules.replace(",", "").strip()), "needs at least one name")
             for name in ENCODER_TARGETS:
                 require(s, name, not getattr(s, name), "cannot be used with --lora_modules")
+            require(s, "lora_modules", s.init_adapter is None, "the adapter of --init_adapter says where LoRA is")
         random_head = "cannot be used with --lora_head True: the head's weights are random, so no part is principal"
         require(s, "lora_variant", s.lora_variant != "pissa" or not s.lora_head, random_head)
         if s.lora_layers is not None:

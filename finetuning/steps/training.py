@@ -89,6 +89,7 @@ def train(training: Training) -> TrainedRecord:
     """Fits the classifier, validates it and saves its weights. With no epochs, it only validates."""
     task, module, folds = training.inputs.task, training.module, training.folds
     validation = _fit(training)
+    files = _save(training) if training.trainer.is_global_zero else None
     _, labels, logits = module.predictions["validation"]
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
@@ -98,7 +99,7 @@ def train(training: Training) -> TrainedRecord:
         task=task.record(),
         validation=validation,
         advice=training.inputs.advice + found,
-        files=_save(training) if training.trainer.is_global_zero else None,
+        files=files,
         kfold=kfold,
     )
 

@@ -130,8 +130,10 @@ def _evaluation_seconds(
 
 def _spread(loader: DataLoader[dict[str, Tensor]], count: int) -> Batches:
     """Some of a loader's batches, spread evenly over the text lengths, longest first."""
-    batches = sorted(loader, key=lambda batch: -batch["input_ids"].shape[1])
-    return [batches[i] for i in np.linspace(0, len(batches) - 1, min(count + 1, len(batches))).astype(int)]
+    data: Any = loader.dataset
+    planned = sorted(loader.sampler, key=lambda batch: -int(data.split.window_spans(batch.examples)[1].max()))
+    places = np.linspace(0, len(planned) - 1, min(count + 1, len(planned))).astype(int)
+    return [data[planned[i]] for i in places]  # the others are never made: all of them can be gigabytes
 
 
 def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

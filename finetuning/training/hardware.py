@@ -144,11 +144,13 @@ def _resolve_dtype(precision: str, cards: list[int]) -> torch.dtype:
     """
     if precision == "fp16" and not cards:
         raise UserError("--precision fp16 needs a GPU: on a CPU use bf16 or fp32")
-    without_bf16 = [card for card in cards if not _multiplies_bf16(card)]
+    without_bf16 = [card for card in cards if not multiplies_bf16(card)]
     if precision == "bf16" and without_bf16:
         card = without_bf16[0]
         name = torch.cuda.get_device_name(card)
-        raise UserError(f"--precision bf16: GPU {card}, {name}, has no bf16; use --precision fp16")
+        raise UserError(
+            f"--precision bf16: GPU {card}, {name}, has no bf16; use --precision fp16, or --accelerator cpu"
+        )
     if precision != "auto":
         return DTYPES[precision]
     if cards:
@@ -160,7 +162,7 @@ def _resolve_dtype(precision: str, cards: list[int]) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _multiplies_bf16(card: int) -> bool:
+def multiplies_bf16(card: int) -> bool:
     """Whether a GPU has bf16, from its number in CUDA's list: torch's own test takes memory on the first GPU."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(card) >= FIRST_WITH_BF16
 

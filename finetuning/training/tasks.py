@@ -17,6 +17,7 @@ from finetuning.runs.scores import FAIR_MONITORS
 from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 from finetuning.training.class_weights import class_weights, label_weights
 
+MOST_SHOWN = 500  # classes in the confusion matrix of ``result.json``
 THRESHOLDS = [percent / 100 for percent in range(1, 100)]  # the ones that --threshold tuned tries
 
 
@@ -77,7 +78,7 @@ class SingleLabel(nn.Module):
         return {name: float(value) for name, value in found.items()} | ({} if auroc is None else {"auroc": auroc})
 
     def details(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
-        """Precision, recall, F1 and support by class, and the confusion matrix: a row for each true class."""
+        """Precision, recall, F1 and support by class, and the confusion matrix of few: a row for each true class."""
         given, predicted = torch.from_numpy(labels), torch.from_numpy(self.ranked(logits))
         count: dict[str, Any] = {"num_classes": len(self.names), "validate_args": False}
         matrix = metrics.multiclass_confusion_matrix(predicted, given, **count)
@@ -87,7 +88,9 @@ class SingleLabel(nn.Module):
             "f1": metrics.multiclass_f1_score(predicted, given, average=None, **count).tolist(),
             "support": matrix.sum(1).tolist(),
         }
-        return {"per_class": by_name(self.names, columns), "confusion_matrix": matrix.tolist()}
+        # of many classes, the matrix would make a file of hundreds of megabytes
+        shown = {"confusion_matrix": matrix.tolist()} if len(self.names) <= MOST_SHOWN else {}
+        return {"per_class": by_name(self.names, columns), **shown}
 
     def only_answer(self, logits: np.ndarray) -> str | None:
         """The class that all texts get; ``None`` if they get different ones."""

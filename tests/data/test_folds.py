@@ -83,6 +83,16 @@ def test_a_validation_file_is_part_of_the_training_texts(folder: Path) -> None:
     assert 26 in rows(with_copy.splits["validation"])
 
 
+def test_rows_of_a_validation_file_follow_those_of_train_also_if_test_was_taken_out(tmp_path: Path) -> None:
+    write(tmp_path, "train", [(f"text {i}", i % 2) for i in range(10)])
+    write(tmp_path, "validation", [(f"more {i}", i % 2) for i in range(6)])
+    for seed in range(12):  # of some the last row of train is test
+        train = texts_of(text_config(tmp_path, kfold=2, data_seed=seed)).splits["train"]
+        assert [text for text, row in zip(train.texts, rows(train), strict=True) if row >= 10] == [
+            f"more {i}" for i in range(6)
+        ]
+
+
 def test_the_test_split_is_the_one_of_a_run_without_folds(tmp_path: Path) -> None:
     write(tmp_path, "train", [(f"text {i}", i % 2) for i in range(40)])
     alone, folds = (texts_of(text_config(tmp_path, **more)) for more in ({}, {"kfold": 4}))

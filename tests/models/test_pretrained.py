@@ -96,6 +96,8 @@ def test_the_head_of_a_classifier_of_the_same_classes_stays(tiny_folders: dict[s
 
     assert torch.equal(head("bad", "good"), rows)
     assert torch.equal(head("good", "bad"), rows.flip(0))
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"1": "good", "0": "bad"}}))
+    assert torch.equal(load(folder).get_parameter("classifier.weight"), rows), "a file may list the rows in any order"
     torch.manual_seed(0)
     first = head("no", "yes")
     assert not torch.isin(first, rows).any(), "the head of another task is not taken for this one's"
@@ -154,6 +156,19 @@ def test_a_model_of_the_hub_with_old_weights_alone(
     assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, False, True, True]
     loaded = load(folder).state_dict()
     assert all(torch.equal(loaded[n], weight) for n, weight in weights.items() if not n.startswith("classifier."))
+
+
+def test_a_tokenizer_without_padding_takes_the_one_that_the_config_names(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, decoder=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def padding(number: int | None) -> int:
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": number}))
+        return int(load_tokenizer(read_base_model("name", tmp_path)).pad_token_id)
+
+    assert padding(7) == 7
+    assert padding(None) == padding(-1) != 7
 
 
 def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> None:

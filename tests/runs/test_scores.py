@@ -34,6 +34,13 @@ def test_class_scores_are_those_of_torchmetrics() -> None:
     assert scores.confusion_matrix(answers).tolist() == matrix.tolist()
 
 
+def test_sums_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).integers(0, 2, (30, 7))
+    whole = scores.resampled_sums(values)
+    monkeypatch.setattr(scores, "COPIED", 60)  # two columns at a time
+    assert np.array_equal(scores.resampled_sums(values), whole)
+
+
 def test_the_functions_of_sums_are_the_scores() -> None:
     """Their values for the texts as they are, so the intervals are about what ``result.json`` holds."""
     answers = random_answers(150, 5)

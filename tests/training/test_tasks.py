@@ -47,6 +47,8 @@ def test_scores_by_hand() -> None:
     task = SingleLabel(NAMES)
     scores, details = task.scores(labels, logits_for(predicted)), task.details(labels, logits_for(predicted))
     assert details["confusion_matrix"] == [[2, 1, 0], [1, 1, 0], [1, 0, 0]]
+    many = SingleLabel([f"class {i}" for i in range(600)])
+    assert set(many.details(labels, np.eye(600)[predicted])) == {"per_class"}, "360,000 numbers"
     assert details["per_class"]["bad"] == pytest.approx(
         {"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "support": 3}
     )
