@@ -14,7 +14,7 @@ import pytest
 import predict
 from benchmarks.slurm_cluster import wait_until
 from compare_methods import main
-from finetuning.runs.files import read_result
+from finetuning.runs.files import read_result, write_result
 from finetuning.storage import read_json, sha256_of
 from finetuning.tuning import command
 from finetuning.tuning.facts import useful_lengths
@@ -106,6 +106,7 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert trials_of(first)[:TRIED] == before
     assert len(trials_of(first)) == TRIED + 1
     assert a_failure_loses(first)
+    assert the_defaults_first_run_wins_a_short_search(first)
     for flag in ("--sampler", "random"), ("--prune",), ("--storage", "sqlite:///x"):
         assert main(["tune", "--resume", "--output_dir", str(first), *flag]) == 2
         assert f"{flag[0]} " in (err := capsys.readouterr().err)
@@ -123,6 +124,20 @@ def a_failure_loses(folder: Path) -> bool:
     assert read_result(folder / "best")["checkpoints_compared"] == compared
     said = "\n".join(summary_lines(folder, summary))
     return summary["winner"]["trial"] == 0 and "1 new seed failed" in said and "failed with some of the new" in said
+
+
+def the_defaults_first_run_wins_a_short_search(folder: Path) -> bool:
+    """Whether it does if the best trial, which alone was trained again, is worse."""
+    run = folder / "last" / "001-1"
+    result = read_result(run)
+    write_result(run, result | {"validation": result["validation"] | {"accuracy": 0.0}})
+    (folder / "tune.json").unlink()
+    summary = finish(folder, Plan.read(folder), {"trials": [1], "seeds": [1]})
+    assert summary is not None
+    assert summary["winner"]["runs"] == ["trials/000"]
+    assert predict.main([str(folder / "best"), "--text", "a joy"]) == 0
+    said = "\n".join(summary_lines(folder, summary))
+    return "in its first run" in said and "none: trial 1 is not better on validation" in said
 
 
 def worker(flags: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:

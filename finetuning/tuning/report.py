@@ -22,10 +22,11 @@ from finetuning.runs.answers import positive_of
 from finetuning.runs.files import PREDICTIONS, read_result, read_status, write_result
 from finetuning.runs.records import SCORES as SCORE_NAMES
 from finetuning.storage import read_json, write_json, write_text
-from finetuning.tuning.plan import BEST, LAST, SUMMARY, TRIALS, Budget, Plan, stored_flags
+from finetuning.tuning.plan import BEST, SUMMARY, TRIALS, Budget, Plan, stored_flags
 from finetuning.tuning.plots import draw_plots, shown_score
 from finetuning.tuning.search import last_places, seeds_text, shown_values, trial_name
-from finetuning.tuning.trials import COMPLETE, Place, Trial, Trials
+from finetuning.tuning.trials import END as TRIAL_END
+from finetuning.tuning.trials import TRIAL, Place, Trial, Trials
 
 REPORT, TEMPLATE = "tune.html", Path(__file__).parent / "tune.html.j2"
 END, LOOK_AGAIN_SECONDS = "end", 1.0
@@ -58,6 +59,9 @@ def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] |
     for (number, _), place in places.items():
         if read_status(place.directory) == "finished":
             runs[number].append(place.directory)
+    default = Trials(folder / TRIALS, plan.monitor).place(0).directory
+    if 0 not in runs and read_status(default) == "finished":  # there was no time to train it again
+        runs[0] = [default]
     if not any(runs.values()):
         print(f"failed: no last run has finished, see {next(iter(places.values())).log}", file=sys.stderr)
         return None
@@ -85,7 +89,7 @@ def copy_run(source: Path, target: Path) -> None:
     """Copies a run directory; a kill leaves the old copy, none or the new one, never half of one."""
     half = target.with_name(f".{target.name}.half")
     shutil.rmtree(half, ignore_errors=True)
-    shutil.copytree(source, half, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(source, half, ignore=shutil.ignore_patterns(".*", TRIAL, TRIAL_END))
     shutil.rmtree(target, ignore_errors=True)
     half.replace(target)
 
@@ -108,11 +112,13 @@ def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner
         seeds: how many last runs each of them has, finished or not.
     """
     everything = trials.all()
-    found = {number: _record(trials.read(number), own, seeds - len(own)) for number, own in runs.items()}
+    first = [trials.place(0).directory]  # of the default; a search without time for more has no other
+    found = {
+        number: _record(trials.read(number), own, 0 if own == first else seeds - len(own))
+        for number, own in runs.items()
+    }
     default_runs = runs.get(0, [])
-    if not default_runs and everything[0].state == COMPLETE:  # there was no time to train it again
-        default_runs = [trials.place(0).directory]
-    default = found[0] if runs.get(0) else _record(everything[0], default_runs)
+    default = found[0] if default_runs else _record(everything[0], [])
     candidate = max(found)  # the best trial of the search; the default if no trial was better
 
     def gain(number: int) -> dict[str, Any] | None:
@@ -213,7 +219,8 @@ def _scores_text(record: dict[str, Any], monitor: str) -> str:
     parts = [] if search is None else [f"validation {monitor} {search:.4f} in the search"]
     if seeds:
         test = "" if record["test"] is None else f", test {record['test'][monitor]:.4f}"
-        parts.append(f"{record['validation'][monitor]:.4f} with {seeds_text(len(seeds))}{test}")
+        again = "in its first run" if record["runs"][0].startswith(f"{TRIALS}/") else f"with {seeds_text(len(seeds))}"
+        parts.append(f"{record['validation'][monitor]:.4f} {again}{test}")
     if record["failed"]:
         parts.append(f"{seeds_text(record['failed'])} failed")
     return "; ".join(parts) or "has not finished"
@@ -265,7 +272,6 @@ def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any
         name=name,
         headline=headline,
         winner=trial_name(won["trial"]),
-        compared=any(run.startswith(f"{LAST}/") for run in summary["default"]["runs"]),
         results=result_table(plan, summary),
         summary=summary,
         trial_count=len(trials),

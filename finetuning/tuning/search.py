@@ -39,6 +39,7 @@ from finetuning.tuning.trials import (
 )
 
 REPORT_SECONDS = 10.0  # for the report and the copy of the best run
+MOST_LAST = 0.4  # of the minutes, for the last runs, unless one seed takes more
 MARGIN = 1.15  # a last run may take longer than the trial did
 FEWEST_RUNS = 20  # what a search needs to find more than the default
 FEW = 3  # trials: with less time a search is too short to be useful
@@ -204,9 +205,20 @@ class Search:
         return self._trials_until - time.monotonic()
 
     def _reserve(self) -> None:
-        """Decides when the last runs must begin, if the best trial until now is one of them."""
+        """Decides when the last runs must begin, if the best trial until now is one of them.
+
+        On a slow machine they have fewer seeds, so that they leave time for trials.
+        """
         budget, best = self.budget, best_of(self.trials.all(), self.plan.minimize)
-        reserved = 0.0 if best is None else REPORT_SECONDS + self._last_seconds(self._finalists(best), budget.seeds)
+        reserved = 0.0
+        if best is not None:
+            finalists, most = (
+                self._finalists(best),
+                math.inf if budget.minutes is None else MOST_LAST * 60 * budget.minutes,
+            )
+            counts = range(budget.seeds, 0, -1)
+            taken = (self._last_seconds(finalists, count) for count in counts)
+            reserved = REPORT_SECONDS + next((t for t in taken if t <= most), self._last_seconds(finalists, 1))
         self._trials_until = time.monotonic() + budget.left - reserved
 
     def _last_seconds(self, finalists: Sequence[Trial], seeds: int) -> float:

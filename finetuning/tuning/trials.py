@@ -201,7 +201,8 @@ class Trials:
         }
         write_json(directory / END, end)
         for name in LARGE:
-            (directory / name).unlink(missing_ok=True)
+            if number > 0 or name != TRAINED_WEIGHTS:  # the default's first run can win a short search
+                (directory / name).unlink(missing_ok=True)
         return self.read(number)
 
 
