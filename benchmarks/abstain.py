@@ -56,7 +56,7 @@ def measure(folder: Path, seed: int) -> Record:
         result, answers = read_result(run), read_answers(run)
     temperature = fit_temperature(answers["validation"]) or 1.0
     validation, test = (answers[name].cooled(temperature) for name in ("validation", "test"))
-    candidates, found = checkpoints_compared(result["config"]), []
+    candidates, found = checkpoints_compared(result), []
     for risk in RISKS:
         chosen = least_confidence(validation, risk, candidates)
         answered = test.confidence >= (float("inf") if chosen is None else chosen.least)

@@ -28,10 +28,13 @@ from compare_methods import ROOT
 from finetuning.comparison.over_sets import score_cell
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
+from finetuning.data.batches import evaluation_loader
 from finetuning.data.loading import load_texts
+from finetuning.data.tokens import encode
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
 from finetuning.pages import Table, measured, renew_tables
+from finetuning.settings import DataSettings
 from finetuning.training.budget import FEW
 
 OUTPUT = harness.RESULTS / "few_texts.json"
@@ -39,7 +42,6 @@ STEPS = ROOT / "results" / "steps"
 STUDY = ROOT / "studies" / "few_texts.toml"
 PAGE = ROOT / "docs" / "budget.md"
 FROZEN = "frozen mean embedding + logistic regression"
-BATCH = 64  # texts
 KINDS = ("before", "auto")  # two epochs of 64 texts a batch, and the rule
 LEAST_EPOCHS = 5  # of a run that --patience could have stopped
 SETTINGS = ("method", "limit_train", "batch_size", "learning_rate", "epochs")  # of a row of steps
@@ -186,24 +188,27 @@ def frozen_accuracy(run: PlannedRun, data_dir: Path) -> float:
     config = from_flags(run.flags(data_dir))
     splits = load_texts(config.data, offline=True).splits
     folder = find_folder(config.model.model_name, True, "")
-    vectors = {name: mean_vectors(splits[name].texts, folder, config.data.max_length) for name in ("train", "test")}
+    vectors = {name: mean_vectors(splits[name].texts, folder, config.data) for name in ("train", "test")}
     fitted = LogisticRegression(max_iter=1000).fit(vectors["train"], splits["train"].labels)
     return float(fitted.score(vectors["test"], splits["test"].labels))
 
 
 @torch.inference_mode()
-def mean_vectors(texts: Sequence[str], folder: Path, max_length: int, pairs: Sequence[str] | None = None) -> np.ndarray:
-    """The mean of each text's token vectors, or of each pair's, (texts, width)."""
+def mean_vectors(
+    texts: Sequence[str], folder: Path, data: DataSettings, pairs: Sequence[str] | None = None
+) -> np.ndarray:
+    """The mean of each text's token vectors, or of each pair's, (texts, width); long texts are cut as in a run."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    order = np.argsort([len(text) for text in texts], kind="stable")  # so batches have little padding
-    parts = []
-    for start in range(0, len(texts), BATCH):
-        places = order[start : start + BATCH]
-        columns = [[column[i] for i in places] for column in (texts, pairs) if column is not None]
-        tokens = tokenizer(*columns, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        mask = tokens["attention_mask"].unsqueeze(-1)  # (B, T, 1)
-        parts.append((model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1))  # (B, D)
-    return torch.cat(parts).numpy()[np.argsort(order)]
+    encoded = encode(list(texts), None if pairs is None else list(pairs), tokenizer, data)
+    nothing = np.zeros(len(texts), dtype=np.int64)
+    split, parts = encoded.labelled(nothing, np.arange(len(texts))), []
+    for batch in evaluation_loader(split, from_flags([]).training, int(tokenizer.pad_token_id)):
+        mask = batch["attention_mask"].unsqueeze(-1)  # (B, T, 1)
+        types = {"token_type_ids": batch["token_type_ids"]} if "token_type_ids" in batch else {}
+        hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **types).last_hidden_state
+        parts.append((batch["rows"], (hidden * mask).sum(1) / mask.sum(1)))  # (B, D)
+    rows, vectors = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return vectors[np.argsort(rows)]
 
 
 def command(argv: Sequence[str] | None) -> int:

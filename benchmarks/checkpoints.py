@@ -19,6 +19,7 @@ from compare_methods import ROOT
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured
 from finetuning.runs.files import LAST_CHECKPOINT, RESULT
+from finetuning.runs.measurements import environment_record
 from finetuning.settings import PACKAGED_DISTILBERT
 from finetuning.storage import read_json
 
@@ -86,10 +87,10 @@ def command(argv: Sequence[str] | None) -> int:
     parser = harness.make_parser("Measures what checkpoints cost.")
     parser.add_argument("--texts", type=int, default=2000, help="training texts of each run")
     options = parser.parse_args(argv)
-    journal = harness.start_journal("checkpoints", options, {}, key="runs")
+    journal = harness.start_journal("checkpoints", options, {"environment": environment_record()}, key="runs")
     for method in METHODS:
         journal.measured(partial(measure, method, options.texts), method=method)
-    harness.publish(journal, OUTPUT, table, "checkpoints", partly=False, page=PAGE)
+    harness.publish(journal, OUTPUT, table, "checkpoints", partly=harness.reduced(parser, options, "texts"), page=PAGE)
     return 0
 
 

@@ -62,7 +62,7 @@ def command(argv: Sequence[str] | None) -> int:
     conditions = {"environment": environment_record(), "rounds": options.rounds}
     journal = harness.start_journal("families", options, conditions, show=record_line)
     measure_in_processes(WORKS, options.rounds, options.seconds, True, journal)
-    harness.publish(journal, OUTPUT, table, "families", partly=options.rounds < ROUNDS)
+    harness.publish(journal, OUTPUT, table, "families", partly=harness.reduced(parser, options, "rounds", "seconds"))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import statistics
@@ -170,7 +171,15 @@ class Journal:
 
 def start_journal(name: str, options: argparse.Namespace, result: Record, **more: Any) -> Journal:
     """The journal of a command, in ``runs/``."""
-    return Journal(ROOT / "runs" / f"{name}.unfinished.json", result, flags=str(vars(options)), **more)
+    flags = str(vars(options))  # a call with others keeps what this one has measured
+    own = hashlib.sha256(flags.encode()).hexdigest()[:8]
+    return Journal(ROOT / "runs" / f"{name}-{own}.unfinished.json", result, flags=flags, **more)
+
+
+def reduced(parser: argparse.ArgumentParser, options: argparse.Namespace, *sizes: str) -> bool:
+    """Whether less is measured than by default: with ``--quick``, or if one of these flags is below its default."""
+    given = vars(options)
+    return bool(given.get("quick")) or any(given[name] < parser.get_default(name) for name in sizes)
 
 
 def publish(

@@ -158,7 +158,7 @@ def command(argv: Sequence[str] | None) -> int:
                 if "error" in records:
                     raise UserError(f"{work}: the measurement failed")
                 journal.keep(*records)
-    harness.publish(journal, OUTPUT, table, "int8_speed", partly=options.quick)
+    harness.publish(journal, OUTPUT, table, "int8_speed", partly=harness.reduced(parser, options, "rounds"))
     return 0
 
 

@@ -27,6 +27,7 @@ from finetuning.storage import read_json
 
 OUTPUT = harness.RESULTS / "peers.json"
 COMPARED = ("minilm", "base")
+REPEATS, SECONDS = 3, 6.0
 EQUAL_BATCHES = {  # for memory: the suite with as many texts in a batch as the tuned peer
     "peft_tuned": "suite_equal_batches",
     "peft_tuned_qlora": "suite_qlora_equal_batches",
@@ -311,15 +312,16 @@ def chosen_works(arguments: argparse.Namespace) -> tuple[list[Work], bool]:
             kept.append(replace(work, contestants=contestants))
     if not kept:
         raise UserError("nothing to measure with these flags: --complete adds every contestant at every work")
-    return kept, arguments.quick or kept != works
+    less = (arguments.repeats or REPEATS) < REPEATS or (arguments.seconds or SECONDS) < SECONDS
+    return kept, arguments.quick or less or kept != works
 
 
 def command(argv: Sequence[str] | None) -> int:
     """Measures, prints each measurement, writes JSON and, after the whole plan, pages. Returns the exit status."""
     arguments = make_parser().parse_args(argv)
     works, partly = chosen_works(arguments)
-    repeats = arguments.repeats or (2 if arguments.quick else 3)
-    seconds = arguments.seconds or (3 if arguments.quick else 6)
+    repeats = arguments.repeats or (2 if arguments.quick else REPEATS)
+    seconds = arguments.seconds or (3 if arguments.quick else SECONDS)
     conditions = {
         "environment": environment_record(),
         "repeats": repeats,

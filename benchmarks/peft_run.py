@@ -50,7 +50,7 @@ EVALUATION_BATCH = 64  # texts
 NOT_POSSIBLE = (  # settings that this run does not have, so they must keep their defaults
     "method", "optimizer", "scheduler", "accumulate", "patience", "class_weights", "label_smoothing", "momentum",
     "q_lora", "init_adapter", "lora_head", "lora_modules", "lora_scaling", "lora_dropout", "devices", "num_nodes",
-    "test",
+    "test", "average", "lora_variant", "lora_layers", "lora_plus_ratio", "windows", "kfold", "pooling",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from compare_methods import ROOT
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured
 from finetuning.runs.files import RESULT
+from finetuning.runs.measurements import environment_record
 from finetuning.settings import PACKAGED_DISTILBERT
 from finetuning.storage import read_json
 
@@ -85,9 +86,12 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--limit_train", type=int, default=1000, help="training texts (default: 1000)")
     options = parser.parse_args(argv)
     harness.require_positive(options, "repeats", "epochs", "limit_train")
-    journal = harness.start_journal("plain_path", options, {}, key="runs", show=record_line)
+    journal = harness.start_journal(
+        "plain_path", options, {"environment": environment_record()}, key="runs", show=record_line
+    )
     measure(options.repeats, f"--epochs {options.epochs} --limit_train {options.limit_train}", journal)
-    harness.publish(journal, OUTPUT, table, "plain_path", partly=False)
+    less = harness.reduced(parser, options, "repeats", "epochs", "limit_train")
+    harness.publish(journal, OUTPUT, table, "plain_path", partly=less)
     return 0
 
 

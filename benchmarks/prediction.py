@@ -142,7 +142,7 @@ def measure_all(rounds: int, folder: Path, journal: harness.Journal) -> None:
 def measure_one(contestant: str, folder: Path) -> Record:
     """What ``measure`` returns, from a new process."""
     words = ["benchmarks.prediction", "--contestant", contestant, "--folder", str(folder)]
-    record: Record = harness.measured_in_process(words)
+    record: Record = harness.measured_in_process(words, CUDA_VISIBLE_DEVICES="")  # the pipeline computes on the CPU
     if "error" in record:
         raise UserError(f"{contestant}: {record['error']}")
     return record
@@ -190,7 +190,8 @@ def command(argv: Sequence[str] | None) -> int:
     """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
     from finetuning.runs.measurements import environment_record
 
-    options = make_parser().parse_args(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
     if options.contestant is not None:
         return harness.answer(partial(measure, options.contestant, options.folder))
     harness.require_positive(options, "rounds", "texts")
@@ -203,7 +204,7 @@ def command(argv: Sequence[str] | None) -> int:
         conditions["tokens"] = read_json(folder / WORK)["tokens"]
         journal = harness.start_journal("prediction", options, conditions, show=record_line)
         measure_all(rounds, folder, journal)
-    harness.publish(journal, OUTPUT, table, "prediction", partly=options.quick)
+    harness.publish(journal, OUTPUT, table, "prediction", partly=harness.reduced(parser, options, "rounds", "texts"))
     return 0
 
 

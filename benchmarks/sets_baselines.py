@@ -35,6 +35,7 @@ from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
 from finetuning.pages import Table, measured, renew_tables
 from finetuning.runs.measurements import environment_record
+from finetuning.settings import DataSettings
 from finetuning.storage import read_json
 
 STUDIES = {  # study -> its table, and the page of the table
@@ -77,14 +78,14 @@ Known = dict[tuple[str, ...], np.ndarray]  # a text, or a pair of them -> its ve
 
 
 def frozen_features(
-    splits: Mapping[str, LabelledTexts], folder: Path, max_length: int, known: Known
+    splits: Mapping[str, LabelledTexts], folder: Path, data: DataSettings, known: Known
 ) -> dict[str, np.ndarray]:
     """The mean token vectors of all splits, each (texts, width).
 
     Args:
         splits: the texts.
         folder: of the model.
-        max_length: tokens of a text.
+        data: how long texts are cut.
         known: vectors that earlier cells have made, because cells of a data set share texts. New ones are added.
     """
     columns = {name: [split.texts, split.pairs] if split.pairs else [split.texts] for name, split in splits.items()}
@@ -92,7 +93,7 @@ def frozen_features(
     missing = list(dict.fromkeys(key for own in keys.values() for key in own if key not in known))
     if missing:
         texts, *pairs = zip(*missing, strict=True)
-        known |= zip(missing, mean_vectors(texts, folder, max_length, *pairs), strict=True)
+        known |= zip(missing, mean_vectors(texts, folder, data, *pairs), strict=True)
     return {name: np.stack([known[key] for key in own]) for name, own in keys.items()}
 
 
@@ -108,7 +109,7 @@ def measure(run: PlannedRun, trials: int, data_dir: Path, known: Known) -> list[
     vectorizer = TfidfVectorizer(**VECTORIZER).fit(documents["train"])
     features = {
         NAME: {name: vectorizer.transform(texts) for name, texts in documents.items()},
-        FROZEN: frozen_features(splits, folder, config.data.max_length, known),
+        FROZEN: frozen_features(splits, folder, config.data, known),
     }
     labels = {name: split.labels for name, split in splits.items()}
     place = str(run.settings["data_dir"])

@@ -88,7 +88,8 @@ def searched(folder: Path, words: Sequence[str]) -> Path:
 def timed_search(asked: Conditions, name: str, kind: str, seed: int) -> Path:
     """A search in the asked minutes."""
     more = f"{KINDS[kind]} --minutes {asked.minutes} --jobs {asked.jobs}"
-    return searched(asked.folder / f"{name}-{kind.replace(' ', '_')}-{seed}", asked.words(name, seed, more))
+    place = f"{name}-{kind.replace(' ', '_')}-{seed}-{asked.minutes:g}min-{asked.jobs}jobs"
+    return searched(asked.folder / place, asked.words(name, seed, more))
 
 
 def ended_trials(folder: Path) -> list[Trial]:
@@ -305,7 +306,8 @@ def command(argv: Sequence[str] | None) -> int:
     harness.require_positive(options, "minutes", "jobs", "seeds")
     quick = options.quick
     sets, seeds = (list(SETS)[:1], 1) if quick else (options.sets, options.seeds)
-    asked = Conditions(options.data_dir, options.minutes, options.jobs, 400 if quick else 2000, quick, sets, seeds)
+    minutes = 1.0 if quick else options.minutes
+    asked = Conditions(options.data_dir, minutes, options.jobs, 400 if quick else 2000, quick, sets, seeds)
     output = asked.folder / OUTPUT.name if quick else OUTPUT
     result: Record = read_json(output) if output.exists() else {}
     for name in options.only:

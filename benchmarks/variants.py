@@ -81,7 +81,7 @@ def command(argv: Sequence[str] | None) -> int:
             for name in VARIANTS:
                 asked = [*words, "--variant", name]
                 journal.measured(partial(harness.measured_in_process, asked), round=number, variant=name)
-    harness.publish(journal, OUTPUT, table, "variants", partly=options.rounds < ROUNDS)
+    harness.publish(journal, OUTPUT, table, "variants", partly=harness.reduced(parser, options, "rounds", "seconds"))
     return 0
 
 

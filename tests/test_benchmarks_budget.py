@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import budget
+from finetuning.flags import from_flags
 from finetuning.settings import PACKAGED_DISTILBERT
 from tests.synthetic_runs import ENVIRONMENT, write_run
 
@@ -59,8 +60,11 @@ def test_few_texts_are_means_over_draws() -> None:
     assert lines[2] == "| trec6 | 100 | 30.00 ± 14.14 (2) | 70.00 (1) |"
 
 
-def test_mean_vectors_leave_padding_out() -> None:
+def test_mean_vectors_leave_padding_out_and_keep_the_ends_of_long_texts() -> None:
     folder = budget.find_folder(PACKAGED_DISTILBERT, True, "")
     texts = ["short", "a much longer text with many more tokens than the other one"]
-    together, alone = budget.mean_vectors(texts, folder, 32), budget.mean_vectors(texts[:1], folder, 32)
+    data = from_flags(["--offline", "--max_length", "32"]).data
+    together, alone = budget.mean_vectors(texts, folder, data), budget.mean_vectors(texts[:1], folder, data)
     np.testing.assert_allclose(together[0], alone[0], atol=1e-5)
+    one, other = (budget.mean_vectors([f"{'film ' * 40}{end}"], folder, data)[0] for end in ("good", "bad"))
+    assert not np.allclose(one, other, atol=1e-3), "a run reads the end of a long text, too"

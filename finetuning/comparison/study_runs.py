@@ -33,7 +33,7 @@ from finetuning.runs.files import (
     record_is_unchanged,
 )
 from finetuning.runs.lock import LOCK, claimed, is_held
-from finetuning.settings import FLAGS, FROM_ADAPTER
+from finetuning.settings import FLAGS, OF_ADAPTER
 from finetuning.storage import TEMPORARY
 
 QUICK = (RATE, "seed", "data_seed", "epochs", "limit_train")  # nearly all runs differ in one, and it costs no parser
@@ -292,13 +292,13 @@ def _differences(run: PlannedRun, settings: dict[str, Any], own: bool) -> list[s
     if seen and not own:
         return seen
     tuned = {name: settings[name] for name in run.waits_for if name in settings}
-    planned = from_flags(run.with_tuned(tuned).flags(Path()))
     try:
+        planned = from_flags(run.with_tuned(tuned).flags(Path()))
         stored = {key: value for key, value in settings.items() if key not in NOT_PART_OF_THE_RUN}
         made = RunConfig.from_dict(stored | {"data_dir": planned.data.data_dir})
         made = made.changed(test=made.run.test and planned.run.test)  # a test changes nothing in the training
         if own:
-            found = FROM_ADAPTER if run.settings.get("init_adapter") else ()
+            found = OF_ADAPTER if run.settings.get("init_adapter") else ()
             left = [n for n, value in planned.to_dict().items() if value is None and (FLAGS[n].or_auto or n in found)]
             made = made.changed(**dict.fromkeys(left))
     except (ValueError, TypeError, KeyError, UserError) as error:

@@ -42,15 +42,6 @@ def texts_in(table: pd.DataFrame, wanted: str, where: object, flag: str = "text_
     return pd.Series([_joined(row) for row in parts.itertuples(index=False, name=None)], table.index, dtype=object)
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it has no half of a surrogate pair, as in an emoji that was cut."""
-    try:
-        text.encode("utf8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _joined(parts: tuple[object, ...]) -> str | None:
     """``None`` if a part is no string."""
     words = [part for part in parts if isinstance(part, str)]

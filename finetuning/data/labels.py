@@ -24,7 +24,7 @@ def as_number(text: str) -> int | float | None:
     for kind in (int, float):
         with suppress(ValueError):
             number: int | float = kind(text)
-            if str(number) == text and math.isfinite(number):
+            if str(number) == text and not (kind is float and not math.isfinite(number)):
                 return number
     return None
 

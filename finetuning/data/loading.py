@@ -34,14 +34,16 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     names, source = encode_labels(source, data)
     splits, how = split_source(source, names, data)
     given = "validation" in source.tables and data.split in (None, "official")
-    rows = int(source.tables["train"].index.max()) + 1
-    notes = [] if data.kfold is None else pool_validation(splits, given, rows)
+    notes = []
+    if data.kfold is not None:
+        notes += pool_validation(splits, given, int(source.tables["train"].index.max()) + 1)
     leaks_dropped = drop_leaks(splits, names)
     notes += [*keep_test_unseen(splits, given), *source.notes]
     kept = limited(splits, data)
-    notes += lost_classes(splits, kept, names)
     if "labels" in splits["train"]:
-        notes += [STRATIFIED, *unseen_labels(kept, names)]
+        notes += [STRATIFIED, *unseen_labels(splits | {"train": kept["train"]}, names)]
+    elif data.limit_train is not None:
+        notes += lost_classes(splits["train"], kept["train"], names)
     texts = TextData(
         source=how,
         label_names=names,

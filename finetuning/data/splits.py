@@ -213,11 +213,9 @@ def limited(splits: dict[str, pd.DataFrame], data: DataSettings) -> dict[str, pd
     return kept
 
 
-def lost_classes(splits: dict[str, pd.DataFrame], kept: dict[str, pd.DataFrame], names: list[str]) -> list[str]:
+def lost_classes(train: pd.DataFrame, kept: pd.DataFrame, names: list[str]) -> list[str]:
     """A warning about classes that ``--limit_train`` left without a training text; empty without such classes."""
-    if "labels" in kept["train"]:  # multi-label: unseen_labels warns
-        return []
-    lost = [names[i] for i in sorted(set(splits["train"].label) - set(kept["train"].label))]
+    lost = [names[i] for i in sorted(set(train.label) - set(kept.label))]
     return [f"warning: --limit_train leaves no training text of class {', '.join(lost)}"] if lost else []
 
 

@@ -179,9 +179,10 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:  # of a decoder; the attention mask says what is padding
         # Hugging Face's class finds the last token by the config's number
         number: int | None = getattr(base.config, "pad_token_id", None)
-        known = number is not None and 0 <= number < len(tokenizer)
-        token = tokenizer.convert_ids_to_tokens(number or 0) if known else None
-        tokenizer.pad_token = token or tokenizer.eos_token or tokenizer.unk_token
+        if number is not None and 0 <= number < len(tokenizer):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(number)
+        else:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"--model_name {base.name}: needs a fast tokenizer with a token for padding or end of text")
     return tokenizer

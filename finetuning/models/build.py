@@ -48,8 +48,9 @@ def build_classifier(
     Raises:
         UserError: the model is damaged, or 4 bits are set without bitsandbytes.
     """
-    model, family = load_pretrained(base, config.model, label_names), base.family
-    lora, hardware = config.lora, config.hardware
+    lora, hardware, family = config.lora, config.hardware, base.family
+    adapted = lora is not None and lora.init_adapter is not None
+    model = load_pretrained(base, config.model, label_names, keeps_head=adapted)
     _freeze(model, family, config.method, lora)
     if lora is not None:
         place_lora(model, family, lora, linears)

@@ -169,7 +169,7 @@ def _described(config: Any, model_name: str) -> ModelFamily:
     if config.model_type in PADS_LEFT:
         raise UserError(
             f"--model_name {model_name} is of type {config.model_type!r}, whose head reads the last place of a batch,"
-            f" where padding is"
+            f" where padding is: use another model"
         )
     dropouts = [k for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)]
     attention = [key for key in dropouts if "att" in key]

@@ -21,7 +21,9 @@ from finetuning.models.families import ModelFamily
 from finetuning.settings import PACKAGED_DISTILBERT, ModelSettings
 
 
-def load_pretrained(base: BaseModel, settings: ModelSettings, label_names: Sequence[str]) -> nn.Module:
+def load_pretrained(
+    base: BaseModel, settings: ModelSettings, label_names: Sequence[str], keeps_head: bool = False
+) -> nn.Module:
     """The Hugging Face classifier of a base model, in fp32. The head is new, drawn from torch's global generator.
 
     If the base model is a classifier of the same classes, its head stays, with its rows in the order of the labels.
@@ -30,6 +32,7 @@ def load_pretrained(base: BaseModel, settings: ModelSettings, label_names: Seque
         base: the base model.
         settings: the flags of dropout and pooling.
         label_names: one name per class, in the order of the labels.
+        keeps_head: whether a head of other classes stays as well, because an adapter was made for it.
 
     Raises:
         UserError: the weights are damaged, or cannot be loaded.
@@ -38,29 +41,32 @@ def load_pretrained(base: BaseModel, settings: ModelSettings, label_names: Seque
     if base.name == PACKAGED_DISTILBERT:
         weights = distilbert_weights(load_file(base.folder / "model.safetensors"))
         model = AutoModelForSequenceClassification.from_config(config)
-        missing = [k for k in model.load_state_dict(weights, strict=False).missing_keys if k.startswith(family.base)]
+        missing = model.load_state_dict(weights, strict=False).missing_keys
     else:
         model, missing = _from_folder(base.name, base.folder, config)
     unloaded = [name for name in missing if not name.startswith(family.head_modules)]
     if unloaded:
         raise UserError(f"--model_name {base.name} is damaged: it lacks {len(unloaded)} weights of the encoder")
     if f"{family.head[-1]}.weight" not in missing:
-        _fit_head(model, family, class_names(base.config), label_names)
+        _fit_head(model, family, class_names(base.config), label_names, keeps_head)
     return model
 
 
 @torch.no_grad()
-def _fit_head(model: Any, family: ModelFamily, stored: Sequence[str], label_names: Sequence[str]) -> None:
+def _fit_head(
+    model: Any, family: ModelFamily, stored: Sequence[str], label_names: Sequence[str], keeps_head: bool
+) -> None:
     """Orders the rows of a head that the base model has, or draws them anew if they are of other classes."""
     last = model.get_submodule(family.head[-1])
     order = class_order(stored, label_names)
     if order is not None:
         for parameter in last.parameters():
-            parameter.copy_(parameter[order].clone())
-    elif list(stored) != list(label_names):
-        last.weight.normal_(std=getattr(model.config, "initializer_range", 0.02))
-        if last.bias is not None:
-            last.bias.zero_()
+            parameter.copy_(parameter[order])
+    elif list(stored) != list(label_names) and not keeps_head:
+        for marked in (last, *last.parameters()):
+            marked._is_hf_initialized = False
+        for module in (last, model):  # most types draw it as a linear, ModernBERT as a part of the model
+            model._init_weights(module)
 
 
 def class_order(stored: Sequence[str], label_names: Sequence[str]) -> list[int] | None:

@@ -6,6 +6,7 @@ labels them. Memory is bounded by a chunk. Nothing here imports torch.
 
 import io
 import itertools
+import re
 import reprlib
 import shutil
 import stat
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from finetuning.data.columns import is_utf8, texts_in
+from finetuning.data.columns import texts_in
 from finetuning.data.files import UNREADABLE, name_and_format, opened, parquet_schema, read_chunks
 from finetuning.errors import UserError, first_line
 
@@ -30,6 +31,7 @@ CHUNK_ROWS = 10_000  # enough that batches of like lengths have little padding
 TEXT, PAIR = "text", "text_pair"
 UNHOLDABLE = (pa.ArrowException, OverflowError, UnicodeEncodeError)  # what parquet says of values that it cannot hold
 T = TypeVar("T")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # how Python decodes bytes of a command line that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _fault(text: object) -> str | None:
         return f"{reprlib.repr(text)}, no text: remove or correct it"
     if not text.strip():
         return "empty: remove it"
-    return None if is_utf8(text) else "not UTF-8: convert it"
+    return "not UTF-8: convert it" if _SURROGATE.search(text) else None
 
 
 def given_texts(texts: list[str], pairs: list[str] | None) -> Source:

@@ -42,16 +42,18 @@ class Score:
         """
 
         def tables() -> Iterator[pd.DataFrame]:
-            labelled = False
+            labelled = there = False
             for table in source.tables():
-                found = [label for label in self._true(table, source.where) if label is not None]
+                found = [label for label in self._true(table) if label is not None]
                 if unknown := [label for label in found if label not in self._places]:
                     raise UserError(
                         f"--label_column {self.column}: {unknown[0]!r} is none of the classifier's labels:"
                         f" {', '.join(self._places)}"
                     )
-                labelled |= bool(found)
+                labelled, there = labelled or bool(found), there or self.column in table
                 yield table
+            if not there:
+                texts_in(table, self.column, source.where, "label_column")  # says that it is missing
             if not labelled:
                 raise UserError(f"--label_column {self.column}: has no label: leave it out")
 
@@ -78,8 +80,10 @@ class Score:
             f" {texts:,} labelled and answered texts"
         )
 
-    def _true(self, table: pd.DataFrame, where: str = "") -> list[str | None]:
-        return [self._name(value) for value in texts_in(table, self.column, where, "label_column").tolist()]
+    def _true(self, table: pd.DataFrame) -> list[str | None]:
+        if self.column not in table:  # of a chunk of objects: others may have it
+            return [None] * len(table)
+        return [self._name(value) for value in table[self.column].tolist()]
 
     def _name(self, value: object) -> str | None:
         """A label as the classifier calls it: a column of whole numbers with gaps holds floats."""
@@ -89,5 +93,6 @@ class Score:
         number = as_number(text)
         if text in self._places or number is None:
             return text or None
-        other = str(int(number)) if float(number).is_integer() and isinstance(number, float) else str(float(number))
+        whole = isinstance(number, float) and number.is_integer()
+        other = str(int(number) if whole else float(number))
         return other if other in self._places else text

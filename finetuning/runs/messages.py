@@ -118,9 +118,10 @@ def accuracy_line(split: str, scores: dict[str, Any], multi_label: bool) -> str:
 
 def largest_class_line(scores: Mapping[str, Any]) -> list[str]:
     """What always answering the largest class would score on these texts; nothing for a multi-label run."""
-    if "confusion_matrix" not in scores:
+    if "exact_match" in scores:
         return []
-    texts = [sum(row) for row in scores["confusion_matrix"] if any(row)]  # of the classes that there are
+    counts = [own["support"] for own in scores["per_class"].values()]
+    texts = [count for count in counts if count]  # of the classes that there are
     share = max(texts) / scores["examples"]
     macro_f1 = 2 * share / (1 + share) / len(texts)
     return [f"{'':<11} always answering the largest class is right for {share:.2%}, with a macro F1 of {macro_f1:.2%}"]

@@ -11,8 +11,8 @@ from finetuning.settings.fields import Flag, Values, flags
 from finetuning.settings.hardware import HardwareSettings, excludes_int8
 from finetuning.settings.method import (
     ENCODER_TARGETS,
-    FROM_ADAPTER,
     LORA_TARGETS,
+    OF_ADAPTER,
     LoRASettings,
     MethodSettings,
     named_layers,
@@ -47,9 +47,9 @@ __all__ = [
     "DEFAULT_THRESHOLD",
     "ENCODER_TARGETS",
     "FLAGS",
-    "FROM_ADAPTER",
     "LORA_TARGETS",
     "MINILM_FORMS",
+    "OF_ADAPTER",
     "PACKAGED",
     "PACKAGED_BASE",
     "PACKAGED_BERT",

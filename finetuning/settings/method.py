@@ -14,6 +14,7 @@ ENCODER_TARGETS = ("lora_query", "lora_key", "lora_value", "lora_projection", "l
 LORA_TARGETS = (*ENCODER_TARGETS, "lora_head")
 # What --init_adapter decides.
 FROM_ADAPTER = ("lora_r", "lora_alpha", "lora_scaling", "lora_variant", *LORA_TARGETS, "lora_layers")
+OF_ADAPTER = (*FROM_ADAPTER, "pooling")  # all settings that ``--init_adapter`` decides
 
 
 @dataclass(frozen=True, kw_only=True)

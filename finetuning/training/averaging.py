@@ -27,7 +27,8 @@ class Averaging:
     def __init__(self, kind: Literal["ema", "swa"], parameters: Mapping[str, nn.Parameter], total_steps: int) -> None:
         self._names, self._live = list(parameters), list[Tensor](parameters.values())
         self._first = int((1 - LAST_PART) * total_steps) if kind == "swa" else 0
-        self._fading = 1 / max(2.0, FADES_OVER * total_steps) if kind == "ema" else None
+        decay = 1 - 1 / max(2.0, FADES_OVER * total_steps)
+        self._fading = 1 - decay if kind == "ema" else None
         self._averages = [live.detach().clone() for live in self._live]
         self._averaged = 0  # counted here: torch's AveragedModel counts on the device, so each step would wait for it
 

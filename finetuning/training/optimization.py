@@ -55,13 +55,14 @@ def make_scheduler(optimizer: torch.optim.Optimizer, training: TrainingSettings,
 
     OneCycleLR's cycle of momentum (or Adam's first beta) is turned off.
     """
-    if training.scheduler == "onecycle" and total_steps > 1:  # a run of one step must train
+    if total_steps == 1:  # a run of one step must train
+        return LambdaLR(optimizer, lambda _: 1.0)
+    if training.scheduler == "onecycle":
         rates = [group["lr"] for group in optimizer.param_groups]
         rising = min(training.warmup_fraction + 1e-9, 1.0)  # torch divides by steps * rising - 1
         return OneCycleLR(optimizer, rates, total_steps, pct_start=rising, cycle_momentum=False)
-    warmup = min(math.ceil(training.warmup_fraction * total_steps), total_steps - 1)  # as well
-    kind = "cosine" if training.scheduler == "onecycle" else training.scheduler
-    return LambdaLR(optimizer, partial(_rate_factor, kind, warmup, total_steps))
+    warmup = min(math.ceil(training.warmup_fraction * total_steps), total_steps - 1)
+    return LambdaLR(optimizer, partial(_rate_factor, training.scheduler, warmup, total_steps))
 
 
 def _rate_factor(scheduler: str, warmup: int, total: int, step: int) -> float:

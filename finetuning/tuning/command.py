@@ -153,6 +153,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
             if value is not None:
                 raise UserError(f"--{name} {value}: --resume takes the flags that the search has: leave it out")
         places = (Place(path.with_suffix("")) for part in (TRIALS, LAST) for path in (folder / part).glob("*.lock"))
+        if options.seeds is not None and options.minutes is options.trials is None:
+            raise UserError(f"--seeds {options.seeds}: with --resume, give --minutes or --trials as well")
         active = any(place.is_claimed() for place in places)
         resume(folder, options.minutes, options.trials, options.seeds, active)
     else:

@@ -16,7 +16,7 @@ from typing import Any
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
-from finetuning.settings import FLAGS
+from finetuning.settings import FLAGS, PACKAGED_MODELS
 from finetuning.storage import cannot_be_written_in, read_json, remove, write_json, write_new_json
 from finetuning.tuning.space import Facts, Space, make_space
 
@@ -89,12 +89,14 @@ class Plan:
         stored = _stored(folder)
         given = {name: Path(v) if FLAGS[name].kind is Path else v for name, v in stored["given"].items()}
         space = Space.from_dict(stored["space"], given)
-        return Plan(stored["study"], given, stored["sampler"], stored["prune"], stored["storage"], space)
+        study = stored.get("study", folder.resolve().name)  # a search of an earlier version has none
+        return Plan(study, given, stored["sampler"], stored["prune"], stored["storage"], space)
 
 
 def _anywhere(value: str | Path) -> str:
     """A path that workers in other directories understand; the name of a model stays."""
-    return str(Path(value).resolve()) if isinstance(value, Path) or Path(value).is_dir() else value
+    is_path = isinstance(value, Path) or (value not in PACKAGED_MODELS and Path(value).is_dir())
+    return str(Path(value).resolve()) if is_path else str(value)
 
 
 def _stored(folder: Path) -> dict[str, Any]:
@@ -227,7 +229,7 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
         if seeds is not None:
             limits["seeds"] = seeds
         write_json(folder / BUDGET, asdict(replace(budget, **limits)))
-        if more or seeds is not None:
+        if more:
             for name in (FINAL, SUMMARY):
                 remove(folder / name)
 

@@ -24,13 +24,13 @@ from finetuning.runs.records import SCORES as SCORE_NAMES
 from finetuning.storage import read_json, write_json, write_text
 from finetuning.tuning.plan import BEST, SUMMARY, TRIALS, Budget, Plan, stored_flags
 from finetuning.tuning.plots import draw_plots, shown_score
-from finetuning.tuning.search import last_places, seeds_text, shown_values, trial_name
+from finetuning.tuning.search import last_places
+from finetuning.tuning.texts import seeds_text, shown_values, trial_name
 from finetuning.tuning.trials import END as TRIAL_END
 from finetuning.tuning.trials import TRIAL, Place, Trial, Trials
 
 REPORT, TEMPLATE = "tune.html", Path(__file__).parent / "tune.html.j2"
 END, LOOK_AGAIN_SECONDS = "end", 1.0
-IS_NOT_BETTER = "is not better on validation with new seeds"
 
 
 def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | None:
@@ -72,11 +72,12 @@ def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] |
 
     def rank(number: int) -> tuple[int, float]:
         scores = [score(run) for run in runs[number]]  # whose runs fail more often cannot win
-        return len(scores), statistics.fmean(scores) if scores else 0.0
+        missing = 0 if runs[number] == [default] else len(final["seeds"]) - len(scores)
+        return -missing, statistics.fmean(scores) if scores else 0.0
 
     winner = max(sorted(runs), key=rank)  # a tie: the default
     copy_run(max(runs[winner], key=score), folder / BEST)  # of equal ones the first
-    note_comparisons(folder / BEST, trials.all(), [run for own in runs.values() for run in own])
+    note_comparisons(folder / BEST, trials.all(), [run for own in runs.values() for run in own if run != default])
     summary = make_summary(plan, trials, runs, winner, len(final["seeds"]))
     summary["minutes"] = Budget.read(folder).seconds / 60
     write_text(folder / REPORT, make_page(folder.resolve().name, plan, trials.all(), summary))
@@ -117,8 +118,7 @@ def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner
         number: _record(trials.read(number), own, 0 if own == first else seeds - len(own))
         for number, own in runs.items()
     }
-    default_runs = runs.get(0, [])
-    default = found[0] if default_runs else _record(everything[0], [])
+    default_runs, default = runs.get(0, []), found.get(0) or _record(everything[0], [])
     candidate = max(found)  # the best trial of the search; the default if no trial was better
 
     def gain(number: int) -> dict[str, Any] | None:
@@ -242,8 +242,8 @@ def gain_text(summary: dict[str, Any]) -> str:
     text = f"{difference} of test {gain['measure'].replace('_', ' ')} over the default"
     if summary["winner"]["trial"] != 0:
         return text
-    why = "has failed with some of the new seeds" if summary["candidate"]["failed"] else IS_NOT_BETTER
-    return f"none: {trial_name(candidate)} {why}. It has {text}"
+    why = "has failed with some of the" if summary["candidate"]["failed"] else "is not better on validation with"
+    return f"none: {trial_name(candidate)} {why} new seeds. It has {text}"
 
 
 def flags_text(settings: dict[str, Any]) -> str:

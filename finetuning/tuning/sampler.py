@@ -64,7 +64,7 @@ class Proposer:
                 study.tell(trial, state=TrialState.FAIL)
             else:
                 return point, trial.number
-        raise UserError(f"--search: {MOST_DRAWS} points in a row were refused, the last one for {refused}")
+        raise UserError(f"the space has hardly any flags that go together: narrow it, because {refused}")
 
     def _study(self, trials: Sequence[Trial]) -> optuna.Study:
         return study_of(self.space, trials, self.minimize)
@@ -98,6 +98,8 @@ class StoredProposer(Proposer):
         """Turns an error of the storage into one line; each database raises its own."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"--storage {self.url}: cannot be used: {first_line(error)}") from None
 
@@ -141,7 +143,7 @@ def _direction(minimize: bool) -> Literal["minimize", "maximize"]:
 
 def make_sampler(kind: str, seed: int, number: int, draw: int = 0) -> optuna.samplers.BaseSampler:
     """The sampler that proposes one trial; with another ``draw``, another point."""
-    own = int(np.random.SeedSequence([seed, number, draw][: 3 if draw else 2]).generate_state(1)[0])
+    own = int(np.random.SeedSequence([seed, number, *[draw] * (draw > 0)]).generate_state(1)[0])
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=own)
     with warnings.catch_warnings():  # Optuna 4 calls the argument experimental that keeps workers from the same points

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from finetuning.runs.files import METRICS, read_result, read_status
 from finetuning.storage import read_json, write_new_json
 from finetuning.tuning.plan import FINAL, LAST, TRIALS, Budget, Plan, stored_flags
 from finetuning.tuning.sampler import Proposer, pruned_after
+from finetuning.tuning.texts import limits_text, progress_line, seeds_text, trial_name
 from finetuning.tuning.trials import (
     COMPLETE,
     FAILED,
@@ -105,7 +105,7 @@ class Search:
                 while (final := self._round()) is not None and final != self._decided():
                     pass  # meanwhile, another worker has added minutes or trials
             except BaseException:
-                for job in self.current:  # their claims end with this process, so nobody would watch them
+                for job in self.current:  # nobody would watch them, or renew their claims
                     job.child.send_signal(signal.SIGTERM)
                 raise
         return final
@@ -212,13 +212,9 @@ class Search:
         budget, best = self.budget, best_of(self.trials.all(), self.plan.minimize)
         reserved = 0.0
         if best is not None:
-            finalists, most = (
-                self._finalists(best),
-                math.inf if budget.minutes is None else MOST_LAST * 60 * budget.minutes,
-            )
-            counts = range(budget.seeds, 0, -1)
-            taken = (self._last_seconds(finalists, count) for count in counts)
-            reserved = REPORT_SECONDS + next((t for t in taken if t <= most), self._last_seconds(finalists, 1))
+            most = math.inf if budget.minutes is None else MOST_LAST * 60 * budget.minutes
+            taken = [self._last_seconds(self._finalists(best), count) for count in range(budget.seeds, 0, -1)]
+            reserved = REPORT_SECONDS + next((seconds for seconds in taken if seconds <= most), taken[-1])
         self._trials_until = time.monotonic() + budget.left - reserved
 
     def _last_seconds(self, finalists: Sequence[Trial], seeds: int) -> float:
@@ -346,7 +342,7 @@ class Search:
             return None
         budget = self.budget
         choices = [(who, count) for who in (self._finalists(best), [best]) for count in range(budget.seeds, 0, -1)]
-        left = budget.left - REPORT_SECONDS
+        left = max(0.0, budget.left - REPORT_SECONDS)  # what has finished takes no time
         finalists, count = next((c for c in choices if self._last_seconds(*c) <= left), choices[-1])
         seeds = self._new_seeds(count)
         with suppress(FileExistsError):
@@ -373,16 +369,6 @@ class Search:
         return any(place.is_claimed() for place in last_places(self.folder, final).values())
 
 
-def trial_name(number: int) -> str:
-    """A trial, for people."""
-    return "the default" if number == 0 else f"trial {number}"
-
-
-def seeds_text(count: int) -> str:
-    """A number of seeds, for people."""
-    return f"{count} new seed{'s' if count > 1 else ''}"
-
-
 def last_places(folder: Path, final: dict[str, Any]) -> dict[tuple[int, int], Place]:
     """The last runs: trial and seed -> the place of its run."""
     return {
@@ -390,32 +376,3 @@ def last_places(folder: Path, final: dict[str, Any]) -> dict[tuple[int, int], Pl
         for seed in final["seeds"]
         for number in final["trials"]
     }
-
-
-def shown_values(trial: Trial, plan: Plan) -> dict[str, str]:
-    """What a trial tries, by parameter; what a parameter multiplies is shown as the flag has it."""
-    point = trial.point or {}
-    settings = plan.space.settings(point)
-    values = {name: settings.get(name, value) for name, value in point.items()}
-    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
-
-
-def limits_text(budget: Budget) -> str:
-    """What limits a search, as the end of a line."""
-    trials = "" if budget.trials is None else f" of {budget.trials}"
-    left = "" if budget.minutes is None else f"; {timedelta(seconds=max(0, round(budget.left)))} left"
-    return trials + left
-
-
-def progress_line(trial: Trial, trials: Trials, plan: Plan, budget: Budget) -> str:
-    """How a trial ended, how many have, the best score until now, and the time left."""
-    everything = trials.all()
-    shown = "" if trial.latest is None else f" {plan.monitor} {trial.latest:.4f}"
-    values = ", ".join(f"{name} {value}" for name, value in shown_values(trial, plan).items())
-    why = trial.error or ("the time left is for the last runs" if trial.state == OUT_OF_TIME else "")
-    reason = f" ({why})" if why else ""
-    name = f"trial {trial.number}{', the default,' if trial.number == 0 else ''}"
-    best = best_of(everything, plan.minimize)
-    top = f"; best {best.value:.4f}, trial {best.number}" if best is not None else ""
-    done = sum(other.state is not None for other in everything)
-    return f"{name} {trial.state}{reason}{shown}: {values}{top}; {done} ended{limits_text(budget)}"

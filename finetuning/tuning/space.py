@@ -10,7 +10,7 @@ from typing import Any
 from finetuning.config import OF_ONE_METHOD, RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.pages import Table
-from finetuning.settings import ENCODER_TARGETS, FLAGS, FROM_ADAPTER, LORA_TARGETS
+from finetuning.settings import ENCODER_TARGETS, FLAGS, LORA_TARGETS, OF_ADAPTER
 
 Value = str | int | float | bool
 Point = dict[str, Value]  # a parameter's name -> its value
@@ -294,7 +294,7 @@ def _is_decided(name: str, given: Mapping[str, Any]) -> bool:
     """Whether given flags decide a declared parameter that is none of them."""
     if name == "method":  # flags of one method fix it
         return any(FLAGS[flag].section == "lora" or flag in OF_ONE_METHOD for flag in given)
-    if "init_adapter" in given and name in (*FROM_ADAPTER, PLACEMENT, "pooling"):
+    if "init_adapter" in given and name in (*OF_ADAPTER, PLACEMENT):
         return True
     return name == PLACEMENT and bool(given.keys() & {*ENCODER_TARGETS, "lora_modules"})
 
