@@ -129,6 +129,8 @@ def _save_model(folder: Path, model: str, config: RunConfig) -> None:
         for name, value in type(classifier.config)().to_dict().items():
             if "dropout" in name:
                 setattr(classifier.config, name, value)
+    classifier.config.id2label = dict(enumerate(LABELS))  # a head of other classes would be drawn anew
+    classifier.config.label2id = {name: i for i, name in enumerate(LABELS)}
     classifier.save_pretrained(folder)
     load_tokenizer(packaged).save_pretrained(folder)
 

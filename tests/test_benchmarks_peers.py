@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import harness, measure, peers, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
-from benchmarks.workload import RANK, TARGETS, Job, read_split, sample, save_split, some_batches
+from benchmarks.workload import LABELS, RANK, TARGETS, Job, read_split, sample, save_split, some_batches
 from finetuning.data.tokens import TokenizedSplit
 from tests.conftest import needs_int8
 
@@ -37,6 +37,9 @@ def folder(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     """What ``workload.prepare`` writes, with a tiny model."""
     folder = tmp_path_factory.mktemp("work")
     shutil.copytree(tiny_folders["distilbert"], folder / "tiny")
+    config = json.loads((folder / "tiny" / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    (folder / "tiny" / "config.json").write_text(json.dumps(config))
     save_split(folder, "train", MAX_LENGTH, tokens(200, seed=1))
     save_split(folder, "validation", MAX_LENGTH, tokens(80, seed=2))
     return folder
