@@ -41,7 +41,7 @@ from local_model_utilities import (
     load_classifier,
 )
 from tests.conftest import BAD, GOOD, needs_int8
-from tests.small_classifiers import build, fill, in_peft, save
+from tests.small_classifiers import NAMES, build, fill, in_peft, save
 from tests.tiny_models import (
     HEADS,
     INNER,
@@ -67,7 +67,10 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def folder(model_type: str) -> Path:
         path = tmp_path_factory.mktemp(model_type)
-        tiny_model(model_type).save_pretrained(path)
+        model = tiny_model(model_type)
+        model.config.id2label = dict(enumerate(NAMES))  # so the head stays
+        model.config.label2id = {name: i for i, name in enumerate(NAMES)}
+        model.save_pretrained(path)
         save_tokenizer(path, decoder=FAMILIES[model_type].last_token)
         return path
 
