@@ -114,9 +114,8 @@ def test_what_is_added_limits_the_search(tmp_path: Path) -> None:
     assert Budget.read(tmp_path).minutes == pytest.approx(5, abs=0.1)
     assert Budget.read(tmp_path).trials is None
     (tmp_path / FINAL).write_text(json.dumps({}))
-    resume(tmp_path, None, None, 7, active=False)
-    assert Budget.read(tmp_path).minutes == pytest.approx(5, abs=0.1)
-    assert Budget.read(tmp_path).seeds == 7
+    resume(tmp_path, None, 1, 7, active=False)
+    assert (Budget.read(tmp_path).trials, Budget.read(tmp_path).seeds) == (8, 7)
     assert not (tmp_path / FINAL).exists(), "more seeds are trained"
 
 
