@@ -4,7 +4,12 @@ from typing import Any
 import pytest
 
 from finetuning.errors import UserError
-from finetuning.pages import measured, page_with_tables, renew_tables, with_table
+from finetuning.pages import Table, measured, page_with_tables, renew_tables, with_table
+
+
+def test_a_cell_stays_in_its_line() -> None:
+    shown = Table(("class", "texts"), [("a|b\nc", "3")]).markdown()
+    assert shown.splitlines()[2:] == [r"| a\|b c | 3 |"]
 
 
 def test_markers_come_in_pairs_or_not_at_all() -> None:

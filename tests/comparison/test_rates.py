@@ -76,3 +76,13 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(tmp_path: Path) -> Non
 
 def test_few_trials_say_nothing(tmp_path: Path) -> None:
     assert rates_table(trials(tmp_path, LEAST_TRIALS // 3)).rows == []
+
+
+def test_losses_are_not_taken_for_scores(tmp_path: Path) -> None:
+    grid = trials(tmp_path, LEAST_TRIALS)
+    assert rates_table(grid).rows
+    for found in grid.trials.values():
+        for runs in found.values():
+            for run in runs:
+                run.record.result["config"]["monitor"] = "loss"
+    assert rates_table(grid).rows == []

@@ -2,13 +2,16 @@ import os
 import stat
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
 
 from finetuning.errors import ExportFailed, UserError
 from finetuning.export.command import check_target
-from finetuning.export.folder import staged
+from finetuning.export.folder import check_last_tokens, staged
 
 
 def test_targets_that_are_refused(tmp_path: Path) -> None:
@@ -83,3 +86,18 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path: Path) ->
     with staged(tmp_path / "[model]"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"[model]", recent.name, other.name}
+
+
+def test_a_text_that_ends_with_padding_cannot_be_exported(tmp_path: Path) -> None:
+    def check(last: int, pad_id: int | None, decoder: bool = True) -> None:
+        family = SimpleNamespace(last_token=decoder, model_type="qwen3")
+        base: Any = SimpleNamespace(family=family, config=SimpleNamespace(pad_token_id=pad_id))
+        held: Any = SimpleNamespace(pad_id=7, sequences=[np.array([1, 2]), np.array([1, last])])
+        run: Any = SimpleNamespace(directory=tmp_path)
+        check_last_tokens(run, base, held, SimpleNamespace(pad_token="<pad>"))
+
+    check(7, None, decoder=False)
+    check(7, 0)
+    for pad_id in (None, 7):
+        with pytest.raises(UserError, match="the tokenizer ends a text with its padding token '<pad>', which"):
+            check(7, pad_id)

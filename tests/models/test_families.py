@@ -55,3 +55,12 @@ def test_settings_are_those_of_the_config(model_type: str) -> None:
     ours = ("dropout", "attention_dropout", "head_dropout")
     set_by_us = {*(family.settings[name] for name in ours if name in family.settings), *family.more_dropouts}
     assert dropouts <= {config.attribute_map.get(name, name) for name in set_by_us}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
+def test_an_encoder_made_a_decoder_is_left_to_hugging_face(model_type: str) -> None:
+    """It is causal then."""
+    config = tiny_model(model_type).config
+    assert FAMILIES[model_type].is_efficient(config)
+    config.is_decoder = True
+    assert not FAMILIES[model_type].is_efficient(config)

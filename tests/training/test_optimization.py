@@ -90,7 +90,7 @@ def test_onecycle_equals_its_closed_form() -> None:
 def test_the_shortest_runs_have_a_schedule_and_learn(scheduler: str, steps: int) -> None:
     found = rates(RunConfig.from_settings(scheduler=scheduler, learning_rate=0.1, warmup_fraction=0.1), steps)
     assert 0 <= found.min() <= found.max() <= 0.1
-    assert found.max() > 0
+    assert found.max() > 0.01, "a tenth of the peak"
 
 
 def test_onecycle_leaves_momentum_and_beta_alone() -> None:
