@@ -161,7 +161,7 @@ def groups_by_name(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> 
 
 def with_peft(folder: Path, directory: Path, config: RunConfig) -> tuple[Classifier, Any]:
     """A classifier with LoRA, and PEFT's model of the adapter that it writes."""
-    ours = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).eval()
+    ours = build_classifier(config, find_base_model(config), ["LABEL_0", "LABEL_1"], torch.float32).eval()
     for module in (m for _, m in lora_modules(ours.model)):
         torch.nn.init.normal_(module.lora.lora_B, std=0.05)
     head, targets = ours.family.head_modules, ranks_and_alphas(ours.model)
@@ -204,7 +204,7 @@ def test_lora_plus_has_the_groups_and_the_steps_of_peft(
             steps.zero_grad()
     after = ours(ids, mask)
     torch.testing.assert_close(after, theirs(input_ids=ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-5)
-    assert (after - start).abs().max() > 3e-3
+    assert (after - start).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "onecycle"])
