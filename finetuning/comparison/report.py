@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from finetuning.comparison import decisions
+from finetuning.comparison import decisions, unequal
 from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.over_sets import OVER_SETS, grid_of, over_sets
@@ -117,7 +117,9 @@ def build_report(results: Path, pages: Sequence[Path]) -> Report:
     texts: dict[Path, str] = {}
     plots: dict[Path, Plot | None] = {results / README_PLOT: None}
     tables = {DEFAULT_RATES: default_rates_table(), DEFAULTS: defaults_table()}
-    tables[decisions.NAME] = decisions.decisions_table({study.name: study for study in studies})
+    by_name = {study.name: study for study in studies}
+    tables[decisions.NAME] = decisions.decisions_table(by_name)
+    tables[unequal.NAME] = unequal.unequal_table(by_name)
     for study, section in zip(studies, sections, strict=True):
         folder = results / study.name
         plots |= dict.fromkeys(folder / name for name in (*FILES, *SET_FILES))

@@ -24,9 +24,9 @@ from finetuning.comparison.advice import (
     studies_table,
 )
 from finetuning.comparison.collected import Study, read_study, study_names
-from finetuning.comparison.over_sets import ROPE
+from finetuning.comparison.over_sets import ROPE, grid_of, mean_of_sets
 from finetuning.comparison.pairs import compare_rows
-from finetuning.comparison.statistics import LEVEL
+from finetuning.comparison.statistics import LEVEL, interval_over_sets
 from finetuning.flags import from_flags
 from finetuning.settings import DEFAULT_LEARNING_RATES
 from tests.synthetic_runs import outcomes, write_run
@@ -238,6 +238,17 @@ def test_what_the_text_says_in_words() -> None:
         ("compute_memory/efficient-false", "compute_memory/base"),
     ):
         assert 2 * seconds(fast) < seconds(slow)
+    for texts in ("trec6", "emotion", "ag_news", "financial"):  # "about one to four points higher"
+        few = scores()[f"placement/{texts.replace('financial', 'twitter_financial_news')}-all"]["accuracy_mean"]
+        assert 1 <= round(100 * (scores()[f"int8/{texts}-bf16"]["accuracy_mean"] - few)) <= 4
+    grid = grid_of(study("methods_on_sets"))
+    assert grid
+    full, lora = (
+        [mean_of_sets([grid.runs[name][method]], "test", "macro_f1") or 0 for name in grid.shared(("full", "lora-all"))]
+        for method in ("full", "lora-all")
+    )
+    low, high = interval_over_sets([a - b for a, b in zip(full, lora, strict=True)])
+    assert (len(full), low < 0 < high) == (9, True)  # "by macro F1, too"
     assert (decisions.ENOUGH_SETS, ROPE) == (8, 0.5)  # "at least eight data sets", "half a point"
     rates = DEFAULT_LEARNING_RATES
     assert all(10 * rates["full", o] == pytest.approx(rates["lora", o]) for o in ("adam", "adamw"))

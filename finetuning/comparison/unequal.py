@@ -1,0 +1,56 @@
+"""The table of unequal classes in docs/best_practices.md: what the default command gives on the rarest class."""
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from finetuning.comparison.collected import Run, Study
+from finetuning.comparison.over_sets import grid_of, score_cell
+from finetuning.pages import Table, measured
+
+NAME = "unequal_classes"  # of the table on a page
+STUDY, METHOD = "placement", "all"  # the runs of the default command
+UNEQUAL = 0.5  # of an even share: a set is in the table if its rarest class has less
+COLUMNS = (
+    "data set", "classes", "rarest class, % of test", "its test texts", "accuracy, %", "macro F1, %",
+    "macro F1 of TF-IDF, %", "F1 of the rarest class, %",
+)  # fmt: skip
+
+
+def unequal_table(studies: Mapping[str, Study]) -> str:
+    """A row for each set whose rarest class has less than ``UNEQUAL`` of an even share, rarest first: Markdown."""
+    grid = grid_of(studies[STUDY]) if STUDY in studies else None
+    rows, environments = [], []
+    for name, found in grid.runs.items() if grid else ():
+        runs = found.get(METHOD, [])
+        classes = runs[0].get("test", "per_class") if runs else None
+        share = rarest_share(runs[0]) if classes else 1.0
+        if classes and share * len(classes) < UNEQUAL:
+            rows.append((share, (name, *_cells(runs))))
+            environments += [run.environment for run in runs]
+    return f"{Table(COLUMNS, [row for _, row in sorted(rows)]).markdown()}\n\n{measured(environments)}"
+
+
+def rarest_share(run: Run) -> float:
+    """The share of the rarest class in the test texts."""
+    return run.get("test", "per_class", rarest(run), "support") / run.get("test", "examples")
+
+
+def rarest(run: Run) -> str:
+    """The name of the class with the fewest test texts."""
+    classes = run.get("test", "per_class")
+    return min(classes, key=lambda name: (classes[name]["support"], name))
+
+
+def _cells(runs: list[Run]) -> tuple[str, ...]:
+    """A row without its first cell; the runs differ in their seed alone."""
+    first = runs[0]
+    baselines = [run.get("baseline", "test", "macro_f1") for run in runs]
+    return (
+        str(len(first.get("test", "per_class"))),
+        f"{100 * rarest_share(first):.1f}",
+        f"{first.get('test', 'per_class', rarest(first), 'support'):,}",
+        score_cell([100 * (run.accuracy("test") or 0.0) for run in runs]),
+        score_cell([100 * run.get("test", "macro_f1") for run in runs]),
+        "" if None in baselines else f"{100 * fmean(baselines):.1f}",
+        score_cell([100 * run.get("test", "per_class", rarest(run), "f1") for run in runs]),
+    )
