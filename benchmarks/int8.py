@@ -21,7 +21,7 @@ from benchmarks.peers import PLACES, fastest_settings
 from benchmarks.workload import MODELS, Job, prepare, read_split, sample, some_batches
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured
-from finetuning.processor import VARIABLE, limit_libraries
+from finetuning.processor import VARIABLE, instructions, limit_libraries
 from finetuning.runs.measurements import environment_record, processor_seconds, was_alone
 
 OUTPUT = harness.RESULTS / "int8.json"
@@ -47,6 +47,7 @@ PLAN = (
     Work("minilm", "all", 256, 3, processor="avx512_vnni"),
     Work("minilm", "all", 256, 3, processor="avx2_vnni"),
 )
+NEEDS = {"avx512_vnni": "avx512_vnni", "avx2_vnni": "avx_vnni"}  # what a work hides -> what the processor must have
 WITHOUT_INT8 = {
     "": "bf16",
     "avx512_vnni": "fp32, a processor without bf16",
@@ -127,7 +128,14 @@ def table(result: Record) -> str:
             )
         )
     conditions = f"{harness.machine(environment, 'torch')}; {result['rounds']} rounds.{harness.not_alone(records)}"
+    if missing := [WITHOUT_INT8[work.processor] for work in PLAN if asdict(work) not in result["works"]]:
+        conditions += f"\nNot measured: {'; '.join(missing)}."
     return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured([environment])}"
+
+
+def possible() -> list[Work]:
+    """The works whose instructions this processor has, apart from those of 8-bit products themselves."""
+    return [work for work in PLAN if NEEDS.get(work.processor, "") in {"", *instructions()}]
 
 
 def command(argv: Sequence[str] | None) -> int:
@@ -146,14 +154,22 @@ def command(argv: Sequence[str] | None) -> int:
         limit_libraries()
         return harness.answer(partial(measure, PLAN[options.number], options.rounds, options.folder))
     harness.require_positive(options, "rounds")
-    works, rounds = (PLAN[:1], 1) if options.quick else (PLAN, options.rounds)
+    works, rounds = (PLAN[:1], 1) if options.quick else (possible(), options.rounds)
     conditions = {"environment": environment_record(), "rounds": rounds, "works": [asdict(work) for work in works]}
     journal = harness.start_journal("int8", options, conditions)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder), {work.model for work in works}, {work.max_length for work in works})
-        for number, work in enumerate(works):
+        for work in works:
             if journal.find(work=asdict(work)) is None:
-                words = ["benchmarks.int8", "--number", str(number), "--rounds", str(rounds), "--folder", folder]
+                words = [
+                    "benchmarks.int8",
+                    "--number",
+                    str(PLAN.index(work)),
+                    "--rounds",
+                    str(rounds),
+                    "--folder",
+                    folder,
+                ]
                 records = harness.measured_in_process(words, show=True, **{VARIABLE: work.processor})
                 if "error" in records:
                     raise UserError(f"{work}: the measurement failed")

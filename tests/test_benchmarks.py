@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,16 @@ def stored(name: str) -> dict[str, Any]:
 def test_the_variants_equal_those_of_peft() -> None:
     for record in differences():
         assert max(record[kind] for kind in ("logits", "gradients", "merged weight")) < 1e-5, record
+
+
+def test_a_work_whose_instructions_the_processor_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "instructions", lambda: {"avx512_vnni", "avx512_bf16"})
+    works = int8.possible()
+    assert [work.processor for work in int8.PLAN if work not in works] == ["avx2_vnni"]
+    result = {"environment": environment_record(), "rounds": 1, "measurements": [], "works": list(map(asdict, works))}
+    assert "\nNot measured: fp32, a processor with AVX2-VNNI.\n" in int8.table(result)
+    monkeypatch.setattr(int8, "instructions", lambda: {"avx512_vnni", "avx_vnni"})
+    assert int8.possible() == list(int8.PLAN)
 
 
 def test_the_table_of_variants_compares_within_rounds() -> None:
