@@ -178,6 +178,11 @@ def _is_path(name: str) -> bool:
 # defaults and checks
 
 
+def method_of(flag: str) -> str | None:
+    """The only method that takes this flag; ``None`` if several do."""
+    return "lora" if FLAGS[flag].section == "lora" else OF_ONE_METHOD.get(flag)
+
+
 def _resolved(given: dict[str, Any]) -> dict[str, Any]:
     """The value of every setting, checked; ``None`` if it does not apply."""
     for name, value in given.items():
@@ -189,8 +194,8 @@ def _resolved(given: dict[str, Any]) -> dict[str, Any]:
         except UnicodeEncodeError:
             raise UserError(f"--{name} {value}: is not valid UTF-8: rename it") from None
     for name in given:
-        flag, method = FLAGS[name], given.get("method", FLAGS["method"].default)
-        wanted = "lora" if flag.section == "lora" else OF_ONE_METHOD.get(name, method)
+        method = given.get("method", FLAGS["method"].default)
+        wanted = method_of(name) or method
         if wanted != method:
             raise UserError(f"--{name} {given[name]}: needs --method {wanted}, but the method is {method}")
     plain = {name: flag.default for name, flag in FLAGS.items()} | given

@@ -172,6 +172,8 @@ def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_typ
     assert np.abs(in_pipeline(out, swapped)[1] - expected).max() > 1e-3
     content, _ = exported(run, tmp_path / "adapter", "--adapter")
     assert '"text_pair": "The second text of the pair."' in content
+    with pytest.raises(UserError, match="was trained on pairs of texts: give --text_pair for each --text"):
+        read_trained(out).check_pairs(given=False)
     assert (tmp_path / "adapter" / "base").exists() == (model_type == PACKAGED_BERT)
 
 

@@ -115,6 +115,16 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
         assert "--resume takes the flags that the search has" in err
 
 
+def test_a_storage_that_is_refused_leaves_no_search(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "search"
+    words = ["tune", *flags, "--trials", "1", "--storage", "sqlite:////nowhere/x.db", "--output_dir", str(folder)]
+    assert main(words) == 2
+    assert "error: --storage sqlite:////nowhere/x.db: cannot be used: " in capsys.readouterr().err
+    assert not folder.exists()
+
+
 def a_failure_loses(folder: Path) -> bool:
     """Whether the default wins if the best trial has as good a run, but another one failed; and the summary says so."""
     final = {"trials": [1, 0], "seeds": [1, 2]}

@@ -140,14 +140,18 @@ class Run:
         return "code differed from its commit" if self.get("environment", "git", "modified") else None
 
     @property
+    def forked(self) -> bool:
+        """Whether its process was forked, which saves memory; runs of earlier versions do not say it."""
+        return bool(self.get("environment", "forked"))
+
+    @property
     def conditions(self) -> str:
         """What time and memory depend on besides the settings: commit, processor, threads, missing kernels, torch, and
         whether the run was forked."""
         keys = (("git", "commit"), ("cpu",), ("gpus",), ("threads",), ("versions", "torch"))
         kernels = str(self.get("environment", "cpu_kernels") or "")
         missing = "" if kernels.startswith(("compiled", NOT_ASKED_FOR)) else kernels  # that is a setting
-        forked = bool(self.get("environment", "forked"))  # runs of earlier versions do not say it
-        return json.dumps([missing, forked, *(self.get("environment", *key) for key in keys)])
+        return json.dumps([missing, self.forked, *(self.get("environment", *key) for key in keys)])
 
     @property
     def environment(self) -> dict[str, Any]:

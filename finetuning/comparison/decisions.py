@@ -97,7 +97,7 @@ def how_sure(chance: float, sets: int) -> str:
 def _ratio(grid: Grid, sets: Sequence[str], methods: tuple[str, str], *keys: str) -> str:
     """What the first method takes over what the second one takes: the mean over sets.
 
-    Empty if a run lacks it, or if the two ran on other processors or in another precision.
+    Empty if a run lacks it, or if the two ran under other ``conditions``.
     """
     if conditions(grid.runs[n][methods[0]] for n in sets) != conditions(grid.runs[n][methods[1]] for n in sets):
         return ""

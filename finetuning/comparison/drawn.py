@@ -10,6 +10,9 @@ from finetuning.settings import AUTO, FLAGS
 
 RATE = "learning_rate"
 Settings = dict[str, Any]
+SEARCHED = ("method", "lora", "model", "training")  # sections whose flags can be tuned or searched
+NOT_SEARCHED = ("seed", "monitor", "threshold", "positive_label", "init_adapter", "model_name")
+ALSO_SEARCHED = ("max_length", "truncation")
 
 
 def tried_settings(name: str, tune: Mapping[str, Any], search: Mapping[str, int] | None) -> dict[str, Settings]:
@@ -77,6 +80,11 @@ def check_numbers(where: str, flag: str, values: Sequence[Any]) -> None:
         raise UserError(f"{where} {texts[0]!r}: must be a number, without quotes")
 
 
+def is_searched(flag: str) -> bool:
+    """Whether random or proposed values of a flag can be compared: others change the texts or what judges a trial."""
+    return flag in ALSO_SEARCHED or (flag in FLAGS and FLAGS[flag].section in SEARCHED and flag not in NOT_SEARCHED)
+
+
 def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] | None) -> None:
     """Checks the ``tune`` of a row.
 
@@ -93,6 +101,8 @@ def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] |
     for flag, values in tune.items():
         if flag not in FLAGS:
             raise UserError(f"{where}{flag}: finetune_lora.py has no flag of this name")
+        if not is_searched(flag):
+            raise UserError(f"{where}{flag}: cannot be tuned: give flags of method, LoRA, model or training")
         if isinstance(values, dict):
             ends = [values.get(key) for key in ("low", "high")]
             numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)

@@ -24,7 +24,7 @@ PAIRS = (
 )  # fmt: skip
 COSTS = (
     "method", "trained parameters", "training, processor s", "with its trials, processor s", "peak, MiB", "precision",
-    "processor",
+    "processor", "process",
 )  # fmt: skip
 SECONDS = ("train", "processor_seconds")  # runs of earlier versions lack it
 DRAW = re.compile(r"-data_seed\d+$")
@@ -39,7 +39,8 @@ class Grid:
 
     Attributes:
         runs: those with a test: one for each seed and draw.
-        trials: the finished ones that chose settings.
+        trials: those that chose settings. One that failed is a trial as well: without it, a method that often fails
+            would look as good as one that never does.
     """
 
     runs: Found
@@ -72,8 +73,10 @@ def grid_of(study: Study) -> Grid | None:
     trials: Found = {}
     for run in sorted(study.runs, key=lambda run: (str(run.get("config", "data_dir")), run.row)):
         name = str(run.get("study", "data") or Path(str(run.get("config", "data_dir"))).name)
-        score, found = (run.monitored, trials) if run.tunes else (run.accuracy("test"), runs)
-        if score is not None and run.row.startswith(f"{name}-"):
+        counts, found = run.accuracy("test") is not None, runs
+        if run.tunes:
+            counts, found = run.status == "failed" or run.monitored is not None, trials
+        if counts and run.row.startswith(f"{name}-"):
             method = DRAW.sub("", run.row.removeprefix(f"{name}-"))
             found.setdefault(name, {}).setdefault(method, []).append(run)
     grid = Grid(runs, trials)
@@ -171,15 +174,19 @@ def costs_table(grid: Grid) -> Table:
         trained, peak = mean_of_sets(found, "parameters", "trainable"), mean_of_sets(found, "memory", "peak_bytes")
         values = (f"{trained:,.0f}", f"{training:,.0f}", f"{training + searched:,.0f}", f"{(peak or 0) / 2**20:,.0f}")
         rows.append((method, *values, *("; ".join(sorted(names)) for names in conditions(found))))
-    return Table(COSTS, rows)
+    table = Table(COSTS, rows)
+    return table if len(set(table.column("process"))) > 1 else table.without("process")
 
 
-def conditions(found: Iterable[Iterable[Run]]) -> tuple[set[str], set[str]]:
-    """The precisions and the processors of runs. Costs can be compared only where both are the same."""
+Conditions = tuple[frozenset[str], frozenset[str], frozenset[str]]
+
+
+def conditions(found: Iterable[Iterable[Run]]) -> Conditions:
+    """Precisions, processors, and whether the runs were forked. Costs can be compared only where all are the same."""
     runs = [run for each in found for run in each]
     keys = (("base_model", "precision"), ("environment", "cpu"))
-    precisions, processors = ({str(run.get(*key) or "unknown") for run in runs} for key in keys)
-    return precisions, processors
+    precisions, processors = (frozenset(str(run.get(*key) or "unknown") for run in runs) for key in keys)
+    return precisions, processors, frozenset("forked" if run.forked else "started" for run in runs)
 
 
 def mean_of_sets(found: Sequence[Sequence[Run]], *keys: str) -> float | None:

@@ -20,6 +20,7 @@ from finetuning.settings import DEFAULT_LEARNING_RATES
 LEAST_TRIALS = 20  # of a method over all sets
 MULTIPLES = (0.125, 0.5, 2.0, 4.0)  # of the default rate
 FITTED = (RATE, "epochs", "batch_size")
+FITTED_CURVE = 4  # numbers of a fit besides the level of each data set
 COLUMNS = (
     "method", "trials", "default rate", "best rate", "validation over the default (95 %)",
     *(f"{multiple:g} times" for multiple in MULTIPLES),
@@ -64,13 +65,14 @@ def rates_table(grid: Grid) -> Table:
     """A row for each method with enough trials; no rows if none has."""
     rows = []
     for method in grid.methods:
-        trials = {name: found[method] for name, found in grid.trials.items() if method in found}
-        flat = [run for runs in trials.values() for run in runs]
-        if len(flat) < LEAST_TRIALS or any(run.monitor == "loss" for run in flat):  # a loss has other units
-            continue
+        tried = ([run for run in found.get(method, ()) if run.finished] for found in grid.trials.values())
+        trials = [runs for runs in tried if runs]  # of each data set
+        flat = [run for runs in trials for run in runs]
+        if len(flat) < max(LEAST_TRIALS, len(trials) + 1 + FITTED_CURVE) or any(run.monitor == "loss" for run in flat):
+            continue  # a loss has other units
         key = flat[0].get("config", "method"), flat[0].get("config", "optimizer")
         default = DEFAULT_LEARNING_RATES[key]
-        fit = fitted(list(trials.values()), default)
+        fit = fitted(trials, default)
         gains = (fit.gain(math.log10(multiple)) for multiple in MULTIPLES)
         best = f"{default * 10**fit.top:.1g}"
         rows.append((method, str(len(flat)), f"{default:g}", f"{float(best):g}", fit.gain(fit.top), *gains))

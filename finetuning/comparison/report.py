@@ -200,11 +200,17 @@ def sets_text(section: Section) -> str:
 
 
 def part_done(study: Study) -> str:
-    """How many of the planned final runs are there, with the trials that chose their settings; empty if all are."""
-    if not study.missing:
-        return ""
-    trials = f" Trials that chose their settings: {len(study.tuning):,}." if study.tuning else ""
-    return f"{len(study.planned) - len(study.missing):,} of {len(study.planned):,} runs are there.{trials}"
+    """How many of the planned final runs are there, with the trials that chose their settings, and which have failed.
+
+    Empty if all are there and none has failed.
+    """
+    parts = []
+    if study.missing:
+        parts.append(f"{len(study.planned) - len(study.missing):,} of {len(study.planned):,} runs are there.")
+        parts += [f"Trials that chose their settings: {len(study.tuning):,}."] if study.tuning else []
+    if failed := [run.name for run in study.final if not run.finished]:
+        parts.append(f"Failed, so in no mean: {', '.join(failed)}.")
+    return " ".join(parts)
 
 
 def defaults_table() -> str:

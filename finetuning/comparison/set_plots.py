@@ -2,13 +2,14 @@
 
 import math
 import re
+from collections import Counter
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from finetuning.comparison.collected import Run, Study
-from finetuning.comparison.over_sets import SECONDS, Grid, grid_of, mean_of_sets
+from finetuning.comparison.over_sets import SECONDS, Grid, conditions, grid_of, mean_of_sets
 from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import COLORS, FRONT, add_legend, log_scale, new_figure, png_of, style_of
 from finetuning.comparison.statistics import interval_over_sets, pareto_front, tuning_curve
@@ -58,10 +59,17 @@ def loss_plot(grid: Grid) -> Plot | None:
 
 
 def cost_plot(grid: Grid) -> Plot | None:
-    """The mean loss of each method against its processor time next to the quickest method of each set."""
+    """The mean loss of each method against its processor time next to the quickest method of each set.
+
+    Methods that ran under other ``conditions`` than most are left out.
+    """
     sets, found = grid.shared(grid.methods), losses(grid)
-    seconds = {method: [mean_of_sets([grid.runs[name][method]], *SECONDS) for name in sets] for method in grid.methods}
-    if len(sets) < 2 or any(None in own for own in seconds.values()):
+    under = {method: conditions(grid.runs[name][method] for name in sets) for method in grid.methods}
+    usual = Counter(under.values()).most_common(1)[0][0]
+    others = [method for method in found if under[method] != usual]  # their times cannot be compared
+    found = {method: own for method, own in found.items() if method not in others}
+    seconds = {method: [mean_of_sets([grid.runs[name][method]], *SECONDS) for name in sets] for method in found}
+    if len(sets) < 2 or len(found) < 2 or any(None in own for own in seconds.values()):
         return None
     times = np.array([[value or 0.0 for value in own] for own in seconds.values()])  # (methods, sets)
     ratios = np.exp(np.log(times / times.min(0)).mean(1)).tolist()
@@ -77,7 +85,9 @@ def cost_plot(grid: Grid) -> Plot | None:
         axis.invert_yaxis()
         add_legend(axis)
         caption = f"Means over {len(sets)} data sets, of times geometric ones. Filled: no other method is at least as"
-        return Plot(SET_FILES[1], f"{caption} good in both and better in one (the Pareto front).", png_of(figure))
+        caption += " good in both and better in one (the Pareto front)."
+        caption += f" Left out, because they ran under other conditions: {', '.join(others)}." if others else ""
+        return Plot(SET_FILES[1], caption, png_of(figure))
 
 
 def tuning_plot(grid: Grid) -> Plot | None:
@@ -132,5 +142,5 @@ def _curve(axis: Any, scores: list[float], most: int, k: int, name: str) -> None
 
 
 def _score(run: Run) -> float:
-    """The monitored score of a trial, in points."""
+    """The monitored score of a trial, in points; 0 if it failed."""
     return 100 * (run.monitored or 0.0)

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from finetuning.datasets import traits_of
 from finetuning.export.onnx_file import ONNX_FILE
-from finetuning.export.proof import run_alone
+from finetuning.export.proof import beside, run_alone
 from finetuning.html import render
 from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import reliability
@@ -77,7 +77,7 @@ def write_card(
         escape_text=False,
         metadata=_metadata(folder, run, base, base_licence, data_id),
         name=folder.name,
-        snippets=[Snippet(code, _run(code, folder.parent)) for code in snippets],
+        snippets=[Snippet(code, _run(code, folder)) for code in snippets],
         base=base or "a local folder",
         base_licence=base_licence or "not known here",
         data_licence=data_licence,
@@ -91,11 +91,11 @@ def write_card(
 
 
 def _run(code: str, folder: Path) -> str:
-    """What code prints. It is run from a file: with many names of classes it is too long for an argument."""
-    script = folder / "snippet.py"
+    """What code prints next to the folder. It is run from a file: with many classes it is too long for an argument."""
+    script = beside(folder, "snippet.py")
     write_text(script, code)
     try:
-        return run_alone([script.name], folder).strip()
+        return run_alone([script.name], script.parent).strip()
     finally:
         script.unlink()
 

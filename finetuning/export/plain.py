@@ -57,7 +57,8 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
     predictions = against_predictions(reference, held.stored, loaded.precision)
     data = loaded.run.config.data
     write_tokenizer(folder, tokenizer, data.max_length)
-    if data.windows > 1:  # predict.py reads it, Transformers keeps it
+    model.config.text_pairs = data.text_pair_column is not None  # predict.py reads both, Transformers keeps them
+    if data.windows > 1:
         model.config.windows = {name: getattr(data, name) for name in WINDOWED}
     write_model(folder, model, DTYPES[dtype], held.stored.threshold, held.stored.positive)
     rounded = dtype != "fp32"

@@ -186,7 +186,7 @@ def fresh_answers(folder: Path, held: HeldOut, **job: Any) -> dict[str, np.ndarr
     Raises:
         ExportFailed: the process could not load the folder or classify with it.
     """
-    desk = folder.parent / "proof"
+    desk = beside(folder, "proof")
     desk.mkdir(exist_ok=True)
     absent = dict.fromkeys(("base", "texts", "onnx", "onnx_alone"))
     job = {"model": folder.name, "pad_id": held.pad_id} | absent | job
@@ -198,6 +198,11 @@ def fresh_answers(folder: Path, held: HeldOut, **job: Any) -> dict[str, np.ndarr
     run_alone([fresh_process.__file__, desk.name], folder.parent)
     with np.load(desk / "answers.npz") as answers:
         return dict(answers) | {name: held.pooled(answers[name]) for name in ("logits", "onnx") if name in answers}
+
+
+def beside(folder: Path, name: str) -> Path:
+    """A path of this name next to the exported folder, which may have the name itself."""
+    return folder.parent / (f"{name}_" if folder.name == name else name)
 
 
 def run_alone(words: Sequence[str], folder: Path) -> str:

@@ -111,7 +111,8 @@ def names_beside(columns: Collection[str], taken: Collection[str]) -> list[str]:
     """
     if not set(columns) & set(taken):
         return list(columns)
-    others = [f"{IF_TAKEN}{name}" for name in columns]
+    kept = {name for name in columns if name.startswith(IF_TAKEN)} - set(taken)
+    others = [name if name in kept else f"{IF_TAKEN}{name}" for name in columns]
     if clash := sorted(set(others) & set(taken)):
         raise UserError(f"--output: the input already has a column {clash[0]}: rename or remove it")
     return others

@@ -126,7 +126,9 @@ def file_of(path: Path, text_column: str, pair_column: str | None) -> Iterator[S
         if name_and_format(path)[1] == "parquet":
             (schema,) = _readable(flag, lambda: iter([parquet_schema(file).remove_metadata()]))
         columns = {TEXT: text_column} | ({} if pair_column is None else {PAIR: pair_column})
-        yield Source(flag, lambda: _readable(flag, lambda: read_chunks(file, CHUNK_ROWS)), columns, schema)
+        yield Source(
+            flag, lambda: _readable(flag, lambda: _named(flag, read_chunks(file, CHUNK_ROWS))), columns, schema
+        )
 
 
 def is_table(file: Path) -> bool:
@@ -174,6 +176,14 @@ def _readable(flag: str, begin: Callable[[], Iterator[T]]) -> Iterator[T]:
         raise UserError(f"{flag}: cannot be read: {first_line(error)}") from None
 
 
+def _named(flag: str, tables: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    """The same tables, whose columns have different names."""
+    for table in tables:
+        if not table.columns.is_unique:
+            raise UserError(f"{flag}: two of its columns have the same name: rename one")
+        yield table
+
+
 def _line_tables(path: Path) -> Iterator[pd.DataFrame]:
     """One text per line, without blank lines."""
     with opened(path) as source, io.TextIOWrapper(source, encoding="utf-8-sig") as file:  # Excel writes a mark
@@ -214,8 +224,6 @@ def survey(source: Source, skip_bad: bool, typed: bool, done: Callable[[int], ob
     for rows in source.rows(skip_bad):
         count, bad = count + len(rows.bad), bad + int(rows.bad.sum())
         columns |= dict.fromkeys(rows.table.columns)
-        if not rows.table.columns.is_unique:
-            raise UserError(f"{source.flag}: two of its columns have the same name: rename one")
         if typed and source.schema is None:
             schema = _widened(schema, rows.table, source.flag)
         done(len(rows.bad))

@@ -87,6 +87,8 @@ class Score:
 
     def _name(self, value: object) -> str | None:
         """A label as the classifier calls it: a column of whole numbers with gaps holds floats."""
+        if isinstance(value, np.ndarray):  # a list of a parquet file
+            value = value.tolist()
         if value is None or value != value:
             return None
         text = str(value).strip()

@@ -42,6 +42,7 @@ class Trained:
     threshold: float | None
     positive: int | None = None
     exported: bool = False
+    pairs: bool | None = None  # whether an exported one reads pairs of texts; None: its folder does not say it
     base_files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -59,8 +60,8 @@ class Trained:
         Raises:
             UserError: they do not.
         """
-        wanted = self.config.data.text_pair_column is not None
-        if self.exported or given == wanted:  # an exported folder does not say what it was trained on
+        wanted = self.pairs if self.exported else self.config.data.text_pair_column is not None
+        if wanted is None or given == wanted:
             return
         raise UserError(
             f"{self.directory}: was trained on pairs of texts: give --text_pair for each --text"
@@ -110,7 +111,9 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
     if content.get("problem_type") == MULTI_LABEL or positive is not None:
         given = content.get("threshold")  # export_model.py writes the run's
         threshold = given if isinstance(given, float) and 0 < given < 1 else DEFAULT_THRESHOLD
-    return Trained(directory, config, label_names, threshold, positive, exported=True)
+    pairs = content.get("text_pairs")  # export_model.py writes it
+    known = pairs if isinstance(pairs, bool) else None
+    return Trained(directory, config, label_names, threshold, positive, exported=True, pairs=known)
 
 
 def _reading(content: dict[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,12 @@ class Abstention:
 
     @property
     def shown(self) -> str:
-        """``least`` for people, rounded up, so that it answers no other texts."""
-        return f"{np.ceil(self.least * 1e6) / 1e6:.6f}"
+        """``least`` for people and for ``--abstain``, which takes numbers between 0 and 1 without these.
+
+        Rounded up if that answers the same texts or hardly fewer; all digits if it would be 1.
+        """
+        rounded = max(1e-6, float(np.ceil(self.least * 1e6) / 1e6))
+        return f"{rounded:.6f}" if rounded < 1 else repr(self.least)
 
 
 def least_confidence(answers: Answers, risk: float, candidates: int = 1) -> Abstention | None:

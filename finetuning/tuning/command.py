@@ -144,6 +144,10 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
 
         budget = Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3)
         facts = read_facts(config)
+        if asked.storage:
+            from finetuning.tuning.sampler import check_storage  # loads Optuna
+
+            check_storage(asked.storage)  # what is refused leaves no search behind
         begin(folder, asked, facts, budget)
         print(data_text(facts.sizes), flush=True)
         if any(row.name == "pooling" for row in Plan.read(folder).space.parameters):

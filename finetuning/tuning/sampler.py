@@ -88,30 +88,20 @@ class StoredProposer(Proposer):
     def __init__(self, url: str, name: str, space: Space, sampler: str, seed: int, minimize: bool) -> None:
         super().__init__(space, sampler, seed, minimize)
         self.url = url
-        with self._reached():
+        with reached(url):
             self.study = optuna.create_study(
                 storage=_storage(url), study_name=name, direction=_direction(minimize), load_if_exists=True
             )
 
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
-        """Turns an error of the storage into one line; each database raises its own."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"--storage {self.url}: cannot be used: {first_line(error)}") from None
-
     def propose(self, number: int, trials: Sequence[Trial]) -> tuple[Point, int | None]:
-        with self._reached():
+        with reached(self.url):
             return super().propose(number, trials)
 
     def _study(self, trials: Sequence[Trial]) -> optuna.Study:
         return self.study
 
     def heard(self, trial: Trial) -> None:
-        with self._reached():
+        with reached(self.url):
             self._tell(trial)
 
     def _tell(self, trial: Trial) -> None:
@@ -128,6 +118,27 @@ class StoredProposer(Proposer):
         if ended:
             state = STATES.get(trial.state, TrialState.PRUNED)
             self.study.tell(trial.stored, trial.value if state == TrialState.COMPLETE else None, state)
+
+
+@contextmanager
+def reached(url: str) -> Iterator[None]:
+    """Turns an error of a storage into one line; each database raises its own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--storage {url}: cannot be used: {first_line(error)}") from None
+
+
+def check_storage(url: str) -> None:
+    """Opens the storage once.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    with reached(url):
+        optuna.storages.get_storage(_storage(url))
 
 
 def _storage(url: str) -> Any:

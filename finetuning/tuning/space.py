@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetuning.config import OF_ONE_METHOD, RunConfig
+from finetuning.comparison.drawn import is_searched
+from finetuning.config import RunConfig, method_of
 from finetuning.errors import UserError, first_line
 from finetuning.pages import Table
 from finetuning.settings import ENCODER_TARGETS, FLAGS, LORA_TARGETS, OF_ADAPTER
@@ -22,9 +23,7 @@ PLACEMENTS = {
     "all": ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"),
 }
 MAX_LENGTH = "max_length"
-SECTIONS = ("method", "lora", "model", "training")  # whose flags can be searched
-NOT_SEARCHED = ("seed", "monitor", "threshold", "positive_label", "init_adapter", "model_name")
-ALSO_SEARCHED = (MAX_LENGTH, "truncation")
+OF_TEXTS = ("learning_rate", "epochs", "batch_size")  # their default follows from the run, and has multiples
 KEYS = ("values", "low", "high", "log", "times_default", "if")
 REPLACE = "replace"  # the key of a file whose rows are the whole space
 
@@ -148,8 +147,9 @@ class Space:
         return point
 
     def _applies(self, parameter: Parameter, point: Mapping[str, Any]) -> bool:
-        fixed = {name: self.given.get(name, FLAGS[name].default) for name in parameter.only or () if name in FLAGS}
-        known = {**fixed, **point}
+        method = point.get("method", self.given.get("method", FLAGS["method"].default))
+        asked = [name for name in parameter.only or () if name in FLAGS and method_of(name) in (None, method)]
+        known = {name: self.given.get(name, FLAGS[name].default) for name in asked} | dict(point)
         return all(known.get(name) in values for name, values in (parameter.only or {}).items())
 
     def settings(self, point: Point) -> dict[str, Any]:
@@ -267,8 +267,21 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
     rows += [row for row in named.values() if row is not None]
     rows = [row for row in rows if row.name not in given and (row.own or not _is_decided(row.name, given))]
-    rows.sort(key=lambda row: len(row.only or {}))  # a row is drawn after those that its condition names
-    return Space(tuple(rows), given, {"epochs": facts.epochs, "batch_size": facts.batch_size}).checked()
+    return Space(tuple(_in_order(rows)), given, {"epochs": facts.epochs, "batch_size": facts.batch_size}).checked()
+
+
+def _in_order(rows: Sequence[Parameter]) -> list[Parameter]:
+    """Each row after those that its condition names, because it is drawn after them."""
+    ordered: list[Parameter] = []
+    waiting = sorted(rows, key=lambda row: len(row.only or {}))
+    while waiting:
+        names = {row.name for row in waiting}
+        ready = [row for row in waiting if names.isdisjoint(row.only or ())]
+        if not ready:
+            raise UserError(f"--search: {', '.join(sorted(names))}: their conditions name each other")
+        ordered += ready
+        waiting = [row for row in waiting if row not in ready]
+    return ordered
 
 
 def _fitted(facts: Facts) -> list[Parameter]:
@@ -293,7 +306,7 @@ def _fitted(facts: Facts) -> list[Parameter]:
 def _is_decided(name: str, given: Mapping[str, Any]) -> bool:
     """Whether given flags decide a declared parameter that is none of them."""
     if name == "method":  # flags of one method fix it
-        return any(FLAGS[flag].section == "lora" or flag in OF_ONE_METHOD for flag in given)
+        return any(flag in FLAGS and method_of(flag) for flag in given)
     if "init_adapter" in given and name in (*OF_ADAPTER, PLACEMENT):
         return True
     return name == PLACEMENT and bool(given.keys() & {*ENCODER_TARGETS, "lora_modules"})
@@ -336,13 +349,13 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
 
 
 def _row(name: str, row: Any) -> Parameter | None:
-    searchable = name in FLAGS and FLAGS[name].section in SECTIONS and name not in NOT_SEARCHED
-    if not (searchable or name in (PLACEMENT, *ALSO_SEARCHED)):
+    if not is_searched(name) and name != PLACEMENT:
         raise UserError(f"{name}: cannot be searched: give flags of method, LoRA, model or training, or {PLACEMENT}")
     if row is False:
         return None
     declared = next((other for other in DECLARED if other.name == name), None)
-    usual = declared.only if declared else None
+    method = method_of(name) if name in FLAGS else None
+    usual = declared.only if declared else {"method": (method,)} if method else None
     if isinstance(row, list):
         row = {"values": row}
     if not isinstance(row, dict) or (unknown := sorted(set(row) - set(KEYS))):
@@ -359,6 +372,11 @@ def _row(name: str, row: Any) -> Parameter | None:
         raise UserError(f"{name}: log and times_default must be true or false")
     if (low is None) != (high is None) or bool(values) == (low is not None) or not isinstance(values, list):
         raise UserError(f"{name}: needs a list of values, or low and high")
+    numeric = name in FLAGS and FLAGS[name].kind in (int, float)
+    if low is not None and not numeric:
+        raise UserError(f"{name}: low and high are for numbers: give a list of values")
+    if times_default and not (name in OF_TEXTS or (numeric and isinstance(FLAGS[name].default, int | float))):
+        raise UserError(f"{name}: times_default: it has no number as default")
     for value in (*values, *(end for end in (low, high) if end is not None)):
         _check_kind(name, value, times_default)
     if low is not None and not (low < high and (not log or low > 0)):

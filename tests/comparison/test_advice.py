@@ -247,8 +247,8 @@ def test_what_the_text_says_in_words() -> None:
         [mean_of_sets([grid.runs[name][method]], "test", "macro_f1") or 0 for name in grid.shared(("full", "lora-all"))]
         for method in ("full", "lora-all")
     )
-    low, high = interval_over_sets([a - b for a, b in zip(full, lora, strict=True)])
-    assert (len(full), low < 0 < high) == (9, True)  # "by macro F1, too"
+    least, most = interval_over_sets([a - b for a, b in zip(full, lora, strict=True)])
+    assert (len(full), least < 0 < most) == (9, True)  # "by macro F1, too"
     assert (decisions.ENOUGH_SETS, ROPE) == (8, 0.5)  # "at least eight data sets", "half a point"
     rates = DEFAULT_LEARNING_RATES
     assert all(10 * rates["full", o] == pytest.approx(rates["lora", o]) for o in ("adam", "adamw"))

@@ -54,6 +54,15 @@ def test_costs_in_another_precision_are_not_compared(tmp_path: Path, monkeypatch
     assert table(tmp_path / "other", 3, monkeypatch, precision="y")[5:7] == ["", ""]
 
 
+def test_memory_of_forked_and_of_started_runs_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert table(tmp_path, 3, monkeypatch)[6] == "1.00"
+    for number in range(3):
+        more: dict[str, Any] = {"config": {"data_dir": f"in/d{number}"}, "environment": {"forked": True}}
+        more |= {"data": {"sizes": {"train": 100 + number}}, "base_model": {"precision": "x"}}
+        write_run(tmp_path, "s", f"d{number}-b", correct=np.arange(1000) < 820, train={"processor_seconds": 9}, **more)
+    assert "|  |  | open |" in decisions_table({"s": read_study("s", tmp_path)})
+
+
 def test_few_sets_leave_it_open_and_missing_times_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = table(tmp_path, 4, monkeypatch, times=False)
     assert cells[5] == ""

@@ -86,6 +86,16 @@ def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -
     ]
 
 
+def test_costs_of_forked_and_of_started_runs_are_told_apart(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        for method in ("a", "b"):
+            more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "train": {"processor_seconds": 5.0}}
+            more["environment"] = {"forked": method == "b"}
+            write_run(tmp_path, "s", f"{name}-{method}", correct=np.arange(10) < 5, **more)
+    _, _, costs = over_sets(read_study("s", tmp_path))
+    assert costs.column("process") == ["started", "forked"]
+
+
 def test_the_losses_of_a_pair(tmp_path: Path) -> None:
     for name, first, second in (("one", 0.5, 0.4), ("two", 0.6, 0.4), ("three", 0.7, 0.4)):
         for method, loss in (("a", first), ("b", second)):

@@ -78,6 +78,22 @@ def test_few_trials_say_nothing(tmp_path: Path) -> None:
     assert rates_table(trials(tmp_path, LEAST_TRIALS // 3)).rows == []
 
 
+def test_as_many_trials_as_numbers_of_the_fit_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.comparison.test_rates.SETS", {f"set{k}": 0.9 for k in range(LEAST_TRIALS + 2)})
+    assert rates_table(trials(tmp_path, 1)).rows == []
+
+
+def test_a_trial_that_failed_is_not_fitted(tmp_path: Path) -> None:
+    before = rates_table(trials(tmp_path, 8)).rows
+    for name in SETS:
+        axes, more = {"learning_rate": 0.01}, {"config": {"data_dir": f"in/{name}"}}
+        write_run(tmp_path, "s", f"{name}-lora", stage="tune", status="failed", axes=axes, **more)  # type: ignore[arg-type]
+    grid = grid_of(read_study("s", tmp_path))
+    assert grid is not None
+    assert len(grid.trials["one"]["lora"]) == 9
+    assert rates_table(grid).rows == before
+
+
 def test_losses_are_not_taken_for_scores(tmp_path: Path) -> None:
     grid = trials(tmp_path, LEAST_TRIALS)
     assert rates_table(grid).rows

@@ -108,6 +108,8 @@ def test_a_part_of_a_study_says_how_much_is_there(tmp_path: Path) -> None:
     assert part_done(read_study("s", tmp_path)) == ""
     change_records(tmp_path / "s", [], ["lora-final-seed0", "lora-final-seed1", "lora-final-seed2"])
     assert part_done(read_study("s", tmp_path)) == "1 of 3 runs are there. Trials that chose their settings: 1."
+    write_run(tmp_path, "s", "full", status="failed")
+    assert part_done(read_study("s", tmp_path)).endswith(": 1. Failed, so in no mean: full-final-seed0.")
 
 
 def test_what_the_report_says(results: Path) -> None:

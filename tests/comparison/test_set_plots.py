@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetuning.comparison import set_plots
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots, losses
@@ -43,6 +44,38 @@ def test_each_picture_where_there_is_data_for_it_and_the_same_bytes_twice(tmp_pa
     assert all(plot.png.startswith(b"\x89PNG") and plot.caption.endswith(".") for plot in found)
     write_grid(tmp_path / "few", seconds=False, trials=1)
     assert [plot.file for plot in draw_set_plots(read_study("s", tmp_path / "few"))] == [SET_FILES[0]]
+
+
+def test_a_failed_trial_lowers_the_curve_of_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[float]] = []
+    real = set_plots._curve
+
+    def watched(axis: Any, scores: list[float], *more: Any) -> None:
+        drawn.append(scores)
+        real(axis, scores, *more)
+
+    monkeypatch.setattr(set_plots, "_curve", watched)
+    write_grid(tmp_path)
+    for name in SETS:
+        more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "axes": {"learning_rate": 9}}
+        write_run(tmp_path, "s", f"{name}-lora", stage="tune", status="failed", **more)
+        write_run(tmp_path, "s", f"{name}-head", stage="tune", validation=0.6, **more)
+    grid = grid_of(read_study("s", tmp_path))
+    assert grid is not None
+    assert set_plots.tuning_plot(grid) is not None
+    head, lora = drawn
+    assert len(head) == len(lora) == len(SETS) * (TRIALS + 1)
+    assert min(lora) < -50 < min(head)
+
+
+def test_times_under_other_conditions_are_left_out(tmp_path: Path) -> None:
+    write_grid(tmp_path)
+    for k, name in enumerate(SETS):
+        more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "train": {"processor_seconds": 5.0}}
+        more["environment"] = {"cpu": "Another"}
+        write_run(tmp_path, "s", f"{name}-last-two", correct=outcomes(0.75, 100, k), **more)
+    (plot,) = (plot for plot in draw_set_plots(read_study("s", tmp_path)) if plot.file == SET_FILES[1])
+    assert plot.caption.endswith("Left out, because they ran under other conditions: last-two.")
 
 
 def test_a_study_on_one_set_has_none(tmp_path: Path) -> None:

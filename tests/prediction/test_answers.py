@@ -61,5 +61,8 @@ def test_names_that_the_input_has() -> None:
     ours = ["label", "probability_a"]
     assert names_beside(ours, ["text"]) == ours
     assert names_beside(ours, ["text", "label"]) == ["predicted_label", "predicted_probability_a"]
+    guess = ["predicted_label", "confidence"]  # of --most_uncertain
+    assert names_beside(guess, ["text", "confidence"]) == ["predicted_label", "predicted_confidence"]
+    assert names_beside(guess, ["confidence", "predicted_label"])[0] == "predicted_predicted_label"
     with pytest.raises(UserError, match="--output: the input already has a column predicted_label: rename or remove"):
         names_beside(ours, ["label", "predicted_label"])

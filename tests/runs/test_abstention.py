@@ -32,6 +32,16 @@ def test_the_bound_of_clopper_and_pearson_is_at_most_the_risk() -> None:
     assert fewer.answered < chosen.answered, "the best of 20 classifiers must show more"
 
 
+def test_the_shown_threshold_can_be_given_and_answers_the_same_texts() -> None:
+    sure = 1 - np.linspace(1e-14, 1e-9, 400)
+    for confidence, risk in ((np.linspace(0.9, 0.99, 400), 0.05), (sure, 0.02)):
+        found = answers(confidence, np.arange(400) < (380 if risk == 0.02 else 400))
+        chosen = least_confidence(found, risk)
+        assert chosen is not None
+        assert 0 < float(chosen.shown) < 1
+        assert int((found.confidence >= float(chosen.shown)).sum()) == chosen.answered
+
+
 def test_the_statement_holds_in_most_draws() -> None:
     """The true risk is known here: the mean of one minus the confidence of what is answered."""
     generator, broken, found = np.random.default_rng(1), 0, 0

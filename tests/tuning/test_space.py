@@ -138,6 +138,15 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
         ('lora_r = { values = [1, 2], if = { method = "full" } }', {}, "lora_r: --lora_r 1: needs --method lora"),
         ('epochs = { values = [1, 2], if = { method = "lora" } }', {"method": "full"}, "condition: method is lora"),
         ('epochs = { values = [1, 2], if = { metod = "lora" } }', {}, "condition: metod is lora never"),
+        ('method = { low = "full", high = "lora" }', {}, "method: low and high are for numbers: give a list"),
+        ('patience = { values = [0.5, 1], times_default = true }', {}, "patience: times_default: it has no number"),
+        ('scheduler = { values = [1], times_default = true }', {}, "scheduler: times_default: it has no number"),
+        ("lora_alpha = [8, 16]", {"method": "full"}, "lora_alpha: impossible condition: method is lora never occurs"),
+        (
+            'weight_decay = { values = [0, 1], if = { lora_dropout = 0.1 } }\n'
+            'lora_dropout = { values = [0, 0.1], if = { weight_decay = 1 } }',
+            {}, "--search: lora_dropout, weight_decay: their conditions name each other",
+        ),
         ("replace = true", {}, "the space is empty"),
         ("replace = true\ndropout = [0.1]", {}, "the space is empty"),
     ],
@@ -145,6 +154,27 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
 def test_bad_files_are_refused(tmp_path: Path, text: str, given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         space_of(search=written(tmp_path, text), **given)
+
+
+def test_a_flag_of_lora_leaves_the_other_methods_in(tmp_path: Path) -> None:
+    text = "lora_alpha = [8, 16]\nlora_plus_ratio = [1, 4]\nlabel_smoothing = { values = [0.2], if = { lora_r = 8 } }\n"
+    space = space_of(search=written(tmp_path, text))
+    assert values(space, "method") == ("lora", "full", "selective", "head")
+    for method in values(space, "method"):
+        point = space.drawn(lambda row: method if row.name == "method" else row.ends[0])  # noqa: B023
+        assert ("lora_alpha" in point) == ("lora_plus_ratio" in point) == (method == "lora")
+        assert "label_smoothing" not in point, "the rank is 4, or there is none"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_order_of_rows_does_not_matter(tmp_path: Path, first: int) -> None:
+    rows = [
+        "weight_decay = { values = [0.0, 0.1], if = { lora_dropout = 0.1 } }",
+        'lora_dropout = { values = [0.0, 0.1], if = { method = "lora" } }',
+    ]
+    space = space_of(search=written(tmp_path, "\n".join((rows[first], rows[1 - first]))))
+    drawn = [row.name for row in space.parameters]
+    assert drawn.index("method") < drawn.index("lora_dropout") < drawn.index("weight_decay")
 
 
 def test_a_space_is_stored_and_shown() -> None:
