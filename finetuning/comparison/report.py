@@ -50,6 +50,10 @@ DEFAULT_FLAGS = {
     "warmup_fraction": "share of all steps in which the rate rises",
     "lora_r": "rank of LoRA",
     "lora_alpha": "alpha of LoRA",
+    "lora_dropout": "dropout on the input of LoRA",
+    "dropout": "dropout in the encoder and the head",
+    "weight_decay": "weight decay (0 with other optimizers)",
+    "gradient_clip": "largest norm of the gradient",
 }
 SHORT = "_short"  # what the name of a study's short table ends with
 WIDTH = 150  # of a line of text on a page

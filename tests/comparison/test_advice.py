@@ -6,8 +6,10 @@ import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.tune import PARTS
@@ -241,6 +243,14 @@ def test_what_the_text_says_in_words() -> None:
     for texts in ("trec6", "emotion", "ag_news", "financial"):  # "about one to four points higher"
         few = scores()[f"placement/{texts.replace('financial', 'twitter_financial_news')}-all"]["accuracy_mean"]
         assert 1 <= round(100 * (scores()[f"int8/{texts}-bf16"]["accuracy_mean"] - few)) <= 4
+    few_texts, many = grid_of(study("pooling")), grid_of(study("placement"))
+    assert few_texts
+    assert many
+    default = "{}-lora-pooling-first"
+    sets = few_texts.shared([default.format(50)])
+    gained = [fmean(few_texts.means(default.format(number), sets)) for number in (50, 250)]
+    gained.append(fmean(many.means("all", sets)))
+    assert (len(sets), *np.diff(gained).round()) == (5, 16, 9)  # "from fifty to two hundred and fifty texts"
     grid = grid_of(study("methods_on_sets"))
     assert grid
     full, lora = (
