@@ -167,6 +167,10 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
                 f"--{name} {now}: the run in {given['output_dir']} has --{name} {before}, and --resume cannot change"
                 f" it: leave out this flag, or start another run"
             )
+    if given.get("accelerator") == "cpu":
+        values["device"] = None  # no flag could unset it
+    if given.get("data_dir") or given.get("offline"):
+        values["data_source"] = None
     return RunConfig.from_dict({**values, **given, "resume": True, "precision": values["precision"]})
 
 
@@ -222,9 +226,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
         inside = all(_within(value, word, bound) for word, bound in flag.bounds.items())
         if not inside or not value < math.inf:
             words = " and ".join(f"{word} {bound}" for word, bound in flag.bounds.items())
-            raise UserError(
-                f"--{name} {value}: must be {words if 'above' not in flag.bounds else 'finite and ' + words}"
-            )
+            finite = "finite and " if inside or "above" in flag.bounds else ""
+            raise UserError(f"--{name} {value}: must be {finite}{words}")
 
 
 def _within(value: float, word: str, bound: float) -> bool:

@@ -20,6 +20,7 @@ ALLOWED = {  # by type
     "parse_bool": "True, yes, 1, False, no or 0",
     "parse_bool_or_auto": f"True, yes, 1, False, no, 0 or {AUTO}",
     "parse_int_or_auto": f"a whole number or {AUTO}",
+    "parse_path": "a path, or left out",
 }
 
 
@@ -70,6 +71,17 @@ def parse_bool_or_auto(text: str) -> bool | str:
     return AUTO if text.lower() == AUTO else parse_bool(text)
 
 
+def parse_path(text: str) -> Path:
+    """Reads a path. An empty text, as of a variable that is not set, would be the current folder.
+
+    Raises:
+        ValueError: the text is empty.
+    """
+    if not text:
+        raise ValueError("an empty path")
+    return Path(text)
+
+
 def parse_int_or_auto(text: str) -> int | None:
     """Reads a whole number. The word ``auto`` is ``None``, as if the flag were not given."""
     return None if text.lower() == AUTO else int(text)
@@ -108,8 +120,11 @@ def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, Flag], defaul
             parse = parse_bool_or_auto if flag.or_auto else parse_bool
             options |= {"type": parse, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:
-            kind = parse_int_or_auto if flag.or_auto else flag.kind
-            options |= {"type": kind, "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind]}
+            kind = parse_path if flag.kind is Path else flag.kind
+            options |= {
+                "type": parse_int_or_auto if flag.or_auto else kind,
+                "metavar": {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind],
+            }
         groups[flag.section].add_argument(f"--{flag.name}", **options)
 
 

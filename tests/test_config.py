@@ -187,9 +187,11 @@ OUT_OF_RANGE = [
       for name in ("lora_r", "accumulate", "batch_size", "devices", "num_nodes", "limit_train",
                    "limit_validation", "limit_test", "windows")
       for value in ("0", "-3")),
-    *(("lora_plus_ratio", value, "must be at least 1") for value in ("0", "0.5", "-2", "nan", "inf")),
+    *(("lora_plus_ratio", value, "must be at least 1") for value in ("0", "0.5", "-2", "nan")),
+    ("lora_plus_ratio", "inf", "must be finite and at least 1"),
     *((name, "-1", "must be at least 0") for name in ("patience", "device", "weight_decay", "gradient_clip")),
-    *((name, value, "must be at least 0") for name in ("weight_decay", "gradient_clip") for value in ("nan", "inf")),
+    *((name, "nan", "must be at least 0") for name in ("weight_decay", "gradient_clip")),
+    *((name, "inf", "must be finite and at least 0") for name in ("weight_decay", "gradient_clip")),
     *((name, value, "must be at least 0 and below 1")
       for name in ("lora_dropout", "dropout", "attention_dropout", "warmup_fraction", "label_smoothing")
       for value in ("1", "1.5", "-0.1", "nan", "inf")),
@@ -451,6 +453,18 @@ def test_a_continued_run_has_its_stored_settings() -> None:
         resumed(STORED, "--lora_r 4 --optimizer adam --overwrite no").differences(config_of_flags(STORED).to_dict())
         == []
     )
+
+
+def test_what_another_flag_rules_out_is_not_kept() -> None:
+    on_card = "--accelerator gpu --device 0"
+    assert resumed(on_card, "--accelerator cpu").hardware.device is None
+    assert resumed(on_card, "").hardware.device == 0
+    with pytest.raises(UserError, match="--device 1: needs a GPU: leave out --accelerator cpu"):
+        resumed(on_card, "--accelerator cpu --device 1")
+    from_stanford = "--dataset imdb --data_source stanford"
+    assert resumed(from_stanford, "").data.data_source == "stanford"
+    for given in ("--data_dir /x", "--offline"):
+        assert resumed(from_stanford, given).data.data_source is None
 
 
 def test_auto_keeps_the_numbers_that_the_run_has_chosen() -> None:

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import shlex
@@ -26,6 +27,7 @@ from finetuning.runs.directory import settings_to_run
 from finetuning.settings import LORA_TARGETS
 from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
+from finetuning.training.callbacks import GracefulStop
 from finetuning.training.module import FineTuning
 from tests.conftest import ROOT, needs_int8, one_thread, write_reviews
 from tests.scripts import Script, start_script
@@ -432,6 +434,32 @@ def whole_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     with one_thread():
         assert main(words) == 0
     return folder / "run", words
+
+
+def test_a_run_with_one_step_an_epoch_stops_before_the_next_one(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of an epoch writes no checkpoint, because the validation after it does."""
+    words = ["--epochs", "4", "--limit_train", "8", "--checkpoint_steps", "1", "--test", "False"]
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "whole", *words)
+    assert main(words) == 0
+    real = GracefulStop.on_train_batch_end
+
+    def signalled(self: GracefulStop, trainer: Any, *more: Any) -> None:
+        if trainer.current_epoch == 1:
+            signal.raise_signal(signal.SIGTERM)
+        real(self, trainer, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GracefulStop, "on_train_batch_end", signalled)
+        assert main([*words, "--output_dir", str(tmp_path / "stopped")]) == 130
+    assert result_of(tmp_path / "stopped")["train"]["steps"] == 2
+    assert main(["--resume", "--output_dir", str(tmp_path / "stopped")]) == 0
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
+    assert all(np.array_equal(expected[key], found[key]) for key in expected)
+    rows = csv.DictReader((tmp_path / "whole" / "metrics.csv").read_text().splitlines())
+    rates = [float(row["learning_rate"]) for row in rows if row["learning_rate"]]
+    assert rates == pytest.approx([0.0, 0.003, 0.002, 0.001]), "those with which the steps were made"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -42,6 +42,12 @@ def test_a_refusal_is_one_line_whatever_was_given(flag: str) -> None:
     assert all(character.isprintable() for character in str(caught.value))
 
 
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    for flag in ("output_dir", "data_dir", "init_adapter"):
+        assert refusal(f"--{flag}=") == f"--{flag} : must be a path, or left out"
+    assert given_flags(["--output_dir", "."]) == {"output_dir": Path()}
+
+
 def test_resume_also_takes_auto() -> None:
     words = {"--resume": True, "--resume auto": "auto", "--resume AUTO": "auto", "--resume no": False}
     assert {line: given_flags(line.split())["resume"] for line in words} == words

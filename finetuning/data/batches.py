@@ -45,7 +45,12 @@ class BatchPlan:
 
 
 def plan_batches(
-    lengths: np.ndarray, batch_tokens: int, batch_size: int, shards: int, windows: np.ndarray | None = None
+    lengths: np.ndarray,
+    batch_tokens: int,
+    batch_size: int,
+    shards: int,
+    windows: np.ndarray | None = None,
+    advice: str = "raise --batch_size or --batch_tokens, or change --accumulate or --limit_train",
 ) -> BatchPlan:
     """Cuts examples into batches of at most ``batch_tokens`` tokens, including padding, and ``batch_size`` examples.
 
@@ -59,6 +64,7 @@ def plan_batches(
         shards: batches in one optimizer step, over all processes.
         windows: (examples,) equally long windows of each example, descending. They are padded to the longest window of
             a batch. Default: one.
+        advice: what helps if the examples cannot be shared.
 
     Raises:
         UserError: each batch contains one example, and ``shards`` does not divide the number of examples.
@@ -79,8 +85,8 @@ def plan_batches(
             count = shards * -(-left // (shards * capacity))
             if count > left:
                 raise UserError(
-                    f"{total} training texts: must be a multiple of {shards}, the batches per step, if a batch has "
-                    f"one text: raise --batch_size or --batch_tokens, or change --accumulate or --limit_train"
+                    f"{total} texts, of which a batch has one: must be a multiple of {shards}, the batches per step:"
+                    f" {advice}"
                 )
             group_sizes = [left // count + (i < left % count) for i in range(count)]
         first_block = blocks[-1] + 1 if blocks else 0
@@ -375,7 +381,8 @@ def evaluation_loader(
     if not pin_memory:
         batch_tokens = max(min(batch_tokens, CPU_TOKENS), training.batch_tokens)
     windows = None if split.windows is None else split.windows[order]
-    plan = plan_batches(split.lengths[order], batch_tokens, EVALUATION_BATCH_SIZE, world_size, windows)
+    advice = "raise --batch_tokens, lower --devices, or change --limit_validation or --limit_test"
+    plan = plan_batches(split.lengths[order], batch_tokens, EVALUATION_BATCH_SIZE, world_size, windows, advice)
     batches = [BatchIndices(examples, 1 / len(split)) for examples in np.split(order, plan.cuts[1:-1])]
     return DataLoader(
         _Batches(split, pad_id), batch_size=None, sampler=batches[rank::world_size], pin_memory=pin_memory

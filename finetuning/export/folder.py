@@ -71,7 +71,7 @@ def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Name
     base, config = base_model(run), run.config
     onnx_alone = check_pooling(run, base, arguments)
     if arguments.data_dir is not None:
-        config = config.changed(data_dir=arguments.data_dir)
+        config = config.changed(data_dir=arguments.data_dir, data_source=None)
     tokenizer = load_tokenizer(base)
     texts = load_texts(config.data, config.run.offline)
     kept = {name: split for name, split in texts.splits.items() if name in answers}  # without train

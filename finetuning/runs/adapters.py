@@ -70,9 +70,9 @@ def read_adapter(folder: Path) -> Adapter:
             raise UserError(f"{folder}: {ADAPTER_CONFIG} has {name} {config.get(name)!r}: supported are {choices}")
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{folder}: {ADAPTER_CONFIG} must have the numbers r and lora_alpha") from None
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    ranks, alphas = (_patterns(folder, config, name) for name in ("rank_pattern", "alpha_pattern"))
     linears = {}
     for tensor, shape in shapes.items():
         if not tensor.endswith(".lora_A.weight"):
@@ -80,13 +80,15 @@ def read_adapter(folder: Path) -> Adapter:
         name = tensor.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         wanted = _by_pattern(ranks, name, rank)
         if shape[0] != wanted:
-            raise UserError(f"{folder}: {tensor} has rank {shape[0]}, but {ADAPTER_CONFIG} says {wanted}")
-        linears[name] = (shape[0], float(_by_pattern(alphas, name, alpha)))
+            raise UserError(f"{folder}: {tensor} has rank {shape[0]}, but {ADAPTER_CONFIG} says {wanted:g}")
+        linears[name] = (shape[0], _by_pattern(alphas, name, alpha))
     if not linears:
         raise UserError(f"{folder}: {ADAPTER} contains no LoRA matrices")
     scaling = "rslora" if config.get("use_rslora") else "standard"
     variant = "dora" if config.get("use_dora") else "lora"
     base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise UserError(f"{folder}: {ADAPTER_CONFIG} has base_model_name_or_path {base!r}: must be a text")
     return Adapter(folder, base and recorded_name(base), rank, alpha, scaling, variant, linears, config.get("pooling"))
 
 
@@ -114,6 +116,16 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a name, as in PEFT's ``get_pattern_key``."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+def _patterns(folder: Path, config: Mapping[str, Any], key: str) -> dict[re.Pattern[str], float]:
+    """The patterns of ``rank_pattern`` or ``alpha_pattern``, each for the end of a name, with their numbers."""
+    try:
+        return {re.compile(rf"(.*\.)?({end})$"): float(value) for end, value in (config.get(key) or {}).items()}
+    except (re.error, AttributeError, TypeError, ValueError, OverflowError):
+        raise UserError(
+            f"{folder}: {ADAPTER_CONFIG} has {key} {config[key]!r}: must have patterns and numbers"
+        ) from None
+
+
+def _by_pattern(patterns: Mapping[re.Pattern[str], float], name: str, default: float) -> float:
+    """The value of the first pattern that matches a name, as in PEFT's ``get_pattern_key``."""
+    return next((value for pattern, value in patterns.items() if pattern.match(name)), default)

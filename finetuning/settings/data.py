@@ -76,6 +76,7 @@ class DataSettings:
         "For few texts: N folds of the training texts are validation in turn; then train on all of them.",
         "none",
         at_least=2,
+        at_most=1000,
     )
     fold: int | None = setting(
         None,

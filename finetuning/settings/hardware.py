@@ -19,7 +19,9 @@ class HardwareSettings:
     device: int | None = setting(None, "Run on GPU number N, counted from 0.", "none", at_least=0)
     devices: int = setting(1, "Number of GPUs (or CPU processes) per node.", at_least=1)
     num_nodes: int = setting(1, "Number of nodes.", at_least=1)
-    strategy: str = setting("auto", "Lightning's strategy, for example ddp.")
+    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"] = setting(
+        "auto", "How the processes of a run work together: a strategy of Lightning."
+    )
     efficient: bool = setting(
         True,
         "Use the suite's faster encoder code: the same result up to rounding. False uses Hugging Face's code.",

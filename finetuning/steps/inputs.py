@@ -82,7 +82,10 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     if config.name == "qlora" and not is_helper():  # a helper would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)
     labels = texts.splits["train"].labels
-    found = training_budget(config.training, labels, len(texts.label_names), config.hardware.processes)
+    whole = labels  # a fold alone is trained as in the run with all folds, whose budget is that of all its texts
+    if config.data.fold is not None:
+        whole = np.concatenate([labels, texts.splits["validation"].labels])
+    found = training_budget(config.training, whole, len(texts.label_names), config.hardware.processes)
     if config.hardware.precision in ("int8", "fast"):
         widths = int8_widths(base, config.method, config.lora)
         precision = settled_precision(config.hardware.precision, hardware, config.excludes_int8, widths)

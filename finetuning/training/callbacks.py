@@ -52,6 +52,7 @@ class Meter(Callback):
         self.validation_seconds = 0.0
         self.earlier_seconds = 0.0  # wall clock of the run before the interruption
         self._made = time.perf_counter()
+        self._rate = 0.0  # of the step that is being made
         self._losses: list[Tensor] = []  # since the last row
         self._random: list[dict[str, Tensor]] = []  # states to continue from, one per rank
         self._since: tuple[float, float] | None = None  # by both clocks
@@ -89,6 +90,9 @@ class Meter(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._since = _both_clocks(pl_module)
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]  # Lightning steps the schedule before a batch ends
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
@@ -123,7 +127,7 @@ class Meter(Callback):
                     trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches, 4
                 ),
                 "train_loss": float(torch.stack(self._losses).float().mean()),
-                "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+                "learning_rate": self._rate,
                 "train_seconds": round(self.train_seconds, 3),
             }
         )
@@ -260,6 +264,11 @@ class GracefulStop(Callback):
         signal.signal(signal.SIGTERM, self._request_stop)
 
     on_test_start = on_train_start
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # the last step of an epoch does not ask; the validation after it has left a checkpoint
+        if trainer.global_step and self._any_rank(trainer, self.requested):
+            raise Interrupted
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int

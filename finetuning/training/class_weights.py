@@ -30,10 +30,13 @@ def class_weights(setting: str, names: Sequence[str], counts: np.ndarray) -> Ten
         weights = np.divide(1.0, counts, out=np.zeros(len(names)), where=counts > 0)
     else:
         weights = named_weights(setting, names)
-    total = float(weights @ counts)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total, scaled = float(weights @ counts), weights * counts.sum()
+    if not np.isfinite([total, *scaled]).all():
+        raise UserError(f"--class_weights {setting}: the weights are too large: only their ratio matters")
     if total == 0:
         raise UserError(f"--class_weights {setting}: at least one class with training texts needs a weight above 0")
-    return torch.tensor(weights * counts.sum() / total, dtype=torch.float32)
+    return torch.tensor(scaled / total, dtype=torch.float32)
 
 
 def label_weights(setting: str, names: Sequence[str], labels: np.ndarray) -> Tensor | None:

@@ -27,6 +27,7 @@ from finetuning.training.tasks import Task
 
 MEASURED_STEPS = 8
 MEASURED_EVALUATIONS = 3
+SOMETIMES = {"average": "average of the weights", "kept_outputs": "outputs of frozen layers"}  # shown if not 0
 Batches = list[dict[str, Tensor]]
 
 
@@ -54,7 +55,8 @@ def measure_steps(
         A record with
 
         * ``memory``, in bytes: ``gradients``, ``optimizer``, ``activations`` (kept by the longest batch for backward),
-          ``kept_outputs`` (of frozen layers, in memory or in a file), and ``peak`` of the process or the GPU
+          ``average`` (of the trained weights), ``kept_outputs`` (of frozen layers, in memory), and ``peak`` of the
+          process or the GPU; ``outputs_on_disk`` takes none
         * ``seconds``: ``epoch``, ``later_epoch``, ``validation``, ``later_validation``, ``test`` and ``run``
         * ``steps``: optimizer steps in an epoch
     """
@@ -80,13 +82,17 @@ def measure_steps(
     with merged(classifier.model):
         seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
     seconds["run"] = run_seconds(seconds, training.epochs)
-    kept = sum(outputs.bytes for outputs in frozen.values())
+    kept, filed = (sum(o.bytes for o in frozen.values() if o.on_disk == on_disk) for on_disk in (False, True))
+    gradients = sum(p.numel() * p.element_size() for p in trained.values())
+    average = gradients if training.average != "none" else 0  # of the trained weights
     memory = {
-        "gradients": sum(p.numel() * p.element_size() for p in trained.values()),
+        "gradients": gradients,
         "optimizer": state,
         "activations": activations,
+        "average": average,
         "kept_outputs": kept,
-        "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept,
+        "outputs_on_disk": filed,
+        "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept + average,
     }
     return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
 
@@ -213,14 +219,15 @@ def estimate_table(record: dict[str, Any], weight_bytes: int, epochs: int) -> st
     """The estimate as a table to print."""
     memory, seconds = record["memory"], record["seconds"]
     parts = {"weights": weight_bytes} | {name: memory[name] for name in ("gradients", "optimizer", "activations")}
-    if memory["kept_outputs"]:
-        parts["outputs of frozen layers"] = memory["kept_outputs"]
+    parts |= {label: memory[name] for name, label in SOMETIMES.items() if memory[name]}
     parts["libraries, buffers, data"] = max(memory["peak"] - sum(parts.values()), 0)
     lines = [f"{'memory':<28}{'MiB':>10}"]
     lines += [f"{name:<28}{size / 2**20:>10,.0f}" for name, size in (parts | {"peak": memory["peak"]}).items()]
+    if memory["outputs_on_disk"]:
+        lines += ["", f"{'outputs of frozen layers':<28}{memory['outputs_on_disk'] / 2**20:>10,.0f} MiB on disk"]
     times = {f"epoch 1 of {epochs}, {record['steps']:,} steps": seconds["epoch"]} if epochs else {}
     times |= {name: seconds[name] for name in ("validation", "test") if name in seconds}
-    if memory["kept_outputs"]:
+    if memory["kept_outputs"] or memory["outputs_on_disk"]:
         times |= {f"{name}, from the second on": seconds[f"later_{name}"] for name in ("epoch", "validation")}
     lines += ["", f"{'time':<28}{'seconds':>10}"]
     lines += [

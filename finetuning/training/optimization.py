@@ -59,7 +59,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, training: TrainingSettings,
         return LambdaLR(optimizer, lambda _: 1.0)
     if training.scheduler == "onecycle":
         rates = [group["lr"] for group in optimizer.param_groups]
-        rising = min(training.warmup_fraction + 1e-9, 1.0)  # torch divides by steps * rising - 1
+        rising = min(training.warmup_fraction + 1e-9, 1 - 1e-9)  # torch divides by steps * rising - 1 and by the rest
         return OneCycleLR(optimizer, rates, total_steps, pct_start=rising, cycle_momentum=False)
     warmup = min(math.ceil(training.warmup_fraction * total_steps), total_steps - 1)
     return LambdaLR(optimizer, partial(_rate_factor, training.scheduler, warmup, total_steps))

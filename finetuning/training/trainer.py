@@ -15,10 +15,10 @@ import torch
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import subprocess_script as launchers
 
 from finetuning.errors import UserError
+from finetuning.processes import is_helper
 from finetuning.runs.files import BEST_CHECKPOINT
 from finetuning.settings import HardwareSettings, TrainingSettings
 from finetuning.training.callbacks import PatientStop, ProgressBar, ProgressLines
@@ -47,22 +47,26 @@ launchers._launch_process_observer = _observe  # Lightning has no setting for it
 
 
 def check_processes(settings: HardwareSettings) -> None:
-    """Checks the strategy's name, and that SLURM has started as many processes as the run needs.
+    """Checks that SLURM or torchrun has started as many processes as the run needs.
 
     Raises:
-        UserError: there is no such strategy, or Lightning would wait for processes that SLURM was not asked to start.
+        UserError: Lightning would wait for processes that nobody was asked to start, or each process that was started
+            would train the whole run, in one directory.
     """
     processes, tasks = settings.processes, int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    flags = f"--devices {settings.devices} --num_nodes {settings.num_nodes}"
     with quiet_lightning():  # hides Lightning's advice to use srun
         under_slurm = SLURMEnvironment.detect()
     if under_slurm and tasks != processes:
         raise UserError(
-            f"--devices {settings.devices} --num_nodes {settings.num_nodes}: SLURM started {tasks} task(s), not"
-            f" {processes}; use srun, and sbatch --nodes={settings.num_nodes} --ntasks-per-node={settings.devices}"
+            f"{flags}: SLURM started {tasks} task(s), not {processes}; use srun, and sbatch"
+            f" --nodes={settings.num_nodes} --ntasks-per-node={settings.devices}"
         )
-    strategies = ["auto", *StrategyRegistry.available_strategies()]
-    if settings.strategy not in strategies:
-        raise UserError(f"--strategy {settings.strategy}: allowed are {', '.join(strategies)}")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and started != processes:
+        raise UserError(f"{flags}: torchrun started {started} process(es), not {processes}")
+    if processes == 1 and is_helper():
+        raise UserError(f"{flags}: by RANK, LOCAL_RANK, NODE_RANK or SLURM_PROCID this is not the only process")
 
 
 def make_trainer(

@@ -129,6 +129,15 @@ def test_last_group_is_even_and_never_empty(total: int) -> None:
     assert set(plan.sizes[-3:]) <= {plan.sizes[-1], plan.sizes[-1] + 1}
 
 
+def test_texts_that_cannot_be_shared_are_named_with_what_helps() -> None:
+    with pytest.raises(UserError, match=r"^5 texts, .* multiple of 2, the batches per step: raise --batch_size or"):
+        plan_batches(np.full(5, 100), 100, 4, 2)
+    split = make_split(np.full(5, 100))
+    training = RunConfig.from_settings(batch_tokens=100, max_length=100).training
+    with pytest.raises(UserError, match=r"^5 texts, .*: raise --batch_tokens, lower --devices, or .*--limit_test"):
+        evaluation_loader(split, replace(training, batch_tokens=25), 0, 0, 2, pin_memory=True)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_example_once_per_epoch_over_all_ranks(seed: int, world_size: int) -> None:
@@ -207,7 +216,7 @@ def test_fewer_examples_than_a_step_needs(lengths: np.ndarray) -> None:
 
 
 def test_batches_of_one_that_do_not_divide() -> None:
-    with pytest.raises(UserError, match=r"5 training texts.*--batch_size"):
+    with pytest.raises(UserError, match=r"5 texts.*--batch_size"):
         sampler(np.full(5, 20), batch_size=1, accumulate=2)
     assert len(sampler(np.full(6, 20), batch_size=1, accumulate=2)) == 6
 

@@ -2,6 +2,7 @@
 """Adapters of PEFT and of earlier runs, as this suite reads them and as PEFT and Transformers do."""
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -217,6 +218,11 @@ def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_pa
     refused("init_lora_weights 'pissa': supported are", {"init_lora_weights": "pissa"})
     refused("new_method {'a': 1}, which is not supported", {"new_method": {"a": 1}})
     refused("must have the numbers r and lora_alpha", {"r": None})
+    refused("must have the numbers r and lora_alpha", {"r": math.inf})
+    for pattern in ({"*": 4}, ["a"], {"q_lin": "x"}, {"q_lin": None}, 3):
+        for key in ("rank_pattern", "alpha_pattern"):
+            refused(f"{key} .*: must have patterns and numbers", {key: pattern})
+    refused("base_model_name_or_path 5: must be a text", {"base_model_name_or_path": 5})
     refused(r"lora_A\.weight has rank 4, but adapter_config\.json says 5", {"rank_pattern": {"q_lin": 5}})
     refused("--lora_layers 1: the adapter of --init_adapter has LoRA in layers 0-2: leave out", lora_layers="1")
     refused("made for the base model roberta-base, but --model_name", {"base_model_name_or_path": "roberta-base"})

@@ -21,11 +21,14 @@ from safetensors.numpy import load_file
 from benchmarks.tiny import write_reviews
 from finetune_lora import main
 from finetuning.export.command import main as export
+from finetuning.flags import from_flags
+from finetuning.materials import find_materials
 from finetuning.prediction.command import main as predict
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result
 from finetuning.runs.finished import read_finished, read_own_answers
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import mean_interval
+from finetuning.steps import read_inputs
 from finetuning.steps.folds import TO_REPORT, TUNED, same_epoch_lines, time_left
 from finetuning.training.callbacks import Meter
 from tests.conftest import config_of_flags
@@ -125,7 +128,8 @@ def test_the_final_run_has_the_learning_rates_of_the_folds(finished: Callable[[]
     steps = 5 * read_result(finished())["kfold"]["epochs"]
     history = pd.read_csv(finished() / "metrics.csv")
     rates = dict(zip(history["step"], history["learning_rate"], strict=True))
-    assert rates == pytest.approx({step: 0.01 * (20 - step) / 18 for step in range(2, steps + 1)} | {1: 0.005})
+    falling = {step: 0.01 * (21 - step) / 18 for step in range(3, steps + 1)}
+    assert rates == pytest.approx({1: 0.0, 2: 0.005} | falling), "those with which the steps were made"
 
 
 def test_what_a_finished_run_is_for(finished: Callable[[], Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,6 +294,19 @@ def test_a_fold_alone_is_the_same_run(
     for directory in (tmp_path / "run", finished() / "folds" / "2"):
         assert read_result(directory)["config"]["fold"] == 2
     assert (tmp_path / "run" / ADAPTER).read_bytes() == (finished() / "folds" / "2" / ADAPTER).read_bytes()
+
+
+def test_a_fold_alone_has_the_budget_of_the_whole_run(tiny_folders: dict[str, Path], few_reviews: Path) -> None:
+    found = []
+    for more in ((), ("--fold", "1")):
+        given = words(
+            tiny_folders["distilbert"], few_reviews, Path("unused"), "--epochs", "auto", "--batch_size", "1", *more
+        )
+        config = from_flags(given)
+        inputs = read_inputs(config, find_materials(config))
+        alone = inputs.folds[0] if inputs.folds else inputs
+        found.append((alone.config.training.epochs, len(alone.splits["train"])))
+    assert found == [(8, 20)] * 2, "300 steps of 40 texts"
 
 
 def test_the_estimate_is_of_the_first_fold_and_of_all(

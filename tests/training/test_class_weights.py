@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from finetuning.errors import UserError
 from finetuning.training.class_weights import class_weights, label_weights
 
 NAMES = ["bad", "fair", "good"]
@@ -20,6 +21,12 @@ def test_class_weights_keep_the_mean_over_the_texts() -> None:
     unseen = class_weights("balanced", NAMES, np.array([5, 0, 15]))
     assert unseen is not None
     assert unseen.tolist() == pytest.approx([2, 0, 2 / 3])
+
+
+@pytest.mark.parametrize("setting", ["a=1e308", "a=1e306,b=1e306"])
+def test_weights_whose_sum_is_not_finite_are_refused(setting: str) -> None:
+    with pytest.raises(UserError, match="the weights are too large: only their ratio matters"):
+        class_weights(setting, ["a", "b"], np.array([1000, 1000]))
 
 
 def test_multi_label_weights() -> None:

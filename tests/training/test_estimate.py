@@ -1,6 +1,7 @@
 """The estimate: its parts against what is known of them, its peak against the run's, and that it writes nothing."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,22 @@ def test_outputs_of_frozen_layers_are_part_of_it(
     memory, seconds = record["memory"], record["seconds"]
     assert plain["memory"]["kept_outputs"] == 0 < memory["kept_outputs"]
     assert memory["kept_outputs"] % (32 * 4) == 0, "rows of the model's width, in fp32"
+    filed, *_ = measured(tiny_folders["distilbert"], review_folder, frozen_cache_gb=1e-9, **settings)
+    on_disk, table = filed["memory"], estimate_table(filed, weights, config.training.epochs)
+    assert (on_disk["kept_outputs"], on_disk["outputs_on_disk"]) == (0, memory["kept_outputs"])
+    assert re.search(r"\noutputs of frozen layers +\d+ MiB on disk\n", table)
+    assert "epoch, from the second on" in table
     assert plain["seconds"]["later_epoch"] == plain["seconds"]["epoch"]
     later = seconds["later_epoch"] + seconds["later_validation"]
     expected = seconds["epoch"] + seconds["validation"] + 4 * later + seconds["test"]
     assert seconds["run"] == pytest.approx(expected)
     assert "outputs of frozen layers" in estimate_table(record, weights, config.training.epochs)
+
+
+def test_an_average_of_the_weights_is_part_of_it(tiny_folders: dict[str, Path], review_folder: Path) -> None:
+    record, config, weights = measured(tiny_folders["distilbert"], review_folder, method="full", average="ema")
+    assert record["memory"]["average"] == weights
+    assert "average of the weights" in estimate_table(record, weights, config.training.epochs)
 
 
 def test_checkpointing_keeps_fewer_activations(tiny_folders: dict[str, Path], review_folder: Path) -> None:

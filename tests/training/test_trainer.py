@@ -21,9 +21,28 @@ def test_after_the_death_of_a_process_the_first_one_has_time_to_end_itself(monke
     assert done == [1, GRACE_SECONDS, os.getpid()]
 
 
-def test_a_strategy_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UserError, match=r"--strategy dpp: allowed are auto, .*ddp, "):
-        check_processes(RunConfig.from_settings(strategy="dpp").hardware)
+@pytest.mark.parametrize(
+    ("given", "devices", "message"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2"}, 1, "--devices 1 --num_nodes 1: torchrun started 2 process"),
+        ({"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2", "RANK": "1"}, 3, "torchrun started 2 process"),
+        ({"RANK": "1"}, 1, "by RANK, LOCAL_RANK, NODE_RANK or SLURM_PROCID this is not the only process"),
+        ({"SLURM_PROCID": "2", "SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": "4"}, 1, "or SLURM_PROCID"),
+    ],
+)
+def test_processes_that_would_each_train_the_whole_run_are_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], devices: int, message: str
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        check_processes(RunConfig.from_settings(devices=devices).hardware)
+
+
+def test_processes_that_fit_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    check_processes(RunConfig.from_settings(devices=2).hardware)
 
 
 def test_lightning_starts_this_observer() -> None:
