@@ -13,7 +13,6 @@ from finetuning.comparison.statistics import (
     LEVEL,
     Difference,
     SeedSpread,
-    bootstrap_difference,
     holm,
     mcnemar,
     pooled_difference,
@@ -87,8 +86,8 @@ def compare(
         raise UserError("cannot compare runs that were tested on different texts: give runs with the same test split")
     a, b = (np.stack([predictions.counted(measure) for predictions in runs]) for runs in (first, second))
     if measure == "accuracy" and spread is None and len(a) == len(b) == 1:
-        return replace(bootstrap_difference(a, b), p=mcnemar(first[0].correct, second[0].correct)), "McNemar"
-    return bootstrap_difference(a, b, spread, resamples, measure), "bootstrap"
+        return replace(pooled_difference([(a, b, None)]), p=mcnemar(first[0].correct, second[0].correct)), "McNemar"
+    return pooled_difference([(a, b, spread)], resamples, measure), "bootstrap"
 
 
 def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparison], list[str]]:

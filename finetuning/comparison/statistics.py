@@ -96,10 +96,8 @@ def micro_f1(counts: np.ndarray) -> np.ndarray:
 SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"accuracy": accuracy, "micro_f1": micro_f1}
 
 
-def bootstrap_difference(
-    first: np.ndarray,
-    second: np.ndarray,
-    spread: SeedSpread | None = None,
+def pooled_difference(
+    sets: Sequence[tuple[np.ndarray, np.ndarray, SeedSpread | None]],
     resamples: int = RESAMPLES,
     score: str = "accuracy",
     seed: int = 0,
@@ -109,30 +107,15 @@ def bootstrap_difference(
     Texts that all runs treat alike are drawn together: this is the same multinomial with far fewer classes. Seeds are
     not resampled, because three values would never leave their own range, and one value would have no spread.
     Instead the difference moves by a draw from Student's t, scaled to the spread that all methods share. The fewer
-    seeds a method has, the further it moves.
+    seeds a method has, the further it moves. Each data set is drawn by itself, and all sets weigh the same.
 
     Args:
-        first: ``(seeds, n, 2)`` for each run of the first method and each text, what ``score`` counts.
-        second: the same for the second method, with the same texts in the same order.
-        spread: how much the score varies with the seed; without it the result is about these runs only.
+        sets: for each data set three values. The first is ``(seeds, n, 2)``: for each run of the first method and each
+            text, what ``score`` counts. The second is the same for the second method, with the same texts in the same
+            order. The third is how much the score varies with the seed; without it the result is about these runs only.
         resamples: number of draws; the smallest possible p value is 2 / (resamples + 1).
         score: a key of ``SCORES``.
         seed: seed of the random generator.
-    """
-    return pooled_difference([(first, second, spread)], resamples, score, seed)
-
-
-def pooled_difference(
-    sets: Sequence[tuple[np.ndarray, np.ndarray, SeedSpread | None]],
-    resamples: int = RESAMPLES,
-    score: str = "accuracy",
-    seed: int = 0,
-) -> Difference:
-    """The mean over data sets of two methods' difference: each set is drawn by itself, and all sets weigh the same.
-
-    Args:
-        sets: for each data set ``first``, ``second`` and ``spread`` of ``bootstrap_difference``.
-        resamples, score, seed: as there.
     """
     generator = np.random.default_rng(seed)
     score_of = SCORES[score]
@@ -153,7 +136,7 @@ def _drawn_differences(
     score: str,
     generator: np.random.Generator,
 ) -> np.ndarray:
-    """``(resamples,)``: the difference in each draw of texts and seeds, see ``bootstrap_difference``."""
+    """``(resamples,)``: the difference in each draw of texts and seeds, see ``pooled_difference``."""
     runs = np.concatenate([first, second])  # (runs, n, 2)
     texts = runs.shape[1]
     patterns, counts = _distinct(runs.transpose(1, 0, 2).reshape(texts, -1))

@@ -14,7 +14,7 @@ import numpy as np
 from finetuning.comparison.collected import Predictions
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.plan import shown_command
-from finetuning.comparison.statistics import SCORES, Difference, bootstrap_difference, seed_spread
+from finetuning.comparison.statistics import SCORES, Difference, pooled_difference, seed_spread
 from finetuning.html import render
 from finetuning.pages import Table
 from finetuning.runs.abstention import checkpoints_compared
@@ -183,7 +183,7 @@ def gain_of(default: list[Path], runs: list[Path]) -> dict[str, Any]:
 
     first, second = (np.stack([counted(run) for run in each]) for each in (runs, default))
     scores = [[float(SCORES[measure](run.sum(axis=0))) for run in method] for method in (first, second)]
-    found = bootstrap_difference(first, second, seed_spread(scores), score=measure)
+    found = pooled_difference([(first, second, seed_spread(scores))], score=measure)
     return {"measure": measure, "mean": found.mean, "ci95": [found.low, found.high], "p": found.p}
 
 

@@ -9,7 +9,6 @@ from finetuning.comparison.statistics import (
     SeedSpread,
     _distinct,
     bayesian_signed_rank,
-    bootstrap_difference,
     holm,
     mcnemar,
     mean_and_deviation,
@@ -79,7 +78,7 @@ def test_bootstrap_interval_of_two_single_runs_is_the_normal_one() -> None:
     """The difference of paired proportions has the variance (b + c - (b - c)^2 / n) / n^2."""
     n, b, c = 10_000, 400, 300
     first, second = paired(b, c, both=8000, neither=n - 8000 - b - c)
-    found = bootstrap_difference(counted(first[None]), counted(second[None]), resamples=20_000)
+    found = pooled_difference([(counted(first[None]), counted(second[None]), None)], resamples=20_000)
     half = 1.959964 * sqrt(b + c - (b - c) ** 2 / n) / n
     assert found.mean == pytest.approx(0.01)
     assert found.low == pytest.approx(0.01 - half, abs=0.03 * half)
@@ -101,7 +100,7 @@ def test_seeds_move_a_difference_as_student_says(seeds: int) -> None:
     """Texts on which runs do not differ but by their seed: only the spread is left. 4.30 is t's 0.975 quantile."""
     n, deviation, quantile = 100_000, 0.002, 4.302653
     first, second = (np.stack([outcomes(0.8, n, seed=0)] * count) for count in (seeds, 3))
-    found = bootstrap_difference(counted(first), counted(second), SeedSpread(deviation, 2), resamples=100_000)
+    found = pooled_difference([(counted(first), counted(second), SeedSpread(deviation, 2))], resamples=100_000)
     half = quantile * deviation * sqrt(1 / seeds + 1 / 3)
     assert (found.low, found.high) == pytest.approx((-half, half), rel=0.03)
     assert found.p == pytest.approx(1, abs=0.02)
@@ -117,7 +116,9 @@ def test_methods_that_are_equal_are_seldom_told_apart(seeds: tuple[int, int]) ->
             np.stack([outcomes(0.9 + 0.02 * z, texts, 0) for z in generator.normal(size=count)]) for count in seeds
         )
         spread = seed_spread([first.mean(axis=1).tolist(), second.mean(axis=1).tolist()])
-        found.append(bootstrap_difference(counted(first), counted(second), spread, resamples=500, seed=trial).p < LEVEL)
+        found.append(
+            pooled_difference([(counted(first), counted(second), spread)], resamples=500, seed=trial).p < LEVEL
+        )
     assert 0.02 <= np.mean(found) <= 0.07
 
 
@@ -130,16 +131,16 @@ def test_bootstrap_of_texts_against_brute_force() -> None:
     second = np.stack([outcomes(a, n, seed + 9, difficulty) for seed, a in enumerate([0.84, 0.87])])
     drawn = generator.integers(n, size=(resamples, n))
     differences = first.mean(axis=0)[drawn].mean(axis=1) - second.mean(axis=0)[drawn].mean(axis=1)
-    found = bootstrap_difference(counted(first), counted(second), resamples=resamples)
+    found = pooled_difference([(counted(first), counted(second), None)], resamples=resamples)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=0.004)
     assert found.p == pytest.approx(2 * np.mean(differences <= 0), abs=0.04)
 
 
 def test_bootstrap_is_the_same_twice_and_symmetric() -> None:
     first, second = (np.stack([outcomes(0.9 - 0.01 * k, 500, seed + 10 * k) for seed in range(3)]) for k in range(2))
-    found, again = (bootstrap_difference(counted(first), counted(second)) for _ in range(2))
+    found, again = (pooled_difference([(counted(first), counted(second), None)]) for _ in range(2))
     assert found == again
-    mirrored = bootstrap_difference(counted(second), counted(first), resamples=20_000)
+    mirrored = pooled_difference([(counted(second), counted(first), None)], resamples=20_000)
     assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low), abs=0.003)
 
 
@@ -148,7 +149,7 @@ def test_bootstrap_of_micro_f1_against_brute_force() -> None:
     right = generator.integers(0, 4, (2, 2, 60))  # of two methods, two seeds, sixty texts
     wrong = np.stack([generator.integers(0, most, (2, 60)) for most in (3, 5)])
     first, second = np.stack([right, wrong], axis=-1)
-    found = bootstrap_difference(first, second, resamples=4000, score="micro_f1")
+    found = pooled_difference([(first, second, None)], resamples=4000, score="micro_f1")
     drawn = generator.integers(0, 60, (4000, 60))
 
     def scores(counts: np.ndarray) -> np.ndarray:
@@ -178,9 +179,9 @@ def test_data_sets_are_pooled_with_equal_weights() -> None:
 
 def test_a_tie_is_no_difference() -> None:
     runs = np.stack([outcomes(0.9, 500, seed) for seed in range(2)])
-    found = bootstrap_difference(counted(runs), counted(runs))
+    found = pooled_difference([(counted(runs), counted(runs), None)])
     assert (found.mean, found.p) == (0, 1)
-    alike = bootstrap_difference(counted(runs[:1]), counted(runs[:1]))
+    alike = pooled_difference([(counted(runs[:1]), counted(runs[:1]), None)])
     assert (alike.low, alike.high, alike.p) == (0, 0, 1)
 
 
