@@ -221,8 +221,8 @@ def defaults_table() -> str:
     """Defaults of a run with LoRA as a Markdown table."""
     settings = RunConfig.from_settings().to_dict()
     shown = {name: FLAGS[name].shown if settings[name] is None else _plain(settings[name]) for name in DEFAULT_FLAGS}
-    lines = [f"| `--{name}` | {shown[name]} | {what} |" for name, what in DEFAULT_FLAGS.items()]
-    return "\n".join(["| flag | default | what it is |", "|---|---|---|", *lines])
+    rows = [(f"--{name}", shown[name], what) for name, what in DEFAULT_FLAGS.items()]
+    return Table(("flag", "default", "what it is"), rows, code=("flag",)).markdown()
 
 
 def _plain(value: object) -> str:
@@ -232,8 +232,5 @@ def _plain(value: object) -> str:
 def default_rates_table() -> str:
     """The suite's default peak learning rates as a Markdown table."""
     methods, optimizers = (list(dict.fromkeys(key[i] for key in DEFAULT_LEARNING_RATES)) for i in range(2))
-    lines = ["| | " + " | ".join(f"`{name}`" for name in optimizers) + " |", "|---|" + "---|" * len(optimizers)]
-    for method in methods:
-        rates = [f"{DEFAULT_LEARNING_RATES[method, name]:g}" for name in optimizers]
-        lines.append(f"| `{method}` | " + " | ".join(rates) + " |")
-    return "\n".join(lines)
+    rows = [(method, *(f"{DEFAULT_LEARNING_RATES[method, name]:g}" for name in optimizers)) for method in methods]
+    return Table(("", *(f"`{name}`" for name in optimizers)), rows, code=("",)).markdown()
