@@ -3,13 +3,12 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from finetuning.errors import UserError
-from finetuning.prediction.rows import Rows
+from finetuning.prediction.rows import Answered, Rows
 from finetuning.prediction.trained import Trained
 from finetuning.runs.abstention import LEVEL, checkpoints_compared, least_confidence, smallest_risk
 from finetuning.runs.answers import Answers, is_multi_label, unlabelled
@@ -70,7 +69,7 @@ class Coverage:
     lowest: float = 1.0
     highest: float = 0.0
 
-    def counted(self, answered: Iterable[tuple[Rows, list[list[Any]]]]) -> Iterator[tuple[Rows, list[list[Any]]]]:
+    def counted(self, answered: Iterable[Answered]) -> Iterator[Answered]:
         """The same rows and values, whose second column is the confidence."""
         for rows, values in answered:
             found = [value for value in values[1] if value is not None]
@@ -175,9 +174,7 @@ def reached(validation: Answers, least: float, folds: bool) -> str:
     return f"{shown}, and {right:,} of these answers are right ({interval})"
 
 
-def most_uncertain(
-    answered: Iterable[tuple[Rows, list[list[Any]]]], count: int, columns: Sequence[str]
-) -> Iterator[tuple[Rows, list[list[Any]]]]:
+def most_uncertain(answered: Iterable[Answered], count: int, columns: Sequence[str]) -> Iterator[Answered]:
     """The rows with the lowest confidence, the lowest first, as one chunk. Rows without a text are left out.
 
     Memory is bounded by ``count`` and a chunk of the input.
@@ -187,7 +184,7 @@ def most_uncertain(
         count: how many rows.
         columns: the names of the answers' columns.
     """
-    kept: tuple[Rows, list[list[Any]]] | None = None
+    kept: Answered | None = None
     place = list(columns).index(CONFIDENCE)
     for rows, values in answered:
         both = (rows, values) if kept is None else _joined(kept, (rows, values))
@@ -198,7 +195,7 @@ def most_uncertain(
         yield kept
 
 
-def _joined(first: tuple[Rows, list[list[Any]]], second: tuple[Rows, list[list[Any]]]) -> tuple[Rows, list[list[Any]]]:
+def _joined(first: Answered, second: Answered) -> Answered:
     (rows, values), (others, more) = first, second
     tables = [part.table.astype(object) for part in (rows, others)]  # one chunk may have numbers where the next has not
     texts = {name: column + others.texts[name] for name, column in rows.texts.items()}
@@ -206,7 +203,7 @@ def _joined(first: tuple[Rows, list[list[Any]]], second: tuple[Rows, list[list[A
     return joined, [a + b for a, b in zip(values, more, strict=True)]
 
 
-def _taken(answered: tuple[Rows, list[list[Any]]], places: np.ndarray) -> tuple[Rows, list[list[Any]]]:
+def _taken(answered: Answered, places: np.ndarray) -> Answered:
     rows, values = answered
     texts = {name: [column[i] for i in places] for name, column in rows.texts.items()}
     return Rows(rows.table.iloc[places], texts, rows.bad[places]), [[column[i] for i in places] for column in values]

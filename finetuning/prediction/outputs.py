@@ -19,11 +19,10 @@ import pyarrow.parquet as pq
 from finetuning.data.files import PACKED, allowed_endings, name_and_format
 from finetuning.errors import OutputFailed, UserError, first_line, forget_output
 from finetuning.prediction.answers import AnswerColumns, names_beside
-from finetuning.prediction.rows import UNHOLDABLE, Rows, Survey
+from finetuning.prediction.rows import UNHOLDABLE, Answered, Survey
 from finetuning.storage import write_new
 
 DIGITS, SHOWN_DIGITS = 6, 4  # of probabilities: in files of text, and on standard output
-Answered = Iterable[tuple[Rows, list[list[Any]]]]  # rows, and the values of each column of their answers
 Chunks = Iterator[tuple[pd.DataFrame, Mapping[str, list[Any]]]]  # the columns of the input, and ours
 
 
@@ -49,7 +48,7 @@ def is_parquet(path: Path) -> bool:
     return name_and_format(path)[1] == "parquet"
 
 
-def write_answers(path: Path, answered: Answered, surveyed: Survey, answers: AnswerColumns) -> None:
+def write_answers(path: Path, answered: Iterable[Answered], surveyed: Survey, answers: AnswerColumns) -> None:
     """Writes the input's columns and ours. The file appears when it is complete.
 
     Raises:
@@ -68,7 +67,7 @@ def write_answers(path: Path, answered: Answered, surveyed: Survey, answers: Ans
         raise OutputFailed(f"--output {path}: cannot be written: {first_line(error)}") from None
 
 
-def print_answers(answered: Answered, answers: AnswerColumns, before: Callable[[], object]) -> None:
+def print_answers(answered: Iterable[Answered], answers: AnswerColumns, before: Callable[[], object]) -> None:
     """Prints CSV: each text and its answer. A reader that has seen enough may close its end.
 
     Args:

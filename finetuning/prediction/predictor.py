@@ -18,7 +18,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.merged import keep_merged
 from finetuning.models.pretrained import check_head
 from finetuning.prediction.answers import AnswerColumns
-from finetuning.prediction.rows import PAIR, TEXT, Rows, Source
+from finetuning.prediction.rows import PAIR, TEXT, Answered, Source
 from finetuning.prediction.trained import Trained, read_trained
 from finetuning.runs.loading import load_classifier
 from finetuning.settings import HardwareSettings
@@ -77,7 +77,7 @@ class Predictor:
 
 def answered(
     source: Source, predict: Predictor, answers: AnswerColumns, skip_bad: bool, done: Callable[[int], object]
-) -> Iterator[tuple[Rows, list[list[Any]]]]:
+) -> Iterator[Answered]:
     """The rows, in chunks, with the values of the columns of ``answers``.
 
     Args:

@@ -43,6 +43,9 @@ class Rows:
     bad: np.ndarray  # (rows,) bool: a row without a text
 
 
+Answered = tuple[Rows, list[list[Any]]]  # rows, and the values of each column of their answers
+
+
 @dataclass(frozen=True)
 class Source:
     """Where rows come from. It can be read several times.

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,7 @@ import pandas as pd
 from finetuning.data.columns import texts_in
 from finetuning.data.labels import as_number
 from finetuning.errors import UserError
-from finetuning.prediction.rows import Rows, Source
+from finetuning.prediction.rows import Answered, Source
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import macro_f1
@@ -59,7 +58,7 @@ class Score:
 
         return replace(source, tables=tables)
 
-    def counted(self, answered: Iterable[tuple[Rows, list[list[Any]]]]) -> Iterator[tuple[Rows, list[list[Any]]]]:
+    def counted(self, answered: Iterable[Answered]) -> Iterator[Answered]:
         """The same rows and values; the first column of the values is the label."""
         for rows, values in answered:
             for true, given in zip(self._true(rows.table), values[0], strict=True):

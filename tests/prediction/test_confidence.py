@@ -1,6 +1,5 @@
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from finetuning.prediction import rows as rows_module
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.confidence import Confidence, Coverage, most_uncertain, reached, surer
 from finetuning.prediction.outputs import is_parquet, write_answers
-from finetuning.prediction.rows import Rows, Source, file_of, survey
+from finetuning.prediction.rows import Answered, Source, file_of, survey
 from finetuning.runs.answers import Answers
 
 ANSWERS = AnswerColumns(["bad", "good"], confidence=Confidence())
@@ -59,7 +58,7 @@ def test_a_positive_class_has_a_threshold() -> None:
     assert answers.of(np.array([[0.6, 0.4], [0.7, 0.3]]))[0] == ["spam", "ham"], "above, not at"
 
 
-def answered(source: Source, skip: bool = False) -> Iterator[tuple[Rows, list[list[Any]]]]:
+def answered(source: Source, skip: bool = False) -> Iterator[Answered]:
     """The probability of good is the number in the text."""
     for rows in source.rows(skip):
         good = np.array(

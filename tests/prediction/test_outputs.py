@@ -7,7 +7,6 @@ import resource
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,7 @@ from finetuning.errors import OutputFailed, UserError
 from finetuning.prediction import rows as rows_module
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.outputs import check_output, is_parquet, print_answers, write_answers
-from finetuning.prediction.rows import Rows, file_of, survey
+from finetuning.prediction.rows import Answered, Rows, file_of, survey
 
 ONE, SEVERAL = AnswerColumns(["bad", "good"]), AnswerColumns(["bad", "good"], threshold=0.5)
 
@@ -30,7 +29,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "CHUNK_ROWS", 2)
 
 
-def answered(rows: Iterator[Rows], answers: AnswerColumns) -> Iterator[tuple[Rows, list[list[Any]]]]:
+def answered(rows: Iterator[Rows], answers: AnswerColumns) -> Iterator[Answered]:
     """An answer for each row: the first is sure to be good, the others less and less."""
     number = 0
     for chunk in rows:
@@ -189,7 +188,7 @@ def test_a_file_made_meanwhile_is_not_replaced(table: Path, links: bool, monkeyp
         monkeypatch.setattr(Path, "hardlink_to", no_links)
     out = table.with_name("out.csv")
 
-    def made_meanwhile() -> Iterator[tuple[Rows, list[list[Any]]]]:
+    def made_meanwhile() -> Iterator[Answered]:
         with file_of(table, "text", None) as given:
             yield from answered(given.rows(), ONE)
         out.write_text("of somebody else")
