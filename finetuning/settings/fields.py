@@ -17,7 +17,6 @@ def setting(
     help: str,
     shown: str | None = None,
     *,
-    choices: tuple[str, ...] = (),
     at_least: float | None = None,
     at_most: float | None = None,
     above: float | None = None,
@@ -30,15 +29,13 @@ def setting(
         default: the value if the flag is not given. ``None`` means "none", or that it depends on other settings.
         help: one sentence, with the unit.
         shown: the default as ``--help`` prints it, if that differs from ``default``.
-        choices: the allowed values, if the type does not list them.
         at_least, at_most, above, below: bounds of a number. A number with bounds must also be finite.
         or_auto: whether the flag also takes the word auto. For a number it means "not given".
     """
-    bounds = {"at least": at_least, "at most": at_most, "above": above, "below": below}
-    metadata = {"help": help, "shown": shown, "choices": choices, "or_auto": or_auto}
-    return dataclasses.field(
-        default=default, metadata=metadata | {"bounds": {k: v for k, v in bounds.items() if v is not None}}
-    )
+    given = {"at least": at_least, "at most": at_most, "above": above, "below": below}
+    bounds = {name: value for name, value in given.items() if value is not None}
+    metadata = {"help": help, "shown": shown, "bounds": bounds, "or_auto": or_auto}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def require(values: Values, name: str, allowed: bool, message: str) -> None:
@@ -78,10 +75,9 @@ def flags(sections: dict[str, type]) -> Iterator[Flag]:
             hint = hints[field.name]
             if typing.get_origin(hint) is not Literal:  # X | None -> X
                 hint = next((o for o in typing.get_args(hint) if o is not type(None)), hint)
-            listed = typing.get_args(hint) if typing.get_origin(hint) is Literal else field.metadata["choices"]
+            choices, value_type = (typing.get_args(hint), str) if typing.get_origin(hint) is Literal else ((), hint)
             shown = field.metadata["shown"] or str(field.default)
-            value_type = str if typing.get_origin(hint) is Literal else hint
             yield Flag(
-                field.name, section, value_type, tuple(listed), field.default, shown, field.metadata["help"],
+                field.name, section, value_type, choices, field.default, shown, field.metadata["help"],
                 field.metadata["bounds"], field.metadata["or_auto"],
             )  # fmt: skip
