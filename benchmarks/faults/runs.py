@@ -141,30 +141,19 @@ class Commands:
         ]  # fmt: skip
 
     def start(
-        self,
-        words: list[str],
-        log: Path,
-        disturbance: Disturbance | None = None,
-        cache: Path | None = None,
-        variables: dict[str, str] | None = None,
+        self, words: list[str], log: Path, disturbance: Disturbance | None = None, cache: Path | None = None
     ) -> BaseProcess:
         """Starts ``finetune_lora.py``; if the first word is ``predict`` or ``export``, that command."""
-        variables = {"FINETUNE_LORA_CACHE": str(cache or self.folder / "cache")} | (variables or {})
-        process = self._server.Process(target=_child, args=(words, str(log), variables, disturbance))
+        cache = cache or self.folder / "cache"
+        process = self._server.Process(target=_child, args=(words, str(log), str(cache), disturbance))
         process.start()
         return process
 
-    def run(
-        self,
-        words: list[str],
-        disturbance: Disturbance | None = None,
-        cache: Path | None = None,
-        variables: dict[str, str] | None = None,
-    ) -> Outcome:
+    def run(self, words: list[str], disturbance: Disturbance | None = None, cache: Path | None = None) -> Outcome:
         """Does a command."""
         log = self.folder / "log"
         log.unlink(missing_ok=True)
-        process = self.start(words, log, disturbance, cache, variables)
+        process = self.start(words, log, disturbance, cache)
         if isinstance(disturbance, Signals) and disturbance.seconds is not None:
             process.join(disturbance.seconds)
             for number in disturbance.numbers:
@@ -233,12 +222,12 @@ def in_process(command: Callable[[list[str]], int], words: list[str]) -> Outcome
     return Outcome(status, printed.getvalue())
 
 
-def _child(words: list[str], log: str, variables: dict[str, str], disturbance: Disturbance | None) -> None:
+def _child(words: list[str], log: str, cache: str, disturbance: Disturbance | None) -> None:
     """A command, in a fork of the server."""
     with Path(log).open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ.update(variables)
+    os.environ["FINETUNE_LORA_CACHE"] = cache
     os.chdir(ROOT)
     import torch
 
@@ -249,7 +238,7 @@ def _child(words: list[str], log: str, variables: dict[str, str], disturbance: D
     torch.set_num_threads(1)
     sys.argv = ["finetune_lora.py", *words]
     directory = words[words.index("--output_dir") + 1] if "--output_dir" in words else words[1]
-    watched, operations = (directory, variables.get("FINETUNE_LORA_CACHE", directory)), 0
+    watched, operations = (directory, cache), 0
 
     def count(number: int, _event: str, _path: str) -> None:
         nonlocal operations
