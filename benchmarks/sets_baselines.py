@@ -24,7 +24,7 @@ from benchmarks.budget import OUTPUT as FEW_TEXTS
 from benchmarks.harness import Record
 from benchmarks.recommend import DEFAULT, default_accuracies, size_of
 from compare_methods import BEST_PRACTICES, DATA_SETS, ROOT
-from finetuning.comparison.baselines import NAME, VECTORIZER
+from finetuning.comparison.baselines import NAME, VECTORIZER, documents
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.drawn import log_uniform
 from finetuning.comparison.over_sets import Grid, difference_cell, grid_of, score_cell
@@ -102,13 +102,9 @@ def measure(run: PlannedRun, trials: int, data_dir: Path, known: Known) -> list[
     config = from_flags(run.flags(data_dir))
     splits = load_texts(config.data, offline=True).splits
     folder = find_folder(config.model.model_name, True, "")
-    documents = {
-        name: [f"{a}\n{b}" for a, b in zip(split.texts, split.pairs, strict=True)] if split.pairs else split.texts
-        for name, split in splits.items()
-    }
-    vectorizer = TfidfVectorizer(**VECTORIZER).fit(documents["train"])
+    vectorizer = TfidfVectorizer(**VECTORIZER).fit(documents(splits["train"]))
     features = {
-        NAME: {name: vectorizer.transform(texts) for name, texts in documents.items()},
+        NAME: {name: vectorizer.transform(documents(split)) for name, split in splits.items()},
         FROZEN: frozen_features(splits, folder, config.data, known),
     }
     labels = {name: split.labels for name, split in splits.items()}

@@ -116,8 +116,8 @@ def baseline_logits(
         ValueError: the training texts have no word.
     """
     vectorizer = TfidfVectorizer(**VECTORIZER)
-    words = vectorizer.fit_transform(_documents(train, check))
-    features = {name: vectorizer.transform(_documents(split, check)) for name, split in held_out.items()}
+    words = vectorizer.fit_transform(documents(train, check))
+    features = {name: vectorizer.transform(documents(split, check)) for name, split in held_out.items()}
     multi_label = train.labels.ndim == 2
     truth = train.labels == 1 if multi_label else train.labels[:, None] == np.arange(classes)
     decisions = {name: np.empty((part.shape[0], classes)) for name, part in features.items()}
@@ -135,8 +135,8 @@ def baseline_logits(
     return {name: decision.astype(np.float32) for name, decision in decisions.items()}
 
 
-def _documents(split: "LabelledTexts", check: Callable[[], object]) -> Iterator[str]:
-    """The texts, one by one, so that a signal ends the work soon."""
+def documents(split: "LabelledTexts", check: Callable[[], object] = lambda: None) -> Iterator[str]:
+    """The texts, one by one; the two of a pair are joined. ``check`` is called for each, so a signal ends this soon."""
     for i, text in enumerate(split.texts):
         check()
         yield text if split.pairs is None else f"{text}\n{split.pairs[i]}"
