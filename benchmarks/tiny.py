@@ -1,4 +1,3 @@
-# mypy: disable-error-code="arg-type"
 """Tiny random models with the packaged tokenizer, short reviews and a study of short runs: for campaign and tests."""
 
 import csv
@@ -7,18 +6,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 WIDTH, LAYERS, HEADS, INNER, POSITIONS = 32, 3, 4, 64, 64
+BERT = {
+    "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": INNER,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+SHAPES = {  # by model type, without dropout
+    "distilbert": {
+        "dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": INNER, "max_position_embeddings": POSITIONS,
+        "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
+    },
+    "bert": BERT | {"max_position_embeddings": POSITIONS},
+    "roberta": BERT | {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1, "pad_token_id": 1},
+}  # fmt: skip
 GOOD = ("a wonderful and moving film", "superb acting, a joy", "I loved every minute", "brilliant, funny and warm")
 BAD = ("a dull and tedious mess", "terrible acting, a waste", "I hated every minute", "boring, stupid and cold")
 
@@ -33,29 +35,8 @@ def packaged_folder() -> Path:
 def tiny_classifier(model_type: str, vocabulary: int = 30522, classes: int = 2) -> PreTrainedModel:
     """A random classifier of a family, without dropout."""
     torch.manual_seed(1)
-    if model_type == "distilbert":
-        config = DistilBertConfig(
-            vocab_size=vocabulary, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=INNER,
-            max_position_embeddings=POSITIONS, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
-            **{"num_labels": classes},
-        )  # fmt: skip
-        return DistilBertForSequenceClassification(config)
-    shape = {
-        "vocab_size": vocabulary, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-        "intermediate_size": INNER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-        "num_labels": classes,
-    }  # fmt: skip
-    kinds = {  # a family that is not here is a KeyError, not another family's class
-        "bert": (BertForSequenceClassification, BertConfig, {"max_position_embeddings": POSITIONS}),
-        "roberta": (
-            RobertaForSequenceClassification,
-            RobertaConfig,
-            {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1, "pad_token_id": 1},
-        ),
-    }
-    model_class, config_class, more = kinds[model_type]
-    model = model_class(config_class(**shape, **more))
-    assert model.config.model_type == model_type
+    config = AutoConfig.for_model(model_type, vocab_size=vocabulary, num_labels=classes, **SHAPES[model_type])
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     return model
 
 
