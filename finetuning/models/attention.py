@@ -16,7 +16,6 @@ from finetuning.models.first_token import Mixture
 from finetuning.models.fused import SplitLinear
 from finetuning.models.lora import drops_input, linears, transposed
 from finetuning.models.norms import Norms
-from finetuning.models.rotary import cos_and_sin, turn
 from finetuning.models.rows import Rows
 
 BIAS_MULTIPLE = 8  # elements; a GPU's attention copies a bias at each call unless its rows begin at such multiples
@@ -308,3 +307,29 @@ class Attention:
             scores = scores.masked_fill(self.padding.repeat_interleave(groups, 0)[:, None], -math.inf)
         P = scores.softmax(-1)
         return torch.bmm(F.dropout(P, self.dropout) if self.dropout > 0 else P, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rotary positions: queries and keys are turned by angles that grow with the token's place (Su et al. 2021)
+
+
+def cos_and_sin(rotary: nn.Module, length: int, device: torch.device, kind: str | None) -> Tensor:
+    """Cos and sin of each place's angles, ``(2, T, d / 2)``, fp32.
+
+    Args:
+        rotary: Hugging Face's module, which knows the base and the scaling of the angles.
+        length: T.
+        device: where to make them.
+        kind: the layer's type, by which some models choose the angles.
+    """
+    module: Any = rotary
+    by_kind = (kind,) if kind is not None and hasattr(rotary, f"{kind}_inv_freq") else ()
+    both = module(torch.empty(0, device=device), torch.arange(length, device=device)[None], *by_kind)  # (1, T, d) each
+    return torch.cat(both).chunk(2, -1)[0].contiguous()  # the second half of each repeats the first
+
+
+def turn(x: Tensor, positions: Tensor) -> Tensor:
+    """Turns each pair of elements i and i + d / 2 by its angle: ``(..., T, H, d), (2, T, d / 2) -> (..., T, H, d)``."""
+    cos, sin = positions.unsqueeze(-2)  # (T, 1, d / 2) each
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)

@@ -16,6 +16,7 @@ works.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-from finetuning.models.activations import feed_forward_activation
+from finetuning.models import cpu_kernels
 from finetuning.models.attention import Attention, Pattern
 from finetuning.models.families import ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch
@@ -32,6 +33,8 @@ from finetuning.models.lora import linears
 from finetuning.models.norms import Norms
 from finetuning.models.products import Activation
 from finetuning.models.rows import Rows, last_places
+
+COMPILED_GATES = {"gelu": cpu_kernels.geglu, "silu": cpu_kernels.swiglu}
 
 
 def classify(
@@ -111,6 +114,20 @@ def count_frozen_layers(model: nn.Module, family: ModelFamily) -> int:
         last = nn.ModuleList([last, model.get_submodule(family.final_norm)])
     trained = (any(p.requires_grad for p in module.parameters()) for module in (embeddings, *layers, last))
     return max(next((i for i, is_trained in enumerate(trained) if is_trained), len(layers) + 2) - 1, 0)
+
+
+def feed_forward_activation(name: str, gated: bool, on_cpu: bool) -> Activation:
+    """An activation by its name in Hugging Face's configs.
+
+    Args:
+        name: for example ``gelu``.
+        gated: whether it maps ``(N, 2 F)`` to ``(N, F)``: one half, activated, times the other (Shazeer 2020).
+        on_cpu: whether to use the compiled one of a CPU, if there is one.
+    """
+    plain = F.gelu if name == "gelu" else ACT2FN[name]
+    if gated:
+        return COMPILED_GATES[name] if on_cpu and name in COMPILED_GATES else partial(cpu_kernels.gate, plain)
+    return cpu_kernels.gelu if on_cpu and name == "gelu" else plain
 
 
 class _Encoder:
