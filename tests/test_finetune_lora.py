@@ -1,5 +1,4 @@
 import csv
-import json
 import os
 import shlex
 import shutil
@@ -24,6 +23,7 @@ from finetuning.materials import find_materials
 from finetuning.processor import VARIABLE, instructions
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import settings_to_run
+from finetuning.runs.files import read_result
 from finetuning.settings import LORA_TARGETS
 from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
@@ -39,10 +39,6 @@ def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
         "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003",
         "--epochs", "2", "--patience", "0", *more,
     ]  # fmt: skip
-
-
-def result_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "result.json").read_text())
 
 
 def start(words: list[str]) -> Script | subprocess.Popen[str]:
@@ -82,7 +78,7 @@ def test_a_run_leaves_what_the_design_lists(
     output = tmp_path / "run"
     more = [*more, "--epochs", "2", "--learning_rate", "0.01"]
     assert main(flags(tiny_folders[family], review_folder, output, *more)) == 0
-    result = result_of(output)
+    result = read_result(output)
     assert result["status"] == "finished"
     asked = more[more.index("--precision") + 1] if "--precision" in more else "auto"
     assert result["config"]["precision"] in (("int8", "bf16", "fp32") if asked == "fast" else (asked,))
@@ -126,7 +122,7 @@ def test_a_run_in_8_bits_on_a_processor_with_avx2_vnni(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "compiled for AVX2-VNNI" in done.stdout
-    result = result_of(tmp_path / "run")
+    result = read_result(tmp_path / "run")
     assert result["status"] == "finished"
     assert result["config"]["precision"] == "int8"
     assert result["test"]["accuracy"] > 0.8
@@ -142,7 +138,7 @@ def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
         (tmp_path / f"{name}.csv").write_text("\n".join([rows[0], *kept]), encoding="utf8")
     words = flags(tiny_folders["bert"], tmp_path, tmp_path / "run", "--epochs", "1", "--learning_rate", "0.05")
     assert main([*words, "--class_weights", "bad=0.01", "--label_smoothing", "0.1"]) == 0  # it learns to say good
-    result = result_of(tmp_path / "run")
+    result = read_result(tmp_path / "run")
     weights = result["task"]["class_weights"]
     assert weights["bad"] == pytest.approx(0.01 * weights["good"])
     for split in ("validation", "test"):
@@ -170,7 +166,7 @@ def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
     more = ("--epochs", "0", "--offline", "--lora_mlp", "False")
     words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", *more)
     assert main(words) == 0
-    result, shown = result_of(tmp_path / "run"), capsys.readouterr().out
+    result, shown = read_result(tmp_path / "run"), capsys.readouterr().out
     baseline = result["baseline"]
     assert (baseline["name"], baseline["texts"]) == ("TF-IDF + logistic regression", 120)
     assert baseline["seconds"] > 0
@@ -188,10 +184,10 @@ def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
     assert sentence in shown
     assert ">test, TF-IDF + logistic regression</th>" in (tmp_path / "run" / "report.html").read_text("utf8")
     assert main([*words, "--overwrite", "--baseline", "False", "--test", "False"]) == 0
-    assert "baseline" not in result_of(tmp_path / "run")
+    assert "baseline" not in read_result(tmp_path / "run")
     assert "TF-IDF" not in capsys.readouterr().out
     assert main([*words, "--overwrite", "--test", "False"]) == 0
-    assert result_of(tmp_path / "run")["baseline"].keys() == {"name", "texts", "seconds", "validation"}
+    assert read_result(tmp_path / "run")["baseline"].keys() == {"name", "texts", "seconds", "validation"}
     assert line in capsys.readouterr().out
 
 
@@ -201,7 +197,7 @@ def test_a_run_whose_texts_have_no_words_has_no_baseline(
     rows = [f"{'!' * (i + 1)},{'good' if i % 2 else 'bad'}" for i in range(60)]
     (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]), encoding="utf8")
     assert main(flags(tiny_folders["bert"], tmp_path, tmp_path / "run", "--epochs", "0")) == 0
-    assert "baseline" not in result_of(tmp_path / "run")
+    assert "baseline" not in read_result(tmp_path / "run")
     assert "\nno baseline: empty vocabulary" in capsys.readouterr().out
 
 
@@ -216,11 +212,11 @@ def test_a_signal_ends_a_run_while_the_baseline_is_computed(
     with monkeypatch.context() as patch:
         patch.setattr("finetuning.comparison.baselines.baseline_logits", signalled)
         assert main(words) == 130
-    result = result_of(tmp_path / "run")
+    result = read_result(tmp_path / "run")
     assert result["status"] == "interrupted"
     assert "baseline" not in result
     assert main(["--resume", "--output_dir", str(tmp_path / "run")]) == 0
-    assert result_of(tmp_path / "run")["baseline"]["test"]["accuracy"] == 1.0
+    assert read_result(tmp_path / "run")["baseline"]["test"]["accuracy"] == 1.0
 
 
 def test_a_run_is_repeatable_and_its_seed_matters(
@@ -231,7 +227,7 @@ def test_a_run_is_repeatable_and_its_seed_matters(
         words = flags(tiny_folders["distilbert"], review_folder, tmp_path / name, "--epochs", "1", "--seed", seed)
         assert main([*words, "--test", "False"]) == 0
         weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
-        assert "test" not in result_of(tmp_path / name)
+        assert "test" not in read_result(tmp_path / name)
     assert all(np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not all(np.array_equal(weights[0][key], weights[2][key]) for key in weights[0])
 
@@ -245,7 +241,7 @@ def test_an_adapter_is_evaluated_and_trained_on(
     assert main([*words("first", 1), "--lora_key", "False", "--lora_r", "3"]) == 0
     again = ["--init_adapter", str(tmp_path / "first"), "--seed", "7"]
     assert main([*words("only", 0), *again]) == 0
-    first, only = result_of(tmp_path / "first"), result_of(tmp_path / "only")
+    first, only = read_result(tmp_path / "first"), read_result(tmp_path / "only")
     assert only["status"] == "finished"
     assert only["train"]["steps"] == 0
     for split in ("validation", "test"):
@@ -255,7 +251,7 @@ def test_an_adapter_is_evaluated_and_trained_on(
     assert only["config"]["lora_key"] is False
     assert not list((tmp_path / "only").glob("*.ckpt"))
     assert main([*words("more", 1), *again]) == 0
-    assert result_of(tmp_path / "more")["test"]["loss"] < first["test"]["loss"]
+    assert read_result(tmp_path / "more")["test"]["loss"] < first["test"]["loss"]
     capsys.readouterr()
     for more, message in (([*again, "--lora_r", "4"], "--lora_r 4"), (["--init_adapter", "nowhere"], "nowhere")):
         assert main([*words("refused", 1), *more]) == 2
@@ -266,7 +262,7 @@ def test_an_adapter_is_evaluated_and_trained_on(
 def test_patience_stops_early(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "20", "--patience", "1")
     assert main([*words, "--learning_rate", "1e-12"]) == 0
-    assert result_of(tmp_path / "run")["train"]["epochs"] == 2
+    assert read_result(tmp_path / "run")["train"]["epochs"] == 2
 
 
 def test_patience_is_not_forgotten_by_a_continued_run(
@@ -275,12 +271,12 @@ def test_patience_is_not_forgotten_by_a_continued_run(
     run = tmp_path / "run"
     words = flags(tiny_folders["distilbert"], review_folder, run, "--epochs", "20", "--patience", "1")
     assert main([*words, "--learning_rate", "1e-12"]) == 0
-    first = result_of(run)
+    first = read_result(run)
     (run / "result.json").unlink()  # as if it had been killed before it could write
     shutil.copy(run / "last.ckpt", run / "best.ckpt")
     assert main([*words, "--learning_rate", "1e-12", "--resume"]) == 0
-    assert result_of(run)["train"]["epochs"] == first["train"]["epochs"] == 2
-    assert result_of(run)["validation"]["loss"] == first["validation"]["loss"]
+    assert read_result(run)["train"]["epochs"] == first["train"]["epochs"] == 2
+    assert read_result(run)["validation"]["loss"] == first["validation"]["loss"]
 
 
 def test_processes_that_torchrun_starts_need_to_be_told_where(
@@ -312,7 +308,7 @@ def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf8")
     assert "a wonderful &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &lt;b&gt;moving film" in report
     assert "<script" not in report
-    assert f"test accuracy {100 * result_of(tmp_path / 'run')['test']['accuracy']:.2f} %" in report
+    assert f"test accuracy {100 * read_result(tmp_path / 'run')['test']['accuracy']:.2f} %" in report
     assert main([*words, "--overwrite", "--report_texts", "False"]) == 0
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf8")
     assert "wonderful" not in report
@@ -371,7 +367,7 @@ def test_ctrl_c_behind_a_pipe_whose_reader_it_ends_first(
     process.stderr.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130
-    result = result_of(tmp_path / "run")
+    result = read_result(tmp_path / "run")
     assert result["status"] == "interrupted"
     last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     assert last["global_step"] == result["train"]["steps"] > 0
@@ -408,7 +404,7 @@ def test_a_tracker_or_report_that_fails_does_not_end_the_run(
         "warning: --tracker tensorboard failed and is not used any more: No space left on device",
         "warning: report.html was not written: division by zero",
     ]
-    assert result_of(tmp_path / "run")["status"] == "finished"
+    assert read_result(tmp_path / "run")["status"] == "finished"
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
@@ -479,9 +475,9 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     assert broken.returncode == 130, seen + rest
     (told,) = (line for line in rest.splitlines() if line.startswith("interrupted; continue with: python "))
     assert told.endswith(f" --resume --output_dir {tmp_path / 'broken'}"), "the run knows its other settings"
-    assert result_of(tmp_path / "broken")["status"] == "interrupted"
-    steps = result_of(tmp_path / "broken")["train"]["steps"]
-    assert 0 < steps < result_of(whole)["train"]["steps"] / 2
+    assert read_result(tmp_path / "broken")["status"] == "interrupted"
+    steps = read_result(tmp_path / "broken")["train"]["steps"]
+    assert 0 < steps < read_result(whole)["train"]["steps"] / 2
 
     broken_run = tmp_path / "broken"
     if number == signal.SIGTERM:  # as if the disk had been mounted elsewhere
@@ -492,11 +488,11 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     found = load_file(broken_run / "adapter_model.safetensors")
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
     for part in ("validation", "test"):
-        assert result_of(whole)[part]["loss"] == result_of(broken_run)[part]["loss"]
-    result = result_of(broken_run)
+        assert read_result(whole)[part]["loss"] == read_result(broken_run)[part]["loss"]
+    result = read_result(broken_run)
     assert "--resume" not in result["command"], "it is the one that repeats the run"
     assert "--dropout 0.1" in result["command"]
-    assert result["train"]["steps"] == result_of(whole)["train"]["steps"]
+    assert result["train"]["steps"] == read_result(whole)["train"]["steps"]
     assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
 
 
@@ -515,7 +511,7 @@ def test_an_average_is_evaluated_and_saved(tiny_folders: dict[str, Path], review
     again = [*more.split(), "--epochs", "0", "--average", "none", "--init_adapter", str(run)]
     assert main(flags(tiny_folders["bert"], review_folder, tmp_path / "again", *again)) == 0
     for split in ("validation", "test"):
-        found, expected = (result_of(tmp_path / name)[split]["loss"] for name in ("again", "run"))
+        found, expected = (read_result(tmp_path / name)[split]["loss"] for name in ("again", "run"))
         assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -537,9 +533,9 @@ def test_lora_plus_in_some_layers_continues_to_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(FineTuning, "training_step", signalled)
         assert main(flags(tiny_folders["bert"], review_folder, broken, *more.split())) == 130
-    assert result_of(broken)["train"]["steps"] == 20
+    assert read_result(broken)["train"]["steps"] == 20
     assert main(["--resume", "--output_dir", str(broken)]) == 0
-    assert result_of(broken)["config"]["lora_plus_ratio"] == 4
+    assert read_result(broken)["config"]["lora_plus_ratio"] == 4
     last, continued = (torch.load(run / "last.ckpt", weights_only=True) for run in (whole, broken))
     assert {name.split(".layer.")[1][0] for name in last["state_dict"] if "lora_B" in name} == {"1", "2"}
     for name, weights in last["state_dict"].items():
@@ -601,7 +597,7 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_good_checkpo
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--method", "full", "--epochs", "3")
     more = ["--learning_rate", "1e30", "--optimizer", "sgd", "--gradient_clip", "0", "--warmup_fraction", "0.5"]
     assert main([*words, *more]) == 1
-    result = result_of(tmp_path / "run")
+    result = read_result(tmp_path / "run")
     assert result["status"] == "failed"
     assert "the loss is not finite at batch" in result["error"]
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed:")]
@@ -625,7 +621,7 @@ def test_a_full_disk_fails_the_run(tiny_folders: dict[str, Path], review_folder:
         assert len(lines) == 1
         assert "space" in lines[0]
         if (disk / "run" / "result.json").exists():
-            assert result_of(disk / "run")["status"] == "failed"
+            assert read_result(disk / "run")["status"] == "failed"
         assert not list((disk / "run").glob(".*tmp*"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -717,7 +713,7 @@ def test_a_run_is_not_overwritten_unless_asked(
     assert "has finished" in capsys.readouterr().err
     assert (tmp_path / "run" / "result.json").read_bytes() == first
     assert main([*words, "--overwrite", "--lora_r", "2"]) == 0
-    assert result_of(tmp_path / "run")["config"]["lora_r"] == 2
+    assert read_result(tmp_path / "run")["config"]["lora_r"] == 2
 
 
 def test_without_a_hub_the_command_says_what_to_do() -> None:

@@ -11,8 +11,9 @@ import torch
 from safetensors.numpy import load_file
 
 from finetune_lora import main
+from finetuning.runs.files import read_result
 from tests.conftest import ROOT, write_reviews
-from tests.test_finetune_lora import flags, result_of
+from tests.test_finetune_lora import flags
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ON_GPU = ("--accelerator", "gpu", "--learning_rate", "0.01")
@@ -39,7 +40,7 @@ def test_a_run_learns(
         assert main(words) == 2
         return
     assert main([*words, "--epochs", "3"]) == 0
-    result = result_of(tmp_path / "run")
+    result = read_result(tmp_path / "run")
     assert result["memory"]["source"] == "torch.cuda.max_memory_allocated"
     assert result["train"]["steps"] == 3 * 15
     assert np.isfinite(result["test"]["loss"])
@@ -50,7 +51,7 @@ def test_a_run_learns(
 def test_compiled_it_learns(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *ON_GPU, "--lora_mlp", "True")
     assert main([*words, "--compile", "True", "--epochs", "3"]) == 0
-    assert result_of(tmp_path / "run")["test"]["accuracy"] > 0.8
+    assert read_result(tmp_path / "run")["test"]["accuracy"] > 0.8
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
@@ -74,7 +75,7 @@ def test_an_interrupted_run_continues(tiny_folders: dict[str, Path], tmp_path: P
     process.stdout.read()
     assert process.wait(timeout=120) == 130
     assert main(["--resume", "--output_dir", str(parts)]) == 0
-    results = [result_of(directory) for directory in (whole, parts)]
+    results = [read_result(directory) for directory in (whole, parts)]
     assert results[0]["train"]["steps"] == results[1]["train"]["steps"]
     weights = [load_file(directory / "adapter_model.safetensors") for directory in (whole, parts)]
     for name, weight in weights[0].items():  # products on a GPU may sum in another order

@@ -15,11 +15,11 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.int8 import Int8Linear
 from finetuning.models.lora import LinearWithLoRA
 from finetuning.models.quantization import dense_weight
-from finetuning.runs.files import SETTINGS, write_settings
+from finetuning.runs.files import SETTINGS, read_result, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
 from tests.conftest import INNER, LAYERS, WIDTH, needs_int8
-from tests.test_finetune_lora import flags, result_of
+from tests.test_finetune_lora import flags
 from tests.test_local_model_utilities import NAMES, batch, build, fill_lora
 from tests.tiny_models import tiny_model
 
@@ -278,7 +278,7 @@ def test_a_run_that_has_nothing_to_hold_in_8_bits(
     shown = capsys.readouterr()
     if precision == "fast":
         assert status == 0
-        assert result_of(tmp_path / "run")["config"]["precision"] in ("bf16", "fp32")
+        assert read_result(tmp_path / "run")["config"]["precision"] in ("bf16", "fp32")
         assert f"({reason})" in shown.out
     else:
         assert status == 2

@@ -1,6 +1,5 @@
 """The job script on a real cluster of one node, with a stand-in for a GPU; no systemd needed."""
 
-import json
 import re
 import signal
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 import finetune_lora
 from benchmarks.slurm_cluster import Cluster, wait_until
+from finetuning.runs.files import read_result
 from tests.conftest import ROOT, one_thread
 
 SCRIPT = ROOT / "run_DistilBert_gpu.SBATCH"
@@ -25,10 +25,6 @@ def flags(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) ->
         *("--accelerator", "cpu", "--precision", "fp32", "--max_length", "32", "--batch_size", "4"),
         *("--epochs", "2", "--patience", "0"),
     ]
-
-
-def read_result(directory: Path) -> dict:
-    return json.loads((directory / "result.json").read_text(encoding="utf8"))
 
 
 def test_a_refused_job_fails_with_status_2_and_is_not_requeued(ready: Cluster, flags: list[str]) -> None:

@@ -28,7 +28,7 @@ from finetuning.comparison.tables import csv_text
 from finetuning.errors import UserError
 from finetuning.models.pretrained import load_pretrained
 from finetuning.runs.checkpoints import write_checkpoint
-from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RESULT, RUN_FILES
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RUN_FILES, read_result
 from finetuning.storage import write_json
 from finetuning.training.module import FineTuning
 from local_model_utilities import find_base_model
@@ -314,7 +314,7 @@ def test_class_names_are_no_paths_and_come_back_as_they_were(
     assert finetune_lora.main(words) == 0
     assert {path.name for path in run.iterdir()} <= set(RUN_FILES)
     assert {path.name for path in tmp_path.iterdir()} == {"data", "runs"}
-    assert sorted(json.loads((run / RESULT).read_text(encoding="utf8"))["data"]["label_names"]) == sorted(NAMES)
+    assert sorted(read_result(run)["data"]["label_names"]) == sorted(NAMES)
     capsys.readouterr()
     assert predict.main([str(run), "--file", str(tmp_path / "data" / "train.csv")]) == 0
     printed = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))

@@ -1,6 +1,5 @@
 """Two processes with DDP: the same result as one process, and an orderly end of both when they are asked to stop."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune_lora
+from finetuning.runs.files import read_result
 from tests.conftest import needs_int8
 from tests.scripts import Script, start_script
 
@@ -56,10 +56,6 @@ def output_after_first_epoch(process: Script | subprocess.Popen[str], directory:
         time.sleep(0.01)
     (os.killpg if group else os.kill)(process.pid, number)
     return process.communicate(timeout=LIMIT_SECONDS)[0]  # the second process holds the pipe, too
-
-
-def read_result(directory: Path) -> dict:
-    return json.loads((directory / "result.json").read_text(encoding="utf8"))
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Data sets of the hub, from a cache in the hub's own layout."""
 
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from benchmarks.harness import TRAINING_FLAGS
 from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.runs.files import RESULT
+from finetuning.runs.files import read_result
 from tests.conftest import ROOT, frame, texts_of
 from tests.hub_cache import COMMIT, card, hub_server, parquet, write_hub_cache
 
@@ -263,7 +262,7 @@ def test_from_prefetch_to_prediction(
     more = f"--offline --epochs 1 {TRAINING_FLAGS} --accelerator cpu --precision fp32 --output_dir"
     assert finetune_lora.main([*common, *more.split(), str(run)]) == 0
     assert "warning" not in capsys.readouterr().err
-    data = json.loads((run / RESULT).read_text())["data"]
+    data = read_result(run)["data"]
     assert data["source"] == "me/films:plain, validation as test (Hugging Face hub)"
     assert data["columns"] == {"text_column": "text", "label_column": "label"}
     assert data["sizes"] == {"train": 36, "validation": 4, "test": 12}

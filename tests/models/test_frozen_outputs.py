@@ -1,7 +1,6 @@
 """Outputs of frozen layers: what is loaded is what was saved, in memory and on disk, and a whole run is unchanged."""
 
 import errno
-import json
 import os
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from finetune_lora import main
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.frozen_outputs import FrozenOutputs
+from finetuning.runs.files import read_result
 from tests.models.test_encoder import prepare
 from tests.test_finetune_lora import flags
 
@@ -82,7 +82,7 @@ def test_a_run_ends_with_the_same_weights(
         words += ["--frozen_cache_gb", gigabytes, "--precision", "fp32", "--optimizer", "sgd"]
         assert main(flags(tiny_folders["distilbert"], review_folder, output, *words)) == 0
         weights.append(load_file(next(output.glob("*.safetensors"))))
-        losses.append(json.loads((output / "result.json").read_text())["validation"]["loss"])
+        losses.append(read_result(output)["validation"]["loss"])
     computed, in_memory, on_disk = weights
     for name, weight in computed.items():
         assert np.array_equal(in_memory[name], on_disk[name])

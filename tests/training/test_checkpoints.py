@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from finetune_lora import main
 from finetuning.flags import from_flags
 from finetuning.materials import find_materials
-from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RESULT
+from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, read_result
 from finetuning.steps import claim_directory, read_inputs, watched
 from finetuning.training import checkpoints
 from finetuning.training.callbacks import GracefulStop, Meter
@@ -118,7 +117,7 @@ def test_an_epoch_that_is_not_the_best_has_a_checkpoint_as_well(
 ) -> None:
     words = ["--epochs", "3", "--precision", "fp32", "--learning_rate", "1e-12"]  # so small that the first is the best
     assert main(flags(tiny_folders["distilbert"], review_folder, tmp_path, *words)) == 0
-    steps = json.loads((tmp_path / RESULT).read_text())["train"]["steps"]
+    steps = read_result(tmp_path)["train"]["steps"]
     last = torch.load(tmp_path / LAST_CHECKPOINT, weights_only=True)
     assert last["global_step"] == steps
     (state,) = (state for name, state in last["callbacks"].items() if name.startswith("BestCheckpoint"))

@@ -1,6 +1,5 @@
 """The estimate: its parts against what is known of them, its peak against the run's, and that it writes nothing."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from finetune_lora import main
 from finetuning.config import RunConfig
+from finetuning.runs.files import read_result
 from finetuning.training.estimate import estimate_table, measure_steps, run_seconds
 from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import SingleLabel
@@ -107,7 +107,7 @@ def test_the_command_writes_nothing_and_its_peak_is_the_runs(
     assert not (tmp_path / "run").exists()
     peak = float(next(line for line in shown.splitlines() if line.startswith("peak")).split()[1]) * 2**20
     finish(start(words))
-    used = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]["peak_bytes"]
+    used = read_result(tmp_path / "run")["memory"]["peak_bytes"]
     assert peak == pytest.approx(used, rel=0.15)
 
 
