@@ -1,6 +1,7 @@
 # mypy: disable-error-code="arg-type"
 """What several test files use: folders of tiny models and reviews, flags, runs as they are left on disk."""
 
+import errno
 import os
 import shutil
 import sys
@@ -192,6 +193,11 @@ def jobs_folder(ready: Cluster) -> Path:
         if not path.exists():  # the cluster and its folder are those of the session
             path.symlink_to(ROOT / name)
     return ready.submit_folder
+
+
+def full_disk(*_: object, **__: object) -> None:
+    """What takes the place of a function that writes when the disk is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Formats, bad input and downloads."""
 
-import errno
 import hashlib
 import http.server
 import io
@@ -25,7 +24,7 @@ from finetuning.config import RunConfig
 from finetuning.data import imdb
 from finetuning.errors import UserError
 from local_dataset_utilities import prefetch_texts
-from tests.conftest import frame, text_config, texts_of, write_texts, write_tree
+from tests.conftest import frame, full_disk, text_config, texts_of, write_texts, write_tree
 
 
 @pytest.fixture(autouse=True)
@@ -344,10 +343,6 @@ def test_stanford_files_that_are_lost_are_made_again(
     assert set((cache / "imdb_stanford").iterdir()) == left, "without a network nothing more is lost"
     assert texts_of(STANFORD).source == texts.source
     assert len(list((cache / "imdb_stanford").iterdir())) == 3
-
-
-def full_disk(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.usefixtures("stanford")

@@ -1,6 +1,5 @@
 """``--model_name packaged-base``: a tiny MPNet in packages made here, and the real one if it is installed."""
 
-import errno
 import io
 import json
 import os
@@ -27,7 +26,7 @@ from finetuning.models.encoder import classify
 from finetuning.models.pretrained import load_pretrained
 from finetuning.settings import PACKAGED_BASE
 from finetuning.storage import OUR_PREFIX, sha256_of
-from tests.conftest import ROOT
+from tests.conftest import ROOT, full_disk
 from tests.models.conftest import place_lora
 from tests.models.test_encoder import assert_equal_those_of_hugging_face
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -173,9 +172,6 @@ def test_packages_with_other_content(site: Path, cache: Path, contents: dict[str
 def test_a_cache_folder_that_cannot_hold_the_model(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     for place, name in ((shutil, "copyfileobj"), (Path, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full_disk)

@@ -1,4 +1,3 @@
-import errno
 import gzip
 import json
 import os
@@ -17,6 +16,7 @@ import pytest
 from finetuning.errors import UserError
 from finetuning.prediction import rows as module
 from finetuning.prediction.rows import STANDARD_INPUT, Survey, file_of, given_texts, survey
+from tests.conftest import full_disk
 
 
 @pytest.fixture(autouse=True)
@@ -86,10 +86,6 @@ def test_what_cannot_be_copied_is_refused_in_one_line(tmp_path: Path, monkeypatc
             patch.setattr("sys.stdin", SimpleNamespace(buffer=stream))
             patch.setattr(*failing, full_disk)
             assert refusal(STANDARD_INPUT) == copied.replace("a.csv", "-") + "No space left on device"
-
-
-def full_disk(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_file_that_the_system_does_not_look_up(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from finetuning.errors import UserError
 from finetuning.runs import lock as lock_module
 from finetuning.runs.lock import LOCK, DirectoryLock, claimed
+from tests.conftest import full_disk
 
 HOLD = """
 import sys, pathlib
@@ -97,11 +98,8 @@ def test_a_file_system_without_locks_lets_the_run_start_with_a_warning(
 
 
 def test_a_full_disk_refuses_the_directory_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dump", refuse)
+        patch.setattr(json, "dump", full_disk)
         with pytest.raises(UserError, match=f"--output_dir {tmp_path}: cannot be written: No space left on device"):
             DirectoryLock(tmp_path)
     assert list(tmp_path.iterdir()) == []
