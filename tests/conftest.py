@@ -195,6 +195,11 @@ def jobs_folder(ready: Cluster) -> Path:
     return ready.submit_folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, and of the folders in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def full_disk(*_: object, **__: object) -> None:
     """What takes the place of a function that writes when the disk is full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

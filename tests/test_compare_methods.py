@@ -26,7 +26,7 @@ from finetuning.flags import from_flags
 from finetuning.forking import can_fork
 from finetuning.runs.files import write_result
 from finetuning.runs.history import write_predictions
-from tests.conftest import DIVERGED, ROOT, TUNED, leave_run, one_thread, plan, scored, write_study
+from tests.conftest import DIVERGED, ROOT, TUNED, contents, leave_run, one_thread, plan, scored, write_study
 
 PATIENCE_SECONDS = 240  # for a machine with other work
 
@@ -174,10 +174,6 @@ def test_a_final_run_without_its_tuning_is_not_started(
 
 
 # --- collecting
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from compare_methods import BEST_PRACTICES, GUIDE, PAGES, README, RESULTS, SPEED
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
 from finetuning.comparison.report import README_PLOT, Report, build_report, default_rates_table, part_done
+from tests.conftest import contents
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top
@@ -41,10 +42,6 @@ def results(tmp_path: Path) -> Path:
 
 def report(results: Path) -> int:
     return main(["report", "--results", str(results), "--pages", str(results.parent / "README.md")])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")

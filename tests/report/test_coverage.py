@@ -2,13 +2,7 @@ import numpy as np
 import pytest
 
 from finetuning.report.coverage import coverage_curve, risk_table
-from finetuning.runs.answers import Answers
-
-
-def answers(confidence: np.ndarray, right: np.ndarray) -> Answers:
-    """Answers of two classes, of which the first is always given."""
-    logits = np.stack([np.log(confidence), np.log(1 - confidence)], axis=1)
-    return Answers(np.arange(len(right)), np.stack([right, ~right], axis=1), logits)
+from tests.runs.test_abstention import answers
 
 
 def test_the_curve_ends_with_the_accuracy_of_all_texts() -> None:

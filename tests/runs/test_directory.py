@@ -32,6 +32,7 @@ from finetuning.runs.files import (
     write_result,
 )
 from finetuning.runs.lock import LOCK, DirectoryLock
+from tests.runs.test_files import contents
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
 ORIGIN = {
@@ -43,10 +44,6 @@ ORIGIN = {
     "command": "python finetune_lora.py",
 }
 ARCHIVE = memoryview(b"weights" + b"PK\x05\x06".ljust(22, b"\0"))
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def begin(directory: Path, settings: dict[str, Any] = STORED, resume: bool = False, overwrite: bool = False) -> None:
