@@ -1,7 +1,4 @@
-"""Compares methods: runs the runs of a study, shows their state, collects them and makes the report; see ``--help``.
-
-Exit status: 0 all is done, 1 a run has failed, 2 input refused, 130 interrupted.
-"""
+"""Subcommands for a study: run its runs, show their state, collect them and make the report; see ``--help``."""
 
 import argparse
 import os
@@ -15,51 +12,21 @@ from finetuning.comparison.collection import collect
 from finetuning.comparison.execution import StopSignals, StudyExecution, chosen_runs
 from finetuning.comparison.plan import STAGES, read_plan
 from finetuning.comparison.study_runs import StudyRuns
-from finetuning.errors import UserError, exit_status, first_line
+from finetuning.errors import UserError, first_line
 from finetuning.flags import OneLineParser
-from finetuning.processes import show_any_text
 
-RESULTS = Path("results")
-DESCRIPTION = "Run a study (a TOML file with the runs that answer one question) and report what came out."
 # Adds a subcommand: its name, the function that does it, a sentence for its help, parents. Returns its parser.
 Add = Callable[..., argparse.ArgumentParser]
 
 
-def main(
-    argv: Sequence[str] | None = None,
-    results: Path = RESULTS,
-    pages: Sequence[Path] = (),
-    add_more: Callable[[Add], object] | None = None,
-) -> int:
-    """The command. Returns the exit status.
+def add_studies(add: Add, results: Path, pages: Sequence[Path]) -> None:
+    """Adds the subcommands for a study.
 
     Args:
-        argv: the flags; ``None`` takes them from ``sys.argv``.
+        add: adds each of them.
         results: the default folder of the report.
         pages: the default pages of a report from this folder.
-        add_more: adds the subcommands of the package above this one.
     """
-    show_any_text()
-    return exit_status(lambda: command(argv, make_parser(results, pages, add_more)))
-
-
-def command(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> int:
-    """Does what the flags ask for. Returns the exit status.
-
-    Raises:
-        UserError: input is refused.
-    """
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # it knows the similar flags
-    status: int = options.execute(options)
-    return status
-
-
-def make_parser(
-    results: Path = RESULTS, pages: Sequence[Path] = (), add_more: Callable[[Add], object] | None = None
-) -> argparse.ArgumentParser:
-    """The parser of all subcommands. Arguments as in ``main``."""
     study = OneLineParser(add_help=False)
     study.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, for example studies/smoke.toml")
     study.add_argument(
@@ -71,32 +38,24 @@ def make_parser(
     study.add_argument(
         "--stage", choices=STAGES, default="all", help="only tuning runs, or only final runs (default: all)"
     )
-    parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser)
-
-    def command(name: str, execute: Callable[..., int], text: str, *parents: OneLineParser) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
-        added.set_defaults(parser=added, execute=execute)
-        return added
-
-    run = command("run", run_command, "Run what is missing; continue what was interrupted.", study)
+    run = add("run", run_command, "Run what is missing; continue what was interrupted.", study)
     run.add_argument("--index", type=int, metavar="N", help="only run number N of --stage, from 0 (for job arrays)")
     run.add_argument("--retry_failed", action="store_true", help="start failed runs over")
     run.add_argument(
         "--jobs", type=int, default=1, metavar="N",
         help="runs to do at once; they share the cores, unless OMP_NUM_THREADS is set (default: 1)",
     )  # fmt: skip
-    command("count", count_command, "Print the number of runs.", study)
-    listed = command("list", list_command, "Print each run's number, state and command.", study)
+    add("count", count_command, "Print the number of runs.", study)
+    listed = add("list", list_command, "Print each run's number, state and command.", study)
     for reader in (run, listed):
         reader.add_argument(
             "--results", type=Path, metavar="PATH", help="also count runs collected here as done (default: none)"
         )
-    collected = command("collect", collect_command, "Copy what the report needs from each run that has ended.", study)
+    collected = add("collect", collect_command, "Copy what the report needs from each run that has ended.", study)
     collected.add_argument(
         "--results", type=Path, default=Path("results"), metavar="PATH", help="where to copy it (default: results)"
     )
-    report = command("report", report_command, "Make tables, plots and one HTML page from collected runs.")
+    report = add("report", report_command, "Make tables, plots and one HTML page from collected runs.")
     report.add_argument(
         "--results", type=Path, default=results, metavar="PATH",
         help="folder with STUDY/runs.json; tables and plots are written there (default: results/)",
@@ -107,9 +66,6 @@ def make_parser(
         " (default: in a clone README.md and pages in docs/; none if --results is another folder)",
     )  # fmt: skip
     report.set_defaults(usual=(results, pages))
-    if add_more is not None:
-        add_more(command)
-    return parser
 
 
 def script() -> Path:

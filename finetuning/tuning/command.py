@@ -1,20 +1,23 @@
-"""``compare_methods.py tune``: searches for the best classifier of some texts; see ``--help`` and docs/guide.md."""
+"""Compares methods: runs a study and reports it, or searches for the best classifier of some texts; see ``--help``.
+
+Exit status: 0 all is done, 1 a run has failed, 2 input refused, 130 interrupted.
+"""
 
 import argparse
 import os
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from finetuning.comparison import command as studies
-from finetuning.comparison.command import RESULTS, Add, script
+from finetuning.comparison.command import Add, add_studies, script
 from finetuning.comparison.execution import StopSignals
 from finetuning.config import RunConfig
-from finetuning.errors import UserError, first_line, say
-from finetuning.flags import add_flags, parse_bool
+from finetuning.errors import UserError, exit_status, first_line, say
+from finetuning.flags import OneLineParser, add_flags, parse_bool
+from finetuning.processes import show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.settings import FLAGS, check_data_dir
 from finetuning.tuning.plan import (
@@ -37,22 +40,54 @@ from finetuning.tuning.trials import Place
 
 STARTED = time.time()  # the budget includes the imports
 
+RESULTS = Path("results")
+DESCRIPTION = "Run a study (a TOML file with the runs that answer one question) and report what came out."
 OWN = ("output_dir", "resume", "overwrite", "report", "baseline", "verbose")  # tune has or sets these itself
 TEXT = "Search for the best settings for your texts, in minutes or trials. Flags of a run that you give stay fixed."
 
 
 def main(argv: Sequence[str] | None = None, results: Path = RESULTS, pages: Sequence[Path] = ()) -> int:
-    """The command with all subcommands. Arguments as in ``finetuning.comparison.command.main``."""
-    return studies.main(argv, results, pages, add_tune)
+    """The command with all subcommands. Returns the exit status.
+
+    Args:
+        argv: the flags; ``None`` takes them from ``sys.argv``.
+        results: the default folder of the report.
+        pages: the default pages of a report from this folder.
+    """
+    show_any_text()
+    return exit_status(lambda: command(argv, make_parser(results, pages)))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
-    return studies.make_parser(add_more=add_tune)
+def command(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> int:
+    """Does what the flags ask for. Returns the exit status.
+
+    Raises:
+        UserError: input is refused.
+    """
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # it knows the similar flags
+    status: int = options.execute(options)
+    return status
+
+
+def make_parser(results: Path = RESULTS, pages: Sequence[Path] = ()) -> argparse.ArgumentParser:
+    """The parser of all subcommands. Arguments as in ``main``."""
+    parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser)
+
+    def add(name: str, execute: Callable[..., int], text: str, *parents: OneLineParser) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
+        added.set_defaults(parser=added, execute=execute)
+        return added
+
+    add_studies(add, results, pages)
+    add_tune(add)
+    return parser
 
 
 def add_tune(add: Add) -> None:
-    """Adds the subcommand."""
+    """Adds the subcommand that searches."""
     parser = add("tune", tune_command, TEXT)
     search = parser.add_argument_group("search")
     search.add_argument("--minutes", type=float, metavar="X", help="time for everything, the last runs included")
