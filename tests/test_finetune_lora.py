@@ -449,7 +449,7 @@ def test_a_run_with_one_step_an_epoch_stops_before_the_next_one(
     with monkeypatch.context() as patch:
         patch.setattr(GracefulStop, "on_train_batch_end", signalled)
         assert main([*words, "--output_dir", str(tmp_path / "stopped")]) == 130
-    assert result_of(tmp_path / "stopped")["train"]["steps"] == 2
+    assert read_result(tmp_path / "stopped")["train"]["steps"] == 2
     assert main(["--resume", "--output_dir", str(tmp_path / "stopped")]) == 0
     expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
     assert all(np.array_equal(expected[key], found[key]) for key in expected)
