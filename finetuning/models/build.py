@@ -90,9 +90,9 @@ def int8_widths(base: BaseModel, method: MethodSettings, lora: LoRASettings | No
 def _store_frozen(model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:
     """Converts frozen linear layers and embeddings to ``dtype``. Norms stay fp32: they are small and sensitive."""
     for module in model.get_submodule(family.base).modules():
-        if type(module) in (nn.Linear, Conv1D) or isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding):  # Falcon has a linear of its own
             for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
+                if not parameter.requires_grad and parameter.is_floating_point():  # 4 bits are packed
                     parameter.data = parameter.data.to(dtype)
 
 

@@ -60,12 +60,22 @@ def library(without_bf16: bool = False) -> tuple[ctypes.CDLL | None, str]:
         without_bf16: also accept a variant that has only the kernels of 8-bit products.
     """
     variants = [v for v in VARIANTS if v.has_bf16 or without_bf16]
-    variant = next((v for v in variants if v.instructions <= instructions()), None)
-    if variant is None:
+    fitting = [v for v in variants if v.instructions <= instructions()]
+    if not fitting:
         return None, f"no: the processor has neither {' nor '.join(v.name for v in variants)}"
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return None, f"no: none of the compilers {', '.join(COMPILERS)} is installed, and CXX is not set"
+    reasons = []
+    for variant in fitting:  # an older compiler may lack the newest instructions
+        kernels, state = _loaded(compiler, variant)
+        if kernels is not None:
+            return kernels, state
+        reasons.append(state)
+    return None, reasons[0]
+
+
+def _loaded(compiler: str, variant: Variant) -> tuple[ctypes.CDLL | None, str]:
     try:
         kernels = ctypes.CDLL(str(_build(compiler, variant)))
     except subprocess.CalledProcessError as error:

@@ -14,6 +14,9 @@ from finetuning.models.families import FAMILIES, ModelFamily
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in configs
 
 PADS_LEFT = ("xlnet",)  # types whose classifier reads the last place of a batch, with padding before the text
+SEES_PADDING = ("fnet", "mra", "nystromformer", "yoso")  # types whose answer depends on the padding of its batch
+FAILS_IN_HALF = ("deberta",)  # types that mask scores with the smallest number of fp32
+NO_POOLER = ("big_bird",)  # types that have a pooler which their classifier does not read
 DECODERS = ("ctrl",)  # types whose head reads the last token, as "score" does in the others
 
 
@@ -147,6 +150,12 @@ def _layers(model: nn.Module, config: Any) -> tuple[str | None, bool]:
     return longest[0].rpartition(".")[0] if longest else None, False
 
 
+def _unused_positions(model: nn.Module) -> int:
+    """Positions before the first one of a text, where they are counted from the padding's, as in RoBERTa."""
+    found = (getattr(m, "padding_idx", None) for n, m in model.named_modules() if n.endswith("position_embeddings"))
+    return next((padding + 1 for padding in found if padding is not None), 0)
+
+
 def _described(config: Any, model_name: str) -> ModelFamily:
     """A row for a type that the table lacks, from its classifier's modules. It has no names for placement flags."""
     model = on_meta(config, model_name)
@@ -156,7 +165,7 @@ def _described(config: Any, model_name: str) -> ModelFamily:
         raise UserError(f"--model_name {model_name} is of type {config.model_type!r}, in which no layers were found")
     head, norms = [], []
     for name, module in model.named_modules():
-        if name.startswith(f"{base}.") and "pooler" not in name:
+        if name.startswith(f"{base}.") and ("pooler" not in name or config.model_type in NO_POOLER):
             continue
         if isinstance(module, nn.Linear):
             head.append(name)
@@ -171,7 +180,13 @@ def _described(config: Any, model_name: str) -> ModelFamily:
             f"--model_name {model_name} is of type {config.model_type!r}, whose head reads the last place of a batch,"
             f" where padding is: use another model"
         )
-    dropouts = [k for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)]
+    if config.model_type in SEES_PADDING:
+        raise UserError(
+            f"--model_name {model_name} is of type {config.model_type!r}, whose answer for a text depends on the"
+            f" padding, so on the other texts of its batch: use another model"
+        )
+    numbers = {k: v for k, v in config.to_dict().items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    dropouts = [name for name in numbers if "drop" in name and "layerdrop" not in name]
     attention = [key for key in dropouts if "att" in key]
     others = [key for key in dropouts if "att" not in key]
     settings = {"layer_count": "num_hidden_layers"} if in_one_list else {}
@@ -190,5 +205,7 @@ def _described(config: Any, model_name: str) -> ModelFamily:
         last_token=hasattr(model, "score") or config.model_type in DECODERS,
         checkpointing=model.supports_gradient_checkpointing,
         token_types=(getattr(config, "type_vocab_size", 0) or 0) > 1,
+        position_offset=_unused_positions(model),
+        half=config.model_type not in FAILS_IN_HALF,
         efficient=False,
     )

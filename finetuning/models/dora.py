@@ -20,7 +20,8 @@ ROWS_AT_ONCE = 256  # rows of products summed at once on a CPU, so that they sta
 @torch.no_grad()
 def row_norms(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """``||W + B A||`` by row: ``(out, in), (rank, in), (out, rank) -> (out,)`` fp32. B includes the scale."""
-    return torch.linalg.vector_norm(torch.addmm(weight.float(), B, A), dim=1)
+    with torch.autocast(weight.device.type, enabled=False):  # on Hugging Face's own path
+        return torch.linalg.vector_norm(torch.addmm(weight.float(), B, A), dim=1)
 
 
 class Magnitude(torch.autograd.Function):

@@ -30,7 +30,8 @@ class ModelFamily:
     token_types: bool = True  # whether a token-type embedding is added
     checkpointing: bool = True  # whether Hugging Face's forward can recompute activations
     padded_positions: bool = False  # positions count real tokens only, from padding_idx + 1
-    position_offset: int = 0  # positions that no token uses
+    position_offset: int = 0  # positions that no token uses, if the config's padding token does not say it
+    half: bool = True  # False: Hugging Face's class fails in 16 bits
     # Traits of the efficient path. Other families run Hugging Face's own forward.
     efficient: bool = True
     takes: dict[str, object] = field(default_factory=dict)  # values of the config without which it is not on this path
@@ -63,7 +64,8 @@ class ModelFamily:
 
     def is_efficient(self, model_config: Any) -> bool:
         """Whether a model with this config takes the efficient path."""
-        return self.efficient and all(getattr(model_config, k, value) == value for k, value in self.takes.items())
+        has = ((getattr(model_config, name, value) or None, value or None) for name, value in self.takes.items())
+        return self.efficient and all(own == value for own, value in has)  # None and False say the same
 
     @property
     def causal(self) -> bool:
@@ -89,10 +91,14 @@ class ModelFamily:
         return name, window if window is None else window - self.causal  # a decoder's window counts the token itself
 
     def longest_input(self, model_config: Any) -> float:
-        """The longest sequence, in tokens, that the positions allow; infinite if they have no limit, as in Bloom."""
+        """The longest sequence, in tokens, that the positions allow; infinite if they have no limit, as in Bloom.
+
+        Positions that count from ``padding_idx`` leave as many unused, where the config does not say otherwise.
+        """
         given = (getattr(model_config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
         positions = next(filter(None, given), -1)  # XLNet itself says -1
-        return positions - self.position_offset if positions > 0 else math.inf
+        unused = self.position_offset or (self.padded_positions and (model_config.pad_token_id or 0) + 1)
+        return positions - unused if positions > 0 else math.inf
 
     @property
     def head_modules(self) -> tuple[str, ...]:
@@ -165,7 +171,6 @@ _ROBERTA = replace(
     head=("classifier.dense", "classifier.out_proj"),
     drops_before_head=True,
     padded_positions=True,
-    position_offset=2,
 )
 _DATA2VEC = replace(_ROBERTA, model_type="data2vec-text", base="data2vec_text", layers="data2vec_text.encoder.layer")
 _ELECTRA = replace(  # its embeddings may be narrower than its layers
@@ -195,6 +200,7 @@ _MPNET = replace(  # Song et al. 2020
     },
     attention_norm="attention.LayerNorm",
     distance_bias="mpnet.encoder",
+    position_offset=2,
     settings=_BERT.settings | {"head_dropout": "hidden_dropout_prob"},
     token_types=False,
     checkpointing=False,
@@ -352,7 +358,7 @@ _ROWS = (
     replace(_LLAMA, model_type="mistral", windows="all"),
     replace(_LLAMA, model_type="qwen2", windows="by type"),
     replace(_LLAMA, model_type="qwen3", windows="by type", query_key_norms=("self_attn.q_norm", "self_attn.k_norm")),
-    replace(_LLAMA, model_type="gemma", norm_offset=1.0),
+    replace(_LLAMA, model_type="gemma", norm_offset=1.0, takes=_LLAMA.takes | {"use_bidirectional_attention": False}),
     replace(_GEMMA_2, model_type="gemma2"),
     replace(_GEMMA_2, model_type="gemma3_text"),
     _GPT2,

@@ -77,7 +77,7 @@ def use_int8(model: nn.Module, family: ModelFamily, packed: bool = True) -> None
 def frozen_linears(model: nn.Module, family: ModelFamily) -> dict[str, nn.Linear]:
     """The linears of the encoder's layers that ``use_int8`` quantizes, by their names in these layers."""
     modules = model.get_submodule(family.layers).named_modules()
-    linears = {name: module for name, module in modules if type(module) is nn.Linear}
+    linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
     return {name: m for name, m in linears.items() if not any(p.requires_grad for p in m.parameters())}
 
 

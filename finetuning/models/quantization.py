@@ -22,7 +22,7 @@ def quantize_linears(model: nn.Module, family: ModelFamily, dtype: torch.dtype, 
     """
     bnb, layers = import_bitsandbytes(), model.get_submodule(family.layers)
     for name, dense in list(layers.named_modules()):
-        if type(dense) is not nn.Linear:
+        if not isinstance(dense, nn.Linear):
             continue
         linear = bnb.nn.Linear4bit(
             dense.in_features,

@@ -12,7 +12,7 @@ from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import encode
 from finetuning.errors import UserError
 from finetuning.models.base_files import check_base_unchanged
-from finetuning.models.base_model import find_base_model, load_tokenizer, read_base_model
+from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer, read_base_model
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
 from finetuning.models.merged import keep_merged
@@ -22,7 +22,7 @@ from finetuning.prediction.rows import PAIR, TEXT, Answered, Source
 from finetuning.prediction.trained import Trained, read_trained
 from finetuning.runs.loading import load_classifier
 from finetuning.settings import HardwareSettings
-from finetuning.training.hardware import multiplies_bf16, prepare_process, resolve_hardware, without_int8
+from finetuning.training.hardware import Hardware, multiplies_bf16, prepare_process, resolve_hardware, without_int8
 
 
 class Predictor:
@@ -144,7 +144,7 @@ def load_predictor(trained: Trained) -> Predictor:
             base = read_base_model(config.model.model_name, trained.directory)
             config = config.changed(max_length=min(config.data.max_length, base.longest_input))
             base = find_base_model(config, trained.directory)
-            classifier = build_classifier(config, base, trained.label_names, hardware.dtype)
+            classifier = build_classifier(config, base, trained.label_names, _dtype(hardware, base))
             tokenizer = load_tokenizer(base)
         except UserError as error:  # the messages of a base model name the flag of a run
             raise UserError(str(error).removeprefix("--model_name ")) from None
@@ -153,10 +153,14 @@ def load_predictor(trained: Trained) -> Predictor:
     else:
         base = find_base_model(config)
         check_base_unchanged(base.folder, trained.base_files)
-        names, dtype = trained.label_names, hardware.dtype
+        names, dtype = trained.label_names, _dtype(hardware, base)
         classifier = load_classifier(trained.directory, config, base, names, dtype, hardware.int8)
         tokenizer = load_tokenizer(base)
     return Predictor(trained, classifier, tokenizer, hardware.device)
+
+
+def _dtype(hardware: Hardware, base: BaseModel) -> torch.dtype:
+    return hardware.dtype if base.family.half else torch.float32
 
 
 def on_this_machine(stored: HardwareSettings) -> dict[str, Any]:

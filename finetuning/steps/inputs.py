@@ -78,7 +78,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     """
     check_processes(config.hardware)
     base, texts = find_base_model(config, materials.folder), materials.texts
-    hardware = resolve_hardware(config.hardware, config.run.resume)
+    hardware = resolve_hardware(config.hardware, config.run.resume, base.family.half)
     if config.name == "qlora" and not is_helper():  # a helper would take memory on the first GPU
         try_four_bits(hardware.device, hardware.dtype)
     labels = texts.splits["train"].labels

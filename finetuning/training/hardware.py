@@ -54,12 +54,13 @@ class Hardware:
         return f"{products}{self.precision} on {self.accelerator}"
 
 
-def resolve_hardware(settings: HardwareSettings, resumed: bool = False) -> Hardware:
+def resolve_hardware(settings: HardwareSettings, resumed: bool = False, half: bool = True) -> Hardware:
     """Asks the machine what ``auto`` means. ``fast`` counts as ``auto``, see ``fastest_precision``.
 
     Args:
         settings: the run's hardware settings.
         resumed: whether a run continues, whose precision cannot change.
+        half: whether the model can compute in 16 bits.
 
     Raises:
         UserError: a GPU that is not there, or a precision that the hardware does not have.
@@ -79,7 +80,10 @@ def resolve_hardware(settings: HardwareSettings, resumed: bool = False) -> Hardw
     int8 = settings.precision == "int8"
     if int8:
         _check_int8(on_gpu, resumed)
-    dtype = _resolve_dtype("auto" if settings.precision in ("int8", "fast") else settings.precision, cards)
+    asked = "auto" if settings.precision in ("int8", "fast") else settings.precision
+    if not half and asked not in ("auto", "fp32"):
+        raise UserError(f"--precision {asked}: Hugging Face's class of this model fails in 16 bits: use auto or fp32")
+    dtype = _resolve_dtype(asked if half else "fp32", cards)
     return Hardware("gpu" if on_gpu else "cpu", devices, dtype, int8)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetuning.models import compiled
-from finetuning.models.compiled import VARIANTS, library
+from finetuning.models.compiled import VARIANTS, Variant, library
 from finetuning.models.cpu_kernels import takes_attention
 from finetuning.processor import instructions
 from finetuning.storage import sum_holds
@@ -25,6 +25,24 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(
     assert compiler in state
     assert not list(fresh_library.glob("kernels/*"))
     assert not takes_attention(torch.zeros(4, 64, dtype=torch.bfloat16), 32, 4)
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_an_older_compiler_builds_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = set().union(*(variant.instructions for variant in VARIANTS))
+    known, tried, kernels = "cooperlake", [], ctypes.CDLL(None)
+
+    def loaded(_: str, variant: Variant) -> tuple[ctypes.CDLL | None, str]:
+        tried.append(variant.architecture)
+        return (kernels, "compiled") if variant.architecture == known else (None, f"no {variant.architecture}")
+
+    monkeypatch.setattr(compiled, "instructions", lambda: everything)
+    monkeypatch.setattr(compiled, "_loaded", loaded)
+    assert library() == (kernels, "compiled")
+    assert tried == [variant.architecture for variant in VARIANTS][:2]
+    library.cache_clear()
+    known = "none"
+    assert library() == (None, f"no {tried[0]}"), "the reason of the newest"
 
 
 def test_a_processor_without_the_instructions(fresh_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.base_model import read_base_model
-from finetuning.models.discovery import family_of
-from finetuning.models.families import FAMILIES
+from finetuning.models.discovery import SEES_PADDING, family_of
+from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import lora_modules
 from local_model_utilities import build_classifier, find_base_model, load_tokenizer
 from tests.tiny_models import LAYERS, WIDTH, save_tokenizer, tiny_model, unlisted_model
@@ -53,6 +53,10 @@ def refused(folder: Path, **settings: object) -> str:
         ({"model_type": "qwen3_moe"}, "a mixture of experts"),
         ({"model_type": "albert", "inner_group_num": 2}, "has 2 layers in each group: needs one"),
         ({"model_type": "new"}, "is of type 'new', which is unknown here"),
+        *(
+            ({"model_type": kind, "hidden_size": 32, "num_attention_heads": 4}, "depends on the padding, so on the")
+            for kind in SEES_PADDING
+        ),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
@@ -117,6 +121,67 @@ def test_a_type_without_a_row_is_adapted_where_lora_modules_says(tmp_path: Path)
     ids = torch.randint(5, 300, (3, 9))
     classifier(ids, torch.ones_like(ids)).sum().backward()
     assert all(p.grad is not None for p in classifier.parameters() if p.requires_grad)
+
+
+def described(folder: Path, model_type: str, **more: Any) -> ModelFamily:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.from_pretrained(folder_with(folder, {"model_type": model_type} | sizes | more))
+    return family_of(config, "name")
+
+
+def test_dropouts_are_probabilities_even_if_the_config_has_a_whole_number(tmp_path: Path) -> None:
+    sizes = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    neo = described(tmp_path, "gpt_neo", **sizes, embed_dropout=0, resid_dropout=0, attention_dropout=0)
+    assert neo.settings["attention_dropout"] == "attention_dropout"
+    assert {"embed_dropout", "resid_dropout"} <= {neo.settings["dropout"], *neo.more_dropouts}
+    opt = described(tmp_path, "opt", ffn_dim=64, layerdrop=0.0, dropout=0.0)
+    assert "dropout" in opt.settings
+    assert "layerdrop" not in {*opt.settings.values(), *opt.more_dropouts}
+
+
+def test_a_pooler_that_no_classifier_reads_is_no_part_of_the_head(tmp_path: Path) -> None:
+    assert described(tmp_path, "big_bird").head == ("classifier.dense", "classifier.out_proj")
+
+
+def test_a_class_that_fails_in_16_bits_is_known(tmp_path: Path) -> None:
+    assert not described(tmp_path, "deberta").half
+    assert described(tmp_path, "big_bird").half
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "longformer"])
+@pytest.mark.parametrize("padding", [1, 3])
+def test_positions_after_that_of_the_padding(model_type: str, padding: int) -> None:
+    more = {"attention_window": 8} if model_type == "longformer" else {}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        model_type, **sizes, **more, vocab_size=30, pad_token_id=padding, max_position_embeddings=40
+    )
+    longest = int(family_of(config, "name").longest_input(config))
+    assert longest == 40 - padding - 1
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    ids = torch.full((1, longest + 1), 9)
+    model(input_ids=ids[:, 1:], attention_mask=torch.ones_like(ids[:, 1:]))
+    with pytest.raises((IndexError, RuntimeError), match=r"index|range|size"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("q_lora", [False, True])
+def test_a_linear_of_a_types_own_is_stored_as_any_other(tmp_path: Path, q_lora: bool) -> None:
+    if q_lora:
+        pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "falcon", vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
+        eos_token_id=2, pad_token_id=None,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    settings = config_of(tmp_path, lora_modules="query_key_value,dense", q_lora=q_lora)
+    base = find_base_model(settings)
+    layers = build_classifier(settings, base, ["a", "b"], torch.bfloat16).model.get_submodule(base.family.layers)
+    frozen = {
+        p.dtype for n, p in layers.named_parameters() if not p.requires_grad and n.endswith("weight") and p.ndim > 1
+    }
+    assert frozen == {torch.uint8 if q_lora else torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,28 @@ def test_at_first_it_changes_nothing() -> None:
     assert relative_error(module(x), linear(x)) < 1e-6
 
 
+def test_at_first_it_changes_nothing_under_autocast_either() -> None:
+    module = LinearWithLoRA(nn.Linear(64, 48), DoRALayer(64, 48, 3, 5.0))
+    exact = module.factors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        factors = module.factors()
+    assert factors is not None
+    assert torch.equal(factors, torch.ones(48))
+    assert torch.equal(factors, exact)
+
+
+def test_its_output_can_be_changed_in_place() -> None:
+    """As Longformer does with queries."""
+    module, gradients_of = LinearWithLoRA(nn.Linear(16, 7), DoRALayer(16, 7, 3, 5.0)), []
+    nn.init.normal_(module.lora.lora_B)
+    x = torch.randn(4, 16)
+    for change in (lambda y: y.div_(2), lambda y: y / 2):
+        module.zero_grad()
+        change(module(x)).square().sum().backward()
+        gradients_of.append([p.grad.clone() for p in module.lora.parameters()])
+    torch.testing.assert_close(*gradients_of)
+
+
 def test_several_linears_of_one_input_and_the_transposed_weight() -> None:
     plain, lora = nn.Linear(16, 6).requires_grad_(False), with_lora(nn.Linear(16, 5), 2, 3.0)
     train_only_lora(lora)

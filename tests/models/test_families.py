@@ -33,6 +33,13 @@ def test_names_are_all_the_linears_of_the_real_classifier(model_type: str) -> No
     assert family.longest_input(model.config) == POSITIONS
 
 
+def test_a_gemma_that_sees_both_directions_takes_hugging_faces_path() -> None:
+    family, config = FAMILIES["gemma"], tiny_model("gemma").config
+    for both, efficient in ((None, True), (False, True), (True, False)):
+        config.use_bidirectional_attention = both
+        assert family.is_efficient(config) == efficient
+
+
 @EVERY_FAMILY
 def test_head_parameters_are_those_outside_the_pretrained_encoder(model_type: str) -> None:
     family, model = FAMILIES[model_type], tiny_model(model_type)

@@ -36,6 +36,15 @@ def test_precision_that_is_asked_for_is_taken() -> None:
         assert (hardware.accelerator, hardware.dtype) == ("cpu", dtype)
 
 
+def test_a_model_that_fails_in_16_bits_gets_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetuning.training.hardware._resolve_dtype", lambda precision, _: precision)
+    for precision, half, dtype in (("auto", True, "auto"), ("auto", False, "fp32"), ("fp32", False, "fp32")):
+        settings = RunConfig.from_settings(precision=precision, accelerator="cpu").hardware
+        assert resolve_hardware(settings, half=half).dtype == dtype  # type: ignore[comparison-overlap]
+    with pytest.raises(UserError, match="--precision bf16: Hugging Face's class of this model fails in 16 bits"):
+        resolve_hardware(RunConfig.from_settings(precision="bf16", accelerator="cpu").hardware, half=False)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_auto_takes_the_gpu() -> None:
