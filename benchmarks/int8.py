@@ -128,7 +128,8 @@ def table(result: Record) -> str:
             )
         )
     conditions = f"{harness.machine(environment, 'torch')}; {result['rounds']} rounds.{harness.not_alone(records)}"
-    if missing := [WITHOUT_INT8[work.processor] for work in PLAN if asdict(work) not in result["works"]]:
+    # without instructions of its own, a work is possible wherever the measurement is
+    if missing := [WITHOUT_INT8[w.processor] for w in PLAN if w.processor and asdict(w) not in result["works"]]:
         conditions += f"\nNot measured: {'; '.join(missing)}."
     return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured([environment])}"
 

@@ -86,6 +86,8 @@ class RunConfig:
         """
         paths = {name: Path(value) for name, value in stored.items() if _is_path(name) and value is not None}
         names = {"model_name": recorded_name(stored["model_name"])} if stored.get("model_name") else {}
+        if stored.get("strategy") not in FLAGS["strategy"].choices:  # earlier versions took any of Lightning's
+            names["strategy"] = "auto"
         return cls.from_settings(**{**stored, **paths, **names})
 
     def to_dict(self) -> dict[str, Any]:

@@ -172,6 +172,10 @@ def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_typ
     assert np.abs(in_pipeline(out, swapped)[1] - expected).max() > 1e-3
     content, _ = exported(run, tmp_path / "adapter", "--adapter")
     assert '"text_pair": "The second text of the pair."' in content
+    if model_type == "bert":  # names that the proof and the card's code use next to the folder
+        for name in ("proof", "snippet.py"):
+            exported(run, tmp_path / name)
+            assert not {path.name for path in (tmp_path / name).iterdir()} & {"job.json", "answers.npz"}
     with pytest.raises(UserError, match="was trained on pairs of texts: give --text_pair for each --text"):
         read_trained(out).check_pairs(given=False)
     assert (tmp_path / "adapter" / "base").exists() == (model_type == PACKAGED_BERT)

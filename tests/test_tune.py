@@ -123,6 +123,8 @@ def test_a_storage_that_is_refused_leaves_no_search(
     assert main(words) == 2
     assert "error: --storage sqlite:////nowhere/x.db: cannot be used: " in capsys.readouterr().err
     assert not folder.exists()
+    assert main(["tune", *flags, "--trials", "1", "--output_dir", ""]) == 2
+    assert "error: --output_dir : must be a path, or left out" in capsys.readouterr().err
 
 
 def a_failure_loses(folder: Path) -> bool:

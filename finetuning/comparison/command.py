@@ -13,7 +13,7 @@ from finetuning.comparison.execution import StopSignals, StudyExecution, chosen_
 from finetuning.comparison.plan import STAGES, read_plan
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, first_line
-from finetuning.flags import OneLineParser
+from finetuning.flags import OneLineParser, parse_path
 
 # Adds a subcommand: its name, the function that does it, a sentence for its help, parents. Returns its parser.
 Add = Callable[..., argparse.ArgumentParser]
@@ -30,10 +30,10 @@ def add_studies(add: Add, results: Path, pages: Sequence[Path]) -> None:
     study = OneLineParser(add_help=False)
     study.add_argument("study", type=Path, metavar="STUDY.toml", help="the study, for example studies/smoke.toml")
     study.add_argument(
-        "--runs_dir", type=Path, default=Path("runs"), metavar="PATH", help="folder of all runs (default: runs)"
+        "--runs_dir", type=parse_path, default=Path("runs"), metavar="PATH", help="folder of all runs (default: runs)"
     )
     study.add_argument(
-        "--data_dir", type=Path, metavar="PATH", help="folder with the data folders that the study names"
+        "--data_dir", type=parse_path, metavar="PATH", help="folder with the data folders that the study names"
     )
     study.add_argument(
         "--stage", choices=STAGES, default="all", help="only tuning runs, or only final runs (default: all)"
@@ -49,15 +49,19 @@ def add_studies(add: Add, results: Path, pages: Sequence[Path]) -> None:
     listed = add("list", list_command, "Print each run's number, state and command.", study)
     for reader in (run, listed):
         reader.add_argument(
-            "--results", type=Path, metavar="PATH", help="also count runs collected here as done (default: none)"
+            "--results", type=parse_path, metavar="PATH", help="also count runs collected here as done (default: none)"
         )
     collected = add("collect", collect_command, "Copy what the report needs from each run that has ended.", study)
     collected.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="PATH", help="where to copy it (default: results)"
+        "--results",
+        type=parse_path,
+        default=Path("results"),
+        metavar="PATH",
+        help="where to copy it (default: results)",
     )
     report = add("report", report_command, "Make tables, plots and one HTML page from collected runs.")
     report.add_argument(
-        "--results", type=Path, default=results, metavar="PATH",
+        "--results", type=parse_path, default=results, metavar="PATH",
         help="folder with STUDY/runs.json; tables and plots are written there (default: results/)",
     )  # fmt: skip
     report.add_argument(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from finetuning.comparison.collected import Study
-from finetuning.comparison.over_sets import SECONDS, Grid, compare_pair, conditions, grid_of, mean_of_sets
+from finetuning.comparison.over_sets import LEAST_SETS, SECONDS, Grid, compare_pair, conditions, grid_of, mean_of_sets
 from finetuning.pages import Table, measured
 
 NAME = "decisions"  # of the table on a page
@@ -95,16 +95,14 @@ def how_sure(chance: float, sets: int) -> str:
 
 
 def _ratio(grid: Grid, sets: Sequence[str], methods: tuple[str, str], *keys: str) -> str:
-    """What the first method takes over what the second one takes: the mean over sets.
+    """What the first method takes over what the second one takes: the mean over the sets on which this can be said.
 
-    Empty if a run lacks it, or if the two ran under other ``conditions``.
+    There both ran under the same ``conditions``, and no run lacks it. Empty if these are too few.
     """
-    if conditions(grid.runs[n][methods[0]] for n in sets) != conditions(grid.runs[n][methods[1]] for n in sets):
-        return ""
     ratios = []
     for name in sets:
-        ours, theirs = (mean_of_sets([grid.runs[name][method]], *keys) for method in methods)
-        if not ours or not theirs:
-            return ""
-        ratios.append(ours / theirs)
-    return f"{fmean(ratios):.2f}"
+        ours, theirs = ([grid.runs[name][method]] for method in methods)
+        values = mean_of_sets(ours, *keys), mean_of_sets(theirs, *keys)
+        if conditions(ours) == conditions(theirs) and values[0] and values[1]:
+            ratios.append(values[0] / values[1])
+    return "" if len(ratios) < LEAST_SETS else f"{fmean(ratios):.2f}"

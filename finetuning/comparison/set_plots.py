@@ -64,7 +64,7 @@ def cost_plot(grid: Grid) -> Plot | None:
     Methods that ran under other ``conditions`` than most are left out.
     """
     sets, found = grid.shared(grid.methods), losses(grid)
-    under = {method: conditions(grid.runs[name][method] for name in sets) for method in grid.methods}
+    under = {method: tuple(conditions([grid.runs[name][method]]) for name in sets) for method in grid.methods}
     usual = Counter(under.values()).most_common(1)[0][0]
     others = [method for method in found if under[method] != usual]  # their times cannot be compared
     found = {method: own for method, own in found.items() if method not in others}

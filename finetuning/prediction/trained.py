@@ -33,6 +33,7 @@ class Trained:
         threshold: the probability above which a label is given; ``None`` gives the most probable one.
         positive: of two classes, the position of the one that the threshold is for; ``None`` with one: multi-label.
         exported: whether it is a Transformers folder.
+        pairs: whether an exported one reads pairs of texts; ``None``: its folder does not say it.
         base_files: name -> SHA-256 of the files of the run's base model; empty if it is not known.
     """
 
@@ -42,7 +43,7 @@ class Trained:
     threshold: float | None
     positive: int | None = None
     exported: bool = False
-    pairs: bool | None = None  # whether an exported one reads pairs of texts; None: its folder does not say it
+    pairs: bool | None = None
     base_files: Mapping[str, str] = field(default_factory=dict)
 
     @property

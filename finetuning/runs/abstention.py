@@ -10,6 +10,7 @@ from scipy.special import bdtr
 from finetuning.runs.answers import Answers
 
 LEVEL = 0.95  # probability that the statement about the share of wrong answers holds
+SURE = 0.999  # a confidence above which six digits may be too few
 START_ERRORS = (0, 4)  # wrong answers that the first test of each sequence allows
 
 
@@ -26,10 +27,10 @@ class Abstention:
     def shown(self) -> str:
         """``least`` for people and for ``--abstain``, which takes numbers between 0 and 1 without these.
 
-        Rounded up if that answers the same texts or hardly fewer; all digits if it would be 1.
+        Rounded up where that is hardly more; all digits close to 1, where texts lie close together.
         """
         rounded = max(1e-6, float(np.ceil(self.least * 1e6) / 1e6))
-        return f"{rounded:.6f}" if rounded < 1 else repr(self.least)
+        return f"{rounded:.6f}" if self.least < SURE else repr(min(self.least, float(np.nextafter(1, 0))))
 
 
 def least_confidence(answers: Answers, risk: float, candidates: int = 1) -> Abstention | None:

@@ -30,13 +30,12 @@ def class_weights(setting: str, names: Sequence[str], counts: np.ndarray) -> Ten
         weights = np.divide(1.0, counts, out=np.zeros(len(names)), where=counts > 0)
     else:
         weights = named_weights(setting, names)
-    with np.errstate(over="ignore", invalid="ignore"):
-        total, scaled = float(weights @ counts), weights * counts.sum()
-    if not np.isfinite([total, *scaled]).all():
-        raise UserError(f"--class_weights {setting}: the weights are too large: only their ratio matters")
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large is refused below
+        total = float(weights @ counts)
+        scaled = weights * counts.sum()
     if total == 0:
         raise UserError(f"--class_weights {setting}: at least one class with training texts needs a weight above 0")
-    return torch.tensor(scaled / total, dtype=torch.float32)
+    return _finite(scaled / total if np.isfinite(total) else scaled * np.inf, setting)
 
 
 def label_weights(setting: str, names: Sequence[str], labels: np.ndarray) -> Tensor | None:
@@ -63,7 +62,14 @@ def label_weights(setting: str, names: Sequence[str], labels: np.ndarray) -> Ten
         weights = named_weights(setting, names)
         if not weights.any():
             raise UserError(f"--class_weights {setting}: at least one label needs a weight above 0")
-    return torch.tensor(weights, dtype=torch.float32)
+    return _finite(weights, setting)
+
+
+def _finite(weights: np.ndarray, setting: str) -> Tensor:
+    found = torch.tensor(weights, dtype=torch.float32)
+    if not found.isfinite().all():
+        raise UserError(f"--class_weights {setting}: the weights are too large: give smaller ones")
+    return found
 
 
 def named_weights(setting: str, names: Sequence[str]) -> np.ndarray:

@@ -6,12 +6,12 @@ measured again with these outputs, as in every later epoch.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from finetuning.data.batches import evaluation_loader, train_loader
@@ -82,19 +82,18 @@ def measure_steps(
     with merged(classifier.model):
         seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
     seconds["run"] = run_seconds(seconds, training.epochs)
-    kept, filed = (sum(o.bytes for o in frozen.values() if o.on_disk == on_disk) for on_disk in (False, True))
-    gradients = sum(p.numel() * p.element_size() for p in trained.values())
-    average = gradients if training.average != "none" else 0  # of the trained weights
-    memory = {
-        "gradients": gradients,
-        "optimizer": state,
-        "activations": activations,
-        "average": average,
-        "kept_outputs": kept,
-        "outputs_on_disk": filed,
-        "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept + average,
-    }
+    memory = {"optimizer": state, "activations": activations}
+    memory |= _later_memory(trained.values(), training.average, frozen.values())
+    memory["peak"] = peak_memory(hardware.on_gpu)["peak_bytes"] + memory["kept_outputs"] + memory["average"]
     return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
+
+
+def _later_memory(trained: Iterable[nn.Parameter], average: str, frozen: Collection[FrozenOutputs]) -> dict[str, int]:
+    """Bytes of what follows from the settings: gradients, and what the measured steps do not have yet."""
+    kept, filed = (sum(o.bytes for o in frozen if o.on_disk == on_disk) for on_disk in (False, True))
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    copy = gradients if average != "none" else 0
+    return {"gradients": gradients, "average": copy, "kept_outputs": kept, "outputs_on_disk": filed}
 
 
 def run_seconds(seconds: dict[str, float], epochs: int) -> float:

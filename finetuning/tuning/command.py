@@ -16,7 +16,7 @@ from finetuning.comparison.command import Add, add_studies, script
 from finetuning.comparison.execution import StopSignals
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, exit_status, first_line, say
-from finetuning.flags import OneLineParser, add_flags, parse_bool
+from finetuning.flags import OneLineParser, add_flags, parse_bool, parse_path
 from finetuning.processes import show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.settings import FLAGS, check_data_dir
@@ -92,7 +92,7 @@ def add_tune(add: Add) -> None:
     search = parser.add_argument_group("search")
     search.add_argument("--minutes", type=float, metavar="X", help="time for everything, the last runs included")
     search.add_argument("--trials", type=int, metavar="N", help="number of trials, instead of minutes or as a limit")
-    search.add_argument("--output_dir", type=Path, metavar="DIR", help="folder of the search; workers share it")
+    search.add_argument("--output_dir", type=parse_path, metavar="DIR", help="folder of the search; workers share it")
     search.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at once; they share the cores (default: 1)"
     )
@@ -108,7 +108,10 @@ def add_tune(add: Add) -> None:
         help="end bad trials early, by successive halving (default: True)",
     )  # fmt: skip
     search.add_argument(
-        "--search", type=Path, metavar="FILE.toml", help="replaces or narrows the declared space, see docs/guide.md"
+        "--search",
+        type=parse_path,
+        metavar="FILE.toml",
+        help="replaces or narrows the declared space, see docs/guide.md",
     )
     search.add_argument("--space", action="store_true", help="print the declared space and stop")
     search.add_argument(

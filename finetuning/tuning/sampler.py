@@ -138,7 +138,7 @@ def check_storage(url: str) -> None:
         UserError: it cannot be used.
     """
     with reached(url):
-        optuna.storages.get_storage(_storage(url))
+        optuna.storages.get_storage(_storage(url)).get_all_studies()  # a proxy connects only when it is asked
 
 
 def _storage(url: str) -> Any:

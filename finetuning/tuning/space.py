@@ -23,7 +23,6 @@ PLACEMENTS = {
     "all": ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"),
 }
 MAX_LENGTH = "max_length"
-OF_TEXTS = ("learning_rate", "epochs", "batch_size")  # their default follows from the run, and has multiples
 KEYS = ("values", "low", "high", "log", "times_default", "if")
 REPLACE = "replace"  # the key of a file whose rows are the whole space
 
@@ -172,7 +171,10 @@ class Space:
             flags.setdefault("batch_tokens", config["batch_tokens"])
         for parameter in self.parameters:
             if parameter.name in point and parameter.times_default:
-                product = float(point[parameter.name]) * config[parameter.name]
+                usual = config[parameter.name]
+                if not isinstance(usual, int | float):
+                    raise UserError(f"times_default: it has no number as default, but {usual}")
+                product = float(point[parameter.name]) * usual
                 whole = FLAGS[parameter.name].kind is int
                 flags[parameter.name] = max(1, round(product)) if whole else float(f"{product:.4g}")
         return flags
@@ -211,7 +213,10 @@ class Space:
         return space
 
     def _is_allowed(self, parameter: Parameter, value: Value) -> bool:
-        forced = {name: values[0] for name, values in (parameter.only or {}).items()} | {parameter.name: value}
+        forced: dict[str, Value] = {parameter.name: value}
+        for row in reversed(self.parameters):  # also what the rows of its condition depend on
+            if row.name in forced:
+                forced |= {name: values[0] for name, values in (row.only or {}).items() if name not in forced}
         usual = self._usual
 
         def pick(row: Parameter) -> Value:
@@ -365,9 +370,8 @@ def _row(name: str, row: Any) -> Parameter | None:
     only, log, times_default = row.get("if"), row.get("log", False), row.get("times_default", False)
     if only is not None and not (isinstance(only, dict) and only):
         raise UserError(f'{name}: if: must be a table such as {{ method = "lora" }}')
-    only = (
-        {key: tuple(value) if isinstance(value, list) else (value,) for key, value in only.items()} if only else usual
-    )
+    given = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in (only or {}).items()}
+    only = {**(usual or {}), **given} or None
     if not isinstance(log, bool) or not isinstance(times_default, bool):
         raise UserError(f"{name}: log and times_default must be true or false")
     if (low is None) != (high is None) or bool(values) == (low is not None) or not isinstance(values, list):
@@ -375,8 +379,6 @@ def _row(name: str, row: Any) -> Parameter | None:
     numeric = name in FLAGS and FLAGS[name].kind in (int, float)
     if low is not None and not numeric:
         raise UserError(f"{name}: low and high are for numbers: give a list of values")
-    if times_default and not (name in OF_TEXTS or (numeric and isinstance(FLAGS[name].default, int | float))):
-        raise UserError(f"{name}: times_default: it has no number as default")
     for value in (*values, *(end for end in (low, high) if end is not None)):
         _check_kind(name, value, times_default)
     if low is not None and not (low < high and (not log or low > 0)):

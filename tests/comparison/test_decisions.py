@@ -63,6 +63,14 @@ def test_memory_of_forked_and_of_started_runs_is_not_compared(tmp_path: Path, mo
     assert "|  |  | open |" in decisions_table({"s": read_study("s", tmp_path)})
 
 
+def test_a_ratio_is_over_the_sets_where_both_ran_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert table(tmp_path, 4, monkeypatch)[5] == "2.50"
+    more: dict[str, Any] = {"config": {"data_dir": "in/d0"}, "data": {"sizes": {"train": 100}}}
+    more |= {"base_model": {"precision": "y"}, "train": {"processor_seconds": 999}}
+    write_run(tmp_path, "s", "d0-b", correct=np.arange(1000) < 820, **more)
+    assert " | 2.50 | " in decisions_table({"s": read_study("s", tmp_path)})
+
+
 def test_few_sets_leave_it_open_and_missing_times_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = table(tmp_path, 4, monkeypatch, times=False)
     assert cells[5] == ""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from finetuning.runs.abstention import checkpoints_compared, least_confidence, smallest_risk
+from finetuning.runs.abstention import Abstention, checkpoints_compared, least_confidence, smallest_risk
 from finetuning.runs.answers import Answers
 
 
@@ -34,12 +34,17 @@ def test_the_bound_of_clopper_and_pearson_is_at_most_the_risk() -> None:
 
 def test_the_shown_threshold_can_be_given_and_answers_the_same_texts() -> None:
     sure = 1 - np.linspace(1e-14, 1e-9, 400)
-    for confidence, risk in ((np.linspace(0.9, 0.99, 400), 0.05), (sure, 0.02)):
-        found = answers(confidence, np.arange(400) < (380 if risk == 0.02 else 400))
+    close = np.linspace(0.9999989, 0.9999981, 400)
+    for confidence, right in ((np.linspace(0.9, 0.99, 400), 400), (sure, 380), (close, 380)):
+        found, risk = answers(confidence, np.arange(400) < right), 0.05 if right == 400 else 0.02
         chosen = least_confidence(found, risk)
         assert chosen is not None
         assert 0 < float(chosen.shown) < 1
         assert int((found.confidence >= float(chosen.shown)).sum()) == chosen.answered
+
+
+def test_a_threshold_of_1_is_shown_as_the_largest_number_below() -> None:
+    assert 0 < float(Abstention(1.0, 2, 1, 0).shown) < 1
 
 
 def test_the_statement_holds_in_most_draws() -> None:

@@ -23,10 +23,12 @@ def test_class_weights_keep_the_mean_over_the_texts() -> None:
     assert unseen.tolist() == pytest.approx([2, 0, 2 / 3])
 
 
-@pytest.mark.parametrize("setting", ["a=1e308", "a=1e306,b=1e306"])
-def test_weights_whose_sum_is_not_finite_are_refused(setting: str) -> None:
-    with pytest.raises(UserError, match="the weights are too large: only their ratio matters"):
-        class_weights(setting, ["a", "b"], np.array([1000, 1000]))
+@pytest.mark.parametrize("setting", ["a=1e308", "a=1e306,b=1e306", "b=1e40"])
+def test_weights_that_are_not_finite_are_refused(setting: str) -> None:
+    with pytest.raises(UserError, match="the weights are too large: give smaller ones"):
+        class_weights(setting, ["a", "b"], np.array([1000, 0 if setting == "b=1e40" else 1000]))
+    with pytest.raises(UserError, match="the weights are too large: give smaller ones"):
+        label_weights(setting, ["a", "b"], np.array([[1, 0], [0, 1]]))
 
 
 def test_multi_label_weights() -> None:

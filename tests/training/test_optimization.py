@@ -47,6 +47,12 @@ def test_no_optimizer_loops_over_single_weights(name: str, fused: bool) -> None:
 # --- schedules
 
 
+def test_onecycle_that_rises_to_the_end() -> None:
+    settings = {"scheduler": "onecycle", "learning_rate": 0.2, "warmup_fraction": 1 - 1e-12}
+    *rising, last = np.diff(rates(RunConfig.from_settings(**settings)))
+    assert min(rising) > 0 > last
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.06, 0.5])
 def test_linear_equals_its_closed_form(warmup: float) -> None:
     rising = math.ceil(warmup * STEPS)

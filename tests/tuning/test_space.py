@@ -139,7 +139,6 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
         ('epochs = { values = [1, 2], if = { method = "lora" } }', {"method": "full"}, "condition: method is lora"),
         ('epochs = { values = [1, 2], if = { metod = "lora" } }', {}, "condition: metod is lora never"),
         ('method = { low = "full", high = "lora" }', {}, "method: low and high are for numbers: give a list"),
-        ('patience = { values = [0.5, 1], times_default = true }', {}, "patience: times_default: it has no number"),
         ('scheduler = { values = [1], times_default = true }', {}, "scheduler: times_default: it has no number"),
         ("lora_alpha = [8, 16]", {"method": "full"}, "lora_alpha: impossible condition: method is lora never occurs"),
         (
@@ -157,12 +156,15 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, given: dict[str, Any],
 
 
 def test_a_flag_of_lora_leaves_the_other_methods_in(tmp_path: Path) -> None:
-    text = "lora_alpha = [8, 16]\nlora_plus_ratio = [1, 4]\nlabel_smoothing = { values = [0.2], if = { lora_r = 8 } }\n"
+    text = 'lora_alpha = { values = [8, 16], if = { optimizer = "adamw" } }\nlora_plus_ratio = [1, 4]\n'
+    text += 'trainable_layers = { values = [1, 2], if = { pooling = "first" } }\n'
+    text += "label_smoothing = { values = [0.2], if = { lora_r = 8 } }\n"
     space = space_of(search=written(tmp_path, text))
     assert values(space, "method") == ("lora", "full", "selective", "head")
     for method in values(space, "method"):
         point = space.drawn(lambda row: method if row.name == "method" else row.ends[0])  # noqa: B023
         assert ("lora_alpha" in point) == ("lora_plus_ratio" in point) == (method == "lora")
+        assert ("trainable_layers" in point) == (method == "selective")
         assert "label_smoothing" not in point, "the rank is 4, or there is none"
 
 
@@ -175,6 +177,17 @@ def test_the_order_of_rows_does_not_matter(tmp_path: Path, first: int) -> None:
     space = space_of(search=written(tmp_path, "\n".join((rows[first], rows[1 - first]))))
     drawn = [row.name for row in space.parameters]
     assert drawn.index("method") < drawn.index("lora_dropout") < drawn.index("weight_decay")
+
+
+def test_a_condition_may_rest_on_others_and_any_number_has_multiples(tmp_path: Path) -> None:
+    text = "weight_decay = { values = [0, 2], times_default = true, if = { trainable_layers = 2 } }\n"
+    text += 'lora_dropout = { values = [0.1], if = { lora_variant = "dora" } }\n'
+    text += "warmup_fraction = { values = [0.5, 2], times_default = true }\n"
+    space = space_of(search=written(tmp_path, text))
+    wanted: dict[str, Any] = {"method": "selective", "trainable_layers": 2}
+    point = space.drawn(lambda row: wanted.get(row.name, row.ends[-1]))
+    assert space.settings(point)["weight_decay"] == pytest.approx(0.02)
+    assert space.settings(point)["warmup_fraction"] == pytest.approx(0.12)
 
 
 def test_a_space_is_stored_and_shown() -> None:
