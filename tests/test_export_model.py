@@ -221,7 +221,7 @@ def test_a_head_on_the_mean_becomes_onnx_alone(
         f"{run}: has --pooling mean, which Transformers' class for {model_type} models cannot compute: give" in message
     )
     message = refusal(capsys, run, out, "--adapter")
-    assert f"which PEFT cannot compute with this {model_type} model: leave out --adapter" in message
+    assert f"which PEFT cannot compute with this {model_type} model: give --onnx instead of --adapter" in message
     content, data = exported(run, out, "--onnx")
     assert data["library_name"] == "onnx"
     assert "this folder has no weights for Transformers" in content

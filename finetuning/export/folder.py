@@ -95,7 +95,7 @@ def check_pooling(run: FinishedRun, base: BaseModel, arguments: argparse.Namespa
         return False
     has, kind = f"{run.directory}: has --pooling {pooling}, which", base.family.model_type
     if arguments.adapter:
-        raise UserError(f"{has} PEFT cannot compute with this {kind} model: leave out --adapter")
+        raise UserError(f"{has} PEFT cannot compute with this {kind} model: give --onnx instead of --adapter")
     if not arguments.onnx:
         raise UserError(f"{has} Transformers' class for {kind} models cannot compute: give --onnx, or use predict.py")
     return True
