@@ -162,15 +162,8 @@ def command(argv: Sequence[str] | None) -> int:
         prepare(Path(folder), {work.model for work in works}, {work.max_length for work in works})
         for work in works:
             if journal.find(work=asdict(work)) is None:
-                words = [
-                    "benchmarks.int8",
-                    "--number",
-                    str(PLAN.index(work)),
-                    "--rounds",
-                    str(rounds),
-                    "--folder",
-                    folder,
-                ]
+                number = str(PLAN.index(work))
+                words = ["benchmarks.int8", "--number", number, "--rounds", str(rounds), "--folder", folder]
                 records = harness.measured_in_process(words, show=True, **{VARIABLE: work.processor})
                 if "error" in records:
                     raise UserError(f"{work}: the measurement failed")
