@@ -171,7 +171,7 @@ def kept_for_backward(classifier: Classifier, batch: dict[str, Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that a step keeps would refer to that step, and none would ever be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = classifier.logits(batch)  # keeps all tensors alive, so that no address is used twice

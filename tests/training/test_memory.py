@@ -1,3 +1,5 @@
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,19 @@ def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_n
         else:
             with pytest.raises(TrainingFailed, match=r"needs about .* --batch_tokens \d+ would fit; --force starts"):
                 check_memory(classifier, loader, config.training, torch.device("cpu"), {}, 64, 1, processes)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_measuring_a_batch_keeps_nothing_of_it(tiny_folders: dict[str, Path], method: str) -> None:
+    line = f"--model_name {tiny_folders['bert']} --max_length 64 {TRAINING_FLAGS} --precision fp32 --accelerator cpu"
+    config = config_of_flags(f"{line} --method {method}")
+    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).train()
+    loader = train_loader(make_split(review_lengths(40, 0, longest=64)), config.training, pad_id=0)
+    assert kept_for_backward(classifier, loader.part_of_largest(4)[0]) > 0
+    trained = [weakref.ref(p) for p in classifier.parameters() if p.requires_grad]  # the graph refers to them
+    del classifier
+    gc.collect()
+    assert not any(weight() is not None for weight in trained)
 
 
 def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
