@@ -123,6 +123,10 @@ def test_a_storage_that_is_refused_leaves_no_search(
     assert main(words) == 2
     assert "error: --storage sqlite:////nowhere/x.db: cannot be used: " in capsys.readouterr().err
     assert not folder.exists()
+    (search := tmp_path / "s.toml").write_text("dropout = [7]")
+    words[words.index("--storage") + 1] = f"sqlite:///{tmp_path}/x.db"
+    assert main([*words, "--search", str(search)]) == 2
+    assert not (tmp_path / "x.db").exists(), "a refused space makes no database"
     assert main(["tune", *flags, "--trials", "1", "--output_dir", ""]) == 2
     assert "error: --output_dir : must be a path, or left out" in capsys.readouterr().err
 

@@ -13,6 +13,8 @@ Settings = dict[str, Any]
 SEARCHED = ("method", "lora", "model", "training")  # sections whose flags can be tuned or searched
 NOT_SEARCHED = ("seed", "monitor", "threshold", "positive_label", "init_adapter", "model_name")
 ALSO_SEARCHED = ("max_length", "truncation")
+# for people
+SEARCHABLE = f"a flag of method, LoRA, model or training but {', '.join(NOT_SEARCHED)}, or {', '.join(ALSO_SEARCHED)}"
 
 
 def tried_settings(name: str, tune: Mapping[str, Any], search: Mapping[str, int] | None) -> dict[str, Settings]:
@@ -102,7 +104,7 @@ def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] |
         if flag not in FLAGS:
             raise UserError(f"{where}{flag}: finetune_lora.py has no flag of this name")
         if not is_searched(flag):
-            raise UserError(f"{where}{flag}: cannot be tuned: give flags of method, LoRA, model or training")
+            raise UserError(f"{where}{flag}: cannot be tuned: give {SEARCHABLE}")
         if isinstance(values, dict):
             ends = [values.get(key) for key in ("low", "high")]
             numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)

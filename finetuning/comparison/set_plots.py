@@ -61,12 +61,15 @@ def loss_plot(grid: Grid) -> Plot | None:
 def cost_plot(grid: Grid) -> Plot | None:
     """The mean loss of each method against its processor time next to the quickest method of each set.
 
-    Methods that ran under other ``conditions`` than most are left out.
+    Methods that ran under other ``conditions`` than most are left out. If no conditions have the most methods, there is
+    no picture.
     """
     sets, found = grid.shared(grid.methods), losses(grid)
     under = {method: tuple(conditions([grid.runs[name][method]]) for name in sets) for method in grid.methods}
-    usual = Counter(under.values()).most_common(1)[0][0]
-    others = [method for method in found if under[method] != usual]  # their times cannot be compared
+    usual, *second = Counter(under.values()).most_common(2)
+    if second and second[0][1] == usual[1]:
+        return None
+    others = [method for method in found if under[method] != usual[0]]  # their times cannot be compared
     found = {method: own for method, own in found.items() if method not in others}
     seconds = {method: [mean_of_sets([grid.runs[name][method]], *SECONDS) for name in sets] for method in found}
     if len(sets) < 2 or len(found) < 2 or any(None in own for own in seconds.values()):

@@ -21,10 +21,11 @@ def unequal_table(studies: Mapping[str, Study]) -> str:
     grid = grid_of(studies[STUDY]) if STUDY in studies else None
     rows, environments = [], []
     for name, found in grid.runs.items() if grid else ():
-        runs = found.get(METHOD, [])
-        classes = runs[0].get("test", "per_class") if runs else None
-        share = rarest_share(runs[0]) if classes else 1.0
-        if classes and share * len(classes) < UNEQUAL:
+        runs = [run for run in found.get(METHOD, []) if run.get("test", "per_class")]
+        if not runs or runs[0].get("test", "exact_match") is not None:  # several labels a text have no even share
+            continue
+        share = rarest_share(runs[0])
+        if share * len(runs[0].get("test", "per_class")) < UNEQUAL:
             rows.append((share, (name, *_cells(runs))))
             environments += [run.environment for run in runs]
     return f"{Table(COLUMNS, [row for _, row in sorted(rows)]).markdown()}\n\n{measured(environments)}"
@@ -36,8 +37,8 @@ def rarest_share(run: Run) -> float:
 
 
 def rarest(run: Run) -> str:
-    """The name of the class with the fewest test texts."""
-    classes = run.get("test", "per_class")
+    """The name of the class with the fewest test texts, of those that have any."""
+    classes = {name: scores for name, scores in run.get("test", "per_class").items() if scores["support"]}
     return min(classes, key=lambda name: (classes[name]["support"], name))
 
 

@@ -34,6 +34,7 @@ from finetuning.models.quantization import dense_weight, is_quantized
 from finetuning.runs.answers import is_multi_label
 from finetuning.settings import WINDOWED
 
+OF_A_RUN = ("windows", "text_pairs", "threshold", "positive_label")  # what an exported config says of its run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -138,6 +139,8 @@ def plain_model(classifier: Classifier, pad_id: int) -> Any:
     join_linears(model.float(), classifier.family)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id
+    for name in OF_A_RUN:  # the base model may be an exported run itself
+        vars(model.config).pop(name, None)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(

@@ -14,7 +14,8 @@ from finetuning.models.families import FAMILIES, ModelFamily
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in configs
 
 PADS_LEFT = ("xlnet",)  # types whose classifier reads the last place of a batch, with padding before the text
-SEES_PADDING = ("fnet", "mra", "nystromformer", "yoso")  # types whose answer depends on the padding of its batch
+# types whose answer depends on the padding of its batch
+SEES_PADDING = ("canine", "fnet", "funnel", "mra", "nystromformer", "reformer", "yoso")
 FAILS_IN_HALF = ("deberta",)  # types that mask scores with the smallest number of fp32
 NO_POOLER = ("big_bird",)  # types that have a pooler which their classifier does not read
 DECODERS = ("ctrl",)  # types whose head reads the last token, as "score" does in the others
@@ -113,6 +114,11 @@ def _refuse_others(config: Any, name: str) -> None:
         raise UserError(f"{kind}, a mixture of experts: needs a model without experts")
     if getattr(config, "inner_group_num", 1) != 1:
         raise UserError(f"{kind} and has {config.inner_group_num} layers in each group: needs one")
+    if config.model_type in PADS_LEFT:
+        raise UserError(f"{kind}, whose head reads the last place of a batch, where padding is: use another model")
+    if config.model_type in SEES_PADDING:
+        reason = "whose answer for a text depends on the padding, so on the other texts of its batch"
+        raise UserError(f"{kind}, {reason}: use another model")
 
 
 def on_meta(config: Any, name: str) -> Any:
@@ -134,7 +140,7 @@ def on_meta(config: Any, name: str) -> Any:
 def _layers(model: nn.Module, config: Any) -> tuple[str | None, bool]:
     """The path of a model's layers, and whether it is a list with one entry for each.
 
-    It is none where a layer is spread over several lists, as in XLM, or where the lists are in lists, as in Funnel.
+    It is none where a layer is spread over several lists, as in XLM, or where the lists are in lists.
     """
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outer = {
@@ -174,16 +180,6 @@ def _described(config: Any, model_name: str) -> ModelFamily:
     if not head:
         raise UserError(
             f"--model_name {model_name} is of type {config.model_type!r}, in which no linear of the head was found"
-        )
-    if config.model_type in PADS_LEFT:
-        raise UserError(
-            f"--model_name {model_name} is of type {config.model_type!r}, whose head reads the last place of a batch,"
-            f" where padding is: use another model"
-        )
-    if config.model_type in SEES_PADDING:
-        raise UserError(
-            f"--model_name {model_name} is of type {config.model_type!r}, whose answer for a text depends on the"
-            f" padding, so on the other texts of its batch: use another model"
         )
     numbers = {k: v for k, v in config.to_dict().items() if isinstance(v, int | float) and not isinstance(v, bool)}
     dropouts = [name for name in numbers if "drop" in name and "layerdrop" not in name]

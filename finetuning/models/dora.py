@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetuning.models.cpu_kernels import magnitude_sums, takes_magnitude
+from finetuning.models.products import without_autocast
 
 ROWS_AT_ONCE = 256  # rows of products summed at once on a CPU, so that they stay in its cache
 
@@ -20,7 +21,7 @@ ROWS_AT_ONCE = 256  # rows of products summed at once on a CPU, so that they sta
 @torch.no_grad()
 def row_norms(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """``||W + B A||`` by row: ``(out, in), (rank, in), (out, rank) -> (out,)`` fp32. B includes the scale."""
-    with torch.autocast(weight.device.type, enabled=False):  # on Hugging Face's own path
+    with without_autocast(weight.device):  # on Hugging Face's own path
         return torch.linalg.vector_norm(torch.addmm(weight.float(), B, A), dim=1)
 
 

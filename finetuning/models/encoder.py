@@ -15,7 +15,6 @@ Each call reads the weights from the model's own modules. Nothing is copied or p
 works.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,7 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch
 from finetuning.models.lora import linears
 from finetuning.models.norms import Norms
-from finetuning.models.products import Activation
+from finetuning.models.products import Activation, without_autocast
 from finetuning.models.rows import Rows, last_places
 
 COMPILED_GATES = {"gelu": cpu_kernels.geglu, "silu": cpu_kernels.swiglu}
@@ -71,7 +70,7 @@ def classify(
     if padded is None:  # on a GPU this check would wait for all queued work
         padded = not on_cpu or not bool(attention_mask.all())
     encoder = _Encoder(model, family, dtype, attention_mask, checkpointing, padded, on_cpu)
-    with _without_autocast(input_ids.device):
+    with without_autocast(input_ids.device):
         if frozen is None:
             return encoder.head(encoder.layers(encoder.embed(input_ids, token_types)))
         count = count_frozen_layers(model, family)
@@ -95,14 +94,8 @@ def classify_means(model: nn.Module, family: ModelFamily, tokens: Tensor, attent
     """
     on_cpu = tokens.device.type == "cpu"
     encoder = _Encoder(model, family, torch.float32, attention_mask, False, True, on_cpu)
-    with _without_autocast(tokens.device):
+    with without_autocast(tokens.device):
         return encoder.head(encoder.mean(encoder.rows.of(tokens)))
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if device.type == "meta":  # meta has no autocast
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def count_frozen_layers(model: nn.Module, family: ModelFamily) -> int:

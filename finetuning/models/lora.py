@@ -174,9 +174,8 @@ class LinearWithLoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``: the linear plus the LoRA layer, in x's dtype or autocast's."""
         y = linears(in_autocast(x), [self])
-        return (
-            y.clone() if isinstance(self.lora, DoRALayer) and y.requires_grad else y
-        )  # Longformer changes it in place
+        # DoRA's output is a view, and Longformer changes it in place
+        return y.clone() if isinstance(self.lora, DoRALayer) and y.requires_grad else y
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -12,6 +12,7 @@ these steps, and uses the functions below where it has no kernels.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ def in_autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype, if autocast is on; for modules with a forward of their own, as ``nn.Linear`` does it."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast is off."""
+    if device.type == "meta":  # meta has no autocast
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def project(x: Tensor, thin: Tensor) -> Tensor:

@@ -42,7 +42,13 @@ def quantize_linears(model: nn.Module, family: ModelFamily, dtype: torch.dtype, 
         linear.weight.quant_state.dtype = dtype  # dequantize straight into the precision of the products
         # Otherwise an evaluation repacks the weights in place, and the next training step is wrong or fails.
         linear.support_avx512bf16_for_cpu = False
+        linear.register_forward_hook(_as_own)
         layers.set_submodule(name, linear)
+
+
+def _as_own(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    """A copy in training, where the output is a view: models like Falcon's and Longformer's change it in place."""
+    return output.clone() if output.requires_grad else output
 
 
 def try_four_bits(device: torch.device, dtype: torch.dtype) -> None:

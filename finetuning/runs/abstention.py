@@ -10,7 +10,6 @@ from scipy.special import bdtr
 from finetuning.runs.answers import Answers
 
 LEVEL = 0.95  # probability that the statement about the share of wrong answers holds
-SURE = 0.999  # a confidence above which six digits may be too few
 START_ERRORS = (0, 4)  # wrong answers that the first test of each sequence allows
 
 
@@ -19,6 +18,7 @@ class Abstention:
     """Which texts get an answer, and how many of the texts that chose it do."""
 
     least: float  # confidence
+    last: float  # the confidence of the least confident text that is answered
     texts: int
     answered: int
     wrong: int
@@ -27,10 +27,13 @@ class Abstention:
     def shown(self) -> str:
         """``least`` for people and for ``--abstain``, which takes numbers between 0 and 1 without these.
 
-        Rounded up where that is hardly more; all digits close to 1, where texts lie close together.
+        Rounded up to six digits, or more if these texts would not all be answered.
         """
-        rounded = max(1e-6, float(np.ceil(self.least * 1e6) / 1e6))
-        return f"{rounded:.6f}" if self.least < SURE else repr(min(self.least, float(np.nextafter(1, 0))))
+        for digits in range(6, 16):
+            rounded = max(0.1**digits, float(np.ceil(self.least * 10**digits) / 10**digits))
+            if rounded <= min(self.last, 1 - 0.1**digits):
+                return f"{rounded:.{digits}f}"
+        return repr(min(self.least, float(np.nextafter(1, 0))))
 
 
 def least_confidence(answers: Answers, risk: float, candidates: int = 1) -> Abstention | None:
@@ -72,7 +75,7 @@ def least_confidence(answers: Answers, risk: float, candidates: int = 1) -> Abst
         return None
     answered = int(ranks[best - 1])
     least = 0.0 if best == len(ranks) else float(np.nextafter(confidence[answered], 1))
-    return Abstention(least, len(order), answered, int(wrong[best - 1]))
+    return Abstention(least, float(confidence[answered - 1]), len(order), answered, int(wrong[best - 1]))
 
 
 def checkpoints_compared(result: Mapping[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """Reads an adapter in PEFT's format, made by PEFT or by an earlier run. Nothing here imports torch."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def read_adapter(folder: Path) -> Adapter:
             choices = listed(value for value in allowed if value is not None)
             raise UserError(f"{folder}: {ADAPTER_CONFIG} has {name} {config.get(name)!r}: supported are {choices}")
     try:
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        rank, alpha = int(config["r"]), _finite(config["lora_alpha"])
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{folder}: {ADAPTER_CONFIG} must have the numbers r and lora_alpha") from None
     ranks, alphas = (_patterns(folder, config, name) for name in ("rank_pattern", "alpha_pattern"))
@@ -119,11 +120,18 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _patterns(folder: Path, config: Mapping[str, Any], key: str) -> dict[re.Pattern[str], float]:
     """The patterns of ``rank_pattern`` or ``alpha_pattern``, each for the end of a name, with their numbers."""
     try:
-        return {re.compile(rf"(.*\.)?({end})$"): float(value) for end, value in (config.get(key) or {}).items()}
+        return {re.compile(rf"(.*\.)?({end})$"): _finite(value) for end, value in (config.get(key) or {}).items()}
     except (re.error, AttributeError, TypeError, ValueError, OverflowError):
         raise UserError(
             f"{folder}: {ADAPTER_CONFIG} has {key} {config[key]!r}: must have patterns and numbers"
         ) from None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _by_pattern(patterns: Mapping[re.Pattern[str], float], name: str, default: float) -> float:

@@ -35,7 +35,7 @@ from finetuning.tuning.plan import (
     holds_search,
     resume,
 )
-from finetuning.tuning.space import space_table
+from finetuning.tuning.space import make_space, space_table
 from finetuning.tuning.trials import Place
 
 STARTED = time.time()  # the budget includes the imports
@@ -182,11 +182,12 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
 
         budget = Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3)
         facts = read_facts(config)
+        space = make_space(given, facts, asked.search)
         if asked.storage:
             from finetuning.tuning.sampler import check_storage  # loads Optuna
 
-            check_storage(asked.storage)  # what is refused leaves no search behind
-        begin(folder, asked, facts, budget)
+            check_storage(asked.storage)  # makes a new database, so what is refused is refused before
+        begin(folder, asked, space, budget)
         print(data_text(facts.sizes), flush=True)
         if any(row.name == "pooling" for row in Plan.read(folder).space.parameters):
             print("space: a head on the mean of the tokens can only be exported as ONNX: --pooling first leaves it out")

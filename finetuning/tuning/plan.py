@@ -18,7 +18,7 @@ from finetuning.errors import UserError, first_line
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
 from finetuning.settings import FLAGS, PACKAGED_MODELS
 from finetuning.storage import cannot_be_written_in, read_json, remove, write_json, write_new_json
-from finetuning.tuning.space import Facts, Space, make_space
+from finetuning.tuning.space import Space
 
 SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
 TRIALS, LAST, BEST = "trials", "last", "best"
@@ -144,13 +144,12 @@ def check_same(folder: Path, asked: Asked) -> None:
             )
 
 
-def begin(folder: Path, asked: Asked, facts: Facts, budget: "Budget") -> None:
+def begin(folder: Path, asked: Asked, space: Space, budget: "Budget") -> None:
     """Begins a search, unless another worker has just begun it.
 
     Raises:
-        UserError: as ``make_space`` and ``check_same``, or the folder cannot be written.
+        UserError: as ``check_same``, or the folder cannot be written.
     """
-    space = make_space(asked.given, facts, asked.search)
     stored = asked.to_dict() | {"space": space.to_dict(), "study": f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}"}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
 """What a search tries: the declared space, a file that replaces or narrows it, and the flags of each point in it."""
 
+import itertools
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetuning.comparison.drawn import is_searched
+from finetuning.comparison.drawn import SEARCHABLE, is_searched
 from finetuning.config import RunConfig, method_of
 from finetuning.errors import UserError, first_line
 from finetuning.pages import Table
@@ -177,6 +178,7 @@ class Space:
                 product = float(point[parameter.name]) * usual
                 whole = FLAGS[parameter.name].kind is int
                 flags[parameter.name] = max(1, round(product)) if whole else float(f"{product:.4g}")
+        RunConfig.from_settings(**{**self.given, **flags})  # refuses products
         return flags
 
     @cached_property
@@ -213,17 +215,16 @@ class Space:
         return space
 
     def _is_allowed(self, parameter: Parameter, value: Value) -> bool:
-        forced: dict[str, Value] = {parameter.name: value}
-        for row in reversed(self.parameters):  # also what the rows of its condition depend on
-            if row.name in forced:
-                forced |= {name: values[0] for name, values in (row.only or {}).items() if name not in forced}
         usual = self._usual
 
-        def pick(row: Parameter) -> Value:
-            wanted = (forced.get(row.name), usual.get(row.name))
-            return next((value for value in wanted if value is not None and row.contains(value)), row.ends[0])
+        def at(forced: Point) -> Point:
+            def pick(row: Parameter) -> Value:
+                wanted = (forced.get(row.name), usual.get(row.name))
+                return next((value for value in wanted if value is not None and row.contains(value)), row.ends[0])
 
-        point = self.drawn(pick)
+            return self.drawn(pick)
+
+        point = next((point for way in self._ways(parameter, value) if parameter.name in (point := at(way))), Point())
         try:
             if parameter.name not in point:
                 raise UserError(f"impossible condition: {parameter.condition} never occurs in this space")
@@ -233,6 +234,20 @@ class Space:
                 return False
             raise UserError(f"--search: {parameter.name}: {error}") from None
         return True
+
+    def _ways(self, parameter: Parameter, value: Value) -> Iterator[Point]:
+        """What the others may have if a parameter has this value, by its condition and by those of what that names."""
+        ways: list[Point] = [{parameter.name: value}]
+        searched = {row.name: row for row in self.parameters}
+        for row in reversed(self.parameters):
+            if ways and row.only is not None and row.name in ways[0]:
+                choices = [
+                    [value for value in values if name not in searched or searched[name].contains(value)]
+                    for name, values in row.only.items()
+                ]
+                found = [dict(zip(row.only, values, strict=True)) for values in itertools.product(*choices)]
+                ways = [one | way for way in ways for one in found]
+        return iter(ways)
 
     def table(self) -> Table:
         """The space for people."""
@@ -283,7 +298,12 @@ def _in_order(rows: Sequence[Parameter]) -> list[Parameter]:
         names = {row.name for row in waiting}
         ready = [row for row in waiting if names.isdisjoint(row.only or ())]
         if not ready:
-            raise UserError(f"--search: {', '.join(sorted(names))}: their conditions name each other")
+            named = {name for row in waiting for name in row.only or ()}
+            while not names <= named:  # only those on a circle are at fault
+                names &= named
+                named = {name for row in waiting if row.name in names for name in row.only or ()}
+            each = "its condition names itself" if len(names) == 1 else "their conditions name each other"
+            raise UserError(f"--search: {', '.join(sorted(names))}: {each}")
         ordered += ready
         waiting = [row for row in waiting if row not in ready]
     return ordered
@@ -355,7 +375,7 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
 
 def _row(name: str, row: Any) -> Parameter | None:
     if not is_searched(name) and name != PLACEMENT:
-        raise UserError(f"{name}: cannot be searched: give flags of method, LoRA, model or training, or {PLACEMENT}")
+        raise UserError(f"{name}: cannot be searched: give {PLACEMENT} or {SEARCHABLE}")
     if row is False:
         return None
     declared = next((other for other in DECLARED if other.name == name), None)
@@ -377,8 +397,9 @@ def _row(name: str, row: Any) -> Parameter | None:
     if (low is None) != (high is None) or bool(values) == (low is not None) or not isinstance(values, list):
         raise UserError(f"{name}: needs a list of values, or low and high")
     numeric = name in FLAGS and FLAGS[name].kind in (int, float)
-    if low is not None and not numeric:
-        raise UserError(f"{name}: low and high are for numbers: give a list of values")
+    if not numeric and (low is not None or times_default):
+        what = "times_default is" if times_default else "low and high are"
+        raise UserError(f"{name}: {what} for numbers: give a list of values")
     for value in (*values, *(end for end in (low, high) if end is not None)):
         _check_kind(name, value, times_default)
     if low is not None and not (low < high and (not log or low > 0)):

@@ -255,7 +255,7 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         (SEARCHED.replace("[3, 5]", "3"), "row one-lora: tune: epochs: must be a list of values, or { low = X"),
         (SEARCHED.replace("epochs", "epoch"), "row one-lora: tune: epoch: finetune_lora.py has no flag of this name"),
         *(
-            (SEARCHED.replace("epochs", flag), f"row one-lora: tune: {flag}: cannot be tuned: give flags of method")
+            (SEARCHED.replace("epochs", flag), f"row one-lora: tune: {flag}: cannot be tuned: give a flag of method")
             for flag in ("test", "data_seed", "limit_validation", "monitor", "seed", "output_dir", "model_name")
         ),
         (SEARCHED.replace("max_length = 64", "epochs = 2"), "row one-lora: tune: epochs: must not be given as well"),

@@ -76,6 +76,11 @@ def test_times_under_other_conditions_are_left_out(tmp_path: Path) -> None:
         write_run(tmp_path, "s", f"{name}-last-two", correct=outcomes(0.75, 100, k), **more)
     (plot,) = (plot for plot in draw_set_plots(read_study("s", tmp_path)) if plot.file == SET_FILES[1])
     assert plot.caption.endswith("Left out, because they ran under other conditions: last-two.")
+    for k, name in enumerate(SETS):  # two methods under each conditions: neither are those of most
+        more = {"config": {"data_dir": f"in/{name}"}, "train": {"processor_seconds": 9.0}}
+        more["environment"] = {"cpu": "Another"}
+        write_run(tmp_path, "s", f"{name}-full", correct=outcomes(0.75, 100, k), **more)
+    assert SET_FILES[1] not in [plot.file for plot in draw_set_plots(read_study("s", tmp_path))]
 
 
 def test_a_study_on_one_set_has_none(tmp_path: Path) -> None:

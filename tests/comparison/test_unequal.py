@@ -31,5 +31,18 @@ def test_a_set_with_a_rare_class_has_its_score(tmp_path: Path) -> None:
     assert (empty, measured) == ("", "*Measured: not recorded. Code: commit c0ffee.*")
 
 
+def test_classes_without_test_texts_and_texts_with_several_labels_do_not_count(tmp_path: Path) -> None:
+    for name, counts, more in (("three", (90, 10, 0), {}), ("several", (90, 10), {"exact_match": 0.5})):
+        classes = {f"class {k}": {"f1": 0.9 - 0.1 * k, "support": n} for k, n in enumerate(counts)}
+        for seed, test in enumerate(({"macro_f1": 0.7, "per_class": classes} | more, {"macro_f1": 0.7})):
+            for method in (METHOD, "query-value"):
+                write_run(
+                    tmp_path, STUDY, f"{name}-{method}", seed=seed, correct=np.arange(100) < 80, test=test,
+                    config={"data_dir": f"in/{name}"},
+                )  # fmt: skip
+    _, _, *rows, _, _ = unequal_table({STUDY: read_study(STUDY, tmp_path)}).splitlines()
+    assert [row.split(" | ")[:4] for row in rows] == [["| three", "3", "10.0", "10"]]
+
+
 def test_without_the_study_the_table_is_empty() -> None:
     assert len(unequal_table({}).splitlines()) == 4

@@ -39,6 +39,7 @@ def test_transformers_loads_what_the_run_computed(
     bases: dict[str, Path], tmp_path: Path, model_type: str, case: str
 ) -> None:
     classifier, _ = build(bases[model_type], 0, **CASES[case])
+    classifier.model.config.update({"windows": {"windows": 4}, "threshold": 0.2, "text_pairs": True})  # of its base
     untrained = logits(classifier)
     fill(classifier)
     expected = logits(classifier)  # not merged, and on the efficient path
@@ -51,6 +52,7 @@ def test_transformers_loads_what_the_run_computed(
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path).config
     assert list(config.id2label.values()) == NAMES
     assert config.problem_type == "single_label_classification"
+    assert not {"windows", "threshold", "text_pairs", "positive_label"} & set(config.to_dict())
 
 
 @needs_int8

@@ -53,10 +53,7 @@ def refused(folder: Path, **settings: object) -> str:
         ({"model_type": "qwen3_moe"}, "a mixture of experts"),
         ({"model_type": "albert", "inner_group_num": 2}, "has 2 layers in each group: needs one"),
         ({"model_type": "new"}, "is of type 'new', which is unknown here"),
-        *(
-            ({"model_type": kind, "hidden_size": 32, "num_attention_heads": 4}, "depends on the padding, so on the")
-            for kind in SEES_PADDING
-        ),
+        *(({"model_type": kind}, "whose answer for a text depends on the padding, so on the") for kind in SEES_PADDING),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
@@ -172,23 +169,25 @@ def test_a_linear_of_a_types_own_is_stored_as_any_other(tmp_path: Path, q_lora: 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "falcon", vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1,
-        eos_token_id=2, pad_token_id=None,
+        eos_token_id=2, pad_token_id=None, bias=True,
     )  # fmt: skip
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    settings = config_of(tmp_path, lora_modules="query_key_value,dense", q_lora=q_lora)
+    settings = config_of(tmp_path, lora_modules="query_key_value", q_lora=q_lora)
     base = find_base_model(settings)
-    layers = build_classifier(settings, base, ["a", "b"], torch.bfloat16).model.get_submodule(base.family.layers)
+    classifier = build_classifier(settings, base, ["a", "b"], torch.bfloat16)
+    layers = classifier.model.get_submodule(base.family.layers)
     frozen = {
         p.dtype for n, p in layers.named_parameters() if not p.requires_grad and n.endswith("weight") and p.ndim > 1
     }
     assert frozen == {torch.uint8 if q_lora else torch.bfloat16}
+    ids = torch.randint(3, 300, (2, 9))
+    classifier(ids, torch.ones_like(ids)).sum().backward()  # Falcon changes outputs of linears in place
 
 
 @pytest.mark.parametrize(
     ("content", "longest"),
     [
         ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}, math.inf),
-        ({"model_type": "funnel", "d_model": 32, "block_sizes": [1, 2], "n_head": 4, "d_head": 8}, math.inf),
         ({"model_type": "mpt", "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 40}, 40),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
@@ -224,33 +223,22 @@ def test_other_methods_need_no_names(tmp_path: Path) -> None:
     assert classifier(ids, torch.ones_like(ids)).shape == (3, 2)
 
 
-SPREAD: dict[str, dict[str, Any]] = {
-    "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 300, "max_position_embeddings": 64, "pad_index": 0},
-    "funnel": {"vocab_size": 300, "d_model": 32, "block_sizes": [1, 2], "n_head": 4, "d_head": 8, "d_inner": 48},
-}
+XLM = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 300, "max_position_embeddings": 64, "pad_index": 0}
 
 
-@pytest.mark.parametrize(
-    ("model_type", "linears", "last"),
-    [
-        ("xlm", "q_lin, k_lin, v_lin, out_lin, lin1, lin2", "ffns.1.lin2"),
-        ("funnel", "q_head, k_head, v_head, post_proj, linear_1, linear_2", "encoder.blocks.1.1.ffn.linear_2"),
-    ],
-)
-def test_layers_that_are_not_in_one_list(tmp_path: Path, model_type: str, linears: str, last: str) -> None:
-    tiny = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **SPREAD[model_type]))
+def test_layers_that_are_not_in_one_list(tmp_path: Path) -> None:
+    linears = "q_lin, k_lin, v_lin, out_lin, lin1, lin2"
+    tiny = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("xlm", **XLM))
     tiny.save_pretrained(tmp_path)
     assert refused(tmp_path).endswith(f"linears: {linears}")
-    none = (
-        f"--trainable_layers 1: {model_type} models have no list of whole layers: give 0, which trains the head alone"
-    )
+    none = "--trainable_layers 1: xlm models have no list of whole layers: give 0, which trains the head alone"
     assert none in refused(tmp_path, method="selective", trainable_layers=1)
-    message = f"--lora_layers 0: {model_type} models have no list of whole layers: leave out this flag"
+    message = "--lora_layers 0: xlm models have no list of whole layers: leave out this flag"
     assert refused(tmp_path, lora_layers="0", lora_modules=linears) == message
     config = config_of(tmp_path, lora_modules=linears)
     classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
     adapted = [name for name, _ in lora_modules(classifier.model)]
-    assert adapted[-1].endswith(last)
+    assert adapted[-1].endswith("ffns.1.lin2")
     assert len(adapted) == sum(isinstance(m, torch.nn.Linear) for m in tiny.base_model.modules())
     ids = torch.randint(5, 300, (3, 9))
     classifier(ids, torch.ones_like(ids)).sum().backward()

@@ -35,7 +35,8 @@ def test_the_bound_of_clopper_and_pearson_is_at_most_the_risk() -> None:
 def test_the_shown_threshold_can_be_given_and_answers_the_same_texts() -> None:
     sure = 1 - np.linspace(1e-14, 1e-9, 400)
     close = np.linspace(0.9999989, 0.9999981, 400)
-    for confidence, right in ((np.linspace(0.9, 0.99, 400), 400), (sure, 380), (close, 380)):
+    closer = 0.9 - np.arange(400) * 1e-9
+    for confidence, right in ((np.linspace(0.9, 0.99, 400), 400), (sure, 380), (close, 380), (closer, 380)):
         found, risk = answers(confidence, np.arange(400) < right), 0.05 if right == 400 else 0.02
         chosen = least_confidence(found, risk)
         assert chosen is not None
@@ -44,7 +45,7 @@ def test_the_shown_threshold_can_be_given_and_answers_the_same_texts() -> None:
 
 
 def test_a_threshold_of_1_is_shown_as_the_largest_number_below() -> None:
-    assert 0 < float(Abstention(1.0, 2, 1, 0).shown) < 1
+    assert 0 < float(Abstention(1.0, 1.0, 2, 1, 0).shown) < 1
 
 
 def test_the_statement_holds_in_most_draws() -> None:

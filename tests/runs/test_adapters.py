@@ -219,6 +219,8 @@ def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_pa
     refused("new_method {'a': 1}, which is not supported", {"new_method": {"a": 1}})
     refused("must have the numbers r and lora_alpha", {"r": None})
     refused("must have the numbers r and lora_alpha", {"r": math.inf})
+    refused("must have the numbers r and lora_alpha", {"lora_alpha": math.nan})
+    refused("must have patterns and numbers", {"alpha_pattern": {"q_lin": math.inf}})
     for pattern in ({"*": 4}, ["a"], {"q_lin": "x"}, {"q_lin": None}, 3):
         for key in ("rank_pattern", "alpha_pattern"):
             refused(f"{key} .*: must have patterns and numbers", {key: pattern})

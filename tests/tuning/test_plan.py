@@ -20,7 +20,7 @@ from finetuning.tuning.plan import (
     check_same,
     resume,
 )
-from finetuning.tuning.space import Facts
+from finetuning.tuning.space import Facts, make_space
 
 FACTS = Facts(6, 32, (256,), 6, False)
 
@@ -30,7 +30,7 @@ def asked(search: Path | None = None, sampler: str = "tpe", **given: Any) -> Ask
 
 
 def started(folder: Path, minutes: float | None = 10.0, trials: int | None = None, **given: Any) -> None:
-    begin(folder, asked(**given), FACTS, Budget(time.time(), 0.0, minutes, trials, 3))
+    begin(folder, asked(**given), make_space(given, FACTS), Budget(time.time(), 0.0, minutes, trials, 3))
 
 
 def test_a_search_is_read_as_it_was_asked_for(tmp_path: Path) -> None:

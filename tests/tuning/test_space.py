@@ -139,12 +139,18 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
         ('epochs = { values = [1, 2], if = { method = "lora" } }', {"method": "full"}, "condition: method is lora"),
         ('epochs = { values = [1, 2], if = { metod = "lora" } }', {}, "condition: metod is lora never"),
         ('method = { low = "full", high = "lora" }', {}, "method: low and high are for numbers: give a list"),
-        ('scheduler = { values = [1], times_default = true }', {}, "scheduler: times_default: it has no number"),
+        ('scheduler = { values = [1], times_default = true }', {}, "scheduler: times_default is for numbers"),
+        ("lora_query = { values = [1, 2], times_default = true }", {}, "lora_query: times_default is for numbers"),
+        ("warmup_fraction = { values = [0.5, 40], times_default = true }", {}, "--warmup_fraction 2.4"),
         ("lora_alpha = [8, 16]", {"method": "full"}, "lora_alpha: impossible condition: method is lora never occurs"),
         (
             'weight_decay = { values = [0, 1], if = { lora_dropout = 0.1 } }\n'
             'lora_dropout = { values = [0, 0.1], if = { weight_decay = 1 } }',
             {}, "--search: lora_dropout, weight_decay: their conditions name each other",
+        ),
+        (
+            'lora_r = { values = [4, 8], if = { lora_r = 8 } }\nepochs = { values = [1, 2], if = { lora_r = 8 } }',
+            {}, "--search: lora_r: its condition names itself",
         ),
         ("replace = true", {}, "the space is empty"),
         ("replace = true\ndropout = [0.1]", {}, "the space is empty"),
@@ -188,6 +194,16 @@ def test_a_condition_may_rest_on_others_and_any_number_has_multiples(tmp_path: P
     point = space.drawn(lambda row: wanted.get(row.name, row.ends[-1]))
     assert space.settings(point)["weight_decay"] == pytest.approx(0.02)
     assert space.settings(point)["warmup_fraction"] == pytest.approx(0.12)
+
+
+def test_a_condition_holds_if_one_of_its_values_does(tmp_path: Path) -> None:
+    text = 'weight_decay = { values = [0, 0.1], if = { method = ["selective", "lora"], lora_dropout = 0.1 } }\n'
+    text += 'lora_dropout = [0, 0.1]\nmethod = ["lora", "full"]\n'
+    text += 'label_smoothing = { values = [0, 0.1], if = { method = ["head", "full"] } }\n'
+    space = space_of(search=written(tmp_path, text))
+    wanted: dict[str, Any] = {"method": "lora", "lora_dropout": 0.1}
+    point = space.drawn(lambda row: wanted.get(row.name, row.ends[-1]))
+    assert (point["weight_decay"], "label_smoothing" in point) == (0.1, False)
 
 
 def test_a_space_is_stored_and_shown() -> None:
