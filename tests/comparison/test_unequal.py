@@ -32,7 +32,8 @@ def test_a_set_with_a_rare_class_has_its_score(tmp_path: Path) -> None:
 
 
 def test_classes_without_test_texts_and_texts_with_several_labels_do_not_count(tmp_path: Path) -> None:
-    for name, counts, more in (("three", (90, 10, 0), {}), ("several", (90, 10), {"exact_match": 0.5})):
+    several = {"exact_match": 0.5}
+    for name, counts, more in (("three", (90, 10, 0), {}), ("several", (90, 10), several), ("even", (50, 50), {})):
         classes = {f"class {k}": {"f1": 0.9 - 0.1 * k, "support": n} for k, n in enumerate(counts)}
         for seed, test in enumerate(({"macro_f1": 0.7, "per_class": classes} | more, {"macro_f1": 0.7})):
             for method in (METHOD, "query-value"):
