@@ -143,11 +143,20 @@ def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest
             "error: --runs_dir: tiny.toml/tiny cannot",
         ),
         (["walk", "tiny.toml"], "error: COMMAND walk: must be one of "),
+        (["collect", "tiny.toml", "--runs_dir", "here"], "error: --runs_dir here: has no folder tiny with runs of this"),
+        (["report", "--results", "."], "error: --results .: has no STUDY/runs.json: collect a study there first"),
     ):
         assert main(words) == 2, words
         (shown,) = capsys.readouterr().err.splitlines()
         assert shown.startswith(line)
     assert [path.name for path in project.iterdir()] == ["tiny.toml"]
+    plan("data_dir = 'inside'")
+    for more, line in (
+        ([], "error: --data_dir: the study needs it: row run reads the folder inside inside it"),
+        (["--data_dir", "."], "error: row run: --data_dir inside: no such file or folder"),
+    ):
+        assert main(["list", "tiny.toml", *more]) == 2
+        assert capsys.readouterr().err.startswith(line)
 
 
 # --- tuning

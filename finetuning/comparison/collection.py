@@ -20,11 +20,13 @@ def collect(runs: StudyRuns, stage: str, results: Path) -> None:
     there after it failed here counts as finished.
 
     Raises:
-        UserError: the files of a run cannot be read; all others are collected.
+        UserError: there is no folder of runs; or the files of a run cannot be read, then all others are collected.
     """
     kept = {"finished": 0, "failed": 0}
     target = results / runs.study.name
     chosen, before = runs.study.stage(stage), read_records(target)[0]
+    if not before and not runs.folder.is_dir():
+        raise UserError(f"--runs_dir {runs.folder.parent}: has no folder {runs.folder.name} with runs of this study")
     found, damaged = [], list[str]()
     for run in map(runs.tuned_if_possible, chosen):
         state = runs.state(run)

@@ -9,6 +9,7 @@ checksums of itself, of its metrics and of its predictions.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -144,9 +145,23 @@ def change_records(folder: Path, new: Iterable[Record], planned: Sequence[str] |
     except UserError as error:
         raise UserError(str(error).replace("--output_dir", "--results")) from None
     with lock:
+        _refuse_foreign(folder / PREDICTIONS)
         records, before = read_records(folder)
         records |= {record.name: record for record in new}
         _write_records(folder, list(records.values()), before if planned is None else planned)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuses a table with other columns: one that was written here may lack its ``RUNS`` if the writer was killed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.parent.joinpath(RUNS).exists() or not path.exists():
+        return
+    with suppress(OSError, pa.ArrowException):
+        if pq.read_schema(path).names == ["run", *COLUMNS]:
+            return
+    raise UserError(f"--results: {path} is from another program: give another folder")
 
 
 def _write_records(folder: Path, records: Sequence[Record], planned: Sequence[str]) -> None:

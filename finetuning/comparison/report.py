@@ -77,6 +77,8 @@ def write_report(results: Path, pages: Sequence[Path]) -> Path:
     """
     if not results.is_dir():
         raise UserError(f"--results {results}: must be a folder with STUDY/runs.json")
+    if not study_names(results):
+        raise UserError(f"--results {results}: has no STUDY/runs.json: collect a study there first")
     for page in pages:
         if not page.is_file():
             raise UserError(f"--pages {page}: must be a Markdown file")

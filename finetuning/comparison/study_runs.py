@@ -83,14 +83,19 @@ class StudyRuns:
         return [os.path.relpath(script), *run.flags(self.data_dir), "--output_dir", str(self.directory(run))]
 
     def check_flags(self) -> None:
-        """Checks the flags of every run with the real ``--data_dir``, before anything runs.
+        """Checks the flags of every run with the real ``--data_dir``, and that its data are there, before anything runs.
 
         Raises:
             UserError: a run cannot start; the message names its row.
         """
         for run in self.study.runs:
+            if self.data_dir is None and "data_dir" in run.settings:
+                inside = f"row {run.row} reads the folder {run.settings['data_dir']} inside it"
+                raise UserError(f"--data_dir: the study needs it: {inside}")
             try:
-                from_flags(run.flags(self.data_dir))
+                folder = from_flags(run.flags(self.data_dir)).data.data_dir
+                if folder is not None and not folder.exists():
+                    raise UserError(f"--data_dir {folder}: no such file or folder")
             except UserError as error:
                 raise UserError(f"row {run.row}: {error}") from None
 

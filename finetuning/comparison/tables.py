@@ -11,6 +11,7 @@ from finetuning.comparison.drawn import RATE, shown_settings
 from finetuning.comparison.pairs import Answer, Comparison
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import mean_and_deviation
+from finetuning.comparison.unequal import has_rare_class
 from finetuning.pages import Table
 
 SUMMARY_KEYS = (
@@ -105,7 +106,7 @@ def tuning_scores(runs: Sequence[Run]) -> dict[str, dict[float, float | None]]:
 def main_table(study: Study) -> Table:
     """The rows of a study. What was not measured stays empty; a row without a finished run shows its status."""
     records = [record(study, row) for row in study.rows]
-    f1_counts = any(run.monitor in ("macro_f1", "mcc") for run in study.final)  # classes of unequal size
+    f1_counts = any(run.monitor in ("macro_f1", "mcc") or has_rare_class(run) for run in study.final)
     return Table(
         (
             "row", REPORTED, _accuracy_title(records), "macro F1, %", "seeds", "test texts",

@@ -22,13 +22,16 @@ def unequal_table(studies: Mapping[str, Study]) -> str:
     rows, environments = [], []
     for name, found in grid.runs.items() if grid else ():
         runs = [run for run in found.get(METHOD, []) if run.get("test", "per_class")]
-        if not runs or runs[0].get("test", "exact_match") is not None:  # several labels a text have no even share
-            continue
-        share = rarest_share(runs[0])
-        if share * len(runs[0].get("test", "per_class")) < UNEQUAL:
-            rows.append((share, (name, *_cells(runs))))
+        if runs and has_rare_class(runs[0]):
+            rows.append((rarest_share(runs[0]), (name, *_cells(runs))))
             environments += [run.environment for run in runs]
     return f"{Table(COLUMNS, [row for _, row in sorted(rows)]).markdown()}\n\n{measured(environments)}"
+
+
+def has_rare_class(run: Run) -> bool:
+    """Whether the rarest class has less than ``UNEQUAL`` of an even share of the test texts, each with one label."""
+    classes = run.get("test", "per_class")
+    return bool(classes) and run.get("test", "exact_match") is None and rarest_share(run) * len(classes) < UNEQUAL
 
 
 def rarest_share(run: Run) -> float:

@@ -46,6 +46,8 @@ def readable(path: Path) -> Iterator[None]:
     """Turns every error of reading ``path`` into a ``UserError`` of one line."""
     try:
         yield
+    except pd.errors.EmptyDataError:
+        raise UserError(f"{path} is empty: give other data with --data_dir") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: convert it, or give other data with --data_dir") from error
     except UNREADABLE as error:

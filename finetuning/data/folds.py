@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from finetuning.data.labels import rarest_labels
+from finetuning.data.labels import doubt_about, rarest_labels
 from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
@@ -87,7 +87,7 @@ def _small_class(labels: np.ndarray, names: list[str], count: int) -> list[str]:
     if smallest < 2:
         raise UserError(
             f"--kfold {count}: class {name!r} has 1 different training text: must be at least 2, or the fold that"
-            f" validates on it trains without the class: add texts of it, or leave it out"
+            f" validates on it trains without the class: {doubt_about(names) or 'add texts of it, or leave it out'}"
         )
     if smallest >= count:
         return []

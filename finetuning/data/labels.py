@@ -6,6 +6,8 @@ labels reach every part in proportion, as far as their texts allow.
 
 import dataclasses
 import math
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +18,9 @@ from finetuning.data.texts import Source
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 
+SEPARATORS = (";", "|", ",")
+SHARED = 0.8  # of the parts of labels: if so many are parts of other labels as well, the labels look like lists
+MEASUREMENTS = 20  # different numbers with a fraction: so many are hardly names of classes
 STRATIFIED = "splits and limits are stratified by each text's rarest label"
 
 
@@ -27,6 +32,28 @@ def as_number(text: str) -> int | float | None:
             if str(number) == text and not (kind is float and not math.isfinite(number)):
                 return number
     return None
+
+
+def doubt_about(names: Sequence[str]) -> str:
+    """What to do if labels look like lists of labels, as ``a;b`` next to ``a`` and ``b``, or like measurements.
+
+    Args:
+        names: the labels.
+
+    Returns:
+        A clause, empty if they look like neither.
+    """
+    for separator in SEPARATORS:
+        parts = {name: {part.strip() for part in name.split(separator)} for name in names}
+        counts = Counter(part for own in parts.values() for part in own)
+        lists = [name for name, own in parts.items() if len(own) > 1]
+        shared = [counts[part] > 1 for name in lists for part in parts[name]]
+        if len(lists) > 1 and sum(shared) >= SHARED * len(shared):
+            return f"labels such as {lists[0]!r} look like lists: if they are, give --label_separator {separator!r}"
+    fractions = [name for name in names if isinstance(as_number(name), float) and not float(name).is_integer()]
+    if len(fractions) >= MEASUREMENTS:
+        return f"numbers such as {fractions[0]} would each be a class: make classes of them, for example low and high"
+    return ""
 
 
 def is_multi_label(source: Source, data: DataSettings) -> bool:

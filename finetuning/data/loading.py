@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from finetuning.data.folds import pool_validation, with_folds
-from finetuning.data.labels import STRATIFIED, unseen_labels
+from finetuning.data.labels import STRATIFIED, doubt_about, unseen_labels
 from finetuning.data.sources import read_source
 from finetuning.data.splits import drop_leaks, encode_labels, keep_test_unseen, limited, lost_classes, split_source
 from finetuning.data.texts import LabelledTexts, TextData
@@ -42,8 +42,9 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     kept = limited(splits, data)
     if "labels" in splits["train"]:
         notes += [STRATIFIED, *unseen_labels(splits | {"train": kept["train"]}, names)]
-    elif data.limit_train is not None:
-        notes += lost_classes(splits["train"], kept["train"], names)
+    else:
+        notes += [f"warning: {hint}"] if (hint := doubt_about(names)) else []
+        notes += [] if data.limit_train is None else lost_classes(splits["train"], kept["train"], names)
     texts = TextData(
         source=how,
         label_names=names,

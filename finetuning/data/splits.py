@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from finetuning.data.labels import as_number, encode_multi_label, is_multi_label, rarest_labels
+from finetuning.data.labels import as_number, encode_multi_label, is_multi_label, doubt_about, rarest_labels
 from finetuning.data.texts import LabelledTexts, Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError
@@ -103,7 +103,8 @@ def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], seed: i
         texts = "1 text" if counts.min() == 1 else f"{counts.min()} texts"
         raise UserError(
             f"--label_column: class {names[counts.idxmin()]!r} has {texts}: must be at least {len(shares)} for a"
-            f" stratified split: add texts of it, leave it out, or give a validation and a test split of your own"
+            f" stratified split: "
+            + (doubt_about(names) or "add texts of it, leave it out, or give a validation and a test split of your own")
         )
     sizes = _sizes(len(table), shares)
     if 0 in sizes:
@@ -155,6 +156,7 @@ def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
         raise UserError(
             f"--data_dir: label {names[missing[0]]!r} appears in validation or test but not in train"
             + (removed if leaks.any() else "")
+            + f": {doubt_about(names) or 'add training texts of it, or leave it out'}"
         )
     return int(leaks.sum())
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from finetuning.data.columns import text_columns, texts_in
+from finetuning.data.columns import shown_columns, text_columns, texts_in
 from finetuning.data.files import allowed_endings, name_and_format, parquet_schema, read_frame, readable
 from finetuning.datasets import SPLITS
-from finetuning.errors import UserError, listed
+from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 
 
@@ -65,7 +65,7 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
             )
     if data.label_column not in table.columns:
         raise UserError(
-            f"--label_column {data.label_column}: must be a column of {path}, which has: {listed(table.columns)}"
+            f"--label_column {data.label_column}: must be a column of {path}, which has: {shown_columns(table)}"
         )
     if table.empty:
         raise UserError(f"{path} has no rows: give other data with --data_dir or --dataset")

@@ -14,6 +14,7 @@ from finetuning.comparison.packed import RUNS, Record, change_records, read_reco
 from finetuning.errors import UserError
 from finetuning.runs.files import PREDICTIONS
 from finetuning.runs.lock import DirectoryLock
+from tests.conftest import contents
 from tests.synthetic_runs import outcomes, write_run
 
 
@@ -152,6 +153,19 @@ def test_one_process_at_a_time_changes_a_study(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "t").touch()
     with pytest.raises(UserError, match=f"--results {tmp_path / 't'}: cannot be written"):
         write_run(tmp_path, "t", "lora")
+
+
+def test_the_table_of_another_program_stays(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    other = tmp_path / "s" / PREDICTIONS
+    pq.write_table(pa.table({"run": ["a"], "answer": [1]}), other)
+    before = other.read_bytes()
+    with pytest.raises(UserError, match=f"--results: {other} is from another program: give another folder"):
+        write_run(tmp_path, "s", "lora", correct=outcomes(0.8, 60, 1))
+    assert contents(tmp_path / "s") == {PREDICTIONS: before}
+    write_run(tmp_path, "t", "lora", correct=outcomes(0.8, 60, 1))
+    (tmp_path / "t" / RUNS).unlink()  # as after a kill between the two files
+    write_run(tmp_path, "t", "full", correct=outcomes(0.8, 60, 2))
 
 
 def test_every_line_is_json_by_itself(tmp_path: Path) -> None:

@@ -156,6 +156,10 @@ def test_macro_f1_has_a_column_where_it_chose(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "b", correct=outcomes(0.8, 100, 0), config={"monitor": "macro_f1"})
     study = read_study("s", tmp_path)
     assert [cells(study)[row]["macro F1, %"] for row in "ab"] == ["60.00", ""]
+    unequal = {"few": {"support": 20}, "many": {"support": 80}}
+    test = {"macro_f1": 0.6, "per_class": unequal}
+    write_run(tmp_path, "t", "a", correct=outcomes(0.8, 100, 0), test=test)
+    assert cells(read_study("t", tmp_path))["a"]["macro F1, %"] == "60.00", "accuracy chose, but misleads here"
     assert [line["macro_f1_mean"] for line in csv.DictReader(io.StringIO(csv_text(study)))] == ["0.6", ""]
 
 

@@ -36,6 +36,11 @@ def test_a_number_is_no_part_of_a_text() -> None:
     assert texts_in(TABLE, "title,year", "here").isna().all()
 
 
+def test_a_table_with_another_separator_is_named() -> None:
+    with pytest.raises(UserError, match=r"which has: text;label \(one column: separate columns by commas instead of"):
+        texts_in(pd.DataFrame({"text;label": ["a;b"]}), "text", "here")
+
+
 def test_missing_columns() -> None:
     columns = "which has: title, body, year, a,b$"
     with pytest.raises(UserError, match=f"--text_column text: must be a column of here, {columns}"):

@@ -103,6 +103,29 @@ def test_a_label_that_train_lacks_brings_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("labels", "doubt"),
+    [
+        (["joy", "fear", "joy;fear", "fear; anger", "anger"] * 8, "labels such as 'fear; anger' look like lists: if"),
+        (["Smith, John", "Smith, Jane", "Doe, Jim"] * 8, ""),
+        (["1.5", "2", "2.5"] * 8, ""),
+        ([f"{i / 7:.3f}" for i in range(1, 40)], "numbers such as 0.143 would each be a class: make classes of them"),
+    ],
+)
+def test_labels_that_are_probably_no_classes(tmp_path: Path, labels: list[str], doubt: str) -> None:
+    for name in ("train", "validation", "test"):
+        write(tmp_path, labels, f"{name}.json")
+    warnings = [note for note in read(tmp_path).notes if note.startswith("warning: ")]
+    assert len(warnings) == bool(doubt)
+    assert all(note.startswith(f"warning: {doubt}") for note in warnings)
+
+
+def test_what_a_refused_split_says_of_such_labels(tmp_path: Path) -> None:
+    write(tmp_path, ["joy", "fear", "joy;fear", "fear;anger", "anger"] * 3 + ["joy;anger"])
+    with pytest.raises(UserError, match=r"has 1 text: must be .* look like lists: if they are, give --label_separator"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("labels", "separator", "line"),
     [
         ([["a"], 3], None, "--label_column label: labels must be all lists, but one is 3"),

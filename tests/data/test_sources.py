@@ -187,7 +187,7 @@ def rows_of(*lines: str) -> str:
             r"which has: a film and its .*\.\.\., b$",
         ),
         ("train.csv", "text,label\n", "has no rows"),
-        ("train.csv", "", "cannot be read"),
+        ("train.csv", "", "is empty: give other data"),
         ("train.csv", 'text,label\n"open', "cannot be read"),
         ("train.csv", "text,label\n" + "x,a\n" * 20, "must have at least two labels, but all are 'a'"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{broken', "cannot be read"),
