@@ -143,7 +143,10 @@ def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest
             "error: --runs_dir: tiny.toml/tiny cannot",
         ),
         (["walk", "tiny.toml"], "error: COMMAND walk: must be one of "),
-        (["collect", "tiny.toml", "--runs_dir", "here"], "error: --runs_dir here: has no folder tiny with runs of this"),
+        (
+            ["collect", "tiny.toml", "--runs_dir", "here"],
+            "error: --runs_dir here: has no folder tiny with runs of this",
+        ),
         (["report", "--results", "."], "error: --results .: has no STUDY/runs.json: collect a study there first"),
     ):
         assert main(words) == 2, words

@@ -40,7 +40,7 @@ from typing import Any
 
 from finetuning.comparison.drawn import RATE, check_numbers, check_search, check_tuned, tried_settings
 from finetuning.datasets import hub_name
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, first_line, listed
 from finetuning.flags import from_flags, given_flags
 from finetuning.settings import ENCODER_TARGETS, FLAGS, MINILM_FORMS, PACKAGED, recorded_name
 
@@ -332,7 +332,9 @@ def _check_rows(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         name = row.get("name", "" if "rows" in content else "run")
         if not isinstance(name, str) or not NAME.fullmatch(name) or name.startswith("tune-"):
             rule = "must consist of letters, digits and _ . + = -, and must not begin with tune-"
-            raise UserError(f"row {number}: name {name!r}: {rule}")
+            raise UserError(
+                f"row {number}: " + (f"name {name!r}: {rule}" if name else f"has no name, but {listed(row)}")
+            )
         for table in ("axes", "tune"):
             if not isinstance(row.get(table, {}), dict):
                 raise UserError(f"row {name}: {table}: must be a table of lists")

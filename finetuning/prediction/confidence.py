@@ -126,7 +126,8 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
     run = read_finished(trained.directory)
     answers = replace(read_validation(run), threshold=threshold)
     temperature = fit_temperature(answers)
-    notes = () if temperature else ("confidence is as trained: validation gives no temperature",)
+    reason = "validation gives no temperature, because its answers are all right or no better than chance"
+    notes = () if temperature else (f"confidence is as trained: {reason}",)
     found = Confidence(temperature or 1.0, least or 0.0, notes)
     cooled, folds = answers.cooled(found.temperature), "kfold" in run.result
     if least is not None:

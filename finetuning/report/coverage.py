@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetuning.pages import Table
-from finetuning.runs.abstention import least_confidence
+from finetuning.runs.abstention import least_confidence, smallest_risk
 from finetuning.runs.answers import Answers
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.score_tables import percent
@@ -49,7 +49,8 @@ def risk_table(validation: Answers, main: Answers, split: str, candidates: int) 
     for risk in RISKS:
         chosen = least_confidence(validation, risk, candidates)
         if chosen is None:
-            rows.append((percent(risk), "validation is too small or too often wrong", "", ""))
+            least = percent(smallest_risk(validation, candidates))
+            rows.append((percent(risk), f"validation is too small or too often wrong; it can show {least}", "", ""))
             continue
         answered = main.confidence >= chosen.least
         count, wrong = int(answered.sum()), int((answered & ~main.right).sum())

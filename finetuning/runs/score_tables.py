@@ -44,7 +44,7 @@ def class_table(answers: Answers, names: Sequence[str]) -> Table:
         [
             (
                 name, f"{c.texts:,}", f"{100 * c.precision:.2f}", f"{100 * c.recall:.2f}",
-                f"{100 * c.f1:.2f} ({100 * c.f1_interval[0]:.2f} to {100 * c.f1_interval[1]:.2f})",
+                percent(c.f1, c.f1_interval).replace(" %", ""),
             )
             for name, c in zip(names, class_scores(answers), strict=True)
         ],

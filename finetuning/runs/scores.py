@@ -27,7 +27,7 @@ class ClassScore:
     precision: float
     recall: float
     f1: float
-    f1_interval: Interval
+    f1_interval: Interval | None
 
 
 def resampled_sums(values: np.ndarray) -> np.ndarray:
@@ -52,8 +52,10 @@ def resampled_sums(values: np.ndarray) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def interval(values: np.ndarray) -> Interval:
-    """The 95 % percentile interval of resampled values (RESAMPLES,)."""
+def interval(values: np.ndarray) -> Interval | None:
+    """The 95 % percentile interval of resampled values (draws,); ``None`` if all are the same, so they say nothing."""
+    if not values.size or np.ptp(values) == 0:
+        return None
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
@@ -77,28 +79,34 @@ def mean_interval(values: Sequence[float], lowest: float = -math.inf, highest: f
 def score_intervals(answers: Answers) -> dict[str, Interval]:
     """The intervals of the scores that have one, under the names that ``result.json`` uses.
 
-    Accuracy has Wilson's interval, the others a bootstrap over texts.
+    Accuracy has Wilson's interval, the others a bootstrap over texts. It gives none if every text is right.
     """
     right, given, truth = _resampled_counts(answers)
     n = len(answers.rows)
-    found = {
-        "accuracy": accuracy_interval(float(answers.right.mean()), n),
-        "macro_f1": interval(macro_f1(right, given, truth, answers.multi_label)),
-        "loss": interval(resampled_sums(answers.losses[:, None])[:, 0] / n),
+    drawn = {
+        "macro_f1": macro_f1(right, given, truth, answers.multi_label),
+        "loss": resampled_sums(answers.losses[:, None])[:, 0] / n,
     }
     if answers.multi_label:
-        return found | {"micro_f1": interval(_f1(right.sum(1), given.sum(1), truth.sum(1)))}
-    return found | {"mcc": interval(_mcc(right, given, truth, n))}
+        drawn["micro_f1"] = _f1(right.sum(1), given.sum(1), truth.sum(1))
+    else:
+        drawn["mcc"] = _mcc(right, given, truth, n)
+    found = {name: limits for name, values in drawn.items() if (limits := interval(values)) is not None}
+    return {"accuracy": accuracy_interval(float(answers.right.mean()), n)} | found
 
 
 def class_scores(answers: Answers) -> list[ClassScore]:
-    """The scores of each class, in the order of the logits. A share of nothing is 0."""
+    """The scores of each class, in the order of the logits. A share of nothing is 0.
+
+    Resamples in which a class is neither true nor given do not count for its interval, as in ``macro_f1``.
+    """
     right, given, truth = (part.sum(0) for part in _counts(answers))
-    draws = _f1(*_resampled_counts(answers))
+    resampled = _resampled_counts(answers)
+    draws, seen = _f1(*resampled), resampled[1] + resampled[2] > 0
     return [
         ClassScore(
             int(truth[i]), right[i] / max(given[i], 1), right[i] / max(truth[i], 1),
-            float(_f1(right[i], given[i], truth[i])), interval(draws[:, i]),
+            float(_f1(right[i], given[i], truth[i])), interval(draws[seen[:, i], i]),
         )
         for i in range(len(truth))
     ]  # fmt: skip
@@ -129,7 +137,7 @@ def shows_learning(answers: Answers, kfold: Mapping[str, Any] | None) -> bool:
     accuracy = same["accuracy"] if same else float(answers.right.mean())
     if beats_largest_class(accuracy, answers.truth.sum(0)):
         return True
-    low, _ = same.get("mean_ci95", {}).get("mcc", (0.0, 0.0)) if same else score_intervals(answers)["mcc"]
+    low, _ = (same.get("mean_ci95", {}) if same else score_intervals(answers)).get("mcc", (0.0, 0.0))
     return bool(low > 0)
 
 

@@ -1,6 +1,7 @@
 """The inputs of a run: base model, hardware, adapter, texts, tokens. Checks what flags and files do not tell."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ from finetuning.training.label_advice import imbalance_advice
 from finetuning.training.tasks import Task, make_task
 from finetuning.training.trainer import check_processes
 
+FEW_OF_A_CLASS = 5  # validation texts: one more right is a fifth of the class or more
 FEW_VALIDATION_TEXTS = 100  # an accuracy of them has a 95 % interval of 6 to 10 points to each side
 FEW_TEXTS = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
@@ -92,7 +94,8 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         hardware = dataclasses.replace(hardware, int8=precision == "int8")
         found["precision"] = precision
     task, advice = task_of(texts, config.training)
-    advice += validation_advice(len(texts.splits["validation"].texts), config)
+    validation = texts.splits["validation"].labels
+    advice += validation_advice(len(validation), dict(zip(task.names, task.counts(validation), strict=True)), config)
     advice += pooling_advice(len(labels), base, config)
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
@@ -123,15 +126,27 @@ def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str
     return task, imbalance_advice(task, task.counts(labels["train"]), training)
 
 
-def validation_advice(texts: int, config: RunConfig) -> list[str]:
-    """What to try if validation has few texts; empty if ``--kfold`` or a limit chose them, or if it cannot run."""
+def validation_advice(texts: int, counts: Mapping[str, int], config: RunConfig) -> list[str]:
+    """What to try if validation has few texts; empty if ``--kfold`` or a limit chose them, or if it cannot run.
+
+    Args:
+        texts: of validation.
+        counts: class -> how many of them have it.
+        config: of the run.
+    """
     data, alone = config.data, config.hardware.processes == 1
-    if data.kfold or data.limit_validation or config.training.epochs == 0 or not alone or texts >= FEW_VALIDATION_TEXTS:
+    rarest = min(counts, key=lambda name: counts[name])
+    if data.kfold or data.limit_validation or config.training.epochs == 0 or not alone:
         return []
-    return [
-        f"validation has {texts} texts, so the epoch that it chooses depends on chance: --kfold 5 needs no validation"
-        f" split and scores every training text"
-    ]
+    if texts < FEW_VALIDATION_TEXTS:
+        doubt = f"validation has {texts} texts, so the epoch that it chooses depends on chance"
+    elif counts[rarest] < FEW_OF_A_CLASS:
+        doubt = (
+            f"validation has {counts[rarest]} texts of class {rarest!r}, so what they say about it depends on chance"
+        )
+    else:
+        return []
+    return [f"{doubt}: --kfold 5 needs no validation split and scores every training text"]
 
 
 def pooling_advice(texts: int, base: BaseModel, config: RunConfig) -> list[str]:

@@ -35,7 +35,7 @@ from finetuning.tuning.plan import (
     holds_search,
     resume,
 )
-from finetuning.tuning.space import make_space, space_table
+from finetuning.tuning.space import make_space, read_space, space_table
 from finetuning.tuning.trials import Place
 
 STARTED = time.time()  # the budget includes the imports
@@ -177,6 +177,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
             raise UserError(f"--resume: --output_dir {folder}: there is no search in it")
         check_new(folder)
         config = checked_config(given)
+        if asked.search is not None:
+            read_space(asked.search)  # a wrong file is refused before texts are read
         limit_libraries()
         from finetuning.tuning.facts import read_facts  # loads torch
 

@@ -24,12 +24,15 @@ def read_facts(config: RunConfig) -> Facts:
     Raises:
         UserError: a run would be refused, or validation has too few texts.
     """
-    materials = find_materials(config)
+    materials, limited = find_materials(config), config.data.limit_validation is not None
     validation = len(materials.texts.splits["validation"].texts)
     if validation < FEWEST_VALIDATION_TEXTS:
+        way = (
+            f"a validation file of that size, or a table of {10 * FEWEST_VALIDATION_TEXTS}, of which a tenth validates"
+        )
         raise UserError(
             f"tune: validation has {validation} texts, and a search needs {FEWEST_VALIDATION_TEXTS}, because it chooses"
-            f" by them (it has no cross-validation): give more texts, or a larger --limit_validation"
+            f" by them (it has no cross-validation): give {'a larger --limit_validation' if limited else way}"
         )
     with fast_imports():
         from finetuning import steps

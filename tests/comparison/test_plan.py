@@ -222,7 +222,7 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         ("[axis]\nseed = [1]", "axis: unknown key, allowed are question, defaults"),
         ("rows = 3", "rows: must be tables"),
         ("defaults = 3", "defaults: must be a table"),
-        ("[[rows]]\nlora_r = 2", "row 1: name ''"),
+        ("[[rows]]\nlora_r = 2", "row 1: has no name, but lora_r"),
         ('[[rows]]\nname = "a/b"', "row 1: name 'a/b'"),
         ('[[rows]]\nname = "tune-a"', "row 1: name 'tune-a'"),
         ('[[rows]]\nname = "a"\n[[rows]]\nname = "a"', "row a: two runs would be named a-seed0"),

@@ -76,6 +76,12 @@ def test_folders_that_are_refused(tmp_path: Path, config: Any, message: str) -> 
     assert str(tmp_path) in str(caught.value)
 
 
+def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is an adapter alone, for PEFT: give the run, or export it without --adapter"):
+        read_trained(tmp_path)
+
+
 def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
     (folder(tmp_path, CONFIG) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no \.safetensors: .* pickles are never loaded"):

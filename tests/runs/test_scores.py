@@ -28,10 +28,17 @@ def test_class_scores_are_those_of_torchmetrics() -> None:
         assert [getattr(c, name) for c in found] == pytest.approx(expected.tolist())
     expected = metrics.multiclass_f1_score(given, labels, num_classes=4, average=None)
     assert [c.f1 for c in found] == pytest.approx(expected.tolist())
-    assert all(c.f1_interval[0] < c.f1 < c.f1_interval[1] for c in found)
+    assert all(c.f1_interval is not None and c.f1_interval[0] < c.f1 < c.f1_interval[1] for c in found)
     assert sum(c.texts for c in found) == 200
     matrix = metrics.multiclass_confusion_matrix(given, labels, num_classes=4)
     assert scores.confusion_matrix(answers).tolist() == matrix.tolist()
+
+
+def test_where_resamples_say_nothing_there_is_no_interval() -> None:
+    truth = np.eye(3, dtype=bool)[np.repeat([0, 1, 2], [60, 39, 1])]
+    right = Answers(np.arange(100), truth, np.where(truth, 5.0, 0.0))
+    assert set(scores.score_intervals(right)) == {"accuracy"}, "also the loss of each text is the same"
+    assert [c.f1_interval for c in scores.class_scores(right)] == [None] * 3, "also of a class that some resamples lack"
 
 
 def test_sums_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,13 @@ from tests.tiny_models import save_tokenizer, tiny_model
 )
 def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, advises: bool) -> None:
     config = config_of_flags(f"--accelerator cpu {flags}")
-    assert bool(validation_advice(FEW_VALIDATION_TEXTS - 1, config)) == advises
-    assert validation_advice(FEW_VALIDATION_TEXTS, config) == []
+    most = {"a": FEW_VALIDATION_TEXTS - 5, "b": 5}
+    assert bool(validation_advice(FEW_VALIDATION_TEXTS - 1, most, config)) == advises
+    assert validation_advice(FEW_VALIDATION_TEXTS, most, config) == []
+    rare = [
+        line for line in validation_advice(FEW_VALIDATION_TEXTS, most | {"b": 4}, config) if "4 texts of class" in line
+    ]
+    assert bool(rare) == advises
 
 
 @pytest.mark.parametrize(
