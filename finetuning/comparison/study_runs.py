@@ -83,7 +83,7 @@ class StudyRuns:
         return [os.path.relpath(script), *run.flags(self.data_dir), "--output_dir", str(self.directory(run))]
 
     def check_flags(self) -> None:
-        """Checks, before anything runs, the flags of every run with the real ``--data_dir``, and that its data are there.
+        """Checks the flags of every run with the real ``--data_dir``, and that its data are there, before one starts.
 
         Raises:
             UserError: a run cannot start; the message names its row.
