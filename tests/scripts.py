@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from finetuning.comparison.execution import PRELOADED
-from finetuning.forking import ForkServer, can_fork
+from finetuning.forking import ForkedProcess, ForkServer, can_fork
 from tests.conftest import ROOT
 
 
@@ -66,6 +66,22 @@ def _server() -> ForkServer:
     server = ForkServer(ROOT, (*PRELOADED, "finetuning.comparison.baselines"), os.environ | {"OMP_NUM_THREADS": "1"})
     atexit.register(server.close)
     return server
+
+
+class SharedServer:
+    """Stands in for the ``ForkServer`` that a command in this process would start: the children are this worker's."""
+
+    def __init__(self, _folder: Path, _modules: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def start(
+        self, words: Sequence[str], files: tuple[int, int, int], kept: Sequence[int] = (),
+        directory: Path | None = None, environment: Mapping[str, str] | None = None,
+    ) -> ForkedProcess:  # fmt: skip
+        return _server().start(words, files, kept, directory, environment or self._environment)
+
+    def close(self) -> None:
+        """Leaves the server to the next test."""
 
 
 def start_script(

@@ -21,6 +21,8 @@ from local_model_utilities import build_classifier
 SPLITS = {"train": 60, "validation": 20, "test": 24}
 TOPICS = ("plot", "music", "actors")
 
+pytestmark = pytest.mark.xdist_group("accuracy_benchmark")  # in one process: its runs are made once
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

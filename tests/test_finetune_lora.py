@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,11 @@ from tests.scripts import Script, start_script
 
 
 def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    """Of a run that takes a second or two. It has no report, which would take a third of that."""
     return [
         "--model_name", str(model), "--dataset", "text", "--data_dir", str(data), "--output_dir", str(output),
         "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003",
-        "--epochs", "2", "--patience", "0", *more,
+        "--epochs", "2", "--patience", "0", "--report", "False", *more,
     ]  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_a_run_leaves_what_the_design_lists(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "run"
-    more = [*more, "--epochs", "2", "--learning_rate", "0.01"]
+    more = [*more, "--epochs", "2", "--learning_rate", "0.01", "--report", "True"]
     assert main(flags(tiny_folders[family], review_folder, output, *more)) == 0
     result = read_result(output)
     assert result["status"] == "finished"
@@ -163,7 +163,7 @@ def test_a_run_on_classes_of_unequal_size_records_each_class_and_advises(
 def test_a_run_is_compared_with_a_baseline_unless_asked_not_to(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ("--epochs", "0", "--offline", "--lora_mlp", "False")
+    more = ("--epochs", "0", "--offline", "--lora_mlp", "False", "--report", "True")
     words = flags(tiny_folders["bert"], review_folder, tmp_path / "run", *more)
     assert main(words) == 0
     result, shown = read_result(tmp_path / "run"), capsys.readouterr().out
@@ -303,7 +303,8 @@ def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
         write_reviews(data / f"{name}.csv", count, seed=count)
     with (data / "test.csv").open("a", encoding="utf8") as file:
         file.write("a wonderful <script>alert('x')</script> & <b>moving film,bad\n")  # a label that the text denies
-    words = flags(tiny_folders["distilbert"], data, tmp_path / "run", "--epochs", "2", "--learning_rate", "0.01")
+    more = ("--epochs", "2", "--learning_rate", "0.01", "--report", "True")
+    words = flags(tiny_folders["distilbert"], data, tmp_path / "run", *more)
     assert main(words) == 0
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf8")
     assert "a wonderful &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &lt;b&gt;moving film" in report
@@ -321,7 +322,7 @@ def test_a_lost_report_is_written_again_unless_the_texts_have_changed(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = Path(shutil.copytree(review_folder, tmp_path / "data"))
-    words = flags(tiny_folders["distilbert"], data, tmp_path / "run", "--epochs", "0")
+    words = flags(tiny_folders["distilbert"], data, tmp_path / "run", "--epochs", "0", "--report", "True")
     assert main(words) == 0
     report = tmp_path / "run" / "report.html"
     for changed in (False, True):
@@ -396,7 +397,7 @@ def test_a_tracker_or_report_that_fails_does_not_end_the_run(
     monkeypatch.setitem(trackers.OPEN, "tensorboard", lambda *_: Failing())
     monkeypatch.setattr("finetuning.settings.run.find_spec", lambda _: object())
     monkeypatch.setattr("finetuning.report.page.read_answers", lambda *_: 1 / 0)
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "1")
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "1", "--report", "True")
     assert main([*words, "--tracker", "tensorboard"]) == 0
     assert logged == [1, 2, 3]
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
@@ -723,11 +724,9 @@ def test_without_a_hub_the_command_says_what_to_do() -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"},
     ) as process:  # fmt: skip
-        began = time.monotonic()
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert out == ""
     (line,) = errors.splitlines()
     assert all(flag in line for flag in ("--offline", "--model_name PATH", "--data_dir PATH"))
-    assert time.monotonic() - began < 60
     assert not Path("never").exists()

@@ -58,7 +58,7 @@ def runs(
         patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
         for method, line in METHODS.items():
             common = f"--dataset text --data_dir {review_folder} --model_name {tiny_folders['distilbert']}"
-            common += " --max_length 32 --epochs 2 --batch_size 8 --patience 0 --accelerator cpu"
+            common += " --max_length 32 --epochs 2 --batch_size 8 --patience 0 --accelerator cpu --report False"
             common += f" --output_dir {folder / method}"
             if "--precision" not in line:
                 common += " --precision fp32"

@@ -14,6 +14,7 @@ import pytest
 import predict
 from benchmarks.slurm_cluster import wait_until
 from compare_methods import main
+from finetuning.comparison import execution
 from finetuning.runs.files import read_result, write_result
 from finetuning.storage import read_json, sha256_of
 from finetuning.tuning import command
@@ -21,6 +22,7 @@ from finetuning.tuning.facts import useful_lengths
 from finetuning.tuning.plan import Plan
 from finetuning.tuning.report import finish, gain_text, summary_lines
 from tests.conftest import ROOT, write_reviews
+from tests.scripts import SharedServer
 
 TRIED = 4
 ENDED = ("complete", "pruned")
@@ -33,6 +35,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, (name, count) in enumerate({"train": 60, "validation": 50, "test": 40}.items()):
         write_reviews(folder / f"{name}.csv", count, seed=i)
     return folder
+
+
+@pytest.fixture
+def one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches in this process start no server of their own."""
+    monkeypatch.setattr(execution, "ForkServer", SharedServer)
 
 
 @pytest.fixture
@@ -58,6 +66,7 @@ def weights_of(folder: Path) -> list[str]:
     return [sha256_of(path) for path in paths]
 
 
+@pytest.mark.usefixtures("one_server")
 def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +193,7 @@ def test_workers_that_are_killed_lose_no_trial(flags: list[str], tmp_path: Path)
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
+@pytest.mark.usefixtures("one_server")
 def test_a_search_ends_in_its_minutes(flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "search"
     assert main(["tune", *flags, "--minutes", "0.02", "--jobs", "2", "--output_dir", str(folder)]) == 0

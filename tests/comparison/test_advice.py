@@ -351,7 +351,3 @@ def test_every_table_has_its_place_on_the_page() -> None:
         assert PAGE.count(f"<!-- {name}:begin -->") == PAGE.count(f"<!-- {name}:end -->") == 1, name
     shown = {(name, row) for _, blocks in TABLES.values() for name, rows in blocks for row in rows.split()}
     assert all(row in {r.name for r in study(name).rows} for name, row in shown)
-
-
-def test_no_line_of_the_page_is_wide() -> None:
-    assert max(map(len, PAGE.splitlines())) <= 160

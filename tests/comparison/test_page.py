@@ -70,7 +70,3 @@ def test_the_page_begins_with_the_answers() -> None:
     for said in (*ANSWER_COLUMNS, "Which <method>?", "93.13", "1.00", "not compared & sure", "no test result yet"):
         assert said in reader.text
     assert '<section id="two">' in text
-
-
-def test_the_same_sections_give_the_same_page() -> None:
-    assert render_page([section()]) == render_page([section()])

@@ -356,15 +356,3 @@ def test_a_plan_needs_no_torch() -> None:
     code = "import sys, compare_methods as c; c.main(['count', 'studies/smoke.toml']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr
-
-
-def test_comparison_starts_without_torch() -> None:
-    code = """
-import importlib, pkgutil, sys
-import compare_methods, finetuning.comparison as package
-for module in pkgutil.iter_modules(package.__path__):
-    importlib.import_module(f"finetuning.comparison.{module.name}")
-sys.exit("torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

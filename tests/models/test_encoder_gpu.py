@@ -22,6 +22,7 @@ from tests.models.test_encoder import (
     FAMILY,
     METHODS,
     PADDED,
+    TARGETS,
     TRIED,
     assert_as_good,
     assert_equal_those_of_hugging_face,
@@ -31,7 +32,6 @@ from tests.models.test_encoder import (
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISION = pytest.mark.parametrize("precision", DTYPES)
 QLORA = ("qlora_mlp", "qlora_query+value", "qlora_all")
 B, T = 4, 19
 
@@ -130,8 +130,10 @@ def step(model: nn.Module, family: ModelFamily, dtype: torch.dtype, padded: bool
 
 
 @FAMILY
-@PRECISION
-@pytest.mark.parametrize("method", [*METHODS, *QLORA])
+@pytest.mark.parametrize(  # LoRA on one part alone: bf16 is tried with padding and without
+    ("method", "precision"),
+    [(m, p) for m in (*METHODS, *QLORA) for p in DTYPES if p == "bf16" or m not in TARGETS],
+)
 def test_shapes_dtypes_and_no_backward_of_slices(
     family: ModelFamily, method: str, precision: str, attention_of_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +202,7 @@ def assert_half_precision_as_good(family: ModelFamily, model: nn.Module, dtype: 
 
 @FAMILY
 @PADDED
-@pytest.mark.parametrize("method", ["full", "query+value", "all"])
+@pytest.mark.parametrize("method", ["full", "all"])
 def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str, padded: bool) -> None:
     assert_half_precision_as_good(family, prepare(family, method), torch.bfloat16, padded)
 
@@ -211,7 +213,11 @@ def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str, padded: b
 
 @pytest.mark.parametrize(
     ("name", "method", "padded"),  # tracing takes seconds: what LoRA is placed on is the same code for all families
-    [*((name, "all", True) for name in TRIED), ("bert", "query+value", False), ("qwen3", "full", False)],
+    [
+        *((name, "all", True) for name in TRIED if name not in ("distilbert", "roberta")),  # they have BERT's form
+        ("bert", "query+value", False),
+        ("qwen3", "full", False),
+    ],
 )
 def test_compiled_it_is_one_graph_for_all_lengths(
     name: str, method: str, padded: bool, monkeypatch: pytest.MonkeyPatch

@@ -146,10 +146,3 @@ def test_a_multi_label_run_leaves_out_what_does_not_apply(tmp_path: Path) -> Non
     assert "Confusion matrix" not in said
     assert '<section id="labels">' not in text
     assert "Every label of every text counts as one answer." in said
-
-
-def test_the_same_run_gives_the_same_report(tmp_path: Path) -> None:
-    splits = {"validation": random_split(50, 2, 0), "test": random_split(50, 2, 1)}
-    leave_predictions(tmp_path, splits)
-    result = result_of_run(["a", "b"], splits)
-    assert make_report(tmp_path, result, None) == make_report(tmp_path, result, None)

@@ -33,6 +33,7 @@ from finetuning.steps.folds import TO_REPORT, TUNED, same_epoch_lines, time_left
 from finetuning.training.callbacks import Meter
 from tests.conftest import config_of_flags
 
+pytestmark = pytest.mark.xdist_group("folds")  # in one process: the whole run is made once
 FILES = {
     "result.json", "settings.json", "adapter_model.safetensors", "adapter_config.json", "predictions.parquet",
     "metrics.csv", "learning_curve.png", "last.ckpt",
