@@ -31,6 +31,8 @@ SHORT = {
 HEADLINE = "data    data: 200 train\nrun     runs/first\n"  # the text before training
 SEED = 65603  # most of its trials are of LoRA or full fine-tuning in fp32: few undisturbed runs, no kernels to compile
 
+pytestmark = pytest.mark.xdist_group("campaign")  # in one process: the undisturbed runs are made once
+
 
 @pytest.fixture(scope="module")
 def commands(tiny_folders: dict[str, Path], review_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Commands:
