@@ -12,7 +12,7 @@ from finetuning.config import RunConfig
 from finetuning.datasets import traits_of
 from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import is_multi_label, positive_of
-from finetuning.runs.files import ADAPTER_CONFIG, RESULT
+from finetuning.runs.files import ADAPTER_CONFIG, RESULT, SETTINGS
 from finetuning.runs.finished import read_finished
 from finetuning.settings import DEFAULT_THRESHOLD, WINDOWED
 from finetuning.storage import read_json
@@ -81,7 +81,7 @@ def read_trained(directory: Path) -> Trained:
         content = _json(directory, MODEL_CONFIG)
         if "model_type" in content:  # else it is no file of Hugging Face
             return _exported(directory, content)
-    if not (directory / RESULT).exists() and (directory / ADAPTER_CONFIG).is_file():
+    if (directory / ADAPTER_CONFIG).is_file() and not any((directory / name).exists() for name in (RESULT, SETTINGS)):
         raise UserError(f"{directory}: is an adapter alone, for PEFT: give the run, or export it without --adapter")
     run = read_finished(directory)
     return Trained(directory, run.config, run.label_names, run.threshold, run.positive, base_files=run.base_files)
