@@ -23,7 +23,6 @@ from finetuning.processor import VARIABLE, instructions
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import settings_to_run
 from finetuning.runs.files import read_result
-from finetuning.settings import LORA_TARGETS
 from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
@@ -654,13 +653,8 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     base = flags(model, review_folder, output)
     cases: list[tuple[list[str], str]] = [
         (["--optimizer", "lion"], "--optimizer"),
-        (["--lora_r", "0"], "--lora_r"),
         (["--lora_r", "1000"], "--lora_r 1000"),
-        (["--lora_alpha", "inf"], "--lora_alpha"),
-        (["--learning_rate", "-1"], "--learning_rate"),
-        ([word for name in LORA_TARGETS for word in (f"--{name}", "no")], "no LoRA target"),
         (["--method", "full", "--lora_alpha", "3"], "--lora_alpha 3.0: needs --method lora, but the method is full"),
-        (["--method", "full", "--q_lora"], "--q_lora True: needs --method lora, but the method is full"),
         (["--method", "selective", "--trainable_layers", "9"], "--trainable_layers 9"),
         (["--max_length", "4"], "--max_length 4"),
         (["--max_length", "1000"], "--max_length 1000"),
@@ -681,15 +675,11 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--resume"], "--resume"),
         (["--device", "64"], "--device 64"),
         (["--class_weights", "good=0,bad=0"], "--class_weights good=0,bad=0: at least one class with training texts"),
-        (
-            ["--data_dir", str(pairs), "--text_pair_column", "pair", "--text_column", "text,pair"],
-            "column pair must not",
-        ),
+        (["--data_dir", str(pairs), "--text_pair_column=pair", "--text_column=text,pair"], "column pair must not"),
         (["--class_weights", "ugly=2"], "--class_weights ugly=2: class 'ugly' must be one of bad, good"),
         (["--monitor", "micro_f1"], "--monitor micro_f1: for a single-label task it must be one of accuracy"),
         (["--threshold", "tuned", "--positive_label", "ugly"], "--positive_label ugly: must be bad or good"),
         (["--label_separator", ","], "--label_separator ',': never occurs in column label"),
-        (["--label_smoothing", "1"], "--label_smoothing 1.0: must be at least 0 and below 1"),
         (["--tracker", "tensorboard,neptune"], "--tracker tensorboard,neptune: must be one or more of tensorboard"),
     ]
     for more, words in cases:
