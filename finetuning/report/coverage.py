@@ -45,11 +45,11 @@ def risk_table(validation: Answers, main: Answers, split: str, candidates: int) 
         split: its name.
         candidates: as in ``least_confidence``.
     """
+    found = {risk: least_confidence(validation, risk, candidates) for risk in RISKS}
+    least = percent(smallest_risk(validation, candidates)) if None in found.values() else ""
     rows = []
-    for risk in RISKS:
-        chosen = least_confidence(validation, risk, candidates)
+    for risk, chosen in found.items():
         if chosen is None:
-            least = percent(smallest_risk(validation, candidates))
             rows.append((percent(risk), f"validation is too small or too often wrong; it can show {least}", "", ""))
             continue
         answered = main.confidence >= chosen.least

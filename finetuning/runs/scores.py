@@ -79,7 +79,7 @@ def mean_interval(values: Sequence[float], lowest: float = -math.inf, highest: f
 def score_intervals(answers: Answers) -> dict[str, Interval]:
     """The intervals of the scores that have one, under the names that ``result.json`` uses.
 
-    Accuracy has Wilson's interval, the others a bootstrap over texts. It gives none if every text is right.
+    Accuracy has Wilson's interval, the others a bootstrap over texts. It gives none if all resamples agree.
     """
     right, given, truth = _resampled_counts(answers)
     n = len(answers.rows)

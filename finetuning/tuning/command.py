@@ -20,6 +20,7 @@ from finetuning.flags import OneLineParser, add_flags, parse_bool, parse_path
 from finetuning.processes import show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.settings import FLAGS, check_data_dir
+from finetuning.tuning.parameters import read_space
 from finetuning.tuning.plan import (
     BEST,
     LAST,
@@ -35,7 +36,7 @@ from finetuning.tuning.plan import (
     holds_search,
     resume,
 )
-from finetuning.tuning.space import make_space, read_space, space_table
+from finetuning.tuning.space import make_space, space_table
 from finetuning.tuning.trials import Place
 
 STARTED = time.time()  # the budget includes the imports

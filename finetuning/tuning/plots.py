@@ -11,9 +11,9 @@ from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import COLORS, FRONT, log_scale, new_figure, png_of
 from finetuning.comparison.statistics import pareto_front
 from finetuning.runs.records import SCORES
+from finetuning.tuning.parameters import Point
 from finetuning.tuning.plan import Plan
 from finetuning.tuning.sampler import study_of
-from finetuning.tuning.space import Point
 from finetuning.tuning.trials import COMPLETE, Trial, better
 
 FEW_TRIALS = 30  # complete ones; with fewer, importances change much from trial to trial

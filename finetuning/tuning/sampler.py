@@ -16,7 +16,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from finetuning.errors import UserError, first_line
-from finetuning.tuning.space import Parameter, Point, Space, Value
+from finetuning.tuning.parameters import Parameter, Point, Value
+from finetuning.tuning.space import Space
 from finetuning.tuning.trials import COMPLETE, FAILED, Trial
 
 MOST_DRAWS = 100  # for a point whose flags go together

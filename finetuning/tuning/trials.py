@@ -20,7 +20,7 @@ from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHE
 from finetuning.runs.history import scores_by_epoch
 from finetuning.runs.lock import claimed, is_held
 from finetuning.storage import read_json, write_json
-from finetuning.tuning.space import Point
+from finetuning.tuning.parameters import Point
 
 TRIAL, END = "trial.json", "end.json"
 LEASE_SECONDS = 180.0  # of a claim on another host whose lock is not seen here

@@ -6,7 +6,8 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.tuning.space import DECLARED, PLACEMENTS, Facts, Parameter, Space, make_space, space_table
+from finetuning.tuning.parameters import DECLARED, PLACEMENTS, Parameter
+from finetuning.tuning.space import Facts, Space, make_space, space_table
 
 FACTS = Facts(epochs=6, batch_size=32, lengths=(64, 128, 256), layers=6, multi_label=False)
 

@@ -1,0 +1,178 @@
+"""The parameters of a search: their values and conditions, the declared ones, and a file that changes them."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuning.comparison.drawn import SEARCHABLE, is_searched
+from finetuning.config import method_of
+from finetuning.errors import UserError, first_line
+from finetuning.settings import FLAGS
+
+Value = str | int | float | bool
+Point = dict[str, Value]  # a parameter's name -> its value
+
+PLACEMENT = "placement"  # the one parameter that is no flag
+PLACEMENTS = {
+    "query_value": ("lora_query", "lora_value"),
+    "attention": ("lora_query", "lora_key", "lora_value", "lora_projection"),
+    "all": ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"),
+}
+MAX_LENGTH = "max_length"
+KEYS = ("values", "low", "high", "log", "times_default", "if")
+REPLACE = "replace"  # the key of a file whose rows are the whole space
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A dimension of the space: a list of values, or a range.
+
+    Attributes:
+        name: of a flag, or ``placement``.
+        values: to choose from; empty for a range.
+        low, high: the bounds of a range. Two whole numbers make a range of whole numbers.
+        log: whether a range is drawn on a logarithmic scale.
+        times_default: whether the values are multiples of what the run would take without the flag.
+        only: parameter or flag -> the values with which this one is there.
+        own: whether the user's file has it, so what is refused in it is an error.
+    """
+
+    name: str
+    values: tuple[Value, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    times_default: bool = False
+    only: Mapping[str, Sequence[Value]] | None = None
+    own: bool = False
+
+    @property
+    def condition(self) -> str:
+        """When it is there, for people."""
+        parts = (f"{name} is {' or '.join(map(str, values))}" for name, values in (self.only or {}).items())
+        return " and ".join(parts)
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def contains(self, value: Any) -> bool:
+        """Whether the value can be drawn."""
+        if self.values:
+            return value in self.values
+        assert self.low is not None
+        assert self.high is not None
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """The values that a check tries."""
+        return self.values or tuple(end for end in (self.low, self.high) if end is not None)
+
+    @property
+    def shown(self) -> str:
+        """Its values for people."""
+        scale = ", log-uniform" if self.log else ""
+        text = ", ".join(map(str, self.values)) or f"{self.low:g} to {self.high:g}{scale}"
+        return f"{text} times the default" if self.times_default else text
+
+
+LORA, SELECTIVE = {"method": ("lora",)}, {"method": ("selective",)}
+# The declared space. A rate's default depends on method and optimizer, epochs and batch on the number of texts.
+DECLARED = (
+    Parameter("method", ("lora", "full", "selective", "head")),
+    Parameter(PLACEMENT, tuple(PLACEMENTS), only=LORA),
+    Parameter("lora_r", (4, 8, 16, 32), only=LORA),
+    Parameter("lora_variant", ("lora", "dora", "pissa"), only=LORA),
+    Parameter("trainable_layers", low=1, high=3, only=SELECTIVE),
+    Parameter("learning_rate", low=0.2, high=5.0, log=True, times_default=True),
+    Parameter("epochs", low=0.5, high=2.0, log=True, times_default=True),
+    Parameter("batch_size", (0.5, 1.0, 2.0), times_default=True),
+    Parameter(MAX_LENGTH, ("percentiles 50, 75, 90 and 99 of the lengths of the texts",)),
+    Parameter("pooling", ("first", "mean")),
+    Parameter("dropout", (0.0, 0.1)),
+    Parameter("label_smoothing", (0.0, 0.1)),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --search FILE.toml
+
+
+def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
+    """The rows of a file, and whether they are the whole space.
+
+    .. code-block:: toml
+
+        replace = false                                  # true: nothing but these rows is searched
+        method = ["lora", "full"]                        # values to choose from
+        learning_rate = { low = 1e-4, high = 1e-2, log = true }
+        epochs = { low = 2, high = 6 }                   # whole numbers
+        batch_size = { values = [0.5, 1], times_default = true }
+        lora_dropout = { values = [0, 0.1], if = { method = "lora" } }
+        dropout = false                                  # not searched
+
+    Returns:
+        Rows by name, ``None`` for one that is not searched; and the value of ``replace``.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is not allowed. The message names file and key.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--search {path}: cannot be read: {first_line(error)}") from None
+    only_these = content.pop(REPLACE, False)
+    try:
+        if not isinstance(only_these, bool):
+            raise UserError(f"{REPLACE}: must be true or false")
+        return {name: _row(name, row) for name, row in content.items()}, only_these
+    except UserError as error:
+        raise UserError(f"--search {path}: {error}") from None
+
+
+def _row(name: str, row: Any) -> Parameter | None:
+    if not is_searched(name) and name != PLACEMENT:
+        raise UserError(f"{name}: cannot be searched: give {PLACEMENT} or {SEARCHABLE}")
+    if row is False:
+        return None
+    declared = next((other for other in DECLARED if other.name == name), None)
+    method = method_of(name) if name in FLAGS else None
+    usual = declared.only if declared else {"method": (method,)} if method else None
+    if isinstance(row, list):
+        row = {"values": row}
+    if not isinstance(row, dict) or (unknown := sorted(set(row) - set(KEYS))):
+        what = f"has unknown keys {', '.join(unknown)}" if isinstance(row, dict) else "is neither a list nor a table"
+        raise UserError(f"{name}: {what}: allowed are a list of values, false, or a table with {', '.join(KEYS)}")
+    values, low, high = row.get("values", []), row.get("low"), row.get("high")
+    only, log, times_default = row.get("if"), row.get("log", False), row.get("times_default", False)
+    if only is not None and not (isinstance(only, dict) and only):
+        raise UserError(f'{name}: if: must be a table such as {{ method = "lora" }}')
+    given = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in (only or {}).items()}
+    only = {**(usual or {}), **given} or None
+    if not isinstance(log, bool) or not isinstance(times_default, bool):
+        raise UserError(f"{name}: log and times_default must be true or false")
+    if (low is None) != (high is None) or bool(values) == (low is not None) or not isinstance(values, list):
+        raise UserError(f"{name}: needs a list of values, or low and high")
+    numeric = name in FLAGS and FLAGS[name].kind in (int, float)
+    if not numeric and (low is not None or times_default):
+        what = "times_default is" if times_default else "low and high are"
+        raise UserError(f"{name}: {what} for numbers: give a list of values")
+    for value in (*values, *(end for end in (low, high) if end is not None)):
+        _check_kind(name, value, times_default)
+    if low is not None and not (low < high and (not log or low > 0)):
+        raise UserError(f"{name}: low {low}, high {high}: low must be below high, and above 0 with log")
+    return Parameter(name, tuple(values), low, high, log, times_default, only, own=True)
+
+
+def _check_kind(name: str, value: Any, times_default: bool) -> None:
+    if name == PLACEMENT:
+        allowed, fits = ", ".join(PLACEMENTS), value in PLACEMENTS
+    else:
+        kind = float if times_default else FLAGS[name].kind
+        allowed = {bool: "true or false", int: "whole numbers", float: "numbers"}.get(kind, "texts")
+        fits = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
+    if not fits:
+        raise UserError(f"{name}: {value}: must be {allowed}")
