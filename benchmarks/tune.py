@@ -1,7 +1,7 @@
 """What a search gains, and what it survives: ``python -m benchmarks.tune --data_dir PATH``, hours of work.
 
 * ``gain``: test score of the winner minus the default's, two searches for each of six data sets.
-* ``samplers``: best validation score after each third of the time, by random search, TPE, and TPE with pruning.
+* ``samplers``: best validation score over time, by random search, TPE, and TPE with pruning, of short trials.
 * ``speed``: trials an hour of a search with two jobs, and of the same trials one after another, a process each.
 * ``kills``: eight workers on one folder, killed at random: is a trial lost or done twice, or a file torn?
 * ``repeat``: the same search twice: are trials, scores and the winner's weights the same?
@@ -11,6 +11,7 @@ written to ``benchmarks/results/tune.json`` and to docs/data_sets.md; with ``--s
 to what is there.
 """
 
+import itertools
 import json
 import os
 import random
@@ -23,29 +24,30 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.harness import Record
-from compare_methods import ROOT
+from compare_methods import DATA_SETS, ROOT
+from finetuning.comparison.plots import COLORS, new_figure, png_of
 from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured, renew_tables
 from finetuning.runs.files import read_result
-from finetuning.storage import read_json, write_json
+from finetuning.storage import read_json, write_bytes, write_json
 from finetuning.tuning.plan import BEST, SEARCH, SUMMARY, TRIALS
 from finetuning.tuning.trials import COMPLETE, Trial, Trials
 
 FOLDER, OUTPUT = ROOT / "runs" / "tune", harness.RESULTS / "tune.json"
-PAGE = ROOT / "docs" / "data_sets.md"
+PICTURE = harness.RESULTS / "tune_samplers.png"
 SETS = {
     "trec6": "--dataset text", "emotion": "--dataset text", "customer_reviews": "--dataset text",
     "financial_phrasebank": "--dataset financial_phrasebank", "twitter_financial_news": "--dataset text",
     "banking77": "--dataset text",
 }  # fmt: skip
-SAMPLED = ("trec6", "twitter_financial_news")
-SEEDS = 2
+SAMPLED, SAMPLED_TEXTS = ("trec6", "twitter_financial_news"), 500  # so that there are many trials on any processor
+SEEDS, TEXTS = 2, 2000
 KINDS = {
     "random": "--sampler random --prune False", "TPE": "--prune False", "TPE with pruning": "",
 }  # fmt: skip
@@ -89,6 +91,7 @@ def timed_search(asked: Conditions, name: str, kind: str, seed: int) -> Path:
     """A search in the asked minutes."""
     more = f"{KINDS[kind]} --minutes {asked.minutes} --jobs {asked.jobs}"
     place = f"{name}-{kind.replace(' ', '_')}-{seed}-{asked.minutes:g}min-{asked.jobs}jobs"
+    place += "" if asked.texts == TEXTS else f"-{asked.texts}texts"
     return searched(asked.folder / place, asked.words(name, seed, more))
 
 
@@ -150,20 +153,21 @@ def gain_table(records: Sequence[Record]) -> str:
 
 
 def samplers(asked: Conditions) -> list[Record]:
-    """The best validation score after each third of the time."""
-    found = []
+    """The best validation score so far, after each complete trial and after each third of the time."""
+    asked, found = replace(asked, texts=min(asked.texts, SAMPLED_TEXTS)), []
     for name in (name for name in SAMPLED if name in asked.sets):
         for kind in KINDS:
             for seed in range(asked.seeds):
                 folder = timed_search(asked, name, kind, seed)
-                trials = ended_trials(folder)
+                trials = sorted(ended_trials(folder), key=lambda trial: trial.minutes)
+                ends = [(trial.minutes, trial.value or 0.0) for trial in trials if trial.state == COMPLETE]
                 best = {}
                 for third in (1, 2, 3):
                     until = third * asked.minutes / 3
-                    values = [t.value or 0.0 for t in trials if t.state == COMPLETE and t.minutes <= until]
-                    best[f"{until:g}"] = max(values, default=None)
-                known = {"set": name, "kind": kind, "seed": seed, "trials": len(trials), "best": best}
-                found.append(known | {"jobs": asked.jobs, "environment": environment(folder)})
+                    best[f"{until:g}"] = max((value for minutes, value in ends if minutes <= until), default=None)
+                known = {"set": name, "kind": kind, "seed": seed, "trials": len(trials), "best": best, "ends": ends}
+                known |= {"texts": asked.texts, "jobs": asked.jobs, "environment": environment(folder)}
+                found.append(known)
     return found
 
 
@@ -176,7 +180,24 @@ def samplers_table(records: Sequence[Record]) -> str:
         cells = [f"{100 * statistics.fmean(values):.2f}" if len(values) == len(own) else "" for values in scores]
         rows.append((name, kind, str(len(own)), f"{statistics.fmean(r['trials'] for r in own):g}", *cells))
     columns = ("data", "search", "seeds", "trials", *(f"best after {at} min, %" for at in times))
-    return shown(Table(columns, rows), records)
+    picture = f"![Best validation score so far]({os.path.relpath(PICTURE, DATA_SETS.parent)})"
+    return f"{picture}\n\n{shown(Table(columns, rows), records)}"
+
+
+def samplers_plot(records: Sequence[Record]) -> bytes:
+    """The best validation score so far against minutes: a part for each data set, a line for each search."""
+    sets, kinds = (list(dict.fromkeys(record[key] for record in records)) for key in ("set", "kind"))
+    with new_figure("", 4.2 * len(sets), 3.6, 1, len(sets)) as (figure, axes):
+        for axis, name in zip(axes, sets, strict=True):
+            for record in (record for record in records if record["set"] == name and record["ends"]):
+                minutes, values = zip(*record["ends"], strict=True)
+                best = [100 * value for value in itertools.accumulate(values, max)]
+                label = record["kind"] if record["seed"] == 0 else None
+                color = COLORS[kinds.index(record["kind"])]
+                axis.step(minutes, best, where="post", color=color, label=label)
+            axis.set(title=name, xlabel="minutes", ylabel="best validation score so far, %")
+        axes[0].legend(loc="lower right", frameon=False)
+        return png_of(figure)
 
 
 def speed(asked: Conditions) -> list[Record]:
@@ -307,7 +328,7 @@ def command(argv: Sequence[str] | None) -> int:
     quick = options.quick
     sets, seeds = (list(SETS)[:1], 1) if quick else (options.sets, options.seeds)
     minutes = 1.0 if quick else options.minutes
-    asked = Conditions(options.data_dir, minutes, options.jobs, 400 if quick else 2000, quick, sets, seeds)
+    asked = Conditions(options.data_dir, minutes, options.jobs, 400 if quick else TEXTS, quick, sets, seeds)
     output = asked.folder / OUTPUT.name if quick else OUTPUT
     result: Record = read_json(output) if output.exists() else {}
     for name in options.only:
@@ -317,7 +338,9 @@ def command(argv: Sequence[str] | None) -> int:
         content = table(result[name])
         print(f"{name}\n\n{content}\n", flush=True)
         if not quick:
-            renew_tables(PAGE, {f"tune_{name}": content})
+            renew_tables(DATA_SETS, {f"tune_{name}": content})
+        if not quick and name == "samplers":
+            write_bytes(PICTURE, samplers_plot(result[name]))
     return 0
 
 

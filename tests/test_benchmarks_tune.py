@@ -4,15 +4,16 @@ import pytest
 
 from benchmarks.tune import (
     OUTPUT,
-    PAGE,
     PARTS,
     gain_table,
     kills_table,
     merged,
     repeat_table,
+    samplers_plot,
     samplers_table,
     speed_table,
 )
+from compare_methods import DATA_SETS
 from finetuning.pages import with_table
 from finetuning.storage import read_json
 from tests.synthetic_runs import ENVIRONMENT
@@ -48,10 +49,12 @@ def test_a_part_of_the_searches_stands_next_to_the_earlier_ones() -> None:
 
 def test_samplers_have_the_mean_over_seeds_where_all_have_a_score() -> None:
     records = [
-        {"set": "a", "kind": "TPE", "seed": seed, "trials": 10, "best": {"5": best, "10": 0.9}} | MADE
-        for seed, best in ((0, 0.8), (1, None))
+        {"set": "a", "kind": "TPE", "seed": seed, "trials": 10, "best": {"5": best, "10": 0.9}, "ends": ends} | MADE
+        for seed, best, ends in ((0, 0.8, [(2.0, 0.8), (6.0, 0.9)]), (1, None, [(7.0, 0.9)]))
     ]
     assert row_of(samplers_table(records)) == "| a | TPE | 2 | 10 |  | 90.00 |"
+    assert samplers_plot(records).startswith(b"\x89PNG")
+    assert samplers_plot(records) != samplers_plot(records[:1])
 
 
 def test_speed_kills_and_repetition_have_one_row() -> None:
@@ -65,6 +68,6 @@ def test_speed_kills_and_repetition_have_one_row() -> None:
 
 @pytest.mark.parametrize("part", list(PARTS))
 def test_the_page_has_what_was_measured(part: str) -> None:
-    text, result = PAGE.read_text(encoding="utf8"), read_json(OUTPUT) if OUTPUT.exists() else {}
+    text, result = DATA_SETS.read_text(encoding="utf8"), read_json(OUTPUT) if OUTPUT.exists() else {}
     content = PARTS[part][1](result[part]) if part in result else "Not run yet."
     assert with_table(text, f"tune_{part}", content) == text, "run the benchmark"
