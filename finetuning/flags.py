@@ -87,14 +87,13 @@ def parse_int_or_auto(text: str) -> int | None:
     return None if text.lower() == AUTO else int(text)
 
 
-def wide_help(prog: str) -> argparse.HelpFormatter:
-    """The form of a long ``--help``."""
-    return argparse.HelpFormatter(prog, max_help_position=30, width=110)
-
-
 def make_parser(description: str, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
     """The parser of all settings. Its namespace holds only the flags that were given."""
-    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=wide_help)
+    parser = OneLineParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+    )
     add_flags(parser, FLAGS | COMMANDS, defaults or {})
     return parser
 
@@ -140,6 +139,12 @@ def given_flags(argv: Sequence[str], description: str = "", defaults: dict[str, 
         UserError: a flag does not exist, or a value has the wrong type.
     """
     return vars(make_parser(description, defaults).parse_args(argv))
+
+
+def flag_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line. A value that begins with a dash is joined to its flag, for argparse."""
+    pairs = ((f"--{name}", str(value)) for name, value in settings.items())
+    return [word for flag, value in pairs for word in ([f"{flag}={value}"] if value[:1] == "-" else [flag, value])]
 
 
 def split_command(given: dict[str, Any]) -> tuple[CommandSettings, dict[str, Any]]:

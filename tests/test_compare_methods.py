@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune_lora
+from benchmarks.slurm_cluster import wait_until
 from compare_methods import main
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
@@ -136,6 +136,10 @@ def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest
         (["run", "tiny.toml"], "error: row run: --dataset text: needs --data_dir PATH"),
         (["run", "tiny.toml", "--data_dir", "nowhere"], "error: --data_dir nowhere: no such folder"),
         (["run", "tiny.toml", "--data_dir", ".", "--index", "2"], "error: --index 2: must be from 0 to 1"),
+        (
+            ["run", "tiny.toml", "--data_dir", ".", "--stage", "tune", "--index", "0"],
+            "error: --index 0: the study has no runs of --stage tune",
+        ),
         (["run", "other.toml"], "error: other.toml cannot be read"),
         (["count", "tiny.toml", "--stage", "first"], "error: --stage first: must be one of "),
         (
@@ -328,10 +332,7 @@ def process_of(directory: Path) -> int:
 
 
 def wait_for(text: str, log: Path) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not log.exists() or text not in log.read_text():
-        assert time.monotonic() < end, f"{log} never said {text!r}"
-        time.sleep(0.02)
+    wait_until(lambda: log.exists() and text in log.read_text(), f"{text!r} in {log}")
 
 
 def starts(log: Path) -> int:
@@ -394,23 +395,6 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_ctrl_c_ends_the_run_with_a_checkpoint(
-    project: Path, tiny_folders: dict[str, Path], review_folder: Path
-) -> None:
-    rows = '[axes]\nseed = [0, 1]\n[[rows]]\nname = "long"\nepochs = 400'
-    write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
-    runs = StudyRuns(read_plan(Path("tiny.toml")), project / "runs" / "tiny")
-    with started("tiny.toml", "--data_dir", str(review_folder)) as study:
-        wait_for("epoch 1/400  batch 2", runs.log(runs.study.runs[0]))
-        study.send_signal(signal.SIGINT)
-        shown, _ = study.communicate(timeout=PATIENCE_SECONDS)
-    assert study.returncode == 130, shown
-    assert "interrupted: run the same command again to continue" in shown
-    assert [runs.state(run) for run in runs.study.runs] == ["interrupted", "missing"]
-    assert runs.result(runs.study.runs[0])["status"] == "interrupted"
-    assert (runs.directory(runs.study.runs[0]) / "last.ckpt").exists()
-
-
 def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
     project: Path, tiny_folders: dict[str, Path], review_folder: Path
 ) -> None:
@@ -430,9 +414,10 @@ def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
     with started("tiny.toml", "--data_dir", str(review_folder), "--jobs", "2", threads=None) as study:
         for run in finals[:2]:
             wait_for("epoch 1/400  batch 2", runs.log(run))
-        study.send_signal(signal.SIGTERM)
+        study.send_signal(signal.SIGINT)
         shown, _ = study.communicate(timeout=PATIENCE_SECONDS)
     assert study.returncode == 130, shown
+    assert "interrupted: run the same command again to continue" in shown
     assert [runs.state(run) for run in tuning] == ["finished"] * 2
     assert [runs.state(runs.tuned(run)) for run in finals] == ["interrupted"] * 2 + ["missing"]
     lines = [line.replace(",", "").split()[1:3] for line in shown.splitlines()]
@@ -442,6 +427,8 @@ def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
     assert max(places[2:4]) < min(places[4:6])
     assert max(places[4:6]) < min(places[6:])
     for run in finals[:2]:
+        assert runs.result(run)["status"] == "interrupted"
+        assert (runs.directory(run) / "last.ckpt").exists()
         environment = runs.result(run)["environment"]
         assert environment["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
         assert environment["alone"] is False, "there was another one"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetuning.errors import UserError
-from finetuning.flags import OneLineParser, from_flags, given_flags, make_parser, parse_bool
+from finetuning.flags import OneLineParser, flag_words, from_flags, given_flags, make_parser, parse_bool
 from finetuning.runs.directory import settings_to_run
 from finetuning.settings import COMMANDS, FLAGS, LORA_TARGETS, SECTIONS
 from tests.conftest import ROOT, config_of_flags, lora_of_flags, refusal
@@ -207,6 +207,13 @@ def test_what_files_alone_can_tell_is_refused_before_torch_is_loaded(
     (line,) = done.stderr.splitlines()
     assert said in line
     assert {path.name for path in tmp_path.iterdir()} == {file}
+
+
+def test_settings_become_words_that_are_read_as_the_same_settings() -> None:
+    settings = {"class_weights": "-1=2,0=3", "learning_rate": 1e-3, "lora_mlp": True}
+    words = flag_words(settings)
+    assert words == ["--class_weights=-1=2,0=3", "--learning_rate", "0.001", "--lora_mlp", "True"]
+    assert given_flags(words) == settings
 
 
 def test_a_wrong_flag_ends_the_command_with_one_line(tmp_path: Path) -> None:

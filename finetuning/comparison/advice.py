@@ -8,7 +8,7 @@ from typing import Any
 
 from finetuning.comparison.collected import Row, Study
 from finetuning.comparison.pairs import Comparison
-from finetuning.comparison.tables import GIB, accuracy_cell, memory_cell, percent, record, shown
+from finetuning.comparison.tables import GIB, accuracy_cell, memory_cell, percent, shown
 from finetuning.pages import Table, measured
 
 Block = tuple[str, str]  # a study, and names of its rows; the first row is the reference of the others
@@ -117,14 +117,14 @@ def rows_table(
     cells, environments = [], []
     for study_name, row_names in blocks:
         study = studies[study_name]
-        known = {row.name: row for row in study.rows}
+        known, numbers = {row.name: row for row in study.rows}, {r["row"]: r for r in study.records}
         first, *_ = own = row_names.split()
         pairs = {frozenset((c.first, c.second)): shown_p(c.corrected_p) for c in compared[study_name]}
         p_values = {name: pairs.get(frozenset((first, name)), "") for name in own}
         p_values[first] = REFERENCE if any(p_values.values()) else ""
-        reference = record(study, known[first])
+        reference = numbers[first]
         for name in own:
-            made = (COLUMNS[column](record(study, known[name]), reference, known[name]) for column in names)
+            made = (COLUMNS[column](numbers[name], reference, known[name]) for column in names)
             cells.append((_link(study, link), name, *made, p_values[name]))
             environments += [run.environment for run in known[name].finished]
     titles = [TITLES.get(name, name) for name in names]
@@ -167,7 +167,7 @@ def _difference(key: str, form: str, factor: float) -> Cell:
     def cell(r: dict[str, Any], reference: dict[str, Any], _: Row) -> str:
         if r["row"] == reference["row"] or r[key] is None or reference[key] is None:
             return ""
-        return f"{factor * (r[key] - reference[key]):+{form}}"
+        return f"{factor * (r[key] - reference[key]):+z{form}}"
 
     return cell
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from finetuning.comparison.drawn import RATE
 from finetuning.comparison.packed import RUNS, Record, read_records
+from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import SCORES, mean_and_deviation
 from finetuning.config import NOT_PART_OF_THE_RUN
 from finetuning.errors import UserError
@@ -66,7 +67,7 @@ class Predictions:
         """A key of ``SCORES``: ``accuracy`` or ``micro_f1``, see ``counted``."""
         return float(SCORES[measure](self.counted(measure).sum(axis=0)))
 
-    @property
+    @cached_property
     def test_set(self) -> tuple[str, bytes, bytes]:
         """Equal for two runs if they were tested on the same rows of one source, with the same labels."""
         return self.source, self.rows.tobytes(), self.labels.tobytes()
@@ -199,6 +200,7 @@ class Run:
             )
         return found
 
+    @cached_property
     def history(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv`` without their empty cells; no rows if there was no such file."""
         rows = csv.DictReader((self.record.metrics or "").splitlines())
@@ -278,14 +280,50 @@ class Study:
     @cached_property
     def rows(self) -> list[Row]:
         """The rows, best test accuracy first; then by validation accuracy; rows without scores come last."""
-        names = dict.fromkeys(run.row for run in self.runs)
-        rows = [Row(name, tuple(r for r in self.final if r.row == name)) for name in names]
+        runs: dict[str, list[Run]] = {run.row: [] for run in self.runs}
+        for run in self.final:
+            runs[run.row].append(run)
+        rows = [Row(name, tuple(own)) for name, own in runs.items()]
 
         def order(row: Row) -> tuple[float, float, str]:
             test, validation = (mean_and_deviation(row.accuracies(split))[0] for split in ("test", "validation"))
             return -(test or 0), -(validation or 0), row.name
 
         return sorted(rows, key=order)
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """Each row in numbers: accuracies as fractions, times in seconds, memory in bytes; ``None`` if not measured.
+
+        Time and memory are means over the seeds that were measured under the same conditions as the other rows.
+        """
+        return [self._record(row) for row in self.rows]
+
+    def _record(self, row: Row) -> dict[str, Any]:
+        counted = row.tested or row.finished
+        mean, deviation = mean_and_deviation(row.accuracies())
+        low, high = row.interval
+        measured = self.measured(row)
+        commands = [run.get("command") for run in sorted(counted or row.runs, key=lambda run: run.seed)]
+        return {
+            "study": self.name,
+            "row": row.name,
+            "status": row.status,
+            "reported_percent": row.common("study", "reported"),
+            "accuracy_mean": mean,
+            "accuracy_std": deviation,
+            "accuracy_ci95_low": low,
+            "accuracy_ci95_high": high,
+            "macro_f1_mean": row.mean("test", "macro_f1"),
+            "seeds": len(counted),
+            "test_examples": row.common("test", "examples"),
+            "trainable": row.common("parameters", "trainable"),
+            "train_seconds": measured.mean("train", "seconds"),
+            "processor_seconds": row.mean("train", "processor_seconds"),
+            "peak_memory_bytes": measured.mean("memory", "peak_bytes"),
+            "validation_accuracy_mean": mean_and_deviation(row.accuracies("validation"))[0],
+            "command": next((shown_command(command) for command in commands if command), None),
+        }
 
     @property
     def final(self) -> list[Run]:

@@ -89,6 +89,8 @@ def chosen_runs(runs: StudyRuns, stage: str, index: int | None = None) -> list[P
     chosen = runs.study.stage(stage)
     if index is None:
         return chosen
+    if not chosen:
+        raise UserError(f"--index {index}: the study has no runs of --stage {stage}")
     if not 0 <= index < len(chosen):
         raise UserError(f"--index {index}: must be from 0 to {len(chosen) - 1} with --stage {stage}")
     return chosen[index : index + 1]
@@ -172,7 +174,7 @@ class StudyExecution:
         self.starter = Starter(script, jobs, fork=len(chosen) > 1)
         self.current: list[CurrentRun] = []
         self.ended: dict[str, str] = {}  # run's name -> finished, failed
-        self.seconds: dict[str, float] = {}  # run's name -> its time, if this process ran it
+        self.seconds: dict[str, float] = {}  # run's name -> its time, as far as it was needed
 
     def run_all(self) -> int:
         """Runs until every chosen run has ended; waits for runs that another process does.
@@ -245,7 +247,7 @@ class StudyExecution:
         log = self.runs.log(run)
         verb = "continued" if "--resume" in flags else "started"
         tuned = {flag: run.settings[flag] for flag in run.tuned}
-        chosen = f" with the tuned learning rate {shown_settings(tuned)}" if tuned else ""
+        chosen = f" with what tuning chose, {shown_settings(tuned)}" if tuned else ""
         print(f"{self.position_of(run)}  {verb}{chosen}, see {log}", flush=True)
         words = [*self.runs.command_words(run, self.starter.script), *flags]
         alone = run.settings.get("devices", 1) == run.settings.get("num_nodes", 1) == 1
@@ -271,9 +273,9 @@ class StudyExecution:
         took = timedelta(seconds=round(self.seconds[run.name]))
         state = self.runs.state_on_disk(run)
         if state == "finished":
-            split = "test" if "test" in self.runs.result(run) else "validation"
-            accuracy = self.runs.result(run)[split]["accuracy"]
-            self.note_end(run, "finished", f"finished in {took}, {split} accuracy {accuracy:.2%}")
+            result = self.runs.result(run)
+            split = "test" if "test" in result else "validation"
+            self.note_end(run, "finished", f"finished in {took}, {split} accuracy {result[split]['accuracy']:.2%}")
         elif status in STOPPED:
             print(f"{self.position_of(run)}  interrupted after {took}", flush=True)
             if not self.stop.received:
@@ -301,8 +303,9 @@ class StudyExecution:
         seconds: dict[str, list[float]] = {}
         for run in self.chosen:
             if self.ended.get(run.name) == "finished":
-                took = self.seconds.get(run.name) or self.runs.result(run)["seconds"]
-                seconds.setdefault(run.stage, []).append(took)
+                if run.name not in self.seconds:  # an earlier process ran it
+                    self.seconds[run.name] = self.runs.result(run)["seconds"]
+                seconds.setdefault(run.stage, []).append(self.seconds[run.name])
         known = [value for values in seconds.values() for value in values]
         rest = [run for run in self.chosen if run.name not in self.ended]
         if not known:

@@ -84,11 +84,8 @@ def grid_of(study: Study) -> Grid | None:
     return grid if enough else None
 
 
-def over_sets(study: Study) -> list[Table]:
-    """Test accuracies by set, each pair of methods over the sets, and costs; empty without a grid."""
-    grid = grid_of(study)
-    if grid is None:
-        return []
+def over_sets(grid: Grid) -> list[Table]:
+    """Test accuracies by set, each pair of methods over the sets, and costs."""
     tables = (sets_table(grid), pairs_table(grid), costs_table(grid))
     return [table for table in tables if table.rows]
 
@@ -154,7 +151,7 @@ def _loss_cell(grid: Grid, first: str, second: str, sets: Sequence[str]) -> str:
 def difference_cell(differences: Sequence[float], digits: int) -> str:
     """``+1.13 (-1.52 to +3.79)``: the mean over sets with its interval."""
     values = fmean(differences), *interval_over_sets(differences)
-    mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in values)  # no -0.00
+    mean, low, high = (f"{value:+z.{digits}f}" for value in values)
     return f"{mean} ({low} to {high})"
 
 

@@ -71,14 +71,14 @@ class Record:
         if expected is None or self.new is not None:
             return self.new
         import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.compute as pc
 
         path = self.folder / PREDICTIONS
         try:
             if not path.is_file():
                 raise ValueError("the file is missing")
-            table = pq.read_table(path, filters=[("run", "=", self.name)], page_checksum_verification=True)
-            table = table.select(COLUMNS)
+            table = _read_predictions(path, _state_of(path))
+            table = table.filter(pc.field("run") == self.name).select(COLUMNS)
             task = self.result.get("task") or {}
             multi_label = task.get("threshold") is not None and task.get("positive_label") is None
             if pa.types.is_list(table["label"].type) and not multi_label:  # another run of the study is multi-label
@@ -99,13 +99,26 @@ def read_records(folder: Path) -> tuple[dict[str, Record], list[str]]:
     """
     path = folder / RUNS
     try:
-        state = path.stat()
+        state = _state_of(path)
     except FileNotFoundError:
         return {}, []
     except OSError as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
-    records, planned = _read(path, (state.st_mtime_ns, state.st_size, state.st_ino))
+    records, planned = _read(path, state)
     return dict(records), list(planned)
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """What changes if a file is written anew."""
+    state = path.stat()
+    return state.st_mtime_ns, state.st_size, state.st_ino
+
+
+@lru_cache(maxsize=4)  # a report asks for the runs of one study after another
+def _read_predictions(path: Path, _state: tuple[int, ...]) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, page_checksum_verification=True)
 
 
 @lru_cache(maxsize=32)  # a study asks for each of its runs

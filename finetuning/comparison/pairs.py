@@ -12,7 +12,6 @@ from finetuning.comparison.collected import Predictions, Study
 from finetuning.comparison.statistics import (
     LEVEL,
     Difference,
-    SeedSpread,
     holm,
     mcnemar,
     pooled_difference,
@@ -20,7 +19,6 @@ from finetuning.comparison.statistics import (
     seed_spread,
     squares,
 )
-from finetuning.errors import UserError
 
 SHOWN = 120  # largest number of pairs in a table: 16 rows have 120
 UNEVEN = 0.9, 0.01  # share of the squares, standard deviation: above both, the spread comes from one row
@@ -60,36 +58,6 @@ class Comparison:
         return f"{self.first if self.difference.mean > 0 else self.second} is better"
 
 
-def compare(
-    first: Sequence[Predictions],
-    second: Sequence[Predictions],
-    spread: SeedSpread | None,
-    resamples: int,
-    measure: str = "accuracy",
-) -> tuple[Difference, str]:
-    """The difference between two methods, and the name of the test that its p value is from.
-
-    Two single runs are compared by McNemar's test if the spread over seeds is unknown. The interval is always from the
-    bootstrap.
-
-    Args:
-        first: predictions of one method, one entry for each seed.
-        second: predictions of the other method.
-        spread: the spread over seeds of all methods with these test texts; ``None`` if no method has a second seed.
-        resamples: number of draws of the bootstrap.
-        measure: ``accuracy``, or ``micro_f1`` for multi-label data, which is always tested by the bootstrap.
-
-    Raises:
-        UserError: the runs were tested on different texts.
-    """
-    if len({predictions.test_set for predictions in (*first, *second)}) > 1:
-        raise UserError("cannot compare runs that were tested on different texts: give runs with the same test split")
-    a, b = (np.stack([predictions.counted(measure) for predictions in runs]) for runs in (first, second))
-    if measure == "accuracy" and spread is None and len(a) == len(b) == 1:
-        return replace(pooled_difference([(a, b, None)]), p=mcnemar(first[0].correct, second[0].correct)), "McNemar"
-    return pooled_difference([(a, b, spread)], resamples, measure), "bootstrap"
-
-
 def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparison], list[str]]:
     """Compares every pair of rows whose test predictions were kept, and gives notes about the other rows.
 
@@ -103,7 +71,17 @@ def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparis
     accuracies = {name: [p.score(measure) for p in runs] for name, runs in usable.items()}
     spreads = {test_set: seed_spread([accuracies[name] for name in names]) for test_set, names in groups.items()}
     resamples = resamples_for(len(same))
-    found = [compare(usable[a], usable[b], spreads[usable[a][0].test_set], resamples, measure) for a, b in same]
+    counted = {name: np.stack([p.counted(measure) for p in runs]) for name, runs in usable.items()}
+
+    def compare(a: str, b: str) -> tuple[Difference, str]:
+        """The difference of two rows, and the test of its p value. The interval is always from the bootstrap."""
+        spread = spreads[usable[a][0].test_set]
+        if measure == "accuracy" and spread is None:  # no row has a second seed
+            p = mcnemar(usable[a][0].correct, usable[b][0].correct)
+            return replace(pooled_difference([(counted[a], counted[b], None)]), p=p), "McNemar"
+        return pooled_difference([(counted[a], counted[b], spread)], resamples, measure), "bootstrap"
+
+    found = [compare(a, b) for a, b in same]
     corrected = holm([difference.p for difference, _ in found])
     comparisons = [
         Comparison(a, b, difference, p, test)
@@ -160,10 +138,10 @@ def pooled_sentences(study: Study) -> list[str]:
     if len(sets) < 2 or not complete or "" in methods:
         return []
     sentences = []
+    spreads = [seed_spread([[p.score("accuracy") for p in runs] for runs in found.values()]) for found in sets.values()]
     for a, b in itertools.combinations(methods, 2):
         arrays = []
-        for found in sets.values():
-            spread = seed_spread([[p.score("accuracy") for p in runs] for runs in found.values()])
+        for found, spread in zip(sets.values(), spreads, strict=True):
             first, second = (np.stack([p.counted("accuracy") for p in found[name]]) for name in (a, b))
             arrays.append((first, second, spread))
         difference = pooled_difference(arrays)

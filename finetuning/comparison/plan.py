@@ -41,7 +41,7 @@ from typing import Any
 from finetuning.comparison.drawn import RATE, check_numbers, check_search, check_tuned, tried_settings
 from finetuning.datasets import hub_name
 from finetuning.errors import UserError, first_line, listed
-from finetuning.flags import from_flags, given_flags
+from finetuning.flags import flag_words, from_flags, given_flags
 from finetuning.settings import ENCODER_TARGETS, FLAGS, MINILM_FORMS, PACKAGED, recorded_name
 
 TABLES = ("question", "defaults", "axes", "sample", "data", "rows", "tuning", "search")
@@ -64,7 +64,6 @@ class PlannedRun:
         settings: flags of ``finetune_lora.py``, as the TOML gives them; ``data_dir`` is relative.
         axes: its values on the axes of the study, without the seed; of a run that tunes, what it tries.
         tuned_by: names of the runs that tune it; empty if it has all settings of its own.
-        tunes: what a run that tunes tries.
         tuned: the flags that its tuning sets.
         data: the name of its data set in ``[[data]]``.
         reported: test accuracy in % that others have reported for the row.
@@ -77,7 +76,6 @@ class PlannedRun:
     axes: dict[str, Any] = field(default_factory=dict)
     tuned_by: tuple[str, ...] = ()
     reported: float | None = None
-    tunes: dict[str, Any] = field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     data: str | None = None
 
@@ -102,7 +100,7 @@ class PlannedRun:
         packaged = settings.get("offline") and dataset == "imdb" and below is None
         if data_dir is not None and not packaged and hub_name(str(dataset)) is None and "data_source" not in settings:
             settings["data_dir"] = data_dir / (below or "")
-        return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        return flag_words(settings)
 
 
 Cell = tuple[list[PlannedRun], list[PlannedRun]]  # one combination of the axes: runs that tune, final runs
@@ -249,7 +247,7 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
         given = settings | cell | {"seed": seeds[0]}
         overrides = content.get("tuning", {}) | {"test": False}
         tune = [
-            PlannedRun(f"tune-{name}-{trial}", name, "tune", given | overrides | tried, tried, tunes=tried, data=data)
+            PlannedRun(f"tune-{name}-{trial}", name, "tune", given | overrides | tried, tried, data=data)
             for trial, tried in tried_settings(name, row.get("tune", {}), content.get("search")).items()
         ]
         tuned_by = tuple(run.name for run in tune)

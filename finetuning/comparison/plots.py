@@ -1,7 +1,7 @@
 """A study's numbers -> plots: accuracy against each cost, learning rates, learning curves, rank by alpha.
 
 The same runs give the same bytes. The colours are from Okabe and Ito (2008): colour-blind people can tell them apart.
-Each row also has its own marker, and a name in the legend.
+Up to 49 rows each have their own pair of colour and marker, and a name in the legend.
 """
 
 import io
@@ -24,11 +24,12 @@ from finetuning.comparison.collected import Run, Study
 from finetuning.comparison.drawn import RATE
 from finetuning.comparison.page import Plot
 from finetuning.comparison.statistics import mean_and_deviation, pareto_front
-from finetuning.comparison.tables import GIB, record, scores_by_rate
+from finetuning.comparison.tables import GIB, scores_by_rate
 from finetuning.runs.records import SCORES
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^<PX"
+STYLES = len(COLORS) * len(MARKERS)  # rows that can be told apart
 FRONT = "#767676"
 CURVES = 12  # more curves cannot be told apart, so only the best ones are drawn
 PALETTE = 128  # colours of a file: there are few hues, and their blends with white
@@ -85,12 +86,8 @@ def new_figure(
         yield figure, axes
 
 
-def png_of(figure: Figure) -> Callable[[], bytes]:
+def png_of(figure: Figure) -> bytes:
     """Draws the figure, without version or date. A palette saves two thirds of the bytes."""
-    return partial(_png, figure)
-
-
-def _png(figure: Figure) -> bytes:
     canvas: Any = figure.canvas
     with mpl.rc_context(STYLE):
         canvas.draw()
@@ -140,7 +137,7 @@ def _percent_scale(axis: Any, values: Sequence[float], deviations: Sequence[floa
 
 
 def style_of(k: int) -> dict[str, str]:
-    """Colour and marker of the k-th row: 49 different pairs."""
+    """Colour and marker of the k-th row: ``STYLES`` different pairs."""
     return {"color": COLORS[k % len(COLORS)], "marker": MARKERS[(k + k // len(COLORS)) % len(MARKERS)]}
 
 
@@ -172,20 +169,22 @@ def cost_plot(
     Args:
         study: any study.
         file: the name of the plot's file.
-        key: the cost, a key of ``tables.record``.
+        key: the cost, a key of ``Study.records``.
         name: the cost in words.
         unit: the name of the unit on the axis, and its size.
         title: the title, if it is not made from the study's name and the cost.
     """
-    records = [record(study, row) | {"source": row.common("data", "source")} for row in study.rows]
+    records = [r | {"source": row.common("data", "source")} for r, row in zip(study.records, study.rows, strict=True)]
     records = [r for r in records if r["accuracy_mean"] is not None and r[key]]
     if len(records) < 2:
         return None
+    on = _fronts([r["source"] for r in records], [r[key] for r in records], [r["accuracy_mean"] for r in records])
+    shown = sorted(sorted(range(len(records)), key=lambda i: (not on[i], i))[:STYLES])  # the front, then the best rows
+    found, records, front = len(records), [records[i] for i in shown], [on[i] for i in shown]
     sources = [r["source"] for r in records]
     costs = [r[key] / unit[1] for r in records]
     scores = [100 * r["accuracy_mean"] for r in records]
     deviations = [100 * (r["accuracy_std"] or 0) for r in records]
-    front = _fronts(sources, costs, scores)
     height = max(4.5, 0.18 * len(records))  # for the legend
     with new_figure(title or f"{study.name}: test accuracy against {name}", height=height) as (figure, (axis,)):
         foot = _percent_scale(axis, scores, deviations)
@@ -210,7 +209,8 @@ def cost_plot(
         caption += " (the Pareto front)." + (" Each test split has its own front." if len(set(sources)) > 1 else "")
         caption += " Bars: standard deviation over seeds." if any(deviations) else ""
         caption += TRIANGLES if min(scores) < foot else ""
-        return Plot(file, caption, png_of(figure))
+        caption += f" Shown: {STYLES} of {found} rows, the front and the best on the test." if found > STYLES else ""
+        return Plot(file, caption, partial(png_of, figure))
 
 
 def _fronts(sources: Sequence[str | None], costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
@@ -284,7 +284,7 @@ def rate_plot(study: Study) -> Plot | None:
         add_legend(axis)
         caption = f"Validation {metric} by peak learning rate. Each name shows the rate at which it is best."
         caption += TRIANGLES if min(every) < foot else ""
-        return Plot("learning_rates.png", caption, png_of(figure))
+        return Plot("learning_rates.png", caption, partial(png_of, figure))
 
 
 def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
@@ -294,7 +294,7 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
         if key == "train_seconds":
             row = study.measured(row)
         run = min(row.finished, key=lambda run: run.seed, default=None)
-        history = [point for point in (run.history() if run else []) if key in point]
+        history = [point for point in (run.history if run else []) if key in point]
         if any("validation_accuracy" in point for point in history):
             curves.append((place, row.name, history))
     found, curves = len(curves), curves[:CURVES]
@@ -315,7 +315,7 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
         whose = f"the {CURVES} rows (of {found}) that are best on the test" if found > CURVES else "each row"
         caption = f"Learning curves over {name}, for the first seed of {whose}. The training loss is smoothed."
         caption += TRIANGLES if min(min(values) for _, values in accuracies) < foot else ""
-        return Plot(file, caption, png_of(figure))
+        return Plot(file, caption, partial(png_of, figure))
 
 
 def _column(history: Sequence[dict[str, float]], key: str, value: str, scale: float = 1) -> tuple[Any, Any]:
@@ -357,7 +357,7 @@ def rank_alpha_plot(study: Study) -> Plot | None:
         caption = (
             f"Mean {split} accuracy in % by rank and alpha. The best value is bold. An empty cell has no finished run."
         )
-        return Plot("rank_alpha.png", caption, png_of(figure))
+        return Plot("rank_alpha.png", caption, partial(png_of, figure))
 
 
 def _heat_map(

@@ -1,8 +1,9 @@
 """Collected runs -> the report, that is what ``python compare_methods.py report`` writes.
 
-The report is made only from the run files in ``results/``, and the same files give the same bytes. Each study gets
-``table.md``, ``table.csv`` and plots. All studies together get ``summary.json``, ``report.html`` and the picture of
-README, and the tables between markers in README and ``docs/``. Plots of studies and ``report.html`` are not committed.
+The report is made only from the run files in ``results/`` and the suite's defaults, and the same files give the same
+bytes. Each study gets ``table.md``, ``table.csv`` and plots. All studies together get ``summary.json``,
+``report.html``, README's picture of ``earlier_work``, and the tables between markers in README and ``docs/``. Plots of
+studies and ``report.html`` are not committed.
 """
 
 import json
@@ -55,8 +56,8 @@ DEFAULT_FLAGS = {
     "weight_decay": "weight decay (0 with other optimizers)",
     "gradient_clip": "largest norm of the gradient",
 }
-SHORT = "_short"  # what the name of a study's short table ends with
 WIDTH = 150  # of a line of text on a page
+SHORT = "_short"  # what the name of a study's short table ends with
 ROWS = "_rows"  # and the one of its table without commands
 SETS = "_sets"  # and the one of its tables over data sets
 README_PLOT, README_STUDY, README_ROWS = "accuracy_time.png", "earlier_work", ("lora", "qlora", "selective", "full")
@@ -151,7 +152,7 @@ def build_report(results: Path, pages: Sequence[Path]) -> Report:
 
 def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: Sequence[str]) -> Section:
     """What the report says about a study. The last two arguments are what ``compare_rows`` gives."""
-    best = answers(study, comparisons)
+    best, grid = answers(study, comparisons), grid_of(study)
     return Section(
         study=study.name,
         question=study.question,
@@ -163,17 +164,10 @@ def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: 
         pairs=len(comparisons),
         f1_comparisons=comparison_table(compare_rows(study, "micro_f1")[0]),
         tuning=tuning_table(study),
-        over_sets=[*over_sets(study), *rates(study)],
+        over_sets=[table for table in (*over_sets(grid), rates_table(grid)) if table.rows] if grid else [],
         part=part_done(study),
-        plots=[*draw_plots(study), *draw_set_plots(study)],
+        plots=[*draw_plots(study), *(draw_set_plots(grid) if grid else [])],
     )
-
-
-def rates(study: Study) -> list[Table]:
-    """What random trials over data sets say of the default learning rates; nothing without them."""
-    grid = grid_of(study)
-    table = rates_table(grid) if grid else None
-    return [table] if table and table.rows else []
 
 
 def study_summary(section: Section) -> str:

@@ -3,13 +3,14 @@
 import math
 import re
 from collections import Counter
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from finetuning.comparison.collected import Run, Study
-from finetuning.comparison.over_sets import SECONDS, Grid, conditions, grid_of, mean_of_sets
+from finetuning.comparison.collected import Run
+from finetuning.comparison.over_sets import SECONDS, Grid, conditions, mean_of_sets
 from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import COLORS, FRONT, add_legend, log_scale, new_figure, png_of, style_of
 from finetuning.comparison.statistics import interval_over_sets, pareto_front, tuning_curve
@@ -19,11 +20,8 @@ SIZED = re.compile(r"(?:\d+|all)-(.+)")  # the number of training texts, and a m
 LEAST_TRIALS = 20  # of a method over all sets: fewer say nothing about the best of several
 
 
-def draw_set_plots(study: Study) -> list[Plot]:
-    """The pictures for which the study has data; none without a grid."""
-    grid = grid_of(study)
-    if grid is None:
-        return []
+def draw_set_plots(grid: Grid) -> list[Plot]:
+    """The pictures for which the study has data."""
     drawn = (loss_plot(grid), cost_plot(grid), tuning_plot(grid), texts_plot(grid))
     return [plot for plot in drawn if plot is not None]
 
@@ -55,7 +53,7 @@ def loss_plot(grid: Grid) -> Plot | None:
         axis.set(xlabel="test accuracy below the best method, points")
         axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
         caption = f"What each method loses to the best one of each of {count} data sets (dots). Diamonds: means, with"
-        return Plot(SET_FILES[0], f"{caption} Student's t interval over sets.", png_of(figure))
+        return Plot(SET_FILES[0], f"{caption} Student's t interval over sets.", partial(png_of, figure))
 
 
 def cost_plot(grid: Grid) -> Plot | None:
@@ -90,7 +88,7 @@ def cost_plot(grid: Grid) -> Plot | None:
         caption = f"Means over {len(sets)} data sets, of times geometric ones. Filled: no other method is at least as"
         caption += " good in both and better in one (the Pareto front)."
         caption += f" Left out, because they ran under other conditions: {', '.join(others)}." if others else ""
-        return Plot(SET_FILES[1], caption, png_of(figure))
+        return Plot(SET_FILES[1], caption, partial(png_of, figure))
 
 
 def tuning_plot(grid: Grid) -> Plot | None:
@@ -111,7 +109,7 @@ def tuning_plot(grid: Grid) -> Plot | None:
         add_legend(axis)
         caption = "The median of the best of so many trials, next to the best trial of any method on each of"
         caption += f" {len(sets)} data sets, and its 95 % band (Lourie et al. 2023), as if all trials were of one set."
-        return Plot(SET_FILES[2], caption, png_of(figure))
+        return Plot(SET_FILES[2], caption, partial(png_of, figure))
 
 
 def texts_plot(grid: Grid) -> Plot | None:
@@ -129,13 +127,16 @@ def texts_plot(grid: Grid) -> Plot | None:
                 shown = sorted(
                     (grid.texts(name, m), fmean(grid.accuracies(name, m))) for m in methods if m in grid.runs[name]
                 )
-                axis.plot(*zip(*shown, strict=True), label=curve, linewidth=1.6, markersize=5, **style_of(k))
+                points = [*zip(*shown, strict=True)] or [(), ()]
+                axis.plot(*points, label=curve, linewidth=1.6, markersize=5, **style_of(k))
             axis.set(title=name, xlabel="training texts", ylabel="test accuracy, %")
             log_scale(axis, [grid.texts(name, method) for method in grid.runs[name]])
         for axis in axes[len(grid.runs) :]:
             axis.set_axis_off()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        return Plot(SET_FILES[3], "Means over the draws of the training texts, on each data set.", png_of(figure))
+        return Plot(
+            SET_FILES[3], "Means over the draws of the training texts, on each data set.", partial(png_of, figure)
+        )
 
 
 def _curve(axis: Any, scores: list[float], most: int, k: int, name: str) -> None:

@@ -196,7 +196,7 @@ def bayesian_signed_rank(
     sums = differences[:, None] + differences
     above, below = (np.heaviside(side - 2 * rope, 0.5) for side in (sums, -sums))
     weights = np.random.default_rng(0).dirichlet([0.5, *np.ones(len(first))], samples)
-    shares = [np.einsum("si,ij,sj->s", weights, side, weights) for side in (above, below)]
+    shares = [((weights @ side) * weights).sum(1) for side in (above, below)]
     mass = np.stack([shares[0], 1 - shares[0] - shares[1], shares[1]])
     best = mass == mass.max(0)  # of equal ones each gets its part
     return dict(zip(("better", "equivalent", "worse"), (best / best.sum(0)).mean(1).tolist(), strict=True))

@@ -249,8 +249,8 @@ class StudyRuns:
             if state == "finished":
                 monitor = result["config"]["monitor"]
                 score = result["validation"][monitor]
-                rate = float(tuning.tunes.get(RATE, 0.0))
-                scores.append((-score if monitor == "loss" else score, -rate, -number, tuning.tunes))
+                rate = float(tuning.axes.get(RATE, 0.0))
+                scores.append((-score if monitor == "loss" else score, -rate, -number, tuning.axes))
             elif not result.get("error", "").startswith(NOT_FINITE):  # a rate that is too large is an answer as well
                 raise TuningUnfinished(f"its settings depend on {tuning.name}, which is {self.state(tuning)}")
         if not scores:

@@ -1,4 +1,4 @@
-"""A study's rows -> records, and tables as Markdown, CSV and the objects of ``summary.json``."""
+"""A study's rows -> tables as Markdown, CSV and the objects of ``summary.json``."""
 
 import csv
 import io
@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from finetuning.comparison.collected import Row, Run, Study
+from finetuning.comparison.collected import Run, Study
 from finetuning.comparison.drawn import RATE, shown_settings
 from finetuning.comparison.pairs import Answer, Comparison
-from finetuning.comparison.plan import shown_command
-from finetuning.comparison.statistics import mean_and_deviation
 from finetuning.comparison.unequal import has_rare_class
 from finetuning.pages import Table
 
@@ -35,41 +33,6 @@ NAMED_IN_ANSWER = 4  # largest number of names in the table of answers
 NAMED = 12  # largest number of names in a note
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# numbers
-
-
-def record(study: Study, row: Row) -> dict[str, Any]:
-    """One row of a study: accuracies as fractions, times in seconds, memory in bytes; ``None`` if not measured.
-
-    Time and memory are means over the seeds that were measured under the same conditions as the other rows.
-    """
-    counted = row.tested or row.finished
-    mean, deviation = mean_and_deviation(row.accuracies())
-    low, high = row.interval
-    measured = study.measured(row)
-    commands = [run.get("command") for run in sorted(counted or row.runs, key=lambda run: run.seed)]
-    return {
-        "study": study.name,
-        "row": row.name,
-        "status": row.status,
-        "reported_percent": row.common("study", "reported"),
-        "accuracy_mean": mean,
-        "accuracy_std": deviation,
-        "accuracy_ci95_low": low,
-        "accuracy_ci95_high": high,
-        "macro_f1_mean": row.mean("test", "macro_f1"),
-        "seeds": len(counted),
-        "test_examples": row.common("test", "examples"),
-        "trainable": row.common("parameters", "trainable"),
-        "train_seconds": measured.mean("train", "seconds"),
-        "processor_seconds": row.mean("train", "processor_seconds"),
-        "peak_memory_bytes": measured.mean("memory", "peak_bytes"),
-        "validation_accuracy_mean": mean_and_deviation(row.accuracies("validation"))[0],
-        "command": next((shown_command(command) for command in commands if command), None),
-    }
-
-
 def scores_by_rate(
     runs: Sequence[Run],
     name: Callable[[Run], str] = lambda run: run.row,
@@ -91,21 +54,13 @@ def scores_by_rate(
     return {key: dict(sorted(rates.items())) for key, rates in found.items()}
 
 
-def tuning_scores(runs: Sequence[Run]) -> dict[str, dict[float, float | None]]:
-    """The monitored metric on validation by row and learning rate, mean over runs; ``None`` if no run finished."""
-    return {
-        row: {rate: mean_and_deviation(values)[0] for rate, values in rates.items()}
-        for row, rates in sorted(scores_by_rate(runs).items())
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # text
 
 
 def main_table(study: Study) -> Table:
     """The rows of a study. What was not measured stays empty; a row without a finished run shows its status."""
-    records = [record(study, row) for row in study.rows]
+    records = study.records
     f1_counts = any(run.monitor in ("macro_f1", "mcc") or has_rare_class(run) for run in study.final)
     return Table(
         (
@@ -178,7 +133,6 @@ def percent(value: float | None) -> str:
 
 def short_table(study: Study) -> Table:
     """The rows of a study without commands, costs and details, for a page that only gives an overview."""
-    records = [record(study, row) for row in study.rows]
     return Table(
         ("row", REPORTED, ACCURACY, "trainable parameters"),
         [
@@ -186,14 +140,14 @@ def short_table(study: Study) -> Table:
                 r["row"], shown(r["reported_percent"], "{:.2f}"), percent(r["accuracy_mean"]),
                 shown(r["trainable"], "{:,}"),
             )
-            for r in records
+            for r in study.records
         ],
     )  # fmt: skip
 
 
 def answer_table(study: Study, answers: Sequence[Answer]) -> Table:
     """What the study found: its best row (one for each group with the same test texts), the cost, how sure it is."""
-    records = {row.name: record(study, row) for row in study.rows}
+    records = {r["row"]: r for r in study.records}
     certainties = {
         answer.best: answer.certainty(most=NAMED_IN_ANSWER) + ("; other rows not compared" if answer.uncompared else "")
         for answer in answers
@@ -288,7 +242,7 @@ def _best_on_validation(study: Study) -> list[str]:
 
 def _tuned_rates(study: Study) -> list[tuple[str, float, list[float]]]:
     """For each row with more than one tried rate: its name, the rate of its final runs, and all tried rates."""
-    scores = tuning_scores(study.rate_trials)
+    scores = scores_by_rate(study.rate_trials)
     taken = [(row.name, row.common("config", "learning_rate")) for row in study.rows]
     return [(name, rate, list(scores[name])) for name, rate in taken if rate and len(scores.get(name, ())) > 1]
 
@@ -298,10 +252,10 @@ def csv_text(study: Study) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_KEYS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(record(study, row) for row in study.rows)
+    writer.writerows(study.records)
     return file.getvalue()
 
 
 def summary(study: Study) -> list[dict[str, Any]]:
     """One object for each row, as in ``results/summary.json``."""
-    return [{key: value for key, value in record(study, row).items() if key in SUMMARY_KEYS} for row in study.rows]
+    return [{key: value for key, value in r.items() if key in SUMMARY_KEYS} for r in study.records]

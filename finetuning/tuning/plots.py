@@ -1,8 +1,10 @@
 """The trials of a search as plots, in the frame that the plots of studies have."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import optuna
 from matplotlib.ticker import MaxNLocator
@@ -14,7 +16,7 @@ from finetuning.runs.records import SCORES
 from finetuning.tuning.parameters import Point
 from finetuning.tuning.plan import Plan
 from finetuning.tuning.sampler import study_of
-from finetuning.tuning.trials import COMPLETE, Trial, better
+from finetuning.tuning.trials import COMPLETE, Trial
 
 FEW_TRIALS = 30  # complete ones; with fewer, importances change much from trial to trial
 COLUMNS = 3
@@ -43,10 +45,7 @@ def score_label(plan: Plan) -> str:
 def best_plot(plan: Plan, complete: Sequence[Trial]) -> Plot:
     """The best score until each minute."""
     ordered = sorted(complete, key=lambda trial: trial.minutes)
-    best: list[float] = []
-    for trial in ordered:
-        value = trial.value or 0.0
-        best.append(value if not best or better(value, best[-1], plan.minimize) else best[-1])
+    best = itertools.accumulate((trial.value or 0.0 for trial in ordered), min if plan.minimize else max)
     minutes = [trial.minutes for trial in ordered]
     with new_figure("Best so far") as (figure, (axis,)):
         axis.step(minutes, [shown_score(plan, v) for v in best], where="post", color=COLORS[0], label="best so far")
@@ -54,7 +53,7 @@ def best_plot(plan: Plan, complete: Sequence[Trial]) -> Plot:
         axis.plot(minutes, scores, "o", color=COLORS[1], markersize=4, label="complete trial")
         axis.set(xlabel="minutes", ylabel=score_label(plan), xlim=(0, None))
         axis.legend(frameon=False)
-        return Plot("best.png", "The best validation score until each minute.", png_of(figure))
+        return Plot("best.png", "The best validation score until each minute.", partial(png_of, figure))
 
 
 def cost_plot(plan: Plan, complete: Sequence[Trial]) -> Plot | None:
@@ -81,7 +80,7 @@ def cost_plot(plan: Plan, complete: Sequence[Trial]) -> Plot | None:
         axis.set(xlabel="seconds of training", ylabel=score_label(plan))
         axis.legend(frameon=False)
         caption = "All complete trials. No other trial is both faster and better than one on the Pareto front."
-        return Plot("cost.png", caption, png_of(figure))
+        return Plot("cost.png", caption, partial(png_of, figure))
 
 
 def _method(plan: Plan, point: Point) -> str:
@@ -124,15 +123,13 @@ def importance_plot(plan: Plan, complete: Sequence[Trial]) -> Plot | None:
             if len(complete) < FEW_TRIALS
             else ""
         )
-        return Plot("importance.png", f"What moved the score of complete trials.{few}", png_of(figure))
+        return Plot("importance.png", f"What moved the score of complete trials.{few}", partial(png_of, figure))
 
 
 def slice_plot(plan: Plan, trials: Sequence[Trial]) -> Plot | None:
     """The score against each parameter; trials that ended early are grey, at their last score."""
     rows = [row for row in plan.space.parameters if len(row.ends) > 1]
-    scored = [
-        (t, t.value if t.value is not None else [*t.history.values()][-1]) for t in trials if t.history or t.value
-    ]
+    scored = [(trial, trial.latest) for trial in trials if trial.latest is not None]
     lines = math.ceil(len(rows) / COLUMNS)
     with new_figure("", width=9, height=2.6 * lines, rows=lines, columns=COLUMNS) as (figure, axes):
         for axis, row in zip(axes, rows, strict=False):
@@ -158,7 +155,7 @@ def slice_plot(plan: Plan, trials: Sequence[Trial]) -> Plot | None:
         caption = (
             f"The {score_label(plan)}, against each parameter. Grey: trials that ended early, at their last score."
         )
-        return Plot("slices.png", caption, png_of(figure))
+        return Plot("slices.png", caption, partial(png_of, figure))
 
 
 def _place(values: Sequence[object], value: object) -> float:

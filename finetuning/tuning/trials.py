@@ -213,11 +213,6 @@ def renew(locks: list[int]) -> None:
             os.utime(lock)
 
 
-def better(first: float, second: float, minimize: bool) -> bool:
-    """Whether the first score is better than the second."""
-    return first < second if minimize else first > second
-
-
 def best_of(trials: list[Trial], minimize: bool) -> Trial | None:
     """The complete trial with the best score; of equal ones the first."""
     complete = [trial for trial in trials if trial.state == COMPLETE and trial.value is not None]

@@ -143,6 +143,6 @@ def test_a_history_without_its_empty_cells(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora", curve=[0.8, 0.9])
     write_run(tmp_path, "s", "full")
     full, lora = read_study("s", tmp_path).runs
-    assert full.history() == []
-    assert [point["validation_accuracy"] for point in lora.history() if "validation_accuracy" in point] == [0.8, 0.9]
-    assert set(lora.history()[0]) == {"step", "epoch", "train_loss", "learning_rate", "train_seconds"}
+    assert full.history == []
+    assert [point["validation_accuracy"] for point in lora.history if "validation_accuracy" in point] == [0.8, 0.9]
+    assert set(lora.history[0]) == {"step", "epoch", "train_loss", "learning_rate", "train_seconds"}

@@ -9,8 +9,9 @@ import pytest
 from scipy.stats import t
 
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.over_sets import over_sets
+from finetuning.comparison.over_sets import grid_of, over_sets
 from finetuning.comparison.statistics import bayesian_signed_rank
+from finetuning.pages import Table
 from tests.synthetic_runs import write_run
 
 ACCURACIES = {  # set -> method -> of each seed, in thousandths
@@ -31,9 +32,15 @@ def results(folder: Path, accuracies: Mapping[str, Mapping[str, tuple[int, ...]]
     return folder
 
 
+def tables_of(results: Path) -> list[Table]:
+    grid = grid_of(read_study("s", results))
+    assert grid is not None
+    return over_sets(grid)
+
+
 @pytest.mark.parametrize("draw", ["", "-data_seed"], ids=["seeds", "draws"])
 def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
-    grid, pairs = over_sets(read_study("s", results(tmp_path, ACCURACIES, draw)))
+    grid, pairs = tables_of(results(tmp_path, ACCURACIES, draw))
     assert grid.columns == ("data set", "a, %", "b, %")
     assert grid.rows == [
         ("four", "50.00 ± 0.00 (2)", ""),
@@ -59,13 +66,13 @@ def test_data_sets_of_the_hub_have_the_name_that_the_study_gives_them(tmp_path: 
             study = {"row": f"{name}-{method}", "run": f"{name}-{method}-seed0", "data": name}
             right = np.arange(100) < score
             write_run(tmp_path, "s", f"{name}-{method}", correct=right, study=study, config={"dataset": f"o/{name}"})
-    grid, _ = over_sets(read_study("s", tmp_path))
+    grid, _ = tables_of(tmp_path)
     assert [row[0] for row in grid.rows] == ["ag", "imdb", "trec", "mean of 3 sets"]
 
 
 def test_studies_on_few_sets_have_no_such_tables(tmp_path: Path) -> None:
     two = {name: ACCURACIES[name] for name in ("one", "two", "four")}
-    assert over_sets(read_study("s", results(tmp_path, two))) == []
+    assert grid_of(read_study("s", results(tmp_path, two))) is None
 
 
 def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -> None:
@@ -78,7 +85,7 @@ def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -
                 write_run(tmp_path, "s", f"{name}-{method}", seed=seed, correct=np.arange(10) < 5, train=train, **more)
             axes, train = {"learning_rate": 0.1}, {"processor_seconds": 5.0}
             write_run(tmp_path, "s", f"{name}-{method}", stage="tune", axes=axes, validation=0.5, train=train, **more)
-    _, _, costs = over_sets(read_study("s", tmp_path))
+    _, _, costs = tables_of(tmp_path)
     assert costs.columns[2:4] == ("training, processor s", "with its trials, processor s")
     assert costs.rows == [
         ("a", "1,000", "30", "36", "1,024", "float32", "A CPU"),
@@ -92,7 +99,7 @@ def test_costs_of_forked_and_of_started_runs_are_told_apart(tmp_path: Path) -> N
             more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "train": {"processor_seconds": 5.0}}
             more["environment"] = {"forked": method == "b"}
             write_run(tmp_path, "s", f"{name}-{method}", correct=np.arange(10) < 5, **more)
-    _, _, costs = over_sets(read_study("s", tmp_path))
+    _, _, costs = tables_of(tmp_path)
     assert costs.column("process") == ["started", "forked"]
 
 
@@ -102,12 +109,12 @@ def test_the_losses_of_a_pair(tmp_path: Path) -> None:
             more = {"config": {"data_dir": f"in/{name}"}, "test": {"loss": loss}}
             write_run(tmp_path, "s", f"{name}-{method}", correct=np.arange(10) < 5, **more)  # type: ignore[arg-type]
     low, high = t.interval(0.95, 2, 0.2, 0.1 / np.sqrt(3))
-    assert over_sets(read_study("s", tmp_path))[1].rows[0][-1] == f"+0.200 ({low:+.3f} to {high:+.3f})"
+    assert tables_of(tmp_path)[1].rows[0][-1] == f"+0.200 ({low:+.3f} to {high:+.3f})"
 
 
 def test_many_methods_are_rows(tmp_path: Path) -> None:
     sets = {name: dict.fromkeys("abcd", (500,)) for name in ("one", "two", "three")}
-    table, *_ = over_sets(read_study("s", results(tmp_path, sets)))
+    table, *_ = tables_of(results(tmp_path, sets))
     assert table.columns == ("method", "one, %", "three, %", "two, %")
     assert table.rows[0] == ("a", "50.00 (1)", "50.00 (1)", "50.00 (1)")
     assert len(table.rows) == 4

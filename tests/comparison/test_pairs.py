@@ -10,14 +10,12 @@ from finetuning.comparison.pairs import (
     Answer,
     Comparison,
     answers,
-    compare,
     compare_rows,
     pooled_sentences,
     worth_showing,
 )
 from finetuning.comparison.report import make_section, study_text
 from finetuning.comparison.statistics import Difference, holm, mcnemar
-from finetuning.errors import UserError
 from finetuning.runs.files import PREDICTIONS
 from finetuning.runs.history import write_predictions
 from tests.synthetic_runs import outcomes, write_run
@@ -86,11 +84,6 @@ def test_different_test_texts_are_never_compared(tmp_path: Path) -> None:
     comparisons, notes = compare_rows(study)
     assert comparisons == []
     assert notes == ["Only rows with the same test texts are compared. The groups are: a; b; c."]
-    a, b = (run.predictions for run in study.runs[:2])
-    assert a is not None
-    assert b is not None
-    with pytest.raises(UserError, match="different texts"):
-        compare([a], [b], None, resamples=100)
 
 
 def test_each_group_has_a_best_row(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from finetuning.comparison import plots
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import FILES, _fronts, _rate_scores, _row_without, draw_plots, draw_readme_plot
@@ -43,6 +46,26 @@ def test_costs_that_may_not_be_compared_are_not_drawn(tmp_path: Path) -> None:
     for k, name in enumerate(["lora", "full"]):
         write_run(tmp_path, "s", name, correct=outcomes(0.9, 100, k), curve=[0.8], environment={"alone": k == 0})
     assert set(drawn(tmp_path)) == {"accuracy_parameters.png", "learning_curves.png"}
+
+
+def test_more_rows_than_can_be_told_apart_are_the_front_and_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "STYLES", 3)
+    labels: list[str] = []
+    real = Axes.errorbar
+
+    def watched(self: Axes, *given: Any, **more: Any) -> Any:
+        labels.append(more["label"])
+        return real(self, *given, **more)
+
+    monkeypatch.setattr(Axes, "errorbar", watched)
+    for k, (name, size) in enumerate({"best": 9, "second": 9, "third": 9, "small": 1, "worst": 5}.items()):
+        right = np.arange(100) < 95 - k
+        write_run(tmp_path, "s", name, correct=right, parameters={"trainable": size}, environment={"alone": False})
+    (plot,) = (plot for plot in drawn(tmp_path).values() if plot.file == "accuracy_parameters.png")
+    assert labels == ["best", "second", "small"]
+    assert plot.caption.endswith(" Shown: 3 of 5 rows, the front and the best on the test.")
 
 
 def test_the_plot_of_readme_has_only_the_rows_asked_for(tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def test_what_the_report_says(results: Path) -> None:
     assert readme.startswith("top\n")
     assert readme.endswith("end\n")
     assert "old" not in readme
+    assert f"\n{default_rates_table()}\n<!-- default_learning_rates:end -->" in readme
+    assert not (results / README_PLOT).exists()
     table = (results / "s" / "table.md").read_text()
     for said in (
         "## All pairs of rows (1)",
@@ -138,16 +140,7 @@ def test_what_the_report_says(results: Path) -> None:
     assert [row["accuracy_mean"] for row in rows] == pytest.approx([0.8, 0.905, 0.905, None])
 
 
-def test_readme_shows_the_default_rates(results: Path) -> None:
-    report(results)
-    assert (
-        f"\n{default_rates_table()}\n<!-- default_learning_rates:end -->" in (results.parent / "README.md").read_text()
-    )
-
-
 def test_the_plot_of_readme_comes_from_one_study(results: Path) -> None:
-    assert report(results) == 0
-    assert not (results / README_PLOT).exists()
     for k, row in enumerate(("lora", "full")):
         write_run(results, "earlier_work", row, correct=outcomes(0.9, 300, k))
     assert report(results) == 0

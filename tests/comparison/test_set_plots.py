@@ -9,6 +9,7 @@ import pytest
 from finetuning.comparison import set_plots
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of
+from finetuning.comparison.page import Plot
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots, losses
 from tests.synthetic_runs import outcomes, write_run
 
@@ -27,6 +28,12 @@ def write_grid(results: Path, seconds: bool = True, trials: int = TRIALS) -> Non
                 write_run(results, "s", row, stage="tune", axes=axes, validation=accuracy - 0.01 * i, **more)
 
 
+def plots_of(results: Path) -> list[Plot]:
+    grid = grid_of(read_study("s", results))
+    assert grid is not None
+    return draw_set_plots(grid)
+
+
 def test_losses_to_the_best_method_of_each_set(tmp_path: Path) -> None:
     write_grid(tmp_path)
     grid = grid_of(read_study("s", tmp_path))
@@ -38,12 +45,12 @@ def test_losses_to_the_best_method_of_each_set(tmp_path: Path) -> None:
 
 def test_each_picture_where_there_is_data_for_it_and_the_same_bytes_twice(tmp_path: Path) -> None:
     write_grid(tmp_path / "all")
-    found = draw_set_plots(read_study("s", tmp_path / "all"))
+    found = plots_of(tmp_path / "all")
     assert tuple(plot.file for plot in found) == SET_FILES[:3]
-    assert [plot.png for plot in found] == [plot.png for plot in draw_set_plots(read_study("s", tmp_path / "all"))]
+    assert [plot.png for plot in found] == [plot.png for plot in plots_of(tmp_path / "all")]
     assert all(plot.png.startswith(b"\x89PNG") and plot.caption.endswith(".") for plot in found)
     write_grid(tmp_path / "few", seconds=False, trials=1)
-    assert [plot.file for plot in draw_set_plots(read_study("s", tmp_path / "few"))] == [SET_FILES[0]]
+    assert [plot.file for plot in plots_of(tmp_path / "few")] == [SET_FILES[0]]
 
 
 def test_a_failed_trial_lowers_the_curve_of_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,19 +81,19 @@ def test_times_under_other_conditions_are_left_out(tmp_path: Path) -> None:
         more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "train": {"processor_seconds": 5.0}}
         more["environment"] = {"cpu": "Another"}
         write_run(tmp_path, "s", f"{name}-last-two", correct=outcomes(0.75, 100, k), **more)
-    (plot,) = (plot for plot in draw_set_plots(read_study("s", tmp_path)) if plot.file == SET_FILES[1])
+    (plot,) = (plot for plot in plots_of(tmp_path) if plot.file == SET_FILES[1])
     assert plot.caption.endswith("Left out, because they ran under other conditions: last-two.")
     for k, name in enumerate(SETS):  # two methods under each conditions: neither are those of most
         more = {"config": {"data_dir": f"in/{name}"}, "train": {"processor_seconds": 9.0}}
         more["environment"] = {"cpu": "Another"}
         write_run(tmp_path, "s", f"{name}-full", correct=outcomes(0.75, 100, k), **more)
-    assert SET_FILES[1] not in [plot.file for plot in draw_set_plots(read_study("s", tmp_path))]
+    assert SET_FILES[1] not in [plot.file for plot in plots_of(tmp_path)]
 
 
 def test_a_study_on_one_set_has_none(tmp_path: Path) -> None:
     for method in ("a", "b"):
         write_run(tmp_path, "s", f"one-{method}", correct=np.arange(10) < 5, config={"data_dir": "in/one"})
-    assert draw_set_plots(read_study("s", tmp_path)) == []
+    assert grid_of(read_study("s", tmp_path)) is None
 
 
 def test_methods_with_a_number_of_texts_are_curves_over_it(tmp_path: Path) -> None:
@@ -95,5 +102,5 @@ def test_methods_with_a_number_of_texts_are_curves_over_it(tmp_path: Path) -> No
             for method, accuracy in (("head", 0.6), ("lora", 0.5 + 0.2 * (texts > 50))):
                 more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "data": {"sizes": {"train": texts}}}
                 write_run(tmp_path, "s", f"{name}-{texts}-{method}", correct=outcomes(accuracy, 100, k), **more)
-    files = [plot.file for plot in draw_set_plots(read_study("s", tmp_path))]
+    files = [plot.file for plot in plots_of(tmp_path)]
     assert files == [SET_FILES[0], SET_FILES[3]]

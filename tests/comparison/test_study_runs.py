@@ -223,7 +223,7 @@ def test_a_record_without_its_test_stands_for_no_final_run() -> None:
     first, final = study.runs[0], study.runs[-1]
     # it tuned, and its test was forgotten
     record = leave_record(Path("results/other"), replace(first, settings={**first.settings, "test": True}))
-    assert runs.take_over(final.with_tuned(first.tunes)) is None
+    assert runs.take_over(final.with_tuned(first.axes)) is None
     assert runs.take_over(first) == record.path
 
 
