@@ -6,6 +6,7 @@ flags. Checks that need the data, the model or the machine are next to the code 
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 # Settings that only one method has, in addition to section lora.
 OF_ONE_METHOD = {"trainable_layers": "selective", "lora_plus_ratio": "lora"}
+WITHIN = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,8 @@ class RunConfig:
         Raises:
             UserError: like ``from_settings``.
         """
-        paths = {name: Path(value) for name, value in stored.items() if _is_path(name) and value is not None}
+        named = {name: stored.get(name) for name, flag in FLAGS.items() if flag.kind is Path}
+        paths = {name: Path(value) for name, value in named.items() if value is not None}
         names = {"model_name": recorded_name(stored["model_name"])} if stored.get("model_name") else {}
         if stored.get("strategy") not in FLAGS["strategy"].choices:  # earlier versions took any of Lightning's
             names["strategy"] = "auto"
@@ -176,10 +179,6 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
     return RunConfig.from_dict({**values, **given, "resume": True, "precision": values["precision"]})
 
 
-def _is_path(name: str) -> bool:
-    return name in FLAGS and FLAGS[name].kind is Path
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # defaults and checks
 
@@ -225,14 +224,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
         if value is None or not flag.bounds:
             continue
         # The bounds come before the comparison with infinity: a whole number can be too large for a float.
-        inside = all(_within(value, word, bound) for word, bound in flag.bounds.items())
+        inside = all(WITHIN[word](value, bound) for word, bound in flag.bounds.items())
         if not inside or not value < math.inf:
             words = " and ".join(f"{word} {bound}" for word, bound in flag.bounds.items())
             finite = "finite and " if inside or "above" in flag.bounds else ""
             raise UserError(f"--{name} {value}: must be {finite}{words}")
-
-
-def _within(value: float, word: str, bound: float) -> bool:
-    if word in ("at least", "above"):
-        return value >= bound if word == "at least" else value > bound
-    return value <= bound if word == "at most" else value < bound

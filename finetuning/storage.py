@@ -1,4 +1,7 @@
-"""Files: the cache folder, and atomic writes. A reader finds the old file or the new one, never half of it."""
+"""Files: the cache folder, and atomic writes. A reader finds the old file or the new one, never half of it.
+
+Where the old one is kept under another name, there is none for a moment.
+"""
 
 import hashlib
 import json
@@ -29,10 +32,19 @@ def cache_dir() -> Path:
         raise UserError("you have no home folder for caches: set FINETUNE_LORA_CACHE to a folder") from None
 
 
-def cannot_be_written_in(path: Path) -> Path | None:
-    """The existing file or directory that prevents ``path`` from being made; ``None`` if nothing does."""
+def check_writable(path: Path, flag: str = "") -> None:
+    """Checks that a directory can be made or written. Writes nothing.
+
+    Args:
+        path: the directory.
+        flag: what gave it, with a space.
+
+    Raises:
+        UserError: a file is in the way, or the user may not write there.
+    """
     existing = next(p for p in (path, *path.absolute().parents) if os.access(p, os.F_OK))
-    return None if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK) else existing
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise UserError(f"{flag}{path}: cannot be written: {existing} is not a directory that you may write to")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], keep: Path | None = None) -> None:
@@ -176,11 +188,13 @@ def write_new_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file.
+    """Reads a JSON file that holds an object.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON.
+        ValueError: it is not JSON, or no object.
     """
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+    content = json.loads(path.read_text(encoding="utf8"))
+    if not isinstance(content, dict):
+        raise ValueError("it must hold a JSON object")
     return content

@@ -112,13 +112,14 @@ def _seekable(path: Path) -> Path | io.BytesIO:
 
 def _parquet_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
     if rows is None:
-        yield pd.read_parquet(_seekable(path))
+        # a column that pandas would take as an index stays a column
+        yield pyarrow.parquet.read_table(_seekable(path)).to_pandas(ignore_metadata=True)
         return
     with pyarrow.parquet.ParquetFile(_seekable(path)) as file:
         if file.metadata.num_rows == 0:
-            yield file.schema_arrow.empty_table().to_pandas()
+            yield file.schema_arrow.empty_table().to_pandas(ignore_metadata=True)
         for batch in file.iter_batches(batch_size=rows):
-            # whole numbers stay whole next to missing ones; a column that pandas would take as an index stays a column
+            # whole numbers stay whole next to missing ones
             yield batch.to_pandas(integer_object_nulls=True, ignore_metadata=True)
 
 

@@ -202,14 +202,14 @@ def limited(splits: dict[str, pd.DataFrame], data: DataSettings) -> dict[str, pd
     """
     kept = dict(splits)
     for name, table in splits.items():
-        limit = data.limit(name)
+        limit = getattr(data, f"limit_{name}")
         if limit is None:
             continue
         classes = table.label.nunique() if name == "train" and "labels" not in table else 1
         if not classes <= limit <= len(table):
             raise UserError(
                 f"--limit_{name} {limit}: must be from {classes} to {len(table)}, because the {name} split has"
-                f" {len(table)} texts in {table.label.nunique()} classes"
+                f" {len(table)} texts{'' if 'labels' in table else f' in {table.label.nunique()} classes'}"
             )
         kept[name] = table.iloc[stratified_parts(table.label.to_numpy(), [limit], data.data_seed)[0]]
     return kept

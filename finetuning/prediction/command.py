@@ -122,9 +122,6 @@ def check_flags(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: there is no text, flags do not fit each other, a number is out of range, or ``--output`` is refused.
     """
-    from finetuning.prediction.outputs import check_output
-    from finetuning.prediction.rows import is_table
-
     text, pair, file = arguments.text, arguments.text_pair, arguments.file
     if text is None and file is None:
         raise UserError("no text: give --text TEXT or --file FILE")
@@ -132,7 +129,11 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UserError(f"--text_pair: must be given once for each --text, so {len(text or ())} times")
     for flag in ("text_column", "text_pair_column", "label_column"):
         column = getattr(arguments, flag)
-        if column is not None and (file is None or not is_table(file)):
+        if column is None:
+            continue
+        from finetuning.prediction.rows import is_table
+
+        if file is None or not is_table(file):
             raise UserError(
                 f"--{flag} {column}: needs --file with a table, for example .csv, because text has no columns"
             )
@@ -145,6 +146,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
         if share is not None and not 0 < share < 1:
             raise UserError(f"--{flag} {share:g}: must be above 0 and below 1")
     if arguments.output is not None:
+        from finetuning.prediction.outputs import check_output
+
         check_output(arguments.output)
 
 
@@ -201,7 +204,8 @@ def label(arguments: argparse.Namespace) -> None:
     for counter in counters:
         print(counter, file=sys.stderr)
     if surveyed.bad:
-        print(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and got an empty label", file=sys.stderr)
+        fate = "got an empty label" if arguments.most_uncertain is None else "were left out"
+        print(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and {fate}", file=sys.stderr)
 
 
 @contextmanager

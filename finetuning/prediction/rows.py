@@ -1,7 +1,7 @@
 """The rows to label, from the command line or a file: in chunks, each row checked, as often as they are needed.
 
 The first reading counts the rows and refuses what cannot be labelled, before the model is loaded. The second one
-labels them. Memory is bounded by a chunk. Nothing here imports torch.
+labels them. Memory is bounded by a chunk, but for a JSON list and parquet in gzip. Nothing here imports torch.
 """
 
 import io

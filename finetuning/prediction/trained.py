@@ -127,9 +127,6 @@ def _reading(content: dict[str, Any]) -> dict[str, Any]:
 
 def _json(directory: Path, name: str) -> dict[str, Any]:
     try:
-        content = read_json(directory / name)
+        return read_json(directory / name)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: {name} cannot be read: {first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{directory}: {name} must hold an object")
-    return content

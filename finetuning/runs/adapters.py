@@ -95,14 +95,11 @@ def read_adapter(folder: Path) -> Adapter:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = read_json(folder / ADAPTER_CONFIG)
+        return read_json(folder / ADAPTER_CONFIG)
     except FileNotFoundError:
         raise UserError(f"{folder}: must be a folder with an adapter, but has no {ADAPTER_CONFIG}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: {ADAPTER_CONFIG} cannot be read: {first_line(error)}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}: {ADAPTER_CONFIG} must be an object")
-    return config
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Checkpoint files: the last two of a run, each with a checksum. Nothing here imports torch.
+"""Checkpoint files: the last two of a run and the best one, each with a checksum. Nothing here imports torch.
 
 A checkpoint is a zip archive, as torch writes it. Its SHA-256 is the archive's comment. So torch can still read the
 file, and file and checksum can never belong to two different checkpoints.
@@ -63,7 +63,7 @@ def has_checkpoint(directory: Path) -> bool:
 def usable_checkpoint(directory: Path) -> Path | None:
     """The newest intact checkpoint; ``None`` if the run must start over."""
     files = (directory / name for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT))
-    return next((path for path in files if path.exists() and is_intact(path)), None)
+    return next((path for path in files if is_intact(path)), None)
 
 
 def discard_damaged(directory: Path) -> None:

@@ -27,7 +27,7 @@ from finetuning.runs.files import (
 )
 from finetuning.runs.lock import LOCK, DirectoryLock, holder, in_use
 from finetuning.settings import AUTO, DataSettings, RunSettings
-from finetuning.storage import TEMPORARY, cannot_be_written_in, remove
+from finetuning.storage import TEMPORARY, check_writable, remove
 
 PARTS = {"base_model": "--model_name", "data": "--data_dir", "adapter": "--init_adapter"}  # of a run's origin
 DEAD_NODE_SECONDS = 180.0  # NFS holds a dead node's lock for 90 s by default; its requeued job may start earlier
@@ -66,8 +66,7 @@ def run_directory(run: RunSettings, data: DataSettings, method: str) -> Path:
 
 def fold_directories(directory: Path, data: DataSettings) -> list[Path]:
     """The directories of the runs on the folds of ``--kfold``; none for other runs."""
-    count = data.kfold if data.cross_validates else None
-    return [directory / FOLDS / str(number) for number in range(1, (count or 0) + 1)]
+    return [directory / FOLDS / str(number) for number in data.folds]
 
 
 def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
@@ -81,8 +80,7 @@ def check_directory(directory: Path, resume: bool, overwrite: bool) -> None:
     flag = f"--output_dir {directory}"
     if os.access(directory, os.F_OK) and not directory.is_dir():
         raise UserError(f"{flag}: is a file: give a directory")
-    if (obstacle := cannot_be_written_in(directory)) is not None:
-        raise UserError(f"{flag}: cannot be written: {obstacle} is not a directory that you may write to")
+    check_writable(directory, "--output_dir ")
     if resume:
         return
     held = [name for name in RUN_FILES if (directory / name).exists()]

@@ -158,9 +158,7 @@ def read_origin(directory: Path) -> dict[str, Any]:
 
 
 def _stored(directory: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = read_json(directory / SETTINGS)
-    if not isinstance(settings, dict):
-        raise ValueError("it must hold a JSON object")
+    settings = read_json(directory / SETTINGS)
     expected = settings.pop(SUMS, None)
     if expected != _sum(settings) or ORIGIN not in settings:
         raise ValueError("it was changed after it was written")

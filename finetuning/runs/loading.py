@@ -16,7 +16,6 @@ from finetuning.models.base_model import BaseModel, class_names
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
-from finetuning.models.fused import split_widths
 from finetuning.models.pretrained import class_order
 from finetuning.runs.adapters import Adapter, read_adapter
 from finetuning.runs.files import ADAPTER_CONFIG, read_result
@@ -44,8 +43,7 @@ def load_classifier(
     adopted = config.lora is not None and config.lora.init_adapter is not None
     linears = read_fitting(directory, base.family).linears if adopted else None
     classifier = build_classifier(config, base, label_names, dtype, linears, int8_products)
-    parts = split_widths(classifier.model)
-    load_trained(directory, classifier.saved_parameters(), lora=config.lora is not None, split=parts)
+    load_trained(directory, classifier, lora=config.lora is not None)
     return classifier.eval()
 
 
@@ -158,8 +156,7 @@ def load_adapter(classifier: Classifier, adapter: Adapter, base: BaseModel) -> N
         plain = name.replace(".linear.", ".")
         return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
 
-    saved = classifier.saved_parameters()
-    loaded = load_initial(adapter.folder, saved, in_base, split_widths(classifier.model))
+    loaded, saved = load_initial(adapter.folder, classifier, in_base), classifier.saved_parameters()
     config: Any = classifier.model.config
     stored = _names_of_run(adapter.folder) or class_names(base.config)
     order = class_order(stored, class_names(config))

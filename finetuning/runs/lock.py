@@ -1,8 +1,9 @@
 """One writer per run directory: a lock that says who holds it. And claims: the lock of work that processes share.
 
-The system frees the lock when its process ends, however it ends. The file stays only if the process was killed, so the
-next run can say so. On a network file system, other hosts see the lock if the file system passes locks on: NFS does,
-Lustre if it was mounted with ``-o flock``. A file system without locks lets the run start, with a warning.
+The system frees the lock when its process ends, however it ends. A directory's file stays only if the process was
+killed, so the next run can say so; a claim's file always stays. On a network file system, other hosts see the lock if
+the file system passes locks on: NFS does, Lustre if it was mounted with ``-o flock``. A file system without locks lets
+the run start, with a warning.
 """
 
 import fcntl

@@ -1,6 +1,7 @@
 """What a run prints before and after training. Nothing here imports torch."""
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 from finetuning.runs.records import BaselineRecord, DataRecord, score_names
 from finetuning.settings import TrainingSettings
 
-INSTALLED, PREDICT = "finetune-lora", "finetune-predict"  # the commands that pip installs
+INSTALLED = "finetune-lora"  # the command that pip installs
+SCRIPTS = {"predict": "predict.py", "export": "export_model.py", "compare": "compare_methods.py"}  # files of the clone
 
 
 def headline(
@@ -54,12 +56,6 @@ def headline(
 def summary(directory: Path, result: dict[str, Any]) -> str:
     """The text that a run prints at the end: scores, time, memory, and a command to try the classifier."""
     trained = result["train"]
-    installed = Path(sys.executable).with_name(PREDICT)
-    begun = Path(sys.argv[0])
-    script = os.path.relpath(begun.with_name("predict.py")) if begun.name == "finetune_lora.py" else "predict.py"
-    words = (
-        [_callable(PREDICT, installed)] if installed.exists() else [_callable("python", Path(sys.executable)), script]
-    )
     example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
     monitor, multi_label = result["config"]["monitor"], "exact_match" in result["validation"]
@@ -81,7 +77,7 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         f"{'trained':<11} {result['parameters']['trainable']:,} of {result['parameters']['total']:,} parameters,"
         f" saved in {next(iter(result['files']))} ({next(iter(result['files'].values())):,} bytes)",
         *(f"{'advice':<11} {sentence}" for sentence in result["advice"]),
-        f"{'try it':<11} {shlex.join([*words, str(directory)])} {example}",
+        f"{'try it':<11} {called('predict', directory)} {example}",
     ]
     return "\n" + "\n".join(lines)
 
@@ -161,7 +157,23 @@ def command_line(words: Sequence[str]) -> str:
     """The command line to type in the current folder. Paths below it become relative."""
     installed = Path(words[0]).name == INSTALLED
     start = [_callable(INSTALLED, Path(words[0]))] if installed else ["python", words[0]]
-    return shlex.join(word.replace(f"{Path.cwd()}{os.sep}", "") for word in [*start, *words[1:]])
+    here = re.escape(f"{Path.cwd()}{os.sep}")
+    return shlex.join(re.sub(f"(^|=){here}", r"\1", word) for word in [*start, *words[1:]])
+
+
+def called(name: str, *words: object) -> str:
+    """A call of another command, to type in the current folder: as pip has installed it, or a file of the clone.
+
+    Args:
+        name: ``predict``, ``export`` or ``compare``.
+        words: what follows the command.
+    """
+    installed = Path(sys.executable).with_name(f"finetune-{name}")
+    start = [_callable(installed.name, installed)]
+    if not installed.exists():
+        file = Path(__file__).parents[2] / SCRIPTS[name]
+        start = [_callable("python", Path(sys.executable)), os.path.relpath(file)]
+    return shlex.join([*start, *map(str, words)])
 
 
 def _callable(name: str, path: Path) -> str:

@@ -1,7 +1,7 @@
 """What ``result.json`` holds: the record of a run, its parts, and the functions that make them.
 
-This module alone knows the names. ``RunRecord`` lists those of the first level, the classes above it those inside.
-Nothing here imports torch.
+This module alone makes the names; others read by them. ``RunRecord`` lists those of the first level, the classes above
+it those inside. Nothing here imports torch.
 """
 
 import functools

@@ -88,7 +88,7 @@ def score_intervals(answers: Answers) -> dict[str, Interval]:
         "loss": resampled_sums(answers.losses[:, None])[:, 0] / n,
     }
     if answers.multi_label:
-        drawn["micro_f1"] = _f1(right.sum(1), given.sum(1), truth.sum(1))
+        drawn["micro_f1"] = f1(right.sum(1), given.sum(1), truth.sum(1))
     else:
         drawn["mcc"] = _mcc(right, given, truth, n)
     found = {name: limits for name, values in drawn.items() if (limits := interval(values)) is not None}
@@ -102,11 +102,11 @@ def class_scores(answers: Answers) -> list[ClassScore]:
     """
     right, given, truth = (part.sum(0) for part in _counts(answers))
     resampled = _resampled_counts(answers)
-    draws, seen = _f1(*resampled), resampled[1] + resampled[2] > 0
+    draws, seen = f1(*resampled), resampled[1] + resampled[2] > 0
     return [
         ClassScore(
             int(truth[i]), right[i] / max(given[i], 1), right[i] / max(truth[i], 1),
-            float(_f1(right[i], given[i], truth[i])), interval(draws[seen[:, i], i]),
+            float(f1(right[i], given[i], truth[i])), interval(draws[seen[:, i], i]),
         )
         for i in range(len(truth))
     ]  # fmt: skip
@@ -156,7 +156,8 @@ def _resampled_counts(answers: Answers) -> list[np.ndarray]:
     return np.split(resampled_sums(np.concatenate(_counts(answers), axis=1)), 3, axis=1)
 
 
-def _f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """F1 from three counts: labels given that are right, labels given, labels to find; 0 if there are none."""
     return np.asarray(2 * right / np.maximum(given + truth, 1))
 
 
@@ -166,7 +167,7 @@ def macro_f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray, multi_labe
     Like torchmetrics: in a single-label run, classes that are neither true nor given anywhere do not count.
     """
     counted = np.full(given.shape, True) if multi_label else given + truth > 0
-    return np.asarray((_f1(right, given, truth) * counted).sum(1) / counted.sum(1))
+    return np.asarray((f1(right, given, truth) * counted).sum(1) / counted.sum(1))
 
 
 def _mcc(right: np.ndarray, given: np.ndarray, truth: np.ndarray, n: int) -> np.ndarray:

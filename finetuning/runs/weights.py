@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetuning.errors import UserError
+from finetuning.models.classifier import Classifier
+from finetuning.models.fused import split_widths
+from finetuning.models.lora import ranks_and_alphas
 from finetuning.runs.adapters import Adapter
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, check_unchanged
 from finetuning.settings import LoRASettings
@@ -29,38 +32,29 @@ def peft_name(name: str, lora: bool) -> str:
 
 
 def save_trained(
-    directory: Path,
-    parameters: dict[str, torch.nn.Parameter],
-    lora: LoRASettings | None,
-    model_name: str,
-    targets: Mapping[str, tuple[int, float]],
-    head: Sequence[str],
-    split: Mapping[str, Mapping[str, int]] | None = None,
-    transposed: bool = False,
-    pooling: str | None = None,
+    directory: Path, classifier: Classifier, lora: LoRASettings | None, model_name: str, pooling: str | None = None
 ) -> Path:
     """Writes the trained weights. The base model plus these weights is the run's classifier.
 
     Args:
         directory: the run directory.
-        parameters: the classifier's ``saved_parameters()``.
+        classifier: the run's.
         lora: with LoRA, the file is an adapter in PEFT's format. With ``None``, it contains the changed weights.
         model_name: the base model.
-        targets: full name of each linear layer with LoRA -> its rank and alpha.
-        head: full names of the head's modules with weights.
-        split: for each fused linear that was split into parts, the width of each part; see ``joined_parts``.
-        transposed: whether the base model stores the weights of these linears transposed, as GPT-2 does.
         pooling: what the head reads, if the base model's class computes something else.
 
     Returns:
         The file with the weights.
     """
-    values = joined_parts({name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}, split or {})
+    split, family = split_widths(classifier.model), classifier.family
+    values = {name: p.detach().to("cpu", copy=True) for name, p in classifier.saved_parameters().items()}
+    values = joined_parts(values, split)
     tensors = {peft_name(name, lora is not None): value.contiguous() for name, value in values.items()}
     path = directory / (TRAINED_WEIGHTS if lora is None else ADAPTER)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
     if lora is not None:
-        config = adapter_config(lora, model_name, targets, head, split or {}, transposed, pooling)
+        targets, head = ranks_and_alphas(classifier.model), family.head_modules
+        config = adapter_config(lora, model_name, targets, head, split, family.conv1d, pooling)
         write_json(directory / ADAPTER_CONFIG, config)
     return path
 
@@ -222,19 +216,13 @@ def adapter_config(
     } | more
 
 
-def load_trained(
-    directory: Path,
-    parameters: dict[str, torch.nn.Parameter],
-    lora: bool,
-    split: Mapping[str, Mapping[str, int]] | None = None,
-) -> None:
+def load_trained(directory: Path, classifier: Classifier, lora: bool) -> None:
     """Copies a run's trained weights into a classifier that was built with the run's settings.
 
     Args:
         directory: the run directory.
-        parameters: the classifier's ``saved_parameters()``.
+        classifier: gets the weights.
         lora: whether the weights are an adapter.
-        split: as in ``save_trained``.
 
     Raises:
         UserError: the file is missing, damaged or changed, or belongs to another model.
@@ -242,29 +230,24 @@ def load_trained(
     path = directory / (ADAPTER if lora else TRAINED_WEIGHTS)
     check_unchanged(path)
     tensors = _read_tensors(path)
-    joined = joined_parts({name: parameter.data for name, parameter in parameters.items()}, split or {})
+    parameters, split = classifier.saved_parameters(), split_widths(classifier.model)
+    joined = joined_parts({name: parameter.data for name, parameter in parameters.items()}, split)
     names = {name: peft_name(name, lora) for name in joined}
     if set(names.values()) != set(tensors):
         raise UserError(f"{path} does not contain the weights of this run: restore the file, or train again")
     _check(path, tensors, names, joined, advice=": restore the file, or train again")
-    own = separate_parts({name: tensors[stored] for name, stored in names.items()}, parameters, split or {})
+    own = separate_parts({name: tensors[stored] for name, stored in names.items()}, parameters, split)
     for name, parameter in parameters.items():
         parameter.data.copy_(own[name])
 
 
-def load_initial(
-    directory: Path,
-    parameters: dict[str, torch.nn.Parameter],
-    optional: Callable[[str], bool],
-    split: Mapping[str, Mapping[str, int]] | None = None,
-) -> list[str]:
+def load_initial(directory: Path, classifier: Classifier, optional: Callable[[str], bool]) -> list[str]:
     """Copies an adapter into a classifier whose LoRA layers were placed as it says.
 
     Args:
         directory: the adapter's folder.
-        parameters: the classifier's ``saved_parameters()``.
+        classifier: gets the weights.
         optional: whether the adapter may lack a parameter, which then keeps its value.
-        split: as in ``save_trained``.
 
     Returns:
         The parameters that the adapter has.
@@ -273,7 +256,8 @@ def load_initial(
         UserError: the file lacks a parameter, has one too many, or one of another shape.
     """
     path = directory / ADAPTER
-    joined = joined_parts({name: parameter.data for name, parameter in parameters.items()}, split or {})
+    parameters, split = classifier.saved_parameters(), split_widths(classifier.model)
+    joined = joined_parts({name: parameter.data for name, parameter in parameters.items()}, split)
     names = {name: peft_name(name, lora=True) for name in joined}
     tensors = _read_tensors(path)
     strange = sorted(set(tensors) - set(names.values()))
@@ -284,7 +268,7 @@ def load_initial(
         raise UserError(f"--init_adapter {directory}: {ADAPTER} lacks {missing[0]}, and so does the base model")
     given = {name: own for name, own in names.items() if own in tensors}
     _check(path, tensors, given, joined)
-    own = separate_parts({name: tensors[stored] for name, stored in given.items()}, parameters, split or {})
+    own = separate_parts({name: tensors[stored] for name, stored in given.items()}, parameters, split)
     for name, value in own.items():
         parameters[name].data.copy_(value)
     return list(own)

@@ -1,7 +1,7 @@
 """The settings of one run, in seven sections. Each field is a flag of the same name, with its help and its bounds.
 
-Most functions take one section or single settings, so their signatures show which settings can change their results.
-A section has two more functions: ``defaults`` gives those that depend on other settings, and ``check`` refuses what
+Most functions take one section or single settings, so their signatures show which settings can change their results. A
+section may have two more functions: ``defaults`` gives those that depend on other settings, and ``check`` refuses what
 excludes each other; both get every setting. ``config.py`` builds all sections from the flags. Nothing here imports
 torch, so a wrong flag fails at once.
 """
@@ -38,45 +38,6 @@ from finetuning.settings.training import (
     TrainingSettings,
     parsed_class_weights,
 )
-
-__all__ = [
-    "AUTO",
-    "COMMANDS",
-    "DEFAULT_LEARNING_RATES",
-    "DEFAULT_MODEL",
-    "DEFAULT_THRESHOLD",
-    "ENCODER_TARGETS",
-    "FLAGS",
-    "LORA_TARGETS",
-    "MINILM_FORMS",
-    "OF_ADAPTER",
-    "PACKAGED",
-    "PACKAGED_BASE",
-    "PACKAGED_BERT",
-    "PACKAGED_DISTILBERT",
-    "PACKAGED_MEANS",
-    "PACKAGED_MODELS",
-    "SECTIONS",
-    "TRACKERS",
-    "WINDOWED",
-    "CommandSettings",
-    "DataSettings",
-    "Flag",
-    "HardwareSettings",
-    "LoRASettings",
-    "MethodSettings",
-    "ModelSettings",
-    "RunSettings",
-    "TrainingSettings",
-    "Values",
-    "check_data_dir",
-    "excludes_int8",
-    "full_name",
-    "named_layers",
-    "parsed_class_weights",
-    "parsed_layers",
-    "recorded_name",
-]
 
 SECTIONS: dict[str, type] = {
     "method": MethodSettings,

@@ -89,20 +89,15 @@ class DataSettings:
         at_least=0, at_most=2**32 - 1,
     )  # fmt: skip
 
-    def limit(self, split: str) -> int | None:
-        """The value of ``--limit_train``, ``--limit_validation`` or ``--limit_test``."""
-        limits = {"train": self.limit_train, "validation": self.limit_validation, "test": self.limit_test}
-        return limits[split]
-
     @property
     def longest(self) -> int:
         """The largest number of tokens of a text, in all its windows together."""
         return self.windows * self.max_length
 
     @property
-    def cross_validates(self) -> bool:
-        """Whether the run trains all folds of ``--kfold`` first, and then on all training texts."""
-        return self.kfold is not None and self.fold is None
+    def folds(self) -> range:
+        """The numbers of the folds of ``--kfold`` that the run trains before all training texts; else empty."""
+        return range(1, (self.kfold or 0) + 1) if self.fold is None else range(0)
 
     @staticmethod
     def defaults(s: Values) -> dict[str, Any]:

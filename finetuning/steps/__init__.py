@@ -1,7 +1,8 @@
 """The steps of one run, in their order: inputs, claim, folds, classifier, training, evaluation, baseline, report.
 
-``instead.py`` has what else the command does. ``run`` in ``finetune_lora.py`` calls the steps. Each takes what the
-earlier ones gave, and changes nothing of it. Importing this package loads torch.
+``instead.py`` has what else the command does. ``run`` and ``carry_out`` in ``finetune_lora.py`` call the steps. Each
+takes what the earlier ones gave. Training changes the classifier and the task's threshold; nothing else is changed.
+Importing this package loads torch.
 """
 
 from finetuning.steps.baseline import compare_with_baseline
@@ -13,20 +14,3 @@ from finetuning.steps.instead import estimate, prefetch
 from finetuning.steps.report import present, restore_report
 from finetuning.steps.training import evaluate, prepare_training, train
 from finetuning.steps.watch import trackers_of, watched
-
-__all__ = [
-    "build_model",
-    "claim_directory",
-    "compare_with_baseline",
-    "cross_validate",
-    "estimate",
-    "evaluate",
-    "prefetch",
-    "prepare_training",
-    "present",
-    "read_inputs",
-    "restore_report",
-    "trackers_of",
-    "train",
-    "watched",
-]

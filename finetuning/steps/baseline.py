@@ -32,8 +32,19 @@ def compare_with_baseline(training: Training) -> ComparedRecord | None:
     if is_helper() or not training.claim.config.run.baseline:
         return None
     training.watch.keep_memory()
+    config, multi_label = training.claim.config, isinstance(training.inputs.task, MultiLabel)
     try:
-        return _compared(training) if training.folds is None else _of_folds(training, training.folds.record)
+        folds = training.folds and training.folds.record
+        if folds and any(fold["baseline"] is None for fold in folds["folds"]):
+            return None
+        record, own = of_folds(folds) if folds else _compared(training)
+        from finetuning.comparison import baselines
+
+        advice = baselines.advice(
+            own, record["validation"], config.training.monitor, multi_label,
+            all_linears=_lacks_linears(config.lora), few=len(training.inputs.splits["train"]) < FEW_TEXTS,
+        )  # fmt: skip
+        return ComparedRecord(record, advice)
     except Interrupted:
         raise
     except Exception as error:  # a run whose classifier is trained does not fail here
@@ -41,13 +52,14 @@ def compare_with_baseline(training: Training) -> ComparedRecord | None:
         return None
 
 
-def _compared(training: Training) -> ComparedRecord:
+def _compared(training: Training) -> tuple[BaselineRecord, dict[str, float]]:
+    """The baseline, and the run's scores on the validation texts that it answered."""
     began = time.perf_counter()
     from finetuning.comparison import baselines  # loads scikit-learn
 
     config, inputs, watch = training.claim.config, training.inputs, training.watch
     task = copy.deepcopy(inputs.task)  # --threshold tuned gives the baseline a threshold of its own
-    classes, multi_label = len(task.names), isinstance(task, MultiLabel)
+    classes = len(task.names)
     splits = {name: split for name, split in inputs.texts.splits.items() if name in inputs.splits}
     sizes = {name: baselines.size_of(split) for name, split in splits.items()}
     counts = baselines.affordable(sizes, classes, baselines.budget(watch.meter.run_seconds), free_memory())
@@ -58,10 +70,7 @@ def _compared(training: Training) -> ComparedRecord:
     scores = {name: _scores(task, split.labels, logits[name]) for name, split in used.items()}
     rows, labels, answers = training.module.predictions["validation"]
     same = np.isin(rows, validation.rows)
-    advice = baselines.advice(
-        _scores(inputs.task, labels[same], answers[same]), scores["validation"], config.training.monitor, multi_label,
-        all_linears=_lacks_linears(config.lora), few=len(training.inputs.splits["train"]) < FEW_TEXTS,
-    )  # fmt: skip
+    own = _scores(inputs.task, labels[same], answers[same])
     watch.stop.check()
     seconds = time.perf_counter() - began
     record = BaselineRecord(
@@ -69,30 +78,23 @@ def _compared(training: Training) -> ComparedRecord:
     )
     if "test" in scores:
         record["test"] = scores["test"]
-    return ComparedRecord(record, advice)
+    return record, own
 
 
-def _of_folds(training: Training, folds: FoldsRecord) -> ComparedRecord | None:
-    """The means of what the runs on the folds were compared with; ``None`` if one has no baseline."""
-    from finetuning.comparison import baselines
+def of_folds(folds: FoldsRecord) -> tuple[BaselineRecord, dict[str, float]]:
+    """The means of what the runs on the folds were compared with, and of their own scores, as the run prints them."""
+    from finetuning.comparison.baselines import NAME
 
     found = [fold["baseline"] for fold in folds["folds"]]
-    if None in found:
-        return None
     names = [name for name in SCORES if all(name in each["validation"] for each in found)]
     means = {name: statistics.fmean(each["validation"][name] for each in found) for name in names}
     record = BaselineRecord(
-        name=baselines.NAME,
+        name=NAME,
         texts=min(each["texts"] for each in found),
         seconds=sum(each["seconds"] for each in found),
         validation=means | {"examples": sum(each["validation"]["examples"] for each in found)},
     )
-    config, multi_label = training.claim.config, isinstance(training.inputs.task, MultiLabel)
-    advice = baselines.advice(
-        folds["mean"], record["validation"], config.training.monitor, multi_label,
-        all_linears=_lacks_linears(config.lora), few=len(training.inputs.splits["train"]) < FEW_TEXTS,
-    )  # fmt: skip
-    return ComparedRecord(record, advice)
+    return record, (folds["same_epoch"] or folds)["mean"]
 
 
 def _lacks_linears(lora: LoRASettings | None) -> bool:

@@ -10,7 +10,6 @@ from torch import get_num_threads
 
 from finetuning.caches import remove_left_over
 from finetuning.config import RunConfig
-from finetuning.models.base_files import file_hashes
 from finetuning.processes import is_helper, share_directory, slurm_job
 from finetuning.runs.directory import START_OVER, checkpoint_to_resume, claimed_directory
 from finetuning.runs.messages import command_line
@@ -57,7 +56,7 @@ def claim_directory(directory: Path, inputs: Inputs) -> Claim:
 def origin_of(inputs: Inputs) -> dict[str, Any]:
     """What the run is made from, see ``write_settings``."""
     return {
-        "base_model": file_hashes(inputs.base.folder),
+        "base_model": inputs.base.file_hashes,
         "data": data_hashes(inputs.texts, inputs.splits),
         "adapter": {} if inputs.adapter is None else inputs.adapter.file_hashes(),
         "threads": None if inputs.hardware.on_gpu else get_num_threads(),

@@ -31,7 +31,7 @@ from finetuning.training.trainer import check_processes
 
 FEW_OF_A_CLASS = 5  # validation texts: one more right is a fifth of the class or more
 FEW_VALIDATION_TEXTS = 100  # an accuracy of them has a 95 % interval of 6 to 10 points to each side
-FEW_TEXTS = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
+FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, inputs.config.training, config.hardware.processes)
     inputs = dataclasses.replace(inputs, splits=splits)
-    numbers = range(1, config.data.kfold + 1) if config.data.kfold and config.data.cross_validates else ()
-    return dataclasses.replace(inputs, folds=tuple(fold_inputs(inputs, number) for number in numbers))
+    return dataclasses.replace(inputs, folds=tuple(fold_inputs(inputs, number) for number in config.data.folds))
 
 
 def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str]]:
@@ -141,9 +140,8 @@ def validation_advice(texts: int, counts: Mapping[str, int], config: RunConfig) 
     if texts < FEW_VALIDATION_TEXTS:
         doubt = f"validation has {texts} texts, so the epoch that it chooses depends on chance"
     elif counts[rarest] < FEW_OF_A_CLASS:
-        doubt = (
-            f"validation has {counts[rarest]} texts of class {rarest!r}, so what they say about it depends on chance"
-        )
+        found = "1 text" if counts[rarest] == 1 else f"{counts[rarest]} texts"
+        doubt = f"validation has {found} of class {rarest!r}, so what it says about this class depends on chance"
     else:
         return []
     return [f"{doubt}: --kfold 5 needs no validation split and scores every training text"]
@@ -167,7 +165,7 @@ def pooling_advice(texts: int, base: BaseModel, config: RunConfig) -> list[str]:
             f" tried{export}"
         ]
     new = config.lora is not None and config.lora.init_adapter is None  # an adapter has its pooling
-    if new and texts <= FEW_TEXTS:
+    if new and texts <= FEW_FOR_MEAN:
         return [
             f"{texts} texts are few: with LoRA, MiniLM and 50 texts, --pooling mean was better on four of five data"
             f" sets{export}"

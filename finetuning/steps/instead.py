@@ -23,7 +23,7 @@ def estimate(config: RunConfig) -> str:
     Raises:
         UserError: input is refused, or a GPU has too little memory for one step.
     """
-    folds = config.data.kfold if config.data.cross_validates else None
+    folds = len(config.data.folds)
     if folds:
         config = config.changed(fold=1, test=False)
     inputs = read_inputs(config, find_materials(config))
@@ -42,7 +42,7 @@ def estimate(config: RunConfig) -> str:
         advice = f"lower --batch_tokens ({training.batch_tokens}), or use --gradient_checkpointing True"
         raise UserError(f"--estimate: the GPU has too little memory for one step of this run: {advice}") from None
     shown = f"{inputs.headline(classifier)}\n\n{estimate_table(record, weight_bytes, training.epochs)}"
-    if folds is None:
+    if not folds:
         return shown
     final = folds / (folds - 1)  # it has the texts of all folds, and the chosen epochs only
     total = timedelta(seconds=round((folds + final) * record["seconds"]["run"]))

@@ -8,8 +8,6 @@ import lightning.pytorch as pl
 
 from finetuning.data.batches import TokenBatchLoader, evaluation_loader, train_loader
 from finetuning.models.classifier import Classifier
-from finetuning.models.fused import split_widths
-from finetuning.models.lora import ranks_and_alphas
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
 from finetuning.runs.history import plot_learning_curve, write_predictions
 from finetuning.runs.records import DataRecord, TrainedRecord, TrainRecord, data_record, scores_record, train_record
@@ -21,7 +19,7 @@ from finetuning.steps.watch import Watch
 from finetuning.training.label_advice import chance_advice, one_answer_advice
 from finetuning.training.memory import check_memory
 from finetuning.training.module import FineTuning
-from finetuning.training.trainer import loader_shares, make_trainer
+from finetuning.training.trainer import make_trainer
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,11 @@ def prepare_training(
     chosen = None if folds is None else folds.record["epochs"]
     callbacks: list[Any] = [watch.meter, watch.stop]
     trainer = make_trainer(settings, claim.config.hardware, hardware, claim.directory, callbacks, chosen)
-    options = loader_shares(trainer, hardware)
+    options: dict[str, Any] = {
+        "rank": trainer.global_rank,
+        "world_size": trainer.world_size,
+        "pin_memory": hardware.on_gpu,
+    }
     batches = train_loader(splits["train"], settings, inputs.pad_id, **options)
     validation = evaluation_loader(splits["validation"], settings, inputs.pad_id, **options) if folds is None else None
     repeated = {name: splits[name].lengths for name in ("train", "validation") if folds is None or name == "train"}
@@ -129,11 +131,8 @@ def _save(training: Training) -> dict[str, int]:
     """Writes the trained weights and the learning curve. Returns the bytes of what a run is used or continued with."""
     claim, classifier, meter = training.claim, training.module.classifier, training.watch.meter
     config, directory = claim.config, claim.directory
-    saved = save_trained(
-        directory, classifier.saved_parameters(), config.lora, config.model.model_name,
-        ranks_and_alphas(classifier.model), classifier.family.head_modules, split_widths(classifier.model),
-        classifier.family.conv1d, training.inputs.base.other_pooling(config.model.pooling),
-    )  # fmt: skip
+    pooling = training.inputs.base.other_pooling(config.model.pooling)
+    saved = save_trained(directory, classifier, config.lora, config.model.model_name, pooling)
     optimizer = f"{config.training.optimizer}, {config.training.learning_rate:g}"
     title = f"{training.inputs.texts.source}: {config.method.method}, {optimizer}"
     plot_learning_curve(directory, meter.rows, config.training.monitor, title)

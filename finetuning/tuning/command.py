@@ -5,7 +5,6 @@ Exit status: 0 all is done, 1 a run has failed, 2 input refused, 130 interrupted
 
 import argparse
 import os
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from finetuning.errors import UserError, exit_status, first_line, say
 from finetuning.flags import OneLineParser, add_flags, parse_bool, parse_path
 from finetuning.processes import show_any_text
 from finetuning.processor import limit_libraries
+from finetuning.runs.messages import called
 from finetuning.settings import FLAGS, check_data_dir
 from finetuning.tuning.parameters import read_space
 from finetuning.tuning.plan import (
@@ -246,7 +246,7 @@ def work(folder: Path, jobs: int) -> int:
         except OSError as error:
             raise UserError(f"--output_dir {folder}: cannot be used: {first_line(error, name_file=True)}") from None
     if stop.received:
-        resumed = f"python compare_methods.py tune --resume --output_dir {shlex.quote(str(folder))}"
+        resumed = called("compare", "tune", "--resume", "--output_dir", folder)
         say(f"interrupted; continue with: {resumed}\n{folder / BEST} is made when the search ends")
         return 130
     if final is None:

@@ -1,5 +1,6 @@
 """The parameters of a search: their values and conditions, the declared ones, and a file that changes them."""
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,10 +170,11 @@ def _row(name: str, row: Any) -> Parameter | None:
 
 def _check_kind(name: str, value: Any, times_default: bool) -> None:
     if name == PLACEMENT:
-        allowed, fits = ", ".join(PLACEMENTS), value in PLACEMENTS
+        allowed, fits = ", ".join(PLACEMENTS), isinstance(value, str) and value in PLACEMENTS
     else:
         kind = float if times_default else FLAGS[name].kind
         allowed = {bool: "true or false", int: "whole numbers", float: "numbers"}.get(kind, "texts")
         fits = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
+        fits = fits and (kind is not float or -math.inf < value < math.inf)
     if not fits:
         raise UserError(f"{name}: {value}: must be {allowed}")

@@ -6,7 +6,6 @@ The first worker writes both. Others that come with the same flags, or with ``--
 import json
 import time
 import uuid
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,8 +15,8 @@ from typing import Any
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
-from finetuning.settings import FLAGS, PACKAGED_MODELS
-from finetuning.storage import cannot_be_written_in, read_json, remove, write_json, write_new_json
+from finetuning.settings import FLAGS, PACKAGED, PACKAGED_MODELS
+from finetuning.storage import check_writable, read_json, remove, write_json, write_new_json
 from finetuning.tuning.space import Space
 
 SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
@@ -95,7 +94,7 @@ class Plan:
 
 def _anywhere(value: str | Path) -> str:
     """A path that workers in other directories understand; the name of a model stays."""
-    is_path = isinstance(value, Path) or (value not in PACKAGED_MODELS and Path(value).is_dir())
+    is_path = isinstance(value, Path) or (value not in (PACKAGED, *PACKAGED_MODELS) and Path(value).is_dir())
     return str(Path(value).resolve()) if is_path else str(value)
 
 
@@ -121,10 +120,7 @@ def check_new(folder: Path) -> None:
     found = [name for name in names if not name.startswith(".") and name != BUDGET]  # another worker may just begin
     if found and not holds_search(folder):
         raise UserError(f"--output_dir {folder}: contains {sorted(found)[0]}, but no search: give a new directory")
-    if (obstacle := cannot_be_written_in(folder)) is not None:
-        raise UserError(
-            f"--output_dir {folder}: cannot be written: {obstacle} is not a directory that you may write to"
-        )
+    check_writable(folder, "--output_dir ")
 
 
 def check_same(folder: Path, asked: Asked) -> None:
@@ -231,8 +227,3 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
         if more:
             for name in (FINAL, SUMMARY):
                 remove(folder / name)
-
-
-def stored_flags(given: Mapping[str, Any]) -> list[str]:
-    """Settings as words of a command line."""
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]

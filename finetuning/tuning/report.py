@@ -14,15 +14,17 @@ import numpy as np
 from finetuning.comparison.collected import Predictions
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.plan import shown_command
-from finetuning.comparison.statistics import SCORES, Difference, pooled_difference, seed_spread
+from finetuning.comparison.statistics import Difference, pooled_difference, seed_spread
+from finetuning.flags import flag_words
 from finetuning.html import render
 from finetuning.pages import Table
 from finetuning.runs.abstention import checkpoints_compared
-from finetuning.runs.answers import positive_of
+from finetuning.runs.answers import is_multi_label, positive_of
 from finetuning.runs.files import PREDICTIONS, read_result, read_status, write_result
-from finetuning.runs.records import SCORES as SCORE_NAMES
+from finetuning.runs.messages import called
+from finetuning.runs.records import SCORES
 from finetuning.storage import read_json, write_json, write_text
-from finetuning.tuning.plan import BEST, SUMMARY, TRIALS, Budget, Plan, stored_flags
+from finetuning.tuning.plan import BEST, SUMMARY, TRIALS, Budget, Plan
 from finetuning.tuning.plots import draw_plots, shown_score
 from finetuning.tuning.search import last_places
 from finetuning.tuning.texts import seeds_text, shown_values, trial_name
@@ -144,7 +146,7 @@ def _record(trial: Trial, runs: list[Path], failed: int = 0) -> dict[str, Any]:
     return {
         "trial": trial.number,
         "flags": trial.settings,
-        "command": command_of(results[0]) if results else None,
+        "command": shown_command(results[0]["command"]) if results else None,
         "search_validation": trial.value,  # if chosen as the highest of many, likely too high
         "seeds": [result["config"]["seed"] for result in results],
         "failed": failed,
@@ -159,11 +161,6 @@ def _means(scores: list[dict[str, Any]]) -> dict[str, float]:
     return {name: statistics.fmean(score[name] for score in scores) for name in names}
 
 
-def command_of(result: dict[str, Any]) -> str:
-    """The command of a run, without the paths of this machine."""
-    return shown_command(result["command"])
-
-
 def gain_of(default: list[Path], runs: list[Path]) -> dict[str, Any]:
     """The mean test score of runs minus the default's, with a 95 % interval over texts and seeds.
 
@@ -173,16 +170,17 @@ def gain_of(default: list[Path], runs: list[Path]) -> dict[str, Any]:
     """
     result = read_result(default[0])
     names = result["data"]["label_names"]
-    several = "threshold" in result["task"] and positive_of(result["task"], names) is None
-    measure = "micro_f1" if several else "accuracy"
+    multi_label = is_multi_label(result["task"].get("threshold"), positive_of(result["task"], names))
+    measure = "micro_f1" if multi_label else "accuracy"
 
-    def counted(run: Path) -> np.ndarray:
+    def predictions(run: Path) -> Predictions:
         task = read_result(run)["task"]
         frame = read_test_predictions(run / PREDICTIONS, task.get("threshold"), positive_of(task, names)).to_pandas()
-        return Predictions.from_frame("", frame).counted(measure)
+        return Predictions.from_frame("", frame)
 
-    first, second = (np.stack([counted(run) for run in each]) for each in (runs, default))
-    scores = [[float(SCORES[measure](run.sum(axis=0))) for run in method] for method in (first, second)]
+    sides = [[predictions(run) for run in each] for each in (runs, default)]
+    first, second = (np.stack([each.counted(measure) for each in side]) for side in sides)
+    scores = [[each.score(measure) for each in side] for side in sides]
     found = pooled_difference([(first, second, seed_spread(scores))], score=measure)
     return {"measure": measure, "mean": found.mean, "ci95": [found.low, found.high], "p": found.p}
 
@@ -198,12 +196,9 @@ def summary_lines(folder: Path, summary: dict[str, Any]) -> list[str]:
         lines.append(f"{'gain':<11} {gain_text(summary)}")
     lines.append(f"{'best run':<11} {folder / BEST}")
     lines.append(f"{'report':<11} {folder / REPORT}")
-    best = shlex.quote(str(folder / BEST))
-    onnx = (
-        " --onnx" if won["flags"].get("pooling") == "mean" else ""
-    )  # most classes of Transformers cannot read the mean
-    lines.append(f'{"try it":<11} python predict.py {best} --text "..."')
-    lines.append(f"{'export':<11} python export_model.py {best} FOLDER{onnx}")
+    onnx = ["--onnx"] if won["flags"].get("pooling") == "mean" else []  # most classes cannot read the mean
+    lines.append(f'{"try it":<11} {called("predict", folder / BEST)} --text "..."')
+    lines.append(f"{'export':<11} {called('export', folder / BEST, 'FOLDER', *onnx)}")
     return lines
 
 
@@ -218,7 +213,8 @@ def _scores_text(record: dict[str, Any], monitor: str) -> str:
     search, seeds = record["search_validation"], record["seeds"]
     parts = [] if search is None else [f"validation {monitor} {search:.4f} in the search"]
     if seeds:
-        test = "" if record["test"] is None else f", test {record['test'][monitor]:.4f}"
+        score = (record["test"] or {}).get(monitor)  # a test split of one class has no AUROC
+        test = "" if score is None else f", test {score:.4f}"
         again = "in its first run" if record["runs"][0].startswith(f"{TRIALS}/") else f"with {seeds_text(len(seeds))}"
         parts.append(f"{record['validation'][monitor]:.4f} {again}{test}")
     if record["failed"]:
@@ -248,7 +244,7 @@ def gain_text(summary: dict[str, Any]) -> str:
 
 def flags_text(settings: dict[str, Any]) -> str:
     """Flags as a command line has them."""
-    return shlex.join(stored_flags(settings))
+    return shlex.join(flag_words(settings))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +292,7 @@ def result_table(plan: Plan, summary: dict[str, Any]) -> Table:
         )
         for record in compared(summary)
     ]  # fmt: skip
-    name = SCORE_NAMES[plan.monitor] + ("" if plan.minimize else ", %")
+    name = SCORES[plan.monitor] + ("" if plan.minimize else ", %")
     return Table(("", f"in the search: validation {name}", "seeds", f"validation {name}", f"test {name}"), rows)
 
 

@@ -2,12 +2,13 @@
 
 Each worker builds an Optuna study in its memory from the folders, so it knows the trials of all workers; those that
 run have their history until now. The sampler's seed comes from the search's seed and the trial's number, so one worker
-alone proposes the same trials each time.
+alone proposes the same trials each time. With ``--storage`` the study is there, and Optuna's own.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -29,21 +30,14 @@ STATES = {COMPLETE: TrialState.COMPLETE, None: TrialState.RUNNING}  # all others
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+@dataclass
 class Proposer:
-    """Proposes points from what the folders say.
+    """Proposes points from what the folders say."""
 
-    Args:
-        space: what is searched.
-        sampler: ``tpe`` or ``random``.
-        seed: of the search.
-        minimize: whether a lower score is better.
-    """
-
-    def __init__(self, space: Space, sampler: str, seed: int, minimize: bool) -> None:
-        self.space = space
-        self.sampler = sampler
-        self.seed = seed
-        self.minimize = minimize
+    space: Space  # what is searched
+    sampler: str  # ``tpe`` or ``random``
+    seed: int  # of the search
+    minimize: bool  # whether a lower score is better
 
     def propose(self, number: int, trials: Sequence[Trial]) -> tuple[Point, int | None]:
         """The point of a new trial, and the number that a storage gave it. The first trial is the default.

@@ -20,9 +20,10 @@ from finetuning.comparison.execution import (
     StopSignals,
     last_line,
 )
+from finetuning.flags import flag_words
 from finetuning.runs.files import METRICS, read_result, read_status
 from finetuning.storage import read_json, write_new_json
-from finetuning.tuning.plan import FINAL, LAST, TRIALS, Budget, Plan, stored_flags
+from finetuning.tuning.plan import FINAL, LAST, TRIALS, Budget, Plan
 from finetuning.tuning.sampler import Proposer, pruned_after
 from finetuning.tuning.texts import limits_text, progress_line, seeds_text, trial_name
 from finetuning.tuning.trials import (
@@ -162,7 +163,7 @@ class Search:
             job.claim.close()
 
     def _start(self, place: Place, number: int | None, settings: dict[str, Any], lock: int, claim: ExitStack) -> Job:
-        words = [str(self.starter.script), *stored_flags({**self.plan.given, **TRIAL_FLAGS, **settings})]
+        words = [str(self.starter.script), *flag_words({**self.plan.given, **TRIAL_FLAGS, **settings})]
         words += ["--output_dir", str(place.directory), *place.start_flags()]
         child = self.starter.start(words, place.log, lock, may_fork=True, idle=not self.current)
         return Job(place, number, lock, claim.pop_all(), child)

@@ -59,6 +59,15 @@ def test_numbers_stay_numbers_where_the_format_has_them(tmp_path: Path) -> None:
         assert read_frame(write(tmp_path, name, table)).label[0] == label
 
 
+@pytest.mark.parametrize("rows", [None, 1])
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_column_that_pandas_took_as_an_index_is_a_column(tmp_path: Path, rows: int | None, count: int) -> None:
+    ROWS[:count].set_index("text").to_parquet(tmp_path / "a.parquet")
+    chunk = next(read_chunks(tmp_path / "a.parquet", rows))
+    assert set(chunk.columns) == {"text", "label"}
+    assert chunk.text.tolist() == ROWS.text[:count].tolist()
+
+
 def test_names() -> None:
     for name, expected in (
         ("train.csv", ("train", "csv")),

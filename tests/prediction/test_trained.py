@@ -65,7 +65,7 @@ def test_the_longest_text(tmp_path: Path, config: Any, tokenizer: Any, expected:
         (CONFIG | {"id2label": {"0": "a", "2": "b"}}, "must be a text classifier with at least two labels"),
         (CONFIG | {"problem_type": "regression"}, "must be a text classifier with at least two labels"),
         ("{", "config.json cannot be read: "),
-        ("[]", "config.json must hold an object"),
+        ("[]", "config.json cannot be read: it must hold a JSON object"),
         ({"output_dir": "x"}, "must be a finished run, but has no result.json"),  # of another program
     ],
 )

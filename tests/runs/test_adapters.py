@@ -251,7 +251,7 @@ def test_folders_without_a_safe_adapter_are_refused(tmp_path: Path) -> None:
     (tmp_path / ADAPTER_CONFIG).write_text("{")
     refused(r"adapter_config\.json cannot be read")
     (tmp_path / ADAPTER_CONFIG).write_text("[]")
-    refused("must be an object")
+    refused("it must hold a JSON object")
     (tmp_path / ADAPTER_CONFIG).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
     refused(r"adapter_model\.safetensors cannot be read")
     (tmp_path / "adapter_model.bin").write_bytes(b"anything")

@@ -1,11 +1,13 @@
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetuning.runs import records
-from finetuning.runs.messages import baseline_lines, command_line, folds_line, largest_class_line
+from finetuning.runs.messages import baseline_lines, called, command_line, folds_line, largest_class_line
 from finetuning.runs.records import BaselineRecord, accuracy_interval
+from tests.conftest import ROOT
 
 
 def test_wilson_interval() -> None:
@@ -72,3 +74,17 @@ def test_a_command_is_recorded_as_it_can_be_called(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", str(program.parent))
     assert command_line([str(program), "--epochs", "1"]) == "finetune-lora --epochs 1"
     assert command_line([str(tmp_path / "finetune_lora.py"), "-x"]) == "python finetune_lora.py -x"
+    words = [f"--data_dir={tmp_path}/a b", f"/mnt{tmp_path}/c", f"{tmp_path}/d"]  # only its beginning is this folder
+    assert command_line(["finetune_lora.py", *words]) == (
+        f"python finetune_lora.py '--data_dir=a b' /mnt{tmp_path}/c d"
+    )
+
+
+def test_a_command_is_called_as_it_is_installed_or_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert called("predict", "runs/my run") == "python predict.py 'runs/my run'"
+    (tmp_path / "finetune-compare").touch(mode=0o755)
+    assert called("compare", "tune", "--resume") == "finetune-compare tune --resume"

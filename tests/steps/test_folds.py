@@ -29,6 +29,7 @@ from finetuning.runs.finished import read_finished, read_own_answers
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import mean_interval
 from finetuning.steps import read_inputs
+from finetuning.steps.baseline import of_folds
 from finetuning.steps.folds import TO_REPORT, TUNED, same_epoch_lines, time_left
 from finetuning.training.callbacks import Meter
 from tests.conftest import config_of_flags
@@ -403,10 +404,20 @@ def test_the_monitored_score_after_the_same_epoch_is_shown() -> None:
     assert line.endswith(TUNED), "a threshold that was tuned on the scored texts is not to be reported"
 
 
+def test_the_baseline_of_folds_is_compared_with_the_means_that_the_run_prints() -> None:
+    baseline = {"name": "b", "texts": 9, "seconds": 1.0, "validation": {"accuracy": 0.5, "loss": 1.0, "examples": 10}}
+    folds: Any = {"folds": [{"baseline": baseline}] * 2, "mean": {"accuracy": 0.8}}
+    folds["same_epoch"] = {"mean": {"accuracy": 0.7}}
+    record, own = of_folds(folds)
+    assert (record["validation"]["examples"], record["seconds"], own) == (20, 2.0, {"accuracy": 0.7})
+    assert of_folds(folds | {"same_epoch": None})[1] == {"accuracy": 0.8}, "of each fold's best epoch"
+
+
 def test_the_final_run_saves_its_average(
     few_reviews: Path, tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--average", "ema")
+    more = ("--average", "ema", "--epochs", "2", "--report", "False")
+    flags = words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *more)
     with monkeypatch.context() as patch:
         interrupting(patch, "run", "on_test_start", None, stop)  # so the resumed run does not train
         assert main(flags) == 130

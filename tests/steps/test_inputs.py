@@ -7,7 +7,7 @@ import pytest
 from compare_methods import RESULTS
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of
-from finetuning.steps.inputs import FEW_TEXTS, FEW_VALIDATION_TEXTS, pooling_advice, validation_advice
+from finetuning.steps.inputs import FEW_FOR_MEAN, FEW_VALIDATION_TEXTS, pooling_advice, validation_advice
 from local_model_utilities import find_base_model
 from tests.conftest import config_of_flags
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -40,11 +40,11 @@ def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, adv
         ("bert", 2000, "--method head", True),
         ("bert", 2000, "--method head --pooling mean", False),
         ("bert", 2000, "--method head --epochs 0", False),
-        ("bert", FEW_TEXTS + 1, "--method lora", False),
-        ("bert", FEW_TEXTS, "--method lora", True),
-        ("bert", FEW_TEXTS, "--method lora --pooling mean", False),
-        ("bert", FEW_TEXTS, "--method full", False),
-        ("bert", FEW_TEXTS, "--init_adapter an_adapter", False),
+        ("bert", FEW_FOR_MEAN + 1, "--method lora", False),
+        ("bert", FEW_FOR_MEAN, "--method lora", True),
+        ("bert", FEW_FOR_MEAN, "--method lora --pooling mean", False),
+        ("bert", FEW_FOR_MEAN, "--method full", False),
+        ("bert", FEW_FOR_MEAN, "--init_adapter an_adapter", False),
         ("gpt2", 2000, "--method head", False),
     ],
 )

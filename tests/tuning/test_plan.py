@@ -121,7 +121,10 @@ def test_what_is_added_limits_the_search(tmp_path: Path) -> None:
 
 def test_a_search_goes_on_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "packaged").mkdir()
     monkeypatch.chdir(tmp_path)
+    started(tmp_path / "third", model_name="packaged")
+    assert Plan.read(tmp_path / "third").given == {"model_name": "packaged"}, "a folder of this name is another model"
     started(tmp_path / "first", model_name="models/mine", data_dir=Path("models"))
     started(tmp_path / "second", model_name="distilbert-base-uncased")
     first, second = Plan.read(tmp_path / "first"), Plan.read(tmp_path / "second")
