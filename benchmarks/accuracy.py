@@ -331,7 +331,8 @@ def command(argv: Sequence[str] | None) -> int:
     save(result, counts, folder)
     content = table(result, counts)
     print("\n" + content)
-    if not options.quick and len(result["measurements"]) == len(whole):
+    journal = open_journal(folder)
+    if not options.quick and set(asked) <= set(whole) and all(journal.find(**one.described) for one in whole):
         save(result, counts, harness.RESULTS)
         renew_tables(ACCURACY, {"accuracy": content})
     return int(any(record["status"] == "failed" for record in result["measurements"]))

@@ -69,7 +69,8 @@ def command(argv: Sequence[str] | None) -> int:
     conditions = {"environment": environment_record()}
     if options.equality:
         journal = harness.start_journal("variants_equality", options, conditions)
-        journal.keep(*differences())
+        if not journal.records:
+            journal.keep(*differences())
         harness.publish(journal, EQUALITY, equality_table, "variants_equality", partly=False)
         return 0
     journal = harness.start_journal("variants", options, conditions | {"rounds": options.rounds}, show=record_line)

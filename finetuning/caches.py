@@ -1,9 +1,9 @@
 """The caches in ``storage.cache_dir()``: their sizes, and how they are emptied. Nothing here imports torch.
 
-Each entry is found by its content: tokens by texts and tokenizer, kernels by sources and compiler. Every file has a
-checksum, and is made again if it does not hold. The model that is unpacked from packages is one entry, checked in the
-same way. Outputs of frozen layers are here only while a run uses them, in files without a name that the system removes
-with the process.
+Tokens are found by texts, tokenizer and limits, kernels by sources and compiler. Every file has a checksum, and is made
+again if it does not hold. The download of IMDb and the model that is unpacked from packages are a folder each, checked
+in the same way. Outputs of frozen layers are here only while a run uses them, in files without a name that the system
+removes with the process.
 """
 
 import re

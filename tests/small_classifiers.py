@@ -10,8 +10,6 @@ from transformers import AutoModelForSequenceClassification
 
 from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
-from finetuning.models.fused import split_widths
-from finetuning.models.lora import ranks_and_alphas
 from finetuning.runs.weights import save_trained
 from local_model_utilities import build_classifier, find_base_model
 
@@ -41,11 +39,7 @@ def built_and_filled(folder: Path, **settings: object) -> Classifier:
 
 def save(directory: Path, classifier: Classifier, config: RunConfig) -> Path:
     """Writes what is trained, as a run does."""
-    family, targets = classifier.family, ranks_and_alphas(classifier.model)
-    return save_trained(
-        directory, classifier.saved_parameters(), config.lora, config.model.model_name, targets, family.head_modules,
-        split_widths(classifier.model), family.conv1d,
-    )  # fmt: skip
+    return save_trained(directory, classifier, config.lora, config.model.model_name)
 
 
 def in_peft(folder: Path, adapter: Path) -> Any:

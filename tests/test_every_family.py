@@ -305,7 +305,7 @@ def test_saved_weights_make_the_same_classifier_again(
     save(tmp_path, trained, config)
     fresh = build(folder, seed=1, **METHODS[method])
     assert not torch.allclose(fresh(**given), logits, atol=0.01)
-    load_trained(tmp_path, fresh.saved_parameters(), config.lora is not None, split_widths(fresh.model))
+    load_trained(tmp_path, fresh, config.lora is not None)
     assert torch.equal(fresh(**given), logits)
 
 
@@ -363,19 +363,3 @@ def check_run(model: Path, data: Path, run: Path, placement: str) -> None:
     assert names == ["bad", "good"]
     logits = torch.tensor(np.stack(tested["logits"]))
     torch.testing.assert_close(torch.tensor(probabilities), logits.softmax(-1), rtol=1e-4, atol=1e-6)
-
-
-def test_a_model_that_is_refused_leaves_nothing_behind(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_model("bert").save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, decoder=False)
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    before = sorted(path.name for path in tmp_path.iterdir())
-    capsys.readouterr()
-    words = f"--dataset text --data_dir {data} --model_name {tmp_path} --output_dir {tmp_path}/run --accelerator cpu"
-    assert main(words.split()) == 2
-    shown = capsys.readouterr()
-    assert (shown.out, shown.err.count("\n")) == ("", 1)
-    assert "'t5', an encoder-decoder" in shown.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,6 @@ KNOWN_DATA = {
 }
 
 
-@dataclass(frozen=True)
-class Snippet:
-    """Code of the card, and what it printed when it was run."""
-
-    code: str
-    output: str
-
-
 def write_card(
     folder: Path,
     run: FinishedRun,
@@ -77,7 +69,7 @@ def write_card(
         escape_text=False,
         metadata=_metadata(folder, run, base, base_licence, data_id),
         name=folder.name,
-        snippets=[Snippet(code, _run(code, folder)) for code in snippets],
+        snippets=[(code, _run(code, folder)) for code in snippets],
         base=base or "a local folder",
         base_licence=base_licence or "not known here",
         data_licence=data_licence,
@@ -256,12 +248,9 @@ inputs = {{
 print(session.run(["logits"], inputs)[0].round(2))"""
 
 
-def adapter_snippets(
-    name: str, base: str, label_names: Sequence[str], pairs: bool, threshold: float | None
-) -> list[str]:
+def adapter_snippet(name: str, base: str, label_names: Sequence[str], pairs: bool, threshold: float | None) -> str:
     """Code that uses an adapter's folder. Arguments as in ``pipeline_snippet``; ``base`` is the base model."""
-    return [
-        f"""from peft import PeftModel
+    return f"""from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 base = AutoModelForSequenceClassification.from_pretrained(
@@ -270,7 +259,6 @@ base = AutoModelForSequenceClassification.from_pretrained(
 model = PeftModel.from_pretrained(base, {_quoted(name)}).merge_and_unload()
 tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})
 {_classified("model=model, tokenizer=tokenizer", pairs, threshold)}"""
-    ]
 
 
 def _classified(model: str, pairs: bool, threshold: float | None) -> str:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from finetuning.data.loading import load_texts, tokenize
 from finetuning.errors import UserError, first_line
 from finetuning.export.adapter import BASE, check_adapter, export_adapter, recorded_base, writes_base
-from finetuning.export.card import adapter_snippets, onnx_snippet, pipeline_snippet, write_card
+from finetuning.export.card import adapter_snippet, onnx_snippet, pipeline_snippet, write_card
 from finetuning.export.onnx_file import onnx_inputs, require_onnx
 from finetuning.export.plain import DTYPES, export_onnx, export_plain
 from finetuning.export.proof import HeldOut, Loaded, held_out, sentences
@@ -54,7 +54,7 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
         if adapter:
             proof = export_adapter(folder, arguments.out, loaded)
             base = f"{folder.name}/{BASE}" if writes_base(run) else recorded_base(loaded)
-            snippets = adapter_snippets(folder.name, base, run.label_names, pairs, threshold)
+            snippets = [adapter_snippet(folder.name, base, run.label_names, pairs, threshold)]
         else:
             alone = loaded.onnx_alone
             proof = export_onnx(folder, loaded) if alone else export_plain(folder, loaded, arguments.dtype, onnx)

@@ -1,6 +1,7 @@
 """A run's classifier as a plain Transformers folder: merged weights, tokenizer, label names, maximum length.
 
-Most of Transformers' classes cannot compute ``--pooling mean``. Then the folder has ONNX instead of weights.
+Most of Transformers' classes cannot compute ``--pooling mean``. Then ``--onnx`` is needed, and the folder has ONNX
+instead of weights.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Proves an exported folder: a fresh process loads it with Transformers alone and must give the run's own logits.
+"""Proves an exported folder: a fresh process without this suite must give the run's own logits.
 
-The reference is the run's merged model in fp32, by Hugging Face's own forward. ``predictions.parquet`` is the second
-witness: the run wrote it in its own precision, through its own code.
+It loads the folder with Transformers, an adapter with PEFT, and an ONNX file with onnxruntime. The reference is the
+run's merged model in fp32, by Hugging Face's own forward. ``predictions.parquet`` is the second witness: the run wrote
+it in its own precision, through its own code.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTo
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
-from finetuning.models.base_files import check_tokenizer, check_weights, find_folder, stored_config
+from finetuning.models.base_files import check_tokenizer, check_weights, file_hashes, find_folder, stored_config
 from finetuning.models.discovery import check_targets, family_of, on_meta
 from finetuning.models.distilbert import distilbert_config
 from finetuning.models.families import ModelFamily
 from finetuning.models.methods import check_method
-from finetuning.settings import PACKAGED_DISTILBERT, HardwareSettings, LoRASettings, MethodSettings, ModelSettings
+from finetuning.settings import PACKAGED_DISTILBERT
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class BaseModel:
     folder: Path
     config: Any  # transformers' config; of packaged-distilbert, the one of a DistilBERT
     family: ModelFamily
+
+    @cached_property
+    def file_hashes(self) -> dict[str, str]:
+        """The SHA-256 of each file, by name. All folds of a run share this object, so weights are read once."""
+        return file_hashes(self.folder)
 
     @property
     def longest_input(self) -> float:
@@ -65,7 +71,7 @@ def find_base_model(config: RunConfig, folder: Path | None = None) -> BaseModel:
     """
     name = config.model.model_name
     base = read_base_model(name, folder or find_folder(name, config.run.offline, config.instead_of_hub()))
-    check_fits(base, config.model, config.data.max_length, config.method, config.lora, config.hardware)
+    check_fits(base, config)
     check_weights(name, base.folder)
     return base
 
@@ -94,21 +100,15 @@ def read_base_model(model_name: str, folder: Path) -> BaseModel:
     return BaseModel(model_name, folder, config, family_of(config, model_name))
 
 
-def check_fits(
-    base: BaseModel,
-    model: ModelSettings,
-    max_length: int,
-    method: MethodSettings,
-    lora: LoRASettings | None,
-    hardware: HardwareSettings,
-) -> None:
+def check_fits(base: BaseModel, config: RunConfig) -> None:
     """Refuses settings that do not fit this model. Only its ``config.json`` tells its sizes.
 
     Raises:
         UserError: settings need more positions or layers or a larger width than it has, or select what it does not
             have.
     """
-    family = base.family
+    family, model, method, lora = base.family, config.model, config.method, config.lora
+    max_length = config.data.max_length
     if max_length > base.longest_input:
         raise UserError(f"--max_length {max_length}: {base.name} has {base.longest_input} positions")
     if wanted := method.trainable_layers:
@@ -134,8 +134,8 @@ def check_fits(
                     f"--lora_variant dora: in {family.model_type} models {', '.join(parts)} are one linear, which PEFT"
                     f" adapts as a whole: put LoRA on all of them, not only on {', '.join(sorted(chosen))}"
                 )
-    efficient = hardware.efficient and family.is_efficient(base.config)
-    if hardware.gradient_checkpointing and not (efficient or family.checkpointing):
+    efficient = config.hardware.efficient and family.is_efficient(base.config)
+    if config.hardware.gradient_checkpointing and not (efficient or family.checkpointing):
         raise UserError(f"--gradient_checkpointing True: {family.model_type} models cannot do this: leave it out")
     if lora is not None:
         check_targets(base.config, family, lora.targets, lora.modules, base.name, lora.layers)

@@ -1,7 +1,7 @@
 """Builds the classifier of a run from its base model: what is trained, LoRA placement, 4-bit or 8-bit base.
 
-Frozen weights are stored in the precision of the matrix products, in 8 bits, or in 4 bits. Trained weights are stored
-in fp32.
+Frozen linears and embeddings are stored in the precision of the matrix products, in 8 bits, or in 4 bits. Norms and
+trained weights are stored in fp32.
 """
 
 from collections.abc import Mapping, Sequence

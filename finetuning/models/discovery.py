@@ -59,14 +59,15 @@ def check_targets(
     if all(target == "head" or target in family.targets for target in targets) and not modules:
         return
     model = on_meta(config, name)
-    candidates = listed(dict.fromkeys(path.rpartition(".")[2] for path in _encoder_linears(model, family)))
+    linears = _encoder_linears(model, family)
+    candidates = listed(dict.fromkeys(path.rpartition(".")[2] for path in linears))
     if not modules:
         raise UserError(
             f"--model_name {name} is of type {config.model_type!r}, for which the placement flags have no names:"
             f" give --lora_modules with names of its linears: {candidates}"
         )
     for module in modules:
-        if not any(_is_named(path, module) for path in _encoder_linears(model, family)):
+        if not any(_is_named(path, module) for path in linears):
             others = [path for path, _ in model.named_modules() if _is_named(path, module)]
             found = f"{others[0]} is no linear of the encoder's" if others else f"{name} has no module of this name"
             raise UserError(f"--lora_modules {module}: {found}: its linears are {candidates}")

@@ -5,6 +5,7 @@ norms, attention and head stay as they are. Wortsman et al. 2023 (SwitchBack, ht
 CLIP with such products; they need a third product, the weight's gradient, in 16 bits. A frozen weight has none.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from finetuning.models import cpu_kernels
 from finetuning.models.families import ModelFamily
 from finetuning.models.int8_products import RANK_MULTIPLE, Thin, accumulate, dequantize, multiply, quantize
-from finetuning.models.products import Activation, in_autocast
+from finetuning.models.products import Activation, in_autocast, join
 
 ROWS_AT_ONCE = 1024  # rows of a product computed at once: their sums, 6 MB at MiniLM's size, stay in the cache
 
@@ -110,7 +111,7 @@ def int8_linears(
     if activation is not None and not fused:
         x = activation(x)
     weight = lambda: _joined(modules, factors)  # noqa: E731  # joined again in backward: no copy lives until then
-    ends = [sum(m.out_features for m in modules[: i + 1]) for i in range(len(modules))]
+    ends = [*itertools.accumulate(module.out_features for module in modules)]
     A = B = ranks = None
     if any(lora is not None for lora in loras):
         parts = [_padded(lora, module) for lora, module in zip(loras, modules, strict=True)]
@@ -122,18 +123,14 @@ def int8_linears(
     return y.view(*x.shape[:-1], ends[-1])
 
 
-def _joined(modules: Sequence[Int8Linear], factors: Tensor | None = None) -> Int8Weight:
+def _joined(modules: Sequence[Int8Linear], factors: Tensor | None) -> Int8Weight:
     """One weight of several, its rows multiplied by the factors."""
-    if len(modules) == 1:
-        scale = modules[0].scale
-        return Int8Weight(modules[0].weight, scale if factors is None else scale * factors, modules[0].bias)
-    values, scales, biases = [], [], []
-    for module in modules:
-        values.append(module.weight.data)
-        scales.append(module.scale)
-        biases.append(module.scale.new_zeros(module.out_features) if module.bias is None else module.bias.data)
-    scale = torch.cat(scales)
-    return Int8Weight(torch.cat(values), scale if factors is None else scale * factors, torch.cat(biases))
+    scale = join([module.scale for module in modules])
+    bias: Tensor | None = modules[0].bias
+    if len(modules) > 1:
+        bias = torch.cat([m.scale.new_zeros(m.out_features) if m.bias is None else m.bias.data for m in modules])
+    weight = join([module.weight.data for module in modules])
+    return Int8Weight(weight, scale if factors is None else scale * factors, bias)
 
 
 def _padded(lora: tuple[Tensor, Tensor] | None, module: Int8Linear) -> tuple[Tensor, Tensor]:

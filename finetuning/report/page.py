@@ -56,8 +56,6 @@ def restore(directory: Path, settings: RunSettings, load: "Callable[[], Mapping[
         settings: as in ``present``.
         load: reads the run's texts.
     """
-    if not settings.report or (directory / REPORT).exists():
-        return
     try:
         lock = DirectoryLock(directory)
     except UserError:  # the process that finished the run is about to write it, or the directory is read-only
@@ -92,8 +90,9 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
     answers = read_answers(directory, task.get("threshold"), positive_of(task, names))
     split = _main_split(answers, "kfold" in result)
     main, validation = answers[split], answers.get("validation", answers[split])
+    temperature = fit_temperature(answers["validation"]) if "validation" in answers else None
     learned = main.multi_label or shows_learning(validation, result.get("kfold"))
-    wrong = maybe_wrong(answers, names, texts) if learned else []
+    wrong = maybe_wrong(answers, names, texts) if learned and not main.multi_label else []
     longest = result["config"]["max_length"] * (result["config"].get("windows") or 1)  # older runs have none
     return render(
         TEMPLATE,
@@ -107,8 +106,8 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         classes=class_table(main, names),
         confusion=sections.confusion_cells(main),
         confusions=sections.confusion_table(main, names),
-        calibration=_calibration(answers, split),
-        abstention=_abstention(answers, split, result),
+        calibration=_calibration(main, temperature),
+        abstention=_abstention(answers, split, temperature or 1.0, result),
         lengths=sections.length_table(main, longest),
         cut=_cut(main, longest),
         with_texts=texts is not None,
@@ -145,10 +144,8 @@ def _headline(split: str, answers: Answers, kfold: Mapping[str, Any] | None) -> 
     return f"out-of-fold {measure} {every} after {kfold['epochs']} epochs in every fold, {shown} if each fold chooses,"
 
 
-def _calibration(answers: dict[str, Answers], split: str) -> dict[str, Any]:
+def _calibration(main: Answers, temperature: float | None) -> dict[str, Any]:
     """Reliability of a split, with the temperature that validation gives, if there is one."""
-    main = answers[split]
-    temperature = fit_temperature(answers["validation"]) if "validation" in answers else None
     before = reliability(main)
     after = reliability(main.cooled(temperature)) if temperature else None
     return {
@@ -160,11 +157,12 @@ def _calibration(answers: dict[str, Answers], split: str) -> dict[str, Any]:
     }
 
 
-def _abstention(answers: dict[str, Answers], split: str, result: dict[str, Any]) -> dict[str, Any] | None:
+def _abstention(
+    answers: dict[str, Answers], split: str, temperature: float, result: dict[str, Any]
+) -> dict[str, Any] | None:
     """What happens to a split if the least confident texts get no answer; ``None`` without validation."""
     if "validation" not in answers:
         return None
-    temperature = fit_temperature(answers["validation"]) or 1.0
     validation, main = (answers[name].cooled(temperature) for name in ("validation", split))
     return {
         "curve": coverage_curve(main),

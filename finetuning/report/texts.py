@@ -63,10 +63,7 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
 
 def maybe_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Texts | None) -> list[Shown]:
     """Texts of all held-out splits whose label may be wrong, the largest gap first. Single-label only."""
-    parts = {split: part for split, part in answers.items() if not part.multi_label}
-    if not parts:
-        return []
-    places = [(split, int(row)) for split, part in parts.items() for row in part.rows]
+    places = [(split, int(row)) for split, part in answers.items() for row in part.rows]
     return [
         Shown(
             f"{places[s.position][0]} {places[s.position][1]}",
@@ -76,7 +73,7 @@ def maybe_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Texts 
             _probability(s.better_probability),
             _shown_texts(texts, *places[s.position]),
         )
-        for s in suspects(joined(list(parts.values())))
+        for s in suspects(joined(list(answers.values())))
     ]
 
 

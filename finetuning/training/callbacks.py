@@ -100,7 +100,7 @@ class Meter(Callback):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = stepped and trainer.global_step % self._every == 0
         if due or trainer.global_step <= self.guarded_steps or pl_module.device.type == "cpu":
-            self._check_finite(trainer, len(self._losses))
+            self._check_finite(trainer)
         if due:
             self._add_row(trainer, pl_module)
 
@@ -110,11 +110,11 @@ class Meter(Callback):
             if trainer.is_global_zero:
                 write_metrics(self.directory, self.rows)
 
-    def _check_finite(self, trainer: pl.Trainer, count: int) -> None:
-        recent = torch.stack(self._losses[-count:]).float().cpu()
+    def _check_finite(self, trainer: pl.Trainer) -> None:
+        recent = torch.stack(self._losses).float().cpu()
         bad = (~torch.isfinite(recent)).nonzero().flatten().tolist()
         if bad:
-            step = trainer.fit_loop.total_batch_idx + 1 - (count - 1 - bad[0])
+            step = trainer.fit_loop.total_batch_idx + 1 - (len(recent) - 1 - bad[0])
             advice = NOTHING_LEARNED if step <= trainer.accumulate_grad_batches else ADVICE
             raise TrainingFailed(f"{NOT_FINITE} at batch {step}: {advice}")
 

@@ -1,8 +1,8 @@
 """Compares the memory that training will need with what is free, before the first step.
 
-The estimate has what is certain: gradients, the optimizer's state, what the largest batch keeps for backward, and kept
-outputs of frozen layers. The batch is measured with a few of its texts, so the check itself needs little memory. On a
-GPU, where the classifier is not yet, its weights count, but no batch.
+The estimate has what is certain: gradients, the optimizer's state, an average of the weights, what the largest batch
+keeps for backward, and kept outputs of frozen layers. The batch is measured with a few of its texts, so the check
+itself needs little memory. On a GPU, where the classifier is not yet, its weights count, but no batch.
 """
 
 import torch

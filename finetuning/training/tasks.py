@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional import classification as metrics
 
 from finetuning.errors import UserError
-from finetuning.runs.scores import FAIR_MONITORS
+from finetuning.runs.scores import FAIR_MONITORS, f1
 from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 from finetuning.training.class_weights import class_weights, label_weights
 
@@ -247,16 +247,14 @@ def probabilities_of(logits: np.ndarray) -> np.ndarray:
 
 def best_threshold(truth: np.ndarray, probabilities: np.ndarray) -> float:
     """The threshold with the highest micro F1; of equal ones, the nearest to the default."""
-    scores = {threshold: micro_f1(truth, probabilities > threshold) for threshold in THRESHOLDS}
+
+    def micro_f1(given: np.ndarray) -> float:
+        return float(f1((truth & given).sum(), given.sum(), truth.sum()))
+
+    scores = {threshold: micro_f1(probabilities > threshold) for threshold in THRESHOLDS}
     best = max(scores.values())
     equal = [threshold for threshold, score in scores.items() if score == best]
     return min(equal, key=lambda threshold: abs(threshold - DEFAULT_THRESHOLD))
-
-
-def micro_f1(truth: np.ndarray, answers: np.ndarray) -> float:
-    """F1 over all labels of all texts, both bool, of one shape; 0 if there is nothing to find and nothing found."""
-    both = truth.sum() + answers.sum()
-    return float(2 * (truth & answers).sum() / both) if both else 0.0
 
 
 def mean_over_classes(metric: Callable[[Tensor, Tensor], Tensor], probabilities: Tensor, truth: Tensor) -> float | None:

@@ -115,7 +115,6 @@ def make_trainer(
             ProgressBar(refresh_rate) if at_terminal else ProgressLines(),
         ],
         logger=False,  # Meter writes metrics.csv instead
-        log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
@@ -124,11 +123,6 @@ def make_trainer(
         # the job script requeues the job; Lightning must not do it a second time
         plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
     )
-
-
-def loader_shares(trainer: pl.Trainer, hardware: Hardware) -> dict[str, Any]:
-    """The loaders' arguments that give this process its part of the batches."""
-    return {"rank": trainer.global_rank, "world_size": trainer.world_size, "pin_memory": hardware.on_gpu}
 
 
 @contextmanager

@@ -17,11 +17,9 @@ from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, batch, build, logits
 from tests.small_classifiers import NAMES, fill
 from tests.tiny_models import save_tokenizer, tiny_model
 
-CASES = METHODS | {
+CASES = {name: METHODS[name] for name in ("lora", "lora_all", "lora_head", "q_lora", "dora", "pissa", "full")} | {
     "rslora": ALL_BUT_HEAD | {"lora_scaling": "rslora"},
     "raw": ALL_BUT_HEAD | {"lora_scaling": "raw", "lora_alpha": 2.0},
-    "all_six": ALL_BUT_HEAD | {"lora_head": True},
-    "q_lora_all": ALL_BUT_HEAD | {"q_lora": True},
 }
 
 

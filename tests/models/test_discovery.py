@@ -15,8 +15,8 @@ from finetuning.models.base_model import read_base_model
 from finetuning.models.discovery import SEES_PADDING, family_of
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import lora_modules
-from local_model_utilities import build_classifier, find_base_model, load_tokenizer
-from tests.tiny_models import LAYERS, WIDTH, save_tokenizer, tiny_model, unlisted_model
+from local_model_utilities import build_classifier, find_base_model
+from tests.tiny_models import LAYERS, WIDTH, tiny_model, unlisted_model
 
 
 def folder_with(path: Path, content: dict[str, Any]) -> Path:
@@ -61,32 +61,6 @@ def test_other_models_are_refused_in_one_line(tmp_path: Path, content: dict[str,
     message = refused(folder_with(tmp_path, content))
     assert message.startswith("--model_name FOLDER is of type ")
     assert words in message
-
-
-def test_code_in_a_models_folder_is_never_run(tmp_path: Path) -> None:
-    """Without a refusal, transformers asks on the terminal whether it may run it."""
-    marker = tmp_path / "was_run"
-    classes = {
-        "AutoConfig": "own.Own",
-        "AutoModelForSequenceClassification": "own.Own",
-        "AutoTokenizer": ["own.Own"] * 2,
-    }
-    (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
-    message = refused(folder_with(tmp_path, {"model_type": "own_model", "auto_map": classes}))
-    assert message.endswith(
-        "is of type 'own_model', which needs Python code of its own, which is never run: use another model"
-    )
-    # a type that transformers has: its own class is used
-    tiny_model("bert").save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    folder_with(tmp_path, stored | {"auto_map": classes})
-    save_tokenizer(tmp_path, decoder=False)
-    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": classes}))
-    config = config_of(tmp_path)
-    build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
-    load_tokenizer(find_base_model(config))
-    assert not marker.exists()
 
 
 def test_settings_that_a_family_lacks_are_refused(tmp_path: Path) -> None:

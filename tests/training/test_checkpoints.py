@@ -5,10 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_lora import main
 from finetuning.flags import from_flags
 from finetuning.materials import find_materials
-from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, read_result
 from finetuning.steps import claim_directory, read_inputs, watched
 from finetuning.training import checkpoints
 from finetuning.training.callbacks import GracefulStop, Meter
@@ -110,15 +108,3 @@ def test_the_flags_reach_the_run(tiny_folders: dict[str, Path], review_folder: P
         claim = claim_directory(tmp_path / "run", read_inputs(config, find_materials(config)))
         with claim.lock, watched(claim, False, Trackers([], claim.directory)) as watch:
             assert (watch.stop.minutes, watch.stop.steps) == (minutes, 9)
-
-
-def test_an_epoch_that_is_not_the_best_has_a_checkpoint_as_well(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
-) -> None:
-    words = ["--epochs", "3", "--precision", "fp32", "--learning_rate", "1e-12"]  # so small that the first is the best
-    assert main(flags(tiny_folders["distilbert"], review_folder, tmp_path, *words)) == 0
-    steps = read_result(tmp_path)["train"]["steps"]
-    last = torch.load(tmp_path / LAST_CHECKPOINT, weights_only=True)
-    assert last["global_step"] == steps
-    (state,) = (state for name, state in last["callbacks"].items() if name.startswith("BestCheckpoint"))
-    assert Path(state["best_model_path"]).name == BEST_CHECKPOINT

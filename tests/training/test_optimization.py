@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, get_scheduler
 
 from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
-from finetuning.models.lora import lora_modules, ranks_and_alphas
+from finetuning.models.lora import lora_modules
 from finetuning.runs.weights import peft_name, save_trained
 from finetuning.settings import DEFAULT_LEARNING_RATES, FLAGS
 from finetuning.training.optimization import make_optimizer, make_scheduler, parameter_groups
@@ -170,8 +170,7 @@ def with_peft(folder: Path, directory: Path, config: RunConfig) -> tuple[Classif
     ours = build_classifier(config, find_base_model(config), ["LABEL_0", "LABEL_1"], torch.float32).eval()
     for module in (m for _, m in lora_modules(ours.model)):
         torch.nn.init.normal_(module.lora.lora_B, std=0.05)
-    head, targets = ours.family.head_modules, ranks_and_alphas(ours.model)
-    save_trained(directory, ours.saved_parameters(), config.lora, str(folder), targets, head)
+    save_trained(directory, ours, config.lora, str(folder))
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
     return ours, PeftModel.from_pretrained(base, directory, is_trainable=True).eval()
 

@@ -91,12 +91,12 @@ def test_tensorboard_forgets_what_a_killed_run_logged_after_its_checkpoint(
     settings = RunConfig.from_settings().to_dict()
     later: list[dict[str, Any]] = [{"step": 3, "train_loss": 0.5}, {"step": 4, "train_loss": 0.375}]
     for resumed, rows in (False, [*ROWS, *later]), (True, [first]):
+        time.sleep(1.1 * resumed)  # TensorBoard reads files in the order of the seconds in their names
         trackers = Trackers(["tensorboard"], tmp_path)
         trackers.open(settings, resumed)
         for row in rows:
             trackers.log(row)
         trackers.close(result_of(settings, "interrupted"))
-        time.sleep(1.1)  # TensorBoard reads files in the order of the seconds in their names
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train_loss")] == losses
