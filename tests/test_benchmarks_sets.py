@@ -17,16 +17,13 @@ from finetuning.flags import from_flags
 from tests.synthetic_runs import write_run
 
 
-def test_every_set_of_the_study_has_as_many_trials_as_a_method() -> None:
+def test_the_study_has_texts_and_trials_for_every_set() -> None:
     runs, trials = sets_baselines.cells_of(ROOT / "studies" / "methods_on_sets.toml")
     assert len(runs) == len({cell.set for cell in runs}) == 14
     assert trials == 6
-
-
-def test_the_default_command_has_the_texts_of_the_methods() -> None:
+    default, _ = sets_baselines.cells_of(ROOT / "studies" / "placement.toml")
     methods, placement = (
-        {cell.set: from_flags(run.flags(Path())).data for cell, run in sets_baselines.cells_of(path)[0].items()}
-        for path in (ROOT / "studies" / name for name in ("methods_on_sets.toml", "placement.toml"))
+        {cell.set: from_flags(run.flags(Path())).data for cell, run in found.items()} for found in (runs, default)
     )
     assert methods == placement
 

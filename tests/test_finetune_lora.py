@@ -258,22 +258,21 @@ def test_an_adapter_is_evaluated_and_trained_on(
         assert not (tmp_path / "refused").exists()
 
 
-def test_patience_stops_early(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "20", "--patience", "1")
-    assert main([*words, "--learning_rate", "1e-12"]) == 0
-    assert read_result(tmp_path / "run")["train"]["epochs"] == 2
-
-
 def test_patience_is_not_forgotten_by_a_continued_run(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    words = flags(tiny_folders["distilbert"], review_folder, run, "--epochs", "20", "--patience", "1")
-    assert main([*words, "--learning_rate", "1e-12"]) == 0
+    words = ["--epochs", "20", "--patience", "1", "--precision", "fp32", "--learning_rate", "1e-12"]
+    words = flags(tiny_folders["distilbert"], review_folder, run, *words)
+    assert main(words) == 0
     first = read_result(run)
+    last = torch.load(run / "last.ckpt", weights_only=True)
+    assert last["global_step"] == first["train"]["steps"], "an epoch that is not the best has a checkpoint as well"
+    (state,) = (state for name, state in last["callbacks"].items() if name.startswith("BestCheckpoint"))
+    assert Path(state["best_model_path"]).name == "best.ckpt"
     (run / "result.json").unlink()  # as if it had been killed before it could write
     shutil.copy(run / "last.ckpt", run / "best.ckpt")
-    assert main([*words, "--learning_rate", "1e-12", "--resume"]) == 0
+    assert main([*words, "--resume"]) == 0
     assert read_result(run)["train"]["epochs"] == first["train"]["epochs"] == 2
     assert read_result(run)["validation"]["loss"] == first["validation"]["loss"]
 
@@ -309,11 +308,11 @@ def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
     assert "a wonderful &lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &lt;b&gt;moving film" in report
     assert "<script" not in report
     assert f"test accuracy {100 * read_result(tmp_path / 'run')['test']['accuracy']:.2f} %" in report
-    assert main([*words, "--overwrite", "--report_texts", "False"]) == 0
+    assert main([*words, "--overwrite", "--report_texts", "False", "--epochs", "0"]) == 0
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf8")
     assert "wonderful" not in report
     assert "--report_texts False" in report
-    assert main([*words, "--overwrite", "--report", "False"]) == 0
+    assert main([*words, "--overwrite", "--report", "False", "--epochs", "0"]) == 0
     assert not (tmp_path / "run" / "report.html").exists()
 
 
@@ -458,10 +457,7 @@ def test_a_run_with_one_step_an_epoch_stops_before_the_next_one(
     assert rates == pytest.approx([0.0, 0.003, 0.002, 0.001]), "those with which the steps were made"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_continues_to_the_same_weights(
-    whole_run: tuple[Path, list[str]], tmp_path: Path, number: signal.Signals
-) -> None:
+def test_an_interrupted_run_continues_to_the_same_weights(whole_run: tuple[Path, list[str]], tmp_path: Path) -> None:
     whole, words = whole_run
     broken = start([*words, "--output_dir", str(tmp_path / "broken"), "--overwrite", "True"])
     assert broken.stdout is not None
@@ -470,7 +466,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
         piece = broken.stdout.read(1)
         assert piece, seen
         seen += piece
-    broken.send_signal(number)
+    broken.send_signal(signal.SIGTERM)
     _, rest = broken.communicate(timeout=60)
     assert broken.returncode == 130, seen + rest
     (told,) = (line for line in rest.splitlines() if line.startswith("interrupted; continue with: python "))
@@ -479,9 +475,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     steps = read_result(tmp_path / "broken")["train"]["steps"]
     assert 0 < steps < read_result(whole)["train"]["steps"] / 2
 
-    broken_run = tmp_path / "broken"
-    if number == signal.SIGTERM:  # as if the disk had been mounted elsewhere
-        broken_run = broken_run.rename(tmp_path / "moved")
+    broken_run = (tmp_path / "broken").rename(tmp_path / "moved")  # as if the disk had been mounted elsewhere
     words = shlex.split(told.partition("finetune_lora.py ")[2].replace(str(tmp_path / "broken"), str(broken_run)))
     finish(start(words))
     expected = load_file(whole / "adapter_model.safetensors")
@@ -639,34 +633,20 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     (one_class / "train.csv").write_text("text,label\na,x\nb,x\nc,x\n")
     a_file = tmp_path / "file"
     a_file.write_text("")
-    latin = tmp_path / "latin"
-    latin.mkdir()
-    (latin / "train.csv").write_bytes("text,label\nfilm noté,x\n".encode("latin-1"))
-    empty = tmp_path / "empty"
-    empty.mkdir()
     gpt = tmp_path / "gpt2"
     gpt.mkdir()
     (gpt / "config.json").write_text('{"model_type": "gpt2"}')
-    pairs = tmp_path / "pairs"
-    pairs.mkdir()
-    (pairs / "train.csv").write_text("text,pair,label\n" + "".join(f"one {i},two,{i % 2}\n" for i in range(40)))
     base = flags(model, review_folder, output)
     cases: list[tuple[list[str], str]] = [
-        (["--optimizer", "lion"], "--optimizer"),
         (["--lora_r", "1000"], "--lora_r 1000"),
-        (["--method", "full", "--lora_alpha", "3"], "--lora_alpha 3.0: needs --method lora, but the method is full"),
         (["--method", "selective", "--trainable_layers", "9"], "--trainable_layers 9"),
-        (["--max_length", "4"], "--max_length 4"),
         (["--max_length", "1000"], "--max_length 1000"),
-        (["--batch_tokens", "8"], "--batch_tokens 8"),
         (["--accumulate", "1000"], "--accumulate"),
         (["--limit_test", "1000"], "--limit_test 1000"),
         (["--split", "resplit"], "--split resplit"),
         (["--text_column", "body"], "--text_column"),
         (["--label_column", "stars"], "--label_column"),
         (["--data_dir", str(tmp_path / "nowhere")], "--data_dir"),
-        (["--data_dir", str(empty)], "--data_dir"),
-        (["--data_dir", str(latin)], "UTF-8"),
         (["--data_dir", str(one_class)], "must have at least two labels, but all are 'x'"),
         (["--model_name", str(gpt)], "gpt2"),
         (["--output_dir", str(a_file)], "is a file"),
@@ -674,12 +654,8 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--output_dir", "/proc/run"], "--output_dir"),
         (["--resume"], "--resume"),
         (["--device", "64"], "--device 64"),
-        (["--class_weights", "good=0,bad=0"], "--class_weights good=0,bad=0: at least one class with training texts"),
-        (["--data_dir", str(pairs), "--text_pair_column=pair", "--text_column=text,pair"], "column pair must not"),
         (["--class_weights", "ugly=2"], "--class_weights ugly=2: class 'ugly' must be one of bad, good"),
-        (["--monitor", "micro_f1"], "--monitor micro_f1: for a single-label task it must be one of accuracy"),
         (["--threshold", "tuned", "--positive_label", "ugly"], "--positive_label ugly: must be bad or good"),
-        (["--label_separator", ","], "--label_separator ',': never occurs in column label"),
         (["--tracker", "tensorboard,neptune"], "--tracker tensorboard,neptune: must be one or more of tensorboard"),
     ]
     for more, words in cases:

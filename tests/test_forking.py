@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.slurm_cluster import wait_until
 from finetuning import forking
 from finetuning.forking import ForkedProcess, ForkServer
 from finetuning.processes import STOP_SIGNALS
@@ -52,13 +52,6 @@ def start(server: ForkServer, folder: Path, code: str, *words: str, **options: A
     ):
         files = nothing.fileno(), out.fileno(), err.fileno()
         return server.start([str(folder / "script.py"), *words], files, **options)
-
-
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not path.exists():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -132,7 +125,7 @@ def test_a_child_outlives_server_and_client_and_keeps_the_lock(tmp_path: Path) -
         fcntl.flock(lock, fcntl.LOCK_EX)
         child = start(server, tmp_path, code, kept=[lock.fileno()], directory=tmp_path)
     server.close()
-    wait_for(tmp_path / "began")
+    wait_until((tmp_path / "began").exists, "the child")
     with (tmp_path / "lock").open("w") as lock:
         with pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

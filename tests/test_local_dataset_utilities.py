@@ -1,7 +1,6 @@
 """Sources, splits, leaks, limits, bad input, downloads and tokens."""
 
 import importlib.util
-import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
 from local_dataset_utilities import tokenize
 from tests.conftest import ROOT, frame, packaged_folder, text_config, texts_of, write_texts
+from tests.scripts import start_script
 
 
 @pytest.fixture(autouse=True)
@@ -421,21 +421,18 @@ def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatc
         tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings())
 
 
-def _tokenize_in_a_process(queue: Any) -> None:
-    split = tokens_of(
-        few_texts(LONG * 200), AutoTokenizer.from_pretrained(packaged_folder()), RunConfig.from_settings()
-    )["train"]
-    queue.put(int(split.tokens.sum()))
-
-
-def test_several_processes_at_once(tokenizer: Any, cache: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    queue: Any = context.Queue()
-    processes = [context.Process(target=_tokenize_in_a_process, args=(queue,)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    sums = {queue.get(timeout=300) for _ in processes}
-    for process in processes:
-        process.join()
-    assert sums == {int(tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.from_settings())["train"].tokens.sum())}
+def test_several_processes_at_once(tokenizer: Any, cache: Path, tmp_path: Path) -> None:
+    script = tmp_path / "tokenize_texts.py"
+    script.write_text(
+        f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.test_local_dataset_utilities import *
+tokenizer = AutoTokenizer.from_pretrained(packaged_folder())
+print(tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.from_settings())["train"].tokens.sum())
+"""
+    )
+    processes = [start_script(str(script), []) for _ in range(2)]
+    shown = [process.communicate(timeout=300) for process in processes]
+    found = tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.from_settings())["train"].tokens.sum()
+    assert [out for out, _ in shown] == [f"{found}\n"] * 2, shown
     assert [path.suffix for path in (cache / "tokens").iterdir()] == [".npz"]

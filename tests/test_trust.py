@@ -31,7 +31,7 @@ from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RUN_FILES, read_result
 from finetuning.storage import write_json
 from finetuning.training.module import FineTuning
-from local_model_utilities import find_base_model
+from local_model_utilities import find_base_model, load_tokenizer
 from tests.conftest import ROOT, config_of_flags, frame, make_tiny_folder, texts_of
 from tests.hub_cache import card, parquet, write_hub_cache
 from tests.synthetic_runs import write_run
@@ -138,7 +138,8 @@ def test_code_of_a_model_is_never_run(model: Path, trace: Path) -> None:
     plain = json.loads((model / "config.json").read_text(encoding="utf8"))
     mapped = {"auto_map": {name: f"evil.{name}" for name in ("AutoConfig", "AutoModelForSequenceClassification")}}
     write_json(model / "config.json", plain | mapped | {"model_type": "evil"})
-    assert "is of type 'evil', which needs Python code of its own, which is never run" in refusal(model)
+    refused = "is of type 'evil', which needs Python code of its own, which is never run: use another model"
+    assert refused in refusal(model)
     tokenizer = json.loads((model / "tokenizer_config.json").read_text(encoding="utf8"))
     write_json(model / "tokenizer_config.json", tokenizer | {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}})
     for more in (mapped, {"attn_implementation": "evil/kernel"}, {"_attn_implementation": "evil/kernel"}):
@@ -146,6 +147,7 @@ def test_code_of_a_model_is_never_run(model: Path, trace: Path) -> None:
         built: Any = loaded(model)
         assert type(built).__module__.startswith("transformers.")
         assert built.config._attn_implementation == "sdpa"
+        load_tokenizer(find_base_model(config_of_flags(f"--model_name {model} --max_length 16")))
 
 
 def test_files_elsewhere_are_no_part_of_a_model(model: Path) -> None:
