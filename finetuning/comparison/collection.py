@@ -55,7 +55,8 @@ def finished_later(record: Record, directory: Path) -> bool:
     if record.result["status"] != "finished" or date is None:
         return False
     result = directory / RESULT
-    return not result.exists() or datetime.fromisoformat(date).timestamp() > result.stat().st_mtime
+    ended = datetime.fromisoformat(date).timestamp() + (record.result.get("seconds") or 0)  # the date is of its begin
+    return not result.exists() or ended > result.stat().st_mtime
 
 
 def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:

@@ -33,7 +33,7 @@ Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 class StopSignals:
-    """Passes Ctrl-C, SIGTERM and SIGUSR1 on to the current runs, which then end with a checkpoint.
+    """Passes Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP on to the current runs, which then end with a checkpoint.
 
     Each run is in a process group of its own, so that a Ctrl-C in a terminal reaches it once, not twice.
     """
@@ -50,11 +50,13 @@ class StopSignals:
     @contextmanager
     def listening(self) -> Iterator["StopSignals"]:
         """Receives the signals until the block ends."""
-        with handled(STOP_SIGNALS, self.receive):
+        hangs_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # not after nohup
+        with handled([*STOP_SIGNALS, *hangs_up], self.receive):
             yield self
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Stops all runs."""
+        """Stops all runs. They know no SIGHUP, which a terminal sends that is closed."""
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         self._received.append(number)
         for child in self._children:
             child.send_signal(number)
@@ -186,7 +188,12 @@ class StudyExecution:
         counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
         print(f"{self.runs.study.name}: {len(self.chosen)} runs, {counts}", flush=True)
         with self.starter:
-            return self._run_all()
+            try:
+                return self._run_all()
+            except BaseException:
+                for current in self.current:  # nobody would watch them
+                    current.child.send_signal(signal.SIGTERM)
+                raise
 
     def _run_all(self) -> int:
         while len(self.ended) < len(self.chosen):

@@ -67,7 +67,7 @@ class StudyRuns:
 
     def holds(self, run: PlannedRun) -> bool:
         """Whether the run has begun in its directory, so it is not only collected."""
-        return (self.directory(run) / SETTINGS).exists()
+        return os.access(self.directory(run) / SETTINGS, os.F_OK)
 
     def log(self, run: PlannedRun) -> Path:
         """The file with what the run printed."""
@@ -163,16 +163,19 @@ class StudyRuns:
         """Copies a finished run with the same settings and data from another study. Call it with the run's lock held.
 
         Nothing is copied if the plan leaves a setting to auto, because that run may have another value than auto.
-        Data whose files were changed after that run had begun are other data. If the process is killed, the copy
-        either does not exist or is complete.
+        Data and a model whose files were changed after that run had begun are others. If the process is killed, the
+        copy either does not exist or is complete.
 
         Returns:
             Where the run was found; ``None`` if no other study has it.
         """
-        planned = from_flags(run.flags(self.data_dir)).data.data_dir
+        config = from_flags(run.flags(self.data_dir))
+        planned, model = config.data.data_dir, Path(config.model.model_name)  # a name that is no folder has no files
         for source in self._same_runs(run):
             data = read_settings(source)["data_dir"]
-            if (planned and planned.resolve()) != (data and Path(data).resolve()) or _newer(planned, source):
+            if (planned and planned.resolve()) != (data and Path(data).resolve()):
+                continue
+            if _newer(planned, source) or _newer(model, source):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
@@ -212,7 +215,10 @@ class StudyRuns:
             except UserError:  # damaged
                 continue
             own = source.folder.parent / self.study.name
-            change_records(own, [Record.made(own, result, source.metrics, predictions)])
+            try:
+                change_records(own, [Record.made(own, result, source.metrics, predictions)])
+            except (OSError, UserError):  # --results cannot be written: the run is done here
+                return None
             return source.path
         return None
 
@@ -266,7 +272,7 @@ class StudyRuns:
 
 
 def _newer(data: Path | None, run: Path) -> bool:
-    """Whether a file of the data, a file or folder, was changed after the run had begun."""
+    """Whether a file of the data or of a model, a file or folder, was changed after the run had begun."""
     began = (run / SETTINGS).stat().st_mtime
     paths = [] if data is None else [data, *data.rglob("*")]
     return any(path.stat().st_mtime > began for path in paths if path.is_file())

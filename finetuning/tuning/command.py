@@ -16,7 +16,7 @@ from finetuning.comparison.execution import StopSignals
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, exit_status, first_line, say
 from finetuning.flags import OneLineParser, add_flags, parse_bool, parse_path
-from finetuning.processes import show_any_text
+from finetuning.processes import interruptible, show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.runs.messages import called
 from finetuning.settings import FLAGS, check_data_dir
@@ -40,6 +40,7 @@ from finetuning.tuning.space import make_space, space_table
 from finetuning.tuning.trials import Place
 
 STARTED = time.time()  # the budget includes the imports
+MOST = 10**7  # minutes (nineteen years), trials, jobs or seeds
 
 RESULTS = Path("results")
 DESCRIPTION = "Run a study (a TOML file with the runs that answer one question) and report what came out."
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS, pages: Sequ
     return exit_status(lambda: command(argv, make_parser(results, pages)))
 
 
+@interruptible()
 def command(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> int:
     """Does what the flags ask for. Returns the exit status.
 
@@ -135,7 +137,10 @@ def tune_command(options: argparse.Namespace) -> int:
         return 0
     check_options(options)
     folder = options.output_dir
-    prepare(options, folder)
+    try:
+        prepare(options, folder)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be used: {first_line(error, name_file=True)}") from None
     if (folder / SUMMARY).exists():
         print(f"the search in {folder} has finished: --resume with --minutes or --trials adds to it", flush=True)
         return 0
@@ -156,8 +161,10 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError("tune: needs --minutes X or --trials N")
     for name, least in (("minutes", 0.0), ("trials", 1), ("jobs", 1), ("seeds", 1)):
         value = getattr(options, name)
-        if value is not None and not (least <= value < float("inf") and value > 0):
-            raise UserError(f"--{name} {value}: must be {f'at least {least}' if least else 'above 0 and finite'}")
+        if value is not None and not (least <= value <= MOST and value > 0):
+            raise UserError(
+                f"--{name} {value}: must be {f'at least {least}' if least else 'above 0'}, at most {MOST:,}"
+            )
     if options.search is not None and not os.access(options.search, os.R_OK):
         raise UserError(f"--search {options.search}: no such file, or you may not read it")
 
@@ -204,6 +211,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         active = any(place.is_claimed() for place in places)
         resume(folder, options.minutes, options.trials, options.seeds, active)
     else:
+        if asked.search is not None:
+            read_space(asked.search)
         check_same(folder, asked)
 
 
@@ -251,7 +260,11 @@ def work(folder: Path, jobs: int) -> int:
         return 130
     if final is None:
         return 1
-    summary = finish(folder, plan, final)
+    try:
+        summary = finish(folder, plan, final)
+    except (OSError, ValueError) as error:
+        reason = first_line(error, name_file=True)
+        raise UserError(f"--output_dir {folder}: the search has ended, but not its report: {reason}") from None
     if summary is None:
         return 1
     print("\n".join(summary_lines(folder, summary)), flush=True)

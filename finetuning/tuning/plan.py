@@ -4,6 +4,7 @@ The first worker writes both. Others that come with the same flags, or with ``--
 """
 
 import json
+import re
 import time
 import uuid
 from contextlib import ExitStack, suppress
@@ -14,13 +15,16 @@ from typing import Any
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
+from finetuning.runs.files import RESULT, read_status
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
 from finetuning.settings import FLAGS, PACKAGED, PACKAGED_MODELS
 from finetuning.storage import check_writable, read_json, remove, write_json, write_new_json
 from finetuning.tuning.space import Space
+from finetuning.tuning.trials import Place
 
 SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
 TRIALS, LAST, BEST = "trials", "last", "best"
+ENDING = "end"  # claimed by the worker that writes best run, report and summary
 SAMPLERS = ("tpe", "random")
 PATHS = ("model_name", *(name for name, flag in FLAGS.items() if flag.kind is Path))  # a model may be a folder
 
@@ -47,7 +51,10 @@ class Asked:
         """What is stored, and must be the same for workers that join."""
         given = {name: _anywhere(value) if name in PATHS else value for name, value in self.given.items()}
         text = None if self.search is None else self.search.read_text(encoding="utf8")
-        return {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": self.storage, "search": text}
+        storage = self.storage and re.sub(
+            r"^sqlite:///(?!/|:memory:)(.+)", lambda found: f"sqlite:///{Path(found[1]).resolve()}", self.storage
+        )
+        return {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": storage, "search": text}
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,8 @@ def begin(folder: Path, asked: Asked, space: Space, budget: "Budget") -> None:
     stored = asked.to_dict() | {"space": space.to_dict(), "study": f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / BUDGET, asdict(budget))
+        if not holds_search(folder):  # another worker's clock goes on
+            write_json(folder / BUDGET, asdict(budget))
         with suppress(FileExistsError):
             write_new_json(folder / SEARCH, stored)
     except OSError as error:
@@ -171,6 +179,7 @@ class Budget:
         minutes: of the whole search; ``None`` if only ``trials`` limits it.
         trials: the number of trials; ``None`` if only ``minutes`` limits it.
         seeds: how often the best trial and the default are trained again.
+        since: seconds of the search before its last minutes were added.
     """
 
     began: float
@@ -178,6 +187,7 @@ class Budget:
     minutes: float | None
     trials: int | None
     seeds: int
+    since: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -191,7 +201,10 @@ class Budget:
 
     @staticmethod
     def read(folder: Path) -> "Budget":
-        return Budget(**read_json(folder / BUDGET))
+        try:
+            return Budget(**read_json(folder / BUDGET))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--output_dir {folder}: {BUDGET} cannot be read: {first_line(error)}") from None
 
 
 def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int | None, active: bool) -> None:
@@ -217,13 +230,18 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
         if minutes is not None:
             # time that a search took beyond its minutes is not taken from those that are added
             before = budget.seconds / 60 if budget.minutes is None else max(budget.minutes, budget.seconds / 60)
-            limits["minutes"] = before + minutes
+            limits |= {"minutes": before + minutes, "since": 60 * before}
         if trials is not None:
             begun = sum(path.is_dir() for path in (folder / TRIALS).glob("*"))
             limits["trials"] = max(budget.trials or 0, begun) + trials
         if seeds is not None:
             limits["seeds"] = seeds
+        while more and stack.enter_context(Place(folder / ENDING).claim()) is None:  # a worker writes the report
+            time.sleep(LOOK_AGAIN_SECONDS)
         write_json(folder / BUDGET, asdict(replace(budget, **limits)))
         if more:
             for name in (FINAL, SUMMARY):
                 remove(folder / name)
+            for run in (folder / LAST).glob("*/"):
+                if read_status(run) == "failed":  # what made it fail may be mended
+                    remove(run / RESULT)

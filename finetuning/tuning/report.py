@@ -20,19 +20,18 @@ from finetuning.html import render
 from finetuning.pages import Table
 from finetuning.runs.abstention import checkpoints_compared
 from finetuning.runs.answers import is_multi_label, positive_of
-from finetuning.runs.files import PREDICTIONS, read_result, read_status, write_result
+from finetuning.runs.files import PREDICTIONS, check_unchanged, read_result, read_status, write_result
 from finetuning.runs.messages import called
 from finetuning.runs.records import SCORES
 from finetuning.storage import read_json, write_json, write_text
-from finetuning.tuning.plan import BEST, SUMMARY, TRIALS, Budget, Plan
+from finetuning.tuning.plan import BEST, ENDING, FINAL, SUMMARY, TRIALS, Budget, Plan
 from finetuning.tuning.plots import draw_plots, shown_score
 from finetuning.tuning.search import last_places
 from finetuning.tuning.texts import seeds_text, shown_values, trial_name
-from finetuning.tuning.trials import END as TRIAL_END
-from finetuning.tuning.trials import TRIAL, Place, Trial, Trials
+from finetuning.tuning.trials import END, TRIAL, Place, Trial, Trials
 
 REPORT, TEMPLATE = "tune.html", Path(__file__).parent / "tune.html.j2"
-END, LOOK_AGAIN_SECONDS = "end", 1.0
+LOOK_AGAIN_SECONDS = 1.0
 
 
 def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | None:
@@ -44,12 +43,15 @@ def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | 
         final: the trials that were trained again, and their seeds.
 
     Returns:
-        The content of ``tune.json``; ``None`` if no last run has finished.
+        The content of ``tune.json``; ``None`` if no last run has finished, or if meanwhile another worker has added
+        minutes or trials: then it goes on.
     """
     while True:
-        with Place(folder / END).claim() as lock:
+        with Place(folder / ENDING).claim() as lock:
             if (folder / SUMMARY).exists():
                 return read_json(folder / SUMMARY)
+            if lock is not None and not (folder / FINAL).exists():
+                return None
             if lock is not None:
                 return _finish(folder, plan, final)
         time.sleep(LOOK_AGAIN_SECONDS)
@@ -92,7 +94,7 @@ def copy_run(source: Path, target: Path) -> None:
     """Copies a run directory; a kill leaves the old copy, none or the new one, never half of one."""
     half = target.with_name(f".{target.name}.half")
     shutil.rmtree(half, ignore_errors=True)
-    shutil.copytree(source, half, ignore=shutil.ignore_patterns(".*", TRIAL, TRIAL_END))
+    shutil.copytree(source, half, ignore=shutil.ignore_patterns(".*", TRIAL, END))
     shutil.rmtree(target, ignore_errors=True)
     half.replace(target)
 
@@ -174,6 +176,7 @@ def gain_of(default: list[Path], runs: list[Path]) -> dict[str, Any]:
     measure = "micro_f1" if multi_label else "accuracy"
 
     def predictions(run: Path) -> Predictions:
+        check_unchanged(run / PREDICTIONS)
         task = read_result(run)["task"]
         frame = read_test_predictions(run / PREDICTIONS, task.get("threshold"), positive_of(task, names)).to_pandas()
         return Predictions.from_frame("", frame)

@@ -90,7 +90,8 @@ class Search:
         self.current: list[Job] = []
         self._trials_until = math.inf  # by the monotonic clock; then the last runs must begin
         self._renewed = 0.0
-        self._given_up: set[Path] = set()  # last runs that a signal has killed
+        self._given_up: set[Path] = set()  # last runs that ended without a result of their own
+        self._earlier = {trial.number for trial in self.trials.all() if trial.state is not None}
 
     def run(self) -> dict[str, Any] | None:
         """Works until all trials and all last runs have ended, here and elsewhere.
@@ -213,7 +214,7 @@ class Search:
         budget, best = self.budget, best_of(self.trials.all(), self.plan.minimize)
         reserved = 0.0
         if best is not None:
-            most = math.inf if budget.minutes is None else MOST_LAST * 60 * budget.minutes
+            most = math.inf if budget.minutes is None else MOST_LAST * (60 * budget.minutes - budget.since)
             taken = [self._last_seconds(self._finalists(best), count) for count in range(budget.seeds, 0, -1)]
             reserved = REPORT_SECONDS + next((seconds for seconds in taken if seconds <= most), taken[-1])
         self._trials_until = time.monotonic() + budget.left - reserved
@@ -243,7 +244,8 @@ class Search:
         """Whether a trial of the usual length would end before the last runs. The default has its time in any case."""
         trials = self.trials.all()
         ended = [trial for trial in trials if trial.state is not None]
-        if len(ended) >= MOST_FAILURES and all(trial.state == FAILED for trial in ended):
+        new = sum(trial.number not in self._earlier for trial in ended)  # what made earlier ones fail may be mended
+        if new >= MOST_FAILURES and all(trial.state == FAILED for trial in ended):
             return False
         seconds = sorted(trial.seconds for trial in ended if trial.state == COMPLETE)
         return not trials or self._time_for_trials > (seconds[len(seconds) // 2] if seconds else 0.0)
@@ -282,7 +284,7 @@ class Search:
         if job.number is None:
             how = found or "interrupted"
             print(f"last run {job.place.directory.name}: {how}, see {job.place.log}", flush=True)
-            if found is None and status not in STOPPED:
+            if found not in ("finished", "failed") and status not in STOPPED:  # as if its input is refused
                 self._given_up.add(job.place.directory)
         elif not job.stopped and job.pruned is None:
             self._judge(job)  # a short run may end before its history was looked at

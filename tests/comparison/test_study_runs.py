@@ -153,6 +153,20 @@ def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> Non
     assert sorted(path.name for path in runs.folder.iterdir()) == [run.name]
 
 
+def test_a_run_of_a_model_that_has_changed_is_not_taken_over(project: Path) -> None:
+    study = plan("[axes]\nseed = [0]").study  # its model is the folder "model"
+    (project / "model").mkdir(exist_ok=True)
+    (project / "model" / "config.json").touch()
+    runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
+    (run,) = study.runs
+    leave_run(other, run)
+    began = (other.directory(run) / "settings.json").stat().st_mtime
+    os.utime(project / "model" / "config.json", (began + 1, began + 1))
+    assert runs.take_over(run) is None
+    os.utime(project / "model" / "config.json", (began - 1, began - 1))
+    assert runs.take_over(run) == other.directory(run)
+
+
 @pytest.mark.parametrize("name", ["predictions.parquet", "metrics.csv"])
 def test_a_damaged_run_of_another_study_is_not_taken_over(name: str) -> None:
     study = plan("[axes]\nseed = [0]").study

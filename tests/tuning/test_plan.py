@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 
 from finetuning.errors import UserError
+from finetuning.runs.files import write_result
 from finetuning.tuning import plan as module
 from finetuning.tuning.plan import (
+    BUDGET,
     FINAL,
+    LAST,
     SEARCH,
     SUMMARY,
     TRIALS,
@@ -100,8 +103,34 @@ def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(
     assert not (tmp_path / SUMMARY).exists()
     now = time.time()
     monkeypatch.setattr(module.time, "time", lambda: now + 3600)  # beyond its minutes
+    for name, status in (("001-1", "failed"), ("000-1", "finished")):
+        (tmp_path / LAST / name).mkdir(parents=True)
+        write_result(tmp_path / LAST / name, {"status": status})
     resume(tmp_path, 5, None, None, active=True)
-    assert Budget.read(tmp_path).left == pytest.approx(300, abs=5)
+    budget = Budget.read(tmp_path)
+    assert budget.left == pytest.approx(300, abs=5)
+    assert 60 * (budget.minutes or 0) - budget.since == pytest.approx(300, abs=5), "of which the last runs have a part"
+    left = [path.parent.name for path in (tmp_path / LAST).glob("*/result.json")]
+    assert left == ["000-1"], "what made a last run fail may be mended"
+
+
+def test_a_worker_that_comes_second_leaves_the_clock_alone(tmp_path: Path) -> None:
+    started(tmp_path, minutes=10)
+    first = (tmp_path / BUDGET).read_bytes()
+    started(tmp_path, minutes=99)
+    assert (tmp_path / BUDGET).read_bytes() == first
+    (tmp_path / BUDGET).write_text('{"began": 1}')
+    with pytest.raises(UserError, match=r"budget.json cannot be read"):
+        Budget.read(tmp_path)
+
+
+def test_a_database_is_the_same_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, stored in (
+        ("sqlite:///a.db", f"sqlite:///{tmp_path}/a.db"), ("sqlite:////b.db", "sqlite:////b.db"),
+        ("sqlite:///:memory:", "sqlite:///:memory:"), ("mysql://host/x", "mysql://host/x"),
+    ):  # fmt: skip
+        assert Asked({}, "tpe", True, given, None).to_dict()["storage"] == stored
 
 
 def test_what_is_added_limits_the_search(tmp_path: Path) -> None:
