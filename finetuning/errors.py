@@ -113,6 +113,8 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
     """
     if sys.stdout is None:  # whoever started the command has closed it
         sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115, PTH123  # for the rest of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115, PTH123
     try:
         with output_flushed():
             return command()
@@ -131,7 +133,7 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
             raise
         status, line = 1, "failed: out of memory: use fewer or shorter texts or a smaller model, or free memory"
     if line:
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
     return status
 
 

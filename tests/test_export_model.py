@@ -1,5 +1,6 @@
 import contextlib
 import io
+import os
 import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -411,4 +412,5 @@ def test_flags_that_are_refused(
 ) -> None:
     assert message in refusal(capsys, run, tmp_path / "out", *words.split())
     assert "already exists: give a new folder" in refusal(capsys, run, tmp_path)
+    assert "is not valid UTF-8: give another name" in refusal(capsys, run, os.fsdecode(b"out\xff"))
     assert "lies in the run directory" in refusal(capsys, run, run / "out")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import finetune_lora
@@ -317,6 +318,11 @@ def test_exported_folders_that_are_refused(
     (copy / "model.safetensors").write_bytes(weights[:-100])
     message = refusal(capsys, copy, "--text", "a film")
     assert message.startswith(f"error: {copy} cannot be loaded: ")
+    (copy / "model.safetensors").write_bytes(weights)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["classifier.weight"][0, 0] = float("nan")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert "gives no number for a text: a weight is not finite" in refusal(capsys, copy, "--text", "a film")
     (copy / "model.safetensors").write_bytes(weights)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b", "2": "c"}}))

@@ -92,6 +92,10 @@ def check_target(out: Path, run: Path) -> None:
     Raises:
         UserError: it exists, lies in the run directory, or cannot be written.
     """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{out}: is not valid UTF-8: give another name") from None
     if os.path.lexists(out):
         raise UserError(f"{out}: already exists: give a new folder")
     if out.resolve().is_relative_to(run.resolve()):

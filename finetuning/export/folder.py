@@ -107,9 +107,7 @@ def check_last_tokens(run: FinishedRun, base: BaseModel, held: HeldOut, tokenize
     Raises:
         UserError: the tokenizer ends texts with its padding token, so the class would read the token before it.
     """
-    known = getattr(base.config, "pad_token_id", None)
-    pad_id = held.pad_id if known is None else known  # as in ``plain_model``
-    if base.family.last_token and any(ids[-1] == pad_id for ids in held.sequences):
+    if base.family.last_token and any(ids[-1] == held.pad_id for ids in held.sequences):
         raise UserError(
             f"{run.directory}: the tokenizer ends a text with its padding token {tokenizer.pad_token!r}, which"
             f" Transformers' class for {base.family.model_type} models leaves out: use predict.py"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from finetuning.datasets import traits_of
 from finetuning.errors import ExportFailed, UserError
 from finetuning.export.fresh_process import reads_types
 from finetuning.export.onnx_file import ONNX_FILE, write_onnx
@@ -35,7 +36,8 @@ from finetuning.models.quantization import dense_weight, is_quantized
 from finetuning.runs.answers import is_multi_label
 from finetuning.settings import WINDOWED
 
-OF_A_RUN = ("windows", "text_pairs", "threshold", "positive_label")  # what an exported config says of its run
+# what an exported config says of its run
+OF_A_RUN = ("windows", "text_pairs", "line_breaks", "threshold", "positive_label")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,7 +61,8 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
     predictions = against_predictions(reference, held.stored, loaded.precision)
     data = loaded.run.config.data
     write_tokenizer(folder, tokenizer, data.max_length)
-    model.config.text_pairs = data.text_pair_column is not None  # predict.py reads both, Transformers keeps them
+    model.config.text_pairs = data.text_pair_column is not None  # predict.py reads these, Transformers keeps them
+    model.config.line_breaks = traits_of(data.dataset).line_breaks
     if data.windows > 1:
         model.config.windows = {name: getattr(data, name) for name in WINDOWED}
     write_model(folder, model, DTYPES[dtype], held.stored.threshold, held.stored.positive)
@@ -138,7 +141,7 @@ def plain_model(classifier: Classifier, pad_id: int) -> Any:
     merge_lora(model)
     unpack_linears(model, classifier.family)
     join_linears(model.float(), classifier.family)
-    if model.config.pad_token_id is None:
+    if model.config.pad_token_id is None or classifier.family.last_token:  # the class looks for the padding by it
         model.config.pad_token_id = pad_id
     for name in OF_A_RUN:  # the base model may be an exported run itself
         vars(model.config).pop(name, None)
@@ -189,6 +192,7 @@ def complete_config(config: Any, threshold: float | None, positive: int | None) 
 def write_tokenizer(folder: Path, tokenizer: Any, max_length: int) -> None:
     """Writes the tokenizer. It cuts texts at the run's ``--max_length`` if it is told to truncate."""
     tokenizer.model_max_length = max_length
+    tokenizer.truncation_side = "right"  # a pipeline keeps the beginning, whatever the base model's file says
     tokenizer.backend_tokenizer.no_padding()  # a tokenizer's file may set its own padding and truncation
     tokenizer.backend_tokenizer.enable_truncation(max_length)
     tokenizer.save_pretrained(folder)

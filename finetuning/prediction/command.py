@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetuning.errors import UserError, exit_status
+from finetuning.errors import UserError, exit_status, say
 from finetuning.flags import OneLineParser
 from finetuning.prediction.trained import Trained, read_trained
 from finetuning.processes import fast_imports, interruptible, share_processors, show_any_text
@@ -163,7 +163,7 @@ def label(arguments: argparse.Namespace) -> None:
     from finetuning.prediction.outputs import is_parquet, print_answers, write_answers
     from finetuning.prediction.progress import Progress
     from finetuning.prediction.rows import survey
-    from finetuning.prediction.scoring import Score
+    from finetuning.prediction.scoring import Score, label_codes
 
     trained = read_trained(arguments.run)
     answers = make_answers(trained, arguments.threshold, arguments.top_k)
@@ -173,7 +173,9 @@ def label(arguments: argparse.Namespace) -> None:
     counters: list[Coverage | Score] = []
     if answers.confidence is not None and arguments.most_uncertain is None:
         counters.append(Coverage(answers.confidence.least, answers.confidence.reached))
-    score = None if arguments.label_column is None else Score(trained, arguments.label_column)
+    score = None
+    if arguments.label_column is not None:
+        score = Score(trained, arguments.label_column, label_codes(arguments.file, arguments.label_column, trained))
     if score is not None:
         counters.append(score)
     output, skip = arguments.output, arguments.skip_bad_rows
@@ -182,7 +184,7 @@ def label(arguments: argparse.Namespace) -> None:
         with Progress("check") as done:
             surveyed = survey(source, skip, output is not None and is_parquet(output), done)
         for note in answers.confidence.notes if answers.confidence else ():
-            print(note, file=sys.stderr)
+            say(note, sys.stderr)
         with fast_imports():
             from finetuning.prediction.predictor import answered, load_predictor  # torch takes seconds to load
 
@@ -200,12 +202,12 @@ def label(arguments: argparse.Namespace) -> None:
     if output is not None:
         most = arguments.most_uncertain
         count = surveyed.rows if most is None else min(most, surveyed.rows - surveyed.bad)
-        print(f"{output}: {count:,} rows", file=sys.stderr)
+        say(f"{output}: {count:,} rows", sys.stderr)
     for counter in counters:
-        print(counter, file=sys.stderr)
+        say(str(counter), sys.stderr)
     if surveyed.bad:
         fate = "got an empty label" if arguments.most_uncertain is None else "were left out"
-        print(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and {fate}", file=sys.stderr)
+        say(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and {fate}", sys.stderr)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -134,7 +135,7 @@ def write_json(chunks: Chunks, stream: TextIO, lines: bool) -> None:
     for kept, ours in chunks:
         rounded = ([round(v, DIGITS) if isinstance(v, float) else v for v in column] for column in ours.values())
         names = [*map(str, kept.columns), *ours]
-        for row in zip(*_plain(kept), *rounded, strict=True):
+        for row in zip(*_plain(kept, _finite), *rounded, strict=True):
             text = json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, default=_json_value)
             stream.write(before + text)
             before = between
@@ -203,11 +204,20 @@ def _cell(value: Any) -> Any:
     """A value for CSV."""
     if isinstance(value, list | tuple | dict | np.ndarray):
         return json.dumps(value, ensure_ascii=False, default=_json_value)
-    return value
+    return _json_value(value) if isinstance(value, bytes) else value
+
+
+def _finite(value: Any) -> Any:
+    """The same value; ``None`` for a number or time that JSON does not have."""
+    return None if value is pd.NaT or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def _json_value(value: Any) -> Any:
     """What JSON does not know, as the nearest that it does."""
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray):  # pandas makes times of nanoseconds, of which numpy makes numbers
+        return [_finite(each) for each in pd.Series(value).astype(object).tolist()]
+    if isinstance(value, np.generic):
         return value.tolist()
+    if isinstance(value, bytes):
+        return value.decode("utf8", "backslashreplace")
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -12,7 +12,7 @@ from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import encode
 from finetuning.errors import UserError
 from finetuning.models.base_files import check_base_unchanged
-from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer, read_base_model
+from finetuning.models.base_model import BaseModel, check_vocabulary, find_base_model, load_tokenizer, read_base_model
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
 from finetuning.models.merged import keep_merged
@@ -30,13 +30,16 @@ class Predictor:
 
     Args:
         trained: where the classifier comes from: how it reads texts.
+        base: its base model.
         classifier: on any device.
         tokenizer: its tokenizer.
         device: where to compute.
     """
 
-    def __init__(self, trained: Trained, classifier: Classifier, tokenizer: Any, device: torch.device) -> None:
-        self.trained, self.tokenizer, self.device = trained, tokenizer, device
+    def __init__(
+        self, trained: Trained, base: BaseModel, classifier: Classifier, tokenizer: Any, device: torch.device
+    ) -> None:
+        self.trained, self.base, self.tokenizer, self.device = trained, base, tokenizer, device
         self.classifier = classifier.eval().to(device)
         keep_merged(self.classifier.model)  # for good: a call with a few texts takes less time than merging
 
@@ -54,11 +57,18 @@ class Predictor:
 
         Returns:
             (n, labels) float64, in the order of the texts.
+
+        Raises:
+            UserError: a token has no embedding, or the classifier gives no number for a text.
         """
         config, clean = self.trained.config, self.trained.clean
         pairs = None if pairs is None else list(pairs)  # data sets of pairs need no cleaning
         rows = np.arange(len(texts))
         encoded = encode([clean(text) for text in texts], pairs, self.tokenizer, config.data)
+        try:
+            check_vocabulary(self.base, self.tokenizer, [encoded.tokens])
+        except UserError as error:  # its message names the flag of a run
+            raise UserError(str(error).removeprefix("--model_name ")) from None
         split = encoded.labelled(np.zeros_like(rows), rows)
         probabilities, parts = np.empty((len(texts), len(self.trained.label_names))), []
         pinned = self.device.type == "cuda"
@@ -72,6 +82,11 @@ class Predictor:
                 done(len(logits))
             for places, found in parts:  # only now: on a GPU each reading waits for all queued work
                 probabilities[places.numpy()] = found.cpu().numpy()
+        if not np.isfinite(probabilities).all():
+            raise UserError(
+                f"{self.trained.directory}: gives no number for a text: a weight is not finite, or a product too large"
+                f" for {self.classifier.dtype}: restore its files, or predict on a CPU"
+            )
         return probabilities
 
 
@@ -156,7 +171,7 @@ def load_predictor(trained: Trained) -> Predictor:
         names, dtype = trained.label_names, _dtype(hardware, base)
         classifier = load_classifier(trained.directory, config, base, names, dtype, hardware.int8)
         tokenizer = load_tokenizer(base)
-    return Predictor(trained, classifier, tokenizer, hardware.device)
+    return Predictor(trained, base, classifier, tokenizer, hardware.device)
 
 
 def _dtype(hardware: Hardware, base: BaseModel) -> torch.dtype:

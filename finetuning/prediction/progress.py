@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from finetuning.errors import say
+
 BAR_AFTER = 2.0  # seconds before the bar appears
 LINE_EVERY = 60.0  # seconds between lines
 LINE = "{desc}: {n_fmt} of {total_fmt} rows, {rate_fmt}, {remaining} left"
@@ -42,7 +44,7 @@ class Progress:
             self.last, form = now, LINE_WITHOUT_TOTAL if self.total is None else LINE
             seconds = now - self.began
             line = tqdm.format_meter(self.count, self.total, seconds, prefix=self.title, unit=" rows", bar_format=form)
-            print(line, file=sys.stderr, flush=True)
+            say(line, sys.stderr)
 
     def clear(self) -> None:
         """Takes the bar from the terminal, until the next call: for output on the same terminal."""

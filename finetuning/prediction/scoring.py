@@ -1,18 +1,37 @@
 """How many answers are right, if the input also has the true labels. Nothing here imports torch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from finetuning.data.columns import texts_in
+from finetuning.data.files import UNREADABLE
 from finetuning.data.labels import as_number
+from finetuning.data.tables import class_names
+from finetuning.datasets import traits_of
 from finetuning.errors import UserError
 from finetuning.prediction.rows import Answered, Source
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import macro_f1
+
+
+def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
+    """The names of the labels 0, 1, ... of a file, as training reads them; empty if its numbers are names themselves.
+
+    Args:
+        file: what ``--file`` gave.
+        column: of its labels.
+        trained: the classifier.
+    """
+    own = None
+    with suppress(*UNREADABLE):  # the reading that follows says it
+        own = class_names(file, column) if file.is_file() else None
+    return own or traits_of(trained.config.data.dataset).label_names or ()
 
 
 class Score:
@@ -26,10 +45,10 @@ class Score:
         UserError: the classifier gives several labels to a text.
     """
 
-    def __init__(self, trained: Trained, column: str) -> None:
+    def __init__(self, trained: Trained, column: str, codes: Sequence[str] = ()) -> None:
         if trained.multi_label:
             raise UserError(f"--label_column {column}: needs a classifier that gives each text one label")
-        self.column = column
+        self.column, self._codes = column, codes
         self._places = {name: i for i, name in enumerate(trained.label_names)}
         self._counts = np.zeros((len(self._places), len(self._places)), dtype=np.int64)  # true label, given label
 
@@ -92,6 +111,9 @@ class Score:
             return None
         text = str(value).strip()
         number = as_number(text)
+        code = self._codes[int(number)] if number is not None and number in range(len(self._codes)) else None
+        if code is not None and not (isinstance(value, str) and text in self._places):
+            return code
         if text in self._places or number is None:
             return text or None
         whole = isinstance(number, float) and number.is_integer()

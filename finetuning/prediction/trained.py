@@ -3,8 +3,9 @@
 Nothing here imports torch.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from finetuning.storage import read_json
 
 MODEL_CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"  # of Hugging Face
 MULTI_LABEL = "multi_label_classification"  # the problem_type of Hugging Face
-LONGEST = 512  # tokens, if neither tokenizer nor model says it
+LONGEST, UNLIMITED = 512, 1e9  # tokens, if neither tokenizer nor model says it; what a tokenizer says that has no limit
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Trained:
         positive: of two classes, the position of the one that the threshold is for; ``None`` with one: multi-label.
         exported: whether it is a Transformers folder.
         pairs: whether an exported one reads pairs of texts; ``None``: its folder does not say it.
+        line_breaks: markup between lines that an exported one reads as a space; ``None`` of a run, whose data set says.
         base_files: name -> SHA-256 of the files of the run's base model; empty if it is not known.
     """
 
@@ -44,6 +46,7 @@ class Trained:
     positive: int | None = None
     exported: bool = False
     pairs: bool | None = None
+    line_breaks: str | None = None
     base_files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -53,6 +56,8 @@ class Trained:
     @property
     def clean(self) -> Callable[[str], str]:
         """What makes a text the one that the model reads."""
+        if self.line_breaks is not None:
+            return replace(traits_of(self.config.data.dataset), line_breaks=self.line_breaks).clean
         return traits_of(self.config.data.dataset).clean
 
     def check_pairs(self, given: bool) -> None:
@@ -65,7 +70,8 @@ class Trained:
         if wanted is None or given == wanted:
             return
         raise UserError(
-            f"{self.directory}: was trained on pairs of texts: give --text_pair for each --text"
+            f"{self.directory}: was trained on pairs of texts: give --text_pair for each --text, or --text_pair_column"
+            " with --file"
             if wanted
             else f"{self.directory}: was trained on single texts: leave out --text_pair and --text_pair_column"
         )
@@ -97,14 +103,16 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
         if any(directory.rglob("*.onnx")):
             raise UserError(f"{directory}: has only ONNX, for onnxruntime: give the run's directory")
         raise UserError(f"{directory}: has no .safetensors: save the model with safetensors, pickles are never loaded")
-    positions = content.get("max_position_embeddings") or content.get("n_positions") or LONGEST
+    names_of_length = ("max_position_embeddings", "n_positions", "max_seq_len")
+    positions = next((content[name] for name in names_of_length if content.get(name)), math.inf)
     stored = _json(directory, TOKENIZER_CONFIG) if (directory / TOKENIZER_CONFIG).is_file() else {}
+    longest = min(stored.get("model_max_length") or math.inf, positions)
     config = RunConfig.from_settings(
         dataset="text",
         data_dir=directory,
         model_name=str(directory.resolve()),  # "packaged" would be another model
         method="head",
-        max_length=int(min(stored.get("model_max_length") or positions, positions)),
+        max_length=int(longest) if longest < UNLIMITED else LONGEST,
         offline=True,
         **_reading(content),
     )
@@ -116,7 +124,9 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
         threshold = given if isinstance(given, float) and 0 < given < 1 else DEFAULT_THRESHOLD
     pairs = content.get("text_pairs")  # export_model.py writes it
     known = pairs if isinstance(pairs, bool) else None
-    return Trained(directory, config, label_names, threshold, positive, exported=True, pairs=known)
+    breaks = content.get("line_breaks")  # and this
+    line_breaks = breaks if isinstance(breaks, str) else None
+    return Trained(directory, config, label_names, threshold, positive, True, known, line_breaks)
 
 
 def _reading(content: dict[str, Any]) -> dict[str, Any]:

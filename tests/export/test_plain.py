@@ -117,7 +117,9 @@ def test_a_weight_that_is_not_a_number_is_refused(bases: dict[str, Path]) -> Non
 
 def test_the_tokenizer_cuts_where_the_run_did(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(packaged_folder())  # its own file cuts and pads at 128
+    tokenizer.truncation_side = "left"  # as a base model's file may say
     write_tokenizer(tmp_path, tokenizer, max_length=20)
+    assert AutoTokenizer.from_pretrained(tmp_path).truncation_side == "right"
     stored = AutoTokenizer.from_pretrained(tmp_path)
     assert stored.model_max_length == 20
     assert len(stored("film " * 300, truncation=True)["input_ids"]) == 20

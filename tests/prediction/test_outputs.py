@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from finetuning.data.files import FORMATS, read_frame
 from finetuning.errors import OutputFailed, UserError
+from finetuning.prediction import progress
 from finetuning.prediction import rows as rows_module
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.outputs import check_output, is_parquet, print_answers, write_answers
@@ -44,6 +46,37 @@ def write(source: Path, out: Path, answers: AnswerColumns = ONE, skip: bool = Fa
         surveyed = survey(given, skip, is_parquet(out), lambda _: None)
         write_answers(out, answered(given.rows(skip), answers), surveyed, answers)
     return out
+
+
+def test_values_of_parquet_become_json_that_others_read(tmp_path: Path) -> None:
+    when = datetime.datetime(2026, 1, 2, 3, 4, 5)
+    columns = {
+        "text": ["a", "b"], "x": [float("inf"), 1.5], "list": [[1.0, None], [2.0]], "times": [[when], []],
+        "raw": [b"abc", b"\xff"],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns, schema=pa.schema([
+        ("text", pa.string()), ("x", pa.float64()), ("list", pa.list_(pa.float64())),
+        ("times", pa.list_(pa.timestamp("ns"))), ("raw", pa.binary()),
+    ])), tmp_path / "in.parquet")  # fmt: skip
+    lines = write(tmp_path / "in.parquet", tmp_path / "out.jsonl").read_text().splitlines()
+    assert not [line for line in lines if "NaN" in line or "Infinity" in line]
+    first, second = map(json.loads, lines)
+    assert (first["x"], first["list"], first["times"]) == (None, [1.0, None], [when.isoformat()])
+    assert (first["raw"], second["raw"]) == ("abc", "\\xff")
+    assert "abc" in (csv := write(tmp_path / "in.parquet", tmp_path / "out.csv").read_text())
+    assert "b'abc'" not in csv
+
+
+def test_progress_goes_on_if_nobody_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress.Progress("predict", 9) as done:
+            for _ in range(3):
+                done(1)
+    assert done.count == 3
 
 
 @pytest.fixture

@@ -1,18 +1,20 @@
 """The score of answers against true labels in the input, by scikit-learn's numbers."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.prediction.rows import Rows, Source
-from finetuning.prediction.scoring import Score
+from finetuning.prediction.scoring import Score, label_codes
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
 
@@ -69,6 +71,22 @@ def test_labels_that_cannot_be_counted_are_refused(labels: list[Any], column: st
     with pytest.raises(UserError) as caught:
         list(Score(TRAINED, column).checking(source(labels)).tables())
     assert str(caught.value) == message
+
+
+def test_numbers_are_codes_where_the_data_set_or_the_file_names_its_classes(tmp_path: Path) -> None:
+    imdb = replace(TRAINED, config=RunConfig.from_settings(dataset="imdb"), label_names=["negative", "positive"])
+    codes = label_codes(tmp_path / "missing.parquet", "y", imdb)
+    assert list(codes) == ["negative", "positive"]
+    score = Score(imdb, "y", codes)
+    list(score.counted([(rows(["0", 1, "positive"]), [["negative", "positive", "positive"]])]))
+    assert "accuracy 100.00%" in str(score)
+    info = {"info": {"features": {"y": {"names": ["1", "0"], "_type": "ClassLabel"}}}}
+    table = pyarrow.table({"y": [0, 1]}).replace_schema_metadata({"huggingface": json.dumps(info)})
+    pyarrow.parquet.write_table(table, tmp_path / "named.parquet")
+    own = replace(TRAINED, config=RunConfig.from_settings(dataset="text", data_dir=tmp_path))
+    score = Score(own, "y", label_codes(tmp_path / "named.parquet", "y", own))
+    list(score.counted([(rows([0, 1, "1"]), [["1", "0", "1"]])]))  # numbers are codes, words are names
+    assert "accuracy 100.00%" in str(score)
 
 
 def test_a_multi_label_classifier_is_refused() -> None:

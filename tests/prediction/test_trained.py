@@ -42,6 +42,12 @@ def test_an_exported_folder_of_a_run_with_windows(tmp_path: Path) -> None:
         assert read_trained(folder(tmp_path, CONFIG | {"windows": other})).config.data.windows == 1
 
 
+def test_an_exported_folder_reads_the_line_breaks_of_its_run(tmp_path: Path) -> None:
+    assert read_trained(folder(tmp_path, CONFIG | {"line_breaks": "<br />"})).clean("a<br />b") == "a b"
+    for other in ({}, {"line_breaks": ""}, {"line_breaks": 3}):
+        assert read_trained(folder(tmp_path, CONFIG | other)).clean("a<br />b") == "a<br />b"
+
+
 @pytest.mark.parametrize(
     ("config", "tokenizer", "expected"),
     [
@@ -49,6 +55,8 @@ def test_an_exported_folder_of_a_run_with_windows(tmp_path: Path) -> None:
         (CONFIG, {"model_max_length": int(1e30)}, 64),
         ({"model_type": "gpt2", "n_positions": 48}, {}, 48),
         ({"model_type": "other"}, {}, 512),
+        ({"model_type": "bloom"}, {"model_max_length": 1024}, 1024),
+        ({"model_type": "mpt", "max_seq_len": 2048}, {"model_max_length": int(1e30)}, 2048),
     ],
 )
 def test_the_longest_text(tmp_path: Path, config: Any, tokenizer: Any, expected: int) -> None:
