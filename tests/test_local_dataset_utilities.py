@@ -185,6 +185,10 @@ def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
         frame(20).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match="in validation or test but not in train"):
         texts_of(text_config(tmp_path))
+    for name in ("train", "test"):
+        frame(20).assign(label=[["a"], ["b"]] * 10).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="all 20 training texts also appear in validation or test: remove repeats"):
+        texts_of(text_config(tmp_path, kfold=5))
 
 
 HELD = """

@@ -23,7 +23,9 @@ from finetuning.errors import UserError, first_line, listed
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "json")
 PACKED = ".gz"
-UNREADABLE = (OSError, EOFError, TypeError, ValueError, zlib.error, pyarrow.ArrowException, zipfile.BadZipFile)
+UNREADABLE = (
+    OSError, EOFError, TypeError, ValueError, RecursionError, zlib.error, pyarrow.ArrowException, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def name_and_format(path: Path) -> tuple[str, str | None]:
@@ -133,6 +135,10 @@ def _csv_chunks(path: Path, rows: int | None, separator: str) -> Iterator[pd.Dat
     options: dict[str, Any] = {
         "sep": separator, "dtype": str, "encoding": "utf-8-sig", "keep_default_na": False, "index_col": False,
     }  # fmt: skip
+    with opened(path) as file, _strict_csv(path, options):
+        header = [name for name in pd.read_csv(file, header=None, nrows=1, **options).iloc[0] if name]
+        if len(set(header)) < len(header):  # pandas would rename one
+            raise ValueError(f"two columns of its header ({listed(header)}) have the same name: rename one")
     with opened(path) as file:
         with _strict_csv(path, options):
             reader = pd.read_csv(file, iterator=True, **options)

@@ -5,7 +5,6 @@ labels reach every part in proportion, as far as their texts allow.
 """
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from finetuning.settings import DataSettings
 
 SEPARATORS = (";", "|", ",")
 SHARED = 0.8  # of the parts of labels: if so many are parts of other labels as well, the labels look like lists
+EXACT = 2**53  # a table holds larger whole numbers only nearly
 MEASUREMENTS = 20  # different numbers with a fraction: so many are hardly names of classes
 STRATIFIED = "splits and limits are stratified by each text's rarest label"
 
@@ -29,7 +29,7 @@ def as_number(text: str) -> int | float | None:
     for kind in (int, float):
         with suppress(ValueError):
             number: int | float = kind(text)
-            if str(number) == text and not (kind is float and not math.isfinite(number)):
+            if str(number) == text and abs(number) < EXACT:  # false for nan as well
                 return number
     return None
 

@@ -7,6 +7,7 @@ from finetuning.data.imdb import read_imdb
 from finetuning.data.phrasebank import read_phrasebank
 from finetuning.data.tables import class_names, read_table, split_files
 from finetuning.data.texts import Source
+from finetuning.errors import UserError, listed
 from finetuning.settings import DataSettings, check_data_dir
 
 
@@ -25,7 +26,14 @@ def read_own_files(data: DataSettings, _offline: bool) -> Source:
     assert data.data_dir is not None  # config.py requires it for this data set
     files = split_files(data.data_dir)
     tables = {split: read_table(path, data) for split, path in files.items()}
-    return Source(data.data_dir.resolve().name, "local files", tables, class_names(files["train"], data.label_column))
+    names = {split: class_names(path, data.label_column) for split, path in files.items()}
+    for split, own in names.items():
+        if names["train"] and own and own != names["train"]:
+            raise UserError(
+                f"--data_dir: {files[split].name} numbers its classes {listed(own)}, {files['train'].name}"
+                f" {listed(names['train'])}: number them alike, or write the labels as words"
+            )
+    return Source(data.data_dir.resolve().name, "local files", tables, names["train"])
 
 
 READERS: dict[str, Callable[[DataSettings, bool], Source]] = {

@@ -24,7 +24,11 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
     """
     if is_multi_label(source, data):
         return encode_multi_label(source, data)
-    labels = _comparable(pd.concat({split: table.label for split, table in source.tables.items()}))
+    labels = pd.concat({split: table.label for split, table in source.tables.items()})
+    if source.label_names is not None:  # a word that is a name is that class, also if it is a number
+        codes = {name: i for i, name in enumerate(source.label_names)}
+        labels = labels.map(lambda label: codes.get(label.strip(), label) if isinstance(label, str) else label)
+    labels = _comparable(labels)
     if not pd.api.types.is_numeric_dtype(labels) and not labels.map(lambda label: isinstance(label, str)).all():
         raise UserError(f"--label_column {data.label_column}: labels must be all numbers or all strings")
     known: dict[Any, int]
@@ -148,6 +152,10 @@ def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
     held_out = pd.concat([table for name, table in splits.items() if name != "train"])
     leaks = _content(splits["train"]).isin(_content(held_out))
     splits["train"] = splits["train"][~leaks]
+    if splits["train"].empty and "labels" in held_out:
+        raise UserError(
+            f"--data_dir: all {len(leaks)} training texts also appear in validation or test: remove repeats"
+        )
     if "labels" in held_out:  # multi-label: unseen_labels warns
         return int(leaks.sum())
     missing = sorted(set(held_out.label) - set(splits["train"].label))

@@ -70,6 +70,8 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     if table.empty:
         raise UserError(f"{path} has no rows: give other data with --data_dir or --dataset")
     label = table[data.label_column]
+    if isinstance(label.dtype, pd.CategoricalDtype):  # the values themselves
+        label = label.astype(label.cat.categories.dtype if label.notna().all() else object)
     if data.label_separator is not None:  # a text may have no label
         label = label.where(label.notna(), "")
     flags = {"text": f"--text_column {data.text_column}", "pair": f"--text_pair_column {data.text_pair_column}"}

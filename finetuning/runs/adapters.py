@@ -80,8 +80,8 @@ def read_adapter(folder: Path) -> Adapter:
             continue
         name = tensor.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         wanted = _by_pattern(ranks, name, rank)
-        if shape[0] != wanted:
-            raise UserError(f"{folder}: {tensor} has rank {shape[0]}, but {ADAPTER_CONFIG} says {wanted:g}")
+        if shape[:1] != (wanted,):
+            raise UserError(f"{folder}: {tensor} has shape {shape}, but {ADAPTER_CONFIG} says rank {wanted:g}")
         linears[name] = (shape[0], _by_pattern(alphas, name, alpha))
     if not linears:
         raise UserError(f"{folder}: {ADAPTER} contains no LoRA matrices")

@@ -231,7 +231,7 @@ def claimed_directory(
             resumed_config(interrupted_settings(directory), settings)
             if lock.killed:
                 print(f"{lock.killed} {KILLED}", flush=True)
-            origin = origin | {"command": read_origin(directory)["command"]}
+            origin = origin | {"command": read_origin(directory).get("command")}
             checkpoint = checkpoint_to_resume(directory)
             if checkpoint is not None or begun_folds(directory):
                 origin = _same_origin(directory, settings, origin)
@@ -327,8 +327,9 @@ def remove_folds(directory: Path) -> None:
     """
     try:
         for fold in begun_folds(directory):
-            for path in (*(fold / name for name in (*RUN_FILES, LOCK)), *fold.glob(TEMPORARY)):
-                remove(path)
+            others = sorted({*RUN_FILES, LOCK} - {SETTINGS})
+            for path in (*(fold / name for name in others), *fold.glob(TEMPORARY), fold / SETTINGS):
+                remove(path)  # the settings last: until then it counts as a run
             with suppress(OSError):  # other files in it stay
                 fold.rmdir()
         with suppress(OSError):

@@ -36,6 +36,14 @@ def peak_memory(on_gpu: bool) -> dict[str, Any]:
     return {"peak_bytes": peak, "source": "resident set size of the process, ru_maxrss"}
 
 
+def forget_peak(on_gpu: bool) -> None:
+    """Lets the peak memory of this process begin anew, where the system can do it."""
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")  # proc(5)
+
+
 def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes of main memory that this process may still take; ``None`` unless on Linux.
 
@@ -114,7 +122,7 @@ def environment_record() -> dict[str, Any]:
         "amx": bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "git": _git_commit(),
+        "git": COMMIT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "forked": is_forked(),
         "watermark": watermark.watermark(machine=True, python=True, iso8601=True),
@@ -150,3 +158,6 @@ def _git_commit() -> dict[str, Any] | None:
         commit, date = output_of("show", "--no-patch", "--format=%H %cI", "HEAD").split()
         return {"commit": commit, "date": date, "modified": modified}
     return None
+
+
+COMMIT = _git_commit()  # of the code that this process has loaded: the files may change while studies fork runs from it

@@ -104,8 +104,9 @@ class LoRASettings:
     def check(s: Values) -> None:
         """Refuses settings that exclude each other, and an adapter that its own run would replace."""
         folders = (s.init_adapter, s.output_dir)
-        if None not in folders and len(set(map(os.path.realpath, folders))) == 1:
-            message = "is --output_dir as well, whose files a run replaces: give another one"
+        adapter, output = (folder and Path(os.path.realpath(folder)) for folder in folders)
+        if adapter and output and adapter.is_relative_to(output):
+            message = "is in --output_dir, whose files a run replaces: give another one"
             raise UserError(f"--init_adapter {s.init_adapter}: {message}")
         require(s, "double_quantization", s.double_quantization is None or bool(s.q_lora), "needs --q_lora True")
         if s.lora_modules is not None:

@@ -68,6 +68,12 @@ def test_a_column_that_pandas_took_as_an_index_is_a_column(tmp_path: Path, rows:
     assert chunk.text.tolist() == ROWS.text[:count].tolist()
 
 
+def test_json_that_is_too_deep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(UserError, match=r"a.jsonl cannot be read"), readable(tmp_path / "a.jsonl"):
+        read_frame(tmp_path / "a.jsonl")
+
+
 def test_names() -> None:
     for name, expected in (
         ("train.csv", ("train", "csv")),
@@ -115,6 +121,7 @@ def test_damaged_gzip(tmp_path: Path, name: str) -> None:
         ("a.json", '[{"text": "x"}, 3]', "element 2 must be an object"),
         ("a.csv", "text,label\nfine,1\nfine, really,1\n", r"header \(text, label\), .* texts with commas in quotes"),
         ("a.tsv", "text\tlabel\nfine\t1\nfine\treally\t1\n", r"header \(text, label\), .* texts with tabs in quotes"),
+        ("a.csv", "text,label,text\na,1,b\n", r"two columns of its header \(text, label, text\) have the same name"),
         ("a.tsv", 'text\tlabel\n"open\t1\nfine\t1\nshut"\t1\n', "open quote in column text, at open 1 fine 1 shut"),
     ],
 )

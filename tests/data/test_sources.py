@@ -72,6 +72,35 @@ def test_label_names_of_the_datasets_library(tmp_path: Path) -> None:
     assert (texts.splits["train"].labels == texts.splits["train"].rows % 2).all()
 
 
+def test_files_that_number_their_classes_differently_are_refused(tmp_path: Path) -> None:
+    for split, names in (("train", ["bad", "good", "ok"]), ("test", ["bad", "ok"])):
+        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = pyarrow.Table.from_pandas(frame(30)).replace_schema_metadata({"huggingface": json.dumps(features)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match=r"test.parquet numbers its classes bad, ok, train.parquet bad, good, ok"):
+        texts_of(text_config(tmp_path))
+
+
+def test_a_word_that_is_a_name_is_that_class(tmp_path: Path) -> None:
+    features = {"info": {"features": {"label": {"names": ["0", "1", "10", "2"], "_type": "ClassLabel"}}}}
+    table = pyarrow.Table.from_pandas(frame(40, classes=4)).replace_schema_metadata(
+        {"huggingface": json.dumps(features)}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    pd.DataFrame({"text": ["one", "two"], "label": ["2", "10"]}).to_csv(tmp_path / "test.csv", index=False)
+    texts = texts_of(text_config(tmp_path))
+    assert [texts.label_names[i] for i in texts.splits["test"].labels] == ["2", "10"]
+
+
+def test_categories_are_their_values(tmp_path: Path) -> None:
+    table = frame(30).assign(label=lambda table: pd.Categorical(table.label.map({0: " bad", 1: "good"})))
+    table.to_parquet(tmp_path / "train.parquet")
+    assert texts_of(text_config(tmp_path)).label_names == ["bad", "good"]
+    table = pd.DataFrame({"text": [f"text {i}" for i in range(30)], "label": pd.Categorical(["a;b", None, "b"] * 10)})
+    table.to_parquet(tmp_path / "train.parquet")
+    assert texts_of(text_config(tmp_path, label_separator=";")).label_names == ["a", "b"]
+
+
 def test_other_columns(tmp_path: Path) -> None:
     frame(30).rename(columns={"text": "body", "label": "class"}).to_csv(tmp_path / "train.csv", index=False)
     texts = texts_of(text_config(tmp_path, text_column="body", label_column="class"))
@@ -88,6 +117,7 @@ def test_other_columns(tmp_path: Path) -> None:
         (["0.0", "1.0"], ["0", "1"]),  # pandas writes whole numbers so if a column once had gaps
         (["10", "9"], ["9", "10"]),
         (["01", "1"], ["01", "1"]),  # codes stay as they are written
+        (["100000000000000000001", "100000000000000000002"], ["100000000000000000001", "100000000000000000002"]),
         (["1e3", "1000"], ["1000", "1e3"]),
         (["+1", "-1"], ["+1", "-1"]),
         ([" 2", "1 "], ["1", "2"]),

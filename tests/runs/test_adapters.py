@@ -225,7 +225,7 @@ def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_pa
         for key in ("rank_pattern", "alpha_pattern"):
             refused(f"{key} .*: must have patterns and numbers", {key: pattern})
     refused("base_model_name_or_path 5: must be a text", {"base_model_name_or_path": 5})
-    refused(r"lora_A\.weight has rank 4, but adapter_config\.json says 5", {"rank_pattern": {"q_lin": 5}})
+    refused(r"lora_A\.weight has shape \(4, 32\), but adapter_config\.json says rank 5", {"rank_pattern": {"q_lin": 5}})
     refused("--lora_layers 1: the adapter of --init_adapter has LoRA in layers 0-2: leave out", lora_layers="1")
     refused("made for the base model roberta-base, but --model_name", {"base_model_name_or_path": "roberta-base"})
     refused(r"lora_A\.weight has shape \(4, 33\), must be \(4, 32\)", weights={first: torch.ones(4, 33)})
@@ -260,3 +260,5 @@ def test_folders_without_a_safe_adapter_are_refused(tmp_path: Path) -> None:
     refused(r"adapter_model\.safetensors cannot be read")
     save_file({"a": torch.ones(1)}, tmp_path / ADAPTER)
     refused("contains no LoRA matrices")
+    save_file({"base_model.model.a.lora_A.weight": torch.tensor(1.0)}, tmp_path / ADAPTER)
+    refused(r"has shape \(\), but adapter_config.json says rank 2")
