@@ -166,10 +166,11 @@ class LinearWithLoRA(nn.Module):
         if factors is None:
             added: Tensor = self.lora(x)
             return added
-        x, factors = self.lora.dropout(x), factors.to(x.dtype)
-        weight = dense_weight(self.linear)
-        merged = (weight + self.lora.delta_weight()).to(x.dtype)
-        return factors * F.linear(x, merged) - F.linear(x, weight.to(x.dtype))
+        x, dtype = self.lora.dropout(x), x.dtype
+        rows = F.linear(x, dense_weight(self.linear).to(dtype))
+        inner = F.linear(F.linear(x, self.lora.lora_A.to(dtype)), self.lora.lora_B.to(dtype))
+        # small changes of the weight or the magnitude would be lost in the rounding of a merged weight
+        return (factors - 1).to(dtype) * rows + (self.lora.scale * factors).to(dtype) * inner
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``: the linear plus the LoRA layer, in x's dtype or autocast's."""

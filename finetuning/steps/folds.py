@@ -20,11 +20,13 @@ from finetuning.runs.directory import fold_directories
 from finetuning.runs.files import SETTINGS, read_status
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 from finetuning.runs.history import scores_by_epoch
+from finetuning.runs.measurements import forget_peak
 from finetuning.runs.messages import accuracy_line, largest_class_line, scores_line
 from finetuning.runs.records import SCORES, FoldsRecord, Means, accuracy_interval, scores_record
 from finetuning.runs.scores import mean_interval
 from finetuning.steps.claim import Claim
 from finetuning.steps.inputs import Inputs
+from finetuning.training.hardware import return_freed_memory
 from finetuning.training.module import Predictions, all_scores
 from finetuning.training.tasks import MultiLabel
 
@@ -123,6 +125,8 @@ def _finished(directory: Path, fold: Inputs, carry_out: Callable[[Path, Inputs],
         with closing(Unheard(terminal, f"fold {fold.config.data.fold}  ")) as unheard, redirect_stdout(unheard):
             result = carry_out(directory, dataclasses.replace(fold, config=config))
         gc.collect()  # Lightning's objects refer to each other, and would keep the classifier
+        return_freed_memory()
+        forget_peak(fold.hardware.on_gpu)  # the next run's memory is its own
         if result["status"] == "interrupted":
             raise Interrupted
         if result["status"] == "failed":

@@ -146,7 +146,7 @@ def evaluate(training: Training) -> dict[str, Any] | None:
         Interrupted: a signal has arrived.
     """
     claim, inputs, module = training.claim, training.inputs, training.module
-    training.watch.stop.check()
+    training.watch.stop.check(training.trainer)
     record = None
     if claim.config.run.test:
         test = evaluation_loader(inputs.splits["test"], claim.config.training, inputs.pad_id, **training.loader_options)

@@ -263,7 +263,7 @@ class GracefulStop(Callback):
         # broadcast makes the ranks wait for each other for ever.
         signal.signal(signal.SIGTERM, self._request_stop)
 
-    on_test_start = on_train_start
+    on_validation_start = on_test_start = on_train_start  # without epochs there is no training
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # the last step of an epoch does not ask; the validation after it has left a checkpoint
@@ -303,11 +303,14 @@ class GracefulStop(Callback):
     def _any_rank(trainer: pl.Trainer, decision: bool) -> bool:
         return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
 
-    def check(self) -> None:
+    def check(self, trainer: pl.Trainer | None = None) -> None:
         """Stops the run between two phases, if a signal has arrived.
+
+        Args:
+            trainer: asks all ranks, because those that go on would wait for the others.
 
         Raises:
             Interrupted: a signal has arrived.
         """
-        if self.requested:
+        if self.requested if trainer is None else self._any_rank(trainer, self.requested):
             raise Interrupted

@@ -88,7 +88,7 @@ def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, wind
     if fitting >= 64:
         shorter = f" --max_length {fitting // windows}" if fitting < windows * max_length else ""
         return f"--batch_tokens {fitting}{shorter} would fit"
-    if batch and not checkpointing:
+    if batch and not checkpointing and fixed <= free:
         return "use --gradient_checkpointing True, a shorter --max_length or a smaller model"
     return "use --method lora or a smaller model"
 

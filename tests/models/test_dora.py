@@ -121,6 +121,15 @@ def test_dropout_is_peft_s() -> None:
     assert_each_near(gradients(ours, inputs), gradients(reference, inputs), 1e-5)
 
 
+def test_small_changes_are_not_lost_in_bf16_where_the_input_has_dropout() -> None:
+    module, x = dora_linear(), torch.randn(50, 16)
+    module.linear.weight.data = module.linear.weight.data.bfloat16().float()  # as a frozen weight is stored
+    module.lora.lora_B.data *= 1e-3
+    module.start_magnitude()
+    module.lora.lora_magnitude_vector.data *= 1.001
+    assert relative_error(module.added(x.bfloat16()).float(), module.added(x)) < 0.02
+
+
 @needs_int8
 def test_in_8_bits_it_is_the_formula_on_the_dequantized_weight() -> None:
     module = dora_linear(n_in=64, n_out=32)
