@@ -422,9 +422,12 @@ def test_a_name_that_is_no_text_is_refused(name: str) -> None:
 def test_an_adapter_is_not_replaced_by_the_run_that_starts_from_it(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "first")
-    for output in (tmp_path / "first", link, tmp_path):
-        with pytest.raises(UserError, match=r"--init_adapter .*: is in --output_dir, whose files"):
+    for output in (tmp_path / "first", link):
+        with pytest.raises(UserError, match=r"--init_adapter .*: is a run in --output_dir, whose files"):
             RunConfig.from_settings(init_adapter=tmp_path / "first", output_dir=output, overwrite=True)
+        with pytest.raises(UserError, match=r"--init_adapter .*: is a run in --output_dir, whose files"):
+            RunConfig.from_settings(init_adapter=tmp_path / "first" / "folds" / "2", output_dir=output, overwrite=True)
+    RunConfig.from_settings(init_adapter=tmp_path / "first", output_dir=tmp_path)
 
 
 def test_links_that_lead_in_a_circle_are_no_traceback(tmp_path: Path) -> None:

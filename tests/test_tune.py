@@ -14,7 +14,7 @@ from benchmarks.slurm_cluster import PATIENCE_SECONDS, wait_until
 from compare_methods import main
 from finetuning.comparison import execution
 from finetuning.runs.files import read_result, write_result
-from finetuning.storage import read_json, sha256_of
+from finetuning.storage import read_json, sha256_of, write_json
 from finetuning.tuning import command
 from finetuning.tuning.facts import useful_lengths
 from finetuning.tuning.plan import Plan
@@ -143,6 +143,8 @@ def a_failure_loses(folder: Path) -> bool:
     final = {"trials": [1, 0], "seeds": [1, 2]}
     shutil.copytree(folder / "last" / "000-1", folder / "last" / "001-1")  # with the second seed it has failed
     (folder / "tune.json").unlink()
+    assert finish(folder, Plan.read(folder), final) is None, "another worker has decided otherwise"
+    write_json(folder / "final.json", final)
     summary = finish(folder, Plan.read(folder), final)
     assert summary is not None
     compared = sum(len(trial["history"]) for trial in trials_of(folder)) + 3 * 2  # three last runs of two epochs
@@ -157,7 +159,9 @@ def the_defaults_first_run_wins_a_short_search(folder: Path) -> bool:
     result = read_result(run)
     write_result(run, result | {"validation": result["validation"] | {"accuracy": 0.0}})
     (folder / "tune.json").unlink()
-    summary = finish(folder, Plan.read(folder), {"trials": [1], "seeds": [1]})
+    final = {"trials": [1], "seeds": [1]}
+    write_json(folder / "final.json", final)
+    summary = finish(folder, Plan.read(folder), final)
     assert summary is not None
     assert summary["winner"]["runs"] == ["trials/000"]
     assert predict.main([str(folder / "best"), "--text", "a joy"]) == 0

@@ -29,7 +29,8 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
         codes = {name: i for i, name in enumerate(source.label_names)}
         labels = labels.map(lambda label: codes.get(label.strip(), label) if isinstance(label, str) else label)
     labels = _comparable(labels)
-    if not pd.api.types.is_numeric_dtype(labels) and not labels.map(lambda label: isinstance(label, str)).all():
+    words = labels.map(lambda label: isinstance(label, str))
+    if source.label_names is None and not pd.api.types.is_numeric_dtype(labels) and not words.all():
         raise UserError(f"--label_column {data.label_column}: labels must be all numbers or all strings")
     known: dict[Any, int]
     if source.label_names is not None:

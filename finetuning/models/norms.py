@@ -33,7 +33,7 @@ class Norms:
         if self.compiles(x, norm):
             return self.compiled(x.flatten(0, -2), None, norm).view(x.shape)
         weight, bias, eps = self.parts(norm)
-        trained = weight.requires_grad and x.dtype != torch.float32  # steps near 1 would be lost in rounding
+        trained = norm.weight.requires_grad and x.dtype != torch.float32  # steps near 1 would be lost in rounding
         if not self.on_cpu and not trained:  # a GPU needs one dtype, and always computes the statistics in fp32
             return self.plain(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
         # a CPU's layer norm mixes dtypes natively only with an fp32 weight, its other norm never

@@ -31,7 +31,8 @@ def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
     own = None
     with suppress(*UNREADABLE):  # the reading that follows says it
         own = class_names(file, column) if file.is_file() else None
-    return own or traits_of(trained.config.data.dataset).label_names or ()
+    own = own if own and set(own) & set(trained.label_names) else None  # of other classes
+    return traits_of(trained.config.data.dataset).label_names or own or ()
 
 
 class Score:

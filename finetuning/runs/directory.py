@@ -327,7 +327,7 @@ def remove_folds(directory: Path) -> None:
     """
     try:
         for fold in begun_folds(directory):
-            others = sorted({*RUN_FILES, LOCK} - {SETTINGS})
+            others = [*(name for name in RUN_FILES if name != SETTINGS), LOCK]  # the result first
             for path in (*(fold / name for name in others), *fold.glob(TEMPORARY), fold / SETTINGS):
                 remove(path)  # the settings last: until then it counts as a run
             with suppress(OSError):  # other files in it stay

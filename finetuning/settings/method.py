@@ -105,8 +105,8 @@ class LoRASettings:
         """Refuses settings that exclude each other, and an adapter that its own run would replace."""
         folders = (s.init_adapter, s.output_dir)
         adapter, output = (folder and Path(os.path.realpath(folder)) for folder in folders)
-        if adapter and output and adapter.is_relative_to(output):
-            message = "is in --output_dir, whose files a run replaces: give another one"
+        if adapter and output and (adapter == output or adapter.is_relative_to(output / "folds")):
+            message = "is a run in --output_dir, whose files a run replaces: give another one"
             raise UserError(f"--init_adapter {s.init_adapter}: {message}")
         require(s, "double_quantization", s.double_quantization is None or bool(s.q_lora), "needs --q_lora True")
         if s.lora_modules is not None:

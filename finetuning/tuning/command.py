@@ -35,6 +35,7 @@ from finetuning.tuning.plan import (
     check_same,
     holds_search,
     resume,
+    usable,
 )
 from finetuning.tuning.space import make_space, space_table
 from finetuning.tuning.trials import Place
@@ -137,10 +138,7 @@ def tune_command(options: argparse.Namespace) -> int:
         return 0
     check_options(options)
     folder = options.output_dir
-    try:
-        prepare(options, folder)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be used: {first_line(error, name_file=True)}") from None
+    prepare(options, folder)
     if (folder / SUMMARY).exists():
         print(f"the search in {folder} has finished: --resume with --minutes or --trials adds to it", flush=True)
         return 0
@@ -180,10 +178,13 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     }
     own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
     asked = Asked(given, own["sampler"] or "tpe", own["prune"] is not False, own["storage"], own["search"])
-    if not holds_search(folder):
+    with usable(folder):
+        begun = holds_search(folder)
+        if not begun and not options.resume:
+            check_new(folder)
+    if not begun:
         if options.resume:
             raise UserError(f"--resume: --output_dir {folder}: there is no search in it")
-        check_new(folder)
         config = checked_config(given)
         if asked.search is not None:
             read_space(asked.search)  # a wrong file is refused before texts are read
@@ -208,8 +209,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         places = (Place(path.with_suffix("")) for part in (TRIALS, LAST) for path in (folder / part).glob("*.lock"))
         if options.seeds is not None and options.minutes is options.trials is None:
             raise UserError(f"--seeds {options.seeds}: with --resume, give --minutes or --trials as well")
-        active = any(place.is_claimed() for place in places)
-        resume(folder, options.minutes, options.trials, options.seeds, active)
+        with usable(folder):
+            active = any(place.is_claimed() for place in places)
+            resume(folder, options.minutes, options.trials, options.seeds, active)
     else:
         if asked.search is not None:
             read_space(asked.search)
@@ -250,10 +252,8 @@ def work(folder: Path, jobs: int) -> int:
     proposer = StoredProposer(plan.storage, plan.study, *known) if plan.storage else Proposer(*known)
     with StopSignals().listening() as stop:
         search = Search(folder, plan, proposer, script(), jobs, stop)
-        try:
+        with usable(folder):
             final = search.run()
-        except OSError as error:
-            raise UserError(f"--output_dir {folder}: cannot be used: {first_line(error, name_file=True)}") from None
     if stop.received:
         resumed = called("compare", "tune", "--resume", "--output_dir", folder)
         say(f"interrupted; continue with: {resumed}\n{folder / BEST} is made when the search ends")
@@ -265,6 +265,9 @@ def work(folder: Path, jobs: int) -> int:
     except (OSError, ValueError) as error:
         reason = first_line(error, name_file=True)
         raise UserError(f"--output_dir {folder}: the search has ended, but not its report: {reason}") from None
+    if summary is None and search.decided() != final:
+        say("another worker has added minutes or trials, and goes on")
+        return 0
     if summary is None:
         return 1
     print("\n".join(summary_lines(folder, summary)), flush=True)

@@ -7,7 +7,8 @@ import json
 import re
 import time
 import uuid
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -51,9 +52,7 @@ class Asked:
         """What is stored, and must be the same for workers that join."""
         given = {name: _anywhere(value) if name in PATHS else value for name, value in self.given.items()}
         text = None if self.search is None else self.search.read_text(encoding="utf8")
-        storage = self.storage and re.sub(
-            r"^sqlite:///(?!/|:memory:)(.+)", lambda found: f"sqlite:///{Path(found[1]).resolve()}", self.storage
-        )
+        storage = _from_anywhere(self.storage)
         return {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": storage, "search": text}
 
 
@@ -105,6 +104,12 @@ def _anywhere(value: str | Path) -> str:
     return str(Path(value).resolve()) if is_path else str(value)
 
 
+def _from_anywhere(storage: str | None) -> str | None:
+    """The address of a storage; the file of a SQLite database gets its whole path."""
+    path = r"^sqlite:///(?!/|:memory:|file:)(.+)"
+    return storage and re.sub(path, lambda found: f"sqlite:///{Path(found[1]).resolve()}", storage)
+
+
 def _stored(folder: Path) -> dict[str, Any]:
     try:
         return read_json(folder / SEARCH)
@@ -115,6 +120,15 @@ def _stored(folder: Path) -> dict[str, Any]:
 def holds_search(folder: Path) -> bool:
     """Whether a search has begun in the folder."""
     return (folder / SEARCH).exists()
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Turns what the system says about the folder of a search into a ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be used: {first_line(error, name_file=True)}") from None
 
 
 def check_new(folder: Path) -> None:
@@ -137,6 +151,7 @@ def check_same(folder: Path, asked: Asked) -> None:
         UserError: it is another one.
     """
     stored, mine = _stored(folder), json.loads(json.dumps(asked.to_dict()))
+    stored["storage"] = _from_anywhere(stored["storage"])  # earlier versions kept it as it was typed
     flags = {**stored, **stored["given"]}, {**mine, **mine["given"]}
     for name in dict.fromkeys((*flags[0], *flags[1])):
         before, now = (each.get(name) for each in flags)
@@ -207,6 +222,15 @@ class Budget:
             raise UserError(f"--output_dir {folder}: {BUDGET} cannot be read: {first_line(error)}") from None
 
 
+def _claimed_ending(folder: Path, stack: ExitStack) -> bool:
+    """Whether this process has the claim of the end, which the stack then holds."""
+    with ExitStack() as attempt:  # a claim that fails must let go of its file
+        if attempt.enter_context(Place(folder / ENDING).claim()) is None:
+            return False
+        stack.push(attempt.pop_all())
+        return True
+
+
 def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int | None, active: bool) -> None:
     """Starts the clock of a search again, and adds minutes or trials, which may change who is trained again at the end.
 
@@ -221,11 +245,13 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
     with ExitStack() as stack:
         while stack.enter_context(claimed(folder / f"{BUDGET}.lock")) is None:  # another worker adds to it
             time.sleep(LOOK_AGAIN_SECONDS)
+        more = minutes is not None or trials is not None
+        while more and not _claimed_ending(folder, stack):  # a worker writes the report
+            time.sleep(LOOK_AGAIN_SECONDS)
         budget = Budget.read(folder)
         if not active:
             last = max(path.stat().st_mtime for path in (folder / BUDGET, *folder.glob("*/*.lock")))
             budget = replace(budget, began=time.time(), used=budget.used + max(0.0, last - budget.began))
-        more = minutes is not None or trials is not None
         limits: dict[str, Any] = {"minutes": None, "trials": None} if more else {}
         if minutes is not None:
             # time that a search took beyond its minutes is not taken from those that are added
@@ -236,8 +262,6 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
             limits["trials"] = max(budget.trials or 0, begun) + trials
         if seeds is not None:
             limits["seeds"] = seeds
-        while more and stack.enter_context(Place(folder / ENDING).claim()) is None:  # a worker writes the report
-            time.sleep(LOOK_AGAIN_SECONDS)
         write_json(folder / BUDGET, asdict(replace(budget, **limits)))
         if more:
             for name in (FINAL, SUMMARY):

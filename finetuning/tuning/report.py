@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,14 @@ def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | 
         The content of ``tune.json``; ``None`` if no last run has finished, or if meanwhile another worker has added
         minutes or trials: then it goes on.
     """
+    same = False
     while True:
         with Place(folder / ENDING).claim() as lock:
             if (folder / SUMMARY).exists():
                 return read_json(folder / SUMMARY)
-            if lock is not None and not (folder / FINAL).exists():
+            with suppress(FileNotFoundError):
+                same = read_json(folder / FINAL) == final
+            if lock is not None and not same:
                 return None
             if lock is not None:
                 return _finish(folder, plan, final)

@@ -104,7 +104,7 @@ class Search:
         print(f"search in {self.folder}: {ended} trials ended{limits_text(budget)}", flush=True)
         with self.starter:
             try:
-                while (final := self._round()) is not None and final != self._decided():
+                while (final := self._round()) is not None and final != self.decided():
                     pass  # meanwhile, another worker has added minutes or trials
             except BaseException:
                 for job in self.current:  # nobody would watch them, or renew their claims
@@ -114,14 +114,14 @@ class Search:
 
     def _round(self) -> dict[str, Any] | None:
         """Trials, then last runs. Returns what ``run`` returns."""
-        if self._decided() is None:
+        if self.decided() is None:
             self._work(self._next_trial, lambda: self.trials.running() > 0)
         if self.stop.received or (final := self._choose()) is None:
             return None
         self._work(lambda: self._next_last(final), lambda: self._others_finish(final))
         return None if self.stop.received else final
 
-    def _decided(self) -> dict[str, Any] | None:
+    def decided(self) -> dict[str, Any] | None:
         """Who is trained again; ``None`` before that is decided."""
         with suppress(FileNotFoundError):
             return read_json(self.folder / FINAL)
