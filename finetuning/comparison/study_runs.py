@@ -192,16 +192,13 @@ class StudyRuns:
                 shutil.rmtree(half)
                 return None
             return source
-        return self._take_over_record(run)
+        return None if model.is_dir() else self._take_over_record(run)  # a record does not say what the folder held
 
     def _take_over_record(self, run: PlannedRun) -> Path | None:
         """Collects such a run of another study for this one as well.
 
-        A record does not say where texts of the user's own were if only ``--data_dir`` says it; they may be others. Nor
-        does it say what was in the folder of a model.
+        A record does not say where texts of the user's own were if only ``--data_dir`` says it; they may be others.
         """
-        if Path(str(run.settings.get("model_name") or "packaged")).is_dir():
-            return None
         if run.settings.get("dataset") == "text" and "data_dir" not in run.settings:
             return None
         for source in self._records_of_all_studies():
