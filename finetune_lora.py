@@ -64,9 +64,9 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
     limit_libraries()
     share_processors()
     if instead.prefetch or instead.estimate:
-        from finetuning import steps
+        from finetuning.instead import estimate, prefetch
 
-        print(steps.prefetch(config) if instead.prefetch else steps.estimate(config))
+        print(prefetch(config) if instead.prefetch else estimate(config))
         return 0
     status = run(config)["status"]
     # If another process ends with another status, Lightning and srun kill the first one while it may still write.

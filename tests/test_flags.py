@@ -191,10 +191,12 @@ def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
     ("file", "words", "said"),
     [
         ("train.csv", ["--text_column", "review"], "--text_column review: "),
+        ("train.csv", ["--text_column", "review", "--estimate"], "--text_column review: "),
+        ("train.csv", ["--text_column", "review", "--prefetch"], "--text_column review: "),
         ("train.parquet", [], "train.parquet cannot be read"),
         ("train.csv", ["--model_name", "."], "--model_name .: no usable config.json in it"),
     ],
-    ids=["a column that is not in the file", "an unreadable file", "a folder without a model"],
+    ids=["a column that is not in the file", "to estimate", "to prefetch", "an unreadable file", "no model"],
 )
 def test_what_files_alone_can_tell_is_refused_before_torch_is_loaded(
     tmp_path: Path, file: str, words: list[str], said: str

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -105,21 +106,20 @@ def test_a_pickle_is_no_checkpoint(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, trace: Path, name: str,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    buffer = io.BytesIO()
-    torch.save({"state_dict": Planted(trace)}, buffer)
+    pickled = partial(torch.save, {"state_dict": Planted(trace)})
     words = ["--model_name", str(tiny_folders["distilbert"]), "--dataset", "text", "--data_dir", str(review_folder)]
     words += ["--limit_train", "16", *RUN.split(), str(tmp_path / "run")]
     if name == LAST_CHECKPOINT:
         with monkeypatch.context() as patch:
             patch.setattr("finetuning.steps.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             assert finetune_lora.main(words) == 130
-        write_checkpoint(tmp_path / "run" / name, buffer.getbuffer())  # with a checksum that holds
+        write_checkpoint(tmp_path / "run" / name, pickled)  # with a checksum that holds
         words += ["--resume"]
     else:  # the best checkpoint is replaced while the run trains
         original = FineTuning.load_best
 
         def planted(self: FineTuning, path: Path) -> None:
-            write_checkpoint(path, buffer.getbuffer())
+            write_checkpoint(path, pickled)
             original(self, path)
 
         monkeypatch.setattr(FineTuning, "load_best", planted)

@@ -5,9 +5,12 @@ file, and file and checksum can never belong to two different checkpoints.
 """
 
 import hashlib
+import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
 from finetuning.storage import TEMPORARY, remove, write_atomically
@@ -18,22 +21,24 @@ NO_COMMENT, WITH_COMMENT = (0).to_bytes(2, "little"), COMMENT_BYTES.to_bytes(2, 
 CHUNK = 1 << 20
 
 
-def write_checkpoint(path: Path, archive: memoryview) -> None:
+def write_checkpoint(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a checkpoint, next to the old one, and renames it. The last checkpoint so far becomes the previous one.
 
     Args:
         path: the file.
-        archive: what ``torch.save`` wrote: a zip archive without a comment.
+        write: writes a zip archive without a comment, as ``torch.save`` does, to the file that it is given.
     """
-    digest = hashlib.sha256(archive).hexdigest().encode()
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.write(archive[: -len(NO_COMMENT)])
+    def with_checksum(temporary: Path) -> None:
+        with temporary.open("w+b") as file:
+            write(file)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest().encode()
+            file.seek(-len(NO_COMMENT), os.SEEK_END)
             file.write(WITH_COMMENT + MARK + digest)
 
     keep = path.with_name(PREVIOUS_CHECKPOINT) if path.name == LAST_CHECKPOINT else None
-    write_atomically(path, write, keep)
+    write_atomically(path, with_checksum, keep)
 
 
 def is_intact(path: Path) -> bool:

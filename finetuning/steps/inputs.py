@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -80,19 +81,12 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     """
     check_processes(config.hardware)
     base, texts = find_base_model(config, materials.folder), materials.texts
-    hardware = resolve_hardware(config.hardware, config.run.resume, base.family.half)
-    if config.name == "qlora" and not is_helper():  # a helper would take memory on the first GPU
-        try_four_bits(hardware.device, hardware.dtype)
+    hardware, found = find_hardware(config, base)
     labels = texts.splits["train"].labels
     whole = labels  # a fold alone is trained as in the run with all folds, whose budget is that of all its texts
     if config.data.fold is not None:
         whole = np.concatenate([labels, texts.splits["validation"].labels])
-    found = training_budget(config.training, whole, len(texts.label_names), config.hardware.processes)
-    if config.hardware.precision in ("int8", "fast"):
-        widths = int8_widths(base, config.method, config.lora)
-        precision = settled_precision(config.hardware.precision, hardware, config.excludes_int8, widths)
-        hardware = dataclasses.replace(hardware, int8=precision == "int8")
-        found["precision"] = precision
+    found |= training_budget(config.training, whole, len(texts.label_names), config.hardware.processes)
     task, advice = task_of(texts, config.training)
     validation = texts.splits["validation"].labels
     advice += validation_advice(len(validation), dict(zip(task.names, task.counts(validation), strict=True)), config)
@@ -103,7 +97,15 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         found |= decided
     tokenizer = load_tokenizer(base)
     inputs = Inputs(
-        config.changed(**found), base, hardware, texts, task, advice, {}, int(tokenizer.pad_token_id), adapter
+        config=config.changed(**found),
+        base=base,
+        hardware=hardware,
+        texts=texts,
+        task=task,
+        advice=advice,
+        splits={},
+        pad_id=int(tokenizer.pad_token_id),
+        adapter=adapter,
     )
     if adapter is not None:
         inputs.build()  # what does not fit is refused before anything is written
@@ -112,6 +114,22 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     check_batches(splits, inputs.config.training, config.hardware.processes)
     inputs = dataclasses.replace(inputs, splits=splits)
     return dataclasses.replace(inputs, folds=tuple(fold_inputs(inputs, number) for number in config.data.folds))
+
+
+def find_hardware(config: RunConfig, base: BaseModel) -> tuple[Hardware, dict[str, Any]]:
+    """What the run computes with, and the setting that this decides: the precision, if int8 or fast was asked for.
+
+    Raises:
+        UserError: the machine cannot compute so, or the model cannot.
+    """
+    hardware = resolve_hardware(config.hardware, config.run.resume, base.family.half)
+    if config.name == "qlora" and not is_helper():  # a helper would take memory on the first GPU
+        try_four_bits(hardware.device, hardware.dtype)
+    if config.hardware.precision not in ("int8", "fast"):
+        return hardware, {}
+    widths = int8_widths(base, config.method, config.lora)
+    precision = settled_precision(config.hardware.precision, hardware, config.excludes_int8, widths)
+    return dataclasses.replace(hardware, int8=precision == "int8"), {"precision": precision}
 
 
 def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str]]:

@@ -1,13 +1,13 @@
 """Checkpoints of a run: how Lightning writes them, when one is due inside an epoch, and which one is the best."""
 
-import io
 import math
 import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning.pytorch as pl
 import torch
@@ -35,9 +35,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes a checkpoint; Lightning calls it in the first process only."""
         began = time.monotonic()
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_checkpoint(Path(path), buffer.getbuffer())
+        write_checkpoint(Path(path), partial(save, checkpoint))
         self._saved = time.monotonic()
         self._cost = self._saved - began
 
@@ -49,6 +47,14 @@ class CheckpointFiles(TorchCheckpointIO):
     def due(self, minutes: float) -> bool:
         """Whether the last checkpoint is this old, and the next one does not cost too large a share of the time."""
         return minutes > 0 and time.monotonic() - self._saved >= max(60 * minutes, self._cost / LARGEST_SHARE)
+
+
+def save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    """``torch.save``, with the file's own error if it cannot be written: torch's writer then ends with another one."""
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 @contextmanager

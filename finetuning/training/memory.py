@@ -90,7 +90,7 @@ def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, wind
         return f"--batch_tokens {fitting}{shorter} would fit"
     if batch and not checkpointing and fixed <= free:
         return "use --gradient_checkpointing True, a shorter --max_length or a smaller model"
-    return "use --method lora or a smaller model"
+    return "use --method lora or q_lora, or a smaller model"
 
 
 def _gib(size: int) -> str:

@@ -184,7 +184,7 @@ class FineTuning(pl.LightningModule):
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self.scores = dict(checkpoint["scores"])
         self.task.decoding.update(checkpoint["decoding"])
-        self.predictions = {s: tuple(t.numpy() for t in p) for s, p in checkpoint["predictions"].items()}
+        self.predictions = {s: tuple(t.numpy().copy() for t in p) for s, p in checkpoint["predictions"].items()}
 
     def record(self, split: str) -> dict[str, Any]:
         """The scores of the latest evaluation of a split, and their details by class."""
@@ -199,7 +199,8 @@ class FineTuning(pl.LightningModule):
         """
         check_best(path)
         with only_tensors(path):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: the optimizer's state, twice the weights, is never read
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         averages = checkpoint.get("average", {}).get("weights", {})
         self.load_state_dict(checkpoint["state_dict"] | averages, strict=False)
         self._restore(checkpoint)

@@ -1,7 +1,10 @@
-import io
 import random
 import shutil
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -10,10 +13,8 @@ from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, PREVIOUS_CHE
 from finetuning.storage import write_atomically
 
 
-def archive(value: float) -> memoryview:
-    buffer = io.BytesIO()
-    torch.save({"value": torch.full((50,), value)}, buffer)
-    return buffer.getbuffer()
+def archive(value: float) -> Callable[[BinaryIO], None]:
+    return partial(torch.save, {"value": torch.full((50,), value)})
 
 
 def value(path: Path) -> float:
@@ -37,6 +38,16 @@ def test_the_last_two_are_kept_and_torch_reads_them(tmp_path: Path) -> None:
     best.mkdir()  # somebody else's
     forget_unneeded(tmp_path)
     assert list(tmp_path.iterdir()) == [best]
+
+
+def test_writing_needs_no_memory_for_the_content(tmp_path: Path) -> None:
+    weights = torch.zeros(2_000_000)
+    tracemalloc.start()
+    write_checkpoint(tmp_path / LAST_CHECKPOINT, partial(torch.save, {"value": weights}))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < weights.nbytes / 4
+    assert is_intact(tmp_path / LAST_CHECKPOINT)
 
 
 def test_only_our_half_written_files_are_removed(tmp_path: Path) -> None:
@@ -87,5 +98,6 @@ def test_a_damaged_one_gives_way_to_the_one_before(tmp_path: Path) -> None:
 
 
 def test_one_without_a_checksum_is_damaged(tmp_path: Path) -> None:
-    (tmp_path / LAST_CHECKPOINT).write_bytes(archive(3))
+    with (tmp_path / LAST_CHECKPOINT).open("wb") as file:
+        archive(3)(file)
     assert usable_checkpoint(tmp_path) is None

@@ -1,6 +1,6 @@
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -43,7 +43,10 @@ ORIGIN = {
     "job": None,
     "command": "python finetune_lora.py",
 }
-ARCHIVE = memoryview(b"weights" + b"PK\x05\x06".ljust(22, b"\0"))
+
+
+def archive(file: BinaryIO) -> None:
+    file.write(b"weights" + b"PK\x05\x06".ljust(22, b"\0"))
 
 
 def begin(directory: Path, settings: dict[str, Any] = STORED, resume: bool = False, overwrite: bool = False) -> None:
@@ -57,7 +60,7 @@ def check(directory: Path, resume: bool = False, overwrite: bool = False) -> Non
 def held_run(directory: Path, status: str | None = None) -> Path:
     """A directory as a run leaves it that was interrupted, or that ended with ``status``."""
     begin(directory)
-    write_checkpoint(directory / LAST_CHECKPOINT, ARCHIVE)
+    write_checkpoint(directory / LAST_CHECKPOINT, archive)
     if status:
         write_result(directory, {"status": status})
     return directory
@@ -183,7 +186,7 @@ def test_a_run_without_an_intact_checkpoint_can_only_start_over(
     (tmp_path / LAST_CHECKPOINT).touch()
     assert checkpoint_to_resume(tmp_path) is None
     assert "has no intact checkpoint" in capsys.readouterr().out
-    write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+    write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
     assert checkpoint_to_resume(tmp_path) == tmp_path / LAST_CHECKPOINT
 
 
@@ -192,7 +195,7 @@ def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(
 ) -> None:
     begin(tmp_path)
     for _ in range(2):
-        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
     (tmp_path / LAST_CHECKPOINT).write_bytes((tmp_path / LAST_CHECKPOINT).read_bytes()[:-1])
     (tmp_path / f".last.ckpt.{'0' * 32}.tmp.ckpt").write_bytes(b"half")
     assert checkpoint_to_resume(tmp_path) == tmp_path / PREVIOUS_CHECKPOINT
@@ -201,7 +204,7 @@ def test_a_continued_run_falls_back_to_the_checkpoint_before_a_damaged_one(
         f"warning: {tmp_path / LAST_CHECKPOINT} is damaged: the run continues without it\n"
     )
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, PREVIOUS_CHECKPOINT}
-    write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+    write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
     assert {path.name for path in tmp_path.iterdir()} == {SETTINGS, PREVIOUS_CHECKPOINT, LAST_CHECKPOINT}
 
 
@@ -230,7 +233,7 @@ def test_a_checkpoint_that_became_a_folder_gives_way_or_is_refused(
         assert capsys.readouterr().err == with_previous * (
             f"warning: {last} is damaged: the run continues without it\n"
         )
-        write_checkpoint(last, ARCHIVE)
+        write_checkpoint(last, archive)
 
 
 def _refuse(*_: object) -> None:
@@ -277,7 +280,7 @@ def test_a_requeued_job_continues_its_own_run_and_replaces_an_earlier_one(
     assert (replaces.run.resume, replaces.run.overwrite, replaces.training.seed) == (False, True, 5)
 
     with claimed(tmp_path, replaces, job="12")[0]:
-        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
     continues = settings_to_run(flags, {})
     assert continues is not None
     assert (continues.run.resume, continues.run.overwrite) == (True, False)
@@ -332,7 +335,7 @@ def test_the_next_resume_says_that_the_last_process_was_killed(
     config = wanted(tmp_path, resume=True)
     begin(tmp_path, config.to_dict())
     if with_checkpoint:
-        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
     (tmp_path / LOCK).write_text('{"host": "node1", "process": 12, "since": "today"}')
     lock, _ = claimed(tmp_path, config)
     with lock:
@@ -347,7 +350,7 @@ def test_a_run_that_ends_while_a_second_process_prepares_loses_nothing(tmp_path:
     first = wanted(tmp_path)
     lock, _ = claimed(tmp_path, first)
     if with_checkpoint:
-        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
     second = settings_to_run({"output_dir": tmp_path, "resume": "auto"}, {})
     assert second is not None
     with lock:
@@ -364,7 +367,7 @@ def test_a_run_that_continues_has_no_result_until_it_ends(tmp_path: Path) -> Non
     """Otherwise a study would read the old one if this process was killed."""
     lock, _ = claimed(tmp_path, wanted(tmp_path))
     with lock:
-        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
         write_result(tmp_path, {"status": "failed", "error": "no space left"})
     config = settings_to_run({"output_dir": tmp_path, "resume": True}, {})
     assert config is not None
@@ -378,7 +381,7 @@ def test_what_changed_while_a_process_prepared_is_read_again(tmp_path: Path) -> 
     second = settings_to_run({"output_dir": tmp_path, "resume": True}, {})
     assert second is not None
     with lock:  # at first there was no checkpoint
-        write_checkpoint(tmp_path / LAST_CHECKPOINT, ARCHIVE)
+        write_checkpoint(tmp_path / LAST_CHECKPOINT, archive)
         write_result(tmp_path, {"status": "interrupted"})
     lock, checkpoint = claimed(tmp_path, second)
     with lock:
@@ -393,7 +396,7 @@ def test_what_changed_while_a_process_prepared_is_read_again(tmp_path: Path) -> 
 def interrupted_run(directory: Path) -> RunConfig:
     """Leaves one with a checkpoint. Returns what resume asks for."""
     with claimed(directory, wanted(directory))[0]:
-        write_checkpoint(directory / LAST_CHECKPOINT, ARCHIVE)
+        write_checkpoint(directory / LAST_CHECKPOINT, archive)
         write_result(directory, {"status": "interrupted"})
     return wanted(directory, resume=True)
 

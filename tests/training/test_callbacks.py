@@ -40,7 +40,7 @@ def test_the_best_checkpoint_is_known_where_its_directory_has_moved(tmp_path: Pa
         with pytest.raises(TrainingFailed, match=r"best\.ckpt is missing or damaged"):
             later.load_state_dict(earlier.state_dict())
         (tmp_path / folder).mkdir()
-        write_checkpoint(tmp_path / folder / "best.ckpt", memoryview(b"weights\0\0"))
+        write_checkpoint(tmp_path / folder / "best.ckpt", lambda file: file.write(b"weights\0\0"))
         later.load_state_dict(earlier.state_dict())
         here = str(tmp_path / folder / "best.ckpt")
         assert (later.best_model_path, later.kth_best_model_path) == (here, here)

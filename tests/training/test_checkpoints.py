@@ -1,6 +1,9 @@
+import errno
+import io
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -24,8 +27,28 @@ class Clock:
         monkeypatch.setattr(checkpoints.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(checkpoints, "write_checkpoint", self._write)
 
-    def _write(self, path: Path, archive: memoryview) -> None:
+    def _write(self, path: Path, write: Callable[[BinaryIO], object]) -> None:
         self.now += self.cost
+
+
+class FullFile(io.BytesIO):
+    def write(self, content: Any) -> int:
+        if self.tell() + len(content) > 700:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(content)
+
+
+def test_a_full_disk_is_the_error_and_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = tmp_path / "last.ckpt"
+    CheckpointFiles().save_checkpoint({"epoch": 1}, last)
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, _: save(content, FullFile()))
+    with pytest.raises(OSError, match="No space left on device"):
+        CheckpointFiles().save_checkpoint({"epoch": 2, "weights": torch.zeros(1000)}, last)
+    assert list(tmp_path.iterdir()) == [last]
+    assert CheckpointFiles().load_checkpoint(last, weights_only=True) == {"epoch": 1}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: 
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     own = torch.device("cuda", 3)  # of this rank: asking about another card would open a context on it
-    with pytest.raises(TrainingFailed, match="use --method lora or a smaller model"):
+    with pytest.raises(TrainingFailed, match="use --method lora or q_lora, or a smaller model"):
         check_memory(classifier, loader, config.training, own, {}, 512, 1, 1)
     assert asked == [own]
 
