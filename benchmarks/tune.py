@@ -37,6 +37,7 @@ from finetuning.pages import Table, measured, renew_tables
 from finetuning.runs.files import read_result
 from finetuning.storage import read_json, write_bytes, write_json
 from finetuning.tuning.plan import BEST, SEARCH, SUMMARY, TRIALS
+from finetuning.tuning.texts import trial_name
 from finetuning.tuning.trials import COMPLETE, Trial, Trials
 
 FOLDER, OUTPUT = ROOT / "runs" / "tune", harness.RESULTS / "tune.json"
@@ -128,6 +129,7 @@ def gain(asked: Conditions) -> list[Record]:
             folder = timed_search(asked, name, "TPE with pruning", seed)
             summary = read_json(folder / SUMMARY)
             known = {key: summary[key] for key in ("trials", "minutes", "gain")} | {"jobs": asked.jobs}
+            known |= {"winner": summary["winner"]["trial"], "new_seeds": len(summary["winner"]["seeds"])}
             found.append({"set": name, "seed": seed, **known, "environment": environment(folder)})
     return found
 
@@ -143,12 +145,16 @@ def gain_table(records: Sequence[Record]) -> str:
     for record in sorted(records, key=lambda record: list(SETS).index(record["set"])):
         low, high = (100 * end for end in record["gain"]["ci95"])
         cells = (record["set"], str(record["seed"]), str(sum(record["trials"].values())), f"{record['minutes']:.1f}")
-        rows.append((*cells, f"{100 * record['gain']['mean']:+.2f} ({low:+.2f} to {high:+.2f})"))
+        winner = trial_name(record["winner"])
+        shown_gain = f"{100 * record['gain']['mean']:+.2f} ({low:+.2f} to {high:+.2f})" if record["winner"] else "0"
+        rows.append((*cells, winner, str(record["new_seeds"]), shown_gain))
     if len(means) > 1:
         values = list(means.values())
         mean, (low, high) = statistics.fmean(values), interval_over_sets(values)
-        rows.append((f"mean of {len(means)} sets", "", "", "", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"))
-    table = Table(("data", "seed", "trials", "minutes", "test score minus default's, points"), rows)
+        rows.append((f"mean of {len(means)} sets", "", "", "", "", "", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"))
+    table = Table(
+        ("data", "seed", "trials", "minutes", "winner", "new seeds", "test score minus default's, points"), rows
+    )
     return f"{len(records)} of {len(SETS) * SEEDS} searches are there.\n\n{shown(table, records)}"
 
 

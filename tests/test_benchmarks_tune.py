@@ -28,15 +28,19 @@ def row_of(table: str) -> str:
 
 def test_gains_have_their_mean_over_data_sets() -> None:
     records = [
-        {"set": name, "seed": seed, "trials": {"complete": 5, "pruned": 3}, "minutes": 14.5, "gain": gain} | MADE
+        {"set": name, "seed": seed, "trials": {"complete": 5, "pruned": 3}, "minutes": 14.5, "gain": gain}
+        | {"winner": 3, "new_seeds": 2}
+        | MADE
         for seed in (0, 1)
         for name, mean in (("trec6", 0.01), ("emotion", 0.03))
         for gain in [{"mean": mean, "ci95": [mean - 0.01, mean + 0.01]}]
     ]
     table = gain_table(records)
     assert table.startswith("4 of 12 searches are there.\n")
-    assert "| trec6 | 0 | 8 | 14.5 | +1.00 (+0.00 to +2.00) |\n| trec6 | 1 |" in table
-    assert row_of(table) == "| mean of 2 sets |  |  |  | +2.00 (-10.71 to +14.71) |"
+    assert "| trec6 | 0 | 8 | 14.5 | trial 3 | 2 | +1.00 (+0.00 to +2.00) |\n| trec6 | 1 |" in table
+    assert row_of(table) == "| mean of 2 sets |  |  |  |  |  | +2.00 (-10.71 to +14.71) |"
+    unchanged = {"winner": 0, "gain": {"mean": 0.0, "ci95": [0.0, 0.0]}}
+    assert row_of(gain_table([records[0] | unchanged])) == "| trec6 | 0 | 8 | 14.5 | the default | 2 | 0 |"
     assert "mean of" not in gain_table([record for record in records if record["set"] == "trec6"])
 
 

@@ -200,7 +200,9 @@ def test_workers_that_are_killed_lose_no_trial(flags: list[str], tmp_path: Path)
 
 
 @pytest.mark.usefixtures("one_server")
-def test_a_search_ends_in_its_minutes(flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_search_without_time_for_more_has_a_default_and_last_runs(
+    flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "search"
     assert main(["tune", *flags, "--minutes", "0.02", "--jobs", "2", "--output_dir", str(folder)]) == 0
     summary = read_json(folder / "tune.json")
@@ -250,7 +252,7 @@ def test_the_folder_and_optuna_are_needed(monkeypatch: pytest.MonkeyPatch, capsy
     assert "tune: needs --output_dir DIR" in capsys.readouterr().err
     monkeypatch.setattr(command, "find_spec", lambda _: None)
     assert main(["tune", "--trials", "1", "--output_dir", "x"]) == 2
-    assert "tune: needs Optuna: pip install -r requirements-tune.txt" in capsys.readouterr().err
+    assert "tune: needs Optuna: pip install -r requirements-tune.txt, or pip install optuna" in capsys.readouterr().err
 
 
 def test_the_declared_space_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ def check_options(options: argparse.Namespace) -> None:
         UserError: one is missing, or has a value that is not allowed.
     """
     if find_spec("optuna") is None:
-        raise UserError("tune: needs Optuna: pip install -r requirements-tune.txt")
+        raise UserError("tune: needs Optuna: pip install -r requirements-tune.txt, or pip install optuna")
     if options.output_dir is None:
         raise UserError("tune: needs --output_dir DIR, the folder of the search")
     if options.minutes is None and options.trials is None and not options.resume:

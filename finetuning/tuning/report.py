@@ -172,12 +172,15 @@ def gain_of(default: list[Path], runs: list[Path]) -> dict[str, Any]:
 
     Args:
         default: the runs of the default. Each has read the test split once, and nothing was chosen by it.
-        runs: those of another trial. The default itself gains 0.
+        runs: those of a trial. The default itself gains 0, for certain.
     """
     result = read_result(default[0])
     names = result["data"]["label_names"]
     multi_label = is_multi_label(result["task"].get("threshold"), positive_of(result["task"], names))
     measure = "micro_f1" if multi_label else "accuracy"
+
+    if runs == default:
+        return {"measure": measure, "mean": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
 
     def predictions(run: Path) -> Predictions:
         check_unchanged(run / PREDICTIONS)
