@@ -26,7 +26,7 @@ POLL_SECONDS = 0.02
 # What every run imports before it trains. More would count as memory of the runs: scikit-learn would add 46 MiB.
 PRELOADED = (
     "finetune_lora", "finetuning.materials", "finetuning.steps", "matplotlib.backends.backend_agg", "pyarrow.dataset",
-    "transformers.models.distilbert.modeling_distilbert", "watermark",
+    "transformers.models.bert.modeling_bert", "transformers.models.distilbert.modeling_distilbert", "watermark",
 )  # fmt: skip
 
 Process = subprocess.Popen[bytes] | ForkedProcess

@@ -129,6 +129,22 @@ def compare_pair(grid: Grid, first: str, second: str) -> Pair | None:
     return Pair(sets, difference_cell([a - b for a, b in zip(ours, theirs, strict=True)], 2), chances)
 
 
+def headlines(grid: Grid) -> list[str]:
+    """How the other methods typically compare with the one that is on most sets, of equal ones the most accurate."""
+    places = {method: grid.shared([method]) for method in grid.methods}
+    reference = max(grid.methods, key=lambda method: (len(places[method]), fmean(grid.means(method, places[method]))))
+    sentences = []
+    for method in grid.methods:
+        pair = None if method == reference else compare_pair(grid, method, reference)
+        if pair is not None:
+            typical, chance = max(pair.chances.items(), key=lambda item: item[1])
+            sentences.append(
+                f"Over {len(pair.sets)} data sets, {method} minus {reference}: typically {typical}"
+                f" ({100 * chance:.0f} %); mean {pair.difference} points, interval over data sets."
+            )
+    return sentences
+
+
 def pairs_table(grid: Grid) -> Table:
     """Each pair of methods that can be compared."""
     rows = []

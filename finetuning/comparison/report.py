@@ -8,6 +8,8 @@ studies and ``report.html`` are not committed.
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from textwrap import fill
 from finetuning.comparison import decisions, unequal
 from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
-from finetuning.comparison.over_sets import OVER_SETS, grid_of, over_sets
+from finetuning.comparison.over_sets import DRAW, OVER_SETS, grid_of, headlines, over_sets
 from finetuning.comparison.page import Plot, Section, render_page
 from finetuning.comparison.pairs import READING, Comparison, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
@@ -158,14 +160,14 @@ def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: 
         question=study.question,
         answers=answer_table(study, best),
         table=main_table(study),
-        headlines=[*(answer.sentence for answer in best), *pooled_sentences(study)],
+        headlines=[*(answer.sentence for answer in best), *(headlines(grid) if grid else pooled_sentences(study))],
         notes=[*notes(study), *not_compared],
         comparisons=comparison_table(worth_showing(comparisons)),
         pairs=len(comparisons),
         f1_comparisons=comparison_table(compare_rows(study, "micro_f1")[0]),
         tuning=tuning_table(study),
         over_sets=[table for table in (*over_sets(grid), rates_table(grid)) if table.rows] if grid else [],
-        part=part_done(study),
+        part=part_done(study, on_sets=grid is not None),
         plots=[*draw_plots(study), *(draw_set_plots(grid) if grid else [])],
     )
 
@@ -195,22 +197,42 @@ def study_text(section: Section) -> str:
 
 def sets_text(section: Section) -> str:
     """The tables over data sets, and how to read them."""
-    parts = [section.part, *(table.markdown() for table in section.over_sets), fill(OVER_SETS, WIDTH)]
+    parts = [fill(section.part, WIDTH), *(table.markdown() for table in section.over_sets), fill(OVER_SETS, WIDTH)]
     return "\n\n".join(part for part in parts if part)
 
 
-def part_done(study: Study) -> str:
+def part_done(study: Study, on_sets: bool = False) -> str:
     """How many of the planned final runs are there, with the trials that chose their settings, and which have failed.
 
     Empty if all are there and none has failed.
+
+    Args:
+        study: the study.
+        on_sets: whether its rows are named SET-METHOD. Then the methods that lack runs are named.
     """
     parts = []
     if study.missing:
         parts.append(f"{len(study.planned) - len(study.missing):,} of {len(study.planned):,} runs are there.")
-        parts += [f"Trials that chose their settings: {len(study.tuning):,}."] if study.tuning else []
+        if study.tuning:  # each row has equally many
+            trials = max(Counter(run.row for run in study.tuning).values()) * len(set(map(row_of, study.planned)))
+            parts.append(f"Trials that chose their settings: {len(study.tuning):,} of {trials:,}.")
+        if on_sets:
+            planned, lacking = map(rows_by_method, (study.planned, study.missing))
+            shown = (f"{method} {count} of {planned[method]}" for method, count in lacking.items())
+            parts.append(f"Data sets on which runs are missing: {', '.join(shown)}.")
     if failed := [run.name for run in study.final if not run.finished]:
         parts.append(f"Failed, so in no mean: {', '.join(failed)}.")
     return " ".join(parts)
+
+
+def row_of(run: str) -> str:
+    """The row of a final run, by its name; draws of the training texts are of one row."""
+    return DRAW.sub("", re.sub(r"-seed\d+$", "", run))
+
+
+def rows_by_method(runs: Sequence[str]) -> Counter[str]:
+    """For each method, the number of rows SET-METHOD of these final runs."""
+    return Counter(row.partition("-")[2] for row in dict.fromkeys(map(row_of, runs)))
 
 
 def defaults_table() -> str:

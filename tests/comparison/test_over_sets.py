@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import t
 
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.over_sets import grid_of, over_sets
+from finetuning.comparison.over_sets import grid_of, headlines, over_sets
+from finetuning.comparison.report import make_section
 from finetuning.comparison.statistics import bayesian_signed_rank
 from finetuning.pages import Table
 from tests.synthetic_runs import write_run
@@ -58,6 +59,16 @@ def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
     assert [int(share) for share in chances] == [
         round(100 * expected[outcome]) for outcome in ("better", "equivalent", "worse")
     ]
+
+
+def test_the_headline_is_the_signed_rank_test_against_the_method_on_most_sets(tmp_path: Path) -> None:
+    study = read_study("s", results(tmp_path, ACCURACIES))
+    grid = grid_of(study)
+    assert grid is not None
+    (sentence,) = headlines(grid)
+    chance = bayesian_signed_rank([88.5, 79.5, 70.2], [90.5, 81, 70.1], 0.5)["worse"]
+    assert sentence.startswith(f"Over 3 data sets, b minus a: typically worse ({100 * chance:.0f} %); mean -1.13 (")
+    assert make_section(study, [], []).headlines[-1] == sentence
 
 
 def test_data_sets_of_the_hub_have_the_name_that_the_study_gives_them(tmp_path: Path) -> None:
