@@ -42,6 +42,7 @@ STUDIES = {  # study -> its table, and the page of the table
     "methods_on_sets": ("sets_baselines", BEST_PRACTICES),
     "curves": ("curves_baselines", DATA_SETS),
     "pooling": ("pooling_baselines", BEST_PRACTICES),
+    "base_on_sets": ("base_baselines", DATA_SETS),
 }
 WITH_FEW_TEXTS = {  # column of the table -> rows of the study "pooling", without their number of texts
     "default": "lora-pooling-first",
@@ -137,6 +138,13 @@ def of_default() -> Grid | None:
     return grid_of(read_study("placement", ROOT / "results"))
 
 
+def of_pooling() -> Grid:
+    """The runs of the study ``pooling``, with few texts."""
+    runs = grid_of(read_study("pooling", ROOT / "results"))
+    assert runs is not None, "the study is committed"
+    return runs
+
+
 def table(result: Record, default: Grid | None) -> str:
     """Markdown: a row for each data set; for each number of texts and baseline, if a data set has several numbers.
 
@@ -195,9 +203,7 @@ def few_texts_table(result: Record, runs: Grid) -> str:
 def table_of(name: str) -> Callable[[Record], str]:
     """How a table of ``STUDIES`` is made from its measurements; runs that stand beside are those that are collected."""
     if name == "pooling_baselines":
-        runs = grid_of(read_study("pooling", ROOT / "results"))
-        assert runs is not None, "the study is committed"
-        return partial(few_texts_table, runs=runs)
+        return partial(few_texts_table, runs=of_pooling())
     return partial(table, default=of_default() if name == "sets_baselines" else None)
 
 
@@ -233,34 +239,40 @@ def by_sets(found: Mapping[str, Mapping[str, float]], default: Grid | None) -> l
     return [shown.markdown(), *gains]
 
 
-def crossing_table(few: Record, whole: Record, default: Grid) -> str:
+def crossing_table(few: Record, pooled: Record, runs: Grid, whole: Record, default: Grid) -> str:
     """Markdown: LoRA minus logistic regression on the frozen model, by the number of training texts.
 
     Args:
         few: the measurements of ``benchmarks/results/few_texts.json``.
-        whole: those of this benchmark, with the numbers of texts of ``default``.
+        pooled, runs: those of the cells of the study ``pooling``, and its runs. They replace those of ``few``.
+        whole: those of ``methods_on_sets``, with the numbers of texts of ``default``.
         default: the runs of the default command.
     """
-    pairs: dict[str, dict[int, dict[int, dict[str, float]]]] = {}  # set -> texts -> draw -> kind -> accuracy in %
+    scores: dict[tuple[str, int], dict[str, list[float]]] = {}  # set and texts -> kind -> accuracy of each draw in %
     for record in few["measurements"]:
-        draws = pairs.setdefault(record["set"], {}).setdefault(record["texts"], {})
-        draws.setdefault(record["draw"], {})[record["kind"]] = 100 * record["accuracy"]
-    found = {
-        name: {texts: [each[AUTO] - each[FROZEN] for each in draws.values()] for texts, draws in own.items()}
-        for name, own in pairs.items()
-    }
-    ours = default_accuracies(default)
+        own = scores.setdefault((record["set"], record["texts"]), {})
+        own.setdefault(record["kind"], []).append(100 * record["accuracy"])
+    found: dict[str, dict[int, float]] = {}
+    for (name, texts), own in scores.items():
+        found.setdefault(name, {})[texts] = fmean(own[AUTO]) - fmean(own[FROZEN])
+    cells = by_cell(pooled)
+    for name, texts in {(cell.set, cell.texts) for cell in cells}:
+        if ours := runs.accuracies(name, f"{texts}-{WITH_FEW_TEXTS['default']}"):
+            found.setdefault(name, {})[texts] = fmean(ours) - fmean(draws(cells, name, texts, FROZEN))
+    all_texts = default_accuracies(default)
     for record in whole["measurements"]:
         if record["baseline"] == FROZEN and record["set"] in found:
-            gain = ours[record["set"]] - 100 * record["accuracy"]
-            found[record["set"]][size_of(default, record["set"])[0]] = [gain]
+            gain = all_texts[record["set"]] - 100 * record["accuracy"]
+            found[record["set"]][size_of(default, record["set"])[0]] = gain
+    found = {name: dict(sorted(own.items())) for name, own in sorted(found.items())}
     smaller = sorted({texts for own in found.values() for texts in list(own)[:-1]})
     rows = []
-    for name, own in found.items():
-        cells = (f"{fmean(own[texts]):+.2f}" for texts in (*smaller, max(own)))
-        rows.append((name, *cells, better_from({texts: fmean(gains) for texts, gains in own.items()})))
+    for name, gains in found.items():
+        shown = (f"{gains[texts]:+.2f}" if texts in gains else "" for texts in (*smaller, max(gains)))
+        rows.append((name, *shown, better_from(gains)))
     columns = ("data set", *(f"{texts} texts" for texts in smaller), "2,000 texts, or all", "LoRA is better from")
-    return f"{Table(columns, rows).markdown()}\n\n{measured([*few['environments'], whole['environment']])}"
+    measurements = [*few["environments"], pooled["environment"], whole["environment"]]
+    return f"{Table(columns, rows).markdown()}\n\n{measured(measurements)}"
 
 
 def better_from(gains: Mapping[int, float]) -> str:
@@ -299,8 +311,9 @@ def command(argv: Sequence[str] | None) -> int:
             journal.keep(*(asdict(cell) | record for record in found))
     harness.publish(journal, harness.RESULTS / f"{name}.json", table_of(name), name, partly=False, page=page)
     if name == "sets_baselines" and (default := of_default()):
-        few = read_json(FEW_TEXTS)
-        renew_tables(DATA_SETS, {"crossing": crossing_table(few, journal.result, default)})
+        few, pooled = read_json(FEW_TEXTS), read_json(harness.RESULTS / "pooling_baselines.json")
+        crossing = crossing_table(few, pooled, of_pooling(), journal.result, default)
+        renew_tables(DATA_SETS, {"crossing": crossing})
     return 0
 
 

@@ -152,7 +152,8 @@ def headline_table() -> str:
 def crossing() -> str:
     default = sets_baselines.of_default()
     assert default is not None
-    return sets_baselines.crossing_table(stored("few_texts"), stored("sets_baselines"), default)
+    pooled, runs = stored("pooling_baselines"), sets_baselines.of_pooling()
+    return sets_baselines.crossing_table(stored("few_texts"), pooled, runs, stored("sets_baselines"), default)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,18 @@ def test_gains_over_the_frozen_model_are_means_over_draws(tmp_path: Path) -> Non
     whole = {"measurements": [{"set": name, "baseline": FROZEN, "accuracy": 0.85} for name in "abc"], "environment": {}}
     default = default_runs(tmp_path, dict.fromkeys("abc", (860, 2)))
     assert default is not None
-    assert "| a | +3.00 | +1.00 | 100 or fewer |" in sets_baselines.crossing_table(few, whole, default)
+    for draw in range(2):
+        axes = {"data_dir": "a", "data_seed": draw}
+        for name in "abc":
+            for method in sets_baselines.WITH_FEW_TEXTS.values():
+                row, right = f"{name}-50-{method}-data_seed{draw}", np.arange(1000) < 500 + 100 * draw
+                write_run(tmp_path / "few", "s", row, correct=right, axes=axes | {"data_dir": name})
+    runs = grid_of(read_study("s", tmp_path / "few"))
+    assert runs is not None
+    known = {"set": "a", "texts": 50, "baseline": FROZEN}
+    frozen = [known | {"draw": draw, "accuracy": 0.5 + 0.14 * draw} for draw in (0, 1)]
+    text = sets_baselines.crossing_table(few, {"measurements": frozen, "environment": {}}, runs, whole, default)
+    assert "| a | -2.00 | +3.00 | +1.00 | over 50, at most 100 |" in text
 
 
 def test_several_numbers_of_texts_are_rows_with_their_draws() -> None:
