@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from finetuning.data.folds import pool_validation, with_folds
+from finetuning.data.folds import with_folds, with_pooled_validation
 from finetuning.data.labels import STRATIFIED, doubt_about, unseen_labels
 from finetuning.data.sources import read_source
-from finetuning.data.splits import drop_leaks, encode_labels, keep_test_unseen, limited, lost_classes, split_source
+from finetuning.data.splits import encode_labels, limited, lost_classes, split_source, with_unseen_test, without_leaks
 from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit, begun_key, cached_tokens
 from finetuning.settings import DataSettings
@@ -34,11 +34,12 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     names, source = encode_labels(source, data)
     splits, how = split_source(source, names, data)
     given = "validation" in source.tables and data.split in (None, "official")
-    notes = []
+    notes: list[str] = []
     if data.kfold is not None:
-        notes += pool_validation(splits, given, int(source.tables["train"].index.max()) + 1)
-    leaks_dropped = drop_leaks(splits, names)
-    notes += [*keep_test_unseen(splits, given), *source.notes]
+        splits, notes = with_pooled_validation(splits, given, int(source.tables["train"].index.max()) + 1)
+    splits, leaks_dropped = without_leaks(splits, names)
+    splits, note = with_unseen_test(splits, given)
+    notes += [*note, *source.notes]
     kept = limited(splits, data)
     if "labels" in splits["train"]:
         notes += [STRATIFIED, *unseen_labels(splits | {"train": kept["train"]}, names)]

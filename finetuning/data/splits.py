@@ -144,63 +144,59 @@ def _content(table: pd.DataFrame) -> pd.Series:
     return text if "pair" not in table else text + "\0" + table.pair.str.strip()
 
 
-def drop_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> int:
-    """Removes from train, in ``splits``, the texts that also appear in another split. Returns their number.
+def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[dict[str, pd.DataFrame], int]:
+    """The splits with a train that has no text of another split, and the number of the texts that it lost.
 
     Raises:
         UserError: a label of validation or test does not appear in train.
     """
     held_out = pd.concat([table for name, table in splits.items() if name != "train"])
     leaks = _content(splits["train"]).isin(_content(held_out))
-    splits["train"] = splits["train"][~leaks]
-    if splits["train"].empty and "labels" in held_out:
+    train = splits["train"][~leaks]
+    kept, dropped = splits | {"train": train}, int(leaks.sum())
+    if train.empty and "labels" in held_out:
         raise UserError(
             f"--data_dir: all {len(leaks)} training texts also appear in validation or test: remove repeats"
         )
     if "labels" in held_out:  # multi-label: unseen_labels warns
-        return int(leaks.sum())
-    missing = sorted(set(held_out.label) - set(splits["train"].label))
+        return kept, dropped
+    missing = sorted(set(held_out.label) - set(train.label))
     if missing:
-        removed = f" (after {leaks.sum()} texts that also appear in validation or test were removed from train)"
+        removed = f" (after {dropped} texts that also appear in validation or test were removed from train)"
         raise UserError(
             f"--data_dir: label {names[missing[0]]!r} appears in validation or test but not in train"
-            + (removed if leaks.any() else "")
+            + (removed if dropped else "")
             + f": {doubt_about(names) or 'add training texts of it, or leave it out'}"
         )
-    return int(leaks.sum())
+    return kept, dropped
 
 
-def keep_test_unseen(splits: dict[str, pd.DataFrame], given: bool) -> list[str]:
-    """Removes from validation, in ``splits``, the texts that also appear in test.
+def with_unseen_test(splits: dict[str, pd.DataFrame], given: bool) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """The splits with a validation that has no text of test, and notes for the user, at most one.
 
     Validation chooses the checkpoint and the learning rate, so it must not see the test split.
 
     Args:
-        splits: train, validation and test; validation is replaced. With ``--kfold`` there is none yet.
+        splits: train, validation and test. With ``--kfold`` there is no validation yet.
         given: whether validation was a file of its own. It is then kept whole, and only the note warns.
-
-    Returns:
-        Notes for the user, at most one.
 
     Raises:
         UserError: all texts of validation appear in test.
     """
     if "validation" not in splits:
-        return []
+        return splits, []
     seen = _content(splits["validation"]).isin(_content(splits["test"]))
     if not seen.any():
-        return []
+        return splits, []
     if given:
-        return [
-            f"warning: {seen.sum()} of {len(seen)} validation texts also appear in test, so the test score may be"
-            f" too high"
-        ]
+        told = "validation texts also appear in test, so the test score may be too high"
+        return splits, [f"warning: {seen.sum()} of {len(seen)} {told}"]
     if seen.all():
         raise UserError(
             f"--data_dir: all {len(seen)} validation texts, taken from train, also appear in test: remove repeats"
         )
-    splits["validation"] = splits["validation"][~seen]
-    return [f"removed {seen.sum()} validation texts that also appear in test (before --limit_validation)"]
+    note = f"removed {seen.sum()} validation texts that also appear in test (before --limit_validation)"
+    return splits | {"validation": splits["validation"][~seen]}, [note]
 
 
 def limited(splits: dict[str, pd.DataFrame], data: DataSettings) -> dict[str, pd.DataFrame]:

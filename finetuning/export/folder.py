@@ -97,7 +97,9 @@ def check_pooling(run: FinishedRun, base: BaseModel, arguments: argparse.Namespa
     if arguments.adapter:
         raise UserError(f"{has} PEFT cannot compute with this {kind} model: give --onnx instead of --adapter")
     if not arguments.onnx:
-        raise UserError(f"{has} Transformers' class for {kind} models cannot compute: give --onnx, or use predict.py")
+        raise UserError(
+            f"{has} Transformers' class for {kind} models cannot compute: give --onnx, or label with the run itself"
+        )
     return True
 
 
@@ -110,7 +112,7 @@ def check_last_tokens(run: FinishedRun, base: BaseModel, held: HeldOut, tokenize
     if base.family.last_token and any(ids[-1] == held.pad_id for ids in held.sequences):
         raise UserError(
             f"{run.directory}: the tokenizer ends a text with its padding token {tokenizer.pad_token!r}, which"
-            f" Transformers' class for {base.family.model_type} models leaves out: use predict.py"
+            f" Transformers' class for {base.family.model_type} models leaves out: label with the run itself"
         )
 
 

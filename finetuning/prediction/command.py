@@ -25,9 +25,7 @@ DESCRIPTION = "Label new texts with a finished run. Prints CSV: text, label, and
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument(
-        "run", type=Path, help="The run directory, or a folder that export_model.py wrote without --adapter."
-    )
+    parser.add_argument("run", type=Path, help="The run directory, or a folder exported from one without --adapter.")
     given = parser.add_mutually_exclusive_group()  # not required=True, which would hide the error of a misspelled flag
     given.add_argument("--text", action="append", help="A text; repeat the flag for more texts.")
     parser.add_argument(

@@ -17,6 +17,7 @@ from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
 from finetuning.models.merged import keep_merged
 from finetuning.models.pretrained import check_head
+from finetuning.models.quantization import try_four_bits
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.rows import PAIR, TEXT, Answered, Source
 from finetuning.prediction.trained import Trained, read_trained
@@ -169,6 +170,8 @@ def load_predictor(trained: Trained) -> Predictor:
         base = find_base_model(config)
         check_base_unchanged(base.folder, trained.base_files)
         names, dtype = trained.label_names, _dtype(hardware, base)
+        if config.lora is not None and config.lora.q_lora:
+            try_four_bits(hardware.device, dtype)
         classifier = load_classifier(trained.directory, config, base, names, dtype, hardware.int8)
         tokenizer = load_tokenizer(base)
     return Predictor(trained, base, classifier, tokenizer, hardware.device)

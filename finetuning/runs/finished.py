@@ -8,8 +8,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import Answers, is_multi_label, positive_of, read_answers
 from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, check_unchanged, read_result
-
-CONTINUE = "If nothing writes it, continue it with finetune_lora.py --resume --output_dir"
+from finetuning.runs.messages import called
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ def read_finished(directory: Path) -> FinishedRun:
     except FileNotFoundError:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory: give the one of a finished run") from None
-        begun = f": it has not ended. {CONTINUE} {directory}" if (directory / SETTINGS).exists() else ""
+        begun = f": it has not ended. {_continuing(directory)}" if (directory / SETTINGS).exists() else ""
         raise UserError(f"{wanted}, but has no {RESULT}{begun}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{wanted}, but {RESULT} cannot be read: {first_line(error)}") from None
     status = result.get("status")
     if status != "finished":
-        way = f". {CONTINUE} {directory}" if status == "interrupted" else ""
+        way = f". {_continuing(directory)}" if status == "interrupted" else ""
         raise UserError(f"{wanted}, but its status is {status!r}{way}")
     try:
         settings, data = result["config"], result["data"]
@@ -108,3 +107,7 @@ def read_own_answers(run: FinishedRun) -> dict[str, Answers]:
             " --test False"
         )
     return {"test": answers["test"]}
+
+
+def _continuing(directory: Path) -> str:
+    return f"If nothing writes it, continue it: {called('lora', '--resume', '--output_dir', directory)}"

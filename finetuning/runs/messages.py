@@ -13,7 +13,9 @@ from finetuning.runs.records import BaselineRecord, DataRecord, score_names
 from finetuning.settings import TrainingSettings
 
 INSTALLED = "finetune-lora"  # the command that pip installs
-SCRIPTS = {"predict": "predict.py", "export": "export_model.py", "compare": "compare_methods.py"}  # files of the clone
+SCRIPTS = {  # files of the clone
+    "lora": "finetune_lora.py", "predict": "predict.py", "export": "export_model.py", "compare": "compare_methods.py",
+}  # fmt: skip
 
 
 def headline(
@@ -165,7 +167,7 @@ def called(name: str, *words: object) -> str:
     """A call of another command, to type in the current folder: as pip has installed it, or a file of the clone.
 
     Args:
-        name: ``predict``, ``export`` or ``compare``.
+        name: ``lora`` (a run), ``predict``, ``export`` or ``compare``.
         words: what follows the command.
     """
     installed = Path(sys.executable).with_name(f"finetune-{name}")

@@ -25,6 +25,10 @@ def score_table(result: dict[str, Any], answers: dict[str, Answers]) -> Table:
     intervals = {split: score_intervals(answers[split]) for split in splits}
     baseline = result.get("baseline", {})
     others = {f"{split}, {baseline['name']}": baseline[split] for split in splits if split in baseline}
+    if "kfold" in result and "validation" in splits and "validation" in baseline:
+        # the baseline's scores are means of the folds, so those of the run stand next to them
+        means = (result["kfold"]["same_epoch"] or result["kfold"])["mean"]
+        others = {"validation, mean of the folds": means | {"examples": len(answers["validation"].rows)}} | others
     multi_label = any(part.multi_label for part in answers.values())
     rows = []
     for key, name in score_names(multi_label).items():

@@ -37,6 +37,12 @@ def test_the_baseline_is_next_to_the_run() -> None:
         "test, words",
         "validation, words",
     )
+    result["kfold"] = {"same_epoch": None, "mean": {"accuracy": 0.875}}
+    table = score_table(result, {"test": answers, "validation": answers})
+    assert table.columns[3:] == ("validation, mean of the folds", "test, words", "validation, words")
+    assert [row[3] for row in table.rows] == ["87.50 %", "", "", "100"]
+    result["kfold"]["same_epoch"] = {"mean": {"accuracy": 0.625}}
+    assert score_table(result, {"validation": answers}).rows[0][2] == "62.50 %"
 
 
 @pytest.mark.parametrize(("threshold", "name"), [(None, "accuracy"), (0.5, "exact match")])
