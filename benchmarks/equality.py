@@ -26,7 +26,7 @@ from finetuning.runs.weights import peft_name
 from finetuning.training.optimization import make_optimizer
 from local_model_utilities import build_classifier, find_base_model
 
-# What PEFT calls them. The other rows of VARIANTS are no methods of PEFT.
+# What PEFT calls them. Of the other rows of VARIANTS it has norms only (LN tuning): tests/models/test_methods.py.
 IN_PEFT: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora_layers": {"layers_to_transform": [3, 4, 5]},

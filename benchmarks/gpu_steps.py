@@ -16,12 +16,14 @@ def _contestant(folder: Path, sizes: Sizes, name: str, batch_size: int) -> tuple
     """A contestant, the training texts, and the batches that the Trainer would make of them."""
     from benchmarks.contestants import CONTESTANTS
     from benchmarks.workload import Job, read_split, some_batches
+    from finetuning.training.hardware import prepare_process, resolve_hardware
 
     job = Job(
         name, model="model", targets="all", max_length=sizes.max_length, batch_size=batch_size,
         accelerator=sizes.accelerator, frozen="bf16", precision="auto" if sizes.accelerator == "gpu" else "fp32",
     )  # fmt: skip
     split = read_split(folder, "train", sizes.max_length)
+    prepare_process(resolve_hardware(job.config.hardware))  # the same for the peer, which alone would not do it
     peer = CONTESTANTS["peft_tuned"](replace(job, contestant="peft_tuned"), folder)
     batches = some_batches(peer.batches(split), split.lengths, sizes.steps)
     batches = (batches * sizes.steps)[: sizes.steps]  # of large batches there are fewer than steps
@@ -111,12 +113,13 @@ def attention(_: Path, sizes: Sizes) -> Record:
     for length in sizes.lengths:
         shape = (max(1, sizes.tokens // length), sizes.heads, length, sizes.width // sizes.heads)
         q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        gradient = torch.randn(shape, device=device, dtype=torch.bfloat16)
         bias = torch.zeros(shape[0], 1, 1, length, device=device, dtype=torch.bfloat16).expand(*shape[:3], length)
         for name, kernel in kernels.items():
             for masked in (None, bias):
 
-                def call(mask: Any = masked, q: Any = q, k: Any = k, v: Any = v) -> None:
-                    scaled_dot_product_attention(q, k, v, mask).sum().backward()
+                def call(mask: Any = masked, q: Any = q, k: Any = k, v: Any = v, gradient: Any = gradient) -> None:
+                    torch.autograd.grad(scaled_dot_product_attention(q, k, v, mask), (q, k, v), gradient)
 
                 key = f"{length} tokens, {name}, {'without a' if masked is None else 'with a'} mask"
                 try:

@@ -51,9 +51,9 @@ PROFILED_STEPS = 6
 KINDS = {  # kind of operator -> its names in the profiler; the first match counts
     "products": r"aten::(mm|addmm|linear|matmul|_int_mm)|mkldnn::_linear_pointwise",
     "8 bits": r"_FrozenInt8(Backward)?",
-    "attention": r"(_?(Chunked)?Attention|Mixture)(Backward)?"
+    "attention": r"(_?(Chunked)?Attention|Mixture|JoinHeads)(Backward)?"
     r"|aten::(bmm|baddbmm|_?softmax.*|_scaled_dot_product.*)",
-    "activation": r"_Gelu(Backward)?|aten::(gelu|relu|tanh|threshold|silu).*",
+    "activation": r"(_Gelu|_Gated)(Backward)?|aten::(gelu|relu|tanh|threshold|silu).*",
     "norms": r"AddNorm(Backward)?|aten::(native_)?layer_norm.*",
     "clipping and optimizer": r"Optimizer\..*|aten::(_fused_.*|_foreach_.*|linalg_vector_norm)",
     "elementwise and copies": r"aten::(add|sub|mul|div|neg|copy|fill|zero|cat|_?to_copy|to|clone|constant_pad_nd|pad"

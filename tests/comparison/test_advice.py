@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import harness
+from benchmarks.budget import FROZEN
 from benchmarks.tune import PARTS
 from compare_methods import BEST_PRACTICES, DATA_SETS, RESULTS, ROOT
 from finetuning.comparison import advice, decisions
@@ -25,12 +27,14 @@ from finetuning.comparison.advice import (
     shown_p,
     studies_table,
 )
+from finetuning.comparison.baselines import NAME
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.over_sets import ROPE, grid_of, mean_of_sets
 from finetuning.comparison.pairs import compare_rows
 from finetuning.comparison.statistics import LEVEL, interval_over_sets
 from finetuning.flags import from_flags
 from finetuning.settings import DEFAULT_LEARNING_RATES
+from finetuning.storage import read_json
 from tests.synthetic_runs import outcomes, write_run
 
 
@@ -138,6 +142,15 @@ def scores() -> dict[str, dict[str, Any]]:
 @cache
 def p_values(name: str) -> dict[frozenset[str], str]:
     return {frozenset((c.first, c.second)): shown_p(c.corrected_p) for c in compare_rows(study(name))[0]}
+
+
+def baseline_of(benchmark: str, kind: str) -> dict[tuple[str, int], float]:
+    """Data set and training texts -> the mean accuracy of a baseline in %."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for record in read_json(harness.RESULTS / f"{benchmark}.json")["measurements"]:
+        if record["baseline"] == kind:
+            found.setdefault((record["set"], record["texts"]), []).append(100 * record["accuracy"])
+    return {place: fmean(values) for place, values in found.items()}
 
 
 def prose(text: str) -> str:
@@ -251,6 +264,12 @@ def test_what_the_text_says_in_words() -> None:
     gained = [fmean(few_texts.means(default.format(number), sets)) for number in (50, 250)]
     gained.append(fmean(many.means("all", sets)))
     assert (len(sets), *np.diff(gained).round()) == (5, 16, 9)  # "from fifty to two hundred and fifty texts"
+    frozen, tfidf = (baseline_of("pooling_baselines", kind) for kind in (FROZEN, NAME))
+    for number, method, above in ((50, "{}-lora-pooling-mean", (7, 17)), (250, default, (7, 16))):
+        sets = few_texts.shared([method.format(number)])
+        ours = fmean(few_texts.means(method.format(number), sets))
+        gains = [ours - fmean(kind[name, number] for name in sets) for kind in (frozen, tfidf)]
+        assert tuple(np.round(gains)) == above  # "in short"
     grid = grid_of(study("methods_on_sets"))
     assert grid
     full, lora = (
@@ -340,7 +359,14 @@ def test_each_advice_has_its_row_in_the_first_table() -> None:
 def test_every_study_has_a_place_on_the_page() -> None:
     elsewhere = {"smoke", "steps", "few_texts", "defaults", "defaults_methods"}  # the last four: docs/budget.md
     shown = {name.partition("/")[0] for text in sections().values() for name in rows_of(text)}
-    of_benchmarks = {"sets_baselines", "curves_baselines", "crossing", "recommend", *(f"tune_{part}" for part in PARTS)}
+    of_benchmarks = {
+        "sets_baselines",
+        "curves_baselines",
+        "base_baselines",
+        "crossing",
+        "recommend",
+        *(f"tune_{part}" for part in PARTS),
+    }
     shown |= set(re.findall(r"<!-- (\w+?)(?:_sets|_rows)?:begin -->", DATA_SETS.read_text())) - of_benchmarks
     assert shown >= set(study_names(RESULTS)) - elsewhere
     assert shown == {path.stem for path in (ROOT / "studies").glob("*.toml")} - elsewhere

@@ -1,7 +1,11 @@
 """Which weights bitfit, norms and head train, and that the efficient path computes their gradients."""
 
+import copy
+import re
+
 import pytest
 import torch
+from peft import LNTuningConfig, get_peft_model
 from torch import nn
 
 from finetuning.config import RunConfig
@@ -59,6 +63,25 @@ def test_exactly_biases_norms_or_the_head_of_distilbert_are_trained() -> None:
     expected = HEAD | {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")}
     assert trained_names(prepared("distilbert", "norms")) == expected
     assert trained_names(prepared("distilbert", "head")) == HEAD
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, of the norms that it wraps all the same
+def test_norms_are_pefts_ln_tuning() -> None:
+    model, family = prepared("distilbert", "norms"), FAMILIES["distilbert"]
+    config = LNTuningConfig(
+        task_type="SEQ_CLS", target_modules=["LayerNorm", *NORMS], modules_to_save=list(family.head_modules)
+    )
+    peer = get_peft_model(copy.deepcopy(model), config)
+    ids, mask, labels = batch(family, padded=True)
+    ours, theirs = classify(model, family, ids, mask, torch.float32), peer(ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for logits in (ours, theirs):
+        nn.functional.cross_entropy(logits, labels).backward()
+    wrapped = r"^base_model\.model\.|\.(ln_tuning_layers|modules_to_save)\.default"
+    expected = {re.sub(wrapped, "", name): p.grad for name, p in peer.named_parameters() if p.requires_grad}
+    assert expected.keys() == trained_names(model)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("model_type", CORE)
