@@ -32,6 +32,8 @@ from finetuning.training.trainer import check_processes
 
 FEW_OF_A_CLASS = 5  # validation texts: one more right is a fifth of the class or more
 FEW_VALIDATION_TEXTS = 100  # an accuracy of them has a 95 % interval of 6 to 10 points to each side
+ENOUGH_VALIDATION_TEXTS = 1000  # an accuracy of them has a 95 % interval of 1 to 3 points to each side
+TRAINED_IN_THE_TIME = 3  # validation of so many texts takes as long as training one: there is no backward
 FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
@@ -90,6 +92,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     task, advice = task_of(texts, config.training)
     validation = texts.splits["validation"].labels
     advice += validation_advice(len(validation), dict(zip(task.names, task.counts(validation), strict=True)), config)
+    advice += large_validation_advice(len(labels), len(validation), config)
     advice += pooling_advice(len(labels), base, config)
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
@@ -163,6 +166,17 @@ def validation_advice(texts: int, counts: Mapping[str, int], config: RunConfig) 
     else:
         return []
     return [f"{doubt}: --kfold 5 needs no validation split and scores every training text"]
+
+
+def large_validation_advice(training: int, validation: int, config: RunConfig) -> list[str]:
+    """What saves time if the run would read validation longer than it trains. Both numbers are of texts."""
+    limited = config.data.limit_validation is not None or config.data.kfold is not None or config.training.epochs == 0
+    if limited or validation <= max(ENOUGH_VALIDATION_TEXTS, TRAINED_IN_THE_TIME * training):
+        return []
+    return [
+        f"validation has {validation:,} texts, and training {training:,}, so most of the time goes into validation:"
+        f" --limit_validation {ENOUGH_VALIDATION_TEXTS} is enough to choose an epoch"
+    ]
 
 
 def pooling_advice(texts: int, base: BaseModel, config: RunConfig) -> list[str]:

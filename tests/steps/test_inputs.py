@@ -1,4 +1,4 @@
-"""What a run advises: ``--kfold`` if its validation split has few texts, ``--pooling mean`` for a head alone."""
+"""What a run advises about the size of its validation split, and ``--pooling mean`` for a head alone."""
 
 from pathlib import Path
 
@@ -7,7 +7,13 @@ import pytest
 from compare_methods import RESULTS
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of
-from finetuning.steps.inputs import FEW_FOR_MEAN, FEW_VALIDATION_TEXTS, pooling_advice, validation_advice
+from finetuning.steps.inputs import (
+    FEW_FOR_MEAN,
+    FEW_VALIDATION_TEXTS,
+    large_validation_advice,
+    pooling_advice,
+    validation_advice,
+)
 from local_model_utilities import find_base_model
 from tests.conftest import config_of_flags
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -32,6 +38,26 @@ def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, adv
         line for line in validation_advice(FEW_VALIDATION_TEXTS, most | {"b": 4}, config) if "4 texts of class" in line
     ]
     assert bool(rare) == advises
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "flags", "advises"),
+    [
+        (500, 2388, "", True),
+        (500, 1500, "", False),
+        (100, 1000, "", False),
+        (100, 1001, "", True),
+        (500, 2388, "--limit_validation 2000", False),
+        (500, 2388, "--epochs 0", False),
+        (500, 2388, "--kfold 5", False),
+    ],
+)
+def test_a_validation_that_takes_longer_than_training_can_be_limited(
+    training: int, validation: int, flags: str, advises: bool
+) -> None:
+    advice = large_validation_advice(training, validation, config_of_flags(f"--accelerator cpu {flags}"))
+    assert bool(advice) == advises
+    assert all(line.startswith(f"validation has {validation:,} texts, and training {training:,},") for line in advice)
 
 
 @pytest.mark.parametrize(
