@@ -73,6 +73,7 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert main([*words, "--output_dir", str(first)]) == 0
     out = capsys.readouterr().out
     assert "data: 60 train, 50 validation, 40 test texts; one text is 2.00 points on validation, 2.50 points" in out
+    assert f"trial 0 is the default; its progress: {first}/trials/000.log\n" in out
     assert "trial 0, the default, complete accuracy" in out
     assert "again with 2 new seeds\n" in out
     assert "; 4 ended of 4" in out
@@ -274,7 +275,7 @@ def test_only_lengths_that_cut_texts_are_searched() -> None:
     [
         (2, 2, "+1.00 points (95 % interval -1.00 to +3.00) of test accuracy over the default"),
         (0, 2, "none: trial 2 is not better on validation with new seeds. It has +1.00 points (95 % interval -1.00"),
-        (0, 0, "none, no trial was better than the default"),
+        (0, 0, "none, no trial was better than the first run of the default"),
     ],
 )
 def test_the_gain_says_what_a_trial_has_that_does_not_win(winner: int, candidate: int, said: str) -> None:

@@ -241,7 +241,7 @@ def gain_text(summary: dict[str, Any]) -> str:
     """The gain over the default, for people."""
     gain, candidate = summary["candidate_gain"], summary["candidate"]["trial"]
     if candidate == 0:
-        return "none, no trial was better than the default"
+        return "none, no trial was better than the first run of the default, so none was trained again"
     if gain is None:
         return f"none: {trial_name(candidate)} has failed with new seeds"
     difference = Difference(gain["mean"], gain["ci95"][0], gain["ci95"][1], gain["p"])

@@ -102,6 +102,8 @@ class Search:
         """
         budget, ended = self.budget, sum(trial.state is not None for trial in self.trials.all())
         print(f"search in {self.folder}: {ended} trials ended{limits_text(budget)}", flush=True)
+        if not ended:
+            print(f"trial 0 is the default; its progress: {self.trials.place(0).log}", flush=True)
         with self.starter:
             try:
                 while (final := self._round()) is not None and final != self.decided():

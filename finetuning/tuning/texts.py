@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from finetuning.tuning.plan import Budget, Plan
-from finetuning.tuning.trials import OUT_OF_TIME, Trial, Trials, best_of
+from finetuning.tuning.trials import OUT_OF_TIME, PRUNED, Trial, Trials, best_of
 
 
 def trial_name(number: int) -> str:
@@ -39,7 +39,8 @@ def progress_line(trial: Trial, trials: Trials, plan: Plan, budget: Budget) -> s
     why = trial.error or ("the time left is for the last runs" if trial.state == OUT_OF_TIME else "")
     reason = f" ({why})" if why else ""
     name = f"trial {trial.number}{', the default,' if trial.number == 0 else ''}"
+    after = f" after epoch {max(trial.history)}," if trial.state == PRUNED and trial.history else ""
     best = best_of(everything, plan.minimize)
     top = f"; best {best.value:.4f}, trial {best.number}" if best is not None else ""
     done = sum(other.state is not None for other in everything)
-    return f"{name} {trial.state}{reason}{shown}: {values}{top}; {done} ended{limits_text(budget)}"
+    return f"{name} {trial.state}{after}{reason}{shown}: {values}{top}; {done} ended{limits_text(budget)}"

@@ -121,7 +121,7 @@ def test_a_step_that_does_not_fit_a_gpu_is_said_in_one_line(
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("finetuning.steps.instead.measure_steps", too_large)
+    monkeypatch.setattr("finetuning.steps.estimate.measure_steps", too_large)
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--estimate", "--batch_tokens", "4096")
     assert main(words) == 2
     *_, line = capsys.readouterr().err.splitlines()  # tokenizing comes first
