@@ -106,14 +106,15 @@ class RunConfig:
         """A copy with other values. Defaults that depend on them are not computed again."""
         return self.from_settings(**{**self._values(), **changes})
 
-    def instead_of_hub(self, packaged: bool = True) -> str:
-        """The flags to advise if the hub cannot be reached; without ``packaged``, no packages."""
+    def instead_of_hub(self) -> str:
+        """The flags to advise if the hub cannot be reached."""
         advice = f"--model_name {PACKAGED} or --model_name PATH"
         if self.data.data_dir is not None:
             return advice
-        packaged = packaged and traits_of(self.data.dataset).packaged
         files = "--dataset text --data_dir PATH" if hub_name(self.data.dataset) else "--data_dir PATH"
-        return f"{advice}, and {files}" + ("; or --offline for packaged model and reviews" if packaged else "")
+        return f"{advice}, and {files}" + (
+            "; or --offline for packaged model and reviews" if traits_of(self.data.dataset).packaged else ""
+        )
 
     @property
     def name(self) -> str:
