@@ -4,6 +4,7 @@ The tables of docs/budget.md, from collected runs:
 
 * ``steps``: validation accuracy by training texts, batch and epochs (``studies/steps.toml``), from which the rule in
   ``finetuning/training/budget.py`` was chosen. ``patience``: what stopping these runs early would have cost.
+  ``rare_labels``, in docs/guide.md: the multi-label runs of the study.
 * ``defaults`` and ``defaults_methods``: test accuracy with 2,000 texts, by the studies of these names.
 * ``few_texts``: test accuracy with 100 and 250 texts, five draws for each set (``studies/few_texts.toml``). For each
   draw it adds a baseline: logistic regression on the mean of the frozen model's token vectors, with the same texts.
@@ -40,7 +41,7 @@ from finetuning.training.budget import FEW
 OUTPUT = harness.RESULTS / "few_texts.json"
 STEPS = ROOT / "results" / "steps"
 STUDY = ROOT / "studies" / "few_texts.toml"
-PAGE = ROOT / "docs" / "budget.md"
+PAGE, GUIDE = ROOT / "docs" / "budget.md", ROOT / "docs" / "guide.md"
 FROZEN = "frozen mean embedding + logistic regression"
 KINDS = ("before", "auto")  # two epochs of 64 texts a batch, and the rule
 LEAST_EPOCHS = 5  # of a run that --patience could have stopped
@@ -53,7 +54,7 @@ def steps_table(folder: Path = STEPS) -> str:
     Args:
         folder: the collected runs.
     """
-    results = _finished(folder)
+    results = [result for result in _finished(folder) if not _multi_label(result)]
     rows: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for result in results:
         config = result["config"]
@@ -67,6 +68,29 @@ def steps_table(folder: Path = STEPS) -> str:
         cells.append((method, f"{texts:,}", str(batch), f"{rate:g}", str(epochs), steps, *scores))
     table = Table(("method", "texts", "batch", "rate", "epochs", "steps", *sets), cells)
     return f"{table.markdown()}\n\n{measured(result['environment'] for result in results)}"
+
+
+def rare_labels_table(folder: Path = STEPS) -> str:
+    """Markdown: the multi-label runs, by steps: how many labels they find at all, and micro F1 at the threshold.
+
+    Args:
+        folder: the collected runs.
+    """
+    results = [result for result in _finished(folder) if _multi_label(result)]
+    rows = []
+    for result in sorted(results, key=lambda result: (result["train"]["steps"], result["config"]["batch_size"])):
+        config, scores = result["config"], result["validation"]
+        found = sum(own["recall"] > 0 for own in scores["per_class"].values())
+        rows.append((
+            str(config["batch_size"]), str(config["epochs"]), f"{result['train']['steps']:,}",
+            f"{found} of {len(scores['per_class'])}", f"{100 * scores['micro_f1']:.2f}",
+        ))  # fmt: skip
+    table = Table(("texts a batch", "epochs", "steps", "labels that are found in any text", "micro F1, %"), rows)
+    return f"{table.markdown()}\n\n{measured(result['environment'] for result in results)}"
+
+
+def _multi_label(result: Record) -> bool:
+    return "exact_match" in result["validation"]
 
 
 def _finished(folder: Path) -> list[Record]:
@@ -222,6 +246,7 @@ def command(argv: Sequence[str] | None) -> int:
     measure(options.data_dir, journal, known)
     harness.publish(journal, OUTPUT, few_texts_table, "few_texts", partly=False, page=PAGE)
     renew_tables(PAGE, {"steps": steps_table(), "patience": patience_table()})
+    renew_tables(GUIDE, {"rare_labels": rare_labels_table()})
     renew_tables(PAGE, {name: defaults_table(STEPS.with_name(name)) for name in ("defaults", "defaults_methods")})
     return 0
 

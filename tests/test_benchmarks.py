@@ -172,6 +172,7 @@ def crossing() -> str:
         (ACCURACY, "accuracy", lambda: accuracy.table(*accuracy.load(harness.RESULTS))),
         (budget.PAGE, "steps", budget.steps_table),
         (budget.PAGE, "patience", budget.patience_table),
+        (budget.GUIDE, "rare_labels", budget.rare_labels_table),
         (budget.PAGE, "defaults", lambda: budget.defaults_table(RESULTS / "defaults")),
         (budget.PAGE, "defaults_methods", lambda: budget.defaults_table(RESULTS / "defaults_methods")),
         (

@@ -30,6 +30,22 @@ def test_the_steps_have_a_row_for_each_budget_and_a_column_for_each_set(tmp_path
     assert [row[-2:] for row in rows[1:]] == [["", "50.00"], ["80.00", "92.00 (2)"], ["", "93.00"]]
 
 
+def test_multi_label_runs_have_the_labels_that_they_find(tmp_path: Path) -> None:
+    for epochs, recalls in ((4, (0.5, 0.1, 0.0)), (2, (0.2, 0.0, 0.0))):
+        axes = {"method": "lora", "limit_train": 9, "batch_size": 32, "epochs": epochs}
+        write_run(tmp_path, "steps", "trec6", axes=axes | {"data_dir": "trec6"}, train={"steps": 1})
+        scores = {
+            "exact_match": 0.1,
+            "micro_f1": 0.25 * epochs,
+            "per_class": {str(i): {"recall": r} for i, r in enumerate(recalls)},
+        }
+        found: dict[str, Any] = {"train": {"steps": 50 * epochs}, "validation": scores}
+        write_run(tmp_path, "steps", "goemotions", axes=axes | {"data_dir": "goemotions"}, **found)
+    lines = budget.rare_labels_table(tmp_path / "steps").splitlines()
+    assert lines[2:4] == ["| 32 | 2 | 100 | 1 of 3 | 50.00 |", "| 32 | 4 | 200 | 2 of 3 | 100.00 |"]
+    assert "goemotions" not in budget.steps_table(tmp_path / "steps")
+
+
 def test_defaults_have_both_budgets_in_a_row(tmp_path: Path) -> None:
     for row, seed, accuracy, steps in (
         ("a-b-before", 0, 0.5, 60),
