@@ -88,6 +88,7 @@ ALL_STUDIES = "studies"  # the name of the table of all studies
 SAVED = ("adapter_model.safetensors", "trained_weights.safetensors")  # what a run keeps of its training
 REFERENCE = "(reference)"
 SMALLEST_P = 0.001  # below it, digits would only distract
+MOST_VALUES = 4  # in a cell of the table of studies
 Compared = Mapping[str, Sequence[Comparison]]  # study -> all pairs of its rows
 Cell = Callable[[dict[str, Any], dict[str, Any], Row], str]  # from a row's record, and the one of its reference
 
@@ -157,8 +158,9 @@ def shown_p(p: float) -> str:
 
 
 def _values(values: Iterable[Any]) -> str:
-    """Different values in rising order: ``3,869; 5,000``."""
-    return "; ".join(f"{value:,}" for value in sorted({value for value in values if value is not None}))
+    """Different values in rising order: ``3,869; 5,000``; of more than four, the ends: ``483 to 2,000``."""
+    found = [f"{value:,}" for value in sorted({value for value in values if value is not None})]
+    return f"{found[0]} to {found[-1]}" if len(found) > MOST_VALUES else "; ".join(found)
 
 
 def _difference(key: str, form: str, factor: float) -> Cell:

@@ -130,8 +130,9 @@ def compare_pair(grid: Grid, first: str, second: str) -> Pair | None:
 
 
 def headlines(grid: Grid) -> list[str]:
-    """How the other methods typically compare with the one that is on most sets, of equal ones the most accurate."""
-    places = {method: grid.shared([method]) for method in grid.methods}
+    """How the other methods typically compare with the best one of the sets that all share; else of those it is on."""
+    shared = grid.shared(grid.methods)
+    places = {method: shared if len(shared) >= LEAST_SETS else grid.shared([method]) for method in grid.methods}
     reference = max(grid.methods, key=lambda method: (len(places[method]), fmean(grid.means(method, places[method]))))
     sentences = []
     for method in grid.methods:
