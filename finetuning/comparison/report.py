@@ -138,7 +138,7 @@ def build_report(results: Path, pages: Sequence[Path]) -> Report:
         caption = measured(run.environment for run in study.final if run.finished)
         tables[study.name] = f"{study_summary(section)}\n\n{caption}"
         table = section.table.without_empty_columns().without("command").markdown()
-        tables[study.name + ROWS] = "\n\n".join([table, *(fill(note, WIDTH) for note in section.notes), caption])
+        tables[study.name + ROWS] = "\n\n".join([table, *(wrapped(note) for note in section.notes), caption])
         tables[study.name + SETS] = f"{sets_text(section)}\n\n{caption}"
         tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{caption}"
         if study.name == README_STUDY:
@@ -197,8 +197,13 @@ def study_text(section: Section) -> str:
 
 def sets_text(section: Section) -> str:
     """The tables over data sets, and how to read them."""
-    parts = [fill(section.part, WIDTH), *(table.markdown() for table in section.over_sets), fill(OVER_SETS, WIDTH)]
+    parts = [wrapped(section.part), *(table.markdown() for table in section.over_sets), wrapped(OVER_SETS)]
     return "\n\n".join(part for part in parts if part)
+
+
+def wrapped(text: str) -> str:
+    """Lines of a Markdown page. Names of rows, which have hyphens, stay whole."""
+    return fill(text, WIDTH, break_on_hyphens=False)
 
 
 def part_done(study: Study, on_sets: bool = False) -> str:

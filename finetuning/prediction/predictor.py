@@ -170,7 +170,7 @@ def load_predictor(trained: Trained) -> Predictor:
         base = find_base_model(config)
         check_base_unchanged(base.folder, trained.base_files)
         names, dtype = trained.label_names, _dtype(hardware, base)
-        if config.lora is not None and config.lora.q_lora:
+        if config.name == "qlora":
             try_four_bits(hardware.device, dtype)
         classifier = load_classifier(trained.directory, config, base, names, dtype, hardware.int8)
         tokenizer = load_tokenizer(base)
