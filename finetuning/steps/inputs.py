@@ -1,7 +1,6 @@
 """The inputs of a run: base model, hardware, adapter, texts, tokens. Checks what flags and files do not tell."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +23,12 @@ from finetuning.runs.loading import adopt_adapter, load_adapter
 from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
 from finetuning.settings import TrainingSettings
+from finetuning.steps.text_advice import advice_on_texts
 from finetuning.training.budget import training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.label_advice import imbalance_advice
 from finetuning.training.tasks import Task, make_task
 from finetuning.training.trainer import check_processes
-
-FEW_OF_A_CLASS = 5  # validation texts: one more right is a fifth of the class or more
-FEW_VALIDATION_TEXTS = 100  # an accuracy of them has a 95 % interval of 6 to 10 points to each side
-ENOUGH_VALIDATION_TEXTS = 1000  # an accuracy of them has a 95 % interval of 1 to 3 points to each side
-TRAINED_IN_THE_TIME = 3  # validation of so many texts takes as long as training one: there is no backward
-FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
 @dataclass(frozen=True)
@@ -90,10 +84,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         whole = np.concatenate([labels, texts.splits["validation"].labels])
     found |= training_budget(config.training, whole, len(texts.label_names), config.hardware.processes)
     task, advice = task_of(texts, config.training)
-    validation = texts.splits["validation"].labels
-    advice += validation_advice(len(validation), dict(zip(task.names, task.counts(validation), strict=True)), config)
-    advice += large_validation_advice(len(labels), len(validation), config)
-    advice += pooling_advice(len(labels), base, config)
+    advice += advice_on_texts(config, base, task, {name: split.labels for name, split in texts.splits.items()})
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)
@@ -144,65 +135,6 @@ def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str
     labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, training)
     return task, imbalance_advice(task, task.counts(labels["train"]), training)
-
-
-def validation_advice(texts: int, counts: Mapping[str, int], config: RunConfig) -> list[str]:
-    """What to try if validation has few texts; empty if ``--kfold`` or a limit chose them, or if it cannot run.
-
-    Args:
-        texts: of validation.
-        counts: class -> how many of them have it.
-        config: of the run.
-    """
-    data, alone = config.data, config.hardware.processes == 1
-    rarest = min(counts, key=lambda name: counts[name])
-    if data.kfold or data.limit_validation or config.training.epochs == 0 or not alone:
-        return []
-    if texts < FEW_VALIDATION_TEXTS:
-        doubt = f"validation has {texts} texts, so the epoch that it chooses depends on chance"
-    elif counts[rarest] < FEW_OF_A_CLASS:
-        found = "1 text" if counts[rarest] == 1 else f"{counts[rarest]} texts"
-        doubt = f"validation has {found} of class {rarest!r}, so what it says about this class depends on chance"
-    else:
-        return []
-    return [f"{doubt}: --kfold 5 needs no validation split and scores every training text"]
-
-
-def large_validation_advice(training: int, validation: int, config: RunConfig) -> list[str]:
-    """What saves time if the run would read validation longer than it trains. Both numbers are of texts."""
-    limited = config.data.limit_validation is not None or config.data.kfold is not None or config.training.epochs == 0
-    if limited or validation <= max(ENOUGH_VALIDATION_TEXTS, TRAINED_IN_THE_TIME * training):
-        return []
-    return [
-        f"validation has {validation:,} texts, and training {training:,}, so most of the time goes into validation:"
-        f" --limit_validation {ENOUGH_VALIDATION_TEXTS} is enough to choose an epoch"
-    ]
-
-
-def pooling_advice(texts: int, base: BaseModel, config: RunConfig) -> list[str]:
-    """What to try if the head reads the first token, where the mean was better: a head alone, or LoRA on few texts.
-
-    Args:
-        texts: how many train.
-        base: the model.
-        config: of the run.
-    """
-    reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
-    if config.training.epochs == 0 or not reads_first:
-        return []
-    export = "; then the classifier can be exported as ONNX only"
-    if config.method.method == "head":
-        return [
-            "the head alone reads the first token: with MiniLM, --pooling mean was better on every data set that was"
-            f" tried{export}"
-        ]
-    new = config.lora is not None and config.lora.init_adapter is None  # an adapter has its pooling
-    if new and texts <= FEW_FOR_MEAN:
-        return [
-            f"{texts} texts are few: with LoRA, MiniLM and 50 texts, --pooling mean was better on four of five data"
-            f" sets{export}"
-        ]
-    return []
 
 
 def fold_inputs(inputs: Inputs, number: int) -> Inputs:

@@ -2,21 +2,26 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compare_methods import RESULTS
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of
-from finetuning.steps.inputs import (
-    FEW_FOR_MEAN,
-    FEW_VALIDATION_TEXTS,
-    large_validation_advice,
-    pooling_advice,
-    validation_advice,
-)
+from finetuning.steps.text_advice import FEW_FOR_MEAN, FEW_OF_A_CLASS, FEW_VALIDATION_TEXTS, advice_on_texts
+from finetuning.training.tasks import make_task
 from local_model_utilities import find_base_model
 from tests.conftest import config_of_flags
 from tests.tiny_models import save_tokenizer, tiny_model
+
+
+def advised(flags: str, training: int, validation: int, of_b: int | None = None) -> str:
+    """What a run with so many texts of two classes advises; half of validation is of the second one if not given."""
+    config = config_of_flags(f"--accelerator cpu --model_name packaged {flags}")
+    of_b = validation // 2 if of_b is None else of_b
+    labels = {"train": np.arange(training) % 2, "validation": np.repeat([0, 1], [validation - of_b, of_b])}
+    task = make_task(labels, ["a", "b"], config.training)
+    return "\n".join(advice_on_texts(config, find_base_model(config), task, labels))
 
 
 @pytest.mark.parametrize(
@@ -30,14 +35,11 @@ from tests.tiny_models import save_tokenizer, tiny_model
     ],
 )
 def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, advises: bool) -> None:
-    config = config_of_flags(f"--accelerator cpu {flags}")
-    most = {"a": FEW_VALIDATION_TEXTS - 5, "b": 5}
-    assert bool(validation_advice(FEW_VALIDATION_TEXTS - 1, most, config)) == advises
-    assert validation_advice(FEW_VALIDATION_TEXTS, most, config) == []
-    rare = [
-        line for line in validation_advice(FEW_VALIDATION_TEXTS, most | {"b": 4}, config) if "4 texts of class" in line
-    ]
-    assert bool(rare) == advises
+    rare = "3 texts of class 'b'"
+    assert ("--kfold" in advised(flags, 200, FEW_VALIDATION_TEXTS - 1)) == advises
+    assert advised(flags, 200, FEW_VALIDATION_TEXTS) == ""
+    assert (rare in advised(flags, 200, FEW_VALIDATION_TEXTS, of_b=3)) == advises
+    assert advised(flags, 200, FEW_VALIDATION_TEXTS, of_b=FEW_OF_A_CLASS) == ""
 
 
 @pytest.mark.parametrize(
@@ -55,9 +57,8 @@ def test_few_validation_texts_get_advice_that_the_run_can_follow(flags: str, adv
 def test_a_validation_that_takes_longer_than_training_can_be_limited(
     training: int, validation: int, flags: str, advises: bool
 ) -> None:
-    advice = large_validation_advice(training, validation, config_of_flags(f"--accelerator cpu {flags}"))
-    assert bool(advice) == advises
-    assert all(line.startswith(f"validation has {validation:,} texts, and training {training:,},") for line in advice)
+    beginning = f"validation has {validation:,} texts, and training {training:,},"
+    assert advised(flags, training, validation).startswith(beginning) == advises
 
 
 @pytest.mark.parametrize(
@@ -79,8 +80,8 @@ def test_where_the_mean_was_better_than_the_first_token_the_run_advises_it(
 ) -> None:
     tiny_model(model_type).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, decoder=model_type == "gpt2")
-    config = config_of_flags(f"--accelerator cpu --model_name {tmp_path} --max_length 16 {flags}")
-    assert bool(pooling_advice(texts, find_base_model(config), config)) == advises
+    flags += f" --model_name {tmp_path} --max_length 16"
+    assert ("--pooling mean" in advised(flags, texts, FEW_VALIDATION_TEXTS)) == advises
 
 
 def test_the_mean_was_better_on_every_data_set() -> None:

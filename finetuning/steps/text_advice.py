@@ -1,0 +1,88 @@
+"""What a run advises before it trains, by its settings and its numbers of texts: one sentence for each thing to try."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from finetuning.config import RunConfig
+from finetuning.models.base_model import BaseModel
+from finetuning.settings import DataSettings, LoRASettings
+from finetuning.training.tasks import Task
+
+FEW_OF_A_CLASS = 5  # validation texts: one more right is a fifth of the class or more
+FEW_VALIDATION_TEXTS = 100  # an accuracy of them has a 95 % interval of 6 to 10 points to each side
+ENOUGH_VALIDATION_TEXTS = 1000  # an accuracy of them has a 95 % interval of 1 to 3 points to each side
+TRAINED_IN_THE_TIME = 3  # validation of so many texts takes as long as training one: there is no backward
+FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
+
+
+def advice_on_texts(config: RunConfig, base: BaseModel, task: Task, labels: Mapping[str, np.ndarray]) -> list[str]:
+    """What to try for texts of these numbers; empty if nothing is trained.
+
+    Args:
+        config: the run's settings.
+        base: its model.
+        task: what is learned.
+        labels: of the training and the validation texts.
+    """
+    if config.training.epochs == 0:
+        return []
+    training, validation = len(labels["train"]), len(labels["validation"])
+    counts = dict(zip(task.names, task.counts(labels["validation"]), strict=True))
+    advice = validation_advice(training, validation, counts, config.data, config.hardware.processes)
+    reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
+    return advice + (pooling_advice(training, config.name, config.lora) if reads_first else [])
+
+
+def validation_advice(
+    training: int, validation: int, counts: Mapping[str, int], data: DataSettings, processes: int
+) -> list[str]:
+    """What to try if validation has few texts, or takes longer than training; empty if a flag has chosen them.
+
+    Args:
+        training, validation: number of texts.
+        counts: class -> how many validation texts have it.
+        data: ``kfold`` and ``limit_validation``.
+        processes: of the run; ``--kfold`` needs one.
+    """
+    if data.kfold or data.limit_validation:
+        return []
+    advice = []
+    if validation > max(ENOUGH_VALIDATION_TEXTS, TRAINED_IN_THE_TIME * training):
+        advice.append(
+            f"validation has {validation:,} texts, and training {training:,}, so most of the time goes into validation:"
+            f" --limit_validation {ENOUGH_VALIDATION_TEXTS} is enough to choose an epoch"
+        )
+    rarest = min(counts, key=lambda name: counts[name])
+    doubt = ""
+    if validation < FEW_VALIDATION_TEXTS:
+        doubt = f"validation has {validation} texts, so the epoch that it chooses depends on chance"
+    elif counts[rarest] < FEW_OF_A_CLASS:
+        found = "1 text" if counts[rarest] == 1 else f"{counts[rarest]} texts"
+        doubt = f"validation has {found} of class {rarest!r}, so what it says about this class depends on chance"
+    if doubt and processes == 1:
+        advice.append(f"{doubt}: --kfold 5 needs no validation split and scores every training text")
+    return advice
+
+
+def pooling_advice(texts: int, method: str, lora: LoRASettings | None) -> list[str]:
+    """What to try if the head reads the first token, where the mean was better: a head alone, or LoRA on few texts.
+
+    Args:
+        texts: how many train.
+        method: its name.
+        lora: its settings.
+    """
+    export = "; then the classifier can be exported as ONNX only"
+    if method == "head":
+        return [
+            "the head alone reads the first token: with MiniLM, --pooling mean was better on every data set that was"
+            f" tried{export}"
+        ]
+    new = lora is not None and lora.init_adapter is None  # an adapter has its pooling
+    if new and texts <= FEW_FOR_MEAN:
+        return [
+            f"{texts} texts are few: with LoRA, MiniLM and 50 texts, --pooling mean was better on four of five data"
+            f" sets{export}"
+        ]
+    return []
