@@ -1,7 +1,7 @@
 """Collected runs -> the report, that is what ``python compare_methods.py report`` writes.
 
 The report is made only from the run files in ``results/`` and the suite's defaults, and the same files give the same
-bytes. Each study gets ``table.md``, ``table.csv`` and plots. All studies together get ``summary.json``,
+bytes. Each study gets ``table.md`` and plots. All studies together get ``summary.json``, with each row in numbers,
 ``report.html``, README's picture of ``earlier_work``, and the tables between markers in README and ``docs/``. Plots of
 studies and ``report.html`` are not committed.
 """
@@ -27,11 +27,9 @@ from finetuning.comparison.set_plots import SET_FILES, draw_set_plots
 from finetuning.comparison.tables import (
     answer_table,
     comparison_table,
-    csv_text,
     main_table,
     notes,
     short_table,
-    summary,
     tuning_table,
 )
 from finetuning.config import RunConfig
@@ -134,7 +132,6 @@ def build_report(results: Path, pages: Sequence[Path]) -> Report:
         plots |= dict.fromkeys(folder / name for name in (*FILES, *SET_FILES))
         plots |= {folder / plot.file: plot for plot in section.plots}
         texts[folder / "table.md"] = study_text(section)
-        texts[folder / "table.csv"] = csv_text(study)
         caption = measured(run.environment for run in study.final if run.finished)
         tables[study.name] = f"{study_summary(section)}\n\n{caption}"
         table = section.table.without_empty_columns().without("command").markdown()
@@ -143,8 +140,8 @@ def build_report(results: Path, pages: Sequence[Path]) -> Report:
         tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{caption}"
         if study.name == README_STUDY:
             plots[results / README_PLOT] = draw_readme_plot(study, README_ROWS, README_PLOT)
-    rows = [row for study in studies for row in summary(study)]
-    texts[results / "summary.json"] = json.dumps(rows, indent=2, allow_nan=False) + "\n"
+    rows = [json.dumps(record, allow_nan=False) for study in studies for record in study.records]
+    texts[results / "summary.json"] = "[\n" + ",\n".join(rows) + "\n]\n"
     pairs = {name: comparisons for name, (comparisons, _) in compared.items()}
     for page in pages:
         advice = advice_tables(studies, pairs, os.path.relpath(results, page.parent))

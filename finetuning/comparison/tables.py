@@ -1,7 +1,5 @@
-"""A study's rows -> tables as Markdown, CSV and the objects of ``summary.json``."""
+"""A study's rows -> tables as Markdown."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -12,15 +10,6 @@ from finetuning.comparison.pairs import Answer, Comparison
 from finetuning.comparison.unequal import has_rare_class
 from finetuning.pages import Table
 
-SUMMARY_KEYS = (
-    "study", "row", "accuracy_mean", "accuracy_std", "seeds", "test_examples", "trainable", "train_seconds",
-    "peak_memory_bytes", "command",
-)  # fmt: skip
-CSV_KEYS = (
-    "row", "status", "reported_percent", "accuracy_mean", "accuracy_std", "accuracy_ci95_low", "accuracy_ci95_high",
-    "macro_f1_mean", "seeds", "test_examples", "trainable", "train_seconds", "peak_memory_bytes",
-    "validation_accuracy_mean", "command",
-)  # fmt: skip
 GIB = 2**30
 REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
     "reported by others, %",
@@ -245,17 +234,3 @@ def _tuned_rates(study: Study) -> list[tuple[str, float, list[float]]]:
     scores = scores_by_rate(study.rate_trials)
     taken = [(row.name, row.common("config", "learning_rate")) for row in study.rows]
     return [(name, rate, list(scores[name])) for name, rate in taken if rate and len(scores.get(name, ())) > 1]
-
-
-def csv_text(study: Study) -> str:
-    """The main table for programs, in fractions, seconds and bytes; a cell is empty if not measured."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, CSV_KEYS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(study.records)
-    return file.getvalue()
-
-
-def summary(study: Study) -> list[dict[str, Any]]:
-    """One object for each row, as in ``results/summary.json``."""
-    return [{key: value for key, value in r.items() if key in SUMMARY_KEYS} for r in study.records]

@@ -1,5 +1,3 @@
-import csv
-import io
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,10 @@ from finetuning.comparison.packed import change_records, read_records
 from finetuning.comparison.pairs import answers, compare_rows
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.tables import (
-    SUMMARY_KEYS,
     answer_table,
-    csv_text,
     main_table,
     notes,
     short_table,
-    summary,
     tuning_table,
 )
 from finetuning.config import RunConfig
@@ -75,12 +70,9 @@ def test_what_was_not_measured_is_empty_never_0(tmp_path: Path) -> None:
         tmp_path, "s", "bare", train={"seconds": None}, memory={"peak_bytes": None}, parameters={"trainable": None}
     )
     study = read_study("s", tmp_path)
-    (row,) = summary(study)
-    assert tuple(row) == SUMMARY_KEYS
+    (row,) = study.records
     for key in ("accuracy_mean", "accuracy_std", "test_examples", "trainable", "train_seconds", "peak_memory_bytes"):
         assert row[key] is None
-    (line,) = csv.DictReader(io.StringIO(csv_text(study)))
-    assert line["train_seconds"] == line["accuracy_mean"] == ""
     assert "0" not in "".join(
         cells(study)["bare"][key] for key in ("training time, s", "peak memory, GiB", "test texts")
     )
@@ -93,7 +85,7 @@ def test_times_and_memory_are_those_of_the_runs_measured_alone(tmp_path: Path) -
         )
     write_run(tmp_path, "s", "other")
     study = read_study("s", tmp_path)
-    lora, _ = summary(study)
+    lora, _ = study.records
     assert (lora["train_seconds"], lora["peak_memory_bytes"]) == (105.0, 1.5 * 2**30)  # means
     assert cells(study)["lora"]["peak memory, GiB"] == "1.50"
     assert not any("Time" in note for note in notes(study))
@@ -101,7 +93,7 @@ def test_times_and_memory_are_those_of_the_runs_measured_alone(tmp_path: Path) -
     write_run(tmp_path, "s", "lora", seed=2, train={"seconds": 900.0}, environment={"alone": False})
     write_run(tmp_path, "s", "never alone", environment={"alone": False})
     study = read_study("s", tmp_path)
-    times = {row["row"]: (row["train_seconds"], row["peak_memory_bytes"]) for row in summary(study)}
+    times = {row["row"]: (row["train_seconds"], row["peak_memory_bytes"]) for row in study.records}
     assert times == {"lora": (105.0, 1.5 * 2**30), "other": (100.0, 2**30), "never alone": (None, None)}
     assert cells(study)["never alone"]["training time, s"] == ""
     note = "Time and memory exclude 2 of 5 runs: possibly not alone on the machine (2)."
@@ -117,7 +109,7 @@ def test_tuning_never_counts_and_has_a_table_of_its_own(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora", stage="tune", status="failed", axes={"learning_rate": 1.0})
     write_run(tmp_path, "s", "lora", correct=outcomes(0.8, 100, 0))
     study = read_study("s", tmp_path)
-    (row,) = summary(study)
+    (row,) = study.records
     assert (row["accuracy_mean"], row["seeds"]) == (0.8, 1)
     tried = "0.0001: 90.00; 0.001: 91.00; 0.01: 50.00; 1: no score"
     assert tuning_table(study).rows == [("lora", "accuracy", tried, "0.001")]
@@ -160,7 +152,7 @@ def test_macro_f1_has_a_column_where_it_chose(tmp_path: Path) -> None:
     test = {"macro_f1": 0.6, "per_class": unequal}
     write_run(tmp_path, "t", "a", correct=outcomes(0.8, 100, 0), test=test)
     assert cells(read_study("t", tmp_path))["a"]["macro F1, %"] == "60.00", "accuracy chose, but misleads here"
-    assert [line["macro_f1_mean"] for line in csv.DictReader(io.StringIO(csv_text(study)))] == ["0.6", ""]
+    assert [record["macro_f1_mean"] for record in study.records] == [pytest.approx(0.6), None]
 
 
 def test_what_has_not_run_is_named(tmp_path: Path) -> None:
