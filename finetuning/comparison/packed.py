@@ -71,14 +71,14 @@ class Record:
         if expected is None or self.new is not None:
             return self.new
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         path = self.folder / PREDICTIONS
         try:
             if not path.is_file():
                 raise ValueError("the file is missing")
-            table = _read_predictions(path, _state_of(path))
-            table = table.filter(pc.field("run") == self.name).select(COLUMNS)
+            table = _read_predictions(path, _state_of(path)).get(self.name)
+            if table is None:
+                raise ValueError("the file lacks them")
             task = self.result.get("task") or {}
             multi_label = task.get("threshold") is not None and task.get("positive_label") is None
             if pa.types.is_list(table["label"].type) and not multi_label:  # another run of the study is multi-label
@@ -115,10 +115,20 @@ def _state_of(path: Path) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4)  # a report asks for the runs of one study after another
-def _read_predictions(path: Path, _state: tuple[int, ...]) -> Any:
+def _read_predictions(path: Path, _state: tuple[int, ...]) -> dict[str, Any]:
+    """The table of each run. Rows of a run are one after another; else its checksum is wrong."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(path, page_checksum_verification=True)
+    table = pq.read_table(path, page_checksum_verification=True)
+    runs = table["run"].combine_chunks().dictionary_encode()
+    codes = np.asarray(runs.indices)
+    starts = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()
+    ends = [*starts[1:], len(codes)]
+    names = runs.dictionary.to_pylist()
+    return {
+        names[codes[start]]: table.slice(start, end - start).select(COLUMNS)
+        for start, end in zip(starts, ends, strict=True)
+    }
 
 
 @lru_cache(maxsize=32)  # a study asks for each of its runs
