@@ -252,7 +252,8 @@ class GracefulStop(Callback):
         if self.requested and number == signal.SIGINT and getattr(rank_zero_only, "rank", 0) == 0:
             raise KeyboardInterrupt
         self.requested = True
-        rank_zero_only(say)("\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
+        name = signal.Signals(number).name
+        rank_zero_only(say)(f"\n{name}: stopping as soon as there is a checkpoint; press Ctrl-C again to stop at once")
 
     def listening(self) -> AbstractContextManager[None]:
         """Handles the signals inside the context."""

@@ -177,7 +177,7 @@ class FineTuning(pl.LightningModule):
             text = f"the run's CPU kernels were: {before}; now: {now}: results will not be bit-identical"
             print(f"warning: {text}", file=sys.stderr)
         if not is_helper():
-            say(f"continuing after step {checkpoint['global_step']} of {self.total_steps}")
+            say(f"continuing after step {checkpoint['global_step']}")
         self._averages = checkpoint.get("average")
         self._restore(checkpoint)
 
