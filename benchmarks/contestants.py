@@ -382,6 +382,7 @@ class Suite(Contestant):
 CONTESTANTS: dict[str, Callable[[Job, Path], Contestant]] = {
     "suite": Suite,
     "suite_equal_batches": partial(Suite, equal_batches=True),
+    "suite_int8": lambda job, folder: Suite(replace(job, precision="int8"), folder),
     "suite_qlora": partial(Suite, q_lora=True),
     "suite_qlora_equal_batches": partial(Suite, q_lora=True, equal_batches=True),
     "peft_tuned": partial(Peft, tuned=True),

@@ -1,7 +1,8 @@
 """Compares other families than BERT's with PEFT: ``python -m benchmarks.families``.
 
 MPNet has real weights; ModernBERT and Qwen3 are random models of MiniLM's size. The tuned peer's settings are chosen
-first, as in ``make benchmark``. Prints a table, writes JSON, renews docs/speed.md.
+first, as in ``make benchmark``. Where ``--precision fast`` means 8 bits, the suite trains in them as well. Prints a
+table, writes JSON, renews docs/speed.md.
 """
 
 import sys
@@ -11,24 +12,31 @@ from benchmarks import harness
 from benchmarks.harness import Record
 from benchmarks.peers import (
     COLUMNS,
-    EQUAL_BATCHES,
-    FAILED,
-    NAMES,
     Work,
     compare,
+    compared_with,
+    for_memory,
     measure_in_processes,
     place,
     record_line,
 )
+from finetuning.models.int8_products import refused, slow
 from finetuning.pages import Table, measured
 from finetuning.runs.measurements import environment_record
 
 OUTPUT = harness.RESULTS / "families.json"
-CONTESTANTS = ("suite", "peft_tuned", EQUAL_BATCHES["peft_tuned"])
-WORKS = tuple(Work(model, "all", 128, CONTESTANTS) for model in ("mpnet", "modernbert", "qwen3"))
-ROUNDS = 3
+COMPARED = (("mpnet", 128), ("mpnet", 256), ("modernbert", 128), ("qwen3", 128))  # model, longest text in tokens
+ROUNDS = 5
 RATIOS = {"train": "training", "merged": "evaluation (merged peer)", "memory": "memory"}
 MEASURED = (*RATIOS.values(), "training, tokens/s: suite, peer", "trained: suite, peer")
+
+
+def plan() -> list[Work]:
+    """The works to measure on this machine."""
+    contestants = ["suite", "peft_tuned", *for_memory(["peft_tuned"])]
+    if (refused() or slow(())) is None:
+        contestants.insert(1, "suite_int8")
+    return [Work(model, "all", max_length, tuple(contestants)) for model, max_length in COMPARED]
 
 
 def table(result: Record) -> str:
@@ -43,9 +51,8 @@ def table(result: Record) -> str:
         }
         rates = ["" if rate is None else f"{rate:,.0f}" for rate in row["tokens_per_second"]]
         parameters = ", ".join(trained.get(row[name], "") for name in ("ours", "theirs"))
-        peer = NAMES[row["theirs"]] + (FAILED if row["errors"] else "")
         ratios = (str(row[key] or "") for key in RATIOS)
-        rows.append((place(row), peer, *ratios, ", ".join(rates), parameters))
+        rows.append((place(row), compared_with(row), *ratios, ", ".join(rates), parameters))
     conditions = (
         f"{harness.machine(result['environment'], 'torch')}; {result['rounds']} rounds.{harness.not_alone(records)}"
     )
@@ -61,7 +68,7 @@ def command(argv: Sequence[str] | None) -> int:
     harness.require_positive(options, "rounds", "seconds")
     conditions = {"environment": environment_record(), "rounds": options.rounds}
     journal = harness.start_journal("families", options, conditions, show=record_line)
-    measure_in_processes(WORKS, options.rounds, options.seconds, True, journal)
+    measure_in_processes(plan(), options.rounds, options.seconds, True, journal)
     harness.publish(journal, OUTPUT, table, "families", partly=harness.reduced(parser, options, "rounds", "seconds"))
     return 0
 

@@ -28,12 +28,14 @@ from finetuning.storage import read_json
 OUTPUT = harness.RESULTS / "peers.json"
 COMPARED = ("minilm", "base")
 REPEATS, SECONDS = 3, 6.0
+TUNED = ("peft_tuned", "peft_tuned_qlora")
 EQUAL_BATCHES = {  # for memory: the suite with as many texts in a batch as the tuned peer
-    "peft_tuned": "suite_equal_batches",
-    "peft_tuned_qlora": "suite_qlora_equal_batches",
+    ("suite", "peft_tuned"): "suite_equal_batches",
+    ("suite_qlora", "peft_tuned_qlora"): "suite_qlora_equal_batches",
 }
 COMPARISONS = (
     ("suite", "peft_tuned"),
+    ("suite_int8", "peft_tuned"),
     ("suite", "peft_defaults"),
     ("suite", "tutorial_bf16"),
     ("suite", "tutorial_fp32"),
@@ -42,6 +44,7 @@ COMPARISONS = (
 )
 NAMES = {
     "suite": "this suite",
+    "suite_int8": "this suite, 8 bits",
     "suite_qlora": "this suite, QLoRA",
     "peft_tuned": "PEFT + Trainer, tuned",
     "peft_tuned_qlora": "PEFT + Trainer, tuned, QLoRA",
@@ -90,9 +93,13 @@ def plan(quick: bool = False, complete: bool = False) -> list[Work]:
         if complete or (model == "minilm" and targets == "qv" and max_length == 512):
             contestants += ["peft_defaults", "tutorial_bf16", "tutorial_fp32"]
         if complete or model == "minilm" or max_length == 256:
-            for_memory = [EQUAL_BATCHES[name] for name in contestants if name in EQUAL_BATCHES]
-            works.append(Work(model, targets, max_length, (*contestants, *for_memory)))
+            works.append(Work(model, targets, max_length, (*contestants, *for_memory(contestants))))
     return works
+
+
+def for_memory(contestants: Sequence[str]) -> list[str]:
+    """The suite in batches like those of each tuned peer among the contestants."""
+    return [equal for (_, peer), equal in EQUAL_BATCHES.items() if peer in contestants]
 
 
 def rounds(work: Work, repeats: int) -> Iterator[tuple[int, str]]:
@@ -121,12 +128,12 @@ def measure_all(works: Sequence[Work], repeats: int, measure: Measure, tune: boo
     for work in works:
         size = {"model": work.model, "max_length": work.max_length}
         settings: dict[str, list[str]] = {}
-        for peer in EQUAL_BATCHES:
+        for peer in TUNED:
             if tune and peer in work.contestants:
                 choose = partial(measure, replace(work, targets="all", contestants=()), peer, ["--choose"])
                 trial = journal.measured(choose, choice=True, contestant=peer, **size)
                 flags = [f"--{name}={value}" for name, value in trial.get("chosen", {}).items()]
-                settings |= {peer: flags, EQUAL_BATCHES[peer]: flags}
+                settings |= dict.fromkeys((peer, *for_memory([peer])), flags)
         for number, contestant in rounds(work, repeats):
             make = partial(measure, work, contestant, settings.get(contestant, []))
             journal.measured(make, contestant=contestant, targets=work.targets, round=number, **size)
@@ -191,7 +198,7 @@ def compare(records: Sequence[Record]) -> list[Record]:
 
 def _comparison(work: tuple[Any, ...], by_contestant: dict[str, list[Record]], ours: str, theirs: str) -> Record:
     mine, peer = by_contestant[ours], by_contestant[theirs]
-    equal = by_contestant.get(EQUAL_BATCHES[theirs], []) if theirs in EQUAL_BATCHES else mine
+    equal = by_contestant.get(EQUAL_BATCHES.get((ours, theirs), ""), []) if theirs in TUNED else mine
     peaks = [[r["peak_bytes"] for r in records if "error" not in r] for records in (equal, peer)]
     speeds = [[r["train_tokens_per_second"] for r in records if "error" not in r] for records in (mine, peer)]
     return {
@@ -223,8 +230,7 @@ def table(result: Record) -> str:
     conditions = f"{harness.machine(environment, 'torch', 'transformers', 'peft')}; commit {commit};"
     relative, absolute = [], []
     for row in compare(records):
-        suite = "" if row["ours"] == "suite" else " (suite: QLoRA)"
-        first = (place(row), NAMES[row["theirs"]] + suite + (FAILED if row["errors"] else ""))
+        first = (place(row), compared_with(row))
         relative.append((*first, *(str(row[key] or "") for key in ("train", "evaluation", "merged", "memory"))))
         peaks = [peak and peak / 2**20 for peak in row["peak_bytes"]]
         absolute.append((*first, _both(row["tokens_per_second"]), _both(peaks)))
@@ -259,6 +265,12 @@ def place(row: Record) -> str:
     """The work of a comparison: model, linears with LoRA, longest text."""
     model, targets, max_length = row["work"]
     return f"{MODELS[model]}, {PLACES[targets]}, {max_length}"
+
+
+def compared_with(row: Record) -> str:
+    """The peer of a comparison, with the way in which the suite has trained if it is not the usual one."""
+    suite = NAMES[row["ours"]].removeprefix(NAMES["suite"]).removeprefix(", ")
+    return NAMES[row["theirs"]] + (f" (suite: {suite})" if suite else "") + (FAILED if row["errors"] else "")
 
 
 def _both(values: Sequence[float | None]) -> str:

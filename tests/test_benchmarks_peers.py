@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, measure, peers, roofline
+from benchmarks import families, harness, measure, peers, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import LABELS, RANK, TARGETS, Job, read_split, sample, save_split, some_batches
@@ -19,7 +19,8 @@ from finetuning.data.tokens import TokenizedSplit
 from tests.conftest import needs_int8
 
 MAX_LENGTH = 32
-DENSE = [name for name in CONTESTANTS if "qlora" not in name]
+INT8 = "suite_int8"  # only of benchmarks.families, where the processor has 8-bit products
+DENSE = [name for name in CONTESTANTS if "qlora" not in name and name != INT8]
 QLORA = [name for name in CONTESTANTS if "qlora" in name]
 
 
@@ -75,7 +76,16 @@ def test_all_start_from_the_same_logits_and_train_as_many_parameters(folder: Pat
     assert (first - expected).abs().max() > 1e-3, "4 bits change the logits"
 
 
-@pytest.mark.parametrize("name", list(CONTESTANTS))
+@needs_int8
+def test_in_8_bits_as_many_parameters_are_trained_and_logits_are_near(folder: Path) -> None:
+    ours, rounded = make("suite", folder, "all"), make(INT8, folder, "all")
+    assert rounded.trainable_parameters() == ours.trainable_parameters()
+    expected = ours.logits(*batch())
+    error = (rounded.logits(*batch()) - expected).norm() / expected.norm()
+    assert 1e-5 < error < 0.1
+
+
+@pytest.mark.parametrize("name", [*DENSE, *QLORA, pytest.param(INT8, marks=needs_int8)])
 def test_all_train_on_the_tokens_of_their_batches(folder: Path, name: str) -> None:
     contestant, split = make(name, folder), read_split(folder, "train", MAX_LENGTH)
     batches = contestant.batches(split)
@@ -247,7 +257,16 @@ def test_the_plan_covers_what_is_claimed() -> None:
     assert {"peft_defaults", "tutorial_bf16", "tutorial_fp32"} <= set(works["minilm", "qv", 512])
     assert set(peers.SHORT) <= {(*work, name) for work, contestants in works.items() for name in contestants}
     assert len(peers.plan(complete=True)) == 12
-    assert all(set(w.contestants) == set(CONTESTANTS) for w in peers.plan(complete=True))
+    assert all(set(w.contestants) == {*DENSE, *QLORA} for w in peers.plan(complete=True))
+
+
+@pytest.mark.parametrize(("why_not", "measured"), [(None, True), ("bf16 with AMX is faster", False)])
+def test_other_families_train_in_8_bits_where_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch, why_not: str | None, measured: bool
+) -> None:
+    monkeypatch.setattr(families, "refused", lambda: None)
+    monkeypatch.setattr(families, "slow", lambda widths: why_not)
+    assert [INT8 in work.contestants for work in families.plan()] == [measured] * 4
 
 
 @pytest.mark.parametrize(
