@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from benchmarks import harness
 from benchmarks.harness import Record
 from benchmarks.peers import (
-    COLUMNS,
+    FAILED,
     Work,
     compare,
-    compared_with,
     for_memory,
     measure_in_processes,
     place,
@@ -28,7 +27,11 @@ OUTPUT = harness.RESULTS / "families.json"
 COMPARED = (("mpnet", 128), ("mpnet", 256), ("modernbert", 128), ("qwen3", 128))  # model, longest text in tokens
 ROUNDS = 5
 RATIOS = {"train": "training", "merged": "evaluation (merged peer)", "memory": "memory"}
-MEASURED = (*RATIOS.values(), "training, tokens/s: suite, peer", "trained: suite, peer")
+PRECISIONS = {"suite": "auto", "suite_int8": "int8"}
+COLUMNS = (
+    "model, LoRA on, max_length", "`--precision`", *RATIOS.values(), "training, tokens/s: suite, peer",
+    "trained: suite, peer",
+)  # fmt: skip
 
 
 def plan() -> list[Work]:
@@ -40,7 +43,7 @@ def plan() -> list[Work]:
 
 
 def table(result: Record) -> str:
-    """Markdown: a row for each model and length, with ratios (suite / peer), rates and trained parameters."""
+    """Markdown: a row for each model, length and precision of the suite, with ratios, rates and trained parameters."""
     records = result["measurements"]
     rows = []
     for row in compare(records):
@@ -52,11 +55,12 @@ def table(result: Record) -> str:
         rates = ["" if rate is None else f"{rate:,.0f}" for rate in row["tokens_per_second"]]
         parameters = ", ".join(trained.get(row[name], "") for name in ("ours", "theirs"))
         ratios = (str(row[key] or "") for key in RATIOS)
-        rows.append((place(row), compared_with(row), *ratios, ", ".join(rates), parameters))
+        precision = PRECISIONS[row["ours"]] + (FAILED if row["errors"] else "")
+        rows.append((place(row), precision, *ratios, ", ".join(rates), parameters))
     conditions = (
         f"{harness.machine(result['environment'], 'torch')}; {result['rounds']} rounds.{harness.not_alone(records)}"
     )
-    return f"{conditions}\n\n{Table(COLUMNS + MEASURED, rows).markdown()}\n\n{measured([result['environment']])}"
+    return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured([result['environment']])}"
 
 
 def command(argv: Sequence[str] | None) -> int:
