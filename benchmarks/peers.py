@@ -44,7 +44,6 @@ COMPARISONS = (
 )
 NAMES = {
     "suite": "this suite",
-    "suite_int8": "this suite, 8 bits",
     "suite_qlora": "this suite, QLoRA",
     "peft_tuned": "PEFT + Trainer, tuned",
     "peft_tuned_qlora": "PEFT + Trainer, tuned, QLoRA",
@@ -230,7 +229,8 @@ def table(result: Record) -> str:
     conditions = f"{harness.machine(environment, 'torch', 'transformers', 'peft')}; commit {commit};"
     relative, absolute = [], []
     for row in compare(records):
-        first = (place(row), compared_with(row))
+        suite = "" if row["ours"] == "suite" else " (suite: QLoRA)"
+        first = (place(row), NAMES[row["theirs"]] + suite + (FAILED if row["errors"] else ""))
         relative.append((*first, *(str(row[key] or "") for key in ("train", "evaluation", "merged", "memory"))))
         peaks = [peak and peak / 2**20 for peak in row["peak_bytes"]]
         absolute.append((*first, _both(row["tokens_per_second"]), _both(peaks)))
@@ -265,12 +265,6 @@ def place(row: Record) -> str:
     """The work of a comparison: model, linears with LoRA, longest text."""
     model, targets, max_length = row["work"]
     return f"{MODELS[model]}, {PLACES[targets]}, {max_length}"
-
-
-def compared_with(row: Record) -> str:
-    """The peer of a comparison, with the way in which the suite has trained if it is not the usual one."""
-    suite = NAMES[row["ours"]].removeprefix(NAMES["suite"]).removeprefix(", ")
-    return NAMES[row["theirs"]] + (f" (suite: {suite})" if suite else "") + (FAILED if row["errors"] else "")
 
 
 def _both(values: Sequence[float | None]) -> str:
