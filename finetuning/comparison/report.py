@@ -194,7 +194,8 @@ def study_text(section: Section) -> str:
 
 def sets_text(section: Section) -> str:
     """The tables over data sets, and how to read them."""
-    parts = [wrapped(section.part), *(table.markdown() for table in section.over_sets), wrapped(OVER_SETS)]
+    tables = [table.markdown() for table in section.over_sets]
+    parts = [wrapped(section.part), *tables, wrapped(OVER_SETS) if tables else ""]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -290,6 +290,12 @@ def test_what_the_text_says_in_words() -> None:
     )
     least, most = interval_over_sets([a - b for a, b in zip(full, lora, strict=True)])
     assert (len(full), least < 0 < most) == (9, True)  # "by macro F1, too"
+    for name, behind in (("trec6", -2.5), ("customer_reviews", 0.1)):  # of LoRA with MiniLM
+        head = 100 * scores()[f"base_on_sets/{name}-head-mean"]["accuracy_mean"]
+        small, best = (
+            100 * scores()[f"methods_on_sets/{name}-{row}"]["accuracy_mean"] for row in ("head-mean", "lora-all")
+        )
+        assert (round(head - small), round(head - best, 1)) == (8, behind)  # "eight points above MiniLM's head"
     assert (decisions.ENOUGH_SETS, ROPE) == (8, 0.5)  # "at least eight data sets", "half a point"
     rates = DEFAULT_LEARNING_RATES
     assert all(10 * rates["full", o] == pytest.approx(rates["lora", o]) for o in ("adam", "adamw"))
