@@ -28,11 +28,11 @@ from finetuning.storage import read_json
 OUTPUT = harness.RESULTS / "peers.json"
 COMPARED = ("minilm", "base")
 REPEATS, SECONDS = 3, 6.0
-TUNED = ("peft_tuned", "peft_tuned_qlora")
 EQUAL_BATCHES = {  # for memory: the suite with as many texts in a batch as the tuned peer
     ("suite", "peft_tuned"): "suite_equal_batches",
     ("suite_qlora", "peft_tuned_qlora"): "suite_qlora_equal_batches",
 }
+TUNED = tuple(peer for _, peer in EQUAL_BATCHES)
 COMPARISONS = (
     ("suite", "peft_tuned"),
     ("suite_int8", "peft_tuned"),

@@ -85,7 +85,7 @@ class Record:
                 table = pa.table({"row": table["row"]} | {name: _numbers(table[name]) for name in COLUMNS[1:]})
             if _sum_of_table(table) != expected:
                 raise ValueError("they are not the ones that the run made")
-        except (OSError, ValueError, LookupError, MemoryError, pa.ArrowException) as error:
+        except (OSError, ValueError, LookupError, TypeError, MemoryError, pa.ArrowException) as error:
             reason = first_line(error, name_file=True)
             raise UserError(f"{path}: the predictions of {self.name} cannot be used ({reason}): restore it") from None
         return table

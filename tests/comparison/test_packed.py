@@ -113,6 +113,8 @@ def test_damaged_predictions_are_refused_and_never_dropped(tmp_path: Path) -> No
         refused("not the ones that the run made")
     frame.assign(run="another").to_parquet(path)
     refused("the file lacks them")
+    frame.assign(run=[None, *frame["run"][1:]]).to_parquet(path)
+    refused("")
     frame.drop(columns="predicted").to_parquet(path)
     refused("predicted")
     path.unlink()

@@ -71,6 +71,11 @@ def test_what_was_not_measured_is_empty_never_0(tmp_path: Path) -> None:
     )
     study = read_study("s", tmp_path)
     (row,) = study.records
+    assert tuple(row) == (  # what a row of summary.json has
+        "study", "row", "status", "reported_percent", "accuracy_mean", "accuracy_std", "accuracy_ci95_low",
+        "accuracy_ci95_high", "macro_f1_mean", "seeds", "test_examples", "trainable", "train_seconds",
+        "processor_seconds", "peak_memory_bytes", "validation_accuracy_mean", "command",
+    )  # fmt: skip
     for key in ("accuracy_mean", "accuracy_std", "test_examples", "trainable", "train_seconds", "peak_memory_bytes"):
         assert row[key] is None
     assert "0" not in "".join(
