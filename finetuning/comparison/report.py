@@ -49,6 +49,7 @@ DEFAULT_FLAGS = {
     "optimizer": "optimizer",
     "scheduler": "learning-rate schedule",
     "warmup_fraction": "share of all steps in which the rate rises",
+    "learning_rate": "largest learning rate, here of LoRA with AdamW",
     "lora_r": "rank of LoRA",
     "lora_alpha": "alpha of LoRA",
     "lora_dropout": "dropout on the input of LoRA",
