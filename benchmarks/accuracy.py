@@ -117,8 +117,7 @@ def planned(works: Sequence[Work], seeds: Sequence[int] | None = None) -> list[M
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# measuring
+# --- measuring
 
 Start = Callable[[list[str]], str | None]  # a command without "python" -> why it failed
 
@@ -217,8 +216,7 @@ def seconds_left(journal: Journal, measurements: Sequence[Measurement]) -> float
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# collecting
+# --- collecting
 
 
 def collect(measurements: Sequence[Measurement], folder: Path) -> tuple[Record, dict[str, np.ndarray]]:
@@ -272,8 +270,7 @@ def load(folder: Path) -> tuple[Record, dict[str, np.ndarray]]:
         return read_json(folder / OUTPUT), dict(stored)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command
+# --- the command
 
 
 def make_parser() -> argparse.ArgumentParser:

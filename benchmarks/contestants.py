@@ -125,8 +125,7 @@ def _in_bf16(job: Job) -> bool:
     return resolve_hardware(job.config.hardware).dtype == torch.bfloat16
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the common tutorial script
+# --- the common tutorial script
 
 
 class PlainLoRA(nn.Module):
@@ -193,8 +192,7 @@ class Tutorial(Contestant):
                 self.model(**batch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PEFT and the Hugging Face Trainer
+# --- PEFT and the Hugging Face Trainer
 
 
 class _TrainerTimer(TrainerCallback):
@@ -303,8 +301,7 @@ class Peft(Contestant):
         return self.model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# this suite
+# --- this suite
 
 
 class _LightningTimer(Callback):

@@ -72,8 +72,7 @@ def plan(sizes: Sizes) -> list[Part]:
     return [Part(part.name, part.call, SMALL_LIMIT) for part in parts] if small else parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one part in a process
+# --- one part in a process
 
 
 def run_part(part: Part, folder: Path, sizes: Sizes) -> Record:
@@ -112,8 +111,7 @@ def _answer(part: Part, folder: Path, sizes: Sizes, answer: Path) -> None:
     write_json(answer, record)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the table
+# --- the table
 
 
 def table(result: Record) -> str:
@@ -147,8 +145,7 @@ def in_short(record: Record) -> str:
     return "; ".join(words).replace("|", "\\|")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command
+# --- the command
 
 
 def make_parser() -> argparse.ArgumentParser:

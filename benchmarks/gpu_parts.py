@@ -58,8 +58,7 @@ SMALL = Sizes(
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# model and texts
+# --- model and texts
 
 
 def make_folder(folder: Path, sizes: Sizes) -> Record:
@@ -110,8 +109,7 @@ def _text(generator: random.Random, words: list[str], label: int, max_length: in
     return " ".join(generator.choice(own if i % 3 == 0 else words) for i in range(count)), label
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# environment and tests
+# --- environment and tests
 
 
 def environment(_: Path, sizes: Sizes) -> Record:
@@ -155,8 +153,7 @@ def gpu_tests(_: Path, sizes: Sizes) -> Record:
     return {**outcomes, "failed_tests": failed, "exit_status": status}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# whole runs
+# --- whole runs
 
 
 def one_run(folder: Path, sizes: Sizes, method: str, precision: str) -> Record:

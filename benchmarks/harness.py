@@ -26,8 +26,7 @@ TRAINING = {"batch_size": 64, "batch_tokens": 6144, "patience": 0}
 TRAINING_FLAGS = " ".join(f"--{name} {value}" for name, value in TRAINING.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command
+# --- the command
 
 
 def make_parser(description: str, **switches: str) -> argparse.ArgumentParser:
@@ -64,8 +63,7 @@ def as_main(command: Main, interrupted: str = "interrupted") -> Callable[..., in
     return main
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# measurements
+# --- measurements
 
 
 def in_process(words: Sequence[str], show: bool = False, **variables: str) -> tuple[str, str | None]:
@@ -203,8 +201,7 @@ def publish(
         renew_tables(page, {marker: content})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ratios
+# --- ratios
 
 
 @dataclass(frozen=True)
@@ -233,8 +230,7 @@ def ratios(ours: Sequence[Record], theirs: Sequence[Record], key: str, their_key
     return spread([ours / theirs for ours, theirs in pairs if ours is not None and theirs is not None])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what stands next to a table
+# --- what stands next to a table
 
 
 def machine(environment: Record, *packages: str) -> str:

@@ -39,8 +39,7 @@ TRIAL_TEXTS, TRIAL_REPEATS = 128, 2  # the faster of two counts
 TRIAL_BATCHES = (4, 64)  # the smallest and the largest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one measurement
+# --- one measurement
 
 
 def measure(job: Job, folder: Path, seconds: float) -> Record:
@@ -135,8 +134,7 @@ def memory_before() -> int:
     return int(peak_memory(on_gpu=False)["peak_bytes"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a tuned peer's settings
+# --- a tuned peer's settings
 
 
 def choose(job: Job, folder: Path) -> Record:
@@ -186,8 +184,7 @@ def tuned_settings(job: Job) -> Record:
     return {name: getattr(job, name) for name in ("batch_size", "attention", "frozen")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command
+# --- the command
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -61,8 +61,7 @@ SHORT = (  # model, LoRA on, max_length, peer: the rows of README's table
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is measured
+# --- what is measured
 
 
 @dataclass(frozen=True)
@@ -174,8 +173,7 @@ def measure_one(work: Work, contestant: str, flags: Sequence[str], folder: Path,
     return record
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ratios
+# --- ratios
 
 
 def compare(records: Sequence[Record]) -> list[Record]:
@@ -214,8 +212,7 @@ def _comparison(work: tuple[Any, ...], by_contestant: dict[str, list[Record]], o
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the tables
+# --- the tables
 
 COLUMNS = ("model, LoRA on, max_length", "compared with")
 RATIOS = ("training", "evaluation", "evaluation, merged peer", "memory")
@@ -272,8 +269,7 @@ def _both(values: Sequence[float | None]) -> str:
     return "" if None in values else ", ".join(f"{value:,.0f}" for value in values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command
+# --- the command
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -64,8 +64,7 @@ def prepare(folder: Path, texts: int, data_dir: Path | None) -> None:
     write_json(folder / WORK, {"texts": reviews, "tokens": tokens})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one measurement, in a process of its own
+# --- one measurement, in a process of its own
 
 
 def suite(folder: Path) -> Callable[[list[str]], Labels]:
@@ -118,8 +117,7 @@ def measure(contestant: str, folder: Path) -> Record:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# all of them
+# --- all of them
 
 
 def measure_all(rounds: int, folder: Path, journal: harness.Journal) -> None:

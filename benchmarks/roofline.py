@@ -61,8 +61,7 @@ KINDS = {  # kind of operator -> its names in the profiler; the first match coun
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rates
+# --- rates
 
 
 def product_rate(size: Size, batch: int, length: int, dtype: torch.dtype, seconds_per_shape: float) -> float:
@@ -105,8 +104,7 @@ def _seconds(call: Callable[[], Any], limit: float) -> float:
     return statistics.median(times)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one work
+# --- one work
 
 
 def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) -> Record:
@@ -181,8 +179,7 @@ def kind_of(operator: str) -> str:
     return next((kind for kind, names in KINDS.items() if re.fullmatch(names, operator)), "other")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the table
+# --- the table
 
 
 def table(result: Record) -> str:
@@ -214,8 +211,7 @@ def table(result: Record) -> str:
     return "\n\n".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command
+# --- the command
 
 
 def command(argv: Sequence[str] | None) -> int:

@@ -94,8 +94,7 @@ def attentions(model: str) -> tuple[Literal["sdpa", "eager"], ...]:
     return ("eager",) if model == "mpnet" else ("sdpa", "eager")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the folder
+# --- the folder
 
 
 def prepare(folder: Path, models: Iterable[str], lengths: Iterable[int]) -> None:
@@ -147,8 +146,7 @@ def read_split(folder: Path, name: str, max_length: int) -> TokenizedSplit:
         return TokenizedSplit(**stored)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# samples with the same mix of lengths, because contestants get through different numbers of texts
+# --- samples with the same mix of lengths, because contestants get through different numbers of texts
 
 
 def some_batches(batches: Sequence[np.ndarray], lengths: np.ndarray, count: int) -> list[np.ndarray]:

@@ -180,8 +180,7 @@ def resumed_config(stored: Mapping[str, Any], given: Mapping[str, Any]) -> RunCo
     return RunConfig.from_dict({**values, **given, "resume": True, "precision": values["precision"]})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# defaults and checks
+# --- defaults and checks
 
 
 def method_of(flag: str) -> str | None:

@@ -152,8 +152,7 @@ def _received(report: socket.socket) -> bytes:
     return data
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the server
+# --- the server
 
 
 def serve(channel: str, *modules: str) -> NoReturn:

@@ -176,8 +176,7 @@ def test_the_peer_refuses_what_it_does_not_do(flag: str) -> None:
         peft_run.prepare(from_flags(["--offline", *flag.split()]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the table
+# --- the table
 
 
 def record(contestant: str, seed: int, right: float, seconds: float, **more: Any) -> dict[str, Any]:
@@ -238,8 +237,7 @@ def test_what_is_saved_makes_the_same_table(measured: tuple[list[accuracy.Measur
     assert sum(path.stat().st_size for path in files) < 30_000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the command
+# --- the command
 
 
 def test_the_plan_is_five_sets_and_more_seeds_where_they_differ_more() -> None:

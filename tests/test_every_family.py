@@ -101,8 +101,7 @@ def assert_same(ours: dict[str, Tensor], reference: dict[str, Tensor], tolerance
         assert (ours[name] - gradient).norm() < tolerance * gradient.norm() + 1e-5 * scale, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA
+# --- LoRA
 
 
 def shapes(model_type: str, target: str) -> list[tuple[int, int]]:
@@ -261,8 +260,7 @@ def test_an_adapter_on_whole_fused_linears_is_not_continued(folder_of: Any, tmp_
         adopt_adapter(config.lora, find_base_model(config), moved=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# all methods
+# --- all methods
 
 
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.efficient])
@@ -326,8 +324,7 @@ def test_bf16_with_checkpointing_is_close(folder_of: Any, model_type: str) -> No
     assert (close - gradients).norm() < 0.1 * gradients.norm()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the commands
+# --- the commands
 
 
 @pytest.fixture(scope="module")

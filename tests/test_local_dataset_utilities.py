@@ -38,8 +38,7 @@ def packaged() -> TextData:
     return texts_of(RunConfig.from_settings(offline=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# splits
+# --- splits
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -318,8 +317,7 @@ def test_pairs_that_cannot_be_read(tmp_path: Path, content: str, column: str, li
         texts_of(text_config(tmp_path, text_pair_column=column))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokens
+# --- tokens
 
 
 def few_texts(texts: list[str]) -> TextData:

@@ -82,8 +82,7 @@ def refusal(model: Path) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# models and checkpoints
+# --- models and checkpoints
 
 
 def test_a_pickle_is_no_model(model: Path, trace: Path) -> None:
@@ -160,8 +159,7 @@ def test_files_elsewhere_are_no_part_of_a_model(model: Path) -> None:
     assert "no usable config.json" in refusal(model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the network
+# --- the network
 
 
 class Guard:
@@ -249,8 +247,7 @@ def test_offline_opens_no_socket_for_data_of_the_hub(
     assert guard.seen == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# names in data
+# --- names in data
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,7 @@ def require_refused(outcome: Outcome, names: list[str], directory: Path, case: o
         raise Broken(f"{case}: status {outcome.status}, {lines[-3:]}{left}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command lines
+# --- command lines
 
 
 def is_allowed(flag: Flag, value: str) -> bool:
@@ -158,8 +157,7 @@ def flags_together(_commands: Commands, generator: random.Random, directory: Pat
     return f"{CASES} accepted or refused"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data files
+# --- data files
 
 
 def good_files() -> dict[str, bytes]:

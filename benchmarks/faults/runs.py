@@ -253,8 +253,7 @@ def _child(words: list[str], log: str, cache: str, disturbance: Disturbance | No
     os._exit(status)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run leaves
+# --- what a run leaves
 
 
 def left_by(directory: Path) -> dict[str, Any]:
@@ -336,9 +335,6 @@ def continued(
         first = min(outcome.batches)
         require(first > max(1, done - repeated), f"did batch {first} again after {done} batches", outcome)
     return outcome, "continued" if kept else "started over"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,7 @@ def disk_full(commands: Commands, _generator: random.Random, directory: Path) ->
     return f"status {status}, {how}, identical"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# environment
+# --- environment
 
 
 @dataclass(frozen=True)

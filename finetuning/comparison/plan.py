@@ -315,8 +315,7 @@ def _sampled(cells: list[Cell], sample: dict[str, Any] | None) -> list[Cell]:
     return [cells[i] for i in sorted(random.Random(seed).sample(range(len(cells)), count))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checks
+# --- checks
 
 
 def _check_keys(table: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:

@@ -48,8 +48,7 @@ FILES = (
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what all plots share
+# --- what all plots share
 
 
 def draw_plots(study: Study) -> list[Plot]:
@@ -157,8 +156,7 @@ def add_legend(axis: Any) -> None:
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# accuracy against a cost
+# --- accuracy against a cost
 
 
 def cost_plot(
@@ -239,8 +237,7 @@ def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
     return corners
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# curves
+# --- curves
 
 
 def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
@@ -323,8 +320,7 @@ def _column(history: Sequence[dict[str, float]], key: str, value: str, scale: fl
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rank by alpha
+# --- rank by alpha
 
 
 def rank_alpha_plot(study: Study) -> Plot | None:

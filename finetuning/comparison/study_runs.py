@@ -235,8 +235,7 @@ class StudyRuns:
             if same and record_is_unchanged(source):
                 yield source
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # tuning
+    # --- tuning
 
     def tuned(self, run: PlannedRun) -> PlannedRun:
         """The run with the best settings of its row, by ``--monitor`` on validation.

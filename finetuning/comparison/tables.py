@@ -43,8 +43,7 @@ def scores_by_rate(
     return {key: dict(sorted(rates.items())) for key, rates in found.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# text
+# --- text
 
 
 def main_table(study: Study) -> Table:

@@ -95,8 +95,7 @@ def read_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# parquet
+# --- parquet
 
 
 def parquet_schema(path: Path) -> pyarrow.Schema:
@@ -125,8 +124,7 @@ def _parquet_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
             yield batch.to_pandas(integer_object_nulls=True, ignore_metadata=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CSV and TSV
+# --- CSV and TSV
 
 
 def _csv_chunks(path: Path, rows: int | None, separator: str) -> Iterator[pd.DataFrame]:
@@ -182,8 +180,7 @@ def _check_quotes(table: pd.DataFrame) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# JSON and JSON lines
+# --- JSON and JSON lines
 
 
 def _json_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:

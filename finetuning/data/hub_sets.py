@@ -64,8 +64,7 @@ def read_hub_set(data: DataSettings, offline: bool) -> Source:
     return Source(data.dataset, "Hugging Face hub", tables, classes, notes, test_is, columns)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the library
+# --- the library
 
 
 @contextlib.contextmanager
@@ -182,8 +181,7 @@ def _prepared(folder: Path, repository: str, config: str | None, flag: str) -> M
         return splits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# splits
+# --- splits
 
 
 def _chosen_splits(available: list[str], given: str, flag: str) -> dict[str, str]:
@@ -238,8 +236,7 @@ def _with_agreed_labels(tables: dict[str, pd.DataFrame], label: str) -> tuple[di
     return kept, [f"left out texts without an agreed label (-1): {listed(left_out)}"] if left_out else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# columns
+# --- columns
 
 
 def _columns(features: Mapping[str, Any], data: DataSettings, flag: str) -> dict[str, Any]:

@@ -214,8 +214,7 @@ def _method(name: str, method: MethodSettings, lora: LoRASettings | None) -> str
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# code that uses the folder
+# --- code that uses the folder
 
 
 def pipeline_snippet(name: str, pairs: bool, threshold: float | None) -> str:

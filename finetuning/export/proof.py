@@ -306,8 +306,7 @@ def in_pipeline(scores: np.ndarray, reference: Answers, same: np.ndarray, tolera
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# in words
+# --- in words
 
 
 def sentences(proof: Proof, dtype: str, truncation: str) -> list[str]:

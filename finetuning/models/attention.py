@@ -96,8 +96,7 @@ class Attention:
         self.compiled = self.is_compiled()
         self.patterns: dict[tuple[str | None, int | None], Pattern] = {}
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # what is added to the scores
+    # --- what is added to the scores
 
     def pattern(self, layer: int) -> Pattern:
         """The pattern of a layer, by its number; made once for all layers of its kind."""
@@ -163,8 +162,7 @@ class Attention:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return cpu_kernels.takes_attention(like, self.width, self.rows.length)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # every token
+    # --- every token
 
     def of_all(self, layer: nn.Module, x: Tensor, pattern: Pattern) -> Tensor:
         """Attention of every token: ``(N, D) -> (N, H d)``."""
@@ -218,8 +216,7 @@ class Attention:
         out = F.scaled_dot_product_attention(q, k, v, pattern.bias, self.dropout, is_causal=causal)
         return self.rows.of(out.transpose(1, 2).flatten(2))
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # the token that the head reads
+    # --- the token that the head reads
 
     def of_one(self, layer: nn.Module, one: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         """Attention of one token of each sequence over all of its tokens: ``(N', D), (N, D) -> (N', H d)``."""
@@ -309,8 +306,7 @@ class Attention:
         return torch.bmm(F.dropout(P, self.dropout) if self.dropout > 0 else P, value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rotary positions: queries and keys are turned by angles that grow with the token's place (Su et al. 2021)
+# --- rotary positions: queries and keys are turned by angles that grow with the token's place (Su et al. 2021)
 
 
 def cos_and_sin(rotary: nn.Module, length: int, device: torch.device, kind: str | None) -> Tensor:

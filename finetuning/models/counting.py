@@ -21,7 +21,7 @@ class ParameterCount:
     def add(self, parameter: nn.Parameter) -> None:
         state = getattr(parameter, "quant_state", None)
         count = parameter.numel() if state is None else state.shape.numel()
-        size = parameter.numel() * parameter.element_size() + (0 if state is None else _state_bytes(state))
+        size = parameter.nbytes + (0 if state is None else _state_bytes(state))
         self.parameters += count
         self.bytes += size
         if parameter.requires_grad:
@@ -33,7 +33,7 @@ def _state_bytes(state: Any) -> int:
     """Bytes of a quantization state: the scales, and with double quantization the scales of the scales."""
     tensors = [value for value in vars(state).values() if isinstance(value, Tensor)]
     nested = 0 if state.state2 is None else _state_bytes(state.state2)
-    return sum(t.numel() * t.element_size() for t in tensors) + nested
+    return sum(t.nbytes for t in tensors) + nested
 
 
 def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
@@ -46,7 +46,7 @@ def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
     for module in classifier.model.modules():
         if isinstance(module, Int8Linear):
             for group in ("encoder", "total"):
-                groups[group].bytes += module.scale.numel() * module.scale.element_size()
+                groups[group].bytes += module.scale.nbytes
     for name, parameter in classifier.model.named_parameters():
         in_lora = ".lora." in name
         in_encoder = name.startswith(f"{family.layers}.")

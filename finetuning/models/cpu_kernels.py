@@ -25,8 +25,7 @@ def available(x: Tensor) -> bool:
     return suits and not torch.compiler.is_compiling() and library()[0] is not None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attention
+# --- attention
 
 
 def takes_attention(x: Tensor, width: int, length: int) -> bool:
@@ -131,8 +130,7 @@ class Mixture(torch.autograd.Function):
         return grad_heads, grad_tokens, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# activation
+# --- activation
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -229,8 +227,7 @@ def _rows(x: Tensor) -> tuple[ctypes.c_long, ctypes.c_long]:
 GATED_AGAIN = {geglu: partial(_gated_again, "geglu"), swiglu: partial(_gated_again, "swiglu")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# norm
+# --- norm
 
 
 def takes_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -295,8 +292,7 @@ class AddNorm(torch.autograd.Function):
         return grad_x, grad_x if needs_b else None, of_weight, None if bias is None else of_bias, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DoRA
+# --- DoRA
 
 
 def takes_magnitude(y: Tensor) -> bool:

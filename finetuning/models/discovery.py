@@ -100,9 +100,6 @@ def _encoder_linears(model: nn.Module, family: ModelFamily) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and name.startswith(inside)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _refuse_others(config: Any, name: str) -> None:
     kind = f"--model_name {name} is of type {config.model_type!r}"
     if config.is_encoder_decoder:

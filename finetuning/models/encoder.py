@@ -157,8 +157,6 @@ class _Encoder:
     def linear(self, x: Tensor, layer: nn.Module, *names: str, activation: Activation | None = None) -> Tensor:
         return linears(x, [layer.get_submodule(name) for name in names], activation, self.on_cpu)
 
-    # -----------------------------------------------------------------------------------------------------------------
-
     def embed(self, input_ids: Tensor, token_types: Tensor | None = None) -> Tensor:
         """``(B, T) -> (N, D)``."""
         base: Any = self.model.get_submodule(self.family.base)

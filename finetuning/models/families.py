@@ -110,8 +110,7 @@ class ModelFamily:
         return [(name, p) for name, p in model.named_parameters() if name.startswith(head)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# encoders on the efficient path
+# --- encoders on the efficient path
 
 _BERT = ModelFamily(
     model_type="bert",
@@ -238,8 +237,7 @@ _MODERNBERT = ModelFamily(
     drops_inside=True,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# encoders with Hugging Face's own forward
+# --- encoders with Hugging Face's own forward
 
 _ALBERT = replace(  # all layers of a group share their weights, which are adapted once
     _BERT,
@@ -275,8 +273,7 @@ _DEBERTA_V2 = replace(  # and v3, whose config says v2
     efficient=False,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# decoders
+# --- decoders
 
 _LLAMA = ModelFamily(
     model_type="llama",

@@ -185,8 +185,7 @@ class LinearWithLoRA(nn.Module):
         return merged if factors is None else factors[:, None] * merged
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# several linears of one input
+# --- several linears of one input
 
 
 def linears(
@@ -324,8 +323,7 @@ def _kept(modules: Sequence[Any], x: Tensor) -> tuple[Tensor, Tensor | None] | N
     return None if any(is_quantized(base_linear(m)) for m in modules) else merged.of(modules, x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA in a model
+# --- LoRA in a model
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:

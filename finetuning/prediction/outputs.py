@@ -95,8 +95,7 @@ def print_answers(answered: Iterable[Answered], answers: AnswerColumns, before: 
             raise OutputFailed(f"standard output cannot be written: {first_line(error)}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the formats
+# --- the formats
 
 
 def write_csv(chunks: Chunks, stream: TextIO, separator: str, digits: int) -> None:
@@ -189,8 +188,7 @@ def _packed(raw: BinaryIO, path: Path) -> Iterator[BinaryIO]:
         yield stream  # type: ignore[misc]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# values
+# --- values
 
 
 def _plain(table: pd.DataFrame, convert: Any = None) -> list[list[Any]]:

@@ -116,8 +116,7 @@ def answered(
         yield rows, answers.of(probabilities)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# loading
+# --- loading
 
 
 def predict(

@@ -195,8 +195,7 @@ def _line_tables(path: Path) -> Iterator[pd.DataFrame]:
             yield pd.DataFrame({TEXT: chunk}, dtype=object)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the first reading
+# --- the first reading
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def measure_steps(
         "epoch", batches[1:] or batches, device, loader.tokens_per_epoch, frozen.get("train"),
         lambda batch, outputs: _step(classifier, task, optimizer, batch, training.gradient_clip, outputs),
     )  # fmt: skip
-    state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.dim())
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())
     with merged(classifier.model):
         seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
     seconds["run"] = run_seconds(seconds, training.epochs)
@@ -91,7 +91,7 @@ def measure_steps(
 def _later_memory(trained: Iterable[nn.Parameter], average: str, frozen: Collection[FrozenOutputs]) -> dict[str, int]:
     """Bytes of what follows from the settings: gradients, and what the measured steps do not have yet."""
     kept, filed = (sum(o.bytes for o in frozen if o.on_disk == on_disk) for on_disk in (False, True))
-    gradients = sum(p.numel() * p.element_size() for p in trained)
+    gradients = sum(p.nbytes for p in trained)
     copy = gradients if average != "none" else 0
     return {"gradients": gradients, "average": copy, "kept_outputs": kept, "outputs_on_disk": filed}
 

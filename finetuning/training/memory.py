@@ -50,10 +50,10 @@ def check_memory(
     free //= 1 if on_gpu else processes
     copies = 1 + OPTIMIZER_COPIES[training.optimizer] + int(training.optimizer == "sgd" and bool(training.momentum))
     copies += training.average != "none"
-    fixed = copies * sum(p.numel() * p.element_size() for p in classifier.parameters() if p.requires_grad)
+    fixed = copies * sum(p.nbytes for p in classifier.parameters() if p.requires_grad)
     fixed += sum(outputs.bytes for outputs in frozen.values() if not outputs.on_disk)
     if on_gpu:
-        fixed += sum(t.numel() * t.element_size() for t in (*classifier.parameters(), *classifier.buffers()))
+        fixed += sum(t.nbytes for t in (*classifier.parameters(), *classifier.buffers()))
     batch, tokens = (0, 0) if on_gpu else largest_batch(classifier, loader)
     if fixed + batch <= free:
         return

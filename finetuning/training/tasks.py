@@ -277,8 +277,7 @@ def by_name(names: Sequence[str], columns: dict[str, list[Any]]) -> dict[str, di
     return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(names)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the task of a run
+# --- the task of a run
 
 
 def make_task(labels: dict[str, np.ndarray], names: Sequence[str], training: TrainingSettings) -> Task:

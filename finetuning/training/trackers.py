@@ -124,8 +124,7 @@ def _earlier_ids(directory: Path) -> dict[str, str]:
     return {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what differs between trackers
+# --- what differs between trackers
 
 
 def _open_tensorboard(directory: Path, _: str | None) -> Any:

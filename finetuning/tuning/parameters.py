@@ -98,8 +98,7 @@ DECLARED = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --search FILE.toml
+# --- --search FILE.toml
 
 
 def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:

@@ -180,8 +180,7 @@ def begin(folder: Path, asked: Asked, space: Space, budget: "Budget") -> None:
     check_same(folder, asked)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# time
+# --- time
 
 
 @dataclass(frozen=True)

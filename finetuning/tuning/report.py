@@ -257,8 +257,7 @@ def flags_text(settings: dict[str, Any]) -> str:
     return shlex.join(flag_words(settings))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the page
+# --- the page
 
 
 def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any]) -> str:

@@ -203,8 +203,7 @@ def drawn_point(space: Space, trial: optuna.trial.Trial) -> Point:
     return space.drawn(pick)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pruning
+# --- pruning
 
 
 def pruned_after(

@@ -171,8 +171,7 @@ class Search:
         child = self.starter.start(words, place.log, lock, may_fork=True, idle=not self.current)
         return Job(place, number, lock, claim.pop_all(), child)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # trials
+    # --- trials
 
     def _next_trial(self) -> Job | None:
         """Starts a trial whose worker is gone, or a new one if the time allows it."""
@@ -331,8 +330,7 @@ class Search:
             more = f": a search needs about {FEWEST_RUNS} runs, so --minutes {need} or more" if fits < FEW else ""
             print(f"at this length, this worker has time for about {fits:.0f} more trials{more}", flush=True)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # the last runs
+    # --- the last runs
 
     def _choose(self) -> dict[str, Any] | None:
         """The trials that are trained again, and with which seeds. The first worker decides.

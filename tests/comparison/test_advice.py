@@ -120,8 +120,7 @@ def test_differences_are_from_the_reference(found: list[Study]) -> None:
     assert [row[3:5] for row in rows] == [["", ""], ["-40.50", "+0.00"], ["", ""], ["", ""], ["+40.50", "+0.00"]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# docs/best_practices.md
+# --- docs/best_practices.md
 
 PAGE = BEST_PRACTICES.read_text(encoding="utf8")
 CHANCE = "reached 50 %, which is chance"

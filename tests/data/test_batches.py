@@ -298,8 +298,7 @@ def test_evaluation_with_fewer_texts_than_processes() -> None:
         evaluation_loader(make_split(np.full(2, 9)), RunConfig.from_settings().training, PAD, 0, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# state
+# --- state
 
 
 def test_state_resumes_with_exactly_the_remaining_batches() -> None:

@@ -51,8 +51,7 @@ def refusal(dataset: str, **settings: object) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is read
+# --- what is read
 
 
 @pytest.mark.parametrize("dataset", ["me/films", "me/films:plain"])
@@ -187,8 +186,7 @@ def test_a_text_that_trains_is_not_tested(cache: Path) -> None:
     assert texts_of(config_of("me/films")).leaks_dropped == 10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is refused
+# --- what is refused
 
 
 def test_no_label_in_all_of_train(cache: Path) -> None:
@@ -246,8 +244,7 @@ def test_damaged_or_other_files(cache: Path, capfd: pytest.CaptureFixture[str]) 
     assert "Traceback" not in shown.err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# whole commands
+# --- whole commands
 
 
 def test_from_prefetch_to_prediction(

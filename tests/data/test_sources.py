@@ -34,8 +34,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# formats
+# --- formats
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".TSV", ".jsonl", ".json", ".csv.gz", ".JSONL.GZ"])
@@ -190,8 +189,7 @@ def test_phrasebank(tmp_path: Path, name: str) -> None:
         texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bad input
+# --- bad input
 
 
 def rows_of(*lines: str) -> str:
@@ -302,8 +300,7 @@ def test_phrasebank_line_without_label(tmp_path: Path) -> None:
         texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# download
+# --- download
 
 
 @pytest.fixture

@@ -65,8 +65,7 @@ def with_threads(function: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
     return outcomes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attention
+# --- attention
 
 
 def formula(
@@ -240,8 +239,7 @@ def test_rows_behind_the_last_sequence_stay_out_of_attention(width: int) -> None
     assert not more.grad[batch * length :].any()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# mixture
+# --- mixture
 
 
 def mixture_formula(
@@ -314,8 +312,7 @@ def test_what_mixture_is_not_for() -> None:
     assert not takes_mixture(torch.zeros(2, 3, 48, dtype=torch.bfloat16))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# activation
+# --- activation
 
 
 @needs_kernels
@@ -403,8 +400,7 @@ def test_an_activation_before_a_linear_equals_the_two_alone(
         assert relative_error(own, other) <= (0 if leaf is x else 0.005)  # A's gradient is summed by parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# norm
+# --- norm
 
 
 def norm_inputs(rows: int, width: int) -> list[Tensor]:
@@ -546,8 +542,7 @@ def test_what_attention_is_not_for() -> None:
     assert not takes_attention(torch.zeros(4, 32, dtype=torch.bfloat16), 32, 5000)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DoRA
+# --- DoRA
 
 
 @needs_kernels

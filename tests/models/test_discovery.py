@@ -74,8 +74,7 @@ def test_settings_that_a_family_lacks_are_refused(tmp_path: Path) -> None:
     assert "albert models cannot do this" in refused(tmp_path, gradient_checkpointing=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --lora_modules
+# --- --lora_modules
 
 
 def test_a_type_without_a_row_is_adapted_where_lora_modules_says(tmp_path: Path) -> None:

@@ -142,8 +142,7 @@ def test_in_8_bits_it_is_the_formula_on_the_dequantized_weight() -> None:
     assert_each_near(gradients(ours, inputs), gradients(reference, inputs), 0.03)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PEFT
+# --- PEFT
 
 
 @EVERY_FAMILY

@@ -111,8 +111,7 @@ def assert_equal_those_of_hugging_face(
     assert_same(loss_gradients(model, logits, labels), loss_gradients(model, reference, labels), tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# exactness in fp32
+# --- exactness in fp32
 
 
 @FAMILY
@@ -233,8 +232,7 @@ def test_what_a_config_says_is_computed_or_left_to_hugging_face(name: str, on_cp
     assert_equal_those_of_hugging_face(model, ours, ids, mask, labels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# dropout
+# --- dropout
 
 
 @FAMILY
@@ -287,8 +285,7 @@ def test_dropout_is_where_hugging_face_has_it(family: ModelFamily, monkeypatch: 
     assert counts[0] == counts[1] > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# low precision
+# --- low precision
 
 
 def low_precision_errors(
@@ -381,8 +378,7 @@ def test_packaged_weights() -> None:
     assert_as_good([low_precision_errors(model, family, ids, mask, labels, torch.bfloat16)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# no work for what is frozen, no dense copy of what is packed
+# --- no work for what is frozen, no dense copy of what is packed
 
 
 @pytest.fixture

@@ -125,8 +125,7 @@ def step(model: nn.Module, family: ModelFamily, dtype: torch.dtype, padded: bool
     return logits, operators
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# on the meta device
+# --- on the meta device
 
 
 @FAMILY
@@ -186,8 +185,7 @@ def test_without_gradients_nothing_is_kept(attention_of_a_gpu: list[str]) -> Non
     assert attention_of_a_gpu == ["efficient"] * (test_encoder.LAYERS - 1), "what is not known may be padded"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# values, on the CPU; test_encoder.py compares them in fp32
+# --- values, on the CPU; test_encoder.py compares them in fp32
 
 
 def assert_half_precision_as_good(family: ModelFamily, model: nn.Module, dtype: torch.dtype, padded: bool) -> None:
@@ -207,8 +205,7 @@ def test_bf16_is_as_good_as_autocast(family: ModelFamily, method: str, padded: b
     assert_half_precision_as_good(family, prepare(family, method), torch.bfloat16, padded)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.compile
+# --- torch.compile
 
 
 @pytest.mark.parametrize(
@@ -243,8 +240,7 @@ def test_compiled_it_is_one_graph_for_all_lengths(
     assert len(graphs) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# on a GPU
+# --- on a GPU
 
 
 @pytest.mark.gpu

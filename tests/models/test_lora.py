@@ -41,8 +41,7 @@ def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((y.double() * weights).sum(), inputs))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one layer
+# --- one layer
 
 
 @pytest.mark.parametrize(("scaling", "scale"), [("standard", 5 / 3), ("rslora", 5 / 3**0.5), ("raw", 5.0)])
@@ -182,8 +181,7 @@ def _under_autocast(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
         return module(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# whole models
+# --- whole models
 
 
 IDS = torch.randint(5, 50, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -234,8 +232,7 @@ def test_only_lora_is_trained_and_merging_changes_nothing(family: ModelFamily) -
     assert relative_error(model(IDS).logits, logits) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4 bits
+# --- 4 bits
 
 
 def quantized(linear: nn.Linear) -> tuple[LinearWithLoRA, LinearWithLoRA]:

@@ -129,8 +129,7 @@ def test_an_encoder_without_biases_is_refused() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the efficient path
+# --- the efficient path
 
 
 @FAMILY

@@ -56,8 +56,7 @@ def test_at_first_it_changes_nothing_and_reset_goes_back() -> None:
     assert relative_error(module(x), expected) < 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PEFT
+# --- PEFT
 
 
 @EVERY_FAMILY
@@ -124,8 +123,7 @@ def test_it_starts_and_trains_as_that_of_peft(folder_of: Any, model_type: str) -
         assert relative_error(ours.model.get_submodule(name).weight, merged.get_submodule(name).weight) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# packed weights
+# --- packed weights
 
 
 @pytest.mark.parametrize("packing", [{"q_lora": True}, pytest.param({"precision": "int8"}, marks=needs_int8)])
