@@ -265,7 +265,9 @@ def test_nothing_is_left_of_what_is_refused_or_interrupted(
 ) -> None:
     out, source = tmp_path / "out.csv", given(tmp_path, test_reviews)
     words = [runs["lora"], "--file", source, "--output", out]
-    assert "text 4 is None, no text: remove or correct it, or give --skip_bad_rows" in refusal(capsys, *words)
+    assert "row 3 (the first one is row 0) is None, no text: remove or correct it, or give --skip_bad_rows" in refusal(
+        capsys, *words
+    )
     assert "--output out.txt: must end in one of" in refusal(capsys, *words[:-1], "out.txt")
     assert "already exists" in refusal(capsys, *words[:-1], source)
     assert "the folder" in refusal(capsys, *words[:-1], tmp_path / "none" / "a.csv")

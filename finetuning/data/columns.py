@@ -6,6 +6,7 @@ from typing import Literal
 
 import pandas as pd
 
+from finetuning.data.files import shown_columns
 from finetuning.errors import UserError, listed
 
 JOINED_WITH = " "
@@ -35,18 +36,11 @@ def texts_in(table: pd.DataFrame, wanted: str, where: object, flag: str = "text_
     names = text_columns(wanted, table.columns)
     if not set(names) <= set(table.columns):
         what = "a column" if len(names) == 1 else "columns"
-        raise UserError(f"--{flag} {wanted}: must be {what} of {where}, which has: {shown_columns(table)}")
+        raise UserError(f"--{flag} {wanted}: must be {what} of {where}, which has: {shown_columns(table.columns)}")
     if len(names) == 1:
         return table[names[0]]
     parts = table[names].astype(object).where(table[names].notna(), "")
     return pd.Series([_joined(row) for row in parts.itertuples(index=False, name=None)], table.index, dtype=object)
-
-
-def shown_columns(table: pd.DataFrame) -> str:
-    """A table's columns for messages. If it has one that looks like several, the message says what separates them."""
-    names = list(map(str, table.columns))
-    odd = next((mark for mark in (";", "|", "\t") if mark in names[0]), None) if len(names) == 1 else None
-    return listed(names) + (f" (one column: separate columns by commas instead of {odd!r})" if odd else "")
 
 
 def _joined(parts: tuple[object, ...]) -> str | None:

@@ -11,7 +11,7 @@ import json
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,6 +23,7 @@ from finetuning.errors import UserError, first_line, listed
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "json")
 PACKED = ".gz"
+FIRST_ROW = "the first one is row 0"  # said with the number of a row
 UNREADABLE = (
     OSError, EOFError, TypeError, ValueError, RecursionError, zlib.error, pyarrow.ArrowException, zipfile.BadZipFile,
 )  # fmt: skip
@@ -51,9 +52,29 @@ def readable(path: Path) -> Iterator[None]:
     except pd.errors.EmptyDataError:
         raise UserError(f"{path} is empty: give other data with --data_dir") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: convert it, or give other data with --data_dir") from error
+        raise UserError(f"{path} {not_utf8(path)}, or give other data with --data_dir") from error
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): give other data with --data_dir") from error
+
+
+def not_utf8(path: Path) -> str:
+    """What to say of a file that is not UTF-8, and what to do."""
+    with opened(path) as file:
+        zipped = file.read(4) == b"PK\3\4"
+    return "is an Excel file or an archive: save it as CSV in UTF-8" if zipped else "is not UTF-8: convert it"
+
+
+def shown_columns(columns: Iterable[object]) -> str:
+    """A table's columns for messages. If it has one that looks like several, the message says what separates them."""
+    names = list(map(str, columns))
+    odd = other_separator(names)
+    shown = listed(name if name == name.strip() else repr(name) for name in names)
+    return shown + (f" (one column: separate columns by commas instead of {odd!r})" if odd else "")
+
+
+def other_separator(names: Sequence[str]) -> str | None:
+    """The mark in the name of a table's only column that seems to separate several; ``None`` if there is none."""
+    return next((mark for mark in (";", "|", "\t") if mark in names[0]), None) if len(names) == 1 else None
 
 
 def opened(path: Path) -> BinaryIO:
@@ -160,10 +181,14 @@ def _strict_csv(path: Path, options: dict[str, Any]) -> Iterator[None]:
             yield
     except (pd.errors.ParserWarning, pd.errors.ParserError):
         with opened(path) as file:
-            header = listed(pd.read_csv(file, nrows=0, **options).columns)
+            columns = list(pd.read_csv(file, nrows=0, **options).columns)
+        if odd := other_separator(columns):
+            separated = f"separate columns by commas instead of {odd!r}"
+            raise ValueError(f"its header has one column, {listed(columns)}: {separated}") from None
         kept = "tabs" if options["sep"] == "\t" else "commas"
         raise ValueError(
-            f"a row has more fields than the header ({header}), or an open quote: put texts with {kept} in quotes"
+            f"a row has more fields than the header ({shown_columns(columns)}), or an open quote: put texts with"
+            f" {kept} in quotes"
         ) from None
 
 

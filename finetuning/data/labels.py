@@ -34,14 +34,15 @@ def as_number(text: str) -> int | float | None:
     return None
 
 
-def doubt_about(names: Sequence[str]) -> str:
-    """What to do if labels look like lists of labels, as ``a;b`` next to ``a`` and ``b``, or like measurements.
+def doubt_about(names: Sequence[str], texts: int) -> str:
+    """What to do if labels look like lists of labels, as ``a;b`` next to ``a`` and ``b``, measurements, or ids.
 
     Args:
         names: the labels.
+        texts: how many texts have them.
 
     Returns:
-        A clause, empty if they look like neither.
+        A clause, empty if they look like none of these.
     """
     for separator in SEPARATORS:
         parts = {name: {part.strip() for part in name.split(separator)} for name in names}
@@ -53,6 +54,8 @@ def doubt_about(names: Sequence[str]) -> str:
     fractions = [name for name in names if isinstance(as_number(name), float) and not float(name).is_integer()]
     if len(fractions) >= MEASUREMENTS:
         return f"numbers such as {fractions[0]} would each be a class: make classes of them, for example low and high"
+    if len(names) > texts / 2:
+        return f"{texts} texts have {len(names)} different labels: if these are no classes, give another --label_column"
     return ""
 
 

@@ -101,20 +101,20 @@ def _sizes(total: int, shares: Sequence[int]) -> list[int]:
     return sizes.tolist()
 
 
-def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], seed: int) -> list[pd.DataFrame]:
+def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], data: DataSettings) -> list[pd.DataFrame]:
     """Cuts ``table`` into stratified parts in proportion to ``shares``."""
     counts = table.label.value_counts()
     if counts.min() < len(shares) and "labels" not in table:
         texts = "1 text" if counts.min() == 1 else f"{counts.min()} texts"
+        usual = "add texts of it, leave it out, or give a validation and a test split of your own"
         raise UserError(
-            f"--label_column: class {names[counts.idxmin()]!r} has {texts}: must be at least {len(shares)} for a"
-            f" stratified split: "
-            + (doubt_about(names) or "add texts of it, leave it out, or give a validation and a test split of your own")
+            f"--label_column {data.label_column}: class {names[counts.idxmin()]!r} has {texts}: must be at least"
+            f" {len(shares)} for a stratified split: {doubt_about(names, len(table)) or usual}"
         )
     sizes = _sizes(len(table), shares)
     if 0 in sizes:
         raise UserError(f"--data_dir: {len(table)} texts are too few for a split {':'.join(map(str, shares))}")
-    return [table.iloc[part] for part in stratified_parts(table.label.to_numpy(), sizes, seed)]
+    return [table.iloc[part] for part in stratified_parts(table.label.to_numpy(), sizes, data.data_seed)]
 
 
 def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[dict[str, pd.DataFrame], str]:
@@ -126,14 +126,14 @@ def split_source(source: Source, names: list[str], data: DataSettings) -> tuple[
     if kind == "official" or (data.split is None and "validation" in tables):
         splits = dict(tables)
         for missing in {"validation", "test"} - set(tables):  # at most one
-            splits["train"], splits[missing] = _parts(tables["train"], (90, 10), names, data.data_seed)
+            splits["train"], splits[missing] = _parts(tables["train"], (90, 10), names, data)
         test = source.test_is if "test" in tables else "held-out test"
         return {split: splits[split] for split in SPLITS}, f"{source.name}, {test} ({source.where})"
     resplit = DATASETS[data.dataset].resplit if kind == "resplit" else None
     shares = resplit or (80, 10, 10)
     # A single table keeps its row numbers, which have gaps where repeated sentences were dropped.
     everything = pd.concat([tables[s] for s in SPLITS if s in tables], ignore_index=len(tables) > 1)
-    splits = dict(zip(SPLITS, _parts(everything, shares, names, data.data_seed), strict=True))
+    splits = dict(zip(SPLITS, _parts(everything, shares, names, data), strict=True))
     name = source.name if len(tables) == 1 else f"{source.name} {' + '.join(tables)}"
     return splits, f"{name}, {'resplit' if kind == 'resplit' else 'held out'} ({source.where})"
 
@@ -166,7 +166,7 @@ def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[di
         raise UserError(
             f"--data_dir: label {names[missing[0]]!r} appears in validation or test but not in train"
             + (removed if dropped else "")
-            + f": {doubt_about(names) or 'add training texts of it, or leave it out'}"
+            + f": {doubt_about(names, len(train) + len(held_out)) or 'add training texts of it, or leave it out'}"
         )
     return kept, dropped
 

@@ -6,8 +6,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from finetuning.data.columns import shown_columns, text_columns, texts_in
-from finetuning.data.files import allowed_endings, name_and_format, parquet_schema, read_frame, readable
+from finetuning.data.columns import text_columns, texts_in
+from finetuning.data.files import (
+    FIRST_ROW,
+    allowed_endings,
+    name_and_format,
+    parquet_schema,
+    read_frame,
+    readable,
+    shown_columns,
+)  # fmt: skip
 from finetuning.datasets import SPLITS
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
@@ -21,7 +29,8 @@ def split_files(folder: Path) -> dict[str, Path]:
     """
     if folder.is_file():
         if name_and_format(folder)[1] is None:
-            raise UserError(f"--data_dir {folder}: a single file must end in one of {allowed_endings()}")
+            endings = allowed_endings()
+            raise UserError(f"--data_dir {folder}: a single file must end in one of {endings}: save it as CSV in UTF-8")
         return {"train": folder}
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for path in sorted(folder.iterdir()):
@@ -29,8 +38,10 @@ def split_files(folder: Path) -> dict[str, Path]:
         if kind is not None and name.lower() in found:
             found[name.lower()].append(path)
     if not found["train"]:
-        wanted = f"train with one of the endings {allowed_endings()}"
-        raise UserError(f"--data_dir {folder}: must contain {wanted} (or, for imdb, an aclImdb folder)")
+        wanted = f"train with one of the endings {allowed_endings()} (or, for imdb, an aclImdb folder)"
+        tables = [path.name for path in sorted(folder.iterdir()) if name_and_format(path)[1] is not None]
+        single = f", or give the file itself, --data_dir {folder / tables[0]}" if len(tables) == 1 else ""
+        raise UserError(f"--data_dir {folder}: must contain {wanted}{single}")
     for split, paths in found.items():
         if len(paths) > 1:
             raise UserError(f"--data_dir {folder}: {' and '.join(p.name for p in paths)} are both {split}: keep one")
@@ -65,7 +76,7 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
             )
     if data.label_column not in table.columns:
         raise UserError(
-            f"--label_column {data.label_column}: must be a column of {path}, which has: {shown_columns(table)}"
+            f"--label_column {data.label_column}: must be a column of {path}, which has: {shown_columns(table.columns)}"
         )
     if table.empty:
         raise UserError(f"{path} has no rows: give other data with --data_dir or --dataset")
@@ -87,9 +98,7 @@ def _refuse_rows(bad: np.ndarray, what: str, flag: str, path: Path | str) -> Non
     """Refuses rows that lack something; ``bad`` is (rows,) bool."""
     if bad.any():
         rows = f"{bad.sum()} rows, first in row" if bad.sum() > 1 else "row"
-        raise UserError(
-            f"{flag}: {path} has no {what} in {rows} {bad.argmax()} (counted from 0 after the header): remove such rows"
-        )
+        raise UserError(f"{flag}: {path} has no {what} in {rows} {bad.argmax()} ({FIRST_ROW}): remove such rows")
 
 
 def class_names(path: Path, label_column: str) -> list[str] | None:

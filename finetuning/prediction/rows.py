@@ -23,7 +23,7 @@ import pandas as pd
 import pyarrow as pa
 
 from finetuning.data.columns import texts_in
-from finetuning.data.files import UNREADABLE, name_and_format, opened, parquet_schema, read_chunks
+from finetuning.data.files import FIRST_ROW, UNREADABLE, name_and_format, not_utf8, opened, parquet_schema, read_chunks
 from finetuning.errors import UserError, first_line
 
 STANDARD_INPUT = Path("-")
@@ -55,12 +55,14 @@ class Source:
         tables: starts to read it, in chunks.
         columns: for ``TEXT`` and ``PAIR``, the column with the texts, or several, as in ``--text_column``.
         schema: the types of a parquet file's columns.
+        header: whether it is a table.
     """
 
     flag: str
     tables: Callable[[], Iterator[pd.DataFrame]]
     columns: dict[str, str]
     schema: pa.Schema | None = None
+    header: bool = False
 
     @property
     def where(self) -> str:
@@ -85,7 +87,8 @@ class Source:
                 for number, fault in enumerate(faults, first):
                     if fault is not None and not skip_bad:
                         flag = "--text_pair" if (self.flag, name) == ("--text", PAIR) else self.flag
-                        raise UserError(f"{flag}: text {number} is {fault}, or give --skip_bad_rows")
+                        place = f"row {number - 1} ({FIRST_ROW})" if self.header else f"text {number}"
+                        raise UserError(f"{flag}: {place} is {fault}, or give --skip_bad_rows")
                 bad |= np.array([fault is not None for fault in faults], dtype=bool)
             yield Rows(table, found, bad)
             first += len(table)
@@ -123,15 +126,16 @@ def file_of(path: Path, text_column: str, pair_column: str | None) -> Iterator[S
         raise UserError(f"{flag}: the run was trained on pairs, so it must be a table, for example .csv")
     with _regular(flag, path) as file:
         if not is_table(path):
-            yield Source(flag, lambda: _readable(flag, lambda: _line_tables(file)), {TEXT: TEXT})
+            yield Source(flag, lambda: _readable(flag, file, lambda: _line_tables(file)), {TEXT: TEXT})
             return
         schema = None
         if name_and_format(path)[1] == "parquet":
-            (schema,) = _readable(flag, lambda: iter([parquet_schema(file).remove_metadata()]))
+            (schema,) = _readable(flag, file, lambda: iter([parquet_schema(file).remove_metadata()]))
         columns = {TEXT: text_column} | ({} if pair_column is None else {PAIR: pair_column})
         yield Source(
-            flag, lambda: _readable(flag, lambda: _named(flag, read_chunks(file, CHUNK_ROWS))), columns, schema
-        )
+            flag, lambda: _readable(flag, file, lambda: _named(flag, read_chunks(file, CHUNK_ROWS))), columns, schema,
+            header=True,
+        )  # fmt: skip
 
 
 def is_table(file: Path) -> bool:
@@ -169,12 +173,12 @@ def _is_read_once(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _readable(flag: str, begin: Callable[[], Iterator[T]]) -> Iterator[T]:
+def _readable(flag: str, file: Path, begin: Callable[[], Iterator[T]]) -> Iterator[T]:
     """The same chunks. Every error of reading becomes a ``UserError`` of one line."""
     try:
         yield from begin()
     except UnicodeDecodeError:
-        raise UserError(f"{flag}: is not UTF-8: convert it") from None
+        raise UserError(f"{flag}: {not_utf8(file)}") from None
     except UNREADABLE as error:
         raise UserError(f"{flag}: cannot be read: {first_line(error)}") from None
 

@@ -201,14 +201,26 @@ def rows_of(*lines: str) -> str:
     ("name", "content", "message"),
     [
         ("train.csv", rows_of(" ,a"), "no text in row 20"),
-        ("train.csv", rows_of(",a", "x,b", ",a"), r"no text in 2 rows, first in row 20 \(counted from 0"),
+        ("train.csv", rows_of(",a", "x,b", ",a"), r"no text in 2 rows, first in row 20 \(the first one is row 0\)"),
         ("train.csv", rows_of("x,"), "no label in row 20"),
         ("train.csv", rows_of("x,c", "y,c"), "class 'c' has 2 texts: must be at least 3 for a stratified split: add"),
         ("train.csv", rows_of("x,c"), "has 1 text: .*: add texts of it, leave it out, or give a validation and a test"),
         ("train.csv", rows_of("good, really,b"), r"more fields than the header \(text, label\), .* in quotes"),
         ("train.csv", "text,label\n" + "good, really,b\n" * 20, r"more fields than the header \(text, label\)"),
         ("train.csv", "text,label\ngood, really,b\n" + rows_of(), r"more fields than the header \(text, label\)"),
-        ("train.csv", "text;label\ngood, really;b\n", r"more fields than the header \(text;label\)"),
+        (
+            "train.csv",
+            "text;label\ngood, really;b\n",
+            r"header has one column, text;label: separate .* instead of ';'\): give",
+        ),
+        ("train.csv", "text , label\nx,a\n", r"--text_column text: must be a column of .* has: 'text ', ' label'$"),
+        (
+            "train.csv",
+            rows_of(*(f"x,{i}" for i in range(25))),
+            r"column label: .* 45 texts have 27 different labels: if",
+        ),
+        ("train.csv", "PK\3\4 of Excel \udcd0", "is an Excel file or an archive: save it as CSV in UTF-8, or give"),
+        ("train.csv", "d\udce9j\udce0 vu", "is not UTF-8: convert it, or give other data"),
         (
             "train.csv",
             '"a film\nand its sequel' + " or more" * 9 + '",b\nx,a\n',
@@ -232,7 +244,7 @@ def rows_of(*lines: str) -> str:
         ("train.jsonl", '{"text": "x", "label": 0}\n[1, 2]', "cannot be read"),
         ("train.json", "[1, 2]", "element 1 must be an object"),
         ("train.parquet", "PAR1 nonsense PAR1", "cannot be read"),
-        ("other.csv", rows_of(), r"must contain train with one of the endings \.parquet"),
+        ("other.csv", rows_of(), r"must contain train with .*, or give the file itself, --data_dir .*other\.csv$"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -290,7 +302,7 @@ def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"Train\.CSV\.gz and train\.csv and train\.jsonl are both train"):
         texts_of(config)
     (tmp_path / "notes.xlsx").touch()
-    with pytest.raises(UserError, match=r"single file must end in one of \.parquet"):
+    with pytest.raises(UserError, match=r"single file must end in one of \.parquet.*: save it as CSV in UTF-8$"):
         texts_of(text_config(tmp_path / "notes.xlsx"))
 
 

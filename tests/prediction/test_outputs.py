@@ -191,7 +191,7 @@ def test_an_error_leaves_nothing(table: Path) -> None:
     for name in ("out.csv", "out.parquet", "out.json.gz"):
         with file_of(table, "text", None) as given:
             surveyed = survey(given, True, is_parquet(Path(name)), lambda _: None)
-            with pytest.raises(UserError, match="text 7 is empty"):
+            with pytest.raises(UserError, match=r"row 6 \(the first one is row 0\) is empty"):
                 write_answers(table.with_name(name), answered(given.rows(), ONE), surveyed, ONE)
     assert list(table.parent.iterdir()) == [table]
 

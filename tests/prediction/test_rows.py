@@ -100,15 +100,24 @@ REFUSED: list[tuple[Any, ...]] = [  # name, content, message, and perhaps the co
     ("a.txt", b"d\xe9j\xe0 vu", "is not UTF-8"),
     ("a.csv", b"text\nfine\nfine\nd\xe9j\xe0 vu\n", "is not UTF-8: convert it"),
     ("a.csv", b"text\nd\xe9j\xe0 vu\n", "is not UTF-8"),
-    ("a.json", b'[{"text": "fine"}, {"text": [1, 2]}]', "text 2 is [1, 2], no text: remove or correct it"),
-    ("a.json", b'[{"text": 3}]', "text 1 is 3, no text"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": null}', "text 3 is None, no text"),
-    ("a.jsonl", b'{"text": "fine"}\n{"review": "fine"}\n', "text 2 is nan, no text"),
+    ("a.xlsx", b"PK\3\4 \xd0", "is an Excel file or an archive: save it as CSV in UTF-8"),
+    (
+        "a.json",
+        b'[{"text": "fine"}, {"text": [1, 2]}]',
+        "row 1 (the first one is row 0) is [1, 2], no text: remove or correct it",
+    ),
+    ("a.json", b'[{"text": 3}]', "row 0 (the first one is row 0) is 3, no text"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": null}', "row 2 (the first one is row 0) is None, no text"),
+    ("a.jsonl", b'{"text": "fine"}\n{"review": "fine"}\n', "row 1 (the first one is row 0) is nan, no text"),
     ("a.jsonl", b'{"text": "fine"}\n{broken', "line 2 is not JSON"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "text 2 is not UTF-8: convert it"),
-    ("a.csv", b"text,n\na,1\nb,1\nc,1\n ,1\n", "text 4 is empty: remove it, or give --skip_bad_rows"),
-    ("a.csv", b"text,label\nfine,1\n,0\n", "text 2 is empty"),
-    ("a.csv", b"label,text\n1,fine\n0\n", "text 2 is empty"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "row 1 (the first one is row 0) is not UTF-8: convert it"),
+    (
+        "a.csv",
+        b"text,n\na,1\nb,1\nc,1\n ,1\n",
+        "row 3 (the first one is row 0) is empty: remove it, or give --skip_bad_rows",
+    ),
+    ("a.csv", b"text,label\nfine,1\n,0\n", "row 1 (the first one is row 0) is empty"),
+    ("a.csv", b"label,text\n1,fine\n0\n", "row 1 (the first one is row 0) is empty"),
     ("a.csv", b"text\na\nb\nc\nd, e\n", "cannot be read: a row has more fields"),
     ("a.csv", b"text,label\nfine, really,1\n", "more fields than the header (text, label)"),
     ("a.csv", b"text,label\nfine,1\nfine, really,1\n", "more fields than the header (text, label)"),
@@ -122,7 +131,11 @@ REFUSED: list[tuple[Any, ...]] = [  # name, content, message, and perhaps the co
 ]
 
 
-IN_CHUNKS = ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"texts": "c"}', "text 3 is nan, no text")
+IN_CHUNKS = (
+    "a.jsonl",
+    b'{"text": "a"}\n{"text": "b"}\n{"texts": "c"}',
+    "row 2 (the first one is row 0) is nan, no text",
+)
 
 
 @pytest.mark.parametrize("case", [*REFUSED, IN_CHUNKS])
