@@ -111,7 +111,7 @@ def carry_out(directory: Path, inputs: "Inputs") -> dict[str, Any]:
                 record.data, record.train = training.data, training.measured
                 record.trained = steps.train(training)
                 record.test = steps.evaluate(training)
-                record.compared = steps.compare_with_baseline(training)
+                record.compared = steps.compare_with_baseline(training, record.trained)
         steps.present(claim, inputs, record.written)
         trackers.close(record.written)
     return record.written

@@ -24,7 +24,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from finetuning.runs.records import score_names
+from finetuning.runs.records import accuracy_interval, score_names
 
 if TYPE_CHECKING:
     from finetuning.data.texts import LabelledTexts
@@ -159,7 +159,7 @@ def advice(
     monitor: str,
     multi_label: bool,
     all_linears: bool,
-    few: bool,
+    early: bool,
 ) -> list[str]:
     """What to try if the baseline is better on validation; empty if it is not, or if a score is missing.
 
@@ -169,7 +169,7 @@ def advice(
         monitor: the score that counts.
         multi_label: whether the run is multi-label.
         all_linears: whether to advise LoRA on all linears.
-        few: whether the run has few training texts, so that the automatic --epochs are many.
+        early: whether the best epoch came in the first half of the run, so that more of them gain nothing.
     """
     if monitor not in run or monitor not in baseline:
         return []
@@ -177,10 +177,13 @@ def advice(
     if (mine <= other) if monitor == "loss" else (mine >= other):
         return []
     shown = "{:.4f}" if monitor == "loss" else "{:.2%}"
-    tries = [*([] if few else ["more --epochs"]), *(["LoRA on all linears, the default"] if all_linears else [])]
-    tries += [] if few else ["a higher --learning_rate"]
+    tries = [*([] if early else ["more --epochs"]), *(["LoRA on all linears, the default"] if all_linears else [])]
+    tries += [] if early else ["a higher --learning_rate"]
+    texts = int(baseline["examples"])
+    low, high = accuracy_interval(mine, texts) if monitor == "accuracy" else (mine, mine)
+    doubt = ", which may be chance" if other - mine < (high - low) / 2 else ""
     return [
-        f"{NAME} is better on {baseline['examples']:,} validation texts: {score_names(multi_label)[monitor]}"
+        f"{NAME} is better on {texts:,} validation texts{doubt}: {score_names(multi_label)[monitor]}"
         f" {shown.format(other)} against {shown.format(mine)} of this classifier: consider"
         f" {''.join(f'{each}, ' for each in tries)}{'or ' if tries else ''}more training texts"
     ]

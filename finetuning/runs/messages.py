@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuning.runs.records import BaselineRecord, DataRecord, score_names
+from finetuning.errors import listed
+from finetuning.runs.records import SCORES, BaselineRecord, DataRecord, FoldsRecord, score_names
 from finetuning.settings import TrainingSettings
 
 INSTALLED = "finetune-lora"  # the command that pip installs
+TO_REPORT = "(report this, or the score of a large test split)"
+TUNED = "(optimistic: each fold tuned its threshold)"
+SHOWN_LABELS = 8
 SCRIPTS = {  # files of the clone
     "lora": "finetune_lora.py", "predict": "predict.py", "export": "export_model.py", "compare": "compare_methods.py",
 }  # fmt: skip
@@ -39,9 +43,10 @@ def headline(
     ratio = training.lora_plus_ratio
     of_B = "" if ratio is None else f", of LoRA's B {ratio:g} times as high"
     patience = f"; stops after {training.patience} epochs without gain" if training.patience else ""
-    sizes = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items())
+    sizes, names = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items()), data["label_names"]
     lines = [
         f"data    {data['source']}: {sizes}",
+        f"        {len(names)} labels: {listed(names[:SHOWN_LABELS])}{', ...' if len(names) > SHOWN_LABELS else ''}",
         f"        removed {data['leaks_dropped']} training texts that also appear in validation or test"
         " (before --limit_train)",
         *(f"        {note}" for note in data["notes"]),
@@ -61,9 +66,12 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     example = '--text "..."' + (' --text_pair "..."' if result["config"]["text_pair_column"] else "")
     shown = {split: result[split] for split in ("validation", "test") if split in result}
     monitor, multi_label = result["config"]["monitor"], "exact_match" in result["validation"]
-    if "kfold" in result:  # printed before training
-        del shown["validation"]
-    lines = [f"{split:<11} {scores_line(scores, monitor, multi_label)}" for split, scores in shown.items()]
+    lines = []
+    if "kfold" in result:
+        del shown["validation"]  # printed before training
+        tuned = bool(result["task"].get("threshold_tuned"))
+        lines = same_epoch_lines(result["kfold"], monitor, tuned, "out of fold")
+    lines += [f"{split:<11} {scores_line(scores, monitor, multi_label)}" for split, scores in shown.items()]
     if "test" in result:
         lines.append(accuracy_line("test", result["test"], multi_label))
     if "baseline" in result:
@@ -153,6 +161,29 @@ def folds_line(result: Mapping[str, Any], monitor: str, multi_label: bool) -> li
     shown = scores_line(means["mean"] | {"examples": result["validation"]["examples"]}, monitor, multi_label)
     after = f"after {folds['epochs']} epochs in each" if folds["same_epoch"] else "each after its best epoch"
     return [f"{'run':<11} mean of the folds, {after}", f"{'':<11} {'out of fold':<11} {shown}"]
+
+
+def same_epoch_lines(record: FoldsRecord, monitor: str, tuned: bool = False, label: str = "") -> list[str]:
+    """The scores after the same epoch in every fold, if they are known: accuracy, and the monitored one.
+
+    Args:
+        record: what the folds tell.
+        monitor: the score that chose the epochs.
+        tuned: whether each fold tuned a threshold on the texts that it scored.
+        label: what the first line begins with.
+    """
+    if (same := record["same_epoch"]) is None:
+        return []
+    low, high = same["accuracy_ci95"]
+    every = f"after {record['epochs']} epochs in every fold"
+    note = TUNED if tuned else TO_REPORT
+    lines = [f"{label:<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {note}"]
+    if monitor != "accuracy" and monitor in same["mean"]:
+        kind = ".4f" if monitor == "loss" else ".2%"
+        low, high = same["mean_ci95"][monitor]
+        score = f"{same['mean'][monitor]:{kind}}, 95 % interval {low:{kind}} to {high:{kind}}"
+        lines.append(f"{'':<11} then {SCORES[monitor]}, mean of the folds: {score}")
+    return lines
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -11,17 +11,20 @@ from finetuning.data.splits import sampled
 from finetuning.errors import Interrupted, first_line, say
 from finetuning.processes import is_helper
 from finetuning.runs.measurements import free_memory
-from finetuning.runs.records import SCORES, BaselineRecord, ComparedRecord, FoldsRecord
+from finetuning.runs.records import SCORES, BaselineRecord, ComparedRecord, FoldsRecord, TrainedRecord
 from finetuning.settings import LoRASettings
 from finetuning.steps.training import Training
-from finetuning.training.label_advice import FEW_TEXTS
 from finetuning.training.tasks import MultiLabel, Task
 
 ALL_LINEARS = {"query", "key", "value", "projection", "mlp"}
 
 
-def compare_with_baseline(training: Training) -> ComparedRecord | None:
+def compare_with_baseline(training: Training, trained: TrainedRecord) -> ComparedRecord | None:
     """Trains the baseline and compares the run with it, in the first process.
+
+    Args:
+        training: of the run.
+        trained: what the run has got.
 
     Returns:
         ``None`` if it is not asked for, or cannot be computed; then one line says why.
@@ -40,9 +43,11 @@ def compare_with_baseline(training: Training) -> ComparedRecord | None:
         record, own = of_folds(folds) if folds else _compared(training)
         from finetuning.comparison import baselines
 
+        epoch = folds["epochs"] if folds else trained.validation.get("epoch", 0)  # none with --epochs 0
         advice = baselines.advice(
             own, record["validation"], config.training.monitor, multi_label,
-            all_linears=_lacks_linears(config.lora), few=len(training.inputs.splits["train"]) < FEW_TEXTS,
+            all_linears=_lacks_linears(config.lora),
+            early=2 * epoch < config.training.epochs,
         )  # fmt: skip
         return ComparedRecord(record, advice)
     except Interrupted:

@@ -21,7 +21,7 @@ from finetuning.runs.files import SETTINGS, read_status
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers
 from finetuning.runs.history import scores_by_epoch
 from finetuning.runs.measurements import forget_peak
-from finetuning.runs.messages import accuracy_line, largest_class_line, scores_line
+from finetuning.runs.messages import accuracy_line, largest_class_line, same_epoch_lines, scores_line
 from finetuning.runs.records import SCORES, FoldsRecord, Means, accuracy_interval, scores_record
 from finetuning.runs.scores import mean_interval
 from finetuning.steps.claim import Claim
@@ -31,8 +31,6 @@ from finetuning.training.module import Predictions, all_scores
 from finetuning.training.tasks import MultiLabel
 
 OPTIMISTIC = "(optimistic: each fold chose its epoch)"
-TO_REPORT = "(report this, or the score of a large test split)"
-TUNED = "(optimistic: each fold tuned its threshold)"
 RANGES = {"mcc": (-1.0, 1.0), "loss": (0.0, math.inf)}  # of scores; the others are from 0 to 1
 
 
@@ -92,28 +90,6 @@ def time_left(runs: Sequence[FinishedRun], count: int) -> float:
     done = [(run.result["seconds"], run.result["validation"]["epoch"] / run.config.training.epochs) for run in runs]
     seconds, epochs = (statistics.fmean(column) for column in zip(*done, strict=True))
     return seconds * (count - len(runs) + epochs * count / (count - 1))
-
-
-def same_epoch_lines(record: FoldsRecord, monitor: str, tuned: bool = False) -> list[str]:
-    """The scores after the same epoch in every fold, if they are known: accuracy, and the monitored one.
-
-    Args:
-        record: what the folds tell.
-        monitor: the score that chose the epochs.
-        tuned: whether each fold tuned a threshold on the texts that it scored.
-    """
-    if (same := record["same_epoch"]) is None:
-        return []
-    low, high = same["accuracy_ci95"]
-    every = f"after {record['epochs']} epochs in every fold"
-    note = TUNED if tuned else TO_REPORT
-    lines = [f"{'':<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {note}"]
-    if monitor != "accuracy" and monitor in same["mean"]:
-        kind = ".4f" if monitor == "loss" else ".2%"
-        low, high = same["mean_ci95"][monitor]
-        score = f"{same['mean'][monitor]:{kind}}, 95 % interval {low:{kind}} to {high:{kind}}"
-        lines.append(f"{'':<11} then {SCORES[monitor]}, mean of the folds: {score}")
-    return lines
 
 
 def _finished(directory: Path, fold: Inputs, carry_out: Callable[[Path, Inputs], dict[str, Any]]) -> FinishedRun:

@@ -26,7 +26,7 @@ from finetuning.settings import TrainingSettings
 from finetuning.steps.text_advice import advice_on_texts
 from finetuning.training.budget import training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
-from finetuning.training.label_advice import imbalance_advice
+from finetuning.training.label_advice import imbalance_advice, spelling_advice
 from finetuning.training.tasks import Task, make_task
 from finetuning.training.trainer import check_processes
 
@@ -134,7 +134,7 @@ def task_of(texts: TextData, training: TrainingSettings) -> tuple[Task, list[str
     """
     labels = {name: split.labels for name, split in texts.splits.items()}
     task = make_task(labels, texts.label_names, training)
-    return task, imbalance_advice(task, task.counts(labels["train"]), training)
+    return task, [*spelling_advice(task.names), *imbalance_advice(task, task.counts(labels["train"]), training)]
 
 
 def fold_inputs(inputs: Inputs, number: int) -> Inputs:

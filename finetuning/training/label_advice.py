@@ -1,5 +1,7 @@
 """What a run advises about its labels: one sentence for each thing to try."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from finetuning.runs.answers import Answers
@@ -32,6 +34,18 @@ def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings)
         f" --monitor {training.monitor} may choose a checkpoint that ignores small classes: consider"
         f" --monitor {' or '.join(task.fair_monitors[:2])}{weights}"
     ]
+
+
+def spelling_advice(names: Sequence[str]) -> list[str]:
+    """What to do if two labels differ only in capitals and spaces, as people type them; empty if none do."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+    twice = next((found for found in alike.values() if len(found) > 1), None)
+    if twice is None:
+        return []
+    spelled = " and ".join(map(repr, twice))
+    return [f"the labels {spelled} differ only in capitals or spaces, and count as {len(twice)}: write them alike"]
 
 
 def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings, texts: int) -> list[str]:

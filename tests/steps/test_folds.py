@@ -26,11 +26,12 @@ from finetuning.materials import find_materials
 from finetuning.prediction.command import main as predict
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result
 from finetuning.runs.finished import read_finished, read_own_answers
+from finetuning.runs.messages import TO_REPORT, TUNED, same_epoch_lines
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import mean_interval
 from finetuning.steps import read_inputs
 from finetuning.steps.baseline import of_folds
-from finetuning.steps.folds import TO_REPORT, TUNED, same_epoch_lines, time_left
+from finetuning.steps.folds import time_left
 from finetuning.training.callbacks import Meter
 from tests.conftest import config_of_flags
 
@@ -168,6 +169,7 @@ def test_the_command_prints_a_line_for_each_fold(
     assert lines[8] == "            always answering the largest class is right for 50.00%, with a macro F1 of 33.33%"
     assert lines[9] == "final run   schedule of 1 epochs, stopped after 1, the median of the folds' 1, 1"
     assert sum(line.startswith("data ") for line in lines) == 1
+    assert lines.count(lines[7].replace("            after", "out of fold after")) == 1, "again where the run ends"
     assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2
     assert "has predicted no held-out text" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
-from finetuning.training.label_advice import chance_advice, imbalance_advice, one_answer_advice
+from finetuning.training.label_advice import chance_advice, imbalance_advice, one_answer_advice, spelling_advice
 from finetuning.training.tasks import Binary, MultiLabel, SingleLabel, make_task
 
 NAMES = ["bad", "fair", "good"]
@@ -253,6 +253,12 @@ def test_from_three_times_the_texts_on_another_monitor_is_advised() -> None:
     (line,) = imbalance_advice(task, counts, training(monitor="loss", class_weights="balanced"))
     assert "--monitor loss" in line
     assert line.endswith("consider --monitor macro_f1 or mcc")
+
+
+def test_labels_that_people_have_typed_differently_bring_advice() -> None:
+    assert spelling_advice(["billing", "shipping", "bill"]) == []
+    (line,) = spelling_advice(["Bill ing", "account", "billing"])
+    assert line.startswith("the labels 'Bill ing' and 'billing' differ only in capitals or spaces, and count as 2:")
 
 
 def test_a_checkpoint_that_always_says_the_same_brings_advice() -> None:
