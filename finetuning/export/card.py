@@ -145,12 +145,27 @@ def _scores(run: FinishedRun, answers: Answers) -> dict[str, Any]:
     split, calibration = run.reported_split, reliability(answers)
     classes = class_table(answers, run.label_names)
     return {
+        "folds": _cross_validation(run),
         "split": split,
         "examples": f"{len(answers.rows):,}",
         "chosen": ", read once, at the end" if split == "test" else ", which also chose the checkpoint",
         "scores": score_table(run.result, {split: answers}).markdown(),
         "classes": replace(classes, code=classes.columns[:1]).markdown(),
         "calibration_error": percent(calibration.error, calibration.interval),
+    }
+
+
+def _cross_validation(run: FinishedRun) -> dict[str, Any] | None:
+    """The score to report of a run with ``--kfold``; ``None`` if there is none."""
+    folds = run.result.get("kfold")
+    if folds is None or folds["same_epoch"] is None or run.result["task"].get("threshold_tuned"):
+        return None
+    same = folds["same_epoch"]
+    return {
+        "count": len(folds["folds"]),
+        "epochs": folds["epochs"],
+        "texts": f"{run.result['validation']['examples']:,}",
+        "accuracy": percent(same["accuracy"], same["accuracy_ci95"]),
     }
 
 

@@ -161,7 +161,7 @@ def label(arguments: argparse.Namespace) -> None:
     from finetuning.prediction.outputs import is_parquet, print_answers, write_answers
     from finetuning.prediction.progress import Progress
     from finetuning.prediction.rows import survey
-    from finetuning.prediction.scoring import Score, label_codes
+    from finetuning.prediction.scoring import Score, label_codes, trained_on
 
     trained = read_trained(arguments.run)
     answers = make_answers(trained, arguments.threshold, arguments.top_k)
@@ -203,6 +203,9 @@ def label(arguments: argparse.Namespace) -> None:
         say(f"{output}: {count:,} rows", sys.stderr)
     for counter in counters:
         say(str(counter), sys.stderr)
+    if score is not None and trained_on(arguments.file, trained.config.data.data_dir):
+        told = "the run was trained on texts of this file, so these scores are too high: result.json has honest ones"
+        say(f"warning: {told}", sys.stderr)
     if surveyed.bad:
         fate = "got an empty label" if arguments.most_uncertain is None else "were left out"
         say(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and {fate}", sys.stderr)

@@ -11,7 +11,7 @@ import pandas as pd
 from finetuning.data.columns import texts_in
 from finetuning.data.files import UNREADABLE
 from finetuning.data.labels import as_number
-from finetuning.data.tables import class_names
+from finetuning.data.tables import class_names, split_files
 from finetuning.datasets import traits_of
 from finetuning.errors import UserError
 from finetuning.prediction.rows import Answered, Source
@@ -33,6 +33,18 @@ def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
         own = class_names(file, column) if file.is_file() else None
     own = own if own and set(own) & set(trained.label_names) else None  # of other classes
     return traits_of(trained.config.data.dataset).label_names or own or ()
+
+
+def trained_on(file: Path, folder: Path | None) -> bool:
+    """Whether a file has texts that a run was trained on, by its path.
+
+    Args:
+        file: what ``--file`` gave.
+        folder: the run's ``--data_dir``.
+    """
+    with suppress(UserError, OSError):  # the data of the run are elsewhere now
+        return folder is not None and split_files(folder)["train"].samefile(file)
+    return False
 
 
 class Score:

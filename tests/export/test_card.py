@@ -8,7 +8,7 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.export.adapter import recorded_base, writes_base
-from finetuning.export.card import KNOWN_BASES, _method, _reading, _training
+from finetuning.export.card import KNOWN_BASES, _cross_validation, _method, _reading, _training
 from finetuning.settings import PACKAGED_MODELS
 
 
@@ -26,6 +26,23 @@ def test_the_precision_of_the_products(precision: str, said: str) -> None:
         result=result | {"base_model": {"precision": "bfloat16"}}, config=RunConfig.from_settings(precision=precision)
     )
     assert _training(run)["precision"] == said
+
+
+@pytest.mark.parametrize(
+    ("same", "tuned", "said"),
+    [
+        ({"accuracy": 0.85, "accuracy_ci95": [0.8, 0.9]}, False, "85.00 % (80.00 to 90.00)"),
+        ({"accuracy": 0.85, "accuracy_ci95": [0.8, 0.9]}, True, None),
+        (None, False, None),
+    ],
+)
+def test_the_score_of_folds_is_the_one_to_report(same: Any, tuned: bool, said: str | None) -> None:
+    kfold = {"folds": [{}, {}], "epochs": 7, "same_epoch": same}
+    result = {"task": {"threshold_tuned": tuned}, "validation": {"examples": 1200}}
+    run: Any = SimpleNamespace(result=result | {"kfold": kfold})
+    told = _cross_validation(run)
+    assert told == (said and {"count": 2, "epochs": 7, "texts": "1,200", "accuracy": said})
+    assert _cross_validation(SimpleNamespace(result=result)) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PACKAGED_MODELS)
