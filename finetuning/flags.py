@@ -33,10 +33,15 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError((_wrong_type(message) or _wrong_choice(message) or message) + self._hint(message))
 
     def _hint(self, message: str) -> str:
-        """Suggests the existing flag that is most like an unknown one."""
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        """Suggests the existing flag that is most like an unknown one, or the one of a file without a flag."""
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
         known = [option for action in self._actions for option in action.option_strings]
-        near = get_close_matches(unknown[1], known, n=1, cutoff=0.8) if unknown else []
+        if unknown is None:
+            return ""
+        if unknown[1].startswith("-"):
+            near = get_close_matches(unknown[1], known, n=1, cutoff=0.8)
+        else:
+            near = [f"{option} {unknown[1]}" for option in ("--file", "--data_dir") if option in known][:1]
         return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -142,6 +142,7 @@ def test_unknown_flags_and_unfinished_ones() -> None:
     assert refusal("--optimiser adam").endswith("; did you mean --optimizer?")
     assert refusal("--limit-train 3").endswith("; did you mean --limit_train?")
     assert "did you mean" not in refusal("--nonsense 1")
+    assert refusal("mine.csv --seed 1") == "unrecognized arguments: mine.csv; did you mean --data_dir mine.csv?"
 
 
 # --- help, and what is loaded

@@ -1,6 +1,7 @@
 """Lightning callbacks: the clock, the history of losses, progress output, and a clean stop on signals."""
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -253,7 +254,8 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(number).name
-        rank_zero_only(say)(f"\n{name}: stopping as soon as there is a checkpoint; press Ctrl-C again to stop at once")
+        told = f"\n{name}: stopping as soon as there is a checkpoint; press Ctrl-C again to stop at once"
+        rank_zero_only(say)(told, sys.stderr)  # a fold's standard output is not shown
 
     def listening(self) -> AbstractContextManager[None]:
         """Handles the signals inside the context."""
