@@ -63,7 +63,7 @@ def test_processes_that_build_at_once_share_one_library(fresh_library: Path) -> 
         pytest.skip("the processor has neither AMX nor AVX512-BF16")
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[str] = context.Queue()
-    processes = [context.Process(target=_load, args=(results,)) for _ in range(3)]
+    processes = [context.Process(target=_load, args=(results,)) for _ in range(2)]
     for process in processes:
         process.start()
     states = [results.get(timeout=120) for _ in processes]
@@ -76,5 +76,5 @@ def test_processes_that_build_at_once_share_one_library(fresh_library: Path) -> 
     path.write_bytes(content[:5000] + b"?" + content[5001:])
     kernels, state = library()
     assert isinstance(kernels, ctypes.CDLL)
-    assert states == [state] * 3
+    assert states == [state] * 2
     assert sum_holds(path), "a damaged one is built again"
