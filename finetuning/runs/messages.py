@@ -26,9 +26,11 @@ def headline(
     model: str,
     data: DataRecord,
     training: TrainingSettings,
-    steps: int,
+    steps_per_epoch: int,
+    processes: int,
     kernels: str,
     advice: Sequence[str] = (),
+    cut: str = "",
 ) -> str:
     """The text that a run prints before training: data, model, settings.
 
@@ -36,25 +38,30 @@ def headline(
         model: the base model, the method, the precision and the device, as text.
         data: the ``data`` of ``result.json``.
         training: the run's settings.
-        steps: optimizer steps of the whole run.
+        steps_per_epoch: optimizer steps of an epoch.
+        processes: that share a step.
         kernels: whether the run uses compiled CPU kernels, or why not.
         advice: what the user may want to change, one sentence each.
+        cut: which texts are cut; empty if none is.
     """
     ratio = training.lora_plus_ratio
     of_B = "" if ratio is None else f", of LoRA's B {ratio:g} times as high"
     patience = f"; stops after {training.patience} epochs without gain" if training.patience else ""
     sizes, names = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items()), data["label_names"]
+    texts = data["sizes"]["train"]
+    held = texts / (steps_per_epoch * training.accumulate * processes)  # what --batch_tokens allows, in the mean
+    size = f"about {held:.0f}" if held < 0.75 * min(texts, training.batch_size) else str(training.batch_size)
     lines = [
         f"data    {data['source']}: {sizes}",
         f"        {len(names)} labels: {listed(names[:SHOWN_LABELS])}{', ...' if len(names) > SHOWN_LABELS else ''}",
         f"        removed {data['leaks_dropped']} training texts that also appear in validation or test"
         " (before --limit_train)",
-        *(f"        {note}" for note in data["notes"]),
+        *(f"        {note}" for note in (*data["notes"], cut) if note),
         f"model   {model}",
         f"        CPU kernels: {kernels}",
         f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}{of_B}",
-        f"        {data['sizes']['train']:,} texts: {training.batch_size} texts a batch, {training.epochs} epochs,"
-        f" {steps:,} steps{patience}",
+        f"        {texts:,} texts: {size} texts a batch, {training.epochs} epochs,"
+        f" {training.epochs * steps_per_epoch:,} steps{patience}",
         *(f"advice  {sentence}" for sentence in advice),
     ]
     return "\n".join(lines)

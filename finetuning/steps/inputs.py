@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from finetuning.config import RunConfig
-from finetuning.data.batches import check_batches, train_loader
+from finetuning.data.batches import TokenBatchLoader, check_batches, train_loader
 from finetuning.data.folds import with_folds
 from finetuning.data.loading import tokenize
 from finetuning.data.texts import TextData
@@ -23,7 +23,7 @@ from finetuning.runs.loading import adopt_adapter, load_adapter
 from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
 from finetuning.settings import TrainingSettings
-from finetuning.steps.text_advice import advice_on_texts
+from finetuning.steps.text_advice import advice_on_texts, cut_advice, step_advice
 from finetuning.training.budget import training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.label_advice import imbalance_advice, spelling_advice
@@ -59,10 +59,18 @@ class Inputs:
         model = f"{self.base.name}, {self.config.name}, {self.hardware.described}"
         training, processes = self.config.training, self.config.hardware.processes
         kernels = kernels_used(classifier, self.config.hardware, self.hardware)
-        steps = (
-            training.epochs * train_loader(self.splits["train"], training, self.pad_id, 0, processes).steps_per_epoch
-        )
-        return headline(model, data_record(self.texts, self.splits), training, steps, kernels, self.advice)
+        data = self.config.data
+        cut = float((self.splits["train"].lengths >= data.longest).mean())
+        shown = f"{cut:.1%} of the training texts reach {data.longest:,} tokens, and are cut" if cut else ""
+        return headline(
+            model, data_record(self.texts, self.splits), training, self.batches.steps_per_epoch, processes, kernels,
+            self.advice, shown,
+        )  # fmt: skip
+
+    @property
+    def batches(self) -> TokenBatchLoader:
+        """The training batches of the first process."""
+        return train_loader(self.splits["train"], self.config.training, self.pad_id, 0, self.config.hardware.processes)
 
 
 def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
@@ -107,7 +115,25 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, inputs.config.training, config.hardware.processes)
     inputs = dataclasses.replace(inputs, splits=splits)
+    inputs = dataclasses.replace(inputs, advice=advice + length_advice(inputs, config.training.epochs is None))
     return dataclasses.replace(inputs, folds=tuple(fold_inputs(inputs, number) for number in config.data.folds))
+
+
+def length_advice(inputs: Inputs, automatic: bool) -> list[str]:
+    """What the lengths of the training texts suggest, one sentence each.
+
+    Args:
+        inputs: of the run.
+        automatic: whether the run has chosen its epochs.
+    """
+    training, train = inputs.config.training, inputs.splits["train"]
+    if not training.epochs:
+        return []
+    advice = cut_advice(train.lengths, inputs.config.data, inputs.base.longest_input)
+    if automatic:
+        steps = inputs.batches.steps_per_epoch
+        advice += step_advice(training, len(train), steps, inputs.config.hardware.processes)
+    return advice
 
 
 def find_hardware(config: RunConfig, base: BaseModel) -> tuple[Hardware, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a run advises about the size of its validation split, and ``--pooling mean`` for a head alone."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,14 @@ import pytest
 from compare_methods import RESULTS
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of
-from finetuning.steps.text_advice import FEW_FOR_MEAN, FEW_OF_A_CLASS, FEW_VALIDATION_TEXTS, advice_on_texts
+from finetuning.steps.text_advice import (
+    FEW_FOR_MEAN,
+    FEW_OF_A_CLASS,
+    FEW_VALIDATION_TEXTS,
+    advice_on_texts,
+    cut_advice,
+    step_advice,
+)  # fmt: skip
 from finetuning.training.tasks import make_task
 from local_model_utilities import find_base_model
 from tests.conftest import config_of_flags
@@ -101,3 +109,33 @@ def test_with_few_texts_the_mean_was_better_on_four_of_five_data_sets() -> None:
     pairs = zip(*(grid.means(method, sets) for method in methods), strict=True)
     assert [first < mean for first, mean in pairs].count(True) == 4
     assert len(sets) == 5
+
+
+def test_texts_that_are_mostly_cut_bring_advice() -> None:
+    half = np.repeat([20, 64], [100, 100])
+    (said,) = cut_advice(half, config_of_flags("--max_length 64").data, 512)
+    assert said.startswith(
+        "50% of the training texts are cut at 64 tokens, so what decides may be lost: --max_length 128"
+    )
+    assert said.endswith(" or --windows 4 reads more of them")
+    assert cut_advice(half[1:-1], config_of_flags("--max_length 64").data, 512)
+    assert not cut_advice(half[:-1], config_of_flags("--max_length 64").data, 512)
+    assert not cut_advice(half, config_of_flags("--max_length 128").data, float("inf"))
+    (said,) = cut_advice(8 * half, config_of_flags("--max_length 64 --windows 8 --window_overlap 8").data, 64)
+    assert said.endswith("cut at 512 tokens, so what decides may be lost: --windows 16 reads more of them")
+
+
+@pytest.mark.parametrize(
+    ("flags", "texts", "steps_per_epoch", "advised"),
+    [
+        ("--epochs 50 --batch_size 16", 96, 32, "--epochs 10 makes .* instead of 1,600$"),  # 6 steps by the texts
+        ("--epochs 50 --batch_size 16", 96, 12, ""),
+        ("--epochs 7 --batch_size 16", 96, 60, "--epochs 5 "),
+        ("--epochs 5 --batch_size 32", 2000, 300, ""),  # fewer are never advised
+        ("--epochs 50 --batch_size 16 --accumulate 2", 96, 16, "--epochs 10 "),
+    ],
+)
+def test_long_texts_that_fill_batches_bring_advice(flags: str, texts: int, steps_per_epoch: int, advised: str) -> None:
+    said = step_advice(config_of_flags(flags).training, texts, steps_per_epoch, 1)
+    assert len(said) == bool(advised)
+    assert all(re.search(advised, each) for each in said)
