@@ -45,6 +45,12 @@ class OneLineParser(argparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else ""
 
 
+def no_flag(name: str) -> str:
+    """What to say of a setting that no flag of a run has."""
+    near = get_close_matches(name, FLAGS, n=1, cutoff=0.8)
+    return f"{name}: finetune_lora.py has no flag of this name" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def _wrong_type(message: str) -> str | None:
     """``--lora_r: invalid int value: 'eight'`` -> ``--lora_r eight: must be a whole number``."""
     found = re.fullmatch(r"(\S+): invalid (\w+) value: (['\"])(.*)\3", message, re.DOTALL)

@@ -481,6 +481,7 @@ def test_pairs_are_predicted_as_in_the_run(
         (run, ["--file", tmp_path / "new.csv", "--text_pair_column", "x"], "--text_pair_column x: must be a column of"),
         (runs["lora"], [*one, *pair], "was trained on single texts: leave out --text_pair"),
         (run, [*one, "--text_pair", " "], "--text_pair: text 1 is empty: remove it"),
+        (run, ["--file", tmp_path / "new.csv", "--text_pair", "x"], "with --file give --text_pair_column"),
     ):
         assert message in refusal(capsys, directory, *more)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetuning.errors import UserError
+from finetuning.flags import no_flag
 from finetuning.settings import AUTO, FLAGS
 
 RATE = "learning_rate"
@@ -102,7 +103,7 @@ def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] |
         return
     for flag, values in tune.items():
         if flag not in FLAGS:
-            raise UserError(f"{where}{flag}: finetune_lora.py has no flag of this name")
+            raise UserError(f"{where}{no_flag(flag)}")
         if not is_searched(flag):
             raise UserError(f"{where}{flag}: cannot be tuned: give {SEARCHABLE}")
         if isinstance(values, dict):

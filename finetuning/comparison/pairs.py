@@ -182,6 +182,7 @@ class Answer:
         equal: rows that do not differ significantly from it.
         worse: rows that are significantly worse.
         uncompared: whether the study has other tested rows, with which no row could be compared.
+        tied: rows of ``equal`` with the same accuracy.
     """
 
     best: str
@@ -189,6 +190,7 @@ class Answer:
     equal: tuple[str, ...]
     worse: tuple[str, ...]
     uncompared: bool = False
+    tied: tuple[str, ...] = ()
 
     def certainty(self, most: int | None = None) -> str:
         """How sure it is that this row is the best; ``most`` limits how many names are listed."""
@@ -202,9 +204,11 @@ class Answer:
     @property
     def sentence(self) -> str:
         """The answer as text."""
-        certainty = self.certainty()
+        others = replace(self, equal=tuple(name for name in self.equal if name not in self.tied))
+        certainty = others.certainty() if others.equal or others.worse else "they score alike"
         best = f"Best of the {1 + len(self.equal) + len(self.worse)} compared rows" if self.uncompared else "Best"
-        return f"{best}: {self.best} ({100 * self.accuracy:.2f} %). {certainty[0].upper()}{certainty[1:]}."
+        rows = ", ".join((self.best, *self.tied))
+        return f"{best}: {rows} ({100 * self.accuracy:.2f} %). {certainty[0].upper()}{certainty[1:]}."
 
 
 def answers(study: Study, comparisons: Sequence[Comparison]) -> list[Answer]:
@@ -217,5 +221,7 @@ def answers(study: Study, comparisons: Sequence[Comparison]) -> list[Answer]:
         own = [c for c in comparisons if c.first == best]
         equal = tuple(c.second for c in own if c.corrected_p >= LEVEL)
         worse = tuple(c.second for c in own if c.corrected_p < LEVEL)
-        found.append(Answer(best, statistics.fmean(accuracies[best]), equal, worse, uncompared))
+        means = {name: round(statistics.fmean(accuracies[name]), 9) for name in (best, *equal)}
+        tied = tuple(name for name in equal if means[name] == means[best])
+        found.append(Answer(best, statistics.fmean(accuracies[best]), equal, worse, uncompared, tied))
     return found

@@ -41,7 +41,7 @@ from typing import Any
 from finetuning.comparison.drawn import RATE, check_numbers, check_search, check_tuned, tried_settings
 from finetuning.datasets import hub_name
 from finetuning.errors import UserError, first_line, listed
-from finetuning.flags import flag_words, from_flags, given_flags
+from finetuning.flags import flag_words, from_flags, given_flags, no_flag
 from finetuning.settings import ENCODER_TARGETS, FLAGS, MINILM_FORMS, PACKAGED, recorded_name
 
 TABLES = ("question", "defaults", "axes", "sample", "data", "rows", "tuning", "search")
@@ -290,7 +290,7 @@ def _settings_and_axes(
     for place, values in [*parts, (where, own), (f"{where}axes: ", axes)]:
         for key, value in values.items():
             if key not in FLAGS:
-                raise UserError(f"{place}{key}: finetune_lora.py has no flag of this name")
+                raise UserError(f"{place}{no_flag(key)}")
             if key in MANAGED:
                 raise UserError(f"{place}{key}: not allowed, the study sets it itself")
             if key in ALONE:

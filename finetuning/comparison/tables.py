@@ -9,6 +9,7 @@ from finetuning.comparison.drawn import RATE, shown_settings
 from finetuning.comparison.pairs import Answer, Comparison
 from finetuning.comparison.unequal import has_rare_class
 from finetuning.pages import Table
+from finetuning.runs.records import accuracy_interval
 
 GIB = 2**30
 REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
@@ -20,6 +21,7 @@ REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
 )
 NAMED_IN_ANSWER = 4  # largest number of names in the table of answers
 NAMED = 12  # largest number of names in a note
+FEW_TEST_TEXTS = 300  # with fewer, seeds that agree look more certain than they are
 
 
 def scores_by_rate(
@@ -201,6 +203,13 @@ def notes(study: Study) -> list[str]:
         reasons = "; ".join(f"{reason} ({count})" for reason, count in study.cost_obstacles.items())
         found.append(f"Time and memory exclude {left_out} of {finished} runs: {reasons}.")
     found += _best_on_validation(study)
+    tested = [run.get("test", "examples") for row in study.rows for run in row.tested]
+    if tested and min(tested) < FEW_TEST_TEXTS:
+        low, high = accuracy_interval(0.85, min(tested))
+        found.append(
+            f"{min(tested)} test texts are few: an accuracy of 85 % is uncertain by {50 * (high - low):.0f} points"
+            " (95 %), also where all seeds agree."
+        )
     if any(len(row.tested) > 1 for row in study.rows):
         found.append(
             "If a row has several seeds, its command is for the first one; the others differ only in `--seed`."

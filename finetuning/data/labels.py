@@ -76,7 +76,12 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     flag = f"--label_column {data.label_column}"
     lists = pd.concat({split: _as_lists(table.label, data) for split, table in source.tables.items()})
     if data.label_separator is not None and lists.map(len).max() < 2:
-        raise UserError(f"--label_separator {data.label_separator!r}: never occurs in column {data.label_column}")
+        held = [name for row in lists for name in row]
+        others = [(mark, name) for mark in SEPARATORS for name in held if mark in name]
+        way = f"labels such as {others[0][1]!r} have {others[0][0]!r}" if others else "leave it out"
+        raise UserError(
+            f"--label_separator {data.label_separator!r}: never occurs in column {data.label_column}: {way}"
+        )
     values = [value for row in lists for value in row]
     if _are_zeros_and_ones(lists):
         raise UserError(

@@ -31,7 +31,10 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
     labels = _comparable(labels)
     words = labels.map(lambda label: isinstance(label, str))
     if source.label_names is None and not pd.api.types.is_numeric_dtype(labels) and not words.all():
-        raise UserError(f"--label_column {data.label_column}: labels must be all numbers or all strings")
+        odd = labels[words != words.iloc[0]].tolist()[0] if words.any() else labels.tolist()[0]
+        raise UserError(
+            f"--label_column {data.label_column}: labels must be all numbers or all strings, but one is {odd!r}"
+        )
     known: dict[Any, int]
     if source.label_names is not None:
         names = list(source.label_names)

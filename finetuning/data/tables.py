@@ -16,6 +16,7 @@ from finetuning.data.files import (
     readable,
     shown_columns,
 )  # fmt: skip
+from finetuning.data.labels import doubt_about
 from finetuning.datasets import SPLITS
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
@@ -88,17 +89,23 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     flags = {"text": f"--text_column {data.text_column}", "pair": f"--text_pair_column {data.text_pair_column}"}
     for name, text in texts.items():
         empty = ~text.map(lambda value: isinstance(value, str) and value.strip() != "").to_numpy(bool)
-        _refuse_rows(empty, "text", flags[name], path)
+        nested = empty.any() and isinstance(text.iloc[empty.argmax()], dict | list | np.ndarray)
+        _refuse_rows(
+            empty, "text", flags[name], path, "it holds lists or objects: write the text itself" if nested else ""
+        )
     empty = label.isna() | ((label.astype(str).str.strip() == "") & (data.label_separator is None))
-    _refuse_rows(empty.to_numpy(bool), "label", f"--label_column {data.label_column}", path)
+    hint = doubt_about(sorted(set(label[~empty].astype(str))), len(table)) if empty.any() else ""
+    _refuse_rows(empty.to_numpy(bool), "label", f"--label_column {data.label_column}", path, hint)
     return pd.DataFrame({name: text.astype(str).array for name, text in texts.items()} | {"label": label.array})
 
 
-def _refuse_rows(bad: np.ndarray, what: str, flag: str, path: Path | str) -> None:
-    """Refuses rows that lack something; ``bad`` is (rows,) bool."""
+def _refuse_rows(bad: np.ndarray, what: str, flag: str, path: Path | str, hint: str) -> None:
+    """Refuses rows that lack something; ``bad`` is (rows,) bool, ``hint`` what to do instead of removing them."""
     if bad.any():
         rows = f"{bad.sum()} rows, first in row" if bad.sum() > 1 else "row"
-        raise UserError(f"{flag}: {path} has no {what} in {rows} {bad.argmax()} ({FIRST_ROW}): remove such rows")
+        raise UserError(
+            f"{flag}: {path} has no {what} in {rows} {bad.argmax()} ({FIRST_ROW}): {hint or 'remove such rows'}"
+        )
 
 
 def class_names(path: Path, label_column: str) -> list[str] | None:

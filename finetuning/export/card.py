@@ -111,6 +111,9 @@ def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
             f" compute. So this folder has no weights for Transformers. The columns of `logits` are the labels in the"
             f" order above; {'a sigmoid' if run.multi_label else 'softmax'} makes probabilities of them."
         )
+    truncated = " at its end" if data.truncation == "head" else ": the run kept its beginning and its end"
+    if data.windows > 1:
+        truncated = " by a pipeline" if _library(folder) == "transformers" else " by the code above"
     return {
         "labels": ", ".join(f"`{name}`" for name in run.label_names),
         "pairs": data.text_pair_column is not None,
@@ -119,7 +122,7 @@ def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
         "positive": run.positive,
         "names": run.label_names,
         "max_length": data.max_length,
-        "truncated": " at its end" if data.truncation == "head" else ": the run kept its beginning and its end",
+        "truncated": truncated,
         "notes": notes,
     }
 

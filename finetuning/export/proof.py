@@ -360,6 +360,9 @@ def _pipeline_sentence(compared: InPipeline, held: HeldOut, truncation: str) -> 
         f"A Transformers pipeline reads {compared.same_tokens:,} of {texts:,} texts as the run did, and gives them the"
         f" run's probabilities (largest difference {compared.largest_difference:.1e})."
     )
+    others = "the others"
+    if not compared.same_tokens:
+        same, others = f"A Transformers pipeline reads none of {texts:,} texts as the run did.", "them"
     if compared.same_tokens == texts:
         return same
     measure = "exact match" if held.stored.multi_label else "accuracy"
@@ -367,7 +370,7 @@ def _pipeline_sentence(compared: InPipeline, held: HeldOut, truncation: str) -> 
     if held.windows is not None:
         reason = "it cuts long texts, and the run read them as windows"
     return (
-        f"{same} It reads the others differently{': ' if reason else ''}{reason}. That changes the labels of"
+        f"{same} It reads {others} differently{': ' if reason else ''}{reason}. That changes the labels of"
         f" {compared.changed:,}: {measure} on these texts is {compared.accuracy:.2%} in a pipeline and"
         f" {compared.run_accuracy:.2%} with the run's tokens."
     )

@@ -123,6 +123,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
     text, pair, file = arguments.text, arguments.text_pair, arguments.file
     if text is None and file is None:
         raise UserError("no text: give --text TEXT or --file FILE")
+    if pair is not None and file is not None:
+        raise UserError("--text_pair: goes with --text; with --file give --text_pair_column")
     if pair is not None and len(pair) != len(text or ()):
         raise UserError(f"--text_pair: must be given once for each --text, so {len(text or ())} times")
     for flag in ("text_column", "text_pair_column", "label_column"):

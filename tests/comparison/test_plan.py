@@ -250,7 +250,10 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         (SEARCHED.replace("low = 2", "low = 0"), "row one-lora: tune: lora_r: must be { low = X, high = Y } with 0"),
         (SEARCHED.replace("low = 2", "from = 2"), "row one-lora: tune: lora_r: must be { low = X, high = Y } with 0"),
         (SEARCHED.replace("[3, 5]", "3"), "row one-lora: tune: epochs: must be a list of values, or { low = X"),
-        (SEARCHED.replace("epochs", "epoch"), "row one-lora: tune: epoch: finetune_lora.py has no flag of this name"),
+        (
+            SEARCHED.replace("epochs", "epoch"),
+            "row one-lora: tune: epoch: finetune_lora.py has no flag of this name; did you mean epochs?",
+        ),
         *(
             (SEARCHED.replace("epochs", flag), f"row one-lora: tune: {flag}: cannot be tuned: give a flag of method")
             for flag in ("test", "data_seed", "limit_validation", "monitor", "seed", "output_dir", "model_name")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from compare_methods import RESULTS
+from finetuning.comparison import tables
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.packed import change_records, read_records
 from finetuning.comparison.pairs import answers, compare_rows
@@ -29,6 +30,12 @@ def cells(study: Study) -> dict[str, dict[str, str]]:
 
 def accuracy_cells(study: Study) -> dict[str, str]:
     return {name: row[main_table(study).columns[2]] for name, row in cells(study).items()}
+
+
+@pytest.fixture(autouse=True)
+def _tests_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test splits of these runs have a hundred texts, which is few."""
+    monkeypatch.setattr(tables, "FEW_TEST_TEXTS", 100)
 
 
 def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
@@ -169,6 +176,15 @@ def test_what_has_not_run_is_named(tmp_path: Path) -> None:
     (note,) = notes(read_study("s", tmp_path))
     assert note.startswith("Not run yet (14 of 15): b-seed0, b-seed1, ")
     assert note.endswith("b-seed11, and others.")
+
+
+def test_a_small_test_split_is_said_to_be_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path, "s", "a", correct=outcomes(0.9, 100, 0))
+    monkeypatch.undo()
+    (note,) = notes(read_study("s", tmp_path))
+    assert note == (
+        "100 test texts are few: an accuracy of 85 % is uncertain by 7 points (95 %), also where all seeds agree."
+    )
 
 
 def test_the_best_on_validation_is_named_for_each_data_set(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from finetuning.data.texts import TextData
 from finetuning.errors import UserError
-from tests.conftest import text_config, texts_of
+from tests.conftest import text_config, texts_of, write_texts
 
 
 def write(folder: Path, labels: list[Any], name: str = "train.json") -> None:
@@ -155,3 +155,21 @@ def test_a_number_that_has_no_name(tmp_path: Path) -> None:
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "train.parquet")
     with pytest.raises(UserError, match=r"^--label_column label: label 2 is not one of no, yes"):
         read(tmp_path)
+
+
+def test_texts_without_a_label_next_to_lists_are_not_to_be_removed(tmp_path: Path) -> None:
+    rows = [*["joy;fear", "joy", "fear;anger", "anger"] * 8, ""]
+    config = write_texts(tmp_path, "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(rows)))
+    with pytest.raises(UserError, match=r"no label in row 32 .*: labels such as .* give --label_separator ';'$"):
+        texts_of(config)
+
+
+@pytest.mark.parametrize(
+    ("labels", "separator", "way"),
+    [(["a;b", "a", "b"], ",", "labels such as 'a;b' have ';'"), (["a", "b", "a"], ";", "leave it out")],
+)
+def test_a_separator_that_never_occurs(tmp_path: Path, labels: list[str], separator: str, way: str) -> None:
+    content = "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels * 10))
+    write_texts(tmp_path, content)
+    with pytest.raises(UserError, match=f"never occurs in column label: {way}$"):
+        texts_of(text_config(tmp_path, label_separator=separator))
