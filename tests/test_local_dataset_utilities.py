@@ -438,3 +438,12 @@ print(tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.from_settings())["tr
     found = tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.from_settings())["train"].tokens.sum()
     assert [out for out, _ in shown] == [f"{found}\n"] * 2, shown
     assert [path.suffix for path in (cache / "tokens").iterdir()] == [".npz"]
+
+
+@pytest.mark.parametrize(("twice", "warned"), [(8, True), (1, False)])
+def test_texts_with_two_labels_each_may_be_half_of_a_pair(tmp_path: Path, twice: int, warned: bool) -> None:
+    rows = [f"question {i},{label}\n" for i in range(twice) for label in "ab"]
+    rows += [f"text {i},{'ab'[i % 2]}\n" for i in range(30)]
+    notes = texts_of(write_texts(tmp_path, "text,label\n" + "".join(rows))).notes
+    found = [note for note in notes if "of the training texts occur again with another label: if the label" in note]
+    assert bool(found) == warned

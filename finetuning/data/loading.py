@@ -13,7 +13,15 @@ import pyarrow as pa
 from finetuning.data.folds import with_folds, with_pooled_validation
 from finetuning.data.labels import STRATIFIED, doubt_about, unseen_labels
 from finetuning.data.sources import read_source
-from finetuning.data.splits import encode_labels, limited, lost_classes, split_source, with_unseen_test, without_leaks
+from finetuning.data.splits import (
+    contradictions,
+    encode_labels,
+    limited,
+    lost_classes,
+    split_source,
+    with_unseen_test,
+    without_leaks,
+)  # fmt: skip
 from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit, begun_key, cached_tokens
 from finetuning.settings import DataSettings
@@ -37,6 +45,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     notes: list[str] = []
     if data.kfold is not None:
         splits, notes = with_pooled_validation(splits, given, int(source.tables["train"].index.max()) + 1)
+    notes += contradictions(splits["train"])
     splits, leaks_dropped = without_leaks(splits, names)
     splits, note = with_unseen_test(splits, given)
     notes += [*note, *source.notes]

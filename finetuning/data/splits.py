@@ -13,6 +13,8 @@ from finetuning.datasets import DATASETS, SPLITS, traits_of
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 
+MANY_CONTRADICTIONS = 0.1  # of the training texts
+
 
 def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source]:
     """The label names, and the source with its labels as numbers 0 ... classes - 1.
@@ -145,6 +147,19 @@ def _content(table: pd.DataFrame) -> pd.Series:
     """What must not appear in two splits: the text, or both texts of a pair."""
     text = table.text.str.strip()
     return text if "pair" not in table else text + "\0" + table.pair.str.strip()
+
+
+def contradictions(train: pd.DataFrame) -> list[str]:
+    """A warning if many texts occur with several labels, as when one of two columns is missing; else empty."""
+    if "labels" in train:
+        return []
+    share = (train.groupby(_content(train)).label.transform("nunique") > 1).mean()
+    if share < MANY_CONTRADICTIONS:
+        return []
+    return [
+        f"warning: {share:.0%} of the training texts occur again with another label: if the label also depends on"
+        " another column, give it with --text_pair_column, or both in --text_column A,B"
+    ]
 
 
 def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[dict[str, pd.DataFrame], int]:
