@@ -176,13 +176,14 @@ def draws(found: Mapping[Cell, Mapping[str, float]], name: str, texts: int, kind
 
 
 def few_texts_table(result: Record, runs: Grid) -> str:
-    """Markdown: a row for each number of training texts and data set, and the mean of the sets.
+    """Markdown: a row for each number of training texts and data set, the mean of the sets, and of the first ones.
 
     Args:
         result: the measurements of the cells of the study ``pooling``.
         runs: of that study.
     """
     found, rows = by_cell(result), []
+    fewest: set[str] = set()  # the sets of the smallest number of texts: larger ones have their mean as well
     for texts in sorted({cell.texts for cell in found}):
         sets = {cell.set: size_of(runs, cell.set)[1] for cell in found if cell.texts == texts}
         scores = {
@@ -192,8 +193,13 @@ def few_texts_table(result: Record, runs: Grid) -> str:
         }
         rows += [(name, str(sets[name]), str(texts), *map(score_cell, own)) for name, own in scores.items()]
         if len(sets) > 1 and all(all(own) for own in scores.values()):
-            means = (fmean(map(fmean, column)) for column in zip(*scores.values(), strict=True))
-            rows.append((f"mean of {len(sets)} sets", "", str(texts), *(f"{mean:.2f}" for mean in means)))
+            fewest = fewest or set(scores)
+            for named in dict.fromkeys(
+                (frozenset(fewest & set(scores)), frozenset(scores))
+            ):  # once, if they are the same
+                cells = zip(*(scores[name] for name in named), strict=True)
+                means = (fmean(map(fmean, column)) for column in cells)
+                rows.append((f"mean of {len(named)} sets", "", str(texts), *(f"{mean:.2f}" for mean in means)))
     columns = ("TF-IDF", "frozen model", *WITH_FEW_TEXTS)
     shown = Table(("data set", "classes", "texts", *(f"{name}, %" for name in columns)), rows)
     environments = [run.environment for own in runs.runs.values() for each in own.values() for run in each]
