@@ -41,7 +41,8 @@ class OneLineParser(argparse.ArgumentParser):
         if unknown[1].startswith("-"):
             near = get_close_matches(unknown[1], known, n=1, cutoff=0.8)
         else:
-            near = [f"{option} {unknown[1]}" for option in ("--file", "--data_dir") if option in known][:1]
+            named = Path(unknown[1]).exists()
+            near = [f"{option} {unknown[1]}" for option in ("--file", "--data_dir") if named and option in known][:1]
         return f"; did you mean {near[0]}?" if near else ""
 
 

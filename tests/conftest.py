@@ -147,7 +147,7 @@ def texts_of(config: RunConfig) -> TextData:
 
 
 def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfig:
-    (folder / name).write_text(content, encoding="utf-8", errors="surrogateescape")  # "\\udcd0" is the byte d0
+    (folder / name).write_text(content, encoding="utf-8", errors="surrogateescape")  # "\udcd0" is the byte d0
     return text_config(folder)
 
 

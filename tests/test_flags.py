@@ -133,7 +133,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_what_is_allowed(words: list[s
     assert str(refused.value) == line
 
 
-def test_unknown_flags_and_unfinished_ones() -> None:
+def test_unknown_flags_and_unfinished_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--lora_rank 8" in refusal("--lora_rank 8")
     assert "--lora_que" in refusal("--lora_que True")  # no abbreviations: a new flag could change their meaning
     assert "run.toml" in refusal("run.toml")
@@ -142,6 +142,9 @@ def test_unknown_flags_and_unfinished_ones() -> None:
     assert refusal("--optimiser adam").endswith("; did you mean --optimizer?")
     assert refusal("--limit-train 3").endswith("; did you mean --limit_train?")
     assert "did you mean" not in refusal("--nonsense 1")
+    monkeypatch.chdir(tmp_path)
+    assert refusal("mine.csv --seed 1") == "unrecognized arguments: mine.csv"
+    (tmp_path / "mine.csv").touch()
     assert refusal("mine.csv --seed 1") == "unrecognized arguments: mine.csv; did you mean --data_dir mine.csv?"
 
 

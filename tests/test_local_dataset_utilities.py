@@ -445,5 +445,5 @@ def test_texts_with_two_labels_each_may_be_half_of_a_pair(tmp_path: Path, twice:
     rows = [f"question {i},{label}\n" for i in range(twice) for label in "ab"]
     rows += [f"text {i},{'ab'[i % 2]}\n" for i in range(30)]
     notes = texts_of(write_texts(tmp_path, "text,label\n" + "".join(rows))).notes
-    found = [note for note in notes if "of the training texts occur again with another label: if the label" in note]
+    found = [note for note in notes if "training texts have different labels elsewhere in train" in note]
     assert bool(found) == warned

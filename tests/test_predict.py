@@ -623,7 +623,7 @@ def test_a_labelled_file_is_scored(positive_run: tuple[Path, str], tmp_path: Pat
     assert f"accuracy {accuracy:.2%}, 95 % interval " in said
     assert "warning" not in said
     assert main([str(run), "--file", str(run.parent / "train.csv"), "--label_column", "label"]) == 0
-    assert "warning: the run was trained on texts of this file, so these scores are too" in capsys.readouterr().err
+    assert "warning: --data_dir of the run names this file: scores on texts that trained" in capsys.readouterr().err
     line = refusal(capsys, run, *file, "--label_column", "text")
     assert "--label_column text: 'superb film, number test 0' is none of the classifier's labels: bad, good" in line
     line = refusal(capsys, run, "--text", "a", "--label_column", "label")

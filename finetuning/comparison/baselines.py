@@ -169,7 +169,7 @@ def advice(
         monitor: the score that counts.
         multi_label: whether the run is multi-label.
         all_linears: whether to advise LoRA on all linears.
-        early: whether the best epoch came in the first half of the run, so that more of them gain nothing.
+        early: whether the best epoch came before the middle of the run, so that more of them gain nothing.
     """
     if monitor not in run or monitor not in baseline:
         return []

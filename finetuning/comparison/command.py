@@ -87,7 +87,11 @@ def study_runs(options: argparse.Namespace) -> StudyRuns:
         UserError: the study or the folder of its data cannot be read.
     """
     if options.data_dir is not None and not (os.access(options.data_dir, os.R_OK) and options.data_dir.is_dir()):
-        kind = "a file: give the folder with it, named train" if options.data_dir.is_file() else "no such folder"
+        kind = (
+            "a file: must be a folder with train, or with the data folders that the study names"
+            if options.data_dir.is_file()
+            else "no such folder"
+        )
         raise UserError(f"--data_dir {options.data_dir}: {kind}")
     study = read_plan(options.study)
     results = getattr(options, "results", None)  # count has no such flag

@@ -204,11 +204,10 @@ class Answer:
     @property
     def sentence(self) -> str:
         """The answer as text."""
-        others = replace(self, equal=tuple(name for name in self.equal if name not in self.tied))
-        certainty = others.certainty() if others.equal or others.worse else "they score alike"
+        certainty = self.certainty()
         best = f"Best of the {1 + len(self.equal) + len(self.worse)} compared rows" if self.uncompared else "Best"
-        rows = ", ".join((self.best, *self.tied))
-        return f"{best}: {rows} ({100 * self.accuracy:.2f} %). {certainty[0].upper()}{certainty[1:]}."
+        same = f"; the same: {', '.join(self.tied)}" if self.tied else ""
+        return f"{best}: {self.best} ({100 * self.accuracy:.2f} %{same}). {certainty[0].upper()}{certainty[1:]}."
 
 
 def answers(study: Study, comparisons: Sequence[Comparison]) -> list[Answer]:

@@ -87,7 +87,7 @@ def _small_class(labels: np.ndarray, names: list[str], count: int) -> list[str]:
     classes, texts = np.unique(labels, return_counts=True)
     name, smallest = names[classes[texts.argmin()]], texts.min()
     if smallest < 2:
-        advice = doubt_about(names, len(labels)) or "add texts of it, or leave it out"
+        advice = doubt_about([names[i] for i in classes], len(labels)) or "add texts of it, or leave it out"
         raise UserError(
             f"--kfold {count}: class {name!r} has 1 different training text: must be at least 2, or the fold that"
             f" validates on it trains without the class: {advice}"

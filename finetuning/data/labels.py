@@ -20,6 +20,7 @@ from finetuning.settings import DataSettings
 SEPARATORS = (";", "|", ",")
 SHARED = 0.8  # of the parts of labels: if so many are parts of other labels as well, the labels look like lists
 EXACT = 2**53  # a table holds larger whole numbers only nearly
+FEWEST_IDS = 20  # different labels: fewer are classes, however few texts there are
 MEASUREMENTS = 20  # different numbers with a fraction: so many are hardly names of classes
 STRATIFIED = "splits and limits are stratified by each text's rarest label"
 
@@ -35,15 +36,27 @@ def as_number(text: str) -> int | float | None:
 
 
 def doubt_about(names: Sequence[str], texts: int) -> str:
-    """What to do if labels look like lists of labels, as ``a;b`` next to ``a`` and ``b``, measurements, or ids.
+    """What to do if labels look like lists of labels, measurements, or ids.
 
     Args:
-        names: the labels.
+        names: the labels that occur.
         texts: how many texts have them.
 
     Returns:
         A clause, empty if they look like none of these.
     """
+    if hint := separator_hint(names):
+        return hint
+    fractions = [name for name in names if isinstance(as_number(name), float) and not float(name).is_integer()]
+    if len(fractions) >= MEASUREMENTS:
+        return f"numbers such as {fractions[0]} would each be a class: make classes of them, for example low and high"
+    if len(names) > max(texts / 2, FEWEST_IDS):
+        return f"{texts} texts have {len(names)} different labels: if these are no classes, give another --label_column"
+    return ""
+
+
+def separator_hint(names: Sequence[str]) -> str:
+    """What to do if labels look like lists of labels, as ``a;b`` next to ``a`` and ``b``; empty if they do not."""
     for separator in SEPARATORS:
         parts = {name: {part.strip() for part in name.split(separator)} for name in names}
         counts = Counter(part for own in parts.values() for part in own)
@@ -51,11 +64,6 @@ def doubt_about(names: Sequence[str], texts: int) -> str:
         shared = [counts[part] > 1 for name in lists for part in parts[name]]
         if len(lists) > 1 and sum(shared) >= SHARED * len(shared):
             return f"labels such as {lists[0]!r} look like lists: if they are, give --label_separator {separator!r}"
-    fractions = [name for name in names if isinstance(as_number(name), float) and not float(name).is_integer()]
-    if len(fractions) >= MEASUREMENTS:
-        return f"numbers such as {fractions[0]} would each be a class: make classes of them, for example low and high"
-    if len(names) > texts / 2:
-        return f"{texts} texts have {len(names)} different labels: if these are no classes, give another --label_column"
     return ""
 
 
@@ -78,9 +86,10 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     if data.label_separator is not None and lists.map(len).max() < 2:
         held = [name for row in lists for name in row]
         others = [(mark, name) for mark in SEPARATORS for name in held if mark in name]
-        way = f"labels such as {others[0][1]!r} have {others[0][0]!r}" if others else "leave it out"
+        way = f"labels such as {others[0][1]!r} need --label_separator {others[0][0]!r}" if others else "leave it out"
         raise UserError(
-            f"--label_separator {data.label_separator!r}: never occurs in column {data.label_column}: {way}"
+            f"--label_separator {data.label_separator!r}: never separates two labels in column {data.label_column}:"
+            f" {way}"
         )
     values = [value for row in lists for value in row]
     if _are_zeros_and_ones(lists):

@@ -53,7 +53,9 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     if "labels" in splits["train"]:
         notes += [STRATIFIED, *unseen_labels(splits | {"train": kept["train"]}, names)]
     else:
-        notes += [f"warning: {hint}"] if (hint := doubt_about(names, sum(map(len, source.tables.values())))) else []
+        found = np.concatenate([table.label.to_numpy() for table in source.tables.values()])
+        hint = doubt_about([names[i] for i in np.unique(found)], len(found))
+        notes += [f"warning: {hint}"] if hint else []
         notes += [] if data.limit_train is None else lost_classes(splits["train"], kept["train"], names)
     texts = TextData(
         source=how,

@@ -33,7 +33,8 @@ def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source
     labels = _comparable(labels)
     words = labels.map(lambda label: isinstance(label, str))
     if source.label_names is None and not pd.api.types.is_numeric_dtype(labels) and not words.all():
-        odd = labels[words != words.iloc[0]].tolist()[0] if words.any() else labels.tolist()[0]
+        kinds = labels.map(lambda label: type(label).__name__)
+        odd = labels[kinds == kinds.value_counts().idxmin()].tolist()[0]
         raise UserError(
             f"--label_column {data.label_column}: labels must be all numbers or all strings, but one is {odd!r}"
         )
@@ -112,9 +113,10 @@ def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], data: D
     if counts.min() < len(shares) and "labels" not in table:
         texts = "1 text" if counts.min() == 1 else f"{counts.min()} texts"
         usual = "add texts of it, leave it out, or give a validation and a test split of your own"
+        doubt = doubt_about([names[i] for i in counts.index], len(table))
         raise UserError(
             f"--label_column {data.label_column}: class {names[counts.idxmin()]!r} has {texts}: must be at least"
-            f" {len(shares)} for a stratified split: {doubt_about(names, len(table)) or usual}"
+            f" {len(shares)} for a stratified split: {doubt or usual}"
         )
     sizes = _sizes(len(table), shares)
     if 0 in sizes:
@@ -156,9 +158,10 @@ def contradictions(train: pd.DataFrame) -> list[str]:
     share = (train.groupby(_content(train)).label.transform("nunique") > 1).mean()
     if share < MANY_CONTRADICTIONS:
         return []
+    way = "" if "pair" in train else ": --text_pair_column gives the second text, --text_column A,B joins two columns"
     return [
-        f"warning: {share:.0%} of the training texts occur again with another label: if the label also depends on"
-        " another column, give it with --text_pair_column, or both in --text_column A,B"
+        f"warning: {share:.0%} of the training texts have different labels elsewhere in train, so people disagree, or"
+        f" the label depends on another column{way}"
     ]
 
 
@@ -178,13 +181,14 @@ def without_leaks(splits: dict[str, pd.DataFrame], names: list[str]) -> tuple[di
         )
     if "labels" in held_out:  # multi-label: unseen_labels warns
         return kept, dropped
-    missing = sorted(set(held_out.label) - set(train.label))
+    missing, everything = sorted(set(held_out.label) - set(train.label)), {*held_out.label, *train.label}
     if missing:
+        doubt = doubt_about([names[i] for i in sorted(everything)], len(train) + len(held_out))
         removed = f" (after {dropped} texts that also appear in validation or test were removed from train)"
         raise UserError(
             f"--data_dir: label {names[missing[0]]!r} appears in validation or test but not in train"
             + (removed if dropped else "")
-            + f": {doubt_about(names, len(train) + len(held_out)) or 'add training texts of it, or leave it out'}"
+            + f": {doubt or 'add training texts of it, or leave it out'}"
         )
     return kept, dropped
 

@@ -16,7 +16,7 @@ from finetuning.data.files import (
     readable,
     shown_columns,
 )  # fmt: skip
-from finetuning.data.labels import doubt_about
+from finetuning.data.labels import separator_hint
 from finetuning.datasets import SPLITS
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
@@ -40,7 +40,8 @@ def split_files(folder: Path) -> dict[str, Path]:
             found[name.lower()].append(path)
     if not found["train"]:
         wanted = f"train with one of the endings {allowed_endings()} (or, for imdb, an aclImdb folder)"
-        tables = [path.name for path in sorted(folder.iterdir()) if name_and_format(path)[1] is not None]
+        named = ((path, *name_and_format(path)) for path in sorted(folder.iterdir()) if path.is_file())
+        tables = [path.name for path, name, kind in named if kind is not None and name.lower() not in SPLITS]
         single = f", or give the file itself, --data_dir {folder / tables[0]}" if len(tables) == 1 else ""
         raise UserError(f"--data_dir {folder}: must contain {wanted}{single}")
     for split, paths in found.items():
@@ -94,7 +95,10 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
             empty, "text", flags[name], path, "it holds lists or objects: write the text itself" if nested else ""
         )
     empty = label.isna() | ((label.astype(str).str.strip() == "") & (data.label_separator is None))
-    hint = doubt_about(sorted(set(label[~empty].astype(str))), len(table)) if empty.any() else ""
+    lists = label.map(lambda value: isinstance(value, list | np.ndarray)).any()
+    hint = "write [] for a text without a label, or remove such rows" if lists else ""
+    if empty.any() and not lists:
+        hint = separator_hint(sorted(set(label[~empty].astype(str))))
     _refuse_rows(empty.to_numpy(bool), "label", f"--label_column {data.label_column}", path, hint)
     return pd.DataFrame({name: text.astype(str).array for name, text in texts.items()} | {"label": label.array})
 

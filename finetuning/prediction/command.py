@@ -206,7 +206,7 @@ def label(arguments: argparse.Namespace) -> None:
     for counter in counters:
         say(str(counter), sys.stderr)
     if score is not None and trained_on(arguments.file, trained.config.data.data_dir):
-        told = "the run was trained on texts of this file, so these scores are too high: result.json has honest ones"
+        told = "--data_dir of the run names this file: scores on texts that trained the run are too high"
         say(f"warning: {told}", sys.stderr)
     if surveyed.bad:
         fate = "got an empty label" if arguments.most_uncertain is None else "were left out"

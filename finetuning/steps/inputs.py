@@ -61,7 +61,7 @@ class Inputs:
         kernels = kernels_used(classifier, self.config.hardware, self.hardware)
         data = self.config.data
         cut = float((self.splits["train"].lengths >= data.longest).mean())
-        shown = f"{cut:.1%} of the training texts reach {data.longest:,} tokens, and are cut" if cut else ""
+        shown = f"{cut:.1%} of the training texts reach {data.longest:,} tokens, and longer ones are cut" if cut else ""
         return headline(
             model, data_record(self.texts, self.splits), training, self.batches.steps_per_epoch, processes, kernels,
             self.advice, shown,

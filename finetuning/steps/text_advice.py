@@ -8,6 +8,7 @@ import numpy as np
 from finetuning.config import RunConfig
 from finetuning.models.base_model import BaseModel
 from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
+from finetuning.training.budget import LEAST_EPOCHS
 from finetuning.training.tasks import Task
 
 FEW_OF_A_CLASS = 5  # validation texts: one more right is a fifth of the class or more
@@ -16,7 +17,6 @@ ENOUGH_VALIDATION_TEXTS = 1000  # an accuracy of them has a 95 % interval of 1 t
 TRAINED_IN_THE_TIME = 3  # validation of so many texts takes as long as training one: there is no backward
 MOSTLY_CUT = 0.5  # of the training texts: if so many are cut, what decides may often be lost
 MANY_STEPS = 2  # times those that the rule for epochs expects, which knows numbers of texts and no lengths
-LEAST_EPOCHS = 5  # of that rule
 FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
@@ -93,7 +93,7 @@ def pooling_advice(texts: int, method: str, lora: LoRASettings | None) -> list[s
 
 
 def cut_advice(lengths: np.ndarray, data: DataSettings, longest: float) -> list[str]:
-    """What to try if most training texts are cut; empty if fewer are.
+    """What to try if most training texts are as long as a text can be, so that probably most are cut; else empty.
 
     Args:
         lengths: (n,) tokens of each training text that are read.
@@ -106,13 +106,13 @@ def cut_advice(lengths: np.ndarray, data: DataSettings, longest: float) -> list[
     longer = [f"--max_length {int(min(longest, 2 * data.max_length))}"] if data.max_length < longest else []
     ways = " or ".join([*longer, f"--windows {max(4, 2 * data.windows)}"])
     return [
-        f"{cut:.0%} of the training texts are cut at {data.longest:,} tokens, so what decides may be lost: {ways} reads"
-        " more of them"
+        f"{cut:.0%} of the training texts reach {data.longest:,} tokens, and longer ones are cut: if the label depends"
+        f" on what is lost, give {ways}"
     ]
 
 
 def step_advice(training: TrainingSettings, texts: int, steps_per_epoch: int, processes: int) -> list[str]:
-    """What to try if long texts make so small batches that automatic epochs have far more steps than the rule expects.
+    """What to try if small batches give automatic epochs far more steps than the rule aims at; else empty.
 
     Args:
         training: ``batch_size``, ``accumulate`` and ``epochs``.
@@ -121,10 +121,10 @@ def step_advice(training: TrainingSettings, texts: int, steps_per_epoch: int, pr
         processes: that share a step.
     """
     expected = math.ceil(texts / (training.batch_size * training.accumulate * processes))
-    epochs = max(min(LEAST_EPOCHS, training.epochs), math.ceil(training.epochs * expected / steps_per_epoch))
-    if steps_per_epoch <= MANY_STEPS * expected or epochs == training.epochs:
+    epochs = max(LEAST_EPOCHS, math.ceil(training.epochs * expected / steps_per_epoch))
+    if steps_per_epoch <= MANY_STEPS * expected or epochs >= training.epochs:
         return []
     return [
-        f"--epochs follows from the number of texts, but these are long and few fit into a batch: --epochs {epochs}"
-        f" makes about as many steps as short texts would get, instead of {training.epochs * steps_per_epoch:,}"
+        f"few of these texts fit into --batch_tokens {training.batch_tokens}, so {training.epochs} epochs make"
+        f" {training.epochs * steps_per_epoch:,} steps: --epochs {epochs} makes {epochs * steps_per_epoch:,}"
     ]

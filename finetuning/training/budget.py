@@ -21,7 +21,7 @@ STEPS = 300
 STEPS_A_CLASS = 10
 STEPS_A_LABEL = 50  # multi-label data: rare labels are learned last
 FEW, MANY = 1_000, 10_000  # training texts
-MOST_EPOCHS = 50
+LEAST_EPOCHS, MOST_EPOCHS = 5, 50
 PATIENCE = 0  # the learning rate falls to 0 in the last epoch, so stopping earlier costs accuracy
 
 
@@ -36,7 +36,7 @@ def training_budget(settings: TrainingSettings, labels: np.ndarray, classes: int
     """
     texts = len(labels)
     steps = max(STEPS, (STEPS_A_CLASS if labels.ndim == 1 else STEPS_A_LABEL) * classes)
-    least = 5 if texts < MANY else 2
+    least = LEAST_EPOCHS if texts < MANY else 2
 
     def epochs(batch_size: int) -> int:
         steps_per_epoch = math.ceil(texts / (batch_size * settings.accumulate * processes))

@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -254,8 +254,10 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(number).name
-        told = f"\n{name}: stopping as soon as there is a checkpoint; press Ctrl-C again to stop at once"
-        rank_zero_only(say)(told, sys.stderr)  # a fold's standard output is not shown
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            told = f"\n{name}: stopping as soon as there is a checkpoint; press Ctrl-C again to stop at once"
+            with suppress(OSError):  # not by say, which shows nothing of a fold
+                print(told, file=sys.stderr, flush=True)
 
     def listening(self) -> AbstractContextManager[None]:
         """Handles the signals inside the context."""

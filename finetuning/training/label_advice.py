@@ -41,11 +41,12 @@ def spelling_advice(names: Sequence[str]) -> list[str]:
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault("".join(name.split()).casefold(), []).append(name)
-    twice = next((found for found in alike.values() if len(found) > 1), None)
-    if twice is None:
+    twice = [" and ".join(map(repr, found)) for found in alike.values() if len(found) > 1]
+    if not twice:
         return []
-    spelled = " and ".join(map(repr, twice))
-    return [f"the labels {spelled} differ only in capitals or spaces, and count as {len(twice)}: write them alike"]
+    return [
+        f"labels that differ only in capitals or spaces are different classes: {'; '.join(twice)}: spell them alike"
+    ]
 
 
 def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings, texts: int) -> list[str]:

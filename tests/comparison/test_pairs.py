@@ -38,7 +38,7 @@ def test_every_pair_with_the_test_that_fits_the_table(tmp_path: Path) -> None:
     assert [c.corrected_p for c in comparisons] == holm([c.difference.p for c in comparisons])
     assert [c.verdict for c in comparisons] == ["no significant difference", "a is better", "b is better"]
     (answer,) = answers(study, comparisons)
-    assert answer.sentence == "Best: a, b (90.00 %). Significantly better than c."
+    assert answer.sentence == "Best: a (90.00 %; the same: b). No significant difference: b."
     assert (answer.equal, answer.worse) == (("b",), ("c",))
 
     # Once seeds are known to differ, single runs differ by that much, too.
@@ -121,7 +121,7 @@ def test_rows_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         "Not compared, because each seed has its own test split: mixed.",
     ]
     (answer,) = answers(study, comparisons)
-    assert answer.sentence.startswith("Best of the 2 compared rows: a, b (90.00 %).")
+    assert answer.sentence.startswith("Best of the 2 compared rows: a (90.00 %; the same: b).")
 
 
 def write_labels(folder: Path, results: Path, row: str, truth: np.ndarray, given: np.ndarray) -> None:

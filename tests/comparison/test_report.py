@@ -128,7 +128,7 @@ def test_what_the_report_says(results: Path) -> None:
     assert "| lora | 90.50 ± 0.71 | 2 |" in rows
     assert "finetune_lora" not in rows
     assert "| broken | failed |" in readme
-    assert "Best: lora (90.50 %). No significant difference: qlora." in readme  # a tie
+    assert "Best: lora (90.50 %; the same: qlora). No significant difference: qlora." in readme  # a tie
     assert readme.startswith("top\n")
     assert readme.endswith("end\n")
     assert "old" not in readme

@@ -137,7 +137,7 @@ def test_what_a_refused_split_says_of_such_labels(tmp_path: Path) -> None:
         ([[], []], None, "--label_column label: must have at least two different labels, but has none"),
         ([[0, 1, 0], [0, 0, 1]], None, "--label_column label: each list has a 0 or 1 for each of 3 labels, but must"),
         ([[1.0, 0.0], [1.0, 1.0]], None, "--label_column label: each list has a 0 or 1 for each of 2 labels, but must"),
-        (["a", "b"], ",", "--label_separator ',': never occurs in column label"),
+        (["a", "b"], ",", "--label_separator ',': never separates two labels in column label: leave"),
         ([["a"], ["b"]], ",", "--label_separator ',': column label has lists, so leave it out"),
         ([1, 2], ",", "--label_separator ',': column label has numbers, and only text has a separator"),
         (["a", ""], None, "--label_column label: .* has no label in row 1 "),
@@ -166,10 +166,13 @@ def test_texts_without_a_label_next_to_lists_are_not_to_be_removed(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("labels", "separator", "way"),
-    [(["a;b", "a", "b"], ",", "labels such as 'a;b' have ';'"), (["a", "b", "a"], ";", "leave it out")],
+    [
+        (["a;b", "a", "b"], ",", "labels such as 'a;b' need --label_separator ';'"),
+        (["a", "b", "a"], ";", "leave it out"),
+    ],
 )
 def test_a_separator_that_never_occurs(tmp_path: Path, labels: list[str], separator: str, way: str) -> None:
     content = "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels * 10))
     write_texts(tmp_path, content)
-    with pytest.raises(UserError, match=f"never occurs in column label: {way}$"):
+    with pytest.raises(UserError, match=f"never separates two labels in column label: {way}$"):
         texts_of(text_config(tmp_path, label_separator=separator))

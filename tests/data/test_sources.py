@@ -236,7 +236,7 @@ def rows_of(*lines: str) -> str:
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y"}', "no label in row 1"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y \\ud83d", "label": 1}', "cannot be read"),
         ("train.jsonl", '{"text": {"body": "x"}, "label": 0}', "no text in row 0 .*: it holds lists or objects: write"),
-        ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y", "label": "a"}', "all strings, but one is 'a'"),
+        ("train.jsonl", '{"text": "x", "label": "a"}' + '\n{"text": "y", "label": 1}' * 2, "strings, but one is 'a'"),
         (
             "train.jsonl",
             '{"text": "x", "label": {"a": 0}}\n{"text": "y", "label": {"a": 1}}',

@@ -238,7 +238,9 @@ def test_an_interrupted_run_continues_to_the_same_weights(
             interrupting(patch, folder, hook, step, how)
             assert main(command) == 130
         assert read_result(output)["status"] == "interrupted"
-        assert f"interrupted; continue with: python {sys.argv[0]}" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"interrupted; continue with: python {sys.argv[0]}" in said
+        assert ("SIGTERM: stopping as soon as there is a checkpoint" in said) == (how is stop), "also in a fold"
         first = (output / "folds" / "1" / "result.json").stat()
     assert main([*flags, "--resume"]) == 0
     assert (output / "folds" / "1" / "result.json").stat() == first

@@ -114,24 +114,28 @@ def test_with_few_texts_the_mean_was_better_on_four_of_five_data_sets() -> None:
 def test_texts_that_are_mostly_cut_bring_advice() -> None:
     half = np.repeat([20, 64], [100, 100])
     (said,) = cut_advice(half, config_of_flags("--max_length 64").data, 512)
-    assert said.startswith(
-        "50% of the training texts are cut at 64 tokens, so what decides may be lost: --max_length 128"
-    )
-    assert said.endswith(" or --windows 4 reads more of them")
+    assert said.startswith("50% of the training texts reach 64 tokens, and longer ones are cut: if the label")
+    assert said.endswith(" give --max_length 128 or --windows 4")
     assert cut_advice(half[1:-1], config_of_flags("--max_length 64").data, 512)
     assert not cut_advice(half[:-1], config_of_flags("--max_length 64").data, 512)
     assert not cut_advice(half, config_of_flags("--max_length 128").data, float("inf"))
     (said,) = cut_advice(8 * half, config_of_flags("--max_length 64 --windows 8 --window_overlap 8").data, 64)
-    assert said.endswith("cut at 512 tokens, so what decides may be lost: --windows 16 reads more of them")
+    assert said.endswith(" is lost, give --windows 16")
 
 
 @pytest.mark.parametrize(
     ("flags", "texts", "steps_per_epoch", "advised"),
     [
-        ("--epochs 50 --batch_size 16", 96, 32, "--epochs 10 makes .* instead of 1,600$"),  # 6 steps by the texts
+        (
+            "--epochs 50 --batch_size 16",
+            96,
+            32,
+            "so 50 epochs make 1,600 steps: --epochs 10 makes 320$",
+        ),  # 6 an epoch by the texts
         ("--epochs 50 --batch_size 16", 96, 12, ""),
-        ("--epochs 7 --batch_size 16", 96, 60, "--epochs 5 "),
+        ("--epochs 7 --batch_size 16", 96, 60, "7 epochs make 420 steps: --epochs 5 makes 300$"),
         ("--epochs 5 --batch_size 32", 2000, 300, ""),  # fewer are never advised
+        ("--epochs 2 --batch_size 64", 20000, 3000, ""),
         ("--epochs 50 --batch_size 16 --accumulate 2", 96, 16, "--epochs 10 "),
     ],
 )
