@@ -66,14 +66,14 @@ def nearest(points: Mapping[str, Sequence[float]], count: int) -> Chooser:
     return choose
 
 
-def choosers(grid: Grid) -> dict[str, Chooser]:
-    """Every way to choose, by its name in the table."""
+def choosers(grid: Grid, methods: Sequence[str]) -> dict[str, Chooser]:
+    """Every way to choose one of these methods, by its name in the table."""
     points = {name: [math.log(each) for each in size_of(grid, name)] for name in grid.runs}
     trials = {
         name: {method: max(run.monitored or 0.0 for run in runs) for method, runs in found.items()}
         for name, found in grid.trials.items()
     }
-    found = {f"always {method}": always(method) for method in grid.methods}
+    found = {f"always {method}": always(method) for method in methods}
     found["best on the other sets"] = lambda _name, others: best_of(list(others), others)
     for count in NEIGHBOURS:
         found["nearest set" if count == 1 else f"{count} nearest sets"] = nearest(points, count)
@@ -111,13 +111,16 @@ def default_scores(grid: Grid, defaults: Grid) -> dict[str, dict[str, float]]:
 
 
 def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each way to choose, and for each default, on the sets that all methods have."""
-    methods = grid.methods
+    """A row for each way to choose, and for each default, on the sets that all methods have.
+
+    A method with runs on fewer than half of the sets is left out, because few sets would be left.
+    """
+    methods = [method for method in grid.methods if 2 * len(grid.shared([method])) >= len(grid.runs)]
     sets = grid.shared(methods)
     if len(sets) <= LEAST_SETS:
         raise UserError(f"{STUDY}: {len(sets)} data sets have runs of all methods: must be over {LEAST_SETS}")
     scores = {name: {method: fmean(grid.accuracies(name, method)) for method in methods} for name in sets}
-    found = {chosen: regrets(scores, choose) for chosen, choose in choosers(grid).items()}
+    found = {chosen: regrets(scores, choose) for chosen, choose in choosers(grid, methods).items()}
     for shown, own in defaults.items():
         if own.keys() >= set(sets):
             found[shown] = [max(scores[name].values()) - own[name] for name in sets]

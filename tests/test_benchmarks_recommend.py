@@ -47,6 +47,15 @@ def test_each_set_is_chosen_for_without_its_own_test_scores(tmp_path: Path) -> N
     assert rows["validation, after all trials of all methods"][1] == "2.00", "it takes b for few1"
 
 
+def test_a_method_on_few_sets_is_left_out(tmp_path: Path) -> None:
+    classes, scores = SETS["few1"]
+    found = grid(tmp_path, SETS | {"few1": (classes, {**scores, "c": (950, 0.9)})})
+    assert found is not None
+    rows = {row[0]: row[1:] for row in recommend.table(found, {}).rows}
+    assert "always c" not in rows
+    assert rows["always a"][1:] == ("6.00", "2 of 4")
+
+
 def test_too_few_sets_are_one_line(tmp_path: Path) -> None:
     found = grid(tmp_path, {name: SETS[name] for name in ("few1", "few2", "many1")})
     assert found is not None
