@@ -135,7 +135,7 @@ def test_bad_input_is_refused_before_anything_runs(project: Path, capsys: pytest
     for words, line in (
         (["run", "tiny.toml"], "error: row run: --dataset text: needs --data_dir PATH"),
         (["run", "tiny.toml", "--data_dir", "nowhere"], "error: --data_dir nowhere: no such folder"),
-        (["run", "tiny.toml", "--data_dir", "tiny.toml"], "error: --data_dir tiny.toml: a file: must be a folder with train"),
+        (["run", "tiny.toml", "--data_dir", "tiny.toml"], "error: --data_dir tiny.toml: a file: must be a folder"),
         (["run", "tiny.toml", "--data_dir", ".", "--index", "2"], "error: --index 2: must be from 0 to 1"),
         (
             ["run", "tiny.toml", "--data_dir", ".", "--stage", "tune", "--index", "0"],
