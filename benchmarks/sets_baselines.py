@@ -194,9 +194,8 @@ def few_texts_table(result: Record, runs: Grid) -> str:
         rows += [(name, str(sets[name]), str(texts), *map(score_cell, own)) for name, own in scores.items()]
         if len(sets) > 1 and all(all(own) for own in scores.values()):
             fewest = fewest or set(scores)
-            for named in dict.fromkeys(
-                (frozenset(fewest & set(scores)), frozenset(scores))
-            ):  # once, if they are the same
+            groups = (frozenset(fewest & set(scores)), frozenset(scores))
+            for named in dict.fromkeys(groups):  # once, if they are the same
                 cells = zip(*(scores[name] for name in named), strict=True)
                 means = (fmean(map(fmean, column)) for column in cells)
                 rows.append((f"mean of {len(named)} sets", "", str(texts), *(f"{mean:.2f}" for mean in means)))

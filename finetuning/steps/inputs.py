@@ -24,7 +24,7 @@ from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
 from finetuning.settings import TrainingSettings
 from finetuning.steps.text_advice import advice_on_texts, cut_advice, step_advice
-from finetuning.training.budget import training_budget
+from finetuning.training.budget import LEAST_EPOCHS, training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.label_advice import imbalance_advice, spelling_advice
 from finetuning.training.tasks import Task, make_task
@@ -59,13 +59,17 @@ class Inputs:
         model = f"{self.base.name}, {self.config.name}, {self.hardware.described}"
         training, processes = self.config.training, self.config.hardware.processes
         kernels = kernels_used(classifier, self.config.hardware, self.hardware)
-        data = self.config.data
-        cut = float((self.splits["train"].lengths >= data.longest).mean())
-        shown = f"{cut:.1%} of the training texts reach {data.longest:,} tokens, and longer ones are cut" if cut else ""
+        share, longest = self.share_at_limit, self.config.data.longest
+        shown = f"{share:.1%} of the training texts reach {longest:,} tokens, and longer ones are cut" if share else ""
         return headline(
             model, data_record(self.texts, self.splits), training, self.batches.steps_per_epoch, processes, kernels,
             self.advice, shown,
         )  # fmt: skip
+
+    @property
+    def share_at_limit(self) -> float:
+        """The share of the training texts that are as long as a text can be, so that most of them are probably cut."""
+        return float((self.splits["train"].lengths >= self.config.data.longest).mean())
 
     @property
     def batches(self) -> TokenBatchLoader:
@@ -126,13 +130,13 @@ def length_advice(inputs: Inputs, automatic: bool) -> list[str]:
         inputs: of the run.
         automatic: whether the run has chosen its epochs.
     """
-    training, train = inputs.config.training, inputs.splits["train"]
+    training = inputs.config.training
     if not training.epochs:
         return []
-    advice = cut_advice(train.lengths, inputs.config.data, inputs.base.longest_input)
-    if automatic:
-        steps = inputs.batches.steps_per_epoch
-        advice += step_advice(training, len(train), steps, inputs.config.hardware.processes)
+    advice = cut_advice(inputs.share_at_limit, inputs.config.data, inputs.base.longest_input)
+    if automatic and training.epochs > LEAST_EPOCHS:  # else no fewer are advised; of many texts batches take time
+        steps, texts = inputs.batches.steps_per_epoch, len(inputs.splits["train"])
+        advice += step_advice(training, texts, steps, inputs.config.hardware.processes)
     return advice
 
 

@@ -92,22 +92,21 @@ def pooling_advice(texts: int, method: str, lora: LoRASettings | None) -> list[s
     return []
 
 
-def cut_advice(lengths: np.ndarray, data: DataSettings, longest: float) -> list[str]:
+def cut_advice(share: float, data: DataSettings, longest: float) -> list[str]:
     """What to try if most training texts are as long as a text can be, so that probably most are cut; else empty.
 
     Args:
-        lengths: (n,) tokens of each training text that are read.
+        share: of the training texts that are so long.
         data: ``max_length`` and ``windows``.
         longest: positions of the model.
     """
-    cut = float((lengths >= data.longest).mean())
-    if cut < MOSTLY_CUT:
+    if share < MOSTLY_CUT:
         return []
     longer = [f"--max_length {int(min(longest, 2 * data.max_length))}"] if data.max_length < longest else []
     ways = " or ".join([*longer, f"--windows {max(4, 2 * data.windows)}"])
     return [
-        f"{cut:.0%} of the training texts reach {data.longest:,} tokens, and longer ones are cut: if the label depends"
-        f" on what is lost, give {ways}"
+        f"{share:.0%} of the training texts reach {data.longest:,} tokens, and longer ones are cut: if the label"
+        f" depends on what is lost, give {ways}"
     ]
 
 

@@ -9,6 +9,8 @@ import pytest
 from compare_methods import RESULTS
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of
+from finetuning.materials import find_materials
+from finetuning.steps.inputs import read_inputs
 from finetuning.steps.text_advice import (
     FEW_FOR_MEAN,
     FEW_OF_A_CLASS,
@@ -112,15 +114,25 @@ def test_with_few_texts_the_mean_was_better_on_four_of_five_data_sets() -> None:
 
 
 def test_texts_that_are_mostly_cut_bring_advice() -> None:
-    half = np.repeat([20, 64], [100, 100])
-    (said,) = cut_advice(half, config_of_flags("--max_length 64").data, 512)
+    (said,) = cut_advice(0.5, config_of_flags("--max_length 64").data, 512)
     assert said.startswith("50% of the training texts reach 64 tokens, and longer ones are cut: if the label")
     assert said.endswith(" give --max_length 128 or --windows 4")
-    assert cut_advice(half[1:-1], config_of_flags("--max_length 64").data, 512)
-    assert not cut_advice(half[:-1], config_of_flags("--max_length 64").data, 512)
-    assert not cut_advice(half, config_of_flags("--max_length 128").data, float("inf"))
-    (said,) = cut_advice(8 * half, config_of_flags("--max_length 64 --windows 8 --window_overlap 8").data, 64)
+    assert not cut_advice(0.49, config_of_flags("--max_length 64").data, 512)
+    (said,) = cut_advice(1.0, config_of_flags("--max_length 128").data, float("inf"))
+    assert said.endswith(" give --max_length 256 or --windows 4")
+    (said,) = cut_advice(0.5, config_of_flags("--max_length 64 --windows 8 --window_overlap 8").data, 64)
     assert said.endswith(" is lost, give --windows 16")
+
+
+@pytest.mark.parametrize(("length", "share"), [(8, 1.0), (64, 0.0)])
+def test_a_run_knows_the_share_of_texts_at_the_limit(
+    bases: dict[str, Path], review_folder: Path, length: int, share: float
+) -> None:
+    flags = f"--accelerator cpu --model_name {bases['bert']} --dataset text --data_dir {review_folder}"
+    config = config_of_flags(f"{flags} --max_length {length}")
+    inputs = read_inputs(config, find_materials(config))
+    assert inputs.share_at_limit == share
+    assert any("and longer ones are cut" in sentence for sentence in inputs.advice) == (share > 0)
 
 
 @pytest.mark.parametrize(
