@@ -552,6 +552,12 @@ def test_several_labels_are_predicted_as_in_the_run(
     assert list(answer["label"]) == ["bad", "good"]
     assert {answer["label_1"], answer["label_2"]} == {"bad", "good"}
     assert answer["probability_1"] >= answer["probability_2"] > threshold
+    assert main([str(run), "--file", str(tmp_path / "test.csv"), "--label_column", "label"]) == 0
+    score, test = capsys.readouterr().err, result["test"]
+    assert f"exact match {test['exact_match']:.2%}, 95 % interval " in score
+    assert f"; micro F1 {test['micro_f1']:.2%}; macro F1 {test['macro_f1']:.2%}; 40 labelled and answered" in score
+    wrong = "--label_separator ',': goes with --label_column"
+    assert wrong in refusal(capsys, run, "--text", "a", "--label_separator", ",")
 
 
 @pytest.fixture(scope="module")

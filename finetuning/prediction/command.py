@@ -50,6 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--label_column", help="Column of the table with the true labels: then the command says how many it finds."
     )
     parser.add_argument(
+        "--label_separator",
+        help="Multi-label run: what separates the labels in the label column. (default: as in training)",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
@@ -137,6 +141,10 @@ def check_flags(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"--{flag} {column}: needs --file with a table, for example .csv, because text has no columns"
             )
+    if arguments.label_separator is not None and arguments.label_column is None:
+        raise UserError(f"--label_separator {arguments.label_separator!r}: goes with --label_column")
+    if arguments.label_separator == "":
+        raise UserError("--label_separator: must not be empty")
     for flag in ("top_k", "most_uncertain"):
         count = getattr(arguments, flag)
         if count is not None and count < 1:
@@ -173,9 +181,10 @@ def label(arguments: argparse.Namespace) -> None:
     counters: list[Coverage | Score] = []
     if answers.confidence is not None and arguments.most_uncertain is None:
         counters.append(Coverage(answers.confidence.least, answers.confidence.reached))
-    score = None
-    if arguments.label_column is not None:
-        score = Score(trained, arguments.label_column, label_codes(arguments.file, arguments.label_column, trained))
+    score, column = None, arguments.label_column
+    if column is not None:
+        separator = arguments.label_separator or trained.config.data.label_separator
+        score = Score(trained, column, label_codes(arguments.file, column, trained), separator)
     if score is not None:
         counters.append(score)
     output, skip = arguments.output, arguments.skip_bad_rows

@@ -17,7 +17,7 @@ from finetuning.errors import UserError
 from finetuning.prediction.rows import Answered, Source
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
-from finetuning.runs.scores import macro_f1
+from finetuning.runs.scores import f1, macro_f1
 
 
 def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
@@ -48,22 +48,28 @@ def trained_on(file: Path, folder: Path | None) -> bool:
 
 
 class Score:
-    """Counts answers by true and given label, while they pass.
+    """Counts right answers, and answers and true labels by class, while they pass.
 
     Args:
         trained: what labels texts.
         column: of the input, with the true labels; a text without one is not counted.
+        codes: from ``label_codes``.
+        separator: multi-label: what separates the labels of a text; ``None``: they are lists.
 
     Raises:
-        UserError: the classifier gives several labels to a text.
+        UserError: there is a separator, but each text has one label.
     """
 
-    def __init__(self, trained: Trained, column: str, codes: Sequence[str] = ()) -> None:
-        if trained.multi_label:
-            raise UserError(f"--label_column {column}: needs a classifier that gives each text one label")
-        self.column, self._codes = column, codes
+    def __init__(self, trained: Trained, column: str, codes: Sequence[str] = (), separator: str | None = None) -> None:
+        if separator is not None and not trained.multi_label:
+            raise UserError(
+                f"--label_separator {separator!r}: {trained.directory} gives each text one label: leave it out"
+            )
+        self.column, self._codes, self._separator = column, codes, separator
+        self._multi_label = trained.multi_label
         self._places = {name: i for i, name in enumerate(trained.label_names)}
-        self._counts = np.zeros((len(self._places), len(self._places)), dtype=np.int64)  # true label, given label
+        self._right, self._given, self._truth = np.zeros((3, len(self._places)), dtype=np.int64)  # texts by class
+        self._texts = self._exact = 0
 
     def checking(self, source: Source) -> Source:
         """The same source. When it is read, its labels are checked.
@@ -75,7 +81,7 @@ class Score:
         def tables() -> Iterator[pd.DataFrame]:
             labelled = there = False
             for table in source.tables():
-                found = [label for label in self._true(table) if label is not None]
+                found = [label for labels in self._true(table) for label in labels or ()]
                 if unknown := [label for label in found if label not in self._places]:
                     raise UserError(
                         f"--label_column {self.column}: {unknown[0]!r} is none of the classifier's labels:"
@@ -91,44 +97,62 @@ class Score:
         return replace(source, tables=tables)
 
     def counted(self, answered: Iterable[Answered]) -> Iterator[Answered]:
-        """The same rows and values; the first column of the values is the label."""
+        """The same rows and values; the first column of the values is the label, or the list of labels."""
         for rows, values in answered:
-            for true, given in zip(self._true(rows.table), values[0], strict=True):
-                if true is not None and given is not None:
-                    self._counts[self._places[true], self._places[given]] += 1
+            for true, answer in zip(self._true(rows.table), values[0], strict=True):
+                if true is not None and answer is not None:
+                    self._count(true, set(answer) if self._multi_label else {answer})
             yield rows, values
 
+    def _count(self, true: set[str], given: set[str]) -> None:
+        self._texts += 1
+        self._exact += true == given
+        for counts, names in ((self._right, true & given), (self._given, given), (self._truth, true)):
+            counts[[self._places[name] for name in names]] += 1
+
     def __str__(self) -> str:
-        texts = int(self._counts.sum())
-        if not texts:
+        if not self._texts:
             return "no labelled text was answered"
-        right = np.diag(self._counts)
-        accuracy = right.sum() / texts
-        (score,) = macro_f1(right[None], self._counts.sum(0)[None], self._counts.sum(1)[None], multi_label=False)
-        low, high = accuracy_interval(accuracy, texts)
+        exact = self._exact / self._texts
+        low, high = accuracy_interval(exact, self._texts)
+        counts = self._right[None], self._given[None], self._truth[None]
+        (macro,) = macro_f1(*counts, multi_label=self._multi_label)
+        micro = f"; micro F1 {float(f1(*(part.sum() for part in counts))):.2%}" if self._multi_label else ""
         return (
-            f"accuracy {accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}; macro F1 {score:.2%};"
-            f" {texts:,} labelled and answered texts"
+            f"{'exact match' if self._multi_label else 'accuracy'} {exact:.2%}, 95 % interval {low:.2%} to {high:.2%}"
+            f"{micro}; macro F1 {macro:.2%}; {self._texts:,} labelled and answered texts"
         )
 
-    def _true(self, table: pd.DataFrame) -> list[str | None]:
+    def _true(self, table: pd.DataFrame) -> list[set[str] | None]:
+        """The labels of each text; ``None`` if they are not known."""
         if self.column not in table:  # of a chunk of objects: others may have it
             return [None] * len(table)
-        return [self._name(value) for value in table[self.column].tolist()]
+        return [self._labels(value) for value in table[self.column].tolist()]
 
-    def _name(self, value: object) -> str | None:
-        """A label as the classifier calls it: a column of whole numbers with gaps holds floats."""
+    def _labels(self, value: object) -> set[str] | None:
         if isinstance(value, np.ndarray):  # a list of a parquet file
             value = value.tolist()
         if value is None or value != value:
             return None
+        if not self._multi_label:
+            name = self._name(value)
+            return {name} if name else None
+        if isinstance(value, str) and self._separator is not None:
+            value = value.split(self._separator)
+        if not isinstance(value, list):
+            way = "give --label_separator, or write lists" if isinstance(value, str) else "write lists of labels"
+            raise UserError(f"--label_column {self.column}: {value!r} is no list, but the run is multi-label: {way}")
+        return {name for part in value if (name := self._name(part))}
+
+    def _name(self, value: object) -> str:
+        """A label as the classifier calls it: a column of whole numbers with gaps holds floats."""
         text = str(value).strip()
         number = as_number(text)
         code = self._codes[int(number)] if number is not None and number in range(len(self._codes)) else None
         if code is not None and not (isinstance(value, str) and text in self._places):
             return code
         if text in self._places or number is None:
-            return text or None
+            return text
         whole = isinstance(number, float) and number.is_integer()
         other = str(int(number) if whole else float(number))
         return other if other in self._places else text

@@ -89,6 +89,45 @@ def test_numbers_are_codes_where_the_data_set_or_the_file_names_its_classes(tmp_
     assert "accuracy 100.00%" in str(score)
 
 
-def test_a_multi_label_classifier_is_refused() -> None:
-    with pytest.raises(UserError, match="needs a classifier that gives each text one label"):
-        Score(replace(TRAINED, threshold=0.5), "y")
+@pytest.mark.parametrize("separator", [None, ";"])
+def test_lists_of_labels_are_scored_as_by_scikit_learn(separator: str | None) -> None:
+    multi, generator = replace(TRAINED, threshold=0.5), np.random.default_rng(0)
+    names = np.array(multi.label_names)
+    true, answers = generator.random((2, 50, 3)) < 0.4
+    lists: list[Any] = [names[row].tolist() for row in true]
+    given: list[Any] = [names[row].tolist() for row in answers]
+    written = lists if separator is None else [" ; ".join(row) for row in lists]
+    score = Score(multi, "y", separator=separator)
+    list(score.checking(source(written)).tables())
+    unknown = [None, float("nan")] if separator is None else [None]
+    some = [written[:20] + unknown + written[20:], given[:20] + [["0"]] * len(unknown) + given[20:]]
+    list(score.counted([(rows([*some[0], written[0]]), [[*some[1], None]])]))  # the last text got no answer
+    exact = accuracy_score(true, answers)
+    micro, macro = (f1_score(true, answers, average=mean) for mean in ("micro", "macro"))
+    low, high = accuracy_interval(exact, 50)
+    assert str(score) == (
+        f"exact match {exact:.2%}, 95 % interval {low:.2%} to {high:.2%}; micro F1 {micro:.2%}; macro F1 {macro:.2%};"
+        " 50 labelled and answered texts"
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "separator", "message"),
+    [
+        (["0;1"], None, "'0;1' is no list, but the run is multi-label: give --label_separator, or write lists"),
+        ([3], ";", "3 is no list, but the run is multi-label: write lists of labels"),
+        ([["0", "ham"]], None, "'ham' is none of the classifier's labels: 0, 1, spam"),
+        (["0,1"], ";", "'0,1' is none of the classifier's labels: 0, 1, spam"),
+        (["", " ; "], ";", "has no label: leave it out"),
+    ],
+)
+def test_lists_that_cannot_be_counted_are_refused(labels: list[Any], separator: str | None, message: str) -> None:
+    score = Score(replace(TRAINED, threshold=0.5), "y", separator=separator)
+    with pytest.raises(UserError) as caught:
+        list(score.checking(source(labels)).tables())
+    assert str(caught.value).replace("--label_column y: ", "") == message
+
+
+def test_a_separator_is_for_lists_of_labels() -> None:
+    with pytest.raises(UserError, match="--label_separator ';': run gives each text one label: leave it out"):
+        Score(TRAINED, "y", separator=";")
