@@ -24,7 +24,7 @@ from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
 from finetuning.settings import TrainingSettings
 from finetuning.steps.text_advice import advice_on_texts, cut_advice, step_advice
-from finetuning.training.budget import LEAST_EPOCHS, training_budget
+from finetuning.training.budget import LEAST_EPOCHS, ruled_epochs, training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.label_advice import imbalance_advice, spelling_advice
 from finetuning.training.tasks import Task, make_task
@@ -94,7 +94,8 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     whole = labels  # a fold alone is trained as in the run with all folds, whose budget is that of all its texts
     if config.data.fold is not None:
         whole = np.concatenate([labels, texts.splits["validation"].labels])
-    found |= training_budget(config.training, whole, len(texts.label_names), config.hardware.processes)
+    size = whole, len(texts.label_names), config.hardware.processes
+    found |= training_budget(config.training, *size)
     task, advice = task_of(texts, config.training)
     advice += advice_on_texts(config, base, task, {name: split.labels for name, split in texts.splits.items()})
     adapter = None
@@ -119,22 +120,24 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, inputs.config.training, config.hardware.processes)
     inputs = dataclasses.replace(inputs, splits=splits)
-    inputs = dataclasses.replace(inputs, advice=advice + length_advice(inputs, config.training.epochs is None))
+    training = inputs.config.training
+    ruled = ruled_epochs(training.batch_size * training.accumulate, *size)
+    inputs = dataclasses.replace(inputs, advice=advice + length_advice(inputs, ruled))
     return dataclasses.replace(inputs, folds=tuple(fold_inputs(inputs, number) for number in config.data.folds))
 
 
-def length_advice(inputs: Inputs, automatic: bool) -> list[str]:
+def length_advice(inputs: Inputs, ruled: int) -> list[str]:
     """What the lengths of the training texts suggest, one sentence each.
 
     Args:
         inputs: of the run.
-        automatic: whether the run has chosen its epochs.
+        ruled: the epochs of the rule. A resumed run has stored them, so it is not known whether a flag gave them.
     """
     training = inputs.config.training
     if not training.epochs:
         return []
     advice = cut_advice(inputs.share_at_limit, inputs.config.data, inputs.base.longest_input)
-    if automatic and training.epochs > LEAST_EPOCHS:  # else no fewer are advised; of many texts batches take time
+    if training.epochs == ruled > LEAST_EPOCHS:  # else no fewer are advised; of many texts batches take time
         steps, texts = inputs.batches.steps_per_epoch, len(inputs.splits["train"])
         advice += step_advice(training, texts, steps, inputs.config.hardware.processes)
     return advice

@@ -30,18 +30,31 @@ def training_budget(settings: TrainingSettings, labels: np.ndarray, classes: int
 
     Args:
         settings: ``None`` in one of these fields means "not given".
+        labels, classes, processes: as in ``ruled_epochs``.
+    """
+    texts = len(labels)
+
+    def epochs(batch_size: int) -> int:
+        return ruled_epochs(batch_size * settings.accumulate, labels, classes, processes)
+
+    batch_size = 16 if texts < FEW else 32 if texts < MANY or epochs(64) > _least_epochs(texts) else 64
+    chosen = {"batch_size": batch_size, "epochs": epochs(settings.batch_size or batch_size), "patience": PATIENCE}
+    return {name: value for name, value in chosen.items() if getattr(settings, name) is None}
+
+
+def ruled_epochs(batch: int, labels: np.ndarray, classes: int, processes: int = 1) -> int:
+    """The epochs of the rule.
+
+    Args:
+        batch: texts that a process takes for a step.
         labels: of the training texts: (n,), or multi-label (n, names).
         classes: the number of classes or labels.
         processes: how many processes share each step.
     """
-    texts = len(labels)
     steps = max(STEPS, (STEPS_A_CLASS if labels.ndim == 1 else STEPS_A_LABEL) * classes)
-    least = LEAST_EPOCHS if texts < MANY else 2
+    steps_per_epoch = math.ceil(len(labels) / (batch * processes))
+    return min(max(_least_epochs(len(labels)), math.ceil(steps / steps_per_epoch)), MOST_EPOCHS)
 
-    def epochs(batch_size: int) -> int:
-        steps_per_epoch = math.ceil(texts / (batch_size * settings.accumulate * processes))
-        return min(max(least, math.ceil(steps / steps_per_epoch)), MOST_EPOCHS)
 
-    batch_size = 16 if texts < FEW else 32 if texts < MANY or epochs(64) > least else 64
-    chosen = {"batch_size": batch_size, "epochs": epochs(settings.batch_size or batch_size), "patience": PATIENCE}
-    return {name: value for name, value in chosen.items() if getattr(settings, name) is None}
+def _least_epochs(texts: int) -> int:
+    return LEAST_EPOCHS if texts < MANY else 2

@@ -155,3 +155,18 @@ def test_long_texts_that_fill_batches_bring_advice(flags: str, texts: int, steps
     said = step_advice(config_of_flags(flags).training, texts, steps_per_epoch, 1)
     assert len(said) == bool(advised)
     assert all(re.search(advised, each) for each in said)
+
+
+def test_epochs_of_the_rule_bring_advice_also_if_a_resumed_run_has_stored_them(
+    bases: dict[str, Path], review_folder: Path
+) -> None:
+    flags = f"--accelerator cpu --model_name {bases['bert']} --dataset text --data_dir {review_folder} --max_length 64"
+    config = config_of_flags(f"{flags} --batch_tokens 64")
+    inputs = read_inputs(config, find_materials(config))
+    (advised,) = [sentence for sentence in inputs.advice if "--batch_tokens 64" in sentence]
+    epochs = inputs.config.training.epochs
+    assert epochs is not None
+    stored = config.changed(epochs=epochs)
+    assert advised in read_inputs(stored, find_materials(stored)).advice
+    other = config.changed(epochs=epochs - 1)
+    assert not any("--batch_tokens 64" in each for each in read_inputs(other, find_materials(other)).advice)
