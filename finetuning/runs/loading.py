@@ -10,17 +10,19 @@ from typing import Any
 import torch
 
 from finetuning.config import RunConfig
-from finetuning.errors import UserError
+from finetuning.errors import UserError, listed
 from finetuning.models.base_files import stored_shapes
 from finetuning.models.base_model import BaseModel, class_names
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
 from finetuning.models.pretrained import class_order
-from finetuning.runs.adapters import Adapter, read_adapter
+from finetuning.runs.adapters import PREFIX, Adapter, read_adapter
 from finetuning.runs.files import ADAPTER_CONFIG, read_result
 from finetuning.runs.weights import load_initial, load_trained, separate_linears
 from finetuning.settings import LORA_TARGETS, LoRASettings, named_layers
+
+SHOWN = 5  # names of classes
 
 
 def load_classifier(
@@ -140,7 +142,7 @@ def load_adapter(classifier: Classifier, adapter: Adapter, base: BaseModel) -> N
 
     A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them. Rows of
     the head follow the names of the classes: those of the run that wrote the adapter. PEFT stores none, so they are
-    then those of the base model's config.
+    then those of the base model's config. If the classes are others, ``other_classes``, the rows are not copied.
 
     Args:
         classifier: the classifier.
@@ -156,15 +158,51 @@ def load_adapter(classifier: Classifier, adapter: Adapter, base: BaseModel) -> N
         plain = name.replace(".linear.", ".")
         return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
 
-    loaded, saved = load_initial(adapter.folder, classifier, in_base), classifier.saved_parameters()
     config: Any = classifier.model.config
-    stored = _names_of_run(adapter.folder) or class_names(base.config)
-    order = class_order(stored, class_names(config))
+    names, last = class_names(config), f"{classifier.family.head[-1]}."
+    left_out = last if other_classes(adapter, classifier.family, names) else None
+    loaded, saved = load_initial(adapter.folder, classifier, in_base, left_out), classifier.saved_parameters()
+    order = class_order(_names_of_run(adapter.folder) or class_names(base.config), names)
     if order is not None:
-        last = f"{classifier.family.head[-1]}."
         for name in loaded:
             if name.startswith(last) and not name.endswith("lora_A"):
                 saved[name].data = saved[name].data[order]
+
+
+def other_classes(adapter: Adapter, family: ModelFamily, label_names: Sequence[str]) -> str:
+    """How the classes of a run differ from the adapter's, in their names or else in their number; empty if not.
+
+    Args:
+        adapter: an adapter. Only one that a run of this suite wrote has the names of its classes.
+        family: of its base model.
+        label_names: the run's classes.
+    """
+    stored = _names_of_run(adapter.folder)
+    if stored is not None:
+        new = [name for name in label_names if name not in stored]
+        gone = [name for name in stored if name not in label_names]
+        return f"new: {listed(new[:SHOWN])}; missing: {listed(gone[:SHOWN])}" if new or gone else ""
+    rows = [
+        shape[0]
+        for name, shape in stored_shapes(adapter.folder).items()
+        if name.startswith(f"{PREFIX}{family.head[-1]}.") and not name.endswith("lora_A.weight")
+    ]
+    return f"{len(label_names)} instead of {rows[0]}" if rows and rows[0] != len(label_names) else ""
+
+
+def head_advice(adapter: Adapter, family: ModelFamily, label_names: Sequence[str]) -> list[str]:
+    """That the last linear of the head begins anew, one sentence; none if it goes on.
+
+    Args:
+        adapter, family, label_names: as in ``other_classes``.
+    """
+    others = other_classes(adapter, family, label_names)
+    if not others:
+        return []
+    return [
+        f"these texts have other classes than the adapter of --init_adapter ({others}): so the last linear of the head"
+        " begins anew, and LoRA goes on; if only the spelling differs, write the labels as they were"
+    ]
 
 
 def _names_of_run(folder: Path) -> list[str] | None:

@@ -241,16 +241,19 @@ def load_trained(directory: Path, classifier: Classifier, lora: bool) -> None:
         parameter.data.copy_(own[name])
 
 
-def load_initial(directory: Path, classifier: Classifier, optional: Callable[[str], bool]) -> list[str]:
+def load_initial(
+    directory: Path, classifier: Classifier, optional: Callable[[str], bool], left_out: str | None = None
+) -> list[str]:
     """Copies an adapter into a classifier whose LoRA layers were placed as it says.
 
     Args:
         directory: the adapter's folder.
         classifier: gets the weights.
         optional: whether the adapter may lack a parameter, which then keeps its value.
+        left_out: how the names of parameters begin that keep their values although the adapter has them.
 
     Returns:
-        The parameters that the adapter has.
+        The parameters that were copied.
 
     Raises:
         UserError: the file lacks a parameter, has one too many, or one of another shape.
@@ -263,7 +266,9 @@ def load_initial(directory: Path, classifier: Classifier, optional: Callable[[st
     strange = sorted(set(tensors) - set(names.values()))
     if strange:
         raise UserError(f"--init_adapter {directory}: this model has no place for {strange[0]}")
-    missing = [names[name] for name in joined if names[name] not in tensors and not optional(name)]
+    if left_out is not None:
+        names = {name: own for name, own in names.items() if not name.startswith(left_out)}
+    missing = [own for name, own in names.items() if own not in tensors and not optional(name)]
     if missing:
         raise UserError(f"--init_adapter {directory}: {ADAPTER} lacks {missing[0]}, and so does the base model")
     given = {name: own for name, own in names.items() if own in tensors}

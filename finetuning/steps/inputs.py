@@ -19,7 +19,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.quantization import try_four_bits
 from finetuning.processes import is_helper
 from finetuning.runs.adapters import Adapter
-from finetuning.runs.loading import adopt_adapter, load_adapter
+from finetuning.runs.loading import adopt_adapter, head_advice, load_adapter
 from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
 from finetuning.settings import TrainingSettings
@@ -102,6 +102,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)
         found |= decided
+        advice += head_advice(adapter, base.family, texts.label_names)
     tokenizer = load_tokenizer(base)
     inputs = Inputs(
         config=config.changed(**found),

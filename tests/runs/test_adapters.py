@@ -21,6 +21,7 @@ from finetuning.models.families import FAMILIES
 from finetuning.models.lora import ranks_and_alphas
 from finetuning.runs.adapters import read_adapter
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result
+from finetuning.runs.loading import head_advice
 from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
 from tests.conftest import CORE, LAYERS
 from tests.runs.test_weights import ALL_BUT_HEAD, batch, build, logits, logits_in_peft
@@ -175,6 +176,49 @@ def test_rows_of_a_runs_head_are_in_the_order_of_its_own_classes(bases: dict[str
     torch.testing.assert_close(logits(adopted(base, tmp_path / "run")[0]), logits(earlier), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [ALL_BUT_HEAD, {"lora_head": True}])
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        (["Bad", "good"], "(new: bad; missing: Bad)"),
+        (["bad", "good", "so-so"], "(new: none; missing: so-so)"),
+        (None, "(2 instead of 3)"),  # PEFT stores no names
+    ],
+)
+def test_a_head_of_other_classes_begins_anew_and_lora_goes_on(
+    bases: dict[str, Path], tmp_path: Path, settings: dict[str, Any], stored: list[str] | None, said: str
+) -> None:
+    names = stored or ["a", "b", "c"]
+    config = RunConfig.from_settings(model_name=str(bases["distilbert"]), max_length=32, seed=1, **settings)
+    earlier = build_classifier(config, find_base_model(config), names, torch.float32)
+    fill(earlier)
+    save(tmp_path, earlier, config)
+    if stored is not None:
+        write_result(tmp_path, {"data": {"label_names": stored}})
+    family = earlier.family
+    (sentence,) = head_advice(read_adapter(tmp_path), family, NAMES)
+    assert said in sentence
+    classifier, _ = adopted(bases["distilbert"], tmp_path)
+    before, after = earlier.saved_parameters(), classifier.saved_parameters()
+    last = f"{family.head[-1]}."
+    assert set(before) == set(after)
+    assert any(name.startswith(last) for name in after)
+    for name, parameter in after.items():
+        if name.startswith(last):
+            begun = parameter.shape == before[name].shape and torch.equal(parameter, before[name])
+            assert not begun or not parameter.any(), name  # a frozen bias is 0 from the start
+        else:
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_a_head_of_the_same_classes_brings_no_advice(bases: dict[str, Path], tmp_path: Path) -> None:
+    earlier, config = build(bases["distilbert"], 0, **ALL_BUT_HEAD)
+    save(tmp_path, earlier, config)
+    assert head_advice(read_adapter(tmp_path), earlier.family, ["other", "names"]) == []  # nobody knows the adapter's
+    write_result(tmp_path, {"data": {"label_names": NAMES[::-1]}})
+    assert head_advice(read_adapter(tmp_path), earlier.family, NAMES) == []
+
+
 def test_what_transformers_does_with_the_head_of_such_a_folder(
     bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,8 +279,8 @@ def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_pa
     refused("has LoRA on distilbert.embeddings.word_embeddings", weights=other)
     deep = {first.replace("layer.0", f"layer.{LAYERS}"): torch.ones(4, 32)}
     refused(f"layer.{LAYERS}.*the model has only {LAYERS} layers", weights=deep)
-    head = {"base_model.model.classifier.weight": torch.ones(3, 32)}
-    refused(r"classifier\.weight has shape \(3, 32\), must be \(2, 32\)", weights=head)
+    head = {"base_model.model.classifier.weight": torch.ones(2, 33)}
+    refused(r"classifier\.weight has shape \(2, 33\), must be \(2, 32\)", weights=head)
     refused("--lora_r 8: the adapter of --init_adapter has 4", lora_r=8)
     refused("--lora_key True: the adapter of --init_adapter has False", lora_key=True)
 
