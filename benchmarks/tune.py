@@ -34,9 +34,9 @@ from finetuning.comparison.plots import COLORS, new_figure, png_of
 from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured, renew_tables
-from finetuning.runs.files import read_result
+from finetuning.runs.files import BEST, read_result
 from finetuning.storage import read_json, write_bytes, write_json
-from finetuning.tuning.plan import BEST, SEARCH, SUMMARY, TRIALS
+from finetuning.tuning.plan import SEARCH, SUMMARY, TRIALS
 from finetuning.tuning.texts import trial_name
 from finetuning.tuning.trials import COMPLETE, Trial, Trials
 

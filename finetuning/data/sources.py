@@ -33,7 +33,7 @@ def read_own_files(data: DataSettings, _offline: bool) -> Source:
                 f"--data_dir: {files[split].name} numbers its classes {listed(own)}, {files['train'].name}"
                 f" {listed(names['train'])}: number them alike, or write the labels as words"
             )
-    return Source(data.data_dir.resolve().name, "local files", tables, names["train"])
+    return Source(data.data_dir.resolve().name, "local files", tables, names["train"], test_is="test file")
 
 
 READERS: dict[str, Callable[[DataSettings, bool], Source]] = {

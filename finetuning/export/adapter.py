@@ -65,7 +65,7 @@ def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:
         bare = without_adapter(loaded.classifier, held.pad_id)
         write_model(folder / BASE, bare, torch.float32, held.stored.threshold, held.stored.positive)
         write_tokenizer(folder / BASE, tokenizer, length)
-        base, recorded = f"{folder.name}/{BASE}", str(out.absolute() / BASE)
+        base, recorded = f"{folder.name}/{BASE}", str(out.resolve() / BASE)
     check_unchanged(run / ADAPTER_CONFIG)
     shutil.copyfile(run / ADAPTER, folder / ADAPTER)
     write_json(folder / ADAPTER_CONFIG, read_json(run / ADAPTER_CONFIG) | {"base_model_name_or_path": recorded})

@@ -111,9 +111,12 @@ def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
             f" compute. So this folder has no weights for Transformers. The columns of `logits` are the labels in the"
             f" order above; {'a sigmoid' if run.multi_label else 'softmax'} makes probabilities of them."
         )
-    truncated = " at its end" if data.truncation == "head" else ": the run kept its beginning and its end"
+    reader = "a pipeline" if _library(folder) == "transformers" else "the code above"
+    truncated = f": the run kept its beginning and its end, {reader} keeps its beginning"
+    if data.truncation == "head":
+        truncated = " at its end"
     if data.windows > 1:
-        truncated = " by a pipeline" if _library(folder) == "transformers" else " by the code above"
+        truncated = f" by {reader}"
     return {
         "labels": ", ".join(f"`{name}`" for name in run.label_names),
         "pairs": data.text_pair_column is not None,

@@ -142,7 +142,9 @@ def held_out(
     found = [in_order_of(split, stored.get(name)) for name, split in texts.splits.items()]
     parts = [part for part in found if part is not None]
     if len(parts) < max(len(found), len(stored)):
-        raise UserError("the run's data has changed: its held-out texts are not those of predictions.parquet")
+        raise UserError(
+            "the run's data has changed: the held-out texts of --data_dir are not those of predictions.parquet"
+        )
     answers = joined(parts)
     _, labels = np.unique(answers.truth, axis=0, return_inverse=True)
     chosen = np.sort(stratified_parts(labels.ravel(), [min(limit, len(labels))], seed=0)[0])
@@ -358,7 +360,7 @@ def _pipeline_sentence(compared: InPipeline, held: HeldOut, truncation: str) -> 
     texts = len(held.sequences)
     same = (
         f"A Transformers pipeline reads {compared.same_tokens:,} of {texts:,} texts as the run did, and gives them the"
-        f" run's probabilities (largest difference {compared.largest_difference:.1e})."
+        f" probabilities of the fp32 model (largest difference {compared.largest_difference:.1e})."
     )
     others = "the others"
     if not compared.same_tokens:

@@ -113,7 +113,7 @@ def write_csv(chunks: Chunks, stream: TextIO, separator: str, digits: int) -> No
             return f"{value:.{digits}f}"
         return ",".join(value) if isinstance(value, list) else value
 
-    writer = csv.writer(stream, delimiter=separator)
+    writer = csv.writer(stream, delimiter=separator, lineterminator="\n")  # for grep and cut
     for number, (kept, ours) in enumerate(chunks):
         if number == 0:
             writer.writerow([*kept.columns, *ours])

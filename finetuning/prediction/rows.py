@@ -179,6 +179,8 @@ def _readable(flag: str, file: Path, begin: Callable[[], Iterator[T]]) -> Iterat
         yield from begin()
     except UnicodeDecodeError:
         raise UserError(f"{flag}: {not_utf8(file)}") from None
+    except pd.errors.EmptyDataError:
+        raise UserError(f"{flag}: is empty") from None
     except UNREADABLE as error:
         raise UserError(f"{flag}: cannot be read: {first_line(error)}") from None
 

@@ -95,8 +95,10 @@ def cost_table(result: dict[str, Any]) -> Table:
     """Time, memory and parameters."""
     train, parameters = result["train"], result["parameters"]
     trained, total = parameters["trainable"], parameters["total"]
+    epoch = result["validation"].get("epoch")  # not of the final run of --kfold
     rows = [
         ("training", f"{train['seconds']:,.1f} s, {train['steps']:,} steps, {train['epochs']:g} epochs"),
+        *([("epoch that was kept", f"{epoch}, by {result['config']['monitor']} on validation")] if epoch else []),
         ("speed of training", f"{train['tokens_per_second'] or 0:,.0f} tokens/s"),
         *([("all folds, before that", f"{result['kfold']['seconds']:,.1f} s")] if "kfold" in result else []),
         ("final run" if "kfold" in result else "whole run", f"{result['seconds']:,.1f} s"),

@@ -60,7 +60,7 @@ def headline(
         f"model   {model}",
         f"        CPU kernels: {kernels}",
         f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}{of_B}",
-        f"        {texts:,} texts: {size} texts a batch, {training.epochs} epochs,"
+        f"        {texts:,} texts: {size} texts a batch, {training.epochs} epoch{'s' * (training.epochs != 1)},"
         f" {training.epochs * steps_per_epoch:,} steps{patience}",
         *(f"advice  {sentence}" for sentence in advice),
     ]
@@ -85,8 +85,11 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         texts = None if "kfold" in result else result["data"]["sizes"]["train"]
         lines += baseline_lines(result["baseline"], texts, monitor, multi_label)
         lines += folds_line(result, monitor, multi_label)
-        lines += largest_class_line(result["validation"])
+        told = "test" if "test" in result else "out of fold" if "kfold" in result else "validation"
+        lines += largest_class_line(told, result.get("test", result["validation"]))
     lines += threshold_line(result["task"])
+    if epoch := result["validation"].get("epoch"):
+        lines.append(f"{'kept':<11} epoch {epoch} of {result['config']['epochs']}, by {monitor} on validation")
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
         f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
@@ -129,15 +132,16 @@ def accuracy_line(split: str, scores: dict[str, Any], multi_label: bool) -> str:
     return f"{'':<11} 95 % interval of the {split} {name}: {low:.2%} to {high:.2%}"
 
 
-def largest_class_line(scores: Mapping[str, Any]) -> list[str]:
-    """What always answering the largest class would score on these texts; nothing for a multi-label run."""
+def largest_class_line(texts: str, scores: Mapping[str, Any]) -> list[str]:
+    """What always answering the largest class would score, and on which texts; nothing for a multi-label run."""
     if "exact_match" in scores:
         return []
     counts = [own["support"] for own in scores["per_class"].values()]
-    texts = [count for count in counts if count]  # of the classes that there are
-    share = max(texts) / scores["examples"]
-    macro_f1 = 2 * share / (1 + share) / len(texts)
-    return [f"{'':<11} always answering the largest class is right for {share:.2%}, with a macro F1 of {macro_f1:.2%}"]
+    there = [count for count in counts if count]  # of the classes that there are
+    share = max(there) / scores["examples"]
+    macro_f1 = 2 * share / (1 + share) / len(there)
+    always = f"always answering the largest class is right for {share:.2%}, with a macro F1 of {macro_f1:.2%}"
+    return [f"{'':<11} {always} ({texts})"]
 
 
 def baseline_lines(baseline: BaselineRecord, texts: int | None, monitor: str, multi_label: bool) -> list[str]:

@@ -77,7 +77,7 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     tuned = bool(inputs.task.record().get("threshold_tuned"))
     for line in same_epoch_lines(record, training.monitor, tuned):
         say(line)
-    for line in largest_class_line(scores):
+    for line in largest_class_line("out of fold", scores):
         say(line)
     chosen = ", ".join(str(fold["epoch"]) for fold in record["folds"])
     stop = f"schedule of {training.epochs} epochs, stopped after {record['epochs']}, the median of the folds' {chosen}"

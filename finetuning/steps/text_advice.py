@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from finetuning.config import RunConfig
+from finetuning.errors import listed
 from finetuning.models.base_model import BaseModel
 from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
 from finetuning.training.budget import LEAST_EPOCHS
@@ -17,23 +18,25 @@ ENOUGH_VALIDATION_TEXTS = 1000  # an accuracy of them has a 95 % interval of 1 t
 TRAINED_IN_THE_TIME = 3  # validation of so many texts takes as long as training one: there is no backward
 MOSTLY_CUT = 0.5  # of the training texts: if so many are cut, what decides may often be lost
 MANY_STEPS = 2  # times those that the rule for epochs expects, which knows numbers of texts and no lengths
+SHOWN = 5  # names of classes
 FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
 def advice_on_texts(config: RunConfig, base: BaseModel, task: Task, labels: Mapping[str, np.ndarray]) -> list[str]:
-    """What to try for texts of these numbers; empty if nothing is trained.
+    """What to try for texts of these numbers, and what they cannot tell.
 
     Args:
         config: the run's settings.
         base: its model.
         task: what is learned.
-        labels: of the training and the validation texts.
+        labels: of the texts of each split.
     """
+    advice = missing_advice(task, labels["test"]) if config.run.test else []
     if config.training.epochs == 0:
-        return []
+        return advice
     training, validation = len(labels["train"]), len(labels["validation"])
     counts = dict(zip(task.names, task.counts(labels["validation"]), strict=True))
-    advice = validation_advice(training, validation, counts, config.data, config.hardware.processes)
+    advice += validation_advice(training, validation, counts, config.data, config.hardware.processes)
     reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
     return advice + (pooling_advice(training, config.name, config.lora) if reads_first else [])
 
@@ -67,6 +70,20 @@ def validation_advice(
     if doubt and processes == 1:
         advice.append(f"{doubt}: --kfold 5 needs no validation split and scores every training text")
     return advice
+
+
+def missing_advice(task: Task, labels: np.ndarray) -> list[str]:
+    """That test lacks a class, so that its scores say nothing about it; empty if it has all, or for multi-label data.
+
+    Args:
+        task: what is learned.
+        labels: of the test texts.
+    """
+    missing = [name for name, count in zip(task.names, task.counts(labels), strict=True) if not count]
+    if not missing or labels.ndim > 1:
+        return []
+    shown = listed(missing) if len(missing) <= SHOWN else f"{len(missing)} of {len(task.names)} classes"
+    return [f"test has no text of {shown}: its scores say nothing about them, and macro F1 is the mean over the others"]
 
 
 def pooling_advice(texts: int, method: str, lora: LoRASettings | None) -> list[str]:

@@ -18,11 +18,11 @@ from finetuning.errors import UserError, exit_status, first_line, say
 from finetuning.flags import OneLineParser, add_flags, parse_bool, parse_path
 from finetuning.processes import interruptible, show_any_text
 from finetuning.processor import limit_libraries
+from finetuning.runs.files import BEST
 from finetuning.runs.messages import called
 from finetuning.settings import FLAGS, check_data_dir
 from finetuning.tuning.parameters import read_space
 from finetuning.tuning.plan import (
-    BEST,
     LAST,
     SAMPLERS,
     SUMMARY,
@@ -216,6 +216,19 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         if asked.search is not None:
             read_space(asked.search)
         check_same(folder, asked)
+        note_budget(options, folder)
+
+
+def note_budget(options: argparse.Namespace, folder: Path) -> None:
+    """Says which limits of a search differ from those of this worker's flags: those of the search count."""
+    budget = Budget.read(folder)
+    for name in ("minutes", "trials", "seeds"):
+        value, has = getattr(options, name), getattr(budget, name)
+        if value is not None and value != has:
+            given = "none" if has is None else f"{has:g}"
+            print(
+                f"--{name} {value:g}: the search in {folder} has {given}, and keeps it; --resume adds to it", flush=True
+            )
 
 
 def data_text(sizes: Mapping[str, int]) -> str:

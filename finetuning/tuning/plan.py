@@ -24,7 +24,7 @@ from finetuning.tuning.space import Space
 from finetuning.tuning.trials import Place
 
 SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
-TRIALS, LAST, BEST = "trials", "last", "best"
+TRIALS, LAST = "trials", "last"
 ENDING = "end"  # claimed by the worker that writes best run, report and summary
 SAMPLERS = ("tpe", "random")
 PATHS = ("model_name", *(name for name, flag in FLAGS.items() if flag.kind is Path))  # a model may be a folder
@@ -156,7 +156,8 @@ def check_same(folder: Path, asked: Asked) -> None:
     for name in dict.fromkeys((*flags[0], *flags[1])):
         before, now = (each.get(name) for each in flags)
         if name not in ("given", "space", "study") and before != now:
-            what = "another file" if name == "search" else f"--{name} {before}, not {now}"
+            there, here = ("not given" if value is None else value for value in (before, now))
+            what = "another file" if name == "search" else f"--{name}: {there} there, {here} here"
             raise UserError(
                 f"--output_dir {folder}: holds another search ({what}): give another directory, or --resume"
             )

@@ -21,11 +21,11 @@ from finetuning.html import render
 from finetuning.pages import Table
 from finetuning.runs.abstention import checkpoints_compared
 from finetuning.runs.answers import is_multi_label, positive_of
-from finetuning.runs.files import PREDICTIONS, check_unchanged, read_result, read_status, write_result
+from finetuning.runs.files import BEST, PREDICTIONS, check_unchanged, read_result, read_status, write_result
 from finetuning.runs.messages import called
 from finetuning.runs.records import SCORES
 from finetuning.storage import read_json, write_json, write_text
-from finetuning.tuning.plan import BEST, ENDING, FINAL, SUMMARY, TRIALS, Budget, Plan
+from finetuning.tuning.plan import ENDING, FINAL, SUMMARY, TRIALS, Budget, Plan
 from finetuning.tuning.plots import draw_plots, shown_score
 from finetuning.tuning.search import last_places
 from finetuning.tuning.texts import seeds_text, shown_values, trial_name

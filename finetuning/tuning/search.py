@@ -328,7 +328,8 @@ class Search:
             fits = self.jobs * max(0.0, self._time_for_trials) / trial.seconds
             need = math.ceil(FEWEST_RUNS * trial.seconds / 60 / self.jobs)
             more = f": a search needs about {FEWEST_RUNS} runs, so --minutes {need} or more" if fits < FEW else ""
-            print(f"at this length, this worker has time for about {fits:.0f} more trials{more}", flush=True)
+            trials = "1 more trial" if round(fits) == 1 else f"{fits:.0f} more trials"
+            print(f"at this length, this worker has time for about {trials}{more}", flush=True)
 
     # --- the last runs
 

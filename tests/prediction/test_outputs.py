@@ -257,8 +257,8 @@ def test_standard_output(table: Path, capsys: pytest.CaptureFixture[str], monkey
     with file_of(table, "text", None) as given:
         print_answers(answered(given.rows(), ONE), ONE, lambda: called.append(1))
         shown = capsys.readouterr().out
-        assert shown.startswith("text,label,probability_bad,probability_good\r\n")
-        assert '"a ""b"", c",good,0.3333,0.6667\r\n' in shown
+        assert shown.startswith("text,label,probability_bad,probability_good\n")
+        assert '"a ""b"", c",good,0.3333,0.6667\n' in shown
         assert len(called) == 3, "once for each chunk"
         with Path("/dev/full").open("w") as full:
             monkeypatch.setattr("sys.stdout", full)

@@ -121,7 +121,7 @@ REFUSED: list[tuple[Any, ...]] = [  # name, content, message, and perhaps the co
     ("a.csv", b"text\na\nb\nc\nd, e\n", "cannot be read: a row has more fields"),
     ("a.csv", b"text,label\nfine, really,1\n", "more fields than the header (text, label)"),
     ("a.csv", b"text,label\nfine,1\nfine, really,1\n", "more fields than the header (text, label)"),
-    ("a.csv", b"", "cannot be read: No columns"),
+    ("a.csv", b"", "a.csv: is empty"),
     ("a.csv", b"review\na\n", "--text_column text: must be a column of"),
     ("a.csv", b"review,label\nfine,1\n", "which has: review, label"),
     ("a.csv", b"text,label\nfine,1\n", "--text_column review", "review"),

@@ -58,10 +58,11 @@ def test_the_baseline_is_shown_by_split_and_says_what_it_was_trained_on() -> Non
 def test_the_largest_class_is_shown_if_there_is_one() -> None:
     scores = {"per_class": {"a": {"support": 5}, "b": {"support": 3}}, "examples": 8}
     score = "62.50%, with a macro F1 of 38.46%"  # F1 of the two classes: 2 * 5 / (5 + 8) and 0
-    assert largest_class_line(scores) == [f"{'':12}always answering the largest class is right for {score}"]
+    shown = f"{'':12}always answering the largest class is right for {score} (test)"
+    assert largest_class_line("test", scores) == [shown]
     unseen = {"per_class": {**scores["per_class"], "c": {"support": 0}}, "examples": 8}  # type: ignore[dict-item]
-    assert largest_class_line(unseen) == largest_class_line(scores)
-    assert largest_class_line(scores | {"exact_match": 0.5}) == [], "of a multi-label run"
+    assert largest_class_line("test", unseen) == [shown]
+    assert largest_class_line("test", scores | {"exact_match": 0.5}) == [], "of a multi-label run"
 
 
 def test_a_command_is_recorded_as_it_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from finetuning.steps.text_advice import (
     FEW_VALIDATION_TEXTS,
     advice_on_texts,
     cut_advice,
+    missing_advice,
     step_advice,
 )  # fmt: skip
 from finetuning.training.tasks import make_task
@@ -30,6 +32,7 @@ def advised(flags: str, training: int, validation: int, of_b: int | None = None)
     config = config_of_flags(f"--accelerator cpu --model_name packaged {flags}")
     of_b = validation // 2 if of_b is None else of_b
     labels = {"train": np.arange(training) % 2, "validation": np.repeat([0, 1], [validation - of_b, of_b])}
+    labels["test"] = np.arange(2)
     task = make_task(labels, ["a", "b"], config.training)
     return "\n".join(advice_on_texts(config, find_base_model(config), task, labels))
 
@@ -92,6 +95,24 @@ def test_where_the_mean_was_better_than_the_first_token_the_run_advises_it(
     save_tokenizer(tmp_path, decoder=model_type == "gpt2")
     flags += f" --model_name {tmp_path} --max_length 16"
     assert ("--pooling mean" in advised(flags, texts, FEW_VALIDATION_TEXTS)) == advises
+
+
+@pytest.mark.parametrize(
+    ("names", "test", "said"),
+    [
+        ("abc", [0, 1, 2], ""),
+        ("abc", [0, 0, 2], "test has no text of b: its scores say nothing about them"),
+        ("abcdefg", [6], "test has no text of 6 of 7 classes: its scores"),
+        ("ab", [[1, 0], [1, 0]], ""),  # multi-label: such a label counts for macro F1
+    ],
+)
+def test_classes_that_test_lacks_are_named(names: str, test: list[Any], said: str) -> None:
+    labels = np.array(test)
+    train = np.arange(len(names)) if labels.ndim == 1 else labels
+    task = make_task({"train": train, "validation": train}, list(names), config_of_flags("").training)
+    sentences = missing_advice(task, labels)
+    assert len(sentences) == bool(said)
+    assert all(sentence.startswith(said) for sentence in sentences)
 
 
 def test_the_mean_was_better_on_every_data_set() -> None:
