@@ -106,7 +106,8 @@ def test_a_run_leaves_what_the_design_lists(
     assert "\n        2 labels: bad, good\n" in shown
     assert "total" in shown
     assert "test        accuracy" in shown
-    assert f"\nkept        epoch {result['validation']['epoch']} of {result['config']['epochs']}, by {result['config']['monitor']}" in shown
+    epochs, monitor = result["config"]["epochs"], result["config"]["monitor"]
+    assert f"\nkept        epoch {result['validation']['epoch']} of {epochs}, by {monitor} on validation\n" in shown
 
 
 def test_a_run_in_8_bits_on_a_processor_with_avx2_vnni(

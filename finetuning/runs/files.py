@@ -22,6 +22,7 @@ TRAINED_WEIGHTS = "trained_weights.safetensors"
 LAST_CHECKPOINT = "last.ckpt"
 PREVIOUS_CHECKPOINT = "previous.ckpt"  # the one before the last, in case the last is damaged
 BEST_CHECKPOINT = "best.ckpt"
+EXPORTED_BASE = "base"  # the folder of the base model in that of an exported adapter
 BEST = "best"  # in the folder of a search, its best run
 FOLDS = "folds"  # the folder with the run directories of the folds of --kfold: 1, 2, ...
 NOT_FINITE = "the loss is not finite"  # the error of a diverged run in result.json starts with it

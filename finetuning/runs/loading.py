@@ -18,7 +18,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
 from finetuning.models.pretrained import class_order
 from finetuning.runs.adapters import PREFIX, Adapter, read_adapter
-from finetuning.runs.files import ADAPTER_CONFIG, read_result
+from finetuning.runs.files import ADAPTER_CONFIG, EXPORTED_BASE, read_result
 from finetuning.runs.weights import load_initial, load_trained, separate_linears
 from finetuning.settings import LORA_TARGETS, LoRASettings, named_layers
 
@@ -84,9 +84,11 @@ def adopt_adapter(
     family, flag = base.family, f"--init_adapter {lora.init_adapter}"
     adapter = read_fitting(lora.init_adapter, family)
     if adapter.base is not None and Path(adapter.base).name != Path(base.name).name and not moved:
+        beside = adapter.folder / EXPORTED_BASE  # where an export has put it, and its folder may have been moved
         raise UserError(
             f"{flag}: made for the base model {adapter.base}, but --model_name is {base.name}: give --model_name"
-            f" {adapter.base}, or, if they are the same, change base_model_name_or_path in its {ADAPTER_CONFIG}"
+            f" {beside if beside.is_dir() else adapter.base}, or, if they are the same, change base_model_name_or_path in"
+            f" its {ADAPTER_CONFIG}"
         )
     known = {name: target for target in (*family.targets, "head") for name in _target_paths(family, target)}
     unknown = [name for name in adapter.linears if re.sub(r"\.\d+\.", ".*.", name) not in known]

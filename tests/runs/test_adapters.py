@@ -271,7 +271,10 @@ def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_pa
     refused("base_model_name_or_path 5: must be a text", {"base_model_name_or_path": 5})
     refused(r"lora_A\.weight has shape \(4, 32\), but adapter_config\.json says rank 5", {"rank_pattern": {"q_lin": 5}})
     refused("--lora_layers 1: the adapter of --init_adapter has LoRA in layers 0-2: leave out", lora_layers="1")
-    refused("made for the base model roberta-base, but --model_name", {"base_model_name_or_path": "roberta-base"})
+    refused(
+        "made for the base model roberta-base, but --model_name.*: give --model_name roberta-base",
+        {"base_model_name_or_path": "roberta-base"},
+    )
     refused(r"lora_A\.weight has shape \(4, 33\), must be \(4, 32\)", weights={first: torch.ones(4, 33)})
     refused("values that are not finite", weights={first: torch.full((4, 32), float("nan"))})
     refused("no place for base_model.model.x.bias", weights={"base_model.model.x.bias": torch.ones(1)})
@@ -283,6 +286,17 @@ def test_what_cannot_be_mapped_is_refused_by_name(bases: dict[str, Path], tmp_pa
     refused(r"classifier\.weight has shape \(2, 33\), must be \(2, 32\)", weights=head)
     refused("--lora_r 8: the adapter of --init_adapter has 4", lora_r=8)
     refused("--lora_key True: the adapter of --init_adapter has False", lora_key=True)
+
+
+def test_an_export_that_was_moved_names_the_base_model_beside_it(bases: dict[str, Path], tmp_path: Path) -> None:
+    made_by_peft(bases["distilbert"], tmp_path, "distilbert", r=4, lora_alpha=6)
+    stored = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(stored | {"base_model_name_or_path": "/gone/base"}))
+    (tmp_path / "base").mkdir()
+    with pytest.raises(
+        UserError, match=f"made for the base model /gone/base, .*: give --model_name {tmp_path}/base, or"
+    ):
+        adopted(bases["distilbert"], tmp_path)
 
 
 def test_folders_without_a_safe_adapter_are_refused(tmp_path: Path) -> None:
