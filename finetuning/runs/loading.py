@@ -87,8 +87,8 @@ def adopt_adapter(
         beside = adapter.folder / EXPORTED_BASE  # where an export has put it, and its folder may have been moved
         raise UserError(
             f"{flag}: made for the base model {adapter.base}, but --model_name is {base.name}: give --model_name"
-            f" {beside if beside.is_dir() else adapter.base}, or, if they are the same, change base_model_name_or_path in"
-            f" its {ADAPTER_CONFIG}"
+            f" {beside if beside.is_dir() else adapter.base}, or, if they are the same, change base_model_name_or_path"
+            f" in its {ADAPTER_CONFIG}"
         )
     known = {name: target for target in (*family.targets, "head") for name in _target_paths(family, target)}
     unknown = [name for name in adapter.linears if re.sub(r"\.\d+\.", ".*.", name) not in known]
