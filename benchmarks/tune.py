@@ -34,7 +34,7 @@ from finetuning.comparison.plots import COLORS, new_figure, png_of
 from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured, renew_tables
-from finetuning.runs.files import BEST, read_result
+from finetuning.runs.files import BEST_RUN, read_result
 from finetuning.storage import read_json, write_bytes, write_json
 from finetuning.tuning.plan import SEARCH, SUMMARY, TRIALS
 from finetuning.tuning.texts import trial_name
@@ -103,7 +103,7 @@ def ended_trials(folder: Path) -> list[Trial]:
 
 def environment(folder: Path) -> Record:
     """Where a search was made."""
-    return dict(read_result(folder / BEST)["environment"])
+    return dict(read_result(folder / BEST_RUN)["environment"])
 
 
 def merged(earlier: Sequence[Record], new: Sequence[Record]) -> list[Record]:
@@ -241,7 +241,9 @@ def repeat(asked: Conditions) -> list[Record]:
     for folder in folders:
         searched(folder, words)
     trials = [[(t.settings, t.state, t.history) for t in ended_trials(folder)] for folder in folders]
-    weights = [{path.name: path.read_bytes() for path in (folder / BEST).glob("*.safetensors")} for folder in folders]
+    weights = [
+        {path.name: path.read_bytes() for path in (folder / BEST_RUN).glob("*.safetensors")} for folder in folders
+    ]
     known = {"trials": count, "same_trials": trials[0] == trials[1], "files_of_weights": len(weights[0])}
     return [known | {"same_weights": weights[0] == weights[1], "environment": environment(folders[0])}]
 

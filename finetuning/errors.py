@@ -96,9 +96,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or bool(kinds & known) or getattr(error, "errno", None) == errno.ENOMEM
 
 
-def listed(names: Iterable[object]) -> str:
-    """Names in one line. Long names are shortened, because the first line of a file without a header can be a text."""
-    return ", ".join(textwrap.shorten(str(name), 40, placeholder="...") for name in names) or "none"
+def listed(names: Iterable[object], most: int | None = None) -> str:
+    """Names in one line. Long names are shortened, because the first line of a file without a header can be a text.
+
+    Args:
+        names: what to list.
+        most: how many are shown; ``None``: all.
+    """
+    shown = [textwrap.shorten(str(name), 40, placeholder="...") for name in names]
+    more = [f"{len(shown) - most:,} more"] if most is not None and len(shown) > most else []
+    return ", ".join([*shown[:most], *more]) or "none"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, for example ``1 epoch`` or ``2 epochs``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def exit_status(command: Callable[[], int], interrupted: str = "") -> int:

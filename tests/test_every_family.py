@@ -34,10 +34,9 @@ from finetuning.runs.weights import load_trained, peft_name, separate_parts
 from finetuning.settings import LORA_TARGETS
 from local_model_utilities import (
     adopt_adapter,
-    build_classifier,
+    build_from_adapter,
     count_parameters,
     find_base_model,
-    load_adapter,
     load_classifier,
 )
 from tests.conftest import BAD, GOOD, needs_int8
@@ -235,8 +234,7 @@ def test_an_adapter_on_parts_of_fused_linears_is_continued(
     assert config.lora is not None
     decided, adapter = adopt_adapter(config.lora, base, moved=False)
     config = config.changed(**decided)
-    classifier = build_classifier(config, base, ["bad", "good"], torch.float32, adapter.linears).eval()
-    load_adapter(classifier, adapter, base)
+    classifier = build_from_adapter(config, base, ["bad", "good"], torch.float32, adapter).eval()
     assert ranks_and_alphas(classifier.model).keys() == ranks_and_alphas(earlier.model).keys()
     expected = earlier(**batch(model_type))
     torch.testing.assert_close(classifier(**batch(model_type)), expected, rtol=0, atol=1e-5)

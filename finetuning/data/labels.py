@@ -140,12 +140,16 @@ def _as_lists(labels: pd.Series, data: DataSettings) -> pd.Series:
         if not lists.all():
             single = labels[~lists].tolist()[0]
             raise UserError(f"--label_column {data.label_column}: labels must be all lists, but one is {single!r}")
-        return labels.map(lambda label: np.asarray(label, dtype=object).tolist())
+        return labels.map(lambda label: [_stripped(name) for name in np.asarray(label, dtype=object).tolist()])
     if not labels.map(lambda label: isinstance(label, str)).all():
         kind = "lists, so leave it out" if lists.any() else "numbers, and only text has a separator"
         raise UserError(f"--label_separator {data.label_separator!r}: column {data.label_column} has {kind}")
     parts = labels.str.split(data.label_separator, regex=False)
     return parts.map(lambda words: [word.strip() for word in words if word.strip()])
+
+
+def _stripped(name: Any) -> Any:
+    return name.strip() if isinstance(name, str) else name
 
 
 def _are_zeros_and_ones(lists: pd.Series) -> bool:

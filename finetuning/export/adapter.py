@@ -13,10 +13,12 @@ from finetuning.export.plain import plain_model, write_model, write_tokenizer
 from finetuning.export.proof import Loaded, Proof, against_predictions, compare_logits, fresh_answers
 from finetuning.models.classifier import Classifier
 from finetuning.models.lora import lora_modules
-from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, EXPORTED_BASE, check_unchanged
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
 from finetuning.runs.finished import FinishedRun
 from finetuning.settings import PACKAGED_MODELS, MethodSettings
 from finetuning.storage import read_json, write_json
+
+BASE = "base"  # the folder of the base model in the exported folder
 
 
 def check_adapter(method: MethodSettings) -> None:
@@ -61,9 +63,9 @@ def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:
     length, base, recorded = config.data.max_length, str(loaded.base.absolute()), recorded_base(loaded)
     if writes_base(loaded.run):
         bare = without_adapter(loaded.classifier, held.pad_id)
-        write_model(folder / EXPORTED_BASE, bare, torch.float32, held.stored.threshold, held.stored.positive)
-        write_tokenizer(folder / EXPORTED_BASE, tokenizer, length)
-        base, recorded = f"{folder.name}/{EXPORTED_BASE}", str(out.resolve() / EXPORTED_BASE)
+        write_model(folder / BASE, bare, torch.float32, held.stored.threshold, held.stored.positive)
+        write_tokenizer(folder / BASE, tokenizer, length)
+        base, recorded = f"{folder.name}/{BASE}", str(out.resolve() / BASE)
     check_unchanged(run / ADAPTER_CONFIG)
     shutil.copyfile(run / ADAPTER, folder / ADAPTER)
     write_json(folder / ADAPTER_CONFIG, read_json(run / ADAPTER_CONFIG) | {"base_model_name_or_path": recorded})

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetuning.data.loading import load_texts, tokenize
 from finetuning.errors import UserError, first_line
-from finetuning.export.adapter import check_adapter, export_adapter, recorded_base, writes_base
+from finetuning.export.adapter import BASE, check_adapter, export_adapter, recorded_base, writes_base
 from finetuning.export.card import adapter_snippet, onnx_snippet, pipeline_snippet, write_card
 from finetuning.export.onnx_file import onnx_inputs, require_onnx
 from finetuning.export.plain import DTYPES, export_onnx, export_plain
@@ -26,7 +26,6 @@ from finetuning.models.base_files import check_base_unchanged
 from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer
 from finetuning.models.classifier import Classifier
 from finetuning.runs.answers import Answers
-from finetuning.runs.files import EXPORTED_BASE
 from finetuning.runs.finished import FinishedRun, read_own_answers
 from finetuning.runs.loading import load_classifier
 from finetuning.storage import is_left_over, readable_by_all
@@ -54,7 +53,7 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
         threshold = run.threshold if run.multi_label else None
         if adapter:
             proof = export_adapter(folder, arguments.out, loaded)
-            base = f"{folder.name}/{EXPORTED_BASE}" if writes_base(run) else recorded_base(loaded)
+            base = f"{folder.name}/{BASE}" if writes_base(run) else recorded_base(loaded)
             snippets = [adapter_snippet(folder.name, base, run.label_names, pairs, threshold)]
         else:
             alone = loaded.onnx_alone

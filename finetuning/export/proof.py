@@ -143,7 +143,8 @@ def held_out(
     parts = [part for part in found if part is not None]
     if len(parts) < max(len(found), len(stored)):
         raise UserError(
-            "the run's data has changed: the held-out texts of --data_dir are not those of predictions.parquet"
+            "the run's data has changed: its held-out texts are not those of predictions.parquet: give the run's data"
+            " with --data_dir"
         )
     answers = joined(parts)
     _, labels = np.unique(answers.truth, axis=0, return_inverse=True)
@@ -360,7 +361,7 @@ def _pipeline_sentence(compared: InPipeline, held: HeldOut, truncation: str) -> 
     texts = len(held.sequences)
     same = (
         f"A Transformers pipeline reads {compared.same_tokens:,} of {texts:,} texts as the run did, and gives them the"
-        f" probabilities of the fp32 model (largest difference {compared.largest_difference:.1e})."
+        f" probabilities of the exported weights (largest difference {compared.largest_difference:.1e})."
     )
     others = "the others"
     if not compared.same_tokens:

@@ -33,6 +33,7 @@ def build_classifier(
     dtype: torch.dtype,
     linears: Mapping[str, tuple[int, float]] | None = None,
     int8_products: bool = True,
+    keeps_head: bool = False,
 ) -> Classifier:
     """Builds the classifier that the settings of method, LoRA, model and hardware describe.
 
@@ -44,13 +45,13 @@ def build_classifier(
         linears: as in ``place_lora``.
         int8_products: with ``--precision int8``, whether this machine has its products. If not, the linears hold the
             same weights in ``dtype``: enough to predict.
+        keeps_head: as in ``load_pretrained``.
 
     Raises:
         UserError: the model is damaged, or 4 bits are set without bitsandbytes.
     """
     lora, hardware, family = config.lora, config.hardware, base.family
-    adapted = lora is not None and lora.init_adapter is not None
-    model = load_pretrained(base, config.model, label_names, keeps_head=adapted)
+    model = load_pretrained(base, config.model, label_names, keeps_head)
     _freeze(model, family, config.method, lora)
     if lora is not None:
         place_lora(model, family, lora, linears)

@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--label_separator",
-        help="Multi-label run: what separates the labels in the label column. (default: as in training)",
+        help="Multi-label run: what separates the labels in the label column. (default: the run's)",
     )
     parser.add_argument(
         "--output",

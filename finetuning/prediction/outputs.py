@@ -113,12 +113,22 @@ def write_csv(chunks: Chunks, stream: TextIO, separator: str, digits: int) -> No
             return f"{value:.{digits}f}"
         return ",".join(value) if isinstance(value, list) else value
 
-    writer = csv.writer(stream, delimiter=separator, lineterminator="\n")  # for grep and cut
+    writer = csv.writer(_UnixLines(stream), delimiter=separator)
     for number, (kept, ours) in enumerate(chunks):
         if number == 0:
             writer.writerow([*kept.columns, *ours])
         formatted = ([answer(value) for value in column] for column in ours.values())
         writer.writerows(zip(*_plain(kept, _cell), *formatted, strict=True))
+
+
+class _UnixLines:
+    """Ends rows with a line feed, for grep and cut. ``csv`` quotes a carriage return only if rows end with one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, row: str) -> int:
+        return self._stream.write(row.removesuffix("\r\n") + "\n")
 
 
 def write_json(chunks: Chunks, stream: TextIO, lines: bool) -> None:

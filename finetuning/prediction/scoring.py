@@ -132,8 +132,8 @@ class Score:
     def _labels(self, value: object) -> set[str] | None:
         if isinstance(value, np.ndarray):  # a list of a parquet file
             value = value.tolist()
-        if value is None or value != value:
-            return None
+        if value is None or value != value:  # with a separator it is a text without a label, as in training
+            return None if self._separator is None else set()
         if not self._multi_label:
             name = self._name(value)
             return {name} if name else None

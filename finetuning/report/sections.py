@@ -95,7 +95,7 @@ def cost_table(result: dict[str, Any]) -> Table:
     """Time, memory and parameters."""
     train, parameters = result["train"], result["parameters"]
     trained, total = parameters["trainable"], parameters["total"]
-    epoch = result["validation"].get("epoch")  # not of the final run of --kfold
+    epoch = result["validation"].get("epoch") if train["epochs"] > 1 else None  # of folds' final run there is none
     rows = [
         ("training", f"{train['seconds']:,.1f} s, {train['steps']:,} steps, {train['epochs']:g} epochs"),
         *([("epoch that was kept", f"{epoch}, by {result['config']['monitor']} on validation")] if epoch else []),

@@ -43,6 +43,7 @@ class Adapter:
     variant: str  # lora or dora
     linears: dict[str, tuple[int, float]]  # full name of each linear with LoRA -> rank, alpha
     pooling: str | None  # what its head reads; None: what the base model's class reads
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by their names in the file
 
     def file_hashes(self) -> dict[str, str]:
         """The SHA-256 of each of its files, by name."""
@@ -90,7 +91,8 @@ def read_adapter(folder: Path) -> Adapter:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str | None):
         raise UserError(f"{folder}: {ADAPTER_CONFIG} has base_model_name_or_path {base!r}: must be a text")
-    return Adapter(folder, base and recorded_name(base), rank, alpha, scaling, variant, linears, config.get("pooling"))
+    named, pooling = base and recorded_name(base), config.get("pooling")
+    return Adapter(folder, named, rank, alpha, scaling, variant, linears, pooling, shapes)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

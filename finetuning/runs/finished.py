@@ -7,7 +7,7 @@ from typing import Any
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import Answers, is_multi_label, positive_of, read_answers
-from finetuning.runs.files import BEST, PREDICTIONS, RESULT, SETTINGS, check_unchanged, read_result
+from finetuning.runs.files import BEST_RUN, PREDICTIONS, RESULT, SETTINGS, check_unchanged, read_result
 from finetuning.runs.messages import called
 
 
@@ -50,8 +50,8 @@ def read_finished(directory: Path) -> FinishedRun:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory: give the one of a finished run") from None
         begun = f": it has not ended. {_continuing(directory)}" if (directory / SETTINGS).exists() else ""
-        if (directory / BEST / RESULT).exists():
-            begun = f": it is a search: give {directory / BEST}"
+        if (directory / BEST_RUN / RESULT).exists():
+            begun = f": give {directory / BEST_RUN}, the best of its runs"
         raise UserError(f"{wanted}, but has no {RESULT}{begun}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{wanted}, but {RESULT} cannot be read: {first_line(error)}") from None

@@ -1,7 +1,7 @@
 """Loads what a run has trained, or an adapter to start from, into a classifier."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
 from finetuning.models.pretrained import class_order
 from finetuning.runs.adapters import PREFIX, Adapter, read_adapter
-from finetuning.runs.files import ADAPTER_CONFIG, EXPORTED_BASE, read_result
+from finetuning.runs.files import ADAPTER_CONFIG, read_result
 from finetuning.runs.weights import load_initial, load_trained, separate_linears
 from finetuning.settings import LORA_TARGETS, LoRASettings, named_layers
 
@@ -84,7 +84,7 @@ def adopt_adapter(
     family, flag = base.family, f"--init_adapter {lora.init_adapter}"
     adapter = read_fitting(lora.init_adapter, family)
     if adapter.base is not None and Path(adapter.base).name != Path(base.name).name and not moved:
-        beside = adapter.folder / EXPORTED_BASE  # where an export has put it, and its folder may have been moved
+        beside = adapter.folder / Path(adapter.base).name  # where an export has put it; its folder may have been moved
         raise UserError(
             f"{flag}: made for the base model {adapter.base}, but --model_name is {base.name}: give --model_name"
             f" {beside if beside.is_dir() else adapter.base}, or, if they are the same, change base_model_name_or_path"
@@ -139,72 +139,71 @@ def _target_paths(family: ModelFamily, target: str) -> list[str]:
     return [re.sub(r"\.0\.", ".*.", name) for name in family.linear_names(target, 1)]
 
 
-def load_adapter(classifier: Classifier, adapter: Adapter, base: BaseModel) -> None:
-    """Copies an adapter into a classifier that was built with its ``linears``.
+def build_from_adapter(
+    config: RunConfig, base: BaseModel, label_names: Sequence[str], dtype: torch.dtype, adapter: Adapter
+) -> Classifier:
+    """The classifier with which a run of ``--init_adapter`` begins.
 
     A part of the head that the adapter lacks keeps the weights of the base model, if the base model has them. Rows of
     the head follow the names of the classes: those of the run that wrote the adapter. PEFT stores none, so they are
-    then those of the base model's config. If the classes are others, ``other_classes``, the rows are not copied.
+    then those of the base model's config. For ``other_classes`` the last linear of the head is drawn at random.
 
     Args:
-        classifier: the classifier.
-        adapter: the adapter.
-        base: the base model.
+        config, base, label_names, dtype: as in ``build_classifier``.
+        adapter: from ``adopt_adapter``.
 
     Raises:
-        UserError: a weight is missing, of another shape, or has no place in the classifier.
+        UserError: the base model is damaged, or a weight of the adapter is missing, of another shape, or has no place.
     """
+    others = other_classes(adapter, base, label_names)
+    classifier = build_classifier(config, base, label_names, dtype, adapter.linears, keeps_head=not others)
+    last = f"{base.family.head[-1]}."
     contained = stored_shapes(base.folder)
 
     def in_base(name: str) -> bool:
         plain = name.replace(".linear.", ".")
         return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
 
-    config: Any = classifier.model.config
-    names, last = class_names(config), f"{classifier.family.head[-1]}."
-    left_out = last if other_classes(adapter, classifier.family, names) else None
-    loaded, saved = load_initial(adapter.folder, classifier, in_base, left_out), classifier.saved_parameters()
-    order = class_order(_names_of_run(adapter.folder) or class_names(base.config), names)
+    loaded = load_initial(adapter.folder, classifier, in_base, last if others else None)
+    saved, order = classifier.saved_parameters(), class_order(_names_of(adapter, base), label_names)
     if order is not None:
         for name in loaded:
             if name.startswith(last) and not name.endswith("lora_A"):
                 saved[name].data = saved[name].data[order]
+    return classifier
 
 
-def other_classes(adapter: Adapter, family: ModelFamily, label_names: Sequence[str]) -> str:
-    """How the classes of a run differ from the adapter's, in their names or else in their number; empty if not.
+def other_classes(adapter: Adapter, base: BaseModel, label_names: Sequence[str]) -> str:
+    """How the classes of a run differ from those of its adapter: by name if these are known, else by number.
 
     Args:
         adapter: an adapter. Only one that a run of this suite wrote has the names of its classes.
-        family: of its base model.
+        base: its base model, whose head counts if the adapter has none.
         label_names: the run's classes.
+
+    Returns:
+        A clause; empty if the classes are the same.
     """
     stored = _names_of_run(adapter.folder)
     if stored is not None:
         new = [name for name in label_names if name not in stored]
         gone = [name for name in stored if name not in label_names]
-        return f"new: {listed(new[:SHOWN])}; missing: {listed(gone[:SHOWN])}" if new or gone else ""
-    rows = [
-        shape[0]
-        for name, shape in stored_shapes(adapter.folder).items()
-        if name.startswith(f"{PREFIX}{family.head[-1]}.") and not name.endswith("lora_A.weight")
-    ]
-    return f"{len(label_names)} instead of {rows[0]}" if rows and rows[0] != len(label_names) else ""
+        return f"new: {listed(new, SHOWN)}; missing: {listed(gone, SHOWN)}" if new or gone else ""
+    last = f"{base.family.head[-1]}."
+    rows = _rows(adapter.shapes, PREFIX + last) or _rows(stored_shapes(base.folder), last)
+    count = len(label_names)
+    return f"{rows.pop()} classes, and these texts have {count}" if rows and rows != {count} else ""
 
 
-def head_advice(adapter: Adapter, family: ModelFamily, label_names: Sequence[str]) -> list[str]:
-    """That the last linear of the head begins anew, one sentence; none if it goes on.
+def _rows(shapes: Mapping[str, Sequence[int]], linear: str) -> set[int]:
+    """How many rows the weights of a linear have, LoRA's A aside."""
+    return {
+        shape[0] for name, shape in shapes.items() if name.startswith(linear) and not name.endswith("lora_A.weight")
+    }
 
-    Args:
-        adapter, family, label_names: as in ``other_classes``.
-    """
-    others = other_classes(adapter, family, label_names)
-    if not others:
-        return []
-    return [
-        f"these texts have other classes than the adapter of --init_adapter ({others}): so the last linear of the head"
-        " begins anew, and LoRA goes on; if only the spelling differs, write the labels as they were"
-    ]
+
+def _names_of(adapter: Adapter, base: BaseModel) -> list[str]:
+    return _names_of_run(adapter.folder) or class_names(base.config)
 
 
 def _names_of_run(folder: Path) -> list[str] | None:

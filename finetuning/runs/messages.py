@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import listed
+from finetuning.errors import counted, listed
 from finetuning.runs.records import SCORES, BaselineRecord, DataRecord, FoldsRecord, score_names
 from finetuning.settings import TrainingSettings
 
@@ -53,14 +53,14 @@ def headline(
     size = f"about {held:.0f}" if held < 0.75 * min(texts, training.batch_size) else str(training.batch_size)
     lines = [
         f"data    {data['source']}: {sizes}",
-        f"        {len(names)} labels: {listed(names[:SHOWN_LABELS])}{', ...' if len(names) > SHOWN_LABELS else ''}",
+        f"        {len(names)} labels: {listed(names, SHOWN_LABELS)}",
         f"        removed {data['leaks_dropped']} training texts that also appear in validation or test"
         " (before --limit_train)",
         *(f"        {note}" for note in (*data["notes"], cut) if note),
         f"model   {model}",
         f"        CPU kernels: {kernels}",
         f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}{of_B}",
-        f"        {texts:,} texts: {size} texts a batch, {training.epochs} epoch{'s' * (training.epochs != 1)},"
+        f"        {texts:,} texts: {size} texts a batch, {counted(training.epochs, 'epoch')},"
         f" {training.epochs * steps_per_epoch:,} steps{patience}",
         *(f"advice  {sentence}" for sentence in advice),
     ]
@@ -85,11 +85,12 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
         texts = None if "kfold" in result else result["data"]["sizes"]["train"]
         lines += baseline_lines(result["baseline"], texts, monitor, multi_label)
         lines += folds_line(result, monitor, multi_label)
-        told = "test" if "test" in result else "out of fold" if "kfold" in result else "validation"
+        told = "test" if "test" in result else "all folds" if "kfold" in result else "validation"
         lines += largest_class_line(told, result.get("test", result["validation"]))
     lines += threshold_line(result["task"])
-    if epoch := result["validation"].get("epoch"):
-        lines.append(f"{'kept':<11} epoch {epoch} of {result['config']['epochs']}, by {monitor} on validation")
+    epoch, epochs = result["validation"].get("epoch"), result["config"]["epochs"]
+    if epoch and epochs > 1:
+        lines.append(f"{'kept':<11} epoch {epoch} of {epochs}, by {score_names(multi_label)[monitor]} on validation")
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
         f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
@@ -132,7 +133,7 @@ def accuracy_line(split: str, scores: dict[str, Any], multi_label: bool) -> str:
     return f"{'':<11} 95 % interval of the {split} {name}: {low:.2%} to {high:.2%}"
 
 
-def largest_class_line(texts: str, scores: Mapping[str, Any]) -> list[str]:
+def largest_class_line(split: str, scores: Mapping[str, Any]) -> list[str]:
     """What always answering the largest class would score, and on which texts; nothing for a multi-label run."""
     if "exact_match" in scores:
         return []
@@ -140,8 +141,10 @@ def largest_class_line(texts: str, scores: Mapping[str, Any]) -> list[str]:
     there = [count for count in counts if count]  # of the classes that there are
     share = max(there) / scores["examples"]
     macro_f1 = 2 * share / (1 + share) / len(there)
-    always = f"always answering the largest class is right for {share:.2%}, with a macro F1 of {macro_f1:.2%}"
-    return [f"{'':<11} {always} ({texts})"]
+    always = (
+        f"on {split}, always answering the largest class is right for {share:.2%}, with a macro F1 of {macro_f1:.2%}"
+    )
+    return [f"{'':<11} {always}"]
 
 
 def baseline_lines(baseline: BaselineRecord, texts: int | None, monitor: str, multi_label: bool) -> list[str]:
@@ -170,7 +173,7 @@ def folds_line(result: Mapping[str, Any], monitor: str, multi_label: bool) -> li
     folds = result["kfold"]
     means = folds["same_epoch"] or folds
     shown = scores_line(means["mean"] | {"examples": result["validation"]["examples"]}, monitor, multi_label)
-    after = f"after {folds['epochs']} epochs in each" if folds["same_epoch"] else "each after its best epoch"
+    after = f"after {counted(folds['epochs'], 'epoch')} in each" if folds["same_epoch"] else "each after its best epoch"
     return [f"{'run':<11} mean of the folds, {after}", f"{'':<11} {'out of fold':<11} {shown}"]
 
 
@@ -186,7 +189,7 @@ def same_epoch_lines(record: FoldsRecord, monitor: str, tuned: bool = False, lab
     if (same := record["same_epoch"]) is None:
         return []
     low, high = same["accuracy_ci95"]
-    every = f"after {record['epochs']} epochs in every fold"
+    every = f"after {counted(record['epochs'], 'epoch')} in every fold"
     note = TUNED if tuned else TO_REPORT
     lines = [f"{label:<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {note}"]
     if monitor != "accuracy" and monitor in same["mean"]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.errors import Interrupted, TrainingFailed, Unheard, say
+from finetuning.errors import Interrupted, TrainingFailed, Unheard, counted, say
 from finetuning.runs.answers import joined
 from finetuning.runs.directory import fold_directories
 from finetuning.runs.files import SETTINGS, read_status
@@ -77,10 +77,11 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     tuned = bool(inputs.task.record().get("threshold_tuned"))
     for line in same_epoch_lines(record, training.monitor, tuned):
         say(line)
-    for line in largest_class_line("out of fold", scores):
+    for line in largest_class_line("all folds", scores):
         say(line)
     chosen = ", ".join(str(fold["epoch"]) for fold in record["folds"])
-    stop = f"schedule of {training.epochs} epochs, stopped after {record['epochs']}, the median of the folds' {chosen}"
+    whole, median = counted(training.epochs, "epoch"), f"the median of the folds' {chosen}"
+    stop = f"schedule of {whole}, stopped after {record['epochs']}, {median}"
     say(f"{'final run':<11} {stop}\n")
     return folds
 

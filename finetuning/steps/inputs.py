@@ -19,12 +19,12 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.quantization import try_four_bits
 from finetuning.processes import is_helper
 from finetuning.runs.adapters import Adapter
-from finetuning.runs.loading import adopt_adapter, head_advice, load_adapter
+from finetuning.runs.loading import adopt_adapter, build_from_adapter, other_classes
 from finetuning.runs.messages import headline
 from finetuning.runs.records import data_record
 from finetuning.settings import TrainingSettings
-from finetuning.steps.text_advice import advice_on_texts, cut_advice, step_advice
-from finetuning.training.budget import LEAST_EPOCHS, ruled_epochs, training_budget
+from finetuning.steps.text_advice import advice_on_texts, cut_advice, head_advice, step_advice
+from finetuning.training.budget import LEAST_EPOCHS, automatic_epochs, training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.label_advice import imbalance_advice, spelling_advice
 from finetuning.training.tasks import Task, make_task
@@ -48,11 +48,8 @@ class Inputs:
 
     def build(self) -> Classifier:
         """The classifier before training. Its new weights are drawn from torch's global generator."""
-        linears = None if self.adapter is None else self.adapter.linears
-        classifier = build_classifier(self.config, self.base, self.texts.label_names, self.hardware.dtype, linears)
-        if self.adapter is not None:
-            load_adapter(classifier, self.adapter, self.base)
-        return classifier
+        parts = self.config, self.base, self.texts.label_names, self.hardware.dtype
+        return build_classifier(*parts) if self.adapter is None else build_from_adapter(*parts, self.adapter)
 
     def headline(self, classifier: Classifier) -> str:
         """The text that the run prints before training."""
@@ -102,7 +99,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)
         found |= decided
-        advice += head_advice(adapter, base.family, texts.label_names)
+        advice += head_advice(other_classes(adapter, base, texts.label_names), config.training)
     tokenizer = load_tokenizer(base)
     inputs = Inputs(
         config=config.changed(**found),
@@ -122,23 +119,24 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     check_batches(splits, inputs.config.training, config.hardware.processes)
     inputs = dataclasses.replace(inputs, splits=splits)
     training = inputs.config.training
-    ruled = ruled_epochs(training.batch_size * training.accumulate, *size)
-    inputs = dataclasses.replace(inputs, advice=advice + length_advice(inputs, ruled))
+    automatic = automatic_epochs(training.batch_size * training.accumulate, *size)
+    inputs = dataclasses.replace(inputs, advice=advice + length_advice(inputs, automatic))
     return dataclasses.replace(inputs, folds=tuple(fold_inputs(inputs, number) for number in config.data.folds))
 
 
-def length_advice(inputs: Inputs, ruled: int) -> list[str]:
+def length_advice(inputs: Inputs, automatic: int) -> list[str]:
     """What the lengths of the training texts suggest, one sentence each.
 
     Args:
         inputs: of the run.
-        ruled: the epochs of the rule. A resumed run has stored them, so it is not known whether a flag gave them.
+        automatic: the epochs of the rule. Those of a flag that are equal count as well, because a resumed run does not
+            know where they came from.
     """
     training = inputs.config.training
     if not training.epochs:
         return []
     advice = cut_advice(inputs.share_at_limit, inputs.config.data, inputs.base.longest_input)
-    if training.epochs == ruled > LEAST_EPOCHS:  # else no fewer are advised; of many texts batches take time
+    if training.epochs == automatic > LEAST_EPOCHS:  # else no fewer are advised; of many texts batches take time
         steps, texts = inputs.batches.steps_per_epoch, len(inputs.splits["train"])
         advice += step_advice(training, texts, steps, inputs.config.hardware.processes)
     return advice

@@ -1,4 +1,4 @@
-"""What a run advises before it trains, by its settings and its numbers of texts: one sentence for each thing to try."""
+"""What a run says before it trains, by its settings and its numbers of texts: what to try, what to keep in mind."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from finetuning.config import RunConfig
-from finetuning.errors import listed
+from finetuning.errors import UserError, listed
 from finetuning.models.base_model import BaseModel
 from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
 from finetuning.training.budget import LEAST_EPOCHS
@@ -73,7 +73,7 @@ def validation_advice(
 
 
 def missing_advice(task: Task, labels: np.ndarray) -> list[str]:
-    """That test lacks a class, so that its scores say nothing about it; empty if it has all, or for multi-label data.
+    """That test lacks a class, and what its scores are then; empty if it has all, or for multi-label data.
 
     Args:
         task: what is learned.
@@ -82,8 +82,30 @@ def missing_advice(task: Task, labels: np.ndarray) -> list[str]:
     missing = [name for name, count in zip(task.names, task.counts(labels), strict=True) if not count]
     if not missing or labels.ndim > 1:
         return []
-    shown = listed(missing) if len(missing) <= SHOWN else f"{len(missing)} of {len(task.names)} classes"
-    return [f"test has no text of {shown}: its scores say nothing about them, and macro F1 is the mean over the others"]
+    return [
+        f"test has no text of {listed(missing, SHOWN)}: macro F1 leaves such a class out, or counts 0 if it is answered"
+    ]
+
+
+def head_advice(others: str, training: TrainingSettings) -> list[str]:
+    """That the head does not come from the adapter of ``--init_adapter``, one sentence; none if it does.
+
+    Args:
+        others: from ``other_classes``.
+        training: ``epochs``.
+
+    Raises:
+        UserError: nothing is trained, so the head would stay random.
+    """
+    if not others:
+        return []
+    differ = f"the adapter of --init_adapter has other classes ({others})"
+    if training.epochs == 0:
+        raise UserError(f"--epochs 0: {differ}, so its head cannot be used: give --epochs, or texts of its classes")
+    return [
+        f"{differ}: the last linear of the head is drawn at random, LoRA in the encoder is kept; if only the spelling"
+        " differs, use the adapter's"
+    ]
 
 
 def pooling_advice(texts: int, method: str, lora: LoRASettings | None) -> list[str]:

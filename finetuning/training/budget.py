@@ -30,19 +30,19 @@ def training_budget(settings: TrainingSettings, labels: np.ndarray, classes: int
 
     Args:
         settings: ``None`` in one of these fields means "not given".
-        labels, classes, processes: as in ``ruled_epochs``.
+        labels, classes, processes: as in ``automatic_epochs``.
     """
     texts = len(labels)
 
     def epochs(batch_size: int) -> int:
-        return ruled_epochs(batch_size * settings.accumulate, labels, classes, processes)
+        return automatic_epochs(batch_size * settings.accumulate, labels, classes, processes)
 
     batch_size = 16 if texts < FEW else 32 if texts < MANY or epochs(64) > _least_epochs(texts) else 64
     chosen = {"batch_size": batch_size, "epochs": epochs(settings.batch_size or batch_size), "patience": PATIENCE}
     return {name: value for name, value in chosen.items() if getattr(settings, name) is None}
 
 
-def ruled_epochs(batch: int, labels: np.ndarray, classes: int, processes: int = 1) -> int:
+def automatic_epochs(batch: int, labels: np.ndarray, classes: int, processes: int = 1) -> int:
     """The epochs of the rule.
 
     Args:

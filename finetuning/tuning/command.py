@@ -18,7 +18,7 @@ from finetuning.errors import UserError, exit_status, first_line, say
 from finetuning.flags import OneLineParser, add_flags, parse_bool, parse_path
 from finetuning.processes import interruptible, show_any_text
 from finetuning.processor import limit_libraries
-from finetuning.runs.files import BEST
+from finetuning.runs.files import BEST_RUN
 from finetuning.runs.messages import called
 from finetuning.settings import FLAGS, check_data_dir
 from finetuning.tuning.parameters import read_space
@@ -216,19 +216,20 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         if asked.search is not None:
             read_space(asked.search)
         check_same(folder, asked)
-        note_budget(options, folder)
+    if not options.resume:
+        with usable(folder):
+            note_budget(options, folder)
 
 
 def note_budget(options: argparse.Namespace, folder: Path) -> None:
-    """Says which limits of a search differ from those of this worker's flags: those of the search count."""
-    budget = Budget.read(folder)
-    for name in ("minutes", "trials", "seeds"):
-        value, has = getattr(options, name), getattr(budget, name)
-        if value is not None and value != has:
-            given = "none" if has is None else f"{has:g}"
-            print(
-                f"--{name} {value:g}: the search in {folder} has {given}, and keeps it; --resume adds to it", flush=True
-            )
+    """Says so if a search has other limits than the flags of a worker that joins it: its own count."""
+    budget, names = Budget.read(folder), ("minutes", "trials", "seeds")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if any(getattr(budget, name) != value for name, value in given.items()):
+        has = ", ".join(f"--{name} {value:g}" for name in names if (value := getattr(budget, name)) is not None)
+        print(
+            f"the search in {folder} keeps its own limits, {has}: --resume adds minutes or trials to them", flush=True
+        )
 
 
 def data_text(sizes: Mapping[str, int]) -> str:
@@ -269,7 +270,7 @@ def work(folder: Path, jobs: int) -> int:
             final = search.run()
     if stop.received:
         resumed = called("compare", "tune", "--resume", "--output_dir", folder)
-        say(f"interrupted; continue with: {resumed}\n{folder / BEST} is made when the search ends")
+        say(f"interrupted; continue with: {resumed}\n{folder / BEST_RUN} is made when the search ends")
         return 130
     if final is None:
         return 1

@@ -157,7 +157,7 @@ def check_same(folder: Path, asked: Asked) -> None:
         before, now = (each.get(name) for each in flags)
         if name not in ("given", "space", "study") and before != now:
             there, here = ("not given" if value is None else value for value in (before, now))
-            what = "another file" if name == "search" else f"--{name}: {there} there, {here} here"
+            what = "another file" if name == "search" else f"its --{name} is {there}, yours is {here}"
             raise UserError(
                 f"--output_dir {folder}: holds another search ({what}): give another directory, or --resume"
             )

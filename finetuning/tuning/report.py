@@ -21,7 +21,7 @@ from finetuning.html import render
 from finetuning.pages import Table
 from finetuning.runs.abstention import checkpoints_compared
 from finetuning.runs.answers import is_multi_label, positive_of
-from finetuning.runs.files import BEST, PREDICTIONS, check_unchanged, read_result, read_status, write_result
+from finetuning.runs.files import BEST_RUN, PREDICTIONS, check_unchanged, read_result, read_status, write_result
 from finetuning.runs.messages import called
 from finetuning.runs.records import SCORES
 from finetuning.storage import read_json, write_json, write_text
@@ -84,8 +84,8 @@ def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] |
         return -missing, statistics.fmean(scores) if scores else 0.0
 
     winner = max(sorted(runs), key=rank)  # a tie: the default
-    copy_run(max(runs[winner], key=score), folder / BEST)  # of equal ones the first
-    note_comparisons(folder / BEST, trials.all(), [run for own in runs.values() for run in own if run != default])
+    copy_run(max(runs[winner], key=score), folder / BEST_RUN)  # of equal ones the first
+    note_comparisons(folder / BEST_RUN, trials.all(), [run for own in runs.values() for run in own if run != default])
     summary = make_summary(plan, trials, runs, winner, len(final["seeds"]))
     summary["minutes"] = Budget.read(folder).seconds / 60
     write_text(folder / REPORT, make_page(folder.resolve().name, plan, trials.all(), summary))
@@ -204,11 +204,11 @@ def summary_lines(folder: Path, summary: dict[str, Any]) -> list[str]:
     lines.append(f"{'winner':<11} {trial_name(won['trial'])}{': ' if won['flags'] else ''}{flags_text(won['flags'])}")
     if summary["gain"] is not None:
         lines.append(f"{'gain':<11} {gain_text(summary)}")
-    lines.append(f"{'best run':<11} {folder / BEST}")
+    lines.append(f"{'best run':<11} {folder / BEST_RUN}")
     lines.append(f"{'report':<11} {folder / REPORT}")
     onnx = ["--onnx"] if won["flags"].get("pooling") == "mean" else []  # most classes cannot read the mean
-    lines.append(f'{"try it":<11} {called("predict", folder / BEST)} --text "..."')
-    lines.append(f"{'export':<11} {called('export', folder / BEST, 'FOLDER', *onnx)}")
+    lines.append(f'{"try it":<11} {called("predict", folder / BEST_RUN)} --text "..."')
+    lines.append(f"{'export':<11} {called('export', folder / BEST_RUN, 'FOLDER', *onnx)}")
     return lines
 
 

@@ -20,6 +20,7 @@ from finetuning.comparison.execution import (
     StopSignals,
     last_line,
 )
+from finetuning.errors import counted
 from finetuning.flags import flag_words
 from finetuning.runs.files import METRICS, read_result, read_status
 from finetuning.storage import read_json, write_new_json
@@ -328,8 +329,9 @@ class Search:
             fits = self.jobs * max(0.0, self._time_for_trials) / trial.seconds
             need = math.ceil(FEWEST_RUNS * trial.seconds / 60 / self.jobs)
             more = f": a search needs about {FEWEST_RUNS} runs, so --minutes {need} or more" if fits < FEW else ""
-            trials = "1 more trial" if round(fits) == 1 else f"{fits:.0f} more trials"
-            print(f"at this length, this worker has time for about {trials}{more}", flush=True)
+            print(
+                f"at this length, this worker has time for about {counted(round(fits), 'more trial')}{more}", flush=True
+            )
 
     # --- the last runs
 

@@ -1,6 +1,7 @@
 import datetime
 import errno
 import gzip
+import io
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ from finetuning.errors import OutputFailed, UserError
 from finetuning.prediction import progress
 from finetuning.prediction import rows as rows_module
 from finetuning.prediction.answers import AnswerColumns
-from finetuning.prediction.outputs import check_output, is_parquet, print_answers, write_answers
+from finetuning.prediction.outputs import check_output, is_parquet, print_answers, write_answers, write_csv
 from finetuning.prediction.rows import Answered, Rows, file_of, survey
 
 ONE, SEVERAL = AnswerColumns(["bad", "good"]), AnswerColumns(["bad", "good"], threshold=0.5)
@@ -250,6 +251,19 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"--output {tmp_path / name}: {message}"):
             check_output(tmp_path / name)
     check_output(tmp_path / "a.JSONL.gz")
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_texts_keep_their_line_breaks_of_any_kind(tmp_path: Path, separator: str) -> None:
+    texts = ["a\rb", "a\r\nb", "a\nb", "a,b\tc", "end\r\n", "fine"]
+    stream = io.StringIO()
+    rows = pd.DataFrame({"text": texts}, dtype=object)
+    write_csv(iter([(rows, {"label": ["x"] * len(texts)})]), stream, separator, 4)
+    assert stream.getvalue().startswith(f"text{separator}label\n")
+    assert stream.getvalue().endswith(f"\nfine{separator}x\n")
+    path = tmp_path / ("a.csv" if separator == "," else "a.tsv")
+    path.write_bytes(stream.getvalue().encode())
+    assert read_frame(path)["text"].tolist() == texts
 
 
 def test_standard_output(table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def test_lists_of_labels_are_scored_as_by_scikit_learn(separator: str | None) ->
     written = lists if separator is None else [" ; ".join(row) for row in lists]
     score = Score(multi, "y", separator=separator)
     list(score.checking(source(written)).tables())
-    unknown = [None, float("nan")] if separator is None else [None]
+    unknown = [None, float("nan")] if separator is None else []
     some = [written[:20] + unknown + written[20:], given[:20] + [["0"]] * len(unknown) + given[20:]]
     list(score.counted([(rows([*some[0], written[0]]), [[*some[1], None]])]))  # the last text got no answer
     exact = accuracy_score(true, answers)
@@ -126,6 +126,14 @@ def test_lists_that_cannot_be_counted_are_refused(labels: list[Any], separator: 
     with pytest.raises(UserError) as caught:
         list(score.checking(source(labels)).tables())
     assert str(caught.value).replace("--label_column y: ", "") == message
+
+
+def test_with_a_separator_an_empty_cell_is_a_text_without_a_label_as_in_training() -> None:
+    for empty in ("", None):
+        score = Score(replace(TRAINED, threshold=0.5), "y", separator=";")
+        list(score.counted([(rows(["0", empty]), [[["0"], ["1"]]])]))
+        assert str(score).startswith("exact match 50.00%"), empty
+        assert str(score).endswith("; 2 labelled and answered texts")
 
 
 def test_a_separator_is_for_lists_of_labels() -> None:

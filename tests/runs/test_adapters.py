@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from finetuning.models.families import FAMILIES
 from finetuning.models.lora import ranks_and_alphas
 from finetuning.runs.adapters import read_adapter
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result
-from finetuning.runs.loading import head_advice
-from local_model_utilities import adopt_adapter, build_classifier, find_base_model, load_adapter
+from finetuning.runs.loading import other_classes
+from finetuning.steps.text_advice import head_advice
+from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
 from tests.conftest import CORE, LAYERS
 from tests.runs.test_weights import ALL_BUT_HEAD, batch, build, logits, logits_in_peft
 from tests.small_classifiers import NAMES, fill, save
@@ -82,9 +84,7 @@ def adopted(base: Path, folder: Path, **settings: Any) -> tuple[Classifier, RunC
     assert config.lora is not None
     decided, adapter = adopt_adapter(config.lora, found, moved=False)
     config = config.changed(**decided)
-    classifier = build_classifier(config, found, NAMES, torch.float32, adapter.linears)
-    load_adapter(classifier, adapter, found)
-    return classifier.eval(), config
+    return build_from_adapter(config, found, NAMES, torch.float32, adapter).eval(), config
 
 
 @pytest.mark.parametrize("model_type", CORE)
@@ -180,27 +180,36 @@ def test_rows_of_a_runs_head_are_in_the_order_of_its_own_classes(bases: dict[str
 @pytest.mark.parametrize(
     ("stored", "said"),
     [
-        (["Bad", "good"], "(new: bad; missing: Bad)"),
-        (["bad", "good", "so-so"], "(new: none; missing: so-so)"),
-        (None, "(2 instead of 3)"),  # PEFT stores no names
+        (["Bad", "good"], "new: bad; missing: Bad"),
+        (["bad", "good", "so-so"], "new: none; missing: so-so"),
+        (None, "3 classes, and these texts have 2"),  # PEFT stores no names
     ],
 )
-def test_a_head_of_other_classes_begins_anew_and_lora_goes_on(
-    bases: dict[str, Path], tmp_path: Path, settings: dict[str, Any], stored: list[str] | None, said: str
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_head_of_other_classes_is_drawn_and_lora_stays(
+    bases: dict[str, Path],
+    tiny_folders: dict[str, Path],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    stored: list[str] | None,
+    said: str,
+    with_head: bool,
 ) -> None:
-    names = stored or ["a", "b", "c"]
-    config = RunConfig.from_settings(model_name=str(bases["distilbert"]), max_length=32, seed=1, **settings)
-    earlier = build_classifier(config, find_base_model(config), names, torch.float32)
+    names, folder = stored or ["a", "b", "c"], (tiny_folders if with_head else bases)["distilbert"]
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, seed=1, **settings)
+    base = find_base_model(config)
+    earlier = build_classifier(config, base, names, torch.float32)
     fill(earlier)
     save(tmp_path, earlier, config)
     if stored is not None:
         write_result(tmp_path, {"data": {"label_names": stored}})
-    family = earlier.family
-    (sentence,) = head_advice(read_adapter(tmp_path), family, NAMES)
-    assert said in sentence
-    classifier, _ = adopted(bases["distilbert"], tmp_path)
+    assert other_classes(read_adapter(tmp_path), base, NAMES) == said
+    classifier, _ = adopted(folder, tmp_path)
     before, after = earlier.saved_parameters(), classifier.saved_parameters()
-    last = f"{family.head[-1]}."
+    last = f"{base.family.head[-1]}."
+    if with_head:
+        of_base = load_file(folder / "model.safetensors")["classifier.weight"]
+        assert not any(torch.equal(after[name], of_base) for name in after if name.startswith(last))
     assert set(before) == set(after)
     assert any(name.startswith(last) for name in after)
     for name, parameter in after.items():
@@ -211,12 +220,28 @@ def test_a_head_of_other_classes_begins_anew_and_lora_goes_on(
             assert torch.equal(parameter, before[name]), name
 
 
-def test_a_head_of_the_same_classes_brings_no_advice(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_classes_are_the_same_in_any_order_and_where_nobody_knows_their_names(
+    bases: dict[str, Path], tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
     earlier, config = build(bases["distilbert"], 0, **ALL_BUT_HEAD)
     save(tmp_path, earlier, config)
-    assert head_advice(read_adapter(tmp_path), earlier.family, ["other", "names"]) == []  # nobody knows the adapter's
+    base = find_base_model(config.changed(max_length=32))
+    assert other_classes(read_adapter(tmp_path), base, ["other", "names"]) == ""
     write_result(tmp_path, {"data": {"label_names": NAMES[::-1]}})
-    assert head_advice(read_adapter(tmp_path), earlier.family, NAMES) == []
+    assert other_classes(read_adapter(tmp_path), base, NAMES) == ""
+    with_head = find_base_model(config.changed(model_name=str(tiny_folders["distilbert"]), max_length=32))
+    bare = replace(read_adapter(tmp_path), folder=tmp_path / "nowhere", shapes={})
+    assert other_classes(bare, with_head, ["a", "b", "c"]) == "2 classes, and these texts have 3"  # the base's head
+    assert other_classes(bare, base, ["a", "b", "c"]) == "", "a new head"
+
+
+def test_other_classes_are_told_and_cannot_only_be_evaluated() -> None:
+    training = RunConfig.from_settings(epochs=1).training
+    assert head_advice("", training) == []
+    (sentence,) = head_advice("new: a; missing: b", training)
+    assert "other classes (new: a; missing: b): the last linear of the head is drawn at random, LoRA" in sentence
+    with pytest.raises(UserError, match=r"^--epochs 0: the adapter of --init_adapter has other classes .new: a; miss"):
+        head_advice("new: a; missing: b", RunConfig.from_settings(epochs=0).training)
 
 
 def test_what_transformers_does_with_the_head_of_such_a_folder(

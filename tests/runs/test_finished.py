@@ -38,7 +38,7 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     refused("must be a finished run, but has no result.json")
     (tmp_path / "best").mkdir()
     leave(tmp_path / "best")
-    refused(f"but has no result.json: it is a search: give {tmp_path / 'best'}$")
+    refused(f"but has no result.json: give {tmp_path / 'best'}, the best of its runs$")
     (tmp_path / RESULT).write_text("{")
     refused("result.json cannot be read")
     (tmp_path / RESULT).write_text("[]")

@@ -58,7 +58,7 @@ def test_the_baseline_is_shown_by_split_and_says_what_it_was_trained_on() -> Non
 def test_the_largest_class_is_shown_if_there_is_one() -> None:
     scores = {"per_class": {"a": {"support": 5}, "b": {"support": 3}}, "examples": 8}
     score = "62.50%, with a macro F1 of 38.46%"  # F1 of the two classes: 2 * 5 / (5 + 8) and 0
-    shown = f"{'':12}always answering the largest class is right for {score} (test)"
+    shown = f"{'':12}on test, always answering the largest class is right for {score}"
     assert largest_class_line("test", scores) == [shown]
     unseen = {"per_class": {**scores["per_class"], "c": {"support": 0}}, "examples": 8}  # type: ignore[dict-item]
     assert largest_class_line("test", unseen) == [shown]

@@ -165,12 +165,12 @@ def test_the_command_prints_a_line_for_each_fold(
     )
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=False))
     assert re.search(r"   epoch 1   \d+\.\d s, about 0:\d\d:\d\d left$", lines[3])
-    assert lines[7].startswith("            after 1 epochs in every fold: ")
+    assert lines[7].startswith("            after 1 epoch in every fold: ")
     assert (
         lines[8]
-        == "            always answering the largest class is right for 50.00%, with a macro F1 of 33.33% (out of fold)"
+        == "            on all folds, always answering the largest class is right for 50.00%, with a macro F1 of 33.33%"
     )
-    assert lines[9] == "final run   schedule of 1 epochs, stopped after 1, the median of the folds' 1, 1"
+    assert lines[9] == "final run   schedule of 1 epoch, stopped after 1, the median of the folds' 1, 1"
     assert sum(line.startswith("data ") for line in lines) == 1
     assert lines.count(lines[7].replace("            after", "out of fold after")) == 1, "again where the run ends"
     assert export([str(tmp_path / "run"), str(tmp_path / "model")]) == 2

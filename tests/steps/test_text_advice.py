@@ -101,8 +101,8 @@ def test_where_the_mean_was_better_than_the_first_token_the_run_advises_it(
     ("names", "test", "said"),
     [
         ("abc", [0, 1, 2], ""),
-        ("abc", [0, 0, 2], "test has no text of b: its scores say nothing about them"),
-        ("abcdefg", [6], "test has no text of 6 of 7 classes: its scores"),
+        ("abc", [0, 0, 2], "test has no text of b: macro F1 leaves such a class out, or counts 0"),
+        ("abcdefg", [6], "test has no text of a, b, c, d, e, 1 more: macro F1"),
         ("ab", [[1, 0], [1, 0]], ""),  # multi-label: such a label counts for macro F1
     ],
 )

@@ -51,10 +51,10 @@ def test_another_search_is_refused(tmp_path: Path) -> None:
     started(folder, method="lora")
     before = (folder / SEARCH).read_bytes()
     for other, what in (
-        (asked(method="full"), "--method: lora there, full here"),
-        (asked(), "--method: lora there, not given here"),
-        (asked(method="lora", seed=1), "--seed: not given there, 1 here"),
-        (asked(method="lora", sampler="random"), "--sampler: tpe there, random here"),
+        (asked(method="full"), "its --method is lora, yours is full"),
+        (asked(), "its --method is lora, yours is not given"),
+        (asked(method="lora", seed=1), "its --seed is not given, yours is 1"),
+        (asked(method="lora", sampler="random"), "its --sampler is tpe, yours is random"),
         (asked(method="lora", search=file), "another file"),
     ):
         with pytest.raises(UserError, match=f"--output_dir {folder}: holds another search .{what}"):
