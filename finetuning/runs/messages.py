@@ -90,7 +90,8 @@ def summary(directory: Path, result: dict[str, Any]) -> str:
     lines += threshold_line(result["task"])
     epoch, epochs = result["validation"].get("epoch"), result["config"]["epochs"]
     if epoch and epochs > 1:
-        lines.append(f"{'kept':<11} epoch {epoch} of {epochs}, by {score_names(multi_label)[monitor]} on validation")
+        by, _, _ = score_names(multi_label)[monitor].partition(",")  # the loss without its unit
+        lines.append(f"{'kept':<11} epoch {epoch} of {epochs}, by {by} on validation")
     lines += [
         f"{'training':<11} {trained['seconds']:.1f} s, {trained['tokens_per_second'] or 0:,.0f} tokens/s,"
         f" {trained['steps']:,} steps; {result['seconds']:.1f} s including evaluation and files",
