@@ -165,7 +165,8 @@ def build_from_adapter(
         return any(plain == stored or plain.endswith(f".{stored}") for stored in contained)
 
     loaded = load_initial(adapter.folder, classifier, in_base, last if others else None)
-    saved, order = classifier.saved_parameters(), class_order(_names_of(adapter, base), label_names)
+    saved = classifier.saved_parameters()
+    order = class_order(_names_of_run(adapter.folder) or class_names(base.config), label_names)
     if order is not None:
         for name in loaded:
             if name.startswith(last) and not name.endswith("lora_A"):
@@ -200,10 +201,6 @@ def _rows(shapes: Mapping[str, Sequence[int]], linear: str) -> set[int]:
     return {
         shape[0] for name, shape in shapes.items() if name.startswith(linear) and not name.endswith("lora_A.weight")
     }
-
-
-def _names_of(adapter: Adapter, base: BaseModel) -> list[str]:
-    return _names_of_run(adapter.folder) or class_names(base.config)
 
 
 def _names_of_run(folder: Path) -> list[str] | None:
