@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError, first_line, listed
-from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged, read_result
 from finetuning.settings import recorded_name
 from finetuning.storage import read_json, sha256_of
 
@@ -44,6 +45,7 @@ class Adapter:
     linears: dict[str, tuple[int, float]]  # full name of each linear with LoRA -> rank, alpha
     pooling: str | None  # what its head reads; None: what the base model's class reads
     shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by their names in the file
+    label_names: list[str] | None  # of the run that wrote it; None: PEFT stores none
 
     def file_hashes(self) -> dict[str, str]:
         """The SHA-256 of each of its files, by name."""
@@ -92,7 +94,14 @@ def read_adapter(folder: Path) -> Adapter:
     if not isinstance(base, str | None):
         raise UserError(f"{folder}: {ADAPTER_CONFIG} has base_model_name_or_path {base!r}: must be a text")
     named, pooling = base and recorded_name(base), config.get("pooling")
-    return Adapter(folder, named, rank, alpha, scaling, variant, linears, pooling, shapes)
+    return Adapter(folder, named, rank, alpha, scaling, variant, linears, pooling, shapes, _names_of_run(folder))
+
+
+def _names_of_run(folder: Path) -> list[str] | None:
+    """The classes of the run in a folder; ``None`` if it holds no run."""
+    with suppress(OSError, ValueError, KeyError):
+        return list(read_result(folder)["data"]["label_names"])
+    return None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

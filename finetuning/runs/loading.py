@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
 from finetuning.models.pretrained import class_order
 from finetuning.runs.adapters import PREFIX, Adapter, read_adapter
-from finetuning.runs.files import ADAPTER_CONFIG, read_result
+from finetuning.runs.files import ADAPTER_CONFIG
+from finetuning.runs.messages import SHOWN_IN_ADVICE
 from finetuning.runs.weights import load_initial, load_trained, separate_linears
 from finetuning.settings import LORA_TARGETS, LoRASettings, named_layers
-
-SHOWN = 5  # names of classes
 
 
 def load_classifier(
@@ -166,7 +164,7 @@ def build_from_adapter(
 
     loaded = load_initial(adapter.folder, classifier, in_base, last if others else None)
     saved = classifier.saved_parameters()
-    order = class_order(_names_of_run(adapter.folder) or class_names(base.config), label_names)
+    order = class_order(adapter.label_names or class_names(base.config), label_names)
     if order is not None:
         for name in loaded:
             if name.startswith(last) and not name.endswith("lora_A"):
@@ -185,11 +183,11 @@ def other_classes(adapter: Adapter, base: BaseModel, label_names: Sequence[str])
     Returns:
         A clause; empty if the classes are the same.
     """
-    stored = _names_of_run(adapter.folder)
+    stored = adapter.label_names
     if stored is not None:
         new = [name for name in label_names if name not in stored]
         gone = [name for name in stored if name not in label_names]
-        return f"new: {listed(new, SHOWN)}; missing: {listed(gone, SHOWN)}" if new or gone else ""
+        return f"new: {listed(new, SHOWN_IN_ADVICE)}; missing: {listed(gone, SHOWN_IN_ADVICE)}" if new or gone else ""
     last = f"{base.family.head[-1]}."
     rows = _rows(adapter.shapes, PREFIX + last) or _rows(stored_shapes(base.folder), last)
     count = len(label_names)
@@ -201,10 +199,3 @@ def _rows(shapes: Mapping[str, Sequence[int]], linear: str) -> set[int]:
     return {
         shape[0] for name, shape in shapes.items() if name.startswith(linear) and not name.endswith("lora_A.weight")
     }
-
-
-def _names_of_run(folder: Path) -> list[str] | None:
-    """The classes of the run in a folder; ``None`` if it holds no run."""
-    with suppress(OSError, ValueError, KeyError):
-        return list(read_result(folder)["data"]["label_names"])
-    return None

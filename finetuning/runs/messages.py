@@ -17,6 +17,7 @@ INSTALLED = "finetune-lora"  # the command that pip installs
 TO_REPORT = "(report this, or the score of a large test split)"
 TUNED = "(optimistic: each fold tuned its threshold)"
 SHOWN_LABELS = 8
+SHOWN_IN_ADVICE = 5  # labels
 SCRIPTS = {  # files of the clone
     "lora": "finetune_lora.py", "predict": "predict.py", "export": "export_model.py", "compare": "compare_methods.py",
 }  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, listed
 from finetuning.models.base_model import BaseModel
+from finetuning.runs.messages import SHOWN_IN_ADVICE
 from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
 from finetuning.training.budget import LEAST_EPOCHS
 from finetuning.training.tasks import Task
@@ -18,7 +19,6 @@ ENOUGH_VALIDATION_TEXTS = 1000  # an accuracy of them has a 95 % interval of 1 t
 TRAINED_IN_THE_TIME = 3  # validation of so many texts takes as long as training one: there is no backward
 MOSTLY_CUT = 0.5  # of the training texts: if so many are cut, what decides may often be lost
 MANY_STEPS = 2  # times those that the rule for epochs expects, which knows numbers of texts and no lengths
-SHOWN = 5  # names of classes
 FEW_FOR_MEAN = 100  # with 50 the mean of the tokens is better for LoRA, with 250 hardly
 
 
@@ -83,7 +83,8 @@ def missing_advice(task: Task, labels: np.ndarray) -> list[str]:
     if not missing or labels.ndim > 1:
         return []
     return [
-        f"test has no text of {listed(missing, SHOWN)}: macro F1 leaves such a class out, or counts 0 if it is answered"
+        f"test has no text of {listed(missing, SHOWN_IN_ADVICE)}: macro F1 leaves such a class out, or counts 0 if"
+        " it is answered"
     ]
 
 
