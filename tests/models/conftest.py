@@ -84,6 +84,19 @@ def assert_each_near(values: Iterable[Tensor], references: Iterable[Tensor], tol
         assert relative_error(value, reference) < tolerance
 
 
+def assert_same(
+    ours: dict[str, Tensor], reference: dict[str, Tensor], tolerance: float = 1e-5, floor: float = 1e-6
+) -> None:
+    """Gradients by tensor norm; where theory says zero (key biases) ``floor`` times the largest of all is allowed."""
+    assert ours.keys() == reference.keys()
+    largest = max(float(gradient.norm()) for gradient in reference.values())
+    assert largest > 1e-3
+    for name, gradient in reference.items():
+        assert ours[name].dtype == gradient.dtype
+        wrong = float((ours[name].double() - gradient.double()).norm())
+        assert wrong < tolerance * float(gradient.norm()) + floor * largest, f"{name}: {wrong} of {gradient.norm()}"
+
+
 @contextmanager
 def saved_tensors() -> Iterator[list[Tensor]]:
     """A list of what forward passes keep for backward."""

@@ -33,10 +33,24 @@ def test_names_are_all_the_linears_of_the_real_classifier(model_type: str) -> No
     assert family.longest_input(model.config) == POSITIONS
 
 
-def test_a_gemma_that_sees_both_directions_takes_hugging_faces_path() -> None:
-    family, config = FAMILIES["gemma"], tiny_model("gemma").config
-    for both, efficient in ((None, True), (False, True), (True, False)):
-        config.use_bidirectional_attention = both
+@pytest.mark.parametrize(
+    ("model_type", "name", "value"),
+    [
+        ("bert", "is_decoder", True),  # it is causal then
+        ("roberta", "is_decoder", True),
+        ("electra", "is_decoder", True),
+        ("gemma", "use_bidirectional_attention", True),
+        ("qwen3", "is_causal", False),
+        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ],
+)
+def test_what_the_efficient_path_does_not_compute_is_left_to_hugging_face(
+    model_type: str, name: str, value: bool
+) -> None:
+    family, config = FAMILIES[model_type], tiny_model(model_type).config
+    assert family.is_efficient(config)
+    for own, efficient in ((not value, True), (value, False)):
+        setattr(config, name, own)
         assert family.is_efficient(config) == efficient
 
 
@@ -62,12 +76,3 @@ def test_settings_are_those_of_the_config(model_type: str) -> None:
     ours = ("dropout", "attention_dropout", "head_dropout")
     set_by_us = {*(family.settings[name] for name in ours if name in family.settings), *family.more_dropouts}
     assert dropouts <= {config.attribute_map.get(name, name) for name in set_by_us}
-
-
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
-def test_an_encoder_made_a_decoder_is_left_to_hugging_face(model_type: str) -> None:
-    """It is causal then."""
-    config = tiny_model(model_type).config
-    assert FAMILIES[model_type].is_efficient(config)
-    config.is_decoder = True
-    assert not FAMILIES[model_type].is_efficient(config)
