@@ -27,7 +27,7 @@ from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES
 from finetuning.models.fused import split_widths
 from finetuning.models.int8 import Int8Linear
-from finetuning.models.lora import LinearWithLoRA, ranks_and_alphas
+from finetuning.models.lora import LinearWithLoRA, lora_modules, merge_lora, ranks_and_alphas
 from finetuning.models.quantization import dense_weight, is_quantized
 from finetuning.prediction.predictor import predict
 from finetuning.runs.weights import load_trained, peft_name, separate_parts
@@ -40,7 +40,8 @@ from local_model_utilities import (
     load_classifier,
 )
 from tests.conftest import BAD, GOOD, needs_int8
-from tests.small_classifiers import NAMES, build, fill, in_peft, save
+from tests.models.conftest import assert_same, relative_error
+from tests.small_classifiers import NAMES, build, built_and_filled, fill, in_peft, save
 from tests.tiny_models import (
     HEADS,
     INNER,
@@ -91,15 +92,6 @@ def lora_gradients(logits: Tensor, matrices: Mapping[str, Tensor]) -> dict[str, 
     return dict(zip(matrices, found, strict=True))
 
 
-def assert_same(ours: dict[str, Tensor], reference: dict[str, Tensor], tolerance: float = 1e-4) -> None:
-    """Gradients by tensor norm; where theory says zero (keys' scores) against the largest of all."""
-    assert ours.keys() == reference.keys()
-    scale = max(float(gradient.norm()) for gradient in reference.values())
-    assert scale > 1e-3
-    for name, gradient in reference.items():
-        assert (ours[name] - gradient).norm() < tolerance * gradient.norm() + 1e-5 * scale, name
-
-
 # --- LoRA
 
 
@@ -140,24 +132,43 @@ def test_lora_equals_that_of_peft_with_the_adapter_that_is_written(
     folder = folder_of(model_type)
     scaling = {"gpt2": "standard", "modernbert": "rslora"}.get(model_type, "raw") if target == "all" else "standard"
     settings = {"lora_r": RANK, "lora_alpha": 5.0, "lora_scaling": scaling}
-    ours = build(folder, **switches, **settings)
+    count = assert_equals_peft(folder, tmp_path, model_type, switches | settings)
     chosen = [name.removeprefix("lora_") for name, on in switches.items() if on]
-    assert count_parameters(ours)["lora"].parameters == sum(closed_form(model_type, name) for name in chosen)
-    fill(ours)
-    save(tmp_path, ours, RunConfig.from_settings(**switches, **settings))
-    theirs, given = in_peft(folder, tmp_path), batch(model_type)
+    assert count == sum(closed_form(model_type, name) for name in chosen)
+
+
+def assert_equals_peft(folder: Path, adapter: Path, model_type: str, settings: dict[str, Any]) -> int:
+    """Compares logits, gradients and merged weights with those of PEFT, which reads the adapter that is written.
+
+    Returns:
+        The number of LoRA's parameters.
+    """
+    given, ours = batch(model_type), built_and_filled(folder, **settings)
+    count = count_parameters(ours)["lora"].parameters
+    save(adapter, ours, RunConfig.from_settings(**settings))
+    theirs = in_peft(folder, adapter)
     logits, reference = ours(**given), theirs(**given).logits
-    torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
-    widths = split_widths(ours.model)
+    assert relative_error(logits, reference) < 1e-5
     matrices = {name: p for name, p in ours.model.named_parameters() if ".lora.lora_" in name}
-    whole = {n: p for n, p in theirs.named_parameters() if ".lora_A." in n or ".lora_B." in n}
-    found = lora_gradients(reference, whole)
-    joined = {
-        name: found[peft_name(name, lora=True).replace(".weight", ".default.weight")]
-        for name in dict.fromkeys(joined_name(name, widths) for name in matrices)
-    }
+    widths = split_widths(ours.model)
+    found = lora_gradients(reference, {name: p for name, p in theirs.named_parameters() if "lora_" in name})
+    short = {name.replace(".default", "").replace("vector.weight", "vector"): g for name, g in found.items()}
+    joined = {name: short[peft_name(name, lora=True)] for name in (joined_name(n, widths) for n in matrices)}
     assert len(joined) == len(found)
-    assert_same(lora_gradients(logits, matrices), separate_parts(joined, matrices, widths))
+    expected = separate_parts(joined, ours.saved_parameters(), widths)
+    assert_same(lora_gradients(logits, matrices), {name: expected[name] for name in matrices})
+    merged = theirs.merge_and_unload().state_dict()
+    names = [name for name, _ in lora_modules(ours.model)]
+    assert names
+    merge_lora(ours.model)
+    for name in names:
+        owner, _, part = name.rpartition(".")
+        weight = merged[f"{owner if owner in widths else name}.weight"]
+        weight = weight.t() if ours.family.conv1d and name not in ours.family.head else weight
+        if owner in widths:
+            weight = weight.split(list(widths[owner].values()))[list(widths[owner]).index(part)]
+        assert relative_error(ours.model.get_submodule(name).weight, weight) < 1e-5
+    return count
 
 
 @EVERY_FAMILY
@@ -181,16 +192,22 @@ def joined_name(name: str, widths: dict[str, dict[str, int]]) -> str:
     return f"{owner}.lora.{matrix}" if owner in widths else name
 
 
-@EVERY_FAMILY
-def test_four_bits_equal_lora_on_the_dequantized_weights(folder_of: Any, model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "more"), [*((model_type, ALL) for model_type in FAMILIES), ("bert", ALL | {"lora_variant": "dora"})]
+)
+def test_four_bits_equal_lora_on_the_dequantized_weights(
+    folder_of: Any, model_type: str, more: dict[str, object]
+) -> None:
     folder, given = folder_of(model_type), batch(model_type)
-    packed, dense = (build(folder, lora_r=RANK, q_lora=q_lora, **ALL) for q_lora in (True, False))
+    packed, dense = (build(folder, lora_r=RANK, q_lora=q_lora, **more) for q_lora in (True, False))
     count = 0
     for name, module in packed.model.named_modules():
         if hasattr(module, "weight") and is_quantized(module):
             dense.model.get_submodule(name).weight.data.copy_(dense_weight(module))  # type: ignore[operator]
             count += 1
     assert count == sum(isinstance(m, LinearWithLoRA) for m in packed.model.modules()) - len(packed.family.head)
+    for _, layer in lora_modules(dense.model):
+        layer.start_magnitude()
     found = []
     for classifier in (packed, dense):
         fill(classifier)
@@ -198,7 +215,7 @@ def test_four_bits_equal_lora_on_the_dequantized_weights(folder_of: Any, model_t
         matrices = {name: p for name, p in classifier.named_parameters() if ".lora.lora_" in name}
         found.append((logits, lora_gradients(logits, matrices)))
     (logits, gradients), (reference, expected) = found
-    torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
+    assert relative_error(logits, reference) < 1e-5
     assert_same(gradients, expected)
 
 

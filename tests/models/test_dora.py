@@ -9,19 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.models.families import FAMILIES
-from finetuning.models.fused import split_widths
 from finetuning.models.int8 import Int8Linear
-from finetuning.models.lora import DoRALayer, LinearWithLoRA, linears, lora_modules, merge_lora, transposed
+from finetuning.models.lora import DoRALayer, LinearWithLoRA, linears, transposed
 from finetuning.models.quantization import dense_weight
-from finetuning.runs.weights import peft_name, separate_parts
 from tests.conftest import needs_int8, train_only_lora
 from tests.models.conftest import assert_each_near, relative_error, with_lora
 from tests.models.test_lora import gradients
-from tests.small_classifiers import build, built_and_filled, in_peft, save
-from tests.test_every_family import EVERY_FAMILY, FUSED, LABELS, batch, folder_of, joined_name, lora_gradients
+from tests.small_classifiers import build
+from tests.test_every_family import EVERY_FAMILY, FUSED, assert_equals_peft, folder_of
 
 __all__ = ["folder_of"]  # a fixture
 DORA = {"lora_variant": "dora", "lora_r": 3, "lora_alpha": 5.0}
@@ -147,44 +143,9 @@ def test_in_8_bits_it_is_the_formula_on_the_dequantized_weight() -> None:
 
 @EVERY_FAMILY
 def test_dora_equals_that_of_peft_with_the_adapter_that_is_written(
-    folder_of: Any,
-    tmp_path: Path,
-    model_type: str,
+    folder_of: Any, tmp_path: Path, model_type: str
 ) -> None:
     assert_equals_peft(folder_of(model_type), tmp_path, model_type, ALL)
-
-
-def assert_equals_peft(folder: Path, adapter: Path, model_type: str, settings: dict[str, Any]) -> None:
-    """Compares logits, gradients and merged weights with those of PEFT, which reads the adapter that is written."""
-    given, ours = batch(model_type), built_and_filled(folder, **settings)
-    save(adapter, ours, RunConfig.from_settings(**settings))
-    theirs = in_peft(folder, adapter)
-    logits, reference = ours(**given), theirs(**given).logits
-    assert relative_error(logits, reference) < 1e-5
-    matrices = {name: p for name, p in ours.model.named_parameters() if ".lora.lora_" in name}
-    widths = split_widths(ours.model)
-    whole = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
-    found = lora_gradients(reference, whole)
-    short = {name.replace(".default", "").replace("vector.weight", "vector"): g for name, g in found.items()}
-    joined = {name: short[peft_name(name, lora=True)] for name in (joined_name(n, widths) for n in matrices)}
-    assert len(joined) == len(found)
-    expected = separate_parts(joined, ours.saved_parameters(), widths)
-    own = lora_gradients(logits, matrices)
-    largest = max(float(gradient.norm()) for gradient in expected.values())
-    for name in matrices:
-        gradient = expected[name]
-        assert (own[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-6 * largest, name
-    merged = theirs.merge_and_unload().state_dict()
-    names = [name for name, _ in lora_modules(ours.model)]
-    assert names
-    merge_lora(ours.model)
-    for name in names:
-        owner, _, part = name.rpartition(".")
-        weight = merged[f"{owner if owner in widths else name}.weight"]
-        weight = weight.t() if FAMILIES[model_type].conv1d else weight
-        if owner in widths:
-            weight = weight.split(list(widths[owner].values()))[list(widths[owner]).index(part)]
-        assert relative_error(ours.model.get_submodule(name).weight, weight) < 1e-5
 
 
 @FUSED
@@ -195,20 +156,3 @@ def test_parts_of_a_fused_linear_need_dora_together(folder_of: Any, model_type: 
         f"--lora_variant dora: in {model_type} models query, key, value are one linear, which PEFT adapts as a whole:"
         " put LoRA on all of them, not only on query, value"
     )
-
-
-def test_four_bits_equal_dora_on_the_dequantized_weights(folder_of: Any) -> None:
-    folder, given, found = folder_of("bert"), batch("bert"), []
-    packed = built_and_filled(folder, q_lora=True, **ALL)
-    dense = built_and_filled(folder, **ALL)
-    for (_, theirs), (_, ours) in zip(lora_modules(packed.model), lora_modules(dense.model), strict=True):
-        ours.linear.weight.data.copy_(dense_weight(theirs.linear))
-        ours.lora.lora_magnitude_vector.data.copy_(theirs.lora.lora_magnitude_vector)
-    for classifier in (packed, dense):
-        logits = classifier(**given)
-        trained = [p for name, p in classifier.named_parameters() if "lora_" in name]
-        found.append((logits, torch.autograd.grad(F.cross_entropy(logits, LABELS), trained)))
-    (logits, own), (reference, expected) = found
-    assert relative_error(logits, reference) < 1e-5
-    largest = max(float(g.norm()) for g in expected)
-    assert all((a - b).norm() < 1e-4 * b.norm() + 1e-6 * largest for a, b in zip(own, expected, strict=True))

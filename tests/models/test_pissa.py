@@ -21,9 +21,8 @@ from finetuning.models.quantization import dense_weight
 from finetuning.runs.weights import load_trained
 from tests.conftest import CORE, needs_int8
 from tests.models.conftest import relative_error
-from tests.models.test_dora import assert_equals_peft
 from tests.small_classifiers import build, built_and_filled, save
-from tests.test_every_family import EVERY_FAMILY, LABELS, RANK, batch, folder_of
+from tests.test_every_family import EVERY_FAMILY, LABELS, RANK, assert_equals_peft, batch, folder_of
 
 __all__ = ["folder_of"]  # a fixture
 PISSA: dict[str, Any] = {"lora_variant": "pissa", "lora_r": RANK, "lora_alpha": 5.0}
