@@ -19,8 +19,9 @@ from finetuning.runs.files import SETTINGS, read_result, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
 from tests.conftest import INNER, LAYERS, WIDTH, needs_int8
+from tests.small_classifiers import NAMES, build, fill
 from tests.test_finetune_lora import flags
-from tests.test_local_model_utilities import NAMES, batch, build, fill_lora
+from tests.test_local_model_utilities import batch
 from tests.tiny_models import tiny_model
 
 pytestmark = needs_int8
@@ -30,7 +31,7 @@ METHODS: dict[str, dict[str, object]] = {"lora": ALL_LINEARS, "selective": {"tra
 
 def build_in_8_bits(folder: Path, dtype: torch.dtype, method: str = "lora", **more: object) -> Classifier:
     classifier = build(folder, dtype, method=method, precision="int8", **METHODS[method] | more).train()
-    fill_lora(classifier.model)
+    fill(classifier)
     return classifier
 
 

@@ -1,6 +1,5 @@
 # mypy: disable-error-code="union-attr,arg-type,operator"
 import functools
-import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,32 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models import classifier as classifier_module
 from finetuning.models import cpu_kernels
-from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import count_frozen_layers
 from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
 from finetuning.models.quantization import import_bitsandbytes, is_quantized, try_four_bits
 from finetuning.settings import LORA_TARGETS, PACKAGED
 from local_model_utilities import (
-    build_classifier,
     count_parameters,
-    find_base_model,
     parameter_record,
     parameter_table,
 )
 from tests.conftest import CORE, INNER, LAYERS, WIDTH
-
-NAMES = ["bad", "good"]
-
-
-def build(folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Classifier:
-    torch.manual_seed(0)
-    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
-    return build_classifier(config, find_base_model(config), NAMES, dtype)
+from tests.small_classifiers import build, fill
 
 
 def batch(count: int = 5, length: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,30 +34,20 @@ def batch(count: int = 5, length: int = 20) -> tuple[torch.Tensor, torch.Tensor]
     return torch.where(mask == 1, ids, 1), mask
 
 
-def fill_lora(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(5)
-    for _, module in lora_modules(model):
-        module.lora.lora_B.data = 0.1 * torch.randn(module.lora.lora_B.shape, generator=generator)
-
-
 # --- what is trained
 
 
-PLACEMENTS = [flags for flags in itertools.product((False, True), repeat=6) if sum(flags) in (1, 2, 6)]
-
-
-@pytest.mark.parametrize("flags", PLACEMENTS, ids=lambda flags: "".join(map(str, map(int, flags))))
-def test_trainable_parameters_equal_the_closed_form(tiny_folders: dict[str, Path], flags: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize("asked", [*({name} for name in LORA_TARGETS), set(LORA_TARGETS)], ids="+".join)
+def test_trainable_parameters_equal_the_closed_form(tiny_folders: dict[str, Path], asked: set[str]) -> None:
     rank = 3
-    placement = dict(zip(LORA_TARGETS, flags, strict=True))
-    classifier = build(tiny_folders["distilbert"], lora_r=rank, **placement)
-    expected = sum(flags[:4]) * LAYERS * 2 * rank * WIDTH
-    expected += flags[4] * LAYERS * 2 * rank * (WIDTH + INNER)
+    classifier = build(tiny_folders["distilbert"], lora_r=rank, **{name: name in asked for name in LORA_TARGETS})
+    expected = len(asked - {"lora_mlp", "lora_head"}) * LAYERS * 2 * rank * WIDTH
+    expected += ("lora_mlp" in asked) * LAYERS * 2 * rank * (WIDTH + INNER)
     head_lora, whole_head = rank * (2 * WIDTH + WIDTH + 2), WIDTH * WIDTH + WIDTH + 2 * WIDTH + 2
-    expected += head_lora if flags[5] else whole_head
+    expected += head_lora if "lora_head" in asked else whole_head
     record = parameter_record(count_parameters(classifier))
     assert record["trainable"] == expected
-    assert record["lora"] == expected - (0 if flags[5] else whole_head)
+    assert record["lora"] == expected - (0 if "lora_head" in asked else whole_head)
     assert record["head"] == whole_head
 
 
@@ -145,23 +123,19 @@ def test_selective_trains_the_last_layers_and_the_head(
     assert trained == {name for name, _ in classifier.model.named_parameters() if name.startswith(last + head)}
 
 
-@pytest.mark.parametrize(
-    ("efficient", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("efficient", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_compiled_forward_gives_the_same_logits_and_gradients_at_every_length(
     tiny_folders: dict[str, Path], efficient: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.utils.counters.clear()
     traced = functools.partial(torch.compile, backend="eager")  # inductor's C++ would take minutes
     monkeypatch.setattr(torch, "compile", traced)
-    mlp = dtype == torch.float32  # each linear with LoRA takes seconds to trace, and does the same in both dtypes
-    placed = {"lora_key": mlp, "lora_mlp": mlp}
-    placed |= {"lora_query": not mlp, "lora_value": not mlp, "lora_projection": not mlp}
+    placed = {"lora_key": True, "lora_projection": True, "lora_mlp": True}
     classifier = build(tiny_folders["distilbert"], dtype, efficient=efficient, compile=True, **placed)
     del classifier.model.distilbert.transformer.layer[1:]  # a layer takes seconds to trace, and all have the same code
-    fill_lora(classifier.model)
+    fill(classifier)
     trained = [p for p in classifier.model.parameters() if p.requires_grad]
-    for length in (20,) if dtype == torch.bfloat16 else (20, 27):
+    for length in (20, 27):
         ids, mask = batch(length=length)
         logits = classifier(ids, mask)
         with monkeypatch.context() as patch:  # torch.compile joins torch's operators and leaves the kernels out
@@ -227,7 +201,7 @@ def test_a_step_moves_what_is_trained_and_nothing_else(
     tiny_folders: dict[str, Path], model_type: str, settings: dict[str, object], efficient: bool
 ) -> None:
     classifier = build(tiny_folders[model_type], torch.bfloat16, efficient=efficient, **settings)
-    fill_lora(classifier.model)
+    fill(classifier)
     before = {name: p.detach().clone() for name, p in classifier.model.named_parameters()}
     trained = [p for p in classifier.model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in trained)

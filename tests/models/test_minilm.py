@@ -1,6 +1,7 @@
 # mypy: disable-error-code="union-attr,arg-type"
 """The packaged MiniLM as what it is: a BERT with the pooler and the token types that its file has."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +14,14 @@ from transformers import BertForSequenceClassification
 from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
 from finetuning.settings import PACKAGED_BERT
-from local_model_utilities import build_classifier, find_base_model, load_tokenizer
+from local_model_utilities import find_base_model, load_tokenizer
 from tests.conftest import needs_int8, packaged_folder
+from tests.models.conftest import assert_same
+from tests.small_classifiers import build
 
 PAIRS = ["A film that nobody should miss.", "No."], ["It is worth seeing, says the writer.", "It is bad."]
 LABELS = torch.tensor([1, 0])
-
-
-def build(dtype: torch.dtype = torch.float32, **settings: Any) -> Classifier:
-    torch.manual_seed(0)
-    config = RunConfig.from_settings(model_name=PACKAGED_BERT, max_length=32, **settings)
-    return build_classifier(config, find_base_model(config), ["bad", "good"], dtype)
+PACKAGED = Path(PACKAGED_BERT)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def logits(classifier: Classifier, tokens: dict[str, Tensor], typed: bool = True
 
 
 def test_logits_and_gradients_equal_those_of_hugging_face(tokens: dict[str, Tensor]) -> None:
-    ours = build(method="full").eval()
+    ours = build(PACKAGED, method="full")
     assert ours.efficient
     stored = load_file(packaged_folder() / "model.safetensors")
     assert torch.equal(ours.model.bert.pooler.dense.weight, stored["pooler.dense.weight"]), "not drawn anew"
@@ -49,16 +47,13 @@ def test_logits_and_gradients_equal_those_of_hugging_face(tokens: dict[str, Tens
     assert (logits(ours, tokens, typed=False) - found).abs().max() > 1e-3, "types tell the texts of a pair apart"
     for answer in (found, expected):
         F.cross_entropy(answer, LABELS).backward()
-    gradients = dict(theirs.named_parameters())
-    largest = max(float(p.grad.norm()) for p in gradients.values())
-    for name, parameter in ours.model.named_parameters():
-        error = (parameter.grad - gradients[name].grad).norm()
-        assert error < 1e-5 * max(float(gradients[name].grad.norm()), 1e-3 * largest), name
+    own, reference = ({n: p.grad for n, p in model.named_parameters()} for model in (ours.model, theirs))
+    assert_same(own, reference, floor=1e-8)
 
 
 @pytest.mark.parametrize("method", ["lora", "head"])
 def test_the_pooler_is_a_part_of_the_head(method: str) -> None:
-    trained = {name for name, p in build(method=method).model.named_parameters() if p.requires_grad}
+    trained = {name for name, p in build(PACKAGED, method=method).model.named_parameters() if p.requires_grad}
     head = {f"{name}.{kind}" for name in ("bert.pooler.dense", "classifier") for kind in ("weight", "bias")}
     assert {name for name in trained if "lora_" not in name} == head
 
@@ -69,7 +64,7 @@ def test_the_pooler_is_a_part_of_the_head(method: str) -> None:
     ids=["bf16", "nf4", "int8", "plain"],
 )
 def test_other_precisions(tokens: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    exact, rounded = build(method="head").eval(), build(torch.bfloat16, **settings).eval()
+    exact, rounded = build(PACKAGED, method="head"), build(PACKAGED, torch.bfloat16, **settings)
     with torch.no_grad():
         expected, found = logits(exact, tokens), logits(rounded, tokens)
     assert 0 < (found - expected).abs().max() < 0.15 * expected.abs().max()

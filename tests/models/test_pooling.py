@@ -2,7 +2,6 @@
 """``--pooling mean``: the head reads the mean of a text's real tokens."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,22 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import finetune_lora
-from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models.classifier import Classifier
 from finetuning.prediction.predictor import predict
 from finetuning.runs.files import PREDICTIONS, read_result
-from local_model_utilities import build_classifier, find_base_model
 from tests.conftest import CORE
+from tests.models.conftest import assert_same
+from tests.small_classifiers import build
 from tests.tiny_models import save_tokenizer, tiny_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
-
-
-def build(folder: Path, **settings: Any) -> Classifier:
-    config = RunConfig.from_settings(model_name=str(folder), max_length=16, method="full", **settings)
-    torch.manual_seed(0)
-    return build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).eval()
 
 
 def mean_and_head(classifier: Classifier, ids: Tensor, mask: Tensor) -> Tensor:
@@ -51,18 +44,17 @@ def test_logits_and_gradients_are_those_of_the_mean(
     ids = torch.where(mask == 1, ids, 1 if model_type == "roberta" else 0)
     gradients = []
     for forward in (lambda model: model(ids, mask), lambda model: mean_and_head(model, ids, mask)):
-        classifier = build(tiny_folders[model_type], pooling="mean", efficient=efficient)
+        classifier = build(tiny_folders[model_type], method="full", pooling="mean", efficient=efficient)
         logits = forward(classifier)
         F.cross_entropy(logits, LABELS).backward()
         gradients.append(
             {n: p.grad for n, p in classifier.named_parameters() if p.grad is not None} | {"": logits.detach()}
         )
-    largest = max(float(gradient.norm()) for gradient in gradients[1].values())
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, expected in gradients[1].items():
-        assert (gradients[0][name] - expected).norm() < 1e-5 * max(float(expected.norm()), 1e-3 * largest), name
-    first = build(tiny_folders[model_type], pooling="first")(ids, mask)
-    assert torch.equal(first, build(tiny_folders[model_type])(ids, mask))
+    assert_same(gradients[0], gradients[1], floor=1e-8)
+    first, own = (
+        build(tiny_folders[model_type], method="full", **more)(ids, mask) for more in ({"pooling": "first"}, {})
+    )
+    assert torch.equal(first, own)
     assert (first - gradients[0][""]).abs().max() > 1e-3
 
 
