@@ -420,23 +420,15 @@ def add_norm_formula(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tens
 
 
 @needs_kernels
-@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (300, 384), (65, 768)])
-def test_norm_of_a_sum_equals_its_formula(rows: int, width: int) -> None:
-    *inputs, grad = norm_inputs(rows, width)
-    assert takes_norm(inputs[0], *inputs[2:])
-    ours, torchs = (errors(function, add_norm_formula, inputs, grad) for function in (add_norm, add_norm_formula))
-    for error, allowed in zip(ours[:3], torchs[:3], strict=True):
-        assert error <= max(1.05 * allowed, 0.003)  # bf16 keeps 8 bits; torch rounds the sum as well
-    assert max(ours[3:]) < 0.005  # fp32, of bf16 numbers
-
-
-@needs_kernels
 @pytest.mark.parametrize("rms", [False, True], ids=["layer norm", "RMSNorm"])
 @pytest.mark.parametrize("biased", [False, True], ids=["", "with a bias"])
 @pytest.mark.parametrize("summed", [False, True], ids=["alone", "of a sum"])
 @pytest.mark.parametrize("keeps_sum", [False, True], ids=["", "keeps it"])
-def test_norms_of_all_kinds_equal_their_formula(rms: bool, biased: bool, summed: bool, keeps_sum: bool) -> None:
-    a, b, weight, bias, grad = norm_inputs(300, 384)
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (300, 384), (65, 768)])
+def test_norms_of_all_kinds_equal_their_formula(
+    rms: bool, biased: bool, summed: bool, keeps_sum: bool, rows: int, width: int
+) -> None:
+    a, b, weight, bias, grad = norm_inputs(rows, width)
     a = a + 0.5  # a mean that RMSNorm leaves in
     inputs = [a, *[b] * summed, weight, *[bias] * biased]
     assert takes_norm(a, weight, bias if biased else None)

@@ -95,17 +95,6 @@ def test_without_gradients_the_adapter_is_merged_where_that_is_exact(
     assert merged == [dtype == torch.float32]
 
 
-def test_several_linears_of_one_input_equal_each_alone() -> None:
-    with_lora, other = lora_linear(seed=1), lora_linear(n_out=4, seed=2)
-    plain = nn.Linear(10, 6).requires_grad_(False)
-    modules: list[nn.Module] = [with_lora, plain, other]
-    x = torch.randn(5, 10, requires_grad=True)
-    inputs = [x, *with_lora.lora.parameters(), *other.lora.parameters()]
-    joined, alone = linears(x, modules), torch.cat([m(x) for m in modules], -1)
-    assert relative_error(joined, alone) < 1e-6
-    assert_each_near(gradients(joined, inputs), gradients(alone, inputs), 1e-5)
-
-
 @pytest.mark.parametrize("rows_at_once", [2, 5, products.ROWS_AT_ONCE])  # of five: 2 + 2 + 1, exactly all, all
 @pytest.mark.parametrize("kind", ["lora", "frozen", "bias", "trained"])
 @pytest.mark.parametrize("input_is_trained", [True, False])
@@ -188,15 +177,14 @@ IDS = torch.randint(5, 50, (4, 9), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora", "raw"])
-@pytest.mark.parametrize("target", [*TARGETS, "all"])
 @pytest.mark.parametrize("family", CORE.values(), ids=CORE)
-def test_output_and_gradients_equal_those_of_peft(family: ModelFamily, target: str, scaling: str) -> None:
+def test_lora_equals_that_of_peft_and_merging_changes_nothing(family: ModelFamily, scaling: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from peft import LoraConfig, get_peft_model
     ours = tiny_classifier(family.model_type, classes=3).eval()
     base = copy.deepcopy(ours).double()
-    names = place_lora(ours, family, TARGETS if target == "all" else (target,), RANK, ALPHA, scaling=scaling)
+    names = place_lora(ours, family, TARGETS, RANK, ALPHA, scaling=scaling)
     ours.double()  # gradients that are small differences of large numbers are the same to the last digits, or wrong
     before = base(IDS).logits
     alpha = ALPHA * RANK if scaling == "raw" else ALPHA
@@ -217,19 +205,9 @@ def test_output_and_gradients_equal_those_of_peft(family: ModelFamily, target: s
     grads = gradients(logits, [mine for mine, _ in pairs])
     expected = gradients(reference, [other for _, other in pairs])
     assert_each_near(grads, expected, 1e-9)
-
-
-@pytest.mark.parametrize("family", CORE.values(), ids=CORE)
-def test_only_lora_is_trained_and_merging_changes_nothing(family: ModelFamily) -> None:
-    model = tiny_classifier(family.model_type, classes=3).eval()
-    names = place_lora(model, family, TARGETS)
-    assert {name for name, _ in lora_modules(model)} == set(names)
-    assert all(".lora.lora_" in name for name, p in model.named_parameters() if p.requires_grad)
-    logits = model(IDS).logits
-    merge_lora(model)
-    assert not list(lora_modules(model))
-    assert not any("lora" in name for name, _ in model.named_parameters())
-    assert relative_error(model(IDS).logits, logits) < 1e-5
+    merge_lora(ours)
+    assert not any("lora" in name for name, _ in ours.named_parameters())
+    assert relative_error(ours.float()(IDS).logits, logits) < 1e-5
 
 
 # --- 4 bits
@@ -268,12 +246,3 @@ def test_four_bits_equal_lora_on_the_dequantized_weight() -> None:
     holder = nn.Sequential(qlora)
     merge_lora(holder)
     assert relative_error(holder(x), lora(x)) < 1e-6
-
-
-def test_four_bits_save_no_dense_weight() -> None:
-    qlora, _ = quantized(nn.Linear(256, 512))
-    x = torch.randn(8, 256, requires_grad=True)
-    with saved_tensors() as saved:
-        y = qlora(x)
-    assert max(tensor.numel() for tensor in saved) < 256 * 512 // 8
-    y.sum().backward()
