@@ -79,7 +79,7 @@ def _loaded(compiler: str, variant: Variant) -> tuple[ctypes.CDLL | None, str]:
     try:
         kernels = ctypes.CDLL(str(_build(compiler, variant)))
     except subprocess.CalledProcessError as error:
-        return None, f"no: {compiler} failed: {_last_line(error.stderr)}"
+        return None, f"no: {compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[-1]}"
     except OSError as error:
         return None, f"no: not built: {error}"
     if variant.has_bf16 and not kernels.attention_allowed():
@@ -116,8 +116,3 @@ def _build(compiler: str, variant: Variant) -> Path:
 def _torchs_openmp() -> list[Path]:
     """torch's own OpenMP library. It is already loaded, and the loader finds it again by its name."""
     return sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else "no message"

@@ -38,10 +38,8 @@ def _state_bytes(state: Any) -> int:
 
 def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
     """Counts by group: embeddings, encoder, lora, head and total. LoRA matrices on the head count as lora."""
-    family, groups = (
-        classifier.family,
-        {g: ParameterCount() for g in ("embeddings", "encoder", "lora", "head", "total")},
-    )
+    family = classifier.family
+    groups = {group: ParameterCount() for group in ("embeddings", "encoder", "lora", "head", "total")}
     head = tuple(f"{name}." for name in family.head_modules)
     for module in classifier.model.modules():
         if isinstance(module, Int8Linear):
