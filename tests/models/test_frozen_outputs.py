@@ -67,27 +67,26 @@ def test_a_disk_that_is_too_small_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method",
-    ["--method head", "--lora_layers 1-2 --lora_mlp True"],
-    ids=["head", "lora_layers"],
+    ("method", "memory"),
+    [("--method head", "1"), ("--lora_layers 1-2 --lora_mlp True", "1e-9")],
+    ids=["head, in memory", "lora_layers, on disk"],
 )
 def test_a_run_ends_with_the_same_weights(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, method: str
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, method: str, memory: str
 ) -> None:
     """To rounding: an epoch's batches have other shapes than those in which the outputs were computed first."""
     weights, losses = [], []
-    for gigabytes in ("0", "1", "1e-9"):
+    for gigabytes in ("0", memory):
         output = tmp_path / gigabytes
         words = [*method.split(), "--epochs", "2", "--test", "False"]
         words += ["--frozen_cache_gb", gigabytes, "--precision", "fp32", "--optimizer", "sgd"]
         assert main(flags(tiny_folders["distilbert"], review_folder, output, *words)) == 0
         weights.append(load_file(next(output.glob("*.safetensors"))))
         losses.append(read_result(output)["validation"]["loss"])
-    computed, in_memory, on_disk = weights
+    computed, kept = weights
     for name, weight in computed.items():
-        assert np.array_equal(in_memory[name], on_disk[name])
-        np.testing.assert_allclose(in_memory[name], weight, rtol=1e-4, atol=1e-6)
-    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+        np.testing.assert_allclose(kept[name], weight, rtol=1e-4, atol=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.efficient])

@@ -65,6 +65,9 @@ def test_packaged_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in MINILM_FORMS:
         with pytest.raises(UserError, match=f"^--model_name {name}: weights have SHA-256"):
             find_base_model(RunConfig.from_settings(model_name=name))
+    (package / "model" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"weights have SHA-256 of no file, not .*: reinstall it"):
+        find_base_model(RunConfig.from_settings(model_name=PACKAGED_DISTILBERT))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
