@@ -25,7 +25,7 @@ from finetuning.errors import UserError
 from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES
-from finetuning.models.fused import split_widths
+from finetuning.models.fused import split_linears, split_widths
 from finetuning.models.int8 import Int8Linear
 from finetuning.models.lora import LinearWithLoRA, lora_modules, merge_lora, ranks_and_alphas
 from finetuning.models.quantization import dense_weight, is_quantized
@@ -35,7 +35,6 @@ from finetuning.settings import LORA_TARGETS
 from local_model_utilities import (
     adopt_adapter,
     build_from_adapter,
-    count_parameters,
     find_base_model,
     load_classifier,
 )
@@ -57,6 +56,7 @@ from tests.tiny_models import (
 EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
 RANK = 3
 ALL = dict.fromkeys(LORA_TARGETS, True)
+TARGETS = [name.removeprefix("lora_") for name in LORA_TARGETS]  # the head is the last one
 LABELS = torch.tensor([0, 1, 1, 0])
 
 
@@ -123,33 +123,47 @@ def closed_form(model_type: str, target: str) -> int:
     return layers * RANK * sum(map(sum, shapes(model_type, target)))
 
 
-@pytest.mark.parametrize("target", [*(name.removeprefix("lora_") for name in LORA_TARGETS), "all"])
 @EVERY_FAMILY
+def test_each_placement_flag_selects_as_many_parameters_as_the_closed_form(model_type: str) -> None:
+    family, model = FAMILIES[model_type], tiny_model(model_type)
+    split_linears(model, family)
+    for target in TARGETS:
+        names = family.linear_names(target, family.setting(model, "layer_count"))
+        linears: list[Any] = [model.get_submodule(name) for name in names]
+        count = sum(RANK * (linear.in_features + linear.out_features) for linear in linears)
+        assert count == closed_form(model_type, target)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target"),
+    [
+        *((model_type, target) for model_type in FAMILIES for target in ("head", "all")),
+        *((model_type, target) for model_type in ("bert", "gpt2", "modernbert") for target in TARGETS[:-1]),
+    ],
+)
 def test_lora_equals_that_of_peft_with_the_adapter_that_is_written(
     folder_of: Any, tmp_path: Path, model_type: str, target: str
 ) -> None:
-    switches = {name: target in ("all", name.removeprefix("lora_")) for name in LORA_TARGETS}
-    folder = folder_of(model_type)
+    switches = {f"lora_{name}": target in ("all", name) for name in TARGETS}
     scaling = {"gpt2": "standard", "modernbert": "rslora"}.get(model_type, "raw") if target == "all" else "standard"
     settings = {"lora_r": RANK, "lora_alpha": 5.0, "lora_scaling": scaling}
-    count = assert_equals_peft(folder, tmp_path, model_type, switches | settings)
-    chosen = [name.removeprefix("lora_") for name, on in switches.items() if on]
-    assert count == sum(closed_form(model_type, name) for name in chosen)
+    matrices = assert_equals_peft(folder_of(model_type), tmp_path, model_type, switches | settings)
+    asked = [name for name in TARGETS if switches[f"lora_{name}"]]
+    assert sum(p.numel() for p in matrices.values()) == sum(closed_form(model_type, name) for name in asked)
 
 
-def assert_equals_peft(folder: Path, adapter: Path, model_type: str, settings: dict[str, Any]) -> int:
+def assert_equals_peft(folder: Path, adapter: Path, model_type: str, settings: dict[str, Any]) -> dict[str, Tensor]:
     """Compares logits, gradients and merged weights with those of PEFT, which reads the adapter that is written.
 
     Returns:
-        The number of LoRA's parameters.
+        LoRA's matrices by name.
     """
     given, ours = batch(model_type), built_and_filled(folder, **settings)
-    count = count_parameters(ours)["lora"].parameters
     save(adapter, ours, RunConfig.from_settings(**settings))
     theirs = in_peft(folder, adapter)
     logits, reference = ours(**given), theirs(**given).logits
     assert relative_error(logits, reference) < 1e-5
-    matrices = {name: p for name, p in ours.model.named_parameters() if ".lora.lora_" in name}
+    matrices: dict[str, Tensor] = {name: p for name, p in ours.model.named_parameters() if ".lora.lora_" in name}
     widths = split_widths(ours.model)
     found = lora_gradients(reference, {name: p for name, p in theirs.named_parameters() if "lora_" in name})
     short = {name.replace(".default", "").replace("vector.weight", "vector"): g for name, g in found.items()}
@@ -168,21 +182,15 @@ def assert_equals_peft(folder: Path, adapter: Path, model_type: str, settings: d
         if owner in widths:
             weight = weight.split(list(widths[owner].values()))[list(widths[owner]).index(part)]
         assert relative_error(ours.model.get_submodule(name).weight, weight) < 1e-5
-    return count
+    return matrices
 
 
 @EVERY_FAMILY
 def test_lora_in_the_last_layer_equals_that_of_peft(folder_of: Any, tmp_path: Path, model_type: str) -> None:
     layer = 0 if model_type == "albert" else LAYERS - 1
     switches = {name: name != "lora_head" for name in LORA_TARGETS} | {"lora_r": RANK, "lora_layers": str(layer)}
-    ours = build(folder_of(model_type), **switches)
-    fill(ours)
-    save(tmp_path, ours, RunConfig.from_settings(**switches))
-    theirs, given = in_peft(folder_of(model_type), tmp_path), batch(model_type)
-    torch.testing.assert_close(ours(**given), theirs(**given).logits, rtol=1e-4, atol=1e-5)
-    adapted = {name for name, module in theirs.named_modules() if hasattr(module, "lora_A") and "lora" not in name}
-    assert adapted
-    assert all(f"{FAMILIES[model_type].layers}.{layer}." in name for name in adapted)
+    matrices = assert_equals_peft(folder_of(model_type), tmp_path, model_type, switches)
+    assert all(name.startswith(f"{FAMILIES[model_type].layers}.{layer}.") for name in matrices)
 
 
 def joined_name(name: str, widths: dict[str, dict[str, int]]) -> str:

@@ -2,6 +2,7 @@
 import functools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,28 +57,22 @@ def test_trainable_parameters_equal_the_closed_form(tiny_folders: dict[str, Path
 def test_exactly_the_asked_modules_carry_lora(tiny_folders: dict[str, Path], model_type: str, target: str) -> None:
     switches = {name: name == f"lora_{target}" for name in LORA_TARGETS}
     model = build(tiny_folders[model_type], **switches).model
-    bert = {
+    layers, names = f"{model_type}.encoder.layer", {
         "query": ["attention.self.query"], "key": ["attention.self.key"], "value": ["attention.self.value"],
         "projection": ["attention.output.dense"], "mlp": ["intermediate.dense", "output.dense"],
     }  # fmt: skip
-    distilbert = {
-        "query": ["attention.q_lin"], "key": ["attention.k_lin"], "value": ["attention.v_lin"],
-        "projection": ["attention.out_lin"], "mlp": ["ffn.lin1", "ffn.lin2"],
-    }  # fmt: skip
+    if model_type == "distilbert":
+        layers, names = "distilbert.transformer.layer", {
+            "query": ["attention.q_lin"], "key": ["attention.k_lin"], "value": ["attention.v_lin"],
+            "projection": ["attention.out_lin"], "mlp": ["ffn.lin1", "ffn.lin2"],
+        }  # fmt: skip
     heads = {
         "distilbert": {"pre_classifier", "classifier"},
         "bert": {"bert.pooler.dense", "classifier"},
         "roberta": {"classifier.dense", "classifier.out_proj"},
     }
-    paths = {
-        "distilbert": "distilbert.transformer.layer",
-        "bert": "bert.encoder.layer",
-        "roberta": "roberta.encoder.layer",
-    }
-    layers = paths[model_type]
-    names = (distilbert if model_type == "distilbert" else bert).get(target, [])
-    expected = {f"{layers}.{i}.{name}" for i in range(LAYERS) for name in names} or heads[model_type]
-    assert {name for name, _ in lora_modules(model)} == expected
+    in_layers = {f"{layers}.{i}.{name}" for i in range(LAYERS) for name in names.get(target, [])}
+    assert {name for name, _ in lora_modules(model)} == (in_layers or heads[model_type])
 
 
 @pytest.mark.parametrize("model_type", CORE)
@@ -166,20 +161,11 @@ def test_what_the_loader_knows_of_padding_reaches_the_encoder(
     assert seen == [True, None, None]
 
 
-class OnCuda:
-    """Of a tensor on a GPU that it gives its values to the CPU only."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-
-    def cpu(self) -> torch.Tensor:
-        return self.values
-
-
 def test_positions_of_examples_may_be_on_a_gpu(tiny_folders: dict[str, Path]) -> None:
     classifier, (ids, mask) = build(tiny_folders["bert"], method="selective", trainable_layers=1), batch()
     outputs = classifier.frozen_outputs({"train": mask.sum(1).numpy()}, memory_gb=1)["train"]
-    given = {"input_ids": ids, "attention_mask": mask, "examples": OnCuda(torch.arange(len(ids)))}
+    on_gpu = SimpleNamespace(cpu=lambda: torch.arange(len(ids)))  # a tensor there gives its values to the CPU only
+    given = {"input_ids": ids, "attention_mask": mask, "examples": on_gpu}
     first, later = (classifier.logits(given, outputs) for _ in range(2))
     assert torch.equal(first, later)
 

@@ -158,16 +158,13 @@ def test_low_precision_base_keeps_fp32_masters(dtype: torch.dtype) -> None:
     x = torch.randn(33, 64)
     exact = gradients(module(x), list(module.lora.parameters()))
     module.linear.to(dtype)
-    for y in (module(x.to(dtype)), _under_autocast(module, x, dtype)):
+    with torch.autocast("cpu", dtype):
+        under_autocast = module(x)
+    for y in (module(x.to(dtype)), under_autocast):
         assert y.dtype == dtype
         ours = gradients(y, list(module.lora.parameters()))
         assert all(g.dtype == torch.float32 for g in ours)
         assert_each_near(ours, exact, 0.02)
-
-
-def _under_autocast(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.autocast("cpu", dtype):
-        return module(x)
 
 
 # --- whole models
