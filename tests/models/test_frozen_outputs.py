@@ -33,18 +33,12 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, memory_bytes: int, dty
         assert not batch.known
         batch.save(everything[examples], mask[examples])
         assert batch.known
+        assert outputs.batch(np.array([2, 1])).known == (examples == [1, 3]), "only if all of it is"
     assert not outputs.batch(np.array([0])).load(mask[[0]])[:, 3:].any()
     other = np.array([3, 2, 1])  # another batch than any that was saved
     assert outputs.batch(other).known
     expected = everything * mask[..., None]
     assert torch.equal(outputs.batch(other).load(mask[other]), expected[other])
-
-
-def test_a_batch_is_known_when_all_of_it_is(tmp_path: Path) -> None:
-    outputs = FrozenOutputs(LENGTHS, 4, torch.float32, 10**6, tmp_path)
-    outputs.batch(np.array([1])).save(torch.ones(1, 1, 4), torch.ones(1, 1, dtype=torch.bool))
-    assert outputs.batch(np.array([1])).known
-    assert not outputs.batch(np.array([1, 2])).known
 
 
 def test_a_file_takes_its_room_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
