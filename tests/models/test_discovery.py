@@ -24,12 +24,6 @@ def folder_with(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def unlisted(path: Path, model_type: str, **more: object) -> Path:
-    """A folder with a tiny model of a type that has no row."""
-    unlisted_model(model_type, **more).save_pretrained(path)
-    return path
-
-
 def config_of(folder: Path, **settings: object) -> RunConfig:
     return RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
 
@@ -78,11 +72,11 @@ def test_settings_that_a_family_lacks_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_type_without_a_row_is_adapted_where_lora_modules_says(tmp_path: Path) -> None:
-    folder = unlisted(tmp_path, "phi", num_key_value_heads=2)
-    message = refused(folder)
+    unlisted_model("phi", num_key_value_heads=2).save_pretrained(tmp_path)
+    message = refused(tmp_path)
     assert "is of type 'phi', for which the placement flags have no names: give --lora_modules" in message
     assert message.endswith("linears: q_proj, k_proj, v_proj, dense, fc1, fc2")
-    config = config_of(folder, lora_modules="v_proj, mlp.fc1", lora_head=True)
+    config = config_of(tmp_path, lora_modules="v_proj, mlp.fc1", lora_head=True)
     classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32).eval()
     family = classifier.family
     assert (family.base, family.layers, family.head, family.last_token) == ("model", "model.layers", ("score",), True)
@@ -186,8 +180,8 @@ def test_models_that_cannot_be_described_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_methods_need_no_names(tmp_path: Path) -> None:
-    folder = unlisted(tmp_path, "megatron-bert", type_vocab_size=2)
-    config = config_of(folder, method="selective", trainable_layers=1)
+    unlisted_model("megatron-bert", type_vocab_size=2).save_pretrained(tmp_path)
+    config = config_of(tmp_path, method="selective", trainable_layers=1)
     classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
     trained = {name for name, p in classifier.model.named_parameters() if p.requires_grad}
     begin = (f"bert.encoder.layer.{LAYERS - 1}.", "bert.pooler.", "classifier.")
