@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -71,25 +72,18 @@ def test_parse_bool_takes_nothing_else() -> None:
             parse_bool(word)
 
 
-def test_flags_that_users_know_keep_their_names() -> None:
+def test_flags_have_their_names_and_types() -> None:
     line = (
-        "--q_lora True --lora_r 4 --lora_alpha 8 --lora_query False --lora_key True --lora_value False"
-        " --lora_projection True --lora_mlp True --lora_head True --device 1 --verbose True"
+        "--q_lora True --lora_r 4 --lora_alpha 3 --lora_query False --lora_key True --lora_value False"
+        " --lora_projection True --lora_mlp True --lora_head True --device 1 --verbose True --learning_rate 1e-3"
+        " --output_dir a/b --data_dir c --dataset financial_phrasebank --agreement all --limit_train 7 --strategy ddp"
     )
     config, lora = config_of_flags(line), lora_of_flags(line)
-    assert (lora.q_lora, lora.lora_r, lora.lora_alpha) == (True, 4, 8.0)
-    assert (config.hardware.device, config.run.verbose) == (1, True)
-    assert lora.targets == ("key", "projection", "mlp", "head")
-
-
-def test_types_of_values() -> None:
-    line = (
-        "--lora_alpha 3 --learning_rate 1e-3 --output_dir a/b --data_dir c --dataset financial_phrasebank"
-        " --agreement all --limit_train 7 --strategy ddp"
-    )
-    config, lora = config_of_flags(line), lora_of_flags(line)
-    assert (lora.lora_alpha, config.training.learning_rate, config.data.limit_train) == (3.0, 1e-3, 7)
+    assert (lora.q_lora, lora.lora_r, lora.lora_alpha) == (True, 4, 3.0)
     assert isinstance(lora.lora_alpha, float)
+    assert lora.targets == ("key", "projection", "mlp", "head")
+    assert (config.hardware.device, config.run.verbose) == (1, True)
+    assert (config.training.learning_rate, config.data.limit_train) == (1e-3, 7)
     assert (config.run.output_dir, config.data.data_dir) == (Path("a/b"), Path("c"))
     assert (config.data.agreement, config.hardware.strategy) == ("all", "ddp")
 
@@ -175,44 +169,46 @@ def test_help_shows_every_flag_once_in_its_group_with_a_default() -> None:
 
 
 CALL = """
-import sys
+import json, sys
+sys.path.insert(0, sys.argv[1])
 from finetune_lora import main
-status = main(sys.argv[1:])
-print([name for name in ("torch", "lightning", "transformers", "numpy") if name in sys.modules], status)
+statuses = [main(words) for words in json.loads(sys.argv[2])]
+print([name for name in ("torch", "lightning", "transformers", "numpy") if name in sys.modules], *statuses)
 """
 
 
-@pytest.mark.parametrize(
-    "words", [["--lora_r", "0"], ["--nonsense"], ["--method", "full", "--lora_mlp"], ["--data_dir", "no/where"]]
-)
-def test_a_wrong_flag_loads_no_torch(words: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-c", CALL, *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "[] 2\n"
-    assert len(done.stderr.splitlines()) == 1
+def called(commands: list[list[str]], folder: Path) -> tuple[str, list[str]]:
+    """What a new process in a folder prints: the libraries loaded by all commands and their statuses; their errors."""
+    words = [sys.executable, "-c", CALL, str(ROOT), json.dumps(commands)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    return done.stdout, done.stderr.splitlines()
 
 
-@pytest.mark.parametrize(
-    ("file", "words", "said"),
-    [
-        ("train.csv", ["--text_column", "review"], "--text_column review: "),
-        ("train.csv", ["--text_column", "review", "--estimate"], "--text_column review: "),
-        ("train.csv", ["--text_column", "review", "--prefetch"], "--text_column review: "),
-        ("train.parquet", [], "train.parquet cannot be read"),
-        ("train.csv", ["--model_name", "."], "--model_name .: no usable config.json in it"),
-    ],
-    ids=["a column that is not in the file", "to estimate", "to prefetch", "an unreadable file", "no model"],
-)
-def test_what_files_alone_can_tell_is_refused_before_torch_is_loaded(
-    tmp_path: Path, file: str, words: list[str], said: str
-) -> None:
-    (tmp_path / file).write_text("text,label\nfine,good\ndull,bad\n", encoding="utf8")
-    given = ["--dataset", "text", "--data_dir", str(tmp_path / file), "--model_name", "packaged", *words]
-    call = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{CALL}", *given]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "['numpy'] 2\n"
-    (line,) = done.stderr.splitlines()
-    assert said in line
-    assert {path.name for path in tmp_path.iterdir()} == {file}
+def test_a_wrong_flag_is_refused_in_one_line_and_loads_no_torch(tmp_path: Path) -> None:
+    commands = ["--lora_r 0", "--nonsense", "--method full --lora_mlp", "--data_dir no/where"]
+    shown, errors = called([words.split() for words in commands], tmp_path)
+    assert shown == "[] 2 2 2 2\n"
+    assert len(errors) == len(commands)
+    assert errors[0] == "error: --lora_r 0: must be at least 1"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_files_alone_can_tell_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    cases = [
+        ("train.csv --text_column review", "--text_column review: "),
+        ("train.csv --text_column review --estimate", "--text_column review: "),
+        ("train.csv --text_column review --prefetch", "--text_column review: "),
+        ("train.parquet", "train.parquet cannot be read"),
+        ("train.csv --model_name .", "--model_name .: no usable config.json in it"),
+    ]
+    files = {"train.csv", "train.parquet"}  # the second one is unreadable
+    for file in files:
+        (tmp_path / file).write_text("text,label\nfine,good\ndull,bad\n", encoding="utf8")
+    commands = [f"--dataset text --model_name packaged --data_dir {words}".split() for words, _ in cases]
+    shown, errors = called(commands, tmp_path)
+    assert shown == "['numpy'] 2 2 2 2 2\n"
+    assert all(said in line for (_, said), line in zip(cases, errors, strict=True)), errors
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 def test_settings_become_words_that_are_read_as_the_same_settings() -> None:
@@ -220,12 +216,3 @@ def test_settings_become_words_that_are_read_as_the_same_settings() -> None:
     words = flag_words(settings)
     assert words == ["--class_weights=-1=2,0=3", "--learning_rate", "0.001", "--lora_mlp", "True"]
     assert given_flags(words) == settings
-
-
-def test_a_wrong_flag_ends_the_command_with_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "finetune_lora.py"), "--lora_r", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == "error: --lora_r 0: must be at least 1\n"
-    assert list(tmp_path.iterdir()) == []
