@@ -59,23 +59,23 @@ class DirectoryLock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             file = os.fdopen(descriptor, "r+", encoding="utf8", errors="replace")  # a crash may leave any bytes
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                with file:
-                    other = who(file.read()) or ANOTHER
-                if time.monotonic() < until:
-                    if not waits:
-                        print(f"{directory} is held by {other}: waiting for it", flush=True)
-                    waits = True
-                    time.sleep(LOOK_AGAIN_SECONDS)
-                    continue
-                raise in_use(directory, other) from None
+                locked = _locks(file, fcntl.LOCK_EX)
             except OSError as error:
                 print(f"warning: {directory} cannot be locked ({error.strerror}): start no second run", file=sys.stderr)
                 return file
-            if _same_file(file.fileno(), self.path):
+            if not locked:
+                with file:
+                    other = who(file.read()) or ANOTHER
+                if time.monotonic() >= until:
+                    raise in_use(directory, other)
+                if not waits:
+                    print(f"{directory} is held by {other}: waiting for it", flush=True)
+                waits = True
+                time.sleep(LOOK_AGAIN_SECONDS)
+            elif _same_file(file.fileno(), self.path):
                 return file
-            file.close()  # the holder removed it between our open and our lock
+            else:
+                file.close()  # the holder removed it between our open and our lock
 
     def __enter__(self) -> "DirectoryLock":
         return self
@@ -113,12 +113,7 @@ def claimed(path: Path, lease: float = 0.0) -> Iterator[int | None]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     with os.fdopen(descriptor, "r+", encoding="utf8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        if _is_leased(file, lease):
+        if not _locks(file, fcntl.LOCK_EX) or _is_leased(file, lease):
             yield None
             return
         _sign(file)
@@ -136,11 +131,16 @@ def is_held(path: Path, lease: float = 0.0) -> bool:
     except FileNotFoundError:
         return False
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return _is_leased(file, lease)
+        return not _locks(file, fcntl.LOCK_SH) or _is_leased(file, lease)
+
+
+def _locks(file: Any, kind: int) -> bool:
+    """Locks an open file, shared or alone. ``False`` if another process has locked it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_leased(file: Any, lease: float) -> bool:
@@ -161,9 +161,7 @@ def _sign(file: Any) -> None:
 def holder(directory: Path) -> str | None:
     """Who holds a directory, as ``who`` says it; ``None`` if nobody does. Changes nothing."""
     with suppress(OSError), (directory / LOCK).open(encoding="utf8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locks(file, fcntl.LOCK_SH):
             return who(file.read()) or ANOTHER
     return None
 
