@@ -35,9 +35,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files_of(config: str, **changes: pd.DataFrame) -> dict[str, bytes | str]:
-    """Three parquet files, each with other texts."""
+    """A card and three parquet files, each with other texts."""
     tables = {split: frame(rows, word=split) for split, rows in SPLITS.items()} | changes
-    return {f"{config}/{split}.parquet": parquet(table) for split, table in tables.items()}
+    return {"README.md": card(config)} | {f"{config}/{name}.parquet": parquet(table) for name, table in tables.items()}
 
 
 def config_of(dataset: str, **settings: object) -> RunConfig:
@@ -57,7 +57,7 @@ def refusal(dataset: str, **settings: object) -> str:
 @pytest.mark.parametrize("dataset", ["me/films", "me/films:plain"])
 @pytest.mark.parametrize("offline", [True, False])
 def test_splits_columns_and_class_names_come_from_the_set(cache: Path, dataset: str, offline: bool) -> None:
-    write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files_of("plain")})
+    write_hub_cache(cache, "me/films", files_of("plain"))
     texts = texts_of(config_of(dataset, offline=offline))
     assert texts.source == f"{dataset}, official test (Hugging Face hub)"
     assert texts.label_names == ["bad", "good"]
@@ -69,7 +69,7 @@ def test_splits_columns_and_class_names_come_from_the_set(cache: Path, dataset: 
 
 
 def test_configs(cache: Path) -> None:
-    files = {"README.md": card("one", "two"), **files_of("one"), **files_of("two", test=frame(6, word="other"))}
+    files = files_of("one") | files_of("two", test=frame(6, word="other")) | {"README.md": card("one", "two")}
     write_hub_cache(cache, "me/films", files)
     assert len(texts_of(config_of("me/films:two")).splits["test"].texts) == 6
     assert "--dataset me/films: must name one of the configs one, two, as me/films:one does" in refusal("me/films")
@@ -77,8 +77,7 @@ def test_configs(cache: Path) -> None:
 
 
 def test_a_test_without_labels_is_no_test(cache: Path) -> None:
-    files = files_of("plain", test=frame(10, word="secret").assign(label=-1))
-    write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files})
+    write_hub_cache(cache, "me/films", files_of("plain", test=frame(10, word="secret").assign(label=-1)))
     texts = texts_of(config_of("me/films"))
     assert texts.source == "me/films, validation as test (Hugging Face hub)"
     assert texts.notes == [
@@ -95,7 +94,7 @@ def test_texts_without_an_agreed_label_are_left_out(cache: Path) -> None:
     tables = {split: frame(rows, word=split) for split, rows in SPLITS.items()}
     for split, rows in {"train": [3, 7], "test": [0]}.items():
         tables[split].loc[rows, "label"] = -1
-    write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files_of("plain", **tables)})
+    write_hub_cache(cache, "me/films", files_of("plain", **tables))
     texts = texts_of(config_of("me/films"))
     assert texts.notes == ["left out texts without an agreed label (-1): 2 of train, 1 of test"]
     assert [len(split.texts) for split in texts.splits.values()] == [38, 12, 9]
@@ -181,8 +180,7 @@ def test_multi_label_data(cache: Path) -> None:
 
 
 def test_a_text_that_trains_is_not_tested(cache: Path) -> None:
-    files = files_of("plain", test=frame(10, word="train"))
-    write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files})
+    write_hub_cache(cache, "me/films", files_of("plain", test=frame(10, word="train")))
     assert texts_of(config_of("me/films")).leaks_dropped == 10
 
 
@@ -190,15 +188,14 @@ def test_a_text_that_trains_is_not_tested(cache: Path) -> None:
 
 
 def test_no_label_in_all_of_train(cache: Path) -> None:
-    files = files_of("plain", train=frame(40).assign(label=-1))
-    write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files})
+    write_hub_cache(cache, "me/films", files_of("plain", train=frame(40).assign(label=-1)))
     assert "--label_column label: train of me/films has no label in 40 rows, first in row 0" in refusal("me/films")
 
 
 def test_not_in_the_cache(cache: Path) -> None:
     assert "--dataset me/films is not in the hub's cache, and --offline" in refusal("me/films", offline=True)
     assert "--dataset me/films is not on this machine" in refusal("me/films")
-    snapshot = write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files_of("plain")})
+    snapshot = write_hub_cache(cache, "me/films", files_of("plain"))
     (snapshot / "plain" / "train.parquet").unlink()
     partly = "--dataset me/films is only partly in the hub's cache, and --offline was given: --prefetch it first"
     assert refusal("me/films", offline=True) == partly
@@ -250,8 +247,7 @@ def test_damaged_or_other_files(cache: Path, capfd: pytest.CaptureFixture[str]) 
 def test_from_prefetch_to_prediction(
     cache: Path, tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = files_of("plain", test=frame(10).assign(label=-1))
-    write_hub_cache(cache, "me/films", {"README.md": card("plain"), **files})
+    write_hub_cache(cache, "me/films", files_of("plain", test=frame(10).assign(label=-1)))
     common = ["--dataset", "me/films:plain", "--model_name", str(tiny_folders["distilbert"]), "--max_length", "16"]
     assert finetune_lora.main([*common, "--prefetch"]) == 0
     assert "data: in the cache" in capsys.readouterr().out
@@ -320,7 +316,7 @@ def in_a_process(code: str, **variables: str) -> list[str]:
 
 
 def test_hf_home_in_a_process_of_its_own(tmp_path: Path) -> None:
-    write_hub_cache(tmp_path / "hub", "me/films", {"README.md": card("plain"), **files_of("plain")})
+    write_hub_cache(tmp_path / "hub", "me/films", files_of("plain"))
     shown = in_a_process("read('me/films', load_texts)", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert shown == ["me/films, official test (Hugging Face hub)"]
     assert (tmp_path / "datasets").is_dir()
@@ -328,7 +324,7 @@ def test_hf_home_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_prefetch_downloads_what_a_machine_without_network_needs(tmp_path: Path) -> None:
     write_hub_cache(tmp_path / "hub", "me/films", {"README.md": card("plain")})  # what another program has fetched
-    with hub_server({"README.md": card("plain"), **files_of("plain")}) as address:
+    with hub_server(files_of("plain")) as address:
         variables = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": address}
         names = ("me/films", "me/nothing", "me/gated")
         assert in_a_process("".join(f"read('{name}', prefetch_texts)\n" for name in names), **variables) == [

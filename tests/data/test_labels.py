@@ -15,9 +15,11 @@ from finetuning.errors import UserError
 from tests.conftest import text_config, texts_of, write_texts
 
 
-def write(folder: Path, labels: list[Any], name: str = "train.json") -> None:
-    rows = [{"text": f"{name} text {i}", "label": label} for i, label in enumerate(labels)]
-    (folder / name).write_text(json.dumps(rows))
+def write(folder: Path, labels: list[Any], *splits: str) -> None:
+    """Writes these splits, by default all of them, with the same labels and other texts."""
+    for split in splits or ("train", "validation", "test"):
+        rows = [{"text": f"{split} text {i}", "label": label} for i, label in enumerate(labels)]
+        (folder / f"{split}.json").write_text(json.dumps(rows))
 
 
 def read(folder: Path, **settings: object) -> TextData:
@@ -37,8 +39,7 @@ LISTS = [["joy"], ["joy", "fear"], [], ["anger", "joy", "anger"]]
 
 
 def test_lists_of_labels(tmp_path: Path) -> None:
-    for name in ("train", "validation", "test"):
-        write(tmp_path, LISTS, f"{name}.json")
+    write(tmp_path, LISTS)
     data = read(tmp_path)
     assert data.label_names == ["anger", "fear", "joy"]
     assert given(data, "train") == {0: ["joy"], 1: ["fear", "joy"], 2: [], 3: ["anger", "joy"]}
@@ -47,12 +48,10 @@ def test_lists_of_labels(tmp_path: Path) -> None:
 
 
 def test_a_separator_and_numbers_give_the_same_labels(tmp_path: Path) -> None:
-    for name in ("train", "validation", "test"):
-        write(tmp_path, ["joy", "joy| fear", "anger|joy|", "fear"], f"{name}.json")
+    write(tmp_path, ["joy", "joy| fear", "anger|joy|", "fear"])
     data = read(tmp_path, label_separator="|")
     assert given(data, "test") == {0: ["joy"], 1: ["fear", "joy"], 2: ["anger", "joy"], 3: ["fear"]}
-    for name in ("train", "validation", "test"):
-        write(tmp_path, [[10], [9, 10], [], [2]], f"{name}.json")
+    write(tmp_path, [[10], [9, 10], [], [2]])
     assert read(tmp_path).label_names == ["2", "9", "10"]  # numbers are sorted as numbers
 
 
@@ -65,21 +64,26 @@ def test_an_empty_cell_with_a_separator_is_no_label(tmp_path: Path, ending: str)
     assert given(read(tmp_path, label_separator="|"), "test") == {0: ["fear", "joy"], 1: [], 2: ["joy"]}
 
 
+def write_parquet(folder: Path, feature: Any, labels: list[list[int]], *splits: str) -> None:
+    """Writes these splits as the datasets library does, which stores the feature of the label column."""
+    info = {"info": {"features": {"label": feature, "text": {"dtype": "string", "_type": "Value"}}}}
+    for split in splits:
+        table = pa.table({"text": [f"{split} {i}" for i in range(len(labels))], "label": labels})
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), folder / f"{split}.parquet")
+
+
 @pytest.mark.parametrize("older", [True, False])
 def test_parquet_of_the_datasets_library_names_the_labels(tmp_path: Path, older: bool) -> None:
     names = {"names": ["no", "maybe", "yes"], "_type": "ClassLabel"}
     feature: Any = [names] if older else {"feature": names, "_type": "List"}
-    info = {"info": {"features": {"label": feature, "text": {"dtype": "string", "_type": "Value"}}}}
-    for name in ("train", "validation", "test"):
-        table = pa.table({"text": [f"{name} {i}" for i in range(4)], "label": [[0], [2, 0], [1], []]})
-        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / f"{name}.parquet")
+    write_parquet(tmp_path, feature, [[0], [2, 0], [1], []], "train", "validation", "test")
     data = read(tmp_path)
     assert given(data, "train") == {0: ["no"], 1: ["no", "yes"], 2: ["maybe"], 3: []}
 
 
 def test_parts_and_limits_keep_rare_labels_in_proportion(tmp_path: Path) -> None:
     kinds = [["a"], ["a", "b"], ["a"], ["a", "c"], ["a"], ["c", "b"], [], ["a"]]
-    write(tmp_path, [kinds[i % 8] for i in range(400)])
+    write(tmp_path, [kinds[i % 8] for i in range(400)], "train")
     data = read(tmp_path, limit_train=200)
     assert [len(data.splits[name].texts) for name in ("train", "validation", "test")] == [200, 40, 40]
     shares = np.array([data.splits[name].labels.mean(0) for name in ("train", "validation", "test")])
@@ -90,15 +94,14 @@ def test_parts_and_limits_keep_rare_labels_in_proportion(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("labels", [[[0], [1], [0, 1]], [[0, 1], [1, 0]], [["0", "1"], ["1", "1"]]])
 def test_zeros_and_ones_can_be_labels(tmp_path: Path, labels: list[Any]) -> None:
-    for name in ("train", "validation", "test"):
-        write(tmp_path, labels, f"{name}.json")
+    write(tmp_path, labels)
     assert read(tmp_path).label_names == ["0", "1"]
 
 
 def test_a_label_that_train_lacks_brings_a_warning(tmp_path: Path) -> None:
-    write(tmp_path, [["a"], ["b"], ["a", "b"]])
-    write(tmp_path, [["a"], ["c", "b"]], "validation.json")
-    write(tmp_path, [["a"], ["d"]], "test.json")
+    write(tmp_path, [["a"], ["b"], ["a", "b"]], "train")
+    write(tmp_path, [["a"], ["c", "b"]], "validation")
+    write(tmp_path, [["a"], ["d"]], "test")
     assert "warning: no training text has the label c, d, but other texts have it" in read(tmp_path).notes
 
 
@@ -112,15 +115,14 @@ def test_a_label_that_train_lacks_brings_a_warning(tmp_path: Path) -> None:
     ],
 )
 def test_labels_that_are_probably_no_classes(tmp_path: Path, labels: list[str], doubt: str) -> None:
-    for name in ("train", "validation", "test"):
-        write(tmp_path, labels, f"{name}.json")
+    write(tmp_path, labels)
     warnings = [note for note in read(tmp_path).notes if note.startswith("warning: ")]
     assert len(warnings) == bool(doubt)
     assert all(note.startswith(f"warning: {doubt}") for note in warnings)
 
 
 def test_what_a_refused_split_says_of_such_labels(tmp_path: Path) -> None:
-    write(tmp_path, ["joy", "fear", "joy;fear", "fear;anger", "anger"] * 3 + ["joy;anger"])
+    write(tmp_path, ["joy", "fear", "joy;fear", "fear;anger", "anger"] * 3 + ["joy;anger"], "train")
     with pytest.raises(UserError, match=r"has 1 text: must be .* look like lists: if they are, give --label_separator"):
         read(tmp_path)
 
@@ -137,22 +139,21 @@ def test_what_a_refused_split_says_of_such_labels(tmp_path: Path) -> None:
         ([[], []], None, "--label_column label: must have at least two different labels, but has none"),
         ([[0, 1, 0], [0, 0, 1]], None, "--label_column label: each list has a 0 or 1 for each of 3 labels, but must"),
         ([[1.0, 0.0], [1.0, 1.0]], None, "--label_column label: each list has a 0 or 1 for each of 2 labels, but must"),
-        (["a", "b"], ",", "--label_separator ',': never separates two labels in column label: leave"),
+        (["a", "b"], ",", "--label_separator ',': never separates two labels in column label: leave it out$"),
+        (["a;b", "a", "b"], ",", "--label_separator ',': never .*: labels such as 'a;b' need --label_separator ';'$"),
         ([["a"], ["b"]], ",", "--label_separator ',': column label has lists, so leave it out"),
         ([1, 2], ",", "--label_separator ',': column label has numbers, and only text has a separator"),
         (["a", ""], None, "--label_column label: .* has no label in row 1 "),
     ],
 )
 def test_labels_that_cannot_be_read(tmp_path: Path, labels: list[Any], separator: str | None, line: str) -> None:
-    write(tmp_path, labels)
+    write(tmp_path, labels, "train")
     with pytest.raises(UserError, match=f"^{line}"):
         read(tmp_path, label_separator=separator)
 
 
 def test_a_number_that_has_no_name(tmp_path: Path) -> None:
-    info = {"info": {"features": {"label": {"feature": {"names": ["no", "yes"]}, "_type": "List"}}}}
-    table = pa.table({"text": ["a", "b"], "label": [[0], [2]]})
-    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "train.parquet")
+    write_parquet(tmp_path, {"feature": {"names": ["no", "yes"]}, "_type": "List"}, [[0], [2]], "train")
     with pytest.raises(UserError, match=r"^--label_column label: label 2 is not one of no, yes"):
         read(tmp_path)
 
@@ -162,17 +163,3 @@ def test_texts_without_a_label_next_to_lists_are_not_to_be_removed(tmp_path: Pat
     config = write_texts(tmp_path, "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(rows)))
     with pytest.raises(UserError, match=r"no label in row 32 .*: labels such as .* give --label_separator ';'$"):
         texts_of(config)
-
-
-@pytest.mark.parametrize(
-    ("labels", "separator", "way"),
-    [
-        (["a;b", "a", "b"], ",", "labels such as 'a;b' need --label_separator ';'"),
-        (["a", "b", "a"], ";", "leave it out"),
-    ],
-)
-def test_a_separator_that_never_occurs(tmp_path: Path, labels: list[str], separator: str, way: str) -> None:
-    content = "text,label\n" + "".join(f"text {i},{label}\n" for i, label in enumerate(labels * 10))
-    write_texts(tmp_path, content)
-    with pytest.raises(UserError, match=f"never separates two labels in column label: {way}$"):
-        texts_of(text_config(tmp_path, label_separator=separator))
