@@ -21,13 +21,6 @@ from tests.conftest import ROOT, frame, packaged_folder, text_config, texts_of, 
 from tests.scripts import start_script
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(folder))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(packaged_folder())
@@ -125,13 +118,6 @@ def test_all_reviews_split_anew(tmp_path: Path, split: Any, sizes: list[int]) ->
     assert all(part.texts == [everything[row] for row in part.rows] for part in texts.splits.values())
 
 
-def test_given_validation_is_used(tmp_path: Path) -> None:
-    for name, n in (("train", 40), ("validation", 10), ("test", 8)):
-        frame(n, word=name).to_parquet(tmp_path / f"{name}.parquet")
-    texts = texts_of(text_config(tmp_path))
-    assert [len(split.texts) for split in texts.splits.values()] == [40, 10, 8]
-
-
 def test_of_a_given_validation_and_no_test_only_the_test_is_carved_out(tmp_path: Path) -> None:
     for name, n in (("train", 40), ("validation", 10)):
         frame(n, word=name).to_parquet(tmp_path / f"{name}.parquet")
@@ -175,7 +161,7 @@ def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
     for name, count in (("train", 40), ("validation", 10), ("test", 4)):
         frame(count, word="train" if name == "train" else "held out").to_parquet(tmp_path / f"{name}.parquet")
     texts = texts_of(text_config(tmp_path))
-    assert len(texts.splits["validation"].texts) == 10
+    assert [len(split.texts) for split in texts.splits.values()] == [40, 10, 4]
     assert texts.notes == ["warning: 4 of 10 validation texts also appear in test, so the test score may be too high"]
 
 
@@ -320,13 +306,11 @@ def test_pairs_that_cannot_be_read(tmp_path: Path, content: str, column: str, li
 # --- tokens
 
 
-def few_texts(texts: list[str]) -> TextData:
+def tokens_of(texts: list[str], tokenizer: Any, test: bool = True, **settings: Any) -> dict[str, TokenizedSplit]:
+    """The tokens of data whose three splits have the same texts."""
     split = LabelledTexts(texts, np.arange(len(texts)) % 2, np.arange(len(texts)) + 5)
-    return TextData("here", ["a", "b"], {"train": split, "validation": split, "test": split}, 0)
-
-
-def tokens_of(texts: TextData, tokenizer: Any, config: RunConfig) -> dict[str, TokenizedSplit]:
-    return tokenize(texts, tokenizer, config.data, config.run.test)
+    data = TextData("here", ["a", "b"], {"train": split, "validation": split, "test": split}, 0)
+    return tokenize(data, tokenizer, RunConfig.from_settings(**settings).data, test)
 
 
 LONG = [f"word{i} is a number and so is {i}" for i in range(3)] + [" ".join(str(i) for i in range(400)), "short"]
@@ -335,9 +319,7 @@ LONG = [f"word{i} is a number and so is {i}" for i in range(3)] + [" ".join(str(
 @pytest.mark.parametrize("max_length", [8, 64, 128, 300, 512])
 def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: int) -> None:
     """Also beyond 128, where this tokenizer's file would cut and pad by itself."""
-    split = tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings(max_length=max_length, truncation="head"))[
-        "train"
-    ]
+    split = tokens_of(LONG, tokenizer, max_length=max_length, truncation="head")["train"]
     expected = tokenizer(LONG, truncation=True, max_length=max_length, padding=False)["input_ids"]
     assert [split.sequence(i).tolist() for i in range(len(split))] == expected
     assert split.lengths.max() == max_length if max_length < 400 else split.lengths.max() > 400
@@ -348,7 +330,7 @@ def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: i
 
 def test_head_tail_keeps_a_quarter_of_the_beginning_and_the_end(tokenizer: Any) -> None:
     head, both = (
-        tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings(max_length=66, truncation=truncation))["train"]
+        tokens_of(LONG, tokenizer, max_length=66, truncation=truncation)["train"]
         for truncation in ("head", "head_tail")
     )
     whole = tokenizer(LONG[3], truncation=False, padding=False)["input_ids"]
@@ -374,7 +356,7 @@ def roberta() -> Any:
 
 
 def test_roberta_special_tokens(roberta: Any) -> None:
-    split = tokens_of(few_texts(LONG), roberta, RunConfig.from_settings(max_length=40))["train"]
+    split = tokens_of(LONG, roberta, max_length=40)["train"]
     for i in range(len(split)):
         assert split.sequence(i)[0] == 0
         assert split.sequence(i)[-1] == 2
@@ -383,36 +365,36 @@ def test_roberta_special_tokens(roberta: Any) -> None:
     assert split.sequence(3).tolist() == whole[:10] + whole[-30:]
 
 
+@pytest.mark.usefixtures("cache")  # else they might not be tokenized
 def test_long_texts_give_no_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    tokens_of(few_texts([LONG[3] * 3, "b"]), tokenizer, RunConfig.from_settings())
+    tokens_of([LONG[3] * 3, "b"], tokenizer)
     assert "longer" not in caplog.text
 
 
 def test_test_split_is_left_alone(tokenizer: Any) -> None:
-    assert list(tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings(test=False))) == ["train", "validation"]
-    assert list(tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings())) == ["train", "validation", "test"]
+    assert list(tokens_of(LONG, tokenizer, test=False)) == ["train", "validation"]
+    assert list(tokens_of(LONG, tokenizer)) == ["train", "validation", "test"]
 
 
 def test_tokens_are_kept_and_damaged_files_made_again(
     tokenizer: Any, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts, config = few_texts(LONG), RunConfig.from_settings(max_length=32)
-    first = tokens_of(texts, tokenizer, config)["train"]
+    first = tokens_of(LONG, tokenizer, max_length=32)["train"]
     assert "tokenizing train" in capsys.readouterr().err
     (path,) = (cache / "tokens").iterdir()
-    tokens_of(texts, tokenizer, config)
+    tokens_of(LONG, tokenizer, max_length=32)
     assert capsys.readouterr().err == "", "no bar when nothing is done"
     good = path.read_bytes()
     for damaged in (b"", b"nonsense", good[: len(good) // 2], good[:100] + b"\xff\xff" + good[102:]):
         path.write_bytes(damaged)
-        again = tokens_of(texts, tokenizer, config)["train"]
+        again = tokens_of(LONG, tokenizer, max_length=32)["train"]
         assert np.array_equal(again.tokens, first.tokens)
         assert np.array_equal(again.offsets, first.offsets)
         capsys.readouterr()
-    for change in ({"max_length": 33}, {"truncation": "head"}):
-        tokens_of(texts, tokenizer, config.changed(**change))
-    tokens_of(few_texts(["a", "bc"]), tokenizer, config)
-    tokens_of(few_texts(["ab", "c"]), tokenizer, config)
+    tokens_of(LONG, tokenizer, max_length=33)
+    tokens_of(LONG, tokenizer, max_length=32, truncation="head")
+    for texts in (["a", "bc"], ["ab", "c"]):
+        tokens_of(texts, tokenizer, max_length=32)
     assert len(list((cache / "tokens").iterdir())) == 5
 
 
@@ -420,7 +402,7 @@ def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatc
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="FINETUNE_LORA_CACHE"):
-        tokens_of(few_texts(LONG), tokenizer, RunConfig.from_settings())
+        tokens_of(LONG, tokenizer)
 
 
 def test_several_processes_at_once(tokenizer: Any, cache: Path, tmp_path: Path) -> None:
@@ -428,14 +410,16 @@ def test_several_processes_at_once(tokenizer: Any, cache: Path, tmp_path: Path) 
     script.write_text(
         f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests.test_local_dataset_utilities import *
-tokenizer = AutoTokenizer.from_pretrained(packaged_folder())
-print(tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.from_settings())["train"].tokens.sum())
+from transformers import AutoTokenizer
+from finetuning.data.tokens import cached_tokens
+from finetuning.settings import DataSettings
+tokenizer = AutoTokenizer.from_pretrained({str(packaged_folder())!r})
+print(cached_tokens({LONG!r} * 200, tokenizer, DataSettings(), "tokenizing").tokens.sum())
 """
     )
     processes = [start_script(str(script), []) for _ in range(2)]
     shown = [process.communicate(timeout=300) for process in processes]
-    found = tokens_of(few_texts(LONG * 200), tokenizer, RunConfig.from_settings())["train"].tokens.sum()
+    found = tokens_of(LONG * 200, tokenizer)["train"].tokens.sum()
     assert [out for out, _ in shown] == [f"{found}\n"] * 2, shown
     assert [path.suffix for path in (cache / "tokens").iterdir()] == [".npz"]
 

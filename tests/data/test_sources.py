@@ -26,14 +26,6 @@ from finetuning.errors import UserError
 from local_dataset_utilities import prefetch_texts
 from tests.conftest import frame, full_disk, text_config, texts_of, write_texts, write_tree
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(folder))
-    return folder
-
-
 # --- formats
 
 
@@ -62,30 +54,29 @@ def test_all_formats_give_the_same(tmp_path: Path, suffix: str, single: bool) ->
         assert [texts.label_names[label] for label in split.labels] == [table.label[row] for row in split.rows]
 
 
+def write_named(path: Path, names: list[str]) -> None:
+    """Writes texts of these classes as the datasets library does, which stores the names in parquet."""
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = pyarrow.Table.from_pandas(frame(40, classes=len(names)))
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+
+
 def test_label_names_of_the_datasets_library(tmp_path: Path) -> None:
-    features = {"info": {"features": {"label": {"names": ["zebra", "ape"], "_type": "ClassLabel"}}}}
-    table = pyarrow.Table.from_pandas(frame(30)).replace_schema_metadata({"huggingface": json.dumps(features)})
-    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    write_named(tmp_path / "train.parquet", ["zebra", "ape"])
     texts = texts_of(text_config(tmp_path))
     assert texts.label_names == ["zebra", "ape"]
     assert (texts.splits["train"].labels == texts.splits["train"].rows % 2).all()
 
 
 def test_files_that_number_their_classes_differently_are_refused(tmp_path: Path) -> None:
-    for split, names in (("train", ["bad", "good", "ok"]), ("test", ["bad", "ok"])):
-        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
-        table = pyarrow.Table.from_pandas(frame(30)).replace_schema_metadata({"huggingface": json.dumps(features)})
-        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    write_named(tmp_path / "train.parquet", ["bad", "good", "ok"])
+    write_named(tmp_path / "test.parquet", ["bad", "ok"])
     with pytest.raises(UserError, match=r"test.parquet numbers its classes bad, ok, train.parquet bad, good, ok"):
         texts_of(text_config(tmp_path))
 
 
 def test_a_word_that_is_a_name_is_that_class(tmp_path: Path) -> None:
-    features = {"info": {"features": {"label": {"names": ["0", "1", "10", "2"], "_type": "ClassLabel"}}}}
-    table = pyarrow.Table.from_pandas(frame(40, classes=4)).replace_schema_metadata(
-        {"huggingface": json.dumps(features)}
-    )
-    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    write_named(tmp_path / "train.parquet", ["0", "1", "10", "2"])
     pd.DataFrame({"text": ["one", "two"], "label": ["2", "10"]}).to_csv(tmp_path / "test.csv", index=False)
     texts = texts_of(text_config(tmp_path))
     assert [texts.label_names[i] for i in texts.splits["test"].labels] == ["2", "10"]
@@ -157,8 +148,6 @@ def test_imdb_tree(tmp_path: Path, inside: str) -> None:
 def test_imdb_with_train_only_is_not_called_test(tmp_path: Path) -> None:
     frame(30).to_csv(tmp_path / "train.csv", index=False)
     assert texts_of(RunConfig.from_settings(data_dir=tmp_path)).source == "IMDb train, held out (local files)"
-    with pytest.raises(UserError, match="--split official"):
-        texts_of(RunConfig.from_settings(data_dir=tmp_path, split="official"))
 
 
 PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@{label}" for i in range(20) for label in ("positive",)]

@@ -453,11 +453,6 @@ def test_resume_takes_a_run_that_has_not_finished(tmp_path: Path, status: str | 
     assert (tmp_path / LAST_CHECKPOINT).read_bytes() == checkpoint
 
 
-def test_resume_of_a_finished_run_is_refused(tmp_path: Path) -> None:
-    held_run(tmp_path, status="finished")
-    assert "has finished" in resume_refusal(tmp_path)
-
-
 @pytest.mark.parametrize("damaged", ["{", "\udcff"])
 def test_resume_of_a_run_whose_settings_are_damaged_is_refused(tmp_path: Path, damaged: str) -> None:
     held_run(tmp_path)

@@ -15,7 +15,7 @@ from finetuning.runs.measurements import environment_record, free_memory, peak_m
 from tests.conftest import ROOT
 
 
-def test_memory_is_that_of_the_process() -> None:
+def test_memory_and_time_are_those_of_the_process() -> None:
     before = peak_memory(on_gpu=False)
     assert before["peak_bytes"] > 50 * 2**20  # torch alone is more
     block = np.ones(before["peak_bytes"] // 8, dtype=np.float64)
@@ -23,9 +23,16 @@ def test_memory_is_that_of_the_process() -> None:
     assert before["peak_bytes"] < after["peak_bytes"] < 2.5 * before["peak_bytes"]
     assert after["source"].startswith("resident set size")
     # and not of the process that started it, of which Linux' ru_maxrss would tell
-    code = "from finetuning.runs.measurements import peak_memory; print(peak_memory(False)['peak_bytes'])"
+    code = (
+        "import time; time.sleep(0.5); from finetuning.runs.measurements import peak_memory, process_seconds;"
+        "print(peak_memory(False)['peak_bytes'], process_seconds())"
+    )
+    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert 50 * 2**20 < int(done.stdout) < block.nbytes
+    peak, seconds = done.stdout.split()
+    assert 50 * 2**20 < int(peak) < block.nbytes
+    if Path("/proc/self/stat").exists():
+        assert 0.5 < float(seconds) < time.monotonic() - began + 0.02  # the kernel's clock has ticks of 10 ms
 
 
 def test_environment_says_on_what_a_number_was_measured() -> None:
@@ -67,26 +74,16 @@ def test_alone_is_when_others_take_next_to_nothing(monkeypatch: pytest.MonkeyPat
     assert was_alone(None, seconds=5.0) is None
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
-def test_the_time_of_a_process_begins_with_it() -> None:
-    code = (
-        "import time; time.sleep(0.5); from finetuning.runs import measurements; print(measurements.process_seconds())"
-    )
-    began = time.monotonic()
-    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert 0.5 < float(shown) < time.monotonic() - began + 0.02  # the kernel's clock has ticks of 10 ms
-
-
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc/stat")
 def test_a_busy_child_counts_as_this_process() -> None:
     before = processor_seconds()
-    code = "import time; end = time.process_time() + 1\nwhile time.process_time() < end: pass"
+    code = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
     subprocess.run([sys.executable, "-c", code], check=True)
     after = processor_seconds()
     assert before is not None
     assert after is not None
-    assert after[0] - before[0] > 0.9
-    assert after[1] - before[1] > 0.9
+    assert after[0] - before[0] > 0.25
+    assert after[1] - before[1] > 0.25
 
 
 def write_facts(root: Path, facts: dict[str, str]) -> None:
