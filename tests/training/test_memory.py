@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from benchmarks.harness import TRAINING_FLAGS
-from finetuning.data.batches import train_loader
+from finetuning.data.batches import TokenBatchLoader, train_loader
 from finetuning.errors import TrainingFailed
+from finetuning.models.classifier import Classifier
+from finetuning.settings import TrainingSettings
 from finetuning.training import memory
 from finetuning.training.estimate import kept_for_backward
 from finetuning.training.memory import advice, check_memory, largest_batch
@@ -18,15 +20,19 @@ from tests.data.test_batches import make_split, review_lengths
 GIB = 2**30
 
 
+def built(folder: Path, texts: int, line: str) -> tuple[Classifier, TokenBatchLoader, TrainingSettings]:
+    """A classifier on the CPU, and its training batches."""
+    config = config_of_flags(f"--model_name {folder} --max_length 64 --precision fp32 --accelerator cpu {line}")
+    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).train()
+    split = make_split(review_lengths(texts, 0, longest=64))
+    return classifier, train_loader(split, config.training, pad_id=0), config.training
+
+
 def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_not_fit(
     tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = (
-        f"--model_name {tiny_folders['distilbert']} --max_length 64 --batch_size 64 --batch_tokens 4096 --dropout 0.1"
-    )
-    config = config_of_flags(f"{line} --accelerator cpu --precision fp32 --method full")
-    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).train()
-    loader = train_loader(make_split(review_lengths(400, 0, longest=64)), config.training, pad_id=0)
+    line = "--batch_size 64 --batch_tokens 4096 --dropout 0.1 --method full"
+    classifier, loader, training = built(tiny_folders["distilbert"], 400, line)
     state = torch.get_rng_state()
     estimated, tokens = largest_batch(classifier, loader)
     assert torch.equal(torch.get_rng_state(), state)
@@ -39,18 +45,15 @@ def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_n
     for free, processes, fits in ((most + 2**20, 1, True), (most + 2**20, 2, False), (None, 1, True)):
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
         if fits:
-            check_memory(classifier, loader, config.training, torch.device("cpu"), {}, 64, 1, processes)
+            check_memory(classifier, loader, training, torch.device("cpu"), {}, 64, 1, processes)
         else:
             with pytest.raises(TrainingFailed, match=r"needs about .* --batch_tokens \d+ would fit; --force starts"):
-                check_memory(classifier, loader, config.training, torch.device("cpu"), {}, 64, 1, processes)
+                check_memory(classifier, loader, training, torch.device("cpu"), {}, 64, 1, processes)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_measuring_a_batch_keeps_nothing_of_it(tiny_folders: dict[str, Path], method: str) -> None:
-    line = f"--model_name {tiny_folders['bert']} --max_length 64 {TRAINING_FLAGS} --precision fp32 --accelerator cpu"
-    config = config_of_flags(f"{line} --method {method}")
-    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).train()
-    loader = train_loader(make_split(review_lengths(40, 0, longest=64)), config.training, pad_id=0)
+    classifier, loader, _ = built(tiny_folders["bert"], 40, f"{TRAINING_FLAGS} --method {method}")
     assert kept_for_backward(classifier, loader.part_of_largest(4)[0]) > 0
     trained = [weakref.ref(p) for p in classifier.parameters() if p.requires_grad]  # the graph refers to them
     del classifier
@@ -59,10 +62,7 @@ def test_measuring_a_batch_keeps_nothing_of_it(tiny_folders: dict[str, Path], me
 
 
 def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    line = f"--model_name {tiny_folders['bert']} --max_length 64 {TRAINING_FLAGS} --precision fp32 --accelerator cpu"
-    config = config_of_flags(line)
-    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
-    loader = train_loader(make_split(review_lengths(40, 0, longest=64)), config.training, pad_id=0)
+    classifier, loader, training = built(tiny_folders["bert"], 40, TRAINING_FLAGS)
     asked: list[torch.device] = []
 
     def mem_get_info(device: torch.device) -> tuple[int, int]:
@@ -72,7 +72,7 @@ def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: 
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     own = torch.device("cuda", 3)  # of this rank: asking about another card would open a context on it
     with pytest.raises(TrainingFailed, match="use --method lora or q_lora, or a smaller model"):
-        check_memory(classifier, loader, config.training, own, {}, 512, 1, 1)
+        check_memory(classifier, loader, training, own, {}, 512, 1, 1)
     assert asked == [own]
 
 

@@ -21,10 +21,14 @@ from finetuning.training.trainer import quiet_lightning
 from local_model_utilities import build_classifier, find_base_model
 
 
-def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, Path]) -> None:
-    config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32, dropout=0.3)
+def module_of(folder: Path, kernels: str = "", **settings: Any) -> FineTuning:
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
     classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
-    module = FineTuning(classifier, config.training, SingleLabel(["bad", "good"]), total_steps=1)
+    return FineTuning(classifier, config.training, SingleLabel(["bad", "good"]), total_steps=1, kernels=kernels)
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, Path]) -> None:
+    module = module_of(tiny_folders["distilbert"], dropout=0.3)
     ids, mask = torch.arange(1000, 1020)[None], torch.ones(1, 20, dtype=torch.long)
     assert not torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
     module.eval()
@@ -33,9 +37,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, 
 
 def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -> None:
     """A single text's loss counts: a mean that leaves it out would hide it."""
-    config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32)
-    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
-    module = FineTuning(classifier, config.training, SingleLabel(["bad", "good"]), total_steps=1)
+    module = module_of(tiny_folders["distilbert"])
     logits = torch.tensor([[0.0, 1.0], [math.nan, 0.0]])
     module.classifier.logits = lambda *_: logits  # type: ignore[method-assign]
     module.validation_step({"labels": torch.tensor([1, 0]), "rows": torch.arange(2)})
@@ -46,12 +48,7 @@ def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -
 def test_a_run_that_continues_with_other_kernels_says_so(
     tiny_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=32)
-    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32)
-    task = SingleLabel(["bad", "good"])
-    before, after = (
-        FineTuning(classifier, config.training, task, 1, {}, kernels) for kernels in ("compiled", "no: why")
-    )
+    before, after = (module_of(tiny_folders["distilbert"], kernels) for kernels in ("compiled", "no: why"))
     checkpoint: dict[str, Any] = {"state_dict": {}, "global_step": 1}
     before.on_save_checkpoint(checkpoint)
     before.on_load_checkpoint(checkpoint)

@@ -1,5 +1,4 @@
 # mypy: disable-error-code="arg-type"
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,6 @@ def rates(config: RunConfig, steps: int = STEPS) -> np.ndarray:
     return np.array(found)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "sgd_nesterov"])
-@pytest.mark.parametrize("fused", [True, False])
-def test_no_optimizer_loops_over_single_weights(name: str, fused: bool) -> None:
-    config = RunConfig.from_settings(optimizer=name)
-    (group,) = make_optimizer({"w": torch.nn.Parameter(torch.zeros(2, 2))}, config.training, fused).param_groups
-    assert bool(group["fused"]) is fused
-    assert bool(group["foreach"]) is not fused
-
-
 # --- schedules
 
 
@@ -54,28 +44,19 @@ def test_onecycle_that_rises_to_the_end() -> None:
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.06, 0.5])
-def test_linear_equals_its_closed_form(warmup: float) -> None:
-    rising = math.ceil(warmup * STEPS)
-    steps = np.arange(STEPS)
-    expected = 0.2 * np.where(steps < rising, steps / max(rising, 1), (STEPS - steps) / (STEPS - rising))
-    np.testing.assert_allclose(
-        rates(RunConfig.from_settings(scheduler="linear", learning_rate=0.2, warmup_fraction=warmup)), expected
-    )
-
-
 @pytest.mark.parametrize(
     ("ours", "theirs"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")]
 )
-def test_schedules_equal_those_of_transformers(ours: str, theirs: str) -> None:
+def test_schedules_equal_those_of_transformers(ours: str, theirs: str, warmup: float) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=5, num_training_steps=STEPS)
+    scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=round(warmup * STEPS), num_training_steps=STEPS)
     expected = []
     for _ in range(STEPS):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
     np.testing.assert_allclose(
-        rates(RunConfig.from_settings(scheduler=ours, learning_rate=0.3, warmup_fraction=0.1)), expected
+        rates(RunConfig.from_settings(scheduler=ours, learning_rate=0.3, warmup_fraction=warmup)), expected
     )
 
 
@@ -128,6 +109,8 @@ def test_optimizers_step_as_torchs_own(name: str, kind: type, settings: dict[str
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
     first = make_optimizer({"w": ours}, RunConfig.from_settings(optimizer=name, learning_rate=0.01).training, fused)
+    (group,) = first.param_groups
+    assert (bool(group["fused"]), bool(group["foreach"])) == (fused, not fused), "no loop over single weights"
     second = kind([theirs], **settings)
     for _ in range(5):
         ours.grad = torch.randn(3, 3, generator=generator)
@@ -212,8 +195,10 @@ def test_lora_plus_has_the_groups_and_the_steps_of_peft(
     assert (after - start).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "onecycle"])
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "sgd_nesterov"])
+@pytest.mark.parametrize(
+    ("scheduler", "optimizer"),
+    [("constant", "adam"), ("linear", "adamw"), ("cosine", "sgd"), ("onecycle", "sgd_nesterov")],
+)
 def test_schedules_keep_the_ratio_of_lora_plus(scheduler: str, optimizer: str) -> None:
     config = lora_plus(scheduler=scheduler, optimizer=optimizer, learning_rate=0.1)
     names = ("x.lora.lora_A", "x.lora.lora_B", "classifier.weight")

@@ -44,6 +44,13 @@ def track(name: str, directory: Path) -> None:
     trackers.close(result_of(settings))
 
 
+def tensorboard_events(directory: Path) -> Any:
+    """What TensorBoard reads."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(directory / "tensorboard")).Reload()
+
+
 def test_final_values_are_numbers_under_flat_names() -> None:
     assert final_values(result_of({})) == {
         "best_validation_accuracy": 0.5, "test_accuracy": 0.875, "run_seconds": 9.0, "training_seconds": 2.0,
@@ -54,12 +61,9 @@ def test_final_values_are_numbers_under_flat_names() -> None:
 
 def test_tensorboard_reads_what_was_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     track("tensorboard", tmp_path)
     assert "warning" not in capsys.readouterr().err
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
+    events = tensorboard_events(tmp_path)
     values = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert values["train_loss"] == [(1, 0.75), (3, 0.25)]
     assert values["learning_rate"] == [(1, pytest.approx(0.001))]
@@ -70,9 +74,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path, capsys: pytest.Captur
     hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"lora_r" in hparams
     track("tensorboard", tmp_path)  # a run that replaces the first
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert len(events.Scalars("train_loss")) == 2
+    assert len(tensorboard_events(tmp_path).Scalars("train_loss")) == 2
 
 
 @pytest.mark.parametrize(
@@ -86,8 +88,6 @@ def test_tensorboard_forgets_what_a_killed_run_logged_after_its_checkpoint(
     tmp_path: Path, first: dict[str, Any], losses: list[tuple[int, float]]
 ) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     settings = RunConfig.from_settings().to_dict()
     later: list[dict[str, Any]] = [{"step": 3, "train_loss": 0.5}, {"step": 4, "train_loss": 0.375}]
     for resumed, rows in (False, [*ROWS, *later]), (True, [first]):
@@ -97,8 +97,7 @@ def test_tensorboard_forgets_what_a_killed_run_logged_after_its_checkpoint(
         for row in rows:
             trackers.log(row)
         trackers.close(result_of(settings, "interrupted"))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
+    events = tensorboard_events(tmp_path)
     assert [(event.step, event.value) for event in events.Scalars("train_loss")] == losses
     assert [event.step for event in events.Scalars("learning_rate")] == [1]
 
