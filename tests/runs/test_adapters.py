@@ -26,7 +26,7 @@ from finetuning.runs.loading import other_classes
 from finetuning.steps.text_advice import head_advice
 from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
 from tests.conftest import CORE, LAYERS
-from tests.runs.test_weights import ALL_BUT_HEAD, batch, build, logits, logits_in_peft
+from tests.runs.test_weights import ALL_BUT_HEAD, batch, build, logits, logits_in_peft, trained
 from tests.small_classifiers import NAMES, fill, save
 
 PEFT_CASES: dict[str, dict[str, Any]] = {
@@ -125,14 +125,12 @@ def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, m
 def test_an_adapter_of_an_earlier_run_is_continued(
     bases: dict[str, Path], tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    earlier, config = build(bases["roberta"], 0, **settings)
-    fill(earlier)
-    save(tmp_path, earlier, config)
+    earlier, config = trained(bases["roberta"], tmp_path, **settings)
     classifier, now = adopted(bases["roberta"], tmp_path, **({"q_lora": True} if "q_lora" in settings else {}))
     torch.testing.assert_close(logits(classifier), logits(earlier), rtol=0, atol=1e-5)
     assert (now.lora.targets, now.lora.lora_layers) == (config.lora.targets, config.lora.lora_layers)
-    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
-    assert trained == {name for name, p in earlier.named_parameters() if p.requires_grad}
+    named = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    assert named == {name for name, p in earlier.named_parameters() if p.requires_grad}
 
 
 def test_a_head_that_peft_did_not_save_comes_from_the_base(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -168,10 +166,7 @@ def test_rows_of_a_runs_head_are_in_the_order_of_its_own_classes(bases: dict[str
     config = json.loads((base / "config.json").read_text())
     config |= {"id2label": dict(enumerate(NAMES[::-1])), "label2id": {name: i for i, name in enumerate(NAMES[::-1])}}
     (base / "config.json").write_text(json.dumps(config))
-    earlier, settings = build(base, 0, **ALL_BUT_HEAD)
-    fill(earlier)
-    (tmp_path / "run").mkdir()
-    save(tmp_path / "run", earlier, settings)
+    earlier, _ = trained(base, tmp_path / "run", **ALL_BUT_HEAD)
     write_result(tmp_path / "run", {"data": {"label_names": NAMES}})
     torch.testing.assert_close(logits(adopted(base, tmp_path / "run")[0]), logits(earlier), rtol=0, atol=1e-5)
 
@@ -248,9 +243,7 @@ def test_what_transformers_does_with_the_head_of_such_a_folder(
     bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """AutoModel reads adapter_config.json, loads the base it names, and puts LoRA and head of the folder on it."""
-    classifier, config = build(bases["distilbert"], 0, **ALL_BUT_HEAD)
-    fill(classifier)
-    save(tmp_path, classifier, config)
+    classifier, _ = trained(bases["distilbert"], tmp_path, **ALL_BUT_HEAD)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2, dtype=torch.float32).eval()
