@@ -103,12 +103,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item not in cluster, item.path.parent.name != "tests"))  # stable: else as collected
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests write tokens to a folder of their own. The workers of a session share it, so kernels are compiled once."""
     base = tmp_path_factory.getbasetemp()
     session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(session / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_LORA_CACHE", str(session / "cache"))
+        yield
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache for one test alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(folder))
+    return folder
 
 
 def config_of_flags(line: str) -> RunConfig:

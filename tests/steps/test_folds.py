@@ -60,18 +60,11 @@ def words(model: Path, data: Path, output: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[], Path]:
-    """The directory of a run that nothing has interrupted. The first test that asks for it makes it."""
+def finished(tiny_folders: dict[str, Path], few_reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that nothing has interrupted."""
     output = tmp_path_factory.mktemp("finished") / "run"
-
-    def run() -> Path:
-        if not output.exists():
-            assert main(words(tiny_folders["distilbert"], few_reviews, output)) == 0
-        return output
-
-    return run
+    assert main(words(tiny_folders["distilbert"], few_reviews, output)) == 0
+    return output
 
 
 def predictions(directory: Path, split: str) -> dict[int, tuple[Any, list[float]]]:
@@ -83,13 +76,12 @@ def predictions(directory: Path, split: str) -> dict[int, tuple[Any, list[float]
     return found
 
 
-def test_a_run_leaves_its_folds_and_a_final_classifier(finished: Callable[[], Path]) -> None:
-    output = finished()
-    assert {path.name for path in output.iterdir()} == FILES | {"report.html", "folds"}
-    assert [path.name for path in sorted((output / "folds").iterdir())] == ["1", "2"]
-    result, folds = read_result(output), [read_result(output / "folds" / name) for name in "12"]
+def test_a_run_leaves_its_folds_and_a_final_classifier(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == FILES | {"report.html", "folds"}
+    assert [path.name for path in sorted((finished / "folds").iterdir())] == ["1", "2"]
+    result, folds = read_result(finished), [read_result(finished / "folds" / name) for name in "12"]
     for number, fold in enumerate(folds, start=1):
-        assert {path.name for path in (output / "folds" / str(number)).iterdir()} == FILES
+        assert {path.name for path in (finished / "folds" / str(number)).iterdir()} == FILES
         assert (fold["config"]["kfold"], fold["config"]["fold"]) == (2, number)
         assert fold["data"]["sizes"] == {"train": 20, "validation": 20, "test": 20}
         assert fold["validation"]["examples"] == 20
@@ -106,18 +98,17 @@ def test_a_run_leaves_its_folds_and_a_final_classifier(finished: Callable[[], Pa
         values = [fold["validation"][name] for fold in folds]
         assert [fold[name] for fold in result["kfold"]["folds"]] == values
         assert result["kfold"]["mean"][name] == pytest.approx(np.mean(values))
-    histories = [pd.read_csv(output / "folds" / name / "metrics.csv").query(f"epoch == {epochs}") for name in "12"]
+    histories = [pd.read_csv(finished / "folds" / name / "metrics.csv").query(f"epoch == {epochs}") for name in "12"]
     accuracies = [history["validation_accuracy"].dropna().item() for history in histories]
     assert result["kfold"]["same_epoch"]["accuracy"] == pytest.approx(np.mean(accuracies))
     assert result["kfold"]["same_epoch"]["accuracy_ci95"][0] < np.mean(accuracies)
     assert result["kfold"]["seconds"] == pytest.approx(sum(fold["seconds"] for fold in folds))
 
 
-def test_the_folds_predictions_are_the_validation_of_the_run(finished: Callable[[], Path]) -> None:
-    output = finished()
-    result, out_of_fold = read_result(output), predictions(output, "validation")
+def test_the_folds_predictions_are_the_validation_of_the_run(finished: Path) -> None:
+    result, out_of_fold = read_result(finished), predictions(finished, "validation")
     assert sorted(out_of_fold) == list(range(40))
-    of_folds = [predictions(output / "folds" / name, "validation") for name in "12"]
+    of_folds = [predictions(finished / "folds" / name, "validation") for name in "12"]
     assert out_of_fold == of_folds[0] | of_folds[1]
     right = [int(np.argmax(logits)) == label for label, logits in out_of_fold.values()]
     assert result["validation"]["accuracy"] == pytest.approx(np.mean(right))
@@ -126,24 +117,22 @@ def test_the_folds_predictions_are_the_validation_of_the_run(finished: Callable[
     assert sum(map(sum, result["validation"]["confusion_matrix"])) == 40
 
 
-def test_the_final_run_has_the_learning_rates_of_the_folds(finished: Callable[[], Path]) -> None:
+def test_the_final_run_has_the_learning_rates_of_the_folds(finished: Path) -> None:
     """The schedule is the one of all epochs: 20 steps here, and 12 in a fold."""
-    steps = 5 * read_result(finished())["kfold"]["epochs"]
-    history = pd.read_csv(finished() / "metrics.csv")
+    steps = 5 * read_result(finished)["kfold"]["epochs"]
+    history = pd.read_csv(finished / "metrics.csv")
     rates = dict(zip(history["step"], history["learning_rate"], strict=True))
     falling = {step: 0.01 * (21 - step) / 18 for step in range(3, steps + 1)}
     assert rates == pytest.approx({1: 0.0, 2: 0.005} | falling), "those with which the steps were made"
 
 
-def test_what_a_finished_run_is_for(finished: Callable[[], Path], capsys: pytest.CaptureFixture[str]) -> None:
-    directory = finished()
-    capsys.readouterr()  # what the run printed, if it was done just now
-    assert predict([str(directory), "--text", "a dull and tedious mess"]) == 0
+def test_what_a_finished_run_is_for(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict([str(finished), "--text", "a dull and tedious mess"]) == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("a dull and tedious mess,")
-    report = (finished() / "report.html").read_text(encoding="utf8")
+    report = (finished / "report.html").read_text(encoding="utf8")
     assert "Validation is out of fold" in report
     assert "the classifier that was trained on all training texts" in report
-    assert set(read_own_answers(read_finished(finished()))) == {"test"}  # what an export is compared with
+    assert set(read_own_answers(read_finished(finished))) == {"test"}  # what an export is compared with
 
 
 def test_the_command_prints_a_line_for_each_fold(
@@ -224,12 +213,12 @@ def kill() -> None:
 
 
 def test_an_interrupted_run_continues_to_the_same_weights(
-    finished: Callable[[], Path], tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path,
+    finished: Path, tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    output, reference = tmp_path / "run", finished()
+    output = tmp_path / "run"
     flags = words(tiny_folders["distilbert"], few_reviews, output)
-    epochs = read_result(reference)["kfold"]["epochs"]
+    epochs = read_result(finished)["kfold"]["epochs"]
     assert epochs > 1, "the test needs an end of an epoch inside the final training"
     interruptions: list[tuple[str, str, int, Callable[[], object], list[str]]] = [
         ("2", "on_train_batch_start", 4, stop, flags),  # inside an epoch of the second fold
@@ -249,7 +238,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     assert (output / "folds" / "1" / "result.json").stat() == first
     for place in ("", "folds/1", "folds/2"):
         for name in (ADAPTER, PREDICTIONS):
-            assert (output / place / name).read_bytes() == (reference / place / name).read_bytes()
+            assert (output / place / name).read_bytes() == (finished / place / name).read_bytes()
     before = (output / "result.json").read_bytes()
     assert main([*flags, "--resume", "auto"]) == 0
     assert "has finished: nothing to do" in capsys.readouterr().out
@@ -296,13 +285,13 @@ def test_a_fold_that_fails_ends_the_run(
 
 
 def test_a_fold_alone_is_the_same_run(
-    finished: Callable[[], Path], tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path
+    finished: Path, tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path
 ) -> None:
     alone = ("--fold", "2", "--report", "False")
     assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *alone)) == 0
-    for directory in (tmp_path / "run", finished() / "folds" / "2"):
+    for directory in (tmp_path / "run", finished / "folds" / "2"):
         assert read_result(directory)["config"]["fold"] == 2
-    assert (tmp_path / "run" / ADAPTER).read_bytes() == (finished() / "folds" / "2" / ADAPTER).read_bytes()
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (finished / "folds" / "2" / ADAPTER).read_bytes()
 
 
 def test_a_fold_alone_has_the_budget_of_the_whole_run(tiny_folders: dict[str, Path], few_reviews: Path) -> None:
