@@ -27,7 +27,7 @@ from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
 from finetuning.training.module import FineTuning
-from tests.conftest import ROOT, needs_int8, one_thread, write_reviews
+from tests.conftest import ROOT, needs_int8, write_reviews
 from tests.scripts import Script, start_script
 
 
@@ -226,7 +226,8 @@ def test_a_run_is_repeatable_and_its_seed_matters(
 ) -> None:
     weights = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        words = flags(tiny_folders["distilbert"], review_folder, tmp_path / name, "--epochs", "1", "--seed", seed)
+        more = ("--epochs", "1", "--limit_train", "48", "--seed", seed)
+        words = flags(tiny_folders["distilbert"], review_folder, tmp_path / name, *more)
         assert main([*words, "--test", "False"]) == 0
         weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
         assert "test" not in read_result(tmp_path / name)
@@ -264,9 +265,8 @@ def test_an_adapter_is_evaluated_and_trained_on(
 def test_patience_is_not_forgotten_by_a_continued_run(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    words = ["--epochs", "20", "--patience", "1", "--precision", "fp32", "--learning_rate", "1e-12"]
-    words = flags(tiny_folders["distilbert"], review_folder, run, *words)
+    run, more = tmp_path / "run", "--epochs 20 --patience 1 --precision fp32 --learning_rate 1e-12 --limit_train 16"
+    words = flags(tiny_folders["distilbert"], review_folder, run, *more.split())
     assert main(words) == 0
     first = read_result(run)
     last = torch.load(run / "last.ckpt", weights_only=True)
@@ -421,19 +421,6 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
 # --- interrupted, continued, failed
 
 
-@pytest.fixture(scope="module")
-def whole_run(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The directory of a run of two epochs that nobody interrupts, and its flags for another directory."""
-    folder = tmp_path_factory.mktemp("whole")
-    for name, count in (("train", 600), ("validation", 40), ("test", 40)):
-        write_reviews(folder / f"{name}.csv", count, seed=count)
-    words = ["--epochs", "2", "--dropout", "0.1", "--precision", "fp32"]
-    words = flags(tiny_folders["distilbert"], folder, folder / "run", *words)
-    with one_thread():
-        assert main(words) == 0
-    return folder / "run", words
-
-
 def test_a_run_with_one_step_an_epoch_stops_before_the_next_one(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,39 +447,6 @@ def test_a_run_with_one_step_an_epoch_stops_before_the_next_one(
     assert rates == pytest.approx([0.0, 0.003, 0.002, 0.001]), "those with which the steps were made"
 
 
-def test_an_interrupted_run_continues_to_the_same_weights(whole_run: tuple[Path, list[str]], tmp_path: Path) -> None:
-    whole, words = whole_run
-    broken = start([*words, "--output_dir", str(tmp_path / "broken"), "--overwrite", "True"])
-    assert broken.stdout is not None
-    seen = ""
-    while "epoch 1/2  batch 18/" not in seen:  # somewhere in the first epoch
-        piece = broken.stdout.read(1)
-        assert piece, seen
-        seen += piece
-    broken.send_signal(signal.SIGTERM)
-    _, rest = broken.communicate(timeout=60)
-    assert broken.returncode == 130, seen + rest
-    (told,) = (line for line in rest.splitlines() if line.startswith("interrupted; continue with: python "))
-    assert told.endswith(f" --resume --output_dir {tmp_path / 'broken'}"), "the run knows its other settings"
-    assert read_result(tmp_path / "broken")["status"] == "interrupted"
-    steps = read_result(tmp_path / "broken")["train"]["steps"]
-    assert 0 < steps < read_result(whole)["train"]["steps"] / 2
-
-    broken_run = (tmp_path / "broken").rename(tmp_path / "moved")  # as if the disk had been mounted elsewhere
-    words = shlex.split(told.partition("finetune_lora.py ")[2].replace(str(tmp_path / "broken"), str(broken_run)))
-    finish(start(words))
-    expected = load_file(whole / "adapter_model.safetensors")
-    found = load_file(broken_run / "adapter_model.safetensors")
-    assert all(np.array_equal(expected[key], found[key]) for key in expected)
-    for part in ("validation", "test"):
-        assert read_result(whole)[part]["loss"] == read_result(broken_run)[part]["loss"]
-    result = read_result(broken_run)
-    assert "--resume" not in result["command"], "it is the one that repeats the run"
-    assert "--dropout 0.1" in result["command"]
-    assert result["train"]["steps"] == read_result(whole)["train"]["steps"]
-    assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
-
-
 def test_an_average_is_evaluated_and_saved(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
     run, more = tmp_path / "run", "--epochs 1 --average swa --learning_rate 0.01"
     assert main(flags(tiny_folders["bert"], review_folder, run, *more.split())) == 0
@@ -513,38 +467,58 @@ def test_an_average_is_evaluated_and_saved(tiny_folders: dict[str, Path], review
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("batch", "more"),
     [
-        "--lora_layers 1-2 --lora_plus_ratio 4 --optimizer sgd_nesterov --scheduler onecycle --learning_rate 0.01"
-        " --average ema",
-        "--lora_variant dora",
-        "--lora_variant pissa",
-        "--method bitfit",
-        "--method norms",
+        (4, "--dropout 0.1 --precision fp32"),
+        (9, "--lora_layers 1-2 --lora_plus_ratio 4 --optimizer sgd_nesterov --scheduler onecycle --average ema"),
+        (9, "--lora_variant dora"),
+        (9, "--lora_variant pissa"),
+        (9, "--method bitfit"),
+        (9, "--method norms"),
     ],
-    ids=["lora_plus in some layers", "dora", "pissa", "bitfit", "norms"],
+    ids=["in the first epoch", "lora_plus in some layers", "dora", "pissa", "bitfit", "norms"],
 )
-def test_a_variant_continues_to_the_same_weights(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str
-) -> None:
+def test_an_interrupted_run_continues_to_the_same_weights(
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], batch: int, more: str,
+) -> None:  # fmt: skip
+    """Of two epochs with six batches; the second one reads the outputs of frozen layers that the first has kept."""
     whole, broken, done = tmp_path / "whole", tmp_path / "broken", []
     step = FineTuning.training_step
 
-    def signalled(module: FineTuning, batch: Any) -> Any:
+    def signalled(module: FineTuning, texts: Any) -> Any:
         done.append(module)
-        if len(done) == 20:  # in the second epoch, which reads what the first has kept
+        if len(done) == batch:
             signal.raise_signal(signal.SIGTERM)
-        return step(module, batch)
+        return step(module, texts)
 
-    assert main(flags(tiny_folders["bert"], review_folder, whole, *more.split())) == 0
+    def command(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["finetune_lora.py", *words])
+        return main()
+
+    more += " --limit_train 48"
+    assert command(*flags(tiny_folders["bert"], review_folder, whole, *more.split())) == 0
     with monkeypatch.context() as patch:
         patch.setattr(FineTuning, "training_step", signalled)
-        assert main(flags(tiny_folders["bert"], review_folder, broken, *more.split())) == 130
-    assert read_result(broken)["train"]["steps"] == 20
-    assert main(["--resume", "--output_dir", str(broken)]) == 0
-    last, continued = (torch.load(run / "last.ckpt", weights_only=True) for run in (whole, broken))
+        assert command(*flags(tiny_folders["bert"], review_folder, broken, *more.split())) == 130
+    errors = capsys.readouterr().err.splitlines()
+    (told,) = (line for line in errors if line.startswith("interrupted; continue with: python finetune_lora.py "))
+    assert told.endswith(f" --resume --output_dir {broken}"), "the run knows its other settings"
+    assert read_result(broken)["status"] == "interrupted"
+    assert read_result(broken)["train"]["steps"] == batch
+    moved = broken.rename(tmp_path / "moved")  # as if the disk had been mounted elsewhere
+    assert command(*shlex.split(told.partition("finetune_lora.py ")[2].replace(str(broken), str(moved)))) == 0
+    expected, result = read_result(whole), read_result(moved)
+    assert all(result[part]["loss"] == expected[part]["loss"] for part in ("validation", "test"))
+    assert result["train"]["steps"] == expected["train"]["steps"] == 12
+    assert "--resume" not in result["command"], "it is the one that repeats the run"
+    assert more in result["command"]
+    assert result["seconds"] > result["train"]["seconds"], "both are those of both sessions"
+    (saved,) = whole.glob("*.safetensors")
+    assert saved.read_bytes() == (moved / saved.name).read_bytes()
+    last, continued = (torch.load(run / "last.ckpt", weights_only=True) for run in (whole, moved))
     if "--lora_layers" in more:
-        assert read_result(broken)["config"]["lora_plus_ratio"] == 4
+        assert result["config"]["lora_plus_ratio"] == 4
         assert {name.split(".layer.")[1][0] for name in last["state_dict"] if "lora_B" in name} == {"1", "2"}
         of_A, of_B, *_ = (group["lr"] for group in continued["optimizer_states"][0]["param_groups"])
         assert of_B == pytest.approx(4 * of_A)
@@ -559,7 +533,8 @@ def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert main(flags(tiny_folders["distilbert"], review_folder, run, "--epochs", "1", "--lora_r", "3")) == 0
+    more = ("--epochs", "1", "--limit_train", "16", "--lora_r", "3")
+    assert main(flags(tiny_folders["distilbert"], review_folder, run, *more)) == 0
     weights = load_file(run / "adapter_model.safetensors")
     for path in run.iterdir():
         if path.name != "settings.json":  # as if it had been killed in the first epoch
@@ -687,7 +662,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 def test_a_run_is_not_overwritten_unless_asked(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "1", "--test", "False")
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "0", "--test", "False")
     assert main(words) == 0
     first = (tmp_path / "run" / "result.json").read_bytes()
     assert main(words) == 2
