@@ -23,7 +23,7 @@ def flags(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) ->
     return [
         *("--model_name", str(tiny_folders["distilbert"]), "--dataset", "text", "--data_dir", str(data)),
         *("--accelerator", "cpu", "--precision", "fp32", "--max_length", "32", "--batch_size", "4"),
-        *("--epochs", "2", "--patience", "0"),
+        *("--epochs", "2", "--patience", "0", "--report", "False", "--baseline", "False"),
     ]
 
 
@@ -83,7 +83,7 @@ def test_a_job_that_is_signalled_before_its_run_begins_is_requeued(
 def test_two_tasks_train_as_one_process_does_in_a_directory_of_the_job(
     ready: Cluster, flags: list[str], tmp_path: Path
 ) -> None:
-    flags = [*flags, "--epochs", "2", "--limit_train", "64"]
+    flags = [*flags, "--epochs", "2", "--limit_train", "64", "--report", "True", "--baseline", "True"]
     log = tmp_path / "log"
     options = ("--wait", "--nodes=1", "--ntasks-per-node=2", "--gres=gpu:2", f"--output={log}")
     two = ("--num_nodes", "1", "--devices", "2", "--strategy", "ddp")

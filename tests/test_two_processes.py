@@ -31,7 +31,7 @@ def flags(tiny_folders: dict[str, Path], review_folder: Path) -> list[str]:
     return [
         *("--model_name", str(tiny_folders["distilbert"]), "--dataset", "text", "--data_dir", str(review_folder)),
         *("--accelerator", "cpu", "--precision", "fp32", "--max_length", "32", "--batch_size", "8", "--epochs", "8"),
-        *("--limit_train", "64", "--patience", "0"),
+        *("--limit_train", "64", "--patience", "0", "--report", "False", "--baseline", "False"),
     ]
 
 
@@ -106,7 +106,7 @@ def test_two_processes_stop_together_go_on_and_end_like_one(
 def test_two_processes_with_8_bit_products_end_like_one(flags: list[str], tmp_path: Path) -> None:
     """Rows are quantized one by one, so a batch may be split; LoRA's gradients are sums in bf16 or fp32 before that."""
     two, one = tmp_path / "two", tmp_path / "one"
-    flags = [*flags, "--lora_mlp", "--precision", "int8", "--epochs", "2"]
+    flags = [*flags, "--lora_mlp", "--precision", "int8", "--epochs", "2", "--report", "True", "--baseline", "True"]
     with started([*flags, *TWO, "--output_dir", str(two)]) as process:
         output = process.communicate(timeout=LIMIT_SECONDS)[0]
     assert process.returncode == 0, output
