@@ -303,8 +303,8 @@ def open_directory(directory: Path, settings: dict[str, Any], origin: dict[str, 
     resume, overwrite = settings["resume"], settings["overwrite"]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not (resume or overwrite):
-            _refuse_another(directory)
+        if not (resume or overwrite) and (directory / SETTINGS).exists():
+            raise UserError(f"--output_dir {directory}: another run has just started in it: give another one")
         for path in directory.glob(TEMPORARY):
             path.unlink(missing_ok=True)
         if resume:
@@ -340,8 +340,3 @@ def remove_folds(directory: Path) -> None:
 
 def _cannot_be_written(directory: Path, error: OSError) -> UserError:
     return UserError(f"--output_dir {directory}: cannot be written: {first_line(error, name_file=True)}")
-
-
-def _refuse_another(directory: Path) -> None:
-    if (directory / SETTINGS).exists():
-        raise UserError(f"--output_dir {directory}: another run has just started in it: give another one")

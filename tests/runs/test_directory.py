@@ -32,7 +32,7 @@ from finetuning.runs.files import (
     write_result,
 )
 from finetuning.runs.lock import LOCK, DirectoryLock
-from tests.runs.test_files import contents
+from tests.conftest import contents
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
 ORIGIN = {

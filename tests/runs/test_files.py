@@ -16,10 +16,7 @@ from finetuning.runs.files import (
     write_result,
 )
 from finetuning.storage import read_json, sha256_of, write_atomically, write_json
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+from tests.conftest import contents
 
 
 @pytest.mark.parametrize("damaged", [None, "", '{"status": "fini', "{}"])
