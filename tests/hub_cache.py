@@ -16,8 +16,8 @@ import pandas as pd
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def card(*configs: str, names: tuple[str, ...] = ("bad", "good"), labels: str = "label") -> str:
-    """A dataset card: for each config, the splits of its folder, and class names of the column ``labels``."""
+def card(*configs: str) -> str:
+    """A dataset card: for each config, the splits of its folder, and class names of the column ``label``."""
     entries, infos = [], []
     for config in configs:
         entries.append(
@@ -26,10 +26,9 @@ def card(*configs: str, names: tuple[str, ...] = ("bad", "good"), labels: str = 
                 f"  - {{split: {split}, path: {config}/{split}.parquet}}\n" for split in ("train", "validation", "test")
             )
         )
-        classes = ", ".join(f"'{i}': {name}" for i, name in enumerate(names))
         infos.append(
             f"- config_name: {config}\n  features:\n  - {{name: text, dtype: string}}\n"
-            f"  - name: {labels}\n    dtype: {{class_label: {{names: {{{classes}}}}}}}\n"
+            f"  - name: label\n    dtype: {{class_label: {{names: {{'0': bad, '1': good}}}}}}\n"
         )
     return f"---\nconfigs:\n{''.join(entries)}dataset_info:\n{''.join(infos)}---\n"
 

@@ -113,10 +113,8 @@ class TokenBatchSampler(Sampler[BatchIndices]):
 
     Args:
         lengths: (examples,) tokens of each example, in the split's order.
-        batch_tokens: largest batch, in tokens, including padding.
-        batch_size: largest batch, in examples.
-        seed: seed of the order, together with the epoch.
-        accumulate: batches of one rank in one optimizer step.
+        training: the largest batch in tokens, with padding, and in examples; the seed of the order, together with the
+            epoch; the batches of one rank in one optimizer step.
         rank: index of this process, from 0.
         world_size: number of processes.
         windows: (examples,) equally long windows of each example. Default: one.
@@ -128,25 +126,22 @@ class TokenBatchSampler(Sampler[BatchIndices]):
     def __init__(
         self,
         lengths: np.ndarray,
-        batch_tokens: int,
-        batch_size: int,
-        seed: int,
-        accumulate: int = 1,
+        training: TrainingSettings,
         rank: int = 0,
         world_size: int = 1,
         windows: np.ndarray | None = None,
     ) -> None:
-        self.shards = world_size * accumulate
+        self.shards = world_size * training.accumulate
         if len(lengths) < self.shards:
             raise UserError(
                 f"{len(lengths)} training texts: must be at least {self.shards}, the batches per step "
-                f"({world_size} processes x --accumulate {accumulate}): lower --accumulate or --devices"
+                f"({world_size} processes x --accumulate {training.accumulate}): lower --accumulate or --devices"
             )
-        self.lengths, self.windows, self.seed = lengths, windows, seed
-        self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
+        self.lengths, self.windows, self.seed = lengths, windows, training.seed
+        self.accumulate, self.rank, self.world_size = training.accumulate, rank, world_size
         order = np.argsort(-lengths, kind="stable")
-        sorted_windows = None if windows is None else windows[order]
-        self.plan = plan_batches(lengths[order], batch_tokens, batch_size, self.shards, sorted_windows)
+        windows = None if windows is None else windows[order]
+        self.plan = plan_batches(lengths[order], training.batch_tokens, training.batch_size, self.shards, windows)
         self.epoch = 0
         self.position = 0  # batches given in this epoch
         self._resume_at = 0
@@ -322,16 +317,7 @@ def train_loader(
     Raises:
         UserError: there are fewer texts than one optimizer step needs.
     """
-    sampler = TokenBatchSampler(
-        split.lengths,
-        training.batch_tokens,
-        training.batch_size,
-        training.seed,
-        training.accumulate,
-        rank,
-        world_size,
-        split.windows,
-    )
+    sampler = TokenBatchSampler(split.lengths, training, rank, world_size, split.windows)
     return TokenBatchLoader(split, sampler, pad_id, pin_memory=pin_memory)
 
 

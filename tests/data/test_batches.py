@@ -27,13 +27,13 @@ from finetuning.errors import UserError
 PAD = 99
 
 
-def make_split(lengths: np.ndarray, classes: int = 2) -> TokenizedSplit:
+def make_split(lengths: np.ndarray) -> TokenizedSplit:
     """Sequence i is i + 1, repeated; its row is 1000 + i."""
     n = len(lengths)
     return TokenizedSplit(
         tokens=np.repeat(np.arange(1, n + 1), lengths).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        labels=np.arange(n) % classes,
+        labels=np.arange(n) % 2,
         rows=np.arange(n) + 1000,
     )
 
@@ -48,10 +48,10 @@ def test_pairs_have_types_and_single_texts_have_no_tensor_for_them() -> None:
     assert types == {0: [0, 0, 1, 1, 1], 1: [0, 1, 1, 0, 0]}  # padding has type 0
 
 
-def windowed_lengths(n: int, seed: int, longest: int = 64, most: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of texts of up to ``most`` equally long windows, and the number of windows."""
-    lengths = review_lengths(n, seed, longest * most)
-    windows = -(-lengths // longest)
+def windowed_lengths(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of texts of up to four equally long windows of 64 tokens, and the number of windows."""
+    lengths = review_lengths(n, seed, 4 * 64)
+    windows = -(-lengths // 64)
     return -(-lengths // windows) * windows, windows
 
 
@@ -94,8 +94,16 @@ def review_lengths(n: int, seed: int, longest: int = 256) -> np.ndarray:
     return np.clip(np.random.default_rng(seed).lognormal(5.4, 0.6, n), 8, longest).astype(np.int64)
 
 
-def sampler(lengths: np.ndarray, seed: int = 0, **options: Any) -> TokenBatchSampler:
-    return TokenBatchSampler(lengths, **({"batch_tokens": 1024, "batch_size": 16, "seed": seed} | options))
+def sampler(
+    lengths: np.ndarray,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    windows: np.ndarray | None = None,
+    **training: Any,
+) -> TokenBatchSampler:
+    settings = RunConfig.from_settings(**{"batch_tokens": 1024, "batch_size": 16, "seed": seed} | training)
+    return TokenBatchSampler(lengths, settings.training, rank, world_size, windows)
 
 
 def epoch(batches: TokenBatchSampler, number: int) -> list[list[int]]:
@@ -322,7 +330,7 @@ class Interrupted(Exception):
 class Recorder(L.LightningModule):
     """Trains one number and notes which rows came, and what the optimizer saw."""
 
-    def __init__(self, loader: Any, validation: Any = None) -> None:
+    def __init__(self, loader: Any, validation: Any) -> None:
         super().__init__()
         self.loader, self.validation = loader, validation
         self.weight = torch.nn.Parameter(torch.zeros(()))
@@ -364,12 +372,11 @@ class StopAt(Callback):
             raise Interrupted
 
 
-def fit(module: Recorder, *callbacks: Callback, epochs: int = 3, accumulate: int = 1, resume: Any = None) -> None:
+def fit(module: Recorder, *callbacks: Callback, resume: Any = None) -> None:
     L.Trainer(
-        max_epochs=epochs,
+        max_epochs=3,
         accelerator="cpu",
         use_distributed_sampler=False,
-        accumulate_grad_batches=accumulate,
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
@@ -421,7 +428,7 @@ def test_lightning_resumes_with_the_rows_of_an_uninterrupted_run(
     expected = [
         (number, [1000 + i for i in batch])
         for number in range(3)
-        for batch in epoch(TokenBatchSampler(LENGTHS, 1024, 4, CONFIG.seed), number)
+        for batch in epoch(TokenBatchSampler(LENGTHS, CONFIG), number)
     ]
     assert whole.seen == expected, "each epoch has its own order, from its first batch on"
 
