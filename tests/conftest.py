@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(folder))
     return folder
+
+
+def each_once(first: Iterable[Any], second: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Pairs of parameters that do not interact: each of the first, and each of the second, with the other's first."""
+    ours, theirs = list(first), list(second)
+    return [*((one, theirs[0]) for one in ours), *((ours[0], other) for other in theirs[1:])]
 
 
 def config_of_flags(line: str) -> RunConfig:

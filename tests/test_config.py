@@ -20,7 +20,7 @@ from finetuning.settings import (
     parsed_layers,
 )
 from finetuning.storage import cache_dir
-from tests.conftest import config_of_flags, lora_of_flags, refusal
+from tests.conftest import config_of_flags, each_once, lora_of_flags, refusal
 
 LORA_FLAGS = [flag.name for flag in FLAGS.values() if flag.section == "lora"]
 OTHER_METHODS = [method for method in FLAGS["method"].choices if method != "lora"]
@@ -217,8 +217,7 @@ def test_numbers_at_their_bounds_are_taken() -> None:
     assert (config.training.seed, config.model.dropout, config.training.batch_tokens) == (2**32 - 1, 0.999, 8)
 
 
-@pytest.mark.parametrize("method", OTHER_METHODS)
-@pytest.mark.parametrize("name", LORA_FLAGS)
+@pytest.mark.parametrize(("name", "method"), each_once(LORA_FLAGS, OTHER_METHODS))
 def test_lora_flags_belong_to_lora(name: str, method: str) -> None:
     flag = FLAGS[name]
     value = flag.choices[0] if flag.choices else {int: "8", float: "0.5"}.get(flag.kind, "False")

@@ -41,14 +41,6 @@ def test_a_table_with_another_separator_is_named() -> None:
         texts_in(pd.DataFrame({"text;label": ["a;b"]}), "text", "here")
 
 
-def test_missing_columns() -> None:
-    columns = "which has: title, body, year, a,b$"
-    with pytest.raises(UserError, match=f"--text_column text: must be a column of here, {columns}"):
-        texts_in(TABLE, "text", "here")
-    with pytest.raises(UserError, match=f"--text_column title,text: must be columns of here, {columns}"):
-        texts_in(TABLE, "title,text", "here")
-
-
 def test_a_column_in_both_texts_of_a_pair_is_refused() -> None:
     settings: dict[str, Any] = {"label_column": "year", "text_pair_column": "body"}
     with pytest.raises(

@@ -25,7 +25,7 @@ from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result
 from finetuning.runs.loading import other_classes
 from finetuning.steps.text_advice import head_advice
 from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
-from tests.conftest import CORE, LAYERS
+from tests.conftest import CORE, LAYERS, each_once
 from tests.runs.test_weights import ALL_BUT_HEAD, batch, build, logits, logits_in_peft, trained
 from tests.small_classifiers import NAMES, fill, save
 
@@ -87,8 +87,7 @@ def adopted(base: Path, folder: Path, **settings: Any) -> tuple[Classifier, RunC
     return build_from_adapter(config, found, NAMES, torch.float32, adapter).eval(), config
 
 
-@pytest.mark.parametrize("model_type", CORE)
-@pytest.mark.parametrize("case", PEFT_CASES)
+@pytest.mark.parametrize(("model_type", "case"), each_once(CORE, PEFT_CASES))
 def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, model_type: str, case: str) -> None:
     expected = made_by_peft(bases[model_type], tmp_path / "peft", model_type, **PEFT_CASES[case])
     classifier, config = adopted(bases[model_type], tmp_path / "peft")

@@ -17,7 +17,7 @@ from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from finetuning.runs.weights import adapter_config, load_trained, peft_name
 from finetuning.settings import LoRASettings
 from tests import small_classifiers
-from tests.conftest import CORE, LAYERS
+from tests.conftest import CORE, LAYERS, each_once
 from tests.small_classifiers import fill, in_peft, save
 
 
@@ -71,8 +71,10 @@ METHODS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("model_type", CORE)
-@pytest.mark.parametrize("method", ["lora", "lora_all", "q_lora", "dora", "pissa"])  # others: test_every_family.py
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    each_once(CORE, ["lora", "lora_all", "q_lora", "dora", "pissa"]),  # others: test_every_family.py
+)
 def test_saved_weights_make_the_same_classifier_again(
     bases: dict[str, Path], tmp_path: Path, model_type: str, method: str
 ) -> None:
@@ -156,15 +158,13 @@ def logits_in_peft(folder: Path, adapter: Path) -> tuple[torch.Tensor, torch.Ten
         return before, model(input_ids=ids, attention_mask=mask).logits
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *(ALL_BUT_HEAD | {"lora_alpha": 3.0, "lora_scaling": scaling} for scaling in ("standard", "rslora", "raw")),
-        {"lora_head": True},
-    ],
-    ids=["standard", "rslora", "raw", "head"],
-)
-@pytest.mark.parametrize("model_type", CORE)
+IN_PEFT: list[dict[str, object]] = [
+    {"lora_head": True},  # for each family, whose heads differ; without it: test_every_family.py
+    *(ALL_BUT_HEAD | {"lora_alpha": 3.0, "lora_scaling": scaling} for scaling in ("standard", "rslora", "raw")),
+]
+
+
+@pytest.mark.parametrize(("model_type", "settings"), each_once(CORE, IN_PEFT))
 def test_an_adapter_loads_in_peft(
     bases: dict[str, Path], tmp_path: Path, model_type: str, settings: dict[str, object]
 ) -> None:

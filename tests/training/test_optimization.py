@@ -17,7 +17,7 @@ from finetuning.runs.weights import peft_name, save_trained
 from finetuning.settings import DEFAULT_LEARNING_RATES, FLAGS
 from finetuning.training.optimization import make_optimizer, make_scheduler, parameter_groups
 from local_model_utilities import build_classifier, find_base_model
-from tests.conftest import CORE
+from tests.conftest import CORE, each_once
 
 STEPS = 50
 
@@ -158,11 +158,13 @@ def with_peft(folder: Path, directory: Path, config: RunConfig) -> tuple[Classif
     return ours, PeftModel.from_pretrained(base, directory, is_trainable=True).eval()
 
 
-@pytest.mark.parametrize("model_type", CORE)
-@pytest.mark.parametrize(("optimizer", "variant"), [("adamw", "lora"), ("sgd", "lora"), ("adamw", "dora")])
+@pytest.mark.parametrize(
+    ("model_type", "kinds"), each_once(CORE, [("adamw", "lora"), ("sgd", "lora"), ("adamw", "dora")])
+)
 def test_lora_plus_has_the_groups_and_the_steps_of_peft(
-    tiny_folders: dict[str, Path], tmp_path: Path, model_type: str, optimizer: str, variant: str
+    tiny_folders: dict[str, Path], tmp_path: Path, model_type: str, kinds: tuple[str, str]
 ) -> None:
+    optimizer, variant = kinds
     torch.manual_seed(0)
     folder = tiny_folders[model_type]
     config = lora_plus(
