@@ -1,6 +1,7 @@
 """The direction of imports that import-linter does not see: root modules, and torch through other libraries."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,16 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf8"))
+
+
+@functools.cache
 def imported(path: Path) -> set[str]:
     """First parts of all names that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -59,9 +66,7 @@ def test_scikit_learn_is_loaded_only_for_a_baseline() -> None:
     files = [ROOT / "finetune_lora.py", *(ROOT / "finetuning").rglob("*.py")]
     assert [path for path in files if "sklearn" in imported(path)] == [baselines]
     for path in files:
-        at_start = [
-            node for node in ast.parse(path.read_text(encoding="utf8")).body if isinstance(node, ast.ImportFrom)
-        ]
+        at_start = [node for node in parsed(path).body if isinstance(node, ast.ImportFrom)]
         assert not [node for node in at_start if "baselines" in f"{node.module} {[n.name for n in node.names]}"], path
 
 
