@@ -315,6 +315,13 @@ def in_a_process(code: str, **variables: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def test_hf_home_in_a_process_of_its_own(tmp_path: Path) -> None:
+    write_hub_cache(tmp_path / "hub", "me/films", files_of("plain"))
+    shown = in_a_process("read('me/films', load_texts)", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert shown == ["me/films, official test (Hugging Face hub)"]
+    assert (tmp_path / "datasets").is_dir()
+
+
 def test_prefetch_downloads_what_a_machine_without_network_needs(tmp_path: Path) -> None:
     write_hub_cache(tmp_path / "hub", "me/films", {"README.md": card("plain")})  # what another program has fetched
     with hub_server(files_of("plain")) as address:
