@@ -7,6 +7,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -150,7 +151,13 @@ def given_flags(argv: Sequence[str], description: str = "", defaults: dict[str, 
     Raises:
         UserError: a flag does not exist, or a value has the wrong type.
     """
-    return vars(make_parser(description, defaults).parse_args(argv))
+    parser = make_parser(description, defaults) if description or defaults else _plain_parser()
+    return vars(parser.parse_args(argv))
+
+
+@cache  # a study reads hundreds of command lines, and the parser takes most of the time
+def _plain_parser() -> argparse.ArgumentParser:
+    return make_parser("")
 
 
 def flag_words(settings: Mapping[str, Any]) -> list[str]:
