@@ -10,8 +10,9 @@ from finetuning.comparison import decisions
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.decisions import COLUMNS, Decision, decisions_table, how_sure
 from finetuning.comparison.over_sets import ROPE
+from finetuning.comparison.packed import change_records
 from finetuning.comparison.statistics import bayesian_signed_rank
-from tests.synthetic_runs import write_run
+from tests.synthetic_runs import made_run, write_run
 
 DECISION = Decision("`--flag`", "s", "b", "a")
 
@@ -21,15 +22,16 @@ def table(
 ) -> list[str]:
     """The cells of the only row; ``b`` is two points better, a little more on later sets, and has the precision."""
     monkeypatch.setattr(decisions, "DECISIONS", (DECISION,))
+    runs = []
     for number in range(sets):
         for method, right, seconds in (("a", 800, 10), ("b", 820 + number, 25)):
-            config = {"data_dir": f"in/d{number}"}
-            more: dict[str, Any] = {"data": {"sizes": {"train": 100 + number}}}
+            more: dict[str, Any] = {"data": {"sizes": {"train": 100 + number}}, "correct": np.arange(1000) < right}
             more |= {"base_model": {"precision": precision if method == "b" else "x"}}
             more |= {"train": {"processor_seconds": seconds} if times else {}}
-            write_run(folder, "s", f"d{number}-{method}", correct=np.arange(1000) < right, config=config, **more)
+            runs.append(made_run(folder, "s", method, data_set=f"d{number}", **more))
             if method in tuned:
-                write_run(folder, "s", f"d{number}-{method}", stage="tune", config=config)
+                runs.append(made_run(folder, "s", method, data_set=f"d{number}", stage="tune"))
+    change_records(folder / "s", runs)
     text = decisions_table({"s": read_study("s", folder)})
     (row,) = (line for line in text.splitlines() if line.startswith("| `--flag`"))
     return [cell.strip() for cell in row.split("|")[2:-1]]
@@ -57,17 +59,17 @@ def test_costs_in_another_precision_are_not_compared(tmp_path: Path, monkeypatch
 def test_memory_of_forked_and_of_started_runs_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert table(tmp_path, 3, monkeypatch)[6] == "1.00"
     for number in range(3):
-        more: dict[str, Any] = {"config": {"data_dir": f"in/d{number}"}, "environment": {"forked": True}}
+        more: dict[str, Any] = {"environment": {"forked": True}, "train": {"processor_seconds": 9}}
         more |= {"data": {"sizes": {"train": 100 + number}}, "base_model": {"precision": "x"}}
-        write_run(tmp_path, "s", f"d{number}-b", correct=np.arange(1000) < 820, train={"processor_seconds": 9}, **more)
+        write_run(tmp_path, "s", "b", data_set=f"d{number}", correct=np.arange(1000) < 820, **more)
     assert "|  |  | open |" in decisions_table({"s": read_study("s", tmp_path)})
 
 
 def test_a_ratio_is_over_the_sets_where_both_ran_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert table(tmp_path, 4, monkeypatch)[5] == "2.50"
-    more: dict[str, Any] = {"config": {"data_dir": "in/d0"}, "data": {"sizes": {"train": 100}}}
-    more |= {"base_model": {"precision": "y"}, "train": {"processor_seconds": 999}}
-    write_run(tmp_path, "s", "d0-b", correct=np.arange(1000) < 820, **more)
+    more: dict[str, Any] = {"base_model": {"precision": "y"}, "train": {"processor_seconds": 999}}
+    more |= {"data": {"sizes": {"train": 100}}}
+    write_run(tmp_path, "s", "b", data_set="d0", correct=np.arange(1000) < 820, **more)
     assert " | 2.50 | " in decisions_table({"s": read_study("s", tmp_path)})
 
 

@@ -10,10 +10,11 @@ from scipy.stats import t
 
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of, headlines, over_sets
+from finetuning.comparison.packed import change_records
 from finetuning.comparison.report import make_section
 from finetuning.comparison.statistics import bayesian_signed_rank
 from finetuning.pages import Table
-from tests.synthetic_runs import write_run
+from tests.synthetic_runs import made_run, write_run
 
 ACCURACIES = {  # set -> method -> of each seed, in thousandths
     "one": {"a": (900, 910), "b": (880, 890)},
@@ -24,12 +25,13 @@ ACCURACIES = {  # set -> method -> of each seed, in thousandths
 
 
 def results(folder: Path, accuracies: Mapping[str, Mapping[str, tuple[int, ...]]], draw: str = "") -> Path:
+    runs = []
     for name, methods in accuracies.items():
         for method, scores in methods.items():
             for seed, score in enumerate(scores):
-                row = f"{name}-{method}" + (f"{draw}{seed}" if draw else "")
-                right = np.arange(1000) < score
-                write_run(folder, "s", row, seed=0 if draw else seed, correct=right, config={"data_dir": f"in/{name}"})
+                row, right = method + (f"{draw}{seed}" if draw else ""), np.arange(1000) < score
+                runs.append(made_run(folder, "s", row, data_set=name, seed=0 if draw else seed, correct=right))
+    change_records(folder / "s", runs)
     return folder
 
 
@@ -89,13 +91,13 @@ def test_studies_on_few_sets_have_no_such_tables(tmp_path: Path) -> None:
 def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -> None:
     for name, seconds in (("one", 10.0), ("two", 20.0), ("three", 60.0)):
         for method, times, trained in (("a", 1, 1000), ("b", 2, 3000)):
-            more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "parameters": {"trainable": trained}}
+            more: dict[str, Any] = {"data_set": name, "parameters": {"trainable": trained}}
             more |= {"base_model": {"precision": "float32"}} if method == "a" else {}
             for seed in (0, 1):
                 train = {"processor_seconds": times * (seconds + seed)}
-                write_run(tmp_path, "s", f"{name}-{method}", seed=seed, correct=np.arange(10) < 5, train=train, **more)
+                write_run(tmp_path, "s", method, seed=seed, correct=np.arange(10) < 5, train=train, **more)
             axes, train = {"learning_rate": 0.1}, {"processor_seconds": 5.0}
-            write_run(tmp_path, "s", f"{name}-{method}", stage="tune", axes=axes, validation=0.5, train=train, **more)
+            write_run(tmp_path, "s", method, stage="tune", axes=axes, validation=0.5, train=train, **more)
     _, _, costs = tables_of(tmp_path)
     assert costs.columns[2:4] == ("training, processor s", "with its trials, processor s")
     assert costs.rows == [
@@ -107,9 +109,8 @@ def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -
 def test_costs_of_forked_and_of_started_runs_are_told_apart(tmp_path: Path) -> None:
     for name in ("one", "two", "three"):
         for method in ("a", "b"):
-            more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "train": {"processor_seconds": 5.0}}
-            more["environment"] = {"forked": method == "b"}
-            write_run(tmp_path, "s", f"{name}-{method}", correct=np.arange(10) < 5, **more)
+            more: dict[str, Any] = {"train": {"processor_seconds": 5.0}, "environment": {"forked": method == "b"}}
+            write_run(tmp_path, "s", method, data_set=name, correct=np.arange(10) < 5, **more)
     _, _, costs = tables_of(tmp_path)
     assert costs.column("process") == ["started", "forked"]
 
@@ -117,8 +118,7 @@ def test_costs_of_forked_and_of_started_runs_are_told_apart(tmp_path: Path) -> N
 def test_the_losses_of_a_pair(tmp_path: Path) -> None:
     for name, first, second in (("one", 0.5, 0.4), ("two", 0.6, 0.4), ("three", 0.7, 0.4)):
         for method, loss in (("a", first), ("b", second)):
-            more = {"config": {"data_dir": f"in/{name}"}, "test": {"loss": loss}}
-            write_run(tmp_path, "s", f"{name}-{method}", correct=np.arange(10) < 5, **more)  # type: ignore[arg-type]
+            write_run(tmp_path, "s", method, data_set=name, correct=np.arange(10) < 5, test={"loss": loss})
     low, high = t.interval(0.95, 2, 0.2, 0.1 / np.sqrt(3))
     assert tables_of(tmp_path)[1].rows[0][-1] == f"+0.200 ({low:+.3f} to {high:+.3f})"
 

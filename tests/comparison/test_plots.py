@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 
 from finetuning.comparison import plots
 from finetuning.comparison.collected import read_study
+from finetuning.comparison.packed import change_records
 from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import FILES, _fronts, _rate_scores, _row_without, draw_plots, draw_readme_plot
-from tests.synthetic_runs import outcomes, write_run
+from tests.synthetic_runs import made_run, outcomes, write_run
 
 
 def drawn(results: Path) -> dict[str, Plot]:
@@ -98,8 +99,13 @@ def test_a_row_far_below_does_not_flatten_the_others(tmp_path: Path, monkeypatch
 
 
 def test_captions_say_what_is_not_drawn(tmp_path: Path) -> None:
-    for k in range(30):
-        write_run(tmp_path, "s", f"row{k}", correct=outcomes(0.9 + k / 1e4, 1000, 0), curve=[0.5, 0.8 + k / 1e3])
+    change_records(
+        tmp_path / "s",
+        [
+            made_run(tmp_path, "s", f"row{k}", correct=outcomes(0.9 + k / 1e4, 1000, 0), curve=[0.5, 0.8 + k / 1e3])
+            for k in range(30)
+        ],
+    )
     found = drawn(tmp_path)
     curves = found["learning_curves.png"].caption
     assert "the first seed of the 12 rows (of 30) that are best on the test" in curves

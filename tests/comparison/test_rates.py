@@ -9,8 +9,9 @@ import pytest
 
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import Grid, grid_of
+from finetuning.comparison.packed import change_records
 from finetuning.comparison.rates import COLUMNS, LEAST_TRIALS, fitted, rates_table
-from tests.synthetic_runs import write_run
+from tests.synthetic_runs import made_run, write_run
 
 SETS = {"one": 0.9, "two": 0.8, "three": 0.7}
 BEST = 2e-3  # of the parabola; LoRA's default is 1e-3
@@ -23,17 +24,18 @@ def score(level: float, rate: float, epochs: int, batch: int) -> float:
 
 def trials(folder: Path, count: int) -> Grid:
     """Random trials of LoRA on three sets."""
-    generator = np.random.default_rng(0)
+    generator, runs, right = np.random.default_rng(0), [], np.arange(10) < 5
     for name, level in SETS.items():
-        more: dict[str, Any] = {"config": {"data_dir": f"in/{name}", "method": "lora", "optimizer": "adamw"}}
-        write_run(folder, "s", f"{name}-other", correct=np.arange(10) < 5, config={"data_dir": f"in/{name}"})
-        write_run(folder, "s", f"{name}-lora", correct=np.arange(10) < 5, **more)
+        more: dict[str, Any] = {"data_set": name, "config": {"method": "lora", "optimizer": "adamw"}}
+        runs.append(made_run(folder, "s", "other", data_set=name, correct=right))
+        runs.append(made_run(folder, "s", "lora", correct=right, **more))
         for _ in range(count):
             rate, epochs = float(10 ** generator.uniform(-3.5, -2.3)), int(generator.choice([3, 5, 8]))
             batch = int(generator.choice([16, 32, 64]))
             found = score(level, rate, epochs, batch)
             axes = {"learning_rate": rate, "epochs": epochs, "batch_size": batch}
-            write_run(folder, "s", f"{name}-lora", stage="tune", axes=axes, validation=found, **more)
+            runs.append(made_run(folder, "s", "lora", stage="tune", axes=axes, validation=found, **more))
+    change_records(folder / "s", runs)
     grid = grid_of(read_study("s", folder))
     assert grid is not None
     return grid
@@ -86,8 +88,7 @@ def test_as_many_trials_as_numbers_of_the_fit_say_nothing(tmp_path: Path, monkey
 def test_a_trial_that_failed_is_not_fitted(tmp_path: Path) -> None:
     before = rates_table(trials(tmp_path, 8)).rows
     for name in SETS:
-        axes, more = {"learning_rate": 0.01}, {"config": {"data_dir": f"in/{name}"}}
-        write_run(tmp_path, "s", f"{name}-lora", stage="tune", status="failed", axes=axes, **more)  # type: ignore[arg-type]
+        write_run(tmp_path, "s", "lora", data_set=name, stage="tune", status="failed", axes={"learning_rate": 0.01})
     grid = grid_of(read_study("s", tmp_path))
     assert grid is not None
     assert len(grid.trials["one"]["lora"]) == 9

@@ -9,23 +9,25 @@ import pytest
 from finetuning.comparison import set_plots
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import grid_of
+from finetuning.comparison.packed import change_records
 from finetuning.comparison.page import Plot
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots, losses
-from tests.synthetic_runs import outcomes, write_run
+from tests.synthetic_runs import made_run, outcomes, write_run
 
 SETS, TRIALS = ("one", "two", "three", "four"), 6
 
 
 def write_grid(results: Path, seconds: bool = True, trials: int = TRIALS) -> None:
+    runs = []
     for k, name in enumerate(SETS):
         for method, accuracy, cost in (("head", 0.7, 10.0), ("lora", 0.8 + 0.01 * k, 40.0)):
-            row, config = f"{name}-{method}", {"data_dir": f"in/{name}", "monitor": "accuracy"}
             train = {"processor_seconds": cost * (k + 1)} if seconds else {}
-            more: dict[str, Any] = {"config": config, "train": train, "parameters": {"trainable": 1000}}
-            write_run(results, "s", row, correct=outcomes(accuracy, 100, k), **more)
+            more: dict[str, Any] = {"data_set": name, "train": train, "parameters": {"trainable": 1000}}
+            runs.append(made_run(results, "s", method, correct=outcomes(accuracy, 100, k), **more))
             for i in range(trials):
-                axes = {"learning_rate": 0.1 * (i + 1)}
-                write_run(results, "s", row, stage="tune", axes=axes, validation=accuracy - 0.01 * i, **more)
+                more |= {"axes": {"learning_rate": 0.1 * (i + 1)}, "validation": accuracy - 0.01 * i}
+                runs.append(made_run(results, "s", method, stage="tune", **more))
+    change_records(results / "s", runs)
 
 
 def plots_of(results: Path) -> list[Plot]:
@@ -64,9 +66,9 @@ def test_a_failed_trial_lowers_the_curve_of_its_method(tmp_path: Path, monkeypat
     monkeypatch.setattr(set_plots, "_curve", watched)
     write_grid(tmp_path)
     for name in SETS:
-        more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "axes": {"learning_rate": 9}}
-        write_run(tmp_path, "s", f"{name}-lora", stage="tune", status="failed", **more)
-        write_run(tmp_path, "s", f"{name}-head", stage="tune", validation=0.6, **more)
+        axes = {"learning_rate": 9}
+        write_run(tmp_path, "s", "lora", data_set=name, stage="tune", status="failed", axes=axes)
+        write_run(tmp_path, "s", "head", data_set=name, stage="tune", validation=0.6, axes=axes)
     grid = grid_of(read_study("s", tmp_path))
     assert grid is not None
     assert set_plots.tuning_plot(grid) is not None
@@ -77,22 +79,19 @@ def test_a_failed_trial_lowers_the_curve_of_its_method(tmp_path: Path, monkeypat
 
 def test_times_under_other_conditions_are_left_out(tmp_path: Path) -> None:
     write_grid(tmp_path)
+    more: dict[str, Any] = {"environment": {"cpu": "Another"}, "train": {"processor_seconds": 5.0}}
     for k, name in enumerate(SETS):
-        more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "train": {"processor_seconds": 5.0}}
-        more["environment"] = {"cpu": "Another"}
-        write_run(tmp_path, "s", f"{name}-last-two", correct=outcomes(0.75, 100, k), **more)
+        write_run(tmp_path, "s", "last-two", data_set=name, correct=outcomes(0.75, 100, k), **more)
     (plot,) = (plot for plot in plots_of(tmp_path) if plot.file == SET_FILES[1])
     assert plot.caption.endswith("Left out, because they ran under other conditions: last-two.")
     for k, name in enumerate(SETS):  # two methods under each conditions: neither are those of most
-        more = {"config": {"data_dir": f"in/{name}"}, "train": {"processor_seconds": 9.0}}
-        more["environment"] = {"cpu": "Another"}
-        write_run(tmp_path, "s", f"{name}-full", correct=outcomes(0.75, 100, k), **more)
+        write_run(tmp_path, "s", "full", data_set=name, correct=outcomes(0.75, 100, k), **more)
     assert SET_FILES[1] not in [plot.file for plot in plots_of(tmp_path)]
 
 
 def test_a_study_on_one_set_has_none(tmp_path: Path) -> None:
     for method in ("a", "b"):
-        write_run(tmp_path, "s", f"one-{method}", correct=np.arange(10) < 5, config={"data_dir": "in/one"})
+        write_run(tmp_path, "s", method, data_set="one", correct=np.arange(10) < 5)
     assert grid_of(read_study("s", tmp_path)) is None
 
 
@@ -100,7 +99,7 @@ def test_methods_with_a_number_of_texts_are_curves_over_it(tmp_path: Path) -> No
     for k, name in enumerate(SETS[:3]):
         for texts in (50, 1000):
             for method, accuracy in (("head", 0.6), ("lora", 0.5 + 0.2 * (texts > 50))):
-                more: dict[str, Any] = {"config": {"data_dir": f"in/{name}"}, "data": {"sizes": {"train": texts}}}
-                write_run(tmp_path, "s", f"{name}-{texts}-{method}", correct=outcomes(accuracy, 100, k), **more)
+                correct, data = outcomes(accuracy, 100, k), {"sizes": {"train": texts}}
+                write_run(tmp_path, "s", f"{texts}-{method}", data_set=name, correct=correct, data=data)
     files = [plot.file for plot in plots_of(tmp_path)]
     assert files == [SET_FILES[0], SET_FILES[3]]

@@ -19,7 +19,6 @@ from finetuning.comparison.tables import (
 )
 from finetuning.config import RunConfig
 from finetuning.flags import from_flags
-from finetuning.pages import Table
 from tests.synthetic_runs import outcomes, write_run
 
 
@@ -214,20 +213,6 @@ def test_every_recorded_command_gives_the_settings_of_its_run(name: str) -> None
         again = RunConfig.from_dict(stored | {"data_dir": config.data.data_dir, "resume": False}).to_dict()
         assert config.differences(again) == [], record.path
         assert None not in (config.training.epochs, config.training.batch_size, config.training.patience), record.path
-
-
-@pytest.mark.parametrize(
-    ("table", "expected"),
-    [
-        (
-            Table(("row", "command"), [("a|b", "x"), ("c", "")]),
-            "| row | command |\n|---|---|\n| a\\|b | `x` |\n| c |  |",
-        ),
-        (Table(("row", "n"), [("a", "")]).without_empty_columns(), "| row |\n|---|\n| a |"),
-    ],
-)
-def test_markdown(table: Table, expected: str) -> None:
-    assert table.markdown() == expected
 
 
 def test_seeds_differ_in_the_command_that_is_not_shown(tmp_path: Path) -> None:
