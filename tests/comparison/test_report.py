@@ -7,6 +7,7 @@ import pytest
 from compare_methods import BEST_PRACTICES, GUIDE, PAGES, README, RESULTS, SPEED, main
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
+from finetuning.comparison.page import Plot
 from finetuning.comparison.report import README_PLOT, Report, build_report, default_rates_table, part_done
 from tests.conftest import contents
 from tests.synthetic_runs import outcomes, write_run
@@ -91,14 +92,6 @@ def test_the_short_table_of_earlier_work_fits_on_a_screen(committed: Report) -> 
     assert "finetune_lora" not in text
 
 
-def test_rebuilding_gives_the_same_bytes(results: Path) -> None:
-    assert report(results) == 0
-    first = contents(results.parent)
-    assert {"results/summary.json", "results/report.html", "results/s/table.md"} <= set(first)
-    assert report(results) == 0
-    assert contents(results.parent) == first
-
-
 def test_a_part_of_a_study_says_how_much_is_there(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora", correct=outcomes(0.9, 10, 0))
     write_run(tmp_path, "s", "lora", stage="tune", axes={"learning_rate": 0.1})
@@ -119,7 +112,9 @@ def test_a_part_of_a_study_says_how_much_is_there(tmp_path: Path) -> None:
 
 
 def test_what_the_report_says(results: Path) -> None:
-    report(results)
+    assert report(results) == 0
+    first = contents(results.parent)
+    assert {"results/summary.json", "results/report.html", "results/s/table.md"} <= set(first)
     readme = (results.parent / "README.md").read_text()
     assert "| lora | 90.50 ± 0.71 | 2 | 300 | 90.00 | 1,234 | 100 | 1.00 |" in readme
     assert "<!-- s_short:begin -->\n| row | test accuracy, % | trainable parameters |\n" in readme
@@ -148,22 +143,17 @@ def test_what_the_report_says(results: Path) -> None:
     ]  # fmt: skip
     assert [row["accuracy_mean"] for row in rows] == pytest.approx([0.8, 0.905, 0.905, None])
 
-
-def test_the_plot_of_readme_comes_from_one_study(results: Path) -> None:
-    for k, row in enumerate(("lora", "full")):
-        write_run(results, "earlier_work", row, correct=outcomes(0.9, 300, k))
     assert report(results) == 0
-    assert (results / README_PLOT).read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_plot_goes_with_its_data(results: Path) -> None:
-    report(results)
+    assert contents(results.parent) == first, "the same runs give the same bytes"
     assert (results / "s" / "learning_curves.png").is_file()
     records = read_records(results / "s")[0].values()
     change_records(results / "s", [Record.made(r.folder, r.result, None, r.predictions()) for r in records])
-    report(results)
-    assert not (results / "s" / "learning_curves.png").exists()
+    for k, row in enumerate(("lora", "full")):
+        write_run(results, "earlier_work", row, correct=outcomes(0.9, 300, k))
+    assert report(results) == 0
+    assert not (results / "s" / "learning_curves.png").exists(), "a plot goes with its data"
     assert (results / "s" / "accuracy_parameters.png").is_file()
+    assert (results / README_PLOT).read_bytes().startswith(b"\x89PNG")
 
 
 def test_refused_input_writes_nothing(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +173,7 @@ def test_other_results_renew_no_page_of_the_suite(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = results.parent / "README.md"
+    monkeypatch.setattr(Plot, "png", b"")  # drawing takes long
     monkeypatch.setattr("compare_methods.PAGES", (page,))
     assert main(["report", "--results", str(results)]) == 0
     assert page.read_text() == MARKED
