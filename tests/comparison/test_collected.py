@@ -9,6 +9,8 @@ from finetuning.comparison.packed import Record, change_records
 from finetuning.errors import UserError
 from tests.synthetic_runs import outcomes, write_run
 
+OTHER = "another commit, processor, number of threads or torch version"
+
 
 def rows(study: Study) -> dict[str, Row]:
     return {row.name: row for row in study.rows}
@@ -81,19 +83,16 @@ def test_predictions_are_sorted_and_checked_against_the_result(tmp_path: Path) -
         ({}, None),
         ({"alone": False}, "possibly not alone on the machine"),
         ({"alone": None}, "possibly not alone on the machine"),
-        ({"cpu": "another"}, "another commit, processor, number of threads or torch version"),
-        ({"gpus": ["one"]}, "another commit, processor, number of threads or torch version"),
+        ({"cpu": "another"}, OTHER),
+        ({"gpus": ["one"]}, OTHER),
         ({"cpu_kernels": "compiled for AVX512-BF16"}, None),
         ({"cpu_kernels": "not asked for"}, None),  # a setting, such as the plain forward
-        ({"cpu_kernels": "no C++ compiler"}, "another commit, processor, number of threads or torch version"),
-        ({"threads": 1}, "another commit, processor, number of threads or torch version"),
-        (
-            {"git": {"commit": "other", "modified": False}},
-            "another commit, processor, number of threads or torch version",
-        ),
+        ({"cpu_kernels": "no C++ compiler"}, OTHER),
+        ({"threads": 1}, OTHER),
+        ({"git": {"commit": "other", "modified": False}}, OTHER),
         ({"git": {"commit": "c0ffee", "modified": True}}, "code differed from its commit"),
         ({"git": None}, "unknown commit"),
-        ({"versions": {"torch": "2.14"}}, "another commit, processor, number of threads or torch version"),
+        ({"versions": {"torch": "2.14"}}, OTHER),
     ],
 )
 def test_what_keeps_times_from_being_compared(

@@ -32,6 +32,15 @@ def leave_record(
     return record
 
 
+def studies(rows: str = "[axes]\nseed = [0]") -> tuple[StudyRuns, StudyRuns]:
+    """A study and another one with the same runs, with folders of runs and of what is collected."""
+    study = plan(rows).study
+    here, other = (
+        StudyRuns(study, Path("runs", name), Path("data"), Path("results", name)) for name in ("tiny", "other")
+    )
+    return here, other
+
+
 def test_states_are_read_from_what_a_run_leaves() -> None:
     runs = plan("[axes]\nseed = [0, 1, 2, 3, 4]")
     statuses = ("finished", "failed", "interrupted", None)
@@ -58,17 +67,14 @@ def test_a_run_has_one_holder_at_a_time() -> None:
 
 
 def test_a_run_with_the_default_rate_does_not_take_over_another_rate() -> None:
-    (other,) = plan("learning_rate = 0.02\n[axes]\nseed = [0]").study.runs
-    runs = plan("[axes]\nseed = [0]")
-    runs = StudyRuns(runs.study, runs.folder, Path("data"))
-    leave_run(StudyRuns(runs.study, Path("runs/other"), Path("data")), other)
+    _, other = studies("learning_rate = 0.02\n[axes]\nseed = [0]")
+    leave_run(other, other.study.runs[0])
+    runs, _ = studies()
     assert runs.take_over(runs.study.runs[0]) is None
 
 
 def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
-    runs = plan("[axes]\nseed = [0, 1, 2, 3]")
-    runs = StudyRuns(runs.study, runs.folder, Path("data"))
-    other = StudyRuns(runs.study, Path("runs/other"), Path("data"))
+    runs, other = studies("[axes]\nseed = [0, 1, 2, 3]")
     same, failed, other_data, missing = runs.study.runs
     for run in (same, failed, other_data):
         leave_run(other, run, "failed" if run is failed else "finished")
@@ -89,15 +95,14 @@ def test_a_run_that_another_study_has_finished_is_taken_over() -> None:
     ]
     assert runs.result(same) == other.result(same)
     assert not half.exists()
-    changed = plan("lora_r = 2\n[axes]\nseed = [0]")
-    assert StudyRuns(changed.study, Path("runs/third"), Path("data")).take_over(changed.study.runs[0]) is None
+    changed = StudyRuns(plan("lora_r = 2\n[axes]\nseed = [0]").study, Path("runs/third"), Path("data"))
+    assert changed.take_over(changed.study.runs[0]) is None
     assert runs.state(missing) == "missing"
 
 
 def test_a_run_that_was_tested_stands_for_one_that_only_tunes() -> None:
-    study = plan(TUNED).study
-    runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
-    first = study.runs[0]
+    runs, other = studies(TUNED)
+    first = runs.study.runs[0]
     tested = replace(first, settings={**first.settings, "test": True})
     leave_run(other, first)
     assert runs.take_over(tested) is None  # not the other way round
@@ -107,16 +112,15 @@ def test_a_run_that_was_tested_stands_for_one_that_only_tunes() -> None:
 
 
 def test_what_was_collected_of_another_study_is_taken_over() -> None:
-    study = plan(f'data_dir = "set"\n{TUNED}').study
-    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
-    (_, first, _, final), planned = study.runs, study.runs[-1].with_tuned({"learning_rate": 0.001})
+    runs, _ = studies(f'data_dir = "set"\n{TUNED}')
+    (_, first, _, final), planned = runs.study.runs, runs.study.runs[-1].with_tuned({"learning_rate": 0.001})
     sources = [
         leave_record(Path("results/other"), run, predictions=PREDICTED, test={"accuracy": 0.9})
         for run in (replace(first, settings={**first.settings, "test": True}), planned)
     ]
     leave_record(Path("results/tiny"), first, {"epochs": 3})  # a copy that is outdated
     assert [runs.take_over(run) for run in (first, planned)] == [source.path for source in sources]
-    assert StudyRuns(study, runs.folder, Path("data")).take_over(first) is None  # only where it is asked for
+    assert StudyRuns(runs.study, runs.folder, Path("data")).take_over(first) is None  # only where it is asked for
     assert [runs.state(run) for run in (first, planned)] == ["finished", "finished"]
     assert (runs.result(planned)["study"], runs.result(planned)["test"]) == (
         runs.place_in_study(planned),
@@ -132,12 +136,11 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
 
 
 def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> None:
-    study = plan("[axes]\nseed = [0]").study
+    runs, other = studies()
+    (run,) = runs.study.runs
     data = project / "data"
     data.mkdir()
     (data / "train.csv").write_text("text,label\n")
-    runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
-    (run,) = study.runs
     leave_run(other, run)
     began = (other.directory(run) / "settings.json").stat().st_mtime
     os.utime(data / "train.csv", (began + 1, began + 1))
@@ -154,11 +157,10 @@ def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> Non
 
 
 def test_a_run_of_a_model_that_has_changed_is_not_taken_over(project: Path) -> None:
-    study = plan("[axes]\nseed = [0]").study  # its model is the folder "model"
+    runs, other = studies()  # its model is the folder "model"
+    (run,) = runs.study.runs
     (project / "model").mkdir(exist_ok=True)
     (project / "model" / "config.json").touch()
-    runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
-    (run,) = study.runs
     leave_run(other, run)
     began = (other.directory(run) / "settings.json").stat().st_mtime
     os.utime(project / "model" / "config.json", (began + 1, began + 1))
@@ -169,9 +171,8 @@ def test_a_run_of_a_model_that_has_changed_is_not_taken_over(project: Path) -> N
 
 @pytest.mark.parametrize("name", ["predictions.parquet", "metrics.csv"])
 def test_a_damaged_run_of_another_study_is_not_taken_over(name: str) -> None:
-    study = plan("[axes]\nseed = [0]").study
-    runs, other = (StudyRuns(study, Path("runs") / folder, Path("data")) for folder in ("tiny", "other"))
-    (run,) = study.runs
+    runs, other = studies()
+    (run,) = runs.study.runs
     leave_run(other, run, test={"accuracy": 0.9})
     directory = other.directory(run)
     (directory / "predictions.parquet").write_bytes(b"predictions")
@@ -190,9 +191,8 @@ def test_a_damaged_run_of_another_study_is_not_taken_over(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["predictions.parquet", RUNS])
 def test_damaged_records_of_another_study_are_not_taken_over(name: str) -> None:
-    study = plan('data_dir = "set"\n[axes]\nseed = [0]').study
-    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
-    (run,) = study.runs
+    runs, _ = studies('data_dir = "set"\n[axes]\nseed = [0]')
+    (run,) = runs.study.runs
     record = leave_record(Path("results/other"), run, predictions=PREDICTED, test={"accuracy": 0.9})
     path = record.folder / name
     good = path.read_bytes()
@@ -205,10 +205,9 @@ def test_damaged_records_of_another_study_are_not_taken_over(name: str) -> None:
 
 
 def test_a_record_of_texts_that_only_the_command_names_is_not_taken_over() -> None:
-    study = plan("[axes]\nseed = [0]").study  # the other study may have had another --data_dir
-    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
-    leave_record(Path("results/other"), study.runs[0])
-    assert runs.take_over(study.runs[0]) is None
+    runs, _ = studies()  # the other study may have had another --data_dir
+    leave_record(Path("results/other"), runs.study.runs[0])
+    assert runs.take_over(runs.study.runs[0]) is None
 
 
 def test_a_run_from_an_adapter_is_done_whatever_the_adapter_said() -> None:
@@ -224,17 +223,15 @@ def test_a_run_from_an_adapter_is_done_whatever_the_adapter_said() -> None:
 def test_what_tuning_sets_changes_the_defaults_that_follow_from_it() -> None:
     """The optimizer of the tuning has another weight decay than that of the plan without it."""
     rows = '[[rows]]\nname = "a"\ntune = { optimizer = ["sgd", "adamw"] }\n[search]\ntrials = 2'
-    study = plan(rows).study
-    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
-    (final,) = study.stage("final")
+    runs, _ = studies(rows)
+    (final,) = runs.study.stage("final")
     record = leave_record(Path("results/tiny"), final.with_tuned({"optimizer": "sgd"}), seconds=3.0)
     assert runs.result(final) == record.result
 
 
 def test_a_record_without_its_test_stands_for_no_final_run() -> None:
-    study = plan(f'data_dir = "set"\n{TUNED}').study
-    runs = StudyRuns(study, Path("runs/tiny"), Path("data"), Path("results/tiny"))
-    first, final = study.runs[0], study.runs[-1]
+    runs, _ = studies(f'data_dir = "set"\n{TUNED}')
+    first, *_, final = runs.study.runs
     # it tuned, and its test was forgotten
     record = leave_record(Path("results/other"), replace(first, settings={**first.settings, "test": True}))
     assert runs.take_over(final.with_tuned(first.axes)) is None
@@ -242,9 +239,8 @@ def test_a_record_without_its_test_stands_for_no_final_run() -> None:
 
 
 def test_a_run_whose_files_change_while_it_is_copied_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    study = plan("[axes]\nseed = [0]").study
-    runs, other = (StudyRuns(study, Path("runs") / name, Path("data")) for name in ("tiny", "other"))
-    (run,) = study.runs
+    runs, other = studies()
+    (run,) = runs.study.runs
     leave_run(other, run)
 
     def vanished(*_: object, **__: object) -> None:
@@ -257,8 +253,7 @@ def test_a_run_whose_files_change_while_it_is_copied_is_not_taken_over(monkeypat
 
 
 def test_a_collected_run_counts_where_none_lies_here() -> None:
-    runs = plan("[axes]\nseed = [0, 1, 2, 3]")
-    runs = StudyRuns(runs.study, runs.folder, collected=Path("results/tiny"))
+    runs, _ = studies("[axes]\nseed = [0, 1, 2, 3]")
     done, other_data, other_settings, here = runs.study.runs
     changes: dict[str, dict[str, Any]] = {
         done.name: {"resume": True},  # it had been interrupted
@@ -274,11 +269,8 @@ def test_a_collected_run_counts_where_none_lies_here() -> None:
 
 
 def test_a_run_left_to_auto_is_done_whatever_auto_chose_and_takes_over_no_other() -> None:
-    study = plan('[[rows]]\nname = "a"\nepochs = "auto"\nbatch_size = "auto"\npatience = "auto"').study
-    runs, other = (
-        StudyRuns(study, Path("runs") / name, Path("data"), Path("results") / name) for name in ("tiny", "other")
-    )
-    (run,) = study.runs
+    runs, other = studies('[[rows]]\nname = "a"\nepochs = "auto"\nbatch_size = "auto"\npatience = "auto"')
+    (run,) = runs.study.runs
     chosen = {"epochs": 7, "batch_size": 16, "batch_tokens": 6144, "patience": 2}
     done = replace(run, settings={**run.settings, **chosen})
     leave_run(other, done)

@@ -18,7 +18,6 @@ WORKER = """
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 from finetuning.tuning.trials import Trials
 
 trials = Trials(Path(sys.argv[1]), "accuracy")
@@ -33,7 +32,6 @@ HOLDER = """
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 from finetuning.tuning.trials import Trials
 
 with ExitStack() as claim:
