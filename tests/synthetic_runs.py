@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from finetuning.comparison.collected import read_study
+from finetuning.comparison.over_sets import Grid, grid_of
 from finetuning.comparison.packed import Record, change_records
 
 ENVIRONMENT = {
@@ -83,6 +85,13 @@ def made_run(
     for key, value in changes.items():
         result[key] = {**result[key], **value} if isinstance(value, dict) and key in result else value
     return Record.made(results / study, result, _metrics(curve) if curve else None, predictions)
+
+
+def grid_in(results: Path, study: str = "s") -> Grid:
+    """The grid of a study over data sets."""
+    grid = grid_of(read_study(study, results))
+    assert grid is not None
+    return grid
 
 
 def _predictions(correct: np.ndarray, first_row: int, seed: int) -> pa.Table:

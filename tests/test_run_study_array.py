@@ -68,7 +68,9 @@ def test_an_array_with_a_killed_task_gives_the_table_of_a_local_run(
     assert table(jobs_folder / "results") == table(tmp_path / "results")
 
 
-def test_the_script_starts_the_command_of_studies_through_the_script_of_single_runs() -> None:
-    code = [line for line in SCRIPT.read_text(encoding="utf8").splitlines() if not line.startswith("#")]
+@pytest.mark.parametrize("name", ["run_study_array.SBATCH", "run_tune_array.SBATCH"])
+def test_a_script_starts_its_command_through_the_script_of_single_runs(name: str) -> None:
+    lines = (ROOT / "studies" / name).read_text(encoding="utf8").splitlines()
+    code = [line for line in lines if not line.startswith("#")]
     assert "source ./run_DistilBert_gpu.SBATCH" in code
     assert not [line for line in code if "activate" in line or "srun" in line]

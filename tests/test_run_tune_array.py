@@ -39,9 +39,3 @@ def test_an_array_of_workers_shares_a_search_and_survives_a_preemption(
     assert len(list(folder.glob("last/*/result.json"))) == 2 * len(finalists)
     assert (folder / "best" / "result.json").exists()
     assert ready.log().count("best run    search/best") == 2  # each worker says how it ended
-
-
-def test_the_script_starts_the_search_through_the_script_of_single_runs() -> None:
-    code = [line for line in SCRIPT.read_text(encoding="utf8").splitlines() if not line.startswith("#")]
-    assert "source ./run_DistilBert_gpu.SBATCH" in code
-    assert not [line for line in code if "activate" in line or "srun" in line]

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import predict
@@ -267,8 +268,6 @@ def test_the_declared_space_is_shown(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_only_lengths_that_cut_texts_are_searched() -> None:
-    import numpy as np
-
     assert useful_lengths(np.full(100, 20), 256) == (256,)
     lengths = np.r_[np.full(600, 60), np.full(399, 90), 400]
     assert useful_lengths(lengths, 256) == (64, 256), "96 tokens cut one text of a thousand"

@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 
 LEVEL = 0.05  # a corrected p value at or above it means "no significant difference"
 RESAMPLES = 2_000
+POSTERIOR_DRAWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -179,15 +180,12 @@ def interval_over_sets(differences: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def bayesian_signed_rank(
-    first: Sequence[float], second: Sequence[float], rope: float, samples: int = 50_000
-) -> dict[str, float]:
+def bayesian_signed_rank(first: Sequence[float], second: Sequence[float], rope: float) -> dict[str, float]:
     """The Bayesian signed-rank test with a region of practical equivalence (Benavoli et al. 2014 and 2017).
 
     Args:
         first, second: the score of each method on each data set, in the same order.
         rope: differences up to this size are equivalent, in the unit of the scores.
-        samples: draws from the posterior distribution.
 
     Returns:
         How probable it is that the first method is typically ``better``, ``equivalent``, ``worse``. One set can differ.
@@ -195,7 +193,7 @@ def bayesian_signed_rank(
     differences = np.array([0.0, *np.subtract(first, second)])  # 0: the prior's pseudo-observation
     sums = differences[:, None] + differences
     above, below = (np.heaviside(side - 2 * rope, 0.5) for side in (sums, -sums))
-    weights = np.random.default_rng(0).dirichlet([0.5, *np.ones(len(first))], samples)
+    weights = np.random.default_rng(0).dirichlet([0.5, *np.ones(len(first))], POSTERIOR_DRAWS)
     shares = [((weights @ side) * weights).sum(1) for side in (above, below)]
     mass = np.stack([shares[0], 1 - shares[0] - shares[1], shares[1]])
     best = mass == mass.max(0)  # of equal ones each gets its part

@@ -36,7 +36,7 @@ from finetuning.runs.lock import LOCK, claimed, is_held
 from finetuning.settings import FLAGS, OF_ADAPTER
 from finetuning.storage import TEMPORARY
 
-QUICK = (RATE, "seed", "data_seed", "epochs", "limit_train")  # nearly all runs differ in one, and it costs no parser
+QUICK = (RATE, "seed", "data_seed", "epochs", "limit_train")  # nearly all runs differ in one, and this is seen at once
 CHECKPOINTS = (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, BEST_CHECKPOINT)
 
 

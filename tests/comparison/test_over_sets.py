@@ -14,7 +14,7 @@ from finetuning.comparison.packed import change_records
 from finetuning.comparison.report import make_section
 from finetuning.comparison.statistics import bayesian_signed_rank
 from finetuning.pages import Table
-from tests.synthetic_runs import made_run, write_run
+from tests.synthetic_runs import grid_in, made_run, write_run
 
 ACCURACIES = {  # set -> method -> of each seed, in thousandths
     "one": {"a": (900, 910), "b": (880, 890)},
@@ -36,9 +36,7 @@ def results(folder: Path, accuracies: Mapping[str, Mapping[str, tuple[int, ...]]
 
 
 def tables_of(results: Path) -> list[Table]:
-    grid = grid_of(read_study("s", results))
-    assert grid is not None
-    return over_sets(grid)
+    return over_sets(grid_in(results))
 
 
 @pytest.mark.parametrize("draw", ["", "-data_seed"], ids=["seeds", "draws"])
@@ -64,13 +62,10 @@ def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
 
 
 def test_the_headline_is_the_signed_rank_test_against_the_method_on_most_sets(tmp_path: Path) -> None:
-    study = read_study("s", results(tmp_path, ACCURACIES))
-    grid = grid_of(study)
-    assert grid is not None
-    (sentence,) = headlines(grid)
+    (sentence,) = headlines(grid_in(results(tmp_path, ACCURACIES)))
     chance = bayesian_signed_rank([88.5, 79.5, 70.2], [90.5, 81, 70.1], 0.5)["worse"]
     assert sentence.startswith(f"Over 3 data sets, b minus a: typically worse ({100 * chance:.0f} %); mean -1.13 (")
-    assert make_section(study, [], []).headlines[-1] == sentence
+    assert make_section(read_study("s", tmp_path), [], []).headlines[-1] == sentence
 
 
 def test_data_sets_of_the_hub_have_the_name_that_the_study_gives_them(tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetuning.comparison.collected import read_study
-from finetuning.comparison.over_sets import Grid, grid_of
+from finetuning.comparison.over_sets import Grid
 from finetuning.comparison.packed import change_records
 from finetuning.comparison.rates import COLUMNS, LEAST_TRIALS, fitted, rates_table
-from tests.synthetic_runs import made_run, write_run
+from tests.synthetic_runs import grid_in, made_run, write_run
 
 SETS = {"one": 0.9, "two": 0.8, "three": 0.7}
 BEST = 2e-3  # of the parabola; LoRA's default is 1e-3
@@ -36,9 +35,7 @@ def trials(folder: Path, count: int) -> Grid:
             axes = {"learning_rate": rate, "epochs": epochs, "batch_size": batch}
             runs.append(made_run(folder, "s", "lora", stage="tune", axes=axes, validation=found, **more))
     change_records(folder / "s", runs)
-    grid = grid_of(read_study("s", folder))
-    assert grid is not None
-    return grid
+    return grid_in(folder)
 
 
 def mean(cell: str) -> float:
@@ -89,8 +86,7 @@ def test_a_trial_that_failed_is_not_fitted(tmp_path: Path) -> None:
     before = rates_table(trials(tmp_path, 8)).rows
     for name in SETS:
         write_run(tmp_path, "s", "lora", data_set=name, stage="tune", status="failed", axes={"learning_rate": 0.01})
-    grid = grid_of(read_study("s", tmp_path))
-    assert grid is not None
+    grid = grid_in(tmp_path)
     assert len(grid.trials["one"]["lora"]) == 9
     assert rates_table(grid).rows == before
 

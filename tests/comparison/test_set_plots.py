@@ -3,16 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from finetuning.comparison import set_plots
-from finetuning.comparison.collected import read_study
-from finetuning.comparison.over_sets import grid_of
 from finetuning.comparison.packed import change_records
-from finetuning.comparison.page import Plot
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots, losses
-from tests.synthetic_runs import made_run, outcomes, write_run
+from tests.synthetic_runs import grid_in, made_run, outcomes, write_run
 
 SETS, TRIALS = ("one", "two", "three", "four"), 6
 
@@ -30,29 +26,21 @@ def write_grid(results: Path, seconds: bool = True, trials: int = TRIALS) -> Non
     change_records(results / "s", runs)
 
 
-def plots_of(results: Path) -> list[Plot]:
-    grid = grid_of(read_study("s", results))
-    assert grid is not None
-    return draw_set_plots(grid)
-
-
 def test_losses_to_the_best_method_of_each_set(tmp_path: Path) -> None:
     write_grid(tmp_path)
-    grid = grid_of(read_study("s", tmp_path))
-    assert grid is not None
-    found = losses(grid)
+    found = losses(grid_in(tmp_path))
     assert found["lora"].tolist() == [0, 0, 0, 0]
     assert sorted(found["head"].round(6).tolist()) == pytest.approx([10, 11, 12, 13])
 
 
 def test_each_picture_where_there_is_data_for_it_and_the_same_bytes_twice(tmp_path: Path) -> None:
     write_grid(tmp_path / "all")
-    found = plots_of(tmp_path / "all")
+    found, again = (draw_set_plots(grid_in(tmp_path / "all")) for _ in range(2))
     assert tuple(plot.file for plot in found) == SET_FILES[:3]
-    assert [plot.png for plot in found] == [plot.png for plot in plots_of(tmp_path / "all")]
+    assert [plot.png for plot in found] == [plot.png for plot in again]
     assert all(plot.png.startswith(b"\x89PNG") and plot.caption.endswith(".") for plot in found)
     write_grid(tmp_path / "few", seconds=False, trials=1)
-    assert [plot.file for plot in plots_of(tmp_path / "few")] == [SET_FILES[0]]
+    assert [plot.file for plot in draw_set_plots(grid_in(tmp_path / "few"))] == [SET_FILES[0]]
 
 
 def test_a_failed_trial_lowers_the_curve_of_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +57,7 @@ def test_a_failed_trial_lowers_the_curve_of_its_method(tmp_path: Path, monkeypat
         axes = {"learning_rate": 9}
         write_run(tmp_path, "s", "lora", data_set=name, stage="tune", status="failed", axes=axes)
         write_run(tmp_path, "s", "head", data_set=name, stage="tune", validation=0.6, axes=axes)
-    grid = grid_of(read_study("s", tmp_path))
-    assert grid is not None
-    assert set_plots.tuning_plot(grid) is not None
+    assert set_plots.tuning_plot(grid_in(tmp_path)) is not None
     head, lora = drawn
     assert len(head) == len(lora) == len(SETS) * (TRIALS + 1)
     assert min(lora) < -50 < min(head)
@@ -82,17 +68,11 @@ def test_times_under_other_conditions_are_left_out(tmp_path: Path) -> None:
     more: dict[str, Any] = {"environment": {"cpu": "Another"}, "train": {"processor_seconds": 5.0}}
     for k, name in enumerate(SETS):
         write_run(tmp_path, "s", "last-two", data_set=name, correct=outcomes(0.75, 100, k), **more)
-    (plot,) = (plot for plot in plots_of(tmp_path) if plot.file == SET_FILES[1])
+    (plot,) = (plot for plot in draw_set_plots(grid_in(tmp_path)) if plot.file == SET_FILES[1])
     assert plot.caption.endswith("Left out, because they ran under other conditions: last-two.")
     for k, name in enumerate(SETS):  # two methods under each conditions: neither are those of most
         write_run(tmp_path, "s", "full", data_set=name, correct=outcomes(0.75, 100, k), **more)
-    assert SET_FILES[1] not in [plot.file for plot in plots_of(tmp_path)]
-
-
-def test_a_study_on_one_set_has_none(tmp_path: Path) -> None:
-    for method in ("a", "b"):
-        write_run(tmp_path, "s", method, data_set="one", correct=np.arange(10) < 5)
-    assert grid_of(read_study("s", tmp_path)) is None
+    assert SET_FILES[1] not in [plot.file for plot in draw_set_plots(grid_in(tmp_path))]
 
 
 def test_methods_with_a_number_of_texts_are_curves_over_it(tmp_path: Path) -> None:
@@ -101,5 +81,5 @@ def test_methods_with_a_number_of_texts_are_curves_over_it(tmp_path: Path) -> No
             for method, accuracy in (("head", 0.6), ("lora", 0.5 + 0.2 * (texts > 50))):
                 correct, data = outcomes(accuracy, 100, k), {"sizes": {"train": texts}}
                 write_run(tmp_path, "s", f"{texts}-{method}", data_set=name, correct=correct, data=data)
-    files = [plot.file for plot in plots_of(tmp_path)]
+    files = [plot.file for plot in draw_set_plots(grid_in(tmp_path))]
     assert files == [SET_FILES[0], SET_FILES[3]]
