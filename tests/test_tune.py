@@ -183,7 +183,7 @@ def worker(flags: list[str], folder: Path, *more: str) -> Any:
 
 
 def test_workers_that_are_killed_lose_no_trial(flags: list[str], tmp_path: Path) -> None:
-    folder, limits = tmp_path / "search", ("--trials", "5", "--seeds", "1", "--prune", "False")
+    folder, limits = tmp_path / "search", ("--trials", "3", "--seeds", "1", "--prune", "False")
     first = worker(flags, folder, *limits)
     wait_until(lambda: (folder / "trials" / "001" / "settings.json").exists(), "the second trial")
     lock = json.loads((folder / "trials" / "001.lock").read_text() or "{}")
@@ -200,8 +200,8 @@ def test_workers_that_are_killed_lose_no_trial(flags: list[str], tmp_path: Path)
     assert others[0].returncode == 130
     out, _ = others[1].communicate(PATIENCE_SECONDS)
     assert others[1].returncode == 0, out
-    assert [trial["state"] for trial in trials_of(folder)] == ["complete"] * 5
-    assert [len(trial["history"]) for trial in trials_of(folder)] == [2] * 5
+    assert [trial["state"] for trial in trials_of(folder)] == ["complete"] * 3
+    assert [len(trial["history"]) for trial in trials_of(folder)] == [2] * 3
     assert (folder / "tune.html").exists()
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
