@@ -18,6 +18,7 @@ from finetuning.export.fresh_process import reads_types
 from finetuning.export.onnx_file import ONNX_FILE, write_onnx
 from finetuning.export.proof import (
     LARGEST_DIFFERENCE,
+    HeldOut,
     Loaded,
     Proof,
     against_predictions,
@@ -69,7 +70,7 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
     rounded = dtype != "fp32"
     written = held.answers_of(model) if rounded else reference
     if onnx:
-        write_onnx(folder / ONNX_FILE, model, types=held.second_positions is not None and reads_types(model))
+        _write_onnx(folder, model, held)
     answers = fresh_answers(folder, held, texts=held.columns, onnx=ONNX_FILE if onnx else None)
     if answers["labels"].tolist() != list(model.config.id2label.values()):
         raise ExportFailed("the label names of the exported folder are not those of the run: nothing is kept")
@@ -106,9 +107,13 @@ def export_onnx(folder: Path, loaded: Loaded) -> Proof:
     write_tokenizer(folder, loaded.tokenizer, loaded.run.config.data.max_length)
     complete_config(model.config, held.stored.threshold, held.stored.positive)
     model.config.save_pretrained(folder)
-    write_onnx(folder / ONNX_FILE, model, types=held.second_positions is not None and reads_types(model))
+    _write_onnx(folder, model, held)
     answers = fresh_answers(folder, held, onnx=ONNX_FILE, onnx_alone=True)
     return Proof(held, compare_logits("onnxruntime's logits", answers["onnx"], reference.logits), predictions)
+
+
+def _write_onnx(folder: Path, model: Any, held: HeldOut) -> None:
+    write_onnx(folder / ONNX_FILE, model, types=held.second_positions is not None and reads_types(model))
 
 
 class MeanPooled(nn.Module):

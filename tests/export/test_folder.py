@@ -38,6 +38,8 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
         assert str(caught.value).startswith(str(out))
         assert sorted(tmp_path.rglob("*")) == before
     check_target(tmp_path / "a" / "b", run)
+    with pytest.raises(UserError, match="is not valid UTF-8: give another name"):
+        check_target(Path(os.fsdecode(b"out\xff")), run)
 
 
 def fail_in_the_middle(out: Path, error: BaseException) -> None:
