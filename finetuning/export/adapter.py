@@ -10,7 +10,7 @@ import torch
 
 from finetuning.errors import UserError
 from finetuning.export.plain import plain_model, write_model, write_tokenizer
-from finetuning.export.proof import Loaded, Proof, against_predictions, compare_logits, fresh_answers
+from finetuning.export.proof import Loaded, against_predictions, fresh_answers, in_fresh_process
 from finetuning.models.classifier import Classifier
 from finetuning.models.lora import lora_modules
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged
@@ -46,13 +46,16 @@ def recorded_base(loaded: Loaded) -> str:
     return str(loaded.base.absolute()) if Path(name).is_dir() else name
 
 
-def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:
+def export_adapter(folder: Path, out: Path, loaded: Loaded) -> list[str]:
     """Writes the folder and proves it: PEFT in a fresh process must give the logits of the run's adapter.
 
     Args:
         folder: where to write; it exists.
         out: where the folder will be in the end.
         loaded: the run. Its classifier's frozen weights are those of the base model that PEFT will load.
+
+    Returns:
+        What was compared, a sentence or two each.
 
     Raises:
         UserError: a weight is not finite, or the adapter's settings were changed after the run.
@@ -74,7 +77,7 @@ def export_adapter(folder: Path, out: Path, loaded: Loaded) -> Proof:
     reference = held.answers_of(model)
     predictions = against_predictions(reference, held.stored, loaded.precision)
     answers = fresh_answers(folder, held, base=base, classes=model.config.num_labels)
-    return Proof(held, compare_logits("logits of PEFT's model", answers["logits"], reference.logits), predictions)
+    return [in_fresh_process("logits of PEFT's model", answers["logits"], reference.logits, held), predictions]
 
 
 def without_adapter(classifier: Classifier, pad_id: int) -> Any:

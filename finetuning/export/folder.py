@@ -21,7 +21,7 @@ from finetuning.export.adapter import BASE, check_adapter, export_adapter, recor
 from finetuning.export.card import adapter_snippet, onnx_snippet, pipeline_snippet, write_card
 from finetuning.export.onnx_file import onnx_inputs, require_onnx
 from finetuning.export.plain import DTYPES, export_onnx, export_plain
-from finetuning.export.proof import HeldOut, Loaded, held_out, sentences
+from finetuning.export.proof import HeldOut, Loaded, held_out
 from finetuning.models.base_files import check_base_unchanged
 from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer
 from finetuning.models.classifier import Classifier
@@ -52,16 +52,15 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
         pairs = config.data.text_pair_column is not None
         threshold = run.threshold if run.multi_label else None
         if adapter:
-            proof = export_adapter(folder, arguments.out, loaded)
+            found = export_adapter(folder, arguments.out, loaded)
             base = f"{folder.name}/{BASE}" if writes_base(run) else recorded_base(loaded)
             snippets = [adapter_snippet(folder.name, base, run.label_names, pairs, threshold)]
         else:
             alone = loaded.onnx_alone
-            proof = export_onnx(folder, loaded) if alone else export_plain(folder, loaded, arguments.dtype, onnx)
+            found = export_onnx(folder, loaded) if alone else export_plain(folder, loaded, arguments.dtype, onnx)
             padding = (loaded.held.pad_id, loaded.tokenizer.pad_token)
             snippets = [] if alone else [pipeline_snippet(folder.name, pairs, threshold)]
             snippets += [onnx_snippet(folder.name, pairs, onnx_inputs(folder), *padding)] if onnx else []
-        found = sentences(proof, arguments.dtype, config.data.truncation)
         write_card(folder, run, loaded.base, answers[run.reported_split], snippets, found)
     print("\n".join([f"{arguments.out}: written and checked", *(f"  {sentence}" for sentence in found)]))
 

@@ -20,11 +20,11 @@ from finetuning.export.proof import (
     LARGEST_DIFFERENCE,
     HeldOut,
     Loaded,
-    Proof,
     against_predictions,
     changed_texts,
     compare_logits,
     fresh_answers,
+    in_fresh_process,
     in_pipeline,
     rounding_of,
 )
@@ -42,7 +42,7 @@ OF_A_RUN = ("windows", "text_pairs", "line_breaks", "threshold", "positive_label
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
+def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> list[str]:
     """Writes the folder and proves it.
 
     Args:
@@ -50,6 +50,9 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
         loaded: the run.
         dtype: precision of the weights: a key of ``DTYPES``.
         onnx: whether to write ONNX as well, in fp32.
+
+    Returns:
+        What was compared, a sentence or two each.
 
     Raises:
         UserError: a weight is not finite.
@@ -77,23 +80,30 @@ def export_plain(folder: Path, loaded: Loaded, dtype: str, onnx: bool) -> Proof:
     cut = tokenizer(*held.columns, truncation=True)["input_ids"]
     same = np.array([np.array_equal(ids, own) for ids, own in zip(cut, held.sequences, strict=True)])
     tolerance = rounding_of(dtype, written.logits) if rounded else LARGEST_DIFFERENCE
-    return Proof(
-        held,
-        compare_logits("logits of the exported folder", answers["logits"], written.logits),
-        predictions,
-        dtype_difference=float(np.abs(written.logits - reference.logits).max()) if rounded else None,
-        dtype_changed=changed_texts(written, reference),
-        pipeline=in_pipeline(answers["scores"], written, same, tolerance),
-        onnx_difference=compare_logits("onnxruntime's logits", answers["onnx"], written.logits) if onnx else None,
-    )
+    found = [in_fresh_process("logits of the exported folder", answers["logits"], written.logits, held)]
+    if rounded:
+        found.append(
+            f"Rounding the weights to {dtype} moved these logits by"
+            f" {np.abs(written.logits - reference.logits).max():.1e} at most and changed the labels of"
+            f" {changed_texts(written, reference):,} of {len(same):,} texts; the comparison above is with the rounded"
+            " weights."
+        )
+    found += [predictions, in_pipeline(answers["scores"], written, same, tolerance, data)]
+    if onnx:
+        largest = compare_logits("onnxruntime's logits", answers["onnx"], written.logits)
+        found.append(f"onnxruntime's logits differ from the same reference by {largest:.1e} at most.")
+    return found
 
 
-def export_onnx(folder: Path, loaded: Loaded) -> Proof:
+def export_onnx(folder: Path, loaded: Loaded) -> list[str]:
     """Writes ONNX, tokenizer and config, and proves them. Without weights, Transformers refuses to load the folder.
 
     Args:
         folder: where to write; it exists.
         loaded: the run, whose head reads the mean of tokens.
+
+    Returns:
+        As in ``export_plain``.
 
     Raises:
         UserError: a weight is not finite.
@@ -109,7 +119,7 @@ def export_onnx(folder: Path, loaded: Loaded) -> Proof:
     model.config.save_pretrained(folder)
     _write_onnx(folder, model, held)
     answers = fresh_answers(folder, held, onnx=ONNX_FILE, onnx_alone=True)
-    return Proof(held, compare_logits("onnxruntime's logits", answers["onnx"], reference.logits), predictions)
+    return [in_fresh_process("onnxruntime's logits", answers["onnx"], reference.logits, held), predictions]
 
 
 def _write_onnx(folder: Path, model: Any, held: HeldOut) -> None:

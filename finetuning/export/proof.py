@@ -26,6 +26,7 @@ from finetuning.export.fresh_process import logits_of
 from finetuning.models.classifier import Classifier, pool_windows
 from finetuning.runs.answers import Answers, decided, joined
 from finetuning.runs.finished import FinishedRun
+from finetuning.settings import DataSettings
 
 LARGEST_DIFFERENCE = 1e-4  # of two logits, or of two probabilities, that count as the same
 # Unit roundoff; int8: of both factors.
@@ -82,48 +83,13 @@ class Loaded:
     onnx_alone: bool = False  # whether Transformers' class cannot compute what the run does
 
 
-@dataclass(frozen=True)
-class AgainstPredictions:
-    """How the fp32 logits compare with those that the run stored."""
-
-    precision: str
-    largest_difference: float
-    changed: int  # texts whose labels changed
-    largest_margin: float  # of what changed: how far the logits that the run stored were from another decision
-    rounding: float  # what the precision may move such a margin by
-
-
-@dataclass(frozen=True)
-class InPipeline:
-    """What a pipeline makes of the same texts, which it cuts at their end."""
-
-    same_tokens: int  # texts that a pipeline reads as the run did
-    largest_difference: float  # of the probabilities of these texts
-    changed: int  # texts whose labels changed, of all texts
-    run_accuracy: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What was compared, and how large the differences were."""
-
-    held: HeldOut
-    largest_difference: float  # of the logits: fresh process and reference
-    predictions: AgainstPredictions
-    dtype_difference: float | None = None  # what rounding the weights to --dtype costs; None for fp32
-    dtype_changed: int = 0  # texts whose labels it changed
-    pipeline: InPipeline | None = None  # None for an adapter
-    onnx_difference: float | None = None
-
-
 def held_out(
     texts: TextData,
     tokens: Mapping[str, TokenizedSplit],
     stored: Mapping[str, Answers],
     limit: int,
     pad_id: int,
-    window_pooling: str = "mean",
+    window_pooling: str,
 ) -> HeldOut:
     """At most ``limit`` held-out texts, stratified by label, or by all labels of a text together.
 
@@ -248,7 +214,24 @@ def changed_texts(answers: Answers, others: Answers) -> int:
     return int((answers.given != others.given).any(1).sum())
 
 
-def against_predictions(reference: Answers, stored: Answers, precision: str) -> AgainstPredictions:
+# --- comparisons that say what they found: the command prints the sentences, and the model card keeps them
+
+
+def in_fresh_process(what: str, found: np.ndarray, expected: np.ndarray, held: HeldOut) -> str:
+    """Compares the logits of a fresh process with those of the run's merged model.
+
+    Raises:
+        ExportFailed: as ``compare_logits``.
+    """
+    largest, texts = compare_logits(what, found, expected), len(held.sequences)
+    sample = f"all {texts:,}" if texts == held.total else f"a stratified sample of {texts:,} of {held.total:,}"
+    return (
+        f"A fresh process loaded the folder without this suite and read the token ids of {sample} held-out texts. Its"
+        f" logits differ from the run's merged fp32 model by {largest:.1e} at most (allowed: {LARGEST_DIFFERENCE:g})."
+    )
+
+
+def against_predictions(reference: Answers, stored: Answers, precision: str) -> str:
     """Compares the reference with the logits that the run stored.
 
     The margin of a label is the difference of the two highest logits. Multi-label: it is the distance of each
@@ -269,29 +252,38 @@ def against_predictions(reference: Answers, stored: Answers, precision: str) -> 
             f"predictions.parquet differs from the merged model by up to {largest:.2g}; {precision} explains"
             f" {rounding:.2g} at most: the run's files do not belong together, and nothing is kept"
         )
-    changed = reference.given != stored.given  # (n, classes)
+    changed, texts = reference.given != stored.given, changed_texts(reference, stored)  # (n, classes)
+    said = (
+        f"The run stored its predictions in {precision}. Its logits differ from the fp32 model's by {largest:.1e} at"
+        f" most. The labels of {texts:,} of {len(changed):,} texts changed."
+    )
+    if not texts:
+        return said
     if stored.threshold is None:
         ordered = np.sort(stored.logits[changed.any(1)], axis=1)
         margins, rounding = ordered[:, -1] - ordered[:, -2], 2 * rounding  # both logits may move
+        of_what = "margin of a changed label, between its two highest logits,"
     else:
         scores, boundary = stored.logits, np.log(stored.threshold / (1 - stored.threshold))
         if stored.positive is not None:
             scores, rounding = scores - scores[:, ::-1], 2 * rounding
             changed = changed & (np.arange(2) == stored.positive)
         margins = np.abs(scores - boundary)[changed]
-    return AgainstPredictions(
-        precision, largest, changed_texts(reference, stored), float(margins.max(initial=0.0)), rounding
-    )
+        of_what = "distance of a changed label's logit from the threshold"
+    return f"{said} The {of_what} was {margins.max():.1e} at most; {precision} can move it by {rounding:.1e}."
 
 
-def in_pipeline(scores: np.ndarray, reference: Answers, same: np.ndarray, tolerance: float) -> InPipeline:
+def in_pipeline(
+    scores: np.ndarray, reference: Answers, same: np.ndarray, tolerance: float, settings: DataSettings
+) -> str:
     """Compares a pipeline's probabilities with the reference.
 
     Args:
         scores: ``(n, classes)``, the pipeline's.
         reference: the answers of the written weights.
-        same: ``(n,)`` bool, whether a pipeline reads the same tokens.
+        same: ``(n,)`` bool, whether a pipeline reads the same tokens: it cuts long texts at their end.
         tolerance: the largest difference of probabilities of texts with the same tokens.
+        settings: how the run read its texts.
 
     Raises:
         ExportFailed: a probability of a text with the same tokens differs by more.
@@ -299,81 +291,24 @@ def in_pipeline(scores: np.ndarray, reference: Answers, same: np.ndarray, tolera
     largest = float(np.abs(scores - reference.probabilities)[same].max(initial=0.0))
     if not largest <= tolerance:
         raise ExportFailed(f"a pipeline's probabilities differ from the run's by up to {largest:.2g}: nothing is kept")
-    given = decided(scores, reference.threshold, reference.positive)
-    return InPipeline(
-        int(same.sum()),
-        largest,
-        int((given != reference.given).any(1).sum()),
-        float(reference.right.mean()),
-        float((given == reference.truth).all(1).mean()),
-    )
-
-
-# --- in words
-
-
-def sentences(proof: Proof, dtype: str, truncation: str) -> list[str]:
-    """One or two sentences for each thing that was compared: the command prints them, and the model card keeps them.
-
-    Args:
-        proof: what was compared.
-        dtype: of the written weights.
-        truncation: the run's ``--truncation``.
-    """
-    texts, total = len(proof.held.sequences), proof.held.total
-    sample = f"all {total:,}" if texts == total else f"a stratified sample of {texts:,} of {total:,}"
-    found = [
-        f"A fresh process loaded the folder without this suite and read the token ids of {sample} held-out texts. Its"
-        f" logits differ from the run's merged fp32 model by {proof.largest_difference:.1e} at most (allowed:"
-        f" {LARGEST_DIFFERENCE:g})."
-    ]
-    if proof.dtype_difference is not None:
-        found.append(
-            f"Rounding the weights to {dtype} moved these logits by {proof.dtype_difference:.1e} at most and changed"
-            f" the labels of {proof.dtype_changed:,} of {texts:,} texts; the comparison above is with the rounded"
-            f" weights."
-        )
-    found.append(_predictions_sentence(proof.predictions, proof.held))
-    if proof.pipeline is not None:
-        found.append(_pipeline_sentence(proof.pipeline, proof.held, truncation))
-    if proof.onnx_difference is not None:
-        found.append(f"onnxruntime's logits differ from the same reference by {proof.onnx_difference:.1e} at most.")
-    return found
-
-
-def _predictions_sentence(compared: AgainstPredictions, held: HeldOut) -> str:
-    start = (
-        f"The run stored its predictions in {compared.precision}. Its logits differ from the fp32 model's by"
-        f" {compared.largest_difference:.1e} at most. The labels of {compared.changed:,} of"
-        f" {len(held.sequences):,} texts changed."
-    )
-    if not compared.changed:
-        return start
-    margin = "distance of a changed label's logit from the threshold"
-    margin = margin if held.stored.threshold else "margin of a changed label, between its two highest logits,"
-    return (
-        f"{start} The {margin} was {compared.largest_margin:.1e} at most; {compared.precision} can move it by"
-        f" {compared.rounding:.1e}."
-    )
-
-
-def _pipeline_sentence(compared: InPipeline, held: HeldOut, truncation: str) -> str:
-    texts = len(held.sequences)
-    same = (
-        f"A Transformers pipeline reads {compared.same_tokens:,} of {texts:,} texts as the run did, and gives them the"
-        f" probabilities of the exported weights (largest difference {compared.largest_difference:.1e})."
-    )
     others = "the others"
-    if not compared.same_tokens:
-        same, others = f"A Transformers pipeline reads none of {texts:,} texts as the run did.", "them"
-    if compared.same_tokens == texts:
-        return same
-    measure = "exact match" if held.stored.multi_label else "accuracy"
-    reason = "it cuts long texts at their end, and the run kept their beginning and end" * (truncation == "head_tail")
-    if held.windows is not None:
-        reason = "it cuts long texts, and the run read them as windows"
+    said = (
+        f"A Transformers pipeline reads {same.sum():,} of {len(same):,} texts as the run did, and gives them the"
+        f" probabilities of the exported weights (largest difference {largest:.1e})."
+    )
+    if not same.any():
+        said, others = f"A Transformers pipeline reads none of {len(same):,} texts as the run did.", "them"
+    if same.all():
+        return said
+    reason = ": it cuts long texts at their end, and the run kept their beginning and end"
+    if settings.windows > 1:
+        reason = ": it cuts long texts, and the run read them as windows"
+    elif settings.truncation != "head_tail":
+        reason = ""
+    given = decided(scores, reference.threshold, reference.positive)
     return (
-        f"{same} It reads {others} differently{': ' if reason else ''}{reason}. That changes the labels of"
-        f" {compared.changed:,}: {measure} on these texts is {compared.accuracy:.2%} in a pipeline and"
-        f" {compared.run_accuracy:.2%} with the run's tokens."
+        f"{said} It reads {others} differently{reason}. That changes the labels of"
+        f" {(given != reference.given).any(1).sum():,}: {'exact match' if reference.multi_label else 'accuracy'} on"
+        f" these texts is {(given == reference.truth).all(1).mean():.2%} in a pipeline and"
+        f" {reference.right.mean():.2%} with the run's tokens."
     )
