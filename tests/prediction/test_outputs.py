@@ -186,6 +186,15 @@ def test_objects_with_other_keys(tmp_path: Path) -> None:
     assert not (tmp_path / "big.parquet").exists()
 
 
+def test_a_kept_value_with_half_an_emoji(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"title": "abc \\ud83d", "text": "a film"}\n')
+    for name in ("out.jsonl", "out.csv"):
+        assert "abc \\ud83d" in write(tmp_path / "in.jsonl", tmp_path / name).read_text(encoding="utf8")
+    with pytest.raises(UserError, match="parquet cannot hold a column with such values"):
+        write(tmp_path / "in.jsonl", tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
 def test_an_error_leaves_nothing(table: Path) -> None:
     with table.open("a", encoding="utf8") as file:
         file.write("six,1\n ,1\n")

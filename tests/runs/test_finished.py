@@ -7,7 +7,7 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.runs.files import PREDICTIONS, RESULT, write_result
+from finetuning.runs.files import PREDICTIONS, RESULT, SETTINGS, write_result
 from finetuning.runs.finished import FinishedRun, read_finished, read_own_answers, read_validation
 from finetuning.runs.history import write_predictions
 
@@ -36,11 +36,14 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     refused("must be a finished run, but has no result.json")
+    (tmp_path / SETTINGS).touch()
+    refused("but has no result.json: it has not ended. If nothing writes it, continue it: ")
     (tmp_path / "best").mkdir()
     leave(tmp_path / "best")
     refused(f"but has no result.json: give {tmp_path / 'best'}, the best of its runs$")
-    (tmp_path / RESULT).write_text("{")
-    refused("result.json cannot be read")
+    for damaged in (b"", b"{", b"{}", b"\xff"):
+        (tmp_path / RESULT).write_bytes(damaged)
+        refused("result.json cannot be read")
     (tmp_path / RESULT).write_text("[]")
     refused("result.json cannot be read: it must hold a JSON object")
     leave(tmp_path, status="interrupted")
@@ -48,8 +51,8 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     leave(tmp_path, config={"lora_rank": 3})
     refused("unknown settings lora_rank: this version does not have them")
     cases: list[dict[str, Any]] = [{"config": 3}, {"data": {}}, {"data": None}, {"task": None}, {"base_model": {}}]
-    for damaged in cases:
-        leave(tmp_path, **damaged)
+    for changes in cases:
+        leave(tmp_path, **changes)
         refused("result.json is damaged")
 
 
