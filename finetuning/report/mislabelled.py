@@ -1,24 +1,11 @@
 """Held-out texts whose label may be wrong, by confident learning (Northcutt et al. 2021, arXiv:1911.00068)."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from finetuning.runs.answers import Answers
 
 
-@dataclass(frozen=True)
-class Suspect:
-    """A text, the class that it has, and the class that it fits better."""
-
-    position: int  # in the answers
-    label: int
-    better: int
-    probability: float  # of ``label``
-    better_probability: float
-
-
-def suspects(answers: Answers) -> list[Suspect]:
+def suspects(answers: Answers) -> list[tuple[int, int]]:
     """Texts that lie off the diagonal of the confident joint, the least plausible label first.
 
     A text counts as a class if the class's probability reaches the mean probability that the class has in the texts
@@ -27,6 +14,9 @@ def suspects(answers: Answers) -> list[Suspect]:
 
     Args:
         answers: of a single-label run.
+
+    Returns:
+        For each text its position in the answers, and the class that it fits better than its own.
     """
     probabilities, labels = answers.probabilities, answers.truth.argmax(1)
     texts = answers.truth.sum(0)
@@ -37,10 +27,4 @@ def suspects(answers: Answers) -> list[Suspect]:
     position = np.arange(len(labels))
     wrong = np.flatnonzero((confident[position, better] >= 0) & (better != labels))
     margins = probabilities[wrong, labels[wrong]] - probabilities[wrong, better[wrong]]
-    return [
-        Suspect(
-            int(i), int(labels[i]), int(better[i]), float(probabilities[i, labels[i]]),
-            float(probabilities[i, better[i]]),
-        )
-        for i in wrong[np.argsort(margins, kind="stable")]
-    ]  # fmt: skip
+    return [(int(i), int(better[i])) for i in wrong[np.argsort(margins, kind="stable")]]

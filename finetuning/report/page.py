@@ -41,8 +41,9 @@ def present(
     if not settings.report or result["status"] != "finished":
         return
     held_out = {name: split.by_row() for name, split in splits.items() if name != "train"}
+    path = directory / REPORT
     try:
-        path = write_report(directory, result, held_out if settings.report_texts else None)
+        write_text(path, make_report(directory, result, held_out if settings.report_texts else None))
         say(f"{'report':<11} {path}")
     except (Exception, KeyboardInterrupt) as error:
         say(f"warning: {REPORT} was not written: {first_line(error, name_file=True)}", sys.stderr)
@@ -68,8 +69,8 @@ def restore(directory: Path, settings: RunSettings, load: "Callable[[], Mapping[
             say(f"warning: {REPORT} was not written: {error}", sys.stderr)
 
 
-def write_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> Path:
-    """Writes ``report.html`` into a run directory.
+def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> str:
+    """The text of ``report.html``.
 
     Args:
         directory: the run directory, with its predictions and learning curve.
@@ -77,15 +78,8 @@ def write_report(directory: Path, result: dict[str, Any], texts: Texts | None) -
         texts: of the held-out splits; ``None`` keeps them out of the report.
 
     Raises:
-        OSError, ValueError: a file of the run cannot be read, or the report cannot be written.
+        OSError, ValueError: a file of the run cannot be read.
     """
-    path = directory / REPORT
-    write_text(path, make_report(directory, result, texts))
-    return path
-
-
-def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> str:
-    """The text of ``report.html``, see ``write_report``."""
     names, task = result["data"]["label_names"], result["task"]
     answers = read_answers(directory, task.get("threshold"), positive_of(task, names))
     split = _main_split(answers, "kfold" in result)

@@ -64,16 +64,18 @@ def confident_mistakes(split: str, answers: Answers, names: Sequence[str], texts
 def maybe_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Texts | None) -> list[Shown]:
     """Texts of all held-out splits whose label may be wrong, the largest gap first. Single-label only."""
     places = [(split, int(row)) for split, part in answers.items() for row in part.rows]
+    everything = joined(list(answers.values()))
+    labels, probabilities = everything.truth.argmax(1), everything.probabilities
     return [
         Shown(
-            f"{places[s.position][0]} {places[s.position][1]}",
-            names[s.label],
-            names[s.better],
-            _probability(s.probability),
-            _probability(s.better_probability),
-            _shown_texts(texts, *places[s.position]),
+            "{} {}".format(*places[i]),
+            names[labels[i]],
+            names[better],
+            _probability(probabilities[i, labels[i]]),
+            _probability(probabilities[i, better]),
+            _shown_texts(texts, *places[i]),
         )
-        for s in suspects(joined(list(answers.values())))
+        for i, better in suspects(everything)
     ]
 
 

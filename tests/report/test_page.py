@@ -1,18 +1,70 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from finetune_lora import main
-from finetuning.report.page import make_report, write_report
+from finetuning.config import RunConfig
+from finetuning.report.page import make_report
 from finetuning.report.sections import cost_table
 from finetuning.runs.files import REPORT, write_result, write_settings
+from finetuning.runs.history import write_predictions
 from finetuning.runs.lock import DirectoryLock
 from tests.html_reader import Reader
-from tests.report.conftest import leave_predictions, random_split, result_of_run
 
+Split = tuple[np.ndarray, np.ndarray]  # labels (n,), logits (n, classes)
 SECTIONS = ("scores", "classes", "calibration", "coverage", "length", "mistakes", "labels", "cost", "repeat")
+
+
+def result_of_run(names: list[str], splits: dict[str, Split], **settings: Any) -> dict[str, Any]:
+    """The content of ``result.json`` that the report reads."""
+    scores = {
+        split: {"accuracy": float((logits.argmax(1) == labels).mean()), "loss": 0.5, "examples": len(labels)}
+        for split, (labels, logits) in splits.items()
+    }
+    return {
+        "status": "finished",
+        "config": RunConfig.from_settings(**settings).to_dict(),
+        "command": "python finetune_lora.py --dataset 'a <b>'",
+        "environment": {
+            "python": "3.11", "versions": {"torch": "2"}, "cpu": "a processor", "threads": 2, "gpus": [], "git": None,
+            "alone": False,
+        },
+        "parameters": {"total": 200, "trainable": 10},
+        "data": {
+            "source": "a set <i>", "label_names": names, "sizes": {s: len(v[0]) for s, v in splits.items()},
+            "leaks_dropped": 3, "notes": ["a note & more"],
+        },
+        "task": {"kind": "single-label", "class_weights": None},
+        "train": {"seconds": 12.5, "steps": 40, "epochs": 2.0, "tokens_per_second": 1234.0},
+        "files": {"adapter_model.safetensors": 2**20},
+        "memory": {"peak_bytes": 2**30, "source": "a counter"},
+        "seconds": 20.0,
+        **scores,
+    }  # fmt: skip
+
+
+def leave_predictions(directory: Path, splits: dict[str, Split], tokens: int = 9) -> None:
+    """``predictions.parquet``; the row of a text is its position, and its length ``tokens`` or the row, if shorter."""
+    stored = {split: (np.arange(len(labels)), labels, logits) for split, (labels, logits) in splits.items()}
+    lengths = {split: {row: min(row + 1, tokens) for row in range(len(part[0]))} for split, part in splits.items()}
+    write_predictions(directory, stored, lengths)
+
+
+def random_split(n: int, classes: int, seed: int, scale: float = 2.0) -> Split:
+    """Labels drawn from the probabilities of random logits, so that the probabilities are true."""
+    generator = np.random.default_rng(seed)
+    logits = scale * generator.normal(size=(n, classes))
+    labels = (logits + generator.gumbel(size=(n, classes))).argmax(1)
+    return labels, logits
+
+
+def said_of(directory: Path, splits: dict[str, Split]) -> str:
+    """What the report of a run with two classes says, without texts."""
+    leave_predictions(directory, splits)
+    return read(make_report(directory, result_of_run(["a", "b"], splits), None)).text
 
 
 def read(text: str) -> Reader:
@@ -29,9 +81,7 @@ def test_the_report_is_whole_and_needs_no_other_file(tmp_path: Path) -> None:
     (tmp_path / "learning_curve.png").write_bytes(b"\x89PNG bytes")
     texts = {split: {row: (f"{split} text {row} </p><script>",) for row in range(300)} for split in splits}
     result = result_of_run(names, splits, max_length=9)
-    path = write_report(tmp_path, result, texts)
-    assert path == tmp_path / "report.html"
-    text = path.read_text(encoding="utf8")
+    text = make_report(tmp_path, result, texts)
     reader = read(text)
     assert {address.partition(",")[0] for address in reader.addresses} == {
         "data:", "data:image/png;base64", *(f"#{name}" for name in SECTIONS)
@@ -87,9 +137,7 @@ def test_without_texts_none_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_run_without_test_shows_validation_and_says_what_that_means(tmp_path: Path) -> None:
-    splits = {"validation": random_split(100, 2, 0)}
-    leave_predictions(tmp_path, splits)
-    said = read(make_report(tmp_path, result_of_run(["a", "b"], splits), None)).text
+    said = said_of(tmp_path, {"validation": random_split(100, 2, 0)})
     assert "validation accuracy" in said
     assert "these scores may be too high" in said
     assert "on the same texts" in said
@@ -97,18 +145,14 @@ def test_a_run_without_test_shows_validation_and_says_what_that_means(tmp_path: 
 
 def test_a_perfect_run_has_no_mistakes_and_no_temperature(tmp_path: Path) -> None:
     labels = np.arange(60) % 2
-    splits = {split: (labels, np.eye(2)[labels] * 8.0) for split in ("validation", "test")}
-    leave_predictions(tmp_path, splits)
-    said = read(make_report(tmp_path, result_of_run(["a", "b"], splits), None)).text
+    said = said_of(tmp_path, {split: (labels, np.eye(2)[labels] * 8.0) for split in ("validation", "test")})
     for sentence in ("No wrong answer.", "No such text.", "Validation gives no temperature"):
         assert sentence in said
 
 
 def test_a_run_that_has_not_learned_lists_no_wrong_labels(tmp_path: Path) -> None:
     labels, logits = random_split(60, 2, 0)
-    splits = {split: (labels, np.roll(logits, 1, axis=0)) for split in ("validation", "test")}
-    leave_predictions(tmp_path, splits)
-    said = read(make_report(tmp_path, result_of_run(["a", "b"], splits), None)).text
+    said = said_of(tmp_path, {split: (labels, np.roll(logits, 1, axis=0)) for split in ("validation", "test")})
     assert "No list: validation does not show that the classifier learned anything" in said
     assert "rather" not in said
 

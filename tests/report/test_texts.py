@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from finetuning.report.mislabelled import suspects
 from finetuning.report.texts import confident_mistakes, maybe_wrong, shortened
@@ -47,14 +46,17 @@ def test_a_long_text_loses_its_middle_and_what_is_not_unicode() -> None:
 def test_suspects_by_hand() -> None:
     """Thresholds are the mean probability of a class in the texts labelled with it: 0.7 for both classes here."""
     answers = answers_with([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.1, 0.9], [0.1, 0.9], [0.7, 0.3]], [0, 0, 0, 1, 1, 1])
-    found = suspects(answers)
-    assert [(s.position, s.label, s.better) for s in found] == [(2, 0, 1), (5, 1, 0)]
-    assert [s.probability for s in found] == pytest.approx([0.3, 0.3])
+    assert suspects(answers) == [(2, 1), (5, 0)]
+    shown = maybe_wrong({"test": answers}, ["a", "b"], None)
+    assert [(s.where, s.label, s.other, s.label_probability, s.other_probability) for s in shown] == [
+        ("test 12", "a", "b", "30.0 %", "70.0 %"),
+        ("test 15", "b", "a", "30.0 %", "70.0 %"),
+    ]
 
 
 def test_a_class_without_texts_is_never_the_better_one() -> None:
     answers = answers_with([[0.1, 0.1, 0.8]] * 4, [0, 0, 1, 1])
-    assert all(s.better != 2 for s in suspects(answers))
+    assert all(better != 2 for _, better in suspects(answers))
 
 
 def test_most_swapped_labels_are_found_and_lead_the_list() -> None:
