@@ -67,17 +67,24 @@ def write_card(
     text = render(
         TEMPLATE,
         escape_text=False,
+        run=run,
         metadata=_metadata(folder, run, base, base_licence, data_id),
         name=folder.name,
         snippets=[(code, _run(code, folder)) for code in snippets],
         base=base or "a local folder",
         base_licence=base_licence or "not known here",
+        source=run.result["data"].get("source", run.config.data.dataset),
         data_licence=data_licence,
+        method=_method(run.config.name, run.config.method, run.config.lora),
+        precision=_precision(run),
+        files={
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.suffix in (".safetensors", ".onnx")
+        },
         sentences=sentences,
         **_reading(run, folder),
-        **_training(run),
         **_scores(run, answers),
-        **_sizes(folder, run),
     )
     write_text(folder / CARD, text)
 
@@ -119,31 +126,17 @@ def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
         truncated = f" by {reader}"
     return {
         "labels": ", ".join(f"`{name}`" for name in run.label_names),
-        "pairs": data.text_pair_column is not None,
-        "threshold": run.threshold,
-        "multi_label": run.multi_label,
-        "positive": run.positive,
-        "names": run.label_names,
-        "max_length": data.max_length,
+        "kind": "text" if data.text_pair_column is None else "pair",
         "truncated": truncated,
         "notes": notes,
     }
 
 
-def _training(run: FinishedRun) -> dict[str, Any]:
-    """What the run was trained on, and how."""
-    result, config = run.result, run.config
-    precision = result["base_model"]["precision"]
-    if str(config.hardware.precision) == "int8":
-        precision = f"int8 products of frozen linears, else {precision}"
-    return {
-        "data": result["data"].get("source", config.data.dataset),
-        "sizes": ", ".join(f"{count:,} {name}" for name, count in result["data"]["sizes"].items()),
-        "method": _method(config.name, config.method, config.lora),
-        "precision": precision,
-        "seconds": f"{result['train']['seconds']:.0f}",
-        "command": result["command"],
-    }
+def _precision(run: FinishedRun) -> str:
+    """The precision of the products in training."""
+    precision: str = run.result["base_model"]["precision"]
+    int8 = str(run.config.hardware.precision) == "int8"
+    return f"int8 products of frozen linears, else {precision}" if int8 else precision
 
 
 def _scores(run: FinishedRun, answers: Answers) -> dict[str, Any]:
@@ -153,7 +146,7 @@ def _scores(run: FinishedRun, answers: Answers) -> dict[str, Any]:
     return {
         "folds": _cross_validation(run),
         "split": split,
-        "examples": f"{len(answers.rows):,}",
+        "examples": len(answers.rows),
         "chosen": ", read once, at the end" if split == "test" else ", which also chose the checkpoint",
         "scores": score_table(run.result, {split: answers}).markdown(),
         "classes": replace(classes, code=classes.columns[:1]).markdown(),
@@ -170,21 +163,8 @@ def _cross_validation(run: FinishedRun) -> dict[str, Any] | None:
     return {
         "count": len(folds["folds"]),
         "epochs": folds["epochs"],
-        "texts": f"{run.result['validation']['examples']:,}",
+        "examples": run.result["validation"]["examples"],
         "accuracy": percent(same["accuracy"], same["accuracy_ci95"]),
-    }
-
-
-def _sizes(folder: Path, run: FinishedRun) -> dict[str, Any]:
-    """Parameters, and bytes of each file of weights."""
-    return {
-        "parameters": f"{run.result['parameters']['total']:,}",
-        "trainable": f"{run.result['parameters']['trainable']:,}",
-        "files": [
-            (f"`{path.relative_to(folder)}`", f"{path.stat().st_size:,} bytes")
-            for path in sorted(folder.rglob("*"))
-            if path.suffix in (".safetensors", ".onnx")
-        ],
     }
 
 

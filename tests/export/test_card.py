@@ -8,7 +8,7 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.export.adapter import recorded_base, writes_base
-from finetuning.export.card import KNOWN_BASES, _cross_validation, _method, _reading, _training
+from finetuning.export.card import KNOWN_BASES, _cross_validation, _method, _precision, _reading
 from finetuning.settings import PACKAGED_MODELS
 
 
@@ -21,11 +21,9 @@ from finetuning.settings import PACKAGED_MODELS
     ],
 )
 def test_the_precision_of_the_products(precision: str, said: str) -> None:
-    result = {"data": {"sizes": {"train": 3}}, "train": {"seconds": 1.0}, "command": "python finetune_lora.py"}
-    run: Any = SimpleNamespace(
-        result=result | {"base_model": {"precision": "bfloat16"}}, config=RunConfig.from_settings(precision=precision)
-    )
-    assert _training(run)["precision"] == said
+    result = {"base_model": {"precision": "bfloat16"}}
+    run: Any = SimpleNamespace(result=result, config=RunConfig.from_settings(precision=precision))
+    assert _precision(run) == said
 
 
 @pytest.mark.parametrize(
@@ -41,7 +39,7 @@ def test_the_score_of_folds_is_the_one_to_report(same: Any, tuned: bool, said: s
     result = {"task": {"threshold_tuned": tuned}, "validation": {"examples": 1200}}
     run: Any = SimpleNamespace(result=result | {"kfold": kfold})
     told = _cross_validation(run)
-    assert told == (said and {"count": 2, "epochs": 7, "texts": "1,200", "accuracy": said})
+    assert told == (said and {"count": 2, "epochs": 7, "examples": 1200, "accuracy": said})
     assert _cross_validation(SimpleNamespace(result=result)) is None  # type: ignore[arg-type]
 
 
@@ -71,8 +69,7 @@ def test_how_texts_must_be_given(tmp_path: Path, dataset: str, notes: int) -> No
     (tmp_path / "model.safetensors").touch()
     where = {} if "/" in dataset else {"data_dir": tmp_path}
     config = RunConfig.from_settings(dataset=dataset, **where)
-    facts = {"label_names": ["a", "b"], "threshold": None, "multi_label": False, "positive": None}
-    run: Any = SimpleNamespace(config=config, **facts)
+    run: Any = SimpleNamespace(config=config, label_names=["a", "b"])
     assert len(_reading(run, tmp_path)["notes"]) == notes
 
 
