@@ -185,9 +185,8 @@ def label(arguments: argparse.Namespace) -> None:
     if column is not None:
         separator = arguments.label_separator or trained.config.data.label_separator
         score = Score(trained, column, label_codes(arguments.file, column, trained), separator)
-    if score is not None:
         counters.append(score)
-    output, skip = arguments.output, arguments.skip_bad_rows
+    output, skip, most = arguments.output, arguments.skip_bad_rows, arguments.most_uncertain
     with source_of(arguments, trained) as source:
         source = source if score is None else score.checking(source)
         with Progress("check") as done:
@@ -202,14 +201,13 @@ def label(arguments: argparse.Namespace) -> None:
             rows = answered(source, predict, answers, skip, done)
             for counter in counters:
                 rows = counter.counted(rows)
-            if arguments.most_uncertain is not None:
-                rows = most_uncertain(rows, arguments.most_uncertain, list(answers.columns))
+            if most is not None:
+                rows = most_uncertain(rows, most, list(answers.columns))
             if output is None:
                 print_answers(rows, answers, done.clear)
             else:
                 write_answers(output, rows, surveyed, answers)
     if output is not None:
-        most = arguments.most_uncertain
         count = surveyed.rows if most is None else min(most, surveyed.rows - surveyed.bad)
         say(f"{output}: {count:,} rows", sys.stderr)
     for counter in counters:
@@ -218,7 +216,7 @@ def label(arguments: argparse.Namespace) -> None:
         told = "--data_dir of the run names this file: scores on texts that trained the run are too high"
         say(f"warning: {told}", sys.stderr)
     if surveyed.bad:
-        fate = "got an empty label" if arguments.most_uncertain is None else "were left out"
+        fate = "got an empty label" if most is None else "were left out"
         say(f"{surveyed.bad:,} of {surveyed.rows:,} rows have no text and {fate}", sys.stderr)
 
 

@@ -131,7 +131,8 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
     found = Confidence(temperature or 1.0, least or 0.0, notes)
     cooled, folds = answers.cooled(found.temperature), "kfold" in run.result
     if least is not None:
-        return replace(found, notes=(*notes, reached(cooled, least, folds)), reached=reaching(cooled, least))
+        count, shown = reached(cooled, least, folds)
+        return replace(found, notes=(*notes, shown), reached=(count, len(cooled.rows)))
     if risk is None:
         return found
     candidates = checkpoints_compared(run.result)
@@ -151,28 +152,23 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
     return replace(found, least=chosen.least, notes=(*notes, shown), reached=(chosen.answered, chosen.texts))
 
 
-def reaching(validation: Answers, least: float) -> tuple[int, int]:
-    """How many validation texts have this confidence, and how many there are."""
-    return int((validation.confidence >= least).sum()), len(validation.rows)
-
-
-def reached(validation: Answers, least: float, folds: bool) -> str:
-    """How many validation texts reach a confidence, and how many of these answers are right, as a sentence.
+def reached(validation: Answers, least: float, folds: bool) -> tuple[int, str]:
+    """How many validation texts reach a confidence, and the same with how many of these answers are right, in words.
 
     Args:
         validation: cooled.
         least: the confidence.
         folds: whether these answers are out of fold.
     """
-    count, of = reaching(validation, least)
-    right = int(((validation.confidence >= least) & validation.right).sum())
+    sure = validation.confidence >= least
+    count, right = int(sure.sum()), int((sure & validation.right).sum())
     texts = "texts out of fold" if folds else "validation texts"
-    shown = f"confidence {least:g}: {count:,} of {of:,} {texts} reach it"
+    shown = f"confidence {least:g}: {count:,} of {len(sure):,} {texts} reach it"
     if not count:
-        return shown
+        return 0, shown
     low, high = accuracy_interval(right / count, count)
     interval = f"{right / count:.0%}; 95 % interval {low:.0%} to {high:.0%}"
-    return f"{shown}, and {right:,} of these answers are right ({interval})"
+    return count, f"{shown}, and {right:,} of these answers are right ({interval})"
 
 
 def most_uncertain(answered: Iterable[Answered], count: int, columns: Sequence[str]) -> Iterator[Answered]:

@@ -201,11 +201,11 @@ def _packed(raw: BinaryIO, path: Path) -> Iterator[BinaryIO]:
 # --- values
 
 
-def _plain(table: pd.DataFrame, convert: Any = None) -> list[list[Any]]:
-    """The values of each column as Python's own objects; what is missing is ``None``."""
+def _plain(table: pd.DataFrame, convert: Callable[[Any], Any]) -> list[list[Any]]:
+    """The values of each column as Python's own objects, converted; what is missing is ``None``."""
     columns = [table.iloc[:, i] for i in range(table.shape[1])]
-    values = [column.astype(object).where(column.notna(), None).tolist() for column in columns]
-    return values if convert is None else [[convert(value) for value in column] for column in values]
+    values = (column.astype(object).where(column.notna(), None).tolist() for column in columns)
+    return [[convert(value) for value in column] for column in values]
 
 
 def _cell(value: Any) -> Any:

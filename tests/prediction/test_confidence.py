@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetuning.data.files import FORMATS, read_frame
-from finetuning.prediction import rows as rows_module
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.confidence import Confidence, Coverage, most_uncertain, reached, surer
 from finetuning.prediction.outputs import is_parquet, write_answers
@@ -15,11 +14,6 @@ from finetuning.prediction.rows import Answered, Source, file_of, survey
 from finetuning.runs.answers import Answers
 
 ANSWERS = AnswerColumns(["bad", "good"], confidence=Confidence())
-
-
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "CHUNK_ROWS", 4)
 
 
 def test_the_temperature_cools_what_the_label_says() -> None:
@@ -38,10 +32,11 @@ def test_a_confidence_comes_with_what_validation_says_of_it() -> None:
     logits = np.log([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.4, 0.6]])
     answers = Answers(np.arange(4), np.eye(2, dtype=bool)[[0, 0, 0, 1]], logits)
     assert reached(answers, 0.7, False) == (
+        3,
         "confidence 0.7: 3 of 4 validation texts reach it,"
-        " and 2 of these answers are right (67%; 95 % interval 21% to 94%)"
+        " and 2 of these answers are right (67%; 95 % interval 21% to 94%)",
     )
-    assert reached(answers, 0.95, True) == "confidence 0.95: 0 of 4 texts out of fold reach it"
+    assert reached(answers, 0.95, True) == (0, "confidence 0.95: 0 of 4 texts out of fold reach it")
 
 
 def test_below_the_least_confidence_there_is_no_label() -> None:

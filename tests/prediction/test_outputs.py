@@ -19,17 +19,11 @@ import pytest
 from finetuning.data.files import FORMATS, read_frame
 from finetuning.errors import OutputFailed, UserError
 from finetuning.prediction import progress
-from finetuning.prediction import rows as rows_module
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.outputs import check_output, is_parquet, print_answers, write_answers, write_csv
 from finetuning.prediction.rows import Answered, Rows, file_of, survey
 
 ONE, SEVERAL = AnswerColumns(["bad", "good"]), AnswerColumns(["bad", "good"], threshold=0.5)
-
-
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "CHUNK_ROWS", 2)
 
 
 def answered(rows: Iterator[Rows], answers: AnswerColumns) -> Iterator[Answered]:
@@ -208,7 +202,7 @@ def test_an_error_leaves_nothing(table: Path) -> None:
 
 @pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet", "out.tsv.gz"])
 def test_a_full_disk(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "CHUNK_ROWS", 3000)
+    monkeypatch.setattr("finetuning.prediction.rows.CHUNK_ROWS", 3000)
     texts = [f"{word:x} {'é' * (word % 7)}" for word in np.random.default_rng(0).integers(0, 2**60, 9000).tolist()]
     (tmp_path / "in.txt").write_text("\n".join(texts))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -14,14 +14,8 @@ import pyarrow as pa
 import pytest
 
 from finetuning.errors import UserError
-from finetuning.prediction import rows as module
 from finetuning.prediction.rows import STANDARD_INPUT, Survey, file_of, given_texts, survey
 from tests.conftest import full_disk
-
-
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_ROWS", 2)
 
 
 def texts_of(path: Path, column: str = "text", pair: str | None = None) -> list[dict[str, list[Any]]]:
