@@ -23,6 +23,7 @@ from finetuning.export.plain import write_model
 from finetuning.prediction.predictor import predict
 from finetuning.prediction.trained import read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result, write_result
+from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json, write_json
 from tests.conftest import ROOT, changed_run
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -183,10 +184,13 @@ def in_pipeline(out: Path, texts: list[Any]) -> tuple[list[str], np.ndarray]:
 
 
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize(("model_type", "more"), [("bert", []), ("distilbert", ["--q_lora", "True"])])
+@pytest.mark.parametrize(
+    ("model_type", "more"), [("bert", []), ("distilbert", ["--q_lora", "True"]), (PACKAGED_BERT, [])]
+)
 def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_type: str, more: list[str]) -> None:
     table, columns = TABLE.rename(columns={"text": "premise"}), ["--text_column", "premise"]
-    run = lora_run(tmp_path, tiny_folders[model_type], *columns, "--text_pair_column", "claim", *more, table=table)
+    base = tiny_folders.get(model_type, Path(model_type))
+    run = lora_run(tmp_path, base, *columns, "--text_pair_column", "claim", *more, table=table)
     out, adapter = tmp_path / "proof", tmp_path / "snippet.py"  # names that the proof and the card's code use as well
     content, _ = exported(run, out)
     assert 'classify([{"text": "A text to classify.", "text_pair": "The second text of the pair."}])' in content
@@ -199,7 +203,8 @@ def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_typ
     assert np.abs(in_pipeline(out, swapped)[1] - expected).max() > 1e-3
     content, _ = exported(run, adapter, "--adapter")
     assert '"text_pair": "The second text of the pair."' in content
-    assert (adapter / "base").exists() == bool(more), "nobody else has the weights that training saw in 4 bits"
+    alone = bool(more) or model_type == PACKAGED_BERT
+    assert (adapter / "base").exists() == alone, "no other program has packaged weights, or those of 4 bits"
     for folder in (out, adapter):
         assert not {path.name for path in folder.iterdir()} & {"job.json", "answers.npz"}
     with pytest.raises(UserError, match="was trained on pairs of texts: give --text_pair for each --text"):
