@@ -35,6 +35,7 @@ IN_PEFT: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
 }
 STEPS, RATE = 3, 0.1
+TEXTS, LENGTH = 8, 32
 NOT_IN_FILES = re.compile(r"(?<=vector)\.default\.weight|\.(modules_to_save|default)")
 
 
@@ -72,8 +73,8 @@ def _difference(variant: str, folder: Path) -> dict[str, float]:
     else:
         optimizers.append(torch.optim.SGD(found.values(), lr=RATE, momentum=config.training.momentum or 0))
     generator = torch.Generator().manual_seed(1)
-    given = {"input_ids": torch.randint(1000, 30000, (8, 32), generator=generator)}
-    given["attention_mask"], labels = torch.ones_like(given["input_ids"]), torch.arange(8) % 2
+    given = {"input_ids": torch.randint(1000, 30000, (TEXTS, LENGTH), generator=generator)}
+    given["attention_mask"], labels = torch.ones_like(given["input_ids"]), torch.arange(TEXTS) % 2
     largest = {"logits": 0.0, "gradients": 0.0}
     for _ in range(STEPS):
         logits, reference = ours(**given), theirs(**given).logits
