@@ -107,7 +107,8 @@ def table(result: Record) -> str:
     )
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Prints the table, writes JSON and renews docs/guide.md. Returns the exit status.
 
     Raises:
@@ -133,8 +134,6 @@ def command(argv: Sequence[str] | None) -> int:
     harness.publish(journal, OUTPUT, table, "abstain", partly, PAGE)
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,6 @@ def planned(works: Sequence[Work], seeds: Sequence[int] | None = None) -> list[M
 # --- measuring
 
 Start = Callable[[list[str]], str | None]  # a command without "python" -> why it failed
-
-
-def start_in_process(command: list[str]) -> str | None:
-    """Runs a command in a process of its own. Returns why it failed; ``None`` if it did not."""
-    return harness.in_process(command)[1]
 
 
 def open_journal(folder: Path) -> Journal:
@@ -273,21 +269,6 @@ def load(folder: Path) -> tuple[Record, dict[str, np.ndarray]]:
 # --- the command
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
-    parser = harness.make_parser(
-        "Compare this suite's accuracy with PEFT + Trainer.",
-        quick="one small data set and one seed; changes no page",
-        retry_failed="measure again what failed",
-    )
-    names = ", ".join(work.name for work in PLAN)
-    parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help=f"has the folders {names}")
-    parser.add_argument("--sets", metavar="NAME,...", help="only these data sets, in this order (default: all)")
-    parser.add_argument("--seeds", metavar="N,...", help="only these seeds (default: all)")
-    parser.add_argument("--folder", type=Path, metavar="PATH", help=f"keeps the runs (default: {FOLDER.name} in runs)")
-    return parser
-
-
 def chosen(options: argparse.Namespace) -> list[Measurement]:
     """The measurements that the flags ask for.
 
@@ -308,13 +289,24 @@ def chosen(options: argparse.Namespace) -> list[Measurement]:
     return planned([works[name] for name in names], seeds)
 
 
-def command(argv: Sequence[str] | None) -> int:
+@partial(harness.as_main, interrupted="interrupted: run the same command again to go on")
+def main(argv: Sequence[str] | None) -> int:
     """Measures what is missing and prints the table; with the whole plan it renews results and page.
 
     Returns:
         The exit status: 0, 1 if a measurement failed, 2 if the input is refused, 130 if interrupted.
     """
-    options = make_parser().parse_args(argv)
+    parser = harness.make_parser(
+        "Compare this suite's accuracy with PEFT + Trainer.",
+        quick="one small data set and one seed; changes no page",
+        retry_failed="measure again what failed",
+    )
+    names = ", ".join(work.name for work in PLAN)
+    parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help=f"has the folders {names}")
+    parser.add_argument("--sets", metavar="NAME,...", help="only these data sets, in this order (default: all)")
+    parser.add_argument("--seeds", metavar="N,...", help="only these seeds (default: all)")
+    parser.add_argument("--folder", type=Path, metavar="PATH", help=f"keeps the runs (default: {FOLDER.name} in runs)")
+    options = parser.parse_args(argv)
     asked = chosen(options)
     whole = planned(QUICK if options.quick else PLAN)
     folder = options.folder or (FOLDER.with_name("accuracy_quick") if options.quick else FOLDER)
@@ -323,7 +315,8 @@ def command(argv: Sequence[str] | None) -> int:
     if options.retry_failed:
         forget_failed(asked, folder)
     with stoppable():
-        measure_all(asked, options.data_dir.absolute(), folder.absolute(), peer_flags, start_in_process)
+        places = (options.data_dir.absolute(), folder.absolute())
+        measure_all(asked, *places, peer_flags, lambda command: harness.in_process(command)[1])
     result, counts = collect(list(dict.fromkeys((*whole, *asked))), folder)
     save(result, counts, folder)
     content = table(result, counts)
@@ -341,8 +334,6 @@ def forget_failed(measurements: Sequence[Measurement], folder: Path) -> None:
     asked = [measurement.described for measurement in measurements]
     journal.forget(lambda record: record["status"] == "failed" and any(one.items() <= record.items() for one in asked))
 
-
-main = harness.as_main(command, "interrupted: run the same command again to go on")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -235,7 +235,8 @@ def mean_vectors(
     return vectors[np.argsort(rows)]
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Makes the table. Returns the exit status."""
     parser = harness.make_parser("The tables of docs/budget.md: what the automatic batch and epochs rest on and give.")
     parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
@@ -250,8 +251,6 @@ def command(argv: Sequence[str] | None) -> int:
     renew_tables(PAGE, {name: defaults_table(STEPS.with_name(name)) for name in ("defaults", "defaults_methods")})
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -82,7 +82,8 @@ def table(result: Record) -> str:
     )
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Prints the table, writes JSON and renews docs/faults.md. Returns the exit status."""
     parser = harness.make_parser("Measures what checkpoints cost.")
     parser.add_argument("--texts", type=int, default=2000, help="training texts of each run")
@@ -93,8 +94,6 @@ def command(argv: Sequence[str] | None) -> int:
     harness.publish(journal, OUTPUT, table, "checkpoints", partly=harness.reduced(parser, options, "texts"), page=PAGE)
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

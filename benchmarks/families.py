@@ -63,7 +63,8 @@ def table(result: Record) -> str:
     return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured([result['environment']])}"
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Measures, writes JSON and renews docs/speed.md; fewer rounds change no page. Returns the exit status."""
     parser = harness.make_parser("Compare MPNet, ModernBERT and Qwen3 with PEFT.")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"rounds (default: {ROUNDS})")
@@ -76,8 +77,6 @@ def command(argv: Sequence[str] | None) -> int:
     harness.publish(journal, OUTPUT, table, "families", partly=harness.reduced(parser, options, "rounds", "seconds"))
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

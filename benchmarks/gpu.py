@@ -5,7 +5,6 @@ under a time limit. A part that fails, or takes too long, is recorded with its r
 Writes one JSON file, after each part, and prints one table.
 """
 
-import argparse
 import importlib
 import json
 import multiprocessing
@@ -26,6 +25,7 @@ from benchmarks import gpu_parts, gpu_steps, harness
 from benchmarks.gpu_parts import METHODS, SMALL, Record, Sizes
 from compare_methods import ROOT
 from finetuning.errors import UserError, first_line
+from finetuning.pages import Table
 from finetuning.storage import write_json
 
 OUTPUT = harness.RESULTS / "gpu.json"
@@ -120,16 +120,14 @@ def table(result: Record) -> str:
     machine = parts.get("environment", {})
     versions = machine.get("versions", {})
     head = f"{machine.get('gpu') or machine.get('cpu', 'unknown machine')}; torch {versions.get('torch', 'unknown')}"
-    lines = [f"{head}.", "", "| part | seconds | result |", "|---|---|---|"]
-    for name, record in parts.items():
-        lines.append(f"| {name} | {record['seconds']:.1f} | {in_short(record)} |")
-    return "\n".join(lines)
+    rows = [(name, f"{record['seconds']:.1f}", in_short(record)) for name, record in parts.items()]
+    return f"{head}.\n\n{Table(('part', 'seconds', 'result'), rows).markdown()}"
 
 
 def in_short(record: Record) -> str:
     """The numbers of a record, in the units that people read."""
     if "error" in record:
-        return f"failed: {record['error']}".replace("|", "\\|")
+        return f"failed: {record['error']}"
     words = []
     for name, value in record.items():
         if isinstance(value, dict) and name == "milliseconds":
@@ -142,21 +140,10 @@ def in_short(record: Record) -> str:
             words.append(f"{name} {value:,.0f}" if value > 100 else f"{name} {value:.3g}")
         elif isinstance(value, str | int) and name != "watermark":
             words.append(f"{name} {value}")
-    return "; ".join(words).replace("|", "\\|")
+    return "; ".join(words)
 
 
 # --- the command
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
-    parser = harness.make_parser(
-        "All measurements of a GPU, each part under a time limit.",
-        small="a toy model on a CPU, to see that all parts work",
-    )
-    parser.add_argument("--parts", help="only parts whose names begin with one of these, separated by commas")
-    parser.add_argument("--output", type=Path, help="the JSON file")
-    return parser
 
 
 def chosen(parts: list[Part], names: str | None) -> list[Part]:
@@ -174,9 +161,16 @@ def chosen(parts: list[Part], names: str | None) -> list[Part]:
     return [part for part in parts if part.name == "folder" or part.name.startswith(wanted)]
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Runs all parts and prints the table. Returns the exit status: 0, 1 if a part failed, 2 if a flag is refused."""
-    arguments = make_parser().parse_args(argv)
+    parser = harness.make_parser(
+        "All measurements of a GPU, each part under a time limit.",
+        small="a toy model on a CPU, to see that all parts work",
+    )
+    parser.add_argument("--parts", help="only parts whose names begin with one of these, separated by commas")
+    parser.add_argument("--output", type=Path, help="the JSON file")
+    arguments = parser.parse_args(argv)
     sizes = SMALL if arguments.small else Sizes()
     parts = chosen(plan(sizes), arguments.parts)
     if sizes.start == "fork":
@@ -196,8 +190,6 @@ def command(argv: Sequence[str] | None) -> int:
     print(table(result))
     return int(any("error" in record for record in result["parts"].values()))
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

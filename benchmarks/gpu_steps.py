@@ -33,41 +33,33 @@ def _contestant(folder: Path, sizes: Sizes, name: str, batch_size: int) -> tuple
 
 def steps_per_second(folder: Path, sizes: Sizes, name: str, batch_size: int) -> Record:
     """Real tokens a second of training steps, and the most memory they take; the same batches for everybody."""
+    from finetuning.runs.measurements import forget_peak, peak_memory
+
+    on_gpu = sizes.accelerator == "gpu"
     contestant, split, batches = _contestant(folder, sizes, name, batch_size)
     contestant.train(split, batches[:3])
-    _forget_peak(sizes)
+    forget_peak(on_gpu)
     measured = contestant.train(split, batches)
     tokens = sum(int(split.lengths[batch].sum()) for batch in batches)
     return {
         "steps": len(measured.ends),
         "train_tokens_per_second": tokens / measured.seconds,
         "padding_fraction": 1 - tokens / measured.padded_tokens,
-        "peak_bytes": _peak(sizes),
+        "peak_bytes": peak_memory(on_gpu)["peak_bytes"],
     }
-
-
-def _forget_peak(sizes: Sizes) -> None:
-    import torch
-
-    if sizes.accelerator == "gpu":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak(sizes: Sizes) -> int:
-    from finetuning.runs.measurements import peak_memory
-
-    return int(peak_memory(sizes.accelerator == "gpu")["peak_bytes"])
 
 
 def memory(folder: Path, sizes: Sizes) -> Record:
     """Most memory of training steps by texts in a batch, for this suite's LoRA and QLoRA."""
-    record = {}
+    from finetuning.runs.measurements import forget_peak, peak_memory
+
+    record, on_gpu = {}, sizes.accelerator == "gpu"
     for name in ("suite_equal_batches", "suite_qlora_equal_batches"):
         for batch_size in sizes.batch_sizes:
             contestant, split, batches = _contestant(folder, sizes, name, batch_size)
-            _forget_peak(sizes)
+            forget_peak(on_gpu)
             contestant.train(split, batches[:3])
-            record[f"{name}, {batch_size} texts"] = _peak(sizes)
+            record[f"{name}, {batch_size} texts"] = peak_memory(on_gpu)["peak_bytes"]
             del contestant
     return {"peak_bytes": record}
 

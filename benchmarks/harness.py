@@ -55,7 +55,7 @@ Main = Callable[[Sequence[str] | None], int]
 
 
 def as_main(command: Main, interrupted: str = "interrupted") -> Callable[..., int]:
-    """The ``main`` of a command: it returns the exit status, and an early end becomes one line."""
+    """Decorates the ``main`` of a command: it returns the exit status, and an early end becomes one line."""
 
     def main(argv: Sequence[str] | None = None) -> int:
         return exit_status(lambda: command(argv), interrupted)

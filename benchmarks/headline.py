@@ -102,7 +102,8 @@ def read_row(study: Path, row: str) -> list[Record]:
     return sorted(runs, key=lambda run: run["study"]["seed"])
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Prints the table, and renews docs/speed.md and README. Returns the exit status."""
     parser = harness.make_parser("Compare whole runs with the tutorial script.")
     study = RESULTS / "earlier_work"
@@ -118,8 +119,6 @@ def command(argv: Sequence[str] | None) -> int:
     print(content)
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -139,7 +139,8 @@ def possible() -> list[Work]:
     return [work for work in PLAN if NEEDS.get(work.processor, "") in {"", *instructions()}]
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status.
 
     Each work has a process of its own, because instructions are hidden before torch is loaded.
@@ -171,8 +172,6 @@ def command(argv: Sequence[str] | None) -> int:
     harness.publish(journal, OUTPUT, table, "int8_speed", partly=harness.reduced(parser, options, "rounds"))
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

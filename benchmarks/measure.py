@@ -3,10 +3,8 @@
 With ``--choose`` it finds the best settings of a tuned peer instead. ``peers.py`` starts it for each measurement.
 """
 
-import argparse
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import math
 import os
@@ -14,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,7 +27,7 @@ from benchmarks.harness import Record
 from benchmarks.workload import Job, attentions, prepare, read_split, sample, some_batches
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.runs.measurements import peak_memory, processor_seconds, was_alone
+from finetuning.runs.measurements import forget_peak, peak_memory, processor_seconds, was_alone
 
 WARM_UP_STEPS = 2
 FEWEST_STEPS = 3  # measured steps, at least
@@ -127,8 +125,8 @@ def memory_before() -> int:
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+    forget_peak(on_gpu=False)
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
         pages = int(Path("/proc/self/statm").read_text(encoding="utf8").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     return int(peak_memory(on_gpu=False)["peak_bytes"])
@@ -187,24 +185,20 @@ def tuned_settings(job: Job) -> Record:
 # --- the command
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
+    """Prints one line of JSON. Returns the exit status: 0, or 2 if the input is refused."""
     parser = harness.make_parser("Measure one contestant.", choose="find the best settings of a tuned peer instead")
     parser.add_argument("contestant", choices=CONTESTANTS)
-    for field in dataclasses.fields(Job):
+    for field in fields(Job):
         if field.name != "contestant":
             choices = getattr(field.type, "__args__", None)
             kind = int if field.type is int else str
             parser.add_argument(f"--{field.name}", type=kind, default=field.default, choices=choices)
     parser.add_argument("--seconds", type=float, default=10.0, help="training time to aim at (default: 10)")
     parser.add_argument("--folder", type=Path, help="prepared models and tokens (default: made for this call)")
-    return parser
-
-
-def command(argv: Sequence[str] | None) -> int:
-    """Prints one line of JSON. Returns the exit status: 0, or 2 if the input is refused."""
-    arguments = make_parser().parse_args(argv)
-    job = Job(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Job)})
+    arguments = parser.parse_args(argv)
+    job = Job(**{field.name: getattr(arguments, field.name) for field in fields(Job)})
 
     def record() -> Record:
         with tempfile.TemporaryDirectory() as temporary:
@@ -215,8 +209,6 @@ def command(argv: Sequence[str] | None) -> int:
 
     return harness.answer(record)
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -318,7 +318,8 @@ def chosen_works(arguments: argparse.Namespace) -> tuple[list[Work], bool]:
     return kept, arguments.quick or less or kept != works
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Measures, prints each measurement, writes JSON and, after the whole plan, pages. Returns the exit status."""
     arguments = make_parser().parse_args(argv)
     works, partly = chosen_works(arguments)
@@ -351,8 +352,6 @@ def record_line(record: Record) -> str:
     rates = f"train {train:>8,.0f}  evaluation {evaluation:>8,.0f} tokens/s"
     return f"{what}{rates}  memory {memory:>6,.0f} MiB  padding {record['padding_fraction']:.1%}"
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -255,7 +255,8 @@ def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
     return result
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Does one run. Returns the exit status: 0, or 2 if the input is refused."""
     parser = harness.make_parser("Train with PEFT and the Hugging Face Trainer.")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
@@ -264,8 +265,6 @@ def command(argv: Sequence[str] | None) -> int:
     run(from_flags(flags), options.attention, options.frozen)
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

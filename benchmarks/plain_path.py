@@ -78,7 +78,8 @@ def table(result: Record) -> str:
     return f"{conditions}\n\n{lines}\n\n{measured(run['environment'] for run in runs)}"
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
     parser = harness.make_parser("Compare the efficient path with Hugging Face's own code.")
     parser.add_argument("--repeats", type=int, default=2, help="number of trainings on each path (default: 2)")
@@ -99,8 +100,6 @@ def record_line(record: Record) -> str:
     """A training in one line of output."""
     return f"efficient {record['efficient']}: {record['train']['seconds']:.0f} s"
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,6 @@ All label the same reviews with the same exported folder. Each measurement is a 
 take turns. A ratio is from two measurements of the same round.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -171,8 +170,11 @@ def table(result: Record) -> str:
     return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured([environment])}"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
+    """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
+    from finetuning.runs.measurements import environment_record
+
     parser = harness.make_parser(
         "Compare predict.py with a Transformers pipeline on a CPU.", quick="200 reviews, one round; changes no page"
     )
@@ -181,14 +183,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", type=Path, help="the official IMDb (default: the packaged reviews)")
     parser.add_argument("--contestant", choices=list(NAMES), help="measure it in this process and print JSON")
     parser.add_argument("--folder", type=Path, help="for --contestant: prepared model and reviews")
-    return parser
-
-
-def command(argv: Sequence[str] | None) -> int:
-    """Prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
-    from finetuning.runs.measurements import environment_record
-
-    parser = make_parser()
     options = parser.parse_args(argv)
     if options.contestant is not None:
         return harness.answer(partial(measure, options.contestant, options.folder))
@@ -205,8 +199,6 @@ def command(argv: Sequence[str] | None) -> int:
     harness.publish(journal, OUTPUT, table, "prediction", partly=harness.reduced(parser, options, "rounds", "texts"))
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -135,7 +135,8 @@ def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
     return Table(COLUMNS, rows).without_empty_columns()
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Renews the table of docs/data_sets.md. Returns the exit status."""
     harness.make_parser("What a recommender would lose on a data set that it has not seen.").parse_args(argv)
     study, placement = (read_study(name, ROOT / "results") for name in (STUDY, "placement"))
@@ -148,8 +149,6 @@ def command(argv: Sequence[str] | None) -> int:
     renew_tables(DATA_SETS, {"recommend": text})
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -214,7 +214,8 @@ def table(result: Record) -> str:
 # --- the command
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Measures, prints the table, writes JSON and renews docs/speed.md. Returns the exit status."""
     description = "Measure how close a step comes to what the CPU's products allow."
     arguments = harness.make_parser(description, quick="one work and few steps; changes no page").parse_args(argv)
@@ -235,8 +236,6 @@ def record_line(row: Record) -> str:
     """A measurement in one line of output."""
     return f"{row['model']} {row['targets']} {row['max_length']} {row['dtype']}: {row['share']:.0%}"
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -298,7 +298,8 @@ def gain_sentence(kind: str, theirs: Mapping[str, float], ours: Mapping[str, flo
     )
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Measures what is missing, and renews their page. Returns the exit status."""
     parser = harness.make_parser("The baselines of docs/protocol.md on every data set.")
     parser.add_argument("--data_dir", type=Path, required=True, metavar="PATH", help="folder with the data folders")
@@ -321,8 +322,6 @@ def command(argv: Sequence[str] | None) -> int:
         renew_tables(DATA_SETS, {"crossing": crossing})
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

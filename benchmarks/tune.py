@@ -318,7 +318,8 @@ PARTS: dict[str, Part] = {
 }
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Measures the parts and prints their tables. Returns the exit status."""
     parser = harness.make_parser(
         "What a search gains, and what it survives.", quick="a minute each, to see that it runs"
@@ -351,8 +352,6 @@ def command(argv: Sequence[str] | None) -> int:
             write_bytes(PICTURE, samplers_plot(result[name]))
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())

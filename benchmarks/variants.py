@@ -59,7 +59,8 @@ def equality_table(result: Record) -> str:
     return f"{Table(('variant', *kinds), rows).markdown()}\n\n{measured([result['environment']])}"
 
 
-def command(argv: Sequence[str] | None) -> int:
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
     """Measures, writes JSON and renews docs/speed.md; fewer rounds change no page. Returns the exit status."""
     parser = harness.make_parser("Compare LoRA's variants with LoRA.", equality="compare each variant with PEFT's")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help=f"rounds (default: {ROUNDS})")
@@ -85,8 +86,6 @@ def command(argv: Sequence[str] | None) -> int:
     harness.publish(journal, OUTPUT, table, "variants", partly=harness.reduced(parser, options, "rounds", "seconds"))
     return 0
 
-
-main = harness.as_main(command)
 
 if __name__ == "__main__":
     sys.exit(main())
