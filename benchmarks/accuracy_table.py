@@ -69,17 +69,13 @@ def conditions(result: Record) -> str:
 
 def complete_pairs(records: Sequence[Record], name: str) -> tuple[list[Record], list[Record]]:
     """The finished runs of a data set, the suite's and the peer's, of the seeds that both have finished."""
-    finished = {
-        contestant: {r["seed"]: r for r in records if _is(r, name, contestant) and r["status"] == "finished"}
-        for contestant in CONTESTANTS
-    }
+    finished: dict[str, dict[int, Record]] = {contestant: {} for contestant in CONTESTANTS}
+    for record in records:
+        if record["set"] == name and record["status"] == "finished":
+            finished[record["contestant"]][record["seed"]] = record
     seeds = sorted(set(finished["suite"]) & set(finished["peft"]))
     suite, peft = ([finished[contestant][seed] for seed in seeds] for contestant in CONTESTANTS)
     return suite, peft
-
-
-def _is(record: Record, name: str, contestant: str) -> bool:
-    return record["set"] == name and record["contestant"] == contestant
 
 
 def time_ratio(suite: Sequence[Record], peft: Sequence[Record]) -> Spread | None:

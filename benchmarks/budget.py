@@ -11,7 +11,6 @@ The tables of docs/budget.md, from collected runs:
 """
 
 import csv
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
 from finetuning.pages import Table, measured, renew_tables
 from finetuning.settings import DataSettings
+from finetuning.storage import read_json
 from finetuning.training.budget import FEW
 
 OUTPUT = harness.RESULTS / "few_texts.json"
@@ -243,12 +243,12 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--again", action="store_true", help="also measure the baselines that were measured before")
     options = parser.parse_args(argv)
     journal = harness.start_journal("few_texts", options, {"environments": []})
-    known = [] if options.again or not OUTPUT.exists() else json.loads(OUTPUT.read_text("utf8"))["measurements"]
+    known = [] if options.again or not OUTPUT.exists() else read_json(OUTPUT)["measurements"]
     measure(options.data_dir, journal, known)
     harness.publish(journal, OUTPUT, few_texts_table, "few_texts", partly=False, page=PAGE)
-    renew_tables(PAGE, {"steps": steps_table(), "patience": patience_table()})
+    defaults = {name: defaults_table(STEPS.with_name(name)) for name in ("defaults", "defaults_methods")}
+    renew_tables(PAGE, {"steps": steps_table(), "patience": patience_table()} | defaults)
     renew_tables(GUIDE, {"rare_labels": rare_labels_table()})
-    renew_tables(PAGE, {name: defaults_table(STEPS.with_name(name)) for name in ("defaults", "defaults_methods")})
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -304,20 +304,6 @@ class Peft(Contestant):
 # --- this suite
 
 
-class _LightningTimer(Callback):
-    def __init__(self) -> None:
-        self.measured = Measured()
-
-    def on_train_start(self, *_: Any) -> None:
-        self.measured.start()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.measured.step()
-
-    def on_train_end(self, *_: Any) -> None:
-        self.measured.stop()
-
-
 class Suite(Contestant):
     """This suite with ``harness.TRAINING``, its other defaults, and without validation.
 
@@ -353,13 +339,18 @@ class Suite(Contestant):
         )
 
     def train(self, split: TokenizedSplit, batches: Sequence[np.ndarray]) -> Measured:
-        module, timer = self.module(len(batches)), _LightningTimer()
+        module, measured = self.module(len(batches)), Measured()
+        timer = LambdaCallback(
+            on_train_start=lambda *_: measured.start(),
+            on_train_batch_end=lambda *_: measured.step(),
+            on_train_end=lambda *_: measured.stop(),
+        )
         with tempfile.TemporaryDirectory() as directory, quiet_lightning():
             meter = Meter(Path(directory), rows_per_run=1, guarded_steps=0)  # a few steps: as in a long run, none waits
             trainer = self.trainer(Path(directory), meter, timer)
             trainer.fit(module, self.loader(split, batches))
-        timer.measured.padded_tokens = sum(len(batch) * int(split.lengths[batch].max()) for batch in batches)
-        return timer.measured
+        measured.padded_tokens = sum(len(batch) * int(split.lengths[batch].max()) for batch in batches)
+        return measured
 
     def module(self, total_steps: int) -> FineTuning:
         """The suite's own Lightning module."""

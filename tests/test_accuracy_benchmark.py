@@ -267,26 +267,6 @@ def test_recorded_commands_are_those_of_the_plan_and_leave_nothing_to_auto() -> 
         assert None not in (training.epochs, training.batch_size, training.patience)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--sets", "nothing"], "--sets nothing: must be one of trec6, emotion"),
-        (["--sets", "trec6"], "has no folder trec6"),
-        (["--seeds", "a"], "--seeds a: must be whole numbers"),
-        (["--unknown"], "unrecognized arguments: --unknown"),
-    ],
-)
-def test_flags_that_make_no_sense_are_refused(
-    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path
-    if message.startswith("--seeds"):
-        for work in accuracy.PLAN:
-            (data / work.name).mkdir()
-    assert accuracy.main(["--data_dir", str(data), *flags]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_the_time_left_is_the_time_of_the_same_with_other_seeds(tmp_path: Path) -> None:
     measurements, journal = accuracy.planned(accuracy.PLAN[:2], [0, 1]), accuracy.Journal(tmp_path / "journal.json", {})
     for measurement, seconds in zip(measurements, (10.0, 20.0, 30.0), strict=False):

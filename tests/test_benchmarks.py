@@ -12,10 +12,12 @@ import pytest
 
 import finetune_lora
 from benchmarks import (
+    abstain,
     accuracy,
     budget,
     equality,
     families,
+    gpu,
     harness,
     headline,
     int8,
@@ -24,6 +26,7 @@ from benchmarks import (
     prediction,
     roofline,
     sets_baselines,
+    tune,
     variants,
 )
 from compare_methods import ACCURACY, BEST_PRACTICES, DATA_SETS, README, RESULTS, ROOT, SPEED
@@ -37,6 +40,34 @@ from finetuning.storage import read_json
 def test_benchmarks_import_no_tests() -> None:
     for path in (ROOT / "benchmarks").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) tests\b", path.read_text(encoding="utf8"), re.MULTILINE), path
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (peers.main, "--contestants nobody", "--contestants nobody: allowed are suite"),
+        (peers.main, "--contestants tutorial_fp32 --max_length 128", "nothing to measure"),
+        (peers.main, "--repeats 0", "--repeats"),
+        (peers.main, "--max_length 99", "--max_length"),
+        (prediction.main, "--rounds 0", "error: --rounds"),
+        (prediction.main, "--texts 0", "error: --texts"),
+        (prediction.main, "--data_dir nowhere", "error: --data_dir"),
+        (prediction.main, "--contestant x", "error: --contestant"),
+        (gpu.main, "--parts nothing", "--parts nothing: allowed are folder, environment"),
+        (abstain.main, "--data_dir .", "has no folder ag_news"),
+        (abstain.main, "--data_dir . --sets mine", "--sets mine: must be one of ag_news, subj"),
+        (accuracy.main, "--data_dir . --sets nothing", "--sets nothing: must be one of trec6, emotion"),
+        (accuracy.main, "--data_dir . --sets trec6", "has no folder trec6"),
+        (accuracy.main, "--data_dir . --sets rte --seeds a", "--seeds a: must be whole numbers"),
+        (accuracy.main, "--data_dir . --unknown", "unrecognized arguments: --unknown"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(
+    main: Callable[..., int], words: str, message: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "rte").mkdir()
+    assert main(words.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 def whole_run(seed: int, seconds: float | None, accuracy: float) -> dict[str, Any]:
@@ -189,6 +220,10 @@ def crossing() -> str:
         ),
         (DATA_SETS, "crossing", crossing),
         (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),
+        *(
+            (DATA_SETS, f"tune_{name}", lambda name=name, table=table: table(stored("tune")[name]))
+            for name, (_, table) in tune.PARTS.items()
+        ),
     ],
 )
 def test_the_pages_have_the_tables_of_the_committed_results(page: Path, marker: str, table: Callable[[], str]) -> None:

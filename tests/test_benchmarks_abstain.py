@@ -1,9 +1,6 @@
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from benchmarks.abstain import RISKS, main, table
+from benchmarks.abstain import RISKS, table
 
 
 def record(seed: int, wrong: int) -> dict[str, Any]:
@@ -18,10 +15,3 @@ def test_the_table_counts_splits_in_which_the_share_was_as_asked() -> None:
     assert "at most as asked in 5 of 6" in content
     assert "| subj, 90.0 % | 1 % | 0 of 2 |  |  |  |  |" in content
     assert "| subj, 90.0 % | 2 % | 2 of 2 | 50.0 | 2.00 | 3.00 | 1 of 2 |" in content
-
-
-def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--data_dir", str(tmp_path)]) == 2
-    assert "has no folder ag_news" in capsys.readouterr().err
-    assert main(["--data_dir", str(tmp_path), "--sets", "mine"]) == 2
-    assert "--sets mine: must be one of ag_news, subj" in capsys.readouterr().err

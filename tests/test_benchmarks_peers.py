@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import families, harness, measure, peers, roofline
 from benchmarks.contestants import CONTESTANTS, Contestant, Suite, Tutorial
+from benchmarks.faults.runs import in_process
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import LABELS, RANK, TARGETS, Job, read_split, sample, save_split, some_batches
 from finetuning.data.tokens import TokenizedSplit
@@ -143,7 +144,12 @@ def test_parts_have_the_lengths_of_the_whole() -> None:
     assert abs(split.lengths[np.concatenate(some)].mean() - split.lengths.mean()) < 0.5
 
 
-def test_one_measurement_from_the_command_to_its_record(folder: Path) -> None:
+def test_one_measurement_from_the_command_to_its_record(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_this_process(words: list[str], *_: Any) -> tuple[str, str | None]:
+        outcome = in_process(measure.main, words[2:])
+        return outcome.printed, outcome.printed if outcome.status else None
+
+    monkeypatch.setattr(harness, "in_process", in_this_process)
     work = peers.Work("tiny", "all", MAX_LENGTH, ())
     flags = ["--precision=fp32", "--batch_size=16", "--attention=eager"]
     record = peers.measure_one(work, "peft_tuned", flags, folder, seconds=0.01)
@@ -158,13 +164,16 @@ def test_one_measurement_from_the_command_to_its_record(folder: Path) -> None:
     assert isinstance(record["alone"], bool)
 
 
-def test_a_measurement_that_fails_says_why() -> None:
+def test_a_process_tells_what_it_measured_or_why_it_failed(tmp_path: Path) -> None:
+    (tmp_path / "record").write_text('{"seconds": 2.0}')
+    assert harness.measured_in_process(["json.tool", "--compact", str(tmp_path / "record")]) == {"seconds": 2.0}
     record = harness.measured_in_process(["json.tool", "missing"])
     assert list(record) == ["error"]
     assert "missing" in record["error"]
 
 
-def test_the_tuned_peer_takes_the_fastest_settings(folder: Path) -> None:
+def test_the_tuned_peer_takes_the_fastest_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "TRIAL_TEXTS", measure.TRIAL_BATCHES[1])
     result = measure.choose(job("peft_tuned"), folder)
     chosen, tried = result["chosen"], result["tried"]
     assert chosen.items() <= max(tried, key=lambda trial: trial["train_tokens_per_second"]).items()
@@ -267,22 +276,6 @@ def test_other_families_train_in_8_bits_where_that_is_fast(
     monkeypatch.setattr(families, "refused", lambda: None)
     monkeypatch.setattr(families, "slow", lambda _widths: why_not)
     assert [INT8 in work.contestants for work in families.plan()] == [measured] * 4
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--contestants", "nobody"], "--contestants nobody: allowed are suite"),
-        (["--contestants", "tutorial_fp32", "--max_length", "128"], "nothing to measure"),
-        (["--repeats", "0"], "--repeats"),
-        (["--max_length", "99"], "--max_length"),
-    ],
-)
-def test_flags_that_make_no_sense_are_refused(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert peers.main(flags) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_less_than_the_plan_never_replaces_its_results() -> None:

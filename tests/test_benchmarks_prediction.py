@@ -54,9 +54,3 @@ def test_table() -> None:
     assert lines[5] == "| this suite | 450 |  | 1,024 | 99.5 |"
     assert lines[6] == "| pipeline, batches of 32 | 150 | 3.00 | 1,024 | 99.5 |"
     assert lines[7].startswith("| pipeline, batches of 32, bf16, sorted by length | 225 | 2.00 |")
-
-
-def test_wrong_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--rounds", "0"], ["--texts", "0"], ["--data_dir", "nowhere"], ["--contestant", "x"]):
-        assert prediction.main(words) == 2
-        assert capsys.readouterr().err.startswith("error: --")

@@ -22,7 +22,7 @@ SETS = {
 }
 
 
-def grid(folder: Path, sets: dict[str, Any]) -> Grid | None:
+def grid(folder: Path, sets: dict[str, Any]) -> Grid:
     for name, (classes, methods) in sets.items():
         data = {"sizes": {"train": 100}, "tokens": {"train": 2000}, "label_names": [str(i) for i in range(classes)]}
         for method, (right, score) in methods.items():
@@ -30,12 +30,13 @@ def grid(folder: Path, sets: dict[str, Any]) -> Grid | None:
             write_run(folder, "s", f"{name}-{method}", correct=np.arange(1000) < right, **more)
             axes = {"learning_rate": 0.1}
             write_run(folder, "s", f"{name}-{method}", stage="tune", axes=axes, validation=score, **more)
-    return grid_of(read_study("s", folder))
+    found = grid_of(read_study("s", folder))
+    assert found is not None
+    return found
 
 
 def test_each_set_is_chosen_for_without_its_own_test_scores(tmp_path: Path) -> None:
     found = grid(tmp_path, SETS)
-    assert found is not None
     rows = {row[0]: row[1:] for row in recommend.table(found, {}).rows}
     assert rows["always a"][0].startswith("2.50 (")
     assert rows["always a"][1:] == ("6.00", "2 of 4")
@@ -50,7 +51,6 @@ def test_each_set_is_chosen_for_without_its_own_test_scores(tmp_path: Path) -> N
 def test_a_method_on_few_sets_is_left_out(tmp_path: Path) -> None:
     classes, scores = SETS["few1"]
     found = grid(tmp_path, SETS | {"few1": (classes, {**scores, "c": (950, 0.9)})})
-    assert found is not None
     rows = {row[0]: row[1:] for row in recommend.table(found, {}).rows}
     assert "always c" not in rows
     assert rows["always a"][1:] == ("6.00", "2 of 4")
@@ -58,7 +58,6 @@ def test_a_method_on_few_sets_is_left_out(tmp_path: Path) -> None:
 
 def test_too_few_sets_are_one_line(tmp_path: Path) -> None:
     found = grid(tmp_path, {name: SETS[name] for name in ("few1", "few2", "many1")})
-    assert found is not None
     with pytest.raises(UserError, match="3 data sets have runs of all methods: must be over 3"):
         recommend.table(found, {})
 
@@ -67,8 +66,6 @@ def test_the_default_counts_where_it_ran_on_the_same_texts(tmp_path: Path) -> No
     found = grid(tmp_path / "methods", SETS)
     default = {name: {"all": (905, 0.0), "query-value": (700, 0.0)} for name in SETS}
     ran = grid(tmp_path / "placement", {name: (SETS[name][0], own) for name, own in default.items()})
-    assert found is not None
-    assert ran is not None
     scores = recommend.default_scores(found, ran)
     rows = {row[0]: row[1:] for row in recommend.table(found, scores).rows}
     assert rows["the default command"][1:] == ("-0.50", "4 of 4", ""), "it can be better than all methods"

@@ -61,14 +61,21 @@ def test_of_equal_scores_the_strongest_regularization_is_chosen() -> None:
     assert record["C"] <= again["C"]
 
 
-def default_runs(folder: Path, sets: dict[str, tuple[int, int]]) -> Grid | None:
+def collected(folder: Path) -> Grid:
+    """The runs that ``write_run`` has left."""
+    runs = grid_of(read_study("s", folder))
+    assert runs is not None
+    return runs
+
+
+def default_runs(folder: Path, sets: dict[str, tuple[int, int]]) -> Grid:
     """Runs of the default command: data set -> right ones of 1,000 test texts, classes."""
     for name, (right, classes) in sets.items():
         data = {"sizes": {"train": 2000}, "tokens": {"train": 24_000}, "label_names": [str(i) for i in range(classes)]}
         for method in ("all", "query-value"):
             config = {"data_dir": f"in/{name}"}
             write_run(folder, "s", f"{name}-{method}", correct=np.arange(1000) < right, config=config, data=data)
-    return grid_of(read_study("s", folder))
+    return collected(folder)
 
 
 def test_the_table_has_sizes_and_the_default_command(tmp_path: Path) -> None:
@@ -105,15 +112,13 @@ def test_gains_over_the_frozen_model_are_means_over_draws(tmp_path: Path) -> Non
     ], "environments": []}  # fmt: skip
     whole = {"measurements": [{"set": name, "baseline": FROZEN, "accuracy": 0.85} for name in "abc"], "environment": {}}
     default = default_runs(tmp_path, dict.fromkeys("abc", (860, 2)))
-    assert default is not None
     for draw in range(2):
         axes = {"data_dir": "a", "data_seed": draw}
         for name in "abc":
             for method in sets_baselines.WITH_FEW_TEXTS.values():
                 row, right = f"{name}-50-{method}-data_seed{draw}", np.arange(1000) < 500 + 100 * draw
                 write_run(tmp_path / "few", "s", row, correct=right, axes=axes | {"data_dir": name})
-    runs = grid_of(read_study("s", tmp_path / "few"))
-    assert runs is not None
+    runs = collected(tmp_path / "few")
     known = {"set": "a", "texts": 50, "baseline": FROZEN}
     frozen = [known | {"draw": draw, "accuracy": 0.5 + 0.14 * draw} for draw in (0, 1)]
     text = sets_baselines.crossing_table(few, {"measurements": frozen, "environment": {}}, runs, whole, default)
@@ -140,8 +145,7 @@ def test_few_texts_have_the_baselines_beside_the_runs_and_the_mean_of_the_sets(t
                 right = np.arange(1000) < 500 + 100 * i
                 row, axes = f"{name}-50-{method}-data_seed{draw}", {"data_dir": name, "data_seed": draw}
                 write_run(tmp_path, "s", row, correct=right, axes=axes, data=data)
-    runs = grid_of(read_study("s", tmp_path))
-    assert runs is not None
+    runs = collected(tmp_path)
     records = [
         {"set": name, "texts": 50, "draw": draw, "baseline": kind, "accuracy": 0.4 + 0.02 * draw}
         for name in "abc"

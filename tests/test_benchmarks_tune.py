@@ -1,10 +1,6 @@
 """The tables of the benchmark of searches, from records; its searches are those of tests/test_tune.py."""
 
-import pytest
-
 from benchmarks.tune import (
-    OUTPUT,
-    PARTS,
     gain_table,
     kills_table,
     merged,
@@ -13,9 +9,6 @@ from benchmarks.tune import (
     samplers_table,
     speed_table,
 )
-from compare_methods import DATA_SETS
-from finetuning.pages import with_table
-from finetuning.storage import read_json
 from tests.synthetic_runs import ENVIRONMENT
 
 MADE = {"environment": ENVIRONMENT}
@@ -68,10 +61,3 @@ def test_speed_kills_and_repetition_have_one_row() -> None:
     assert row_of(kills_table([kills | MADE])) == "| 8 | 50 | 60 | 60 | 60 |"
     same = {"trials": 12, "same_trials": True, "same_weights": False}
     assert row_of(repeat_table([same | MADE])) == "| 12 | yes | no |"
-
-
-@pytest.mark.parametrize("part", list(PARTS))
-def test_the_page_has_what_was_measured(part: str) -> None:
-    text, result = DATA_SETS.read_text(encoding="utf8"), read_json(OUTPUT) if OUTPUT.exists() else {}
-    content = PARTS[part][1](result[part]) if part in result else "Not run yet."
-    assert with_table(text, f"tune_{part}", content) == text, "run the benchmark"

@@ -16,7 +16,7 @@ from benchmarks.faults.plan import FAULTS
 from benchmarks.faults.runs import Broken, Commands, Fault, Outcome, Seen, Signals, Undisturbed, continued, require_same
 
 SHORT = {
-    "SIGKILL": 2,
+    "SIGKILL": 1,
     "signals": 1,
     "memory runs out": 1,
     "damaged checkpoint": 1,
@@ -29,7 +29,7 @@ SHORT = {
 }
 
 HEADLINE = "data    data: 200 train\nrun     runs/first\n"  # the text before training
-SEED = 65603  # most of its trials are of LoRA or full fine-tuning in fp32: few undisturbed runs, no kernels to compile
+SEED = 58851  # all its trials are of LoRA or full fine-tuning in fp32: two undisturbed runs, no kernels to compile
 
 pytestmark = pytest.mark.xdist_group("campaign")  # in one process: the undisturbed runs are made once
 

@@ -114,22 +114,13 @@ def damaged_cache(commands: Commands, generator: random.Random, directory: Path)
     return f"{folder.name}: rebuilt, identical"
 
 
-def damaged_weights(commands: Commands, generator: random.Random, directory: Path) -> str:
-    """Weights of a finished run are damaged, and then used."""
-    return _used_by_predict(commands, generator, directory, weights=True)
-
-
-def damaged_result(commands: Commands, generator: random.Random, directory: Path) -> str:
-    """The result of a finished run is damaged, and the run then used."""
-    return _used_by_predict(commands, generator, directory, weights=False)
-
-
-def _used_by_predict(commands: Commands, generator: random.Random, directory: Path, weights: bool) -> str:
+def damaged_for_predict(commands: Commands, generator: random.Random, directory: Path, file: str) -> str:
+    """A file of a finished run is damaged, and the run then used. ``file`` is a pattern of its name."""
     whole, _, _ = commands.whole(generator.choice(list(runs.METHODS)))
     text = ("--text", "a dull film, number 7")
     expected = commands.run(["predict", str(whole), *text])
     shutil.copytree(whole, directory)
-    damage(next(directory.glob("*.safetensors")) if weights else directory / RESULT, kind_of(directory), generator)
+    damage(next(directory.glob(file)), kind_of(directory), generator)
     outcome = commands.run(["predict", str(directory), *text])
     if outcome.status == 0:  # for example another kind of space in result.json
         require(_answers(outcome) == _answers(expected), "other predictions", outcome)

@@ -113,7 +113,8 @@ def signalled(commands: Commands, generator: random.Random, directory: Path) -> 
 def rank_killed(commands: Commands, generator: random.Random, directory: Path) -> str:
     """One of two processes of a run with DDP is killed, at a random time after the first checkpoint."""
     whole = undisturbed_ranks(commands)
-    process = start_ranks(commands, directory)
+    words = words_of_ranks(commands, directory)
+    process = commands.popen(["finetune_lora.py", *words])
     while not (directory / LAST_CHECKPOINT).exists():
         if process.poll() is not None:
             raise runs.Broken(f"did not start: {process.communicate()[0][-300:]}")
@@ -139,23 +140,16 @@ def rank_killed(commands: Commands, generator: random.Random, directory: Path) -
     require(outcome.status == (1 if number else -signal.SIGKILL), "the first process", outcome)
     require(len(outcome.lines) == 1 and outcome.lines[0].startswith("failed:"), "not one line", outcome)
     require("Traceback" not in printed, "traceback", outcome)
-    done, how = continued(has_checkpoint(directory), outcome, lambda: ranks_to_the_end(commands, directory))
+    done, how = continued(has_checkpoint(directory), outcome, lambda: commands.fresh(words))
     require(done.status == 0, "continued", done)
     require_same(directory, whole)
     return f"the other ended within {10 * (int(seconds) // 10 + 1)} s, {how}, identical"
 
 
-def start_ranks(commands: Commands, directory: Path) -> subprocess.Popen[str]:
-    """Starts or continues a run of two processes, one of which starts the other."""
+def words_of_ranks(commands: Commands, directory: Path) -> list[str]:
+    """The flags that start or continue a run of two processes, one of which starts the other."""
     ranks = ("--epochs", "12", "--devices", "2", "--strategy", "ddp", "--accumulate", "1", "--resume", "auto")
-    return commands.popen(["finetune_lora.py", *commands.flags(directory, "lora"), *ranks])
-
-
-def ranks_to_the_end(commands: Commands, directory: Path) -> Outcome:
-    """A run of two processes that nobody disturbs."""
-    process = start_ranks(commands, directory)
-    printed = process.communicate()[0]
-    return Outcome(process.returncode, printed)
+    return [*commands.flags(directory, "lora"), *ranks]
 
 
 @functools.cache
@@ -163,7 +157,7 @@ def undisturbed_ranks(commands: Commands) -> Path:
     """The directory of an undisturbed run of two processes."""
     directory = commands.folder / "whole-ddp"
     shutil.rmtree(directory, ignore_errors=True)
-    outcome = ranks_to_the_end(commands, directory)
+    outcome = commands.fresh(words_of_ranks(commands, directory))
     require(outcome.status == 0, "the undisturbed run failed", outcome)
     return directory
 

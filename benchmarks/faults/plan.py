@@ -1,8 +1,11 @@
 """The faults of the campaign: each is done to a run, and its promise is checked."""
 
+from functools import partial
+
 from benchmarks.faults import cluster, crowd, damage, inputs, interruptions, memory, surroundings
 from benchmarks.faults.runs import Fault
 from benchmarks.slurm_cluster import missing_daemon
+from finetuning.runs.files import RESULT
 
 RANK_KILLED = "the other ends within 60 s, one line, continues bit-identical"
 FULL_DISK = "one line, status 1 (2 if the run has not begun, 0 for its report), continues bit-identical"
@@ -17,9 +20,11 @@ FAULTS = (
     Fault("damaged checkpoint", 80, "falls back or refused in one line", damage.damaged_checkpoint),
     Fault("damaged settings", 80, "refused in one line", damage.damaged_settings),
     Fault("damaged cache", 80, "rebuilt or refused in one line", damage.damaged_cache),
-    Fault("damaged weights", 80, "refused in one line, never used", damage.damaged_weights),
+    Fault("damaged weights", 80, "refused in one line, never used",
+          partial(damage.damaged_for_predict, file="*.safetensors")),
     Fault("damaged export", 80, "refused in one line, never used", damage.damaged_export),
-    Fault("damaged result", 80, "refused in one line, never used", damage.damaged_result),
+    Fault("damaged result", 80, "refused in one line, never used",
+          partial(damage.damaged_for_predict, file=RESULT)),
     Fault("damaged predictions", 80, "refused in one line, never used", damage.damaged_predictions),
     Fault("damaged collected run", 80, "refused in one line, never used", damage.damaged_collected_run),
     Fault("one cache", 10, "all end alike", crowd.one_cache),
