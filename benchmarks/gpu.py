@@ -5,6 +5,7 @@ under a time limit. A part that fails, or takes too long, is recorded with its r
 Writes one JSON file, after each part, and prints one table.
 """
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -176,6 +177,7 @@ def main(argv: Sequence[str] | None) -> int:
     if sizes.start == "fork":
         with suppress(ImportError):  # once for all parts; a part that needs what is missing says so
             importlib.import_module("benchmarks.contestants")
+        gc.freeze()  # what was imported stays, so that collections of garbage in the parts need not look at it
     partly = arguments.small or arguments.parts
     output = arguments.output or (PARTIAL_OUTPUT if partly else OUTPUT)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ A server process imports the libraries once, and each run is a fork of it.
 """
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -236,6 +237,7 @@ def _child(words: list[str], log: str, cache: str, disturbance: Disturbance | No
     import predict
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported stays, so that collections of garbage need not look at it
     sys.argv = ["finetune_lora.py", *words]
     directory = words[words.index("--output_dir") + 1] if "--output_dir" in words else words[1]
     watched, operations = (directory, cache), 0
