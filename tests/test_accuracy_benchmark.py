@@ -66,9 +66,7 @@ def measured(
     """Both sets with one seed, measured."""
     folder = tmp_path_factory.mktemp("measured")
     measurements = accuracy.planned(works, [3])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        accuracy.measure_all(measurements, data_dir, folder, [], start)
+    accuracy.measure_all(measurements, data_dir, folder, [], start)
     return measurements, folder
 
 

@@ -73,9 +73,7 @@ def trained(folder: Path, data: Path, base: Path, *more: str) -> Path:
     line = f"--dataset text --data_dir {data} --model_name {base} --output_dir {folder / 'run'}"
     line += " --batch_size 8 --epochs 2 --patience 0 --accelerator cpu --learning_rate 1e-2 --lora_mlp True"
     line += " --report False"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
-        assert finetune_lora.main([*line.split(), *more]) == 0
+    assert finetune_lora.main([*line.split(), *more]) == 0
     return folder / "run"
 
 

@@ -52,13 +52,11 @@ def runs(
 ) -> dict[str, Path]:
     """One finished run of each method on the small reviews."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_LORA_CACHE", str(folder / "cache"))
-        for method, line in METHODS.items():
-            common = f"--dataset text --data_dir {review_folder} --model_name {tiny_folders['distilbert']}"
-            common += " --max_length 32 --epochs 1 --batch_size 8 --patience 0 --accelerator cpu --report False"
-            common += f" --learning_rate 1e-2 --precision fp32 --output_dir {folder / method}"
-            assert finetune_lora.main([*common.split(), *line.split()]) == 0, method
+    for method, line in METHODS.items():
+        common = f"--dataset text --data_dir {review_folder} --model_name {tiny_folders['distilbert']}"
+        common += " --max_length 32 --epochs 1 --batch_size 8 --patience 0 --accelerator cpu --report False"
+        common += f" --learning_rate 1e-2 --precision fp32 --output_dir {folder / method}"
+        assert finetune_lora.main([*common.split(), *line.split()]) == 0, method
     return {method: folder / method for method in METHODS}
 
 

@@ -71,10 +71,8 @@ def test_a_run_predicts_the_same_again(
     review_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     method: str,
 ) -> None:
-    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "cache"))
     run, base = tmp_path / "run", tiny_folders["bert"]
     line = f"--dataset text --data_dir {review_folder} --model_name {base} --output_dir {run} --pooling mean"
     line += f" --method {method} --max_length 32 --epochs 2 --precision fp32 --accelerator cpu --report False"
