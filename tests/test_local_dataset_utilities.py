@@ -431,3 +431,14 @@ def test_texts_with_two_labels_each_may_be_half_of_a_pair(tmp_path: Path, twice:
     notes = texts_of(write_texts(tmp_path, "text,label\n" + "".join(rows))).notes
     found = [note for note in notes if "training texts have different labels elsewhere in train" in note]
     assert bool(found) == warned
+
+
+def test_a_column_of_numbers_is_doubted(tmp_path: Path) -> None:
+    rows = "".join(f"{i},{2021 + i}-01,a film {i},{'ab'[i % 2]}\n" for i in range(30))
+    write_texts(tmp_path, "number,month,text,label\n" + rows)
+    for column, doubted in (("number", True), ("month", True), ("text", False)):
+        notes = texts_of(text_config(tmp_path, text_column=column)).notes
+        line = "warning: 100% of the training texts have no letter: is --text_column the column that you mean?"
+        assert (line in notes) == doubted
+    write_texts(tmp_path, "text,label\n" + "".join(f"是的 {i},{'ab'[i % 2]}\n" for i in range(30)))
+    assert not any("no letter" in note for note in texts_of(text_config(tmp_path)).notes)

@@ -21,6 +21,7 @@ from finetuning.data.splits import (
     split_source,
     with_unseen_test,
     without_leaks,
+    wordless,
 )  # fmt: skip
 from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit, begun_key, cached_tokens
@@ -45,7 +46,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     notes: list[str] = []
     if data.kfold is not None:
         splits, notes = with_pooled_validation(splits, given, int(source.tables["train"].index.max()) + 1)
-    notes += contradictions(splits["train"])
+    notes += [*wordless(splits["train"]), *contradictions(splits["train"])]
     splits, leaks_dropped = without_leaks(splits, names)
     splits, note = with_unseen_test(splits, given)
     notes += [*note, *source.notes]
