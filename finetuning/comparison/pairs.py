@@ -2,9 +2,8 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,23 +39,16 @@ class Comparison:
     Attributes:
         first: the name of a row.
         second: the name of another row.
-        p: the p value of ``test``.
+        difference: the first minus the second, with the p value of ``test``.
         corrected_p: the p value after Holm's correction over the table.
         test: which test the p value is from.
-        bootstrap: gives the first minus the second with its interval, which most pairs of a large table do not show.
     """
 
     first: str
     second: str
-    p: float
+    difference: Difference
     corrected_p: float
     test: str
-    bootstrap: Callable[[], Difference]
-
-    @property
-    def difference(self) -> Difference:
-        """The first minus the second with its interval, which is always from the bootstrap."""
-        return self.bootstrap()
 
     @property
     def verdict(self) -> str:
@@ -81,21 +73,19 @@ def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparis
     resamples = resamples_for(len(same))
     counted = {name: np.stack([p.counted(measure) for p in runs]) for name, runs in usable.items()}
 
-    def compare(a: str, b: str) -> tuple[float, str, Callable[[], Difference]]:
-        """The p value of two rows, its test, and what gives their difference."""
+    def compare(a: str, b: str) -> tuple[Difference, str]:
+        """The difference of two rows, and the test of its p value. The interval is always from the bootstrap."""
         spread = spreads[usable[a][0].test_set]
-        arrays = [(counted[a], counted[b], spread)]
         if measure == "accuracy" and spread is None:  # no row has a second seed
             p = mcnemar(usable[a][0].correct, usable[b][0].correct)
-            return p, "McNemar", cache(partial(pooled_difference, arrays))
-        bootstrap = cache(partial(pooled_difference, arrays, resamples, measure))
-        return bootstrap().p, "bootstrap", bootstrap
+            return replace(pooled_difference([(counted[a], counted[b], None)]), p=p), "McNemar"
+        return pooled_difference([(counted[a], counted[b], spread)], resamples, measure), "bootstrap"
 
     found = [compare(a, b) for a, b in same]
-    corrected = holm([p for p, *_ in found])
+    corrected = holm([difference.p for difference, _ in found])
     comparisons = [
-        Comparison(a, b, p, corrected_p, test, bootstrap)
-        for (a, b), (p, test, bootstrap), corrected_p in zip(same, found, corrected, strict=True)
+        Comparison(a, b, difference, p, test)
+        for (a, b), (difference, test), p in zip(same, found, corrected, strict=True)
     ]
     uneven = [_with_most_spread({name: accuracies[name] for name in names}) for names in groups.values()]
     notes += [

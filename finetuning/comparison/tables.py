@@ -168,7 +168,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
             (
                 c.first, c.second,
                 c.difference.cell,
-                f"{c.p:.2g}", f"{c.corrected_p:.2g}", c.test, c.verdict,
+                f"{c.difference.p:.2g}", f"{c.corrected_p:.2g}", c.test, c.verdict,
             )
             for c in comparisons
         ],

@@ -34,8 +34,8 @@ def test_every_pair_with_the_test_that_fits_the_table(tmp_path: Path) -> None:
     assert notes == []
     pairs = [("a", "b"), ("a", "c"), ("b", "c")]
     assert [(c.first, c.second, c.test) for c in comparisons] == [(*pair, "McNemar") for pair in pairs]
-    assert comparisons[1].p == mcnemar(single["a"], single["c"])
-    assert [c.corrected_p for c in comparisons] == holm([c.p for c in comparisons])
+    assert comparisons[1].difference.p == mcnemar(single["a"], single["c"])
+    assert [c.corrected_p for c in comparisons] == holm([c.difference.p for c in comparisons])
     assert [c.verdict for c in comparisons] == ["no significant difference", "a is better", "b is better"]
     (answer,) = answers(study, comparisons)
     assert answer.sentence == "Best: a (90.00 %; the same: b). No significant difference: b."
@@ -170,8 +170,7 @@ def test_micro_f1_needs_multi_label_runs(tmp_path: Path) -> None:
 def test_of_very_many_pairs_those_with_the_best_row_are_shown() -> None:
     difference = Difference(0.1, 0.0, 0.2, 0.5)
     names = [f"row {i}" for i in range(20)]
-    pairs = itertools.combinations(names, 2)
-    comparisons = [Comparison(a, b, 0.5, 1.0, "McNemar", lambda: difference) for a, b in pairs]
+    comparisons = [Comparison(a, b, difference, 1.0, "McNemar") for a, b in itertools.combinations(names, 2)]
     assert worth_showing(comparisons[:100]) == comparisons[:100]
     assert [(c.first, c.second) for c in worth_showing(comparisons)] == [("row 0", name) for name in names[1:]]
 
