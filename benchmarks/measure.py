@@ -27,7 +27,7 @@ from benchmarks.harness import Record
 from benchmarks.workload import Job, attentions, prepare, read_split, sample, some_batches
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.runs.measurements import forget_peak, peak_memory, processor_seconds, was_alone
+from finetuning.runs.measurements import peak_memory, processor_seconds, was_alone
 
 WARM_UP_STEPS = 2
 FEWEST_STEPS = 3  # measured steps, at least
@@ -125,8 +125,8 @@ def memory_before() -> int:
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-    forget_peak(on_gpu=False)
     with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
         pages = int(Path("/proc/self/statm").read_text(encoding="utf8").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     return int(peak_memory(on_gpu=False)["peak_bytes"])

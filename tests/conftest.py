@@ -102,6 +102,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in cluster:
         item.add_marker(pytest.mark.xdist_group("cluster"))
     items.sort(key=lambda item: (item not in cluster, item.path.parent.name != "tests"))  # stable: else as collected
+    gc.collect()
     gc.freeze()  # the libraries stay, so that collections of garbage, a third of a second each, need not look at them
 
 

@@ -170,6 +170,7 @@ def test_a_process_tells_what_it_measured_or_why_it_failed(tmp_path: Path) -> No
     record = harness.measured_in_process(["json.tool", "missing"])
     assert list(record) == ["error"]
     assert "missing" in record["error"]
+    assert "required: contestant" in harness.measured_in_process(["benchmarks.measure"])["error"]
 
 
 def test_the_tuned_peer_takes_the_fastest_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks import recommend
-from finetuning.comparison.collected import read_study
-from finetuning.comparison.over_sets import Grid, grid_of
+from finetuning.comparison.over_sets import Grid
 from finetuning.errors import UserError
-from tests.synthetic_runs import write_run
+from tests.synthetic_runs import grid_in, write_run
 
 # Data set -> classes, and of each method the right ones of 1,000 test texts and the validation score. With few classes
 # "a" is best, with many "b".
@@ -30,9 +29,7 @@ def grid(folder: Path, sets: dict[str, Any]) -> Grid:
             write_run(folder, "s", f"{name}-{method}", correct=np.arange(1000) < right, **more)
             axes = {"learning_rate": 0.1}
             write_run(folder, "s", f"{name}-{method}", stage="tune", axes=axes, validation=score, **more)
-    found = grid_of(read_study("s", folder))
-    assert found is not None
-    return found
+    return grid_in(folder)
 
 
 def test_each_set_is_chosen_for_without_its_own_test_scores(tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ from benchmarks import sets_baselines
 from benchmarks.budget import FROZEN
 from compare_methods import ROOT
 from finetuning.comparison.baselines import NAME
-from finetuning.comparison.collected import read_study
-from finetuning.comparison.over_sets import Grid, grid_of
+from finetuning.comparison.over_sets import Grid
 from finetuning.comparison.plan import PlannedRun
 from finetuning.flags import from_flags
-from tests.synthetic_runs import write_run
+from tests.synthetic_runs import grid_in, write_run
 
 
 def test_the_study_has_texts_and_trials_for_every_set() -> None:
@@ -61,13 +60,6 @@ def test_of_equal_scores_the_strongest_regularization_is_chosen() -> None:
     assert record["C"] <= again["C"]
 
 
-def collected(folder: Path) -> Grid:
-    """The runs that ``write_run`` has left."""
-    runs = grid_of(read_study("s", folder))
-    assert runs is not None
-    return runs
-
-
 def default_runs(folder: Path, sets: dict[str, tuple[int, int]]) -> Grid:
     """Runs of the default command: data set -> right ones of 1,000 test texts, classes."""
     for name, (right, classes) in sets.items():
@@ -75,7 +67,7 @@ def default_runs(folder: Path, sets: dict[str, tuple[int, int]]) -> Grid:
         for method in ("all", "query-value"):
             config = {"data_dir": f"in/{name}"}
             write_run(folder, "s", f"{name}-{method}", correct=np.arange(1000) < right, config=config, data=data)
-    return collected(folder)
+    return grid_in(folder)
 
 
 def test_the_table_has_sizes_and_the_default_command(tmp_path: Path) -> None:
@@ -118,7 +110,7 @@ def test_gains_over_the_frozen_model_are_means_over_draws(tmp_path: Path) -> Non
             for method in sets_baselines.WITH_FEW_TEXTS.values():
                 row, right = f"{name}-50-{method}-data_seed{draw}", np.arange(1000) < 500 + 100 * draw
                 write_run(tmp_path / "few", "s", row, correct=right, axes=axes | {"data_dir": name})
-    runs = collected(tmp_path / "few")
+    runs = grid_in(tmp_path / "few")
     known = {"set": "a", "texts": 50, "baseline": FROZEN}
     frozen = [known | {"draw": draw, "accuracy": 0.5 + 0.14 * draw} for draw in (0, 1)]
     text = sets_baselines.crossing_table(few, {"measurements": frozen, "environment": {}}, runs, whole, default)
@@ -145,7 +137,7 @@ def test_few_texts_have_the_baselines_beside_the_runs_and_the_mean_of_the_sets(t
                 right = np.arange(1000) < 500 + 100 * i
                 row, axes = f"{name}-50-{method}-data_seed{draw}", {"data_dir": name, "data_seed": draw}
                 write_run(tmp_path, "s", row, correct=right, axes=axes, data=data)
-    runs = collected(tmp_path)
+    runs = grid_in(tmp_path)
     records = [
         {"set": name, "texts": 50, "draw": draw, "baseline": kind, "accuracy": 0.4 + 0.02 * draw}
         for name in "abc"

@@ -188,10 +188,13 @@ def in_pipeline(out: Path, texts: list[Any]) -> tuple[list[str], np.ndarray]:
 def test_a_run_on_pairs(tiny_folders: dict[str, Path], tmp_path: Path, model_type: str, more: list[str]) -> None:
     table, columns = TABLE.rename(columns={"text": "premise"}), ["--text_column", "premise"]
     base = tiny_folders.get(model_type, Path(model_type))
+    base = first_layer(base, tmp_path / "base") if model_type == "bert" else base
     run = lora_run(tmp_path, base, *columns, "--text_pair_column", "claim", *more, table=table)
     out, adapter = tmp_path / "proof", tmp_path / "snippet.py"  # names that the proof and the card's code use as well
-    content, _ = exported(run, out)
+    onnx = WITH_ONNX if model_type != PACKAGED_BERT else []
+    content, _ = exported(run, out, *onnx)
     assert 'classify([{"text": "A text to classify.", "text_pair": "The second text of the pair."}])' in content
+    assert ('"token_type_ids": np.array(' in content) == (bool(onnx) and model_type == "bert"), "DistilBERT has none"
     tested, logits = rows_of_test(run)
     texts = [{"text": row.premise, "text_pair": row.claim} for row in tested.itertuples()]
     _, found = in_pipeline(out, texts)

@@ -27,7 +27,7 @@ from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
 from finetuning.training.module import FineTuning
-from tests.conftest import ROOT, needs_int8, write_reviews
+from tests.conftest import ROOT, needs_int8, one_thread, write_reviews
 from tests.scripts import Script, start_script
 
 
@@ -527,6 +527,30 @@ def test_an_interrupted_run_continues_to_the_same_weights(
         assert torch.equal(weights, continued["state_dict"][name]), name
         if "average" in last:
             assert torch.equal(last["average"]["weights"][name], continued["average"]["weights"][name]), name
+
+
+def test_a_process_that_is_signalled_says_how_another_one_continues(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, count in (("train", 600), ("validation", 40), ("test", 40)):
+        write_reviews(tmp_path / f"{name}.csv", count, seed=count)
+    words = [*flags(tiny_folders["distilbert"], tmp_path, tmp_path / "broken", "--epochs", "2"), "--report", "False"]
+    broken = start(words)
+    assert broken.stdout is not None
+    seen = ""
+    while "epoch 1/2  batch 18/" not in seen:  # somewhere in the first epoch
+        piece = broken.stdout.read(1)
+        assert piece, seen
+        seen += piece
+    broken.send_signal(signal.SIGTERM)
+    _, rest = broken.communicate(timeout=60)
+    assert broken.returncode == 130, seen + rest
+    (told,) = (line for line in rest.splitlines() if line.startswith("interrupted; continue with: python "))
+    finish(start(shlex.split(told.partition("finetune_lora.py ")[2])))
+    with one_thread():
+        assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    whole, found = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "broken"))
+    assert all(np.array_equal(whole[key], found[key]) for key in whole)
 
 
 def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from finetuning.config import RunConfig
-from finetuning.data.splits import stratified_parts
+from finetuning.data.splits import stratified_parts, wordless
 from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit
 from finetuning.errors import UserError
@@ -442,3 +442,9 @@ def test_a_column_of_numbers_is_doubted(tmp_path: Path) -> None:
         assert (line in notes) == doubted
     write_texts(tmp_path, "text,label\n" + "".join(f"是的 {i},{'ab'[i % 2]}\n" for i in range(30)))
     assert not any("no letter" in note for note in texts_of(text_config(tmp_path)).notes)
+
+
+@pytest.mark.parametrize(("numbers", "doubted"), [(14, False), (15, True)])
+def test_half_of_the_texts_may_have_no_letter(numbers: int, doubted: bool) -> None:
+    texts = [str(i) if i < numbers else f"film {i}" for i in range(30)]
+    assert bool(wordless(pd.DataFrame({"text": texts}))) == doubted

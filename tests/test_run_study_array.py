@@ -1,4 +1,7 @@
-"""A study as a job array on a real cluster of one node: two runs at a time, one of them killed and requeued."""
+"""A study as a job array on a real cluster of one node: two runs at a time, one of them killed and requeued.
+
+Also what the scripts of both kinds of arrays, studies and searches, have in common.
+"""
 
 import re
 from pathlib import Path

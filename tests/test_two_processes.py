@@ -21,7 +21,7 @@ LIMIT_SECONDS = 240  # for a machine with other work; a run takes five
 TWO = ("--devices", "2", "--strategy", "ddp")
 ONE = ("--accumulate", "2")  # the same batches in the same steps
 METHODS = {
-    "lora": ("--method", "lora", "--lora_key", "--lora_mlp"),
+    "lora": ("--method", "lora", "--lora_key", "--lora_mlp", "--report", "True", "--baseline", "True"),
     "full": ("--method", "full", "--learning_rate", "1e-3"),
 }
 
@@ -95,6 +95,7 @@ def test_two_processes_stop_together_go_on_and_end_like_one(
     assert result["status"] == "finished"
     assert 0 < interrupted["train"]["steps"] < result["train"]["steps"] == expected["train"]["steps"]
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    assert (two / "report.html").exists() == bool(result.get("baseline")) == (method == "lora")
     torch.testing.assert_close(weights(two), weights(one), rtol=1e-4, atol=1e-5)
     assert result["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=1e-5)
     predictions, others = (pq.read_table(d / "predictions.parquet").to_pydict() for d in (two, one))
@@ -106,7 +107,7 @@ def test_two_processes_stop_together_go_on_and_end_like_one(
 def test_two_processes_with_8_bit_products_end_like_one(flags: list[str], tmp_path: Path) -> None:
     """Rows are quantized one by one, so a batch may be split; LoRA's gradients are sums in bf16 or fp32 before that."""
     two, one = tmp_path / "two", tmp_path / "one"
-    flags = [*flags, "--lora_mlp", "--precision", "int8", "--epochs", "2", "--report", "True", "--baseline", "True"]
+    flags = [*flags, "--lora_mlp", "--precision", "int8", "--epochs", "2"]
     with started([*flags, *TWO, "--output_dir", str(two)]) as process:
         output = process.communicate(timeout=LIMIT_SECONDS)[0]
     assert process.returncode == 0, output

@@ -202,7 +202,12 @@ class Commands:
         )  # fmt: skip
 
     def fresh(self, words: list[str], variables: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> Outcome:
-        """``finetune_lora.py`` in such a process, to its end."""
+        """``finetune_lora.py`` in such a process, to its end, with the processes that it starts.
+
+        Raises:
+            Broken: it did not end within ``LIMIT_SECONDS``. A process that it started ends then, because the first one
+                is gone.
+        """
         with self.popen(["finetune_lora.py", *words], variables, prefix) as process:
             try:
                 printed, _ = process.communicate(timeout=LIMIT_SECONDS)

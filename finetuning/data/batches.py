@@ -140,8 +140,9 @@ class TokenBatchSampler(Sampler[BatchIndices]):
         self.lengths, self.windows, self.seed = lengths, windows, training.seed
         self.accumulate, self.rank, self.world_size = training.accumulate, rank, world_size
         order = np.argsort(-lengths, kind="stable")
-        windows = None if windows is None else windows[order]
-        self.plan = plan_batches(lengths[order], training.batch_tokens, training.batch_size, self.shards, windows)
+        sorted_windows = None if windows is None else windows[order]
+        limits = training.batch_tokens, training.batch_size
+        self.plan = plan_batches(lengths[order], *limits, self.shards, sorted_windows)
         self.epoch = 0
         self.position = 0  # batches given in this epoch
         self._resume_at = 0

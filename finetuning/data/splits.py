@@ -14,7 +14,7 @@ from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 
 MANY_CONTRADICTIONS = 0.1  # of the training texts
-MOSTLY_NUMBERS = 0.5  # of the training texts
+MANY_WORDLESS = 0.5  # of the training texts
 
 
 def encode_labels(source: Source, data: DataSettings) -> tuple[list[str], Source]:
@@ -167,9 +167,9 @@ def contradictions(train: pd.DataFrame) -> list[str]:
 
 
 def wordless(train: pd.DataFrame) -> list[str]:
-    """A warning if most texts have no letter, as when a column of numbers was given; else empty."""
+    """A warning if at least half of the texts have no letter, as when a column of numbers was given; else empty."""
     share = 1 - train.text.str.contains(r"[^\W\d_]").mean()
-    if share < MOSTLY_NUMBERS:
+    if share < MANY_WORDLESS:
         return []
     return [f"warning: {share:.0%} of the training texts have no letter: is --text_column the column that you mean?"]
 

@@ -79,7 +79,8 @@ def _loaded(compiler: str, variant: Variant) -> tuple[ctypes.CDLL | None, str]:
     try:
         kernels = ctypes.CDLL(str(_build(compiler, variant)))
     except subprocess.CalledProcessError as error:
-        return None, f"no: {compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[-1]}"
+        lines = error.stderr.strip().splitlines()
+        return None, f"no: {compiler} failed: {lines[-1] if lines else 'no message'}"
     except OSError as error:
         return None, f"no: not built: {error}"
     if variant.has_bf16 and not kernels.attention_allowed():

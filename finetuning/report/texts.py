@@ -68,7 +68,7 @@ def maybe_wrong(answers: dict[str, Answers], names: Sequence[str], texts: Texts 
     labels, probabilities = everything.truth.argmax(1), everything.probabilities
     return [
         Shown(
-            "{} {}".format(*places[i]),
+            f"{places[i][0]} {places[i][1]}",
             names[labels[i]],
             names[better],
             _probability(probabilities[i, labels[i]]),

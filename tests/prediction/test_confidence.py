@@ -13,6 +13,8 @@ from finetuning.prediction.outputs import is_parquet, write_answers
 from finetuning.prediction.rows import Answered, Source, file_of, survey
 from finetuning.runs.answers import Answers
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 ANSWERS = AnswerColumns(["bad", "good"], confidence=Confidence())
 
 

@@ -23,6 +23,8 @@ from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.outputs import check_output, is_parquet, print_answers, write_answers, write_csv
 from finetuning.prediction.rows import Answered, Rows, file_of, survey
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 ONE, SEVERAL = AnswerColumns(["bad", "good"]), AnswerColumns(["bad", "good"], threshold=0.5)
 
 

@@ -17,6 +17,8 @@ from finetuning.errors import UserError
 from finetuning.prediction.rows import STANDARD_INPUT, Survey, file_of, given_texts, survey
 from tests.conftest import full_disk
 
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
 
 def texts_of(path: Path, column: str = "text", pair: str | None = None) -> list[dict[str, list[Any]]]:
     """The texts of each chunk; the file is read twice, and must say the same."""

@@ -1,10 +1,15 @@
 """What watches a run while it trains; the clock, the history and the signals are tested with runs, in
 test_finetune_lora.py."""
 
-import io
+import fcntl
 import math
+import os
+import pty
+import struct
+import subprocess
 import sys
-from contextlib import nullcontext
+import termios
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_lora import main
 from finetuning.errors import TrainingFailed
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.training import callbacks
 from finetuning.training.callbacks import Meter
 from finetuning.training.checkpoints import BestCheckpoint
+from tests.conftest import ROOT
 from tests.test_finetune_lora import flags
 
 
@@ -137,13 +142,23 @@ def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldo
 
 
 def test_at_a_terminal_a_bar_shows_the_latest_loss(
-    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
 ) -> None:
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stdout", terminal)
-    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", "--epochs", "1", "--test", "False")
-    assert main(words) == 0
-    bars = [line for line in terminal.getvalue().replace("\r", "\n").splitlines() if line.startswith("Epoch 0:")]
+    more = ("--epochs", "1", "--test", "False", "--limit_train", "16", "--report", "False")
+    words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more)
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # a new one is 0 columns wide
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "finetune_lora.py"), *words],
+        stdin=its, stdout=its, stderr=its, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(its)
+    shown = b""
+    with suppress(OSError):  # Linux' end of a terminal
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    bars = [line for line in shown.decode().replace("\r", "\n").splitlines() if line.startswith("Epoch 0:")]
     assert any("loss=0." in line for line in bars)
     assert "validation_accuracy=" in bars[-1]
