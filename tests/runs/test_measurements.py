@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,23 +15,22 @@ from tests.conftest import ROOT
 
 
 def test_memory_and_time_are_those_of_the_process() -> None:
-    before = peak_memory(on_gpu=False)
-    assert before["peak_bytes"] > 50 * 2**20  # torch alone is more
-    block = np.ones(before["peak_bytes"] // 8, dtype=np.float64)
-    after = peak_memory(on_gpu=False)
-    assert before["peak_bytes"] < after["peak_bytes"] < 2.5 * before["peak_bytes"]
-    assert after["source"].startswith("resident set size")
-    # and not of the process that started it, of which Linux' ru_maxrss would tell
+    """And not of the process that started it, of which Linux' ru_maxrss would tell: it has loaded more."""
     code = (
-        "import time; time.sleep(0.5); from finetuning.runs.measurements import peak_memory, process_seconds;"
-        "print(peak_memory(False)['peak_bytes'], process_seconds())"
+        "import time; time.sleep(0.5); import numpy as np;"
+        "from finetuning.runs.measurements import peak_memory, process_seconds;"
+        "before = peak_memory(False)['peak_bytes']; block = np.ones(before // 8);"
+        "print(before, peak_memory(False)['peak_bytes'], process_seconds())"
     )
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    peak, seconds = done.stdout.split()
-    assert 50 * 2**20 < int(peak) < block.nbytes
+    before, after, seconds = map(float, done.stdout.split())
+    own = peak_memory(on_gpu=False)
+    assert own["source"].startswith("resident set size")
+    assert 50 * 2**20 < before < own["peak_bytes"], "torch alone is more than the first"
+    assert before < after < 2.5 * before
     if Path("/proc/self/stat").exists():
-        assert 0.5 < float(seconds) < time.monotonic() - began + 0.02  # the kernel's clock has ticks of 10 ms
+        assert 0.5 < seconds < time.monotonic() - began + 0.02  # the kernel's clock has ticks of 10 ms
 
 
 def test_environment_says_on_what_a_number_was_measured() -> None:
