@@ -37,7 +37,6 @@ def made_run(
     validation: float | dict[str, float] | None = 0.9,
     axes: dict[str, Any] | None = None,
     curve: Sequence[float] = (),
-    question: str | None = None,
     predictions: pa.Table | None = None,
     **changes: Any,
 ) -> Record:
@@ -55,7 +54,6 @@ def made_run(
         validation: accuracy on 1,000 validation texts, or other scores.
         axes: the run's place on the study's axes.
         curve: validation accuracies for the metrics.
-        question: what the study asks, where the run says it.
         predictions: of the test, in place of those that ``correct`` gives.
         changes: keys of the result, merged into those that are dictionaries.
     """
@@ -73,8 +71,6 @@ def made_run(
         "memory": {"peak_bytes": 2**30},
         "study": {"study": study, "row": row, "run": name, "stage": stage, "seed": seed, "axes": axes},
     }
-    if question is not None:
-        result["study"]["question"] = question
     if validation is not None:
         scores = validation if isinstance(validation, dict) else {"accuracy": validation}
         result["validation"] = {"accuracy": 0.9, "examples": 1000} | scores

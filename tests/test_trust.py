@@ -322,7 +322,8 @@ def test_class_names_are_no_paths_and_come_back_as_they_were(
 
 def test_the_report_of_studies_shows_markup_as_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)<"
-    write_run(tmp_path, evil, evil, question=f"{evil} `{evil}`?", command=f"python finetune_lora.py --data_dir {evil}")
+    asked, command = {"question": f"{evil} `{evil}`?"}, f"python finetune_lora.py --data_dir {evil}"
+    write_run(tmp_path, evil, evil, study=asked, command=command)
     write_run(tmp_path, evil, "=1+1", status="failed", error=evil)
     page = write_report(tmp_path, []).read_text(encoding="utf8")
     assert "<script" not in page

@@ -129,7 +129,7 @@ def test_of_several_conditions_those_of_most_rows_count(tmp_path: Path) -> None:
 
 
 def test_studies_and_questions(tmp_path: Path) -> None:
-    write_run(tmp_path, "b", "lora", question="Which\n one?")
+    write_run(tmp_path, "b", "lora", study={"question": "Which\n one?"})
     write_run(tmp_path, "a", "lora")
     (tmp_path / "empty").mkdir()
     (tmp_path / "summary.json").touch()
