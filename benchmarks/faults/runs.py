@@ -205,8 +205,7 @@ class Commands:
         """``finetune_lora.py`` in such a process, to its end, with the processes that it starts.
 
         Raises:
-            Broken: it did not end within ``LIMIT_SECONDS``. A process that it started ends then, because the first one
-                is gone.
+            Broken: it did not end within ``LIMIT_SECONDS``, and was killed. Processes that it started are not killed.
         """
         with self.popen(["finetune_lora.py", *words], variables, prefix) as process:
             try:
