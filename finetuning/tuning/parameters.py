@@ -88,7 +88,7 @@ DECLARED = (
     Parameter("lora_r", (4, 8, 16, 32), only=LORA),
     Parameter("lora_variant", ("lora", "dora", "pissa"), only=LORA),
     Parameter("trainable_layers", low=1, high=3, only=SELECTIVE),
-    Parameter("learning_rate", low=0.2, high=5.0, log=True, times_default=True),
+    Parameter("learning_rate", low=0.3, high=3.0, log=True, times_default=True),
     Parameter("epochs", low=0.5, high=2.0, log=True, times_default=True),
     Parameter("batch_size", (0.5, 1.0, 2.0), times_default=True),
     Parameter(MAX_LENGTH, ("percentiles 50, 75, 90 and 99 of the lengths of the texts",)),

@@ -22,9 +22,9 @@ from finetuning.tuning.space import Space
 from finetuning.tuning.trials import COMPLETE, FAILED, Trial
 
 MOST_DRAWS = 100  # for a point whose flags go together
-RANDOM_TRIALS = 10  # TPE begins with as many, the default among them
+RANDOM_TRIALS = 10  # TPE begins with as many, the defaults of the methods among them
 REDUCTION = 3  # successive halving: the best third of the trials that reach a rung goes on
-RUNGS_TO_DEFAULT = 9  # the first rung is at a ninth of the default's epochs
+RUNGS_TO_DEFAULT = 3  # the first rung is at a third of the default's epochs; earlier, slow learners are lost
 STATES = {COMPLETE: TrialState.COMPLETE, None: TrialState.RUNNING}  # all others are pruned
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -40,13 +40,16 @@ class Proposer:
     minimize: bool  # whether a lower score is better
 
     def propose(self, number: int, trials: Sequence[Trial]) -> tuple[Point, int | None]:
-        """The point of a new trial, and the number that a storage gave it. The first trial is the default.
+        """The point of a new trial, and the number that a storage gave it.
+
+        The first trial is the default, the next ones are the defaults of the other methods.
 
         Raises:
             UserError: no point was found whose flags go together.
         """
-        if number == 0:
-            return self.space.default_point(), None
+        first = self.space.first_points()
+        if number < len(first):
+            return first[number], None
         for draw in range(MOST_DRAWS):
             study = self._study(trials)
             study.sampler = make_sampler(self.sampler, self.seed, number, draw)
@@ -101,7 +104,7 @@ class StoredProposer(Proposer):
 
     def _tell(self, trial: Trial) -> None:
         ended = trial.state is not None
-        if trial.stored is None:  # the default, which no sampler proposed
+        if trial.stored is None:  # a default, which no sampler proposed
             if ended:
                 self.study.add_trial(_frozen(self.space, trial))
             return

@@ -112,13 +112,23 @@ class Space:
         config[PLACEMENT] = next((name for name, flags in PLACEMENTS.items() if flags == targets), None)
         return {row.name: 1.0 if row.times_default else config[row.name] for row in self.parameters}
 
-    def default_point(self) -> Point:
-        """The point of the suite's defaults, without the parameters whose range does not contain them."""
+    def default_point(self, method: Value | None = None) -> Point:
+        """The point of the suite's defaults, without the parameters whose range does not contain them.
+
+        Args:
+            method: instead of the default one, or of the given one.
+        """
+        usual = self._usual if method is None else self._usual | {"method": method}
         point: Point = {}
         for row in self.parameters:
-            if self._applies(row, point) and row.contains(self._usual[row.name]):
-                point[row.name] = self._usual[row.name]
+            if self._applies(row, point) and row.contains(usual[row.name]):
+                point[row.name] = usual[row.name]
         return point
+
+    def first_points(self) -> list[Point]:
+        """The default's point, then those of the other methods' defaults, which are likely better than random ones."""
+        methods = next((row.values for row in self.parameters if row.name == "method"), ())
+        return [self.default_point(), *map(self.default_point, (m for m in methods if m != self._usual["method"]))]
 
     def checked(self) -> "Space":
         """The space without declared values that the given flags exclude; each value is tried once.

@@ -56,7 +56,7 @@ def test_a_rate_is_a_multiple_of_the_default_of_method_and_optimizer() -> None:
     for optimizer, method, default in (("adamw", "lora", 1e-3), ("adamw", "full", 1e-4), ("sgd", "full", 0.1)):
         space = space_of(optimizer=optimizer)
         point = space.drawn(lambda row: method if row.name == "method" else row.ends[0])  # noqa: B023
-        assert space.settings(point)["learning_rate"] == pytest.approx(0.2 * default)
+        assert space.settings(point)["learning_rate"] == pytest.approx(0.3 * default)
 
 
 def test_the_default_point_is_the_default_run() -> None:
@@ -68,6 +68,15 @@ def test_the_default_point_is_the_default_run() -> None:
     decided = {"epochs": 6, "batch_size": 32}
     assert made == usual | decided
     assert "placement" not in space_of(lora_mlp=True).default_point()
+
+
+def test_the_first_points_are_the_defaults_of_all_methods() -> None:
+    first = [space_of().settings(point) for point in space_of().first_points()]
+    for settings, method in zip(first, ("lora", "full", "selective", "head"), strict=True):
+        made, usual = (RunConfig.from_settings(**s).to_dict() for s in (settings, {"method": method}))
+        assert made == usual | {"epochs": 6, "batch_size": 32}
+    assert space_of(method="full").first_points() == [space_of(method="full").default_point()]
+    assert len(space_of(lora_r=4).first_points()) == 1
 
 
 @pytest.mark.parametrize(
