@@ -135,16 +135,21 @@ def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
     return Table(COLUMNS, rows).without_empty_columns()
 
 
-@harness.as_main
-def main(argv: Sequence[str] | None) -> int:
-    """Renews the table of docs/data_sets.md. Returns the exit status."""
-    harness.make_parser("What a recommender would lose on a data set that it has not seen.").parse_args(argv)
+def section() -> str:
+    """The table of the collected runs, as docs/data_sets.md has it."""
     study, placement = (read_study(name, ROOT / "results") for name in (STUDY, "placement"))
     grid, defaults = grid_of(study), grid_of(placement)
     if grid is None or defaults is None:
         raise UserError(f"{STUDY}: no two methods have runs on {LEAST_SETS} data sets")
     content = table(grid, default_scores(grid, defaults))
-    text = f"{content.markdown()}\n\n{measured([run.environment for run in study.final])}"
+    return f"{content.markdown()}\n\n{measured([run.environment for run in study.final])}"
+
+
+@harness.as_main
+def main(argv: Sequence[str] | None) -> int:
+    """Renews the table of docs/data_sets.md. Returns the exit status."""
+    harness.make_parser("What a recommender would lose on a data set that it has not seen.").parse_args(argv)
+    text = section()
     print(text)
     renew_tables(DATA_SETS, {"recommend": text})
     return 0

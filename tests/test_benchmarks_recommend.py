@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import recommend
+from compare_methods import ROOT
 from finetuning.comparison.over_sets import Grid
 from finetuning.errors import UserError
 from tests.synthetic_runs import grid_in, write_run
@@ -69,3 +70,8 @@ def test_the_default_counts_where_it_ran_on_the_same_texts(tmp_path: Path) -> No
     assert rows["the default before: query and value"][1:] == ("20.00", "2 of 4", "-20.50 (-20.50 to -20.50)")
     del scores["the default command"]["few1"]
     assert "the default command" not in {row[0] for row in recommend.table(found, scores).rows}
+
+
+def test_the_page_has_the_table_of_the_collected_runs() -> None:
+    table = recommend.section().partition("\n\n")[0]  # what else it says tells when the runs were made
+    assert table in (ROOT / "docs" / "data_sets.md").read_text(encoding="utf8"), "python -m benchmarks.recommend"
