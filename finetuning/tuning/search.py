@@ -41,6 +41,7 @@ from finetuning.tuning.trials import (
 )
 
 REPORT_SECONDS = 10.0  # for the report and the copy of the best run
+STOP_SECONDS = 20.0  # for trials to stop when their time is up; without it, one seed less would fit
 MOST_LAST = 0.4  # of the minutes, for the last runs, unless one seed takes more
 MARGIN = 1.15  # a last run may take longer than the trial did
 FEWEST_RUNS = 20  # what a search needs to find more than the default
@@ -218,7 +219,8 @@ class Search:
         if best is not None:
             most = math.inf if budget.minutes is None else MOST_LAST * (60 * budget.minutes - budget.since)
             taken = [self._last_seconds(self._finalists(best), count) for count in range(budget.seeds, 0, -1)]
-            reserved = REPORT_SECONDS + next((seconds for seconds in taken if seconds <= most), taken[-1])
+            last = next((seconds for seconds in taken if seconds <= most), taken[-1])
+            reserved = STOP_SECONDS + last + REPORT_SECONDS
         self._trials_until = time.monotonic() + budget.left - reserved
 
     def _last_seconds(self, finalists: Sequence[Trial], seeds: int) -> float:

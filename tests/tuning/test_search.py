@@ -1,0 +1,34 @@
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from finetuning.comparison.execution import StopSignals
+from finetuning.storage import write_json
+from finetuning.tuning.plan import BUDGET, Budget, Plan
+from finetuning.tuning.sampler import Proposer
+from finetuning.tuning.search import Search
+from finetuning.tuning.space import Facts, make_space
+from finetuning.tuning.trials import COMPLETE
+
+SPACE = make_space({}, Facts(6, 32, (256,), 6, False))
+
+
+@pytest.mark.parametrize(("seconds", "seeds"), [(90.0, 3), (120.0, 2), (400.0, 1)])
+def test_trials_that_are_slow_to_stop_cost_no_seed(tmp_path: Path, seconds: float, seeds: int) -> None:
+    """Fifteen minutes: three seeds of the default and of the best trial take at most two fifths of them, or fewer do."""
+    proposer = Proposer(SPACE, "tpe", 0, False)
+    plan = Plan("s", {}, "tpe", True, None, SPACE)
+    search = Search(tmp_path, plan, proposer, Path("finetune_lora.py"), 2, StopSignals())
+    for number, value in enumerate((0.90, 0.92)):
+        search.trials.place(number).directory.mkdir(parents=True)
+        search.trials.begin(number, SPACE.first_points()[number], {}, None)
+        search.trials.end(number, COMPLETE, value=value, history={1: value}, seconds=seconds, minutes=5.0)
+    whole = Budget(time.time(), 0.0, 15.0, None, 3)
+    write_json(tmp_path / BUDGET, asdict(whole))
+    search._reserve()
+    used = search._time_for_trials + 15  # from the time when the trials are told to stop until they have
+    write_json(tmp_path / BUDGET, asdict(Budget(time.time(), used, 15.0, None, 3)))
+    final = search._choose()
+    assert final == {"trials": [1, 0], "seeds": [1, 2, 3][:seeds]}
