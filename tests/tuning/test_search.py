@@ -17,7 +17,7 @@ SPACE = make_space({}, Facts(6, 32, (256,), 6, False))
 
 @pytest.mark.parametrize(("seconds", "seeds"), [(90.0, 3), (120.0, 2), (400.0, 1)])
 def test_trials_that_are_slow_to_stop_cost_no_seed(tmp_path: Path, seconds: float, seeds: int) -> None:
-    """Fifteen minutes: three seeds of the default and of the best trial take at most two fifths of them, or fewer do."""
+    """The last runs have as many seeds as fit into two fifths of fifteen minutes, and the default is one of them."""
     proposer = Proposer(SPACE, "tpe", 0, False)
     plan = Plan("s", {}, "tpe", True, None, SPACE)
     search = Search(tmp_path, plan, proposer, Path("finetune_lora.py"), 2, StopSignals())
