@@ -9,10 +9,8 @@ from finetuning.storage import write_json
 from finetuning.tuning.plan import BUDGET, Budget, Plan
 from finetuning.tuning.sampler import Proposer
 from finetuning.tuning.search import Search
-from finetuning.tuning.space import Facts, make_space
 from finetuning.tuning.trials import COMPLETE
-
-SPACE = make_space({}, Facts(6, 32, (256,), 6, False))
+from tests.tuning.test_sampler import SPACE
 
 
 @pytest.mark.parametrize(("seconds", "seeds"), [(90.0, 3), (120.0, 2), (400.0, 1)])
@@ -25,8 +23,7 @@ def test_trials_that_are_slow_to_stop_cost_no_seed(tmp_path: Path, seconds: floa
         search.trials.place(number).directory.mkdir(parents=True)
         search.trials.begin(number, SPACE.first_points()[number], {}, None)
         search.trials.end(number, COMPLETE, value=value, history={1: value}, seconds=seconds, minutes=5.0)
-    whole = Budget(time.time(), 0.0, 15.0, None, 3)
-    write_json(tmp_path / BUDGET, asdict(whole))
+    write_json(tmp_path / BUDGET, asdict(Budget(time.time(), 0.0, 15.0, None, 3)))
     search._reserve()
     used = search._time_for_trials + 15  # from the time when the trials are told to stop until they have
     write_json(tmp_path / BUDGET, asdict(Budget(time.time(), used, 15.0, None, 3)))
