@@ -19,6 +19,7 @@ COLUMNS = (
 MISSING = "not run yet"
 SURE, LIKELY = 0.95, 0.8  # least probability of the outcome
 ENOUGH_SETS = 8  # fewer leave an advice open
+LEAST_CHANCE = 0.5  # of an outcome that is called typical
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,23 @@ def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:
     pair = compare_pair(grid, *methods)
     if pair is None:
         return None
-    outcome = max(pair.chances, key=lambda name: pair.chances[name])
     texts = sorted({grid.texts(name, decision.method) for name in pair.sets})
     return (
         "both" if all(m in grid.trials.get(name, ()) for name in pair.sets for m in methods) else "",
         " to ".join(f"{number:,}" for number in (texts if len(texts) < 2 else (texts[0], texts[-1]))),
         str(len(pair.sets)),
         pair.difference,
-        f"{outcome}, {100 * pair.chances[outcome]:.0f} %",
+        typical(pair.chances),
         _ratio(grid, pair.sets, methods, *SECONDS),
         _ratio(grid, pair.sets, methods, "memory", "peak_bytes"),
-        how_sure(pair.chances[outcome], len(pair.sets)),
+        how_sure(max(pair.chances.values()), len(pair.sets)),
     )
+
+
+def typical(chances: Mapping[str, float]) -> str:
+    """The most probable outcome with its probability, or that none of them is more probable than the others together."""
+    outcome = max(chances, key=lambda name: chances[name])
+    return "unclear" if chances[outcome] < LEAST_CHANCE else f"{outcome}, {100 * chances[outcome]:.0f} %"
 
 
 def how_sure(chance: float, sets: int) -> str:

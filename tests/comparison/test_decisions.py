@@ -8,7 +8,7 @@ import pytest
 
 from finetuning.comparison import decisions
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.decisions import COLUMNS, Decision, decisions_table, how_sure
+from finetuning.comparison.decisions import COLUMNS, Decision, decisions_table, how_sure, typical
 from finetuning.comparison.over_sets import ROPE
 from finetuning.comparison.packed import change_records
 from finetuning.comparison.statistics import bayesian_signed_rank
@@ -44,6 +44,11 @@ def test_a_decision_has_its_difference_costs_and_certainty(tmp_path: Path, monke
     chance = bayesian_signed_rank([82 + i / 10 for i in range(9)], [80.0] * 9, ROPE)["better"]
     assert outcome == f"better, {100 * chance:.0f} %"
     assert word == "sure"
+
+
+def test_an_outcome_is_typical_if_it_is_more_probable_than_not() -> None:
+    assert typical({"better": 0.48, "equivalent": 0.2, "worse": 0.32}) == "unclear"
+    assert typical({"better": 0.1, "equivalent": 0.5, "worse": 0.4}) == "equivalent, 50 %"
 
 
 def test_tuned_is_a_pair_whose_methods_both_had_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
