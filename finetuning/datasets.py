@@ -1,6 +1,7 @@
 """What the flags must know about each ``--dataset``. The package ``data`` reads the texts.
 
-To add a data set, add a row here and a reader in ``finetuning/data/sources.py``.
+To add a data set, add a row here, a reader in ``finetuning/data/``, and its name in ``READERS`` of its
+``sources.py``.
 """
 
 import re

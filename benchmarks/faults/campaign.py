@@ -26,7 +26,7 @@ from finetuning.pages import renew_tables
 
 TABLE = "faults"  # in the markers of the page
 DRAWS = 8  # of a trial, until its fault disturbs something
-COMMAND = "make campaign CAMPAIGN_FLAGS='--only \"NAME\"'"
+COMMAND = "make campaign CAMPAIGN_FLAGS='--seed {seed} --only \"NAME\"'"
 
 
 @dataclass
@@ -121,7 +121,8 @@ class Campaign:
         records = [record for fault in self.faults for record in self.done.get(fault.name, {}).values()]
         whens = Counter(f"commit {record['commit']}, {record.get('date', 'date not recorded')}" for record in records)
         tried = "; ".join(f"{count} of {when}" for when, count in whens.items()) or "none"
-        return f"Trials: {tried}.\nThe command of a line, with its first column as NAME: `{COMMAND}`."
+        command = COMMAND.format(seed=self.seed)
+        return f"Trials: {tried}.\nThe command of a line, with its first column as NAME: `{command}`."
 
 
 def commit() -> str:

@@ -89,7 +89,7 @@ def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:
 
 
 def typical(chances: Mapping[str, float]) -> str:
-    """The most probable outcome with its probability, or that none of them is more probable than the others together."""
+    """The most probable outcome with its probability, unless the others together are more probable."""
     outcome = max(chances, key=lambda name: chances[name])
     return "unclear" if chances[outcome] < LEAST_CHANCE else f"{outcome}, {100 * chances[outcome]:.0f} %"
 

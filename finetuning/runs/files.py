@@ -70,7 +70,7 @@ def check_result(result: dict[str, Any]) -> None:
 
 
 def write_result(directory: Path, result: dict[str, Any]) -> None:
-    """Writes ``result.json`` with the checksums of the weights and predictions next to it, and of itself.
+    """Writes ``result.json`` with the checksums of the files ``SUMMED`` next to it, and of itself.
 
     Raises:
         OSError: a file cannot be read or written.

@@ -69,7 +69,7 @@ class LoRASettings:
     q_lora: bool = setting(False, "Store the frozen linear layers in 4 bits (NF4, with bitsandbytes).")
     init_adapter: Path | None = setting(
         None,
-        "Start from this adapter in PEFT's format. It decides rank, alpha, scaling, variant, placement and layers.",
+        "Start from this PEFT adapter, with its rank, alpha, scaling, variant, placement, layers and pooling.",
         "none",
     )
     double_quantization: bool | None = setting(None, "With --q_lora, also quantize the quantization constants.", "True")
