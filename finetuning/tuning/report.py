@@ -185,7 +185,7 @@ def gain_of(default: list[Path], runs: list[Path]) -> dict[str, Any]:
     def predictions(run: Path) -> Predictions:
         check_unchanged(run / PREDICTIONS)
         task = read_result(run)["task"]
-        frame = read_test_predictions(run / PREDICTIONS, task.get("threshold"), positive_of(task, names)).to_pandas()
+        frame = read_test_predictions(run, task.get("threshold"), positive_of(task, names)).to_pandas()
         return Predictions.from_frame("", frame)
 
     sides = [[predictions(run) for run in each] for each in (runs, default)]
