@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import UserError, first_line, say
 from finetuning.html import data_url, render
+from finetuning.processes import is_helper
 from finetuning.report import sections
 from finetuning.report.coverage import coverage_curve, risk_table
 from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, maybe_wrong
@@ -30,7 +31,7 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 def present(
     directory: Path, result: dict[str, Any], settings: RunSettings, splits: "Mapping[str, LabelledTexts]"
 ) -> None:
-    """Writes the report of a finished run, if it is asked for, and prints its path. If that fails, it only warns.
+    """Writes the report of a finished run, if it is asked for, in the first process. If that fails, it only warns.
 
     Args:
         directory: the run directory.
@@ -38,7 +39,7 @@ def present(
         settings: ``report`` and ``report_texts``.
         splits: the run's texts.
     """
-    if not settings.report or result["status"] != "finished":
+    if is_helper() or not settings.report or result["status"] != "finished":
         return
     held_out = {name: split.by_row() for name, split in splits.items() if name != "train"}
     path = directory / REPORT
