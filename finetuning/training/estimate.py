@@ -69,7 +69,8 @@ def measure_steps(
     loader = train_loader(splits["train"], training, pad_id)
     batches = _spread(loader, MEASURED_STEPS)
     keeps = not hardware.on_gpu and training.epochs > 1
-    frozen = _frozen_outputs(classifier, splits, frozen_cache_gb) if keeps else {}
+    repeated = {name: splits[name] for name in ("train", "validation")}  # read in every epoch
+    frozen = classifier.frozen_outputs(repeated, frozen_cache_gb) if keeps else {}
 
     activations = kept_for_backward(classifier, _to(batches[0], device))
     for batch in batches[:2]:  # warm-up: the first steps build kernels and allocate memory
@@ -101,16 +102,6 @@ def run_seconds(seconds: dict[str, float], epochs: int) -> float:
     first = seconds["epoch"] if epochs else 0.0
     later = max(0, epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
     return first + seconds["validation"] + later + seconds.get("test", 0.0)
-
-
-def _frozen_outputs(
-    classifier: Classifier, splits: dict[str, TokenizedSplit], frozen_cache_gb: float
-) -> dict[str, FrozenOutputs]:
-    """Where a run keeps outputs of frozen layers, of the splits that it reads in every epoch."""
-    repeated = {name: splits[name] for name in ("train", "validation")}
-    lengths = {name: split.lengths for name, split in repeated.items()}
-    windows = {name: split.windows for name, split in repeated.items()}
-    return classifier.frozen_outputs(lengths, frozen_cache_gb, windows)
 
 
 @torch.inference_mode()
