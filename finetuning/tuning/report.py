@@ -16,6 +16,7 @@ from finetuning.comparison.collected import Predictions
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import Difference, pooled_difference, seed_spread
+from finetuning.errors import counted
 from finetuning.flags import flag_words
 from finetuning.html import render
 from finetuning.pages import Table
@@ -28,7 +29,8 @@ from finetuning.storage import read_json, write_json, write_text
 from finetuning.tuning.plan import ENDING, FINAL, SUMMARY, TRIALS, Budget, Plan
 from finetuning.tuning.plots import draw_plots, shown_score
 from finetuning.tuning.search import last_places
-from finetuning.tuning.texts import seeds_text, shown_values, trial_name
+from finetuning.tuning.space import space_table
+from finetuning.tuning.texts import shown_values, trial_name
 from finetuning.tuning.trials import END, TRIAL, Place, Trial, Trials
 
 REPORT, TEMPLATE = "tune.html", Path(__file__).parent / "tune.html.j2"
@@ -225,10 +227,11 @@ def _scores_text(record: dict[str, Any], monitor: str) -> str:
     if seeds:
         score = (record["test"] or {}).get(monitor)  # a test split of one class has no AUROC
         test = "" if score is None else f", test {score:.4f}"
-        again = "in its first run" if record["runs"][0].startswith(f"{TRIALS}/") else f"with {seeds_text(len(seeds))}"
+        first = record["runs"][0].startswith(f"{TRIALS}/")
+        again = "in its first run" if first else f"with {counted(len(seeds), 'new seed')}"
         parts.append(f"{record['validation'][monitor]:.4f} {again}{test}")
     if record["failed"]:
-        parts.append(f"{seeds_text(record['failed'])} failed")
+        parts.append(f"{counted(record['failed'], 'new seed')} failed")
     return "; ".join(parts) or "has not finished"
 
 
@@ -282,7 +285,7 @@ def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any
         trial_count=len(trials),
         counts=counts_text(summary["trials"]),
         plots=draw_plots(plan, trials),
-        space=plan.space.table().without_empty_columns(),
+        space=space_table(plan.space.parameters).without_empty_columns(),
         given=flags_text({name: value for name, value in plan.given.items() if name != "data_dir"}),
         trials=trial_table(plan, trials),
     )
