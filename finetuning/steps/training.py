@@ -38,7 +38,7 @@ class Training:
 
     @property
     def data(self) -> DataRecord:
-        padding = self.batches.padding_fraction
+        padding = self.batches.token_batches.padding_fraction()  # before training of epoch 0; others differ little
         return data_record(self.inputs.texts, self.inputs.splits) | {"padding_fraction": padding}
 
     def measured(self) -> TrainRecord:
