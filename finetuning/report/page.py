@@ -88,7 +88,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
     temperature = fit_temperature(answers["validation"]) if "validation" in answers else None
     learned = main.multi_label or shows_learning(validation, result.get("kfold"))
     wrong = maybe_wrong(answers, names, texts) if learned and not main.multi_label else []
-    longest = result["config"]["max_length"] * (result["config"].get("windows") or 1)  # older runs have none
+    longest = result["config"]["max_length"] * result["config"]["windows"]
     return render(
         TEMPLATE,
         name=directory.resolve().name,
@@ -133,7 +133,7 @@ def _headline(split: str, answers: Answers, kfold: Mapping[str, Any] | None) -> 
     shown = percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))
     if kfold is None or split != "validation":
         return f"{split} {measure} {shown}"
-    if (same := kfold.get("same_epoch")) is None:  # older runs have none
+    if (same := kfold["same_epoch"]) is None:  # a fold has stopped before
         return f"out-of-fold {measure} {shown}"
     every = percent(same["accuracy"], same["accuracy_ci95"])
     return f"out-of-fold {measure} {every} after {kfold['epochs']} epochs in every fold, {shown} if each fold chooses,"
