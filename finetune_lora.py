@@ -112,7 +112,7 @@ def carry_out(directory: Path, inputs: "Inputs") -> dict[str, Any]:
                 record.trained = steps.train(training)
                 record.test = steps.evaluate(training)
                 record.compared = steps.compare_with_baseline(training, record.trained)
-        steps.present(claim, inputs, record.written)
+        steps.present(directory, record.written, claim.config.run, inputs.texts.splits)
         trackers.close(record.written)
     return record.written
 

@@ -30,7 +30,7 @@ from finetuning.comparison.plan import shown_command
 from finetuning.errors import UserError
 from finetuning.pages import renew_tables
 from finetuning.processes import stoppable
-from finetuning.runs.files import PREDICTIONS, read_result
+from finetuning.runs.files import read_result
 from finetuning.storage import read_json, write_atomically, write_json
 
 OUTPUT, COUNTS = "accuracy.json", "accuracy.npz"  # the second has what each test text counts in each run
@@ -233,7 +233,7 @@ def collect(measurements: Sequence[Measurement], folder: Path) -> tuple[Record, 
             continue
         records.append(record)
         if record["status"] == "finished":
-            found = read_test_predictions(folder / measurement.name / PREDICTIONS, record["threshold"])
+            found = read_test_predictions(folder / measurement.name, record["threshold"])
             predictions = Predictions.from_frame(record["source"], found.to_pandas())
             used = (predictions.test_set, record["data"], record["trainable"])
             if data.setdefault(record["set"], used) != used:

@@ -89,8 +89,6 @@ class RunConfig:
         named = {name: stored.get(name) for name, flag in FLAGS.items() if flag.kind is Path}
         paths = {name: Path(value) for name, value in named.items() if value is not None}
         names = {"model_name": recorded_name(stored["model_name"])} if stored.get("model_name") else {}
-        if stored.get("strategy") not in FLAGS["strategy"].choices:  # earlier versions took any of Lightning's
-            names["strategy"] = "auto"
         return cls.from_settings(**{**stored, **paths, **names})
 
     def to_dict(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def listed(names: Iterable[object], most: int | None = None) -> str:
 
 def counted(number: int, noun: str) -> str:
     """A number of things, for example ``1 epoch`` or ``2 epochs``."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def exit_status(command: Callable[[], int], interrupted: str = "") -> int:

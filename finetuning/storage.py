@@ -183,8 +183,7 @@ def write_new_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         FileExistsError: it exists.
     """
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_new(path, lambda temporary: temporary.write_text(text, encoding="utf8"))
+    write_new(path, lambda temporary: write_json(temporary, content))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import Grid, grid_of
 from finetuning.comparison.packed import Record, change_records
+from finetuning.runs.records import scores_record
 
 ENVIRONMENT = {
     "cpu": "A CPU", "gpus": [], "threads": 2, "alone": True, "git": {"commit": "c0ffee", "modified": False},
@@ -76,7 +77,7 @@ def made_run(
         result["validation"] = {"accuracy": 0.9, "examples": 1000} | scores
     if correct is not None:
         accuracy = float(np.float32(correct.mean()))  # as torchmetrics gives it
-        result["test"] = {"accuracy": accuracy, "examples": len(correct)}
+        result["test"] = scores_record({"accuracy": accuracy}, len(correct), 1.0)
         predictions = predictions or _predictions(correct, first_row, seed)
     for key, value in changes.items():
         result[key] = {**result[key], **value} if isinstance(value, dict) and key in result else value

@@ -440,13 +440,6 @@ def test_a_continued_run_has_its_stored_settings() -> None:
     )
 
 
-def test_a_strategy_of_an_earlier_version_is_auto() -> None:
-    stored = config_of_flags("").to_dict()
-    for name in ("single_device", "ddp_fork"):
-        assert RunConfig.from_dict(stored | {"strategy": name}).hardware.strategy == "auto"
-    assert RunConfig.from_dict(stored | {"strategy": "ddp"}).hardware.strategy == "ddp"
-
-
 def test_what_another_flag_rules_out_is_not_kept() -> None:
     on_card = "--accelerator gpu --device 0"
     assert resumed(on_card, "--accelerator cpu").hardware.device is None

@@ -19,6 +19,7 @@ from finetuning.runs.files import SETTINGS, read_result, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
 from tests.conftest import INNER, LAYERS, WIDTH, needs_int8
+from tests.data.test_batches import make_split
 from tests.small_classifiers import NAMES, build, fill
 from tests.test_finetune_lora import flags
 from tests.test_local_model_utilities import batch
@@ -183,7 +184,7 @@ def forget(module: nn.Module) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_of_frozen_layers_are_kept(tiny_folders: dict[str, Path], dtype: torch.dtype) -> None:
     classifier, (ids, mask) = build_in_8_bits(tiny_folders["bert"], dtype, "selective"), batch()
-    outputs = classifier.frozen_outputs({"train": mask.sum(1).numpy()}, memory_gb=1)["train"]
+    outputs = classifier.frozen_outputs({"train": make_split(mask.sum(1).numpy())}, memory_gb=1)["train"]
     given = {"input_ids": ids, "attention_mask": mask, "examples": torch.arange(len(ids))}
     trained = [p for p in classifier.parameters() if p.requires_grad]
 

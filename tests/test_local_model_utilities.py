@@ -24,6 +24,7 @@ from local_model_utilities import (
     parameter_table,
 )
 from tests.conftest import CORE, INNER, LAYERS, WIDTH
+from tests.data.test_batches import make_split
 from tests.small_classifiers import build, fill
 
 
@@ -90,7 +91,7 @@ def test_lora_in_some_layers_leaves_those_below_frozen(
         expected = {name for name in names if name.startswith(chosen) or name in family.head}
         assert {name for name, _ in lora_modules(classifier.model)} == expected < names
         assert count_frozen_layers(classifier.model, family) == layers[0]
-    kept = classifier.frozen_outputs({"train": batch()[1].sum(1).numpy()}, memory_gb=1)
+    kept = classifier.frozen_outputs({"train": make_split(batch()[1].sum(1).numpy())}, memory_gb=1)
     assert bool(kept) == (layers[0] > 0)
 
 
@@ -164,7 +165,7 @@ def test_what_the_loader_knows_of_padding_reaches_the_encoder(
 
 def test_positions_of_examples_may_be_on_a_gpu(tiny_folders: dict[str, Path]) -> None:
     classifier, (ids, mask) = build(tiny_folders["bert"], method="selective", trainable_layers=1), batch()
-    outputs = classifier.frozen_outputs({"train": mask.sum(1).numpy()}, memory_gb=1)["train"]
+    outputs = classifier.frozen_outputs({"train": make_split(mask.sum(1).numpy())}, memory_gb=1)["train"]
     on_gpu = SimpleNamespace(cpu=lambda: torch.arange(len(ids)))  # a tensor there gives its values to the CPU only
     given = {"input_ids": ids, "attention_mask": mask, "examples": on_gpu}
     first, later = (classifier.logits(given, outputs) for _ in range(2))

@@ -22,7 +22,7 @@ from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import SCORES, mean_and_deviation
 from finetuning.config import NOT_PART_OF_THE_RUN
 from finetuning.errors import UserError
-from finetuning.runs.records import NOT_ASKED_FOR, accuracy_interval
+from finetuning.runs.records import NOT_ASKED_FOR
 from finetuning.settings import recorded_name
 
 OTHER_CONDITIONS = "another commit, processor, number of threads or torch version"
@@ -164,7 +164,7 @@ class Run:
         accuracy, examples = self.get(split, "accuracy"), self.get(split, "examples")
         if not self.finished or accuracy is None:
             return None
-        return round(accuracy * examples) / examples if examples else float(accuracy)
+        return round(accuracy * examples) / examples
 
     @property
     def monitor(self) -> str:
@@ -245,10 +245,7 @@ class Row:
         """The 95 % interval of the test accuracy, for a row with one run; several runs have a deviation instead."""
         if len(self.tested) != 1:
             return None, None
-        given, examples = (self.tested[0].get("test", key) for key in ("accuracy_ci95", "examples"))
-        if given is None and examples:
-            given = accuracy_interval(self.accuracies()[0], examples)
-        low, high = given or (None, None)
+        low, high = self.tested[0].get("test", "accuracy_ci95")
         return low, high
 
     def common(self, *keys: str) -> Any:

@@ -5,11 +5,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetuning.comparison.packed import Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, first_line
-from finetuning.runs.answers import is_multi_label, positive_of, unlabelled
+from finetuning.runs.answers import positive_of, read_answers
 from finetuning.runs.files import METRICS, PREDICTIONS, RESULT, check_unchanged
 
 
@@ -78,41 +80,34 @@ def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
         task = result["task"]
         try:
             positive = positive_of(task, result.get("data", {}).get("label_names", ()))
-            predictions = read_test_predictions(source / PREDICTIONS, task.get("threshold"), positive)
+            predictions = read_test_predictions(source, task.get("threshold"), positive)
         except (OSError, ValueError, LookupError) as error:  # includes pyarrow's errors
             path = source / PREDICTIONS
             raise UserError(f"{path} cannot be read ({first_line(error)}): restore it, or train again") from None
     return Record.made(target, result, metrics, predictions)
 
 
-def read_test_predictions(path: Path, threshold: float | None = None, positive: int | None = None) -> Any:
+def read_test_predictions(directory: Path, threshold: float | None = None, positive: int | None = None) -> Any:
     """What a run predicted for the test texts, in the order of their rows.
 
     Args:
-        path: the run's predictions.
+        directory: the run directory.
         threshold, positive: as in ``Answers``.
 
     Returns:
         A pyarrow table with columns ``row`` (int32), ``label`` and ``predicted`` (int8; int16 for many classes). With
         a threshold and no positive class, the last two hold a list of labels for each text.
     """
-    import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    table = pq.read_table(path, filters=[("split", "=", "test")]).sort_by("row")
-    logits = np.array(table["logits"].to_pylist())  # (n, classes)
-    small = np.int8 if logits.shape[1] <= 127 else np.int16
-    given = unlabelled(logits, threshold, positive).given
-    if is_multi_label(threshold, positive):
-        kind = pa.list_(pa.from_numpy_dtype(small))
-        predicted = pa.array([np.flatnonzero(row).astype(small) for row in given], kind)
-        rows = table["row"].to_numpy().astype(np.int32)
-        return pa.table({"row": rows, "label": table["label"].cast(kind), "predicted": predicted})
-    return pa.table(
-        {
-            "row": table["row"].to_numpy().astype(np.int32),
-            "label": table["label"].to_numpy().astype(small),
-            "predicted": given.argmax(axis=1).astype(small),
-        }
-    )
+    test = read_answers(directory, threshold, positive)["test"]
+    test = test.taken(np.argsort(test.rows))
+    small = np.int8 if test.logits.shape[1] <= 127 else np.int16
+
+    def numbers(labels: np.ndarray) -> Any:
+        if test.multi_label:
+            return pa.array([np.flatnonzero(row) for row in labels], pa.list_(pa.from_numpy_dtype(small)))
+        return labels.argmax(1).astype(small)
+
+    columns = {"row": test.rows.astype(np.int32), "label": numbers(test.truth), "predicted": numbers(test.given)}
+    return pa.table(columns)

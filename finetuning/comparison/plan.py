@@ -42,7 +42,7 @@ from finetuning.comparison.drawn import RATE, check_numbers, check_search, check
 from finetuning.datasets import hub_name
 from finetuning.errors import UserError, first_line, listed
 from finetuning.flags import flag_words, from_flags, given_flags, no_flag
-from finetuning.settings import ENCODER_TARGETS, FLAGS, MINILM_FORMS, PACKAGED, recorded_name
+from finetuning.settings import FLAGS, MINILM_FORMS, PACKAGED, recorded_name
 
 TABLES = ("question", "defaults", "axes", "sample", "data", "rows", "tuning", "search")
 KEYS_OF_A_ROW = ("name", "axes", "tune", "reported", "data")  # what a row may hold besides flags
@@ -124,9 +124,9 @@ class StudyPlan:
 
 
 def stated_command(command: str, config: Mapping[str, Any]) -> str:
-    """A command with what its run chose by itself, and with linears that have LoRA by default now and had none then.
+    """A command with what its run chose by itself.
 
-    So it repeats the run if ``auto``, ``packaged``, or the default of linears or of the learning rate changes.
+    So it repeats the run if ``auto``, ``packaged``, or the default of the learning rate changes.
 
     Args:
         command: as the run has recorded it.
@@ -142,8 +142,6 @@ def stated_command(command: str, config: Mapping[str, Any]) -> str:
     missing += [RATE] if RATE not in given else []
     model = recorded_name(config["model_name"])
     values = {name: str(config[name]) for name in missing}
-    if config.get("method") == "lora" and not given & {"lora_modules", "init_adapter"}:
-        values |= {name: "False" for name in ENCODER_TARGETS if name not in given and config[name] is False}
     if "model_name" not in given and model in MINILM_FORMS:  # of --offline
         values["model_name"] = model
     command = shlex.join([*words, *(word for name, value in values.items() for word in (f"--{name}", value))])

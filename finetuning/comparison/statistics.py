@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import bdtr, stdtrit
 
 LEVEL = 0.05  # a corrected p value at or above it means "no significant difference"
 RESAMPLES = 2_000
@@ -75,12 +75,7 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
         second: the same for the second run, with the same texts in the same order.
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    n = only_first + only_second
-    tail, ways = 0, 1  # exact integers, because 2**n overflows a float for thousands of texts
-    for k in range(min(only_first, only_second) + 1):
-        tail += ways
-        ways = ways * (n - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
 
 
 def accuracy(counts: np.ndarray) -> np.ndarray:
@@ -165,12 +160,10 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values, corrected for their number by Holm's step-down method (Holm 1979), in the same order."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+    p = np.array(p_values)
+    order, corrected = np.argsort(p, kind="stable"), np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
+    return corrected.tolist()
 
 
 def interval_over_sets(differences: Sequence[float]) -> tuple[float, float]:

@@ -281,7 +281,6 @@ class TokenBatchLoader(DataLoader[Batch]):
         # set_epoch. Workers would not help, because collating is one copy out of a flat array.
         super().__init__(_Batches(split, pad_id), batch_size=None, sampler=sampler, **options)
         self.token_batches = sampler
-        self.padding_fraction = sampler.padding_fraction()  # of all ranks in epoch 0; other epochs differ little
         self.tokens_per_epoch = int(split.lengths.sum())  # of all ranks, without padding
         self.steps_per_epoch = sampler.steps  # optimizer steps
 

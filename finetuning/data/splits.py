@@ -10,7 +10,7 @@ import pandas as pd
 from finetuning.data.labels import as_number, doubt_about, encode_multi_label, is_multi_label, rarest_labels
 from finetuning.data.texts import LabelledTexts, Source
 from finetuning.datasets import DATASETS, SPLITS, traits_of
-from finetuning.errors import UserError
+from finetuning.errors import UserError, counted
 from finetuning.settings import DataSettings
 
 MANY_CONTRADICTIONS = 0.1  # of the training texts
@@ -112,12 +112,11 @@ def _parts(table: pd.DataFrame, shares: Sequence[int], names: list[str], data: D
     """Cuts ``table`` into stratified parts in proportion to ``shares``."""
     counts = table.label.value_counts()
     if counts.min() < len(shares) and "labels" not in table:
-        texts = "1 text" if counts.min() == 1 else f"{counts.min()} texts"
         usual = "add texts of it, leave it out, or give a validation and a test split of your own"
         doubt = doubt_about([names[i] for i in counts.index], len(table))
         raise UserError(
-            f"--label_column {data.label_column}: class {names[counts.idxmin()]!r} has {texts}: must be at least"
-            f" {len(shares)} for a stratified split: {doubt or usual}"
+            f"--label_column {data.label_column}: class {names[counts.idxmin()]!r} has {counted(counts.min(), 'text')}:"
+            f" must be at least {len(shares)} for a stratified split: {doubt or usual}"
         )
     sizes = _sizes(len(table), shares)
     if 0 in sizes:

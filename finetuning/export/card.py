@@ -157,7 +157,7 @@ def _scores(run: FinishedRun, answers: Answers) -> dict[str, Any]:
 def _cross_validation(run: FinishedRun) -> dict[str, Any] | None:
     """The score to report of a run with ``--kfold``; ``None`` if there is none."""
     folds = run.result.get("kfold")
-    if folds is None or folds.get("same_epoch") is None or run.result["task"].get("threshold_tuned"):
+    if folds is None or folds["same_epoch"] is None or run.result["task"].get("threshold_tuned"):
         return None
     same = folds["same_epoch"]
     return {

@@ -1,7 +1,8 @@
 """A classifier: token ids -> logits, the weights it saves, and the layer outputs it keeps from epoch to epoch."""
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
 from finetuning.models.rows import last_places, take
 from finetuning.storage import cache_dir
+
+if TYPE_CHECKING:
+    from finetuning.data.tokens import TokenizedSplit
 
 SHORT = 192  # tokens; up to here, on a CPU, the plain formula of attention trains faster than torch's fused one
 
@@ -128,17 +132,14 @@ class Classifier(nn.Module):
             if parameter.requires_grad or name.startswith(head) or ".lora." in name
         }
 
-    def frozen_outputs(
-        self, lengths: dict[str, np.ndarray], memory_gb: float, windows: dict[str, np.ndarray | None] | None = None
-    ) -> dict[str, FrozenOutputs]:
+    def frozen_outputs(self, splits: "Mapping[str, TokenizedSplit]", memory_gb: float) -> dict[str, FrozenOutputs]:
         """Stores for the outputs of frozen layers, one per split; empty if no layer is frozen.
 
         Only a model without dropout on the efficient path has them.
 
         Args:
-            lengths: split -> (examples,) tokens of each example, for splits that the run reads more than once.
+            splits: those that the run reads more than once.
             memory_gb: GiB of memory for all splits together. A split that does not fit is kept in a file.
-            windows: split -> (examples,) windows of each example. Default: one.
         """
         if not self.efficient:
             return {}
@@ -150,10 +151,9 @@ class Classifier(nn.Module):
         whole = count == self.family.setting(self.model, "layer_count")
         width = int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         left, kept = int(memory_gb * 2**30), {}
-        for name, tokens in lengths.items():
-            counts = (windows or {}).get(name)
-            ones = np.ones_like(tokens) if counts is None else counts
-            rows = ones if whole else tokens
+        for name, split in splits.items():
+            windows = np.ones_like(split.lengths) if split.windows is None else split.windows
+            rows = windows if whole else split.lengths
             try:
                 kept[name] = FrozenOutputs(rows, width, self.dtype, left, cache_dir())
             except OSError as error:

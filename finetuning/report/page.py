@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetuning.errors import UserError, first_line, say
 from finetuning.html import data_url, render
+from finetuning.processes import is_helper
 from finetuning.report import sections
 from finetuning.report.coverage import coverage_curve, risk_table
 from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, maybe_wrong
@@ -30,7 +31,7 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 def present(
     directory: Path, result: dict[str, Any], settings: RunSettings, splits: "Mapping[str, LabelledTexts]"
 ) -> None:
-    """Writes the report of a finished run, if it is asked for, and prints its path. If that fails, it only warns.
+    """Writes the report of a finished run, if it is asked for, in the first process. If that fails, it only warns.
 
     Args:
         directory: the run directory.
@@ -38,7 +39,7 @@ def present(
         settings: ``report`` and ``report_texts``.
         splits: the run's texts.
     """
-    if not settings.report or result["status"] != "finished":
+    if is_helper() or not settings.report or result["status"] != "finished":
         return
     held_out = {name: split.by_row() for name, split in splits.items() if name != "train"}
     path = directory / REPORT
@@ -87,7 +88,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
     temperature = fit_temperature(answers["validation"]) if "validation" in answers else None
     learned = main.multi_label or shows_learning(validation, result.get("kfold"))
     wrong = maybe_wrong(answers, names, texts) if learned and not main.multi_label else []
-    longest = result["config"]["max_length"] * (result["config"].get("windows") or 1)  # older runs have none
+    longest = result["config"]["max_length"] * result["config"]["windows"]
     return render(
         TEMPLATE,
         name=directory.resolve().name,
@@ -132,7 +133,7 @@ def _headline(split: str, answers: Answers, kfold: Mapping[str, Any] | None) -> 
     shown = percent(accuracy, accuracy_interval(accuracy, len(answers.rows)))
     if kfold is None or split != "validation":
         return f"{split} {measure} {shown}"
-    if (same := kfold.get("same_epoch")) is None:  # older runs have none
+    if (same := kfold["same_epoch"]) is None:  # a fold has stopped before
         return f"out-of-fold {measure} {shown}"
     every = percent(same["accuracy"], same["accuracy_ci95"])
     return f"out-of-fold {measure} {every} after {kfold['epochs']} epochs in every fold, {shown} if each fold chooses,"

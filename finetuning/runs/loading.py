@@ -103,8 +103,6 @@ def adopt_adapter(
         has = adapter.pooling or "what the base model's class computes"
         raise UserError(f"--pooling {pooling}: the adapter of --init_adapter has {has}: leave out this flag")
     values |= {"pooling": adapter.pooling} if adapter.pooling else {}
-    if moved and lora.lora_variant is None:  # an earlier version, which stored neither of these, has begun the run
-        return values, adapter
     if lora.lora_variant not in (None, adapter.variant):
         has = f"the adapter of --init_adapter has {adapter.variant}"
         raise UserError(f"--lora_variant {lora.lora_variant}: {has}: leave out this flag")

@@ -133,11 +133,11 @@ def shows_learning(answers: Answers, kfold: Mapping[str, Any] | None) -> bool:
         answers: of validation; single-label only.
         kfold: the ``FoldsRecord`` of a run with folds.
     """
-    same = kfold.get("same_epoch") if kfold else None  # older runs have none
+    same = kfold["same_epoch"] if kfold else None
     accuracy = same["accuracy"] if same else float(answers.right.mean())
     if beats_largest_class(accuracy, answers.truth.sum(0)):
         return True
-    low, _ = (same.get("mean_ci95", {}) if same else score_intervals(answers)).get("mcc", (0.0, 0.0))
+    low, _ = (same["mean_ci95"] if same else score_intervals(answers)).get("mcc", (0.0, 0.0))
     return bool(low > 0)
 
 

@@ -86,7 +86,7 @@ class CommandSettings:
         Raises:
             UserError: there are such settings.
         """
-        if self.estimate and hardware.devices * hardware.num_nodes > 1:
+        if self.estimate and hardware.processes > 1:
             raise UserError("--estimate True: needs --devices 1 and --num_nodes 1")
         if self.prefetch and run.offline:
             raise UserError("--prefetch True: needs the network: leave out --offline")

@@ -1,30 +1,14 @@
-"""The report of a run that has finished."""
+"""The report of a run that has finished without one."""
 
 from pathlib import Path
-from typing import Any
 
 from finetuning.config import RunConfig
 from finetuning.data.loading import load_texts, tokenize
 from finetuning.data.texts import LabelledTexts
 from finetuning.models.base_model import find_base_model, load_tokenizer
-from finetuning.processes import is_helper
-from finetuning.report import page
+from finetuning.report.page import restore
 from finetuning.runs.directory import check_origin
 from finetuning.runs.records import data_hashes
-from finetuning.steps.claim import Claim
-from finetuning.steps.inputs import Inputs
-
-
-def present(claim: Claim, inputs: Inputs, result: dict[str, Any]) -> None:
-    """Writes the report, in the first process.
-
-    Args:
-        claim: the run.
-        inputs: its texts.
-        result: what ``result.json`` got.
-    """
-    if not is_helper():
-        page.present(claim.directory, result, claim.config.run, inputs.texts.splits)
 
 
 def restore_report(config: RunConfig, directory: Path) -> None:
@@ -36,4 +20,4 @@ def restore_report(config: RunConfig, directory: Path) -> None:
         check_origin(directory, "data", data_hashes(texts, splits))
         return texts.splits
 
-    page.restore(directory, config.run, unchanged_texts)
+    restore(directory, config.run, unchanged_texts)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from finetuning.config import RunConfig
-from finetuning.errors import UserError, listed
+from finetuning.errors import UserError, counted, listed
 from finetuning.models.base_model import BaseModel
 from finetuning.runs.messages import SHOWN_IN_ADVICE
 from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
@@ -65,7 +65,7 @@ def validation_advice(
     if validation < FEW_VALIDATION_TEXTS:
         doubt = f"validation has {validation} texts, so the epoch that it chooses depends on chance"
     elif counts[rarest] < FEW_OF_A_CLASS:
-        found = "1 text" if counts[rarest] == 1 else f"{counts[rarest]} texts"
+        found = counted(counts[rarest], "text")
         doubt = f"validation has {found} of class {rarest!r}, so what it says about this class depends on chance"
     if doubt and processes == 1:
         advice.append(f"{doubt}: --kfold 5 needs no validation split and scores every training text")

@@ -38,7 +38,7 @@ class Training:
 
     @property
     def data(self) -> DataRecord:
-        padding = self.batches.padding_fraction
+        padding = self.batches.token_batches.padding_fraction()  # before training of epoch 0; others differ little
         return data_record(self.inputs.texts, self.inputs.splits) | {"padding_fraction": padding}
 
     def measured(self) -> TrainRecord:
@@ -73,11 +73,10 @@ def prepare_training(
     }
     batches = train_loader(splits["train"], settings, inputs.pad_id, **options)
     validation = evaluation_loader(splits["validation"], settings, inputs.pad_id, **options) if folds is None else None
-    repeated = {name: splits[name].lengths for name in ("train", "validation") if folds is None or name == "train"}
+    repeated = {name: splits[name] for name in ("train", "validation") if folds is None or name == "train"}
     epochs = chosen or settings.epochs
     keeps = epochs > 1 and not hardware.on_gpu  # a GPU recomputes outputs as fast as it copies them
-    windows = {name: splits[name].windows for name in repeated}
-    frozen = classifier.frozen_outputs(repeated, claim.config.hardware.frozen_cache_gb, windows) if keeps else {}
+    frozen = classifier.frozen_outputs(repeated, claim.config.hardware.frozen_cache_gb) if keeps else {}
     steps = settings.epochs * batches.steps_per_epoch
     module = FineTuning(classifier, settings, inputs.task, steps, frozen, kernels)
     if settings.epochs and not claim.config.run.force:

@@ -61,7 +61,7 @@ class Meter(Callback):
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("rows", *CLOCKS)}
         losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)
-        return state | {"earlier_seconds": self.run_seconds, "losses": losses, "random": _of_all_ranks(_random_state())}
+        return state | {"earlier_seconds": self.run_seconds, "losses": losses, "random": of_all_ranks(_random_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._random, self._losses = state.pop("random"), list(state.pop("losses"))
@@ -208,18 +208,18 @@ class ProgressLines(Callback):
 
 
 def _random_state() -> dict[str, Tensor]:
-    """The states of this process's random generators."""
+    """The states of this process's random generators. Ranks draw different dropout: their batches differ in shape."""
     cuda = {"cuda_rng": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
     return {"torch_rng": torch.get_rng_state()} | cuda
 
 
-def _of_all_ranks(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The states of all ranks. They draw different dropout, because their batches have different shapes."""
+def of_all_ranks(value: Any) -> list[Any]:
+    """What each rank gives, in their order."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [state]
-    states: list[dict[str, Tensor]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(states, state)
-    return states
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _now(pl_module: Any) -> float:

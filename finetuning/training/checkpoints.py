@@ -98,7 +98,7 @@ class BestCheckpoint(ModelCheckpoint):
         moved = {key: self._in_this_directory(value) for key, value in state_dict.items() if key.endswith("_path")}
         best = {self._in_this_directory(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | moved | {"best_k_models": best, "dirpath": self.dirpath})
-        self.best_loss = state_dict.get("best_loss", -math.inf)  # a run that began without it keeps its first epoch
+        self.best_loss = state_dict["best_loss"]
         if self.best_model_path:
             check_best(Path(self.best_model_path))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -69,11 +70,12 @@ def measure_steps(
     loader = train_loader(splits["train"], training, pad_id)
     batches = _spread(loader, MEASURED_STEPS)
     keeps = not hardware.on_gpu and training.epochs > 1
-    frozen = _frozen_outputs(classifier, splits, frozen_cache_gb) if keeps else {}
+    repeated = {name: splits[name] for name in ("train", "validation")}  # read in every epoch
+    frozen = classifier.frozen_outputs(repeated, frozen_cache_gb) if keeps else {}
 
-    activations = kept_for_backward(classifier, _to(batches[0], device))
+    activations = kept_for_backward(classifier, move_data_to_device(batches[0], device))
     for batch in batches[:2]:  # warm-up: the first steps build kernels and allocate memory
-        _step(classifier, task, optimizer, _to(batch, device), training.gradient_clip, None)
+        _step(classifier, task, optimizer, move_data_to_device(batch, device), training.gradient_clip, None)
     seconds = _first_and_later(
         "epoch", batches[1:] or batches, device, loader.tokens_per_epoch, frozen.get("train"),
         lambda batch, outputs: _step(classifier, task, optimizer, batch, training.gradient_clip, outputs),
@@ -103,16 +105,6 @@ def run_seconds(seconds: dict[str, float], epochs: int) -> float:
     return first + seconds["validation"] + later + seconds.get("test", 0.0)
 
 
-def _frozen_outputs(
-    classifier: Classifier, splits: dict[str, TokenizedSplit], frozen_cache_gb: float
-) -> dict[str, FrozenOutputs]:
-    """Where a run keeps outputs of frozen layers, of the splits that it reads in every epoch."""
-    repeated = {name: splits[name] for name in ("train", "validation")}
-    lengths = {name: split.lengths for name, split in repeated.items()}
-    windows = {name: split.windows for name, split in repeated.items()}
-    return classifier.frozen_outputs(lengths, frozen_cache_gb, windows)
-
-
 @torch.inference_mode()
 def _evaluation_seconds(
     classifier: Classifier,
@@ -127,7 +119,7 @@ def _evaluation_seconds(
     on_gpu = device.type == "cuda"
     for name in (name for name in ("validation", "test") if name in splits):
         evaluated = _spread(evaluation_loader(splits[name], training, pad_id, pin_memory=on_gpu), MEASURED_EVALUATIONS)
-        classifier.logits(_to(evaluated[0], device))  # warm-up: evaluation uses other kernels
+        classifier.logits(move_data_to_device(evaluated[0], device))  # warm-up: evaluation uses other kernels
         tokens = int(splits[name].lengths.sum())
         seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
     return seconds
@@ -139,10 +131,6 @@ def _spread(loader: DataLoader[dict[str, Tensor]], count: int) -> Batches:
     planned = sorted(loader.sampler, key=lambda batch: -int(data.split.window_spans(batch.examples)[1].max()))
     places = np.linspace(0, len(planned) - 1, min(count + 1, len(planned))).astype(int)
     return [data[planned[i]] for i in places]  # the others are never made: all of them can be gigabytes
-
-
-def _to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _step(
@@ -199,7 +187,7 @@ def _seconds_per_token(batches: Batches, device: torch.device, work: Callable[[d
     """Mean seconds per token without padding. With five batches or more, the slowest and the fastest do not count."""
     times = []
     for batch in batches:
-        moved, tokens = _to(batch, device), int(batch["attention_mask"].sum())
+        moved, tokens = move_data_to_device(batch, device), int(batch["attention_mask"].sum())
         _wait(device)
         started = time.perf_counter()
         work(moved)

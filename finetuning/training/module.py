@@ -23,7 +23,7 @@ from finetuning.processes import is_helper
 from finetuning.runs.files import NOT_FINITE
 from finetuning.settings import TrainingSettings
 from finetuning.training.averaging import Averaging
-from finetuning.training.callbacks import ADVICE
+from finetuning.training.callbacks import ADVICE, of_all_ranks
 from finetuning.training.checkpoints import check_best, only_tensors
 from finetuning.training.optimization import make_optimizer, make_scheduler
 from finetuning.training.tasks import Task
@@ -220,10 +220,7 @@ def _kind(kernels: str) -> str:
 
 def _gather(parts: list[np.ndarray]) -> Predictions:
     """Rows, labels and logits of all ranks, sorted by row."""
-    gathered = [parts]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gathered = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(gathered, parts)
-    rows, labels, logits = (np.concatenate(column) for column in zip(*(g for g in gathered if g), strict=True))
+    every = [each for each in of_all_ranks(parts) if each]
+    rows, labels, logits = (np.concatenate(column) for column in zip(*every, strict=True))
     order = np.argsort(rows, kind="stable")
     return rows[order], labels[order], logits[order]

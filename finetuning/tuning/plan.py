@@ -94,8 +94,7 @@ class Plan:
         stored = _stored(folder)
         given = {name: Path(v) if FLAGS[name].kind is Path else v for name, v in stored["given"].items()}
         space = Space.from_dict(stored["space"], given)
-        study = stored.get("study", folder.resolve().name)  # a search of an earlier version has none
-        return Plan(study, given, stored["sampler"], stored["prune"], stored["storage"], space)
+        return Plan(stored["study"], given, stored["sampler"], stored["prune"], stored["storage"], space)
 
 
 def _anywhere(value: str | Path) -> str:
@@ -151,7 +150,6 @@ def check_same(folder: Path, asked: Asked) -> None:
         UserError: it is another one.
     """
     stored, mine = _stored(folder), json.loads(json.dumps(asked.to_dict()))
-    stored["storage"] = _from_anywhere(stored["storage"])  # earlier versions kept it as it was typed
     flags = {**stored, **stored["given"]}, {**mine, **mine["given"]}
     for name in dict.fromkeys((*flags[0], *flags[1])):
         before, now = (each.get(name) for each in flags)

@@ -16,19 +16,21 @@ from finetuning.comparison.collected import Predictions
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import Difference, pooled_difference, seed_spread
+from finetuning.errors import counted
 from finetuning.flags import flag_words
 from finetuning.html import render
 from finetuning.pages import Table
 from finetuning.runs.abstention import checkpoints_compared
-from finetuning.runs.answers import is_multi_label, positive_of
 from finetuning.runs.files import BEST_RUN, PREDICTIONS, check_unchanged, read_result, read_status, write_result
+from finetuning.runs.finished import FinishedRun, read_finished
 from finetuning.runs.messages import called
 from finetuning.runs.records import SCORES
 from finetuning.storage import read_json, write_json, write_text
 from finetuning.tuning.plan import ENDING, FINAL, SUMMARY, TRIALS, Budget, Plan
 from finetuning.tuning.plots import draw_plots, shown_score
 from finetuning.tuning.search import last_places
-from finetuning.tuning.texts import seeds_text, shown_values, trial_name
+from finetuning.tuning.space import space_table
+from finetuning.tuning.texts import shown_values, trial_name
 from finetuning.tuning.trials import END, TRIAL, Place, Trial, Trials
 
 REPORT, TEMPLATE = "tune.html", Path(__file__).parent / "tune.html.j2"
@@ -63,30 +65,29 @@ def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | 
 
 def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | None:
     places = last_places(folder, final)
-    runs: dict[int, list[Path]] = {number: [] for number in final["trials"]}
+    runs: dict[int, list[FinishedRun]] = {number: [] for number in final["trials"]}
     for (number, _), place in places.items():
         if read_status(place.directory) == "finished":
-            runs[number].append(place.directory)
-    default = Trials(folder / TRIALS, plan.monitor).place(0).directory
+            runs[number].append(read_finished(place.directory))
+    trials, sign = Trials(folder / TRIALS, plan.monitor), -1 if plan.minimize else 1
+    default = trials.place(0).directory
     if 0 not in runs and read_status(default) == "finished":  # there was no time to train it again
-        runs[0] = [default]
+        runs[0] = [read_finished(default)]
     if not any(runs.values()):
         print(f"failed: no last run has finished, see {next(iter(places.values())).log}", file=sys.stderr)
         return None
-    trials, sign = Trials(folder / TRIALS, plan.monitor), -1 if plan.minimize else 1
 
-    def score(run: Path) -> float:
-        return sign * float(read_result(run)["validation"][plan.monitor])
+    def score(run: FinishedRun) -> float:
+        return sign * float(run.result["validation"][plan.monitor])
 
     def rank(number: int) -> tuple[int, float]:
         scores = [score(run) for run in runs[number]]  # whose runs fail more often cannot win
-        missing = 0 if runs[number] == [default] else len(final["seeds"]) - len(scores)
-        return -missing, statistics.fmean(scores) if scores else 0.0
+        return -missing_runs(final, number, runs[number]), statistics.fmean(scores) if scores else 0.0
 
     winner = max(sorted(runs), key=rank)  # a tie: the default
-    copy_run(max(runs[winner], key=score), folder / BEST_RUN)  # of equal ones the first
-    note_comparisons(folder / BEST_RUN, trials.all(), [run for own in runs.values() for run in own if run != default])
-    summary = make_summary(plan, trials, runs, winner, len(final["seeds"]))
+    copy_run(max(runs[winner], key=score).directory, folder / BEST_RUN)  # of equal ones the first
+    note_comparisons(folder / BEST_RUN, trials.all(), [run for number in final["trials"] for run in runs[number]])
+    summary = make_summary(plan, trials, runs, winner, final)
     summary["minutes"] = Budget.read(folder).seconds / 60
     write_text(folder / REPORT, make_page(folder.resolve().name, plan, trials.all(), summary))
     summary["minutes"] = Budget.read(folder).seconds / 60
@@ -103,14 +104,21 @@ def copy_run(source: Path, target: Path) -> None:
     half.replace(target)
 
 
-def note_comparisons(best: Path, trials: list[Trial], last_runs: list[Path]) -> None:
+def missing_runs(final: dict[str, Any], number: int, finished: list[FinishedRun]) -> int:
+    """How many last runs of a trial have not finished. A default that was not trained again lacks none."""
+    return len(final["seeds"]) - len(finished) if number in final["trials"] else 0
+
+
+def note_comparisons(best: Path, trials: list[Trial], last_runs: list[FinishedRun]) -> None:
     """Writes into the copied run how many checkpoints validation has compared, for statements about validation."""
     result = read_result(best)
-    epochs = [len(trial.history) for trial in trials] + [checkpoints_compared(read_result(run)) for run in last_runs]
+    epochs = [len(trial.history) for trial in trials] + [checkpoints_compared(run.result) for run in last_runs]
     write_result(best, result | {"checkpoints_compared": sum(epochs)})
 
 
-def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner: int, seeds: int) -> dict[str, Any]:
+def make_summary(
+    plan: Plan, trials: Trials, runs: dict[int, list[FinishedRun]], winner: int, final: dict[str, Any]
+) -> dict[str, Any]:
     """What the search has found, as ``tune.json`` holds it, without its minutes.
 
     Args:
@@ -118,14 +126,10 @@ def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner
         trials: all of its trials.
         runs: the finished last runs of each trial that was trained again.
         winner: the number of the one that won.
-        seeds: how many last runs each of them has, finished or not.
+        final: the trials that were trained again, and their seeds.
     """
     everything = trials.all()
-    first = [trials.place(0).directory]  # of the default; a search without time for more has no other
-    found = {
-        number: _record(trials.read(number), own, 0 if own == first else seeds - len(own))
-        for number, own in runs.items()
-    }
+    found = {n: _record(trials.read(n), own, missing_runs(final, n, own)) for n, own in runs.items()}
     default_runs, default = runs.get(0, []), found.get(0) or _record(everything[0], [])
     candidate = max(found)  # the best trial of the search; the default if no trial was better
 
@@ -145,9 +149,9 @@ def make_summary(plan: Plan, trials: Trials, runs: dict[int, list[Path]], winner
     }
 
 
-def _record(trial: Trial, runs: list[Path], failed: int = 0) -> dict[str, Any]:
+def _record(trial: Trial, runs: list[FinishedRun], failed: int = 0) -> dict[str, Any]:
     """A trial and its runs with new seeds, of which some more have failed."""
-    results = [read_result(run) for run in runs]
+    results = [run.result for run in runs]
     tested = bool(results) and all("test" in result for result in results)
     return {
         "trial": trial.number,
@@ -158,7 +162,7 @@ def _record(trial: Trial, runs: list[Path], failed: int = 0) -> dict[str, Any]:
         "failed": failed,
         "validation": _means([result["validation"] for result in results]) if results else None,
         "test": _means([result["test"] for result in results]) if tested else None,
-        "runs": [f"{run.parent.name}/{run.name}" for run in runs],
+        "runs": ["/".join(run.directory.parts[-2:]) for run in runs],
     }
 
 
@@ -167,26 +171,21 @@ def _means(scores: list[dict[str, Any]]) -> dict[str, float]:
     return {name: statistics.fmean(score[name] for score in scores) for name in names}
 
 
-def gain_of(default: list[Path], runs: list[Path]) -> dict[str, Any]:
+def gain_of(default: list[FinishedRun], runs: list[FinishedRun]) -> dict[str, Any]:
     """The mean test score of runs minus the default's, with a 95 % interval over texts and seeds.
 
     Args:
         default: the runs of the default. Each has read the test split once, and nothing was chosen by it.
         runs: those of a trial. The default itself gains 0, for certain.
     """
-    result = read_result(default[0])
-    names = result["data"]["label_names"]
-    multi_label = is_multi_label(result["task"].get("threshold"), positive_of(result["task"], names))
-    measure = "micro_f1" if multi_label else "accuracy"
-
+    measure = "micro_f1" if default[0].multi_label else "accuracy"
     if runs == default:
         return {"measure": measure, "mean": 0.0, "ci95": [0.0, 0.0], "p": 1.0}
 
-    def predictions(run: Path) -> Predictions:
-        check_unchanged(run / PREDICTIONS)
-        task = read_result(run)["task"]
-        frame = read_test_predictions(run / PREDICTIONS, task.get("threshold"), positive_of(task, names)).to_pandas()
-        return Predictions.from_frame("", frame)
+    def predictions(run: FinishedRun) -> Predictions:
+        check_unchanged(run.directory / PREDICTIONS)
+        found = read_test_predictions(run.directory, run.threshold, run.positive)
+        return Predictions.from_frame("", found.to_pandas())
 
     sides = [[predictions(run) for run in each] for each in (runs, default)]
     first, second = (np.stack([each.counted(measure) for each in side]) for side in sides)
@@ -225,10 +224,11 @@ def _scores_text(record: dict[str, Any], monitor: str) -> str:
     if seeds:
         score = (record["test"] or {}).get(monitor)  # a test split of one class has no AUROC
         test = "" if score is None else f", test {score:.4f}"
-        again = "in its first run" if record["runs"][0].startswith(f"{TRIALS}/") else f"with {seeds_text(len(seeds))}"
+        first = record["runs"][0].startswith(f"{TRIALS}/")
+        again = "in its first run" if first else f"with {counted(len(seeds), 'new seed')}"
         parts.append(f"{record['validation'][monitor]:.4f} {again}{test}")
     if record["failed"]:
-        parts.append(f"{seeds_text(record['failed'])} failed")
+        parts.append(f"{counted(record['failed'], 'new seed')} failed")
     return "; ".join(parts) or "has not finished"
 
 
@@ -282,7 +282,7 @@ def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any
         trial_count=len(trials),
         counts=counts_text(summary["trials"]),
         plots=draw_plots(plan, trials),
-        space=plan.space.table().without_empty_columns(),
+        space=space_table(plan.space.parameters).without_empty_columns(),
         given=flags_text({name: value for name, value in plan.given.items() if name != "data_dir"}),
         trials=trial_table(plan, trials),
     )

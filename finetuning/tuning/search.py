@@ -26,7 +26,7 @@ from finetuning.runs.files import METRICS, read_result, read_status
 from finetuning.storage import read_json, write_new_json
 from finetuning.tuning.plan import FINAL, LAST, TRIALS, Budget, Plan
 from finetuning.tuning.sampler import Proposer, pruned_after
-from finetuning.tuning.texts import limits_text, progress_line, seeds_text, trial_name
+from finetuning.tuning.texts import limits_text, progress_line, trial_name
 from finetuning.tuning.trials import (
     COMPLETE,
     FAILED,
@@ -358,7 +358,7 @@ class Search:
         final = read_json(self.folder / FINAL)
         less = "" if len(final["seeds"]) == budget.seeds else f"; there is no time for {budget.seeds}"
         names = " and ".join(map(trial_name, final["trials"]))
-        print(f"last runs: {names}, again with {seeds_text(len(final['seeds']))}{less}", flush=True)
+        print(f"last runs: {names}, again with {counted(len(final['seeds']), 'new seed')}{less}", flush=True)
         return final
 
     def _next_last(self, final: dict[str, Any]) -> Job | None:

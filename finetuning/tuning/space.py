@@ -183,10 +183,6 @@ class Space:
                 ways = [one | way for way in ways for one in found]
         return ways
 
-    def table(self) -> Table:
-        """The space for people."""
-        return space_table(self.parameters)
-
     def to_dict(self) -> dict[str, Any]:
         """What a search stores; JSON makes lists of tuples."""
         return {"parameters": [asdict(parameter) for parameter in self.parameters], "defaults": dict(self.defaults)}

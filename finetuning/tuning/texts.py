@@ -11,11 +11,6 @@ def trial_name(number: int) -> str:
     return "the default" if number == 0 else f"trial {number}"
 
 
-def seeds_text(count: int) -> str:
-    """A number of seeds, for people."""
-    return f"{count} new seed{'s' if count > 1 else ''}"
-
-
 def shown_values(trial: Trial, plan: Plan) -> dict[str, str]:
     """What a trial tries, by parameter; what a parameter multiplies is shown as the flag has it."""
     point = trial.point or {}

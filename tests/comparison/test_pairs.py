@@ -16,7 +16,6 @@ from finetuning.comparison.pairs import (
 )
 from finetuning.comparison.report import make_section, study_text
 from finetuning.comparison.statistics import Difference, holm, mcnemar
-from finetuning.runs.files import PREDICTIONS
 from finetuning.runs.history import write_predictions
 from tests.synthetic_runs import outcomes, write_run
 
@@ -128,7 +127,7 @@ def write_labels(folder: Path, results: Path, row: str, truth: np.ndarray, given
     """A collected multi-label run, from what a run leaves: (n, labels) of 0 and 1."""
     rows = np.arange(len(truth))
     write_predictions(folder, {"test": (rows, truth, np.where(given == 1, 2.0, -2.0))})
-    predictions = read_test_predictions(folder / PREDICTIONS, threshold=0.5)
+    predictions = read_test_predictions(folder, threshold=0.5)
     correct = (truth == given).all(axis=1)
     write_run(results, "s", row, correct=correct, predictions=predictions, task={"threshold": 0.5})
 

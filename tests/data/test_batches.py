@@ -259,7 +259,7 @@ def test_training_batches_hold_the_right_tokens() -> None:
         real, padded = real + int(mask.sum()), padded + ids.numel()
     assert sorted(rows) == split.rows.tolist()
     assert loader.tokens_per_epoch == real
-    assert loader.padding_fraction == pytest.approx(1 - real / padded)
+    assert loader.token_batches.padding_fraction() == pytest.approx(1 - real / padded)
     assert loader.steps_per_epoch == len(loader)
 
 
@@ -267,7 +267,7 @@ def test_padding_is_small_at_imdbs_size() -> None:
     for longest in (256, 512):
         training = RunConfig.from_settings(max_length=longest, batch_size=64, batch_tokens=6144).training
         loader = train_loader(make_split(review_lengths(20_000, 0, longest)), training, PAD)
-        assert loader.padding_fraction < 0.015
+        assert loader.token_batches.padding_fraction() < 0.015
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

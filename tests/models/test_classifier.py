@@ -80,7 +80,7 @@ def test_logits_of_windows_are_pooled(
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     if efficient:
-        kept = classifier.frozen_outputs({"train": split.lengths}, 1.0, {"train": split.windows})["train"]
+        kept = classifier.frozen_outputs({"train": split}, 1.0)["train"]
         for _ in range(2):  # computed, then read
             torch.testing.assert_close(classifier.logits(batch, kept), found, rtol=1e-6, atol=1e-6)
 
@@ -93,7 +93,7 @@ def test_a_frozen_encoder_keeps_one_output_for_each_window(tiny_folders: dict[st
     split = encode(TEXTS, None, tokenizer, config.data).labelled(rows, rows)
     assert split.windows is not None
     (batch,) = evaluation_loader(split, config.training, int(tokenizer.pad_token_id))
-    kept = classifier.frozen_outputs({"train": split.lengths}, 1.0, {"train": split.windows})["train"]
+    kept = classifier.frozen_outputs({"train": split}, 1.0)["train"]
     assert len(kept.rows) == split.windows.sum() > 3
     expected = classifier.logits(batch)
     for _ in range(2):

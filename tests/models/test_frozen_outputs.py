@@ -14,6 +14,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.files import read_result
+from tests.data.test_batches import make_split
 from tests.models.test_encoder import prepare
 from tests.test_finetune_lora import flags
 
@@ -89,5 +90,5 @@ def test_a_classifier_of_every_family_keeps_outputs_unless_it_drops(model_type: 
     for dropout in (0.0, 0.1):
         model = prepare(family, "head_only", dropout=dropout)
         classifier = Classifier(model, family, torch.float32, efficient=True)
-        kept = classifier.frozen_outputs({"train": LENGTHS}, 1.0)
+        kept = classifier.frozen_outputs({"train": make_split(LENGTHS)}, 1.0)
         assert bool(kept) == (dropout == 0 or "dropout" not in family.settings)

@@ -161,10 +161,10 @@ def test_after_folds_the_larger_split_is_the_headline_and_the_folds_are_a_cost(t
     for count, headline in ((20, "out-of-fold accuracy"), (300, "test accuracy")):
         splits = {"validation": random_split(200, 2, 0), "test": random_split(count, 2, 1)}
         leave_predictions(tmp_path, splits)
-        result = result_of_run(["a", "b"], splits, kfold=5) | {"kfold": {"seconds": 383.4}}
+        result = result_of_run(["a", "b"], splits, kfold=5) | {"kfold": {"seconds": 383.4, "same_epoch": None}}
         assert headline in (text := read(make_report(tmp_path, result, None)).text)
         assert re.search(r"\.\s+Validation is out of fold", text)
-        same = {"accuracy": 0.7, "accuracy_ci95": [0.6, 0.8]}
+        same = {"accuracy": 0.7, "accuracy_ci95": [0.6, 0.8], "mean_ci95": {}}
         fair = result | {"kfold": {"seconds": 1.0, "epochs": 9, "same_epoch": same}}
         shown = "after 9 epochs in every fold, "
         assert (shown in read(make_report(tmp_path, fair, None)).text) == (count == 20)
