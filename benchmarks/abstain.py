@@ -16,7 +16,7 @@ from benchmarks import harness
 from benchmarks.harness import TRAINING_FLAGS, Record
 from compare_methods import ROOT
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 from finetuning.runs.abstention import LEVEL, checkpoints_compared, least_confidence
 from finetuning.runs.answers import read_answers
 from finetuning.runs.calibration import fit_temperature
@@ -102,9 +102,7 @@ def table(result: Record) -> str:
         f" confidence of the statement {100 * LEVEL:g} %.\nIn all, the share on test was at most as asked in {kept} of"
         f" {asked}."
     )
-    return (
-        f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured(record['environment'] for record in records)}"
-    )
+    return f"{conditions}\n\n{dated(Table(COLUMNS, rows), (record['environment'] for record in records))}"
 
 
 @harness.as_main

@@ -17,7 +17,7 @@ from benchmarks import harness
 from benchmarks.harness import Record
 from compare_methods import ROOT
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 from finetuning.runs.files import LAST_CHECKPOINT, RESULT
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import PACKAGED_DISTILBERT
@@ -74,12 +74,10 @@ def table(result: Record) -> str:
         name, count = f"`--method {record['method']}`", str(len(record["seconds"]))
         share = f"{inside * median / RUN_SECONDS:.3%} of the time"
         rows.append((name, count, f"{record['bytes']:,}", f"{median:.3f}, {longest:.3f}", share))
-    environment = records[0]["environment"]
-    conditions = f"{environment['cpu']}, {environment['threads']} thread(s)."
-    return (
-        f"{conditions} Writing: median and longest, until the disk has it.\n\n{Table(columns, rows).markdown()}\n\n"
-        f"{measured(record['environment'] for record in records)}"
-    )
+    environments = [record["environment"] for record in records]
+    machine = f"{environments[0]['cpu']}, {environments[0]['threads']} thread(s)"
+    conditions = f"{machine}. Writing: median and longest, until the disk has it."
+    return f"{conditions}\n\n{dated(Table(columns, rows), environments)}"
 
 
 @harness.as_main

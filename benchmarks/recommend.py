@@ -20,7 +20,7 @@ from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import LEAST_SETS, Grid, difference_cell, grid_of
 from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured, renew_tables
+from finetuning.pages import Table, dated, renew_tables
 
 STUDY = "methods_on_sets"
 COLUMNS = (
@@ -157,7 +157,7 @@ def section() -> str:
     """The table of the collected runs, as docs/data_sets.md has it."""
     grid = collected(STUDY)
     content = table(grid, default_scores(grid, collected("placement")))
-    return f"{content.markdown()}\n\n{measured(environments(grid))}"
+    return dated(content, environments(grid))
 
 
 @harness.as_main

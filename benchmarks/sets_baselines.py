@@ -32,7 +32,7 @@ from finetuning.data.loading import load_texts
 from finetuning.data.texts import LabelledTexts
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
-from finetuning.pages import Table, measured, renew_tables
+from finetuning.pages import Table, dated, measured, renew_tables
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import DataSettings
 from finetuning.storage import read_json
@@ -188,7 +188,7 @@ def few_texts_table(result: Record, runs: Grid) -> str:
                 rows.append((f"mean of {len(named)} sets", "", str(texts), *(f"{mean:.2f}" for mean in means)))
     columns = ("TF-IDF", "frozen model", *WITH_FEW_TEXTS)
     shown = Table(("data set", "classes", "texts", *(f"{name}, %" for name in columns)), rows)
-    return f"{shown.markdown()}\n\n{measured([result['environment'], *environments(runs)])}"
+    return dated(shown, [result["environment"], *environments(runs)])
 
 
 def table_of(name: str) -> Callable[[Record], str]:
@@ -263,8 +263,7 @@ def crossing_table(few: Record, pooled: Record, runs: Grid, whole: Record, defau
         shown = (f"{gains[texts]:+.2f}" if texts in gains else "" for texts in (*smaller, max(gains)))
         rows.append((name, *shown, better_from(gains)))
     columns = ("data set", *(f"{texts} texts" for texts in smaller), "2,000 texts, or all", "LoRA is better from")
-    measurements = [*few["environments"], pooled["environment"], whole["environment"]]
-    return f"{Table(columns, rows).markdown()}\n\n{measured(measurements)}"
+    return dated(Table(columns, rows), [*few["environments"], pooled["environment"], whole["environment"]])
 
 
 def better_from(gains: Mapping[int, float]) -> str:

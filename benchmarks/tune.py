@@ -33,7 +33,7 @@ from compare_methods import DATA_SETS, ROOT
 from finetuning.comparison.plots import COLORS, new_figure, png_of
 from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured, renew_tables
+from finetuning.pages import Table, dated, renew_tables
 from finetuning.runs.files import BEST_RUN, read_result
 from finetuning.storage import read_json, write_bytes, write_json
 from finetuning.tuning.plan import SEARCH, SUMMARY, TRIALS
@@ -118,7 +118,7 @@ def merged(earlier: Sequence[Record], new: Sequence[Record]) -> list[Record]:
 
 def shown(table: Table, records: Sequence[Record]) -> str:
     """A part's table and where it was measured."""
-    return f"{table.markdown()}\n\n{measured(record['environment'] for record in records)}"
+    return dated(table, (record["environment"] for record in records))
 
 
 def gain(asked: Conditions) -> list[Record]:
