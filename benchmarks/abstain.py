@@ -28,8 +28,7 @@ KEPT_ENVIRONMENT = ("cpu", "threads", "versions", "git", "date")
 RISKS = (0.01, 0.02, 0.05, 0.1)
 FLAGS = (
     "--dataset text --model_name packaged-distilbert --split stratified --limit_train 1500 --limit_validation 950"
-    " --max_length 128 --lora_key True --lora_projection True --lora_mlp True --epochs 2"
-    f" {TRAINING_FLAGS} --accelerator cpu --baseline False --report False"
+    f" --max_length 128 --epochs 2 {TRAINING_FLAGS} --accelerator cpu --baseline False --report False"
 )
 COLUMNS = (
     "data set, accuracy", "wrong asked, at most", "splits with a threshold", "answered, % (median)",
