@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.harness import TRAINING_FLAGS, Record
+from compare_methods import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 RUN_FLAGS = ("--epochs", "1", *TRAINING_FLAGS.split(), "--limit_validation", "200", "--limit_test", "200")
 METHODS: dict[str, tuple[str, ...]] = {
     "lora": (),
