@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.faults import runs
 from benchmarks.faults.runs import Commands, Outcome, Seen, Signals, Undisturbed, continued, require, require_same
+from finetuning.errors import counted
 from finetuning.runs.checkpoints import has_checkpoint
 from finetuning.runs.files import LAST_CHECKPOINT, RESULT
 from finetuning.storage import TEMPORARY
@@ -68,7 +69,7 @@ def killed(commands: Commands, generator: random.Random, directory: Path) -> See
     require(last.status == 0, "continued", last)
     require_same(directory, commands.whole(method, precision)[0])
     how = how_at_last if earlier.status else how  # a run that has finished does nothing
-    text = f"{len(moments)} kill{'s' * (len(moments) != 1)}, {how}, identical"
+    text = f"{counted(len(moments), 'kill')}, {how}, identical"
     return Seen(text, {"method": [method], "killed while": moments})
 
 
