@@ -170,15 +170,6 @@ def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfi
     return text_config(folder)
 
 
-def write_tree(folder: Path) -> None:
-    """An aclImdb tree with unlabelled reviews besides."""
-    for split in ("train", "test"):
-        for kind in ("neg", "pos", "unsup") if split == "train" else ("neg", "pos"):
-            (folder / split / kind).mkdir(parents=True)
-            for i in range(20):
-                (folder / split / kind / f"{i}_1.txt").write_text(f"{split} {kind} {i}<br /><br />end é", "utf-8")
-
-
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if absent := missing_daemon():
