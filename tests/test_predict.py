@@ -14,13 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import finetune_lora
-from finetuning.config import RunConfig
-from finetuning.errors import UserError
-from finetuning.models.base_files import file_hashes
 from finetuning.models.int8_products import refused
 from finetuning.prediction.command import main
-from finetuning.prediction.predictor import load_predictor, on_this_machine, predict
-from finetuning.prediction.trained import read_trained
+from finetuning.prediction.predictor import predict
 from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, TRAINED_WEIGHTS, read_result, write_result
 from tests.conftest import changed_run, needs_int8
 from tests.prediction.test_progress import Terminal
@@ -316,19 +312,6 @@ def test_exported_folders_that_are_refused(
 # --- refusals
 
 
-def test_a_base_model_that_has_changed_since_the_run_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    base = tiny_folders["bert"]
-    config = RunConfig.from_settings(model_name=str(base), accelerator="cpu", max_length=32)
-    data = {"label_names": ["bad", "good"], "columns": {}}
-    result = {"status": "finished", "config": config.to_dict(), "data": data, "task": {}}
-    write_result(tmp_path, result | {"base_model": {"sha256": file_hashes(base) | {"config.json": "0"}}})
-    with pytest.raises(UserError, match=r"base model .*config\.json has changed since the run"):
-        load_predictor(read_trained(tmp_path))
-    write_result(tmp_path, result | {"base_model": {"sha256": file_hashes(base)}})
-    with pytest.raises(UserError, match=f"{ADAPTER} cannot be read"):  # the base model is accepted
-        load_predictor(read_trained(tmp_path))
-
-
 def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     text = ("--text", "a film")
     assert f"{tmp_path}: must be a finished run" in refusal(capsys, tmp_path, *text)
@@ -436,21 +419,6 @@ def test_pairs_are_predicted_as_in_the_run(
         (run, ["--file", tmp_path / "new.csv", "--text_pair", "x"], "with --file give --text_pair_column"),
     ):
         assert message in refusal(capsys, directory, *more)
-
-
-def test_precision_is_one_that_this_machine_has() -> None:
-    def here(**settings: object) -> dict[str, object]:
-        return on_this_machine(RunConfig.from_settings(**settings).hardware)
-
-    assert here(precision="bf16", device=3)["precision"] == "bf16"
-    given = here(precision="fp16", accelerator="gpu")["precision"]
-    assert given == ("fp16" if torch.cuda.is_available() else "auto")
-    assert here(accelerator="cpu")["accelerator"] == "cpu"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        for able, precision in (True, "bf16"), (False, "auto"):
-            patch.setattr("finetuning.prediction.predictor.multiplies_bf16", lambda _, able=able: able)
-            assert here(precision="bf16")["precision"] == precision
 
 
 def test_several_labels_are_predicted_as_in_the_run(
