@@ -44,6 +44,7 @@ from finetuning.flags import from_flags
 from finetuning.models.families import FAMILIES
 from finetuning.models.int8_products import refused
 from finetuning.models.lora import LinearWithLoRA
+from finetuning.runs.answers import Answers
 from finetuning.runs.files import read_result, write_result, write_settings
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
@@ -203,6 +204,12 @@ def jobs_folder(ready: Cluster) -> Path:
         if not path.exists():  # the cluster and its folder are those of the session
             path.symlink_to(ROOT / name)
     return ready.submit_folder
+
+
+def answers_of(labels: Any, given: Any, classes: int = 2, tokens: np.ndarray | None = None) -> Answers:
+    """The class of each text, and the one that a run gave, as its answers."""
+    truth, logits = np.eye(classes, dtype=bool)[labels], 3.0 * np.eye(classes)[given]
+    return Answers(np.arange(len(labels)), truth, logits, tokens)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
