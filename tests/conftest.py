@@ -33,6 +33,7 @@ from benchmarks.tiny import (  # noqa: F401  # the tests import some of it from 
     packaged_folder,
     tiny_classifier,
     write_reviews,
+    write_splits,
     write_study,
 )  # fmt: skip
 from finetuning.comparison.plan import PlannedRun, read_plan
@@ -91,10 +92,7 @@ def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def review_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data_dir for ``--dataset text``: 120 training, 40 validation and 40 test reviews."""
-    folder = tmp_path_factory.mktemp("reviews")
-    for i, (name, count) in enumerate({"train": 120, "validation": 40, "test": 40}.items()):
-        write_reviews(folder / f"{name}.csv", count, seed=i)
-    return folder
+    return write_splits(tmp_path_factory.mktemp("reviews"), train=120, validation=40, test=40)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,7 +27,7 @@ from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
 from finetuning.training.module import FineTuning
-from tests.conftest import ROOT, needs_int8, one_thread, write_reviews
+from tests.conftest import ROOT, needs_int8, one_thread, write_reviews, write_splits
 from tests.scripts import Script, start_script
 
 
@@ -298,10 +298,7 @@ def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
 ) -> None:
     for name in ("tensorboard", "wandb", "mlflow"):  # no tracker, no import
         monkeypatch.setitem(sys.modules, name, None)
-    data = tmp_path / "data"
-    data.mkdir()
-    for name, count in (("train", 60), ("validation", 20), ("test", 20)):
-        write_reviews(data / f"{name}.csv", count, seed=count)
+    data = write_splits(tmp_path / "data", train=60, validation=20, test=20)
     with (data / "test.csv").open("a", encoding="utf8") as file:
         file.write("a wonderful <script>alert('x')</script> & <b>moving film,bad\n")  # a label that the text denies
     more = ("--epochs", "2", "--learning_rate", "0.01", "--report", "True")
@@ -532,8 +529,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
 def test_a_process_that_is_signalled_says_how_another_one_continues(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    for name, count in (("train", 600), ("validation", 40), ("test", 40)):
-        write_reviews(tmp_path / f"{name}.csv", count, seed=count)
+    write_splits(tmp_path, train=600, validation=40, test=40)
     words = [*flags(tiny_folders["distilbert"], tmp_path, tmp_path / "broken", "--epochs", "2"), "--report", "False"]
     broken = start(words)
     assert broken.stdout is not None

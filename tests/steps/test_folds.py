@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from benchmarks.tiny import write_reviews
+from benchmarks.tiny import write_reviews, write_splits
 from finetune_lora import main
 from finetuning.export.command import main as export
 from finetuning.flags import from_flags
@@ -44,11 +44,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def few_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data_dir with 40 training and 20 test reviews."""
-    folder = tmp_path_factory.mktemp("few")
-    write_reviews(folder / "train.csv", 40, seed=0)
-    write_reviews(folder / "test.csv", 20, seed=1)
-    return folder
+    return write_splits(tmp_path_factory.mktemp("few"), train=40, test=20)
 
 
 def words(model: Path, data: Path, output: Path, *more: str) -> list[str]:
