@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,19 @@ def lora_of_flags(line: str) -> LoRASettings:
     return lora
 
 
-def refusal(line: str) -> str:
-    """The one line with which flags are refused."""
+def refusal_of(call: Callable[..., object], *arguments: Any, **settings: Any) -> str:
+    """The one line with which a call is refused."""
     with pytest.raises(UserError) as caught:
-        config_of_flags(line)
+        call(*arguments, **settings)
     message = str(caught.value)
     assert "\n" not in message
     assert message
     return message
+
+
+def refusal(line: str) -> str:
+    """The one line with which flags are refused."""
+    return refusal_of(config_of_flags, line)
 
 
 def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:

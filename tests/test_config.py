@@ -20,7 +20,7 @@ from finetuning.settings import (
     parsed_layers,
 )
 from finetuning.storage import cache_dir
-from tests.conftest import config_of_flags, each_once, lora_of_flags, refusal
+from tests.conftest import config_of_flags, each_once, lora_of_flags, refusal, refusal_of
 
 LORA_FLAGS = [flag.name for flag in FLAGS.values() if flag.section == "lora"]
 OTHER_METHODS = [method for method in FLAGS["method"].choices if method != "lora"]
@@ -152,9 +152,7 @@ def test_unknown_choices(name: str) -> None:
 )
 def test_unknown_data_sets(name: str) -> None:
     allowed = "must be one of imdb, financial_phrasebank, text, or OWNER/NAME[:CONFIG], a data set of the hub"
-    with pytest.raises(UserError) as caught:
-        RunConfig.from_settings(dataset=name)
-    assert str(caught.value) == f"--dataset {name}: {allowed}"
+    assert refusal_of(RunConfig.from_settings, dataset=name) == f"--dataset {name}: {allowed}"
 
 
 @pytest.mark.parametrize(
@@ -240,10 +238,8 @@ def test_layers_by_number_range_and_list(given: str, layers: tuple[int, ...], na
     "given", ["", "a", "5-3", "-1", "1-", "1,,2", "1.5", "1-2-3", "99999", "\N{ARABIC-INDIC DIGIT THREE}"]
 )
 def test_layers_of_another_form(given: str) -> None:
-    with pytest.raises(UserError) as caught:
-        RunConfig.from_settings(lora_layers=given)
     message = "must be layers, counted from 0, for example 5, 3-5 or 0,2,4"
-    assert str(caught.value) == f"--lora_layers {given}: {message}"
+    assert refusal_of(RunConfig.from_settings, lora_layers=given) == f"--lora_layers {given}: {message}"
 
 
 def test_lora_modules_replace_the_parts() -> None:

@@ -23,7 +23,7 @@ from local_model_utilities import (
     parameter_record,
     parameter_table,
 )
-from tests.conftest import CORE, INNER, LAYERS, WIDTH
+from tests.conftest import CORE, INNER, LAYERS, WIDTH, refusal_of
 from tests.small_classifiers import build, fill
 
 
@@ -96,9 +96,7 @@ def test_lora_in_some_layers_leaves_those_below_frozen(
 
 def test_layers_that_a_model_lacks_are_refused(tiny_folders: dict[str, Path]) -> None:
     def refused(words: str, **settings: object) -> None:
-        with pytest.raises(UserError) as caught:
-            build(tiny_folders["bert"], **settings)
-        assert str(caught.value).endswith(words)
+        assert refusal_of(build, tiny_folders["bert"], **settings).endswith(words)
 
     refused(f"{tiny_folders['bert'].name} has {LAYERS} layers, counted from 0", lora_layers=f"1-{LAYERS}")
     refused(
@@ -241,10 +239,9 @@ def test_four_bits_that_fail_are_refused_in_one_line(
         return result
 
     monkeypatch.setattr(functional, "dequantize_4bit", fails)
-    with pytest.raises(UserError) as caught:
-        try_four_bits(torch.device("cpu"), torch.float32)
     advice = "install a bitsandbytes for this machine, or leave out --q_lora"
-    assert str(caught.value) == f"--q_lora True: bitsandbytes fails on cpu: {reason}; {advice}"
+    line = refusal_of(try_four_bits, torch.device("cpu"), torch.float32)
+    assert line == f"--q_lora True: bitsandbytes fails on cpu: {reason}; {advice}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -14,7 +14,7 @@ from finetuning.comparison.packed import RUNS, Record, change_records, read_reco
 from finetuning.errors import UserError
 from finetuning.runs.files import PREDICTIONS
 from finetuning.runs.lock import DirectoryLock
-from tests.conftest import contents
+from tests.conftest import contents, refusal_of
 from tests.synthetic_runs import outcomes, write_run
 
 
@@ -85,11 +85,9 @@ def test_damaged_records_are_refused_in_one_line(tmp_path: Path, old: str | None
     path = tmp_path / "s" / RUNS
     text = path.read_text()
     path.write_text(new if old is None else text.replace(old, new.replace("{line}", text.splitlines(True)[1])))
-    with pytest.raises(UserError) as caught:
-        read_study("s", tmp_path)
-    assert str(caught.value).startswith(f"{path} cannot be read: ")
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    line = refusal_of(read_study, "s", tmp_path)
+    assert line.startswith(f"{path} cannot be read: ")
+    assert said in line
 
 
 def test_damaged_predictions_are_refused_and_never_dropped(tmp_path: Path) -> None:
