@@ -2,6 +2,7 @@
 """What several test files use: folders of tiny models and reviews, flags, runs as they are left on disk."""
 
 import errno
+import functools
 import gc
 import os
 import shutil
@@ -49,6 +50,7 @@ from finetuning.runs.answers import Answers
 from finetuning.runs.files import read_result, write_result, write_settings
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
+from tests.tiny_models import save_tokenizer, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
@@ -87,6 +89,22 @@ def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         folders[model_type] = folder
     return folders
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function: model type -> the folder of its tiny model. A decoder's tokenizer has no padding token."""
+
+    @functools.cache
+    def folder(model_type: str) -> Path:
+        path = tmp_path_factory.mktemp(model_type)
+        model = tiny_model(model_type)
+        model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}  # the head stays
+        model.save_pretrained(path)
+        save_tokenizer(path, decoder=FAMILIES[model_type].last_token)
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,8 @@ from tests.conftest import needs_int8, refusal_of, train_only_lora
 from tests.models.conftest import assert_each_near, relative_error, with_lora
 from tests.models.test_lora import gradients
 from tests.small_classifiers import build
-from tests.test_every_family import EVERY_FAMILY, FUSED, assert_equals_peft, folder_of
+from tests.test_every_family import EVERY_FAMILY, FUSED, assert_equals_peft
 
-__all__ = ["folder_of"]  # a fixture
 DORA = {"lora_variant": "dora", "lora_r": 3, "lora_alpha": 5.0}
 ALL = {f"lora_{target}": True for target in ("key", "projection", "mlp")} | DORA
 

@@ -21,9 +21,8 @@ from finetuning.runs.weights import load_trained
 from tests.conftest import CORE, needs_int8, refusal
 from tests.models.conftest import relative_error
 from tests.small_classifiers import build, built_and_filled, save
-from tests.test_every_family import EVERY_FAMILY, LABELS, RANK, assert_equals_peft, batch, folder_of
+from tests.test_every_family import EVERY_FAMILY, LABELS, RANK, assert_equals_peft, batch
 
-__all__ = ["folder_of"]  # a fixture
 PISSA: dict[str, Any] = {"lora_variant": "pissa", "lora_r": RANK, "lora_alpha": 5.0}
 ALL = {f"lora_{target}": True for target in ("key", "projection", "mlp")} | PISSA
 
