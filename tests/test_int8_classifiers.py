@@ -19,9 +19,8 @@ from finetuning.runs.files import SETTINGS, read_result, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
 from tests.conftest import INNER, LAYERS, WIDTH, needs_int8
-from tests.small_classifiers import NAMES, build, fill
+from tests.small_classifiers import NAMES, batch, build, fill
 from tests.test_finetune_lora import flags
-from tests.test_local_model_utilities import batch
 from tests.tiny_models import tiny_model
 
 pytestmark = needs_int8

@@ -24,17 +24,7 @@ from local_model_utilities import (
     parameter_table,
 )
 from tests.conftest import CORE, INNER, LAYERS, WIDTH, refusal_of
-from tests.small_classifiers import build, fill
-
-
-def batch(count: int = 5, length: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1000, 30000, (count, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, 7:] = 0
-    mask[3, 15:] = 0
-    return torch.where(mask == 1, ids, 1), mask
-
+from tests.small_classifiers import batch, build, fill
 
 # --- what is trained
 
