@@ -27,28 +27,8 @@ from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
 from finetuning.training.module import FineTuning
-from tests.conftest import ROOT, needs_int8, one_thread, write_reviews, write_splits
-from tests.scripts import Script, start_script
-
-
-def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
-    """Of a run that takes a second or two. It has no report, which would take a third of that."""
-    return [
-        "--model_name", str(model), "--dataset", "text", "--data_dir", str(data), "--output_dir", str(output),
-        "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003",
-        "--epochs", "2", "--patience", "0", "--report", "False", *more,
-    ]  # fmt: skip
-
-
-def start(words: list[str]) -> Script | subprocess.Popen[str]:
-    return start_script("finetune_lora.py", words)
-
-
-def finish(process: Script | subprocess.Popen[str]) -> None:
-    """Waits for a process that must succeed."""
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-
+from tests.conftest import ROOT, flags, needs_int8, one_thread, write_reviews, write_splits
+from tests.scripts import finish, start
 
 # --- a run from end to end
 

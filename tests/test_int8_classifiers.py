@@ -18,9 +18,8 @@ from finetuning.models.quantization import dense_weight
 from finetuning.runs.files import SETTINGS, read_result, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
-from tests.conftest import INNER, LAYERS, WIDTH, needs_int8
+from tests.conftest import INNER, LAYERS, WIDTH, flags, needs_int8
 from tests.small_classifiers import NAMES, batch, build, fill
-from tests.test_finetune_lora import flags
 from tests.tiny_models import tiny_model
 
 pytestmark = needs_int8

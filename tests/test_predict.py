@@ -18,10 +18,9 @@ from finetuning.models.int8_products import refused
 from finetuning.prediction.command import main
 from finetuning.prediction.predictor import predict
 from finetuning.runs.files import ADAPTER, PREDICTIONS, TRAINED_WEIGHTS, read_result, write_result
-from tests.conftest import changed_run, needs_int8
+from tests.conftest import changed_run, flags, needs_int8
 from tests.prediction.test_progress import Terminal
 from tests.scripts import start_script
-from tests.test_finetune_lora import flags
 
 pytestmark = pytest.mark.xdist_group("predict")  # in one process: the runs are made once
 Capture = pytest.CaptureFixture[str]
@@ -49,10 +48,9 @@ def runs(
     """One finished run of each method on the small reviews."""
     folder = tmp_path_factory.mktemp("runs")
     for method, line in METHODS.items():
-        common = f"--dataset text --data_dir {review_folder} --model_name {tiny_folders['distilbert']}"
-        common += " --max_length 32 --epochs 1 --batch_size 8 --patience 0 --accelerator cpu --report False"
-        common += f" --learning_rate 1e-2 --precision fp32 --output_dir {folder / method}"
-        assert finetune_lora.main([*common.split(), *line.split()]) == 0, method
+        more = f"--epochs 1 --learning_rate 1e-2 --precision fp32 {line}"
+        words = flags(tiny_folders["distilbert"], review_folder, folder / method, *more.split())
+        assert finetune_lora.main(words) == 0, method
     return {method: folder / method for method in METHODS}
 
 

@@ -14,8 +14,8 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.files import read_result
+from tests.conftest import flags
 from tests.models.test_encoder import prepare
-from tests.test_finetune_lora import flags
 
 LENGTHS = np.array([3, 1, 5, 2])
 

@@ -33,7 +33,7 @@ from finetuning.steps import read_inputs
 from finetuning.steps.baseline import of_folds
 from finetuning.steps.folds import time_left
 from finetuning.training.callbacks import Meter
-from tests.conftest import config_of_flags
+from tests.conftest import config_of_flags, flags
 
 pytestmark = pytest.mark.xdist_group("folds")  # in one process: the whole run is made once
 FILES = {
@@ -48,11 +48,8 @@ def few_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(model: Path, data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        "--model_name", str(model), "--dataset", "text", "--data_dir", str(data), "--output_dir", str(output),
-        "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.01",
-        "--lora_mlp", "True", "--dropout", "0.1", "--epochs", "4", "--kfold", "2", *more,
-    ]  # fmt: skip
+    own = "--learning_rate 0.01 --dropout 0.1 --epochs 4 --patience auto --report True --kfold 2"
+    return flags(model, data, output, *own.split(), *more)
 
 
 @pytest.fixture(scope="module")
