@@ -53,14 +53,14 @@ def test_runs_of_one_label_and_of_several_share_a_file(tmp_path: Path) -> None:
 def test_other_runs_and_other_studies_stay_as_they_are(tmp_path: Path) -> None:
     kept = write_run(tmp_path, "s", "kept", correct=outcomes(0.9, 50, 0), curve=[0.5])
     other = write_run(tmp_path, "t", "other", correct=outcomes(0.9, 50, 0))
-    before = {path: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+    before = contents(tmp_path / "t")
     write_run(tmp_path, "s", "new", correct=outcomes(0.8, 50, 1))
     write_run(tmp_path, "s", "new", status="failed")
     found, _ = read_records(tmp_path / "s")
     assert found[kept.name] == Record(tmp_path / "s", kept.result, kept.metrics)
     assert found[kept.name].predictions().equals(kept.predictions())
     assert [record.result["status"] for record in found.values()] == ["finished", "failed"]
-    assert {path: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
+    assert contents(tmp_path / "t") == before
     assert read_records(tmp_path / "t")[0] == {other.name: other}
     assert read_records(tmp_path / "nothing") == ({}, [])
 
