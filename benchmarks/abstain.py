@@ -16,7 +16,7 @@ from benchmarks import harness
 from benchmarks.harness import TRAINING_FLAGS, Record
 from compare_methods import ROOT
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 from finetuning.runs.abstention import LEVEL, checkpoints_compared, least_confidence
 from finetuning.runs.answers import read_answers
 from finetuning.runs.calibration import fit_temperature
@@ -28,8 +28,7 @@ KEPT_ENVIRONMENT = ("cpu", "threads", "versions", "git", "date")
 RISKS = (0.01, 0.02, 0.05, 0.1)
 FLAGS = (
     "--dataset text --model_name packaged-distilbert --split stratified --limit_train 1500 --limit_validation 950"
-    " --max_length 128 --lora_key True --lora_projection True --lora_mlp True --epochs 2"
-    f" {TRAINING_FLAGS} --accelerator cpu --baseline False --report False"
+    f" --max_length 128 --epochs 2 {TRAINING_FLAGS} --accelerator cpu --baseline False --report False"
 )
 COLUMNS = (
     "data set, accuracy", "wrong asked, at most", "splits with a threshold", "answered, % (median)",
@@ -102,9 +101,7 @@ def table(result: Record) -> str:
         f" confidence of the statement {100 * LEVEL:g} %.\nIn all, the share on test was at most as asked in {kept} of"
         f" {asked}."
     )
-    return (
-        f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured(record['environment'] for record in records)}"
-    )
+    return f"{conditions}\n\n{dated(Table(COLUMNS, rows), (record['environment'] for record in records))}"
 
 
 @harness.as_main

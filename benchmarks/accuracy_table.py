@@ -10,7 +10,7 @@ from benchmarks import harness
 from benchmarks.harness import Record, Spread
 from benchmarks.peers import NAMES
 from finetuning.comparison.statistics import Difference, pooled_difference, seed_spread
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 
 CONTESTANTS = {"suite": "this suite", "peft": NAMES["peft_tuned"]}
 OTHER_SCORES = {"micro_f1": "micro F1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}
@@ -43,8 +43,8 @@ def table(result: Record, counts: dict[str, np.ndarray]) -> str:
         rows.append((f"{name}{what}{seeds}", texts, *scores, difference.cell, str(time or "")))
     others = Table(("data set, score", *names, DIFFERENCE), other_scores(both, counts))
     parts = (conditions(result), Table(columns, rows).markdown(), pooled_sentence(list(both.values()), counts))
-    caption = measured(record["environment"] for record in records if record["status"] == "finished")
-    return "\n\n".join((*parts, others.markdown(), caption))
+    environments = [record["environment"] for record in records if record["status"] == "finished"]
+    return "\n\n".join((*parts, dated(others, environments)))
 
 
 def conditions(result: Record) -> str:

@@ -33,7 +33,7 @@ from finetuning.data.loading import load_texts
 from finetuning.data.tokens import encode
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
-from finetuning.pages import Table, measured, renew_tables
+from finetuning.pages import Table, dated, renew_tables
 from finetuning.settings import DataSettings
 from finetuning.storage import read_json
 from finetuning.training.budget import FEW
@@ -67,7 +67,7 @@ def steps_table(folder: Path = STEPS) -> str:
         scores = [_validation(found[name]) if name in found else "" for name in sets]
         cells.append((method, f"{texts:,}", str(batch), f"{rate:g}", str(epochs), steps, *scores))
     table = Table(("method", "texts", "batch", "rate", "epochs", "steps", *sets), cells)
-    return f"{table.markdown()}\n\n{measured(result['environment'] for result in results)}"
+    return dated(table, (result["environment"] for result in results))
 
 
 def rare_labels_table(folder: Path = STEPS) -> str:
@@ -86,7 +86,7 @@ def rare_labels_table(folder: Path = STEPS) -> str:
             f"{found} of {len(scores['per_class'])}", f"{100 * scores['micro_f1']:.2f}",
         ))  # fmt: skip
     table = Table(("texts a batch", "epochs", "steps", "labels that are found in any text", "micro F1, %"), rows)
-    return f"{table.markdown()}\n\n{measured(result['environment'] for result in results)}"
+    return dated(table, (result["environment"] for result in results))
 
 
 def _multi_label(result: Record) -> bool:
@@ -127,7 +127,7 @@ def patience_table(folder: Path = STEPS) -> str:
             cells = (f"{statistics.fmean(costs):.2f}", f"{max(costs):.2f}", f"{100 * saved:.0f}")
             rows.append((texts, str(patience), str(len(histories)), *cells))
     columns = ("training texts", "`--patience`", "runs", "mean loss, points", "largest loss, points", "epochs saved, %")
-    return f"{Table(columns, rows).markdown()}\n\n{measured(record.result['environment'] for record in records)}"
+    return dated(Table(columns, rows), (record.result["environment"] for record in records))
 
 
 def _stop(history: Sequence[float], patience: int) -> int:
@@ -165,7 +165,7 @@ def defaults_table(folder: Path) -> str:
         "steps: before / auto",
         "median training, s: before / auto",
     )
-    return f"{Table(columns, rows).markdown()}\n\n{measured(result['environment'] for result in results)}"
+    return dated(Table(columns, rows), (result["environment"] for result in results))
 
 
 def few_texts_table(result: Record) -> str:
@@ -184,7 +184,7 @@ def few_texts_table(result: Record) -> str:
             cells.append(score_cell(found) or "not measured")
         rows.append((name, str(texts), *cells))
     columns = ("data set", "training texts", *(f"{kind}, %" for kind in kinds))
-    return f"{Table(columns, rows).markdown()}\n\n{measured(result['environments'])}"
+    return dated(Table(columns, rows), result["environments"])
 
 
 def measure(data_dir: Path, journal: harness.Journal, known: Sequence[Record]) -> None:

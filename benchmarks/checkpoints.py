@@ -17,17 +17,14 @@ from benchmarks import harness
 from benchmarks.harness import Record
 from compare_methods import ROOT
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 from finetuning.runs.files import LAST_CHECKPOINT, RESULT
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import PACKAGED_DISTILBERT
 from finetuning.storage import read_json
 
 OUTPUT, PAGE = harness.RESULTS / "checkpoints.json", ROOT / "docs" / "faults.md"
-METHODS = {
-    "lora": ["--lora_key", "--lora_projection", "--lora_mlp"],
-    "full": ["--method", "full"],
-}
+METHODS = ("lora", "full")
 FLAGS = (
     "--model_name", PACKAGED_DISTILBERT, "--offline", "--accelerator", "cpu", "--epochs", "1",
     "--limit_validation", "64", "--test", "False", "--checkpoint_steps", "1", *harness.TRAINING_FLAGS.split(),
@@ -40,7 +37,7 @@ def measure(method: str, texts: int) -> Record:
     """Trains with a checkpoint after each step.
 
     Args:
-        method: a key of ``METHODS``.
+        method: one of ``METHODS``.
         texts: number of training texts.
 
     Raises:
@@ -56,7 +53,7 @@ def measure(method: str, texts: int) -> Record:
 
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:  # not in memory, as folders of temporary files can be
         run = Path(folder) / "run"
-        words = [*FLAGS, *METHODS[method], "--limit_train", str(texts), "--output_dir", str(run)]
+        words = [*FLAGS, "--method", method, "--limit_train", str(texts), "--output_dir", str(run)]
         with patch.object(pl.Trainer, "save_checkpoint", timed):
             if finetune_lora.main(words):
                 raise UserError(f"the run with --method {method} failed")
@@ -74,12 +71,10 @@ def table(result: Record) -> str:
         name, count = f"`--method {record['method']}`", str(len(record["seconds"]))
         share = f"{inside * median / RUN_SECONDS:.3%} of the time"
         rows.append((name, count, f"{record['bytes']:,}", f"{median:.3f}, {longest:.3f}", share))
-    environment = records[0]["environment"]
-    conditions = f"{environment['cpu']}, {environment['threads']} thread(s)."
-    return (
-        f"{conditions} Writing: median and longest, until the disk has it.\n\n{Table(columns, rows).markdown()}\n\n"
-        f"{measured(record['environment'] for record in records)}"
-    )
+    environments = [record["environment"] for record in records]
+    machine = f"{environments[0]['cpu']}, {environments[0]['threads']} thread(s)"
+    conditions = f"{machine}. Writing: median and longest, until the disk has it."
+    return f"{conditions}\n\n{dated(Table(columns, rows), environments)}"
 
 
 @harness.as_main

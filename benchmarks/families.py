@@ -20,7 +20,7 @@ from benchmarks.peers import (
     record_line,
 )
 from finetuning.models.int8_products import refused, slow
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 from finetuning.runs.measurements import environment_record
 
 OUTPUT = harness.RESULTS / "families.json"
@@ -60,7 +60,7 @@ def table(result: Record) -> str:
     conditions = (
         f"{harness.machine(result['environment'], 'torch')}; {result['rounds']} rounds.{harness.not_alone(records)}"
     )
-    return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured([result['environment']])}"
+    return f"{conditions}\n\n{dated(Table(COLUMNS, rows), [result['environment']])}"
 
 
 @harness.as_main

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.harness import TRAINING_FLAGS, Record
+from compare_methods import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 RUN_FLAGS = ("--epochs", "1", *TRAINING_FLAGS.split(), "--limit_validation", "200", "--limit_test", "200")
 METHODS: dict[str, tuple[str, ...]] = {
-    "lora": ("--lora_key", "True", "--lora_projection", "True", "--lora_mlp", "True"),
+    "lora": (),
     "qlora": ("--q_lora", "True"),
     "full": ("--method", "full"),
     "selective": ("--method", "selective"),

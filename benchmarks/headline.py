@@ -15,7 +15,7 @@ from benchmarks.harness import Record
 from compare_methods import README, RESULTS, SPEED
 from finetuning.comparison.packed import read_records
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured, renew_tables
+from finetuning.pages import Table, dated, renew_tables
 from finetuning.storage import read_json, write_json
 
 OUTPUT = harness.RESULTS / "headline.json"
@@ -61,8 +61,8 @@ def table(runs: Sequence[Record], peers_result: Record) -> str:
         f"{sizes['train']:,} training and {sizes['test']:,} test texts, {config['epochs']} epochs, up to"
         f" {config['max_length']} tokens; {harness.machine(environment)}."
     )
-    caption = measured(record["environment"] for record in (*runs, peers_result))
-    return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{caption}"
+    environments = [record["environment"] for record in (*runs, peers_result)]
+    return f"{conditions}\n\n{dated(Table(COLUMNS, rows), environments)}"
 
 
 def _machine(record: Record) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from benchmarks.harness import Record
 from benchmarks.peers import PLACES, fastest_settings
 from benchmarks.workload import MODELS, Job, prepare, read_split, sample, some_batches
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 from finetuning.processor import VARIABLE, instructions, limit_libraries
 from finetuning.runs.measurements import environment_record, processor_seconds, was_alone
 
@@ -131,7 +131,7 @@ def table(result: Record) -> str:
     # without instructions of its own, a work is possible wherever the measurement is
     if missing := [WITHOUT_INT8[w.processor] for w in PLAN if w.processor and asdict(w) not in result["works"]]:
         conditions += f"\nNot measured: {'; '.join(missing)}."
-    return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured([environment])}"
+    return f"{conditions}\n\n{dated(Table(COLUMNS, rows), [environment])}"
 
 
 def possible() -> list[Work]:

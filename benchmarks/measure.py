@@ -3,11 +3,8 @@
 With ``--choose`` it finds the best settings of a tuned peer instead. ``peers.py`` starts it for each measurement.
 """
 
-import contextlib
-import ctypes
 import gc
 import math
-import os
 import sys
 import tempfile
 import time
@@ -27,7 +24,8 @@ from benchmarks.harness import Record
 from benchmarks.workload import Job, attentions, prepare, read_split, sample, some_batches
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.runs.measurements import peak_memory, processor_seconds, was_alone
+from finetuning.runs.measurements import forget_peak, peak_memory, processor_seconds, was_alone
+from finetuning.training.hardware import return_freed_memory
 
 WARM_UP_STEPS = 2
 FEWEST_STEPS = 3  # measured steps, at least
@@ -123,12 +121,8 @@ def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
 def memory_before() -> int:
     """Bytes held now. Freed memory is returned to the system first; on Linux the record of the peak is reset."""
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf8").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    return_freed_memory()
+    forget_peak(on_gpu=False)
     return int(peak_memory(on_gpu=False)["peak_bytes"])
 
 

@@ -21,7 +21,7 @@ from benchmarks.harness import Record
 from benchmarks.workload import HELD_OUT_TEXTS, LENGTHS, MODELS, TARGETS, TRAINING_TEXTS, prepare
 from compare_methods import README
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured, renew_tables
+from finetuning.pages import Table, dated, renew_tables
 from finetuning.runs.measurements import environment_record
 from finetuning.storage import read_json
 
@@ -236,8 +236,7 @@ def table(result: Record) -> str:
         f"Speed of training and of evaluation, and memory of training, each {RATIO}, median (minimum to maximum):",
         Table(COLUMNS + RATIOS, relative).markdown(),
         "The same, measured values:",
-        Table(COLUMNS + ABSOLUTE, absolute).markdown(),
-        measured([environment]),
+        dated(Table(COLUMNS + ABSOLUTE, absolute), [environment]),
     )
     return "\n\n".join(parts)
 
@@ -255,7 +254,7 @@ def short_table(result: Record) -> str:
         for row in map(found.get, SHORT)
         if row is not None
     ]
-    return f"{Table(columns, rows).markdown()}\n\n{measured([result['environment']])}"
+    return dated(Table(columns, rows), [result["environment"]])
 
 
 def place(row: Record) -> str:

@@ -17,7 +17,7 @@ from benchmarks import harness
 from benchmarks.harness import Record
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 from finetuning.processes import processor_seconds
 from finetuning.settings import check_data_dir
 from finetuning.storage import read_json, write_json
@@ -167,7 +167,7 @@ def table(result: Record) -> str:
         f"{harness.machine(environment, 'torch', 'transformers')}; {result['rounds']} round(s)."
         f"{harness.not_alone(records)}"
     )
-    return f"{conditions}\n\n{Table(COLUMNS, rows).markdown()}\n\n{measured([environment])}"
+    return f"{conditions}\n\n{dated(Table(COLUMNS, rows), [environment])}"
 
 
 @harness.as_main

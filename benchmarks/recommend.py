@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
 from benchmarks import harness
+from benchmarks.harness import Record
 from compare_methods import DATA_SETS, ROOT
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import LEAST_SETS, Grid, difference_cell, grid_of
 from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured, renew_tables
+from finetuning.pages import Table, dated, renew_tables
 
 STUDY = "methods_on_sets"
 COLUMNS = (
@@ -135,14 +136,28 @@ def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
     return Table(COLUMNS, rows).without_empty_columns()
 
 
+def collected(study: str) -> Grid:
+    """The collected runs of a study over data sets.
+
+    Raises:
+        UserError: they are too few.
+    """
+    grid = grid_of(read_study(study, ROOT / "results"))
+    if grid is None:
+        raise UserError(f"{study}: no two methods have runs on {LEAST_SETS} data sets")
+    return grid
+
+
+def environments(grid: Grid) -> list[Record]:
+    """Where the runs of a grid were made."""
+    return [run.environment for found in grid.runs.values() for runs in found.values() for run in runs]
+
+
 def section() -> str:
     """The table of the collected runs, as docs/data_sets.md has it."""
-    study, placement = (read_study(name, ROOT / "results") for name in (STUDY, "placement"))
-    grid, defaults = grid_of(study), grid_of(placement)
-    if grid is None or defaults is None:
-        raise UserError(f"{STUDY}: no two methods have runs on {LEAST_SETS} data sets")
-    content = table(grid, default_scores(grid, defaults))
-    return f"{content.markdown()}\n\n{measured([run.environment for run in study.final])}"
+    grid = collected(STUDY)
+    content = table(grid, default_scores(grid, collected("placement")))
+    return dated(content, environments(grid))
 
 
 @harness.as_main

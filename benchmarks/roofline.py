@@ -31,7 +31,7 @@ from benchmarks.peers import PLACES
 from benchmarks.workload import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
 from finetuning.models.int8 import ROWS_AT_ONCE
 from finetuning.models.int8_products import multiply, refused
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 from finetuning.runs.measurements import environment_record
 from finetuning.training.optimization import make_optimizer
 
@@ -203,8 +203,7 @@ def table(result: Record) -> str:
     parts = (
         f"{harness.machine(result['environment'])}. G/s: 10^9 operations per second."
         " After the share: where the time goes, in %.",
-        Table(columns, rows).markdown(),
-        measured([result["environment"]]),
+        dated(Table(columns, rows), [result["environment"]]),
         f"Operations of a step ({letters}):",
         Table(("part", "operations"), list(FORMULAS.items())).markdown(),
     )

@@ -22,18 +22,17 @@ from benchmarks import harness
 from benchmarks.budget import FROZEN, KINDS, mean_vectors
 from benchmarks.budget import OUTPUT as FEW_TEXTS
 from benchmarks.harness import Record
-from benchmarks.recommend import DEFAULT, default_accuracies, size_of
+from benchmarks.recommend import DEFAULT, collected, default_accuracies, environments, size_of
 from compare_methods import BEST_PRACTICES, DATA_SETS, ROOT
 from finetuning.comparison.baselines import NAME, VECTORIZER, documents
-from finetuning.comparison.collected import read_study
 from finetuning.comparison.drawn import log_uniform
-from finetuning.comparison.over_sets import Grid, difference_cell, grid_of, score_cell
+from finetuning.comparison.over_sets import Grid, difference_cell, score_cell
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.data.loading import load_texts
 from finetuning.data.texts import LabelledTexts
 from finetuning.flags import from_flags
 from finetuning.models.base_files import find_folder
-from finetuning.pages import Table, measured, renew_tables
+from finetuning.pages import Table, dated, measured, renew_tables
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import DataSettings
 from finetuning.storage import read_json
@@ -133,18 +132,6 @@ def chosen(name: str, features: dict[str, Any], labels: dict[str, Any], trials: 
     return {"C": -C, "validation": float(validation), "accuracy": test}
 
 
-def of_default() -> Grid | None:
-    """The runs of the default command. Their study has the data settings of ``methods_on_sets``; a test says so."""
-    return grid_of(read_study("placement", ROOT / "results"))
-
-
-def of_pooling() -> Grid:
-    """The runs of the study ``pooling``, with few texts."""
-    runs = grid_of(read_study("pooling", ROOT / "results"))
-    assert runs is not None, "the study is committed"
-    return runs
-
-
 def table(result: Record, default: Grid | None) -> str:
     """Markdown: a row for each data set; for each number of texts and baseline, if a data set has several numbers.
 
@@ -201,15 +188,15 @@ def few_texts_table(result: Record, runs: Grid) -> str:
                 rows.append((f"mean of {len(named)} sets", "", str(texts), *(f"{mean:.2f}" for mean in means)))
     columns = ("TF-IDF", "frozen model", *WITH_FEW_TEXTS)
     shown = Table(("data set", "classes", "texts", *(f"{name}, %" for name in columns)), rows)
-    environments = [run.environment for own in runs.runs.values() for each in own.values() for run in each]
-    return f"{shown.markdown()}\n\n{measured([result['environment'], *environments])}"
+    return dated(shown, [result["environment"], *environments(runs)])
 
 
 def table_of(name: str) -> Callable[[Record], str]:
     """How a table of ``STUDIES`` is made from its measurements; runs that stand beside are those that are collected."""
     if name == "pooling_baselines":
-        return partial(few_texts_table, runs=of_pooling())
-    return partial(table, default=of_default() if name == "sets_baselines" else None)
+        return partial(few_texts_table, runs=collected("pooling"))
+    # the study of the default command has the data settings of methods_on_sets; a test says so
+    return partial(table, default=collected("placement") if name == "sets_baselines" else None)
 
 
 def by_texts(found: Mapping[Cell, Mapping[str, float]]) -> Table:
@@ -276,8 +263,7 @@ def crossing_table(few: Record, pooled: Record, runs: Grid, whole: Record, defau
         shown = (f"{gains[texts]:+.2f}" if texts in gains else "" for texts in (*smaller, max(gains)))
         rows.append((name, *shown, better_from(gains)))
     columns = ("data set", *(f"{texts} texts" for texts in smaller), "2,000 texts, or all", "LoRA is better from")
-    measurements = [*few["environments"], pooled["environment"], whole["environment"]]
-    return f"{Table(columns, rows).markdown()}\n\n{measured(measurements)}"
+    return dated(Table(columns, rows), [*few["environments"], pooled["environment"], whole["environment"]])
 
 
 def better_from(gains: Mapping[int, float]) -> str:
@@ -316,9 +302,9 @@ def main(argv: Sequence[str] | None) -> int:
             found = measure(run, trials, options.data_dir, known)
             journal.keep(*(asdict(cell) | record for record in found))
     harness.publish(journal, harness.RESULTS / f"{name}.json", table_of(name), name, partly=False, page=page)
-    if name == "sets_baselines" and (default := of_default()):
+    if name == "sets_baselines":
         few, pooled = read_json(FEW_TEXTS), read_json(harness.RESULTS / "pooling_baselines.json")
-        crossing = crossing_table(few, pooled, of_pooling(), journal.result, default)
+        crossing = crossing_table(few, pooled, collected("pooling"), journal.result, collected("placement"))
         renew_tables(DATA_SETS, {"crossing": crossing})
     return 0
 

@@ -54,10 +54,9 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
+def free_ports() -> tuple[int, int]:
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        return first.getsockname()[1], second.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def configure(folder: Path) -> None:
     (folder / "key").write_bytes(os.urandom(128))
     (folder / "key").chmod(0o600)
     host = socket.gethostname().split(".")[0]
-    text = SLURM_CONF.format(host=host, user=getpass.getuser(), ports=free_ports(2), folder=folder)
+    text = SLURM_CONF.format(host=host, user=getpass.getuser(), ports=free_ports(), folder=folder)
     (folder / "slurm.conf").write_text(text, encoding="utf8")
     devices = ("/dev/null", "/dev/zero")  # any character devices will do
     (folder / "gres.conf").write_text("".join(f"Name=gpu File={path}\n" for path in devices), encoding="utf8")

@@ -63,6 +63,14 @@ def write_reviews(path: Path, count: int, seed: int) -> None:
             writer.writerow([f"{phrase}; {rest}, number {seed} {i}", "good" if i % 2 else "bad"])
 
 
+def write_splits(folder: Path, **counts: int) -> Path:
+    """A folder of reviews for ``--data_dir``, with so many in each split; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (name, count) in enumerate(counts.items()):
+        write_reviews(folder / f"{name}.csv", count, seed)
+    return folder
+
+
 def write_study(path: Path, model: Path, rows: str) -> None:
     """A study of short runs of a tiny model; its data come with ``--data_dir``."""
     path.write_text(

@@ -30,10 +30,10 @@ from pathlib import Path
 from benchmarks import harness
 from benchmarks.harness import Record
 from compare_methods import DATA_SETS, ROOT
+from finetuning.comparison.over_sets import difference_cell
 from finetuning.comparison.plots import COLORS, new_figure, png_of
-from finetuning.comparison.statistics import interval_over_sets
 from finetuning.errors import UserError
-from finetuning.pages import Table, measured, renew_tables
+from finetuning.pages import Table, dated, renew_tables
 from finetuning.runs.files import BEST_RUN, read_result
 from finetuning.storage import read_json, write_bytes, write_json
 from finetuning.tuning.plan import SEARCH, SUMMARY, TRIALS
@@ -118,7 +118,7 @@ def merged(earlier: Sequence[Record], new: Sequence[Record]) -> list[Record]:
 
 def shown(table: Table, records: Sequence[Record]) -> str:
     """A part's table and where it was measured."""
-    return f"{table.markdown()}\n\n{measured(record['environment'] for record in records)}"
+    return dated(table, (record["environment"] for record in records))
 
 
 def gain(asked: Conditions) -> list[Record]:
@@ -149,9 +149,7 @@ def gain_table(records: Sequence[Record]) -> str:
         shown_gain = f"{100 * record['gain']['mean']:+.2f} ({low:+.2f} to {high:+.2f})" if record["winner"] else "0"
         rows.append((*cells, winner, str(record["new_seeds"]), shown_gain))
     if len(means) > 1:
-        values = list(means.values())
-        mean, (low, high) = statistics.fmean(values), interval_over_sets(values)
-        rows.append((f"mean of {len(means)} sets", "", "", "", "", "", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"))
+        rows.append((f"mean of {len(means)} sets", "", "", "", "", "", difference_cell(list(means.values()), 2)))
     table = Table(
         ("data", "seed", "trials", "minutes", "winner", "new seeds", "test score minus default's, points"), rows
     )

@@ -15,7 +15,7 @@ from benchmarks import harness
 from benchmarks.equality import differences
 from benchmarks.harness import Record
 from benchmarks.workload import VARIANTS, prepare
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 from finetuning.runs.measurements import environment_record
 
 OUTPUT = harness.RESULTS / "variants.json"
@@ -48,15 +48,14 @@ def table(result: Record) -> str:
         rows.append((name, flags[name], str(slower or ""), str(memory or ""), *values))
     machine = harness.machine(result["environment"], "torch")
     conditions = f"{machine}; {result['rounds']} rounds.{harness.not_alone(records)}"
-    content = Table(COLUMNS, rows, code=("flags",)).markdown()
-    return f"{conditions}\n\n{content}\n\n{measured([result['environment']])}"
+    return f"{conditions}\n\n{dated(Table(COLUMNS, rows, code=('flags',)), [result['environment']])}"
 
 
 def equality_table(result: Record) -> str:
     """Markdown: a row for each variant that PEFT has, with the largest relative differences."""
     kinds = ("logits", "gradients", "merged weight")
     rows = [(r["variant"], *(f"{r[kind]:.1e}" for kind in kinds)) for r in result["measurements"]]
-    return f"{Table(('variant', *kinds), rows).markdown()}\n\n{measured([result['environment']])}"
+    return dated(Table(("variant", *kinds), rows), [result["environment"]])
 
 
 @harness.as_main

@@ -67,6 +67,11 @@ def measured(environments: Iterable[Mapping[str, Any]]) -> str:
     return f"*Measured: {', '.join(when)}. Code: {number} {_range(named)}.*"
 
 
+def dated(table: Table, environments: Iterable[Mapping[str, Any]]) -> str:
+    """A table in Markdown, with the line of ``measured`` below it."""
+    return f"{table.markdown()}\n\n{measured(environments)}"
+
+
 def _range(ordered: Sequence[str]) -> str:
     return " to ".join(dict.fromkeys([ordered[0], ordered[-1]]))
 

@@ -2,11 +2,12 @@
 """What several test files use: folders of tiny models and reviews, flags, runs as they are left on disk."""
 
 import errno
+import functools
 import gc
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from benchmarks.tiny import (  # noqa: F401  # the tests import some of it from 
     packaged_folder,
     tiny_classifier,
     write_reviews,
+    write_splits,
     write_study,
 )  # fmt: skip
 from finetuning.comparison.plan import PlannedRun, read_plan
@@ -44,9 +46,11 @@ from finetuning.flags import from_flags
 from finetuning.models.families import FAMILIES
 from finetuning.models.int8_products import refused
 from finetuning.models.lora import LinearWithLoRA
+from finetuning.runs.answers import Answers
 from finetuning.runs.files import read_result, write_result, write_settings
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
+from tests.tiny_models import save_tokenizer, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
@@ -88,12 +92,25 @@ def bases(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function: model type -> the folder of its tiny model. A decoder's tokenizer has no padding token."""
+
+    @functools.cache
+    def folder(model_type: str) -> Path:
+        path = tmp_path_factory.mktemp(model_type)
+        model = tiny_model(model_type)
+        model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}  # the head stays
+        model.save_pretrained(path)
+        save_tokenizer(path, decoder=FAMILIES[model_type].last_token)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def review_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data_dir for ``--dataset text``: 120 training, 40 validation and 40 test reviews."""
-    folder = tmp_path_factory.mktemp("reviews")
-    for i, (name, count) in enumerate({"train": 120, "validation": 40, "test": 40}.items()):
-        write_reviews(folder / f"{name}.csv", count, seed=i)
-    return folder
+    return write_splits(tmp_path_factory.mktemp("reviews"), train=120, validation=40, test=40)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -130,6 +147,15 @@ def each_once(first: Iterable[Any], second: Iterable[Any]) -> list[tuple[Any, An
     return [*((one, theirs[0]) for one in ours), *((ours[0], other) for other in theirs[1:])]
 
 
+def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    """The flags of a run that takes a second or two. It has no report, which would take a third of that."""
+    return [
+        "--model_name", str(model), "--dataset", "text", "--data_dir", str(data), "--output_dir", str(output),
+        "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003",
+        "--epochs", "2", "--patience", "0", "--report", "False", *more,
+    ]  # fmt: skip
+
+
 def config_of_flags(line: str) -> RunConfig:
     """What a command line asks for."""
     return from_flags(line.split())
@@ -142,14 +168,19 @@ def lora_of_flags(line: str) -> LoRASettings:
     return lora
 
 
-def refusal(line: str) -> str:
-    """The one line with which flags are refused."""
+def refusal_of(call: Callable[..., object], *arguments: Any, **settings: Any) -> str:
+    """The one line with which a call is refused."""
     with pytest.raises(UserError) as caught:
-        config_of_flags(line)
+        call(*arguments, **settings)
     message = str(caught.value)
     assert "\n" not in message
     assert message
     return message
+
+
+def refusal(line: str) -> str:
+    """The one line with which flags are refused."""
+    return refusal_of(config_of_flags, line)
 
 
 def frame(n: int, classes: int = 2, word: str = "train") -> pd.DataFrame:
@@ -168,15 +199,6 @@ def texts_of(config: RunConfig) -> TextData:
 def write_texts(folder: Path, content: str, name: str = "train.csv") -> RunConfig:
     (folder / name).write_text(content, encoding="utf-8", errors="surrogateescape")  # "\udcd0" is the byte d0
     return text_config(folder)
-
-
-def write_tree(folder: Path) -> None:
-    """An aclImdb tree with unlabelled reviews besides."""
-    for split in ("train", "test"):
-        for kind in ("neg", "pos", "unsup") if split == "train" else ("neg", "pos"):
-            (folder / split / kind).mkdir(parents=True)
-            for i in range(20):
-                (folder / split / kind / f"{i}_1.txt").write_text(f"{split} {kind} {i}<br /><br />end é", "utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -212,6 +234,12 @@ def jobs_folder(ready: Cluster) -> Path:
         if not path.exists():  # the cluster and its folder are those of the session
             path.symlink_to(ROOT / name)
     return ready.submit_folder
+
+
+def answers_of(labels: Any, given: Any, classes: int = 2, tokens: np.ndarray | None = None) -> Answers:
+    """The class of each text, and the one that a run gave, as its answers."""
+    truth, logits = np.eye(classes, dtype=bool)[labels], 3.0 * np.eye(classes)[given]
+    return Answers(np.arange(len(labels)), truth, logits, tokens)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Data sets as on the hub, without a network: a cache in the hub's own layout, and a small hub."""
+"""Data sets as on the hub, without a network: a cache in the hub's own layout, a small hub, a server of files."""
 
 import hashlib
 import http.server
@@ -6,8 +6,9 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -73,7 +74,14 @@ def _id(content: bytes) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
-class HubServer(http.server.BaseHTTPRequestHandler):
+class Silent(http.server.BaseHTTPRequestHandler):
+    """A handler that prints nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class HubServer(Silent):
     """The part of the hub's interface that ``snapshot_download`` uses, for one data set and one that is gated."""
 
     repository, gated = "me/films", "me/gated"
@@ -105,15 +113,25 @@ class HubServer(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(content)
 
-    def log_message(self, *_: object) -> None:
-        pass
+
+class SilentFiles(Silent, http.server.SimpleHTTPRequestHandler):
+    """Serves the files of a folder."""
+
+
+def hub_server(files: Mapping[str, bytes | str]) -> AbstractContextManager[str]:
+    """A hub at the address that it gives, with these files as the data set ``me/films``."""
+    HubServer.files = {name: _bytes(content) for name, content in files.items()}
+    return _serving(HubServer)
+
+
+def file_server(folder: Path) -> AbstractContextManager[str]:
+    """A web server at the address that it gives, with the files of a folder."""
+    return _serving(partial(SilentFiles, directory=str(folder)))
 
 
 @contextmanager
-def hub_server(files: Mapping[str, bytes | str]) -> Iterator[str]:
-    """A hub at the address that it yields, with these files as the data set ``me/films``."""
-    HubServer.files = {name: _bytes(content) for name, content in files.items()}
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubServer) as server:
+def _serving(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

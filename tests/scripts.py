@@ -109,3 +109,13 @@ def start_script(
             [sys.executable, *command], cwd=directory, env=environment, text=True, process_group=0, stdin=reads,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT if joined else subprocess.PIPE,
         )  # fmt: skip
+
+
+def start(words: Sequence[str]) -> Script | subprocess.Popen[str]:
+    return start_script("finetune_lora.py", words)
+
+
+def finish(process: Script | subprocess.Popen[str]) -> None:
+    """Waits for a process that must succeed."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors

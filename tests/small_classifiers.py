@@ -37,6 +37,16 @@ def built_and_filled(folder: Path, **settings: object) -> Classifier:
     return classifier
 
 
+def batch(count: int = 5, length: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids and their mask; two of the texts have padding."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1000, 30000, (count, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    mask[3, 15:] = 0
+    return torch.where(mask == 1, ids, 1), mask
+
+
 def save(directory: Path, classifier: Classifier, config: RunConfig) -> Path:
     """Writes what is trained, as a run does."""
     return save_trained(directory, classifier, config.lora, config.model.model_name)

@@ -29,7 +29,8 @@ from benchmarks import (
     tune,
     variants,
 )
-from compare_methods import ACCURACY, BEST_PRACTICES, DATA_SETS, README, RESULTS, ROOT, SPEED
+from benchmarks.recommend import collected
+from compare_methods import ACCURACY, DATA_SETS, README, RESULTS, ROOT, SPEED
 from finetuning.comparison.packed import Record, change_records
 from finetuning.errors import UserError
 from finetuning.pages import with_table
@@ -183,10 +184,8 @@ def headline_table() -> str:
 
 
 def crossing() -> str:
-    default = sets_baselines.of_default()
-    assert default is not None
-    pooled, runs = stored("pooling_baselines"), sets_baselines.of_pooling()
-    return sets_baselines.crossing_table(stored("few_texts"), pooled, runs, stored("sets_baselines"), default)
+    few, pooled, whole = map(stored, ("few_texts", "pooling_baselines", "sets_baselines"))
+    return sets_baselines.crossing_table(few, pooled, collected("pooling"), whole, collected("placement"))
 
 
 @pytest.mark.parametrize(
@@ -208,15 +207,9 @@ def crossing() -> str:
         (budget.GUIDE, "rare_labels", budget.rare_labels_table),
         (budget.PAGE, "defaults", lambda: budget.defaults_table(RESULTS / "defaults")),
         (budget.PAGE, "defaults_methods", lambda: budget.defaults_table(RESULTS / "defaults_methods")),
-        (
-            BEST_PRACTICES,
-            "sets_baselines",
-            lambda: sets_baselines.table(stored("sets_baselines"), sets_baselines.of_default()),
-        ),
-        (
-            BEST_PRACTICES,
-            "pooling_baselines",
-            lambda: sets_baselines.table_of("pooling_baselines")(stored("pooling_baselines")),
+        *(
+            (page, name, lambda name=name: sets_baselines.table_of(name)(stored(name)))
+            for name, page in sets_baselines.STUDIES.values()
         ),
         (DATA_SETS, "crossing", crossing),
         (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),

@@ -5,7 +5,6 @@
 """
 
 import csv
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from local_model_utilities import (
 )
 from tests.conftest import BAD, GOOD, needs_int8
 from tests.models.conftest import assert_same, relative_error
-from tests.small_classifiers import NAMES, build, built_and_filled, fill, in_peft, save
+from tests.small_classifiers import build, built_and_filled, fill, in_peft, save
 from tests.tiny_models import (
     HEADS,
     INNER,
@@ -58,23 +57,6 @@ RANK = 3
 ALL = dict.fromkeys(LORA_TARGETS, True)
 TARGETS = [name.removeprefix("lora_") for name in LORA_TARGETS]  # the head is the last one
 LABELS = torch.tensor([0, 1, 1, 0])
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function: model type -> the folder of its tiny model. A decoder's tokenizer has no padding token."""
-
-    @functools.cache
-    def folder(model_type: str) -> Path:
-        path = tmp_path_factory.mktemp(model_type)
-        model = tiny_model(model_type)
-        model.config.id2label = dict(enumerate(NAMES))  # so the head stays
-        model.config.label2id = {name: i for i, name in enumerate(NAMES)}
-        model.save_pretrained(path)
-        save_tokenizer(path, decoder=FAMILIES[model_type].last_token)
-        return path
-
-    return folder
 
 
 def batch(model_type: str) -> dict[str, Tensor]:

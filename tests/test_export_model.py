@@ -25,7 +25,7 @@ from finetuning.prediction.trained import read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result, write_result
 from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json, write_json
-from tests.conftest import ROOT, changed_run
+from tests.conftest import ROOT, changed_run, flags
 from tests.tiny_models import save_tokenizer, tiny_model
 
 # A layer takes seconds to become ONNX. So only tests of what changes the file ask for it: its inputs, and its head.
@@ -70,10 +70,7 @@ def first_layer(base: Path, folder: Path) -> Path:
 
 def trained(folder: Path, data: Path, base: Path, *more: str) -> Path:
     """A finished run in ``folder/run``."""
-    line = f"--dataset text --data_dir {data} --model_name {base} --output_dir {folder / 'run'}"
-    line += " --batch_size 8 --epochs 2 --patience 0 --accelerator cpu --learning_rate 1e-2 --lora_mlp True"
-    line += " --report False"
-    assert finetune_lora.main([*line.split(), *more]) == 0
+    assert finetune_lora.main(flags(base, data, folder / "run", "--learning_rate", "1e-2", *more)) == 0
     return folder / "run"
 
 

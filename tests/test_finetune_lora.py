@@ -22,33 +22,13 @@ from finetuning.materials import find_materials
 from finetuning.processor import VARIABLE, instructions
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.directory import settings_to_run
-from finetuning.runs.files import read_result
+from finetuning.runs.files import ADAPTER, read_result
 from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
 from finetuning.training.module import FineTuning
-from tests.conftest import ROOT, needs_int8, one_thread, write_reviews
-from tests.scripts import Script, start_script
-
-
-def flags(model: Path, data: Path, output: Path, *more: str) -> list[str]:
-    """Of a run that takes a second or two. It has no report, which would take a third of that."""
-    return [
-        "--model_name", str(model), "--dataset", "text", "--data_dir", str(data), "--output_dir", str(output),
-        "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.003",
-        "--epochs", "2", "--patience", "0", "--report", "False", *more,
-    ]  # fmt: skip
-
-
-def start(words: list[str]) -> Script | subprocess.Popen[str]:
-    return start_script("finetune_lora.py", words)
-
-
-def finish(process: Script | subprocess.Popen[str]) -> None:
-    """Waits for a process that must succeed."""
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-
+from tests.conftest import ROOT, contents, flags, needs_int8, one_thread, write_reviews, write_splits
+from tests.scripts import finish, start
 
 # --- a run from end to end
 
@@ -229,10 +209,9 @@ def test_a_run_is_repeatable_and_its_seed_matters(
         more = ("--epochs", "1", "--limit_train", "48", "--seed", seed)
         words = flags(tiny_folders["distilbert"], review_folder, tmp_path / name, *more)
         assert main([*words, "--test", "False"]) == 0
-        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+        weights.append((tmp_path / name / ADAPTER).read_bytes())
         assert "test" not in read_result(tmp_path / name)
-    assert all(np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert not all(np.array_equal(weights[0][key], weights[2][key]) for key in weights[0])
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_an_adapter_is_evaluated_and_trained_on(
@@ -298,10 +277,7 @@ def test_the_report_has_the_held_out_texts_escaped_unless_they_are_private(
 ) -> None:
     for name in ("tensorboard", "wandb", "mlflow"):  # no tracker, no import
         monkeypatch.setitem(sys.modules, name, None)
-    data = tmp_path / "data"
-    data.mkdir()
-    for name, count in (("train", 60), ("validation", 20), ("test", 20)):
-        write_reviews(data / f"{name}.csv", count, seed=count)
+    data = write_splits(tmp_path / "data", train=60, validation=20, test=20)
     with (data / "test.csv").open("a", encoding="utf8") as file:
         file.write("a wonderful <script>alert('x')</script> & <b>moving film,bad\n")  # a label that the text denies
     more = ("--epochs", "2", "--learning_rate", "0.01", "--report", "True")
@@ -349,7 +325,7 @@ def test_a_requeued_job_whose_run_has_finished_does_nothing(
     assert main([*words, "--resume", "auto"]) == 0
     assert "has finished: nothing to do" in capsys.readouterr().out
     assert (tmp_path / "run" / "result.json").read_bytes() == before
-    weights = tmp_path / "run" / "adapter_model.safetensors"
+    weights = tmp_path / "run" / ADAPTER
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert main([*words, "--resume", "auto"]) == 2
     assert "adapter_model.safetensors was changed after its run wrote it" in capsys.readouterr().err
@@ -440,8 +416,7 @@ def test_a_run_with_one_step_an_epoch_stops_before_the_next_one(
         assert main([*words, "--output_dir", str(tmp_path / "stopped")]) == 130
     assert read_result(tmp_path / "stopped")["train"]["steps"] == 2
     assert main(["--resume", "--output_dir", str(tmp_path / "stopped")]) == 0
-    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped"))
-    assert all(np.array_equal(expected[key], found[key]) for key in expected)
+    assert (tmp_path / "stopped" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
     rows = csv.DictReader((tmp_path / "whole" / "metrics.csv").read_text().splitlines())
     rates = [float(row["learning_rate"]) for row in rows if row["learning_rate"]]
     assert rates == pytest.approx([0.0, 0.003, 0.002, 0.001]), "those with which the steps were made"
@@ -450,7 +425,7 @@ def test_a_run_with_one_step_an_epoch_stops_before_the_next_one(
 def test_an_average_is_evaluated_and_saved(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:
     run, more = tmp_path / "run", "--epochs 1 --average swa --learning_rate 0.01"
     assert main(flags(tiny_folders["bert"], review_folder, run, *more.split())) == 0
-    saved, last = load_file(run / "adapter_model.safetensors"), torch.load(run / "last.ckpt", weights_only=True)
+    saved, last = load_file(run / ADAPTER), torch.load(run / "last.ckpt", weights_only=True)
     averages = {name: weights for name, weights in last["average"]["weights"].items() if "lora_B" in name}
     assert averages
     for name, average in averages.items():
@@ -532,8 +507,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(
 def test_a_process_that_is_signalled_says_how_another_one_continues(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    for name, count in (("train", 600), ("validation", 40), ("test", 40)):
-        write_reviews(tmp_path / f"{name}.csv", count, seed=count)
+    write_splits(tmp_path, train=600, validation=40, test=40)
     words = [*flags(tiny_folders["distilbert"], tmp_path, tmp_path / "broken", "--epochs", "2"), "--report", "False"]
     broken = start(words)
     assert broken.stdout is not None
@@ -549,8 +523,7 @@ def test_a_process_that_is_signalled_says_how_another_one_continues(
     finish(start(shlex.split(told.partition("finetune_lora.py ")[2])))
     with one_thread():
         assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
-    whole, found = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "broken"))
-    assert all(np.array_equal(whole[key], found[key]) for key in whole)
+    assert (tmp_path / "broken" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
 def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
@@ -559,7 +532,7 @@ def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
     run = tmp_path / "run"
     more = ("--epochs", "1", "--limit_train", "16", "--lora_r", "3")
     assert main(flags(tiny_folders["distilbert"], review_folder, run, *more)) == 0
-    weights = load_file(run / "adapter_model.safetensors")
+    weights = (run / ADAPTER).read_bytes()
     for path in run.iterdir():
         if path.name != "settings.json":  # as if it had been killed in the first epoch
             path.unlink()
@@ -569,8 +542,7 @@ def test_a_run_without_a_checkpoint_starts_over_with_its_own_settings(
     assert [path.name for path in run.iterdir()] == ["settings.json"]
     assert main(resume) == 0
     assert "has no checkpoint yet: starting over" in capsys.readouterr().out
-    again = load_file(run / "adapter_model.safetensors")
-    assert all(np.array_equal(weights[name], again[name]) for name in weights)
+    assert (run / ADAPTER).read_bytes() == weights
 
 
 @pytest.mark.parametrize(("changed", "said"), [("train.csv", "train of the data"), ("config.json", "base model")])
@@ -590,14 +562,14 @@ def test_resume_with_other_texts_or_weights_is_refused(
     claim = claim_directory(run, read_inputs(config, find_materials(config)))
     with claim.lock:  # as if it had been killed after the first checkpoint
         write_checkpoint(run / "last.ckpt", lambda file: file.write(b"weights\0\0"))
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = contents(run)
     text = (inputs / changed).read_text(encoding="utf8")
     (inputs / changed).write_text(text.replace("film", "movie").replace('"dropout"', ' "dropout"'), encoding="utf8")
     capsys.readouterr()
     assert main(["--resume", "--output_dir", str(run)]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
     assert said in line
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert contents(run) == before
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_keeps_the_last_good_checkpoint(

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from finetuning.errors import UserError
 from finetuning.flags import OneLineParser, flag_words, from_flags, given_flags, make_parser, parse_bool
 from finetuning.runs.directory import settings_to_run
 from finetuning.settings import COMMANDS, FLAGS, LORA_TARGETS, SECTIONS
-from tests.conftest import ROOT, config_of_flags, lora_of_flags, refusal
+from tests.conftest import ROOT, config_of_flags, lora_of_flags, refusal, refusal_of
 
 # --- parsing
 
@@ -38,9 +37,7 @@ def test_booleans(flag: str) -> None:
 @pytest.mark.parametrize("flag", ["dataset", "lora_r", "lora_modules", "method", "unknown"])
 def test_a_refusal_is_one_line_whatever_was_given(flag: str) -> None:
     line_break, terminal = "a\nb\r\u2028c", "\x1b[31m\udc80"
-    with pytest.raises(UserError) as caught:
-        from_flags([f"--{flag}={line_break}{terminal}", "--epochs", "-1"])
-    assert all(character.isprintable() for character in str(caught.value))
+    assert refusal_of(from_flags, [f"--{flag}={line_break}{terminal}", "--epochs", "-1"]).isprintable()
 
 
 def test_an_empty_path_is_not_the_current_folder() -> None:
@@ -122,9 +119,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_what_is_allowed(words: list[s
     parser.add_argument("--rate", type=float)
     parser.add_argument("--color", choices=("red", "green"))
     parser.add_argument("--folder", type=folder)
-    with pytest.raises(UserError) as refused:
-        parser.parse_args(words)
-    assert str(refused.value) == line
+    assert refusal_of(parser.parse_args, words) == line
 
 
 def test_unknown_flags_and_unfinished_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 
 from finetune_lora import main
 from finetuning.runs.files import read_result
-from tests.conftest import ROOT, write_reviews
-from tests.test_finetune_lora import flags
+from tests.conftest import ROOT, flags, write_splits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ON_GPU = ("--accelerator", "gpu", "--learning_rate", "0.01")
@@ -56,10 +55,7 @@ def test_compiled_it_learns(tiny_folders: dict[str, Path], review_folder: Path, 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_an_interrupted_run_continues(tiny_folders: dict[str, Path], tmp_path: Path, precision: str) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for number, (name, count) in enumerate({"train": 2000, "validation": 40, "test": 40}.items()):
-        write_reviews(data / f"{name}.csv", count, seed=number)
+    data = write_splits(tmp_path / "data", train=2000, validation=40, test=40)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = (*ON_GPU, "--precision", precision, "--epochs", "2", "--learning_rate", "0.001")
     assert main(flags(tiny_folders["distilbert"], data, whole, *more)) == 0

@@ -18,11 +18,9 @@ from finetuning.models.quantization import dense_weight
 from finetuning.runs.files import SETTINGS, read_result, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
-from tests.conftest import INNER, LAYERS, WIDTH, needs_int8
+from tests.conftest import INNER, LAYERS, WIDTH, contents, flags, needs_int8
 from tests.data.test_batches import make_split
-from tests.small_classifiers import NAMES, build, fill
-from tests.test_finetune_lora import flags
-from tests.test_local_model_utilities import batch
+from tests.small_classifiers import NAMES, batch, build, fill
 from tests.tiny_models import tiny_model
 
 pytestmark = needs_int8
@@ -300,4 +298,4 @@ def test_a_run_in_8_bits_does_not_continue_without_them(
         "error: --precision int8: the processor has neither AVX512-VNNI nor AVX2-VNNI; the run began with it, so resume"
         " on a machine that has it\n"
     )
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {SETTINGS: before}
+    assert contents(tmp_path) == {SETTINGS: before}

@@ -23,19 +23,9 @@ from local_model_utilities import (
     parameter_record,
     parameter_table,
 )
-from tests.conftest import CORE, INNER, LAYERS, WIDTH
+from tests.conftest import CORE, INNER, LAYERS, WIDTH, refusal_of
 from tests.data.test_batches import make_split
-from tests.small_classifiers import build, fill
-
-
-def batch(count: int = 5, length: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1000, 30000, (count, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, 7:] = 0
-    mask[3, 15:] = 0
-    return torch.where(mask == 1, ids, 1), mask
-
+from tests.small_classifiers import batch, build, fill
 
 # --- what is trained
 
@@ -97,9 +87,7 @@ def test_lora_in_some_layers_leaves_those_below_frozen(
 
 def test_layers_that_a_model_lacks_are_refused(tiny_folders: dict[str, Path]) -> None:
     def refused(words: str, **settings: object) -> None:
-        with pytest.raises(UserError) as caught:
-            build(tiny_folders["bert"], **settings)
-        assert str(caught.value).endswith(words)
+        assert refusal_of(build, tiny_folders["bert"], **settings).endswith(words)
 
     refused(f"{tiny_folders['bert'].name} has {LAYERS} layers, counted from 0", lora_layers=f"1-{LAYERS}")
     refused(
@@ -242,10 +230,9 @@ def test_four_bits_that_fail_are_refused_in_one_line(
         return result
 
     monkeypatch.setattr(functional, "dequantize_4bit", fails)
-    with pytest.raises(UserError) as caught:
-        try_four_bits(torch.device("cpu"), torch.float32)
     advice = "install a bitsandbytes for this machine, or leave out --q_lora"
-    assert str(caught.value) == f"--q_lora True: bitsandbytes fails on cpu: {reason}; {advice}"
+    line = refusal_of(try_four_bits, torch.device("cpu"), torch.float32)
+    assert line == f"--q_lora True: bitsandbytes fails on cpu: {reason}; {advice}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -14,18 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import finetune_lora
-from finetuning.config import RunConfig
-from finetuning.errors import UserError
-from finetuning.models.base_files import file_hashes
 from finetuning.models.int8_products import refused
 from finetuning.prediction.command import main
-from finetuning.prediction.predictor import load_predictor, on_this_machine, predict
-from finetuning.prediction.trained import read_trained
-from finetuning.runs.files import ADAPTER, PREDICTIONS, RESULT, TRAINED_WEIGHTS, read_result, write_result
-from tests.conftest import changed_run, needs_int8
+from finetuning.prediction.predictor import predict
+from finetuning.runs.files import ADAPTER, PREDICTIONS, TRAINED_WEIGHTS, read_result, write_result
+from tests.conftest import changed_run, flags, needs_int8
 from tests.prediction.test_progress import Terminal
 from tests.scripts import start_script
-from tests.test_finetune_lora import flags
 
 pytestmark = pytest.mark.xdist_group("predict")  # in one process: the runs are made once
 Capture = pytest.CaptureFixture[str]
@@ -53,10 +48,9 @@ def runs(
     """One finished run of each method on the small reviews."""
     folder = tmp_path_factory.mktemp("runs")
     for method, line in METHODS.items():
-        common = f"--dataset text --data_dir {review_folder} --model_name {tiny_folders['distilbert']}"
-        common += " --max_length 32 --epochs 1 --batch_size 8 --patience 0 --accelerator cpu --report False"
-        common += f" --learning_rate 1e-2 --precision fp32 --output_dir {folder / method}"
-        assert finetune_lora.main([*common.split(), *line.split()]) == 0, method
+        more = f"--epochs 1 --learning_rate 1e-2 --precision fp32 {line}"
+        words = flags(tiny_folders["distilbert"], review_folder, folder / method, *more.split())
+        assert finetune_lora.main(words) == 0, method
     return {method: folder / method for method in METHODS}
 
 
@@ -316,24 +310,8 @@ def test_exported_folders_that_are_refused(
 # --- refusals
 
 
-def test_a_base_model_that_has_changed_since_the_run_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    base = tiny_folders["bert"]
-    config = RunConfig.from_settings(model_name=str(base), accelerator="cpu", max_length=32)
-    data = {"label_names": ["bad", "good"], "columns": {}}
-    result = {"status": "finished", "config": config.to_dict(), "data": data, "task": {}}
-    write_result(tmp_path, result | {"base_model": {"sha256": file_hashes(base) | {"config.json": "0"}}})
-    with pytest.raises(UserError, match=r"base model .*config\.json has changed since the run"):
-        load_predictor(read_trained(tmp_path))
-    write_result(tmp_path, result | {"base_model": {"sha256": file_hashes(base)}})
-    with pytest.raises(UserError, match=f"{ADAPTER} cannot be read"):  # the base model is accepted
-        load_predictor(read_trained(tmp_path))
-
-
-def test_what_is_no_finished_run(runs: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+def test_weights_of_another_run(runs: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     text = ("--text", "a film")
-    assert f"{tmp_path}: must be a finished run" in refusal(capsys, tmp_path, *text)
-    assert "nowhere: no such directory: give the one of" in refusal(capsys, tmp_path / "nowhere", *text)
-    assert "must be a finished run" in refusal(capsys, runs["lora"] / RESULT, *text)
     run = shutil.copytree(runs["lora"], tmp_path / "run")
     shutil.copy(runs["full"] / TRAINED_WEIGHTS, run / ADAPTER)
     assert f"{ADAPTER} was changed after its run wrote it: restore the file, or train" in refusal(capsys, run, *text)
@@ -436,21 +414,6 @@ def test_pairs_are_predicted_as_in_the_run(
         (run, ["--file", tmp_path / "new.csv", "--text_pair", "x"], "with --file give --text_pair_column"),
     ):
         assert message in refusal(capsys, directory, *more)
-
-
-def test_precision_is_one_that_this_machine_has() -> None:
-    def here(**settings: object) -> dict[str, object]:
-        return on_this_machine(RunConfig.from_settings(**settings).hardware)
-
-    assert here(precision="bf16", device=3)["precision"] == "bf16"
-    given = here(precision="fp16", accelerator="gpu")["precision"]
-    assert given == ("fp16" if torch.cuda.is_available() else "auto")
-    assert here(accelerator="cpu")["accelerator"] == "cpu"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        for able, precision in (True, "bf16"), (False, "auto"):
-            patch.setattr("finetuning.prediction.predictor.multiplies_bf16", lambda _, able=able: able)
-            assert here(precision="bf16")["precision"] == precision
 
 
 def test_several_labels_are_predicted_as_in_the_run(

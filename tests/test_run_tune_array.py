@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.slurm_cluster import Cluster, wait_until
 from finetuning.storage import read_json
-from tests.conftest import ROOT, write_reviews
+from tests.conftest import ROOT, write_splits
 
 SCRIPT = ROOT / "studies" / "run_tune_array.SBATCH"
 TRIED = 4
@@ -14,8 +14,7 @@ TRIED = 4
 def test_an_array_of_workers_shares_a_search_and_survives_a_preemption(
     ready: Cluster, jobs_folder: Path, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    for i, (name, count) in enumerate({"train": 60, "validation": 50, "test": 40}.items()):
-        write_reviews(tmp_path / f"{name}.csv", count, seed=i)
+    write_splits(tmp_path, train=60, validation=50, test=40)
     line = "--dataset text --accelerator cpu --precision fp32 --max_length 32 --batch_size 8 --epochs 4 --prune False"
     flags = [*line.split(), "--data_dir", str(tmp_path), "--model_name", str(tiny_folders["distilbert"])]
     flags += ["--trials", str(TRIED), "--seeds", "2", "--output_dir", "search"]

@@ -31,7 +31,7 @@ from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RUN_FILES, r
 from finetuning.storage import write_json
 from finetuning.training.module import FineTuning
 from local_model_utilities import find_base_model, load_tokenizer
-from tests.conftest import ROOT, config_of_flags, frame, make_tiny_folder, texts_of
+from tests.conftest import ROOT, config_of_flags, frame, make_tiny_folder, refusal_of, texts_of
 from tests.hub_cache import card, parquet, write_hub_cache
 from tests.synthetic_runs import write_run
 
@@ -75,11 +75,9 @@ def loaded(model: Path) -> torch.nn.Module:
 
 def refusal(model: Path) -> str:
     """The one line with which a model is refused."""
-    with pytest.raises(UserError) as caught:
-        loaded(model)
-    assert "\n" not in str(caught.value)
-    assert f"--model_name {model}" in str(caught.value)
-    return str(caught.value)
+    message = refusal_of(loaded, model)
+    assert f"--model_name {model}" in message
+    return message
 
 
 # --- models and checkpoints
@@ -285,9 +283,7 @@ def test_names_of_configs_and_splits_are_no_paths(hub_cache: Path, tmp_path: Pat
         metadata = f"configs:\n- config_name: {config!r}\n  data_files:\n  - {{split: {split!r}, path: train.csv}}\n"
         files = {"README.md": f"---\n{metadata}---\n", "train.csv": frame(20).to_csv(index=False)}
         write_hub_cache(hub_cache, f"me/set{number}", files)
-        with pytest.raises(UserError) as caught:
-            texts_of(config_of_flags(f"--dataset me/set{number}:{config} --offline"))
-        assert "\n" not in str(caught.value)
+        refusal_of(lambda line: texts_of(config_of_flags(line)), f"--dataset me/set{number}:{config} --offline")
     assert not list(tmp_path.rglob("evil*"))
     for name in ("../x", "a/..", "/etc/passwd", "a/b/c", "..", "a\\b"):
         with pytest.raises(UserError, match=r"--dataset .*: must be one of"):

@@ -20,7 +20,7 @@ from finetuning.tuning import command
 from finetuning.tuning.facts import useful_lengths
 from finetuning.tuning.plan import Plan
 from finetuning.tuning.report import finish, gain_text, summary_lines
-from tests.conftest import write_reviews
+from tests.conftest import write_splits
 from tests.scripts import SharedServer, start_script
 
 TRIED = 5  # the defaults of four methods, and a drawn one
@@ -29,11 +29,7 @@ ENDED = ("complete", "pruned")
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data_dir with 60 training, 50 validation and 40 test reviews."""
-    folder = tmp_path_factory.mktemp("texts")
-    for i, (name, count) in enumerate({"train": 60, "validation": 50, "test": 40}.items()):
-        write_reviews(folder / f"{name}.csv", count, seed=i)
-    return folder
+    return write_splits(tmp_path_factory.mktemp("texts"), train=60, validation=50, test=40)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.faults.plan import FAULTS
 from benchmarks.faults.runs import ROOT, Broken, Commands, Fault, Seen, Undisturbed
-from benchmarks.tiny import make_tiny_folder, write_reviews
+from benchmarks.tiny import make_tiny_folder, write_splits
 from finetuning.pages import renew_tables
 
 TABLE = "faults"  # in the markers of the page
@@ -149,9 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, data = folder / "model", folder / "data"
     if not data.exists():
         make_tiny_folder("distilbert", model)
-        data.mkdir(parents=True)
-        for seed, (name, count) in enumerate({"train": 200, "validation": 40, "test": 40}.items()):
-            write_reviews(data / f"{name}.csv", count, seed)
+        write_splits(data, train=200, validation=40, test=40)
     chosen = [
         replace(fault, times=min(fault.times, options.times or fault.times))
         for fault in FAULTS

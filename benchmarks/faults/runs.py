@@ -33,14 +33,14 @@ PRELOADED = (
     "finetuning.comparison.baselines",
 )  # fmt: skip
 METHODS = {
-    "lora": ("--lora_mlp", "--lora_dropout", "0.1", "--dropout", "0.1", "--accumulate", "2"),
-    "qlora": ("--q_lora", "--lora_key"),
+    "lora": ("--lora_dropout", "0.1", "--dropout", "0.1", "--accumulate", "2"),
+    "qlora": ("--q_lora",),
     "full": ("--method", "full", "--dropout", "0.1", "--patience", "1", "--learning_rate", "0.0003"),
     "selective": ("--method", "selective", "--trainable_layers", "1"),
     "head": ("--method", "selective", "--trainable_layers", "0", "--frozen_cache_gb", "1e-9"),  # outputs in a file
 }
 if refused() is None:
-    METHODS["int8"] = ("--lora_mlp", "--lora_dropout", "0.1", "--precision", "int8")
+    METHODS["int8"] = ("--lora_dropout", "0.1", "--precision", "int8")
 LIMIT_SECONDS = 300.0
 BATCH = re.compile(r"^epoch (\d+)/\d+  batch (\d+)/(\d+)  ", re.MULTILINE)  # a line of progress
 REPEATED = 8  # batches, at most: a checkpoint every 4 steps, each of two batches at most

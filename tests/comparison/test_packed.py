@@ -14,7 +14,7 @@ from finetuning.comparison.packed import RUNS, Record, change_records, read_reco
 from finetuning.errors import UserError
 from finetuning.runs.files import PREDICTIONS
 from finetuning.runs.lock import DirectoryLock
-from tests.conftest import contents
+from tests.conftest import contents, refusal_of
 from tests.synthetic_runs import outcomes, write_run
 
 
@@ -53,14 +53,14 @@ def test_runs_of_one_label_and_of_several_share_a_file(tmp_path: Path) -> None:
 def test_other_runs_and_other_studies_stay_as_they_are(tmp_path: Path) -> None:
     kept = write_run(tmp_path, "s", "kept", correct=outcomes(0.9, 50, 0), curve=[0.5])
     other = write_run(tmp_path, "t", "other", correct=outcomes(0.9, 50, 0))
-    before = {path: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+    before = contents(tmp_path / "t")
     write_run(tmp_path, "s", "new", correct=outcomes(0.8, 50, 1))
     write_run(tmp_path, "s", "new", status="failed")
     found, _ = read_records(tmp_path / "s")
     assert found[kept.name] == Record(tmp_path / "s", kept.result, kept.metrics)
     assert found[kept.name].predictions().equals(kept.predictions())
     assert [record.result["status"] for record in found.values()] == ["finished", "failed"]
-    assert {path: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
+    assert contents(tmp_path / "t") == before
     assert read_records(tmp_path / "t")[0] == {other.name: other}
     assert read_records(tmp_path / "nothing") == ({}, [])
 
@@ -85,11 +85,9 @@ def test_damaged_records_are_refused_in_one_line(tmp_path: Path, old: str | None
     path = tmp_path / "s" / RUNS
     text = path.read_text()
     path.write_text(new if old is None else text.replace(old, new.replace("{line}", text.splitlines(True)[1])))
-    with pytest.raises(UserError) as caught:
-        read_study("s", tmp_path)
-    assert str(caught.value).startswith(f"{path} cannot be read: ")
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    line = refusal_of(read_study, "s", tmp_path)
+    assert line.startswith(f"{path} cannot be read: ")
+    assert said in line
 
 
 def test_damaged_predictions_are_refused_and_never_dropped(tmp_path: Path) -> None:

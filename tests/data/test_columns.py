@@ -1,5 +1,6 @@
 """Texts in one column or in several."""
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -9,6 +10,7 @@ from finetuning.data.columns import Kind, find_label_column, find_text_column, t
 from finetuning.data.tables import checked
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
+from tests.conftest import text_config, texts_of, write_texts
 
 TABLE = pd.DataFrame(
     {
@@ -84,3 +86,17 @@ def test_columns_are_found_where_there_is_only_one_answer(
             find_text_column(kinds, taken, "--dataset me/x")
     else:
         assert find_text_column(kinds, taken, "--dataset me/x") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "column", "line"),
+    [
+        ("text,label\na,0\nb,1", "second", "--text_pair_column second: must be a column of .*, which has: text, label"),
+        ("text,second,label\na,,0\nb,c,1", "second", "--text_pair_column second: .* has no text in row 0 "),
+        ("premise,second,label\na,b,0", "second", "--text_column text: must be a column of .*: premise, second, label"),
+    ],
+)
+def test_pairs_that_cannot_be_read(tmp_path: Path, content: str, column: str, line: str) -> None:
+    write_texts(tmp_path, content)
+    with pytest.raises(UserError, match=f"^{line}"):
+        texts_of(text_config(tmp_path, text_pair_column=column))

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from finetuning.data.texts import LabelledTexts, TextData
-from finetuning.errors import UserError
-from tests.conftest import text_config, texts_of
+from tests.conftest import refusal_of, text_config, texts_of
 
 
 def write(folder: Path, name: str, rows: list[tuple[str, Any]]) -> None:
@@ -132,6 +131,4 @@ def test_too_few_texts_are_refused(tmp_path: Path, kfold: int, labels: list[int]
     write(tmp_path, "train", list(zip(texts, labels, strict=True)))
     write(tmp_path, "validation", [("text 0", 0)])
     write(tmp_path, "test", [("test 0", 0), ("test 1", 1)])
-    with pytest.raises(UserError) as caught:
-        texts_of(text_config(tmp_path, kfold=kfold))
-    assert str(caught.value).startswith(message)
+    assert refusal_of(texts_of, text_config(tmp_path, kfold=kfold)).startswith(message)

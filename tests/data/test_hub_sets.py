@@ -17,9 +17,8 @@ import predict
 from benchmarks.harness import TRAINING_FLAGS
 from finetuning import hub
 from finetuning.config import RunConfig
-from finetuning.errors import UserError
 from finetuning.runs.files import read_result
-from tests.conftest import ROOT, frame, texts_of
+from tests.conftest import ROOT, frame, refusal_of, texts_of
 from tests.hub_cache import COMMIT, card, hub_server, parquet, write_hub_cache
 
 SPLITS = {"train": 40, "validation": 12, "test": 10}
@@ -45,10 +44,7 @@ def config_of(dataset: str, **settings: object) -> RunConfig:
 
 
 def refusal(dataset: str, **settings: object) -> str:
-    with pytest.raises(UserError) as caught:
-        texts_of(config_of(dataset, **settings))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal_of(texts_of, config_of(dataset, **settings))
 
 
 # --- what is read

@@ -1,4 +1,4 @@
-"""Tokens of pairs of texts; those of single texts are tested in tests/test_local_dataset_utilities.py."""
+"""Tokens of single texts, of pairs and of windows, and their cache."""
 
 import hashlib
 from dataclasses import replace
@@ -11,21 +11,149 @@ import pytest
 from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from transformers import AutoTokenizer
 
+from finetuning.config import RunConfig
 from finetuning.data import tokens as module
+from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.data.tokens import TokenizedSplit, cached_tokens, encode, encode_pairs, encode_texts
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 from finetuning.storage import sum_holds
-from tests.conftest import packaged_folder
-
-LENGTHS = [(1, 1), (3, 3), (2, 40), (40, 2), (9, 8), (8, 9), (40, 40), (41, 40), (7, 41), (1, 200)]
-TEXTS = [" ".join(str(i) for i in range(n)) for n, _ in LENGTHS]  # each number below 200 is one token
-PAIRS = [" ".join(str(i) for i in range(300, 300 + n)) for _, n in LENGTHS]
+from local_dataset_utilities import tokenize
+from tests.conftest import ROOT, packaged_folder
+from tests.scripts import start_script
 
 
 @pytest.fixture
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(packaged_folder())
+
+
+# --- single texts
+
+
+def tokens_of(texts: list[str], tokenizer: Any, test: bool = True, **settings: Any) -> dict[str, TokenizedSplit]:
+    """The tokens of data whose three splits have the same texts."""
+    split = LabelledTexts(texts, np.arange(len(texts)) % 2, np.arange(len(texts)) + 5)
+    data = TextData("here", ["a", "b"], {"train": split, "validation": split, "test": split}, 0)
+    return tokenize(data, tokenizer, RunConfig.from_settings(**settings).data, test)
+
+
+LONG = [f"word{i} is a number and so is {i}" for i in range(3)] + [" ".join(str(i) for i in range(400)), "short"]
+
+
+@pytest.mark.parametrize("max_length", [8, 64, 128, 300, 512])
+def test_head_equals_the_tokenizers_own_truncation(tokenizer: Any, max_length: int) -> None:
+    """Also beyond 128, where this tokenizer's file would cut and pad by itself."""
+    split = tokens_of(LONG, tokenizer, max_length=max_length, truncation="head")["train"]
+    expected = tokenizer(LONG, truncation=True, max_length=max_length, padding=False)["input_ids"]
+    assert [split.sequence(i).tolist() for i in range(len(split))] == expected
+    assert split.lengths.max() == max_length if max_length < 400 else split.lengths.max() > 400
+    assert split.tokens.dtype == np.int32
+    assert split.offsets.dtype == np.int64
+    assert split.rows.tolist() == [5, 6, 7, 8, 9]
+
+
+def test_head_tail_keeps_a_quarter_of_the_beginning_and_the_end(tokenizer: Any) -> None:
+    head, both = (
+        tokens_of(LONG, tokenizer, max_length=66, truncation=truncation)["train"]
+        for truncation in ("head", "head_tail")
+    )
+    whole = tokenizer(LONG[3], truncation=False, padding=False)["input_ids"]
+    assert both.sequence(3).tolist() == whole[:17] + whole[-49:]
+    for i in (0, 1, 2, 4):
+        assert both.sequence(i).tolist() == head.sequence(i).tolist(), "texts that fit are left alone"
+
+
+@pytest.fixture(scope="session")
+def roberta() -> Any:
+    """A RoBERTa tokenizer of single bytes: <s> and </s> around, as the pretrained ones have."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def test_roberta_special_tokens(roberta: Any) -> None:
+    split = tokens_of(LONG, roberta, max_length=40)["train"]
+    for i in range(len(split)):
+        assert split.sequence(i)[0] == 0
+        assert split.sequence(i)[-1] == 2
+        assert split.lengths[i] <= 40
+    whole = roberta(LONG[3])["input_ids"]
+    assert split.sequence(3).tolist() == whole[:10] + whole[-30:]
+
+
+@pytest.mark.usefixtures("cache")  # else they might not be tokenized
+def test_long_texts_give_no_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokens_of([LONG[3] * 3, "b"], tokenizer)
+    assert "longer" not in caplog.text
+
+
+def test_test_split_is_left_alone(tokenizer: Any) -> None:
+    assert list(tokens_of(LONG, tokenizer, test=False)) == ["train", "validation"]
+    assert list(tokens_of(LONG, tokenizer)) == ["train", "validation", "test"]
+
+
+def test_tokens_are_kept_and_damaged_files_made_again(
+    tokenizer: Any, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tokens_of(LONG, tokenizer, max_length=32)["train"]
+    assert "tokenizing train" in capsys.readouterr().err
+    (path,) = (cache / "tokens").iterdir()
+    tokens_of(LONG, tokenizer, max_length=32)
+    assert capsys.readouterr().err == "", "no bar when nothing is done"
+    good = path.read_bytes()
+    for damaged in (b"", b"nonsense", good[: len(good) // 2], good[:100] + b"\xff\xff" + good[102:]):
+        path.write_bytes(damaged)
+        again = tokens_of(LONG, tokenizer, max_length=32)["train"]
+        assert np.array_equal(again.tokens, first.tokens)
+        assert np.array_equal(again.offsets, first.offsets)
+        capsys.readouterr()
+    tokens_of(LONG, tokenizer, max_length=33)
+    tokens_of(LONG, tokenizer, max_length=32, truncation="head")
+    for texts in (["a", "bc"], ["ab", "c"]):
+        tokens_of(texts, tokenizer, max_length=32)
+    assert len(list((cache / "tokens").iterdir())) == 5
+
+
+def test_cache_that_cannot_be_written(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="FINETUNE_LORA_CACHE"):
+        tokens_of(LONG, tokenizer)
+
+
+def test_several_processes_at_once(tokenizer: Any, cache: Path, tmp_path: Path) -> None:
+    script = tmp_path / "tokenize_texts.py"
+    script.write_text(
+        f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from transformers import AutoTokenizer
+from finetuning.data.tokens import cached_tokens
+from finetuning.settings import DataSettings
+tokenizer = AutoTokenizer.from_pretrained({str(packaged_folder())!r})
+print(cached_tokens({LONG!r} * 200, tokenizer, DataSettings(), "tokenizing").tokens.sum())
+"""
+    )
+    processes = [start_script(str(script), []) for _ in range(2)]
+    shown = [process.communicate(timeout=300) for process in processes]
+    found = tokens_of(LONG * 200, tokenizer)["train"].tokens.sum()
+    assert [out for out, _ in shown] == [f"{found}\n"] * 2, shown
+    assert [path.suffix for path in (cache / "tokens").iterdir()] == [".npz"]
+
+
+# --- pairs
+
+LENGTHS = [(1, 1), (3, 3), (2, 40), (40, 2), (9, 8), (8, 9), (40, 40), (41, 40), (7, 41), (1, 200)]
+TEXTS = [" ".join(str(i) for i in range(n)) for n, _ in LENGTHS]  # each number below 200 is one token
+PAIRS = [" ".join(str(i) for i in range(300, 300 + n)) for _, n in LENGTHS]
 
 
 def like_roberta(tokenizer: Any) -> Any:

@@ -14,8 +14,8 @@ from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
 from local_model_utilities import build_classifier, find_base_model, load_tokenizer
 from tests.conftest import needs_int8, packaged_folder
-from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, batch, build, logits
-from tests.small_classifiers import NAMES, fill
+from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, build, logits
+from tests.small_classifiers import NAMES, batch, fill
 from tests.tiny_models import save_tokenizer, tiny_model
 
 CASES = {name: METHODS[name] for name in ("lora", "lora_all", "lora_head", "q_lora", "dora", "pissa", "full")} | {

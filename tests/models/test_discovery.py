@@ -16,6 +16,7 @@ from finetuning.models.discovery import SEES_PADDING, family_of
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import lora_modules
 from local_model_utilities import build_classifier, find_base_model
+from tests.conftest import refusal_of
 from tests.tiny_models import LAYERS, WIDTH, tiny_model, unlisted_model
 
 
@@ -29,11 +30,7 @@ def config_of(folder: Path, **settings: object) -> RunConfig:
 
 
 def refused(folder: Path, **settings: object) -> str:
-    with pytest.raises(UserError) as caught:
-        find_base_model(config_of(folder, **settings))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message.replace(str(folder), "FOLDER")
+    return refusal_of(find_base_model, config_of(folder, **settings)).replace(str(folder), "FOLDER")
 
 
 @pytest.mark.parametrize(

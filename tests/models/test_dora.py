@@ -9,17 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetuning.errors import UserError
 from finetuning.models.int8 import Int8Linear
 from finetuning.models.lora import DoRALayer, LinearWithLoRA, linears, transposed
 from finetuning.models.quantization import dense_weight
-from tests.conftest import needs_int8, train_only_lora
+from tests.conftest import needs_int8, refusal_of, train_only_lora
 from tests.models.conftest import assert_each_near, relative_error, with_lora
 from tests.models.test_lora import gradients
 from tests.small_classifiers import build
-from tests.test_every_family import EVERY_FAMILY, FUSED, assert_equals_peft, folder_of
+from tests.test_every_family import EVERY_FAMILY, FUSED, assert_equals_peft
 
-__all__ = ["folder_of"]  # a fixture
 DORA = {"lora_variant": "dora", "lora_r": 3, "lora_alpha": 5.0}
 ALL = {f"lora_{target}": True for target in ("key", "projection", "mlp")} | DORA
 
@@ -145,9 +143,7 @@ def test_dora_equals_that_of_peft_with_the_adapter_that_is_written(
 
 @FUSED
 def test_parts_of_a_fused_linear_need_dora_together(folder_of: Any, model_type: str) -> None:
-    with pytest.raises(UserError) as caught:
-        build(folder_of(model_type), **DORA, lora_key=False)
-    assert str(caught.value) == (
+    assert refusal_of(build, folder_of(model_type), **DORA, lora_key=False) == (
         f"--lora_variant dora: in {model_type} models query, key, value are one linear, which PEFT adapts as a whole:"
         " put LoRA on all of them, not only on query, value"
     )

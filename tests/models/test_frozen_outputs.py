@@ -14,9 +14,9 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.runs.files import read_result
+from tests.conftest import flags
 from tests.data.test_batches import make_split
 from tests.models.test_encoder import prepare
-from tests.test_finetune_lora import flags
 
 LENGTHS = np.array([3, 1, 5, 2])
 

@@ -9,12 +9,11 @@ from peft import LNTuningConfig, get_peft_model
 from torch import nn
 
 from finetuning.config import RunConfig
-from finetuning.errors import UserError
 from finetuning.models.encoder import classify, count_frozen_layers
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.methods import check_method, choose_trained
 from finetuning.settings import MethodSettings
-from tests.conftest import CORE
+from tests.conftest import CORE, refusal_of
 from tests.models.conftest import saved_tensors
 from tests.models.test_encoder import (
     FAMILY,
@@ -121,9 +120,8 @@ def test_head_is_selective_with_no_layer() -> None:
 
 
 def test_an_encoder_without_biases_is_refused() -> None:
-    with pytest.raises(UserError) as caught:
-        check_method(tiny_model("llama"), FAMILIES["llama"], method_of("bitfit"), "some/llama")
-    assert str(caught.value) == (
+    line = refusal_of(check_method, tiny_model("llama"), FAMILIES["llama"], method_of("bitfit"), "some/llama")
+    assert line == (
         "--method bitfit: the encoder of some/llama, of type 'llama', has no biases: use --method head, which trains"
         " the head alone, or --method lora"
     )

@@ -18,7 +18,6 @@ from transformers import AutoModel, AutoTokenizer
 
 from finetuning.caches import clear_caches
 from finetuning.config import RunConfig
-from finetuning.errors import UserError
 from finetuning.models import packaged
 from finetuning.models.base_files import file_hashes, find_folder
 from finetuning.models.base_model import find_base_model, load_tokenizer
@@ -26,7 +25,7 @@ from finetuning.models.encoder import classify
 from finetuning.models.pretrained import load_pretrained
 from finetuning.settings import PACKAGED_BASE
 from finetuning.storage import OUR_PREFIX, sha256_of
-from tests.conftest import ROOT, full_disk
+from tests.conftest import ROOT, full_disk, refusal_of
 from tests.models.conftest import place_lora
 from tests.models.test_encoder import assert_equal_those_of_hugging_face
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -95,9 +94,7 @@ def find() -> Path:
 
 
 def refusal() -> str:
-    with pytest.raises(UserError) as caught:
-        find()
-    return str(caught.value)
+    return refusal_of(find)
 
 
 def no_archive(*_: Any) -> None:

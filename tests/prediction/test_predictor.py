@@ -4,9 +4,13 @@ from typing import Any
 import pytest
 import torch
 
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from finetuning.models.base_files import file_hashes
 from finetuning.models.classifier import Classifier
-from finetuning.prediction.predictor import load_predictor
+from finetuning.prediction.predictor import load_predictor, on_this_machine
 from finetuning.prediction.trained import read_trained
+from finetuning.runs.files import ADAPTER, write_result
 
 
 def test_no_result_is_read_before_all_batches_are_computed(
@@ -35,3 +39,31 @@ def test_no_result_is_read_before_all_batches_are_computed(
     assert batches >= 3
     assert log.count("compute") == batches
     assert log[-batches:] == ["read"] * batches
+
+
+def test_a_base_model_that_has_changed_since_the_run_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    base = tiny_folders["bert"]
+    config = RunConfig.from_settings(model_name=str(base), accelerator="cpu", max_length=32)
+    data = {"label_names": ["bad", "good"], "columns": {}}
+    result = {"status": "finished", "config": config.to_dict(), "data": data, "task": {}}
+    write_result(tmp_path, result | {"base_model": {"sha256": file_hashes(base) | {"config.json": "0"}}})
+    with pytest.raises(UserError, match=r"base model .*config\.json has changed since the run"):
+        load_predictor(read_trained(tmp_path))
+    write_result(tmp_path, result | {"base_model": {"sha256": file_hashes(base)}})
+    with pytest.raises(UserError, match=f"{ADAPTER} cannot be read"):  # the base model is accepted
+        load_predictor(read_trained(tmp_path))
+
+
+def test_precision_is_one_that_this_machine_has() -> None:
+    def here(**settings: object) -> dict[str, object]:
+        return on_this_machine(RunConfig.from_settings(**settings).hardware)
+
+    assert here(precision="bf16", device=3)["precision"] == "bf16"
+    given = here(precision="fp16", accelerator="gpu")["precision"]
+    assert given == ("fp16" if torch.cuda.is_available() else "auto")
+    assert here(accelerator="cpu")["accelerator"] == "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        for able, precision in (True, "bf16"), (False, "auto"):
+            patch.setattr("finetuning.prediction.predictor.multiplies_bf16", lambda _, able=able: able)
+            assert here(precision="bf16")["precision"] == precision

@@ -15,7 +15,7 @@ import pytest
 
 from finetuning.errors import UserError
 from finetuning.prediction.rows import STANDARD_INPUT, Survey, file_of, given_texts, survey
-from tests.conftest import full_disk
+from tests.conftest import full_disk, refusal_of
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -34,10 +34,7 @@ def surveyed(path: Path, skip_bad: bool = False, typed: bool = False, column: st
 
 
 def refusal(path: Path, column: str = "text", **options: bool) -> str:
-    with pytest.raises(UserError) as caught:
-        surveyed(path, column=column, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal_of(surveyed, path, column=column, **options)
 
 
 def test_a_table_is_read_in_chunks(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from finetuning.prediction.rows import Rows, Source
 from finetuning.prediction.scoring import Score, label_codes
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
+from tests.conftest import refusal_of
 
 TRAINED = Trained(Path("run"), RunConfig.from_settings(), ["0", "1", "spam"], None)
 
@@ -68,9 +69,7 @@ def test_texts_without_a_label_or_an_answer_do_not_count() -> None:
     ],
 )
 def test_labels_that_cannot_be_counted_are_refused(labels: list[Any], column: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        list(Score(TRAINED, column).checking(source(labels)).tables())
-    assert str(caught.value) == message
+    assert refusal_of(list, Score(TRAINED, column).checking(source(labels)).tables()) == message
 
 
 def test_numbers_are_codes_where_the_data_set_or_the_file_names_its_classes(tmp_path: Path) -> None:
@@ -123,9 +122,8 @@ def test_lists_of_labels_are_scored_as_by_scikit_learn(separator: str | None) ->
 )
 def test_lists_that_cannot_be_counted_are_refused(labels: list[Any], separator: str | None, message: str) -> None:
     score = Score(replace(TRAINED, threshold=0.5), "y", separator=separator)
-    with pytest.raises(UserError) as caught:
-        list(score.checking(source(labels)).tables())
-    assert str(caught.value).replace("--label_column y: ", "") == message
+    line = refusal_of(list, score.checking(source(labels)).tables())
+    assert line.replace("--label_column y: ", "") == message
 
 
 def test_with_a_separator_an_empty_cell_is_a_text_without_a_label_as_in_training() -> None:

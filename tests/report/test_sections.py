@@ -1,16 +1,11 @@
 import numpy as np
 
 from finetuning.report import sections
-from finetuning.runs.answers import Answers
-
-
-def answers_of(labels: np.ndarray, given: np.ndarray, classes: int, tokens: np.ndarray | None = None) -> Answers:
-    truth, logits = np.eye(classes, dtype=bool)[labels], 3.0 * np.eye(classes)[given]
-    return Answers(np.arange(len(labels)), truth, logits, tokens)
+from tests.conftest import answers_of
 
 
 def test_the_confusion_matrix_has_a_row_for_each_true_class() -> None:
-    answers = answers_of(np.array([0, 0, 0, 0, 1]), np.array([0, 1, 1, 1, 1]), 2)
+    answers = answers_of([0, 0, 0, 0, 1], [0, 1, 1, 1, 1])
     cells = sections.confusion_cells(answers)
     assert cells is not None
     assert [[cell.texts for cell in row] for row in cells] == [[1, 3], [0, 1]]

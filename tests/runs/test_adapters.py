@@ -26,8 +26,8 @@ from finetuning.runs.loading import other_classes
 from finetuning.steps.text_advice import head_advice
 from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
 from tests.conftest import CORE, LAYERS, each_once
-from tests.runs.test_weights import ALL_BUT_HEAD, batch, build, logits, logits_in_peft, trained
-from tests.small_classifiers import NAMES, fill, save
+from tests.runs.test_weights import ALL_BUT_HEAD, build, logits, logits_in_peft, trained
+from tests.small_classifiers import NAMES, batch, fill, save
 
 PEFT_CASES: dict[str, dict[str, Any]] = {
     "standard": {"r": 4, "lora_alpha": 6},

@@ -32,7 +32,7 @@ from finetuning.runs.files import (
     write_result,
 )
 from finetuning.runs.lock import LOCK, DirectoryLock
-from tests.conftest import contents
+from tests.conftest import contents, refusal_of
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
 ORIGIN = {
@@ -67,20 +67,15 @@ def held_run(directory: Path, status: str | None = None) -> Path:
 
 
 def refusal(directory: Path, overwrite: bool = False) -> str:
-    with pytest.raises(UserError) as caught:
-        check(directory, overwrite=overwrite)
-    return one_line(caught.value, directory)
+    return naming(directory, refusal_of(check, directory, overwrite=overwrite))
 
 
 def resume_refusal(directory: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        interrupted_settings(directory)
-    return one_line(caught.value, directory)
+    return naming(directory, refusal_of(interrupted_settings, directory))
 
 
-def one_line(error: UserError, directory: Path) -> str:
-    message = str(error)
-    assert "\n" not in message
+def naming(directory: Path, message: str) -> str:
+    """The message, which must name the directory."""
     assert f"--output_dir {directory}" in message
     return message
 
@@ -459,9 +454,8 @@ def test_resume_of_a_run_whose_settings_are_damaged_is_refused(tmp_path: Path, d
     (tmp_path / SETTINGS).write_bytes(damaged.encode(errors="surrogateescape"))
     assert f"{SETTINGS} cannot be read" in resume_refusal(tmp_path)
     write_result(tmp_path, {"status": "finished"})
-    with pytest.raises(UserError) as caught:  # a job script does not know that the run has finished
-        settings_to_run({"resume": "auto", "output_dir": tmp_path}, {})
-    assert f"{SETTINGS} cannot be read" in one_line(caught.value, tmp_path)
+    line = refusal_of(settings_to_run, {"resume": "auto", "output_dir": tmp_path}, {})
+    assert f"{SETTINGS} cannot be read" in naming(tmp_path, line)  # a job script does not know that it has finished
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '{"status": "failed", "sha256": {"result.json": "1"}}', None])
@@ -471,9 +465,8 @@ def test_resume_of_a_run_whose_result_is_damaged_is_refused(tmp_path: Path, dama
     (tmp_path / RESULT).mkdir() if damaged is None else (tmp_path / RESULT).write_text(damaged)
     before = sorted(tmp_path.rglob("*"))
     for resume in (True, "auto"):
-        with pytest.raises(UserError) as caught:
-            settings_to_run({"resume": resume, "output_dir": tmp_path}, {})
-        assert f"{RESULT} cannot be read" in one_line(caught.value, tmp_path)
+        line = refusal_of(settings_to_run, {"resume": resume, "output_dir": tmp_path}, {})
+        assert f"{RESULT} cannot be read" in naming(tmp_path, line)
     with pytest.raises(UserError, match=f"{RESULT} cannot be read"):
         claimed(tmp_path, wanted(tmp_path, resume=True))
     assert sorted(tmp_path.rglob("*")) == before

@@ -29,14 +29,16 @@ def test_a_finished_run_is_read(tmp_path: Path) -> None:
 
 
 def test_other_directories_are_refused(tmp_path: Path) -> None:
-    def refused(words: str) -> None:
+    def refused(words: str, directory: Path = tmp_path) -> None:
         with pytest.raises(UserError, match=words) as caught:
-            read_finished(tmp_path)
-        assert str(caught.value).startswith(f"{tmp_path}: ")
+            read_finished(directory)
+        assert str(caught.value).startswith(f"{directory}: ")
         assert "\n" not in str(caught.value)
 
     refused("must be a finished run, but has no result.json")
+    refused("no such directory: give the one of a finished run", tmp_path / "nowhere")
     (tmp_path / SETTINGS).touch()
+    refused("must be a finished run, but result.json cannot be read: Not a directory", tmp_path / SETTINGS)
     refused("but has no result.json: it has not ended. If nothing writes it, continue it: ")
     (tmp_path / "best").mkdir()
     leave(tmp_path / "best")

@@ -5,11 +5,7 @@ import pytest
 
 from finetuning.runs.answers import Answers
 from finetuning.runs.score_tables import class_table, score_table
-
-
-def answers_of(labels: list[int], given: list[int]) -> Answers:
-    truth, logits = np.eye(2, dtype=bool)[labels], 3.0 * np.eye(2)[given]
-    return Answers(np.arange(len(labels)), truth, logits)
+from tests.conftest import answers_of
 
 
 def test_scores_have_intervals_and_what_was_not_measured_is_left_out() -> None:

@@ -5,6 +5,7 @@ from torchmetrics.functional import classification as metrics
 
 from finetuning.runs import scores
 from finetuning.runs.answers import Answers
+from tests.conftest import answers_of
 
 
 def random_answers(n: int, classes: int, multi_label: bool = False) -> Answers:
@@ -94,7 +95,7 @@ def answered_by_class(right: tuple[int, ...], texts: tuple[int, ...]) -> Answers
     """Two classes; of each so many texts are right, and the others get the other class."""
     truth = np.repeat([0, 1], texts)
     given = np.concatenate([np.where(np.arange(texts[c]) < right[c], c, 1 - c) for c in (0, 1)])
-    return Answers(np.arange(len(truth)), np.eye(2, dtype=bool)[truth], np.eye(2)[given])
+    return answers_of(truth, given)
 
 
 def test_what_was_learned_is_judged_by_mcc_or_accuracy() -> None:

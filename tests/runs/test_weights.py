@@ -18,7 +18,7 @@ from finetuning.runs.weights import adapter_config, load_trained, peft_name
 from finetuning.settings import LoRASettings
 from tests import small_classifiers
 from tests.conftest import CORE, LAYERS, each_once
-from tests.small_classifiers import fill, in_peft, save
+from tests.small_classifiers import batch, fill, in_peft, save
 
 
 def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:
@@ -39,14 +39,6 @@ def lora_settings(**settings: object) -> LoRASettings:
     lora = RunConfig.from_settings(**settings).lora
     assert lora is not None
     return lora
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(1000, 30000, (6, 20), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones_like(ids)
-    mask[1, 7:] = 0
-    mask[4, 15:] = 0
-    return torch.where(mask == 1, ids, 1), mask
 
 
 @torch.no_grad()

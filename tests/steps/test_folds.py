@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from benchmarks.tiny import write_reviews
+from benchmarks.tiny import write_reviews, write_splits
 from finetune_lora import main
 from finetuning.export.command import main as export
 from finetuning.flags import from_flags
@@ -33,7 +33,7 @@ from finetuning.steps import read_inputs
 from finetuning.steps.baseline import of_folds
 from finetuning.steps.folds import time_left
 from finetuning.training.callbacks import Meter
-from tests.conftest import config_of_flags
+from tests.conftest import config_of_flags, flags
 
 pytestmark = pytest.mark.xdist_group("folds")  # in one process: the whole run is made once
 FILES = {
@@ -44,19 +44,12 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def few_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data_dir with 40 training and 20 test reviews."""
-    folder = tmp_path_factory.mktemp("few")
-    write_reviews(folder / "train.csv", 40, seed=0)
-    write_reviews(folder / "test.csv", 20, seed=1)
-    return folder
+    return write_splits(tmp_path_factory.mktemp("few"), train=40, test=20)
 
 
 def words(model: Path, data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        "--model_name", str(model), "--dataset", "text", "--data_dir", str(data), "--output_dir", str(output),
-        "--max_length", "32", "--batch_size", "8", "--accelerator", "cpu", "--learning_rate", "0.01",
-        "--lora_mlp", "True", "--dropout", "0.1", "--epochs", "4", "--kfold", "2", *more,
-    ]  # fmt: skip
+    own = "--learning_rate 0.01 --dropout 0.1 --epochs 4 --patience auto --report True --kfold 2"
+    return flags(model, data, output, *own.split(), *more)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from compare_methods import RESULTS
-from finetuning.comparison.collected import read_study
-from finetuning.comparison.over_sets import grid_of
 from finetuning.materials import find_materials
 from finetuning.steps.inputs import read_inputs
 from finetuning.steps.text_advice import (
@@ -24,6 +22,7 @@ from finetuning.steps.text_advice import (
 from finetuning.training.tasks import make_task
 from local_model_utilities import find_base_model
 from tests.conftest import config_of_flags
+from tests.synthetic_runs import grid_in
 from tests.tiny_models import save_tokenizer, tiny_model
 
 
@@ -116,8 +115,7 @@ def test_classes_that_test_lacks_are_named(names: str, test: list[Any], said: st
 
 
 def test_the_mean_was_better_on_every_data_set() -> None:
-    grid = grid_of(read_study("methods_on_sets", RESULTS))
-    assert grid is not None
+    grid = grid_in(RESULTS, "methods_on_sets")
     sets = grid.shared(("head", "head-mean"))
     assert len(sets) >= 9
     for first, mean in zip(grid.means("head", sets), grid.means("head-mean", sets), strict=True):
@@ -125,8 +123,7 @@ def test_the_mean_was_better_on_every_data_set() -> None:
 
 
 def test_with_few_texts_the_mean_was_better_on_four_of_five_data_sets() -> None:
-    grid = grid_of(read_study("pooling", RESULTS))
-    assert grid is not None
+    grid = grid_in(RESULTS, "pooling")
     methods = [f"50-lora-pooling-{name}" for name in ("first", "mean")]
     sets = grid.shared(methods)
     pairs = zip(*(grid.means(method, sets) for method in methods), strict=True)

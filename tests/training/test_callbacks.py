@@ -22,8 +22,7 @@ from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.training import callbacks
 from finetuning.training.callbacks import Meter
 from finetuning.training.checkpoints import BestCheckpoint
-from tests.conftest import ROOT
-from tests.test_finetune_lora import flags
+from tests.conftest import ROOT, flags
 
 
 def test_the_best_checkpoint_is_known_where_its_directory_has_moved(tmp_path: Path) -> None:

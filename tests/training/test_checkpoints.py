@@ -15,7 +15,7 @@ from finetuning.training import checkpoints
 from finetuning.training.callbacks import GracefulStop, Meter
 from finetuning.training.checkpoints import CheckpointFiles
 from finetuning.training.trackers import Trackers
-from tests.test_finetune_lora import flags
+from tests.conftest import flags
 
 
 class Clock:

@@ -8,6 +8,7 @@ from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
 from finetuning.training.label_advice import chance_advice, imbalance_advice, one_answer_advice, spelling_advice
 from finetuning.training.tasks import Binary, MultiLabel, SingleLabel, make_task
+from tests.conftest import refusal_of
 
 NAMES = ["bad", "fair", "good"]
 
@@ -98,9 +99,7 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order() -> None:
 )
 def test_what_the_labels_do_not_allow_is_refused(settings: dict[str, object], line: str) -> None:
     labels = {"train": np.array([0, 2, 2]), "validation": np.array([2, 2])}
-    with pytest.raises(UserError) as caught:
-        make_task(labels, NAMES, training(**settings))
-    assert str(caught.value) == line
+    assert refusal_of(make_task, labels, NAMES, training(**settings)) == line
 
 
 def test_a_class_that_is_not_named_weighs_1() -> None:
@@ -180,9 +179,7 @@ def test_the_threshold_is_the_one_of_validation() -> None:
     ],
 )
 def test_what_multi_label_data_do_not_allow_is_refused(settings: dict[str, object], line: str) -> None:
-    with pytest.raises(UserError) as caught:
-        make_task({"train": TRUTH, "validation": TRUTH}, NAMES, training(**settings))
-    assert str(caught.value) == line
+    assert refusal_of(make_task, {"train": TRUTH, "validation": TRUTH}, NAMES, training(**settings)) == line
 
 
 def test_training_texts_without_any_label_are_refused() -> None:

@@ -1,0 +1,61 @@
+"""Financial PhraseBank: files of the user, and the hub's archive."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from finetuning import hub
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
+from local_dataset_utilities import prefetch_texts
+from tests.conftest import texts_of
+
+PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@{label}" for i in range(20) for label in ("positive",)]
+PHRASES += [f"Sales {i} were flat .@neutral" for i in range(20)] + [f"Loss {i} .@negative" for i in range(20)]
+PHRASES += ["Loss 3 .@negative", "Sales 4 were flat .@negative"]
+
+
+@pytest.mark.parametrize("name", ["Sentences_50Agree.txt", "sentences_50agree.parquet"])
+def test_phrasebank(tmp_path: Path, name: str) -> None:
+    if name.endswith(".txt"):
+        (tmp_path / name).write_bytes("\r\n".join(PHRASES).encode("latin-1") + b"\r\n")
+    else:
+        ids = {"negative": 0, "neutral": 1, "positive": 2}
+        pairs = [phrase.rpartition("@") for phrase in PHRASES]
+        pd.DataFrame({"sentence": [p[0] for p in pairs], "label": [ids[p[2]] for p in pairs]}).to_parquet(
+            tmp_path / name
+        )
+    texts = texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path))
+    assert texts.label_names == ["negative", "neutral", "positive"]
+    assert texts.source == "Financial PhraseBank 50agree, held out (local files)"
+    assert texts.notes == ["dropped 1 repeated sentences and 2 with conflicting labels"]
+    rows = np.concatenate([split.rows for split in texts.splits.values()])
+    assert sorted(rows) == sorted(set(range(60)) - {24})
+    for split in texts.splits.values():
+        lines = [f"{t}@{texts.label_names[i]}" for t, i in zip(split.texts, split.labels, strict=True)]
+        assert lines == [PHRASES[row] for row in split.rows]
+    with pytest.raises(UserError, match="--agreement"):
+        texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+
+
+def test_phrasebank_line_without_label(tmp_path: Path) -> None:
+    (tmp_path / "Sentences_AllAgree.txt").write_text("Fine .@positive\nno label here\n")
+    with pytest.raises(UserError, match=r"row 1 .*sentence@label"):
+        texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+
+
+def test_phrasebank_from_the_hubs_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bank.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for level in ("50Agree", "AllAgree"):
+            content = "\r\n".join(PHRASES if level == "50Agree" else PHRASES[:-2]).encode("latin-1")
+            archive.writestr(f"FinancialPhraseBank-v1.0/Sentences_{level}.txt", content)
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(path))
+    texts = texts_of(RunConfig.from_settings(dataset="financial_phrasebank"))
+    assert sum(len(split.texts) for split in texts.splits.values()) == 59
+    texts = texts_of(RunConfig.from_settings(dataset="financial_phrasebank", agreement="all"))
+    assert sum(len(split.texts) for split in texts.splits.values()) == 60
+    prefetch_texts(RunConfig.from_settings(dataset="financial_phrasebank").data)

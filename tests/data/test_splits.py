@@ -1,0 +1,234 @@
+"""Splits, leaks, limits and label codes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from finetuning.config import RunConfig
+from finetuning.data.splits import stratified_parts, wordless
+from finetuning.errors import UserError
+from tests.conftest import frame, text_config, texts_of, write_texts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stratified_parts_are_disjoint_exact_and_in_proportion(seed: int) -> None:
+    labels = np.random.default_rng(seed).choice(4, 1003, p=[0.5, 0.3, 0.15, 0.05])
+    parts = stratified_parts(labels, [802, 100, 101], seed)
+    assert [len(part) for part in parts] == [802, 100, 101]
+    assert sorted(np.concatenate(parts)) == list(range(1003))
+    for part in parts:
+        expected = np.bincount(labels) * len(part) / 1003
+        assert np.abs(np.bincount(labels[part], minlength=4) - expected).max() <= 2
+    again = stratified_parts(labels, [802, 100, 101], seed)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert not np.array_equal(parts[0], stratified_parts(labels, [802, 100, 101], seed + 1)[0])
+
+
+def test_smaller_limits_lie_in_larger_ones() -> None:
+    labels = np.arange(500) % 3
+    small, large = (stratified_parts(labels, [size], 0)[0] for size in (50, 120))
+    assert set(small) < set(large)
+
+
+def test_official_split_carves_validation_out_of_train(tmp_path: Path) -> None:
+    frame(200).to_parquet(tmp_path / "train.parquet")
+    frame(50, word="test").to_csv(tmp_path / "test.csv", index=False)
+    texts = texts_of(RunConfig.from_settings(data_dir=tmp_path))
+    assert texts.source == "IMDb, official test (local files)"
+    assert [len(split.texts) for split in texts.splits.values()] == [180, 20, 50]
+    assert texts.splits["test"].rows.tolist() == list(range(50))
+    for name in ("train", "validation"):
+        split = texts.splits[name]
+        assert split.texts == [f"train text {row}" for row in split.rows]
+        assert (split.labels == split.rows % 2).all()
+    other = texts_of(RunConfig.from_settings(data_dir=tmp_path, data_seed=1))
+    assert set(other.splits["validation"].rows) != set(texts.splits["validation"].rows)
+    same = texts_of(RunConfig.from_settings(data_dir=tmp_path, seed=7))
+    assert same.splits["validation"].texts == texts.splits["validation"].texts
+
+
+@pytest.mark.parametrize(("split", "sizes"), [("resplit", [350, 50, 100]), ("stratified", [400, 50, 50])])
+def test_all_reviews_split_anew(tmp_path: Path, split: Any, sizes: list[int]) -> None:
+    frame(300).to_parquet(tmp_path / "train.parquet")
+    frame(200, word="test").to_parquet(tmp_path / "test.parquet")
+    texts = texts_of(RunConfig.from_settings(data_dir=tmp_path, split=split))
+    assert texts.source.startswith("IMDb train + test, ")
+    assert [len(part.texts) for part in texts.splits.values()] == sizes
+    everything = [f"train text {i}" for i in range(300)] + [f"test text {i}" for i in range(200)]
+    rows = np.concatenate([part.rows for part in texts.splits.values()])
+    assert sorted(rows) == list(range(500))
+    assert all(part.texts == [everything[row] for row in part.rows] for part in texts.splits.values())
+
+
+def test_of_a_given_validation_and_no_test_only_the_test_is_carved_out(tmp_path: Path) -> None:
+    for name, n in (("train", 40), ("validation", 10)):
+        frame(n, word=name).to_parquet(tmp_path / f"{name}.parquet")
+    texts = texts_of(text_config(tmp_path))
+    assert texts.source.endswith(", held-out test (local files)")
+    assert [len(split.texts) for split in texts.splits.values()] == [36, 10, 4]
+    assert {text.split()[0] for text in texts.splits["validation"].texts} == {"validation"}
+    everything = texts_of(text_config(tmp_path, split="stratified"))
+    assert [len(split.texts) for split in everything.splits.values()] == [40, 5, 5]
+
+
+def test_leaks_leave_train_before_the_limit(tmp_path: Path) -> None:
+    train, test = frame(40), frame(6, word="test")
+    test.loc[0, "text"] = "  train text 4\n"
+    test.loc[1, "text"] = "train text 5"
+    for name, table in (("train", train), ("validation", frame(6, word="valid")), ("test", test)):
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    texts = texts_of(text_config(tmp_path, limit_train=38))
+    assert texts.leaks_dropped == 2
+    assert not {4, 5} & set(texts.splits["train"].rows)
+    with pytest.raises(UserError, match="--limit_train 39: must be from 2 to 38, because the train split has 38 texts"):
+        texts_of(text_config(tmp_path, limit_train=39))
+
+
+@pytest.mark.parametrize(("split", "validation_size"), [("official", 40), ("stratified", 44)])
+def test_no_text_of_test_chooses(tmp_path: Path, split: str, validation_size: int) -> None:
+    train, test = frame(400), frame(40, word="test")
+    train.loc[200:, "text"] = train.text[:200].to_numpy()  # each twice
+    test.loc[:19, "text"] = train.text[:20].to_numpy()
+    for name, table in (("train", train), ("test", test)):
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    texts = texts_of(text_config(tmp_path, split=split))
+    validation, tested = texts.splits["validation"].texts, texts.splits["test"].texts
+    assert not set(validation) & set(tested)
+    left_out = validation_size - len(validation)
+    assert left_out > 0
+    assert texts.notes == [f"removed {left_out} validation texts that also appear in test (before --limit_validation)"]
+
+
+def test_a_validation_that_was_given_stays_whole(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("validation", 10), ("test", 4)):
+        frame(count, word="train" if name == "train" else "held out").to_parquet(tmp_path / f"{name}.parquet")
+    texts = texts_of(text_config(tmp_path))
+    assert [len(split.texts) for split in texts.splits.values()] == [40, 10, 4]
+    assert texts.notes == ["warning: 4 of 10 validation texts also appear in test, so the test score may be too high"]
+
+
+def test_train_that_is_nothing_but_test(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        frame(20).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="in validation or test but not in train"):
+        texts_of(text_config(tmp_path))
+    for name in ("train", "test"):
+        frame(20).assign(label=[["a"], ["b"]] * 10).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="all 20 training texts also appear in validation or test: remove repeats"):
+        texts_of(text_config(tmp_path, kfold=5))
+
+
+def test_limits(tmp_path: Path) -> None:
+    frame(200).to_parquet(tmp_path / "train.parquet")
+    frame(50, word="test").to_parquet(tmp_path / "test.parquet")
+    limits: dict[str, Any] = {"limit_train": 60, "limit_validation": 10, "limit_test": 20}
+    texts = texts_of(text_config(tmp_path, **limits))
+    assert [np.bincount(split.labels).tolist() for split in texts.splits.values()] == [[30, 30], [5, 5], [10, 10]]
+    for name, size in (("validation", 20), ("test", 50)):
+        with pytest.raises(
+            UserError,
+            match=f"--limit_{name} {size + 1}: must be from 1 to {size}, because the {name} split has {size} texts",
+        ):
+            texts_of(text_config(tmp_path, **{f"limit_{name}": size + 1}))
+    with pytest.raises(UserError, match="--limit_train 1"):
+        texts_of(text_config(tmp_path, limit_train=1))
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([0, 1, 2], ["0", "1", "2"]),
+        ([1, 5, 10], ["1", "5", "10"]),
+        ([0.0, 1.0, 3.0], ["0", "1", "3"]),
+        ([0.5, 1.0, 1.5], ["0.5", "1.0", "1.5"]),
+        ([False, True, True], ["False", "True"]),
+        (["b", "B", "a"], ["B", "a", "b"]),
+    ],
+)
+def test_label_names_come_from_the_labels(tmp_path: Path, values: list[Any], names: list[str]) -> None:
+    table = frame(30).assign(label=values * 10)
+    table.to_parquet(tmp_path / "train.parquet")
+    texts = texts_of(text_config(tmp_path))
+    assert texts.label_names == names
+    by_value = dict(zip(sorted(set(values)), range(len(names)), strict=True))
+    for split in texts.splits.values():
+        assert split.labels.tolist() == [by_value[table.label[row]] for row in split.rows]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names"),
+    [
+        ("1,x", "1", ["1", "x"]),  # words in one file, and what looks like a number in the other
+        ("9,10", "9.0", ["9", "10"]),
+        ("0.5,1", "1.0", ["0.5", "1.0"]),
+        ("no, yes", "no ", ["no", "yes"]),
+        ("NA,none", "NA", ["NA", "none"]),
+    ],
+)
+def test_labels_of_csv_files_are_numbers_where_all_are(tmp_path: Path, train: str, test: str, names: list[str]) -> None:
+    for split, labels, count in (("train", train.split(","), 40), ("test", [test], 5)):
+        frame(count, 2, split).assign(label=(labels * count)[:count]).to_csv(tmp_path / f"{split}.csv", index=False)
+    texts = texts_of(text_config(tmp_path))
+    assert texts.label_names == names
+    assert set(texts.splits["train"].labels.tolist()) == {0, 1}
+    assert {names[label] for label in texts.splits["test"].labels} == {test.strip() if test != "9.0" else "9"}
+
+
+def test_labels_that_train_or_the_data_set_does_not_know(tmp_path: Path) -> None:
+    frame(30).to_csv(tmp_path / "train.csv", index=False)
+    frame(30, 3, "test").to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(UserError, match="label '2' appears in validation or test but not in train"):
+        texts_of(text_config(tmp_path))
+    with pytest.raises(UserError, match="label 2 is not one of 0 or negative, 1 or positive"):
+        texts_of(RunConfig.from_settings(data_dir=tmp_path))
+
+
+def test_too_few_texts_to_split(tmp_path: Path) -> None:
+    frame(6, 2).to_csv(tmp_path / "train.csv", index=False)
+    frame(6, 2, "test").to_csv(tmp_path / "test.csv", index=False)
+    assert len(texts_of(text_config(tmp_path)).splits["validation"].texts) == 1
+    frame(4, 2).to_csv(tmp_path / "train.csv", index=False)
+    with pytest.raises(UserError, match="4 texts are too few for a split 90:10"):
+        texts_of(text_config(tmp_path))
+
+
+def test_of_pairs_both_texts_make_a_leak(tmp_path: Path) -> None:
+    rows = [("a", "x", 0), ("a", "y", 1), ("b", "x", 0), ("c", "z", 1)]
+    for name, kept in (("train", rows), ("validation", rows[:1]), ("test", [("a", "z", 1)])):
+        pd.DataFrame(kept, columns=["text", "second", "label"]).to_csv(tmp_path / f"{name}.csv", index=False)
+    found = texts_of(text_config(tmp_path, text_pair_column="second"))
+    assert found.leaks_dropped == 1
+    train = found.splits["train"]
+    assert list(zip(train.texts, train.pairs or (), train.labels, strict=True)) == [
+        ("a", "y", 1), ("b", "x", 0), ("c", "z", 1),
+    ]  # fmt: skip
+    assert texts_of(text_config(tmp_path)).splits["train"].pairs is None
+
+
+@pytest.mark.parametrize(("twice", "warned"), [(8, True), (1, False)])
+def test_texts_with_two_labels_each_may_be_half_of_a_pair(tmp_path: Path, twice: int, warned: bool) -> None:
+    rows = [f"question {i},{label}\n" for i in range(twice) for label in "ab"]
+    rows += [f"text {i},{'ab'[i % 2]}\n" for i in range(30)]
+    notes = texts_of(write_texts(tmp_path, "text,label\n" + "".join(rows))).notes
+    found = [note for note in notes if "training texts have different labels elsewhere in train" in note]
+    assert bool(found) == warned
+
+
+def test_a_column_of_numbers_is_doubted(tmp_path: Path) -> None:
+    rows = "".join(f"{i},{2021 + i}-01,a film {i},{'ab'[i % 2]}\n" for i in range(30))
+    write_texts(tmp_path, "number,month,text,label\n" + rows)
+    for column, doubted in (("number", True), ("month", True), ("text", False)):
+        notes = texts_of(text_config(tmp_path, text_column=column)).notes
+        line = "warning: 100% of the training texts have no letter: is --text_column the column that you mean?"
+        assert (line in notes) == doubted
+    write_texts(tmp_path, "text,label\n" + "".join(f"是的 {i},{'ab'[i % 2]}\n" for i in range(30)))
+    assert not any("no letter" in note for note in texts_of(text_config(tmp_path)).notes)
+
+
+@pytest.mark.parametrize(("numbers", "doubted"), [(14, False), (15, True)])
+def test_half_of_the_texts_may_have_no_letter(numbers: int, doubted: bool) -> None:
+    texts = [str(i) if i < numbers else f"film {i}" for i in range(30)]
+    assert bool(wordless(pd.DataFrame({"text": texts}))) == doubted
