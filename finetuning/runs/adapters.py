@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError, first_line, listed
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged, read_result
+from finetuning.settings import recorded_name
 from finetuning.storage import read_json, sha256_of
 
 PREFIX = "base_model.model."
@@ -92,8 +93,8 @@ def read_adapter(folder: Path) -> Adapter:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str | None):
         raise UserError(f"{folder}: {ADAPTER_CONFIG} has base_model_name_or_path {base!r}: must be a text")
-    pooling = config.get("pooling")
-    return Adapter(folder, base, rank, alpha, scaling, variant, linears, pooling, shapes, _names_of_run(folder))
+    named, pooling = base and recorded_name(base), config.get("pooling")
+    return Adapter(folder, named, rank, alpha, scaling, variant, linears, pooling, shapes, _names_of_run(folder))
 
 
 def _names_of_run(folder: Path) -> list[str] | None:
