@@ -9,7 +9,7 @@ from typing import Any
 from finetuning.comparison.collected import Row, Study
 from finetuning.comparison.pairs import Comparison
 from finetuning.comparison.tables import GIB, accuracy_cell, memory_cell, percent, shown
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 
 Block = tuple[str, str]  # a study, and names of its rows; the first row is the reference of the others
 TABLES: dict[str, tuple[tuple[str, ...], tuple[Block, ...]]] = {  # name -> extra columns, rows
@@ -130,7 +130,7 @@ def rows_table(
             environments += [run.environment for run in known[name].finished]
     titles = [TITLES.get(name, name) for name in names]
     table = Table(("study", "row", *titles, "corrected p"), cells).without_empty_columns()
-    return f"{table.markdown()}\n\n{measured(environments)}"
+    return dated(table, environments)
 
 
 def studies_table(studies: Sequence[Study], link: str) -> str:
@@ -145,7 +145,7 @@ def studies_table(studies: Sequence[Study], link: str) -> str:
         tests = _values(run.get("test", "examples") for run in runs)
         cells.append((_link(study, link), *sizes, tests, *limits, str(len(study.rows)), seeds))
         environments += [run.environment for run in runs]
-    return f"{Table(('study', *columns), cells).markdown()}\n\n{measured(environments)}"
+    return dated(Table(("study", *columns), cells), environments)
 
 
 def _link(study: Study, link: str) -> str:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from finetuning.comparison.collected import Study
 from finetuning.comparison.over_sets import LEAST_SETS, SECONDS, Grid, compare_pair, conditions, grid_of, mean_of_sets
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 
 NAME = "decisions"  # of the table on a page
 COLUMNS = (
@@ -67,7 +67,7 @@ def decisions_table(studies: Mapping[str, Study]) -> str:
         if grid and cells:
             pair = (decision.method, decision.default)
             environments += [run.environment for found in grid.runs.values() for m in pair for run in found.get(m, ())]
-    return f"{Table(COLUMNS, rows).markdown()}\n\n{measured(environments)}"
+    return dated(Table(COLUMNS, rows), environments)
 
 
 def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:

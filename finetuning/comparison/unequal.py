@@ -5,7 +5,7 @@ from statistics import fmean
 
 from finetuning.comparison.collected import Run, Study
 from finetuning.comparison.over_sets import grid_of, score_cell
-from finetuning.pages import Table, measured
+from finetuning.pages import Table, dated
 
 NAME = "unequal_classes"  # of the table on a page
 STUDY, METHOD = "placement", "all"  # the runs of the default command
@@ -25,7 +25,7 @@ def unequal_table(studies: Mapping[str, Study]) -> str:
         if runs and has_rare_class(runs[0]):
             rows.append((rarest_share(runs[0]), (name, *_cells(runs))))
             environments += [run.environment for run in runs]
-    return f"{Table(COLUMNS, [row for _, row in sorted(rows)]).markdown()}\n\n{measured(environments)}"
+    return dated(Table(COLUMNS, [row for _, row in sorted(rows)]), environments)
 
 
 def has_rare_class(run: Run) -> bool:
