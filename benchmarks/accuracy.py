@@ -233,8 +233,8 @@ def collect(measurements: Sequence[Measurement], folder: Path) -> tuple[Record, 
             continue
         records.append(record)
         if record["status"] == "finished":
-            found = read_test_predictions(folder / measurement.name, record["threshold"])
-            predictions = Predictions.from_frame(record["source"], found.to_pandas())
+            columns = read_test_predictions(folder / measurement.name, record["threshold"])
+            predictions = Predictions.of(record["source"], columns)
             used = (predictions.test_set, record["data"], record["trainable"])
             if data.setdefault(record["set"], used) != used:
                 raise UserError(f"{measurement.name}: has other texts or parameters than {record['set']}'s other runs")

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import Grid, grid_of
-from finetuning.comparison.packed import Record, change_records
+from finetuning.comparison.packed import Columns, Record, change_records
 from finetuning.runs.records import scores_record
 
 ENVIRONMENT = {
@@ -38,7 +37,7 @@ def made_run(
     validation: float | dict[str, float] | None = 0.9,
     axes: dict[str, Any] | None = None,
     curve: Sequence[float] = (),
-    predictions: pa.Table | None = None,
+    predictions: Columns | None = None,
     **changes: Any,
 ) -> Record:
     """A run, to be collected by ``change_records``. Many runs are written much faster in one call of it.
@@ -78,7 +77,7 @@ def made_run(
     if correct is not None:
         accuracy = float(np.float32(correct.mean()))  # as torchmetrics gives it
         result["test"] = scores_record({"accuracy": accuracy}, len(correct), 1.0)
-        predictions = predictions or _predictions(correct, first_row, seed)
+        predictions = predictions or _predictions(correct, first_row)
     for key, value in changes.items():
         result[key] = {**result[key], **value} if isinstance(value, dict) and key in result else value
     return Record.made(results / study, result, _metrics(curve) if curve else None, predictions)
@@ -91,17 +90,11 @@ def grid_in(results: Path, study: str = "s") -> Grid:
     return grid
 
 
-def _predictions(correct: np.ndarray, first_row: int, seed: int) -> pa.Table:
-    """In another order than that of the rows."""
-    labels = np.arange(len(correct)) % 2
-    table = pa.table(
-        {
-            "row": np.arange(len(correct), dtype=np.int32) + first_row,
-            "label": labels.astype(np.int8),
-            "predicted": np.where(correct, labels, 1 - labels).astype(np.int8),
-        }
-    )
-    return table.take(np.random.default_rng(seed).permutation(len(correct)))
+def _predictions(correct: np.ndarray, first_row: int) -> Columns:
+    rows = np.arange(len(correct))
+    labels = rows % 2
+    columns = {"row": rows + first_row, "label": labels, "predicted": np.where(correct, labels, 1 - labels)}
+    return {name: column.tolist() for name, column in columns.items()}
 
 
 def _metrics(curve: Sequence[float]) -> str:

@@ -33,7 +33,7 @@ def table(results: Path) -> dict[str, Any]:
     """What the report compares, by run: no times, no memory."""
     records = {}
     for name, record in read_records(results / "tiny")[0].items():
-        result, predictions = record.result, record.predictions().to_pydict()
+        result, predictions = record.result, record.predictions
         scores = {key: value for key, value in result["test"].items() if key != "seconds"}
         records[name] = (result["status"], result["study"], scores, result["parameters"], predictions)
     return records

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from finetuning.comparison.drawn import RATE
-from finetuning.comparison.packed import RUNS, Record, read_records
+from finetuning.comparison.packed import RUNS, Columns, Record, read_records
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import SCORES, mean_and_deviation
 from finetuning.config import NOT_PART_OF_THE_RUN
@@ -43,18 +43,17 @@ class Predictions:
     counts: np.ndarray | None = None  # (n, 2): labels found that are right, and labels wrongly given or missed
 
     @staticmethod
-    def from_frame(source: str, frame: Any) -> "Predictions":
-        """From a table with the columns ``row``, ``label`` and ``predicted``, the last two of lists or of numbers."""
-        frame = frame.sort_values("row")
-        rows, counts = frame["row"].to_numpy(np.int64), None
-        if frame["label"].dtype == object:  # lists
-            given, predicted = ([frozenset(row) for row in frame[name]] for name in ("label", "predicted"))
+    def of(source: str, columns: Columns) -> "Predictions":
+        """From the columns of a record."""
+        rows, counts = np.array(columns["row"]), None
+        if any(isinstance(labels, list) for labels in columns["label"]):
+            given, predicted = ([frozenset(row) for row in columns[name]] for name in ("label", "predicted"))
             labels = np.array([",".join(map(str, sorted(row))) for row in given], dtype=np.bytes_)
             counts = np.array([(len(a & b), len(a ^ b)) for a, b in zip(given, predicted, strict=True)])
             correct = counts[:, 1] == 0
         else:
-            labels = frame["label"].to_numpy(np.int64)
-            correct = labels == frame["predicted"].to_numpy(np.int64)
+            labels = np.array(columns["label"])
+            correct = labels == np.array(columns["predicted"])
         return Predictions(source, rows, labels, correct, counts)
 
     def counted(self, measure: str) -> np.ndarray:
@@ -183,13 +182,13 @@ class Run:
         """The test predictions; ``None`` if they were not kept.
 
         Raises:
-            UserError: they are missing or damaged, or belong to another run.
+            UserError: they belong to another run.
         """
-        table = self.record.predictions()
-        if table is None:
+        columns = self.record.predictions
+        if columns is None:
             return None
         where = json.dumps([self.get("config", name) for name in ("dataset", "data_dir")])  # the same on all machines
-        found = Predictions.from_frame(where, table.to_pandas())
+        found = Predictions.of(where, columns)
         accuracy = self.accuracy("test")
         if len(np.unique(found.rows)) != len(found.rows) or not len(found.rows):
             raise UserError(f"{self.record.path}: column row of its predictions must name every test text once")

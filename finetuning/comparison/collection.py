@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.comparison.packed import Record, change_records, read_records
+from finetuning.comparison.packed import Columns, Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.errors import UserError, first_line
@@ -87,27 +87,17 @@ def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
     return Record.made(target, result, metrics, predictions)
 
 
-def read_test_predictions(directory: Path, threshold: float | None = None, positive: int | None = None) -> Any:
+def read_test_predictions(directory: Path, threshold: float | None = None, positive: int | None = None) -> Columns:
     """What a run predicted for the test texts, in the order of their rows.
 
     Args:
         directory: the run directory.
         threshold, positive: as in ``Answers``.
-
-    Returns:
-        A pyarrow table with columns ``row`` (int32), ``label`` and ``predicted`` (int8; int16 for many classes). With
-        a threshold and no positive class, the last two hold a list of labels for each text.
     """
-    import pyarrow as pa
-
     test = read_answers(directory, threshold, positive)["test"]
     test = test.taken(np.argsort(test.rows))
-    small = np.int8 if test.logits.shape[1] <= 127 else np.int16
 
-    def numbers(labels: np.ndarray) -> Any:
-        if test.multi_label:
-            return pa.array([np.flatnonzero(row) for row in labels], pa.list_(pa.from_numpy_dtype(small)))
-        return labels.argmax(1).astype(small)
+    def numbers(labels: np.ndarray) -> list[Any]:
+        return [np.flatnonzero(row).tolist() for row in labels] if test.multi_label else labels.argmax(1).tolist()
 
-    columns = {"row": test.rows.astype(np.int32), "label": numbers(test.truth), "predicted": numbers(test.given)}
-    return pa.table(columns)
+    return {"row": test.rows.tolist(), "label": numbers(test.truth), "predicted": numbers(test.given)}

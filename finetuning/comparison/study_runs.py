@@ -210,13 +210,10 @@ class StudyRuns:
             result = source.result | {"study": self.place_in_study(run)}
             if not tested:  # a test must choose nothing
                 result.pop("test", None)
-            try:
-                predictions = source.predictions() if tested else None
-            except UserError:  # damaged
-                continue
             own = source.folder.parent / self.study.name
+            record = Record.made(own, result, source.metrics, source.predictions if tested else None)
             try:
-                change_records(own, [Record.made(own, result, source.metrics, predictions)])
+                change_records(own, [record])
             except (OSError, UserError):  # --results cannot be written: the run is done here
                 return None
             return source.path

@@ -184,8 +184,7 @@ def gain_of(default: list[FinishedRun], runs: list[FinishedRun]) -> dict[str, An
 
     def predictions(run: FinishedRun) -> Predictions:
         check_unchanged(run.directory / PREDICTIONS)
-        found = read_test_predictions(run.directory, run.threshold, run.positive)
-        return Predictions.from_frame("", found.to_pandas())
+        return Predictions.of("", read_test_predictions(run.directory, run.threshold, run.positive))
 
     sides = [[predictions(run) for run in each] for each in (runs, default)]
     first, second = (np.stack([each.counted(measure) for each in side]) for side in sides)

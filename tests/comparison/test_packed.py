@@ -1,26 +1,24 @@
-"""The two files of a study's collected runs: what is written is read again, and damage is noticed."""
+"""The file of a study's collected runs: what is written is read again, and damage is noticed."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from finetuning.comparison.collected import read_study
-from finetuning.comparison.packed import RUNS, Record, change_records, read_records
+from finetuning.comparison.packed import RUNS, Columns, Record, change_records, read_records
 from finetuning.errors import UserError
-from finetuning.runs.files import PREDICTIONS
 from finetuning.runs.lock import DirectoryLock
 from tests.conftest import contents, refusal_of
 from tests.synthetic_runs import outcomes, write_run
 
+HOLLOW = '[{"result": {}, "metrics": null, "predictions": null}, {"planned": []}]'
 
-def predictions(*labels: int | list[int]) -> pa.Table:
-    """Predictions that are all right."""
-    return pa.table({"row": np.arange(len(labels)), "label": list(labels), "predicted": list(labels)})
+
+def predictions(*labels: int | list[int]) -> Columns:
+    """Predictions that are all right, for the rows 7, 10, 13, ..."""
+    return {"row": list(range(7, 7 + 3 * len(labels), 3)), "label": list(labels), "predicted": list(labels)}
 
 
 def result(name: str, **more: Any) -> dict[str, Any]:
@@ -30,12 +28,7 @@ def result(name: str, **more: Any) -> dict[str, Any]:
 def test_runs_of_one_label_and_of_several_share_a_file(tmp_path: Path) -> None:
     tables = {"many": predictions(0, 300), "none": None, "one": predictions(1, 0), "several": predictions([0, 2], [])}
     metrics = {name: None if name == "none" else "a\r\n1\r\n" for name in tables}
-    records = [
-        Record.made(
-            tmp_path, result(name, task={"threshold": 0.5 if name == "several" else None}), metrics[name], table
-        )
-        for name, table in tables.items()
-    ]
+    records = [Record.made(tmp_path, result(name), metrics[name], columns) for name, columns in tables.items()]
     change_records(tmp_path, reversed(records[1:]), ["one", "lost"])
     change_records(tmp_path, records[:1])
     found, planned = read_records(tmp_path)
@@ -43,10 +36,8 @@ def test_runs_of_one_label_and_of_several_share_a_file(tmp_path: Path) -> None:
     assert planned == ["one", "lost"]
     for name, record in found.items():
         assert (record.name, record.path) == (name, tmp_path / name)
-        assert record.metrics == metrics[name]
-        table, expected = record.predictions(), tables[name]
-        assert (table and table.to_pydict()) == (expected and expected.to_pydict())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [PREDICTIONS, RUNS]
+        assert (record.metrics, record.predictions) == (metrics[name], tables[name])
+    assert [path.name for path in tmp_path.iterdir()] == [RUNS]
     assert len((tmp_path / RUNS).read_text().splitlines()) == 3 + len(tables), "a line for each run"
 
 
@@ -57,8 +48,7 @@ def test_other_runs_and_other_studies_stay_as_they_are(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "new", correct=outcomes(0.8, 50, 1))
     write_run(tmp_path, "s", "new", status="failed")
     found, _ = read_records(tmp_path / "s")
-    assert found[kept.name] == Record(tmp_path / "s", kept.result, kept.metrics)
-    assert found[kept.name].predictions().equals(kept.predictions())
+    assert found[kept.name] == kept
     assert [record.result["status"] for record in found.values()] == ["finished", "failed"]
     assert contents(tmp_path / "t") == before
     assert read_records(tmp_path / "t")[0] == {other.name: other}
@@ -72,62 +62,31 @@ def test_other_runs_and_other_studies_stay_as_they_are(tmp_path: Path) -> None:
         (None, "{", "Expecting property name"),
         (None, "[]", "it does not hold collected runs"),
         (None, "{}", "it does not hold collected runs"),
-        (None, '[{"result": 3, "metrics": null}, {"planned": []}]', "it must hold a JSON object"),
-        (None, '[{"result": {"sha256": 3}, "metrics": null}, {"planned": []}]', "it was changed after it was written"),
+        (None, '[{"result": 3}, {"planned": []}]', "it does not hold collected runs"),
+        (None, HOLLOW.replace("{}", "3"), "it must hold a JSON object"),
+        (None, HOLLOW.replace("{}", '{"sha256": 3}'), "it was changed after it was written"),
         ('"accuracy": 0.9', '"accuracy": 0.8', "it was changed after it was written"),
         (",0.75\\n", ",0.85\\n", "the metrics of lora-final-seed0 were changed after they were written"),
+        (
+            '"predictions": "eN',
+            '"predictions": "eM',
+            "the predictions of lora-final-seed0 were changed after they were",
+        ),
+        ('"predictions": "', '"predictions": 7, "": "', "it does not hold collected runs"),
+        ('"predictions": "', '"predictions": null, "": "', "the predictions of lora-final-seed0 were changed after"),
         ("[\n", "[\n{line}", "lora-final-seed0 is there twice: delete one of the two lines"),
         ("\n]\n", "", "Expecting ',' delimiter"),
     ],
 )
 def test_damaged_records_are_refused_in_one_line(tmp_path: Path, old: str | None, new: str, said: str) -> None:
-    write_run(tmp_path, "s", "lora", curve=[0.5, 0.75])
+    write_run(tmp_path, "s", "lora", curve=[0.5, 0.75], correct=outcomes(0.9, 60, 1))
     path = tmp_path / "s" / RUNS
     text = path.read_text()
+    assert old is None or old in text
     path.write_text(new if old is None else text.replace(old, new.replace("{line}", text.splitlines(True)[1])))
     line = refusal_of(read_study, "s", tmp_path)
     assert line.startswith(f"{path} cannot be read: ")
     assert said in line
-
-
-def test_damaged_predictions_are_refused_and_never_dropped(tmp_path: Path) -> None:
-    record = write_run(tmp_path, "s", "lora", correct=outcomes(0.8, 60, 1))
-    path = tmp_path / "s" / PREDICTIONS
-    whole, frame = path.read_bytes(), pq.read_table(path).to_pandas()
-    middle = bytearray(whole)
-    middle[40] ^= 1
-
-    def refused(said: str) -> None:
-        (found,) = read_study("s", tmp_path).runs
-        for use in (lambda: found.predictions, lambda: change_records(tmp_path / "s", [])):
-            with pytest.raises(UserError, match=f"the predictions of lora-final-seed0 cannot be used .*{said}"):
-                use()
-
-    for content in (whole[:-20], b"", bytes(middle)):
-        path.write_bytes(content)
-        refused("")
-    for other in (frame.assign(row=frame["row"] + 1), frame.iloc[:-1]):
-        other.to_parquet(path)
-        refused("not the ones that the run made")
-    frame.assign(run="another").to_parquet(path)
-    refused("the file lacks them")
-    frame.assign(run=[None, *frame["run"][1:]]).to_parquet(path)
-    refused("")
-    frame.drop(columns="predicted").to_parquet(path)
-    refused("predicted")
-    path.unlink()
-    refused("the file is missing")
-    path.mkdir()
-    refused("the file is missing")
-    path.rmdir()
-    change_records(tmp_path / "s", [record])  # collected again
-    assert read_records(tmp_path / "s")[0][record.name].predictions().equals(record.predictions())
-
-
-def test_predictions_go_with_the_last_run_that_has_some(tmp_path: Path) -> None:
-    write_run(tmp_path, "s", "lora", correct=outcomes(0.8, 60, 1))
-    write_run(tmp_path, "s", "lora")
-    assert [path.name for path in (tmp_path / "s").iterdir()] == [RUNS]
 
 
 def test_a_killed_process_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +102,7 @@ def test_a_killed_process_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
             write_run(tmp_path, "s", "full", correct=outcomes(0.8, 60, 2))
     assert (tmp_path / "s" / RUNS).read_bytes() == before
     (found,) = read_study("s", tmp_path).runs
-    assert found.record.predictions().equals(record.predictions())
+    assert found.record == record
 
 
 def test_one_process_at_a_time_changes_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,21 +116,10 @@ def test_one_process_at_a_time_changes_a_study(tmp_path: Path, monkeypatch: pyte
         write_run(tmp_path, "t", "lora")
 
 
-def test_the_table_of_another_program_stays(tmp_path: Path) -> None:
-    (tmp_path / "s").mkdir()
-    other = tmp_path / "s" / PREDICTIONS
-    pq.write_table(pa.table({"run": ["a"], "answer": [1]}), other)
-    before = other.read_bytes()
-    with pytest.raises(UserError, match=f"--results: {other} is from another program: give another folder"):
-        write_run(tmp_path, "s", "lora", correct=outcomes(0.8, 60, 1))
-    assert contents(tmp_path / "s") == {PREDICTIONS: before}
-    write_run(tmp_path, "t", "lora", correct=outcomes(0.8, 60, 1))
-    (tmp_path / "t" / RUNS).unlink()  # as after a kill between the two files
-    write_run(tmp_path, "t", "full", correct=outcomes(0.8, 60, 2))
-
-
 def test_every_line_is_json_by_itself(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora")
     first, *lines, last = (tmp_path / "s" / RUNS).read_text().splitlines()
     assert (first, last) == ("[", "]")
-    assert [set(json.loads(line.removesuffix(","))) for line in lines] == [{"result", "metrics"}, {"planned"}]
+    assert [set(json.loads(line.removesuffix(","))) for line in lines] == [
+        {"result", "metrics", "predictions"}, {"planned"}
+    ]  # fmt: skip

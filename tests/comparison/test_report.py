@@ -147,7 +147,7 @@ def test_what_the_report_says(results: Path) -> None:
     assert contents(results.parent) == first, "the same runs give the same bytes"
     assert (results / "s" / "learning_curves.png").is_file()
     records = read_records(results / "s")[0].values()
-    change_records(results / "s", [Record.made(r.folder, r.result, None, r.predictions()) for r in records])
+    change_records(results / "s", [Record.made(r.folder, r.result, None, r.predictions) for r in records])
     for k, row in enumerate(("lora", "full")):
         write_run(results, "earlier_work", row, correct=outcomes(0.9, 300, k))
     assert report(results) == 0

@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
-from finetuning.comparison.packed import RUNS, Record, change_records, read_records
+from finetuning.comparison.packed import RUNS, Columns, Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.flags import from_flags
@@ -17,11 +16,11 @@ from finetuning.runs.files import read_settings, write_result, write_settings
 from tests.conftest import DIVERGED, TUNED, leave_run, plan, scored
 
 pytestmark = pytest.mark.usefixtures("project")
-PREDICTED = pa.table({"row": [0, 1], "label": [0, 1], "predicted": [1, 1]})
+PREDICTED = {"row": [0, 1], "label": [0, 1], "predicted": [1, 1]}
 
 
 def leave_record(
-    folder: Path, run: PlannedRun, config: dict[str, Any] | None = None, predictions: Any = None, **more: Any
+    folder: Path, run: PlannedRun, config: dict[str, Any] | None = None, predictions: Columns | None = None, **more: Any
 ) -> Record:
     """A collected run in the folder of its study."""
     where = {"data_dir": run.settings.get("data_dir"), "output_dir": None}
@@ -131,8 +130,7 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     records, _ = read_records(Path("results/tiny"))
     assert set(records) == {first.name, final.name}
     assert {record.metrics for record in records.values()} == {sources[0].metrics}
-    assert records[first.name].predictions() is None
-    assert records[final.name].predictions().to_pydict() == PREDICTED.to_pydict()
+    assert (records[first.name].predictions, records[final.name].predictions) == (None, PREDICTED)
 
 
 def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> None:
@@ -189,12 +187,11 @@ def test_a_damaged_run_of_another_study_is_not_taken_over(name: str) -> None:
     assert runs.take_over(run) == directory
 
 
-@pytest.mark.parametrize("name", ["predictions.parquet", RUNS])
-def test_damaged_records_of_another_study_are_not_taken_over(name: str) -> None:
+def test_damaged_records_of_another_study_are_not_taken_over() -> None:
     runs, _ = studies('data_dir = "set"\n[axes]\nseed = [0]')
     (run,) = runs.study.runs
     record = leave_record(Path("results/other"), run, predictions=PREDICTED, test={"accuracy": 0.9})
-    path = record.folder / name
+    path = record.folder / RUNS
     good = path.read_bytes()
     path.write_bytes(b"damaged")
     assert runs.take_over(run) is None
