@@ -4,6 +4,7 @@ Training and prediction read files through this module, so a file means the same
 """
 
 import contextlib
+import csv
 import gzip
 import io
 import itertools
@@ -11,6 +12,7 @@ import json
 import warnings
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,6 +26,7 @@ from finetuning.errors import UserError, first_line, listed
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "json")
 PACKED = ".gz"
 FIRST_ROW = "the first one is row 0"  # said with the number of a row
+QUOTES = "put texts with quotes in quotes, and double the quotes inside"
 UNREADABLE = (
     OSError, EOFError, TypeError, ValueError, RecursionError, zlib.error, pyarrow.ArrowException, zipfile.BadZipFile,
 )  # fmt: skip
@@ -158,6 +161,8 @@ def _csv_chunks(path: Path, rows: int | None, separator: str) -> Iterator[pd.Dat
         header = [name for name in pd.read_csv(file, header=None, nrows=1, **options).iloc[0] if name]
         if len(set(header)) < len(header):  # pandas would rename one
             raise ValueError(f"two columns of its header ({listed(header)}) have the same name: rename one")
+    checks = _quote_checks(path, separator)
+    next(checks)  # of the header
     with opened(path) as file:
         with _strict_csv(path, options):
             reader = pd.read_csv(file, iterator=True, **options)
@@ -167,8 +172,9 @@ def _csv_chunks(path: Path, rows: int | None, separator: str) -> Iterator[pd.Dat
                     chunk = reader.read(rows)
             except StopIteration:
                 return
+            deque(itertools.islice(checks, None if rows is None else len(chunk)), maxlen=0)
             if separator == "\t":
-                _check_quotes(chunk)
+                _check_tabs(chunk)
             yield chunk
 
 
@@ -192,17 +198,35 @@ def _strict_csv(path: Path, options: dict[str, Any]) -> Iterator[None]:
         ) from None
 
 
-def _check_quotes(table: pd.DataFrame) -> None:
-    """Refuses an open quote, which is common in TSV files: it would swallow the rows up to the next quote."""
+def _quote_checks(path: Path, separator: str) -> Iterator[None]:
+    """Reads a row at each step, and refuses an open quote: pandas would take the lines up to the next one for a text.
+
+    A quote inside a text that ends in its own line is left to pandas, which drops it.
+    """
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB that are allowed otherwise
+    with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        reader = csv.reader(text, delimiter=separator, strict=True)
+        row: list[str] | None = []
+        while row is not None:
+            first = reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error:
+                if reader.line_num > first:
+                    raise ValueError(f"an open quote in line {first}: {QUOTES}") from None
+                row = [""]
+            if row:  # pandas skips empty lines as well
+                yield
+
+
+def _check_tabs(table: pd.DataFrame) -> None:
+    """Refuses a quote of a TSV file that another text closes, which is common: it would swallow the rows between."""
     for name in table.columns:
         cells = table[name].astype(str).str
         swallowed = cells.contains("\t", regex=False) & cells.contains("\n", regex=False)
         if swallowed.any():
             begin = table[name][swallowed].iloc[0]
-            raise ValueError(
-                f"an open quote in column {name}, at {listed([begin])}: put texts with quotes in quotes, and double the"
-                f" quotes inside"
-            )
+            raise ValueError(f"an open quote in column {name}, at {listed([begin])}: {QUOTES}, or save the file as CSV")
 
 
 # --- JSON and JSON lines

@@ -121,6 +121,11 @@ def test_damaged_gzip(tmp_path: Path, name: str) -> None:
         ("a.json", '[{"text": "x"}, 3]', "element 2 must be an object"),
         ("a.csv", "text,label\nfine,1\nfine, really,1\n", r"header \(text, label\), .* texts with commas in quotes"),
         ("a.tsv", "text\tlabel\nfine\t1\nfine\treally\t1\n", r"header \(text, label\), .* texts with tabs in quotes"),
+        (
+            "a.csv",
+            'text,label\n"Fine,1\nfine,1\nthe "best" film,1\n',
+            "an open quote in line 2: put texts with quotes in",
+        ),
         ("a.csv", "text,label,text\na,1,b\n", r"two columns of its header \(text, label, text\) have the same name"),
         ("a.tsv", 'text\tlabel\n"open\t1\nfine\t1\nshut"\t1\n', "open quote in column text, at open 1 fine 1 shut"),
     ],
@@ -139,3 +144,17 @@ def test_chunks_need_little_memory(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.gz"
         path.write_bytes(gzip.compress(content)[:-20])
         assert next(read_chunks(path, 2)).text.tolist() == ["fine", "fine"]
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_quotes_that_end_in_their_line_and_right_ones_are_read(tmp_path: Path, ends: str, rows: int | None) -> None:
+    (tmp_path / "a.csv").write_bytes(
+        f'text,label{ends}"Great" film,1{ends}{ends}a 6" pipe,1{ends}"two{ends}lines, ""quoted""",1{ends}'.encode()
+        + b"x" * 200_000
+        + b",1"
+    )
+    texts = pd.concat(list(read_chunks(tmp_path / "a.csv", rows))).text.tolist()
+    assert [text[:30].replace(ends, "|") for text in texts] == [
+        "Great film", 'a 6" pipe', 'two|lines, "quoted"', "x" * 30
+    ]  # fmt: skip
