@@ -75,7 +75,16 @@ def fold_numbers(train: LabelledTexts, label_names: list[str], count: int, seed:
     order = order[np.argsort(strata[order], kind="stable")]
     numbers = np.empty(len(first), dtype=np.int64)
     numbers[order] = np.arange(len(first)) % count + 1
-    return numbers[codes], warning
+    found = numbers[codes]
+    if train.labels.ndim == 1:
+        folds = pd.Series(found).groupby(train.labels).nunique()
+        if folds.min() < 2:  # its texts are copies of texts with other labels, by which they were dealt out
+            name = label_names[int(folds.idxmin())]
+            raise UserError(
+                f"--kfold {count}: the texts of class {name!r} are in one fold, because they are copies of texts with"
+                f" other labels: correct the labels"
+            )
+    return found, warning
 
 
 def _small_class(labels: np.ndarray, names: list[str], count: int) -> list[str]:

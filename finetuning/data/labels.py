@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from finetuning.data.texts import Source
-from finetuning.errors import UserError
+from finetuning.errors import UserError, listed
 from finetuning.settings import DataSettings
 
 SEPARATORS = (";", "|", ",")
@@ -92,12 +92,12 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
             f" {way}"
         )
     values = [value for row in lists for value in row]
-    if _are_zeros_and_ones(lists):
+    kinds = {type(value) for value in values}
+    if kinds <= {int, float, bool} and _are_zeros_and_ones(lists):
         raise UserError(
             f"{flag}: each list has a 0 or 1 for each of {len(lists.iloc[0])} labels, but must have the labels"
             f" themselves, as [0, 2] instead of [1, 0, 1]: convert them, and give --dataset text --data_dir PATH"
         )
-    kinds = {type(value) for value in values}
     if len(kinds) > 1 or not kinds <= {str, int}:
         raise UserError(f"{flag}: the labels in the lists must be all whole numbers or all strings")
     names = [str(value) for value in sorted(set(values))] if source.label_names is None else list(source.label_names)
@@ -112,6 +112,9 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     given = np.zeros((len(lists), len(names)), dtype=np.int8)
     rows = np.repeat(np.arange(len(lists)), lists.map(len))
     given[rows, [known[value] for value in values]] = 1
+    if (given == given[0]).all():
+        same = listed(name for name, has in zip(names, given[0], strict=True) if has)
+        raise UserError(f"{flag}: all texts have the same labels ({same}), so there is nothing to learn")
     strata = pd.Series(rarest_labels(given), lists.index)
     labels = pd.Series(list(given), lists.index)
     tables = {
@@ -140,7 +143,7 @@ def _as_lists(labels: pd.Series, data: DataSettings) -> pd.Series:
         if not lists.all():
             single = labels[~lists].tolist()[0]
             raise UserError(f"--label_column {data.label_column}: labels must be all lists, but one is {single!r}")
-        return labels.map(lambda label: [_stripped(name) for name in np.asarray(label, dtype=object).tolist()])
+        return labels.map(_names_in)
     if not labels.map(lambda label: isinstance(label, str)).all():
         kind = "lists, so leave it out" if lists.any() else "numbers, and only text has a separator"
         raise UserError(f"--label_separator {data.label_separator!r}: column {data.label_column} has {kind}")
@@ -148,14 +151,16 @@ def _as_lists(labels: pd.Series, data: DataSettings) -> pd.Series:
     return parts.map(lambda words: [word.strip() for word in words if word.strip()])
 
 
-def _stripped(name: Any) -> Any:
-    return name.strip() if isinstance(name, str) else name
+def _names_in(label: Any) -> list[Any]:
+    """The labels in a list, without empty ones."""
+    names = (name.strip() if isinstance(name, str) else name for name in np.asarray(label, dtype=object).tolist())
+    return [name for name in names if name != ""]
 
 
 def _are_zeros_and_ones(lists: pd.Series) -> bool:
-    """Whether the lists have a 0 or 1 for each label. They are as long as each other, and no list of labels repeats."""
-    alike = lists.map(len).nunique() == 1 and all(value in (0, 1) for row in lists for value in row)
-    return alike and any(len(set(row)) < len(row) for row in lists)
+    """Whether the lists have a 0 or 1 for each label: all have the same length, of two or more."""
+    lengths = set(lists.map(len))
+    return len(lengths) == 1 and lengths.pop() > 1 and all(value in (0, 1) for row in lists for value in row)
 
 
 def rarest_labels(given: np.ndarray) -> np.ndarray:

@@ -47,6 +47,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     if data.kfold is not None:
         splits, notes = with_pooled_validation(splits, given, int(source.tables["train"].index.max()) + 1)
     notes += [*wordless(splits["train"]), *contradictions(splits["train"])]
+    before = splits["train"]
     splits, leaks_dropped = without_leaks(splits, names)
     splits, note = with_unseen_test(splits, given)
     notes += [*note, *source.notes]
@@ -57,7 +58,8 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
         found = np.concatenate([table.label.to_numpy() for table in source.tables.values()])
         hint = doubt_about([names[i] for i in np.unique(found)], len(found))
         notes += [f"warning: {hint}"] if hint else []
-        notes += [] if data.limit_train is None else lost_classes(splits["train"], kept["train"], names)
+        notes += lost_classes(before, splits["train"], names, "the removal of texts of validation and test")
+        notes += lost_classes(splits["train"], kept["train"], names, "--limit_train")
     texts = TextData(
         source=how,
         label_names=names,
@@ -74,7 +76,7 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
         notes=notes,
         columns={"text_column": data.text_column, "label_column": data.label_column},
     )
-    del source, splits, kept
+    del source, before, splits, kept
     pa.default_memory_pool().release_unused()  # otherwise it keeps several times the size of the texts
     return texts if data.kfold is None else with_folds(texts, data)
 

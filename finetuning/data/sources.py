@@ -5,7 +5,7 @@ from collections.abc import Callable
 from finetuning.data.hub_sets import read_hub_set
 from finetuning.data.imdb import read_imdb
 from finetuning.data.phrasebank import read_phrasebank
-from finetuning.data.tables import class_names, read_table, split_files
+from finetuning.data.tables import class_names, read_table, split_files, unused_files
 from finetuning.data.texts import Source
 from finetuning.errors import UserError, listed
 from finetuning.settings import DataSettings, check_data_dir
@@ -33,7 +33,8 @@ def read_own_files(data: DataSettings, _offline: bool) -> Source:
                 f"--data_dir: {files[split].name} numbers its classes {listed(own)}, {files['train'].name}"
                 f" {listed(names['train'])}: number them alike, or write the labels as words"
             )
-    return Source(data.data_dir.resolve().name, "local files", tables, names["train"], test_is="test file")
+    notes = unused_files(data.data_dir)
+    return Source(data.data_dir.resolve().name, "local files", tables, names["train"], notes, "test file")
 
 
 READERS: dict[str, Callable[[DataSettings, bool], Source]] = {

@@ -250,10 +250,10 @@ def limited(splits: dict[str, pd.DataFrame], data: DataSettings) -> dict[str, pd
     return kept
 
 
-def lost_classes(train: pd.DataFrame, kept: pd.DataFrame, names: list[str]) -> list[str]:
-    """A warning about classes that ``--limit_train`` left without a training text; empty without such classes."""
+def lost_classes(train: pd.DataFrame, kept: pd.DataFrame, names: list[str], why: str) -> list[str]:
+    """A warning about classes that are left without a training text, and why; empty without such classes."""
     lost = [names[i] for i in sorted(set(train.label) - set(kept.label))]
-    return [f"warning: --limit_train leaves no training text of class {', '.join(lost)}"] if lost else []
+    return [f"warning: {why} leaves no training text of class {', '.join(lost)}"] if lost else []
 
 
 def sampled(split: LabelledTexts, count: int, seed: int) -> LabelledTexts:

@@ -18,7 +18,7 @@ from finetuning.data.files import (
 )  # fmt: skip
 from finetuning.data.labels import separator_hint
 from finetuning.datasets import SPLITS
-from finetuning.errors import UserError
+from finetuning.errors import UserError, listed
 from finetuning.settings import DataSettings
 
 
@@ -50,6 +50,13 @@ def split_files(folder: Path) -> dict[str, Path]:
     return {split: paths[0] for split, paths in found.items() if paths}
 
 
+def unused_files(folder: Path) -> list[str]:
+    """A note about tables in ``folder`` that are no split, such as ``dev.csv``; empty without such tables."""
+    tables = [path.name for path in sorted(folder.iterdir()) if name_and_format(path)[1]] if folder.is_dir() else []
+    unused = [name for name in tables if name_and_format(Path(name))[0].lower() not in SPLITS]
+    return [f"unused files: {listed(unused)}: the names of splits are {', '.join(SPLITS)}"] if unused else []
+
+
 def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
     """Reads a file of any format into the columns text and label.
 
@@ -68,14 +75,13 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
         UserError: a column is missing, the table is empty, or a row has no text or no label.
     """
     texts = {"text": texts_in(table, data.text_column, path)}
+    columns_of = {"text": (f"--text_column {data.text_column}", text_columns(data.text_column, table.columns))}
     if data.text_pair_column is not None:
         texts["pair"] = texts_in(table, data.text_pair_column, path, "text_pair_column")
-        first, second = (text_columns(name, table.columns) for name in (data.text_column, data.text_pair_column))
-        if twice := [name for name in second if name in first]:
-            raise UserError(
-                f"--text_pair_column {data.text_pair_column}: column {twice[0]} must not be in --text_column"
-                f" {data.text_column} as well"
-            )
+        flag, pair = f"--text_pair_column {data.text_pair_column}", text_columns(data.text_pair_column, table.columns)
+        first, columns_of["pair"] = columns_of["text"], (flag, pair)
+        if twice := [name for name in pair if name in first[1]]:
+            raise UserError(f"{flag}: column {twice[0]} must not be in {first[0]} as well")
     if data.label_column not in table.columns:
         raise UserError(
             f"--label_column {data.label_column}: must be a column of {path}, which has: {shown_columns(table.columns)}"
@@ -87,13 +93,12 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
         label = label.astype(label.cat.categories.dtype if label.notna().all() else object)
     if data.label_separator is not None:  # a text may have no label
         label = label.where(label.notna(), "")
-    flags = {"text": f"--text_column {data.text_column}", "pair": f"--text_pair_column {data.text_pair_column}"}
     for name, text in texts.items():
+        flag, columns = columns_of[name]
+        if data.label_column in columns:
+            raise UserError(f"{flag}: column {data.label_column} holds the labels, which are no part of the text")
         empty = ~text.map(lambda value: isinstance(value, str) and value.strip() != "").to_numpy(bool)
-        nested = empty.any() and isinstance(text.iloc[empty.argmax()], dict | list | np.ndarray)
-        _refuse_rows(
-            empty, "text", flags[name], path, "it holds lists or objects: write the text itself" if nested else ""
-        )
+        _refuse_rows(empty, "text", flag, path, _no_text(table[columns]) if empty.any() else "")
     empty = label.isna() | ((label.astype(str).str.strip() == "") & (data.label_separator is None))
     lists = label.map(lambda value: isinstance(value, list | np.ndarray)).any()
     hint = "write [] for a text without a label, or remove such rows" if lists else ""
@@ -103,13 +108,23 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     return pd.DataFrame({name: text.astype(str).array for name, text in texts.items()} | {"label": label.array})
 
 
+def _no_text(columns: pd.DataFrame) -> str:
+    """What to do if one of the columns holds other values than text; empty if it does not."""
+    for name, column in columns.items():
+        others = column[column.notna() & ~column.map(lambda value: isinstance(value, str))].tolist()
+        if others:
+            kind = "lists or objects" if isinstance(others[0], dict | list | np.ndarray) else type(others[0]).__name__
+            return f"column {name} holds {kind}: write the text itself"
+    return ""
+
+
 def _refuse_rows(bad: np.ndarray, what: str, flag: str, path: Path | str, hint: str) -> None:
     """Refuses rows that lack something; ``bad`` is (rows,) bool, ``hint`` what to do instead of removing them."""
     if bad.any():
         rows = f"{bad.sum()} rows, first in row" if bad.sum() > 1 else "row"
-        raise UserError(
-            f"{flag}: {path} has no {what} in {rows} {bad.argmax()} ({FIRST_ROW}): {hint or 'remove such rows'}"
-        )
+        # a str says which split of a hub set it is, and its files cannot be changed
+        way = "remove such rows" if isinstance(path, Path) else "download it, change it, and give --dataset text"
+        raise UserError(f"{flag}: {path} has no {what} in {rows} {bad.argmax()} ({FIRST_ROW}): {hint or way}")
 
 
 def class_names(path: Path, label_column: str) -> list[str] | None:

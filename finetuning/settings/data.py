@@ -156,7 +156,11 @@ def check_data_dir(data_dir: Path | None) -> None:
     """Checks that ``--data_dir`` exists, before anything is loaded.
 
     Raises:
-        UserError: it does not exist or is not readable.
+        UserError: it does not exist, is not readable, or is neither a file nor a folder.
     """
-    if data_dir is not None and not os.access(data_dir, os.R_OK):
+    if data_dir is None:
+        return
+    if not os.access(data_dir, os.R_OK):
         raise UserError(f"--data_dir {data_dir}: no such file or folder, or you may not read it")
+    if not (data_dir.is_file() or data_dir.is_dir()):
+        raise UserError(f"--data_dir {data_dir}: is a pipe or a device: save it as a file first")

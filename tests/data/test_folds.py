@@ -132,3 +132,13 @@ def test_too_few_texts_are_refused(tmp_path: Path, kfold: int, labels: list[int]
     write(tmp_path, "validation", [("text 0", 0)])
     write(tmp_path, "test", [("test 0", 0), ("test 1", 1)])
     assert refusal_of(texts_of, text_config(tmp_path, kfold=kfold)).startswith(message)
+
+
+def test_a_class_that_would_leave_train_is_refused(tmp_path: Path) -> None:
+    """Its texts are copies of one text with another label."""
+    write(tmp_path, "train", [(f"text {i}", i % 2) for i in range(20)] + [("text 3", 2)] * 3)
+    write(tmp_path, "test", [("test 0", 0), ("test 1", 1)])
+    assert refusal_of(texts_of, text_config(tmp_path, kfold=4)) == (
+        "--kfold 4: the texts of class '2' are in one fold, because they are copies of texts with other labels: correct"
+        " the labels"
+    )

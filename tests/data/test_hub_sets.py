@@ -185,7 +185,8 @@ def test_a_text_that_trains_is_not_tested(cache: Path) -> None:
 
 def test_no_label_in_all_of_train(cache: Path) -> None:
     write_hub_cache(cache, "me/films", files_of("plain", train=frame(40).assign(label=-1)))
-    assert "--label_column label: train of me/films has no label in 40 rows, first in row 0" in refusal("me/films")
+    assert "--label_column label: train of me/films has no label in 40 rows, first in row 0 (" in refusal("me/films")
+    assert refusal("me/films").endswith("download it, change it, and give --dataset text")
 
 
 def test_not_in_the_cache(cache: Path) -> None:

@@ -51,6 +51,8 @@ def test_a_separator_and_numbers_give_the_same_labels(tmp_path: Path) -> None:
     write(tmp_path, ["joy", "joy| fear", "anger|joy|", "fear"])
     data = read(tmp_path, label_separator="|")
     assert given(data, "test") == {0: ["joy"], 1: ["fear", "joy"], 2: ["anger", "joy"], 3: ["fear"]}
+    write(tmp_path, [["joy"], ["joy", "fear", " "], [""], ["fear"]])
+    assert given(read(tmp_path), "test") == {0: ["joy"], 1: ["fear", "joy"], 2: [], 3: ["fear"]}
     write(tmp_path, [[10], [9, 10], [], [2]])
     assert read(tmp_path).label_names == ["2", "9", "10"]  # numbers are sorted as numbers
 
@@ -92,7 +94,7 @@ def test_parts_and_limits_keep_rare_labels_in_proportion(tmp_path: Path) -> None
     assert not rows[0] & rows[1] | rows[0] & rows[2] | rows[1] & rows[2]
 
 
-@pytest.mark.parametrize("labels", [[[0], [1], [0, 1]], [[0, 1], [1, 0]], [["0", "1"], ["1", "1"]]])
+@pytest.mark.parametrize("labels", [[[0], [1], [0, 1]], [["0", "1"], ["1", "1"], ["1"]]])
 def test_zeros_and_ones_can_be_labels(tmp_path: Path, labels: list[Any]) -> None:
     write(tmp_path, labels)
     assert read(tmp_path).label_names == ["0", "1"]
@@ -139,6 +141,14 @@ def test_what_a_refused_split_says_of_such_labels(tmp_path: Path) -> None:
         ([[], []], None, "--label_column label: must have at least two different labels, but has none"),
         ([[0, 1, 0], [0, 0, 1]], None, "--label_column label: each list has a 0 or 1 for each of 3 labels, but must"),
         ([[1.0, 0.0], [1.0, 1.0]], None, "--label_column label: each list has a 0 or 1 for each of 2 labels, but must"),
+        ([[0, 1], [1, 0]], None, "--label_column label: each list has a 0 or 1 for each of 2 labels, but must"),
+        ([["a", "b"], ["b", "a"]], None, r"--label_column label: all texts have the same labels \(a, b\), so there is"),
+        (["a;b", "b;a"], ";", r"--label_column label: all texts have the same labels \(a, b\), so there is nothing"),
+        (
+            [[[1, 2], [3]], [[2, 1], [0]]],
+            None,
+            "--label_column label: the labels in the lists must be all whole numbers",
+        ),
         (["a", "b"], ",", "--label_separator ',': never separates two labels in column label: leave it out$"),
         (["a;b", "a", "b"], ",", "--label_separator ',': never .*: labels such as 'a;b' need --label_separator ';'$"),
         ([["a"], ["b"]], ",", "--label_separator ',': column label has lists, so leave it out"),

@@ -113,6 +113,45 @@ def test_a_limit_that_leaves_out_a_class_brings_a_warning(tmp_path: Path) -> Non
     assert warning not in texts_of(text_config(tmp_path, limit_train=100)).notes
 
 
+@pytest.mark.parametrize("settings", [{}, {"kfold": 5}])
+def test_a_class_that_only_test_texts_have_brings_a_warning(tmp_path: Path, settings: dict[str, Any]) -> None:
+    copies = [f"copy {i}" for i in range(4)]
+    write_texts(tmp_path, rows_of(*(f"{text},c" for text in copies)))
+    write_texts(
+        tmp_path, "text,label\n" + "".join(f"{text},{'ab'[i % 2]}\n" for i, text in enumerate(copies)), "test.csv"
+    )
+    write_texts(tmp_path, "text,label\nnew 1,a\nnew 2,b\n", "validation.csv")
+    warning = "warning: the removal of texts of validation and test leaves no training text of class c"
+    assert warning in texts_of(text_config(tmp_path, **settings)).notes
+
+
+def test_files_that_are_no_split_are_named(tmp_path: Path) -> None:
+    for name in ("train.csv", "dev.csv", "test-00000-of-00002.csv"):
+        write_texts(tmp_path, rows_of(), name)
+    note = "unused files: dev.csv, test-00000-of-00002.csv: the names of splits are train, validation, test"
+    assert note in texts_of(text_config(tmp_path)).notes
+    assert not any("unused" in text for text in texts_of(text_config(tmp_path / "train.csv")).notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"text_column": "text,label"}, "--text_column text,label: column label holds the labels"),
+        ({"text_column": "label"}, "--text_column label: column label holds the labels"),
+        ({"text_pair_column": "title,label"}, "--text_pair_column title,label: column label holds the labels"),
+        (
+            {"text_column": "text,year"},
+            "--text_column text,year: .* has no text in 30 rows.*: column year holds int: write",
+        ),
+        ({"text_column": "raw"}, "--text_column raw: .* has no text in 30 rows.*: column raw holds bytes: write"),
+    ],
+)
+def test_columns_that_are_no_text(tmp_path: Path, settings: dict[str, Any], line: str) -> None:
+    frame(30).assign(title="A title", year=1999, raw=b"bytes").to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=f"^{line}"):
+        texts_of(text_config(tmp_path, **settings))
+
+
 def test_several_text_columns(tmp_path: Path) -> None:
     frame(30).assign(title="A title:").to_csv(tmp_path / "train.csv", index=False)
     texts = texts_of(text_config(tmp_path, text_column="title,text"))
@@ -166,10 +205,18 @@ def rows_of(*lines: str) -> str:
         ("train.csv", "text,label\n" + "x,a\n" * 20, "must have at least two labels, but all are 'a'"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{broken', "cannot be read"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{"label": 1}', "no text in row 1"),
-        ("train.jsonl", '{"text": "x", "label": 0}\n{"text": 7, "label": 1}', "no text in row 1"),
+        (
+            "train.jsonl",
+            '{"text": "x", "label": 0}\n{"text": 7, "label": 1}',
+            "no text in row 1 .* text holds int: write",
+        ),
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y"}', "no label in row 1"),
         ("train.jsonl", '{"text": "x", "label": 0}\n{"text": "y \\ud83d", "label": 1}', "cannot be read"),
-        ("train.jsonl", '{"text": {"body": "x"}, "label": 0}', "no text in row 0 .*: it holds lists or objects: write"),
+        (
+            "train.jsonl",
+            '{"text": {"body": "x"}, "label": 0}',
+            "no text in row 0 .*: column text holds lists or objects: write",
+        ),
         ("train.jsonl", '{"text": "x", "label": "a"}' + '\n{"text": "y", "label": 1}' * 2, "strings, but one is 'a'"),
         (
             "train.jsonl",
@@ -211,6 +258,8 @@ def test_missing_or_empty_data_dir(tmp_path: Path) -> None:
             texts_of(RunConfig.from_settings(dataset=dataset, data_dir=tmp_path / "nowhere"))
         with pytest.raises(UserError, match=f"--data_dir {tmp_path}"):
             texts_of(RunConfig.from_settings(dataset=dataset, data_dir=tmp_path))
+        with pytest.raises(UserError, match="--data_dir /dev/null: is a pipe or a device: save it as a file first"):
+            texts_of(RunConfig.from_settings(dataset=dataset, data_dir=Path("/dev/null")))
 
 
 def test_two_files_for_one_split_and_unknown_single_file(tmp_path: Path) -> None:
