@@ -99,6 +99,9 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert str(tmp_path) not in page
     assert predict.main([str(first / "best"), "--text", "a joy"]) == 0
     assert (first / "best" / "report.html").exists()
+    for pooling, added in (("mean", " --onnx"), ("first", "")):
+        *_, export = summary_lines(first, summary | {"winner": winner | {"pooling": pooling}})
+        assert export.endswith(f"{first / 'best'} FOLDER{added}")
 
     assert main([*words, "--output_dir", str(second), "--jobs", "1"]) == 0
     assert trials_of(first) == trials_of(second)
@@ -267,10 +270,12 @@ def test_the_declared_space_is_shown(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_only_lengths_that_cut_texts_are_searched() -> None:
-    assert useful_lengths(np.full(100, 20), 256) == (256,)
+    assert useful_lengths(np.full(100, 20), 256, 512) == (256,)
     lengths = np.r_[np.full(600, 60), np.full(399, 90), 400]
-    assert useful_lengths(lengths, 256) == (64, 256), "96 tokens cut one text of a thousand"
-    assert useful_lengths(np.arange(1, 401), 256) == (224, 256, 320, 384)
+    assert useful_lengths(lengths, 256, 512) == (64, 256), "96 tokens cut one text of a thousand"
+    assert useful_lengths(np.arange(1, 401), 256, 512) == (224, 256, 320, 384, 416), "the last one cuts no text"
+    assert useful_lengths(np.full(100, 900), 256, 512) == (256, 512)
+    assert useful_lengths(np.full(100, 900), 512, 512) == (512,)
 
 
 @pytest.mark.parametrize(

@@ -31,16 +31,15 @@ def tried_settings(name: str, tune: Mapping[str, Any], search: Mapping[str, int]
     if not tune:
         return {}
     generator = random.Random(f"{search.get('seed', 0)} {name}")
-    drawn = [{flag: _drawn(values, generator) for flag, values in tune.items()} for _ in range(search["trials"])]
+    drawn = [{flag: _drawn(flag, values, generator) for flag, values in tune.items()} for _ in range(search["trials"])]
     return {f"trial{number}": settings for number, settings in enumerate(drawn)}
 
 
-def _drawn(values: Sequence[Any] | Mapping[str, float], generator: random.Random) -> Any:
+def _drawn(flag: str, values: Sequence[Any] | Mapping[str, float], generator: random.Random) -> Any:
     if not isinstance(values, Mapping):
         return generator.choice(values)
-    low, high = values["low"], values["high"]
-    value = log_uniform(low, high, generator)
-    if isinstance(low, int) and isinstance(high, int):
+    value = log_uniform(values["low"], values["high"], generator)
+    if FLAGS[flag].kind is int:
         return round(value)
     return float(f"{value:.3g}")  # so that a command stays readable
 

@@ -11,6 +11,7 @@ from finetuning.tuning.space import Facts
 FEWEST_VALIDATION_TEXTS = 50
 PERCENTILES = (50, 75, 90, 99)
 LENGTH_STEP, SHORTEST, LONGEST = 32, 64, 512  # tokens; below SHORTEST a limit saves next to nothing
+UNCUT = 2**20  # tokens, more than a text has
 LEAST_CUT = 0.01  # share of the texts that a limit cuts; below it, it changes next to nothing
 SAMPLE = 1000  # texts whose uncut lengths are looked at
 
@@ -41,24 +42,35 @@ def read_facts(config: RunConfig) -> Facts:
     inputs = steps.read_inputs(config, materials)
     train = inputs.texts.splits["train"]
     lengths = inputs.splits["train"].lengths
+    longest = int(min(LONGEST, inputs.base.longest_input))
     if lengths.max() >= config.data.longest:  # some are cut
-        longest = int(min(LONGEST, inputs.base.longest_input))
         one = {"windows": 1, "window_overlap": 0, "window_pooling": "mean"}
-        data = inputs.config.changed(max_length=longest, batch_tokens=longest, **one).data
+        data = inputs.config.changed(max_length=UNCUT, batch_tokens=UNCUT, **one).data
         places = np.random.default_rng(0).permutation(len(train.texts))[:SAMPLE]
         texts, pairs = ([column[i] for i in places] if column else None for column in (train.texts, train.pairs))
         lengths = np.diff(encode(texts or [], pairs, load_tokenizer(inputs.base), data).offsets)
     layers = getattr(inputs.base.config, inputs.base.family.settings.get("layer_count", ""), 0)
     training = inputs.config.training
     return Facts(
-        training.epochs, training.batch_size, useful_lengths(lengths, config.data.max_length), layers,
+        training.epochs, training.batch_size, useful_lengths(lengths, config.data.max_length, longest), layers,
         inputs.task.kind == "multi-label", inputs.base.takes_pooling, "dropout" in inputs.base.family.settings,
         {name: len(split.texts) for name, split in materials.texts.splits.items()},
     )  # fmt: skip
 
 
-def useful_lengths(lengths: np.ndarray, default: int) -> tuple[int, ...]:
-    """The values of ``--max_length`` that make a difference for texts of these lengths, and the default."""
-    rounded = (int(-(-np.percentile(lengths, at) // LENGTH_STEP)) * LENGTH_STEP for at in PERCENTILES)
-    cut = {length for length in rounded if length >= SHORTEST and (lengths > length).mean() >= LEAST_CUT}
-    return tuple(sorted(cut | {default}))
+def useful_lengths(lengths: np.ndarray, default: int, longest: int) -> tuple[int, ...]:
+    """The values of ``--max_length`` that make a difference for texts of these lengths, and the default.
+
+    Args:
+        lengths: (texts,) tokens, uncut.
+        default: ``--max_length`` of the default.
+        longest: the largest value that is tried.
+    """
+
+    def cuts(length: int) -> bool:
+        return bool((lengths > length).mean() >= LEAST_CUT)
+
+    steps = (int(-(-np.percentile(lengths, at) // LENGTH_STEP)) * LENGTH_STEP for at in PERCENTILES)
+    limits = {min(step, longest) for step in steps}
+    found = {default} | {limit for limit in limits if limit >= SHORTEST and cuts(limit)}
+    return tuple(sorted(found | {max(limits)} if cuts(default) else found))

@@ -33,7 +33,7 @@ class Parameter:
     Attributes:
         name: of a flag, or ``placement``.
         values: to choose from; empty for a range.
-        low, high: the bounds of a range. Two whole numbers make a range of whole numbers.
+        low, high: the bounds of a range; of whole numbers if the flag takes these.
         log: whether a range is drawn on a logarithmic scale.
         times_default: whether the values are multiples of what the run would take without the flag.
         only: parameter or flag -> the values with which this one is there.
@@ -57,7 +57,8 @@ class Parameter:
 
     @property
     def whole(self) -> bool:
-        return isinstance(self.low, int) and isinstance(self.high, int)
+        """Whether only whole numbers are drawn."""
+        return not self.values and not self.times_default and FLAGS[self.name].kind is int
 
     def contains(self, value: Any) -> bool:
         """Whether the value can be drawn."""

@@ -157,6 +157,7 @@ def _record(trial: Trial, runs: list[FinishedRun], failed: int = 0) -> dict[str,
         "trial": trial.number,
         "flags": trial.settings,
         "command": shown_command(results[0]["command"]) if results else None,
+        "pooling": results[0]["config"]["pooling"] if results else None,
         "search_validation": trial.value,  # if chosen as the highest of many, likely too high
         "seeds": [result["config"]["seed"] for result in results],
         "failed": failed,
@@ -204,7 +205,7 @@ def summary_lines(folder: Path, summary: dict[str, Any]) -> list[str]:
         lines.append(f"{'gain':<11} {gain_text(summary)}")
     lines.append(f"{'best run':<11} {folder / BEST_RUN}")
     lines.append(f"{'report':<11} {folder / REPORT}")
-    onnx = ["--onnx"] if won["flags"].get("pooling") == "mean" else []  # most classes cannot read the mean
+    onnx = ["--onnx"] if won["pooling"] == "mean" else []  # most classes cannot read the mean
     lines.append(f'{"try it":<11} {called("predict", folder / BEST_RUN)} --text "..."')
     lines.append(f"{'export':<11} {called('export', folder / BEST_RUN, 'FOLDER', *onnx)}")
     return lines

@@ -145,6 +145,12 @@ def test_every_row_runs_on_every_data_set_that_it_names(tmp_path: Path) -> None:
     assert {run.settings["data_dir"] for run in study.runs if run.row.startswith("two")} == {"two"}
 
 
+def test_whole_ends_make_whole_numbers_only_of_flags_that_take_these(tmp_path: Path) -> None:
+    changed = SEARCHED.replace("{ low = 1e-5, high = 1e-4 }", "{ low = 1, high = 3 }")
+    rates = {setting(run, "learning_rate") for run in study_of(tmp_path, changed).runs if run.row == "two-full"}
+    assert any("." in str(rate) for rate in rates)
+
+
 def test_a_search_tries_the_same_random_settings_everywhere(tmp_path: Path) -> None:
     study, again = study_of(tmp_path, SEARCHED), study_of(tmp_path, SEARCHED)
     assert study == again

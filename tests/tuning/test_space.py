@@ -125,6 +125,9 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
     only = space_of(search=written(tmp_path, "replace = true\nepochs = { low = 2, high = 6 }\n"))
     assert names(only) == {"epochs"}
     assert only.parameters[0].whole
+    for row in ("weight_decay = { low = 0, high = 1 }", "epochs = { low = 1, high = 3, times_default = true }"):
+        (parameter,) = space_of(search=written(tmp_path, f"replace = true\n{row}\n")).parameters
+        assert not parameter.whole, row
 
 
 @pytest.mark.parametrize(
