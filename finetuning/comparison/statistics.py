@@ -148,10 +148,10 @@ def _drawn_differences(
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different rows of numbers from 0 in their order, and how often each occurs.
 
-    Rows become single numbers where 63 bits are enough: these are sorted ten times as fast.
+    Rows become single numbers where 63 bits are enough: these are sorted ten times as fast. NumPy takes few columns.
     """
     sizes = rows.max(axis=0) + 1
-    if math.prod(sizes.tolist()) >= 2**63:
+    if math.prod(sizes.tolist()) >= 2**63 or len(sizes) > 32:
         patterns, counts = np.unique(rows, axis=0, return_counts=True)
         return patterns, counts
     codes, counts = np.unique(np.ravel_multi_index(tuple(rows.T), sizes), return_counts=True)

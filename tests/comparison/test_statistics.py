@@ -34,6 +34,13 @@ def counted(right: np.ndarray) -> np.ndarray:
     return np.stack([right, ~right], axis=-1)
 
 
+@pytest.mark.parametrize("seeds", [1, 16, 17])
+def test_rows_without_a_wrong_answer_are_compared(seeds: int) -> None:
+    right = counted(np.ones((seeds, 30), dtype=bool))
+    found = pooled_difference([(right, right, None)])
+    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
 def test_the_deviation_is_that_of_a_sample() -> None:
     assert list(mean_and_deviation([1.0, 2.0, 4.0])) == pytest.approx([7 / 3, sqrt(7 / 3)])
     assert mean_and_deviation([0.5]) == (0.5, None)
