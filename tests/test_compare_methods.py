@@ -232,12 +232,15 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
     assert contents(Path("results")) == first
 
     leave_run(runs, finished, "failed", error="no space left")  # was run again, and failed
+    capsys.readouterr()
     assert main(["collect", "tiny.toml"]) == 0
-    assert read_records(Path("results/tiny"))[0][finished.name].predictions is None
+    assert f"kept: {finished.name} failed here, but has finished before" in capsys.readouterr().err
+    assert contents(Path("results")) == first
 
 
-def test_of_a_run_that_tuned_no_test_is_collected() -> None:
-    runs = plan(TUNED)
+@pytest.mark.parametrize("rows", [TUNED, "test = false"])
+def test_of_a_run_that_tuned_or_has_none_no_test_is_collected(rows: str) -> None:
+    runs = plan(rows)
     tuned, *_ = runs.study.runs
     leave_run(runs, tuned, validation={"accuracy": 0.9}, test={"accuracy": 0.9})  # taken over
     assert main(["collect", "tiny.toml"]) == 0
@@ -246,11 +249,12 @@ def test_of_a_run_that_tuned_no_test_is_collected() -> None:
     assert records[tuned.name].predictions is None
 
 
-def test_a_later_success_on_another_machine_outlives_a_failure_here(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("date", ["2000-01-01T00:00:00+00:00", "2100-01-01T00:00:00+00:00"])
+def test_a_success_on_another_machine_outlives_a_failure_here(date: str, capsys: pytest.CaptureFixture[str]) -> None:
     runs = plan("[axes]\nseed = [0, 1]")
     first, second = runs.study.runs
     for run in (first, second):
-        leave_run(runs, run, environment={"date": "2100-01-01T00:00:00+00:00"})
+        leave_run(runs, run, environment={"date": date})
     assert main(["collect", "tiny.toml"]) == 0  # as the other machine would
     before = Path("results/tiny/runs.json").read_bytes()
     leave_run(runs, first, "failed", error="out of memory")

@@ -110,7 +110,8 @@ class Run:
         """The settings that must be equal for all runs of a row."""
         config = self.get("config") or {}
         config = config | {"model_name": recorded_name(config.get("model_name", ""))}
-        return {key: value for key, value in config.items() if key not in (*NOT_PART_OF_THE_RUN, "seed", "data_dir")}
+        others = (*NOT_PART_OF_THE_RUN, "seed", "data_dir", "test")  # a test changes nothing in the training
+        return {key: value for key, value in config.items() if key not in others}
 
     @property
     def axes(self) -> dict[str, Any]:

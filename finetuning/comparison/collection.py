@@ -1,7 +1,6 @@
 """Keeps what the report needs of every run that has ended: ``runs/STUDY/RUN`` -> ``results/STUDY``, see ``packed``."""
 
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,17 @@ import numpy as np
 
 from finetuning.comparison.packed import Columns, Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun, shown_command, stated_command
-from finetuning.comparison.study_runs import StudyRuns
+from finetuning.comparison.study_runs import StudyRuns, stands_for
 from finetuning.errors import UserError, first_line
 from finetuning.runs.answers import positive_of, read_answers
-from finetuning.runs.files import METRICS, PREDICTIONS, RESULT, check_unchanged
+from finetuning.runs.files import METRICS, PREDICTIONS, check_unchanged
 
 
 def collect(runs: StudyRuns, stage: str, results: Path) -> None:
     """Collects every finished or failed run of a stage in ``results/STUDY``, and prints which runs it left out.
 
     Runs of the study that were collected before, for example on another machine, stay there. One that has finished
-    there after it failed here counts as finished.
+    stays finished if it fails later or on another machine.
 
     Raises:
         UserError: there is no folder of runs; or the files of a run cannot be read, then all others are collected.
@@ -35,7 +34,8 @@ def collect(runs: StudyRuns, stage: str, results: Path) -> None:
         if state not in kept:
             print(f"not collected: {run.name} is {state}", file=sys.stderr)
             continue
-        if state == "failed" and run.name in before and finished_later(before[run.name], runs.directory(run)):
+        if state == "failed" and run.name in before and has_finished(before[run.name], run):
+            print(f"kept: {run.name} failed here, but has finished before", file=sys.stderr)
             state = "finished"
         elif runs.holds(run):  # else it was collected on another machine
             try:
@@ -51,14 +51,9 @@ def collect(runs: StudyRuns, stage: str, results: Path) -> None:
         raise UserError("; ".join(damaged))
 
 
-def finished_later(record: Record, directory: Path) -> bool:
-    """Whether the collected run, of another machine, has finished after the one in the directory failed."""
-    date = record.result.get("environment", {}).get("date")
-    if record.result["status"] != "finished" or date is None:
-        return False
-    result = directory / RESULT
-    ended = datetime.fromisoformat(date).timestamp() + (record.result.get("seconds") or 0)  # the date is of its begin
-    return not result.exists() or ended > result.stat().st_mtime
+def has_finished(record: Record, run: PlannedRun) -> bool:
+    """Whether a collected run finished with the settings and data of the plan, here earlier or on another machine."""
+    return bool(record.result["status"] == "finished" and stands_for(run, record.result, own=True))
 
 
 def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
@@ -69,8 +64,8 @@ def make_record(runs: StudyRuns, run: PlannedRun, target: Path) -> Record:
     result["command"] = shown_command(stated_command(result["command"], result["config"]))
     result["config"] |= {"data_dir": run.settings.get("data_dir"), "output_dir": None}
     result.pop("traceback", None)
-    if run.stage == "tune":
-        result.pop("test", None)  # another study tested it, but a test must choose nothing
+    if not run.reads_test:
+        result.pop("test", None)  # of a run that another study tested
     metrics = predictions = None
     if (source / METRICS).exists():
         check_unchanged(source / METRICS)

@@ -88,6 +88,11 @@ class PlannedRun:
     def seed(self) -> int:
         return int(self.settings.get("seed", 0))
 
+    @property
+    def reads_test(self) -> bool:
+        """Whether its test score counts: not that of a run that tunes, nor one that the study leaves out."""
+        return self.stage == "final" and bool(self.settings.get("test", True))
+
     def with_tuned(self, settings: Mapping[str, Any]) -> "PlannedRun":
         """The same run with the settings that its tuning chose."""
         return replace(self, settings={**self.settings, **settings})

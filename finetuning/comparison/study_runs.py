@@ -136,7 +136,7 @@ class StudyRuns:
     def _record(self, run: PlannedRun) -> dict[str, Any]:
         """The collected result of the run; empty if there is none with the same settings and data."""
         record = read_records(self.collected)[0].get(run.name) if self.collected else None
-        return record.result if record and _stands_for(run, record.result, own=True) else {}
+        return record.result if record and stands_for(run, record.result, own=True) else {}
 
     def differences(self, run: PlannedRun) -> list[str]:
         """Settings in which the run on disk differs from the plan, except paths and what is left to tuning or auto.
@@ -202,16 +202,15 @@ class StudyRuns:
         if run.settings.get("dataset") == "text" and "data_dir" not in run.settings:
             return None
         for source in self._records_of_all_studies():
-            if source.result["status"] != "finished" or not _stands_for(run, source.result):
+            if source.result["status"] != "finished" or not stands_for(run, source.result):
                 continue
-            tested = "test" in source.result and run.stage == "final"
-            if run.stage == "final" and source.result["config"]["test"] and not tested:  # it tuned there
+            if run.reads_test and "test" not in source.result:  # it tuned there
                 continue
             result = source.result | {"study": self.place_in_study(run)}
-            if not tested:  # a test must choose nothing
+            if not run.reads_test:
                 result.pop("test", None)
             own = source.folder.parent / self.study.name
-            record = Record.made(own, result, source.metrics, source.predictions if tested else None)
+            record = Record.made(own, result, source.metrics, source.predictions if run.reads_test else None)
             try:
                 change_records(own, [record])
             except (OSError, UserError):  # --results cannot be written: the run is done here
@@ -274,7 +273,7 @@ def _newer(data: Path | None, run: Path) -> bool:
     return any(path.stat().st_mtime > began for path in paths if path.is_file())
 
 
-def _stands_for(run: PlannedRun, result: dict[str, Any], own: bool = False) -> bool:
+def stands_for(run: PlannedRun, result: dict[str, Any], own: bool = False) -> bool:
     """Whether a collected result is one with the run's settings and data. ``own`` as in ``_differences``."""
     same_data = result["config"]["data_dir"] == run.settings.get("data_dir")
     return same_data and not _differences(run, result["config"], own)

@@ -51,8 +51,14 @@ def test_the_same_seed_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_seeds_of_a_row_differ_in_nothing_else(tmp_path: Path) -> None:
-    write_run(tmp_path, "s", "lora", config={"learning_rate": 1e-3, "output_dir": "a"})
-    write_run(tmp_path, "s", "lora", seed=1, config={"learning_rate": 1e-3, "output_dir": "b", "compile": False})
+    write_run(tmp_path, "s", "lora", config={"learning_rate": 1e-3, "output_dir": "a", "test": True})
+    write_run(
+        tmp_path,
+        "s",
+        "lora",
+        seed=1,
+        config={"learning_rate": 1e-3, "output_dir": "b", "compile": False, "test": False},
+    )
     assert len(read_study("s", tmp_path).rows[0].runs) == 2
     write_run(tmp_path, "s", "lora", seed=2, config={"learning_rate": 1e-2})
     with pytest.raises(UserError, match=r"row lora but differ in --learning_rate: delete the outdated line"):

@@ -133,6 +133,16 @@ def test_what_was_collected_of_another_study_is_taken_over() -> None:
     assert (records[first.name].predictions, records[final.name].predictions) == (None, PREDICTED)
 
 
+def test_a_study_without_a_test_takes_none_over() -> None:
+    runs, _ = studies('data_dir = "set"\ntest = false\n[axes]\nseed = [0]')
+    (run,) = runs.study.runs
+    tested = replace(run, settings={**run.settings, "test": True})
+    source = leave_record(Path("results/other"), tested, predictions=PREDICTED, test={"accuracy": 0.9})
+    assert runs.take_over(run) == source.path
+    record = read_records(Path("results/tiny"))[0][run.name]
+    assert ("test" in record.result, record.predictions) == (False, None)
+
+
 def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> None:
     runs, other = studies()
     (run,) = runs.study.runs
