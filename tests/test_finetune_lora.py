@@ -233,10 +233,22 @@ def test_an_adapter_is_evaluated_and_trained_on(
     assert only["config"]["lora_key"] is False
     assert not list((tmp_path / "only").glob("*.ckpt"))
     assert main([*words("more", 1), *again]) == 0
-    assert read_result(tmp_path / "more")["test"]["loss"] < first["test"]["loss"]
+    more = read_result(tmp_path / "more")
+    assert more["test"]["loss"] < first["test"]["loss"]
+    assert [result.get("checkpoints_compared") for result in (first, only, more)] == [None, 1, 2]
+    assert main([*words("mixed", 0), *again, "--split", "stratified"]) == 0
+    mixed, known = read_result(tmp_path / "mixed"), "it may know texts of validation"
+    assert [known in " ".join(result["advice"]) for result in (more, mixed)] == [False, True]
     capsys.readouterr()
-    for more, message in (([*again, "--lora_r", "4"], "--lora_r 4"), (["--init_adapter", "nowhere"], "nowhere")):
-        assert main([*words("refused", 1), *more]) == 2
+    for refused, message in (
+        ([*again, "--lora_r", "4"], "--lora_r 4"),
+        (["--init_adapter", "nowhere"], "nowhere"),
+        (
+            [*again, "--kfold", "3"],
+            "--kfold 3: the adapter of --init_adapter was trained on texts of the same data",
+        ),
+    ):
+        assert main([*words("refused", 1), *refused]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "refused").exists()
 

@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError, first_line, listed
-from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged, read_result
-from finetuning.settings import recorded_name
+from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged, read_origin, read_result
+from finetuning.settings import DataSettings, recorded_name
 from finetuning.storage import read_json, sha256_of
 
 PREFIX = "base_model.model."
@@ -45,7 +45,30 @@ class Adapter:
     linears: dict[str, tuple[int, float]]  # full name of each linear with LoRA -> rank, alpha
     pooling: str | None  # what its head reads; None: what the base model's class reads
     shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by their names in the file
-    label_names: list[str] | None  # of the run that wrote it; None: PEFT stores none
+    result: Mapping[str, Any]  # of the run that wrote it; empty if PEFT did
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The classes of the run that wrote it; ``None`` if they are not known."""
+        names: list[str] | None = self.result.get("data", {}).get("label_names")
+        return names
+
+    def knows(self, data: DataSettings) -> bool:
+        """Whether its run read the same data set, in whatever parts."""
+        config = self.result.get("config", {})
+        places = [path and Path(path).resolve() for path in (config.get("data_dir"), data.data_dir)]
+        return config.get("dataset") == data.dataset and places[0] == places[1]
+
+    def knows_held_out(self, hashes: Mapping[str, str]) -> bool:
+        """Whether a split of the same data that is held out now was another one for its run.
+
+        Args:
+            hashes: from ``data_hashes``.
+        """
+        with suppress(OSError, ValueError, KeyError):
+            before = read_origin(self.folder)["data"]
+            return any(before.get(name) not in (None, hashes.get(name)) for name in ("validation", "test"))
+        return False
 
     def file_hashes(self) -> dict[str, str]:
         """The SHA-256 of each of its files, by name."""
@@ -94,14 +117,14 @@ def read_adapter(folder: Path) -> Adapter:
     if not isinstance(base, str | None):
         raise UserError(f"{folder}: {ADAPTER_CONFIG} has base_model_name_or_path {base!r}: must be a text")
     named, pooling = base and recorded_name(base), config.get("pooling")
-    return Adapter(folder, named, rank, alpha, scaling, variant, linears, pooling, shapes, _names_of_run(folder))
+    return Adapter(folder, named, rank, alpha, scaling, variant, linears, pooling, shapes, _result_of_run(folder))
 
 
-def _names_of_run(folder: Path) -> list[str] | None:
-    """The classes of the run in a folder; ``None`` if it holds no run."""
-    with suppress(OSError, ValueError, KeyError):
-        return list(read_result(folder)["data"]["label_names"])
-    return None
+def _result_of_run(folder: Path) -> dict[str, Any]:
+    """The result of the run in a folder; empty if it holds no run."""
+    with suppress(OSError, ValueError):
+        return read_result(folder)
+    return {}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

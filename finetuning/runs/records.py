@@ -86,6 +86,7 @@ class TrainedRecord:
     advice: list[str]  # one sentence each
     files: dict[str, int] | None  # name -> bytes of what was saved
     kfold: FoldsRecord | None = None
+    checkpoints_compared: int | None = None  # by validation, with those of the run that it continues
 
 
 class BaselineRecord(TypedDict, total=False):
@@ -121,7 +122,7 @@ class RunRecord:
     """The record of one run. Each step of the run gives its part; what a run did not reach stays ``None``.
 
     The parts ``train`` and ``cost`` are functions, because they are measured when the run ends, however it ends. The
-    best run of a search also has ``checkpoints_compared``: how many checkpoints of all runs validation has compared.
+    best run of a search has ``checkpoints_compared``, too: how many checkpoints of all runs validation has compared.
     """
 
     config: dict[str, Any]  # every setting, by the name of its flag

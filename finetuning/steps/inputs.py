@@ -21,9 +21,9 @@ from finetuning.processes import is_helper
 from finetuning.runs.adapters import Adapter
 from finetuning.runs.loading import adopt_adapter, build_from_adapter, other_classes
 from finetuning.runs.messages import headline
-from finetuning.runs.records import data_record
+from finetuning.runs.records import data_hashes, data_record
 from finetuning.settings import TrainingSettings
-from finetuning.steps.text_advice import advice_on_texts, cut_advice, head_advice, step_advice
+from finetuning.steps.text_advice import advice_on_texts, cut_advice, head_advice, known_texts_advice, step_advice
 from finetuning.training.budget import LEAST_EPOCHS, automatic_epochs, training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.label_advice import imbalance_advice, spelling_advice
@@ -117,6 +117,8 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
     check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, inputs.config.training, config.hardware.processes)
+    if adapter is not None:
+        advice += known_texts_advice(adapter, config.data, data_hashes(texts, splits))
     inputs = dataclasses.replace(inputs, splits=splits)
     training = inputs.config.training
     automatic = automatic_epochs(training.batch_size * training.accumulate, *size)

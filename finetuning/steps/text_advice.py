@@ -8,6 +8,7 @@ import numpy as np
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, counted, listed
 from finetuning.models.base_model import BaseModel
+from finetuning.runs.adapters import Adapter
 from finetuning.runs.messages import SHOWN_IN_ADVICE
 from finetuning.settings import DataSettings, LoRASettings, TrainingSettings
 from finetuning.training.budget import LEAST_EPOCHS
@@ -106,6 +107,32 @@ def head_advice(others: str, training: TrainingSettings) -> list[str]:
     return [
         f"{differ}: the last linear of the head is drawn at random, LoRA in the encoder is kept; if only the spelling"
         " differs, use the adapter's"
+    ]
+
+
+def known_texts_advice(adapter: Adapter, data: DataSettings, hashes: Mapping[str, str]) -> list[str]:
+    """That the adapter may have been trained on texts that are scored here, one sentence; else empty.
+
+    Args:
+        adapter: of ``--init_adapter``.
+        data: the run's settings.
+        hashes: of its splits, from ``data_hashes``.
+
+    Raises:
+        UserError: the texts are cut into folds, so each fold would be scored on such texts.
+    """
+    if not adapter.knows(data):
+        return []
+    if data.kfold is not None:
+        raise UserError(
+            f"--kfold {data.kfold}: the adapter of --init_adapter was trained on texts of the same data, which folds"
+            " would score as new ones: leave out one of the two"
+        )
+    if not adapter.knows_held_out(hashes):
+        return []
+    return [
+        "the adapter of --init_adapter was trained on other parts of the same data: it may know texts of validation or"
+        " test, whose scores are then too high"
     ]
 
 

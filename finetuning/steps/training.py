@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from finetuning.data.batches import TokenBatchLoader, evaluation_loader, train_loader
 from finetuning.models.classifier import Classifier
+from finetuning.runs.abstention import checkpoints_compared
 from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT
 from finetuning.runs.history import plot_learning_curve, write_predictions
 from finetuning.runs.records import DataRecord, TrainedRecord, TrainRecord, data_record, scores_record, train_record
@@ -96,12 +97,17 @@ def train(training: Training) -> TrainedRecord:
     kfold = None if folds is None else folds.record
     found = one_answer_advice(task, logits, module.settings, texts)
     found += chance_advice(task, labels, logits, texts, kfold)
+    adapter, epochs = training.inputs.adapter, module.settings.epochs
+    compared = None  # the checkpoints of the run that it continues count, if validation has compared these as well
+    if adapter is not None and adapter.knows(training.claim.config.data):
+        compared = epochs + checkpoints_compared(adapter.result)
     return TrainedRecord(
         task=task.record(),
         validation=validation,
         advice=training.inputs.advice + found,
         files=files,
         kfold=kfold,
+        checkpoints_compared=compared,
     )
 
 

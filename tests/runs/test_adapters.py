@@ -224,7 +224,7 @@ def test_classes_are_the_same_in_any_order_and_where_nobody_knows_their_names(
     write_result(tmp_path, {"data": {"label_names": NAMES[::-1]}})
     assert other_classes(read_adapter(tmp_path), base, NAMES) == ""
     with_head = find_base_model(config.changed(model_name=str(tiny_folders["distilbert"]), max_length=32))
-    bare = replace(read_adapter(tmp_path), label_names=None, shapes={})
+    bare = replace(read_adapter(tmp_path), result={}, shapes={})
     assert other_classes(bare, with_head, ["a", "b", "c"]) == "2 classes, and these texts have 3"  # the base's head
     assert other_classes(bare, base, ["a", "b", "c"]) == "", "a new head"
 
