@@ -22,12 +22,11 @@ from finetuning.export.card import adapter_snippet, onnx_snippet, pipeline_snipp
 from finetuning.export.onnx_file import onnx_inputs, require_onnx
 from finetuning.export.plain import DTYPES, export_onnx, export_plain
 from finetuning.export.proof import HeldOut, Loaded, held_out
-from finetuning.models.base_files import check_base_unchanged
-from finetuning.models.base_model import BaseModel, find_base_model, load_tokenizer
+from finetuning.models.base_model import BaseModel, load_tokenizer
 from finetuning.models.classifier import Classifier
 from finetuning.runs.answers import Answers
 from finetuning.runs.finished import FinishedRun, read_own_answers
-from finetuning.runs.loading import load_classifier
+from finetuning.runs.loading import base_of_run, load_classifier
 from finetuning.storage import is_left_over, readable_by_all
 
 
@@ -67,7 +66,7 @@ def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
 
 def load(run: FinishedRun, answers: dict[str, Answers], arguments: argparse.Namespace) -> Loaded:
     """The run's tokenizer and classifier, and a sample of its held-out texts with the run's own answers."""
-    base, config = base_model(run), run.config
+    base, config = base_of_run(run.directory, run.config, run.base_files), run.config
     onnx_alone = check_pooling(run, base, arguments)
     if arguments.data_dir is not None:
         config = config.changed(data_dir=arguments.data_dir, data_source=None)
@@ -113,16 +112,6 @@ def check_last_tokens(run: FinishedRun, base: BaseModel, held: HeldOut, tokenize
             f"{run.directory}: the tokenizer ends a text with its padding token {tokenizer.pad_token!r}, which"
             f" Transformers' class for {base.family.model_type} models leaves out: label with the run itself"
         )
-
-
-def base_model(run: FinishedRun) -> BaseModel:
-    """The run's base model, if its files are still the same."""
-    try:
-        base = find_base_model(run.config)
-    except UserError as error:
-        raise UserError(f"{run.directory}: its base model is gone: {error}") from None
-    check_base_unchanged(base.folder, run.base_files)
-    return base
 
 
 def load_classifier_of(run: FinishedRun, base: BaseModel, unrounded: bool) -> tuple[Classifier, str]:

@@ -181,9 +181,11 @@ def run_alone(words: Sequence[str], folder: Path) -> str:
     Raises:
         ExportFailed: the process failed.
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}  # it may print names of labels
     # -P: the folder of the script is not searched for modules
-    done = subprocess.run([sys.executable, "-P", *words], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-P", *words], cwd=folder, env=environment, capture_output=True, encoding="utf8"
+    )
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise ExportFailed(f"a fresh process cannot use the exported folder: {reason}")

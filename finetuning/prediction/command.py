@@ -212,7 +212,7 @@ def label(arguments: argparse.Namespace) -> None:
         say(f"{output}: {count:,} rows", sys.stderr)
     for counter in counters:
         say(str(counter), sys.stderr)
-    if score is not None and trained_on(arguments.file, trained.config.data.data_dir):
+    if score is not None and trained_on(arguments.file, trained.config.data):
         told = "--data_dir of the run names this file: scores on texts that trained the run are too high"
         say(f"warning: {told}", sys.stderr)
     if surveyed.bad:

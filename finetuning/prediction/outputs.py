@@ -99,7 +99,9 @@ def print_answers(answered: Iterable[Answered], answers: AnswerColumns, before: 
 
 
 def write_csv(chunks: Chunks, stream: TextIO, separator: str, digits: int) -> None:
-    """CSV or TSV. A list of labels is joined with commas, other lists and objects are JSON, what is missing is empty.
+    """CSV or TSV. A list of labels is joined with commas, if none of them has one; other lists and objects are JSON.
+
+    What is missing is empty.
 
     Args:
         chunks: the rows.
@@ -111,7 +113,9 @@ def write_csv(chunks: Chunks, stream: TextIO, separator: str, digits: int) -> No
     def answer(value: Any) -> Any:
         if isinstance(value, float):
             return f"{value:.{digits}f}"
-        return ",".join(value) if isinstance(value, list) else value
+        if isinstance(value, list):
+            return json.dumps(value, ensure_ascii=False) if any("," in name for name in value) else ",".join(value)
+        return value
 
     writer = csv.writer(_UnixLines(stream), delimiter=separator)
     for number, (kept, ours) in enumerate(chunks):

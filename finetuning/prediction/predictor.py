@@ -11,7 +11,6 @@ import torch
 from finetuning.data.batches import evaluation_loader
 from finetuning.data.tokens import encode
 from finetuning.errors import UserError
-from finetuning.models.base_files import check_base_unchanged
 from finetuning.models.base_model import BaseModel, check_vocabulary, find_base_model, load_tokenizer, read_base_model
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
@@ -21,7 +20,7 @@ from finetuning.models.quantization import try_four_bits
 from finetuning.prediction.answers import AnswerColumns
 from finetuning.prediction.rows import PAIR, TEXT, Answered, Source
 from finetuning.prediction.trained import Trained, read_trained
-from finetuning.runs.loading import load_classifier
+from finetuning.runs.loading import base_of_run, load_classifier
 from finetuning.settings import HardwareSettings
 from finetuning.training.hardware import Hardware, multiplies_bf16, prepare_process, resolve_hardware, without_int8
 
@@ -166,8 +165,7 @@ def load_predictor(trained: Trained) -> Predictor:
         check_head(classifier.model, base.family, base.folder)
         trained = replace(trained, config=config)
     else:
-        base = find_base_model(config)
-        check_base_unchanged(base.folder, trained.base_files)
+        base = base_of_run(trained.directory, config, trained.base_files)
         names, dtype = trained.label_names, _dtype(hardware, base)
         if config.name == "qlora":
             try_four_bits(hardware.device, dtype)

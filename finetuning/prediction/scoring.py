@@ -18,6 +18,7 @@ from finetuning.prediction.rows import Answered, Source
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import f1, macro_f1
+from finetuning.settings import DataSettings
 
 
 def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
@@ -35,15 +36,23 @@ def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
     return traits_of(trained.config.data.dataset).label_names or own or ()
 
 
-def trained_on(file: Path, folder: Path | None) -> bool:
-    """Whether a file has texts that a run was trained on, by its path.
+def trained_on(file: Path, data: DataSettings) -> bool:
+    """Whether a file may have texts that a run was trained on, by its path.
 
     Args:
         file: what ``--file`` gave.
-        folder: the run's ``--data_dir``.
+        data: the run's settings.
     """
-    with suppress(UserError, OSError):  # the data of the run are elsewhere now
-        return folder is not None and split_files(folder)["train"].samefile(file)
+    if data.data_dir is None:
+        return False
+    with suppress(OSError):  # the data of the run are elsewhere now
+        try:
+            files = split_files(data.data_dir)
+        except UserError:  # its files have other names, as those of financial_phrasebank
+            return data.data_dir.is_dir() and file.parent.samefile(data.data_dir)
+        mixed = data.split not in (None, "official")
+        pooled = "validation" if data.kfold is not None else "train"
+        return any(path.samefile(file) for name, path in files.items() if mixed or name in ("train", pooled))
     return False
 
 
@@ -80,14 +89,17 @@ class Score:
 
         def tables() -> Iterator[pd.DataFrame]:
             labelled = there = False
+            lists = self._multi_label and self._separator is None  # an empty one is a text without a label
             for table in source.tables():
-                found = [label for labels in self._true(table) for label in labels or ()]
+                true = self._true(table)
+                found = [label for labels in true for label in labels or ()]
                 if unknown := [label for label in found if label not in self._places]:
                     raise UserError(
                         f"--label_column {self.column}: {unknown[0]!r} is none of the classifier's labels:"
                         f" {', '.join(self._places)}"
                     )
-                labelled, there = labelled or bool(found), there or self.column in table
+                labelled |= bool(found) or (lists and any(labels is not None for labels in true))
+                there |= self.column in table
                 yield table
             if not there:
                 texts_in(table, self.column, source.where, "label_column")  # says that it is missing

@@ -116,7 +116,9 @@ def _exported(directory: Path, content: dict[str, Any]) -> Trained:
         offline=True,
         **_reading(content),
     )
-    label_names, threshold, positive = [names[number] for number in numbers], None, None
+    label_names, threshold, positive = [str(names[number]) for number in numbers], None, None
+    if len(set(label_names)) < len(label_names):
+        raise UserError(f"{directory}: two labels have the same name, says its {MODEL_CONFIG}: rename one")
     if content.get("positive_label") in label_names and len(names) == 2:
         positive = positive_of(content, label_names)
     if content.get("problem_type") == MULTI_LABEL or positive is not None:

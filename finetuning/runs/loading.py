@@ -10,8 +10,8 @@ import torch
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError, listed
-from finetuning.models.base_files import stored_shapes
-from finetuning.models.base_model import BaseModel, class_names
+from finetuning.models.base_files import check_base_unchanged, stored_shapes
+from finetuning.models.base_model import BaseModel, class_names, find_base_model
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import ModelFamily
@@ -21,6 +21,25 @@ from finetuning.runs.files import ADAPTER_CONFIG
 from finetuning.runs.messages import SHOWN_IN_ADVICE
 from finetuning.runs.weights import load_initial, load_trained, separate_linears
 from finetuning.settings import LORA_TARGETS, LoRASettings, named_layers
+
+
+def base_of_run(directory: Path, config: RunConfig, files: Mapping[str, str]) -> BaseModel:
+    """The base model of a finished run.
+
+    Args:
+        directory: the run directory.
+        config: the run's settings.
+        files: name -> SHA-256 of the base model's files, as the run had them.
+
+    Raises:
+        UserError: the model is not there any more, or its files have changed.
+    """
+    try:
+        base = find_base_model(config)
+    except UserError as error:
+        raise UserError(f"{directory}: its base model is gone: {error}") from None
+    check_base_unchanged(base.folder, files)
+    return base
 
 
 def load_classifier(

@@ -125,6 +125,9 @@ def test_multi_label_answers_in_text_are_separated(table: Path) -> None:
     answers = AnswerColumns(["bad", "good"], threshold=0.3)
     found = read_frame(write(table, table.with_name("out.tsv"), answers))
     assert found.predicted_label.tolist() == ["good", *["bad,good"] * 4]
+    answers = AnswerColumns(["bad", "good, or so"], threshold=0.3)
+    found = read_frame(write(table, table.with_name("comma.csv"), answers))
+    assert found.predicted_label.tolist() == ['["good, or so"]', *['["bad", "good, or so"]'] * 4]
 
 
 VALUES = [

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.prediction.rows import Rows, Source
-from finetuning.prediction.scoring import Score, label_codes
+from finetuning.prediction.scoring import Score, label_codes, trained_on
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
 from tests.conftest import refusal_of
@@ -124,6 +124,38 @@ def test_lists_that_cannot_be_counted_are_refused(labels: list[Any], separator: 
     score = Score(replace(TRAINED, threshold=0.5), "y", separator=separator)
     line = refusal_of(list, score.checking(source(labels)).tables())
     assert line.replace("--label_column y: ", "") == message
+
+
+def test_texts_that_all_have_no_label_are_scored_where_labels_are_lists() -> None:
+    score = Score(replace(TRAINED, threshold=0.5), "y")
+    assert list(score.checking(source([[], []])).tables())
+    assert refusal_of(list, score.checking(source([None, None])).tables()).endswith("has no label: leave it out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        ({}, {"train"}),
+        ({"split": "official"}, {"train"}),
+        ({"kfold": 5}, {"train", "validation"}),
+        ({"split": "stratified"}, {"train", "validation", "test"}),
+        ({"data_dir": None}, set()),
+    ],
+)
+def test_files_whose_texts_trained_the_run_are_known(tmp_path: Path, settings: dict[str, Any], known: set[str]) -> None:
+    files = {name: tmp_path / f"{name}.csv" for name in ("train", "validation", "test", "other")}
+    for path in files.values():
+        path.touch()
+    data = replace(TRAINED.config.data, **{"data_dir": tmp_path} | settings)
+    assert {name for name, path in files.items() if trained_on(path, data)} == known
+
+
+def test_any_file_of_a_folder_with_other_names_may_have_trained_the_run(tmp_path: Path) -> None:
+    sentences = tmp_path / "sentences_50agree.csv"
+    sentences.touch()
+    data = replace(TRAINED.config.data, data_dir=tmp_path)
+    assert trained_on(sentences, data)
+    assert not trained_on(Path(__file__), data)
 
 
 def test_with_a_separator_an_empty_cell_is_a_text_without_a_label_as_in_training() -> None:

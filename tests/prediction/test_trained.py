@@ -29,6 +29,8 @@ def test_an_exported_folder(tmp_path: Path) -> None:
     found.check_pairs(True)
     found.check_pairs(False)
     several = CONFIG | {"problem_type": "multi_label_classification"}
+    numbers = CONFIG | {"id2label": {"0": 3, "1": 4}}
+    assert read_trained(folder(tmp_path / "packaged", numbers)).label_names == ["3", "4"]
     assert read_trained(folder(tmp_path / "packaged", several)).threshold == 0.5
     assert read_trained(folder(tmp_path / "packaged", several | {"threshold": 0.37})).threshold == 0.37
     assert read_trained(folder(tmp_path / "packaged", several | {"threshold": "x"})).threshold == 0.5
@@ -71,6 +73,7 @@ def test_the_longest_text(tmp_path: Path, config: Any, tokenizer: Any, expected:
     [
         (CONFIG | {"id2label": {"0": "only"}}, "must be a text classifier with at least two labels"),
         (CONFIG | {"id2label": {"0": "a", "2": "b"}}, "must be a text classifier with at least two labels"),
+        (CONFIG | {"id2label": {"0": 7, "1": "7"}}, "two labels have the same name, says its config.json: rename one"),
         (CONFIG | {"problem_type": "regression"}, "must be a text classifier with at least two labels"),
         ("{", "config.json cannot be read: "),
         ("[]", "config.json cannot be read: it must hold a JSON object"),
