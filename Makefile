@@ -44,6 +44,7 @@ campaign: $(VENV)/.installed-dev
 
 $(VENV)/.installed: requirements.txt requirements-offline.txt
 	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; old = sys.version_info < (3, 11); sys.exit(old and "error: $(VENV) has Python %s.%s, but 3.11 or newer is needed: make clean, then make install PYTHON=python3.11" % sys.version_info[:2])'
 	$(BIN)/pip install -r requirements.txt
 	$(BIN)/pip install --no-deps --require-hashes -r requirements-offline.txt
 	touch $@

@@ -1,7 +1,9 @@
 """The job script on a real cluster of one node, with a stand-in for a GPU; no systemd needed."""
 
+import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,13 @@ def test_two_tasks_train_as_one_process_does_in_a_directory_of_the_job(
     assert result["train"]["steps"] == expected["train"]["steps"] > 0
     assert result["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=1e-5)
     assert (result["config"]["devices"], result["config"]["num_nodes"]) == (2, 1)
+
+
+def test_a_job_from_another_folder_is_refused(tmp_path: Path) -> None:
+    job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash", str(SCRIPT)], env=job, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path} has no finetune_lora.py: submit this script from the project's folder\n"
 
 
 def test_the_script_names_no_place_of_one_machine() -> None:

@@ -1,5 +1,6 @@
 """Probabilities -> the columns of the answer: the label, and the probabilities of all labels or of the best K."""
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,11 @@ class AnswerColumns:
             return first | {f"{PROBABILITY}{name}": float for name in self.names}
         best = [{f"{LABEL}_{k}": str, f"{PROBABILITY}{k}": float} for k in range(1, self.top_k + 1)]
         return first | {name: kind for pair in best for name, kind in pair.items()}
+
+    def spelled(self, labels: Sequence[str]) -> str:
+        """A list of labels in a cell of text: joined by commas, or as JSON if one of the names has a comma."""
+        commas = any("," in name for name in self.names)
+        return json.dumps(labels, ensure_ascii=False) if commas else ",".join(labels)
 
     def of(self, probabilities: np.ndarray) -> list[list[Any]]:
         """The values of each column.

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -63,7 +63,7 @@ def write_answers(path: Path, answered: Iterable[Answered], surveyed: Survey, an
         for rows, values in answered
     )
     try:
-        write_new(path, lambda temporary: _write_file(temporary, path, schema, chunks))
+        write_new(path, lambda temporary: _write_file(temporary, path, schema, chunks, answers.spelled))
     except OSError as error:
         raise OutputFailed(f"--output {path}: cannot be written: {first_line(error)}") from None
 
@@ -88,7 +88,7 @@ def print_answers(answered: Iterable[Answered], answers: AnswerColumns, before: 
             sys.stdout.flush()
 
     try:
-        write_csv(chunks(), sys.stdout, ",", SHOWN_DIGITS)
+        write_csv(chunks(), sys.stdout, ",", SHOWN_DIGITS, answers.spelled)
     except OSError as error:
         forget_output()
         if not isinstance(error, BrokenPipeError):
@@ -98,24 +98,23 @@ def print_answers(answered: Iterable[Answered], answers: AnswerColumns, before: 
 # --- the formats
 
 
-def write_csv(chunks: Chunks, stream: TextIO, separator: str, digits: int) -> None:
-    """CSV or TSV. A list of labels is joined with commas, if none of them has one; other lists and objects are JSON.
-
-    What is missing is empty.
+def write_csv(
+    chunks: Chunks, stream: TextIO, separator: str, digits: int, spelled: Callable[[Sequence[str]], str]
+) -> None:
+    """CSV or TSV. Lists and objects of the input are JSON, what is missing is empty.
 
     Args:
         chunks: the rows.
         stream: where to write.
         separator: a comma or a tab.
         digits: of our numbers.
+        spelled: from ``AnswerColumns``.
     """
 
     def answer(value: Any) -> Any:
         if isinstance(value, float):
             return f"{value:.{digits}f}"
-        if isinstance(value, list):
-            return json.dumps(value, ensure_ascii=False) if any("," in name for name in value) else ",".join(value)
-        return value
+        return spelled(value) if isinstance(value, list) else value
 
     writer = csv.writer(_UnixLines(stream), delimiter=separator)
     for number, (kept, ours) in enumerate(chunks):
@@ -172,8 +171,10 @@ def _schema(kept: pa.Schema, ours: Mapping[str, type]) -> pa.Schema:
     return pa.schema([*kept, *(pa.field(name, types[kind]) for name, kind in ours.items())])
 
 
-def _write_file(temporary: Path, path: Path, schema: pa.Schema | None, chunks: Chunks) -> None:
-    """Writes ``temporary`` in the format of ``path``."""
+def _write_file(
+    temporary: Path, path: Path, schema: pa.Schema | None, chunks: Chunks, spelled: Callable[[Sequence[str]], str]
+) -> None:
+    """Writes ``temporary`` in the format of ``path``; ``spelled`` as in ``write_csv``."""
     kind = name_and_format(path)[1]
     with temporary.open("wb") as raw, _packed(raw, path) as stream:
         if kind == "parquet":
@@ -187,7 +188,7 @@ def _write_file(temporary: Path, path: Path, schema: pa.Schema | None, chunks: C
         # a kept value may have half of a surrogate pair, from an emoji that was cut: it is spelled, as JSON does it
         with io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="") as text:
             if kind in ("csv", "tsv"):
-                write_csv(chunks, text, "\t" if kind == "tsv" else ",", DIGITS)
+                write_csv(chunks, text, "\t" if kind == "tsv" else ",", DIGITS, spelled)
             else:
                 write_json(chunks, text, lines=kind == "jsonl")
 

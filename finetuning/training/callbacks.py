@@ -237,7 +237,8 @@ def _both_clocks(pl_module: Any) -> tuple[float, float]:
 class GracefulStop(Callback):
     """Writes checkpoints inside epochs: when one is due, and when Ctrl-C, SIGTERM or SIGUSR1 asks the run to stop.
 
-    A run that is asked to stop ends after the current step; a validation finishes first. A second Ctrl-C stops at once.
+    A run that is asked to stop ends after the current step; a validation finishes first. The test of a single process
+    ends at once: it is read again when the run goes on. A second Ctrl-C stops at once.
     A terminal sends Ctrl-C to all processes of a run, so only the first process decides to stop at once. Otherwise one
     process could end before the others.
     """
@@ -293,6 +294,18 @@ class GracefulStop(Callback):
         self.meter.tick(pl_module)
         trainer.save_checkpoint(self.directory / LAST_CHECKPOINT)
         if stop:
+            raise Interrupted
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: dict[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.requested and trainer.world_size == 1:
             raise Interrupted
 
     def _due(self, trainer: pl.Trainer) -> bool:

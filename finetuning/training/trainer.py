@@ -14,11 +14,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies.launchers import subprocess_script as launchers
 
 from finetuning.errors import UserError
-from finetuning.processes import is_helper
+from finetuning.processes import in_slurm_step, is_helper
 from finetuning.runs.files import BEST_CHECKPOINT
 from finetuning.settings import HardwareSettings, TrainingSettings
 from finetuning.training.callbacks import PatientStop, ProgressBar, ProgressLines
@@ -55,9 +55,7 @@ def check_processes(settings: HardwareSettings) -> None:
     """
     processes, tasks = settings.processes, int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     flags = f"--devices {settings.devices} --num_nodes {settings.num_nodes}"
-    with quiet_lightning():  # hides Lightning's advice to use srun
-        under_slurm = SLURMEnvironment.detect()
-    if under_slurm and tasks != processes:
+    if _under_slurm() and in_slurm_step() and tasks != processes:
         raise UserError(
             f"{flags}: SLURM started {tasks} task(s), not {processes}; use srun, and sbatch"
             f" --nodes={settings.num_nodes} --ntasks-per-node={settings.devices}"
@@ -67,6 +65,24 @@ def check_processes(settings: HardwareSettings) -> None:
         raise UserError(f"{flags}: torchrun started {started} process(es), not {processes}")
     if processes == 1 and is_helper():
         raise UserError(f"{flags}: by RANK, LOCAL_RANK, NODE_RANK or SLURM_PROCID this is not the only process")
+
+
+def _under_slurm() -> bool:
+    """Whether this is a job of SLURM, by Lightning's rules: its interactive shells are none."""
+    with quiet_lightning():  # hides Lightning's advice to use srun
+        return SLURMEnvironment.detect()
+
+
+def _environments() -> list[ClusterEnvironment]:
+    """Who knows the other processes: SLURM, if it started several. Lightning would ask it about a single one as well.
+
+    A session such as JupyterHub's has the variables of a job, but nobody starts processes in it but the run itself.
+    """
+    if not _under_slurm():
+        return []  # Lightning finds torchrun's
+    if in_slurm_step() and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        return [SLURMEnvironment(auto_requeue=False)]  # the job script requeues; Lightning must not do it as well
+    return [LightningEnvironment()]
 
 
 def make_trainer(
@@ -120,8 +136,7 @@ def make_trainer(
         enable_model_summary=False,
         enable_progress_bar=at_terminal,
         default_root_dir=directory,
-        # the job script requeues the job; Lightning must not do it a second time
-        plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+        plugins=[CheckpointFiles(), *_environments()],
     )
 
 

@@ -13,7 +13,7 @@ from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.flags import from_flags
 from finetuning.runs.files import read_settings, write_result, write_settings
-from tests.conftest import DIVERGED, TUNED, leave_run, plan, scored
+from tests.conftest import DIVERGED, TUNED, leave_run, plan, refusal_of, scored
 
 pytestmark = pytest.mark.usefixtures("project")
 PREDICTED = {"row": [0, 1], "label": [0, 1], "predicted": [1, 1]}
@@ -52,6 +52,17 @@ def test_states_are_read_from_what_a_run_leaves() -> None:
     assert runs.state(runs.study.runs[0]) == "finished"  # where things lie is not what was run
     (directory / "settings.json").write_text("half a fi")
     assert runs.state(runs.study.runs[0]) == "changed"
+
+
+def test_runs_of_several_processes_are_refused_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, _ = studies('devices = 2\nstrategy = "ddp"')
+    Path("data").mkdir(exist_ok=True)
+    runs.check_flags()
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
+        monkeypatch.setenv(name, "7")
+    assert refusal_of(runs.check_flags) == (
+        "row run: its runs are 2 processes each: give them to sbatch without a study"
+    )
 
 
 def test_a_run_has_one_holder_at_a_time() -> None:

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
+from finetuning.errors import Interrupted
 from finetuning.flags import from_flags
 from finetuning.materials import find_materials
 from finetuning.steps import claim_directory, read_inputs, watched
@@ -122,6 +123,18 @@ def test_ranks_on_gpus_seldom_wait_for_each_other(device: str, steps: int, asked
         trainer.global_step = batch + 1
         stop.on_train_batch_end(trainer, SimpleNamespace(device=torch.device(device)), {}, {}, batch)
     assert found == asked
+
+
+def test_a_test_stops_at_once_if_no_other_process_waits_for_it(tmp_path: Path) -> None:
+    stop = GracefulStop(tmp_path, Meter(tmp_path), 5, 0)
+    alone, ranks = (SimpleNamespace(world_size=size) for size in (1, 2))
+    trainers: list[Any] = [alone, ranks]
+    for trainer in trainers:
+        stop.on_test_batch_end(trainer, None, None, {}, 0)
+    stop.requested = True
+    stop.on_test_batch_end(trainers[1], None, None, {}, 0)
+    with pytest.raises(Interrupted):
+        stop.on_test_batch_end(trainers[0], None, None, {}, 0)
 
 
 def test_the_flags_reach_the_run(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import launchers
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.training import trainer
-from finetuning.training.trainer import GRACE_SECONDS, PatientObserver, check_processes
+from finetuning.training.trainer import GRACE_SECONDS, PatientObserver, _environments, check_processes
 
 
 def test_after_the_death_of_a_process_the_first_one_has_time_to_end_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +43,27 @@ def test_processes_that_fit_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in {"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     check_processes(RunConfig.from_settings(devices=2).hardware)
+
+
+SESSION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "sys/dashboard", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("more", "devices", "environment"),
+    [
+        ({}, 1, "LightningEnvironment"),  # a session such as JupyterHub's, in which nobody calls srun
+        ({}, 2, "LightningEnvironment"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, 1, "LightningEnvironment"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, 4, "SLURMEnvironment"),
+    ],
+)
+def test_only_several_tasks_of_srun_are_processes_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, str], devices: int, environment: str
+) -> None:
+    for name, value in (SESSION | more).items():
+        monkeypatch.setenv(name, value)
+    check_processes(RunConfig.from_settings(devices=devices).hardware)
+    assert [type(found).__name__ for found in _environments()] == [environment]
 
 
 def test_lightning_starts_this_observer() -> None:
