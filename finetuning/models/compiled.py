@@ -9,6 +9,8 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -63,8 +65,8 @@ def library(without_bf16: bool = False) -> tuple[ctypes.CDLL | None, str]:
     fitting = [v for v in variants if v.instructions <= instructions()]
     if not fitting:
         return None, f"no: the processor has neither {' nor '.join(v.name for v in variants)}"
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(None, map(shutil.which, COMPILERS))][:1]
+    if not compiler:
         return None, f"no: none of the compilers {', '.join(COMPILERS)} is installed, and CXX is not set"
     reasons = []
     for variant in fitting:  # an older compiler may lack the newest instructions
@@ -75,12 +77,13 @@ def library(without_bf16: bool = False) -> tuple[ctypes.CDLL | None, str]:
     return None, reasons[0]
 
 
-def _loaded(compiler: str, variant: Variant) -> tuple[ctypes.CDLL | None, str]:
+def _loaded(compiler: list[str], variant: Variant) -> tuple[ctypes.CDLL | None, str]:
     try:
         kernels = ctypes.CDLL(str(_build(compiler, variant)))
     except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines()
-        return None, f"no: {compiler} failed: {lines[-1] if lines else 'no message'}"
+        lines = error.stderr.strip().splitlines() or ["no message"]
+        reason = next((line for line in lines if "error" in line or "cannot find" in line), lines[-1])
+        return None, f"no: {shlex.join(compiler)} failed: {reason}"
     except OSError as error:
         return None, f"no: not built: {error}"
     if variant.has_bf16 and not kernels.attention_allowed():
@@ -95,14 +98,18 @@ def call(name: str, *arguments: Tensor | int | ctypes.c_long | ctypes.c_float | 
     getattr(kernels, name)(*values)
 
 
-def _build(compiler: str, variant: Variant) -> Path:
-    """The shared library of the current sources, from the cache or compiled into it."""
-    command: list[str | Path] = [compiler, *FLAGS, f"-march={variant.architecture}"]
-    texts = [path.read_text("utf8") for path in sorted(FOLDER.iterdir())]
+def _build(compiler: list[str], variant: Variant) -> Path:
+    """The shared library of the current sources, from the cache or compiled into it.
+
+    A shared cache has one for each user, because loading a library runs code of whoever wrote it.
+    """
+    command: list[str | Path] = [*compiler, *FLAGS, f"-march={variant.architecture}"]
+    texts = [path.read_text("utf8") for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
     texts += [path.name for path in _torchs_openmp()]  # other builds of torch bring another one
+    texts += [*platform.libc_ver(), str(os.geteuid())]
     identity = hashlib.sha256("\0".join([*map(str, command), *texts]).encode()).hexdigest()[:16]
     path = cache_dir() / "kernels" / f"{identity}.so"
-    if not sum_holds(path):  # missing or damaged
+    if not (sum_holds(path) and _owner(path) == os.geteuid()):  # missing, damaged, or another user's
 
         def compile_to(temporary: Path) -> None:
             parts = [*(FOLDER / source for source in variant.sources), *_torchs_openmp()]
@@ -112,6 +119,10 @@ def _build(compiler: str, variant: Variant) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, compile_to)  # several processes may build it at once
     return path
+
+
+def _owner(path: Path) -> int:
+    return path.stat().st_uid
 
 
 def _torchs_openmp() -> list[Path]:

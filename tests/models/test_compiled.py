@@ -28,12 +28,59 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(
     assert not takes_attention(torch.zeros(4, 64, dtype=torch.bfloat16), 32, 4)
 
 
+def stand_in(folder: Path, script: str) -> Path:
+    """A compiler that does what a shell script says."""
+    folder.mkdir()
+    path = folder / "c++"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.usefixtures("bf16_variant", "fresh_library")
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("cc1plus: error: bad value for -march\ncc1plus: note: valid are: nocona core2", "cc1plus: error: bad value"),
+        ("a.cpp:1: fatal error: omp.h: No such file\ncompilation terminated.", "a.cpp:1: fatal error: omp.h: No such"),
+        ("ld: cannot find -lgomp\ncollect2: error: ld returned 1 exit status", "ld: cannot find -lgomp"),
+        ("killed", "killed"),
+    ],
+)
+def test_the_reason_is_the_compilers_first_error(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, said: str, reason: str
+) -> None:
+    compiler = stand_in(tmp_path_factory.mktemp("c") / "bin", f"echo '{said}' >&2; exit 1")
+    monkeypatch.setenv("CXX", str(compiler))
+    assert library()[1].startswith(f"no: {compiler} failed: {reason}")
+
+
+def test_a_library_of_another_user_is_not_loaded(
+    fresh_library: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CXX may have flags, and only sources count."""
+    compiler = stand_in(tmp_path_factory.mktemp("c") / "bin", 'while [ "$1" != -o ]; do shift; done; echo built > "$2"')
+    sources = fresh_library / "sources"
+    shutil.copytree(compiled.FOLDER, sources)
+    monkeypatch.setattr(compiled, "FOLDER", sources)
+    path = compiled._build([str(compiler), "-pipe"], VARIANTS[-1])
+    before = path.stat().st_ino
+    (sources / ".int8.cpp.swp").write_bytes(b"\xff")
+    assert compiled._build([str(compiler), "-pipe"], VARIANTS[-1]) == path
+    assert path.stat().st_ino == before
+    user = path.stat().st_uid
+    monkeypatch.setattr(compiled, "sum_holds", lambda path: path.exists())
+    monkeypatch.setattr(compiled, "_owner", lambda _: user + 1)
+    assert compiled._build([str(compiler), "-pipe"], VARIANTS[-1]) == path
+    assert path.stat().st_ino != before
+
+
 @pytest.mark.usefixtures("fresh_library")
 def test_an_older_compiler_builds_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = set().union(*(variant.instructions for variant in VARIANTS))
     known, tried, kernels = "cooperlake", [], ctypes.CDLL(None)
 
-    def loaded(_: str, variant: Variant) -> tuple[ctypes.CDLL | None, str]:
+    def loaded(_: list[str], variant: Variant) -> tuple[ctypes.CDLL | None, str]:
         tried.append(variant.architecture)
         return (kernels, "compiled") if variant.architecture == known else (None, f"no {variant.architecture}")
 
