@@ -51,26 +51,46 @@ def check_memory(
     copies = 1 + OPTIMIZER_COPIES[training.optimizer] + int(training.optimizer == "sgd" and bool(training.momentum))
     copies += training.average != "none"
     fixed = copies * sum(p.nbytes for p in classifier.parameters() if p.requires_grad)
-    fixed += sum(outputs.bytes for outputs in frozen.values() if not outputs.on_disk)
     if on_gpu:
         fixed += sum(t.nbytes for t in (*classifier.parameters(), *classifier.buffers()))
-    batch, tokens = (0, 0) if on_gpu else largest_batch(classifier, loader)
-    if fixed + batch <= free:
+    constant, batch, tokens = (0, 0, 0) if on_gpu else largest_batch(classifier, loader)
+    fixed, outputs = fixed + constant, sum(outputs.bytes for outputs in frozen.values() if not outputs.on_disk)
+    if fixed + outputs + batch <= free:
         return
+    if outputs and fixed + batch <= free:  # what is kept only saves time
+        fitting = f"--frozen_cache_gb {(free - fixed - batch) * 10 // 2**30 / 10:g} would fit"
+    else:
+        fitting = advice(fixed, batch, free, tokens, max_length, windows, classifier.checkpointing)
     raise TrainingFailed(
-        f"training needs about {_gib(fixed + batch)} more memory, but only {_gib(free)} are free:"
-        f" {advice(fixed, batch, free, tokens, max_length, windows, classifier.checkpointing)}; --force starts anyway"
+        f"training needs about {_gib(fixed + outputs + batch)} more memory, but only {_gib(free)} are free: {fitting};"
+        " --force starts anyway"
     )
 
 
-def largest_batch(classifier: Classifier, loader: TokenBatchLoader) -> tuple[int, int]:
+def largest_batch(classifier: Classifier, loader: TokenBatchLoader) -> tuple[int, int, int]:
     """Bytes that the largest batch keeps for backward, from a few of its texts, and its tokens.
 
-    Draws nothing from the random generators.
+    Some of the bytes do not grow with the texts, such as copies of trained weights in the precision of products. So two
+    parts of different size are measured. Draws nothing from the random generators.
+
+    Returns:
+        Bytes that any batch keeps, bytes that grow with it, and tokens with padding.
     """
-    batch, times = loader.part_of_largest(MEASURED_TEXTS)
     with torch.random.fork_rng(devices=[]):
-        return int(times * kept_for_backward(classifier, batch)), round(times * batch["input_ids"].numel())
+        kept, tokens, times = zip(
+            *(_kept(classifier, loader, n) for n in (MEASURED_TEXTS, MEASURED_TEXTS // 2)), strict=True
+        )
+    whole = round(times[0] * tokens[0])
+    if tokens[0] == tokens[1]:
+        return 0, int(times[0] * kept[0]), whole
+    each = max(0.0, (kept[0] - kept[1]) / (tokens[0] - tokens[1]))
+    constant = max(0, int(kept[0] - each * tokens[0]))
+    return constant, int(each * whole), whole
+
+
+def _kept(classifier: Classifier, loader: TokenBatchLoader, texts: int) -> tuple[int, int, float]:
+    batch, times = loader.part_of_largest(texts)
+    return kept_for_backward(classifier, batch), batch["input_ids"].numel(), times
 
 
 def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, windows: int, checkpointing: bool) -> str:
@@ -90,7 +110,7 @@ def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, wind
         return f"--batch_tokens {fitting}{shorter} would fit"
     if batch and not checkpointing and fixed <= free:
         return "use --gradient_checkpointing True, a shorter --max_length or a smaller model"
-    return "use --method lora or q_lora, or a smaller model"
+    return "train fewer weights, with --method lora, or use --q_lora True or a smaller model"
 
 
 def _gib(size: int) -> str:

@@ -1,6 +1,8 @@
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +18,18 @@ from finetuning.training.memory import advice, check_memory, largest_batch
 from local_model_utilities import build_classifier, find_base_model
 from tests.conftest import config_of_flags
 from tests.data.test_batches import make_split, review_lengths
+from tests.tiny_models import save_tokenizer, tiny_model
 
 GIB = 2**30
 
 
-def built(folder: Path, texts: int, line: str) -> tuple[Classifier, TokenBatchLoader, TrainingSettings]:
+def built(
+    folder: Path, texts: int, line: str, precision: str = "fp32"
+) -> tuple[Classifier, TokenBatchLoader, TrainingSettings]:
     """A classifier on the CPU, and its training batches."""
-    config = config_of_flags(f"--model_name {folder} --max_length 64 --precision fp32 --accelerator cpu {line}")
-    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], torch.float32).train()
+    config = config_of_flags(f"--model_name {folder} --max_length 64 --precision {precision} --accelerator cpu {line}")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    classifier = build_classifier(config, find_base_model(config), ["bad", "good"], dtype).train()
     split = make_split(review_lengths(texts, 0, longest=64))
     return classifier, train_loader(split, config.training, pad_id=0), config.training
 
@@ -34,10 +40,11 @@ def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_n
     line = "--batch_size 64 --batch_tokens 4096 --dropout 0.1 --method full"
     classifier, loader, training = built(tiny_folders["distilbert"], 400, line)
     state = torch.get_rng_state()
-    estimated, tokens = largest_batch(classifier, loader)
+    constant, growing, tokens = largest_batch(classifier, loader)
     assert torch.equal(torch.get_rng_state(), state)
     assert tokens == max(batch["input_ids"].numel() for batch in loader)
     measured = max(kept_for_backward(classifier, batch) for batch in loader)
+    estimated = constant + growing
     assert estimated == pytest.approx(measured, rel=0.1)
 
     weights = 3 * sum(p.numel() * 4 for p in classifier.parameters())  # gradients and AdamW's two averages
@@ -49,6 +56,25 @@ def test_a_batch_is_estimated_from_a_few_texts_and_the_check_refuses_what_does_n
         else:
             with pytest.raises(TrainingFailed, match=r"needs about .* --batch_tokens \d+ would fit; --force starts"):
                 check_memory(classifier, loader, training, torch.device("cpu"), {}, 64, 1, processes)
+
+
+def test_copies_of_trained_weights_are_counted_once(tmp_path: Path) -> None:
+    """bf16 casts each trained weight at each step, however many texts a batch has."""
+    tiny_model("bert", 2000, hidden_size=128, intermediate_size=512).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, decoder=False)
+    classifier, loader, _ = built(tmp_path, 400, "--batch_size 64 --batch_tokens 1024 --method full", "bf16")
+    constant, growing, _ = largest_batch(classifier, loader)
+    measured = max(kept_for_backward(classifier, batch) for batch in loader)
+    assert constant > sum(p.numel() for p in classifier.parameters() if p.dim() == 2) / 2
+    assert constant + growing == pytest.approx(measured, rel=0.1)
+
+
+def test_kept_outputs_are_the_first_to_go(tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, loader, training = built(tiny_folders["bert"], 40, TRAINING_FLAGS)
+    outputs: Any = {"train": SimpleNamespace(bytes=3 * GIB, on_disk=False)}
+    monkeypatch.setattr(memory, "free_memory", lambda: 2 * GIB)
+    with pytest.raises(TrainingFailed, match=r"only 2\.0 GiB are free: --frozen_cache_gb 1\.9 would fit; --force"):
+        check_memory(classifier, loader, training, torch.device("cpu"), outputs, 64, 1, 1)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -71,7 +97,7 @@ def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: 
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     own = torch.device("cuda", 3)  # of this rank: asking about another card would open a context on it
-    with pytest.raises(TrainingFailed, match="use --method lora or q_lora, or a smaller model"):
+    with pytest.raises(TrainingFailed, match="train fewer weights, with --method lora, or use --q_lora True or a"):
         check_memory(classifier, loader, training, own, {}, 512, 1, 1)
     assert asked == [own]
 
