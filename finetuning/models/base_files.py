@@ -68,11 +68,11 @@ def _hub_folder(name: str, offline: bool, instead: str) -> Path:
     """The hub's snapshot of a model, from the cache if it is complete there: compute nodes then need no network."""
 
     def is_complete(folder: Path) -> bool:
-        return (folder / "config.json").is_file() and has_weights(folder)
+        return (folder / "config.json").is_file() and has_weights(folder) and has_tokenizer(folder)
 
     flag = f"--model_name {name}"
     folder = hub_snapshot(flag, name, offline, instead, is_complete, "model", HUB_FILES)
-    if is_complete(folder):
+    if has_weights(folder):
         return folder
     return hub_snapshot(flag, name, offline, instead, is_complete, "model", [*HUB_FILES, OLD_WEIGHTS])
 
@@ -99,13 +99,18 @@ def stored_config(model_name: str, folder: Path) -> dict[str, Any]:
     return stored
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file that a tokenizer can be made from."""
+    return any(path.is_file() for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
+
+
 def check_tokenizer(model_name: str, folder: Path) -> None:
     """Checks that a folder has a tokenizer, and the packages to read it. Without, transformers makes an empty one.
 
     Raises:
         UserError: a file or a package is missing.
     """
-    if not any(list(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise UserError(f"--model_name {model_name}: has no tokenizer: needs one of {', '.join(TOKENIZER_FILES)}")
     if not (folder / "tokenizer.json").is_file() and list(folder.glob("*.model")) and not find_spec("sentencepiece"):
         raise UserError(f"--model_name {model_name}: its tokenizer needs a package: pip install sentencepiece protobuf")
@@ -160,8 +165,14 @@ def check_weights(model_name: str, folder: Path) -> None:
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """The name and shape of each weight in the safetensors of a folder."""
+    """The name and shape of each weight in a folder. Of the older format, whose code is never run, torch reads them."""
     shapes: dict[str, list[int]] = {}
+    for name in weight_files(folder):
+        if name.endswith(".bin"):
+            import torch
+
+            stored = torch.load(folder / name, map_location="meta", weights_only=True)
+            shapes |= {name: list(weight.shape) for name, weight in stored.items()}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

@@ -29,7 +29,7 @@ class Magnitude(torch.autograd.Function):
     """Gives s its gradient: ``Magnitude.apply(y, s, bias)`` returns y, in which s is a factor already.
 
     y is ``(..., out)``, s ``(out,)``, bias ``(out,)`` or ``None``. The gradient of s is the sum of ``g (y - b) / s``
-    over all rows. Saves y, which the next step often saves as well.
+    over all rows, and 0 where s is 0. Saves y, which the next step often saves as well.
     """
 
     @staticmethod
@@ -43,9 +43,13 @@ class Magnitude(torch.autograd.Function):
         y, s, bias = ctx.saved_tensors
         ys, grads = y.flatten(0, -2), grad.flatten(0, -2)
         if takes_magnitude(y):
-            return grad, magnitude_sums(ys, grads, bias) / s, None
+            return grad, _over(magnitude_sums(ys, grads, bias), s), None
         count = ROWS_AT_ONCE if y.device.type == "cpu" else max(len(ys), 1)
         sums = torch.zeros_like(s)
         for rows, own in zip(ys.split(count), grads.split(count), strict=True):
             sums += (rows * own if bias is None else torch.sub(rows, bias).mul_(own)).sum(0)
-        return grad, sums / s, None
+        return grad, _over(sums, s), None
+
+
+def _over(sums: Tensor, s: Tensor) -> Tensor:
+    return torch.where(s == 0, 0.0, sums / s)

@@ -157,8 +157,11 @@ class LinearWithLoRA(nn.Module):
         return row_norms(dense_weight(self.linear), self.lora.lora_A, self.lora.scale * self.lora.lora_B)
 
     def factors(self) -> Tensor | None:
-        """DoRA's factor of each row, ``(out,)`` fp32; ``None`` for LoRA."""
-        return self.lora.lora_magnitude_vector / self.row_norms() if isinstance(self.lora, DoRALayer) else None
+        """DoRA's factor of each row, ``(out,)`` fp32; 0 for a row of zeros, which pruning leaves. ``None`` for LoRA."""
+        if not isinstance(self.lora, DoRALayer):
+            return None
+        norms = self.row_norms()
+        return self.lora.lora_magnitude_vector / norms.masked_fill(norms == 0, torch.inf)
 
     def added(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``: what is added to the linear's output, by the plain formula, in x's dtype."""

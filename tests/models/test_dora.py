@@ -70,6 +70,18 @@ def test_at_first_it_changes_nothing_under_autocast_either() -> None:
     assert torch.equal(factors, exact)
 
 
+def test_a_row_of_zeros_stays_without_a_nan() -> None:
+    module = dora_linear()
+    nn.init.zeros_(module.lora.lora_B)
+    module.linear.weight.data[:2] = 0
+    module.start_magnitude()
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(module(x), module.linear(x))
+    module(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.requires_grad)
+    assert module.lora.lora_magnitude_vector.grad.tolist()[:2] == [0, 0]
+
+
 def test_its_output_can_be_changed_in_place() -> None:
     """As Longformer does with queries."""
     module, gradients_of = LinearWithLoRA(nn.Linear(16, 7), DoRALayer(16, 7, 3, 5.0)), []

@@ -163,6 +163,26 @@ def test_a_model_of_the_hub_with_old_weights_alone(
     assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
 
 
+def test_a_cache_that_lacks_the_tokenizer_alone_is_completed(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As programs leave it that have loaded the model alone."""
+    folder = tmp_path / "cached"
+    shutil.copytree(tiny_folders["bert"], folder, ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+
+    def download(_: str, *, local_files_only: bool = False, **__: object) -> str:
+        if not local_files_only:
+            shutil.copytree(tiny_folders["bert"], folder, dirs_exist_ok=True)
+        return str(folder)
+
+    monkeypatch.setattr("finetuning.hub.snapshot_download", download)
+    monkeypatch.setattr("finetuning.hub.require_hub", lambda *_: None)
+    with pytest.raises(UserError, match="is only partly in the hub's cache"):
+        find_base_model(RunConfig.from_settings(model_name="somebody/something", max_length=32, offline=True))
+    base = find_base_model(RunConfig.from_settings(model_name="somebody/something", max_length=32))
+    assert load_tokenizer(base).pad_token_id is not None
+
+
 def test_a_tokenizer_without_padding_takes_the_one_that_the_config_names(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path)
     save_tokenizer(tmp_path, decoder=True)

@@ -132,12 +132,20 @@ def test_an_adapter_of_an_earlier_run_is_continued(
     assert named == {name for name, p in earlier.named_parameters() if p.requires_grad}
 
 
-def test_a_head_that_peft_did_not_save_comes_from_the_base(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    expected = made_by_peft(tiny_folders["bert"], tmp_path, "bert", r=2, lora_alpha=4)
+@pytest.mark.parametrize("older", [False, True])
+def test_a_head_that_peft_did_not_save_comes_from_the_base(
+    tiny_folders: dict[str, Path], tmp_path: Path, older: bool
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folders["bert"], base)
+    expected = made_by_peft(base, tmp_path, "bert", r=2, lora_alpha=4)
+    if older:
+        torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
     tensors = load_file(tmp_path / ADAPTER)
     pooler = {name for name in tensors if "pooler" in name}
     save_file({name: tensor for name, tensor in tensors.items() if name not in pooler}, tmp_path / ADAPTER)
-    classifier, _ = adopted(tiny_folders["bert"], tmp_path)
+    classifier, _ = adopted(base, tmp_path)
     stored = load_file(tiny_folders["bert"] / "model.safetensors")["bert.pooler.dense.weight"]
     assert torch.equal(classifier.model.get_submodule("bert.pooler.dense").weight, stored)
     assert not torch.allclose(logits(classifier), expected, atol=1e-3)
