@@ -1,5 +1,6 @@
 """What a run advises about its labels: one sentence for each thing to try."""
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,16 +38,17 @@ def imbalance_advice(task: Task, counts: np.ndarray, training: TrainingSettings)
 
 
 def spelling_advice(names: Sequence[str]) -> list[str]:
-    """What to do if two labels differ only in capitals and spaces, as people type them; empty if none do."""
+    """What to do if two labels differ only in capitals, spaces or codes, as people type them; empty if none do."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault("".join(name.split()).casefold(), []).append(name)
+        same = unicodedata.normalize(
+            "NFKC", "".join(name.split())
+        ).casefold()  # accents may be codes of their own
+        alike.setdefault(same, []).append(name)
     twice = [" and ".join(map(repr, found)) for found in alike.values() if len(found) > 1]
     if not twice:
         return []
-    return [
-        f"labels that differ only in capitals or spaces are different classes: {'; '.join(twice)}: spell them alike"
-    ]
+    return [f"labels that look alike are different classes: {'; '.join(twice)}: spell them alike"]
 
 
 def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings, texts: int) -> list[str]:
