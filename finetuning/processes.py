@@ -110,6 +110,11 @@ def in_slurm_step() -> bool:
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ
 
 
+def srun_tasks() -> int:
+    """How many processes srun has started, of which this is one; 1 if it has not started this process."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) if in_slurm_step() else 1
+
+
 def shared_directory() -> Path | None:
     """The run directory that the first process passed to this one; ``None`` if this process may choose it.
 

@@ -173,7 +173,7 @@ def damaged_predictions(commands: Commands, generator: random.Random, directory:
 
 
 def damaged_collected_run(commands: Commands, generator: random.Random, directory: Path) -> str:
-    """The results or the predictions of collected runs are damaged, and then the report is made."""
+    """The file of collected runs is damaged, and then the report is made."""
     study, results = finished_study(commands), directory / "results"
     collected = study / "results"
     if not collected.exists():
@@ -183,8 +183,7 @@ def damaged_collected_run(commands: Commands, generator: random.Random, director
         require(outcome.status == 0, "collect", outcome)
         require(in_process(compare_methods.main, _report(collected)).status == 0, "report", outcome)
     shutil.copytree(collected, results)
-    damaged = generator.choice(sorted(results.glob("*/" + generator.choice([RUNS, PREDICTIONS]))))
-    damage(damaged, kind_of(directory), generator)
+    damage(generator.choice(sorted(results.glob(f"*/{RUNS}"))), kind_of(directory), generator)
     outcome = in_process(compare_methods.main, _report(results))
     if outcome.status == 0:
         same = all(path.read_bytes() == (results / path.name).read_bytes() for path in collected.glob("summary.json"))

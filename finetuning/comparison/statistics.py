@@ -148,7 +148,8 @@ def _drawn_differences(
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The different rows of numbers from 0 in their order, and how often each occurs.
 
-    Rows become single numbers where 63 bits are enough: these are sorted ten times as fast. NumPy takes few columns.
+    Rows become single numbers where 63 bits are enough: these are sorted ten times as fast. NumPy makes them of 32
+    columns at most.
     """
     sizes = rows.max(axis=0) + 1
     if math.prod(sizes.tolist()) >= 2**63 or len(sizes) > 32:

@@ -20,7 +20,7 @@ from finetuning.comparison.plan import PlannedRun, StudyPlan
 from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.flags import from_flags
-from finetuning.processes import in_slurm_step
+from finetuning.processes import srun_tasks
 from finetuning.runs.files import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -96,7 +96,7 @@ class StudyRuns:
             try:
                 config = from_flags(run.flags(self.data_dir))
                 folder, processes = config.data.data_dir, config.hardware.processes
-                if processes > 1 and in_slurm_step():  # each of srun's tasks would be a command of its own
+                if processes > 1 and srun_tasks() > 1:  # each task is this command, and waits for a run of another one
                     raise UserError(f"its runs are {processes} processes each: give them to sbatch without a study")
                 if folder is not None and not folder.exists():
                     raise UserError(f"--data_dir {folder}: no such file or folder")

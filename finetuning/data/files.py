@@ -12,7 +12,6 @@ import json
 import warnings
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -161,8 +160,7 @@ def _csv_chunks(path: Path, rows: int | None, separator: str) -> Iterator[pd.Dat
         header = [name for name in pd.read_csv(file, header=None, nrows=1, **options).iloc[0] if name]
         if len(set(header)) < len(header):  # pandas would rename one
             raise ValueError(f"two columns of its header ({listed(header)}) have the same name: rename one")
-    checks = _quote_checks(path, separator)
-    next(checks)  # of the header
+    checked = False
     with opened(path) as file:
         with _strict_csv(path, options):
             reader = pd.read_csv(file, iterator=True, **options)
@@ -172,7 +170,9 @@ def _csv_chunks(path: Path, rows: int | None, separator: str) -> Iterator[pd.Dat
                     chunk = reader.read(rows)
             except StopIteration:
                 return
-            deque(itertools.islice(checks, None if rows is None else len(chunk)), maxlen=0)
+            if not checked and _has_line_break(chunk):
+                _check_quotes(path, separator)
+                checked = True
             if separator == "\t":
                 _check_tabs(chunk)
             yield chunk
@@ -198,8 +198,13 @@ def _strict_csv(path: Path, options: dict[str, Any]) -> Iterator[None]:
         ) from None
 
 
-def _quote_checks(path: Path, separator: str) -> Iterator[None]:
-    """Reads a row at each step, and refuses an open quote: pandas would take the lines up to the next one for a text.
+def _has_line_break(table: pd.DataFrame) -> bool:
+    """Whether a cell has one: rows that an open quote has swallowed are in such a cell."""
+    return any("\n" in cell or "\r" in cell for name in table.columns for cell in table[name] if isinstance(cell, str))
+
+
+def _check_quotes(path: Path, separator: str) -> None:
+    """Refuses an open quote, also of later rows: pandas would take the lines up to the next one for a text.
 
     A quote inside a text that ends in its own line is left to pandas, which drops it.
     """
@@ -213,10 +218,7 @@ def _quote_checks(path: Path, separator: str) -> Iterator[None]:
                 row = next(reader, None)
             except csv.Error:
                 if reader.line_num > first:
-                    raise ValueError(f"an open quote in line {first}: {QUOTES}") from None
-                row = [""]
-            if row:  # pandas skips empty lines as well
-                yield
+                    raise ValueError(f"a quote in line {first} that is open or not doubled: {QUOTES}") from None
 
 
 def _check_tabs(table: pd.DataFrame) -> None:

@@ -7,6 +7,7 @@ are the same. Nothing here imports torch.
 
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -165,14 +166,15 @@ def check_weights(model_name: str, folder: Path) -> None:
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """The name and shape of each weight in a folder. Of the older format, whose code is never run, torch reads them."""
+    """The name and shape of each weight in a folder. Damaged files of the older format count as empty."""
     shapes: dict[str, list[int]] = {}
-    for name in weight_files(folder):
-        if name.endswith(".bin"):
+    for file_name in weight_files(folder):
+        if file_name.endswith(".bin"):
             import torch
 
-            stored = torch.load(folder / name, map_location="meta", weights_only=True)
-            shapes |= {name: list(weight.shape) for name, weight in stored.items()}
+            with suppress(OSError, EOFError, RuntimeError, pickle.UnpicklingError):  # loading the model says it
+                stored = torch.load(folder / file_name, map_location="meta", weights_only=True)  # runs no code
+                shapes |= {name: list(weight.shape) for name, weight in stored.items()}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,11 @@ class AnswerColumns:
 
     def spelled(self, labels: Sequence[str]) -> str:
         """A list of labels in a cell of text: joined by commas, or as JSON if one of the names has a comma."""
-        commas = any("," in name for name in self.names)
-        return json.dumps(labels, ensure_ascii=False) if commas else ",".join(labels)
+        return json.dumps(labels, ensure_ascii=False) if labels and self._commas else ",".join(labels)
+
+    @cached_property
+    def _commas(self) -> bool:
+        return any("," in name for name in self.names)
 
     def of(self, probabilities: np.ndarray) -> list[list[Any]]:
         """The values of each column.

@@ -213,7 +213,7 @@ def label(arguments: argparse.Namespace) -> None:
     for counter in counters:
         say(str(counter), sys.stderr)
     if score is not None and trained_on(arguments.file, trained.config.data):
-        told = "--data_dir of the run names this file: scores on texts that trained the run are too high"
+        told = "this file is in the run's --data_dir: if its texts trained the run, its scores are too high"
         say(f"warning: {told}", sys.stderr)
     if surveyed.bad:
         fate = "got an empty label" if most is None else "were left out"

@@ -16,6 +16,7 @@ from finetuning.settings import DataSettings, recorded_name
 from finetuning.storage import read_json, sha256_of
 
 PREFIX = "base_model.model."
+CUTS = ("max_length", "truncation", "windows", "window_overlap")  # settings that decide which tokens of a text are read
 PICKLE = "adapter_model.bin"  # PEFT's earlier format, which can contain any code
 # Entries of adapter_config.json that are read here, or that say nothing about what the file's tensors compute.
 UNDERSTOOD = {
@@ -59,15 +60,19 @@ class Adapter:
         places = [path and Path(path).resolve() for path in (config.get("data_dir"), data.data_dir)]
         return config.get("dataset") == data.dataset and places[0] == places[1]
 
-    def knows_held_out(self, hashes: Mapping[str, str]) -> bool:
-        """Whether a split of the same data that is held out now was another one for its run.
+    def held_out_differs(self, data: DataSettings, hashes: Mapping[str, str]) -> bool:
+        """Whether validation or test were other texts in its run. If texts are now cut in another way, nobody knows.
 
         Args:
-            hashes: from ``data_hashes``.
+            data: the settings of a run on the same data.
+            hashes: of its splits, from ``data_hashes``.
         """
+        config = self.result.get("config", {})
         with suppress(OSError, ValueError, KeyError):
             before = read_origin(self.folder)["data"]
-            return any(before.get(name) not in (None, hashes.get(name)) for name in ("validation", "test"))
+            cut_alike = all(config.get(name) == getattr(data, name) for name in CUTS)
+            held_out = {name: hashes[name] for name in ("validation", "test") if name in hashes}
+            return cut_alike and any(before.get(name) not in (None, value) for name, value in held_out.items())
         return False
 
     def file_hashes(self) -> dict[str, str]:

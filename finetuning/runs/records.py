@@ -122,7 +122,7 @@ class RunRecord:
     """The record of one run. Each step of the run gives its part; what a run did not reach stays ``None``.
 
     The parts ``train`` and ``cost`` are functions, because they are measured when the run ends, however it ends. The
-    best run of a search has ``checkpoints_compared``, too: how many checkpoints of all runs validation has compared.
+    best run of a search also has ``checkpoints_compared``: how many checkpoints of all runs validation has compared.
     """
 
     config: dict[str, Any]  # every setting, by the name of its flag

@@ -23,7 +23,14 @@ from finetuning.runs.loading import adopt_adapter, build_from_adapter, other_cla
 from finetuning.runs.messages import headline
 from finetuning.runs.records import data_hashes, data_record
 from finetuning.settings import TrainingSettings
-from finetuning.steps.text_advice import advice_on_texts, cut_advice, head_advice, known_texts_advice, step_advice
+from finetuning.steps.text_advice import (
+    advice_on_texts,
+    check_adapter_and_folds,
+    cut_advice,
+    head_advice,
+    known_texts_advice,
+    step_advice,
+)  # fmt: skip
 from finetuning.training.budget import LEAST_EPOCHS, automatic_epochs, training_budget
 from finetuning.training.hardware import Hardware, kernels_used, resolve_hardware, settled_precision
 from finetuning.training.label_advice import imbalance_advice, spelling_advice
@@ -98,6 +105,7 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
     adapter = None
     if config.lora is not None and config.lora.init_adapter is not None:
         decided, adapter = adopt_adapter(config.lora, base, config.run.resume, config.model.pooling)
+        check_adapter_and_folds(adapter, config.data)
         found |= decided
         advice += head_advice(other_classes(adapter, base, texts.label_names), config.training)
     tokenizer = load_tokenizer(base)

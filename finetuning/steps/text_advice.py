@@ -110,6 +110,19 @@ def head_advice(others: str, training: TrainingSettings) -> list[str]:
     ]
 
 
+def check_adapter_and_folds(adapter: Adapter, data: DataSettings) -> None:
+    """Refuses folds of texts that the adapter was trained on.
+
+    Raises:
+        UserError: it was trained on the same data.
+    """
+    if data.kfold is not None and adapter.knows(data):
+        raise UserError(
+            f"--kfold {data.kfold}: the adapter of --init_adapter was trained on texts of the same data, which folds"
+            " would score as new ones: leave out one of the two"
+        )
+
+
 def known_texts_advice(adapter: Adapter, data: DataSettings, hashes: Mapping[str, str]) -> list[str]:
     """That the adapter may have been trained on texts that are scored here, one sentence; else empty.
 
@@ -117,18 +130,8 @@ def known_texts_advice(adapter: Adapter, data: DataSettings, hashes: Mapping[str
         adapter: of ``--init_adapter``.
         data: the run's settings.
         hashes: of its splits, from ``data_hashes``.
-
-    Raises:
-        UserError: the texts are cut into folds, so each fold would be scored on such texts.
     """
-    if not adapter.knows(data):
-        return []
-    if data.kfold is not None:
-        raise UserError(
-            f"--kfold {data.kfold}: the adapter of --init_adapter was trained on texts of the same data, which folds"
-            " would score as new ones: leave out one of the two"
-        )
-    if not adapter.knows_held_out(hashes):
+    if not (adapter.knows(data) and adapter.held_out_differs(data, hashes)):
         return []
     return [
         "the adapter of --init_adapter was trained on other parts of the same data: it may know texts of validation or"

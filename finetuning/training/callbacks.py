@@ -238,9 +238,9 @@ class GracefulStop(Callback):
     """Writes checkpoints inside epochs: when one is due, and when Ctrl-C, SIGTERM or SIGUSR1 asks the run to stop.
 
     A run that is asked to stop ends after the current step; a validation finishes first. The test of a single process
-    ends at once: it is read again when the run goes on. A second Ctrl-C stops at once.
-    A terminal sends Ctrl-C to all processes of a run, so only the first process decides to stop at once. Otherwise one
-    process could end before the others.
+    ends at once: it is read again when the run goes on. A second Ctrl-C stops at once. A terminal sends Ctrl-C to all
+    processes of a run, so only the first process decides to stop at once. Otherwise one process could end before the
+    others.
     """
 
     def __init__(self, directory: Path, meter: Meter, minutes: float, steps: int) -> None:

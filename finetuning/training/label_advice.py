@@ -41,14 +41,14 @@ def spelling_advice(names: Sequence[str]) -> list[str]:
     """What to do if two labels differ only in capitals, spaces or codes, as people type them; empty if none do."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        same = unicodedata.normalize(
-            "NFKC", "".join(name.split())
-        ).casefold()  # accents may be codes of their own
+        # an accent may be a code of its own, or part of its letter's
+        same = unicodedata.normalize("NFKC", "".join(name.split())).casefold()
         alike.setdefault(same, []).append(name)
-    twice = [" and ".join(map(repr, found)) for found in alike.values() if len(found) > 1]
+    twice = [" and ".join(map(ascii, found)) for found in alike.values() if len(found) > 1]  # which shows the codes
     if not twice:
         return []
-    return [f"labels that look alike are different classes: {'; '.join(twice)}: spell them alike"]
+    differ = "labels that differ only in capitals, spaces or character codes"
+    return [f"{differ} are different classes: {'; '.join(twice)}: spell them alike"]
 
 
 def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings, texts: int) -> list[str]:

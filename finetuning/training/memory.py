@@ -60,7 +60,7 @@ def check_memory(
     if outputs and fixed + batch <= free:  # what is kept only saves time
         fitting = f"--frozen_cache_gb {(free - fixed - batch) * 10 // 2**30 / 10:g} would fit"
     else:
-        fitting = advice(fixed, batch, free, tokens, max_length, windows, classifier.checkpointing)
+        fitting = advice(fixed + outputs, batch, free, tokens, max_length, windows, classifier.checkpointing)
     raise TrainingFailed(
         f"training needs about {_gib(fixed + outputs + batch)} more memory, but only {_gib(free)} are free: {fitting};"
         " --force starts anyway"
@@ -77,20 +77,13 @@ def largest_batch(classifier: Classifier, loader: TokenBatchLoader) -> tuple[int
         Bytes that any batch keeps, bytes that grow with it, and tokens with padding.
     """
     with torch.random.fork_rng(devices=[]):
-        kept, tokens, times = zip(
-            *(_kept(classifier, loader, n) for n in (MEASURED_TEXTS, MEASURED_TEXTS // 2)), strict=True
-        )
-    whole = round(times[0] * tokens[0])
-    if tokens[0] == tokens[1]:
-        return 0, int(times[0] * kept[0]), whole
-    each = max(0.0, (kept[0] - kept[1]) / (tokens[0] - tokens[1]))
-    constant = max(0, int(kept[0] - each * tokens[0]))
-    return constant, int(each * whole), whole
-
-
-def _kept(classifier: Classifier, loader: TokenBatchLoader, texts: int) -> tuple[int, int, float]:
-    batch, times = loader.part_of_largest(texts)
-    return kept_for_backward(classifier, batch), batch["input_ids"].numel(), times
+        part, times = loader.part_of_largest(MEASURED_TEXTS)
+        kept, tokens = kept_for_backward(classifier, part), part["input_ids"].numel()
+        if times == 1:
+            return 0, kept, tokens
+        part, _ = loader.part_of_largest(MEASURED_TEXTS // 2)
+        each = max(0, kept - kept_for_backward(classifier, part)) / (tokens - part["input_ids"].numel())
+    return max(0, int(kept - each * tokens)), int(each * times * tokens), round(times * tokens)
 
 
 def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, windows: int, checkpointing: bool) -> str:

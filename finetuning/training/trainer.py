@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, Lightning
 from lightning.pytorch.strategies.launchers import subprocess_script as launchers
 
 from finetuning.errors import UserError
-from finetuning.processes import in_slurm_step, is_helper
+from finetuning.processes import in_slurm_step, is_helper, srun_tasks
 from finetuning.runs.files import BEST_CHECKPOINT
 from finetuning.settings import HardwareSettings, TrainingSettings
 from finetuning.training.callbacks import PatientStop, ProgressBar, ProgressLines
@@ -53,9 +53,9 @@ def check_processes(settings: HardwareSettings) -> None:
         UserError: Lightning would wait for processes that nobody was asked to start, or each process that was started
             would train the whole run, in one directory.
     """
-    processes, tasks = settings.processes, int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    processes, tasks = settings.processes, srun_tasks()
     flags = f"--devices {settings.devices} --num_nodes {settings.num_nodes}"
-    if _under_slurm() and in_slurm_step() and tasks != processes:
+    if _under_slurm() and tasks != processes and (in_slurm_step() or settings.num_nodes > 1):
         raise UserError(
             f"{flags}: SLURM started {tasks} task(s), not {processes}; use srun, and sbatch"
             f" --nodes={settings.num_nodes} --ntasks-per-node={settings.devices}"
@@ -74,13 +74,13 @@ def _under_slurm() -> bool:
 
 
 def _environments() -> list[ClusterEnvironment]:
-    """Who knows the other processes: SLURM, if it started several. Lightning would ask it about a single one as well.
+    """What tells Lightning about the other processes: SLURM, but only if srun has started several.
 
-    A session such as JupyterHub's has the variables of a job, but nobody starts processes in it but the run itself.
+    A session such as JupyterHub's has the variables of a job. Lightning would read them, and refuse some.
     """
     if not _under_slurm():
         return []  # Lightning finds torchrun's
-    if in_slurm_step() and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+    if srun_tasks() > 1:
         return [SLURMEnvironment(auto_requeue=False)]  # the job script requeues; Lightning must not do it as well
     return [LightningEnvironment()]
 

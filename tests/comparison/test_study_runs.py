@@ -60,6 +60,8 @@ def test_runs_of_several_processes_are_refused_under_srun(monkeypatch: pytest.Mo
     runs.check_flags()
     for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
         monkeypatch.setenv(name, "7")
+    runs.check_flags()  # one task, for example an interactive shell
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert refusal_of(runs.check_flags) == (
         "row run: its runs are 2 processes each: give them to sbatch without a study"
     )

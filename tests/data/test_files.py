@@ -124,7 +124,7 @@ def test_damaged_gzip(tmp_path: Path, name: str) -> None:
         (
             "a.csv",
             'text,label\n"Fine,1\nfine,1\nthe "best" film,1\n',
-            "an open quote in line 2: put texts with quotes in",
+            "a quote in line 2 that is open or not doubled: put texts",
         ),
         ("a.csv", "text,label,text\na,1,b\n", r"two columns of its header \(text, label, text\) have the same name"),
         ("a.tsv", 'text\tlabel\n"open\t1\nfine\t1\nshut"\t1\n', "open quote in column text, at open 1 fine 1 shut"),

@@ -39,6 +39,13 @@ def test_processes_that_would_each_train_the_whole_run_are_refused(
         check_processes(RunConfig.from_settings(devices=devices).hardware)
 
 
+def test_nobody_starts_the_processes_of_other_nodes_without_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SESSION.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"--num_nodes 2: SLURM started 1 task\(s\), not 2; use srun"):
+        check_processes(RunConfig.from_settings(num_nodes=2).hardware)
+
+
 def test_processes_that_fit_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
