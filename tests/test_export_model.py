@@ -20,6 +20,7 @@ from finetuning.errors import UserError
 from finetuning.export import fresh_process
 from finetuning.export.command import main
 from finetuning.export.plain import write_model
+from finetuning.export.proof import run_alone
 from finetuning.prediction.predictor import predict
 from finetuning.prediction.trained import read_trained
 from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result, write_result
@@ -95,6 +96,11 @@ def reviews_model(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         assert main([str(run), str(out), *WITH_ONNX, "--check_texts", "30"]) == 0
     return out, shown.getvalue()
+
+
+def test_a_fresh_process_prints_any_name_in_any_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert run_alone(["-c", "print('sch\u00f6n \u65e5\u672c')"], tmp_path) == "sch\u00f6n \u65e5\u672c\n"
 
 
 @pytest.mark.xdist_group("export")  # in one process: the folder is made once

@@ -17,11 +17,12 @@ from finetuning.comparison import execution
 from finetuning.runs.files import read_result, write_result
 from finetuning.storage import read_json, sha256_of, write_json
 from finetuning.tuning import command
-from finetuning.tuning.facts import useful_lengths
+from finetuning.tuning.facts import read_facts, useful_lengths
 from finetuning.tuning.plan import Plan
 from finetuning.tuning.report import finish, gain_text, summary_lines
-from tests.conftest import write_splits
+from tests.conftest import config_of_flags, write_splits
 from tests.scripts import SharedServer, start_script
+from tests.tiny_models import POSITIONS
 
 TRIED = 5  # the defaults of four methods, and a drawn one
 ENDED = ("complete", "pruned")
@@ -267,6 +268,15 @@ def test_the_folder_and_optuna_are_needed(monkeypatch: pytest.MonkeyPatch, capsy
 def test_the_declared_space_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--space"]) == 0
     assert "| learning_rate | 0.3 to 3, log-uniform times the default |" in capsys.readouterr().out
+
+
+def test_texts_are_measured_uncut_and_the_models_limit_is_tried(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    for split, texts in (("train", 60), ("validation", 50), ("test", 10)):
+        rows = [f"{split} {'long ' * 600}{i},{'ab'[i % 2]}" for i in range(texts)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
+    words = f"--dataset text --data_dir {tmp_path} --accelerator cpu --max_length 32"
+    config = config_of_flags(f"{words} --model_name {tiny_folders['bert']}")
+    assert read_facts(config).lengths == (32, POSITIONS)
 
 
 def test_only_lengths_that_cut_texts_are_searched() -> None:
