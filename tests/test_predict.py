@@ -538,7 +538,7 @@ def test_a_labelled_file_is_scored(positive_run: tuple[Path, str], tmp_path: Pat
     assert f"accuracy {accuracy:.2%}, 95 % interval " in said
     assert "warning" not in said
     assert main([str(run), "--file", str(run.parent / "train.csv"), "--label_column", "label"]) == 0
-    assert "warning: --data_dir of the run names this file: scores on texts that trained" in capsys.readouterr().err
+    assert "warning: this file is in the run's --data_dir: if its texts trained the run" in capsys.readouterr().err
     line = refusal(capsys, run, *file, "--label_column", "text")
     assert "--label_column text: 'superb film, number test 0' is none of the classifier's labels: bad, good" in line
     line = refusal(capsys, run, "--text", "a", "--label_column", "label")
