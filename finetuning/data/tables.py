@@ -40,8 +40,7 @@ def split_files(folder: Path) -> dict[str, Path]:
             found[name.lower()].append(path)
     if not found["train"]:
         wanted = f"train with one of the endings {allowed_endings()} (or, for imdb, an aclImdb folder)"
-        named = ((path, *name_and_format(path)) for path in sorted(folder.iterdir()) if path.is_file())
-        tables = [path.name for path, name, kind in named if kind is not None and name.lower() not in SPLITS]
+        tables = [path.name for path in _other_tables(folder) if path.is_file()]
         single = f", or give the file itself, --data_dir {folder / tables[0]}" if len(tables) == 1 else ""
         raise UserError(f"--data_dir {folder}: must contain {wanted}{single}")
     for split, paths in found.items():
@@ -52,9 +51,14 @@ def split_files(folder: Path) -> dict[str, Path]:
 
 def unused_files(folder: Path) -> list[str]:
     """A note about tables in ``folder`` that are no split, such as ``dev.csv``; empty without such tables."""
-    tables = [path.name for path in sorted(folder.iterdir()) if name_and_format(path)[1]] if folder.is_dir() else []
-    unused = [name for name in tables if name_and_format(Path(name))[0].lower() not in SPLITS]
+    unused = [path.name for path in _other_tables(folder)] if folder.is_dir() else []
     return [f"unused files: {listed(unused)}: the names of splits are {', '.join(SPLITS)}"] if unused else []
+
+
+def _other_tables(folder: Path) -> list[Path]:
+    """The tables in a folder whose names are not those of splits."""
+    named = ((path, *name_and_format(path)) for path in sorted(folder.iterdir()))
+    return [path for path, name, kind in named if kind is not None and name.lower() not in SPLITS]
 
 
 def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
@@ -74,14 +78,14 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     Raises:
         UserError: a column is missing, the table is empty, or a row has no text or no label.
     """
-    texts = {"text": texts_in(table, data.text_column, path)}
-    columns_of = {"text": (f"--text_column {data.text_column}", text_columns(data.text_column, table.columns))}
+    wanted = {"text": ("text_column", data.text_column)}
     if data.text_pair_column is not None:
-        texts["pair"] = texts_in(table, data.text_pair_column, path, "text_pair_column")
-        flag, pair = f"--text_pair_column {data.text_pair_column}", text_columns(data.text_pair_column, table.columns)
-        first, columns_of["pair"] = columns_of["text"], (flag, pair)
-        if twice := [name for name in pair if name in first[1]]:
-            raise UserError(f"{flag}: column {twice[0]} must not be in {first[0]} as well")
+        wanted["pair"] = "text_pair_column", data.text_pair_column
+    texts = {name: texts_in(table, given, path, flag) for name, (flag, given) in wanted.items()}
+    flags = {name: f"--{flag} {given}" for name, (flag, given) in wanted.items()}
+    columns = {name: text_columns(given, table.columns) for name, (_, given) in wanted.items()}
+    if twice := [name for name in columns.get("pair", ()) if name in columns["text"]]:
+        raise UserError(f"{flags['pair']}: column {twice[0]} must not be in {flags['text']} as well")
     if data.label_column not in table.columns:
         raise UserError(
             f"--label_column {data.label_column}: must be a column of {path}, which has: {shown_columns(table.columns)}"
@@ -94,11 +98,12 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     if data.label_separator is not None:  # a text may have no label
         label = label.where(label.notna(), "")
     for name, text in texts.items():
-        flag, columns = columns_of[name]
-        if data.label_column in columns:
-            raise UserError(f"{flag}: column {data.label_column} holds the labels, which are no part of the text")
+        if data.label_column in columns[name]:
+            raise UserError(
+                f"{flags[name]}: column {data.label_column} holds the labels, which are no part of the text"
+            )
         empty = ~text.map(lambda value: isinstance(value, str) and value.strip() != "").to_numpy(bool)
-        _refuse_rows(empty, "text", flag, path, _no_text(table[columns]) if empty.any() else "")
+        _refuse_rows(empty, "text", flags[name], path, _no_text(table[columns[name]]) if empty.any() else "")
     empty = label.isna() | ((label.astype(str).str.strip() == "") & (data.label_separator is None))
     lists = label.map(lambda value: isinstance(value, list | np.ndarray)).any()
     hint = "write [] for a text without a label, or remove such rows" if lists else ""
