@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from finetuning.errors import UserError
-from finetuning.settings import DataSettings
+from finetuning.settings import CUTTING, DataSettings
 from finetuning.storage import append_sum, cache_dir, sum_holds, write_atomically
 
 FORMAT = 3  # of the files in the cache
@@ -97,7 +97,7 @@ def begun_key(tokenizer: Any, data: DataSettings) -> hashlib.blake2b:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # earlier calls change them, but they do not change our tokens
         backend.pop(state, None)
-    cutting = [data.max_length, data.truncation, data.windows, data.window_overlap]
+    cutting = [getattr(data, name) for name in CUTTING]
     return hashlib.blake2b(json.dumps([FORMAT, *cutting, backend]).encode(), digest_size=16)
 
 

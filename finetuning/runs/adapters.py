@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from finetuning.errors import UserError, first_line, listed
 from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, check_unchanged, read_origin, read_result
-from finetuning.settings import DataSettings, recorded_name
+from finetuning.settings import CUTTING, DataSettings, recorded_name
 from finetuning.storage import read_json, sha256_of
 
 PREFIX = "base_model.model."
-CUTS = ("max_length", "truncation", "windows", "window_overlap")  # settings that decide which tokens of a text are read
 PICKLE = "adapter_model.bin"  # PEFT's earlier format, which can contain any code
 # Entries of adapter_config.json that are read here, or that say nothing about what the file's tensors compute.
 UNDERSTOOD = {
@@ -70,7 +69,7 @@ class Adapter:
         config = self.result.get("config", {})
         with suppress(OSError, ValueError, KeyError):
             before = read_origin(self.folder)["data"]
-            cut_alike = all(config.get(name) == getattr(data, name) for name in CUTS)
+            cut_alike = all(config.get(name) == getattr(data, name) for name in CUTTING)
             held_out = {name: hashes[name] for name in ("validation", "test") if name in hashes}
             return cut_alike and any(before.get(name) not in (None, value) for name, value in held_out.items())
         return False

@@ -9,6 +9,7 @@ from finetuning.datasets import DATASETS, hub_name, split_names, traits_of
 from finetuning.errors import UserError
 from finetuning.settings.fields import Values, require, setting
 
+CUTTING = ("max_length", "truncation", "windows", "window_overlap")  # decide which tokens of a text are read
 WINDOWED = ("windows", "window_overlap", "window_pooling", "truncation")  # how a long text is read, besides its length
 
 
