@@ -229,6 +229,28 @@ def test_a_search_without_time_for_more_has_a_default_and_last_runs(
     assert int(minutes) >= 1
 
 
+@pytest.mark.usefixtures("one_server")
+def test_base_models_are_searched(
+    flags: list[str], tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tiny_folders["bert"].parent)
+    models = [tiny_folders["distilbert"], Path(tiny_folders["bert"].name)]  # one is named from this directory
+    search, folder = tmp_path / "space.toml", tmp_path / "search"
+    search.write_text(f"model_name = {[str(model) for model in models]}\n", encoding="utf8")
+    words = ["tune", *flags[:-2], "--search", str(search), "--trials", "2", "--seeds", "1"]
+    assert main([*words, "--output_dir", str(folder)]) == 0
+    used = [read_result(path)["config"]["model_name"] for path in sorted((folder / "trials").glob("*/"))]
+    assert used == [str(tiny_folders[name]) for name in ("distilbert", "bert")], "the first one is the default's"
+    assert read_json(folder / "tune.json")["trials"] == {"complete": 2}
+    assert main([*words, "--output_dir", str(folder), "--model_name", str(models[0])]) == 0
+    assert "has finished" in capsys.readouterr().out
+    search.write_text(f"model_name = ['{models[0]}', 'nowhere/to-be-found']\n", encoding="utf8")
+    assert main([*words, "--output_dir", str(tmp_path / "other"), "--offline"]) == 2
+    assert "--model_name nowhere/to-be-found" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

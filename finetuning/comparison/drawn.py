@@ -14,8 +14,6 @@ Settings = dict[str, Any]
 SEARCHED = ("method", "lora", "model", "training")  # sections whose flags can be tuned or searched
 NOT_SEARCHED = ("seed", "monitor", "threshold", "positive_label", "init_adapter", "model_name")
 ALSO_SEARCHED = ("max_length", "truncation")
-# for people
-SEARCHABLE = f"a flag of method, LoRA, model or training but {', '.join(NOT_SEARCHED)}, or {', '.join(ALSO_SEARCHED)}"
 
 
 def tried_settings(name: str, tune: Mapping[str, Any], search: Mapping[str, int] | None) -> dict[str, Settings]:
@@ -87,6 +85,16 @@ def is_searched(flag: str) -> bool:
     return flag in ALSO_SEARCHED or (flag in FLAGS and FLAGS[flag].section in SEARCHED and flag not in NOT_SEARCHED)
 
 
+def searchable(*more: str) -> str:
+    """What can be searched, for people.
+
+    Args:
+        more: names that only this search takes.
+    """
+    excluded = ", ".join(flag for flag in NOT_SEARCHED if flag not in more)
+    return f"a flag of method, LoRA, model or training but {excluded}, or {', '.join((*ALSO_SEARCHED, *more))}"
+
+
 def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] | None) -> None:
     """Checks the ``tune`` of a row.
 
@@ -104,7 +112,7 @@ def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] |
         if flag not in FLAGS:
             raise UserError(f"{where}{no_flag(flag)}")
         if not is_searched(flag):
-            raise UserError(f"{where}{flag}: cannot be tuned: give {SEARCHABLE}")
+            raise UserError(f"{where}{flag}: cannot be tuned: give {searchable()}")
         if isinstance(values, dict):
             ends = [values.get(key) for key in ("low", "high")]
             numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)

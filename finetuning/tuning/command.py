@@ -20,8 +20,8 @@ from finetuning.processes import interruptible, show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.runs.files import BEST_RUN
 from finetuning.runs.messages import called
-from finetuning.settings import FLAGS, check_data_dir
-from finetuning.tuning.parameters import read_space
+from finetuning.settings import FLAGS, check_data_dir, full_name
+from finetuning.tuning.parameters import MODEL, model_anywhere, searched_models
 from finetuning.tuning.plan import (
     LAST,
     SAMPLERS,
@@ -176,6 +176,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     given = {
         name: value for name, value in vars(options).items() if name in FLAGS and name not in OWN and value is not None
     }
+    if models := searched_models(options.search):
+        given[MODEL] = model_anywhere(full_name(given.get(MODEL, models[0])))
     own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
     asked = Asked(given, own["sampler"] or "tpe", own["prune"] is not False, own["storage"], own["search"])
     with usable(folder):
@@ -186,13 +188,11 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         if options.resume:
             raise UserError(f"--resume: --output_dir {folder}: there is no search in it")
         config = checked_config(given)
-        if asked.search is not None:
-            read_space(asked.search)  # a wrong file is refused before texts are read
         limit_libraries()
         from finetuning.tuning.facts import read_facts  # loads torch
 
         budget = Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3)
-        facts = read_facts(config)
+        facts = read_facts(config, models)
         space = make_space(given, facts, asked.search)
         if asked.storage:
             from finetuning.tuning.sampler import check_storage  # loads Optuna
@@ -213,8 +213,6 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
             active = any(place.is_claimed() for place in places)
             resume(folder, options.minutes, options.trials, options.seeds, active)
     else:
-        if asked.search is not None:
-            read_space(asked.search)
         check_same(folder, asked)
     if not options.resume:
         with usable(folder):

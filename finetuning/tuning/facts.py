@@ -1,4 +1,6 @@
-"""What texts and model say about a search, by the inputs of a run with the default flags. Reading them loads torch."""
+"""What texts and models say about a search, by the inputs of a run with the default flags. Reading them loads torch."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,15 +18,24 @@ LEAST_CUT = 0.01  # share of the texts that a limit cuts; below it, it changes n
 SAMPLE = 1000  # texts whose uncut lengths are looked at
 
 
-def read_facts(config: RunConfig) -> Facts:
-    """Reads texts and model as a run does, so that what a run would refuse is refused now. Fills the cache of tokens.
+def read_facts(config: RunConfig, models: Sequence[str] = ()) -> Facts:
+    """Reads texts and models as a run does, so that what a run would refuse is refused now. Fills the cache of tokens.
 
     Args:
         config: the suite's default with the given flags.
+        models: all base models of the search; empty if there is only the config's.
 
     Raises:
         UserError: a run would be refused, or validation has too few texts.
     """
+    facts = _facts_of(config)
+    for name in models:
+        if name != config.model.model_name:
+            facts = facts.also_of(_facts_of(config.changed(model_name=name)))
+    return facts
+
+
+def _facts_of(config: RunConfig) -> Facts:
     materials, limited = find_materials(config), config.data.limit_validation is not None
     validation = len(materials.texts.splits["validation"].texts)
     if validation < FEWEST_VALIDATION_TEXTS:
@@ -54,7 +65,7 @@ def read_facts(config: RunConfig) -> Facts:
     return Facts(
         training.epochs, training.batch_size, useful_lengths(lengths, config.data.max_length, longest), layers,
         inputs.task.kind == "multi-label", inputs.base.takes_pooling, "dropout" in inputs.base.family.settings,
-        {name: len(split.texts) for name, split in materials.texts.splits.items()},
+        inputs.base.longest_input, {name: len(split.texts) for name, split in materials.texts.splits.items()},
     )  # fmt: skip
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.comparison.drawn import SEARCHABLE, is_searched
+from finetuning.comparison.drawn import is_searched, searchable
 from finetuning.config import method_of
 from finetuning.errors import UserError, first_line
-from finetuning.settings import FLAGS
+from finetuning.settings import FLAGS, PACKAGED, PACKAGED_MODELS, full_name
 
 Value = str | int | float | bool
 Point = dict[str, Value]  # a parameter's name -> its value
@@ -21,7 +21,7 @@ PLACEMENTS = {
     "attention": ("lora_query", "lora_key", "lora_value", "lora_projection"),
     "all": ("lora_query", "lora_key", "lora_value", "lora_projection", "lora_mlp"),
 }
-MAX_LENGTH = "max_length"
+MAX_LENGTH, MODEL = "max_length", "model_name"
 KEYS = ("values", "low", "high", "log", "times_default", "if")
 REPLACE = "replace"  # the key of a file whose rows are the whole space
 
@@ -113,6 +113,7 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
         epochs = { low = 2, high = 6 }                   # whole numbers
         batch_size = { values = [0.5, 1], times_default = true }
         lora_dropout = { values = [0, 0.1], if = { method = "lora" } }
+        model_name = ["distilbert-base-uncased", "PATH"] # without --model_name, the default's is the first one
         dropout = false                                  # not searched
 
     Returns:
@@ -134,9 +135,25 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
         raise UserError(f"--search {path}: {error}") from None
 
 
+def searched_models(search: Path | None) -> tuple[str, ...]:
+    """The base models among which the file of ``--search`` lets a search choose; none without a row for them.
+
+    Raises:
+        UserError: as ``read_space``.
+    """
+    row = read_space(search)[0].get(MODEL) if search is not None else None
+    return tuple(map(str, row.values)) if row is not None else ()
+
+
+def model_anywhere(name: str) -> str:
+    """A base model as workers in other directories know it: a folder by its whole path, others by their name."""
+    is_folder = name not in (PACKAGED, *PACKAGED_MODELS) and Path(name).is_dir()
+    return str(Path(name).resolve()) if is_folder else name
+
+
 def _row(name: str, row: Any) -> Parameter | None:
-    if not is_searched(name) and name != PLACEMENT:
-        raise UserError(f"{name}: cannot be searched: give {PLACEMENT} or {SEARCHABLE}")
+    if not is_searched(name) and name not in (PLACEMENT, MODEL):
+        raise UserError(f"{name}: cannot be searched: give {searchable(PLACEMENT, MODEL)}")
     if row is False:
         return None
     declared = next((other for other in DECLARED if other.name == name), None)
@@ -165,6 +182,8 @@ def _row(name: str, row: Any) -> Parameter | None:
         _check_kind(name, value, times_default)
     if low is not None and not (low < high and (not log or low > 0)):
         raise UserError(f"{name}: low {low}, high {high}: low must be below high, and above 0 with log")
+    if name == MODEL:
+        values = [model_anywhere(full_name(value)) for value in values]
     return Parameter(name, tuple(values), low, high, log, times_default, only, own=True)
 
 

@@ -18,8 +18,9 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.files import RESULT, read_status
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
-from finetuning.settings import FLAGS, PACKAGED, PACKAGED_MODELS
+from finetuning.settings import FLAGS
 from finetuning.storage import check_writable, read_json, remove, write_json, write_new_json
+from finetuning.tuning.parameters import MODEL, model_anywhere
 from finetuning.tuning.space import Space
 from finetuning.tuning.trials import Place
 
@@ -27,7 +28,7 @@ SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tu
 TRIALS, LAST = "trials", "last"
 ENDING = "end"  # claimed by the worker that writes best run, report and summary
 SAMPLERS = ("tpe", "random")
-PATHS = ("model_name", *(name for name, flag in FLAGS.items() if flag.kind is Path))  # a model may be a folder
+PATHS = (MODEL, *(name for name, flag in FLAGS.items() if flag.kind is Path))  # a model may be a folder
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,7 @@ class Plan:
 
 def _anywhere(value: str | Path) -> str:
     """A path that workers in other directories understand; the name of a model stays."""
-    is_path = isinstance(value, Path) or (value not in (PACKAGED, *PACKAGED_MODELS) and Path(value).is_dir())
-    return str(Path(value).resolve()) if is_path else str(value)
+    return str(value.resolve()) if isinstance(value, Path) else model_anywhere(value)
 
 
 def _from_anywhere(storage: str | None) -> str | None:

@@ -1,6 +1,7 @@
 """The space of a search: which parameters these texts and flags leave, and the flags of each point in it."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from finetuning.settings import ENCODER_TARGETS, FLAGS, LORA_TARGETS, OF_ADAPTER
 from finetuning.tuning.parameters import (
     DECLARED,
     MAX_LENGTH,
+    MODEL,
     PLACEMENT,
     PLACEMENTS,
     Parameter,
@@ -34,6 +36,7 @@ class Facts:
         multi_label: whether a text may have several labels.
         takes_pooling: whether the model's head can read the mean of the tokens.
         takes_dropout: whether the model has ``--dropout``.
+        longest: the most tokens that the model reads.
         sizes: split -> its number of texts.
     """
 
@@ -44,7 +47,18 @@ class Facts:
     multi_label: bool
     takes_pooling: bool = True
     takes_dropout: bool = True
+    longest: float = math.inf
     sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def also_of(self, other: "Facts") -> "Facts":
+        """What holds for another model as well. Lengths are counted in this one's tokens."""
+        return replace(
+            self,
+            lengths=tuple(length for length in self.lengths if length <= other.longest),
+            layers=min(self.layers, other.layers),
+            takes_pooling=self.takes_pooling and other.takes_pooling,
+            takes_dropout=self.takes_dropout and other.takes_dropout,
+        )
 
 
 @dataclass(frozen=True)
@@ -112,13 +126,13 @@ class Space:
         config[PLACEMENT] = next((name for name, flags in PLACEMENTS.items() if flags == targets), None)
         return {row.name: 1.0 if row.times_default else config[row.name] for row in self.parameters}
 
-    def default_point(self, method: Value | None = None) -> Point:
+    def default_point(self, **changed: Value) -> Point:
         """The point of the suite's defaults, without the parameters whose range does not contain them.
 
         Args:
-            method: instead of the default one, or of the given one.
+            changed: a model or method instead of the default one, or of the given one.
         """
-        usual = self._usual if method is None else self._usual | {"method": method}
+        usual = self._usual | changed
         point: Point = {}
         for row in self.parameters:
             if self._applies(row, point) and row.contains(usual[row.name]):
@@ -126,9 +140,15 @@ class Space:
         return point
 
     def first_points(self) -> list[Point]:
-        """The default's point, then those of the other methods' defaults, which are likely better than random ones."""
-        methods = next((row.values for row in self.parameters if row.name == "method"), ())
-        return [self.default_point(), *map(self.default_point, (m for m in methods if m != self._usual["method"]))]
+        """The default's point, then those of the other models' and methods', likely better than random ones."""
+        others = [
+            {row.name: value}
+            for name in (MODEL, "method")
+            for row in self.parameters
+            for value in row.values
+            if row.name == name and value != self._usual[name]
+        ]
+        return [self.default_point(**changed) for changed in ({}, *others)]
 
     def checked(self) -> "Space":
         """The space without declared values that the given flags exclude; each value is tried once.
@@ -203,7 +223,7 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
     """The space of a search.
 
     Args:
-        given: the flags that stay fixed.
+        given: the flags that stay fixed; of models that are searched, the default's.
         facts: what texts and model say.
         search: the file of ``--search``.
 
@@ -216,7 +236,8 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
             raise UserError(f"--{row.name} {given[row.name]}: --search {search} allows {row.shown}")
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
     rows += [row for row in named.values() if row is not None]
-    rows = [row for row in rows if row.name not in given and (row.own or not _is_decided(row.name, given))]
+    free = [row for row in rows if row.name not in given or row.name == MODEL]  # the given model is the default's
+    rows = [row for row in free if row.own or not _is_decided(row.name, given)]
     return Space(tuple(_in_order(rows)), given, {"epochs": facts.epochs, "batch_size": facts.batch_size}).checked()
 
 

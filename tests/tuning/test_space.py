@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.settings import PACKAGED_BERT
 from finetuning.tuning.parameters import DECLARED, PLACEMENTS, Parameter
 from finetuning.tuning.space import Facts, Space, make_space, space_table
 
@@ -130,6 +132,24 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
         assert not parameter.whole, row
 
 
+def test_models_are_searched_and_the_given_one_is_the_defaults(tmp_path: Path) -> None:
+    search = written(tmp_path, 'model_name = ["packaged", "roberta-base", "other"]\nmethod = ["lora", "head"]\n')
+    space = space_of(search=search, model_name="roberta-base")
+    assert values(space, "model_name") == (PACKAGED_BERT, "roberta-base", "other"), "short names are written out"
+    first = [space.settings(point) for point in space.first_points()]
+    expected = [("roberta-base", "lora"), (PACKAGED_BERT, "lora"), ("other", "lora"), ("roberta-base", "head")]
+    assert [(settings["model_name"], settings["method"]) for settings in first] == expected
+    only = space_of(search=written(tmp_path, 'model_name = { values = ["a", "b"], if = { method = "lora" } }\n'))
+    for point in (only.drawn(random_value) for _ in range(20)):
+        assert ("model_name" in point) == (point["method"] == "lora")
+
+
+def test_the_space_of_several_models_is_what_all_of_them_allow() -> None:
+    shallow = Facts(9, 9, (), layers=2, multi_label=False, takes_pooling=False, longest=128)
+    assert FACTS.also_of(shallow) == replace(FACTS, lengths=(64, 128), layers=2, takes_pooling=False)
+    assert FACTS.also_of(FACTS) == FACTS
+
+
 @pytest.mark.parametrize(
     ("text", "given", "message"),
     [
@@ -137,6 +157,9 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
         ("replace = 1", {}, "replace: must be true or false"),
         ("learning_rat = [1]", {}, "learning_rat: cannot be searched"),
         ("data_seed = [1, 2]", {}, "data_seed: cannot be searched"),
+        ("seed = [1]", {}, "seed: cannot be searched: give .*init_adapter, or .*, placement, model_name"),
+        ("model_name = [1]", {}, "model_name: 1: must be texts"),
+        ('model_name = ["a"]', {"model_name": "b"}, "--model_name b: --search .*space.toml allows a"),
         ("dropout = 3", {}, "dropout: is neither a list nor a table: allowed are"),
         ("dropout = { lo = 1 }", {}, "dropout: has unknown keys lo: allowed are"),
         ("dropout = { low = 0.1 }", {}, "dropout: needs a list of values, or low and high"),
