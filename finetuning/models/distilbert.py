@@ -1,6 +1,5 @@
 """The packaged MiniLM, which is stored as a BERT, as a DistilBERT: its config and its weights."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -29,24 +28,18 @@ def distilbert_weights(bert: dict[str, Tensor]) -> dict[str, Tensor]:
     DistilBERT is BERT without token types and pooler (Sanh et al. 2019). All tokens have type 0 here, so row 0 of the
     type embedding is added to every position embedding.
     """
-    names = {f"{bert_name}.": f"{distil_name}." for bert_name, distil_name in _bert_to_distilbert()}
+    theirs, ours = FAMILIES["bert"], FAMILIES["distilbert"]
+    names = {theirs.attention_norm: ours.attention_norm, theirs.output_norm: ours.output_norm}  # in a layer
+    for target, linears in theirs.targets.items():
+        names |= dict(zip(linears, ours.targets[target], strict=True))
     weights = {}
     for key, weight in bert.items():
         if key.startswith("embeddings.") and "token_type" not in key and "position_ids" not in key:
             weights[f"distilbert.{key}"] = weight
         elif key.startswith("encoder.layer."):
             _, _, index, rest = key.split(".", 3)
-            old = next(name for name in names if rest.startswith(name))
+            old = next(name for name in names if rest.startswith(f"{name}."))
             weights[f"distilbert.transformer.layer.{index}.{rest.replace(old, names[old], 1)}"] = weight
     position = "distilbert.embeddings.position_embeddings.weight"
     weights[position] = weights[position] + bert["embeddings.token_type_embeddings.weight"][0]
     return weights
-
-
-def _bert_to_distilbert() -> Iterator[tuple[str, str]]:
-    """Pairs of names in a layer: BERT's and DistilBERT's."""
-    bert, distilbert = FAMILIES["bert"], FAMILIES["distilbert"]
-    for target, linears in bert.targets.items():
-        yield from zip(linears, distilbert.targets[target], strict=True)
-    yield bert.attention_norm, distilbert.attention_norm
-    yield bert.output_norm, distilbert.output_norm
