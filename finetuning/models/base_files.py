@@ -5,7 +5,6 @@ lacks the model, it is downloaded if possible. A run records the hashes of the f
 are the same. Nothing here imports torch.
 """
 
-import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -128,7 +127,7 @@ def weight_files(folder: Path) -> list[str]:
         if (folder / name).is_file():
             return [name]
         if index.is_file():
-            return sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+            return sorted(set(read_json(index)["weight_map"].values()))
     return []
 
 
