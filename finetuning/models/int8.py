@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from finetuning.models import cpu_kernels
 from finetuning.models.families import ModelFamily
 from finetuning.models.int8_products import RANK_MULTIPLE, Thin, accumulate, dequantize, multiply, quantize
-from finetuning.models.products import Activation, in_autocast, join
+from finetuning.models.products import Activation, in_autocast, join, join_bias
 
 ROWS_AT_ONCE = 1024  # rows of a product computed at once: their sums, 6 MB at MiniLM's size, stay in the cache
 
@@ -126,11 +126,8 @@ def int8_linears(
 def _joined(modules: Sequence[Int8Linear], factors: Tensor | None) -> Int8Weight:
     """One weight of several, its rows multiplied by the factors."""
     scale = join([module.scale for module in modules])
-    bias: Tensor | None = modules[0].bias
-    if len(modules) > 1:
-        bias = torch.cat([m.scale.new_zeros(m.out_features) if m.bias is None else m.bias.data for m in modules])
     weight = join([module.weight.data for module in modules])
-    return Int8Weight(weight, scale if factors is None else scale * factors, bias)
+    return Int8Weight(weight, scale if factors is None else scale * factors, join_bias(modules, torch.float32))
 
 
 def _padded(lora: tuple[Tensor, Tensor] | None, module: Int8Linear) -> tuple[Tensor, Tensor]:

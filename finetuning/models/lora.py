@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from finetuning.models.dora import Magnitude, row_norms
 from finetuning.models.int8 import Int8Linear, int8_linears
 from finetuning.models.pissa import principal_part
-from finetuning.models.products import Activation, frozen_linear, in_autocast, join
+from finetuning.models.products import Activation, frozen_linear, in_autocast, join, join_bias
 from finetuning.models.quantization import dense_weight, is_quantized
 
 if TYPE_CHECKING:
@@ -282,14 +282,6 @@ def drops_input(module: nn.Module) -> bool:
 def base_linear(module: nn.Module) -> Any:
     """The linear itself, without LoRA."""
     return module.linear if isinstance(module, LinearWithLoRA) else module
-
-
-def join_bias(bases: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
-    """The biases of several linears as one, ``(sum of out,)``, zeros where one has none; ``None`` if none has one."""
-    if all(linear.bias is None for linear in bases):
-        return None
-    missing = partial(torch.zeros, dtype=dtype, device=bases[0].weight.device)
-    return join([missing(linear.out_features) if linear.bias is None else linear.bias for linear in bases]).to(dtype)
 
 
 def _scaled_B(module: Any) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetuning.models.lora import LinearWithLoRA, base_linear, join_bias, lora_modules
-from finetuning.models.products import join
+from finetuning.models.lora import LinearWithLoRA, base_linear, lora_modules
+from finetuning.models.products import join, join_bias
 from finetuning.models.quantization import dense_weight
 
 KEPT_BYTES = 2**30  # of one model; linears beyond that are computed as in training

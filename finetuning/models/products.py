@@ -13,6 +13,7 @@ these steps, and uses the functions below where it has no kernels.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ FUSED_LINEAR = _fused_linear()
 def join(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all parts; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def join_bias(linears: Sequence[Any], dtype: torch.dtype) -> Tensor | None:
+    """The biases of several linears as one, ``(sum of out,)``, zeros where one has none; ``None`` if none has one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    missing = partial(torch.zeros, dtype=dtype, device=linears[0].weight.device)
+    return join([missing(linear.out_features) if linear.bias is None else linear.bias for linear in linears]).to(dtype)
 
 
 def in_autocast(x: Tensor) -> Tensor:
