@@ -178,7 +178,7 @@ def _call(name: str, like: Tensor, *arguments: Tensor | int | None) -> None:
 def multiply(q: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     """Exact product ``q weight``: ``(N, K), (K, D) -> (N, D)`` int32, written to the first rows of ``sums``."""
     out = sums[: len(q)]
-    if not _has_own_product():
+    if not hasattr(library(without_bf16=True)[0], "multiply_int8"):  # ours is compiled only where torch's is slow
         return torch._int_mm(q, weight, out=out)
     depth, width = weight.shape
     transposed = not weight.is_contiguous()
@@ -187,11 +187,6 @@ def multiply(q: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     rows = weight.t() if transposed else weight
     call("multiply_int8", q, rows, len(q), depth, width, int(transposed), torch.get_num_threads(), out)
     return out
-
-
-def _has_own_product() -> bool:
-    """Whether the compiled kernels include the product, because torch's is slow on this processor."""
-    return hasattr(library(without_bf16=True)[0], "multiply_int8")
 
 
 @functools.cache
