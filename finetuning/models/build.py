@@ -114,7 +114,7 @@ def place_lora(
     Raises:
         UserError: the model has no linear of such a name.
     """
-    layers = family.setting(model, "layer_count") if "layer_count" in family.settings else 0
+    layers = family.setting(model, "layer_count", 0)
     names = [name for target in settings.targets for name in family.linear_names(target, layers)]
     names += named_linears(model, family, settings.modules)
     names = in_layers(names, family, settings.layers)
