@@ -261,12 +261,12 @@ class Attention:
 
     def mixture(self, heads: Tensor, tokens: Tensor, pattern: Pattern) -> Tensor:
         """``softmax(heads tokens^T / sqrt(d) + bias) tokens``: ``(B, H, D), (B, T, D) -> (B, H, D)``."""
-        scale, bias = self.width**-0.5, self.bias_of_one(pattern)
+        bias = self.bias_of_one(pattern)
         bias = None if bias is None else bias[0]  # (H, T)
         if self.trains_distances or (self.on_cpu and not cpu_kernels.takes_mixture(tokens)):
-            return self.attend(heads, tokens, tokens, scale, bias)
+            return self.attend(heads, tokens, tokens, bias)
         mix = cpu_kernels.Mixture if self.on_cpu else Mixture
-        return mix.apply(heads, tokens, scale, self.padding, bias)
+        return mix.apply(heads, tokens, self.width**-0.5, self.padding, bias)
 
     def over_all(self, layer: nn.Module, query: Tensor, key_value: Tensor, pattern: Pattern) -> Tensor:
         """By the plain formula, with each token's key and value: ``(B, H d), (B, T, 2 K d) -> (B, H d)``."""
@@ -279,7 +279,7 @@ class Attention:
         k, v = (z.transpose(1, 2).flatten(0, 1) for z in (k, v))  # (B K, T, d) each
         bias = self.bias_of_one(pattern)
         bias = None if bias is None else bias.expand(B, H, -1).reshape(B * K, H // K, -1)
-        return self.attend(q.reshape(B * K, H // K, -1), k, v, self.width**-0.5, bias).reshape(B, -1)
+        return self.attend(q.reshape(B * K, H // K, -1), k, v, bias).reshape(B, -1)
 
     def bias_of_one(self, pattern: Pattern) -> Tensor | None:
         """The terms by distance of the scores of the token that the head reads: ``(B or 1, H or 1, T)``, fp32."""
@@ -291,12 +291,12 @@ class Attention:
         places = torch.arange(T, device=self.places.device)
         return pattern.distances[:, places - self.places[:, None] + T - 1].transpose(0, 1)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """The plain formula of attention; G is a multiple of B: ``(G, Q, d), (G, T, d), (G, T, d) -> (G, Q, d)``.
 
         The bias is ``(G, Q, T)``, or ``(Q, T)``.
         """
-        scores = torch.bmm(query, key.transpose(1, 2)) * scale  # (G, Q, T)
+        scores = torch.bmm(query, key.transpose(1, 2)) * self.width**-0.5  # (G, Q, T)
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
         if self.padding is not None:
