@@ -125,11 +125,11 @@ class Classifier(nn.Module):
         With LoRA on the head, the head itself is frozen. It is saved because it is drawn from the run's seed, so no
         base model contains it.
         """
-        head = tuple(f"{name}." for name in self.family.head_modules)
+        head = {name for name, _ in self.family.head_parameters(self.model)}
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad or name.startswith(head) or ".lora." in name
+            if parameter.requires_grad or name in head or ".lora." in name
         }
 
     def frozen_outputs(self, splits: "Mapping[str, TokenizedSplit]", memory_gb: float) -> dict[str, FrozenOutputs]:

@@ -40,7 +40,7 @@ def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
     """Counts by group: embeddings, encoder, lora, head and total. LoRA matrices on the head count as lora."""
     family = classifier.family
     groups = {group: ParameterCount() for group in ("embeddings", "encoder", "lora", "head", "total")}
-    head = tuple(f"{name}." for name in family.head_modules)
+    head = {name for name, _ in family.head_parameters(classifier.model)}
     for module in classifier.model.modules():
         if isinstance(module, Int8Linear):
             for group in ("encoder", "total"):
@@ -48,7 +48,7 @@ def count_parameters(classifier: Classifier) -> dict[str, ParameterCount]:
     for name, parameter in classifier.model.named_parameters():
         in_lora = ".lora." in name
         in_encoder = name.startswith(f"{family.layers}.")
-        group = "lora" if in_lora else "head" if name.startswith(head) else "encoder" if in_encoder else "embeddings"
+        group = "lora" if in_lora else "head" if name in head else "encoder" if in_encoder else "embeddings"
         groups[group].add(parameter)
         groups["total"].add(parameter)
     return groups
