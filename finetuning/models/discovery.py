@@ -41,7 +41,7 @@ def check_targets(
     targets: Iterable[str],
     modules: Iterable[str],
     name: str,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[int] | None,
 ) -> None:
     """Checks that the placement flags and ``--lora_modules`` select linears of this model.
 
@@ -71,7 +71,7 @@ def check_targets(
             others = [path for path, _ in model.named_modules() if _is_named(path, module)]
             found = f"{others[0]} is no linear of the encoder's" if others else f"{name} has no module of this name"
             raise UserError(f"--lora_modules {module}: {found}: its linears are {candidates}")
-    paths = in_layers(named_linears(model, family, modules), family, layers)
+    paths = in_layers(linears, family, layers)
     for module in modules:
         if not any(_is_named(path, module) for path in paths):
             raise UserError(f"--lora_modules {module}: {name} has it in none of the layers of --lora_layers")
