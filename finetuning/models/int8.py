@@ -43,8 +43,7 @@ class Int8Linear(nn.Module):
         q, scale, _ = quantize(linear.weight.detach().float().contiguous())
         self.weight = nn.Parameter(q, requires_grad=False)
         self.register_buffer("scale", scale)
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)`` in x's dtype or autocast's, for Hugging Face's own forward."""
