@@ -61,10 +61,10 @@ class Thin:
         return len(self.ends), ends, ranks, sum(self.ranks)
 
 
-def takes(x: Tensor, thin: Thin | None, *widths: int) -> bool:
-    """Whether the kernels accept x, LoRA matrices like these, and rows of these widths."""
+def takes(x: Tensor, thin: Thin | None, width: int) -> bool:
+    """Whether the kernels accept x, LoRA matrices like these, and rows of this width."""
     ends, ranks = ((), ()) if thin is None else (thin.ends, thin.ranks)
-    fits = not any(n % WIDTH_MULTIPLE for n in (*widths, *ends)) and not any(n % RANK_MULTIPLE for n in ranks)
+    fits = not any(n % WIDTH_MULTIPLE for n in (width, *ends)) and not any(n % RANK_MULTIPLE for n in ranks)
     without_bf16 = x.dtype == torch.float32
     return fits and library(without_bf16)[0] is not None
 
