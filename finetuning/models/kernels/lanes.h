@@ -31,7 +31,6 @@ inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 inline Ints rounded(Floats v) { return _mm512_cvtps_epi32(v); }
 inline Ints truncated(Floats v) { return _mm512_cvttps_epi32(v); }
 
-inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }  // a b + c
@@ -96,7 +95,6 @@ inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 inline Ints rounded(Floats v) { return _mm256_cvtps_epi32(v); }
 inline Ints truncated(Floats v) { return _mm256_cvttps_epi32(v); }
 
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
