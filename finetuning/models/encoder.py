@@ -74,11 +74,12 @@ def classify(
         if frozen is None:
             return encoder.head(encoder.layers(encoder.embed(input_ids, token_types)))
         count = count_frozen_layers(model, family)
+        whole = count == family.setting(model, "layer_count")
         if frozen.known:
-            x = encoder.load(frozen, count)
+            x = encoder.load(frozen, whole)
         else:
             x = encoder.layers(encoder.embed(input_ids, token_types), stop=count)
-            encoder.save(frozen, count, x)
+            encoder.save(frozen, whole, x)
         return encoder.head(encoder.layers(x, start=count))
 
 
@@ -140,7 +141,6 @@ class _Encoder:
         self.on_cpu, self.mask = on_cpu, attention_mask  # (B, T)
         batch, length = attention_mask.shape
         self.rows = Rows(batch, length, on_cpu)
-        self.layer_count = int(family.setting(model, "layer_count"))
         self.activation = feed_forward_activation(family.setting(model, "activation"), family.gated, on_cpu)
         self.dropout = float(family.setting(model, "dropout", 0.0))
         head_dropout = family.setting(model, "head_dropout", 0.0)
@@ -250,18 +250,15 @@ class _Encoder:
         weights = self.mask[..., None].float()  # (B, T, 1)
         return ((self.rows.sequences(x).float() * weights).sum(1) / weights.sum(1)).to(self.dtype)
 
-    def load(self, frozen: FrozenBatch, count: int) -> Tensor:
-        """The output of the first ``count`` layers for this batch, in the form that ``layers`` returns."""
-        whole = count == self.layer_count
-        keep = self.mask.bool()
-        x = frozen.load(keep[:, :1] if whole else keep)
+    def load(self, frozen: FrozenBatch, whole: bool) -> Tensor:
+        """The output of the frozen layers for this batch, or if ``whole`` of all layers, as ``layers`` returns it."""
+        x = frozen.load((self.mask[:, :1] if whole else self.mask).bool())
         return x[:, 0] if whole else self.rows.of(x)
 
-    def save(self, frozen: FrozenBatch, count: int, x: Tensor) -> None:
+    def save(self, frozen: FrozenBatch, whole: bool, x: Tensor) -> None:
         """Keeps the rows that ``load`` returns: each real token's, or after the last layer only those for the head."""
-        whole = count == self.layer_count
-        keep = self.mask.bool()
-        frozen.save(x[:, None] if whole else self.rows.sequences(x), keep[:, :1] if whole else keep)
+        keep = (self.mask[:, :1] if whole else self.mask).bool()
+        frozen.save(x[:, None] if whole else self.rows.sequences(x), keep)
 
     def head(self, x: Tensor) -> Tensor:
         """``(B, D) -> (B, classes)`` in fp32."""
