@@ -79,7 +79,6 @@ def class_order(stored: Sequence[str], label_names: Sequence[str]) -> list[int] 
 def _config_of(base: BaseModel, settings: ModelSettings, label_names: Sequence[str]) -> Any:
     """The base model's config with the names of the classes, and the dropout under the family's names."""
     config, family = copy.deepcopy(base.config), base.family
-    config.num_labels = len(label_names)  # sets placeholder names; the next lines set the real ones
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
     dropouts = {"dropout": settings.dropout, "attention_dropout": settings.attention_dropout}
