@@ -27,9 +27,8 @@ def cache_table() -> str:
     """The caches' sizes, as a table to print."""
     root = cache_dir()
     rows = [f"caches in {root}", f"{'cache':<12}{'files':>8}{'bytes':>16}"]
-    known = {name: _files(root / name) for name in FOLDERS}
-    listed = [*((FOLDERS[name], files) for name, files in known.items()), ("left over", list(_left_over()))]
-    for title, files in listed:
+    listed = {title: _files(root / name) for name, title in FOLDERS.items()} | {"left over": list(_left_over())}
+    for title, files in listed.items():
         rows.append(f"{title:<12}{len(files):>8,}{sum(_size(file) for file in files):>16,}")
     return "\n".join([*rows, "Hugging Face's own cache is not counted: `hf cache ls` shows it"])
 
