@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from finetuning.caches import DOWNLOADS
 from finetuning.data.files import readable
 from finetuning.data.tables import read_table, split_files
 from finetuning.data.texts import Source
@@ -89,7 +90,7 @@ def _packaged_reviews() -> pd.DataFrame:
 
 def _download_stanford() -> Path:
     """The folder with train.parquet and test.parquet, made from Stanford's archive if it is not intact."""
-    folder = cache_dir() / "imdb_stanford"
+    folder = cache_dir() / DOWNLOADS
     if _is_intact(folder):
         return folder
     require_host(STANFORD.url, "IMDb", INSTEAD)
