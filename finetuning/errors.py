@@ -133,7 +133,8 @@ def exit_status(command: Callable[[], int], interrupted: str = "") -> int:
     except UserError as error:
         status, line = 2, f"error: {error}"
     except ModuleNotFoundError as error:
-        status, line = 2, not_installed(error)
+        activate = "activate the virtual environment first"
+        status, line = 2, f"error: {error.name} is not installed for {sys.executable}: {activate}"
     except (ExportFailed, OutputFailed) as error:
         status, line = 1, f"failed: {error}"
     except KeyboardInterrupt:
@@ -192,8 +193,3 @@ def say(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
         forget_output(stream)
-
-
-def not_installed(error: ModuleNotFoundError) -> str:
-    """The line to print if a package of requirements.txt is missing."""
-    return f"error: {error.name} is not installed for {sys.executable}: activate the virtual environment first"
