@@ -34,7 +34,7 @@ def setting(
     """
     given = {"at least": at_least, "at most": at_most, "above": above, "below": below}
     bounds = {name: value for name, value in given.items() if value is not None}
-    metadata = {"help": help, "shown": shown, "bounds": bounds, "or_auto": or_auto}
+    metadata = {"help": help, "shown": shown or str(default), "bounds": bounds, "or_auto": or_auto}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -76,8 +76,4 @@ def flags(sections: dict[str, type]) -> Iterator[Flag]:
             if typing.get_origin(hint) is not Literal:  # X | None -> X
                 hint = next((o for o in typing.get_args(hint) if o is not type(None)), hint)
             choices, value_type = (typing.get_args(hint), str) if typing.get_origin(hint) is Literal else ((), hint)
-            shown = field.metadata["shown"] or str(field.default)
-            yield Flag(
-                field.name, section, value_type, choices, field.default, shown, field.metadata["help"],
-                field.metadata["bounds"], field.metadata["or_auto"],
-            )  # fmt: skip
+            yield Flag(field.name, section, value_type, choices, field.default, **field.metadata)
