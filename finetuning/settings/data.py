@@ -122,9 +122,8 @@ class DataSettings:
         split_names(s.split_names)
         if s.text_pair_column is not None:
             require(s, "text_pair_column", not own, f"{s.dataset} has no pairs of texts: use --dataset text")
-            others = (s.text_column or traits.text_column, s.label_column or traits.label_column)
             message = "must be another column than text and label"
-            require(s, "text_pair_column", s.text_pair_column not in others, message)
+            require(s, "text_pair_column", s.text_pair_column not in (s.text_column, s.label_column), message)
         require(s, "label_separator", s.label_separator is None or not own, f"{s.dataset} is not multi-label")
         require(s, "label_separator", s.label_separator != "", "must not be empty")
         found = s.data_dir is not None or not s.offline or traits.packaged or on_hub  # the cache may have a hub set
