@@ -23,7 +23,7 @@ class DatasetTraits:
         label_names: names of the classes 0, 1, ...; ``None`` if they come from the data.
         resplit: ratio of train, validation and test with ``--split resplit``; ``None`` if that is not allowed.
         agreement: default of ``--agreement``; ``None`` if the flag is not allowed.
-        downloads: allowed values of ``--data_source``; empty if the flag is not allowed.
+        downloads: whether ``--data_source`` is allowed.
         on_hub: whether it can be downloaded; if not, ``--data_dir`` is required.
         packaged: whether a package of requirements-offline.txt contains it, for ``--offline``.
         line_breaks: markup between the lines of a text, replaced by a space; empty if there is none.
@@ -35,7 +35,7 @@ class DatasetTraits:
     label_names: tuple[str, ...] | None = None
     resplit: tuple[int, int, int] | None = None
     agreement: str | None = None
-    downloads: tuple[str, ...] = ()
+    downloads: bool = False
     on_hub: bool = True
     packaged: bool = False
     line_breaks: str = ""
@@ -49,7 +49,7 @@ DATASETS = {
     "imdb": DatasetTraits(
         label_names=("negative", "positive"),
         resplit=(35, 5, 10),  # thousands of texts: 35,000 / 5,000 / 10,000
-        downloads=("hub", "stanford"),
+        downloads=True,
         packaged=True,
         line_breaks="<br />",
     ),

@@ -132,7 +132,7 @@ class DataSettings:
         require(s, "window_overlap", s.window_overlap < s.max_length, message)
         for name, default in (("window_overlap", 0), ("window_pooling", "mean")):
             require(s, name, s.windows > 1 or getattr(s, name) == default, "needs --windows of 2 or more")
-        downloads = bool(traits.downloads) and s.data_dir is None and not s.offline
+        downloads = traits.downloads and s.data_dir is None and not s.offline
         message = f"{only_of('downloads')} without --data_dir and --offline"
         require(s, "data_source", s.data_source is None or downloads, message)
         _check_folds(s)
