@@ -9,7 +9,6 @@ import pandas as pd
 from finetuning.data.files import shown_columns
 from finetuning.errors import UserError, listed
 
-JOINED_WITH = " "
 Kind = Literal["text", "classes", "other"]  # of a column; classes: numbers that have names
 
 
@@ -46,7 +45,7 @@ def texts_in(table: pd.DataFrame, wanted: str, where: object, flag: str = "text_
 def _joined(parts: tuple[object, ...]) -> str | None:
     """``None`` if a part is no string."""
     words = [part for part in parts if isinstance(part, str)]
-    return JOINED_WITH.join(word for word in words if word.strip()) if len(words) == len(parts) else None
+    return " ".join(word for word in words if word.strip()) if len(words) == len(parts) else None
 
 
 def find_label_column(kinds: Mapping[str, Kind], taken: Collection[str], flag: str) -> str:
@@ -76,13 +75,8 @@ def find_text_column(kinds: Mapping[str, Kind], taken: Collection[str], flag: st
     """
     strings = [name for name, kind in kinds.items() if kind == "text" and name not in taken]
     found = [name for name in strings if not _is_id(name) and not name.lower().startswith("label")]
-    return _only(
-        found,
-        kinds,
-        flag,
-        "texts",
-        "--text_column NAME, or A,B for two columns joined; for pairs also --text_pair_column NAME",
-    )
+    advice = "--text_column NAME, or A,B for two columns joined; for pairs also --text_pair_column NAME"
+    return _only(found, kinds, flag, "texts", advice)
 
 
 def _is_id(name: str) -> bool:
