@@ -83,15 +83,14 @@ def encode_multi_label(source: Source, data: DataSettings) -> tuple[list[str], S
     """
     flag = f"--label_column {data.label_column}"
     lists = pd.concat({split: _as_lists(table.label, data) for split, table in source.tables.items()})
+    values = [value for row in lists for value in row]
     if data.label_separator is not None and lists.map(len).max() < 2:
-        held = [name for row in lists for name in row]
-        others = [(mark, name) for mark in SEPARATORS for name in held if mark in name]
+        others = [(mark, name) for mark in SEPARATORS for name in values if mark in name]
         way = f"labels such as {others[0][1]!r} need --label_separator {others[0][0]!r}" if others else "leave it out"
         raise UserError(
             f"--label_separator {data.label_separator!r}: never separates two labels in column {data.label_column}:"
             f" {way}"
         )
-    values = [value for row in lists for value in row]
     kinds = {type(value) for value in values}
     if kinds <= {int, float, bool} and _are_zeros_and_ones(lists):
         raise UserError(
