@@ -60,7 +60,5 @@ class TextData:
     @property
     def sizes(self) -> dict[str, int]:
         """Split -> texts. If validation is all of train, as with ``--kfold``, it does not count."""
-        own = {
-            name: split for name, split in self.splits.items() if name == "train" or split is not self.splits["train"]
-        }
-        return {name: len(split.texts) for name, split in own.items()}
+        train = self.splits["train"]
+        return {name: len(s.texts) for name, s in self.splits.items() if name == "train" or s is not train}
