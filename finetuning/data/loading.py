@@ -102,10 +102,9 @@ def tokenize(texts: TextData, tokenizer: Any, data: DataSettings, test: bool = T
     Raises:
         UserError: the cache cannot be written, or as in ``encode_texts`` and ``encode_pairs``.
     """
-    wanted = {name: split for name, split in texts.splits.items() if test or name != "test"}
     tokenized, begun = {}, begun_key(tokenizer, data)
-    for name, split in wanted.items():
-        progress = f"tokenizing {name}"
-        encoded = cached_tokens(split.texts, tokenizer, data, progress, split.pairs, begun)
-        tokenized[name] = encoded.labelled(split.labels, split.rows)
+    for name, split in texts.splits.items():
+        if test or name != "test":
+            encoded = cached_tokens(split.texts, tokenizer, data, f"tokenizing {name}", split.pairs, begun)
+            tokenized[name] = encoded.labelled(split.labels, split.rows)
     return tokenized
