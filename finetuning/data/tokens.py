@@ -184,9 +184,8 @@ def encode_pairs(
         sequences.append(np.array([*whole], dtype=np.int32))
         begins.append(len(prefix) + len(windows[0][0]) + len(middle))
         counts.append(len(windows))
-    typed = 1 in types
-    shift = types.index(1) - int(second[0]) if typed else 0
-    return Encoded(*_joined(sequences), np.array(begins) + shift if typed else None, _counts(counts, data))
+    second_positions = np.array(begins) + (types.index(1) - second[0]) if 1 in types else None
+    return Encoded(*_joined(sequences), second_positions, _counts(counts, data))
 
 
 def _plain_ids(tokenizer: Any, progress: str | None, *columns: list[str]) -> Iterator[tuple[list[int], ...]]:
