@@ -255,7 +255,7 @@ def _json_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
             return pd.DataFrame(chunk, columns=list(columns), dtype=kind)
 
         yield table(list(itertools.islice(kept, rows)))
-        while rows is not None and (chunk := list(itertools.islice(kept, rows))):
+        while chunk := list(itertools.islice(kept, rows)):
             yield table(chunk)
 
 
