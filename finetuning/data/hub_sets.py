@@ -92,10 +92,8 @@ def _is_complete(folder: Path, config: str | None) -> bool:
     """Whether a folder of the cache has the files of a config. Other programs may have fetched a part of them."""
     import datasets
 
-    if _has_script(folder):
-        return True
     with contextlib.suppress(UserError), _library(""):
-        if _file_elsewhere(folder) is not None:  # refused later
+        if _has_script(folder) or _file_elsewhere(folder) is not None:  # refused later
             return True
         chosen = config or datasets.get_dataset_default_config_name(str(folder))
         if chosen in datasets.get_dataset_config_names(str(folder)):
