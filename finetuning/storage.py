@@ -73,9 +73,7 @@ def write_new(path: Path, write: Callable[[Path], object]) -> None:
     with _written_next_to(path, write) as temporary:
         try:
             path.hardlink_to(temporary)  # unlike a renaming, it fails if the name is taken
-        except FileExistsError:
-            raise
-        except OSError:  # of a file system without hard links
+        except OSError:  # the name is taken, as the next line finds, or the file system has no hard links
             os.close(os.open(path, os.O_CREAT | os.O_EXCL))
             temporary.replace(path)
 
