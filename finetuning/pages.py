@@ -52,10 +52,10 @@ def measured(environments: Iterable[Mapping[str, Any]]) -> str:
         environments: the ``environment`` in the record of each measurement. Older records lack the day.
     """
     found = list(environments)
-    days = sorted({str(each["date"])[:10] for each in found if each.get("date")})
-    when = [_range(days)] if days else []
-    if not days or not all(each.get("date") for each in found):
-        when.append("not recorded" if not days else "some not recorded")
+    days = sorted(str(each["date"])[:10] for each in found if each.get("date"))
+    when = _range(days) if days else "not recorded"
+    if 0 < len(days) < len(found):
+        when += ", some not recorded"
     commits = {
         (str(git.get("date", ""))[:10], git["commit"][:7] + " with changes" * bool(git.get("modified")))
         for each in found
@@ -64,7 +64,7 @@ def measured(environments: Iterable[Mapping[str, Any]]) -> str:
     ordered = sorted(commits, key=lambda dated: (not dated[0], *dated))  # those without a date are the last
     named = [f"{commit} ({date})" if date else commit for date, commit in ordered] or ["not recorded"]
     number = f"{len(named)} commits," if len(named) > 1 else "commit"
-    return f"*Measured: {', '.join(when)}. Code: {number} {_range(named)}.*"
+    return f"*Measured: {when}. Code: {number} {_range(named)}.*"
 
 
 def dated(table: Table, environments: Iterable[Mapping[str, Any]]) -> str:
