@@ -152,17 +152,17 @@ def measure_in_processes(
         measure_all(works, repeats, partial(measure_one, folder=folder, seconds=seconds), tune, journal)
 
 
-def fastest_settings(model: str, max_length: int, output: Path = OUTPUT) -> dict[str, Any]:
+def fastest_settings(model: str, max_length: int) -> dict[str, Any]:
     """The tuned peer's batch size, attention and storage of frozen weights, as ``make benchmark`` chose them.
 
     Raises:
         UserError: no settings were chosen for this model and length.
     """
-    for record in read_json(output)["measurements"]:
+    for record in read_json(OUTPUT)["measurements"]:
         key = (record.get("contestant"), record.get("model"), record.get("max_length"))
         if record.get("choice") and key == ("peft_tuned", model, max_length):
             return dict(record["chosen"])
-    raise UserError(f"{output.name} has no settings of the tuned peer for {model}, {max_length}: run make benchmark")
+    raise UserError(f"{OUTPUT.name} has no settings of the tuned peer for {model}, {max_length}: run make benchmark")
 
 
 def measure_one(work: Work, contestant: str, flags: Sequence[str], folder: Path, seconds: float) -> Record:
