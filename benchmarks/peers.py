@@ -178,19 +178,17 @@ def measure_one(work: Work, contestant: str, flags: Sequence[str], folder: Path,
 
 def compare(records: Sequence[Record]) -> list[Record]:
     """The rows of the table: who is compared, at which work, and the ratios. An unknown ratio is ``None``."""
-    rows = []
-    works = dict.fromkeys(
-        (r["model"], r["targets"], r["max_length"]) for r in records if "contestant" in r and "round" in r
-    )
-    for work in works:
-        by_contestant: dict[str, list[Record]] = {}
-        for record in records:
-            if "round" in record and (record["model"], record["targets"], record["max_length"]) == work:
-                by_contestant.setdefault(record["contestant"], []).append(record)
-        for ours, theirs in COMPARISONS:
-            if ours in by_contestant and theirs in by_contestant:
-                rows.append(_comparison(work, by_contestant, ours, theirs))
-    return rows
+    works: dict[tuple[Any, ...], dict[str, list[Record]]] = {}  # work -> contestant -> its measurements
+    for record in records:
+        if "round" in record:
+            work = (record["model"], record["targets"], record["max_length"])
+            works.setdefault(work, {}).setdefault(record["contestant"], []).append(record)
+    return [
+        _comparison(work, by_contestant, ours, theirs)
+        for work, by_contestant in works.items()
+        for ours, theirs in COMPARISONS
+        if ours in by_contestant and theirs in by_contestant
+    ]
 
 
 def _comparison(work: tuple[Any, ...], by_contestant: dict[str, list[Record]], ours: str, theirs: str) -> Record:
