@@ -56,7 +56,7 @@ def table(result: Record) -> str:
         parameters = ", ".join(trained.get(row[name], "") for name in ("ours", "theirs"))
         ratios = (str(row[key] or "") for key in RATIOS)
         precision = PRECISIONS[row["ours"]] + (FAILED if row["errors"] else "")
-        rows.append((place(row), precision, *ratios, ", ".join(rates), parameters))
+        rows.append((place(*row["work"]), precision, *ratios, ", ".join(rates), parameters))
     conditions = (
         f"{harness.machine(result['environment'], 'torch')}; {result['rounds']} rounds.{harness.not_alone(records)}"
     )

@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.harness import Record
-from benchmarks.peers import PLACES, fastest_settings
-from benchmarks.workload import MODELS, Job, prepare, read_split, sample, some_batches
+from benchmarks.peers import fastest_settings, place
+from benchmarks.workload import Job, prepare, read_split, sample, some_batches
 from finetuning.errors import UserError
 from finetuning.pages import Table, dated
 from finetuning.processor import VARIABLE, instructions, limit_libraries
@@ -121,7 +121,7 @@ def table(result: Record) -> str:
         )
         rows.append(
             (
-                f"{MODELS[work['model']]}, {PLACES[work['targets']]}, {work['max_length']}",
+                place(work["model"], work["targets"], work["max_length"]),
                 WITHOUT_INT8[work["processor"]],
                 ", ".join("" if rate is None else f"{rate.median:,.0f}" for rate in rates),
                 *(str(share or "") for share in shares),

@@ -225,7 +225,7 @@ def table(result: Record) -> str:
     relative, absolute = [], []
     for row in compare(records):
         suite = "" if row["ours"] == "suite" else " (suite: QLoRA)"
-        first = (place(row), NAMES[row["theirs"]] + suite + (FAILED if row["errors"] else ""))
+        first = (place(*row["work"]), NAMES[row["theirs"]] + suite + (FAILED if row["errors"] else ""))
         relative.append((*first, *(str(row[key] or "") for key in ("train", "evaluation", "merged", "memory"))))
         peaks = [peak and peak / 2**20 for peak in row["peak_bytes"]]
         absolute.append((*first, _both(row["tokens_per_second"]), _both(peaks)))
@@ -246,7 +246,7 @@ def short_table(result: Record) -> str:
     rows = [
         (
             NAMES[row["theirs"]],
-            place(row),
+            place(*row["work"]),
             *(f"{row[key].median:.2f}" if row[key] else "" for key in ("train", "memory")),
         )
         for row in map(found.get, SHORT)
@@ -255,9 +255,8 @@ def short_table(result: Record) -> str:
     return dated(Table(columns, rows), [result["environment"]])
 
 
-def place(row: Record) -> str:
-    """The work of a comparison: model, linears with LoRA, longest text."""
-    model, targets, max_length = row["work"]
+def place(model: str, targets: str, max_length: int) -> str:
+    """A work as the tables name it: model, linears with LoRA, longest text."""
     return f"{MODELS[model]}, {PLACES[targets]}, {max_length}"
 
 

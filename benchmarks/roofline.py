@@ -27,8 +27,8 @@ from benchmarks import harness
 from benchmarks.contestants import Suite
 from benchmarks.flops import FORMULAS, Size, products, step_flops
 from benchmarks.harness import Record
-from benchmarks.peers import PLACES
-from benchmarks.workload import MODELS, RANK, TARGETS, Job, prepare, read_split, some_batches
+from benchmarks.peers import place
+from benchmarks.workload import RANK, TARGETS, Job, prepare, read_split, some_batches
 from finetuning.models.int8 import ROWS_AT_ONCE
 from finetuning.models.int8_products import multiply, refused
 from finetuning.pages import Table, dated
@@ -191,7 +191,7 @@ def table(result: Record) -> str:
         rate = statistics.mean(row["product_rates_before_and_after"][row["dtype"]])
         rows.append(
             (
-                f"{MODELS[row['model']]}, {PLACES[row['targets']]}, {row['max_length']}",
+                place(row["model"], row["targets"], row["max_length"]),
                 row["dtype"],
                 f"{rate / 1e9:,.0f}",
                 f"{row['flops_per_second'] / 1e9:,.0f}",
