@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import harness, peers
+from benchmarks import accuracy_table, harness, peers
 from benchmarks.harness import Record
 from compare_methods import README, RESULTS, SPEED
 from finetuning.comparison.packed import read_records
@@ -42,12 +42,10 @@ def table(runs: Sequence[Record], peers_result: Record) -> str:
             raise UserError(f"{run['study']['run']}: was not alone on its machine all the time")
         if run["environment"].get("forked"):
             raise UserError(f"{run['study']['run']}: was forked, so its time is without the start of the command")
-    scores = [100 * run["test"]["accuracy"] for run in runs]
     minutes = [run["process_seconds"] / 60 for run in runs]
     config, sizes, environment = runs[0]["config"], runs[0]["data"]["sizes"], runs[0]["environment"]
-    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
     ours = f"this suite, the whole command ({len(runs)} seeds)"
-    rows = [(ours, str(harness.spread(minutes)), f"{statistics.mean(scores):.2f}{spread}")]
+    rows = [(ours, str(harness.spread(minutes)), accuracy_table.mean(runs, "accuracy"))]
     for name in TUTORIALS:
         timed = [m for m in peers_result["measurements"] if _is_measurement_of(m, name, config["max_length"])]
         texts = sum(m["train_examples"] for m in timed)
