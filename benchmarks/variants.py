@@ -5,6 +5,7 @@ how exactly each variant equals PEFT's instead; ``equality.py`` computes it. Pri
 docs/speed.md.
 """
 
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,10 +42,8 @@ def table(result: Record) -> str:
             continue
         slower = harness.ratios(of["lora"], own, "train_tokens_per_second")  # LoRA's rate / its own: time
         memory = harness.ratios(own, of["lora"], "peak_bytes")
-        rate, peak = (harness.spread([r[key] for r in own]) for key in ("train_tokens_per_second", "peak_bytes"))
-        assert rate is not None
-        assert peak is not None
-        values = (f"{rate.median:,.0f}", f"{peak.median / 2**20:,.0f}", f"{own[0]['trainable_parameters']:,}")
+        rate, peak = (statistics.median(r[key] for r in own) for key in ("train_tokens_per_second", "peak_bytes"))
+        values = (f"{rate:,.0f}", f"{peak / 2**20:,.0f}", f"{own[0]['trainable_parameters']:,}")
         rows.append((name, flags[name], str(slower or ""), str(memory or ""), *values))
     machine = harness.machine(result["environment"], "torch")
     conditions = f"{machine}; {result['rounds']} rounds.{harness.not_alone(records)}"
