@@ -226,10 +226,7 @@ class Peft(Contestant):
         family = read_base_model(job.model, folder / job.model).family
         options: dict[str, Any] = no_dropout(family) | {"attn_implementation": job.attention} if tuned else {}
         if q_lora:
-            options |= {
-                "quantization_config": self.four_bits(family),
-                "device_map": {"": "cpu" if job.accelerator == "cpu" else 0},
-            }
+            options |= {"quantization_config": self.four_bits(family), "device_map": {"": "cpu" if self.on_cpu else 0}}
         narrow = self.bf16 and tuned and job.frozen == "bf16"
         base = AutoModelForSequenceClassification.from_pretrained(
             folder / job.model, dtype=torch.bfloat16 if narrow else torch.float32, **options
