@@ -123,14 +123,14 @@ def measure(job: Job, folder: Path, steps: int, seconds_per_shape: float = 0.3) 
     suite.train(split, few)
     shapes = [(len(batch), int(split.lengths[batch].max())) for batch in many]  # (B, T)
     median = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
-    kinds = {suite.hardware.dtype} | ({torch.int8} if suite.hardware.int8 else set())
-    rates = {str(kind).removeprefix("torch."): [product_rate(size, *median, kind, seconds_per_shape)] for kind in kinds}
-    timed = suite.train(split, many)
-    for kind in kinds:
-        rates[str(kind).removeprefix("torch.")].append(product_rate(size, *median, kind, seconds_per_shape))
-    flops: Counter[str] = sum((step_flops(size, *shape) for shape in shapes), Counter())
     dense = suite.hardware.precision
-    mean = {kind: statistics.mean(found) for kind, found in rates.items()}
+    dtypes = {dense: suite.hardware.dtype} | ({"int8": torch.int8} if suite.hardware.int8 else {})
+    rates = {name: [product_rate(size, *median, dtype, seconds_per_shape)] for name, dtype in dtypes.items()}
+    timed = suite.train(split, many)
+    for name, dtype in dtypes.items():
+        rates[name].append(product_rate(size, *median, dtype, seconds_per_shape))
+    flops: Counter[str] = sum((step_flops(size, *shape) for shape in shapes), Counter())
+    mean = {name: statistics.mean(found) for name, found in rates.items()}
     linears = flops["linears"] / mean.get("int8", mean[dense])
     return {
         "model": job.model,
