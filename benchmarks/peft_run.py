@@ -118,7 +118,7 @@ def check_possible(config: RunConfig) -> None:
             raise UserError(f"--{name} {given[name]}: the run of PEFT and the Trainer has no such setting")
 
 
-def make_model(peer: Peer, attention: str, frozen: str) -> tuple[nn.Module, ModelFamily]:
+def make_model(peer: Peer, attention: str, frozen: str) -> nn.Module:
     """PEFT's model. Its head is drawn as the suite draws it for this seed.
 
     Args:
@@ -135,12 +135,12 @@ def make_model(peer: Peer, attention: str, frozen: str) -> tuple[nn.Module, Mode
         base.get_submodule(family.base).to(torch.bfloat16)
     lora = peer.config.lora
     assert lora is not None
-    return with_peft(base, family, lora.targets, lora.lora_r, lora.lora_alpha), family
+    return with_peft(base, family, lora.targets, lora.lora_r, lora.lora_alpha)
 
 
-def make_trainer(peer: Peer, model: nn.Module, family: ModelFamily, clock: Clock, directory: Path) -> Trainer:
+def make_trainer(peer: Peer, model: nn.Module, clock: Clock, directory: Path) -> Trainer:
     """The Trainer with the suite's optimizer, learning rates, epochs and choice of the checkpoint."""
-    training, seed = peer.config.training, peer.config.training.seed
+    training, train, family = peer.config.training, peer.splits["train"], peer.base.family
 
     def scores(prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = as_arrays(prediction.predictions, prediction.label_ids)
@@ -160,7 +160,7 @@ def make_trainer(peer: Peer, model: nn.Module, family: ModelFamily, clock: Clock
         max_grad_norm=training.gradient_clip,
         bf16=peer.bf16,
         use_cpu=peer.config.hardware.accelerator == "cpu",
-        seed=seed,
+        seed=training.seed,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_only_model=True,
@@ -177,7 +177,7 @@ def make_trainer(peer: Peer, model: nn.Module, family: ModelFamily, clock: Clock
         model=model,
         args=arguments,
         data_collator=DataCollatorWithPadding(peer.tokenizer),
-        train_dataset=as_examples(peer.splits["train"], np.arange(len(peer.splits["train"])), family.token_types),
+        train_dataset=as_examples(train, np.arange(len(train)), family.token_types),
         eval_dataset=validation,
         compute_metrics=scores,
         callbacks=[clock],
@@ -195,9 +195,10 @@ def examples_of(split: TokenizedSplit, family: ModelFamily) -> tuple[Any, np.nda
     return as_examples(split, order, family.token_types), order
 
 
-def predict(trainer: Trainer, split: TokenizedSplit, family: ModelFamily) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def predict(trainer: Trainer, peer: Peer, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, labels and logits of a split, sorted by row."""
-    examples, order = examples_of(split, family)
+    split = peer.splits[name]
+    examples, order = examples_of(split, peer.base.family)
     trainer.args.train_sampling_strategy = "sequential"  # it also decides the order of predictions
     found = trainer.predict(examples)
     logits, labels = as_arrays(found.predictions, found.label_ids)
@@ -221,14 +222,14 @@ def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
     if directory is None:
         raise UserError("--output_dir: is needed")
     peer = prepare(config)
-    model, family = make_model(peer, attention, frozen)
+    model = make_model(peer, attention, frozen)
     with tempfile.TemporaryDirectory() as checkpoints:
-        trainer = make_trainer(peer, model, family, clock, Path(checkpoints))
+        trainer = make_trainer(peer, model, clock, Path(checkpoints))
         trainer.train()
-        validation = predict(trainer, peer.splits["validation"], family)
+        validation = predict(trainer, peer, "validation")
     peer.task.tune(*validation[1:])
     tested = time.perf_counter()
-    test = predict(trainer, peer.splits["test"], family)
+    test = predict(trainer, peer, "test")
     scores = {
         name: peer.task.scores(labels, logits) | peer.task.details(labels, logits)
         for name, (_, labels, logits) in (("validation", validation), ("test", test))

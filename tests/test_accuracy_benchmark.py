@@ -101,8 +101,7 @@ def test_both_start_from_the_same_logits(data_dir: Path, works: tuple[accuracy.W
     (suite, _) = accuracy.planned(works, [5])[2 * number : 2 * number + 2]
     config = from_flags(suite.command(data_dir, data_dir / "unused", [])[1:])
     peer = peft_run.prepare(config)
-    model, family = peft_run.make_model(peer, "eager", "bf16")
-    model.eval()
+    model = peft_run.make_model(peer, "eager", "bf16").eval()
     torch.manual_seed(5)
     ours = build_classifier(config, peer.base, peer.texts.label_names, torch.float32).eval()
     for batch in evaluation_loader(peer.splits["test"], config.training, pad_id=0):
@@ -110,7 +109,7 @@ def test_both_start_from_the_same_logits(data_dir: Path, works: tuple[accuracy.W
             theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             torch.testing.assert_close(theirs, ours.logits(batch), atol=1e-5, rtol=1e-5)
             assert theirs.std() > 1e-3
-    assert not family.token_types
+    assert not peer.base.family.token_types
 
 
 def test_a_second_call_measures_nothing_again(
