@@ -207,8 +207,8 @@ def predict(trainer: Trainer, peer: Peer, name: str) -> tuple[np.ndarray, np.nda
     return rows[by_row], labels[by_row], logits[by_row]
 
 
-def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
-    """Trains, tests the best checkpoint, and writes the run directory. Returns the content of ``result.json``.
+def run(config: RunConfig, attention: str, frozen: str) -> None:
+    """Trains, tests the best checkpoint, and writes the run directory.
 
     Args:
         config: the suite's settings, with ``output_dir``.
@@ -253,7 +253,6 @@ def run(config: RunConfig, attention: str, frozen: str) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     write_predictions(directory, {"validation": validation, "test": test})
     write_result(directory, result)
-    return result
 
 
 @harness.as_main
