@@ -56,34 +56,27 @@ def killed(commands: Commands, generator: random.Random, directory: Path) -> See
     words = commands.flags(directory, method, precision)
     cache = runs.empty_cache(directory) if precision == "fp32" and generator.random() < 0.5 else None
     earlier, how, moments = Outcome(0, ""), "", list[str]()
+
+    def resumed(moment: Signals | None = None) -> tuple[Outcome, str]:
+        return continued(
+            has_checkpoint(directory), earlier, lambda: commands.run([*words, "--resume", "auto"], moment, cache)
+        )
+
     for _ in range(generator.choice([1, 1, 2])):
         moment = random_moment(commands, generator, method, precision, (signal.SIGKILL,))
-        outcome, how = _resumed(commands, words, earlier, moment, cache)
+        outcome, how = resumed(moment)
         require(outcome.status in (0, -signal.SIGKILL), "killed", outcome)
         if outcome.status:
             moments.append(moment_of(outcome, directory, cache))
         earlier = Outcome(outcome.status, earlier.printed + outcome.printed)
     if not moments:
         raise Undisturbed
-    last, how_at_last = _resumed(commands, words, earlier, cache=cache)
+    last, how_at_last = resumed()
     require(last.status == 0, "continued", last)
     require_same(directory, commands.whole(method, precision)[0])
     how = how_at_last if earlier.status else how  # a run that has finished does nothing
     text = f"{counted(len(moments), 'kill')}, {how}, identical"
     return Seen(text, {"method": [method], "killed while": moments})
-
-
-def _resumed(
-    commands: Commands,
-    words: list[str],
-    earlier: Outcome,
-    moment: Signals | None = None,
-    cache: Path | None = None,
-) -> tuple[Outcome, str]:
-    directory = Path(words[words.index("--output_dir") + 1])
-    return continued(
-        has_checkpoint(directory), earlier, lambda: commands.run([*words, "--resume", "auto"], moment, cache)
-    )
 
 
 def signalled(commands: Commands, generator: random.Random, directory: Path) -> Seen:
