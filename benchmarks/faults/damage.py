@@ -46,12 +46,12 @@ def kind_of(directory: Path) -> str:
 
 def damaged_checkpoint(commands: Commands, generator: random.Random, directory: Path) -> str:
     """An interrupted run whose last, last two, or best checkpoint is damaged."""
-    method, precision = chosen_run(commands, generator)
+    method, precision = chosen_run(generator)
     words = commands.flags(directory, method, precision)
-    _, whole, _ = commands.whole(method, precision)
+    whole, ended, _ = commands.whole(method, precision)
     while not (directory / LAST_CHECKPOINT).is_file() or (directory / RESULT).exists():
         shutil.rmtree(directory, ignore_errors=True)
-        moment = Signals(operation=generator.randint(whole.operations // 3, whole.operations))
+        moment = Signals(operation=generator.randint(ended.operations // 3, ended.operations))
         commands.run(words, moment)
     names = generator.choice(
         [(LAST_CHECKPOINT,), (LAST_CHECKPOINT,), (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT), (BEST_CHECKPOINT,)]
@@ -64,7 +64,7 @@ def damaged_checkpoint(commands: Commands, generator: random.Random, directory: 
     intact = {LAST_CHECKPOINT, PREVIOUS_CHECKPOINT} - {path.name for path in damaged}
     kept = any((directory / name).is_file() for name in intact)
     last, how = runs.continued(kept, Outcome(0, ""), lambda: commands.run([*words, "--resume", "auto"]))
-    seen = _identical_or_refused(last, directory, commands.whole(method, precision)[0])
+    seen = _identical_or_refused(last, directory, whole)
     if last.status == 0 and kind_of(directory) != "folder instead":
         warnings = [line for line in last.lines if line.startswith("warning:") and "is damaged" in line]
         expected = sum(path.name != BEST_CHECKPOINT for path in damaged) if kept else 0

@@ -19,12 +19,10 @@ from finetuning.storage import TEMPORARY
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def chosen_run(commands: Commands, generator: random.Random) -> tuple[str, str]:
-    """A method and a precision; with bf16 also the compiled kernels, which are in the common cache."""
+def chosen_run(generator: random.Random) -> tuple[str, str]:
+    """A method and a precision; with bf16 also the compiled kernels, which the undisturbed run left in the cache."""
     precision = generator.choice(["fp32", "fp32", "auto"])
-    method = generator.choice(list(runs.METHODS))
-    commands.whole(method, precision)
-    return method, precision
+    return generator.choice(list(runs.METHODS)), precision
 
 
 def random_moment(
@@ -52,7 +50,7 @@ def moment_of(outcome: Outcome, directory: Path, cache: Path | None) -> str:
 
 def killed(commands: Commands, generator: random.Random, directory: Path) -> Seen:
     """SIGKILL, in a third of the trials a second time in the continued run; half of the fp32 runs must tokenize."""
-    method, precision = chosen_run(commands, generator)
+    method, precision = chosen_run(generator)
     words = commands.flags(directory, method, precision)
     cache = runs.empty_cache(directory) if precision == "fp32" and generator.random() < 0.5 else None
     earlier, how, moments = Outcome(0, ""), "", list[str]()
@@ -81,7 +79,7 @@ def killed(commands: Commands, generator: random.Random, directory: Path) -> See
 
 def signalled(commands: Commands, generator: random.Random, directory: Path) -> Seen:
     """One or two signals at a random moment. A second Ctrl-C stops at once, with the checkpoint of an earlier step."""
-    method, precision = chosen_run(commands, generator)
+    method, precision = chosen_run(generator)
     words = commands.flags(directory, method, precision)
     numbers = tuple(generator.choices(SIGNALS, k=generator.choice([1, 2])))
     outcome = commands.run(words, random_moment(commands, generator, method, precision, numbers))
