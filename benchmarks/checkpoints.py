@@ -18,10 +18,9 @@ from benchmarks.harness import Record
 from compare_methods import ROOT
 from finetuning.errors import UserError
 from finetuning.pages import Table, dated
-from finetuning.runs.files import LAST_CHECKPOINT, RESULT
+from finetuning.runs.files import LAST_CHECKPOINT, read_result
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import PACKAGED_DISTILBERT
-from finetuning.storage import read_json
 
 OUTPUT, PAGE = harness.RESULTS / "checkpoints.json", ROOT / "docs" / "faults.md"
 METHODS = ("lora", "full")
@@ -57,7 +56,7 @@ def measure(method: str, texts: int) -> Record:
         with patch.object(pl.Trainer, "save_checkpoint", timed):
             if finetune_lora.main(words):
                 raise UserError(f"the run with --method {method} failed")
-        size, result = (run / LAST_CHECKPOINT).stat().st_size, read_json(run / RESULT)
+        size, result = (run / LAST_CHECKPOINT).stat().st_size, read_result(run)
     return {"seconds": seconds, "bytes": size, "environment": result["environment"]}
 
 

@@ -7,7 +7,6 @@ Writes one JSON file, after each part, and prints one table.
 
 import gc
 import importlib
-import json
 import multiprocessing
 import os
 import signal
@@ -27,7 +26,7 @@ from benchmarks.gpu_parts import METHODS, SMALL, Record, Sizes
 from compare_methods import ROOT
 from finetuning.errors import UserError, first_line
 from finetuning.pages import Table
-from finetuning.storage import write_json
+from finetuning.storage import read_json, write_json
 
 OUTPUT = harness.RESULTS / "gpu.json"
 PARTIAL_OUTPUT = ROOT / "runs" / "gpu.json"
@@ -93,8 +92,7 @@ def run_part(part: Part, folder: Path, sizes: Sizes) -> Record:
         return {"error": f"not done after {part.limit_seconds:g} s"}
     if not answer.exists():
         return {"error": f"the process ended with {process.exitcode}"}
-    record: Record = json.loads(answer.read_text(encoding="utf8"))
-    return record
+    return read_json(answer)
 
 
 def _answer(part: Part, folder: Path, sizes: Sizes, answer: Path) -> None:

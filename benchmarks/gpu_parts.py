@@ -6,7 +6,6 @@ part makes from random numbers.
 """
 
 import csv
-import json
 import multiprocessing
 import os
 import random
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from benchmarks.harness import TRAINING_FLAGS, Record
 from compare_methods import ROOT
+from finetuning.runs.files import read_result
 
 RUN_FLAGS = ("--epochs", "1", *TRAINING_FLAGS.split(), "--limit_validation", "200", "--limit_test", "200")
 METHODS: dict[str, tuple[str, ...]] = {
@@ -160,7 +160,7 @@ def one_run(folder: Path, sizes: Sizes, method: str, precision: str) -> Record:
     """One epoch of the command, with its test."""
     output = folder / f"run-{method}-{precision}".replace(", ", "-").replace(" ", "-")
     status = _command(_words(folder, sizes, output, "--precision", precision, *METHODS[method]))
-    result = json.loads((output / "result.json").read_text(encoding="utf8"))
+    result = read_result(output)
     if status:
         raise RuntimeError(result["error"])
     tokens = result["data"]["tokens"]["train"]

@@ -15,10 +15,9 @@ from benchmarks.harness import Record
 from compare_methods import ROOT
 from finetuning.errors import UserError
 from finetuning.pages import Table, measured
-from finetuning.runs.files import RESULT
+from finetuning.runs.files import read_result
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import PACKAGED_DISTILBERT
-from finetuning.storage import read_json
 
 OUTPUT = harness.RESULTS / "plain_path.json"
 FLAGS = (
@@ -53,7 +52,7 @@ def one_training(flags: str) -> Record:
         _, reason = harness.in_process(words.split())
         if reason is not None:
             raise UserError(f"{words}: {reason}")
-        result = read_json(Path(folder) / "run" / RESULT)
+        result = read_result(Path(folder) / "run")
     return {name: result[name] for name in KEPT}
 
 

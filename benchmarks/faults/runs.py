@@ -6,7 +6,6 @@ A server process imports the libraries once, and each run is a fork of it.
 import contextlib
 import gc
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetuning.models.int8_products import refused
-from finetuning.runs.files import REPORT
+from finetuning.runs.files import REPORT, read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
@@ -264,7 +263,7 @@ def _child(words: list[str], log: str, cache: str, disturbance: Disturbance | No
 
 def left_by(directory: Path) -> dict[str, Any]:
     """What must be bit-identical: weights, predictions, and scores and history without times."""
-    result = json.loads((directory / "result.json").read_text(encoding="utf8"))
+    result = read_result(directory)
     scores = [{k: v for k, v in result[split].items() if k != "seconds"} for split in ("validation", "test")]
     lines = [line.split(",") for line in (directory / "metrics.csv").read_text(encoding="utf8").splitlines()]
     timed = lines[0].index("train_seconds")
