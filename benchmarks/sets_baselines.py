@@ -88,8 +88,7 @@ def frozen_features(
         data: how long texts are cut.
         known: vectors that earlier cells have made, because cells of a data set share texts. New ones are added.
     """
-    columns = {name: [split.texts, split.pairs] if split.pairs else [split.texts] for name, split in splits.items()}
-    keys = {name: list(zip(*own, strict=True)) for name, own in columns.items()}
+    keys = {name: list(split.by_row().values()) for name, split in splits.items()}
     missing = list(dict.fromkeys(key for own in keys.values() for key in own if key not in known))
     if missing:
         texts, *pairs = zip(*missing, strict=True)
