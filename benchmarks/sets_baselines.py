@@ -230,6 +230,12 @@ def by_sets(found: Mapping[str, Mapping[str, float]], default: Grid | None) -> l
     return [shown.markdown(), *gains]
 
 
+def crossing(whole: Record) -> str:
+    """``crossing_table`` of these measurements, and of what is stored and collected."""
+    few, pooled = read_json(FEW_TEXTS), read_json(harness.RESULTS / "pooling_baselines.json")
+    return crossing_table(few, pooled, collected("pooling"), whole, collected("placement"))
+
+
 def crossing_table(few: Record, pooled: Record, runs: Grid, whole: Record, default: Grid) -> str:
     """Markdown: LoRA minus logistic regression on the frozen model, by the number of training texts.
 
@@ -302,9 +308,7 @@ def main(argv: Sequence[str] | None) -> int:
             journal.keep(*(asdict(cell) | record for record in found))
     harness.publish(journal, harness.RESULTS / f"{name}.json", table_of(name), name, partly=False, page=page)
     if name == "sets_baselines":
-        few, pooled = read_json(FEW_TEXTS), read_json(harness.RESULTS / "pooling_baselines.json")
-        crossing = crossing_table(few, pooled, collected("pooling"), journal.result, collected("placement"))
-        renew_tables(DATA_SETS, {"crossing": crossing})
+        renew_tables(DATA_SETS, {"crossing": crossing(journal.result)})
     return 0
 
 

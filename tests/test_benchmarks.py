@@ -29,7 +29,6 @@ from benchmarks import (
     tune,
     variants,
 )
-from benchmarks.recommend import collected
 from compare_methods import ACCURACY, DATA_SETS, README, RESULTS, ROOT, SPEED
 from finetuning.comparison.packed import Record, change_records
 from finetuning.errors import UserError
@@ -183,11 +182,6 @@ def headline_table() -> str:
     return headline.table(runs, headline.measured_on_same_machine(runs))
 
 
-def crossing() -> str:
-    few, pooled, whole = map(stored, ("few_texts", "pooling_baselines", "sets_baselines"))
-    return sets_baselines.crossing_table(few, pooled, collected("pooling"), whole, collected("placement"))
-
-
 @pytest.mark.parametrize(
     ("page", "marker", "table"),
     [
@@ -211,7 +205,7 @@ def crossing() -> str:
             (page, name, lambda name=name: sets_baselines.table_of(name)(stored(name)))
             for name, page in sets_baselines.STUDIES.values()
         ),
-        (DATA_SETS, "crossing", crossing),
+        (DATA_SETS, "crossing", lambda: sets_baselines.crossing(stored("sets_baselines"))),
         (budget.PAGE, "few_texts", lambda: budget.few_texts_table(stored("few_texts"))),
         *(
             (DATA_SETS, f"tune_{name}", lambda name=name, table=table: table(stored("tune")[name]))
