@@ -10,15 +10,7 @@ from collections.abc import Sequence
 
 from benchmarks import harness
 from benchmarks.harness import Record
-from benchmarks.peers import (
-    FAILED,
-    Work,
-    compare,
-    for_memory,
-    measure_in_processes,
-    place,
-    record_line,
-)
+from benchmarks.peers import FAILED, Work, compare, for_memory, measure_in_processes, place, record_line
 from finetuning.models.int8_products import refused, slow
 from finetuning.pages import Table, dated
 from finetuning.runs.measurements import environment_record

@@ -31,13 +31,7 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.pretrained import load_pretrained
 from finetuning.runs.files import write_result
 from finetuning.runs.history import write_predictions
-from finetuning.runs.measurements import (
-    environment_record,
-    peak_memory,
-    process_seconds,
-    processor_seconds,
-    was_alone,
-)
+from finetuning.runs.measurements import environment_record, peak_memory, process_seconds, processor_seconds, was_alone
 from finetuning.runs.messages import command_line
 from finetuning.runs.records import data_record, scores_record
 from finetuning.training.budget import training_budget

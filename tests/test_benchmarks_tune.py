@@ -1,14 +1,6 @@
 """The tables of the benchmark of searches, from records; its searches are those of tests/test_tune.py."""
 
-from benchmarks.tune import (
-    gain_table,
-    kills_table,
-    merged,
-    repeat_table,
-    samplers_plot,
-    samplers_table,
-    speed_table,
-)
+from benchmarks.tune import gain_table, kills_table, merged, repeat_table, samplers_plot, samplers_table, speed_table
 from tests.synthetic_runs import ENVIRONMENT
 
 MADE = {"environment": ENVIRONMENT}
