@@ -50,10 +50,7 @@ def test_both_baselines_learn_the_words_and_validation_chooses(tmp_path: Path) -
 
 def test_of_equal_scores_the_strongest_regularization_is_chosen() -> None:
     x, y = np.array([[0.0], [1.0]] * 20), np.array([0, 1] * 20)
-    features, labels = (
-        dict.fromkeys(("train", "validation", "test"), x),
-        dict.fromkeys(("train", "validation", "test"), y),
-    )
+    features, labels = (dict.fromkeys(("train", "validation", "test"), values) for values in (x, y))
     record = sets_baselines.chosen("a", features, labels, 5)
     again = sets_baselines.chosen("a", features, labels, 1)
     assert record["accuracy"] == record["validation"] == 1
