@@ -171,20 +171,21 @@ def defaults_table(folder: Path) -> str:
 def few_texts_table(result: Record) -> str:
     """Markdown: a row for each set and size, with the mean and standard deviation over the draws, in %."""
     kinds = list(dict.fromkeys(record["kind"] for record in result["measurements"]))
-    places = dict.fromkeys((record["set"], record["texts"]) for record in result["measurements"])
-    rows = []
-    for name, texts in places:
-        cells = []
-        for kind in kinds:
-            found = [
-                100 * record["accuracy"]
-                for record in result["measurements"]
-                if (record["set"], record["texts"], record["kind"]) == (name, texts, kind)
-            ]
-            cells.append(score_cell(found) or "not measured")
-        rows.append((name, str(texts), *cells))
+    rows = [
+        (name, str(texts), *(score_cell(own.get(kind, ())) or "not measured" for kind in kinds))
+        for (name, texts), own in by_size(result).items()
+    ]
     columns = ("data set", "training texts", *(f"{kind}, %" for kind in kinds))
     return dated(Table(columns, rows), result["environments"])
+
+
+def by_size(result: Record) -> dict[tuple[str, int], dict[str, list[float]]]:
+    """Data set and number of training texts -> kind -> test accuracy of each draw in %."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for record in result["measurements"]:
+        own = found.setdefault((record["set"], record["texts"]), {})
+        own.setdefault(record["kind"], []).append(100 * record["accuracy"])
+    return found
 
 
 def measure(data_dir: Path, journal: harness.Journal, known: Sequence[Record]) -> None:

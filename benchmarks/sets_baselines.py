@@ -19,7 +19,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import harness
-from benchmarks.budget import FROZEN, KINDS, mean_vectors
+from benchmarks.budget import FROZEN, KINDS, by_size, mean_vectors
 from benchmarks.budget import OUTPUT as FEW_TEXTS
 from benchmarks.harness import Record
 from benchmarks.recommend import DEFAULT, collected, default_accuracies, environments, size_of
@@ -245,12 +245,8 @@ def crossing_table(few: Record, pooled: Record, runs: Grid, whole: Record, defau
         whole: those of ``methods_on_sets``, with the numbers of texts of ``default``.
         default: the runs of the default command.
     """
-    scores: dict[tuple[str, int], dict[str, list[float]]] = {}  # set and texts -> kind -> accuracy of each draw in %
-    for record in few["measurements"]:
-        own = scores.setdefault((record["set"], record["texts"]), {})
-        own.setdefault(record["kind"], []).append(100 * record["accuracy"])
     found: dict[str, dict[int, float]] = {}
-    for (name, texts), own in scores.items():
+    for (name, texts), own in by_size(few).items():
         found.setdefault(name, {})[texts] = fmean(own[AUTO]) - fmean(own[FROZEN])
     cells = by_cell(pooled)
     for name, texts in {(cell.set, cell.texts) for cell in cells}:
