@@ -72,7 +72,7 @@ def measure(work: Work, rounds: int, folder: Path) -> list[Record]:
     job = Job("suite", model=work.model, targets=work.targets, max_length=work.max_length)
     contestants: dict[str, Contestant] = {
         "dense": CONTESTANTS["suite"](job, folder),
-        "int8": CONTESTANTS["suite"](replace(job, precision="int8"), folder),
+        "int8": CONTESTANTS["suite_int8"](job, folder),
     }
     if work.peer:
         contestants["peft_tuned"] = CONTESTANTS["peft_tuned"](
