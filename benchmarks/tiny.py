@@ -32,10 +32,10 @@ def packaged_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def tiny_classifier(model_type: str, vocabulary: int = 30522, classes: int = 2) -> PreTrainedModel:
+def tiny_classifier(model_type: str, classes: int = 2) -> PreTrainedModel:
     """A random classifier of a family, without dropout."""
     torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, vocab_size=vocabulary, num_labels=classes, **SHAPES[model_type])
+    config = AutoConfig.for_model(model_type, vocab_size=30522, num_labels=classes, **SHAPES[model_type])
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     return model
 
