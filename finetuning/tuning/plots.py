@@ -37,9 +37,9 @@ def shown_score(plan: Plan, value: float) -> float:
     return value if plan.minimize else 100 * value
 
 
-def score_label(plan: Plan) -> str:
-    """The name of the monitored score on validation, with its unit."""
-    return f"validation {SCORES[plan.monitor]}" + ("" if plan.minimize else ", %")
+def score_label(plan: Plan, split: str = "validation") -> str:
+    """The name of the monitored score on a split, with its unit."""
+    return f"{split} {SCORES[plan.monitor]}" + ("" if plan.minimize else ", %")
 
 
 def best_plot(plan: Plan, complete: Sequence[Trial]) -> Plot:

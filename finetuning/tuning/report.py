@@ -24,10 +24,9 @@ from finetuning.runs.abstention import checkpoints_compared
 from finetuning.runs.files import BEST_RUN, PREDICTIONS, check_unchanged, read_result, read_status, write_result
 from finetuning.runs.finished import FinishedRun, read_finished
 from finetuning.runs.messages import called
-from finetuning.runs.records import SCORES
 from finetuning.storage import read_json, write_json, write_text
 from finetuning.tuning.plan import ENDING, FINAL, SUMMARY, TRIALS, Budget, Plan
-from finetuning.tuning.plots import draw_plots, shown_score
+from finetuning.tuning.plots import draw_plots, score_label, shown_score
 from finetuning.tuning.search import last_places
 from finetuning.tuning.space import space_table
 from finetuning.tuning.texts import shown_values, trial_name
@@ -301,8 +300,8 @@ def result_table(plan: Plan, summary: dict[str, Any]) -> Table:
         )
         for record in compared(summary)
     ]  # fmt: skip
-    name = SCORES[plan.monitor] + ("" if plan.minimize else ", %")
-    return Table(("", f"in the search: validation {name}", "seeds", f"validation {name}", f"test {name}"), rows)
+    validation, test = score_label(plan), score_label(plan, "test")
+    return Table(("", f"in the search: {validation}", "seeds", validation, test), rows)
 
 
 def trial_table(plan: Plan, trials: list[Trial]) -> Table:
