@@ -13,7 +13,6 @@ from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import COLORS, FRONT, log_scale, new_figure, png_of
 from finetuning.comparison.statistics import pareto_front
 from finetuning.runs.records import SCORES
-from finetuning.tuning.parameters import Point
 from finetuning.tuning.plan import Plan
 from finetuning.tuning.sampler import study_of
 from finetuning.tuning.trials import COMPLETE, Trial
@@ -64,7 +63,8 @@ def cost_plot(plan: Plan, complete: Sequence[Trial]) -> Plot | None:
     seconds = [trial.train_seconds or 0.0 for trial in timed]
     scores = [shown_score(plan, trial.value or 0.0) for trial in timed]
     front = pareto_front(seconds, [-score if plan.minimize else score for score in scores])
-    methods = [_method(plan, trial.point or {}) for trial in timed]
+    usual = plan.config.method.method
+    methods = [str((trial.point or {}).get("method", usual)) for trial in timed]
     with new_figure("Score against training time") as (figure, (axis,)):
         for i, method in enumerate(sorted(set(methods))):
             own = [k for k, name in enumerate(methods) if name == method]
@@ -81,10 +81,6 @@ def cost_plot(plan: Plan, complete: Sequence[Trial]) -> Plot | None:
         axis.legend(frameon=False)
         caption = "All complete trials. No other trial is both faster and better than one on the Pareto front."
         return Plot("cost.png", caption, partial(png_of, figure))
-
-
-def _method(plan: Plan, point: Point) -> str:
-    return str(point.get("method", plan.config.method.method))
 
 
 def importances(plan: Plan, complete: Sequence[Trial]) -> dict[str, float]:
