@@ -9,8 +9,7 @@ any number of workers, on any hosts that share the folder, need no server.
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,12 +76,10 @@ class Place:
         self.log = directory.with_name(f"{directory.name}.log")
         self.lock = directory.with_name(f"{directory.name}.lock")
 
-    @contextmanager
-    def claim(self) -> Iterator[int | None]:
+    def claim(self) -> AbstractContextManager[int | None]:
         """Claims the run. Gives the descriptor of the lock, or ``None`` if another process has the claim."""
         self.directory.parent.mkdir(parents=True, exist_ok=True)
-        with claimed(self.lock, LEASE_SECONDS) as lock:
-            yield lock
+        return claimed(self.lock, LEASE_SECONDS)
 
     def is_claimed(self) -> bool:
         """Whether a process has the claim."""
