@@ -99,23 +99,20 @@ class StoredProposer(Proposer):
         return self.study
 
     def heard(self, trial: Trial) -> None:
-        with reached(self.url):
-            self._tell(trial)
-
-    def _tell(self, trial: Trial) -> None:
         ended = trial.state is not None
-        if trial.stored is None:  # a default, which no sampler proposed
+        with reached(self.url):
+            if trial.stored is None:  # a default, which no sampler proposed
+                if ended:
+                    self.study.add_trial(_frozen(self.space, trial))
+                return
+            stored = self.study.trials[trial.stored]
+            if stored.state.is_finished():
+                return
+            for epoch in trial.history.keys() - stored.intermediate_values.keys():
+                optuna.trial.Trial(self.study, stored._trial_id).report(trial.history[epoch], epoch)
             if ended:
-                self.study.add_trial(_frozen(self.space, trial))
-            return
-        stored = self.study.trials[trial.stored]
-        if stored.state.is_finished():
-            return
-        for epoch in trial.history.keys() - stored.intermediate_values.keys():
-            optuna.trial.Trial(self.study, stored._trial_id).report(trial.history[epoch], epoch)
-        if ended:
-            state = STATES.get(trial.state, TrialState.PRUNED)
-            self.study.tell(trial.stored, trial.value if state == TrialState.COMPLETE else None, state)
+                state = STATES.get(trial.state, TrialState.PRUNED)
+                self.study.tell(trial.stored, trial.value if state == TrialState.COMPLETE else None, state)
 
 
 @contextmanager
