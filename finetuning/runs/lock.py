@@ -111,6 +111,7 @@ def claimed(path: Path, lease: float = 0.0) -> Iterator[int | None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     with os.fdopen(descriptor, "r+", encoding="utf8", errors="replace") as file:
         if not _locks(file, fcntl.LOCK_EX) or _is_leased(file, lease):
+            file.close()  # a claim that fails lets go at once: its context may end long after the next attempt
             yield None
             return
         _sign(file)

@@ -220,15 +220,6 @@ class Budget:
             raise UserError(f"--output_dir {folder}: {BUDGET} cannot be read: {first_line(error)}") from None
 
 
-def _claimed_ending(folder: Path, stack: ExitStack) -> bool:
-    """Whether this process has the claim of the end, which the stack then holds."""
-    with ExitStack() as attempt:  # a claim that fails must let go of its file
-        if attempt.enter_context(Place(folder / ENDING).claim()) is None:
-            return False
-        stack.push(attempt.pop_all())
-        return True
-
-
 def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int | None, active: bool) -> None:
     """Starts the clock of a search again, and adds minutes or trials, which may change who is trained again at the end.
 
@@ -244,7 +235,7 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
         while stack.enter_context(claimed(folder / f"{BUDGET}.lock")) is None:  # another worker adds to it
             time.sleep(LOOK_AGAIN_SECONDS)
         more = minutes is not None or trials is not None
-        while more and not _claimed_ending(folder, stack):  # a worker writes the report
+        while more and stack.enter_context(Place(folder / ENDING).claim()) is None:  # a worker writes the report
             time.sleep(LOOK_AGAIN_SECONDS)
         budget = Budget.read(folder)
         if not active:
