@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -193,14 +193,11 @@ def _write_file(
                 write_json(chunks, text, lines=kind == "jsonl")
 
 
-@contextmanager
-def _packed(raw: BinaryIO, path: Path) -> Iterator[BinaryIO]:
+def _packed(raw: BinaryIO, path: Path) -> AbstractContextManager[Any]:
     """The same stream, or one that packs what is written to it. The time is left out: equal content, equal file."""
     if path.suffix.lower() != PACKED:
-        yield raw
-        return
-    with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as stream:
-        yield stream  # type: ignore[misc]
+        return nullcontext(raw)
+    return gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
 
 
 # --- values
