@@ -6,10 +6,10 @@ labels them. Memory is bounded by a chunk, but for a JSON list and parquet in gz
 
 import io
 import itertools
+import os
 import re
 import reprlib
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -164,13 +164,8 @@ def _regular(flag: str, path: Path) -> Iterator[Path]:
 
 def _is_read_once(path: Path) -> bool:
     """Whether the path is standard input, a pipe or a device."""
-    if path == STANDARD_INPUT:
-        return True
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False  # reading it says why
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    there = os.access(path, os.F_OK)  # if it is not, reading it says why
+    return path == STANDARD_INPUT or (there and not path.is_file() and not path.is_dir())
 
 
 def _readable(flag: str, file: Path, begin: Callable[[], Iterator[T]]) -> Iterator[T]:
