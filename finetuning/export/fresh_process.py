@@ -101,7 +101,7 @@ def load(job: dict[str, Any]) -> Any:
     """The classifier in fp32, from an exported folder, or from a base model and an adapter."""
     from transformers import AutoModelForSequenceClassification
 
-    if job["base"] is None:
+    if job.get("base") is None:
         return AutoModelForSequenceClassification.from_pretrained(job["model"], dtype=torch.float32).eval()
     from peft import PeftModel
 
@@ -119,12 +119,12 @@ def main(folder: Path) -> None:
         sequences = np.split(stored["tokens"], stored["offsets"][1:-1])
         second_positions = stored.get("second_positions")
     answers = {}
-    if not job["onnx_alone"]:
+    if not job.get("onnx_alone"):
         answers["logits"] = logits_of(load(job), sequences, job["pad_id"], second_positions)
-    if job["texts"] is not None:
+    if job.get("texts") is not None:
         scores, labels = pipeline_scores(job["model"], job["texts"])
         answers |= {"scores": scores, "labels": np.array(labels)}
-    if job["onnx"] is not None:
+    if job.get("onnx") is not None:
         answers["onnx"] = onnx_logits(Path(job["model"]) / job["onnx"], sequences, job["pad_id"], second_positions)
     np.savez(folder / "answers.npz", **answers)  # type: ignore[arg-type]
 

@@ -158,8 +158,7 @@ def fresh_answers(folder: Path, held: HeldOut, **job: Any) -> dict[str, np.ndarr
     """
     desk = beside(folder, "proof")
     desk.mkdir(exist_ok=True)
-    absent = dict.fromkeys(("base", "texts", "onnx", "onnx_alone"))
-    job = {"model": folder.name, "pad_id": held.pad_id} | absent | job
+    job = {"model": folder.name, "pad_id": held.pad_id} | job
     (desk / "job.json").write_text(json.dumps(job), encoding="utf8")
     sequences, second_positions = held.model_inputs
     offsets = np.cumsum([0, *(len(sequence) for sequence in sequences)])
