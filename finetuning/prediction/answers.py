@@ -76,12 +76,11 @@ class AnswerColumns:
             first, sure = [_known(confidence.tolist(), answered)], (confidence >= self.confidence.least).tolist()
         given = decided(probabilities, self.threshold, self.positive)
         labels = [self._label(row) if known else None for known, row in zip(sure, given, strict=True)]
-        first = [labels, *first]
+        columns: list[list[Any]] = [labels, *first]
         if self.top_k is None:
-            return [*first, *(_known(column.tolist(), answered) for column in probabilities.T)]
+            return [*columns, *(_known(column.tolist(), answered) for column in probabilities.T)]
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
         best = np.take_along_axis(probabilities, order, axis=1)
-        columns = first
         for numbers, values in zip(order.T, best.T, strict=True):
             columns += [_known([self.names[i] for i in numbers.tolist()], answered), _known(values.tolist(), answered)]
         return columns
