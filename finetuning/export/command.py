@@ -80,9 +80,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise UserError(f"--check_texts {arguments.check_texts}: must be at least 1")
     if arguments.onnx and arguments.dtype != "fp32":
         raise UserError(f"--onnx: writes fp32, so leave out --dtype {arguments.dtype}, or export a second time")
-    for flag in ("--onnx",) * arguments.onnx + (f"--dtype {arguments.dtype}",) * (arguments.dtype != "fp32"):
-        if arguments.adapter:
-            raise UserError(f"{flag}: cannot be used with --adapter, which writes the adapter as it was trained")
+    if arguments.adapter and (arguments.onnx or arguments.dtype != "fp32"):
+        flag = "--onnx" if arguments.onnx else f"--dtype {arguments.dtype}"
+        raise UserError(f"{flag}: cannot be used with --adapter, which writes the adapter as it was trained")
     check_data_dir(arguments.data_dir)
 
 
