@@ -282,7 +282,7 @@ def _fitted(facts: Facts) -> list[Parameter]:
 def _is_decided(name: str, given: Mapping[str, Any]) -> bool:
     """Whether given flags decide a declared parameter that is none of them."""
     if name == "method":  # flags of one method fix it
-        return any(flag in FLAGS and method_of(flag) for flag in given)
+        return any(map(method_of, given))
     if "init_adapter" in given and name in (*OF_ADAPTER, PLACEMENT):
         return True
     return name == PLACEMENT and bool(given.keys() & {*ENCODER_TARGETS, "lora_modules"})
