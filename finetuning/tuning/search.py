@@ -192,7 +192,7 @@ class Search:
                 if read_status(place.directory) == "finished":  # its worker could not say so any more
                     self._end_finished(number, 0.0)
                 elif self._time_for_trials <= 0 and number > 0:
-                    self._end(number, OUT_OF_TIME, history=trial.history)
+                    self._end(number, OUT_OF_TIME)
                 else:
                     test = {} if number == 0 else {"test": False}  # the report compares the winner with the default
                     return self._start(place, number, trial.settings | test, lock, claim)
@@ -299,7 +299,7 @@ class Search:
         elif job.number is not None and found == "finished":
             self._end_finished(job.number, seconds)
         elif job.number is not None and job.stopped:
-            self._end(job.number, OUT_OF_TIME, history=self.trials.history(job.number), seconds=seconds)
+            self._end(job.number, OUT_OF_TIME, seconds=seconds)
         elif self.stop.received or status in STOPPED:
             if not self.stop.received:
                 self.stop.receive(signal.SIGTERM)
@@ -309,16 +309,15 @@ class Search:
                 if found == "failed"
                 else f"exit status {status}: {last_line(job.place.log)}"
             )
-            self._end(job.number, FAILED, history=self.trials.history(job.number), seconds=seconds, error=error)
+            self._end(job.number, FAILED, seconds=seconds, error=error)
 
     def _end_finished(self, number: int, seconds: float) -> None:
         result = read_result(self.trials.place(number).directory)
-        self._end(
-            number, COMPLETE, value=result["validation"][self.plan.monitor], history=self.trials.history(number),
-            seconds=max(seconds, result["seconds"]),
-        )  # fmt: skip
+        value = result["validation"][self.plan.monitor]
+        self._end(number, COMPLETE, value=value, seconds=max(seconds, result["seconds"]))
 
     def _end(self, number: int, state: str, **known: Any) -> None:
+        known = {"history": self.trials.history(number)} | known
         train_seconds = None
         with suppress(OSError, ValueError, KeyError):
             train_seconds = read_result(self.trials.place(number).directory)["train"]["seconds"]
