@@ -202,7 +202,7 @@ def label(arguments: argparse.Namespace) -> None:
             for counter in counters:
                 rows = counter.counted(rows)
             if most is not None:
-                rows = most_uncertain(rows, most)
+                rows = most_uncertain(rows, most, list(answers.columns))
             if output is None:
                 print_answers(rows, answers, done.clear)
             else:

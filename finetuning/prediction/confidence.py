@@ -1,7 +1,7 @@
 """How sure an answer is: which texts get none, and which ones are worth a label. Nothing here imports torch."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -171,19 +171,21 @@ def reached(validation: Answers, least: float, folds: bool) -> tuple[int, str]:
     return count, f"{shown}, and {right:,} of these answers are right ({interval})"
 
 
-def most_uncertain(answered: Iterable[Answered], count: int) -> Iterator[Answered]:
+def most_uncertain(answered: Iterable[Answered], count: int, columns: Sequence[str]) -> Iterator[Answered]:
     """The rows with the lowest confidence, the lowest first, as one chunk. Rows without a text are left out.
 
     Memory is bounded by ``count`` and a chunk of the input.
 
     Args:
-        answered: rows, and the values of each column of their answers, of which the second one is the confidence.
+        answered: rows, and the values of each column of their answers.
         count: how many rows.
+        columns: the names of the answers' columns.
     """
     kept: Answered | None = None
+    place = list(columns).index(CONFIDENCE)
     for rows, values in answered:
         both = (rows, values) if kept is None else _joined(kept, (rows, values))
-        confidence = [np.inf if value is None else value for value in both[1][1]]
+        confidence = [np.inf if value is None else value for value in both[1][place]]
         order = np.argsort(confidence, kind="stable")[:count]
         kept = _taken(both, order[np.isfinite(np.array(confidence)[order])])
     if kept is not None:

@@ -73,7 +73,7 @@ def test_the_most_uncertain_of_all_chunks(tmp_path: Path, kind: str) -> None:
     out = tmp_path / f"out.{kind}"
     with file_of(tmp_path / "in.csv", "text", None) as source:
         surveyed = survey(source, True, is_parquet(out), lambda _: None)
-        rows = most_uncertain(answered(source, True), 6)
+        rows = most_uncertain(answered(source, True), 6, list(ANSWERS.columns))
         write_answers(out, rows, surveyed, ANSWERS)
     distance = np.abs(good - 0.5)
     distance[5] = np.inf
@@ -89,7 +89,7 @@ def test_columns_that_differ_between_chunks_and_few_rows(tmp_path: Path) -> None
     out = tmp_path / "out.parquet"
     with file_of(tmp_path / "in.jsonl", "text", None) as source:
         surveyed = survey(source, False, True, lambda _: None)
-        write_answers(out, most_uncertain(answered(source), 50), surveyed, ANSWERS)
+        write_answers(out, most_uncertain(answered(source), 50, list(ANSWERS.columns)), surveyed, ANSWERS)
     table = pq.read_table(out).to_pydict()
     assert table["text"] == ["0.4", *["0.9"] * 4]
     assert table["n"] == [None, 1, 1, 1, 1]
