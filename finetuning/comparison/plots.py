@@ -24,7 +24,7 @@ from finetuning.comparison.collected import Run, Study
 from finetuning.comparison.drawn import RATE
 from finetuning.comparison.page import Plot
 from finetuning.comparison.statistics import mean_and_deviation, pareto_front
-from finetuning.comparison.tables import GIB, scores_by_rate
+from finetuning.comparison.tables import GIB
 from finetuning.runs.records import SCORES
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -241,17 +241,14 @@ def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
 
 
 def _rate_scores(study: Study) -> dict[str, dict[float, list[float]]]:
-    """The metric that chose on validation, in %, by curve and learning rate."""
-    found = scores_by_rate(
-        _rated(study),
-        name=lambda run: run.row if run.tunes else _row_without(run, "learning_rate"),
-        score=lambda run: run.accuracy("validation") if run.monitor == "loss" else run.monitored,
-    )
-    curves = {
-        name: {rate: [100 * value for value in values] for rate, values in rates.items() if values}
-        for name, rates in found.items()
-    }
-    return {name: rates for name, rates in curves.items() if len(rates) > 1}
+    """The metric that chose on validation, in %, by curve and rising learning rate."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in _rated(study):
+        score = run.accuracy("validation") if run.monitor == "loss" else run.monitored
+        if score is not None:
+            name = run.row if run.tunes else _row_without(run, RATE)
+            found.setdefault(name, {}).setdefault(float(run.axes[RATE]), []).append(100 * score)
+    return {name: dict(sorted(rates.items())) for name, rates in found.items() if len(rates) > 1}
 
 
 def _rated(study: Study) -> list[Run]:

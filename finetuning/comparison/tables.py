@@ -1,10 +1,10 @@
 """A study's rows -> tables as Markdown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from finetuning.comparison.collected import Run, Study
+from finetuning.comparison.collected import Study
 from finetuning.comparison.drawn import RATE, shown_settings
 from finetuning.comparison.pairs import Answer, Comparison
 from finetuning.comparison.unequal import has_rare_class
@@ -22,30 +22,6 @@ REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
 NAMED_IN_ANSWER = 4  # largest number of names in the table of answers
 NAMED = 12  # largest number of names in a note
 FEW_TEST_TEXTS = 300  # with fewer, seeds that agree look more certain than they are
-
-
-def scores_by_rate(
-    runs: Sequence[Run],
-    name: Callable[[Run], str] = lambda run: run.row,
-    score: Callable[[Run], float | None] = lambda run: run.monitored,
-) -> dict[str, dict[float, list[float]]]:
-    """The scores by curve and rising learning rate; an empty list if no run with this rate finished.
-
-    Args:
-        runs: any runs; the ones without a learning rate are left out.
-        name: gives the name of a run's curve.
-        score: gives the score of a run.
-    """
-    found: dict[str, dict[float, list[float]]] = {}
-    for run in runs:
-        rate = run.get("config", "learning_rate") or run.axes.get("learning_rate")
-        if rate is not None:
-            reached = score(run)
-            found.setdefault(name(run), {}).setdefault(float(rate), []).extend([] if reached is None else [reached])
-    return {key: dict(sorted(rates.items())) for key, rates in found.items()}
-
-
-# --- text
 
 
 def main_table(study: Study) -> Table:
@@ -237,8 +213,10 @@ def _best_on_validation(study: Study) -> list[str]:
     return found
 
 
-def _tuned_rates(study: Study) -> list[tuple[str, float, list[float]]]:
+def _tuned_rates(study: Study) -> list[tuple[str, float, set[float]]]:
     """For each row with more than one tried rate: its name, the rate of its final runs, and all tried rates."""
-    scores = scores_by_rate(study.rate_trials)
-    taken = [(row.name, row.common("config", "learning_rate")) for row in study.rows]
-    return [(name, rate, list(scores[name])) for name, rate in taken if rate and len(scores.get(name, ())) > 1]
+    tried: dict[str, set[float]] = {}
+    for run in study.rate_trials:
+        tried.setdefault(run.row, set()).add(run.axes[RATE])
+    taken = [(row.name, row.common("config", RATE)) for row in study.rows]
+    return [(name, rate, tried[name]) for name, rate in taken if rate and len(tried.get(name, ())) > 1]
