@@ -191,8 +191,9 @@ def cost_plot(
         axis.set(xlabel=", ".join(filter(None, (name, unit[0]))), ylabel="test accuracy, %")
         for own in dict.fromkeys(sources):
             points = zip(sources, costs, heights, front, strict=True)
-            steps = _staircase(sorted((x, y) for source, x, y, on in points if on and source == own))
-            axis.plot(*zip(*steps, strict=True), color=FRONT, alpha=0.35, linewidth=2)
+            line = sorted((x, y) for source, x, y, on in points if on and source == own)
+            # a higher cost reaches at least what a lower one does
+            axis.step(*zip(*line, strict=True), where="post", color=FRONT, alpha=0.35, linewidth=2)
         for k, r in enumerate(records):
             style, low = style_of(k), scores[k] < foot
             axis.errorbar(
@@ -227,14 +228,6 @@ def _cost_scale(axis: Any, costs: Sequence[float], log: bool) -> None:
         return
     margin = max(0.15 * (max(costs) - min(costs)), 0.05 * max(costs))
     axis.set_xlim(min(costs) - margin, max(costs) + margin)
-
-
-def _staircase(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The corners of the front: a higher cost reaches at least what a lower one does."""
-    corners = list(points[:1])
-    for x, y in points[1:]:
-        corners += [(x, corners[-1][1]), (x, y)]
-    return corners
 
 
 # --- curves
