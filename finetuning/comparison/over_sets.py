@@ -192,10 +192,7 @@ def costs_table(grid: Grid) -> Table:
     return table if len(set(table.column("process"))) > 1 else table.without("process")
 
 
-Conditions = tuple[frozenset[str], frozenset[str], frozenset[str]]
-
-
-def conditions(found: Iterable[Iterable[Run]]) -> Conditions:
+def conditions(found: Iterable[Iterable[Run]]) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """Precisions, processors, and whether the runs were forked. Costs can be compared only where all are the same."""
     runs = [run for each in found for run in each]
     keys = (("base_model", "precision"), ("environment", "cpu"))
