@@ -323,5 +323,4 @@ class StudyExecution:
 
 def last_line(log: Path) -> str:
     """The last line of a log that is not empty: why a run that wrote no result has ended."""
-    lines = log.read_text(encoding="utf8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return log.read_text(encoding="utf8", errors="replace").strip().rpartition("\n")[2].strip()
