@@ -194,11 +194,12 @@ def _plan(name: str, content: dict[str, Any]) -> StudyPlan:
     for table in ("defaults", "axes", "sample", "tuning"):
         if not isinstance(content.get(table, {}), dict):
             raise UserError(f"{table}: must be a table, [{table}]")
-    rows = content.get("rows", [{}])
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError("rows: must be tables, [[rows]], at least one")
+    for table in ("rows", "data"):
+        parts = content.get(table, [{}])
+        if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+            raise UserError(f"{table}: must be tables, [[{table}]], at least one")
     check_search(content.get("search"))
-    rows = _on_data_sets(content, rows)
+    rows = _on_data_sets(content, content.get("rows", [{}]))
     _check_rows(content, rows)
     _check_tuning(content, rows)
     cells = _sampled([cell for row in rows for cell in _expand(content, row)], content.get("sample"))
@@ -218,8 +219,6 @@ def _on_data_sets(content: dict[str, Any], rows: list[dict[str, Any]]) -> list[d
         if named:
             raise UserError(f"row {named[0].get('name')}: data: needs [[data]], the sets that it names")
         return rows
-    if not isinstance(sets, list) or not sets or not all(isinstance(each, dict) for each in sets):
-        raise UserError("data: must be tables, [[data]], at least one")
     if not all(isinstance(each.get("name"), str) for each in (*sets, *rows)):
         raise UserError("data: each [[data]] and each [[rows]] needs a name")
     for each in sets:
