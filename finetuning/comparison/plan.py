@@ -190,7 +190,7 @@ def _plan(name: str, content: dict[str, Any]) -> StudyPlan:
     question = content.get("question")
     if not isinstance(question, str) or not question.strip():
         raise UserError("question: must be a text that says what the study asks")
-    content = {"defaults": {}} | content
+    content = {"defaults": {}, "axes": {}, "tuning": {}} | content
     for table in ("defaults", "axes", "sample", "tuning"):
         if not isinstance(content.get(table, {}), dict):
             raise UserError(f"{table}: must be a table, [{table}]")
@@ -247,7 +247,7 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
         cell = dict(zip(axes, values, strict=True))
         name = "-".join([*([row["name"]] if "name" in row else []), *itertools.starmap(_part, cell.items())]) or "run"
         given = settings | cell | {"seed": seeds[0]}
-        overrides = content.get("tuning", {}) | {"test": False}
+        overrides = content["tuning"] | {"test": False}
         tune = [
             PlannedRun(f"tune-{name}-{trial}", name, "tune", given | overrides | tried, tried, data=data)
             for trial, tried in tried_settings(name, row.get("tune", {}), content.get("search")).items()
@@ -284,11 +284,11 @@ def _settings_and_axes(
     """Flags and axes of a row; what the row says overrides what the study says."""
     own = {key: value for key, value in row.items() if key not in KEYS_OF_A_ROW}
     row_axes = row.get("axes", {})
-    axes = {k: v for k, v in (content.get("axes", {}) | row_axes).items() if k in row_axes or k not in own}
+    axes = {k: v for k, v in (content["axes"] | row_axes).items() if k in row_axes or k not in own}
     twice = sorted(set(own) & set(row_axes))
     if twice:
         raise UserError(f"{where}{twice[0]}: given as a flag and as an axis")
-    parts = [("[defaults] ", content.get("defaults", {})), ("[tuning] ", content.get("tuning", {}))]
+    parts = [("[defaults] ", content["defaults"]), ("[tuning] ", content["tuning"])]
     for place, values in [*parts, (where, own), (f"{where}axes: ", axes)]:
         for key, value in values.items():
             if key not in FLAGS:
@@ -301,7 +301,7 @@ def _settings_and_axes(
     for key, values in axes.items():
         if not isinstance(values, list) or not values or len({str(value) for value in values}) < len(values):
             raise UserError(f"{where}axes: {key}: must be a list of different values, at least one")
-    return content.get("defaults", {}) | own, axes
+    return content["defaults"] | own, axes
 
 
 def _sampled(cells: list[Cell], sample: dict[str, Any] | None) -> list[Cell]:
@@ -344,14 +344,14 @@ def _check_rows(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Every row must try equally many settings, because more tries alone give a better score."""
-    search, tuning = content.get("search"), content.get("tuning", {})
+    search, tuning = content.get("search"), content["tuning"]
     for row in rows:
         if "tune" not in row:
             continue
         where = f"row {row.get('name')}: tune: "
         check_tuned(where, row["tune"], search)
         for flag in row["tune"]:
-            if any(flag in place for place in (row, row.get("axes", {}), content.get("axes", {}), content["defaults"])):
+            if any(flag in place for place in (row, row.get("axes", {}), content["axes"], content["defaults"])):
                 raise UserError(f"{where}{flag}: must not be given as well")
             if flag in tuning:
                 raise UserError(f"[tuning] {flag}: not allowed, because it is what is tuned: give it to the rows")
