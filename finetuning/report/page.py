@@ -84,8 +84,8 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
     names, task = result["data"]["label_names"], result["task"]
     answers = read_answers(directory, task.get("threshold"), positive_of(task, names))
     split = _main_split(answers, "kfold" in result)
-    main, validation = answers[split], answers.get("validation", answers[split])
-    temperature = fit_temperature(answers["validation"]) if "validation" in answers else None
+    main, validation = answers[split], answers["validation"]
+    temperature = fit_temperature(validation)
     learned = main.multi_label or shows_learning(validation, result.get("kfold"))
     wrong = maybe_wrong(answers, names, texts) if learned and not main.multi_label else []
     longest = result["config"]["max_length"] * result["config"]["windows"]
@@ -102,7 +102,7 @@ def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) ->
         confusion=sections.confusion_cells(main),
         confusions=sections.confusion_table(main, names),
         calibration=_calibration(main, temperature),
-        abstention=_abstention(answers, split, temperature or 1.0, result),
+        abstention=_abstention(validation, main, split, temperature or 1.0, result),
         lengths=sections.length_table(main, longest),
         cut=_cut(main, longest),
         with_texts=texts is not None,
@@ -153,12 +153,10 @@ def _calibration(main: Answers, temperature: float | None) -> dict[str, Any]:
 
 
 def _abstention(
-    answers: dict[str, Answers], split: str, temperature: float, result: dict[str, Any]
-) -> dict[str, Any] | None:
-    """What happens to a split if the least confident texts get no answer; ``None`` without validation."""
-    if "validation" not in answers:
-        return None
-    validation, main = (answers[name].cooled(temperature) for name in ("validation", split))
+    validation: Answers, main: Answers, split: str, temperature: float, result: dict[str, Any]
+) -> dict[str, Any]:
+    """What happens to a split if the least confident texts get no answer."""
+    validation, main = validation.cooled(temperature), main.cooled(temperature)
     return {
         "curve": coverage_curve(main),
         "table": risk_table(validation, main, split, checkpoints_compared(result)),
