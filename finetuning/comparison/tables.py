@@ -119,8 +119,8 @@ def answer_table(study: Study, answers: Sequence[Answer]) -> Table:
         for answer in answers
     }
     if not certainties:  # no two rows can be compared
-        certainties = {name: "not compared" for name, r in records.items() if r["accuracy_mean"] is not None}
-        certainties = dict(list(certainties.items())[:1])
+        tested = [name for name, r in records.items() if r["accuracy_mean"] is not None]
+        certainties = dict.fromkeys(tested[:1], "not compared")
     return Table(
         ("best row", ACCURACY, SECONDS, MEMORY, "how sure"),
         [
