@@ -76,10 +76,10 @@ def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:
     pair = compare_pair(grid, *methods)
     if pair is None:
         return None
-    texts = sorted({grid.texts(name, decision.method) for name in pair.sets})
+    texts = [grid.texts(name, decision.method) for name in pair.sets]
     return (
         "both" if all(m in grid.trials.get(name, ()) for name in pair.sets for m in methods) else "",
-        " to ".join(f"{number:,}" for number in (texts if len(texts) < 2 else (texts[0], texts[-1]))),
+        " to ".join(f"{number:,}" for number in sorted({min(texts), max(texts)})),
         str(len(pair.sets)),
         pair.difference,
         typical(pair.chances),
