@@ -36,7 +36,7 @@ def results(folder: Path, accuracies: Mapping[str, Mapping[str, tuple[int, ...]]
 
 
 def tables_of(results: Path) -> list[Table]:
-    return over_sets(grid_in(results))
+    return [table for table in over_sets(grid_in(results)) if table.rows]
 
 
 @pytest.mark.parametrize("draw", ["", "-data_seed"], ids=["seeds", "draws"])
