@@ -25,7 +25,6 @@ class Claim:
     directory: Path
     checkpoint: Path | None  # to continue from
     lock: AbstractContextManager[object]  # of the directory; leaving it ends the claim
-    origin: dict[str, Any]  # see ``origin_of``; only the first process knows it
 
 
 def claim_directory(directory: Path, inputs: Inputs) -> Claim:
@@ -40,17 +39,15 @@ def claim_directory(directory: Path, inputs: Inputs) -> Claim:
     """
     config = inputs.config.changed(output_dir=directory)
     lock: AbstractContextManager[object] = nullcontext()
-    origin: dict[str, Any] = {}
     if is_helper():
         checkpoint = checkpoint_to_resume(directory) if config.run.resume else None
     else:
-        origin = origin_of(inputs)
-        lock, checkpoint = claimed_directory(directory, config.to_dict(), origin)
+        lock, checkpoint = claimed_directory(directory, config.to_dict(), origin_of(inputs))
         share_directory(directory)
         remove_left_over()
     if config.run.resume and checkpoint is None:
         config = config.changed(**START_OVER)
-    return Claim(config, directory, checkpoint, lock, origin)
+    return Claim(config, directory, checkpoint, lock)
 
 
 def origin_of(inputs: Inputs) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def build_model(claim: Claim, inputs: Inputs) -> tuple[Classifier, BuiltRecord]:
     groups = count_parameters(classifier)
     base = None
     if not is_helper():
-        base = {"precision": hardware.precision, "sha256": claim.origin["base_model"]}
+        base = {"precision": hardware.precision, "sha256": inputs.base.file_hashes}
         say(f"{inputs.headline(classifier)}\nrun     {claim.directory}\n\n{parameter_table(groups)}\n")
         if run.verbose:
             say(module_table(classifier.model))
