@@ -112,17 +112,6 @@ def class_scores(answers: Answers) -> list[ClassScore]:
     ]  # fmt: skip
 
 
-def beats_largest_class(accuracy: float, counts: np.ndarray) -> bool:
-    """Whether the 95 % interval of an accuracy lies above the share of the largest class.
-
-    Args:
-        accuracy: of some texts.
-        counts: (classes,) how many of these texts each class has.
-    """
-    texts = int(counts.sum())
-    return accuracy_interval(accuracy, texts)[0] > counts.max() / texts
-
-
 def shows_learning(answers: Answers, kfold: Mapping[str, Any] | None) -> bool:
     """Whether validation tells a classifier from one that always answers the largest class, or that guesses.
 
@@ -135,7 +124,8 @@ def shows_learning(answers: Answers, kfold: Mapping[str, Any] | None) -> bool:
     """
     same = kfold["same_epoch"] if kfold else None
     accuracy = same["accuracy"] if same else float(answers.right.mean())
-    if beats_largest_class(accuracy, answers.truth.sum(0)):
+    texts, largest = len(answers.rows), answers.truth.sum(0).max()
+    if accuracy_interval(accuracy, texts)[0] > largest / texts:
         return True
     low, _ = (same["mean_ci95"] if same else score_intervals(answers)).get("mcc", (0.0, 0.0))
     return bool(low > 0)
