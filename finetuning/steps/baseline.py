@@ -1,7 +1,6 @@
 """The baseline that a run is compared with, see ``finetuning/comparison/baselines.py``."""
 
 import copy
-import statistics
 import time
 
 import numpy as np
@@ -11,8 +10,9 @@ from finetuning.data.splits import sampled
 from finetuning.errors import Interrupted, first_line, say
 from finetuning.processes import is_helper
 from finetuning.runs.measurements import free_memory
-from finetuning.runs.records import SCORES, BaselineRecord, ComparedRecord, FoldsRecord, TrainedRecord
+from finetuning.runs.records import BaselineRecord, ComparedRecord, FoldsRecord, TrainedRecord
 from finetuning.settings import LoRASettings
+from finetuning.steps.folds import means
 from finetuning.steps.training import Training
 from finetuning.training.tasks import MultiLabel, Task
 
@@ -91,13 +91,12 @@ def of_folds(folds: FoldsRecord) -> tuple[BaselineRecord, dict[str, float]]:
     from finetuning.comparison.baselines import NAME
 
     found = [fold["baseline"] for fold in folds["folds"]]
-    names = [name for name in SCORES if all(name in each["validation"] for each in found)]
-    means = {name: statistics.fmean(each["validation"][name] for each in found) for name in names}
+    mean = means([each["validation"] for each in found])["mean"]
     record = BaselineRecord(
         name=NAME,
         texts=min(each["texts"] for each in found),
         seconds=sum(each["seconds"] for each in found),
-        validation=means | {"examples": sum(each["validation"]["examples"] for each in found)},
+        validation=mean | {"examples": sum(each["validation"]["examples"] for each in found)},
     )
     return record, (folds["same_epoch"] or folds)["mean"]
 

@@ -134,12 +134,12 @@ def _record(runs: list[FinishedRun]) -> FoldsRecord:
         folds=folds,
         epochs=epochs,
         same_epoch=_same_epoch(runs, epochs),
-        **_means(folds),
+        **means(folds),
         seconds=sum(fold["seconds"] for fold in folds),
     )
 
 
-def _means(folds: Sequence[Mapping[str, Any]]) -> Means:
+def means(folds: Sequence[Mapping[str, Any]]) -> Means:
     """The means of the scores that all folds have."""
     columns = {name: [fold[name] for fold in folds] for name in SCORES if all(name in fold for fold in folds)}
     return Means(
@@ -157,4 +157,4 @@ def _same_epoch(runs: list[FinishedRun], epochs: int) -> dict[str, Any] | None:
     texts = [run.result["validation"]["examples"] for run in runs]
     right = sum(fold["accuracy"] * count for fold, count in zip(folds, texts, strict=True))
     accuracy = right / sum(texts)
-    return {"accuracy": accuracy, "accuracy_ci95": list(accuracy_interval(accuracy, sum(texts))), **_means(folds)}
+    return {"accuracy": accuracy, "accuracy_ci95": list(accuracy_interval(accuracy, sum(texts))), **means(folds)}
