@@ -75,9 +75,7 @@ def cross_validate(claim: Claim, inputs: Inputs, carry_out: Callable[[Path, Inpu
     say(f"{'out of fold':<11} {scores_line(scores, *shown)}")
     say(f"{accuracy_line('out-of-fold', scores, shown[1])} {OPTIMISTIC}")
     tuned = bool(inputs.task.record().get("threshold_tuned"))
-    for line in same_epoch_lines(record, training.monitor, tuned):
-        say(line)
-    for line in largest_class_line("all folds", scores):
+    for line in (*same_epoch_lines(record, training.monitor, tuned), *largest_class_line("all folds", scores)):
         say(line)
     chosen = ", ".join(str(fold["epoch"]) for fold in record["folds"])
     whole, median = counted(training.epochs, "epoch"), f"the median of the folds' {chosen}"
