@@ -107,11 +107,11 @@ def adopt_adapter(
             f" {beside if beside.is_dir() else adapter.base}, or, if they are the same, change base_model_name_or_path"
             f" in its {ADAPTER_CONFIG}"
         )
-    known = {name: target for target in (*family.targets, "head") for name in _target_paths(family, target)}
-    unknown = [name for name in adapter.linears if re.sub(r"\.\d+\.", ".*.", name) not in known]
+    known = {_any_layer(name): part for part in (*family.targets, "head") for name in family.linear_names(part, 1)}
+    unknown = [name for name in adapter.linears if _any_layer(name) not in known]
     if unknown:
         raise UserError(f"{flag}: has LoRA on {unknown[0]}, which is not a linear of this model that can have LoRA")
-    placed = {known[re.sub(r"\.\d+\.", ".*.", name)] for name in adapter.linears}
+    placed = {known[_any_layer(name)] for name in adapter.linears}
     values = {"lora_r": adapter.rank, "lora_alpha": adapter.alpha, "lora_scaling": adapter.scaling}
     values |= {name: name.removeprefix("lora_") in placed for name in LORA_TARGETS}
     for name, value in values.items():
@@ -149,9 +149,9 @@ def _adapted_layers(lora: LoRASettings, adapter: Adapter, base: BaseModel) -> st
     return None if found == every else named_layers(found)
 
 
-def _target_paths(family: ModelFamily, target: str) -> list[str]:
-    """Paths of a target's linears, with ``*`` for the number of the layer."""
-    return [re.sub(r"\.0\.", ".*.", name) for name in family.linear_names(target, 1)]
+def _any_layer(linear: str) -> str:
+    """A linear's path with ``*`` for the number of its layer."""
+    return re.sub(r"\.\d+\.", ".*.", linear)
 
 
 def build_from_adapter(
