@@ -152,10 +152,10 @@ class Meter(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.tick(pl_module)
         self._since = None
-        self._validation_since = _now(pl_module)
+        self._validation_since = clock(pl_module.device)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.validation_seconds += _now(pl_module) - self._validation_since
+        self.validation_seconds += clock(pl_module.device) - self._validation_since
         scores = {f"validation_{name}": value for name, value in pl_module.scores["validation"].items()}
         epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 0)  # 0 if the run only evaluates
         self._keep({"step": trainer.global_step, "epoch": epoch, "train_seconds": self.train_seconds} | scores)
@@ -222,16 +222,16 @@ def of_all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def _now(pl_module: Any) -> float:
+def clock(device: torch.device) -> float:
     """The clock in seconds, read after the GPU has finished its queued work."""
-    if pl_module.device.type == "cuda":
-        torch.cuda.synchronize(pl_module.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _both_clocks(pl_module: Any) -> tuple[float, float]:
     """The clock, and the seconds that all threads of this process have used processors."""
-    return _now(pl_module), time.process_time()
+    return clock(pl_module.device), time.process_time()
 
 
 class GracefulStop(Callback):

@@ -5,7 +5,6 @@ lengths, and their time per token gives the time of an epoch. If a run keeps out
 measured again with these outputs, as in every later epoch.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -22,6 +21,7 @@ from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.models.merged import merged
 from finetuning.runs.measurements import peak_memory
 from finetuning.settings import TrainingSettings
+from finetuning.training.callbacks import clock
 from finetuning.training.hardware import Hardware
 from finetuning.training.optimization import make_optimizer
 from finetuning.training.tasks import Task
@@ -188,18 +188,11 @@ def _seconds_per_token(batches: Batches, device: torch.device, work: Callable[[d
     times = []
     for batch in batches:
         moved, tokens = move_data_to_device(batch, device), int(batch["attention_mask"].sum())
-        _wait(device)
-        started = time.perf_counter()
+        started = clock(device)
         work(moved)
-        _wait(device)
-        times.append((time.perf_counter() - started) / tokens)
+        times.append((clock(device) - started) / tokens)
     times.sort()
     return float(np.mean(times[1:-1] if len(times) > 4 else times))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def estimate_table(record: dict[str, Any], weight_bytes: int, epochs: int) -> str:

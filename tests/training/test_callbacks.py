@@ -109,7 +109,7 @@ def test_training_has_a_clock_for_the_wall_and_one_for_processors(
 ) -> None:
     """A run that shares its machine waits, so only the second one can be compared then."""
     clocks = {"wall": 10.0, "processors": 3.0}
-    monkeypatch.setattr(callbacks, "_now", lambda _: clocks["wall"])
+    monkeypatch.setattr(callbacks, "clock", lambda _: clocks["wall"])
     monkeypatch.setattr(callbacks.time, "process_time", lambda: clocks["processors"])
     meter, module = Meter(tmp_path), SimpleNamespace(device=torch.device("cpu"))
     meter.on_train_epoch_start(SimpleNamespace(), module)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldo
     tmp_path: Path, device: str, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "to", lambda self, place: (self, place))
-    monkeypatch.setattr(callbacks, "_now", lambda _: 0.0)
+    monkeypatch.setattr(callbacks, "clock", lambda _: 0.0)
     meter = Meter(tmp_path)
     state = {"rows": [], "train_seconds": 0.0, "validation_seconds": 0.0, "earlier_seconds": 0.0}
     meter.load_state_dict(state | {"losses": torch.tensor([0.5, 0.4]), "random": []})
