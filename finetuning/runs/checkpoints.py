@@ -48,14 +48,13 @@ def is_intact(path: Path) -> bool:
             left = path.stat().st_size - len(WITH_COMMENT) - COMMENT_BYTES
             file.seek(max(left, 0))
             tail = file.read()
-            length, comment = tail[: len(WITH_COMMENT)], tail[len(WITH_COMMENT) :]
             digest = hashlib.sha256()
             file.seek(0)
             while left > 0 and (chunk := file.read(min(CHUNK, left))):
                 digest.update(chunk)
                 left -= len(chunk)
             digest.update(NO_COMMENT)
-            return length == WITH_COMMENT and comment == MARK + digest.hexdigest().encode()
+            return tail == WITH_COMMENT + MARK + digest.hexdigest().encode()
     except OSError:
         return False
 
