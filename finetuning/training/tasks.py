@@ -179,9 +179,8 @@ class MultiLabel(nn.Module):
 
     def tune(self, labels: np.ndarray, logits: np.ndarray) -> None:
         """Sets the threshold with the highest micro F1 on validation, if the run asks for it."""
-        if not self.tuned:
-            return
-        self.decoding["threshold"] = best_threshold(labels == 1, probabilities_of(logits))
+        if self.tuned:
+            self.decoding["threshold"] = best_threshold(labels == 1, probabilities_of(logits))
 
     def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
         """The metrics of a split; ``accuracy`` is the share of texts with exactly the right labels.
