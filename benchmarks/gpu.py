@@ -87,7 +87,9 @@ def run_part(part: Part, folder: Path, sizes: Sizes) -> Record:
     process.start()
     process.join(part.limit_seconds)
     if process.is_alive():
-        os.killpg(int(process.pid or 0), signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has not made its group yet
+            os.killpg(int(process.pid or 0), signal.SIGKILL)
+        process.kill()
         process.join()
         return {"error": f"not done after {part.limit_seconds:g} s"}
     if not answer.exists():

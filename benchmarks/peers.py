@@ -160,7 +160,7 @@ def fastest_settings(model: str, max_length: int) -> dict[str, Any]:
     """
     for record in read_json(OUTPUT)["measurements"]:
         key = (record.get("contestant"), record.get("model"), record.get("max_length"))
-        if record.get("choice") and key == ("peft_tuned", model, max_length):
+        if "chosen" in record and record.get("choice") and key == ("peft_tuned", model, max_length):
             return dict(record["chosen"])
     raise UserError(f"{OUTPUT.name} has no settings of the tuned peer for {model}, {max_length}: run make benchmark")
 

@@ -41,17 +41,17 @@ def measure(repeats: int, flags: str, journal: harness.Journal) -> None:
     """
     for number in range(repeats):
         for efficient in (True, False):
-            train = partial(one_training, f"{FLAGS} {flags} --efficient {efficient}")
+            train = partial(one_training, f"{FLAGS} {flags} --efficient {efficient}".split())
             journal.measured(train, round=number, efficient=efficient)
 
 
-def one_training(flags: str) -> Record:
+def one_training(flags: Sequence[str]) -> Record:
     """What a training with these flags left in its ``result.json``."""
     with tempfile.TemporaryDirectory() as folder:
-        words = f"{ROOT}/finetune_lora.py {flags} --output_dir {folder}/run"
-        _, reason = harness.in_process(words.split())
+        words = [str(ROOT / "finetune_lora.py"), *flags, "--output_dir", f"{folder}/run"]
+        _, reason = harness.in_process(words)
         if reason is not None:
-            raise UserError(f"{words}: {reason}")
+            raise UserError(f"{' '.join(words)}: {reason}")
         result = read_result(Path(folder) / "run")
     return {name: result[name] for name in KEPT}
 

@@ -287,6 +287,8 @@ def kills(asked: Conditions) -> list[Record]:
             victim.wait()
             running.append(start())
             done += 1
+        elif all(worker.poll() for worker in running):
+            raise UserError(f"{folder}: all workers have failed: see above")
     statuses = [worker.wait() for worker in running]
     trials = ended_trials(folder)
     for path in folder.rglob("*.json"):

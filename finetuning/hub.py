@@ -79,7 +79,7 @@ def hub_file(repository: str, filename: str, instead: str = "--data_dir PATH") -
     Args:
         repository: the data set's hub id.
         filename: the file's path in the repository.
-        instead: the flags to advise if the hub cannot be reached.
+        instead: the flags to advise if it cannot be downloaded.
 
     Raises:
         UserError: the file cannot be downloaded.
@@ -93,7 +93,7 @@ def hub_file(repository: str, filename: str, instead: str = "--data_dir PATH") -
         return Path(fetch())
     except Exception as error:  # errors of the hub and of its HTTP library, which changes between versions
         reason = first_line(error)
-        raise UserError(f"the data set {repository} cannot be downloaded ({reason}): give --data_dir PATH") from error
+        raise UserError(f"the data set {repository} cannot be downloaded ({reason}): give {instead}") from error
 
 
 def hub_snapshot(

@@ -143,8 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--retry_broken", action="store_true", help="do trials again whose promise was broken")
     parser.add_argument("--page", type=Path, help="a page with markers, such as docs/faults.md, whose table is renewed")
     options = parser.parse_args(argv)
-    if options.only and options.page is not None:
-        parser.error("--page: needs all faults, so leave out --only")
+    if options.page is not None and (options.only or options.times is not None):
+        parser.error("--page: needs all trials of all faults, so leave out --only and --times")
+    if options.times is not None and options.times < 1:
+        parser.error(f"--times {options.times}: must be at least 1")
     folder = options.folder.resolve()
     model, data = folder / "model", folder / "data"
     if not data.exists():

@@ -22,6 +22,8 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
         path = hub_file("takala/financial_phrasebank", "data/FinancialPhraseBank-v1.0.zip")
         with readable(path), zipfile.ZipFile(path) as archive:
             members = {Path(name).stem.lower(): name for name in archive.namelist()}
+            if wanted not in members:
+                raise UserError(f"{path} has no {wanted}.txt: give other data with --data_dir")
             table = _parse(archive.read(members[wanted]), path)
     else:
         files = [data.data_dir] if data.data_dir.is_file() else sorted(data.data_dir.iterdir())

@@ -137,9 +137,11 @@ def class_names(path: Path, label_column: str) -> list[str] | None:
     if name_and_format(path)[1] != "parquet" or path.is_dir():  # Spark writes a parquet table as a folder
         return None
     metadata = parquet_schema(path).metadata or {}
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    feature = features.get(label_column, {})
-    if isinstance(feature, list):  # how older versions of the library write a list of labels
-        feature = feature[0]
-    names: list[str] | None = feature.get("feature", feature).get("names")
+    try:
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]
+        if isinstance(feature, list):  # how older versions of the library write a list of labels
+            feature = feature[0]
+        names: list[str] | None = feature.get("feature", feature).get("names")
+    except (ValueError, LookupError, TypeError, AttributeError):  # another program's, or none
+        return None
     return names

@@ -126,7 +126,6 @@ def encode_texts(texts: list[str], tokenizer: Any, data: DataSettings, progress:
     Raises:
         UserError: ``window_overlap`` leaves no room in a window.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # otherwise the library may use only one core
     probe = tokenizer("a", return_special_tokens_mask=True, truncation=False, padding=False)
     body = np.flatnonzero(np.array(probe["special_tokens_mask"]) == 0)
     prefix, suffix = probe["input_ids"][: body[0]], probe["input_ids"][body[-1] + 1 :]
@@ -190,6 +189,7 @@ def encode_pairs(
 
 def _plain_ids(tokenizer: Any, progress: str | None, *columns: list[str]) -> Iterator[tuple[list[int], ...]]:
     """For each row of the columns, the token ids of its texts, without special tokens and uncut."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # otherwise the library may use only one core
     total = len(columns[0])
     with tqdm(total=total, desc=progress, unit=" texts", mininterval=1, disable=progress is None) as bar:
         for start in range(0, total, 1000):

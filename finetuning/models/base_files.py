@@ -23,6 +23,7 @@ from finetuning.storage import read_json, sha256_of
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged index can raise
 OLD_WEIGHTS = "pytorch_model*.bin"  # what some models have instead of safetensors; torch reads tensors alone from it
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder that PEFT wrote
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -120,7 +121,7 @@ def weight_files(folder: Path) -> list[str]:
     """The names of the files with a model's weights: one, or the parts that an index names, there or not.
 
     Raises:
-        ValueError, KeyError, AttributeError: the index is damaged.
+        one of ``DAMAGED``: the index is damaged.
     """
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
@@ -135,7 +136,7 @@ def has_weights(folder: Path) -> bool:
     """Whether all files with the weights are in a folder of the hub's cache, where only a part may be."""
     try:
         names = weight_files(folder)
-    except (ValueError, KeyError, AttributeError):
+    except DAMAGED:
         return False
     return bool(names) and all((folder / name).is_file() for name in names)
 
@@ -160,30 +161,30 @@ def check_weights(model_name: str, folder: Path) -> None:
                 raise UserError(f"{flag} cannot be loaded: it lacks {name}, which its index names")
             if name.endswith(".safetensors"):
                 safe_open(folder / name, framework="numpy")
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, *DAMAGED, SafetensorError) as error:
         raise UserError(f"{flag} cannot be loaded: {first_line(error, name_file=True)}") from None
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
     """The name and shape of each weight in a folder. Damaged files of the older format count as empty."""
     shapes: dict[str, list[int]] = {}
-    for file_name in weight_files(folder):
-        if file_name.endswith(".bin"):
+    for path in (folder / name for name in weight_files(folder)):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        else:
             import torch
 
             with suppress(OSError, EOFError, RuntimeError, pickle.UnpicklingError):  # loading the model says it
-                stored = torch.load(folder / file_name, map_location="meta", weights_only=True)  # runs no code
+                stored = torch.load(path, map_location="meta", weights_only=True)  # runs no code
                 shapes |= {name: list(weight.shape) for name, weight in stored.items()}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return shapes
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file of a base model, by name."""
     paths = {path.name: path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}
-    with suppress(ValueError, KeyError, AttributeError):  # a damaged index, whose own hash tells
+    with suppress(*DAMAGED):  # a damaged index, whose own hash tells
         paths |= {name: folder / name for name in weight_files(folder) if (folder / name).is_file()}
     return {name: sha256_of(paths[name]) for name in sorted(paths)}
 

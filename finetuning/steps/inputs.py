@@ -64,7 +64,8 @@ class Inputs:
         training, processes = self.config.training, self.config.hardware.processes
         kernels = kernels_used(classifier, self.config.hardware, self.hardware)
         share, longest = self.share_at_limit, self.config.data.longest
-        shown = f"{share:.1%} of the training texts reach {longest:,} tokens, and longer ones are cut" if share else ""
+        some = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
+        shown = f"{some} of the training texts reach {longest:,} tokens, and longer ones are cut" if share else ""
         return headline(
             model, data_record(self.texts, self.splits), training, self.batches.steps_per_epoch, processes, kernels,
             self.advice, shown,

@@ -48,8 +48,8 @@ def finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] | 
         The content of ``tune.json``; ``None`` if no last run has finished, or if meanwhile another worker has added
         minutes or trials: then it goes on.
     """
-    same = False
     while True:
+        same = False
         with Place(folder / ENDING).claim() as lock:
             if (folder / SUMMARY).exists():
                 return read_json(folder / SUMMARY)

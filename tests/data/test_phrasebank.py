@@ -59,3 +59,5 @@ def test_phrasebank_from_the_hubs_archive(tmp_path: Path, monkeypatch: pytest.Mo
     texts = texts_of(RunConfig.from_settings(dataset="financial_phrasebank", agreement="all"))
     assert sum(len(split.texts) for split in texts.splits.values()) == 60
     prefetch_texts(RunConfig.from_settings(dataset="financial_phrasebank").data)
+    with pytest.raises(UserError, match=r"bank.zip has no sentences_75agree.txt"):
+        texts_of(RunConfig.from_settings(dataset="financial_phrasebank", agreement="75"))

@@ -55,6 +55,13 @@ def test_label_names_of_the_datasets_library(tmp_path: Path) -> None:
     assert (texts.splits["train"].labels == texts.splits["train"].rows % 2).all()
 
 
+@pytest.mark.parametrize("stored", ["{", "[]", '{"info": null}', '{"info": {"features": {"label": []}}}'])
+def test_parquet_of_another_program_has_no_label_names(tmp_path: Path, stored: str) -> None:
+    table = pyarrow.Table.from_pandas(frame(40))
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": stored}), tmp_path / "train.parquet")
+    assert texts_of(text_config(tmp_path)).label_names == ["0", "1"]
+
+
 def test_files_that_number_their_classes_differently_are_refused(tmp_path: Path) -> None:
     write_named(tmp_path / "train.parquet", ["bad", "good", "ok"])
     write_named(tmp_path / "test.parquet", ["bad", "ok"])

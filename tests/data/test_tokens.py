@@ -1,6 +1,7 @@
 """Tokens of single texts, of pairs and of windows, and their cache."""
 
 import hashlib
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -169,10 +170,15 @@ def sequences(tokens: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
 
 @pytest.mark.parametrize("max_length", [8, 15, 16, 21, 64, 128, 300])
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_pairs_are_those_of_the_tokenizer(tokenizer: Any, kind: str, max_length: int) -> None:
+def test_pairs_are_those_of_the_tokenizer(
+    tokenizer: Any, kind: str, max_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "TOKENIZERS_PARALLELISM", "")
+    del os.environ["TOKENIZERS_PARALLELISM"]
     tokenizer = tokenizer if kind == "bert" else like_roberta(tokenizer)
     data = DataSettings(max_length=max_length, truncation="head")
     tokens, offsets, second_positions, _ = encode_pairs(TEXTS, PAIRS, tokenizer, data)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     expected = tokenizer(
         TEXTS, PAIRS, truncation="longest_first", max_length=max_length, padding=False, return_token_type_ids=True
     )

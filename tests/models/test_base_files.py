@@ -1,10 +1,12 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from finetuning.errors import UserError
-from finetuning.models.base_files import check_base_unchanged, file_hashes
+from finetuning.models.base_files import check_base_unchanged, check_weights, file_hashes, has_weights, stored_shapes
 
 
 def test_a_base_model_that_changed_is_noticed(tmp_path: Path) -> None:
@@ -46,5 +48,20 @@ def test_the_parts_that_an_index_names_count(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"pytorch_model-{number}.bin").write_text("weights")
     assert list(file_hashes(tmp_path)) == ["pytorch_model-1.bin", "pytorch_model-2.bin", index.name]
-    index.write_text("half a fi")
+
+
+@pytest.mark.parametrize("text", ["half a fi", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1, "b": ["c"]}}'])
+def test_a_damaged_index_is_refused(tmp_path: Path, text: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
     assert list(file_hashes(tmp_path)) == [index.name]
+    assert not has_weights(tmp_path)
+    with pytest.raises(UserError, match="--model_name it cannot be loaded"):
+        check_weights("it", tmp_path)
+
+
+def test_files_that_hold_no_weights_of_the_model_are_not_read(tmp_path: Path) -> None:
+    save_file({"a": np.zeros((2, 3))}, tmp_path / "model.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(b"half a file")
+    check_weights("it", tmp_path)
+    assert stored_shapes(tmp_path) == {"a": [2, 3]}

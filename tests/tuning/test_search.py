@@ -1,4 +1,5 @@
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -6,11 +7,28 @@ import pytest
 
 from finetuning.comparison.execution import StopSignals
 from finetuning.storage import write_json
-from finetuning.tuning.plan import BUDGET, Budget, Plan
+from finetuning.tuning import report
+from finetuning.tuning.plan import BUDGET, ENDING, FINAL, Budget, Plan
 from finetuning.tuning.sampler import Proposer
 from finetuning.tuning.search import Search
-from finetuning.tuning.trials import COMPLETE
+from finetuning.tuning.trials import COMPLETE, Place
 from tests.tuning.test_sampler import SPACE
+
+
+def test_a_worker_that_waits_for_the_report_goes_on_if_another_adds_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "LOOK_AGAIN_SECONDS", 0.02)
+    final = {"trials": [0], "seeds": [1]}
+    write_json(tmp_path / FINAL, final)
+    with ThreadPoolExecutor() as threads:
+        with Place(tmp_path / ENDING).claim() as lock:
+            assert lock is not None
+            waiting = threads.submit(report.finish, tmp_path, Plan("s", {}, "tpe", True, None, SPACE), final)
+            time.sleep(0.2)  # it has seen that its decision holds
+            (tmp_path / FINAL).unlink()  # as ``--resume --minutes`` does
+            assert not waiting.done()
+        assert waiting.result() is None
 
 
 @pytest.mark.parametrize(("seconds", "seeds"), [(90.0, 3), (120.0, 2), (400.0, 1)])
