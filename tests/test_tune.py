@@ -25,7 +25,6 @@ from tests.scripts import SharedServer, start_script
 from tests.tiny_models import POSITIONS
 
 TRIED = 5  # the defaults of four methods, and a drawn one
-ENDED = ("complete", "pruned")
 
 
 @pytest.fixture(scope="session")
