@@ -67,9 +67,7 @@ def test_a_character_that_the_terminal_lacks_is_spelled() -> None:
     code = "from finetuning.processes import show_any_text; show_any_text(); print('l\u00e4uft')"
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
     words = [sys.executable, "-c", code]
-    done = subprocess.run(
-        words, cwd=Path(processes.__file__).parents[1], env=ascii_only, capture_output=True, text=True
-    )
+    done = subprocess.run(words, cwd=ROOT, env=ascii_only, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("l\\xe4uft\n", "")
 
 
