@@ -30,7 +30,6 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(
 
 def stand_in(folder: Path, script: str) -> Path:
     """A compiler that does what a shell script says."""
-    folder.mkdir()
     path = folder / "c++"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -50,7 +49,7 @@ def stand_in(folder: Path, script: str) -> Path:
 def test_the_reason_is_the_compilers_first_error(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, said: str, reason: str
 ) -> None:
-    compiler = stand_in(tmp_path_factory.mktemp("c") / "bin", f"echo '{said}' >&2; exit 1")
+    compiler = stand_in(tmp_path_factory.mktemp("compiler"), f"echo '{said}' >&2; exit 1")
     monkeypatch.setenv("CXX", str(compiler))
     assert library()[1].startswith(f"no: {compiler} failed: {reason}")
 
@@ -59,7 +58,7 @@ def test_a_library_of_another_user_is_not_loaded(
     fresh_library: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CXX may have flags, and only sources count."""
-    compiler = stand_in(tmp_path_factory.mktemp("c") / "bin", 'while [ "$1" != -o ]; do shift; done; echo built > "$2"')
+    compiler = stand_in(tmp_path_factory.mktemp("compiler"), 'while [ "$1" != -o ]; do shift; done; echo built > "$2"')
     sources = fresh_library / "sources"
     shutil.copytree(compiled.FOLDER, sources)
     monkeypatch.setattr(compiled, "FOLDER", sources)
@@ -111,10 +110,9 @@ def test_processes_that_build_at_once_share_one_library(
 ) -> None:
     if not any(variant.instructions <= instructions() for variant in VARIANTS if variant.has_bf16):
         pytest.skip("the processor has neither AMX nor AVX512-BF16")
-    quick = tmp_path_factory.mktemp("compiler") / "c++"  # optimizing the kernels takes most of a build's time
     compiler = next(filter(None, map(shutil.which, compiled.COMPILERS)))
-    quick.write_text(f'#!/bin/sh\nexec {compiler} "$@" -O0\n')
-    quick.chmod(0o755)
+    # optimizing the kernels takes most of a build's time
+    quick = stand_in(tmp_path_factory.mktemp("compiler"), f'exec {compiler} "$@" -O0')
     monkeypatch.setenv("CXX", str(quick))
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[str] = context.Queue()
