@@ -20,14 +20,11 @@ def resumed(stored: str, given: str) -> RunConfig:
 
 
 def test_a_continued_run_has_its_stored_settings() -> None:
-    config = resumed(STORED, "")
+    config, stored = resumed(STORED, ""), config_of_flags(STORED).to_dict()
     assert config.run.resume
-    assert config.differences(config_of_flags(STORED).to_dict()) == []
+    assert config.differences(stored) == []
     assert not resumed(f"{STORED} --overwrite", "").run.overwrite
-    assert (
-        resumed(STORED, "--lora_r 4 --optimizer adam --overwrite no").differences(config_of_flags(STORED).to_dict())
-        == []
-    )
+    assert resumed(STORED, "--lora_r 4 --optimizer adam --overwrite no").differences(stored) == []
 
 
 def test_what_another_flag_rules_out_is_not_kept() -> None:
