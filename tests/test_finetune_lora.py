@@ -684,14 +684,13 @@ def test_a_run_is_not_overwritten_unless_asked(
 
 def test_without_a_hub_the_command_says_what_to_do() -> None:
     """Only where there is none: with a network the command would download and train."""
-    with subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, str(ROOT / "finetune_lora.py"), "--model_name", "nobody/none", "--output_dir", "never"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        capture_output=True, text=True, timeout=60,
         env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent"},
-    ) as process:  # fmt: skip
-        out, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert out == ""
-    (line,) = errors.splitlines()
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
     assert all(flag in line for flag in ("--offline", "--model_name PATH", "--data_dir PATH"))
     assert not Path("never").exists()
