@@ -386,15 +386,8 @@ def fit(module: Recorder, *callbacks: Callback, resume: Any = None) -> None:
     ).fit(module, ckpt_path=resume)
 
 
-@pytest.fixture
-def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.ERROR, logger="lightning.pytorch")
-
-
 LENGTHS = review_lengths(60, 0)
 CONFIG = RunConfig.from_settings(batch_tokens=1024, max_length=256, batch_size=4).training
-
-
 INTERRUPTIONS = [  # hook in which the checkpoint is saved, whole epochs and batches before it
     ("on_train_batch_end", 0, 1),
     ("on_train_batch_end", 1, 5),
@@ -409,7 +402,6 @@ def loaders(validate: bool) -> tuple[Any, Any]:
     return train_loader(split, CONFIG, PAD), evaluation_loader(split, CONFIG, PAD) if validate else None
 
 
-@pytest.mark.usefixtures("quiet")
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers and validation
 @pytest.mark.parametrize(
     ("validate", "hook", "epochs_before", "batches_before"),
@@ -419,8 +411,9 @@ def loaders(validate: bool) -> tuple[Any, Any]:
     ],
 )
 def test_lightning_resumes_with_the_rows_of_an_uninterrupted_run(
-    tmp_path: Path, validate: bool, hook: str, epochs_before: int, batches_before: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, validate: bool, hook: str, epochs_before: int, batches_before: int
 ) -> None:
+    caplog.set_level(logging.ERROR, logger="lightning.pytorch")
     whole = Recorder(*loaders(validate))
     fit(whole)
     batches = len(whole.loader)
