@@ -51,14 +51,9 @@ class Script:
         out, error = (stream.read() if stream and not stream.closed else "" for stream in streams)
         self.wait()
         killer.cancel()
-        self.close()
+        for stream in filter(None, streams):
+            stream.close()
         return out, error
-
-    def close(self) -> None:
-        """Closes the pipes."""
-        for stream in (self.stdout, self.stderr):
-            if stream is not None:
-                stream.close()
 
 
 @functools.cache
