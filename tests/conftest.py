@@ -47,7 +47,7 @@ from finetuning.models.families import FAMILIES
 from finetuning.models.int8_products import refused
 from finetuning.models.lora import LinearWithLoRA
 from finetuning.runs.answers import Answers
-from finetuning.runs.files import read_result, write_result, write_settings
+from finetuning.runs.files import PREDICTIONS, read_result, write_result, write_settings
 from finetuning.settings import LoRASettings
 from local_dataset_utilities import load_texts
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -240,6 +240,13 @@ def answers_of(labels: Any, given: Any, classes: int = 2, tokens: np.ndarray | N
     """The class of each text, and the one that a run gave, as its answers."""
     truth, logits = np.eye(classes, dtype=bool)[labels], 3.0 * np.eye(classes)[given]
     return Answers(np.arange(len(labels)), truth, logits, tokens)
+
+
+def predictions_of(run: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """What the run stored for its test split, in the order of the rows, and the logits (n, classes)."""
+    stored = pd.read_parquet(run / PREDICTIONS)
+    stored = stored[stored["split"] == "test"].sort_values("row")
+    return stored, np.stack(stored["logits"].tolist())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

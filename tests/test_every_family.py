@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +35,7 @@ from local_model_utilities import (
     find_base_model,
     load_classifier,
 )
-from tests.conftest import BAD, GOOD, needs_int8
+from tests.conftest import BAD, GOOD, needs_int8, predictions_of
 from tests.models.conftest import assert_same, relative_error
 from tests.small_classifiers import build, built_and_filled, fill, in_peft, save
 from tests.tiny_models import (
@@ -358,10 +356,7 @@ def check_run(model: Path, data: Path, run: Path, placement: str) -> None:
     words = f"--dataset text --data_dir {data} --model_name {model} --output_dir {run} --epochs 1 --max_length 32"
     words += f" {TRAINING_FLAGS} --precision fp32 --accelerator cpu --report False {placement}"
     assert main(words.split()) == 0
-    table = pq.read_table(run / "predictions.parquet").to_pandas()
-    tested = table[table["split"] == "test"].sort_values("row")
-    texts = pd.read_csv(data / "test.csv")["text"].tolist()
-    names, probabilities = predict(run, texts)
+    _, logits = predictions_of(run)
+    names, probabilities = predict(run, pd.read_csv(data / "test.csv")["text"].tolist())
     assert names == ["bad", "good"]
-    logits = torch.tensor(np.stack(tested["logits"]))
-    torch.testing.assert_close(torch.tensor(probabilities), logits.softmax(-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(probabilities), torch.tensor(logits).softmax(-1), rtol=1e-4, atol=1e-6)

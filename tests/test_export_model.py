@@ -23,10 +23,10 @@ from finetuning.export.plain import write_model
 from finetuning.export.proof import run_alone
 from finetuning.prediction.predictor import predict
 from finetuning.prediction.trained import read_trained
-from finetuning.runs.files import ADAPTER, PREDICTIONS, read_result, write_result
+from finetuning.runs.files import ADAPTER, read_result, write_result
 from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json, write_json
-from tests.conftest import ROOT, changed_run, flags
+from tests.conftest import ROOT, changed_run, flags, predictions_of
 from tests.tiny_models import save_tokenizer, tiny_model
 
 # A layer takes seconds to become ONNX. So only tests of what changes the file ask for it: its inputs, and its head.
@@ -170,10 +170,9 @@ def exported(run: Path, out: Path, *more: str) -> tuple[str, dict[str, Any]]:
 
 def rows_of_test(run: Path) -> tuple[pd.DataFrame, np.ndarray]:
     """The rows of the run's test, and the logits that it stored for them."""
-    stored = pd.read_parquet(run / PREDICTIONS)
-    stored = stored[stored["split"] == "test"]
+    stored, logits = predictions_of(run)
     table = pd.read_csv(run.parent / "data" / "test.csv", keep_default_na=False)
-    return table.iloc[stored["row"]], np.stack(stored["logits"].tolist())
+    return table.iloc[stored["row"]], logits
 
 
 def in_pipeline(out: Path, texts: list[Any]) -> tuple[list[str], np.ndarray]:

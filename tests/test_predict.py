@@ -17,8 +17,8 @@ import finetune_lora
 from finetuning.models.int8_products import refused
 from finetuning.prediction.command import main
 from finetuning.prediction.predictor import predict
-from finetuning.runs.files import ADAPTER, PREDICTIONS, TRAINED_WEIGHTS, read_result, write_result
-from tests.conftest import changed_run, flags, needs_int8
+from finetuning.runs.files import ADAPTER, TRAINED_WEIGHTS, read_result, write_result
+from tests.conftest import changed_run, flags, needs_int8, predictions_of
 from tests.prediction.test_progress import Terminal
 from tests.scripts import start_script
 
@@ -61,13 +61,6 @@ def test_reviews(review_folder: Path) -> list[str]:
 
 def table(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
-
-
-def predictions_of(run: Path) -> tuple[pd.DataFrame, np.ndarray]:
-    """What the run stored for its test split, in the order of the rows, and the logits (n, classes)."""
-    stored = pd.read_parquet(run / PREDICTIONS)
-    stored = stored[stored["split"] == "test"].sort_values("row")
-    return stored, np.stack(stored["logits"].tolist())
 
 
 def refusal(capsys: Capture, *words: object) -> str:

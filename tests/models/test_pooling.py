@@ -15,8 +15,8 @@ import finetune_lora
 from finetuning.errors import UserError
 from finetuning.models.classifier import Classifier
 from finetuning.prediction.predictor import predict
-from finetuning.runs.files import PREDICTIONS, read_result
-from tests.conftest import CORE
+from finetuning.runs.files import read_result
+from tests.conftest import CORE, predictions_of
 from tests.models.conftest import assert_same
 from tests.small_classifiers import build
 from tests.tiny_models import save_tokenizer, tiny_model
@@ -77,11 +77,9 @@ def test_a_run_predicts_the_same_again(
     line = f"--dataset text --data_dir {review_folder} --model_name {base} --output_dir {run} --pooling mean"
     line += f" --method {method} --max_length 32 --epochs 2 --precision fp32 --accelerator cpu --report False"
     assert finetune_lora.main(line.split()) == 0
-    stored = pd.read_parquet(run / PREDICTIONS)
-    stored = stored[stored["split"] == "test"]
+    stored, logits = predictions_of(run)
     texts = pd.read_csv(review_folder / "test.csv").iloc[stored["row"]]["text"].tolist()
-    expected = torch.tensor(np.stack(stored["logits"].tolist())).softmax(-1)
-    np.testing.assert_allclose(predict(run, texts)[1], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(predict(run, texts)[1], torch.tensor(logits).softmax(-1), rtol=0, atol=1e-5)
     if method == "lora":
         with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['pooling'\]"):
             LoraConfig.from_pretrained(str(run))
@@ -89,10 +87,7 @@ def test_a_run_predicts_the_same_again(
         line = line.replace(" --pooling mean", "").replace(str(run), str(again)) + f" --init_adapter {run} --epochs 0"
         assert finetune_lora.main(line.split()) == 0
         assert read_result(again)["config"]["pooling"] == "mean"
-        found = pd.read_parquet(again / PREDICTIONS)
-        np.testing.assert_allclose(
-            np.stack(found[found["split"] == "test"]["logits"].tolist()), np.stack(stored["logits"].tolist()), atol=1e-5
-        )
+        np.testing.assert_allclose(predictions_of(again)[1], logits, atol=1e-5)
         capsys.readouterr()
         assert finetune_lora.main([*line.split(), "--overwrite", "--pooling", "first"]) == 2
         assert capsys.readouterr().err.endswith(
