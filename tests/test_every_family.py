@@ -29,14 +29,10 @@ from finetuning.models.quantization import dense_weight, is_quantized
 from finetuning.prediction.predictor import predict
 from finetuning.runs.weights import load_trained, peft_name, separate_parts
 from finetuning.settings import LORA_TARGETS
-from local_model_utilities import (
-    adopt_adapter,
-    build_from_adapter,
-    find_base_model,
-    load_classifier,
-)
+from local_model_utilities import find_base_model, load_classifier
 from tests.conftest import BAD, GOOD, needs_int8, predictions_of
 from tests.models.conftest import assert_same, relative_error
+from tests.runs.test_adapters import adopted
 from tests.small_classifiers import build, built_and_filled, fill, in_peft, save
 from tests.tiny_models import (
     HEADS,
@@ -229,38 +225,28 @@ def test_an_adapter_on_parts_of_fused_linears_is_continued(
     folder_of: Any, tmp_path: Path, model_type: str, more: dict[str, Any]
 ) -> None:
     folder, (first, second) = folder_of(model_type), (tmp_path / "first", tmp_path / "second")
-    settings: dict[str, Any] = {"model_name": str(folder), "lora_r": RANK, **more}
-    earlier = build(folder, **{name: value for name, value in settings.items() if name != "model_name"})
-    fill(earlier)
+    earlier = built_and_filled(folder, lora_r=RANK, **more)
     first.mkdir()
-    save(first, earlier, RunConfig.from_settings(**settings))
-    config = RunConfig.from_settings(model_name=str(folder), max_length=32, init_adapter=first)
-    base = find_base_model(config)
-    assert config.lora is not None
-    decided, adapter = adopt_adapter(config.lora, base, moved=False)
-    config = config.changed(**decided)
-    classifier = build_from_adapter(config, base, ["bad", "good"], torch.float32, adapter).eval()
+    save(first, earlier, RunConfig.from_settings(model_name=str(folder), lora_r=RANK, **more))
+    classifier, config = adopted(folder, first)
     assert ranks_and_alphas(classifier.model).keys() == ranks_and_alphas(earlier.model).keys()
     expected = earlier(**batch(model_type))
     torch.testing.assert_close(classifier(**batch(model_type)), expected, rtol=0, atol=1e-5)
     fill(classifier)  # trained on, saved, and loaded again
     second.mkdir()
     save(second, classifier, config)
-    again = load_classifier(second, config, base, ["bad", "good"], torch.float32)
+    again = load_classifier(second, config, find_base_model(config), ["bad", "good"], torch.float32)
     assert torch.equal(again(**batch(model_type)), classifier(**batch(model_type)))
 
 
 @FUSED
 def test_an_adapter_on_whole_fused_linears_is_not_continued(folder_of: Any, tmp_path: Path, model_type: str) -> None:
-    (fused,) = FAMILIES[model_type].fused
+    folder, (fused,) = folder_of(model_type), FAMILIES[model_type].fused
     settings = {"lora_modules": fused, "lora_r": RANK}
-    classifier = build(folder_of(model_type), **settings)
-    fill(classifier)
-    save(tmp_path, classifier, RunConfig.from_settings(model_name=str(folder_of(model_type)), **settings))
-    config = RunConfig.from_settings(model_name=str(folder_of(model_type)), max_length=32, init_adapter=tmp_path)
-    assert config.lora is not None
+    classifier = built_and_filled(folder, **settings)
+    save(tmp_path, classifier, RunConfig.from_settings(model_name=str(folder), **settings))
     with pytest.raises(UserError, match=rf"{fused} as a whole, and not on its parts query, key, value: only"):
-        adopt_adapter(config.lora, find_base_model(config), moved=False)
+        adopted(folder, tmp_path)
 
 
 # --- all methods
