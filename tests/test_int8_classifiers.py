@@ -20,7 +20,7 @@ from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
 from tests.conftest import INNER, LAYERS, WIDTH, contents, flags, needs_int8
 from tests.data.test_batches import make_split
-from tests.small_classifiers import NAMES, batch, build, fill
+from tests.small_classifiers import NAMES, batch, build, built_and_filled
 from tests.tiny_models import tiny_model
 
 pytestmark = needs_int8
@@ -29,9 +29,7 @@ METHODS: dict[str, dict[str, object]] = {"lora": ALL_LINEARS, "selective": {"tra
 
 
 def build_in_8_bits(folder: Path, dtype: torch.dtype, method: str = "lora", **more: object) -> Classifier:
-    classifier = build(folder, dtype, method=method, precision="int8", **METHODS[method] | more).train()
-    fill(classifier)
-    return classifier
+    return built_and_filled(folder, dtype=dtype, method=method, precision="int8", **METHODS[method] | more).train()
 
 
 def outcome(classifier: Classifier, ids: Tensor, mask: Tensor, first: int = 0) -> dict[str, Tensor]:

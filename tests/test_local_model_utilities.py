@@ -25,7 +25,7 @@ from local_model_utilities import (
 )
 from tests.conftest import CORE, INNER, LAYERS, WIDTH, refusal_of
 from tests.data.test_batches import make_split
-from tests.small_classifiers import batch, build, fill
+from tests.small_classifiers import batch, build, built_and_filled, fill
 
 # --- what is trained
 
@@ -176,8 +176,7 @@ def test_positions_of_examples_may_be_on_a_gpu(tiny_folders: dict[str, Path]) ->
 def test_a_step_moves_what_is_trained_and_nothing_else(
     tiny_folders: dict[str, Path], model_type: str, settings: dict[str, object], efficient: bool
 ) -> None:
-    classifier = build(tiny_folders[model_type], torch.bfloat16, efficient=efficient, **settings)
-    fill(classifier)
+    classifier = built_and_filled(tiny_folders[model_type], dtype=torch.bfloat16, efficient=efficient, **settings)
     before = {name: p.detach().clone() for name, p in classifier.model.named_parameters()}
     trained = [p for p in classifier.model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in trained)
