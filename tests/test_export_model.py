@@ -27,7 +27,6 @@ from finetuning.runs.files import ADAPTER, read_result, write_result
 from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json, write_json
 from tests.conftest import ROOT, changed_run, flags, predictions_of
-from tests.tiny_models import save_tokenizer, tiny_model
 
 # A layer takes seconds to become ONNX. So only tests of what changes the file ask for it: its inputs, and its head.
 WITH_ONNX = ["--onnx"] if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")) else []
@@ -274,11 +273,9 @@ def test_a_head_on_the_mean_becomes_onnx_alone(
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_class_that_reads_the_mean_itself_is_exported_as_usual(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_model("modernbert").save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base", decoder=False)
-    run = lora_run(tmp_path, tmp_path / "base", "--pooling", "mean")
+    run = lora_run(tmp_path, folder_of("modernbert"), "--pooling", "mean")
     exported(run, tmp_path / "out")
     assert read_json(tmp_path / "out" / "config.json")["classifier_pooling"] == "mean"
     tested, logits = rows_of_test(run)
@@ -288,10 +285,8 @@ def test_a_class_that_reads_the_mean_itself_is_exported_as_usual(
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_decoder_whose_base_has_no_padding_token(tmp_path: Path) -> None:
-    tiny_model("gpt2").save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base", decoder=True)
-    run = lora_run(tmp_path, tmp_path / "base")
+def test_a_decoder_whose_base_has_no_padding_token(folder_of: Any, tmp_path: Path) -> None:
+    run = lora_run(tmp_path, folder_of("gpt2"))
     exported(run, tmp_path / "out")
     assert read_json(tmp_path / "out" / "config.json")["pad_token_id"] is not None
     exported(run, tmp_path / "adapter", "--adapter")

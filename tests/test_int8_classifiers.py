@@ -21,7 +21,6 @@ from local_model_utilities import build_classifier, count_parameters, find_base_
 from tests.conftest import INNER, LAYERS, WIDTH, contents, flags, needs_int8
 from tests.data.test_batches import make_split
 from tests.small_classifiers import NAMES, batch, build, built_and_filled
-from tests.tiny_models import tiny_model
 
 pytestmark = needs_int8
 ALL_LINEARS: dict[str, object] = {"lora_key": True, "lora_mlp": True, "lora_projection": True}
@@ -251,13 +250,13 @@ def test_without_the_products_the_linears_hold_the_same_weights(tiny_folders: di
     [("gpt2", {"trainable_layers": 1}), ("bert", {"trainable_layers": 2}), ("gpt2", {}), ("modernbert", {})],
     ids=["Conv1D", "all layers trained", "LoRA on Conv1D", "LoRA on fused linears"],
 )
-def test_the_widths_of_what_will_be_in_8_bits(tmp_path: Path, model_type: str, settings: dict[str, object]) -> None:
-    tiny_model(model_type).save_pretrained(tmp_path)
+def test_the_widths_of_what_will_be_in_8_bits(folder_of: Any, model_type: str, settings: dict[str, object]) -> None:
     more = {"method": "selective" if settings else "lora", "precision": "int8"} | settings
-    config = RunConfig.from_settings(model_name=str(tmp_path), max_length=32, **more)
-    model = build_classifier(config, find_base_model(config), NAMES, torch.float32).model
+    config = RunConfig.from_settings(model_name=str(folder_of(model_type)), max_length=32, **more)
+    base = find_base_model(config)
+    model = build_classifier(config, base, NAMES, torch.float32).model
     packed = [module for module in model.modules() if isinstance(module, Int8Linear)]
-    widths = int8_widths(find_base_model(config), config.method, config.lora)
+    widths = int8_widths(base, config.method, config.lora)
     assert widths == [w for m in packed for w in (m.in_features, m.out_features)]
     assert bool(packed) is not bool(settings)
 

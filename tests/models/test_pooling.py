@@ -2,6 +2,7 @@
 """``--pooling mean``: the head reads the mean of a text's real tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,6 @@ from finetuning.runs.files import read_result
 from tests.conftest import CORE, predictions_of
 from tests.models.conftest import assert_same
 from tests.small_classifiers import build
-from tests.tiny_models import save_tokenizer, tiny_model
 
 LABELS = torch.tensor([0, 1, 1, 0])
 
@@ -58,11 +58,9 @@ def test_logits_and_gradients_are_those_of_the_mean(
     assert (first - gradients[0][""]).abs().max() > 1e-3
 
 
-def test_a_decoder_is_refused(tmp_path: Path) -> None:
-    tiny_model("gpt2").save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, decoder=True)
+def test_a_decoder_is_refused(folder_of: Any) -> None:
     with pytest.raises(UserError, match=r"^--pooling mean: the head of .* reads the last token: leave out this flag$"):
-        build(tmp_path, pooling="mean")
+        build(folder_of("gpt2"), pooling="mean")
 
 
 @pytest.mark.parametrize("method", ["head", "lora"])
