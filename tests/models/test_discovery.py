@@ -15,8 +15,9 @@ from finetuning.models.base_model import read_base_model
 from finetuning.models.discovery import SEES_PADDING, family_of
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import lora_modules
-from local_model_utilities import build_classifier, find_base_model
+from local_model_utilities import find_base_model
 from tests.conftest import refusal_of
+from tests.small_classifiers import build
 from tests.tiny_models import LAYERS, WIDTH, tiny_model, unlisted_model
 
 
@@ -25,12 +26,9 @@ def folder_with(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def config_of(folder: Path, **settings: object) -> RunConfig:
-    return RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
-
-
 def refused(folder: Path, **settings: object) -> str:
-    return refusal_of(find_base_model, config_of(folder, **settings)).replace(str(folder), "FOLDER")
+    config = RunConfig.from_settings(model_name=str(folder), max_length=32, **settings)
+    return refusal_of(find_base_model, config).replace(str(folder), "FOLDER")
 
 
 @pytest.mark.parametrize(
@@ -73,8 +71,7 @@ def test_a_type_without_a_row_is_adapted_where_lora_modules_says(tmp_path: Path)
     message = refused(tmp_path)
     assert "is of type 'phi', for which the placement flags have no names: give --lora_modules" in message
     assert message.endswith("linears: q_proj, k_proj, v_proj, dense, fc1, fc2")
-    config = config_of(tmp_path, lora_modules="v_proj, mlp.fc1", lora_head=True)
-    classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32).eval()
+    classifier = build(tmp_path, lora_modules="v_proj, mlp.fc1", lora_head=True)
     family = classifier.family
     assert (family.base, family.layers, family.head, family.last_token) == ("model", "model.layers", ("score",), True)
     adapted = {f"model.layers.{i}.{name}" for i in range(LAYERS) for name in ("self_attn.v_proj", "mlp.fc1")}
@@ -136,10 +133,8 @@ def test_a_linear_of_a_types_own_is_stored_as_any_other(tmp_path: Path, q_lora: 
         eos_token_id=2, pad_token_id=None, bias=True,
     )  # fmt: skip
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    settings = config_of(tmp_path, lora_modules="query_key_value", q_lora=q_lora)
-    base = find_base_model(settings)
-    classifier = build_classifier(settings, base, ["a", "b"], torch.bfloat16)
-    layers = classifier.model.get_submodule(base.family.layers)
+    classifier = build(tmp_path, torch.bfloat16, lora_modules="query_key_value", q_lora=q_lora)
+    layers = classifier.model.get_submodule(classifier.family.layers)
     frozen = {
         p.dtype for n, p in layers.named_parameters() if not p.requires_grad and n.endswith("weight") and p.ndim > 1
     }
@@ -178,8 +173,7 @@ def test_models_that_cannot_be_described_are_refused(tmp_path: Path) -> None:
 
 def test_other_methods_need_no_names(tmp_path: Path) -> None:
     unlisted_model("megatron-bert", type_vocab_size=2).save_pretrained(tmp_path)
-    config = config_of(tmp_path, method="selective", trainable_layers=1)
-    classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
+    classifier = build(tmp_path, method="selective", trainable_layers=1)
     trained = {name for name, p in classifier.model.named_parameters() if p.requires_grad}
     begin = (f"bert.encoder.layer.{LAYERS - 1}.", "bert.pooler.", "classifier.")
     assert trained == {name for name, _ in classifier.model.named_parameters() if name.startswith(begin)}
@@ -199,15 +193,13 @@ def test_layers_that_are_not_in_one_list(tmp_path: Path) -> None:
     assert none in refused(tmp_path, method="selective", trainable_layers=1)
     message = "--lora_layers 0: xlm models have no list of whole layers: leave out this flag"
     assert refused(tmp_path, lora_layers="0", lora_modules=linears) == message
-    config = config_of(tmp_path, lora_modules=linears)
-    classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
+    classifier = build(tmp_path, lora_modules=linears)
     adapted = [name for name, _ in lora_modules(classifier.model)]
     assert adapted[-1].endswith("ffns.1.lin2")
     assert len(adapted) == sum(isinstance(m, torch.nn.Linear) for m in tiny.base_model.modules())
     ids = torch.randint(5, 300, (3, 9))
     classifier(ids, torch.ones_like(ids)).sum().backward()
-    config = config_of(tmp_path, method="selective", trainable_layers=0)
-    build_classifier(config, find_base_model(config), ["a", "b"], torch.float32)
+    build(tmp_path, method="selective", trainable_layers=0)
 
 
 def test_lists_without_linears_are_no_layers(tmp_path: Path) -> None:
@@ -221,8 +213,7 @@ def test_ctrl_reads_the_last_token(tmp_path: Path) -> None:
     """Hugging Face's classifier refuses a batch if its config has no padding token."""
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48, "n_positions": 64, "vocab_size": 300}
     AutoModelForSequenceClassification.from_config(AutoConfig.for_model("ctrl", **shape)).save_pretrained(tmp_path)
-    config = config_of(tmp_path, lora_modules="Wq,Wv")
-    classifier = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32).eval()
+    classifier = build(tmp_path, lora_modules="Wq,Wv")
     ids = torch.randint(5, 300, (2, 9))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -230,10 +221,8 @@ def test_ctrl_reads_the_last_token(tmp_path: Path) -> None:
     torch.testing.assert_close(whole[1:], cut)
 
 
-def test_lora_modules_also_goes_on_whole_fused_linears(tmp_path: Path) -> None:
-    tiny_model("gpt2").save_pretrained(tmp_path)
-    config = config_of(tmp_path, lora_modules="c_attn", lora_r=2)
-    model = build_classifier(config, find_base_model(config), ["a", "b"], torch.float32).model
+def test_lora_modules_also_goes_on_whole_fused_linears(folder_of: Any) -> None:
+    model = build(folder_of("gpt2"), lora_modules="c_attn", lora_r=2).model
     assert [m.lora.lora_B.shape for _, m in lora_modules(model)] == [(3 * WIDTH, 2)] * LAYERS
 
 
