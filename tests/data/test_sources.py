@@ -12,6 +12,7 @@ import pytest
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from tests.conftest import frame, text_config, texts_of, write_texts
+from tests.data.test_files import write
 
 # --- formats
 
@@ -25,13 +26,7 @@ def test_all_formats_give_the_same(tmp_path: Path, suffix: str, single: bool) ->
             "text": [*(f'a "text", {i}\nwith lines\u2028and é' for i in range(27)), "NA", "12", " null "],
         }
     )
-    path = tmp_path / f"train{suffix}"
-    if suffix == ".parquet":
-        table.to_parquet(path)
-    elif suffix in (".csv", ".TSV", ".csv.gz"):
-        table.to_csv(path, index=False, encoding="utf-8-sig", sep="\t" if suffix == ".TSV" else ",")
-    else:
-        table.to_json(path, orient="records", lines=suffix != ".json", force_ascii=False)
+    path = write(tmp_path, f"train{suffix}", table)
     texts = texts_of(text_config(path if single else tmp_path))
     assert texts.label_names == ["bad", "good", "so-so"]
     assert "held out" in texts.source
