@@ -13,7 +13,7 @@ from finetuning.errors import UserError
 from local_dataset_utilities import prefetch_texts
 from tests.conftest import texts_of
 
-PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@{label}" for i in range(20) for label in ("positive",)]
+PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@positive" for i in range(20)]
 PHRASES += [f"Sales {i} were flat .@neutral" for i in range(20)] + [f"Loss {i} .@negative" for i in range(20)]
 PHRASES += ["Loss 3 .@negative", "Sales 4 were flat .@negative"]
 

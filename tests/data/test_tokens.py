@@ -266,7 +266,7 @@ def test_windows_cover_a_text_evenly(tokenizer: Any, overlap: int, windows: int)
 
 def test_windows_of_a_longer_text_keep_its_start_and_its_end(tokenizer: Any) -> None:
     data = DataSettings(max_length=10, windows=2)
-    (text,) = (" ".join(str(i) for i in range(40)),)
+    text = " ".join(str(i) for i in range(40))
     tokens, _, _, windows = encode_texts([text], tokenizer, data)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     kept = ids[:4] + ids[-12:]
