@@ -401,10 +401,9 @@ def test_an_adapter_is_not_replaced_by_the_run_that_starts_from_it(tmp_path: Pat
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "first")
     for output in (tmp_path / "first", link):
-        with pytest.raises(UserError, match=r"--init_adapter .*: is a run in --output_dir, whose files"):
-            RunConfig.from_settings(init_adapter=tmp_path / "first", output_dir=output, overwrite=True)
-        with pytest.raises(UserError, match=r"--init_adapter .*: is a run in --output_dir, whose files"):
-            RunConfig.from_settings(init_adapter=tmp_path / "first" / "folds" / "2", output_dir=output, overwrite=True)
+        for adapter in (tmp_path / "first", tmp_path / "first" / "folds" / "2"):
+            with pytest.raises(UserError, match=r"--init_adapter .*: is a run in --output_dir, whose files"):
+                RunConfig.from_settings(init_adapter=adapter, output_dir=output, overwrite=True)
     RunConfig.from_settings(init_adapter=tmp_path / "first", output_dir=tmp_path)
 
 

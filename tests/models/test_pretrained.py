@@ -203,10 +203,9 @@ def test_refusals_of_models(tiny_folders: dict[str, Path], tmp_path: Path) -> No
 
     refused(tiny_folders["distilbert"], "--lora_r 33", lora_r=33)
     refused(tiny_folders["distilbert"], "--trainable_layers 4", method="selective", trainable_layers=4)
-    with pytest.raises(UserError, match="--max_length 65"):
-        find_base_model(RunConfig.from_settings(model_name=str(tiny_folders["distilbert"]), max_length=65))
-    with pytest.raises(UserError, match="--max_length 65"):  # RoBERTa's first two positions are never used
-        find_base_model(RunConfig.from_settings(model_name=str(tiny_folders["roberta"]), max_length=65))
+    for model_type in ("distilbert", "roberta"):  # RoBERTa's first two positions are never used
+        with pytest.raises(UserError, match="--max_length 65"):
+            find_base_model(RunConfig.from_settings(model_name=str(tiny_folders[model_type]), max_length=65))
     refused(tmp_path, "config.json")
 
     damaged = tmp_path / "damaged"
