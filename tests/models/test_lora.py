@@ -13,13 +13,7 @@ from finetuning.models import lora as lora_module
 from finetuning.models import products
 from finetuning.models.cpu_kernels import swiglu
 from finetuning.models.families import ModelFamily
-from finetuning.models.lora import (
-    LinearWithLoRA,
-    LoRALayer,
-    linears,
-    lora_modules,
-    merge_lora,
-)
+from finetuning.models.lora import LinearWithLoRA, LoRALayer, linears, lora_modules, merge_lora
 from tests.conftest import CORE, tiny_classifier, train_only_lora
 from tests.models.conftest import assert_each_near, place_lora, relative_error, saved_tensors, with_lora
 
