@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -27,7 +26,7 @@ from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
 from finetuning.training.module import FineTuning
-from tests.conftest import ROOT, contents, flags, needs_int8, one_thread, write_reviews, write_splits
+from tests.conftest import ROOT, contents, flags, needs_int8, one_thread, predictions_of, write_reviews, write_splits
 from tests.scripts import finish, start
 
 # --- a run from end to end
@@ -72,11 +71,9 @@ def test_a_run_leaves_what_the_design_lists(
         assert result["test"]["accuracy"] > 0.8  # the reviews say it in so many words
     low, high = result["test"]["accuracy_ci95"]
     assert low < result["test"]["accuracy"] <= high
-    table = pq.read_table(output / "predictions.parquet").to_pydict()
-    tested = [i for i, split in enumerate(table["split"]) if split == "test"]
-    assert sorted(table["row"][i] for i in tested) == list(range(40))
-    right = [int(np.argmax(table["logits"][i])) == table["label"][i] for i in tested]
-    assert np.mean(right) == pytest.approx(result["test"]["accuracy"])
+    stored, logits = predictions_of(output)
+    assert stored["row"].tolist() == list(range(40))
+    assert (logits.argmax(axis=1) == stored["label"]).mean() == pytest.approx(result["test"]["accuracy"])
     adapter = {"adapter_model.safetensors", "adapter_config.json"}
     weights = {"trained_weights.safetensors"} if "--method" in more else adapter
     expected = {"result.json", "settings.json", "predictions.parquet", "metrics.csv", "learning_curve.png", "last.ckpt"}
