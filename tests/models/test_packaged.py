@@ -93,10 +93,6 @@ def find() -> Path:
     return find_folder(PACKAGED_BASE, True, "")
 
 
-def refusal() -> str:
-    return refusal_of(find)
-
-
 @pytest.mark.usefixtures("site")
 def test_the_parts_are_joined_and_unpacked_once(
     cache: Path, contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -125,7 +121,7 @@ def test_a_package_that_is_missing_or_cannot_be_read(site: Path, cache: Path) ->
     advice = f"in the suite's repository, run make install-base, or in an environment of your own {packaged.INSTALL}"
     assert f"requirements{packaged.INSTALL.split('requirements')[1]}" in {path.name for path in ROOT.iterdir()}
     package_file(site, 4).unlink()
-    line = refusal()
+    line = refusal_of(find)
     package = f"the package {NAME}-pypi-part-004"
     assert line == f"--model_name {PACKAGED_BASE}: {package} cannot be read (No such file or directory): {advice}"
     assert not cache.exists()
@@ -136,7 +132,7 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch, cache: Path) -> N
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(packaged, "distribution", missing)
-    assert f"the package {NAME}-pypi-part-001 is missing: " in refusal()
+    assert f"the package {NAME}-pypi-part-001 is missing: " in refusal_of(find)
     assert not cache.exists()
 
 
@@ -155,7 +151,7 @@ def test_packages_with_other_content(site: Path, cache: Path, contents: dict[str
     }
     for words, archive in cases.items():
         write_packages(site, archive)
-        line = refusal()
+        line = refusal_of(find)
         assert line.startswith(f"--model_name {PACKAGED_BASE}: {packaged.DAMAGED} ("), line
         assert words in line
         assert list(cache.iterdir()) == [], "nothing half-written stays"
@@ -168,13 +164,13 @@ def test_a_cache_folder_that_cannot_hold_the_model(
     for place, name in ((shutil, "copyfileobj"), (Path, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full_disk)
-            line = refusal()
+            line = refusal_of(find)
         needed = f"needs {packaged.MEGABYTES} MB in {cache}, which cannot be written (No space left on device)"
         assert line == f"--model_name {PACKAGED_BASE}: {needed}: set FINETUNE_LORA_CACHE to another folder"
         assert list(cache.iterdir()) == []
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_LORA_CACHE", str(tmp_path / "file" / "cache"))
-    assert "cannot be written (Not a directory)" in refusal()
+    assert "cannot be written (Not a directory)" in refusal_of(find)
 
 
 @pytest.mark.usefixtures("site")
