@@ -36,7 +36,7 @@ def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield
 
 
-def thin(dtype: torch.dtype, width: int, ranks: tuple[int, ...] = (8,)) -> Thin:
+def thin(dtype: torch.dtype, width: int, ranks: tuple[int, ...]) -> Thin:
     """LoRA matrices of as many linears of equal width; those of rank 0 have none."""
     part = width // len(ranks)
     rows = torch.block_diag(*(torch.randn(r, part) for r in ranks)).to(dtype).contiguous()
