@@ -489,12 +489,10 @@ def test_a_norm_whose_output_hides_the_normalized_row_is_left_to_torch() -> None
 @needs_kernels
 def test_what_the_norm_is_not_for() -> None:
     a, _, weight, bias, _ = norm_inputs(300, 384)
-    assert takes_norm(a, weight, bias)
-    assert not takes_norm(a, weight * (torch.arange(384) > 0), bias)  # a weight of 0
-    assert not takes_norm(a, weight * math.nan, bias)
-    assert takes_norm(a, weight, None)
-    assert not takes_norm(a, weight * (torch.arange(384) > 0), None)
-    assert not takes_norm(a, weight * math.nan, None)
+    for shift in (bias, None):
+        assert takes_norm(a, weight, shift)
+        assert not takes_norm(a, weight * (torch.arange(384) > 0), shift)  # a weight of 0
+        assert not takes_norm(a, weight * math.nan, shift)
     assert not takes_norm(a.float(), weight, bias)
     assert not takes_norm(a, weight.bfloat16(), bias.bfloat16())
     assert not takes_norm(a[:, :40], weight[:40], bias[:40])  # no multiple of 16
