@@ -171,7 +171,6 @@ def test_names_of_splits_that_make_no_sense(names: str) -> None:
         ("--learning_rate fast", "must be a number"),
         ("--limit_train two", "must be a whole number"),
         ("--epochs two", "must be a whole number or auto"),
-        ("--q_lora maybe", "must be True, yes, 1, False, no or 0"),
     ],
 )
 def test_values_of_another_type(given: str, allowed: str) -> None:
