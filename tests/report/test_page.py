@@ -46,10 +46,10 @@ def result_of_run(names: list[str], splits: dict[str, Split], **settings: Any) -
     }  # fmt: skip
 
 
-def leave_predictions(directory: Path, splits: dict[str, Split], tokens: int = 9) -> None:
-    """``predictions.parquet``; the row of a text is its position, and its length ``tokens`` or the row, if shorter."""
+def leave_predictions(directory: Path, splits: dict[str, Split]) -> None:
+    """``predictions.parquet``; the row of a text is its position, its length one more, but at most 9."""
     stored = {split: (np.arange(len(labels)), labels, logits) for split, (labels, logits) in splits.items()}
-    lengths = {split: {row: min(row + 1, tokens) for row in range(len(part[0]))} for split, part in splits.items()}
+    lengths = {split: {row: min(row + 1, 9) for row in range(len(part[0]))} for split, part in splits.items()}
     write_predictions(directory, stored, lengths)
 
 
