@@ -11,7 +11,7 @@ import pytest
 from finetuning.errors import UserError
 from finetuning.runs import lock as lock_module
 from finetuning.runs.lock import LOCK, DirectoryLock, claimed
-from tests.conftest import full_disk
+from tests.conftest import ROOT, full_disk
 
 HOLD = """
 import sys, pathlib
@@ -24,11 +24,8 @@ input()
 
 def test_a_living_process_is_named_and_a_killed_one_is_not_in_the_way(tmp_path: Path) -> None:
     directory = tmp_path / "deep" / "run"
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(directory)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        cwd=Path(__file__).resolve().parents[2],
-    )  # fmt: skip
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
     holder = f"process {other.pid} on {os.uname().nodename} since 20"
