@@ -22,16 +22,21 @@ from tests.conftest import CORE, each_once
 STEPS = 50
 
 
-def rates(config: RunConfig, steps: int = STEPS) -> np.ndarray:
-    """The learning rate of each step, as the optimizer really has it."""
-    optimizer = make_optimizer({"w": torch.nn.Parameter(torch.zeros(2, 2))}, config.training, fused=False)
-    scheduler = make_scheduler(optimizer, config.training, steps)
+def rates_of(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int = STEPS) -> np.ndarray:
+    """(groups, steps): the learning rates of each step, as the optimizer really has them."""
     found = []
     for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
+        found.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
-    return np.array(found)
+    return np.array(found).T
+
+
+def rates(config: RunConfig, steps: int = STEPS) -> np.ndarray:
+    """The learning rate of each step of a matrix."""
+    optimizer = make_optimizer({"w": torch.nn.Parameter(torch.zeros(2, 2))}, config.training, fused=False)
+    (found,) = rates_of(optimizer, make_scheduler(optimizer, config.training, steps), steps)
+    return found
 
 
 # --- schedules
@@ -50,11 +55,7 @@ def test_onecycle_that_rises_to_the_end() -> None:
 def test_schedules_equal_those_of_transformers(ours: str, theirs: str, warmup: float) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=round(warmup * STEPS), num_training_steps=STEPS)
-    expected = []
-    for _ in range(STEPS):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
+    (expected,) = rates_of(optimizer, scheduler)
     np.testing.assert_allclose(
         rates(RunConfig.from_settings(scheduler=ours, learning_rate=0.3, warmup_fraction=warmup)), expected
     )
@@ -205,12 +206,7 @@ def test_schedules_keep_the_ratio_of_lora_plus(scheduler: str, optimizer: str) -
     config = lora_plus(scheduler=scheduler, optimizer=optimizer, learning_rate=0.1)
     names = ("x.lora.lora_A", "x.lora.lora_B", "classifier.weight")
     made = make_optimizer({n: torch.nn.Parameter(torch.zeros(2, 2)) for n in names}, config.training, fused=False)
-    schedule, found = make_scheduler(made, config.training, STEPS), []
-    for _ in range(STEPS):
-        found.append([group["lr"] for group in made.param_groups])
-        made.step()
-        schedule.step()
-    of_A, of_B = np.array(found).T
+    of_A, of_B = rates_of(made, make_scheduler(made, config.training, STEPS))
     np.testing.assert_allclose(of_A, rates(RunConfig.from_settings(scheduler=scheduler, learning_rate=0.1)))
     np.testing.assert_allclose(of_B, 8 * of_A)
 
