@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import AutoModelForSequenceClassification, get_scheduler
+from transformers import get_scheduler
 
 from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
 from finetuning.models.lora import lora_modules
-from finetuning.runs.weights import peft_name, save_trained
+from finetuning.runs.weights import peft_name
 from finetuning.settings import DEFAULT_LEARNING_RATES, FLAGS
 from finetuning.training.optimization import make_optimizer, make_scheduler, parameter_groups
 from local_model_utilities import build_classifier, find_base_model
 from tests.conftest import CORE, each_once
+from tests.small_classifiers import in_peft, save
 
 STEPS = 50
 
@@ -152,11 +152,10 @@ def groups_by_name(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> 
 def with_peft(folder: Path, directory: Path, config: RunConfig) -> tuple[Classifier, Any]:
     """A classifier with LoRA, and PEFT's model of the adapter that it writes."""
     ours = build_classifier(config, find_base_model(config), ["LABEL_0", "LABEL_1"], torch.float32).eval()
-    for module in (m for _, m in lora_modules(ours.model)):
+    for _, module in lora_modules(ours.model):
         torch.nn.init.normal_(module.lora.lora_B, std=0.05)
-    save_trained(directory, ours, config.lora, str(folder))
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
-    return ours, PeftModel.from_pretrained(base, directory, is_trainable=True).eval()
+    save(directory, ours, config)
+    return ours, in_peft(folder, directory)
 
 
 @pytest.mark.parametrize(
