@@ -60,10 +60,10 @@ def finished(tiny_folders: dict[str, Path], few_reviews: Path, tmp_path_factory:
     return output
 
 
-def predictions(directory: Path, split: str) -> dict[int, tuple[Any, list[float]]]:
-    """Row -> label or labels, and logits."""
+def predictions(directory: Path) -> dict[int, tuple[Any, list[float]]]:
+    """Row of validation -> label or labels, and logits."""
     table = pq.read_table(directory / PREDICTIONS)
-    part = table.filter(np.array(table["split"].to_pylist()) == split).to_pydict()
+    part = table.filter(np.array(table["split"].to_pylist()) == "validation").to_pydict()
     found = dict(zip(part["row"], zip(part["label"], part["logits"], strict=True), strict=True))
     assert len(found) == len(part["row"])
     return found
@@ -99,9 +99,9 @@ def test_a_run_leaves_its_folds_and_a_final_classifier(finished: Path) -> None:
 
 
 def test_the_folds_predictions_are_the_validation_of_the_run(finished: Path) -> None:
-    result, out_of_fold = read_result(finished), predictions(finished, "validation")
+    result, out_of_fold = read_result(finished), predictions(finished)
     assert sorted(out_of_fold) == list(range(40))
-    of_folds = [predictions(finished / "folds" / name, "validation") for name in "12"]
+    of_folds = [predictions(finished / "folds" / name) for name in "12"]
     assert out_of_fold == of_folds[0] | of_folds[1]
     right = [int(np.argmax(logits)) == label for label, logits in out_of_fold.values()]
     assert result["validation"]["accuracy"] == pytest.approx(np.mean(right))
@@ -171,7 +171,7 @@ def test_a_multi_label_run_tunes_its_threshold_on_the_predictions_out_of_fold(
     assert main(words(tiny_folders["distilbert"], tmp_path, tmp_path / "run", *more, "--epochs", "2")) == 0
     result = read_result(tmp_path / "run")
     truth, logits = (np.zeros((24, 3), dtype=bool), np.zeros((24, 3)))
-    for row, (labels, found) in predictions(tmp_path / "run", "validation").items():
+    for row, (labels, found) in predictions(tmp_path / "run").items():
         truth[row, labels], logits[row] = True, found
     given = 1 / (1 + np.exp(-logits)) > result["task"]["threshold"]
     f1 = 2 * (truth & given).sum() / (truth.sum() + given.sum())
