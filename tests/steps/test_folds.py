@@ -36,6 +36,7 @@ from finetuning.training.callbacks import Meter
 from tests.conftest import config_of_flags, flags
 
 pytestmark = pytest.mark.xdist_group("folds")  # in one process: the whole run is made once
+Words = Callable[..., list[str]]
 FILES = {
     "result.json", "settings.json", "adapter_model.safetensors", "adapter_config.json", "predictions.parquet",
     "metrics.csv", "learning_curve.png", "last.ckpt",
@@ -47,16 +48,22 @@ def few_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_splits(tmp_path_factory.mktemp("few"), train=40, test=20)
 
 
-def words(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+@pytest.fixture(scope="module")
+def words(tiny_folders: dict[str, Path], few_reviews: Path) -> Words:
+    """A function: the directory, and more flags -> the flags of a run with two folds."""
     own = "--learning_rate 0.01 --dropout 0.1 --epochs 4 --patience auto --report True --kfold 2"
-    return flags(model, data, output, *own.split(), *more)
+
+    def given(output: Path, *more: str, data: Path = few_reviews) -> list[str]:
+        return flags(tiny_folders["distilbert"], data, output, *own.split(), *more)
+
+    return given
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folders: dict[str, Path], few_reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that nothing has interrupted."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    assert main(words(tiny_folders["distilbert"], few_reviews, output)) == 0
+    assert main(words(output)) == 0
     return output
 
 
@@ -129,10 +136,10 @@ def test_what_a_finished_run_is_for(finished: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_command_prints_a_line_for_each_fold(
-    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ("--epochs", "1", "--test", "False", "--report", "False")
-    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *more)) == 0
+    assert main(words(tmp_path / "run", *more)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[6].endswith(" (optimistic: each fold chose its epoch)")
     assert lines[7].endswith(" (report this, or the score of a large test split)")
@@ -160,7 +167,7 @@ def test_the_command_prints_a_line_for_each_fold(
 
 
 def test_a_multi_label_run_tunes_its_threshold_on_the_predictions_out_of_fold(
-    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("train", "test"):
         write_reviews(tmp_path / f"{name}.csv", 24, seed=len(name))
@@ -168,7 +175,7 @@ def test_a_multi_label_run_tunes_its_threshold_on_the_predictions_out_of_fold(
         table["label"] = ["film;" * (i % 3 > 0) + label for i, label in enumerate(table["label"])]
         table.to_csv(tmp_path / f"{name}.csv", index=False)
     more = ("--label_separator", ";", "--threshold", "tuned", "--monitor", "micro_f1", "--report", "False")
-    assert main(words(tiny_folders["distilbert"], tmp_path, tmp_path / "run", *more, "--epochs", "2")) == 0
+    assert main(words(tmp_path / "run", *more, "--epochs", "2", data=tmp_path)) == 0
     result = read_result(tmp_path / "run")
     truth, logits = (np.zeros((24, 3), dtype=bool), np.zeros((24, 3)))
     for row, (labels, found) in predictions(tmp_path / "run").items():
@@ -206,11 +213,10 @@ def kill() -> None:
 
 
 def test_an_interrupted_run_continues_to_the_same_weights(
-    finished: Path, tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    finished: Path, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "run"
-    flags = words(tiny_folders["distilbert"], few_reviews, output)
+    flags = words(output)
     epochs = read_result(finished)["kfold"]["epochs"]
     assert epochs > 1, "the test needs an end of an epoch inside the final training"
     interruptions: list[tuple[str, str, int, Callable[[], object], list[str]]] = [
@@ -239,11 +245,10 @@ def test_an_interrupted_run_continues_to_the_same_weights(
 
 
 def test_a_run_whose_texts_have_changed_is_not_continued(
-    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    words: Words, few_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, output = Path(shutil.copytree(few_reviews, tmp_path / "data")), tmp_path / "run"
-    flags = words(tiny_folders["distilbert"], data, output)
+    flags = words(output, data=data)
     with monkeypatch.context() as patch:
         interrupting(patch, "1", "on_train_batch_start", 2, stop)
         assert main(flags) == 130
@@ -263,10 +268,8 @@ def test_a_run_whose_texts_have_changed_is_not_continued(
     assert not (output / "folds").exists()
 
 
-def test_a_fold_that_fails_ends_the_run(
-    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--precision", "fp32")
+def test_a_fold_that_fails_ends_the_run(words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = words(tmp_path / "run", "--precision", "fp32")
     assert main([*flags, "--learning_rate", "1e38", "--gradient_clip", "0"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("failed: fold 1: the loss is not finite")
@@ -277,23 +280,17 @@ def test_a_fold_that_fails_ends_the_run(
 # --- one fold, and refusals
 
 
-def test_a_fold_alone_is_the_same_run(
-    finished: Path, tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path
-) -> None:
-    alone = ("--fold", "2", "--report", "False")
-    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *alone)) == 0
+def test_a_fold_alone_is_the_same_run(finished: Path, words: Words, tmp_path: Path) -> None:
+    assert main(words(tmp_path / "run", "--fold", "2", "--report", "False")) == 0
     for directory in (tmp_path / "run", finished / "folds" / "2"):
         assert read_result(directory)["config"]["fold"] == 2
     assert (tmp_path / "run" / ADAPTER).read_bytes() == (finished / "folds" / "2" / ADAPTER).read_bytes()
 
 
-def test_a_fold_alone_has_the_budget_of_the_whole_run(tiny_folders: dict[str, Path], few_reviews: Path) -> None:
+def test_a_fold_alone_has_the_budget_of_the_whole_run(words: Words) -> None:
     found = []
     for more in ((), ("--fold", "1")):
-        given = words(
-            tiny_folders["distilbert"], few_reviews, Path("unused"), "--epochs", "auto", "--batch_size", "1", *more
-        )
-        config = from_flags(given)
+        config = from_flags(words(Path("unused"), "--epochs", "auto", "--batch_size", "1", *more))
         inputs = read_inputs(config, find_materials(config))
         alone = inputs.folds[0] if inputs.folds else inputs
         found.append((alone.config.training.epochs, len(alone.splits["train"])))
@@ -301,9 +298,9 @@ def test_a_fold_alone_has_the_budget_of_the_whole_run(tiny_folders: dict[str, Pa
 
 
 def test_the_estimate_is_of_the_first_fold_and_of_all(
-    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--estimate")) == 0
+    assert main(words(tmp_path / "run", "--estimate")) == 0
     shown = capsys.readouterr().out
     assert "20 train, 20 validation" in shown
     line = r"\nThis is the first of 2 folds. With the final run, all take at most about 0:\d\d:\d\d.\n"
@@ -338,10 +335,9 @@ def test_the_time_left_counts_the_epochs_of_the_final_run() -> None:
     ],
 )
 def test_what_is_refused_leaves_nothing(
-    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    more: list[str], message: str,
-) -> None:  # fmt: skip
-    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *more)) == 2
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert main(words(tmp_path / "run", *more)) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
     assert message in line
     assert not (tmp_path / "run").exists()
@@ -353,13 +349,13 @@ def test_a_fold_needs_its_number_of_folds(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_other_runs_in_the_folder_of_the_folds_are_kept(
-    tiny_folders: dict[str, Path], few_reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, content in (("1/result.json", json.dumps({"mine": 1})), ("1/notes.txt", "mine")):
         path = tmp_path / "run" / "folds" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    assert main(words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", "--overwrite")) == 2
+    assert main(words(tmp_path / "run", "--overwrite")) == 2
     assert "folds/1: contains a result.json from another program" in capsys.readouterr().err
 
 
@@ -402,11 +398,8 @@ def test_the_baseline_of_folds_is_compared_with_the_means_that_the_run_prints() 
     assert of_folds(folds | {"same_epoch": None})[1] == {"accuracy": 0.8}, "of each fold's best epoch"
 
 
-def test_the_final_run_saves_its_average(
-    few_reviews: Path, tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = ("--average", "ema", "--epochs", "2", "--report", "False")
-    flags = words(tiny_folders["distilbert"], few_reviews, tmp_path / "run", *more)
+def test_the_final_run_saves_its_average(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = words(tmp_path / "run", "--average", "ema", "--epochs", "2", "--report", "False")
     with monkeypatch.context() as patch:
         interrupting(patch, "run", "on_test_start", None, stop)  # so the resumed run does not train
         assert main(flags) == 130
