@@ -27,10 +27,6 @@ def cells(study: Study) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
 
 
-def accuracy_cells(study: Study) -> dict[str, str]:
-    return {name: row[main_table(study).columns[2]] for name, row in cells(study).items()}
-
-
 @pytest.fixture(autouse=True)
 def _tests_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test splits of these runs have a hundred texts, which is few."""
@@ -46,12 +42,13 @@ def test_rows_over_seeds_single_runs_and_failures(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "untested", validation=0.875)
     write_run(tmp_path, "s", "broken", status="failed")
     study = read_study("s", tmp_path)
-    assert main_table(study).columns[2] == ("test accuracy, % (95 % interval, or ± standard deviation over seeds)")
-    assert accuracy_cells(study) == {
+    found = cells(study)
+    accuracy = "test accuracy, % (95 % interval, or ± standard deviation over seeds)"
+    assert main_table(study).columns[2] == accuracy
+    assert {name: row[accuracy] for name, row in found.items()} == {
         "three": "92.00 ± 2.00", "single": "90.00 (87.98 to 91.71)", "partly": "50.00 (46.91 to 53.09)",
         "untested": "", "broken": "failed",
     }  # fmt: skip
-    found = cells(study)
     assert [row["seeds"] for row in found.values()] == ["3", "1", "1 (1 failed)", "1", ""]
     assert [row["test texts"] for row in found.values()] == ["1,000", "1,000", "1,000", "", ""]
     assert [row["validation accuracy, %"] for row in found.values()] == ["90.00"] * 3 + ["87.50", ""]
