@@ -47,6 +47,13 @@ def batch(count: int = 5, length: int = 20) -> tuple[torch.Tensor, torch.Tensor]
     return torch.where(mask == 1, ids, 1), mask
 
 
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    """What a model of Transformers or PEFT computes for the batch."""
+    ids, mask = batch()
+    return model(input_ids=ids, attention_mask=mask).logits
+
+
 def save(directory: Path, classifier: Classifier, config: RunConfig) -> Path:
     """Writes what is trained, as a run does."""
     return save_trained(directory, classifier, config.lora, config.model.model_name)

@@ -15,7 +15,7 @@ from finetuning.models.lora import lora_modules
 from local_model_utilities import build_classifier, find_base_model, load_tokenizer
 from tests.conftest import needs_int8, packaged_folder
 from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, build, logits
-from tests.small_classifiers import NAMES, batch, fill
+from tests.small_classifiers import NAMES, fill, logits_of
 from tests.tiny_models import save_tokenizer, tiny_model
 
 CASES = {name: METHODS[name] for name in ("lora", "lora_all", "lora_head", "q_lora", "dora", "pissa", "full")} | {
@@ -26,10 +26,7 @@ CASES = {name: METHODS[name] for name in ("lora", "lora_all", "lora_head", "q_lo
 
 def loaded_logits(folder: Path) -> torch.Tensor:
     """What Transformers computes from the folder."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    ids, mask = batch()
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask).logits
+    return logits_of(AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval())
 
 
 @pytest.mark.parametrize(
@@ -102,9 +99,7 @@ def test_weights_in_half_precision(bases: dict[str, Path], tmp_path: Path, dtype
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     stored = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert {p.dtype for p in stored.parameters()} == {DTYPES[dtype]}
-    ids, mask = batch()
-    with torch.no_grad():
-        rounded = model(input_ids=ids, attention_mask=mask).logits
+    rounded = logits_of(model)
     torch.testing.assert_close(loaded_logits(tmp_path), rounded, rtol=0, atol=1e-5)
     assert 1e-6 < (rounded - before).abs().max() < 0.2
 

@@ -27,7 +27,7 @@ from finetuning.steps.text_advice import head_advice
 from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
 from tests.conftest import CORE, LAYERS, each_once
 from tests.runs.test_weights import ALL_BUT_HEAD, build, logits, logits_in_peft, trained
-from tests.small_classifiers import NAMES, batch, fill, save
+from tests.small_classifiers import NAMES, fill, logits_of, save
 
 PEFT_CASES: dict[str, dict[str, Any]] = {
     "standard": {"r": 4, "lora_alpha": 6},
@@ -56,9 +56,7 @@ def made_by_peft(base: Path, folder: Path, model_type: str, **settings: Any) -> 
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
-    ids, mask = batch()
-    with torch.no_grad():
-        return model.eval()(input_ids=ids, attention_mask=mask).logits
+    return logits_of(model.eval())
 
 
 @pytest.mark.parametrize("name", [ADAPTER, ADAPTER_CONFIG])
@@ -254,10 +252,7 @@ def test_what_transformers_does_with_the_head_of_such_a_folder(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2, dtype=torch.float32).eval()
-    ids, mask = batch()
-    with torch.no_grad():
-        found = model(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(found, logits(classifier), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(model), logits(classifier), rtol=0, atol=1e-5)
     capfd.readouterr()
 
 

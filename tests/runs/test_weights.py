@@ -18,7 +18,7 @@ from finetuning.runs.weights import adapter_config, load_trained, peft_name
 from finetuning.settings import LoRASettings
 from tests import small_classifiers
 from tests.conftest import CORE, LAYERS, each_once
-from tests.small_classifiers import batch, fill, in_peft, save
+from tests.small_classifiers import batch, fill, in_peft, logits_of, save
 
 
 def build(folder: Path, seed: int, **settings: object) -> tuple[Classifier, RunConfig]:
@@ -141,13 +141,11 @@ def test_adapter_config_says_what_peft_reads(bases: dict[str, Path], tmp_path: P
 
 def logits_in_peft(folder: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of PEFT's model without its adapter, and with it."""
-    ids, mask = batch()
     torch.manual_seed(11)  # of the head that is drawn anew
     model = in_peft(folder, adapter)
-    with torch.no_grad():
-        with model.disable_adapter():
-            before = model(input_ids=ids, attention_mask=mask).logits
-        return before, model(input_ids=ids, attention_mask=mask).logits
+    with model.disable_adapter():
+        before = logits_of(model)
+    return before, logits_of(model)
 
 
 IN_PEFT: list[dict[str, object]] = [
