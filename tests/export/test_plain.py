@@ -14,8 +14,8 @@ from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
 from local_model_utilities import build_classifier, find_base_model, load_tokenizer
 from tests.conftest import needs_int8, packaged_folder
-from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, build, logits
-from tests.small_classifiers import NAMES, fill, logits_of
+from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, logits
+from tests.small_classifiers import NAMES, build, built_and_filled, fill, logits_of
 from tests.tiny_models import save_tokenizer, tiny_model
 
 CASES = {name: METHODS[name] for name in ("lora", "lora_all", "lora_head", "q_lora", "dora", "pissa", "full")} | {
@@ -35,7 +35,7 @@ def loaded_logits(folder: Path) -> torch.Tensor:
 def test_transformers_loads_what_the_run_computed(
     bases: dict[str, Path], tmp_path: Path, model_type: str, case: str
 ) -> None:
-    classifier, _ = build(bases[model_type], 0, **CASES[case])
+    classifier = build(bases[model_type], **CASES[case])
     classifier.model.config.update({"windows": {"windows": 4}, "threshold": 0.2, "text_pairs": True})  # of its base
     untrained = logits(classifier)
     fill(classifier)
@@ -54,8 +54,7 @@ def test_transformers_loads_what_the_run_computed(
 
 @needs_int8
 def test_an_8_bit_base_becomes_the_weights_that_training_saw(bases: dict[str, Path], tmp_path: Path) -> None:
-    classifier, _ = build(bases["bert"], 0, **ALL_BUT_HEAD, precision="int8")
-    fill(classifier)
+    classifier = built_and_filled(bases["bert"], **ALL_BUT_HEAD, precision="int8")
     linear = classifier.model.get_submodule("bert.encoder.layer.1.output.dense")
     weight = linear.merged_weight()
     expected = logits(classifier)
@@ -91,8 +90,7 @@ def test_families_without_efficient_path(tmp_path: Path, model_type: str, q_lora
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_weights_in_half_precision(bases: dict[str, Path], tmp_path: Path, dtype: str) -> None:
-    classifier, _ = build(bases["distilbert"], 0)
-    fill(classifier)
+    classifier = built_and_filled(bases["distilbert"])
     before = logits(classifier)
     model = plain_model(classifier, 0)
     write_model(tmp_path, model, DTYPES[dtype])
@@ -105,7 +103,7 @@ def test_weights_in_half_precision(bases: dict[str, Path], tmp_path: Path, dtype
 
 
 def test_a_weight_that_is_not_a_number_is_refused(bases: dict[str, Path]) -> None:
-    classifier, _ = build(bases["bert"], 0, lora_mlp=False)
+    classifier = build(bases["bert"], lora_mlp=False)
     weight = classifier.model.get_submodule("bert.encoder.layer.1.output.dense").weight
     weight.data[2, 3] = float("nan")
     with pytest.raises(UserError, match=r"bert\.encoder\.layer\.1\.output\.dense\.weight has values that are not"):
