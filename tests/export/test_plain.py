@@ -1,6 +1,7 @@
 # mypy: disable-error-code="union-attr,arg-type,operator"
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.export.plain import DTYPES, plain_model, write_model, write_tokenizer
-from finetuning.models.families import FAMILIES
 from finetuning.models.lora import lora_modules
 from local_model_utilities import build_classifier, find_base_model, load_tokenizer
 from tests.conftest import needs_int8, packaged_folder
 from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, logits
 from tests.small_classifiers import NAMES, build, built_and_filled, fill, logits_of
-from tests.tiny_models import save_tokenizer, tiny_model
 
 CASES = {name: METHODS[name] for name in ("lora", "lora_all", "lora_head", "q_lora", "dora", "pissa", "full")} | {
     "rslora": ALL_BUT_HEAD | {"lora_scaling": "rslora"},
@@ -67,11 +66,9 @@ def test_an_8_bit_base_becomes_the_weights_that_training_saw(bases: dict[str, Pa
 @torch.no_grad()
 @pytest.mark.parametrize("q_lora", [False, True], ids=["lora", "q_lora"])
 @pytest.mark.parametrize("model_type", ["albert", "deberta-v2", "modernbert", "gpt2", "qwen3"])
-def test_families_without_efficient_path(tmp_path: Path, model_type: str, q_lora: bool) -> None:
-    base = tmp_path / "base"
-    tiny_model(model_type).save_pretrained(base)
-    save_tokenizer(base, decoder=FAMILIES[model_type].last_token)
-    config = RunConfig.from_settings(model_name=str(base), max_length=16, lora_key=True, lora_mlp=True, q_lora=q_lora)
+def test_families_without_efficient_path(folder_of: Any, tmp_path: Path, model_type: str, q_lora: bool) -> None:
+    name = str(folder_of(model_type))
+    config = RunConfig.from_settings(model_name=name, max_length=16, lora_key=True, lora_mlp=True, q_lora=q_lora)
     found = find_base_model(config)
     classifier = build_classifier(config, found, NAMES, torch.float32).eval()
     pad_id = int(load_tokenizer(found).pad_token_id)

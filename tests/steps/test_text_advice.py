@@ -23,7 +23,6 @@ from finetuning.training.tasks import make_task
 from local_model_utilities import find_base_model
 from tests.conftest import config_of_flags
 from tests.synthetic_runs import grid_in
-from tests.tiny_models import save_tokenizer, tiny_model
 
 
 def advised(flags: str, training: int, validation: int, of_b: int | None = None) -> str:
@@ -88,11 +87,9 @@ def test_a_validation_that_takes_longer_than_training_can_be_limited(
     ],
 )
 def test_where_the_mean_was_better_than_the_first_token_the_run_advises_it(
-    tmp_path: Path, model_type: str, texts: int, flags: str, advises: bool
+    folder_of: Any, model_type: str, texts: int, flags: str, advises: bool
 ) -> None:
-    tiny_model(model_type).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path, decoder=model_type == "gpt2")
-    flags += f" --model_name {tmp_path} --max_length 16"
+    flags += f" --model_name {folder_of(model_type)} --max_length 16"
     assert ("--pooling mean" in advised(flags, texts, FEW_VALIDATION_TEXTS)) == advises
 
 
