@@ -6,14 +6,7 @@ import pytest
 
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.collection import read_test_predictions
-from finetuning.comparison.pairs import (
-    Answer,
-    Comparison,
-    answers,
-    compare_rows,
-    pooled_sentences,
-    worth_showing,
-)
+from finetuning.comparison.pairs import Answer, Comparison, answers, compare_rows, pooled_sentences, worth_showing
 from finetuning.comparison.report import make_section, study_text
 from finetuning.comparison.statistics import Difference, holm, mcnemar
 from finetuning.runs.history import write_predictions

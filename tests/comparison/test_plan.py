@@ -234,10 +234,7 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
             '[[rows]]\nname = "a"\nmethod = "full"\nlora_r = 2',
             "row a: lora_r 2: needs --method lora, but the method is full",
         ),
-        (
-            '[[rows]]\nname = "a"\nlora_r = 2\naxes = { lora_r = [2] }',
-            "row a: lora_r: given as a flag and as an axis",
-        ),
+        ('[[rows]]\nname = "a"\nlora_r = 2\naxes = { lora_r = [2] }', "row a: lora_r: given as a flag and as an axis"),
         ('[[rows]]\nname = "a"\naxes = 3', "row a: axes: must be a table of lists"),
         ('[[rows]]\nname = "a"\ntune = { lora_r = [1] }', "row a: tune: must be { learning_rate = [...] }"),
         ('[[rows]]\nname = "a"\ntune = { learning_rate = [true] }', "row a: tune: learning_rate: must be numbers"),
@@ -269,10 +266,7 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         (SEARCHED.replace('data = ["two"]', 'data = ["three"]'), "row full: data ['three']: must be a list of names"),
         (SEARCHED.replace('name = "one"', ""), "data: each [[data]] and each [[rows]] needs a name"),
         ("data = 3", "data: must be tables, [[data]]"),
-        (
-            SEARCHED.replace('data_dir = "two"', 'data_dir = "2"'),
-            "data two: must have the name of its folder",
-        ),
+        (SEARCHED.replace('data_dir = "two"', 'data_dir = "2"'), "data two: must have the name of its folder"),
         ('[[rows]]\nname = "a"\ndata = ["two"]', "row a: data: needs [[data]], the sets that it names"),
         ("[tuning]\nepochs = 1", "[tuning] no row has anything to tune"),
         (TUNED.replace("limit_train", "test"), "[tuning] test: must be false"),

@@ -10,13 +10,7 @@ from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.packed import change_records, read_records
 from finetuning.comparison.pairs import answers, compare_rows
 from finetuning.comparison.plan import shown_command
-from finetuning.comparison.tables import (
-    answer_table,
-    main_table,
-    notes,
-    short_table,
-    tuning_table,
-)
+from finetuning.comparison.tables import answer_table, main_table, notes, short_table, tuning_table
 from finetuning.config import RunConfig
 from finetuning.flags import from_flags
 from tests.synthetic_runs import outcomes, write_run

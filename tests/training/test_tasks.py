@@ -91,10 +91,7 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order() -> None:
             {"monitor": "micro_f1"},
             "--monitor micro_f1: for a single-label task it must be one of accuracy, macro_f1, mcc, auroc, loss",
         ),
-        (
-            {"monitor": "auroc"},
-            "--monitor auroc: all validation texts have the same label, but it needs at least two",
-        ),
+        ({"monitor": "auroc"}, "--monitor auroc: all validation texts have the same label, but it needs at least two"),
     ],
 )
 def test_what_the_labels_do_not_allow_is_refused(settings: dict[str, object], line: str) -> None:
