@@ -26,7 +26,6 @@ from benchmarks.slurm_cluster import Cluster, missing_daemon, running_cluster
 from benchmarks.tiny import (  # noqa: F401  # the tests import some of it from here
     BAD,
     GOOD,
-    HEADS,
     INNER,
     LAYERS,
     WIDTH,
