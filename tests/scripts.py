@@ -30,12 +30,8 @@ class Script:
             os.close(file)
         self._process = process
         self.pid = process.pid
-        self.poll, self.wait, self.send_signal, self.kill = (
-            process.poll,
-            process.wait,
-            process.send_signal,
-            process.kill,
-        )
+        self.poll, self.wait = process.poll, process.wait
+        self.send_signal, self.kill = process.send_signal, process.kill
         self.stdout: IO[str] | None = os.fdopen(out, encoding="utf8")
         self.stderr: IO[str] | None = None if joined else os.fdopen(error, encoding="utf8")
 
