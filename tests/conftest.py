@@ -248,6 +248,16 @@ def predictions_of(run: Path) -> tuple[pd.DataFrame, np.ndarray]:
     return stored, np.stack(stored["logits"].tolist())
 
 
+def random_answers(n: int, classes: int, seed: int, multi_label: bool = False) -> Answers:
+    """Answers whose labels are drawn from the probabilities of random logits, so that the probabilities are true."""
+    generator = np.random.default_rng(seed)
+    logits = 2 * generator.normal(size=(n, classes))
+    if multi_label:
+        return Answers(np.arange(n), generator.random((n, classes)) < 1 / (1 + np.exp(-logits)), logits, None, 0.5)
+    labels = (logits + generator.gumbel(size=(n, classes))).argmax(1)
+    return Answers(np.arange(n), np.eye(classes, dtype=bool)[labels], logits)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder, and of the folders in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -12,6 +12,7 @@ from finetuning.report.sections import cost_table
 from finetuning.runs.files import REPORT, write_result, write_settings
 from finetuning.runs.history import write_predictions
 from finetuning.runs.lock import DirectoryLock
+from tests.conftest import random_answers
 from tests.html_reader import Reader
 
 Split = tuple[np.ndarray, np.ndarray]  # labels (n,), logits (n, classes)
@@ -53,12 +54,9 @@ def leave_predictions(directory: Path, splits: dict[str, Split]) -> None:
     write_predictions(directory, stored, lengths)
 
 
-def random_split(n: int, classes: int, seed: int, scale: float = 2.0) -> Split:
-    """Labels drawn from the probabilities of random logits, so that the probabilities are true."""
-    generator = np.random.default_rng(seed)
-    logits = scale * generator.normal(size=(n, classes))
-    labels = (logits + generator.gumbel(size=(n, classes))).argmax(1)
-    return labels, logits
+def random_split(n: int, classes: int, seed: int) -> Split:
+    answers = random_answers(n, classes, seed)
+    return answers.truth.argmax(1), answers.logits
 
 
 def said_of(directory: Path, splits: dict[str, Split]) -> str:

@@ -5,21 +5,13 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import fit_temperature, reliability
-
-
-def true_answers(n: int, seed: int, multi_label: bool = False) -> Answers:
-    """Labels drawn from the probabilities, so that they are true."""
-    generator = np.random.default_rng(seed)
-    logits = 2 * generator.normal(size=(n, 3))
-    if multi_label:
-        return Answers(np.arange(n), generator.random((n, 3)) < 1 / (1 + np.exp(-logits)), logits, None, 0.5)
-    return Answers(np.arange(n), np.eye(3, dtype=bool)[(logits + generator.gumbel(size=(n, 3))).argmax(1)], logits)
+from tests.conftest import random_answers
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
 def test_the_temperature_undoes_what_was_done_to_the_logits(multi_label: bool, temperature: float) -> None:
-    answers = true_answers(8_000, 0, multi_label).cooled(1 / temperature)
+    answers = random_answers(8_000, 3, 0, multi_label).cooled(1 / temperature)
     found = fit_temperature(answers)
     assert found is not None
     assert found == pytest.approx(temperature, rel=0.06)
@@ -35,7 +27,7 @@ def test_there_is_no_temperature_if_all_answers_are_right_or_worse_than_chance()
 
 
 def test_the_error_is_that_of_torchmetrics() -> None:
-    answers = true_answers(500, 1).cooled(0.5)
+    answers = random_answers(500, 3, 1).cooled(0.5)
     expected = multiclass_calibration_error(
         torch.from_numpy(answers.probabilities), torch.from_numpy(answers.truth.argmax(1)), num_classes=3, n_bins=15
     )
@@ -47,7 +39,7 @@ def test_the_error_is_that_of_torchmetrics() -> None:
 
 
 def test_the_temperature_brings_the_error_down() -> None:
-    validation, test = true_answers(4_000, 2).cooled(0.4), true_answers(4_000, 3).cooled(0.4)
+    validation, test = random_answers(4_000, 3, 2).cooled(0.4), random_answers(4_000, 3, 3).cooled(0.4)
     temperature = fit_temperature(validation)
     assert temperature is not None
     before, after = reliability(test), reliability(test.cooled(temperature))
@@ -57,6 +49,6 @@ def test_the_temperature_brings_the_error_down() -> None:
 
 
 def test_multi_label_calibration_counts_every_label() -> None:
-    found = reliability(true_answers(3_000, 4, multi_label=True))
+    found = reliability(random_answers(3_000, 3, 4, multi_label=True))
     assert found.error < 0.02
     assert len(found.bins) == 15

@@ -5,23 +5,11 @@ from torchmetrics.functional import classification as metrics
 
 from finetuning.runs import scores
 from finetuning.runs.answers import Answers
-from tests.conftest import answers_of
-
-
-def random_answers(n: int, classes: int, multi_label: bool = False) -> Answers:
-    generator = np.random.default_rng(n)
-    logits = 2 * generator.normal(size=(n, classes))
-    labels = (logits + generator.gumbel(size=logits.shape)).argmax(1)
-    truth = (
-        generator.random((n, classes)) < 1 / (1 + np.exp(-logits))
-        if multi_label
-        else np.eye(classes, dtype=bool)[labels]
-    )
-    return Answers(np.arange(n), truth, logits, None, 0.5 if multi_label else None)
+from tests.conftest import answers_of, random_answers
 
 
 def test_class_scores_are_those_of_torchmetrics() -> None:
-    answers = random_answers(200, 4)
+    answers = random_answers(200, 4, 200)
     given, labels = torch.from_numpy(answers.logits), torch.from_numpy(answers.truth.argmax(1))
     found = scores.class_scores(answers)
     for name in ("precision", "recall"):
@@ -51,7 +39,7 @@ def test_sums_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_functions_of_sums_are_the_scores() -> None:
     """Their values for the texts as they are, so the intervals are about what ``result.json`` holds."""
-    answers = random_answers(150, 5)
+    answers = random_answers(150, 5, 150)
     right, guesses, true = (part.sum(0, keepdims=True) for part in scores._counts(answers))
     given, labels = torch.from_numpy(answers.logits), torch.from_numpy(answers.truth.argmax(1))
     assert scores.macro_f1(right, guesses, true, False)[0] == pytest.approx(
@@ -60,7 +48,7 @@ def test_the_functions_of_sums_are_the_scores() -> None:
     assert scores._mcc(right, guesses, true, 150)[0] == pytest.approx(
         float(metrics.multiclass_matthews_corrcoef(given, labels, 5))
     )
-    several = random_answers(150, 5, multi_label=True)
+    several = random_answers(150, 5, 150, multi_label=True)
     right, guesses, true = (part.sum(0, keepdims=True) for part in scores._counts(several))
     answered, truth = torch.from_numpy(several.given).long(), torch.from_numpy(several.truth).long()
     expected = metrics.multilabel_f1_score(answered, truth, 5, average="macro")
@@ -70,12 +58,12 @@ def test_the_functions_of_sums_are_the_scores() -> None:
 def test_intervals_hold_the_score_and_shrink_with_more_texts() -> None:
     widths = []
     for n in (100, 1_600):
-        found = scores.score_intervals(random_answers(n, 3))
+        found = scores.score_intervals(random_answers(n, 3, n))
         assert list(found) == ["accuracy", "macro_f1", "loss", "mcc"]
         widths.append([high - low for low, high in found.values()])
     ratios = np.array(widths[0]) / np.array(widths[1])
     assert ((ratios > 3) & (ratios < 5.5)).all()
-    assert list(scores.score_intervals(random_answers(50, 3, multi_label=True))) == [
+    assert list(scores.score_intervals(random_answers(50, 3, 50, multi_label=True))) == [
         "accuracy",
         "macro_f1",
         "loss",
