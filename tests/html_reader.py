@@ -25,3 +25,11 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open[-1:] != ["style"]:
             self.text += data
+
+
+def read(page: str) -> Reader:
+    """A whole page, all of whose elements are closed."""
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    return reader

@@ -3,7 +3,7 @@ import re
 
 from finetuning.comparison.page import Plot, Section, render_page
 from finetuning.pages import Table
-from tests.html_reader import Reader
+from tests.html_reader import Reader, read
 
 EMPTY = Table(("row",), [])
 ANSWER_COLUMNS = ("best row", "test accuracy, %", "training time, s", "peak memory, GiB", "how sure")
@@ -31,9 +31,7 @@ def test_the_page_is_whole_and_needs_no_other_file() -> None:
             section(study="other"),
         ]
     )
-    reader = Reader()
-    reader.feed(text)
-    assert reader.open == []
+    reader = read(text)
     for said in (
         "Which <method>?",
         "a & b.",

@@ -13,7 +13,7 @@ from finetuning.runs.files import REPORT, write_result, write_settings
 from finetuning.runs.history import write_predictions
 from finetuning.runs.lock import DirectoryLock
 from tests.conftest import random_answers
-from tests.html_reader import Reader
+from tests.html_reader import read
 
 Split = tuple[np.ndarray, np.ndarray]  # labels (n,), logits (n, classes)
 SECTIONS = ("scores", "classes", "calibration", "coverage", "length", "mistakes", "labels", "cost", "repeat")
@@ -63,13 +63,6 @@ def said_of(directory: Path, splits: dict[str, Split]) -> str:
     """What the report of a run with two classes says, without texts."""
     leave_predictions(directory, splits)
     return read(make_report(directory, result_of_run(["a", "b"], splits), None)).text
-
-
-def read(text: str) -> Reader:
-    reader = Reader()
-    reader.feed(text)
-    assert reader.open == []
-    return reader
 
 
 def test_the_report_is_whole_and_needs_no_other_file(tmp_path: Path) -> None:
