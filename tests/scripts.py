@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -44,7 +45,8 @@ class Script:
         killer = threading.Timer(timeout, self.kill)
         killer.start()
         streams = (self.stdout, self.stderr)
-        out, error = (stream.read() if stream and not stream.closed else "" for stream in streams)
+        with ThreadPoolExecutor() as readers:  # at once: a process waits for whoever reads a full pipe
+            out, error = readers.map(lambda stream: stream.read() if stream and not stream.closed else "", streams)
         self.wait()
         killer.cancel()
         for stream in filter(None, streams):

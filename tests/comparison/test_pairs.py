@@ -59,8 +59,7 @@ def test_a_row_whose_seeds_fall_apart_is_named(tmp_path: Path) -> None:
     assert note.startswith("Nearly all of the spread over seeds comes from collapsed. ")
 
 
-def test_the_order_of_the_files_does_not_matter(tmp_path: Path) -> None:
-    """Predictions are written in random order: equal outcomes are found equal only if they are aligned by row."""
+def test_rows_that_are_right_on_the_same_texts_do_not_differ(tmp_path: Path) -> None:
     for name, seed in {"a": 1, "b": 2}.items():
         write_run(tmp_path, "s", name, seed=seed, correct=outcomes(0.8, TEXTS, 5))
     (tie,), _ = compare_rows(read_study("s", tmp_path))
