@@ -177,10 +177,10 @@ def samplers(asked: Conditions) -> list[Record]:
 
 def samplers_table(records: Sequence[Record]) -> str:
     """A row for each data set and kind, the mean over seeds."""
-    times, rows = list(records[0]["best"]), []
+    times, rows = list(dict.fromkeys(at for record in records for at in record["best"])), []
     for name, kind in dict.fromkeys((record["set"], record["kind"]) for record in records):
         own = [record for record in records if (record["set"], record["kind"]) == (name, kind)]
-        scores = [[r["best"][at] for r in own if r["best"][at] is not None] for at in times]
+        scores = [[r["best"][at] for r in own if r["best"].get(at) is not None] for at in times]
         cells = [f"{100 * statistics.fmean(values):.2f}" if len(values) == len(own) else "" for values in scores]
         rows.append((name, kind, str(len(own)), f"{statistics.fmean(r['trials'] for r in own):g}", *cells))
     columns = ("data", "search", "seeds", "trials", *(f"best after {at} min, %" for at in times))

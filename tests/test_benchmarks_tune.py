@@ -42,6 +42,8 @@ def test_samplers_have_the_mean_over_seeds_where_all_have_a_score() -> None:
         for seed, best, ends in ((0, 0.8, [(2.0, 0.8), (6.0, 0.9)]), (1, None, [(7.0, 0.9)]))
     ]
     assert row_of(samplers_table(records)) == "| a | TPE | 2 | 10 |  | 90.00 |"
+    other = records[0] | {"kind": "random", "best": {"2": 0.7}}
+    assert row_of(samplers_table([*records, other])) == "| a | random | 1 | 10 |  |  | 70.00 |"
     assert samplers_plot(records).startswith(b"\x89PNG")
     assert samplers_plot(records) != samplers_plot(records[:1])
 

@@ -248,6 +248,9 @@ def checked_config(given: dict[str, Any]) -> RunConfig:
         raise UserError(f"--kfold {config.data.kfold}: a search has no cross-validation: leave it out")
     if config.hardware.processes > 1:
         raise UserError("--devices, --num_nodes: a trial is one process: use --jobs N, or several workers")
+    most = int(FLAGS["seed"].bounds["at most"]) - MOST
+    if config.training.seed > most:
+        raise UserError(f"--seed {config.training.seed}: must be at most {most}: the last runs take the next ones")
     check_data_dir(config.data.data_dir)
     config.run.check_trackers()
     return config

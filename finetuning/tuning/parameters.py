@@ -151,6 +151,11 @@ def model_anywhere(name: str) -> str:
     return str(Path(name).resolve()) if is_folder else name
 
 
+def _models(names: Sequence[Value]) -> list[Value]:
+    """Each base model once, by its full name."""
+    return list(dict.fromkeys(model_anywhere(full_name(str(name))) for name in names))
+
+
 def _row(name: str, row: Any) -> Parameter | None:
     if not is_searched(name) and name not in (PLACEMENT, MODEL):
         raise UserError(f"{name}: cannot be searched: give {searchable(PLACEMENT, MODEL)}")
@@ -169,6 +174,8 @@ def _row(name: str, row: Any) -> Parameter | None:
     if only is not None and not (isinstance(only, dict) and only):
         raise UserError(f'{name}: if: must be a table such as {{ method = "lora" }}')
     given = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in (only or {}).items()}
+    if MODEL in given:
+        given[MODEL] = tuple(_models(given[MODEL]))
     only = {**(usual or {}), **given} or None
     if not isinstance(log, bool) or not isinstance(times_default, bool):
         raise UserError(f"{name}: log and times_default must be true or false")
@@ -183,7 +190,7 @@ def _row(name: str, row: Any) -> Parameter | None:
     if low is not None and not (low < high and (not log or low > 0)):
         raise UserError(f"{name}: low {low}, high {high}: low must be below high, and above 0 with log")
     if name == MODEL:
-        values = [model_anywhere(full_name(value)) for value in values]
+        values = _models(values)
     return Parameter(name, tuple(values), low, high, log, times_default, only, own=True)
 
 

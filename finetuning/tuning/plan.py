@@ -224,6 +224,7 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
     """Starts the clock of a search again, and adds minutes or trials, which may change who is trained again at the end.
 
     What is added limits the search from then on: after minutes, ``--trials 5`` means five more, however long they take.
+    Minutes and trials that a search has not used when its last runs were chosen do not come back.
 
     Args:
         folder: of the search.
@@ -237,18 +238,18 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
         more = minutes is not None or trials is not None
         while more and stack.enter_context(Place(folder / ENDING).claim()) is None:  # a worker writes the report
             time.sleep(LOOK_AGAIN_SECONDS)
-        budget = Budget.read(folder)
+        budget, chosen = Budget.read(folder), (folder / FINAL).exists()
         if not active:
             last = max(path.stat().st_mtime for path in (folder / BUDGET, *folder.glob("*/*.lock")))
             budget = replace(budget, began=time.time(), used=budget.used + max(0.0, last - budget.began))
         limits: dict[str, Any] = {"minutes": None, "trials": None} if more else {}
         if minutes is not None:
             # time that a search took beyond its minutes is not taken from those that are added
-            before = budget.seconds / 60 if budget.minutes is None else max(budget.minutes, budget.seconds / 60)
+            before = max(0.0 if chosen else budget.minutes or 0.0, budget.seconds / 60)
             limits |= {"minutes": before + minutes, "since": 60 * before}
         if trials is not None:
             begun = sum(path.is_dir() for path in (folder / TRIALS).glob("*"))
-            limits["trials"] = max(budget.trials or 0, begun) + trials
+            limits["trials"] = max(0 if chosen else budget.trials or 0, begun) + trials
         if seeds is not None:
             limits["seeds"] = seeds
         write_json(folder / BUDGET, asdict(replace(budget, **limits)))

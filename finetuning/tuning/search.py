@@ -225,16 +225,21 @@ class Search:
 
     def _last_seconds(self, finalists: Sequence[Trial], seeds: int) -> float:
         """How long the last runs take if each finalist has this many, without those that have finished."""
-        test = 0.0
-        with suppress(OSError, ValueError, KeyError):  # a run without a test has no such time
-            test = read_result(self.trials.place(0).directory)["test"]["seconds"]
         free = [0.0] * self.jobs  # when each job has ended what it was given
-        seconds = {trial.number: MARGIN * (trial.seconds + test) for trial in finalists}
+        seconds = {trial.number: MARGIN * (trial.seconds + self._test_seconds(trial)) for trial in finalists}
         final = {"trials": list(seconds), "seeds": self._new_seeds(seeds)}
         for (number, _), place in last_places(self.folder, final).items():
             if read_status(place.directory) != "finished":
                 heapq.heapreplace(free, free[0] + seconds[number])
         return max(free)
+
+    def _test_seconds(self, trial: Trial) -> float:
+        """How long a test would have taken a trial: as much longer than the default's as its validation took."""
+        with suppress(OSError, ValueError, KeyError, ZeroDivisionError):  # a run without a test has no such time
+            own, default = (read_result(self.trials.place(number).directory) for number in (trial.number, 0))
+            one, usual = (result["validation"]["seconds"] / result["train"]["epochs"] for result in (own, default))
+            return 0.0 if "test" in own else float(default["test"]["seconds"] * one / usual)
+        return 0.0
 
     def _new_seeds(self, count: int) -> list[int]:
         return [self.plan.seed + 1 + i for i in range(count)]

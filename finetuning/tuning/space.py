@@ -120,8 +120,11 @@ class Space:
 
     @cached_property
     def _usual(self) -> dict[str, Any]:
-        """What the suite's default with the given flags has for each parameter."""
-        config = RunConfig.from_settings(**self.given).to_dict()
+        return self._usual_with({})
+
+    def _usual_with(self, changed: Mapping[str, Value]) -> dict[str, Any]:
+        """What the suite's default with the given flags, and with these instead, has for each parameter."""
+        config = RunConfig.from_settings(**{**self.given, **changed}).to_dict() | dict(self.defaults)
         targets = tuple(name for name in LORA_TARGETS if config[name])
         config[PLACEMENT] = next((name for name, flags in PLACEMENTS.items() if flags == targets), None)
         return {row.name: 1.0 if row.times_default else config[row.name] for row in self.parameters}
@@ -132,7 +135,7 @@ class Space:
         Args:
             changed: a model or method instead of the default one, or of the given one.
         """
-        usual = self._usual | changed
+        usual = self._usual_with(changed) if changed else self._usual
         point: Point = {}
         for row in self.parameters:
             if self._applies(row, point) and row.contains(usual[row.name]):
@@ -232,7 +235,9 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
     """
     named, only_these = read_space(search) if search is not None else ({}, False)
     for row in named.values():
-        if row is not None and row.name in given and not row.contains(given[row.name]):
+        if row is None or row.name not in given or row.times_default:
+            continue
+        if not row.contains(given[row.name]):
             raise UserError(f"--{row.name} {given[row.name]}: --search {search} allows {row.shown}")
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
     rows += [row for row in named.values() if row is not None]
@@ -271,6 +276,9 @@ def _fitted(facts: Facts) -> list[Parameter]:
     for name, taken in (("pooling", facts.takes_pooling), ("dropout", facts.takes_dropout)):
         if not taken:
             del rows[name]
+    if facts.layers < 2:  # the default trains two
+        methods = rows["method"]
+        rows["method"] = replace(methods, values=tuple(value for value in methods.values if value != "selective"))
     layers = min(3, facts.layers - 1)
     if layers < 2:
         del rows["trainable_layers"]

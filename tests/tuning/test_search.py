@@ -6,13 +6,34 @@ from pathlib import Path
 import pytest
 
 from finetuning.comparison.execution import StopSignals
+from finetuning.runs.files import write_result
 from finetuning.storage import write_json
 from finetuning.tuning import report
 from finetuning.tuning.plan import BUDGET, ENDING, FINAL, Budget, Plan
 from finetuning.tuning.sampler import Proposer
-from finetuning.tuning.search import Search
+from finetuning.tuning.search import MARGIN, Search
 from finetuning.tuning.trials import COMPLETE, Place
 from tests.tuning.test_sampler import SPACE
+
+PLAN = Plan("s", {}, "tpe", True, None, SPACE)
+
+
+def search_in(folder: Path) -> Search:
+    return Search(folder, PLAN, Proposer(SPACE, "tpe", 0, False), Path("finetune_lora.py"), 2, StopSignals())
+
+
+def test_the_time_of_a_test_is_the_models_and_not_the_defaults(tmp_path: Path) -> None:
+    search = search_in(tmp_path)
+    for number, (epochs, seconds, test) in enumerate([(5, 10.0, {"test": {"seconds": 100.0}}), (10, 160.0, {})]):
+        search.trials.place(number).directory.mkdir(parents=True)
+        validation = {"seconds": seconds}
+        record = {"status": "finished", "train": {"epochs": epochs}, "validation": validation} | test
+        write_result(search.trials.place(number).directory, record)
+        search.trials.begin(number, SPACE.first_points()[number], {}, None)
+        search.trials.end(number, COMPLETE, value=0.9, history={1: 0.9}, seconds=60.0, minutes=5.0)
+    default, large = (search.trials.read(number) for number in range(2))
+    assert search._last_seconds([default], 1) == pytest.approx(MARGIN * 60), "its seconds include its test"
+    assert search._last_seconds([large], 1) == pytest.approx(MARGIN * (60 + 800)), "its validation took 8 times as long"
 
 
 def test_a_worker_that_waits_for_the_report_goes_on_if_another_adds_time(
@@ -24,7 +45,7 @@ def test_a_worker_that_waits_for_the_report_goes_on_if_another_adds_time(
     with ThreadPoolExecutor() as threads:
         with Place(tmp_path / ENDING).claim() as lock:
             assert lock is not None
-            waiting = threads.submit(report.finish, tmp_path, Plan("s", {}, "tpe", True, None, SPACE), final)
+            waiting = threads.submit(report.finish, tmp_path, PLAN, final)
             time.sleep(0.2)  # it has seen that its decision holds
             (tmp_path / FINAL).unlink()  # as ``--resume --minutes`` does
             assert not waiting.done()
@@ -34,9 +55,7 @@ def test_a_worker_that_waits_for_the_report_goes_on_if_another_adds_time(
 @pytest.mark.parametrize(("seconds", "seeds"), [(90.0, 3), (120.0, 2), (400.0, 1)])
 def test_trials_that_are_slow_to_stop_cost_no_seed(tmp_path: Path, seconds: float, seeds: int) -> None:
     """The last runs have as many seeds as fit into two fifths of fifteen minutes, and the default is one of them."""
-    proposer = Proposer(SPACE, "tpe", 0, False)
-    plan = Plan("s", {}, "tpe", True, None, SPACE)
-    search = Search(tmp_path, plan, proposer, Path("finetune_lora.py"), 2, StopSignals())
+    search = search_in(tmp_path)
     for number, value in enumerate((0.90, 0.92)):
         search.trials.place(number).directory.mkdir(parents=True)
         search.trials.begin(number, SPACE.first_points()[number], {}, None)

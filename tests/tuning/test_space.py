@@ -72,11 +72,15 @@ def test_the_default_point_is_the_default_run() -> None:
     assert "placement" not in space_of(lora_mlp=True).default_point()
 
 
-def test_the_first_points_are_the_defaults_of_all_methods() -> None:
+def test_the_first_points_are_the_defaults_of_all_methods(tmp_path: Path) -> None:
     first = [space_of().settings(point) for point in space_of().first_points()]
     for settings, method in zip(first, ("lora", "full", "selective", "head"), strict=True):
         made, usual = (RunConfig.from_settings(**s).to_dict() for s in (settings, {"method": method}))
         assert made == usual | {"epochs": 6, "batch_size": 32}
+    assert [settings["learning_rate"] for settings in first[:2]] == [1e-3, 1e-4]
+    text = 'method = ["lora", "full"]\nlearning_rate = { low = 1e-4, high = 1e-2, log = true }\n'
+    again = space_of(search=written(tmp_path, text + "epochs = { low = 2, high = 6 }\n"))
+    assert [(p["learning_rate"], p["epochs"]) for p in again.first_points()] == [(1e-3, 6), (1e-4, 6)]
     assert space_of(method="full").first_points() == [space_of(method="full").default_point()]
     assert len(space_of(lora_r=4).first_points()) == 1
 
@@ -111,6 +115,9 @@ def test_texts_and_model_fit_the_space() -> None:
         "max_length", "label_smoothing", "trainable_layers", "pooling", "dropout",
     }  # fmt: skip
     assert values(space_of(Facts(5, 16, (256,), 3, False)), "trainable_layers") == (1, 2)
+    for layers in (0, 1, 2):
+        methods = values(space_of(Facts(5, 16, (256,), layers, False)), "method")
+        assert ("selective" in methods) == (layers == 2)
 
 
 def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
@@ -124,6 +131,8 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
     assert space.settings(point)["learning_rate"] == 1e-2
     assert space.settings(point)["lora_dropout"] == 0.1
     assert "lora_dropout" not in space.drawn(lambda row: row.ends[0])
+    several = written(tmp_path, "epochs = { low = 0.5, high = 2, times_default = true }\n")
+    assert "epochs" not in names(space_of(search=several, epochs=5)), "a number, and not how many times the default"
     only = space_of(search=written(tmp_path, "replace = true\nepochs = { low = 2, high = 6 }\n"))
     assert names(only) == {"epochs"}
     assert only.parameters[0].whole
@@ -139,6 +148,12 @@ def test_models_are_searched_and_the_given_one_is_the_defaults(tmp_path: Path) -
     first = [space.settings(point) for point in space.first_points()]
     expected = [("roberta-base", "lora"), (PACKAGED_BERT, "lora"), ("other", "lora"), ("roberta-base", "head")]
     assert [(settings["model_name"], settings["method"]) for settings in first] == expected
+    text = 'model_name = ["packaged", "packaged-bert", "b"]\n'
+    text += 'lora_alpha = { values = [8, 16], if = { model_name = "packaged" } }\n'
+    other = space_of(search=written(tmp_path, text), model_name="b", method="lora")
+    assert values(other, "model_name") == (PACKAGED_BERT, "b"), "each once"
+    for point in (other.drawn(random_value) for _ in range(20)):
+        assert ("lora_alpha" in point) == (point["model_name"] == PACKAGED_BERT)
     only = space_of(search=written(tmp_path, 'model_name = { values = ["a", "b"], if = { method = "lora" } }\n'))
     for point in (only.drawn(random_value) for _ in range(20)):
         assert ("model_name" in point) == (point["method"] == "lora")
