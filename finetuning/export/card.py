@@ -170,10 +170,14 @@ def _cross_validation(run: FinishedRun) -> dict[str, Any] | None:
 
 def _metadata(folder: Path, run: FinishedRun, base: str | None, licence: str | None, data_id: str | None) -> str:
     """The hub's metadata as YAML."""
-    source, split = run.result["data"].get("source", run.config.data.dataset), run.reported_split
+    data, split = run.config.data, run.reported_split
+    source = run.result["data"].get("source", data.dataset)
+    official = data_id is not None and split == "test" and "official test" in source and data.limit_test is None
+    scored = data_id if data_id and official else "text"
+    of_split = split if official or data_id is None else "held out"  # a part of it would be taken for the whole
     results = [
         EvalResult(
-            task_type="text-classification", dataset_type=data_id or "text", dataset_name=source, dataset_split=split,
+            task_type="text-classification", dataset_type=scored, dataset_name=source, dataset_split=of_split,
             metric_type=metric, metric_value=round(run.result[split][key], 4),
         )
         for metric, key in (("exact_match" if run.multi_label else "accuracy", "accuracy"), ("f1", "macro_f1"))

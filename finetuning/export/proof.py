@@ -87,6 +87,7 @@ def held_out(
     texts: TextData,
     tokens: Mapping[str, TokenizedSplit],
     stored: Mapping[str, Answers],
+    hashes: Mapping[str, str],
     limit: int,
     pad_id: int,
     window_pooling: str,
@@ -97,6 +98,7 @@ def held_out(
         texts: the splits that the run predicted.
         tokens: the same splits as token ids.
         stored: the run's own answers, split by split.
+        hashes: of the splits when the run began, from ``data_hashes``.
         limit: largest number of texts.
         pad_id: the tokenizer's padding id.
         window_pooling: the run's.
@@ -107,7 +109,7 @@ def held_out(
     splits = list(texts.splits.values())
     found = [in_order_of(split, stored.get(name)) for name, split in texts.splits.items()]
     parts = [part for part in found if part is not None]
-    if len(parts) < max(len(found), len(stored)):
+    if len(parts) < max(len(found), len(stored)) or any(hashes.get(name) != s.sha256 for name, s in tokens.items()):
         raise UserError(
             "the run's data has changed: its held-out texts are not those of predictions.parquet: give the run's data"
             " with --data_dir"

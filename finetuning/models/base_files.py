@@ -32,7 +32,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 # Of pytorch_model.bin, only what is read.
 PATTERNS = (
     "config.json", "*.safetensors", "*.index.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
-    "*.model",
+    "added_tokens.json", "*.model",
 )  # fmt: skip
 
 
@@ -190,13 +190,16 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def check_base_unchanged(folder: Path, recorded: Mapping[str, str]) -> None:
-    """Checks that the base model's files are those of the run. Files that the run did not have are ignored.
+    """Checks that the base model's files are those of the run. Others are ignored, if they are not read instead.
 
     Raises:
-        UserError: a file is gone or has changed.
+        UserError: a file is gone or has changed, or there is one that is read instead.
     """
     present = file_hashes(folder)
     for name, digest in recorded.items():
         if present.get(name) != digest:
             what = "has changed since the run" if name in present else "is gone"
             raise UserError(f"the run's base model {folder}: {name} {what}: restore it, or train again")
+    for name in (*weight_files(folder), "tokenizer.json"):
+        if recorded and name in present and name not in recorded:
+            raise UserError(f"the run's base model {folder}: {name} is new since the run: remove it, or train again")

@@ -108,10 +108,13 @@ def _refuse_others(config: Any, name: str) -> None:
         raise UserError(f"{kind}, which reads images: needs a model of texts alone")
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(f"{kind}, for which Hugging Face has no text classifier: needs one of a type that has")
-    if "moe" in config.model_type or any(getattr(config, key, None) not in (None, 0, 1) for key in EXPERTS):
+    experts = any(getattr(config, key, None) not in (None, 0, 1) for key in EXPERTS)
+    if "moe" in config.model_type or (experts and getattr(config, "is_moe", True)):
         raise UserError(f"{kind}, a mixture of experts: needs a model without experts")
     if getattr(config, "inner_group_num", 1) != 1:
         raise UserError(f"{kind} and has {config.inner_group_num} layers in each group: needs one")
+    if config.model_type == "xmod" and config.default_language is None:
+        raise UserError(f"{kind} and its config.json has no default_language: write it there, for example en_XX")
     if config.model_type in PADS_LEFT:
         raise UserError(f"{kind}, whose head reads the last place of a batch, where padding is: use another model")
     if config.model_type in SEES_PADDING:

@@ -220,13 +220,17 @@ def unsuited(widths: Sequence[int]) -> str | None:
     return f"a linear is {widest:,} wide, and 8-bit products take at most {WIDEST:,}" if widest > WIDEST else None
 
 
-def slow(widths: Sequence[int]) -> str | None:
+def slow(widths: Sequence[int], without_bf16: bool = True) -> str | None:
     """Why 8-bit products of linears of these widths save no time on this machine; ``None`` if they do.
 
     Without the kernels, the steps around a product take longer than 8 bits save. With AMX, bf16 products are so fast
     that these steps cost more than 8 bits save (docs/log.md).
+
+    Args:
+        widths: of the linears.
+        without_bf16: whether all else is computed in fp32.
     """
-    kernels, state = library(without_bf16=True)
+    kernels, state = library(without_bf16=without_bf16)
     if kernels is None:
         return f"CPU kernels: {state}"
     if AMX.issubset(instructions()):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetuning.models.lora import LinearWithLoRA, base_linear, lora_modules
-from finetuning.models.products import join, join_bias
+from finetuning.models.products import join, join_bias, without_autocast
 from finetuning.models.quantization import dense_weight
 
 KEPT_BYTES = 2**30  # of one model; linears beyond that are computed as in training
@@ -54,7 +54,8 @@ class MergedWeights:
             if size > self.free:
                 return None
             self.free -= size
-            weight = join([round_evenly(_merged_weight(module), dtype) for module in modules])
+            with without_autocast(frozen[0].device):  # on Hugging Face's own path
+                weight = join([round_evenly(_merged_weight(module), dtype) for module in modules])
             copies = [p.detach().clone() for p in thin]
             group = self.groups[key] = _Group(state, copies, weight, join_bias(bases, dtype))
         return group.weight, group.bias

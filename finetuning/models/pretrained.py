@@ -87,6 +87,8 @@ def _config_of(base: BaseModel, settings: ModelSettings, label_names: Sequence[s
             setattr(config, family.settings[ours], value)
     for name in family.more_dropouts:
         setattr(config, name, settings.dropout)
+    if config.model_type == "big_bird":  # block_sparse depends on the padding, and ends for good at a short batch
+        config.attention_type = "original_full"
     if settings.pooling is not None:  # ModernBERT's name and words
         config.classifier_pooling = "mean" if settings.pooling == "mean" else "cls"
     config.attn_implementation = "sdpa"

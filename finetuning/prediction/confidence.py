@@ -149,7 +149,7 @@ def read_confidence(trained: Trained, threshold: float | None, least: float | No
     )
     if folds:
         shown += " (about: the classifiers of the folds gave these answers)"
-    return replace(found, least=chosen.least, notes=(*notes, shown), reached=(chosen.answered, chosen.texts))
+    return replace(found, least=float(chosen.shown), notes=(*notes, shown), reached=(chosen.answered, chosen.texts))
 
 
 def reached(validation: Answers, least: float, folds: bool) -> tuple[int, str]:

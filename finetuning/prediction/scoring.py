@@ -29,11 +29,17 @@ def label_codes(file: Path, column: str, trained: Trained) -> Sequence[str]:
         column: of its labels.
         trained: the classifier.
     """
+    data = trained.config.data
+    places = [(file, column)]
+    with suppress(OSError, UserError):  # the data of the run are elsewhere now, or have other names
+        if data.data_dir is not None and data.label_column is not None:
+            places.append((split_files(data.data_dir)["train"], data.label_column))
     own = None
-    with suppress(*UNREADABLE):  # the reading that follows says it
-        own = class_names(file, column) if file.is_file() else None
+    for path, name in places:
+        with suppress(*UNREADABLE):  # the reading that follows says it
+            own = own or (class_names(path, name) if path.is_file() else None)
     own = own if own and set(own) & set(trained.label_names) else None  # of other classes
-    return traits_of(trained.config.data.dataset).label_names or own or ()
+    return traits_of(data.dataset).label_names or own or ()
 
 
 def trained_on(file: Path, data: DataSettings) -> bool:

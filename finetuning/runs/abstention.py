@@ -74,7 +74,10 @@ def least_confidence(answers: Answers, risk: float, candidates: int = 1) -> Abst
     if not best:
         return None
     answered = int(ranks[best - 1])
-    least = 0.0 if best == len(ranks) else float(np.nextafter(confidence[answered], 1))
+    least = 0.0
+    if best < len(ranks):  # the middle: computed again, a text's confidence differs in the last digits
+        left_out, last = confidence[answered], confidence[answered - 1]
+        least = float(max((left_out + last) / 2, np.nextafter(left_out, 1)))
     return Abstention(least, float(confidence[answered - 1]), len(order), answered, int(wrong[best - 1]))
 
 

@@ -133,7 +133,9 @@ def shows_learning(answers: Answers, kfold: Mapping[str, Any] | None) -> bool:
 
 def confusion_matrix(answers: Answers) -> np.ndarray:
     """(classes, classes): texts by true class (row) and given class (column). Single-label only."""
-    return answers.truth.T.astype(np.int64) @ answers.given.astype(np.int64)
+    classes = answers.truth.shape[1]
+    pairs = answers.truth.argmax(1) * classes + answers.given.argmax(1)
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def _counts(answers: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -133,7 +133,8 @@ def fastest_precision(hardware: Hardware, excluded: str | None, widths: Sequence
     Returns:
         A precision with a name, which means the same on every machine, and a text.
     """
-    reason = excluded or without_int8(hardware) or int8_products.unsuited(widths) or int8_products.slow(widths)
+    reason = excluded or without_int8(hardware) or int8_products.unsuited(widths)
+    reason = reason or int8_products.slow(widths, hardware.dtype == torch.float32)
     if reason is None:
         return "int8", "exact and fast on this processor"
     return next(name for name, kind in DTYPES.items() if kind == hardware.dtype), reason
@@ -174,7 +175,7 @@ def multiplies_bf16(card: int) -> bool:
 def kernels_used(classifier: Classifier, settings: HardwareSettings, hardware: Hardware) -> str:
     """Whether a run with this classifier uses the compiled CPU kernels, or why not."""
     if hardware.int8:
-        return library(without_bf16=True)[1]
+        return library(without_bf16=hardware.dtype == torch.float32)[1]
     reasons = {
         "--efficient False": not settings.efficient,
         f"{classifier.family.model_type} models run Hugging Face's code": not classifier.efficient,

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from finetuning.config import RunConfig
 from finetuning.export.adapter import recorded_base, writes_base
-from finetuning.export.card import KNOWN_BASES, _cross_validation, _method, _precision, _reading
+from finetuning.export.card import KNOWN_BASES, _cross_validation, _metadata, _method, _precision, _reading
 from finetuning.settings import PACKAGED_MODELS
 
 
@@ -24,6 +25,25 @@ def test_the_precision_of_the_products(precision: str, said: str) -> None:
     result = {"base_model": {"precision": "bfloat16"}}
     run: Any = SimpleNamespace(result=result, config=RunConfig.from_settings(precision=precision))
     assert _precision(run) == said
+
+
+@pytest.mark.parametrize(
+    ("data_id", "source", "given", "expected"),
+    [
+        ("stanfordnlp/imdb", "IMDb, official test (Hugging Face hub)", {}, ("stanfordnlp/imdb", "test")),
+        ("stanfordnlp/imdb", "IMDb, official test (Hugging Face hub)", {"limit_test": 10}, ("text", "held out")),
+        ("stanfordnlp/imdb", "IMDb, held out (packaged reviews)", {"offline": True}, ("text", "held out")),
+        (None, "mine, test file (local files)", {"dataset": "text", "data_dir": Path("mine")}, ("text", "test")),
+    ],
+)
+def test_a_score_is_of_the_official_test_only_if_all_of_it_was_read(
+    data_id: str | None, source: str, given: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    result = {"data": {"source": source}, "test": {"accuracy": 0.9, "macro_f1": 0.8}}
+    config = RunConfig.from_settings(**given)
+    run: Any = SimpleNamespace(result=result, config=config, reported_split="test", multi_label=False)
+    ((entry,),) = (m["results"] for m in yaml.safe_load(_metadata(Path("x"), run, None, None, data_id))["model-index"])
+    assert (entry["dataset"]["type"], entry["dataset"]["split"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,15 @@ def test_a_base_model_that_changed_is_noticed(tmp_path: Path) -> None:
     recorded = file_hashes(tmp_path)
     assert list(recorded) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
     assert recorded["vocab.txt"] == hashlib.sha256(b"vocab.txt").hexdigest()
+    (tmp_path / "pytorch_model.bin").write_text("weights that nobody reads")
     (tmp_path / "README.md").write_text("another text")
     (tmp_path / "tokenizer_config.json").write_text("{}")  # a file that the run did not have
     check_base_unchanged(tmp_path, recorded)
     check_base_unchanged(tmp_path, {})  # nothing was recorded
+    for name in ("tokenizer.json", "model.safetensors"):
+        fewer = {other: digest for other, digest in recorded.items() if other != name}
+        with pytest.raises(UserError, match=f"{name} is new since the run"):  # transformers reads it, and not vocab.txt
+            check_base_unchanged(tmp_path, fewer)
     (tmp_path / "model.safetensors").write_text("other weights")
     with pytest.raises(UserError, match=r"model\.safetensors has changed since the run"):
         check_base_unchanged(tmp_path, recorded)

@@ -101,6 +101,14 @@ def test_a_pooler_that_no_classifier_reads_is_no_part_of_the_head(tmp_path: Path
     assert described(tmp_path, "big_bird").head == ("classifier.dense", "classifier.out_proj")
 
 
+def test_a_class_with_sparse_attention_always_attends_to_all_tokens(tmp_path: Path) -> None:
+    """With longer texts it would skip some of them, which ones depends on the batch, until the first short batch."""
+    tiny = unlisted_model("big_bird", block_size=4)
+    assert tiny.config.attention_type == "block_sparse"
+    tiny.save_pretrained(tmp_path)
+    assert build(tmp_path, lora_modules="query").model.config.attention_type == "original_full"
+
+
 def test_a_class_that_fails_in_16_bits_is_known(tmp_path: Path) -> None:
     assert not described(tmp_path, "deberta").half
     assert described(tmp_path, "big_bird").half
@@ -166,6 +174,8 @@ def test_models_that_cannot_be_described_are_refused(tmp_path: Path) -> None:
     assert perceiver.endswith("is of type 'perceiver', in which no linear of the head was found")
     xlnet = {"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
     assert "'xlnet', whose head reads the last place of a batch" in refused(folder_with(tmp_path, xlnet))
+    xmod = {"model_type": "xmod", "default_language": None}
+    assert "config.json has no default_language: write it there" in refused(folder_with(tmp_path, xmod))
     assert "is of type 'esm', whose classifier cannot be built: " in refused(
         folder_with(tmp_path, {"model_type": "esm"})
     )

@@ -86,6 +86,10 @@ def test_numbers_are_codes_where_the_data_set_or_the_file_names_its_classes(tmp_
     score = Score(own, "y", label_codes(tmp_path / "named.parquet", "y", own))
     list(score.counted([(rows([0, 1, "1"]), [["1", "0", "1"]])]))  # numbers are codes, words are names
     assert "accuracy 100.00%" in str(score)
+    (tmp_path / "named.parquet").rename(tmp_path / "train.parquet")
+    pd.DataFrame({"y": [0, 1]}).to_csv(tmp_path / "test.csv", index=False)
+    own = replace(own, config=RunConfig.from_settings(dataset="text", data_dir=tmp_path, label_column="y"))
+    assert label_codes(tmp_path / "test.csv", "y", own) == ["1", "0"], "as training reads it next to such a file"
 
 
 @pytest.mark.parametrize("separator", [None, ";"])

@@ -25,6 +25,8 @@ def test_the_bound_of_clopper_and_pearson_is_at_most_the_risk() -> None:
     assert chosen is not None
     answered = found.confidence >= chosen.least
     assert (int(answered.sum()), int((answered & ~found.right).sum())) == (chosen.answered, chosen.wrong)
+    left_out = found.confidence[~answered].max()
+    assert chosen.least - left_out == pytest.approx(chosen.last - chosen.least), "no text is on the edge"
     assert 200 < chosen.answered < chosen.texts == 1_000
     assert beta.ppf(1 - 0.05 / 2, chosen.wrong + 1, chosen.answered - chosen.wrong) <= 0.05
     fewer = least_confidence(found, 0.05, candidates=20)

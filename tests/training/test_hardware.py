@@ -10,6 +10,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.models import int8_products
 from finetuning.processor import VARIABLE
+from finetuning.training import hardware as module
 from finetuning.training.hardware import (
     Hardware,
     fastest_precision,
@@ -154,7 +155,7 @@ AUTO = (
 def products(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with exact 8-bit products and compiled kernels."""
     monkeypatch.setattr(int8_products, "refused", lambda: None)
-    monkeypatch.setattr(int8_products, "slow", lambda _: None)
+    monkeypatch.setattr(int8_products, "slow", lambda *_: None)
 
 
 def settings_of(**settings: Any) -> RunConfig:
@@ -230,6 +231,19 @@ def test_fast_does_not_take_int8_where_it_saves_no_time(
     monkeypatch.setattr(int8_products, "library", lambda **_: (kernels, "no: no compiler"))
     monkeypatch.setattr(int8_products, "instructions", lambda: instructions)
     assert fastest_precision(resolve_hardware(settings_of(precision="fast").hardware), None, widths) == (AUTO, reason)
+
+
+def test_8_bits_need_the_kernels_for_what_else_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler may know the processor's 8-bit instructions, and not those of bf16."""
+    monkeypatch.setattr(int8_products, "instructions", set)
+    states = {True: (object(), "compiled for fp32"), False: (None, "no: the compiler is too old")}
+    for place in (int8_products, module):
+        monkeypatch.setattr(place, "library", lambda without_bf16: states[without_bf16])
+    assert int8_products.slow((64,), without_bf16=True) is None
+    assert int8_products.slow((64,), without_bf16=False) == "CPU kernels: no: the compiler is too old"
+    for dtype, said in ((torch.float32, "compiled for fp32"), (torch.bfloat16, "no: the compiler is too old")):
+        found: Any = SimpleNamespace(int8=True, dtype=dtype)
+        assert kernels_used(None, None, found) == said  # type: ignore[arg-type]
 
 
 def test_a_limited_processor_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
