@@ -55,10 +55,10 @@ def command(argv: Sequence[str], defaults: dict[str, Any]) -> int:
         if not is_helper():
             restore_report(given)
         return 0
+    instead.check(config.hardware, config.run)
     if instead.cache_info or instead.cache_clear:
         print(clear_caches() if instead.cache_clear else cache_table())
         return 0
-    instead.check(config.hardware, config.run)
     check_data_dir(config.data.data_dir)
     config.run.check_trackers()
     limit_libraries()

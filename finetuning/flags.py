@@ -6,6 +6,7 @@ Nothing here imports torch, so a wrong flag fails at once.
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -87,11 +88,15 @@ def parse_bool_or_auto(text: str) -> bool | str:
 def parse_path(text: str) -> Path:
     """Reads a path. An empty text, as of a variable that is not set, would be the current folder.
 
+    Shells leave ``~`` in ``--flag=~/folder`` as it is, and some libraries take it for the home, as people do.
+
     Raises:
         ValueError: the text is empty.
     """
     if not text:
         raise ValueError("an empty path")
+    with suppress(RuntimeError):  # nobody of this name
+        return Path(text).expanduser()
     return Path(text)
 
 

@@ -57,6 +57,11 @@ def test_the_caches_are_emptied(cache: Path, capsys: pytest.CaptureFixture[str])
     assert main(["--cache_clear"]) == 0
 
 
+def test_only_one_thing_is_done_instead_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cache_info", "--estimate"]) == 2
+    assert capsys.readouterr().err == "error: --estimate, --cache_info: give one of them\n"
+
+
 def test_without_a_home_folder_the_line_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from finetuning.settings import (
     DEFAULT_LEARNING_RATES,
     DEFAULT_MODEL,
     FLAGS,
+    PACKAGED,
     PACKAGED_BERT,
     PACKAGED_DISTILBERT,
     PACKAGED_MEANS,
@@ -404,6 +405,15 @@ def test_an_adapter_is_not_replaced_by_the_run_that_starts_from_it(tmp_path: Pat
             with pytest.raises(UserError, match=r"--init_adapter .*: is a run in --output_dir, whose files"):
                 RunConfig.from_settings(init_adapter=adapter, output_dir=output, overwrite=True)
     RunConfig.from_settings(init_adapter=tmp_path / "first", output_dir=tmp_path)
+
+
+def test_a_run_does_not_go_into_the_folder_of_its_base_model(tmp_path: Path) -> None:
+    for name in (str(tmp_path), f"{tmp_path}/../{tmp_path.name}"):
+        with pytest.raises(UserError, match=r"^--output_dir .*: is the folder of --model_name: give another directory"):
+            RunConfig.from_settings(model_name=name, output_dir=tmp_path)
+    with pytest.raises(UserError, match=r"^--output_dir roberta-base: is the folder of --model_name"):
+        RunConfig.from_settings(model_name="roberta-base", output_dir=Path("roberta-base"))
+    RunConfig.from_settings(model_name=PACKAGED, output_dir=Path(PACKAGED))
 
 
 def test_links_that_lead_in_a_circle_are_no_traceback(tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ def test_an_empty_path_is_not_the_current_folder() -> None:
     assert given_flags(["--output_dir", "."]) == {"output_dir": Path()}
 
 
+def test_the_home_folder_is_found_where_shells_leave_its_sign() -> None:
+    words = ["--output_dir=~/runs/x", "--data_dir=~nobody-has-this-name/x"]
+    assert given_flags(words) == {"output_dir": Path.home() / "runs/x", "data_dir": Path("~nobody-has-this-name/x")}
+
+
 def test_resume_also_takes_auto() -> None:
     words = {"--resume": True, "--resume auto": "auto", "--resume AUTO": "auto", "--resume no": False}
     assert {line: given_flags(line.split())["resume"] for line in words} == words

@@ -7,7 +7,9 @@ from typing import Literal
 import pandas as pd
 
 from finetuning.data.files import shown_columns
+from finetuning.datasets import traits_of
 from finetuning.errors import UserError, listed
+from finetuning.settings import DataSettings
 
 Kind = Literal["text", "classes", "other"]  # of a column; classes: numbers that have names
 
@@ -40,6 +42,18 @@ def texts_in(table: pd.DataFrame, wanted: str, where: object, flag: str = "text_
         return table[names[0]]
     parts = table[names].astype(object).where(table[names].notna(), "")
     return pd.Series([_joined(row) for row in parts.itertuples(index=False, name=None)], table.index, dtype=object)
+
+
+def refuse_columns(data: DataSettings) -> None:
+    """Refuses names of columns for texts that are in no table.
+
+    Raises:
+        UserError: a name is not the data set's default.
+    """
+    traits = traits_of(data.dataset)
+    for name in ("text_column", "label_column"):
+        if getattr(data, name) != getattr(traits, name):
+            raise UserError(f"--{name} {getattr(data, name)}: these texts are in no table: leave it out")
 
 
 def _joined(parts: tuple[object, ...]) -> str | None:

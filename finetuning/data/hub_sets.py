@@ -26,7 +26,7 @@ from finetuning.settings import DataSettings
 
 INSTEAD = "--dataset text --data_dir PATH"
 BUILDERS = ("parquet", "csv", "json", "arrow", "text")  # of the library; its others read images, sound and more
-PART = re.compile(r"(.*)-\d+(-of-(\d+).*)")  # of a split in several files
+PART = re.compile(r"(.*)-\d+-of-(\d+).*")  # of a split in several files; a hash may follow, of each its own
 NO_LABEL = -1  # what a column of classes has instead of a missing label
 
 
@@ -93,7 +93,7 @@ def _is_complete(folder: Path, config: str | None) -> bool:
     import datasets
 
     with contextlib.suppress(UserError), _library(""):
-        if _has_script(folder) or _file_elsewhere(folder) is not None:  # refused later
+        if _file_elsewhere(folder) is not None:  # refused later
             return True
         chosen = config or datasets.get_dataset_default_config_name(str(folder))
         if chosen in datasets.get_dataset_config_names(str(folder)):
@@ -101,7 +101,7 @@ def _is_complete(folder: Path, config: str | None) -> bool:
             files = builder.config.data_files or {}
             return set(builder.info.splits or ()) <= set(files) and all(map(_has_every_part, files.values()))
         return True
-    return False
+    return _has_script(folder)  # with nothing else, which is refused later
 
 
 def _has_every_part(files: Iterable[str]) -> bool:

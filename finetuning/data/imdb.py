@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from finetuning.caches import DOWNLOADS
+from finetuning.data.columns import refuse_columns
 from finetuning.data.files import readable
 from finetuning.data.tables import read_table, split_files
 from finetuning.data.texts import Source
@@ -33,6 +34,7 @@ def read_imdb(data: DataSettings, offline: bool) -> Source:
     if data.data_dir is not None:
         where, tables = "local files", _read_folder(data.data_dir, data)
     elif offline:
+        refuse_columns(data)
         where, tables = "packaged", {"train": _packaged_reviews()}
     elif data.data_source == "stanford":
         where, tables = "Stanford", _read_folder(_download_stanford(), data)
@@ -50,6 +52,7 @@ def _read_folder(folder: Path, data: DataSettings) -> dict[str, pd.DataFrame]:
     """Reads an aclImdb tree, its parent folder, or train and test files."""
     for root in (folder, folder / "aclImdb"):
         if (root / "train" / "pos").is_dir():
+            refuse_columns(data)
             parts = [split for split in SPLITS if (root / split).is_dir()]
             return {split: _read_tree(root / split) for split in parts}
     return {split: read_table(path, data) for split, path in split_files(folder).items()}

@@ -153,7 +153,7 @@ def _as_lists(labels: pd.Series, data: DataSettings) -> pd.Series:
 def _names_in(label: Any) -> list[Any]:
     """The labels in a list, without empty ones."""
     names = (name.strip() if isinstance(name, str) else name for name in np.asarray(label, dtype=object).tolist())
-    return [name for name in names if name != ""]
+    return [name for name in names if not (isinstance(name, str) and name == "")]  # a list in it is refused later
 
 
 def _are_zeros_and_ones(lists: pd.Series) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from finetuning.data.columns import refuse_columns
 from finetuning.data.files import name_and_format, readable
 from finetuning.data.tables import read_table
 from finetuning.data.texts import Source
@@ -24,7 +25,7 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
             members = {Path(name).stem.lower(): name for name in archive.namelist()}
             if wanted not in members:
                 raise UserError(f"{path} has no {wanted}.txt: give other data with --data_dir")
-            table = _parse(archive.read(members[wanted]), path)
+            table = _parse(archive.read(members[wanted]), path, data)
     else:
         files = [data.data_dir] if data.data_dir.is_file() else sorted(data.data_dir.iterdir())
         tables = [p for p in files if name_and_format(p)[1] and name_and_format(p)[0].lower() == wanted]
@@ -34,7 +35,7 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
         elif sentences:
             with readable(sentences[0]):
                 content = sentences[0].read_bytes()
-            table = _parse(content, sentences[0])
+            table = _parse(content, sentences[0], data)
         else:
             raise UserError(
                 f"--data_dir {data.data_dir}: must contain {wanted}.txt or .parquet for --agreement {data.agreement}"
@@ -52,8 +53,9 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
     )
 
 
-def _parse(content: bytes, path: Path) -> pd.DataFrame:
+def _parse(content: bytes, path: Path, data: DataSettings) -> pd.DataFrame:
     """Reads lines of the form ``sentence@label``, encoded in Latin-1."""
+    refuse_columns(data)
     lines = [line.rstrip("\r\n") for line in io.StringIO(content.decode("latin-1"), newline="\n")]
     pairs = [line.rpartition("@") for line in lines]
     for row, (sentence, _, _) in enumerate(pairs):

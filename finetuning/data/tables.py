@@ -103,13 +103,14 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
                 f"{flags[name]}: column {data.label_column} holds the labels, which are no part of the text"
             )
         empty = ~text.map(lambda value: isinstance(value, str) and value.strip() != "").to_numpy(bool)
-        _refuse_rows(empty, "text", flags[name], path, _no_text(table[columns[name]]) if empty.any() else "")
+        hint = _no_text(table[columns[name]]) if empty.any() else ""
+        _refuse_rows(table.index[empty], "text", flags[name], path, hint)
     empty = label.isna() | ((label.astype(str).str.strip() == "") & (data.label_separator is None))
     lists = label.map(lambda value: isinstance(value, list | np.ndarray)).any()
     hint = "write [] for a text without a label, or remove such rows" if lists else ""
     if empty.any() and not lists:
         hint = separator_hint(sorted(set(label[~empty].astype(str))))
-    _refuse_rows(empty.to_numpy(bool), "label", f"--label_column {data.label_column}", path, hint)
+    _refuse_rows(table.index[empty.to_numpy(bool)], "label", f"--label_column {data.label_column}", path, hint)
     return pd.DataFrame({name: text.astype(str).array for name, text in texts.items()} | {"label": label.array})
 
 
@@ -123,13 +124,13 @@ def _no_text(columns: pd.DataFrame) -> str:
     return ""
 
 
-def _refuse_rows(bad: np.ndarray, what: str, flag: str, path: Path | str, hint: str) -> None:
-    """Refuses rows that lack something; ``bad`` is (rows,) bool, ``hint`` what to do instead of removing them."""
-    if bad.any():
-        rows = f"{bad.sum()} rows, first in row" if bad.sum() > 1 else "row"
+def _refuse_rows(bad: pd.Index, what: str, flag: str, path: Path | str, hint: str) -> None:
+    """Refuses rows that lack something, by their numbers; ``hint`` is what to do instead of removing them."""
+    if len(bad):
+        rows = f"{len(bad)} rows, first in row" if len(bad) > 1 else "row"
         # a str says which split of a hub set it is, and its files cannot be changed
         way = "remove such rows" if isinstance(path, Path) else "download it, change it, and give --dataset text"
-        raise UserError(f"{flag}: {path} has no {what} in {rows} {bad.argmax()} ({FIRST_ROW}): {hint or way}")
+        raise UserError(f"{flag}: {path} has no {what} in {rows} {bad[0]} ({FIRST_ROW}): {hint or way}")
 
 
 def class_names(path: Path, label_column: str) -> list[str] | None:

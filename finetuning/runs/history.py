@@ -41,7 +41,12 @@ def write_predictions(
     multi_label = any(labels.ndim == 2 for _, labels, _ in splits.values())
     types = {"label": pa.list_(pa.int16()) if multi_label else pa.int16()}
     table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
-    write_atomically(directory / PREDICTIONS, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # pyarrow would take the path of a folder such as glue:sst2 for an address
+            pq.write_table(table, file, compression="zstd")
+
+    write_atomically(directory / PREDICTIONS, write)
 
 
 def _label_cells(labels: np.ndarray) -> Sequence[Any] | np.ndarray:

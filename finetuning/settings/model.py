@@ -1,8 +1,10 @@
 """Section ``model``: the pretrained model."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetuning.errors import UserError
 from finetuning.settings.fields import Values, setting
 
 PACKAGED_BERT = "packaged-bert"  # the MiniLM that requirements-offline.txt installs
@@ -39,6 +41,13 @@ class ModelSettings:
     @staticmethod
     def defaults(s: Values) -> dict[str, Any]:
         return {"model_name": PACKAGED if s.offline else DEFAULT_MODEL}
+
+    @staticmethod
+    def check(s: Values) -> None:
+        """Refuses a run in the folder of its base model, where its files would be taken for the model's."""
+        folder = s.model_name not in (PACKAGED, *PACKAGED_MODELS) and os.path.realpath(s.model_name)
+        if s.output_dir is not None and folder == os.path.realpath(s.output_dir):
+            raise UserError(f"--output_dir {s.output_dir}: is the folder of --model_name: give another directory")
 
 
 def full_name(model_name: str) -> str:

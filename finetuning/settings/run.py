@@ -86,6 +86,9 @@ class CommandSettings:
         Raises:
             UserError: there are such settings.
         """
+        asked = [name for name, flag in vars(self).items() if flag]
+        if len(asked) > 1:
+            raise UserError(f"--{asked[0]}, --{asked[1]}: give one of them")
         if self.estimate and hardware.processes > 1:
             raise UserError("--estimate True: needs --devices 1 and --num_nodes 1")
         if self.prefetch and run.offline:

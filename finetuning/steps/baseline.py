@@ -39,6 +39,7 @@ def compare_with_baseline(training: Training, trained: TrainedRecord) -> Compare
     try:
         folds = training.folds and training.folds.record
         if folds and any(fold["baseline"] is None for fold in folds["folds"]):
+            say("no baseline: a fold has none")
             return None
         record, own = of_folds(folds) if folds else _compared(training)
         from finetuning.comparison import baselines

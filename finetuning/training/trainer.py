@@ -104,7 +104,7 @@ def make_trainer(
     mode = "min" if training.monitor == "loss" else "max"
     monitor = f"validation_{training.monitor}"
     best = BestCheckpoint(
-        dirpath=directory,
+        dirpath=directory.absolute(),  # Lightning would take a path such as a:b or ~b for something else
         filename=BEST_CHECKPOINT.removesuffix(".ckpt"),
         monitor=monitor,
         mode=mode,

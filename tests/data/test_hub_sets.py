@@ -189,6 +189,13 @@ def test_no_label_in_all_of_train(cache: Path) -> None:
     assert refusal("me/films").endswith("download it, change it, and give --dataset text")
 
 
+def test_a_row_that_lacks_a_text_has_its_number_in_the_file(cache: Path) -> None:
+    table = frame(40)
+    table.loc[:9, "label"], table.loc[20, "text"] = -1, " "
+    write_hub_cache(cache, "me/films", files_of("plain", train=table))
+    assert "train of me/films has no text in row 20 (" in refusal("me/films")
+
+
 def test_not_in_the_cache(cache: Path) -> None:
     assert "--dataset me/films is not in the hub's cache, and --offline" in refusal("me/films", offline=True)
     assert "--dataset me/films is not on this machine" in refusal("me/films")
@@ -203,8 +210,12 @@ def test_a_part_of_the_files_is_not_taken_for_the_set(cache: Path) -> None:
     snapshot = write_hub_cache(cache, "me/parts", {f"data/{name}": part for name, part in parts.items()})
     assert len(texts_of(config_of("me/parts")).splits["train"].texts) == 32
     (snapshot / "data" / "train-00001-of-00002.parquet").unlink()
+    (snapshot / "convert.py").write_text("no loading script")
     assert "--dataset me/parts is only partly in the hub's cache" in refusal("me/parts", offline=True)
     assert "--dataset me/parts is only partly on this machine, and https://" in refusal("me/parts")
+    hashed = {f"train-0000{i}-of-00002-{i}f3a.parquet": part for i, part in enumerate(parts.values())}
+    write_hub_cache(cache, "me/hashed", {f"data/{name}": part for name, part in hashed.items()})  # of older versions
+    assert len(texts_of(config_of("me/hashed")).splits["train"].texts) == 32
     splits = "".join(f"  - {{name: {name}, num_examples: 40}}\n" for name in ("train", "test"))
     metadata = f"---\ndataset_info:\n  features:\n  - {{name: text, dtype: string}}\n  splits:\n{splits}---\n"
     write_hub_cache(cache, "me/no_test", {"README.md": metadata, "train.csv": frame(40).to_csv(index=False)})

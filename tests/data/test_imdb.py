@@ -24,6 +24,8 @@ from tests.hub_cache import file_server
 
 
 def test_packaged_reviews() -> None:
+    with pytest.raises(UserError, match=r"^--text_column review: these texts are in no table: leave it out"):
+        texts_of(RunConfig.from_settings(offline=True, text_column="review"))
     packaged = texts_of(RunConfig.from_settings(offline=True))
     assert packaged.source == "IMDb train, held out (packaged)"
     assert packaged.label_names == ["negative", "positive"]
@@ -77,6 +79,8 @@ def test_imdb_tree(tmp_path: Path, inside: str) -> None:
     assert [len(split.texts) for split in texts.splits.values()] == [36, 4, 40]
     assert texts.splits["test"].labels.tolist() == [0] * 20 + [1] * 20
     assert texts.splits["test"].texts[0] == "test neg 0  end é"
+    with pytest.raises(UserError, match=r"^--label_column stars: these texts are in no table: leave it out"):
+        texts_of(RunConfig.from_settings(data_dir=tmp_path, label_column="stars"))
 
 
 def test_imdb_with_train_only_is_not_called_test(tmp_path: Path) -> None:

@@ -162,6 +162,13 @@ def test_labels_that_cannot_be_read(tmp_path: Path, labels: list[Any], separator
         read(tmp_path, label_separator=separator)
 
 
+def test_lists_in_lists_are_refused_in_parquet_as_well(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(2)]
+    pq.write_table(pa.table({"text": texts, "label": [[[1], [1, 2]], [[2], [3]]]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"^--label_column label: the labels in the lists must be all whole numbers"):
+        read(tmp_path)
+
+
 def test_a_number_that_has_no_name(tmp_path: Path) -> None:
     write_parquet(tmp_path, {"feature": {"names": ["no", "yes"]}, "_type": "List"}, [[0], [2]], "train")
     with pytest.raises(UserError, match=r"^--label_column label: label 2 is not one of no, yes"):

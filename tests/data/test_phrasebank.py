@@ -43,8 +43,11 @@ def test_phrasebank(tmp_path: Path, name: str) -> None:
 
 def test_phrasebank_line_without_label(tmp_path: Path) -> None:
     (tmp_path / "Sentences_AllAgree.txt").write_text("Fine .@positive\nno label here\n")
+    config = RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all")
     with pytest.raises(UserError, match=r"row 1 .*sentence@label"):
-        texts_of(RunConfig.from_settings(dataset="financial_phrasebank", data_dir=tmp_path, agreement="all"))
+        texts_of(config)
+    with pytest.raises(UserError, match="--text_column headline: these texts are in no table"):
+        texts_of(config.changed(text_column="headline"))
 
 
 def test_phrasebank_from_the_hubs_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

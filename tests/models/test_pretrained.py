@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,15 @@ def test_a_part_of_the_files_is_not_taken_for_the_model(
     shutil.copytree(in_parts, repository / "snapshots" / commit)
     config = RunConfig.from_settings(model_name="me/big", max_length=32)
     assert find_base_model(config).folder.name == commit
+    lacks_onnx = LocalEntryNotFoundError("onnx/model.onnx is missing")  # as newer clients say, who know all files
+    lacks_onnx.snapshot_path = str(repository / "snapshots" / commit)  # type: ignore[attr-defined]
+
+    def lacking(*_: Any, **__: Any) -> str:
+        raise lacks_onnx
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hub, "snapshot_download", lacking)
+        assert find_base_model(config.changed(offline=True)).folder.name == commit
     next((repository / "snapshots" / commit).glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match=r"^--model_name me/big is only partly on this machine, and https://"):
         find_base_model(config)

@@ -26,6 +26,13 @@ def test_predictions_are_a_table_of_splits_rows_labels_and_logits(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == [PREDICTIONS]
 
 
+def test_a_folder_that_looks_like_an_address_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder := Path("glue:sst2")).mkdir()
+    write_predictions(folder, {"test": (np.array([1]), np.array([0]), np.zeros((1, 2)))})
+    assert [path.name for path in folder.iterdir()] == [PREDICTIONS]
+
+
 def test_what_was_not_measured_stays_empty(tmp_path: Path) -> None:
     write_metrics(tmp_path, [{"step": 1, "train_loss": 0.5}, {"step": 2, "validation_accuracy": 0.0}])
     with (tmp_path / METRICS).open(newline="", encoding="utf8") as file:
