@@ -172,7 +172,9 @@ def reached(validation: Answers, least: float, folds: bool) -> tuple[int, str]:
 
 
 def most_uncertain(answered: Iterable[Answered], count: int, columns: Sequence[str]) -> Iterator[Answered]:
-    """The rows with the lowest confidence, the lowest first, as one chunk. Rows without a text are left out.
+    """The rows with the lowest confidence, the lowest first, as one chunk; of equal texts the first one.
+
+    Rows without a text are left out.
 
     Memory is bounded by ``count`` and a chunk of the input.
 
@@ -185,9 +187,11 @@ def most_uncertain(answered: Iterable[Answered], count: int, columns: Sequence[s
     place = list(columns).index(CONFIDENCE)
     for rows, values in answered:
         both = (rows, values) if kept is None else _joined(kept, (rows, values))
-        confidence = [np.inf if value is None else value for value in both[1][place]]
+        texts = pd.Series([tuple(map(str, row)) for row in zip(*both[0].texts.values(), strict=True)])
+        known = [np.inf if value is None else value for value in both[1][place]]
+        confidence = np.where(texts.duplicated(), np.inf, known)
         order = np.argsort(confidence, kind="stable")[:count]
-        kept = _taken(both, order[np.isfinite(np.array(confidence)[order])])
+        kept = _taken(both, order[np.isfinite(confidence[order])])
     if kept is not None:
         yield kept
 

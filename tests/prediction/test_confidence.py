@@ -69,7 +69,8 @@ def test_the_most_uncertain_of_all_chunks(tmp_path: Path, kind: str) -> None:
     good = np.random.default_rng(0).uniform(size=23).round(6)
     texts = [f"{value}" for value in good]
     texts[5] = ""
-    pd.DataFrame({"text": texts, "id": range(23)}).to_csv(tmp_path / "in.csv", index=False)
+    table = pd.DataFrame({"text": texts, "id": range(23)})
+    pd.concat([table, table.assign(id=99)]).to_csv(tmp_path / "in.csv", index=False)  # a label for one is for both
     out = tmp_path / f"out.{kind}"
     with file_of(tmp_path / "in.csv", "text", None) as source:
         surveyed = survey(source, True, is_parquet(out), lambda _: None)
@@ -84,14 +85,14 @@ def test_the_most_uncertain_of_all_chunks(tmp_path: Path, kind: str) -> None:
 
 
 def test_columns_that_differ_between_chunks_and_few_rows(tmp_path: Path) -> None:
-    lines = ['{"text": "0.9", "n": 1}'] * 4 + ['{"text": "0.4", "other": [1, 2]}']
+    lines = [f'{{"text": "0.9{i}", "n": 1}}' for i in range(4)] + ['{"text": "0.4", "other": [1, 2]}']
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out.parquet"
     with file_of(tmp_path / "in.jsonl", "text", None) as source:
         surveyed = survey(source, False, True, lambda _: None)
         write_answers(out, most_uncertain(answered(source), 50, list(ANSWERS.columns)), surveyed, ANSWERS)
     table = pq.read_table(out).to_pydict()
-    assert table["text"] == ["0.4", *["0.9"] * 4]
+    assert table["text"] == ["0.4", "0.90", "0.91", "0.92", "0.93"]
     assert table["n"] == [None, 1, 1, 1, 1]
     assert table["other"] == [[1, 2], None, None, None, None]
 
