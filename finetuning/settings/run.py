@@ -67,7 +67,7 @@ class RunSettings:
             if find_spec(name) is None:
                 raise UserError(f"--tracker {name}: is not installed: pip install {name}")
             if self.offline and connects.get(name, False):
-                local = "WANDB_MODE=offline" if name == "wandb" else "MLFLOW_TRACKING_URI to a folder"
+                local = "WANDB_MODE=offline" if name == "wandb" else "MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
                 raise UserError(f"--tracker {name}: connects, but --offline allows no connection: set {local}")
 
 
