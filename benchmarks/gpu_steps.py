@@ -1,5 +1,6 @@
 """The parts of ``benchmarks.gpu`` that measure steps: speed, memory, waits for the device, attention, a profile."""
 
+import gc
 import time
 import warnings
 from collections import Counter
@@ -27,8 +28,11 @@ def _contestant(folder: Path, sizes: Sizes, name: str, batch_size: int) -> tuple
     peer = CONTESTANTS["peft_tuned"](replace(job, contestant="peft_tuned"), folder)
     batches = some_batches(peer.batches(split), split.lengths, sizes.steps)
     batches = (batches * sizes.steps)[: sizes.steps]  # of large batches there are fewer than steps
-    contestant = peer if name == "peft_tuned" else CONTESTANTS[name](job, folder)
-    return contestant, split, batches
+    if name == "peft_tuned":
+        return peer, split, batches
+    del peer  # its model would count as memory of the other; it holds itself, so only the collector frees it
+    gc.collect()
+    return CONTESTANTS[name](job, folder), split, batches
 
 
 def steps_per_second(folder: Path, sizes: Sizes, name: str, batch_size: int) -> Record:
@@ -61,6 +65,7 @@ def memory(folder: Path, sizes: Sizes) -> Record:
             contestant.train(split, batches[:3])
             record[f"{name}, {batch_size} texts"] = peak_memory(on_gpu)["peak_bytes"]
             del contestant
+            gc.collect()
     return {"peak_bytes": record}
 
 

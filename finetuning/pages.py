@@ -40,9 +40,14 @@ class Table:
         lines = [f"|{'|'.join(names)}|", "|" + "---|" * len(self.columns)]
         for row in self.rows:
             cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
-            cells = [f"`{c}`" if c and n in self.code else c for n, c in zip(self.columns, cells, strict=True)]
+            cells = [as_code(c) if c and n in self.code else c for n, c in zip(self.columns, cells, strict=True)]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+
+def as_code(text: str) -> str:
+    """A text as code in Markdown, also one with backticks."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def measured(environments: Iterable[Mapping[str, Any]]) -> str:

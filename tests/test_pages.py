@@ -10,6 +10,7 @@ from finetuning.pages import Table, measured, page_with_tables, renew_tables, wi
 def test_a_cell_stays_in_its_line() -> None:
     shown = Table(("class", "texts"), [("a|b\nc", "3")]).markdown()
     assert shown.splitlines()[2:] == [r"| a\|b c | 3 |"]
+    assert "| `` a`b `` |" in Table(("class", "n"), [("a`b", "")], code=("class",)).markdown()
     commands = Table(("row", "command"), [("a|b", "x"), ("c", "")]).markdown()
     assert commands == "| row | command |\n|---|---|\n| a\\|b | `x` |\n| c |  |"
     assert Table(("row", "n"), [("a", "")]).without_empty_columns().markdown() == "| row |\n|---|\n| a |"

@@ -96,6 +96,11 @@ class Run:
         return str(self.get("study", "row"))
 
     @property
+    def data_set(self) -> str:
+        """The name of its data set: the study's, or that of the folder."""
+        return str(self.get("study", "data") or Path(str(self.get("config", "data_dir"))).name)
+
+    @property
     def tunes(self) -> bool:
         """Whether it only tuned the learning rate."""
         return self.get("study", "stage") == "tune"
@@ -248,6 +253,12 @@ class Row:
         low, high = self.tested[0].get("test", "accuracy_ci95")
         return low, high
 
+    @property
+    def test_set(self) -> Any:
+        """Equal for two rows if they were tested on the same texts, as far as their records tell."""
+        kept = next((run.predictions for run in self.tested if run.predictions is not None), None)
+        return self.common("data", "source") if kept is None else kept.test_set
+
     def common(self, *keys: str) -> Any:
         """A value that all finished runs share, for example the number of test texts; ``None`` if they differ."""
         values = {run.get(*keys) for run in self.finished}
@@ -273,6 +284,12 @@ class Study:
         """Names of planned final runs that were not collected."""
         collected = {run.name for run in self.runs}
         return [name for name in self.planned if name not in collected]
+
+    def method_of(self, row: str) -> str:
+        """The method in the name of a row SET-METHOD. The name of a collected set may have hyphens."""
+        sets = (run.data_set for run in self.runs)
+        found = max((name for name in sets if row.startswith(f"{name}-")), key=len, default=row.partition("-")[0])
+        return row[len(found) + 1 :]
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -72,6 +72,12 @@ class StopSignals:
         self._children.remove(child)
 
 
+OF_A_TASK = (
+    "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "RANK", "LOCAL_RANK", "NODE_RANK",
+    "WORLD_SIZE",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class CurrentRun:
     """A run whose process has been started."""
@@ -109,7 +115,8 @@ class Starter:
 
     def __init__(self, script: Path, jobs: int, fork: bool) -> None:
         self.script = script
-        self.environment = dict(os.environ)
+        # srun or torchrun may have started this command several times: a run is nobody's task
+        self.environment = {name: value for name, value in os.environ.items() if name not in OF_A_TASK}
         if jobs > 1:
             self.environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
         self._fork = fork and can_fork()

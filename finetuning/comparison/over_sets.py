@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean
 
 from finetuning.comparison.collected import Run, Study
@@ -72,7 +71,7 @@ def grid_of(study: Study) -> Grid | None:
     runs: Found = {}
     trials: Found = {}
     for run in sorted(study.runs, key=lambda run: (str(run.get("config", "data_dir")), run.row)):
-        name = str(run.get("study", "data") or Path(str(run.get("config", "data_dir"))).name)
+        name = run.data_set
         counts, found = run.accuracy("test") is not None, runs
         if run.tunes:
             counts, found = run.status == "failed" or run.monitored is not None, trials

@@ -130,7 +130,7 @@ def pooled_sentences(study: Study) -> list[str]:
     """
     rows, _ = comparable(study)
     sets: dict[Any, dict[str, Sequence[Predictions]]] = {
-        test_set: {name.partition("-")[2]: rows[name] for name in names}
+        test_set: {study.method_of(name): rows[name] for name in names}
         for test_set, names in _by_test_set(rows).items()
     }
     methods = sorted(next(iter(sets.values()), ()))

@@ -172,7 +172,7 @@ def cost_plot(
         unit: the name of the unit on the axis, and its size.
         title: the title, if it is not made from the study's name and the cost.
     """
-    records = [r | {"source": row.common("data", "source")} for r, row in zip(study.records, study.rows, strict=True)]
+    records = [r | {"source": row.test_set} for r, row in zip(study.records, study.rows, strict=True)]
     records = [r for r in records if r["accuracy_mean"] is not None and r[key]]
     if len(records) < 2:
         return None
@@ -299,7 +299,8 @@ def curve_plot(study: Study, file: str, key: str, name: str) -> Plot | None:
         above.set(ylabel="validation accuracy, %")
         below.set(xlabel=name, ylabel="training loss, nats", xlim=(0, None), ylim=(0, None))
         add_legend(above)
-        whose = f"the {CURVES} rows (of {found}) that are best on the test" if found > CURVES else "each row"
+        split = "the test" if any(row.tested for row in study.rows) else "validation"
+        whose = f"the {CURVES} rows (of {found}) that are best on {split}" if found > CURVES else "each row"
         caption = f"Learning curves over {name}, for the first seed of {whose}. The training loss is smoothed."
         caption += TRIANGLES if min(min(values) for _, values in accuracies) < foot else ""
         return Plot(file, caption, partial(png_of, figure))

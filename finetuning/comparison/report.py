@@ -221,7 +221,7 @@ def part_done(study: Study, on_sets: bool = False) -> str:
             trials = max(Counter(run.row for run in study.tuning).values()) * len(set(map(row_of, study.planned)))
             parts.append(f"Trials that chose their settings: {len(study.tuning):,} of {trials:,}.")
         if on_sets:
-            planned, lacking = map(rows_by_method, (study.planned, study.missing))
+            planned, lacking = (rows_by_method(study, runs) for runs in (study.planned, study.missing))
             shown = (f"{method} {count} of {planned[method]}" for method, count in lacking.items())
             parts.append(f"Data sets on which runs are missing: {', '.join(shown)}.")
     if failed := [run.name for run in study.final if not run.finished]:
@@ -234,9 +234,9 @@ def row_of(run: str) -> str:
     return DRAW.sub("", re.sub(r"-seed\d+$", "", run))
 
 
-def rows_by_method(runs: Sequence[str]) -> Counter[str]:
+def rows_by_method(study: Study, runs: Sequence[str]) -> Counter[str]:
     """For each method, the number of rows SET-METHOD of these final runs."""
-    return Counter(row.partition("-")[2] for row in dict.fromkeys(map(row_of, runs)))
+    return Counter(map(study.method_of, dict.fromkeys(map(row_of, runs))))
 
 
 def defaults_table() -> str:

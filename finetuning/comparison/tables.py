@@ -20,6 +20,7 @@ REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
     "peak memory, GiB",
 )
 NAMED_IN_ANSWER = 4  # largest number of names in the table of answers
+OF_VALIDATION = ("dataset", "data_dir", "split", "limit_validation")  # what decides which texts validate
 NAMED = 12  # largest number of names in a note
 FEW_TEST_TEXTS = 300  # with fewer, seeds that agree look more certain than they are
 
@@ -200,12 +201,20 @@ def notes(study: Study) -> list[str]:
 
 
 def _best_on_validation(study: Study) -> list[str]:
-    """The row to choose without reading the test, for each data set; none if two rows are equal."""
-    found = []
+    """The row to choose without reading the test, for each data set; none if two rows are equal.
+
+    Draws of the training texts have validation texts of their own, so of several draws none is named.
+    """
+    found: list[str] = []
+    if len({run.get("config", "data_seed") for run in study.final}) > 1:
+        return found
     finished = [row for row in study.rows if row.accuracies("validation")]
-    for source in dict.fromkeys(row.common("data", "source") for row in finished):
+    texts = [tuple(row.common("config", name) for name in OF_VALIDATION) for row in finished]
+    for same in dict.fromkeys(texts):
         scores = {
-            row.name: fmean(row.accuracies("validation")) for row in finished if row.common("data", "source") == source
+            row.name: fmean(row.accuracies("validation"))
+            for row, own in zip(finished, texts, strict=True)
+            if own == same
         }
         best = [name for name, score in scores.items() if score == max(scores.values())]
         if len(best) == 1 < len(scores):

@@ -14,6 +14,7 @@ from finetuning.datasets import traits_of
 from finetuning.export.onnx_file import ONNX_FILE
 from finetuning.export.proof import beside, run_alone
 from finetuning.html import render
+from finetuning.pages import as_code
 from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import reliability
 from finetuning.runs.files import ADAPTER_CONFIG
@@ -125,7 +126,7 @@ def _reading(run: FinishedRun, folder: Path) -> dict[str, Any]:
     if data.windows > 1:
         truncated = f" by {reader}"
     return {
-        "labels": ", ".join(f"`{name}`" for name in run.label_names),
+        "labels": ", ".join(map(as_code, run.label_names)),
         "kind": "text" if data.text_pair_column is None else "pair",
         "truncated": truncated,
         "notes": notes,

@@ -250,7 +250,8 @@ def _same_origin(directory: Path, settings: dict[str, Any], origin: dict[str, An
     """What the run in the directory was made from, if a run from ``origin`` may continue it.
 
     Raises:
-        UserError: base model, adapter, data or number of processes are others. Other threads only give a warning.
+        UserError: base model, adapter, data or number of processes are others. Other threads, or another precision that
+            the machine decides, only give a warning.
     """
     stored = read_settings(directory)
     before = stored["devices"] * stored["num_nodes"]
@@ -267,6 +268,13 @@ def _same_origin(directory: Path, settings: dict[str, Any], origin: dict[str, An
         print(
             f"warning: the run began with {threads} threads and continues with {now}: results will not be bit-identical"
             f" (set OMP_NUM_THREADS={threads})",
+            file=sys.stderr,
+        )
+    precision, now = recorded.get("precision"), origin.get("precision")  # earlier versions did not record it
+    if precision is not None and precision != now:
+        print(
+            f"warning: the run began in {precision} and continues in {now}, which this machine has: results will not be"
+            " bit-identical",
             file=sys.stderr,
         )
     return origin | recorded

@@ -57,6 +57,7 @@ def origin_of(inputs: Inputs) -> dict[str, Any]:
         "data": data_hashes(inputs.texts, inputs.splits),
         "adapter": {} if inputs.adapter is None else inputs.adapter.file_hashes(),
         "threads": None if inputs.hardware.on_gpu else get_num_threads(),
+        "precision": inputs.hardware.precision,
         "job": slurm_job(),
         "command": command_line(sys.argv),
     }

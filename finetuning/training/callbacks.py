@@ -83,6 +83,8 @@ class Meter(Callback):
                 # At the start of each epoch torch's loader draws a seed, although nothing uses it. In a run that
                 # continues after a whole epoch, Lightning has started the next one before the state was restored.
                 torch.empty((), dtype=torch.int64).random_()
+        elif trainer.world_size > 1:  # ranks have one seed, and batches of one shape would be dropped out alike
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
         self._losses = [loss.to(pl_module.device) for loss in self._losses]  # of a checkpoint: on the CPU
         least = LEAST_STEPS_ON_GPU if pl_module.device.type == "cuda" else 1
         self._every = max(least, min(50, pl_module.total_steps // self.rows_per_run))
@@ -208,7 +210,7 @@ class ProgressLines(Callback):
 
 
 def _random_state() -> dict[str, Tensor]:
-    """The states of this process's random generators. Ranks draw different dropout: their batches differ in shape."""
+    """The states of this process's random generators. Ranks draw different dropout."""
     cuda = {"cuda_rng": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
     return {"torch_rng": torch.get_rng_state()} | cuda
 

@@ -68,9 +68,9 @@ def check_processes(settings: HardwareSettings) -> None:
 
 
 def _under_slurm() -> bool:
-    """Whether this is a job of SLURM, by Lightning's rules: its interactive shells are none."""
+    """Whether this is a job of SLURM: by Lightning's rules, without interactive shells, or tasks of srun."""
     with quiet_lightning():  # hides Lightning's advice to use srun
-        return SLURMEnvironment.detect()
+        return srun_tasks() > 1 or SLURMEnvironment.detect()
 
 
 def _environments() -> list[ClusterEnvironment]:

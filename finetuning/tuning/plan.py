@@ -22,7 +22,7 @@ from finetuning.settings import FLAGS
 from finetuning.storage import check_writable, read_json, remove, write_json, write_new_json
 from finetuning.tuning.parameters import MODEL, model_anywhere
 from finetuning.tuning.space import Space
-from finetuning.tuning.trials import Place
+from finetuning.tuning.trials import END, FAILED, Place
 
 SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
 TRIALS, LAST = "trials", "last"
@@ -259,3 +259,8 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
             for run in (folder / LAST).glob("*/"):
                 if read_status(run) == "failed":  # what made it fail may be mended
                     remove(run / RESULT)
+            default = folder / TRIALS / f"{0:03d}"
+            ended = read_json(default / END)["state"] if (default / END).exists() else None
+            if ended == FAILED:  # all others are compared with the default
+                for name in (END, RESULT):
+                    remove(default / name)

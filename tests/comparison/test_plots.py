@@ -14,8 +14,8 @@ from finetuning.comparison.plots import FILES, _fronts, _rate_scores, _row_witho
 from tests.synthetic_runs import made_run, outcomes, write_run
 
 
-def drawn(results: Path) -> dict[str, Plot]:
-    return {plot.file: plot for plot in draw_plots(read_study("s", results))}
+def drawn(results: Path, study: str = "s") -> dict[str, Plot]:
+    return {plot.file: plot for plot in draw_plots(read_study(study, results))}
 
 
 def test_a_study_without_data_has_no_plots(tmp_path: Path) -> None:
@@ -109,6 +109,9 @@ def test_captions_say_what_is_not_drawn(tmp_path: Path) -> None:
     found = drawn(tmp_path)
     curves = found["learning_curves.png"].caption
     assert "the first seed of the 12 rows (of 30) that are best on the test" in curves
+    untested = [made_run(tmp_path, "t", f"row{k}", curve=[0.5, 0.8 + k / 1e3]) for k in range(30)]
+    change_records(tmp_path / "t", untested)
+    assert "that are best on validation" in drawn(tmp_path, "t")["learning_curves.png"].caption
     assert "Triangles: more than 10 points below the best." in curves
 
 
@@ -117,7 +120,7 @@ def test_each_test_split_has_a_front_of_its_own(tmp_path: Path) -> None:
         for k, size in enumerate([1000, 2000]):
             correct, trainable = outcomes(best - 0.1 * k, 100, k), {"trainable": size}
             write_run(
-                tmp_path, "s", f"{source}-{k}", correct=correct, parameters=trainable, data={"source": source},
+                tmp_path, "s", f"{source}-{k}", correct=correct, parameters=trainable, config={"data_dir": source},
                 environment={"alone": False},
             )  # fmt: skip
     (plot,) = drawn(tmp_path).values()

@@ -109,6 +109,9 @@ def test_a_part_of_a_study_says_how_much_is_there(tmp_path: Path) -> None:
     change_records(tmp_path / "s", [], ["lora-final-seed0", *sets, "c-full-seed0"])
     said = part_done(read_study("s", tmp_path), on_sets=True)
     assert "of 6. Data sets on which runs are missing: lora-all 2 of 2, full 3 of 3. Failed" in said
+    write_run(tmp_path, "s", "my-set-lora-all", data_set="my-set")
+    study = read_study("s", tmp_path)
+    assert [study.method_of(f"{name}-lora-all") for name in ("a", "my-set")] == ["lora-all"] * 2
 
 
 def test_what_the_report_says(results: Path) -> None:

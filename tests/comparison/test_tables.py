@@ -180,8 +180,11 @@ def test_a_small_test_split_is_said_to_be_small(tmp_path: Path, monkeypatch: pyt
 def test_the_best_on_validation_is_named_for_each_data_set(tmp_path: Path) -> None:
     for source, scores in {"imdb": (0.9, 0.92, 0.91), "financial": (0.8, 0.8)}.items():
         for k, score in enumerate(scores):
-            write_run(tmp_path, "s", f"{source}{k}", validation=score, data={"source": source})
+            data = {"source": f"{source}, test file {k % 2}"}  # in other words, as those of another version
+            write_run(tmp_path, "s", f"{source}{k}", validation=score, data=data, config={"data_dir": source})
     assert notes(read_study("s", tmp_path)) == ["Best on validation: imdb1 (92.00 %)."]  # a tie names none
+    write_run(tmp_path, "s", "imdb3", validation=0.99, config={"data_dir": "imdb", "data_seed": 1})
+    assert notes(read_study("s", tmp_path)) == [], "another draw has other validation texts"
 
 
 def test_commands_are_shown_without_the_places_of_one_machine() -> None:

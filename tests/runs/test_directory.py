@@ -388,9 +388,9 @@ def test_what_changed_while_a_process_prepared_is_read_again(tmp_path: Path) -> 
     assert contents(tmp_path).keys() == before.keys() - {LOCK}
 
 
-def interrupted_run(directory: Path) -> RunConfig:
+def interrupted_run(directory: Path, **origin: Any) -> RunConfig:
     """Leaves one with a checkpoint. Returns what resume asks for."""
-    with claimed(directory, wanted(directory))[0]:
+    with claimed(directory, wanted(directory), **origin)[0]:
         write_checkpoint(directory / LAST_CHECKPOINT, archive)
         write_result(directory, {"status": "interrupted"})
     return wanted(directory, resume=True)
@@ -435,6 +435,16 @@ def test_another_number_of_threads_gives_a_warning(
         said = capsys.readouterr().err
     assert said.startswith("warning: the run began with 2 threads and continues with 3") if warns else said == ""
     assert read_origin(tmp_path) == ORIGIN
+
+
+@pytest.mark.parametrize(("precision", "warns"), [("bfloat16", False), ("float16", True)])
+def test_another_precision_gives_a_warning(
+    tmp_path: Path, precision: str, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed = interrupted_run(tmp_path, precision="bfloat16")
+    with claimed(tmp_path, resumed, precision=precision)[0]:
+        said = capsys.readouterr().err
+    assert said.startswith("warning: the run began in bfloat16 and continues in float16") if warns else said == ""
 
 
 @pytest.mark.parametrize("status", [None, "interrupted", "failed"])

@@ -135,7 +135,7 @@ def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldo
     state = {"rows": [], "train_seconds": 0.0, "validation_seconds": 0.0, "earlier_seconds": 0.0}
     meter.load_state_dict(state | {"losses": torch.tensor([0.5, 0.4]), "random": []})
     module = SimpleNamespace(device=torch.device(device), total_steps=300)
-    meter.on_train_start(SimpleNamespace(), module)  # type: ignore[arg-type]
+    meter.on_train_start(SimpleNamespace(world_size=1), module)  # type: ignore[arg-type]
     assert [place for _, place in meter._losses] == [torch.device(device)] * 2
     assert meter._every == every
 

@@ -52,6 +52,7 @@ def test_processes_that_fit_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> 
     check_processes(RunConfig.from_settings(devices=2).hardware)
 
 
+PER_NODE = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
 SESSION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "sys/dashboard", "SLURM_PROCID": "0"}
 
 
@@ -61,6 +62,11 @@ SESSION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "sys/dash
         ({}, 1, "LightningEnvironment"),  # a session such as JupyterHub's, in which nobody calls srun
         ({}, 2, "LightningEnvironment"),
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, 1, "LightningEnvironment"),
+        (
+            {"SLURM_JOB_NAME": "interactive", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", **PER_NODE},
+            2,
+            "SLURMEnvironment",
+        ),  # salloc, then srun
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, 4, "SLURMEnvironment"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 
 from finetuning.errors import UserError
 from finetuning.runs.files import write_result
+from finetuning.storage import write_json
 from finetuning.tuning import plan as module
 from finetuning.tuning.plan import (
     BUDGET,
@@ -24,6 +25,7 @@ from finetuning.tuning.plan import (
     resume,
 )
 from finetuning.tuning.space import Facts, make_space
+from finetuning.tuning.trials import END
 
 FACTS = Facts(6, 32, (256,), 6, False)
 
@@ -110,7 +112,11 @@ def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(
     for name, status in (("001-1", "failed"), ("000-1", "finished")):
         (tmp_path / LAST / name).mkdir(parents=True)
         write_result(tmp_path / LAST / name, {"status": status})
+    for number, state in enumerate(("failed", "failed")):
+        (tmp_path / TRIALS / f"{number:03d}").mkdir(parents=True)
+        write_json(tmp_path / TRIALS / f"{number:03d}" / END, {"state": state})
     resume(tmp_path, 5, None, None, active=True)
+    assert [path.parent.name for path in tmp_path.glob(f"{TRIALS}/*/{END}")] == ["001"], "the default is tried again"
     budget = Budget.read(tmp_path)
     assert budget.left == pytest.approx(300, abs=5)
     assert 60 * (budget.minutes or 0) - budget.since == pytest.approx(300, abs=5), "of which the last runs have a part"
