@@ -29,7 +29,7 @@ COLUMNS = (
 def plan() -> list[Work]:
     """The works to measure on this machine."""
     contestants = ["suite", "peft_tuned", *for_memory(["peft_tuned"])]
-    if (refused() or slow(())) is None:
+    if (refused() or slow((), without_bf16=True)) is None:
         contestants.insert(1, "suite_int8")
     return [Work(model, "all", max_length, tuple(contestants)) for model, max_length in COMPARED]
 

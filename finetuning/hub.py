@@ -119,16 +119,20 @@ def hub_snapshot(
     Raises:
         UserError: it does not exist, is not in the cache and cannot be downloaded, or needs permission.
     """
-    fetch = functools.partial(snapshot_download, repository, repo_type=repo_type, allow_patterns=patterns)
+    below = ["*/*"] if repo_type == "model" else None  # of a model, folders hold it in forms that nobody reads here
+    fetch = functools.partial(
+        snapshot_download, repository, repo_type=repo_type, allow_patterns=patterns, ignore_patterns=below
+    )
+    state = "not"
     try:
-        cached = fetch(local_files_only=True)
-    except LocalEntryNotFoundError as error:  # newer clients know which files are missing: a model needs a part of them
-        cached = getattr(error, "snapshot_path", None) if repo_type == "model" else None
+        cached = Path(fetch(local_files_only=True))
+        if is_complete(cached):
+            return cached
+        state = "only partly"
+    except LocalEntryNotFoundError:
+        pass
     except HFValidationError:
         raise UserError(f"{flag}: is no hub id, and no folder has this name") from None
-    if cached is not None and is_complete(Path(cached)):
-        return Path(cached)
-    state = "not" if cached is None else "only partly"
     if offline:
         raise UserError(f"{flag} is {state} in the hub's cache, and --offline was given: --prefetch it first")
     require_hub(flag, instead, state)

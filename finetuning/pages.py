@@ -1,5 +1,6 @@
 """Tables, and pages in Markdown: a table is between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ class Table:
 
 def as_code(text: str) -> str:
     """A text as code in Markdown, also one with backticks."""
-    return f"`` {text} ``" if "`" in text else f"`{text}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
 
 
 def measured(environments: Iterable[Mapping[str, Any]]) -> str:

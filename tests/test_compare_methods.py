@@ -16,6 +16,7 @@ import pytest
 import finetune_lora
 from benchmarks.slurm_cluster import wait_until
 from compare_methods import main
+from finetuning.comparison.execution import OF_A_TASK, Starter
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
@@ -430,3 +431,11 @@ def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
         assert environment["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
         assert environment["alone"] is False, "there was another one"
         assert environment["forked"] is can_fork()
+
+
+def test_a_run_is_nobodys_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun and torchrun may start this command several times, and a run would take their variables for its own."""
+    for name in OF_A_TASK:
+        monkeypatch.setenv(name, "1")
+    environment = Starter(ROOT / "finetune_lora.py", jobs=1, fork=False).environment
+    assert environment.keys() == os.environ.keys() - {*OF_A_TASK}

@@ -409,9 +409,9 @@ def test_an_adapter_is_not_replaced_by_the_run_that_starts_from_it(tmp_path: Pat
 
 def test_a_run_does_not_go_into_the_folder_of_its_base_model(tmp_path: Path) -> None:
     for name in (str(tmp_path), f"{tmp_path}/../{tmp_path.name}"):
-        with pytest.raises(UserError, match=r"^--output_dir .*: is the folder of --model_name: give another directory"):
+        with pytest.raises(UserError, match=r"^--output_dir .*: would be read as --model_name: give another"):
             RunConfig.from_settings(model_name=name, output_dir=tmp_path)
-    with pytest.raises(UserError, match=r"^--output_dir roberta-base: is the folder of --model_name"):
+    with pytest.raises(UserError, match=r"^--output_dir roberta-base: would be read as --model_name"):
         RunConfig.from_settings(model_name="roberta-base", output_dir=Path("roberta-base"))
     RunConfig.from_settings(model_name=PACKAGED, output_dir=Path(PACKAGED))
 

@@ -244,6 +244,11 @@ def test_base_models_are_searched(
     assert read_json(folder / "tune.json")["trials"] == {"complete": 2}
     assert main([*words, "--output_dir", str(folder), "--model_name", str(models[0])]) == 0
     assert "has finished" in capsys.readouterr().out
+    assert "Flags that all trials have: <code>--model_name" not in (folder / "tune.html").read_text(encoding="utf8")
+    search.write_text('lora_alpha = { values = [8, 16], if = { model_name = "packaged" } }\n', encoding="utf8")
+    limits = ("--limit_train", "50", "--max_length", "16", "--method", "lora")
+    given = (*words, *limits, "--model_name", "packaged", "--output_dir", str(tmp_path / "one"))
+    assert main([*given, "--trials", "1"]) == 0, "a condition may name the given model"
     search.write_text(f"model_name = ['{models[0]}', 'nowhere/to-be-found']\n", encoding="utf8")
     assert main([*words, "--output_dir", str(tmp_path / "other"), "--offline"]) == 2
     assert "--model_name nowhere/to-be-found" in capsys.readouterr().err

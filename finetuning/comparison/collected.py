@@ -255,9 +255,8 @@ class Row:
 
     @property
     def test_set(self) -> Any:
-        """Equal for two rows if they were tested on the same texts, as far as their records tell."""
-        kept = next((run.predictions for run in self.tested if run.predictions is not None), None)
-        return self.common("data", "source") if kept is None else kept.test_set
+        """Equal for two rows if they were tested on the same texts; ``None`` if their predictions were not kept."""
+        return next((run.predictions.test_set for run in self.tested if run.predictions is not None), None)
 
     def common(self, *keys: str) -> Any:
         """A value that all finished runs share, for example the number of test texts; ``None`` if they differ."""

@@ -74,7 +74,7 @@ class StopSignals:
 
 OF_A_TASK = (
     "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "RANK", "LOCAL_RANK", "NODE_RANK",
-    "WORLD_SIZE",
+    "WORLD_SIZE", "TORCHELASTIC_RUN_ID",
 )  # fmt: skip
 
 

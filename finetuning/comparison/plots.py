@@ -172,7 +172,10 @@ def cost_plot(
         unit: the name of the unit on the axis, and its size.
         title: the title, if it is not made from the study's name and the cost.
     """
-    records = [r | {"source": row.test_set} for r, row in zip(study.records, study.rows, strict=True)]
+    sets = [row.test_set for row in study.rows]
+    if any(own is None for own, row in zip(sets, study.rows, strict=True) if row.tested):
+        sets = [row.common("data", "source") for row in study.rows]
+    records = [r | {"source": own} for r, own in zip(study.records, sets, strict=True)]
     records = [r for r in records if r["accuracy_mean"] is not None and r[key]]
     if len(records) < 2:
         return None

@@ -136,9 +136,9 @@ def has_weights(folder: Path) -> bool:
     """Whether all files with the weights are in a folder of the hub's cache, where only a part may be."""
     try:
         names = weight_files(folder)
+        return bool(names) and all((folder / name).is_file() for name in names)
     except DAMAGED:
         return False
-    return bool(names) and all((folder / name).is_file() for name in names)
 
 
 def check_weights(model_name: str, folder: Path) -> None:

@@ -220,7 +220,7 @@ def unsuited(widths: Sequence[int]) -> str | None:
     return f"a linear is {widest:,} wide, and 8-bit products take at most {WIDEST:,}" if widest > WIDEST else None
 
 
-def slow(widths: Sequence[int], without_bf16: bool = True) -> str | None:
+def slow(widths: Sequence[int], without_bf16: bool) -> str | None:
     """Why 8-bit products of linears of these widths save no time on this machine; ``None`` if they do.
 
     Without the kernels, the steps around a product take longer than 8 bits save. With AMX, bf16 products are so fast

@@ -202,14 +202,14 @@ def label(arguments: argparse.Namespace) -> None:
             for counter in counters:
                 rows = counter.counted(rows)
             if most is not None:
-                rows = iter(least_sure := list(most_uncertain(rows, most, list(answers.columns))))
+                rows = most_uncertain(rows, most, list(answers.columns))
+            written = 0
             if output is None:
                 print_answers(rows, answers, done.clear)
             else:
-                write_answers(output, rows, surveyed, answers)
+                written = write_answers(output, rows, surveyed, answers)
     if output is not None:
-        count = surveyed.rows if most is None else sum(len(chunk.bad) for chunk, _ in least_sure)
-        say(f"{output}: {count:,} rows", sys.stderr)
+        say(f"{output}: {written:,} rows", sys.stderr)
     for counter in counters:
         say(str(counter), sys.stderr)
     if score is not None and trained_on(arguments.file, trained.config.data):

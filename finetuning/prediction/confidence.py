@@ -187,9 +187,10 @@ def most_uncertain(answered: Iterable[Answered], count: int, columns: Sequence[s
     place = list(columns).index(CONFIDENCE)
     for rows, values in answered:
         both = (rows, values) if kept is None else _joined(kept, (rows, values))
-        texts = pd.Series([tuple(map(str, row)) for row in zip(*both[0].texts.values(), strict=True)])
-        known = [np.inf if value is None else value for value in both[1][place]]
-        confidence = np.where(texts.duplicated(), np.inf, known)
+        confidence = np.array([np.inf if value is None else value for value in both[1][place]])
+        good = np.flatnonzero(~both[0].bad)
+        texts = pd.Series([tuple(str(column[i]) for column in both[0].texts.values()) for i in good])
+        confidence[good[texts.duplicated()]] = np.inf
         order = np.argsort(confidence, kind="stable")[:count]
         kept = _taken(both, order[np.isfinite(confidence[order])])
     if kept is not None:

@@ -49,8 +49,8 @@ def is_parquet(path: Path) -> bool:
     return name_and_format(path)[1] == "parquet"
 
 
-def write_answers(path: Path, answered: Iterable[Answered], surveyed: Survey, answers: AnswerColumns) -> None:
-    """Writes the input's columns and ours. The file appears when it is complete.
+def write_answers(path: Path, answered: Iterable[Answered], surveyed: Survey, answers: AnswerColumns) -> int:
+    """Writes the input's columns and ours. The file appears when it is complete. Returns the number of rows.
 
     Raises:
         UserError: the input already has our columns, its values do not fit the format, or as in ``answered``.
@@ -58,14 +58,19 @@ def write_answers(path: Path, answered: Iterable[Answered], surveyed: Survey, an
     """
     ours = dict(zip(names_beside(answers.columns, surveyed.columns), answers.columns.values(), strict=True))
     schema = None if surveyed.schema is None else _schema(surveyed.schema, ours)
-    chunks = (
-        (rows.table.reindex(columns=surveyed.columns), dict(zip(ours, values, strict=True)))
-        for rows, values in answered
-    )
+    written = 0
+
+    def chunks() -> Chunks:
+        nonlocal written
+        for rows, values in answered:
+            yield rows.table.reindex(columns=surveyed.columns), dict(zip(ours, values, strict=True))
+            written += len(rows.bad)
+
     try:
-        write_new(path, lambda temporary: _write_file(temporary, path, schema, chunks, answers.spelled))
+        write_new(path, lambda temporary: _write_file(temporary, path, schema, chunks(), answers.spelled))
     except OSError as error:
         raise OutputFailed(f"--output {path}: cannot be written: {first_line(error)}") from None
+    return written
 
 
 def print_answers(answered: Iterable[Answered], answers: AnswerColumns, before: Callable[[], object]) -> None:

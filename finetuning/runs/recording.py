@@ -51,7 +51,8 @@ def recorded(directory: Path, settings: dict[str, Any]) -> Iterator[RunRecord]:
     if record.written["status"] == "failed":
         say(f"failed: {record.written['error']}", sys.stderr)
         if settings["verbose"]:
-            print(record.written["traceback"], file=sys.stderr, flush=True)  # also that of a fold
+            with suppress(BrokenPipeError):
+                print(record.written["traceback"], file=sys.stderr, flush=True)  # also that of a fold
 
 
 def _command(directory: Path) -> str:

@@ -44,10 +44,11 @@ class ModelSettings:
 
     @staticmethod
     def check(s: Values) -> None:
-        """Refuses a run in the folder of its base model, where its files would be taken for the model's."""
-        folder = s.model_name not in (PACKAGED, *PACKAGED_MODELS) and os.path.realpath(s.model_name)
-        if s.output_dir is not None and folder == os.path.realpath(s.output_dir):
-            raise UserError(f"--output_dir {s.output_dir}: is the folder of --model_name: give another directory")
+        """Refuses a run in the folder of its base model, or of its name: later it would be taken for the model."""
+        if s.output_dir is None or s.model_name in PACKAGED_MODELS:
+            return
+        if os.path.realpath(s.model_name) == os.path.realpath(s.output_dir):
+            raise UserError(f"--output_dir {s.output_dir}: would be read as --model_name: give another directory")
 
 
 def full_name(model_name: str) -> str:

@@ -60,6 +60,8 @@ def check_processes(settings: HardwareSettings) -> None:
             f"{flags}: SLURM started {tasks} task(s), not {processes}; use srun, and sbatch"
             f" --nodes={settings.num_nodes} --ntasks-per-node={settings.devices}"
         )
+    if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:  # Lightning reads it
+        raise UserError(f"{flags}: SLURM needs --ntasks-per-node={settings.devices}, in sbatch or salloc as well")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if "TORCHELASTIC_RUN_ID" in os.environ and started != processes:
         raise UserError(f"{flags}: torchrun started {started} process(es), not {processes}")
@@ -104,7 +106,7 @@ def make_trainer(
     mode = "min" if training.monitor == "loss" else "max"
     monitor = f"validation_{training.monitor}"
     best = BestCheckpoint(
-        dirpath=directory.absolute(),  # Lightning would take a path such as a:b or ~b for something else
+        dirpath=directory.absolute(),  # Lightning would take a path such as data:b or ~b for something else
         filename=BEST_CHECKPOINT.removesuffix(".ckpt"),
         monitor=monitor,
         mode=mode,

@@ -176,8 +176,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     given = {
         name: value for name, value in vars(options).items() if name in FLAGS and name not in OWN and value is not None
     }
-    if models := searched_models(options.search):
-        given[MODEL] = model_anywhere(full_name(given.get(MODEL, models[0])))
+    models = searched_models(options.search)
+    if options.search is not None and (models or MODEL in given):  # conditions name models in the same way
+        given[MODEL] = model_anywhere(full_name(given.get(MODEL) or models[0]))
     own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
     asked = Asked(given, own["sampler"] or "tpe", own["prune"] is not False, own["storage"], own["search"])
     with usable(folder):

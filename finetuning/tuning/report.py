@@ -271,6 +271,7 @@ def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any
     won, monitor = summary["winner"], plan.monitor.replace("_", " ")
     said = f"{trial_name(won['trial'])} wins: {monitor} on validation {_cell(plan, won['validation'][plan.monitor])}."
     headline = f"Gain: {gain_text(summary)}." if summary["gain"] else said[0].upper() + said[1:]
+    searched = [row.name for row in plan.space.parameters]  # also the model, of which the default has the given one
     return render(
         TEMPLATE,
         name=name,
@@ -282,7 +283,7 @@ def make_page(name: str, plan: Plan, trials: list[Trial], summary: dict[str, Any
         counts=counts_text(summary["trials"]),
         plots=draw_plots(plan, trials),
         space=space_table(plan.space.parameters).without_empty_columns(),
-        given=flags_text({name: value for name, value in plan.given.items() if name != "data_dir"}),
+        given=flags_text({name: value for name, value in plan.given.items() if name not in ("data_dir", *searched)}),
         trials=trial_table(plan, trials),
     )
 

@@ -22,7 +22,7 @@ from finetuning.tuning.space import Space
 from finetuning.tuning.trials import COMPLETE, FAILED, Trial
 
 MOST_DRAWS = 100  # for a point whose flags go together
-RANDOM_TRIALS = 10  # TPE begins with as many, the defaults of the methods among them
+RANDOM_TRIALS = 10  # TPE begins with as many, the defaults of models and methods among them
 REDUCTION = 3  # successive halving: the best third of the trials that reach a rung goes on
 RUNGS_TO_DEFAULT = 3  # the first rung is at a third of the default's epochs; earlier, slow learners are lost
 STATES = {COMPLETE: TrialState.COMPLETE, None: TrialState.RUNNING}  # all others are pruned
@@ -42,7 +42,7 @@ class Proposer:
     def propose(self, number: int, trials: Sequence[Trial]) -> tuple[Point, int | None]:
         """The point of a new trial, and the number that a storage gave it.
 
-        The first trial is the default, the next ones are the defaults of the other methods.
+        The first trial is the default, the next ones are the defaults of the other models and methods.
 
         Raises:
             UserError: no point was found whose flags go together.

@@ -322,7 +322,8 @@ class Search:
         self._end(number, COMPLETE, value=value, seconds=max(seconds, result["seconds"]))
 
     def _end(self, number: int, state: str, **known: Any) -> None:
-        known = {"history": self.trials.history(number)} | known
+        if "history" not in known:  # of a pruned trial, a part
+            known["history"] = self.trials.history(number)
         train_seconds = None
         with suppress(OSError, ValueError, KeyError):
             train_seconds = read_result(self.trials.place(number).directory)["train"]["seconds"]

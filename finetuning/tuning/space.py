@@ -151,7 +151,9 @@ class Space:
             for value in row.values
             if row.name == name and value != self._usual[name]
         ]
-        return [self.default_point(**changed) for changed in ({}, *others)]
+        points = [self.default_point(**changed) for changed in others]
+        held = [point for point, changed in zip(points, others, strict=True) if changed.items() <= point.items()]
+        return [self.default_point(), *held]
 
     def checked(self) -> "Space":
         """The space without declared values that the given flags exclude; each value is tried once.

@@ -126,8 +126,10 @@ class Trials:
         with suppress(FileNotFoundError):
             end = read_json(directory / END)
             end["history"] = {int(epoch): score for epoch, score in end["history"].items()}
-            self._ended[number] = Trial(number, **found, **end)
-            return self._ended[number]
+            trial = Trial(number, **found, **end)
+            if trial.state != FAILED:  # a default that failed may be tried again, see ``resume``
+                self._ended[number] = trial
+            return trial
         return Trial(number, **found, history=self.history(number))
 
     def history(self, number: int) -> dict[int, float]:

@@ -55,7 +55,10 @@ def test_the_parts_that_an_index_names_count(tmp_path: Path) -> None:
     assert list(file_hashes(tmp_path)) == ["pytorch_model-1.bin", "pytorch_model-2.bin", index.name]
 
 
-@pytest.mark.parametrize("text", ["half a fi", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1, "b": ["c"]}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["half a fi", "[]", '{"weight_map": {"a": 1}}', '{"weight_map": [1]}', '{"weight_map": {"a": 1, "b": ["c"]}}'],
+)
 def test_a_damaged_index_is_refused(tmp_path: Path, text: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)

@@ -4,8 +4,8 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -246,20 +246,31 @@ def test_a_part_of_the_files_is_not_taken_for_the_model(
     shutil.copytree(in_parts, repository / "snapshots" / commit)
     config = RunConfig.from_settings(model_name="me/big", max_length=32)
     assert find_base_model(config).folder.name == commit
-    lacks_onnx = LocalEntryNotFoundError("onnx/model.onnx is missing")  # as newer clients say, who know all files
-    lacks_onnx.snapshot_path = str(repository / "snapshots" / commit)  # type: ignore[attr-defined]
-
-    def lacking(*_: Any, **__: Any) -> str:
-        raise lacks_onnx
-
-    with monkeypatch.context() as patched:
-        patched.setattr(hub, "snapshot_download", lacking)
-        assert find_base_model(config.changed(offline=True)).folder.name == commit
     next((repository / "snapshots" / commit).glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match=r"^--model_name me/big is only partly on this machine, and https://"):
         find_base_model(config)
     with pytest.raises(UserError, match=r"^--model_name me/big is only partly in the hub's cache, and --offline"):
         find_base_model(config.changed(offline=True))
+
+
+@pytest.mark.parametrize(("lacks", "enough"), [("onnx/config.json", True), ("vocab.txt", False)])
+def test_only_files_that_are_read_must_be_in_the_cache(
+    in_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, enough: bool
+) -> None:
+    """Newer versions of the hub's client keep a list of all files of a repository next to what they have loaded."""
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, commit = tmp_path / "hub" / "models--me--big", "0" * 40
+    shutil.copytree(in_parts, repository / "snapshots" / commit)
+    files = {name: {"size": 1, "blob_id": "1"} for name in (*(path.name for path in in_parts.iterdir()), lacks)}
+    for name, content in (("refs/main", commit), (f"trees/{commit}.json", {"format_version": 1, "files": files})):
+        (repository / name).parent.mkdir()
+        (repository / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    config = RunConfig.from_settings(model_name="me/big", max_length=32, offline=True)
+    if enough or not hasattr(huggingface_hub.errors, "IncompleteSnapshotError"):
+        assert find_base_model(config).folder.name == commit
+    else:
+        with pytest.raises(UserError, match=r"^--model_name me/big is not in the hub's cache"):
+            find_base_model(config)
 
 
 def test_models_that_cannot_be_trained_leave_no_directory(

@@ -93,6 +93,15 @@ def test_columns_that_differ_between_chunks_and_few_rows(tmp_path: Path) -> None
         write_answers(out, most_uncertain(answered(source), 50, list(ANSWERS.columns)), surveyed, ANSWERS)
     table = pq.read_table(out).to_pydict()
     assert table["text"] == ["0.4", "0.90", "0.91", "0.92", "0.93"]
+    (tmp_path / "in.jsonl").write_text('{"text": null}\n{"text": "None"}\n{"text": 5}\n{"text": "5"}')
+    with file_of(tmp_path / "in.jsonl", "text", None) as source:
+        surveyed = survey(source, True, False, lambda _: None)
+        chunks = (rows for rows in source.rows(skip_bad=True))
+        numbers = ((rows, [[None if bad else 0.5 for bad in rows.bad] for _ in ANSWERS.columns]) for rows in chunks)
+        assert (
+            write_answers(tmp_path / "few.csv", most_uncertain(numbers, 9, list(ANSWERS.columns)), surveyed, ANSWERS)
+            == 2
+        )
     assert table["n"] == [None, 1, 1, 1, 1]
     assert table["other"] == [[1, 2], None, None, None, None]
 

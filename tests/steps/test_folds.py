@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.tiny import write_reviews, write_splits
 from finetune_lora import main
+from finetuning.config import RunConfig
 from finetuning.export.command import main as export
 from finetuning.flags import from_flags
 from finetuning.materials import find_materials
@@ -30,7 +31,7 @@ from finetuning.runs.messages import TO_REPORT, TUNED, same_epoch_lines
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import mean_interval
 from finetuning.steps import read_inputs
-from finetuning.steps.baseline import of_folds
+from finetuning.steps.baseline import compare_with_baseline, of_folds
 from finetuning.steps.folds import time_left
 from finetuning.training.callbacks import Meter
 from tests.conftest import config_of_flags, flags
@@ -396,6 +397,16 @@ def test_the_baseline_of_folds_is_compared_with_the_means_that_the_run_prints() 
     record, own = of_folds(folds)
     assert (record["validation"]["examples"], record["seconds"], own) == (20, 2.0, {"accuracy": 0.7})
     assert of_folds(folds | {"same_epoch": None})[1] == {"accuracy": 0.8}, "of each fold's best epoch"
+
+
+def test_a_fold_without_a_baseline_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    training: Any = SimpleNamespace(
+        claim=SimpleNamespace(config=RunConfig.from_settings()), watch=SimpleNamespace(keep_memory=lambda: None),
+        inputs=SimpleNamespace(task=None), folds=SimpleNamespace(record={"folds": [{"baseline": None}]}),
+    )  # fmt: skip
+    trained: Any = None
+    assert compare_with_baseline(training, trained) is None
+    assert capsys.readouterr().out == "no baseline: a fold has none\n"
 
 
 def test_the_final_run_saves_its_average(words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,16 @@ def test_training_has_a_clock_for_the_wall_and_one_for_processors(
     assert (other.train_seconds, other.processor_seconds) == (5.0, 4.0)
 
 
+def test_ranks_drop_out_different_units(tmp_path: Path) -> None:
+    drawn = set()
+    for rank in range(2):
+        torch.manual_seed(7)
+        trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        Meter(tmp_path).on_train_start(trainer, SimpleNamespace(device=torch.device("cpu"), total_steps=3))  # type: ignore[arg-type]
+        drawn.add(torch.rand(()).item())
+    assert len(drawn) == 2
+
+
 @pytest.mark.parametrize(("device", "every"), [("cuda", 10), ("cpu", 1)])
 def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldom(
     tmp_path: Path, device: str, every: int, monkeypatch: pytest.MonkeyPatch

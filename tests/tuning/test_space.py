@@ -154,6 +154,9 @@ def test_models_are_searched_and_the_given_one_is_the_defaults(tmp_path: Path) -
     assert values(other, "model_name") == (PACKAGED_BERT, "b"), "each once"
     for point in (other.drawn(random_value) for _ in range(20)):
         assert ("lora_alpha" in point) == (point["model_name"] == PACKAGED_BERT)
+    text = 'model_name = { values = ["a", "b"], if = { method = "full" } }\nmethod = ["lora", "full"]\n'
+    full = space_of(search=written(tmp_path, text), model_name="a").first_points()
+    assert [point["method"] for point in full] == ["lora", "full"], "LoRA is not tried twice"
     only = space_of(search=written(tmp_path, 'model_name = { values = ["a", "b"], if = { method = "lora" } }\n'))
     for point in (only.drawn(random_value) for _ in range(20)):
         assert ("model_name" in point) == (point["method"] == "lora")
