@@ -398,7 +398,7 @@ def test_runs_that_cannot_be_exported(
     for split in ("train", "validation", "test"):
         (few / f"{split}.csv").write_text(f"text,label\n{split} a,good\n{split} b,bad\n")
     refused("the run's data has changed", run, "--data_dir", str(few))
-    shutil.copytree(run.parent / "data", tmp_path / "corrected")
+    shutil.copytree(result["config"]["data_dir"], tmp_path / "corrected")
     table = pd.read_csv(tmp_path / "corrected" / "test.csv", keep_default_na=False)
     table.assign(text=table["text"] + " indeed").to_csv(tmp_path / "corrected" / "test.csv", index=False)
     refused("the run's data has changed", run, "--data_dir", str(tmp_path / "corrected"))

@@ -560,7 +560,7 @@ def test_the_texts_to_label_next(positive_run: tuple[Path, str], tmp_path: Path,
     assert "label" not in rows[0], "a guess would be taken for a label"
     assert main([str(run), *file, "--most_uncertain", "3", "--output", str(tmp_path / "next.csv")]) == 0
     assert f"{tmp_path / 'next.csv'}: 3 rows" in capsys.readouterr().err
-    some = given(tmp_path, ["a film"] * 9)
+    some = given(tmp_path, [f"film {i}" for i in range(9)])
     assert main([str(run), "--file", str(some), "--most_uncertain", "9", "--skip_bad_rows"]) == 0
     shown = capsys.readouterr()
     assert len(table(shown.out)) == 8

@@ -52,7 +52,7 @@ def refuse_columns(data: DataSettings) -> None:
     """
     traits = traits_of(data.dataset)
     for name in ("text_column", "label_column"):
-        if getattr(data, name) != getattr(traits, name):
+        if getattr(data, name) not in (None, getattr(traits, name)):
             raise UserError(f"--{name} {getattr(data, name)}: these texts are in no table: leave it out")
 
 
