@@ -123,14 +123,13 @@ def hub_snapshot(
     fetch = functools.partial(
         snapshot_download, repository, repo_type=repo_type, allow_patterns=patterns, ignore_patterns=below
     )
-    state = "not"
     try:
         cached = Path(fetch(local_files_only=True))
         if is_complete(cached):
             return cached
         state = "only partly"
-    except LocalEntryNotFoundError:
-        pass
+    except LocalEntryNotFoundError as error:  # newer clients know which files there are
+        state = "only partly" if hasattr(error, "snapshot_path") else "not"
     except HFValidationError:
         raise UserError(f"{flag}: is no hub id, and no folder has this name") from None
     if offline:

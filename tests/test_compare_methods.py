@@ -16,7 +16,7 @@ import pytest
 import finetune_lora
 from benchmarks.slurm_cluster import wait_until
 from compare_methods import main
-from finetuning.comparison.execution import OF_A_TASK, Starter
+from finetuning.comparison.execution import Starter
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
@@ -435,7 +435,8 @@ def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
 
 def test_a_run_is_nobodys_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """srun and torchrun may start this command several times, and a run would take their variables for its own."""
-    for name in OF_A_TASK:
+    names = {"SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK"}
+    for name in names:
         monkeypatch.setenv(name, "1")
     environment = Starter(ROOT / "finetune_lora.py", jobs=1, fork=False).environment
-    assert environment.keys() == os.environ.keys() - {*OF_A_TASK}
+    assert environment.keys() == os.environ.keys() - names

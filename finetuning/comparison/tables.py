@@ -20,8 +20,7 @@ REPORTED, ACCURACY, SECONDS, PROCESSOR, MEMORY = (
     "peak memory, GiB",
 )
 NAMED_IN_ANSWER = 4  # largest number of names in the table of answers
-# what decides which texts validate
-OF_VALIDATION = ("dataset", "data_dir", "data_source", "offline", "agreement", "split", "limit_validation")
+OF_VALIDATION = ("dataset", "data_dir", "agreement", "split", "limit_validation")  # what decides which texts validate
 NAMED = 12  # largest number of names in a note
 FEW_TEST_TEXTS = 300  # with fewer, seeds that agree look more certain than they are
 

@@ -178,7 +178,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     }
     models = searched_models(options.search)
     if options.search is not None and (models or MODEL in given):  # conditions name models in the same way
-        given[MODEL] = model_anywhere(full_name(given.get(MODEL) or models[0]))
+        given[MODEL] = model_anywhere(full_name(given[MODEL] if MODEL in given else models[0]))
     own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
     asked = Asked(given, own["sampler"] or "tpe", own["prune"] is not False, own["storage"], own["search"])
     with usable(folder):

@@ -183,6 +183,11 @@ def test_the_best_on_validation_is_named_for_each_data_set(tmp_path: Path) -> No
             data = {"source": f"{source}, test file {k % 2}"}  # in other words, as those of another version
             write_run(tmp_path, "s", f"{source}{k}", validation=score, data=data, config={"data_dir": source})
     assert notes(read_study("s", tmp_path)) == ["Best on validation: imdb1 (92.00 %)."]  # a tie names none
+    for row, agreement in {"half": "50", "all": "all", "again": "all"}.items():
+        config = {"dataset": "financial_phrasebank", "data_dir": "bank", "agreement": agreement}
+        write_run(tmp_path, "t", row, validation=0.7 + 0.1 * (row == "half"), config=config)
+    write_run(tmp_path, "t", "best", validation=0.75, config=config)
+    assert notes(read_study("t", tmp_path)) == ["Best on validation: best (75.00 %)."], "half has other texts"
     write_run(tmp_path, "s", "imdb3", validation=0.99, config={"data_dir": "imdb", "data_seed": 1})
     assert notes(read_study("s", tmp_path)) == [], "another draw has other validation texts"
 

@@ -93,6 +93,11 @@ def test_columns_that_differ_between_chunks_and_few_rows(tmp_path: Path) -> None
         write_answers(out, most_uncertain(answered(source), 50, list(ANSWERS.columns)), surveyed, ANSWERS)
     table = pq.read_table(out).to_pydict()
     assert table["text"] == ["0.4", "0.90", "0.91", "0.92", "0.93"]
+    assert table["n"] == [None, 1, 1, 1, 1]
+    assert table["other"] == [[1, 2], None, None, None, None]
+
+
+def test_rows_without_a_text_repeat_none(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": null}\n{"text": "None"}\n{"text": 5}\n{"text": "5"}')
     with file_of(tmp_path / "in.jsonl", "text", None) as source:
         surveyed = survey(source, True, False, lambda _: None)
@@ -102,8 +107,6 @@ def test_columns_that_differ_between_chunks_and_few_rows(tmp_path: Path) -> None
             write_answers(tmp_path / "few.csv", most_uncertain(numbers, 9, list(ANSWERS.columns)), surveyed, ANSWERS)
             == 2
         )
-    assert table["n"] == [None, 1, 1, 1, 1]
-    assert table["other"] == [[1, 2], None, None, None, None]
 
 
 def test_a_classifier_that_is_surer_than_on_validation_is_told() -> None:
