@@ -18,12 +18,14 @@ PROBE_SECONDS = 0.2  # how long other processes are watched
 BUSY = 0.3  # cores; a shell and the services of a machine take less
 SPINS, SPINS_IF_BUSY = "30000", "100"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # which process of several this is
+OF_A_TASK = (*RANKS, "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # passes the run directory to the processes that Lightning starts
 
 
 def is_helper() -> bool:
     """Whether this is any process but the first one, which writes the results."""
-    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    return any(os.environ.get(name, "0") != "0" for name in RANKS)
 
 
 def show_any_text() -> None:

@@ -118,10 +118,14 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert len(trials_of(first)) == TRIED + 1
     assert a_failure_loses(first)
     assert the_defaults_first_run_wins_a_short_search(first)
-    assert main(["tune", "--resume", "--output_dir", str(first), "--seeds", "5"]) == 2
+    check_that_resume_takes_no_flags(first, capsys)
+
+
+def check_that_resume_takes_no_flags(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--resume", "--output_dir", str(folder), "--seeds", "5"]) == 2
     assert "--seeds 5: with --resume, give --minutes or --trials as well" in capsys.readouterr().err
     for flag in ("--sampler", "random"), ("--prune",), ("--storage", "sqlite:///x"):
-        assert main(["tune", "--resume", "--output_dir", str(first), *flag]) == 2
+        assert main(["tune", "--resume", "--output_dir", str(folder), *flag]) == 2
         assert f"{flag[0]} " in (err := capsys.readouterr().err)
         assert "--resume takes the flags that the search has" in err
 

@@ -253,11 +253,6 @@ class Row:
         low, high = self.tested[0].get("test", "accuracy_ci95")
         return low, high
 
-    @property
-    def test_set(self) -> Any:
-        """Equal for two rows if they were tested on the same texts; ``None`` if their predictions were not kept."""
-        return next((run.predictions.test_set for run in self.tested if run.predictions is not None), None)
-
     def common(self, *keys: str) -> Any:
         """A value that all finished runs share, for example the number of test texts; ``None`` if they differ."""
         values = {run.get(*keys) for run in self.finished}
@@ -283,12 +278,6 @@ class Study:
         """Names of planned final runs that were not collected."""
         collected = {run.name for run in self.runs}
         return [name for name in self.planned if name not in collected]
-
-    def method_of(self, row: str) -> str:
-        """The method in the name of a row SET-METHOD. The name of a collected set may have hyphens."""
-        sets = (run.data_set for run in self.runs)
-        found = max((name for name in sets if row.startswith(f"{name}-")), key=len, default=row.partition("-")[0])
-        return row[len(found) + 1 :]
 
     @cached_property
     def rows(self) -> list[Row]:

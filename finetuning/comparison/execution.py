@@ -17,7 +17,7 @@ from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.errors import UserError
 from finetuning.forking import ForkedProcess, ForkServer, can_fork
-from finetuning.processes import STOP_SIGNALS, handled, spin_variables, usable_cores
+from finetuning.processes import OF_A_TASK, STOP_SIGNALS, handled, spin_variables, usable_cores
 from finetuning.runs.checkpoints import has_checkpoint
 
 STOPPED = (130, *(-number for number in STOP_SIGNALS))  # exit status of a run that was asked to stop
@@ -70,12 +70,6 @@ class StopSignals:
     def remove(self, child: Process) -> None:
         """A run that has ended."""
         self._children.remove(child)
-
-
-OF_A_TASK = (
-    "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "RANK", "LOCAL_RANK", "NODE_RANK",
-    "WORLD_SIZE", "TORCHELASTIC_RUN_ID",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

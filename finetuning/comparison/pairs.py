@@ -122,6 +122,13 @@ def _by_test_set(rows: Mapping[str, Sequence[Predictions]]) -> dict[Any, list[st
     return groups
 
 
+def method_of(study: Study, row: str) -> str:
+    """The method in the name of a row SET-METHOD. The name of a collected set may have hyphens."""
+    sets = (run.data_set for run in study.runs)
+    found = max((name for name in sets if row.startswith(f"{name}-")), key=len, default=row.partition("-")[0])
+    return row[len(found) + 1 :]
+
+
 def pooled_sentences(study: Study) -> list[str]:
     """For rows named ``SET-METHOD``: how far the methods differ in the mean over all data sets, a sentence each pair.
 
@@ -130,7 +137,7 @@ def pooled_sentences(study: Study) -> list[str]:
     """
     rows, _ = comparable(study)
     sets: dict[Any, dict[str, Sequence[Predictions]]] = {
-        test_set: {study.method_of(name): rows[name] for name in names}
+        test_set: {method_of(study, name): rows[name] for name in names}
         for test_set, names in _by_test_set(rows).items()
     }
     methods = sorted(next(iter(sets.values()), ()))

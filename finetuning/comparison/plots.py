@@ -23,6 +23,7 @@ from PIL import Image
 from finetuning.comparison.collected import Run, Study
 from finetuning.comparison.drawn import RATE
 from finetuning.comparison.page import Plot
+from finetuning.comparison.pairs import comparable
 from finetuning.comparison.statistics import mean_and_deviation, pareto_front
 from finetuning.comparison.tables import GIB
 from finetuning.runs.records import SCORES
@@ -172,9 +173,10 @@ def cost_plot(
         unit: the name of the unit on the axis, and its size.
         title: the title, if it is not made from the study's name and the cost.
     """
-    sets = [row.test_set for row in study.rows]
+    kept, _ = comparable(study)
+    sets = [kept[row.name][0].test_set if row.name in kept else None for row in study.rows]
     if any(own is None for own, row in zip(sets, study.rows, strict=True) if row.tested):
-        sets = [row.common("data", "source") for row in study.rows]
+        sets = [row.common("data", "source") for row in study.rows]  # only the names of the test sets are known
     records = [r | {"source": own} for r, own in zip(study.records, sets, strict=True)]
     records = [r for r in records if r["accuracy_mean"] is not None and r[key]]
     if len(records) < 2:

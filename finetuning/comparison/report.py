@@ -20,7 +20,15 @@ from finetuning.comparison.advice import advice_tables
 from finetuning.comparison.collected import Study, read_study, study_names
 from finetuning.comparison.over_sets import DRAW, OVER_SETS, grid_of, headlines, over_sets
 from finetuning.comparison.page import Plot, Section, render_page
-from finetuning.comparison.pairs import READING, Comparison, answers, compare_rows, pooled_sentences, worth_showing
+from finetuning.comparison.pairs import (
+    READING,
+    Comparison,
+    answers,
+    compare_rows,
+    method_of,
+    pooled_sentences,
+    worth_showing,
+)
 from finetuning.comparison.plots import FILES, draw_plots, draw_readme_plot
 from finetuning.comparison.rates import rates_table
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots
@@ -236,7 +244,7 @@ def row_of(run: str) -> str:
 
 def rows_by_method(study: Study, runs: Sequence[str]) -> Counter[str]:
     """For each method, the number of rows SET-METHOD of these final runs."""
-    return Counter(map(study.method_of, dict.fromkeys(map(row_of, runs))))
+    return Counter(method_of(study, row) for row in dict.fromkeys(map(row_of, runs)))
 
 
 def defaults_table() -> str:

@@ -265,19 +265,16 @@ def _same_origin(directory: Path, settings: dict[str, Any], origin: dict[str, An
     recorded = read_origin(directory)
     threads, now = recorded["threads"], origin["threads"]
     if None not in (threads, now) and threads != now:
-        print(
-            f"warning: the run began with {threads} threads and continues with {now}: results will not be bit-identical"
-            f" (set OMP_NUM_THREADS={threads})",
-            file=sys.stderr,
-        )
-    precision, now = recorded.get("precision"), origin.get("precision")  # earlier versions did not record it
-    if precision is not None and precision != now:
-        print(
-            f"warning: the run began in {precision} and continues in {now}, which this machine has: results will not be"
-            " bit-identical",
-            file=sys.stderr,
-        )
+        _warn_of_change(f"with {threads} threads", f"with {now}", f" (set OMP_NUM_THREADS={threads})")
+    precision, continues = recorded.get("precision"), origin.get("precision")  # earlier versions did not record it
+    if precision is not None and precision != continues:
+        _warn_of_change(f"in {precision}", f"in {continues}, which this machine has")
     return origin | recorded
+
+
+def _warn_of_change(began: str, continues: str, way: str = "") -> None:
+    what = f"the run began {began} and continues {continues}"
+    print(f"warning: {what}: results will not be bit-identical{way}", file=sys.stderr)
 
 
 def check_origin(directory: Path, part: str, found: dict[str, str]) -> None:

@@ -20,8 +20,8 @@ from finetuning.processes import interruptible, show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.runs.files import BEST_RUN
 from finetuning.runs.messages import called
-from finetuning.settings import FLAGS, check_data_dir, full_name
-from finetuning.tuning.parameters import MODEL, model_anywhere, searched_models
+from finetuning.settings import FLAGS, check_data_dir
+from finetuning.tuning.parameters import MODEL, searched_models, whole_name
 from finetuning.tuning.plan import (
     LAST,
     SAMPLERS,
@@ -178,7 +178,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     }
     models = searched_models(options.search)
     if options.search is not None and (models or MODEL in given):  # conditions name models in the same way
-        given[MODEL] = model_anywhere(full_name(given[MODEL] if MODEL in given else models[0]))
+        given[MODEL] = whole_name(given[MODEL] if MODEL in given else models[0])
     own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
     asked = Asked(given, own["sampler"] or "tpe", own["prune"] is not False, own["storage"], own["search"])
     with usable(folder):

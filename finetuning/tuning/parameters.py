@@ -151,9 +151,14 @@ def model_anywhere(name: str) -> str:
     return str(Path(name).resolve()) if is_folder else name
 
 
+def whole_name(name: str) -> str:
+    """A base model that may be chosen: what a short name means, and the whole path of a folder."""
+    return model_anywhere(full_name(name))
+
+
 def _models(names: Sequence[Value]) -> list[Value]:
     """Each base model once, by its full name."""
-    return list(dict.fromkeys(model_anywhere(full_name(str(name))) for name in names))
+    return list(dict.fromkeys(whole_name(str(name)) for name in names))
 
 
 def _row(name: str, row: Any) -> Parameter | None:

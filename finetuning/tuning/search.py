@@ -235,10 +235,12 @@ class Search:
 
     def _test_seconds(self, trial: Trial) -> float:
         """How long a test would have taken a trial: as much longer than the default's as its validation took."""
+        if trial.number == 0:
+            return 0.0  # its own seconds include it
         with suppress(OSError, ValueError, KeyError, ZeroDivisionError):  # a run without a test has no such time
             own, default = (read_result(self.trials.place(number).directory) for number in (trial.number, 0))
             one, usual = (result["validation"]["seconds"] / result["train"]["epochs"] for result in (own, default))
-            return 0.0 if "test" in own else float(default["test"]["seconds"] * one / usual)
+            return float(default["test"]["seconds"] * one / usual)
         return 0.0
 
     def _new_seeds(self, count: int) -> list[int]:

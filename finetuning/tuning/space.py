@@ -135,7 +135,7 @@ class Space:
         Args:
             changed: a model or method instead of the default one, or of the given one.
         """
-        usual = self._usual_with(changed) if changed else self._usual
+        usual = self._usual_with(changed)
         point: Point = {}
         for row in self.parameters:
             if self._applies(row, point) and row.contains(usual[row.name]):

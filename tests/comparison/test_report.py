@@ -8,6 +8,7 @@ from compare_methods import BEST_PRACTICES, GUIDE, PAGES, README, RESULTS, SPEED
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
 from finetuning.comparison.page import Plot
+from finetuning.comparison.pairs import method_of
 from finetuning.comparison.report import README_PLOT, Report, build_report, default_rates_table, part_done
 from tests.conftest import contents
 from tests.synthetic_runs import outcomes, write_run
@@ -111,7 +112,7 @@ def test_a_part_of_a_study_says_how_much_is_there(tmp_path: Path) -> None:
     assert "of 6. Data sets on which runs are missing: lora-all 2 of 2, full 3 of 3. Failed" in said
     write_run(tmp_path, "s", "my-set-lora-all", data_set="my-set")
     study = read_study("s", tmp_path)
-    assert [study.method_of(f"{name}-lora-all") for name in ("a", "my-set")] == ["lora-all"] * 2
+    assert [method_of(study, f"{name}-lora-all") for name in ("a", "my-set")] == ["lora-all"] * 2
 
 
 def test_what_the_report_says(results: Path) -> None:
