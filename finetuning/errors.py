@@ -181,6 +181,8 @@ def forget_output(stream: TextIO | None = None) -> None:
 def say(text: str, stream: TextIO | None = None) -> None:
     """Prints a text of a run. If nobody reads it any more, as after Ctrl-C in ``| tee``, the run still goes on.
 
+    The same holds for a terminal that was closed: writing to it fails a moment before SIGHUP arrives.
+
     Args:
         text: for a person.
         stream: where to; standard output if ``None``. If that is ``Unheard``, only progress is shown.
@@ -191,5 +193,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
         return
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         forget_output(stream)

@@ -17,7 +17,7 @@ from finetuning.errors import UserError
 PROBE_SECONDS = 0.2  # how long other processes are watched
 BUSY = 0.3  # cores; a shell and the services of a machine take less
 SPINS, SPINS_IF_BUSY = "30000", "100"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # which process of several this is
 OF_A_TASK = (*RANKS, "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # passes the run directory to the processes that Lightning starts
@@ -34,14 +34,20 @@ def show_any_text() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does it by default
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What asks this process to stop. A terminal that is closed sends SIGHUP, which ``nohup`` has ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 act like Ctrl-C, until a run has handlers of its own.
+    """SIGTERM, SIGUSR1 and SIGHUP act like Ctrl-C, until a run has handlers of its own.
 
-    Helpers ignore all three, to their end: the first process stops all processes of a run at the same step.
+    Helpers ignore all four, to their end: the first process stops all processes of a run at the same step.
     """
     if is_helper():
-        for number in STOP_SIGNALS:
+        for number in stop_signals():
             signal.signal(number, signal.SIG_IGN)
         yield
         return
@@ -51,15 +57,15 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 act like Ctrl-C, in any process: for commands that srun may start several times."""
-    with handled((signal.SIGTERM, signal.SIGUSR1), signal.default_int_handler):
+    """The other signals act like Ctrl-C, in any process: for commands that srun may start several times."""
+    with handled((number for number in stop_signals() if number != signal.SIGINT), signal.default_int_handler):
         yield
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Ignores these signals for the moment that it takes to write a result."""
-    with handled(STOP_SIGNALS, signal.SIG_IGN):
+    with handled(stop_signals(), signal.SIG_IGN):
         yield
 
 

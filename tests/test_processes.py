@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetuning import processes
-from finetuning.processes import busy_cores, fast_imports, interruptible, share_processors
+from finetuning.processes import STOP_SIGNALS, busy_cores, fast_imports, handled, interruptible, share_processors
 from tests.conftest import ROOT
 
 SPINNING = "while True: pass"
@@ -24,6 +24,17 @@ def another_process(code: str) -> Iterator[None]:
             yield
         finally:
             process.kill()
+
+
+def test_a_closed_terminal_asks_to_stop_but_not_after_nohup() -> None:
+    with handled([signal.SIGHUP], signal.SIG_DFL):
+        assert processes.stop_signals() == list(STOP_SIGNALS)
+    with handled([signal.SIGHUP], signal.SIG_IGN):
+        assert set(STOP_SIGNALS) - set(processes.stop_signals()) == {signal.SIGHUP}
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+    with handled([signal.SIGHUP], signal.SIG_DFL), pytest.raises(KeyboardInterrupt), interruptible():
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux's /proc")

@@ -17,7 +17,7 @@ from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
 from finetuning.errors import UserError
 from finetuning.forking import ForkedProcess, ForkServer, can_fork
-from finetuning.processes import OF_A_TASK, STOP_SIGNALS, handled, spin_variables, usable_cores
+from finetuning.processes import OF_A_TASK, STOP_SIGNALS, handled, spin_variables, stop_signals, usable_cores
 from finetuning.runs.checkpoints import has_checkpoint
 
 STOPPED = (130, *(-number for number in STOP_SIGNALS))  # exit status of a run that was asked to stop
@@ -50,13 +50,11 @@ class StopSignals:
     @contextmanager
     def listening(self) -> Iterator["StopSignals"]:
         """Receives the signals until the block ends."""
-        hangs_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # not after nohup
-        with handled([*STOP_SIGNALS, *hangs_up], self.receive):
+        with handled(stop_signals(), self.receive):
             yield self
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Stops all runs. They know no SIGHUP, which a terminal sends that is closed."""
-        number = signal.SIGTERM if number == signal.SIGHUP else number
+        """Stops all runs."""
         self._received.append(number)
         for child in self._children:
             child.send_signal(number)

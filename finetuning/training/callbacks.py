@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from finetuning.errors import PROGRESS, Interrupted, TrainingFailed, say
-from finetuning.processes import STOP_SIGNALS, handled
+from finetuning.errors import PROGRESS, Interrupted, TrainingFailed, forget_output, say
+from finetuning.processes import handled, stop_signals
 from finetuning.runs.files import LAST_CHECKPOINT, NOT_FINITE
 from finetuning.runs.history import write_metrics
 
@@ -237,7 +237,7 @@ def _both_clocks(pl_module: Any) -> tuple[float, float]:
 
 
 class GracefulStop(Callback):
-    """Writes checkpoints inside epochs: when one is due, and when Ctrl-C, SIGTERM or SIGUSR1 asks the run to stop.
+    """Writes checkpoints inside epochs: when one is due, and when Ctrl-C or another signal asks the run to stop.
 
     A run that is asked to stop ends after the current step; a validation finishes first. The test of a single process
     ends at once: it is read again when the run goes on. A second Ctrl-C stops at once. A terminal sends Ctrl-C to all
@@ -256,6 +256,9 @@ class GracefulStop(Callback):
         if self.requested and number == signal.SIGINT and getattr(rank_zero_only, "rank", 0) == 0:
             raise KeyboardInterrupt
         self.requested = True
+        if number == signal.SIGHUP:  # the terminal is gone: a progress bar would fail to write to it
+            forget_output(sys.stdout)
+            forget_output(sys.stderr)
         name = signal.Signals(number).name
         if getattr(rank_zero_only, "rank", 0) == 0:
             told = f"\n{name}: stopping as soon as there is a checkpoint; press Ctrl-C again to stop at once"
@@ -264,7 +267,7 @@ class GracefulStop(Callback):
 
     def listening(self) -> AbstractContextManager[None]:
         """Handles the signals inside the context."""
-        return handled(STOP_SIGNALS, self._request_stop)
+        return handled(stop_signals(), self._request_stop)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Lightning has installed its own SIGTERM handler. It stops in the middle of a validation, and with DDP its

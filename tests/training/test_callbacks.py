@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from finetuning.errors import TrainingFailed
 from finetuning.runs.checkpoints import write_checkpoint
+from finetuning.runs.files import read_result
 from finetuning.training import callbacks
 from finetuning.training.callbacks import Meter
 from finetuning.training.checkpoints import BestCheckpoint
@@ -150,24 +151,26 @@ def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldo
     assert meter._every == every
 
 
-def test_at_a_terminal_a_bar_shows_the_latest_loss(
+def test_at_a_terminal_a_bar_shows_the_latest_loss_and_a_closed_terminal_leaves_a_checkpoint(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
 ) -> None:
-    more = ("--epochs", "1", "--test", "False", "--limit_train", "16", "--report", "False")
+    more = ("--epochs", "2000", "--test", "False", "--limit_train", "16", "--report", "False")
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more)
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # a new one is 0 columns wide
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "finetune_lora.py"), *words],
+        ["setsid", "--ctty", sys.executable, str(ROOT / "finetune_lora.py"), *words],  # the terminal is its own
         stdin=its, stdout=its, stderr=its, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     os.close(its)
     shown = b""
-    with suppress(OSError):  # Linux' end of a terminal
-        while part := os.read(ours, 4096):
-            shown += part
+    while b"Epoch 2:" not in shown:
+        shown += os.read(ours, 4096)
     os.close(ours)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 130
+    result = read_result(tmp_path / "run")
+    last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert (result["status"], last["global_step"]) == ("interrupted", result["train"]["steps"])
     bars = [line for line in shown.decode().replace("\r", "\n").splitlines() if line.startswith("Epoch 0:")]
     assert any("loss=0." in line for line in bars)
     assert "validation_accuracy=" in bars[-1]
