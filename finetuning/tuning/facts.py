@@ -65,7 +65,8 @@ def _facts_of(config: RunConfig) -> Facts:
     return Facts(
         training.epochs, training.batch_size, useful_lengths(lengths, config.data.max_length, longest), layers,
         inputs.task.kind == "multi-label", inputs.base.takes_pooling, "dropout" in inputs.base.family.settings,
-        inputs.base.longest_input, {name: len(split.texts) for name, split in materials.texts.splits.items()},
+        bool(inputs.base.family.fused), inputs.base.longest_input,
+        {name: len(split.texts) for name, split in materials.texts.splits.items()},
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from finetuning.pages import Table
 from finetuning.settings import ENCODER_TARGETS, FLAGS, LORA_TARGETS, OF_ADAPTER
 from finetuning.tuning.parameters import (
     DECLARED,
+    LORA,
     MAX_LENGTH,
     MODEL,
     PLACEMENT,
@@ -36,6 +37,7 @@ class Facts:
         multi_label: whether a text may have several labels.
         takes_pooling: whether the model's head can read the mean of the tokens.
         takes_dropout: whether the model has ``--dropout``.
+        fuses: whether query, key and value are one linear, of which a part takes no DoRA.
         longest: the most tokens that the model reads.
         sizes: split -> its number of texts.
     """
@@ -47,6 +49,7 @@ class Facts:
     multi_label: bool
     takes_pooling: bool = True
     takes_dropout: bool = True
+    fuses: bool = False
     longest: float = math.inf
     sizes: Mapping[str, int] = field(default_factory=dict)
 
@@ -58,6 +61,7 @@ class Facts:
             layers=min(self.layers, other.layers),
             takes_pooling=self.takes_pooling and other.takes_pooling,
             takes_dropout=self.takes_dropout and other.takes_dropout,
+            fuses=self.fuses or other.fuses,
         )
 
 
@@ -278,6 +282,8 @@ def _fitted(facts: Facts) -> list[Parameter]:
     for name, taken in (("pooling", facts.takes_pooling), ("dropout", facts.takes_dropout)):
         if not taken:
             del rows[name]
+    if facts.fuses:
+        rows["lora_variant"] = replace(rows["lora_variant"], only={**LORA, PLACEMENT: ("attention", "all")})
     if facts.layers < 2:  # the default trains two
         methods = rows["method"]
         rows["method"] = replace(methods, values=tuple(value for value in methods.values if value != "selective"))

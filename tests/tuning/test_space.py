@@ -118,6 +118,11 @@ def test_texts_and_model_fit_the_space() -> None:
     for layers in (0, 1, 2):
         methods = values(space_of(Facts(5, 16, (256,), layers, False)), "method")
         assert ("selective" in methods) == (layers == 2)
+    fused = space_of(replace(FACTS, fuses=True))
+    for point in (fused.drawn(random_value) for _ in range(50)):
+        assert ("lora_variant" in point) == (point.get("placement") in ("attention", "all"))
+    assert "lora_variant" in names(fused)
+    assert "lora_variant" not in names(space_of(replace(FACTS, fuses=True), lora_value=True))
 
 
 def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
@@ -163,8 +168,8 @@ def test_models_are_searched_and_the_given_one_is_the_defaults(tmp_path: Path) -
 
 
 def test_the_space_of_several_models_is_what_all_of_them_allow() -> None:
-    shallow = Facts(9, 9, (), layers=2, multi_label=False, takes_pooling=False, longest=128)
-    assert FACTS.also_of(shallow) == replace(FACTS, lengths=(64, 128), layers=2, takes_pooling=False)
+    shallow = Facts(9, 9, (), layers=2, multi_label=False, takes_pooling=False, fuses=True, longest=128)
+    assert FACTS.also_of(shallow) == replace(FACTS, lengths=(64, 128), layers=2, takes_pooling=False, fuses=True)
     assert FACTS.also_of(FACTS) == FACTS
 
 
