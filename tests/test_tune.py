@@ -238,23 +238,26 @@ def test_base_models_are_searched(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tiny_folders["bert"].parent)
-    models = [tiny_folders["distilbert"], Path(tiny_folders["bert"].name)]  # one is named from this directory
+    models = ["--models", str(tiny_folders["distilbert"]), tiny_folders["bert"].name]  # from this directory
     search, folder = tmp_path / "space.toml", tmp_path / "search"
-    search.write_text(f"model_name = {[str(model) for model in models]}\n", encoding="utf8")
-    words = ["tune", *flags[:-2], "--search", str(search), "--trials", "2", "--seeds", "1"]
-    assert main([*words, "--output_dir", str(folder)]) == 0
+    words = ["tune", *flags[:-2], "--trials", "2", "--seeds", "1"]
+    assert main([*words, *models, "--output_dir", str(folder)]) == 0
     used = [read_result(path)["config"]["model_name"] for path in sorted((folder / "trials").glob("*/"))]
     assert used == [str(tiny_folders[name]) for name in ("distilbert", "bert")], "the first one is the default's"
     assert read_json(folder / "tune.json")["trials"] == {"complete": 2}
-    assert main([*words, "--output_dir", str(folder), "--model_name", str(models[0])]) == 0
+    assert main([*words, *models, "--output_dir", str(folder)]) == 0
     assert "has finished" in capsys.readouterr().out
+    assert main([*words, "--models", "packaged", "--output_dir", str(folder)]) == 2
+    assert "holds another search (its --models is" in capsys.readouterr().err
+    assert main(["tune", "--resume", "--models", "packaged", "--output_dir", str(folder)]) == 2
+    assert "--models packaged: --resume takes the flags that the search has" in capsys.readouterr().err
     assert "Flags that all trials have: <code>--model_name" not in (folder / "tune.html").read_text(encoding="utf8")
     search.write_text('lora_alpha = { values = [8, 16], if = { model_name = "packaged" } }\n', encoding="utf8")
     limits = ("--limit_train", "50", "--max_length", "16", "--method", "lora")
-    given = (*words, *limits, "--model_name", "packaged", "--output_dir", str(tmp_path / "one"))
+    named = ("--search", str(search), "--model_name", "packaged")
+    given = (*words, *limits, *named, "--output_dir", str(tmp_path / "one"))
     assert main([*given, "--trials", "1"]) == 0, "a condition may name the given model"
-    search.write_text(f"model_name = ['{models[0]}', 'nowhere/to-be-found']\n", encoding="utf8")
-    assert main([*words, "--output_dir", str(tmp_path / "other"), "--offline"]) == 2
+    assert main([*words, *models, "nowhere/to-be-found", "--output_dir", str(tmp_path / "other"), "--offline"]) == 2
     assert "--model_name nowhere/to-be-found" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
@@ -271,6 +274,7 @@ def test_base_models_are_searched(
         ("--trials x", "--trials x: must be a whole number"),
         ("--trials 1 --sampler grid", "--sampler grid: must be one of tpe, random"),
         ("--trials 1 --search no.toml", "--search no.toml: no such file"),
+        ("--trials 1 --models a b --model_name a", "--model_name a: with --models, the first of them is the default's"),
         ("--trials 1 --lora_rank 8", "unrecognized arguments: --lora_rank 8"),
         (
             "--trials 1 --seed 4294967295",

@@ -21,7 +21,7 @@ from finetuning.processor import limit_libraries
 from finetuning.runs.files import BEST_RUN
 from finetuning.runs.messages import called
 from finetuning.settings import FLAGS, check_data_dir
-from finetuning.tuning.parameters import MODEL, searched_models, whole_name
+from finetuning.tuning.parameters import MODEL, whole_name
 from finetuning.tuning.plan import (
     LAST,
     SAMPLERS,
@@ -117,6 +117,9 @@ def add_tune(add: Add) -> None:
         metavar="FILE.toml",
         help="replaces or narrows the declared space, see docs/guide.md",
     )
+    search.add_argument(
+        "--models", nargs="+", metavar="NAME", help="base models to choose among; the default's is the first one"
+    )
     search.add_argument("--space", action="store_true", help="print the declared space and stop")
     search.add_argument(
         "--storage", metavar="URL", help="a database or grpc://HOST:PORT for Optuna's own storage (default: the folder)"
@@ -176,11 +179,16 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     given = {
         name: value for name, value in vars(options).items() if name in FLAGS and name not in OWN and value is not None
     }
-    models = searched_models(options.search)
-    if options.search is not None and (models or MODEL in given):  # conditions name models in the same way
-        given[MODEL] = whole_name(given[MODEL] if MODEL in given else models[0])
+    models = tuple(dict.fromkeys(whole_name(name) for name in options.models or ()))  # each once
+    if models and MODEL in given:
+        raise UserError(f"--model_name {given[MODEL]}: with --models, the first of them is the default's: leave it out")
+    if models:
+        given[MODEL] = models[0]
+    elif options.search is not None and MODEL in given:  # conditions name models in the same way
+        given[MODEL] = whole_name(given[MODEL])
     own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
-    asked = Asked(given, own["sampler"] or "tpe", own["prune"] is not False, own["storage"], own["search"])
+    own["models"] = " ".join(options.models or ()) or None
+    asked = Asked(given, own["sampler"] or "tpe", own["prune"] is not False, own["storage"], own["search"], models)
     with usable(folder):
         begun = holds_search(folder)
         if not begun and not options.resume:
@@ -194,7 +202,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
 
         budget = Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3)
         facts = read_facts(config, models)
-        space = make_space(given, facts, asked.search)
+        space = make_space(given, facts, asked.search, models)
         if asked.storage:
             from finetuning.tuning.sampler import check_storage  # loads Optuna
 

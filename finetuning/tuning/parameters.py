@@ -113,7 +113,6 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
         epochs = { low = 2, high = 6 }                   # whole numbers
         batch_size = { values = [0.5, 1], times_default = true }
         lora_dropout = { values = [0, 0.1], if = { method = "lora" } }
-        model_name = ["distilbert-base-uncased", "PATH"] # without --model_name, the default's is the first one
         dropout = false                                  # not searched
 
     Returns:
@@ -135,16 +134,6 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
         raise UserError(f"--search {path}: {error}") from None
 
 
-def searched_models(search: Path | None) -> tuple[str, ...]:
-    """The base models among which the file of ``--search`` lets a search choose; none without a row for them.
-
-    Raises:
-        UserError: as ``read_space``.
-    """
-    row = read_space(search)[0].get(MODEL) if search is not None else None
-    return tuple(map(str, row.values)) if row is not None else ()
-
-
 def model_anywhere(name: str) -> str:
     """A base model as workers in other directories know it: a folder by its whole path, others by their name."""
     is_folder = name not in (PACKAGED, *PACKAGED_MODELS) and Path(name).is_dir()
@@ -156,14 +145,11 @@ def whole_name(name: str) -> str:
     return model_anywhere(full_name(name))
 
 
-def _models(names: Sequence[Value]) -> list[Value]:
-    """Each base model once, by its full name."""
-    return list(dict.fromkeys(whole_name(str(name)) for name in names))
-
-
 def _row(name: str, row: Any) -> Parameter | None:
-    if not is_searched(name) and name not in (PLACEMENT, MODEL):
-        raise UserError(f"{name}: cannot be searched: give {searchable(PLACEMENT, MODEL)}")
+    if name == MODEL:
+        raise UserError(f"{name}: cannot be searched by a file: give --models NAME NAME")
+    if not is_searched(name) and name != PLACEMENT:
+        raise UserError(f"{name}: cannot be searched: give {searchable(PLACEMENT)}")
     if row is False:
         return None
     declared = next((other for other in DECLARED if other.name == name), None)
@@ -180,7 +166,7 @@ def _row(name: str, row: Any) -> Parameter | None:
         raise UserError(f'{name}: if: must be a table such as {{ method = "lora" }}')
     given = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in (only or {}).items()}
     if MODEL in given:
-        given[MODEL] = tuple(_models(given[MODEL]))
+        given[MODEL] = tuple(whole_name(str(model)) for model in given[MODEL])
     only = {**(usual or {}), **given} or None
     if not isinstance(log, bool) or not isinstance(times_default, bool):
         raise UserError(f"{name}: log and times_default must be true or false")
@@ -194,8 +180,6 @@ def _row(name: str, row: Any) -> Parameter | None:
         _check_kind(name, value, times_default)
     if low is not None and not (low < high and (not log or low > 0)):
         raise UserError(f"{name}: low {low}, high {high}: low must be below high, and above 0 with log")
-    if name == MODEL:
-        values = _models(values)
     return Parameter(name, tuple(values), low, high, log, times_default, only, own=True)
 
 

@@ -41,6 +41,7 @@ class Asked:
         prune: whether bad trials end early.
         storage: the address of a storage of Optuna; ``None`` uses the folders.
         search: the file with the space; ``None`` for the declared one.
+        models: base models to choose among, by their whole names.
     """
 
     given: dict[str, Any]
@@ -48,13 +49,15 @@ class Asked:
     prune: bool
     storage: str | None
     search: Path | None
+    models: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What is stored, and must be the same for workers that join."""
         given = {name: _anywhere(value) if name in PATHS else value for name, value in self.given.items()}
         text = None if self.search is None else self.search.read_text(encoding="utf8")
         storage = _from_anywhere(self.storage)
-        return {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": storage, "search": text}
+        same = {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": storage, "search": text}
+        return same | {"models": " ".join(self.models) or None}
 
 
 @dataclass(frozen=True)

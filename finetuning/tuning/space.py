@@ -228,13 +228,14 @@ def space_table(parameters: Sequence[Parameter] = DECLARED) -> Table:
     return Table(("parameter", "values", "only if"), [(row.name, row.shown, row.condition) for row in parameters])
 
 
-def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = None) -> Space:
+def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = None, models: Sequence[str] = ()) -> Space:
     """The space of a search.
 
     Args:
         given: the flags that stay fixed; of models that are searched, the default's.
-        facts: what texts and model say.
+        facts: what texts and models say.
         search: the file of ``--search``.
+        models: those of ``--models``, by their whole names.
 
     Raises:
         UserError: the file cannot be used, or excludes the given flags; or nothing is left to search.
@@ -247,6 +248,7 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
             raise UserError(f"--{row.name} {given[row.name]}: --search {search} allows {row.shown}")
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
     rows += [row for row in named.values() if row is not None]
+    rows += [Parameter(MODEL, tuple(models), own=True)] if models else []
     free = [row for row in rows if row.name not in given or row.name == MODEL]  # the given model is the default's
     rows = [row for row in free if row.own or not _is_decided(row.name, given)]
     return Space(tuple(_in_order(rows)), given, {"epochs": facts.epochs, "batch_size": facts.batch_size}).checked()
