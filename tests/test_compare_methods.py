@@ -16,7 +16,7 @@ import pytest
 import finetune_lora
 from benchmarks.slurm_cluster import wait_until
 from compare_methods import main
-from finetuning.comparison.execution import Starter
+from finetuning.comparison.execution import Starter, StopSignals, StudyExecution
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
 from finetuning.comparison.study_runs import StudyRuns, TuningUnfinished
@@ -104,6 +104,17 @@ def test_what_has_ended_is_not_run_again(capsys: pytest.CaptureFixture[str]) -> 
     assert "2 runs, 1 failed, 1 finished" in shown
     assert "2/2  run-seed1  failed earlier: no space left (run it again with --retry_failed)" in shown
     assert main(["run", "tiny.toml", "--data_dir", ".", "--index", "0"]) == 0
+
+
+def test_a_run_that_fails_elsewhere_in_the_meantime_is_not_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan("")
+    (run,) = runs.study.runs
+    execution = StudyExecution(runs, Path("finetune_lora.py"), [run], True, StopSignals(), 1)
+    assert execution.failed_before == set()
+    leave_run(runs, run, "failed", error="no space left")
+    execution.take_up(run)
+    assert execution.ended == {run.name: "failed"}
+    assert "failed earlier: no space left" in capsys.readouterr().out
 
 
 def test_a_study_goes_on_from_what_was_collected_on_another_machine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,8 +61,8 @@ def add_studies(add: Add, results: Path, pages: Sequence[Path]) -> None:
     )
     report = add("report", report_command, "Make tables, plots and one HTML page from collected runs.")
     report.add_argument(
-        "--results", type=parse_path, default=results, metavar="PATH",
-        help="folder with STUDY/runs.json; tables and plots are written there (default: results/)",
+        "--results", type=parse_path, default=Path("results"), metavar="PATH",
+        help="folder with STUDY/runs.json; tables and plots are written there (default: results)",
     )  # fmt: skip
     report.add_argument(
         "--pages", type=Path, nargs="*", metavar="FILE",

@@ -103,7 +103,8 @@ class PlannedRun:
         below = settings.pop("data_dir", None)
         dataset = settings.get("dataset", "imdb")
         packaged = settings.get("offline") and dataset == "imdb" and below is None
-        if data_dir is not None and not packaged and hub_name(str(dataset)) is None and "data_source" not in settings:
+        elsewhere = packaged or hub_name(str(dataset)) is not None or "data_source" in settings
+        if data_dir is not None and (below is not None or not elsewhere):  # both at once is refused
             settings["data_dir"] = data_dir / (below or "")
         return flag_words(settings)
 

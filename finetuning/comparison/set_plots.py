@@ -70,8 +70,8 @@ def cost_plot(grid: Grid) -> Plot | None:
     others = [method for method in found if under[method] != usual[0]]  # their times cannot be compared
     found = {method: own for method, own in found.items() if method not in others}
     seconds = {method: [mean_of_sets([grid.runs[name][method]], *SECONDS) for name in sets] for method in found}
-    if len(sets) < 2 or len(found) < 2 or any(None in own for own in seconds.values()):
-        return None
+    if len(sets) < 2 or len(found) < 2 or not all(value for own in seconds.values() for value in own):
+        return None  # without epochs no time passes
     times = np.array([[value or 0.0 for value in own] for own in seconds.values()])  # (methods, sets)
     ratios = np.exp(np.log(times / times.min(0)).mean(1)).tolist()
     means = [float(own.mean()) for own in found.values()]

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +63,20 @@ class Facts:
             takes_dropout=self.takes_dropout and other.takes_dropout,
             fuses=self.fuses or other.fuses,
         )
+
+    def refusal(self, name: str, value: Value) -> str | None:
+        """Why a run of these texts and models would refuse a value; ``None`` if it would not."""
+        if name == MAX_LENGTH and float(value) > self.longest:
+            return f"the model reads {self.longest:g} tokens"
+        if name == "trainable_layers" and int(value) > self.layers:
+            return f"the model has {self.layers} layers"
+        if name == "label_smoothing" and value and self.multi_label:
+            return "not for multi-label data"
+        if name == "pooling" and not self.takes_pooling:
+            return "the model's head has no choice"
+        if name == "dropout" and value and not self.takes_dropout:
+            return "the model has no such dropout"
+        return None
 
 
 @dataclass(frozen=True)
@@ -249,8 +263,14 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
     rows += [row for row in named.values() if row is not None]
     rows += [Parameter(MODEL, tuple(models), own=True)] if models else []
+    for row, value in ((row, value) for row in rows if row.own for value in row.ends):
+        if not row.times_default and (reason := facts.refusal(row.name, value)):
+            raise UserError(f"--search {search}: {row.name} {value}: {reason}")
     free = [row for row in rows if row.name not in given or row.name == MODEL]  # the given model is the default's
-    rows = [row for row in free if row.own or not _is_decided(row.name, given)]
+    decided = given.keys() | ({"lora_modules"} & named.keys())  # which takes the place of the placement
+    rows = [row for row in free if row.own or not _is_decided(row.name, decided)]
+    if facts.fuses:
+        rows = [_of_fused(row, given, any(row.name == PLACEMENT for row in rows)) for row in rows]
     return Space(tuple(_in_order(rows)), given, {"epochs": facts.epochs, "batch_size": facts.batch_size}).checked()
 
 
@@ -284,8 +304,6 @@ def _fitted(facts: Facts) -> list[Parameter]:
     for name, taken in (("pooling", facts.takes_pooling), ("dropout", facts.takes_dropout)):
         if not taken:
             del rows[name]
-    if facts.fuses:
-        rows["lora_variant"] = replace(rows["lora_variant"], only={**LORA, PLACEMENT: ("attention", "all")})
     if facts.layers < 2:  # the default trains two
         methods = rows["method"]
         rows["method"] = replace(methods, values=tuple(value for value in methods.values if value != "selective"))
@@ -297,10 +315,28 @@ def _fitted(facts: Facts) -> list[Parameter]:
     return list(rows.values())
 
 
-def _is_decided(name: str, given: Mapping[str, Any]) -> bool:
+def _of_fused(row: Parameter, given: Mapping[str, Any], placed: bool) -> Parameter:
+    """The row where query, key and value are one linear, which takes DoRA only as a whole.
+
+    Args:
+        row: of the space.
+        given: the flags that stay fixed.
+        placed: whether the placement is searched.
+    """
+    whole = ("attention", "all")
+    if row.name == PLACEMENT and given.get("lora_variant") == "dora":
+        return replace(row, values=tuple(value for value in row.values if value in whole))
+    if row.name != "lora_variant" or "dora" not in row.values:
+        return row
+    if placed:
+        return replace(row, only={**(row.only or LORA), PLACEMENT: whole})
+    return row if row.own else replace(row, values=tuple(value for value in row.values if value != "dora"))
+
+
+def _is_decided(name: str, given: Collection[str]) -> bool:
     """Whether given flags decide a declared parameter that is none of them."""
     if name == "method":  # flags of one method fix it
         return any(map(method_of, given))
     if "init_adapter" in given and name in (*OF_ADAPTER, PLACEMENT):
         return True
-    return name == PLACEMENT and bool(given.keys() & {*ENCODER_TARGETS, "lora_modules"})
+    return name == PLACEMENT and not {*ENCODER_TARGETS, "lora_modules"}.isdisjoint(given)

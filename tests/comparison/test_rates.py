@@ -91,6 +91,14 @@ def test_a_trial_that_failed_is_not_fitted(tmp_path: Path) -> None:
     assert rates_table(grid).rows == before
 
 
+def test_a_trial_without_epochs_says_nothing_about_rates(tmp_path: Path) -> None:
+    before = rates_table(trials(tmp_path, 8)).rows
+    none = {"learning_rate": 0.01, "epochs": 0, "batch_size": 32}
+    more: dict[str, Any] = {"config": {"method": "lora", "optimizer": "adamw"}, "validation": 0.1, "axes": none}
+    write_run(tmp_path, "s", "lora", data_set="one", stage="tune", **more)
+    assert rates_table(grid_in(tmp_path)).rows == before
+
+
 def test_losses_are_not_taken_for_scores(tmp_path: Path) -> None:
     grid = trials(tmp_path, LEAST_TRIALS)
     assert rates_table(grid).rows

@@ -75,6 +75,14 @@ def test_times_under_other_conditions_are_left_out(tmp_path: Path) -> None:
     assert SET_FILES[1] not in [plot.file for plot in draw_set_plots(grid_in(tmp_path))]
 
 
+def test_methods_without_epochs_take_no_time_to_be_compared(tmp_path: Path) -> None:
+    write_grid(tmp_path)
+    more: dict[str, Any] = {"train": {"processor_seconds": 0.0}}
+    for k, name in enumerate(SETS):
+        write_run(tmp_path, "s", "none", data_set=name, correct=outcomes(0.5, 100, k), **more)
+    assert SET_FILES[1] not in [plot.file for plot in draw_set_plots(grid_in(tmp_path))]
+
+
 def test_methods_with_a_number_of_texts_are_curves_over_it(tmp_path: Path) -> None:
     for k, name in enumerate(SETS[:3]):
         for texts in (50, 1000):

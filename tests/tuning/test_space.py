@@ -107,7 +107,7 @@ def test_declared_values_that_the_given_flags_exclude_are_left_out() -> None:
     assert values(space_of(longer, batch_tokens=256), "max_length") == (128, 256)
 
 
-def test_texts_and_model_fit_the_space() -> None:
+def test_texts_and_model_fit_the_space(tmp_path: Path) -> None:
     small = Facts(
         epochs=5, batch_size=16, lengths=(256,), layers=1, multi_label=True, takes_pooling=False, takes_dropout=False
     )
@@ -122,7 +122,12 @@ def test_texts_and_model_fit_the_space() -> None:
     for point in (fused.drawn(random_value) for _ in range(50)):
         assert ("lora_variant" in point) == (point.get("placement") in ("attention", "all"))
     assert "lora_variant" in names(fused)
-    assert "lora_variant" not in names(space_of(replace(FACTS, fuses=True), lora_value=True))
+    assert values(space_of(replace(FACTS, fuses=True), lora_value=True), "lora_variant") == ("lora", "pissa")
+    assert values(space_of(replace(FACTS, fuses=True), lora_variant="dora"), "placement") == ("attention", "all")
+    own = written(tmp_path, 'lora_variant = ["lora", "dora"]\n')
+    assert values(space_of(replace(FACTS, fuses=True), own, lora_key=True), "lora_variant") == ("lora", "dora")
+    for point in (space_of(replace(FACTS, fuses=True), own).drawn(random_value) for _ in range(50)):
+        assert ("lora_variant" in point) == (point.get("placement") in ("attention", "all"))
 
 
 def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
@@ -136,6 +141,7 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
     assert space.settings(point)["learning_rate"] == 1e-2
     assert space.settings(point)["lora_dropout"] == 0.1
     assert "lora_dropout" not in space.drawn(lambda row: row.ends[0])
+    assert "placement" not in names(space_of(search=written(tmp_path, 'lora_modules = ["query,value", "dense"]\n')))
     several = written(tmp_path, "epochs = { low = 0.5, high = 2, times_default = true }\n")
     assert "epochs" not in names(space_of(search=several, epochs=5)), "a number, and not how many times the default"
     only = space_of(search=written(tmp_path, "replace = true\nepochs = { low = 2, high = 6 }\n"))
@@ -144,6 +150,23 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
     for row in ("weight_decay = { low = 0, high = 1 }", "epochs = { low = 1, high = 3, times_default = true }"):
         (parameter,) = space_of(search=written(tmp_path, f"replace = true\n{row}\n")).parameters
         assert not parameter.whole, row
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("max_length = [64, 1024]", "max_length 1024: the model reads 512 tokens"),
+        ("trainable_layers = { low = 1, high = 3 }", "trainable_layers 3: the model has 2 layers"),
+        ("label_smoothing = [0.0, 0.1]", "label_smoothing 0.1: not for multi-label data"),
+        ('pooling = ["first", "mean"]', "pooling first: the model's head has no choice"),
+        ("dropout = [0.0, 0.1]", "dropout 0.1: the model has no such dropout"),
+    ],
+)
+def test_values_that_texts_or_model_refuse_are_refused_at_once(tmp_path: Path, row: str, reason: str) -> None:
+    facts = replace(FACTS, layers=2, multi_label=True, takes_pooling=False, takes_dropout=False, longest=512)
+    with pytest.raises(UserError, match=rf"--search .*space\.toml: {reason}"):
+        space_of(facts, written(tmp_path, f"{row}\n"))
+    space_of(replace(FACTS, longest=1024), written(tmp_path, f"{row}\n"))
 
 
 def test_models_are_searched_and_the_given_one_is_the_defaults(tmp_path: Path) -> None:
