@@ -46,12 +46,14 @@ class Unheard(io.TextIOBase):
         """Replaces the line that the terminal shows."""
         if self._terminal is not None:
             shown = f"{self._title}{line}"[: shutil.get_terminal_size().columns - 1]
-            self._terminal.write(f"\r\x1b[K{shown}")
-            self._terminal.flush()
+            with suppress(OSError):  # it was closed
+                self._terminal.write(f"\r\x1b[K{shown}")
+                self._terminal.flush()
 
     def close(self) -> None:
         if self._terminal is not None and not self.closed:
-            self._terminal.write("\r\x1b[K")
+            with suppress(OSError):
+                self._terminal.write("\r\x1b[K")
         super().close()
 
 

@@ -17,7 +17,7 @@ from finetuning.errors import UserError
 PROBE_SECONDS = 0.2  # how long other processes are watched
 BUSY = 0.3  # cores; a shell and the services of a machine take less
 SPINS, SPINS_IF_BUSY = "30000", "100"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # which process of several this is
 OF_A_TASK = (*RANKS, "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 DIRECTORY_VARIABLE = "FINETUNE_LORA_RUN_DIRECTORY"  # passes the run directory to the processes that Lightning starts
@@ -37,7 +37,7 @@ def show_any_text() -> None:
 def stop_signals() -> list[signal.Signals]:
     """What asks this process to stop. A terminal that is closed sends SIGHUP, which ``nohup`` has ignored."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
+    return [*STOP_SIGNALS, *([] if ignored else [signal.SIGHUP])]
 
 
 @contextmanager

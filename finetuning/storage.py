@@ -15,7 +15,8 @@ from typing import Any
 
 from finetuning.errors import UserError
 
-TEMPORARY = f".*.{'[0-9a-f]' * 32}.tmp*"  # names of files that are being written, and of no others
+UNIQUE = "[0-9a-f]" * 32  # a part of a name that nobody else has, as a pattern
+TEMPORARY = f".*.{UNIQUE}.tmp*"  # names of files that are being written, and of no others
 OUR_PREFIX = "finetune_lora-"  # of temporary files and folders directly in the cache folder
 LEFT_OVER_SECONDS = 3600.0  # a file that is still being written is younger
 

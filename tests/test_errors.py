@@ -1,5 +1,6 @@
 """How a command ends: its status, and one line on standard error."""
 
+import errno
 import io
 import os
 import re
@@ -117,7 +118,17 @@ def test_a_part_of_a_run_shows_the_latest_line_of_its_progress() -> None:
     assert len(shown) < shutil.get_terminal_size().columns
 
 
+class ClosedTerminal(io.StringIO):
+    """As a terminal after its window was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
 def test_a_text_that_nobody_reads_stops_no_run() -> None:
+    with closing(Unheard(ClosedTerminal(), "fold 1  ")) as unheard, redirect_stdout(unheard):
+        say("epoch 1/2  batch 3/9  loss 0.5000")
+    say("a line", ClosedTerminal())
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:

@@ -54,7 +54,8 @@ class StopSignals:
             yield self
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Stops all runs."""
+        """Stops all runs. A terminal that is closed is none of theirs, so its SIGHUP reaches them as SIGTERM."""
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         self._received.append(number)
         for child in self._children:
             child.send_signal(number)

@@ -12,7 +12,7 @@ import pandas as pd
 from finetuning.caches import DOWNLOADS
 from finetuning.data.columns import refuse_columns
 from finetuning.data.files import readable
-from finetuning.data.tables import read_table, split_files
+from finetuning.data.tables import read_table, split_files, unused_files
 from finetuning.data.texts import Source
 from finetuning.datasets import DATASETS
 from finetuning.errors import UserError, first_line
@@ -45,7 +45,8 @@ def read_imdb(data: DataSettings, offline: bool) -> Source:
         tables = {split: read_table(path, data) for split, path in files.items()}
     name = "IMDb" if "test" in tables else "IMDb train"  # a test split carved out of train is not IMDb's test split
     tables = {split: table.assign(text=table.text.map(traits.clean)) for split, table in tables.items()}
-    return Source(name, where, tables, traits.label_names)
+    notes = unused_files(data.data_dir) if data.data_dir is not None else []
+    return Source(name, where, tables, traits.label_names, notes)
 
 
 def _read_folder(folder: Path, data: DataSettings) -> dict[str, pd.DataFrame]:

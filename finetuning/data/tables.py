@@ -1,6 +1,7 @@
 """Tables of texts and labels: the file of each split, and the checks of its rows."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,13 @@ def read_table(path: Path, data: DataSettings) -> pd.DataFrame:
     Raises:
         UserError: like ``checked``, or the file cannot be read.
     """
+    given = [data.text_column, *([] if data.text_pair_column is None else [data.text_pair_column])]
+
+    def wanted(names: Collection[str]) -> list[str]:
+        return [*(name for one in given for name in text_columns(one, names)), data.label_column]
+
     with readable(path):
-        table = read_frame(path)
+        table = read_frame(path, wanted)
     return checked(table, path, data)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetuning.errors import UserError, exit_status
-from finetuning.flags import OneLineParser
+from finetuning.flags import OneLineParser, parse_path
 from finetuning.processes import fast_imports, interruptible, share_processors, show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.runs.finished import read_finished
@@ -22,8 +22,8 @@ CHECKED_TEXTS = 500
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="The run directory.")
-    parser.add_argument("out", type=Path, help="The folder to write; it must not exist.")
+    parser.add_argument("run", type=parse_path, help="The run directory.")
+    parser.add_argument("out", type=parse_path, help="The folder to write; it must not exist.")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="Precision of the weights. (default: fp32)"
     )
@@ -38,7 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"Prove it with at most N held-out texts, a stratified sample. (default: {CHECKED_TEXTS})",
     )
-    parser.add_argument("--data_dir", type=Path, help="Where the run's data is now. (default: where the run read it)")
+    parser.add_argument(
+        "--data_dir", type=parse_path, help="Where the run's data is now. (default: where the run read it)"
+    )
     return parser
 
 

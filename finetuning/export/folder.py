@@ -28,7 +28,7 @@ from finetuning.runs.answers import Answers
 from finetuning.runs.files import read_origin
 from finetuning.runs.finished import FinishedRun, read_own_answers
 from finetuning.runs.loading import base_of_run, load_classifier
-from finetuning.storage import is_left_over, readable_by_all
+from finetuning.storage import UNIQUE, is_left_over, readable_by_all
 
 
 def export(run: FinishedRun, arguments: argparse.Namespace) -> None:
@@ -142,7 +142,7 @@ def staged(out: Path) -> Iterator[Path]:
         UserError: the disk is full, or does not let itself be written.
     """
     existing = next(path for path in out.absolute().parents if path.is_dir())
-    for left in filter(is_left_over, existing.glob(f".{glob.escape(out.name)}.*.tmp")):  # of a killed export
+    for left in filter(is_left_over, existing.glob(f".{glob.escape(out.name)}.{UNIQUE}.tmp")):  # of a killed export
         shutil.rmtree(left, ignore_errors=True)
     workshop = existing / f".{out.name}.{uuid.uuid4().hex}.tmp"
     folder = workshop / out.name

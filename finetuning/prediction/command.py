@@ -8,11 +8,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuning.errors import UserError, exit_status, say
-from finetuning.flags import OneLineParser
+from finetuning.flags import OneLineParser, parse_path
 from finetuning.prediction.trained import Trained, read_trained
 from finetuning.processes import fast_imports, interruptible, share_processors, show_any_text
 from finetuning.processor import limit_libraries
@@ -25,7 +24,9 @@ DESCRIPTION = "Label new texts with a finished run. Prints CSV: text, label, and
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="The run directory, or a folder exported from one without --adapter.")
+    parser.add_argument(
+        "run", type=parse_path, help="The run directory, or a folder exported from one without --adapter."
+    )
     given = parser.add_mutually_exclusive_group()  # not required=True, which would hide the error of a misspelled flag
     given.add_argument("--text", action="append", help="A text; repeat the flag for more texts.")
     parser.add_argument(
@@ -33,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     given.add_argument(
         "--file",
-        type=Path,
+        type=parse_path,
         help="A table (parquet, CSV, TSV, JSON, JSON lines, also with .gz), or a file with one text per line;"
         " - reads standard input.",
     )
@@ -55,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=parse_path,
         metavar="FILE",
         help="Write a new table with the columns of the input and the answers, in the format of its ending.",
     )

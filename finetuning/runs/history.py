@@ -39,7 +39,7 @@ def write_predictions(
         lengths = [tokens[name][row] for name, (rows, _, _) in splits.items() for row in rows.tolist()]
         columns["tokens"] = np.array(lengths, dtype=np.int32)
     multi_label = any(labels.ndim == 2 for _, labels, _ in splits.values())
-    types = {"label": pa.list_(pa.int16()) if multi_label else pa.int16()}
+    types = {"label": pa.list_(pa.int32()) if multi_label else pa.int32()}
     table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
 
     def write(path: Path) -> None:

@@ -196,8 +196,10 @@ def same_epoch_lines(record: FoldsRecord, monitor: str, tuned: bool = False, lab
     lines = [f"{label:<11} {every}: {same['accuracy']:.2%}, 95 % interval {low:.2%} to {high:.2%} {note}"]
     if monitor != "accuracy" and monitor in same["mean"]:
         kind = ".4f" if monitor == "loss" else ".2%"
-        low, high = same["mean_ci95"][monitor]
-        score = f"{same['mean'][monitor]:{kind}}, 95 % interval {low:{kind}} to {high:{kind}}"
+        score = f"{same['mean'][monitor]:{kind}}"
+        if limits := same["mean_ci95"].get(monitor):
+            low, high = limits
+            score += f", 95 % interval {low:{kind}} to {high:{kind}}"
         lines.append(f"{'':<11} then {SCORES[monitor]}, mean of the folds: {score}")
     return lines
 

@@ -138,11 +138,12 @@ def _record(runs: list[FinishedRun]) -> FoldsRecord:
 
 
 def means(folds: Sequence[Mapping[str, Any]]) -> Means:
-    """The means of the scores that all folds have."""
+    """The means of the scores that all folds have. Folds that score alike do not say how much they vary."""
     columns = {name: [fold[name] for fold in folds] for name in SCORES if all(name in fold for fold in folds)}
+    vary = {name: values for name, values in columns.items() if len(set(values)) > 1}
     return Means(
         mean={name: statistics.fmean(values) for name, values in columns.items()},
-        mean_ci95={name: mean_interval(values, *RANGES.get(name, (0.0, 1.0))) for name, values in columns.items()},
+        mean_ci95={name: mean_interval(values, *RANGES.get(name, (0.0, 1.0))) for name, values in vary.items()},
     )
 
 

@@ -59,4 +59,6 @@ def watched(claim: Claim, on_gpu: bool, trackers: Trackers) -> Iterator[Watch]:
     watch = Watch(claim, on_gpu, trackers)
     with quiet_lightning(), watch.stop.listening():
         yield watch
+        if claim.config.data.fold is not None:  # the next run would not know of a late signal
+            watch.stop.check()
     leave_process_group()

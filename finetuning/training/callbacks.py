@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from finetuning.errors import PROGRESS, Interrupted, TrainingFailed, forget_output, say
+from finetuning.errors import PROGRESS, Interrupted, TrainingFailed, say
 from finetuning.processes import handled, stop_signals
 from finetuning.runs.files import LAST_CHECKPOINT, NOT_FINITE
 from finetuning.runs.history import write_metrics
@@ -256,9 +256,6 @@ class GracefulStop(Callback):
         if self.requested and number == signal.SIGINT and getattr(rank_zero_only, "rank", 0) == 0:
             raise KeyboardInterrupt
         self.requested = True
-        if number == signal.SIGHUP:  # the terminal is gone: a progress bar would fail to write to it
-            forget_output(sys.stdout)
-            forget_output(sys.stderr)
         name = signal.Signals(number).name
         if getattr(rank_zero_only, "rank", 0) == 0:
             told = f"\n{name}: stopping as soon as there is a checkpoint; press Ctrl-C again to stop at once"

@@ -48,10 +48,11 @@ class Trackers:
         """
         self._continues = resumed
         earlier = _earlier_ids(self._directory) if resumed else {}
-        if TENSORBOARD in self._names and not resumed:
-            for file in (self._directory / TENSORBOARD).glob("events.out.tfevents.*"):
+        if not resumed:  # what the run that --overwrite replaced has logged
+            folder = self._directory / TENSORBOARD
+            for file in (*folder.glob("events.out.tfevents.*"), folder / "hparams.yaml"):
                 with suppress(OSError):
-                    file.unlink()  # of the run that --overwrite replaced
+                    file.unlink()
         for name in self._names:
             self._guarded(name, functools.partial(self._open, name, earlier.get(name), settings))
         ids = {name: logger.version for name, logger in self._loggers.items() if name != TENSORBOARD}

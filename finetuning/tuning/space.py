@@ -263,9 +263,10 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
     rows += [row for row in named.values() if row is not None]
     rows += [Parameter(MODEL, tuple(models), own=True)] if models else []
-    for row, value in ((row, value) for row in rows if row.own for value in row.ends):
-        if not row.times_default and (reason := facts.refusal(row.name, value)):
-            raise UserError(f"--search {search}: {row.name} {value}: {reason}")
+    for row in (row for row in rows if row.own and not row.times_default):
+        for value in row.ends:
+            if reason := facts.refusal(row.name, value):
+                raise UserError(f"--search {search}: {row.name} {value}: {reason}")
     free = [row for row in rows if row.name not in given or row.name == MODEL]  # the given model is the default's
     decided = given.keys() | ({"lora_modules"} & named.keys())  # which takes the place of the placement
     rows = [row for row in free if row.own or not _is_decided(row.name, decided)]

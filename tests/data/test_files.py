@@ -2,9 +2,12 @@
 
 import gzip
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from finetuning.data.files import UNREADABLE, name_and_format, read_chunks, read_frame, readable
@@ -51,6 +54,25 @@ def test_formats_and_chunks(tmp_path: Path, name: str, change: object, rows: int
 def test_a_table_without_rows_has_its_columns(tmp_path: Path, name: str, rows: int | None) -> None:
     (chunk,) = read_chunks(write(tmp_path, name, ROWS[:0]), rows)
     assert (len(chunk), list(chunk.columns)) == (0, ["text", "label"])
+
+
+def test_columns_of_parquet_that_nobody_needs_are_not_read(tmp_path: Path) -> None:
+    path, asked = tmp_path / "a.parquet", list[Collection[str]]()
+    nanosecond = pa.array([1], pa.time64("ns"))  # pandas refuses it
+    pq.write_table(pa.table({"text": ["a"], "label": [1], "time": nanosecond, "a.b": [2]}), path)
+
+    def wanted(*names: str) -> Callable[[Collection[str]], Collection[str]]:
+        def chosen(known: Collection[str]) -> Collection[str]:
+            asked.append(known)
+            return names
+
+        return chosen
+
+    assert list(read_frame(path, wanted("label", "text", "text")).columns) == ["label", "text"]
+    assert asked == [["text", "label", "time", "a.b"]]
+    for others in (None, wanted("text", "missing"), wanted("text", "a.b")):
+        with pytest.raises(UNREADABLE, match="nanoseconds"):
+            read_frame(path, others)
 
 
 def test_numbers_stay_numbers_where_the_format_has_them(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_files_that_are_no_split_are_named(tmp_path: Path) -> None:
         write_texts(tmp_path, rows_of(), name)
     note = "unused files: dev.csv, test-00000-of-00002.csv: the names of splits are train, validation, test"
     assert note in texts_of(text_config(tmp_path)).notes
+    write_texts(tmp_path, rows_of().replace(",a", ",0").replace(",b", ",1"))
+    assert note in texts_of(RunConfig.from_settings(dataset="imdb", data_dir=tmp_path)).notes
     assert not any("unused" in text for text in texts_of(text_config(tmp_path / "train.csv")).notes)
 
 

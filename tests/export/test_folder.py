@@ -77,9 +77,10 @@ def test_a_folder_appears_only_if_everything_worked(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
-    old, recent, other = (tmp_path / name for name in (".[model].1.tmp", ".[model].2.tmp", ".m.3.tmp"))
+    names = (f".[model].{'1' * 32}.tmp", f".[model].{'2' * 32}.tmp", f".m.{'3' * 32}.tmp", ".[model].mine.tmp")
+    old, recent, other, mine = (tmp_path / name for name in names)
     hours_ago = time.time() - 2 * 3600
-    for folder in (old, recent, other):
+    for folder in (old, recent, other, mine):
         folder.mkdir()
         (folder / "weights").write_text("half")
         os.utime(folder / "weights", (hours_ago, hours_ago))
@@ -87,7 +88,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path: Path) ->
     os.utime(recent / "weights")  # another process is writing it
     with staged(tmp_path / "[model]"):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"[model]", recent.name, other.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"[model]", recent.name, other.name, mine.name}
 
 
 def test_a_text_that_ends_with_padding_cannot_be_exported(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from finetuning.runs.records import accuracy_interval
 from finetuning.runs.scores import mean_interval
 from finetuning.steps import read_inputs
 from finetuning.steps.baseline import compare_with_baseline, of_folds
-from finetuning.steps.folds import time_left
+from finetuning.steps.folds import means, time_left
 from finetuning.training.callbacks import Meter
 from tests.conftest import config_of_flags, flags
 
@@ -373,6 +373,13 @@ def test_the_interval_of_a_mean_of_folds() -> None:
     assert mean_interval([0.4, 0.6], 0.0, 1.0) == (0.0, 1.0)  # t with 1 degree of freedom is 12.7062
     low, high = mean_interval([0.4, 0.6])
     assert (high - low) / 2 == pytest.approx(12.7062 * np.sqrt(0.02) * np.sqrt(1.5), rel=1e-4)
+
+
+def test_folds_that_score_alike_have_no_interval() -> None:
+    found = means([{"accuracy": 0.9, "mcc": 1.0}, {"accuracy": 0.8, "mcc": 1.0}])
+    assert (found["mean"]["mcc"], set(found["mean_ci95"])) == (1.0, {"accuracy"})
+    record: Any = {"epochs": 9, "same_epoch": {"accuracy": 0.85, "accuracy_ci95": [0.6, 0.9], **found}}
+    assert same_epoch_lines(record, "mcc")[1].endswith("mean of the folds: 100.00%")
 
 
 def test_the_monitored_score_after_the_same_epoch_is_shown() -> None:
