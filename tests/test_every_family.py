@@ -27,6 +27,7 @@ from finetuning.models.int8 import Int8Linear
 from finetuning.models.lora import LinearWithLoRA, lora_modules, merge_lora, ranks_and_alphas
 from finetuning.models.quantization import dense_weight, is_quantized
 from finetuning.prediction.predictor import predict
+from finetuning.runs.files import read_result
 from finetuning.runs.weights import load_trained, peft_name, separate_parts
 from finetuning.settings import LORA_TARGETS
 from local_model_utilities import find_base_model, load_classifier
@@ -335,6 +336,8 @@ def test_a_run_of_a_type_without_a_row(data: Path, tmp_path: Path) -> None:
     unlisted_model("phi", num_key_value_heads=2).save_pretrained(tmp_path)
     save_tokenizer(tmp_path, decoder=True)
     check_run(tmp_path, data, tmp_path / "run", "--lora_modules q_proj,fc2")
+    check_run(tmp_path, data, tmp_path / "more", f"--init_adapter {tmp_path / 'run'}")
+    assert read_result(tmp_path / "more")["parameters"] == read_result(tmp_path / "run")["parameters"]
 
 
 def check_run(model: Path, data: Path, run: Path, placement: str) -> None:

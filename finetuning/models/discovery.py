@@ -59,7 +59,7 @@ def check_targets(
     if all(target == "head" or target in family.targets for target in targets) and not modules:
         return
     model = on_meta(config, name)
-    linears = _encoder_linears(model, family)
+    linears = encoder_linears(model, family)
     candidates = listed(dict.fromkeys(path.rpartition(".")[2] for path in linears))
     if not modules:
         raise UserError(
@@ -79,7 +79,7 @@ def check_targets(
 
 def named_linears(model: nn.Module, family: ModelFamily, modules: Iterable[str]) -> list[str]:
     """Full paths of the encoder's linears that ``--lora_modules`` names, by their whole path or its last parts."""
-    paths = _encoder_linears(model, family)
+    paths = encoder_linears(model, family)
     return [path for path in paths if any(_is_named(path, module) for module in modules)]
 
 
@@ -95,7 +95,8 @@ def _is_named(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _encoder_linears(model: nn.Module, family: ModelFamily) -> list[str]:
+def encoder_linears(model: nn.Module, family: ModelFamily) -> list[str]:
+    """The paths of all linears in the encoder's layers."""
     inside = f"{family.layers}."
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and name.startswith(inside)]
 
@@ -172,7 +173,8 @@ def _described(config: Any, model_name: str) -> ModelFamily:
         raise UserError(f"--model_name {model_name} is of type {config.model_type!r}, in which no layers were found")
     head, norms = [], []
     for name, module in model.named_modules():
-        if name.startswith(f"{base}.") and ("pooler" not in name or config.model_type in NO_POOLER):
+        inside = name == base or name.startswith(f"{base}.")
+        if inside and ("pooler" not in name or config.model_type in NO_POOLER):
             continue
         if isinstance(module, nn.Linear):
             head.append(name)

@@ -161,7 +161,8 @@ def _product(h: Tensor, W: Tensor, bias: Tensor | None, on_cpu: bool) -> Tensor:
     """``h W^T + bias``."""
     if bias is None:
         return h @ W.t()
-    if FUSED_LINEAR is not None and on_cpu and h.dtype == torch.bfloat16 and W.is_contiguous():
+    bf16_on_cpu = on_cpu and h.dtype == torch.bfloat16 and W.is_contiguous()
+    if FUSED_LINEAR is not None and bf16_on_cpu and not torch.compiler.is_compiling():  # that needs constant weights
         return FUSED_LINEAR(h, W, bias, "none", [], "")
     return torch.addmm(bias, h, W.t())
 

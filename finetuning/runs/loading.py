@@ -14,6 +14,7 @@ from finetuning.models.base_files import check_base_unchanged, stored_shapes
 from finetuning.models.base_model import BaseModel, class_names, find_base_model
 from finetuning.models.build import build_classifier
 from finetuning.models.classifier import Classifier
+from finetuning.models.discovery import encoder_linears
 from finetuning.models.families import ModelFamily
 from finetuning.models.pretrained import class_order
 from finetuning.runs.adapters import PREFIX, Adapter, read_adapter
@@ -108,10 +109,11 @@ def adopt_adapter(
             f" in its {ADAPTER_CONFIG}"
         )
     known = {_any_layer(name): part for part in (*family.targets, "head") for name in family.linear_names(part, 1)}
-    unknown = [name for name in adapter.linears if _any_layer(name) not in known]
+    others = [] if family.targets else encoder_linears(base.empty_classifier(), family)  # of a type without names
+    unknown = [name for name in adapter.linears if _any_layer(name) not in known and name not in others]
     if unknown:
         raise UserError(f"{flag}: has LoRA on {unknown[0]}, which is not a linear of this model that can have LoRA")
-    placed = {known[_any_layer(name)] for name in adapter.linears}
+    placed = {known.get(_any_layer(name)) for name in adapter.linears}
     values = {"lora_r": adapter.rank, "lora_alpha": adapter.alpha, "lora_scaling": adapter.scaling}
     values |= {name: name.removeprefix("lora_") in placed for name in LORA_TARGETS}
     for name, value in values.items():
@@ -143,7 +145,7 @@ def _adapted_layers(lora: LoRASettings, adapter: Adapter, base: BaseModel) -> st
         raise UserError(
             f"--lora_layers {lora.lora_layers}: the adapter of --init_adapter has {has}: leave out this flag"
         )
-    if lora.lora_layers or not found:
+    if lora.lora_layers or not found or "layer_count" not in base.family.settings:
         return lora.lora_layers
     every = set(range(getattr(base.config, base.family.settings["layer_count"])))
     return None if found == every else named_layers(found)

@@ -28,6 +28,7 @@ def check_memory(
     max_length: int,
     windows: int,
     processes: int,
+    resumed: bool = False,
 ) -> None:
     """Checks that training will fit into the free memory.
 
@@ -39,6 +40,7 @@ def check_memory(
         frozen: outputs of frozen layers that are kept.
         max_length, windows: the run's flags; ``--batch_tokens`` must reach their product.
         processes: the processes of the run on this machine, which share the main memory.
+        resumed: whether the run is continued, so that its batches and what it trains are known.
 
     Raises:
         TrainingFailed: it will not; the line says what would fit.
@@ -59,6 +61,8 @@ def check_memory(
         return
     if outputs and fixed + batch <= free:  # what is kept only saves time
         fitting = f"--frozen_cache_gb {(free - fixed - batch) * 10 // 2**30 / 10:g} would fit"
+    elif resumed:
+        fitting = f"{'' if classifier.checkpointing else 'use --gradient_checkpointing True, or '}free some memory"
     else:
         fitting = advice(fixed + outputs, batch, free, tokens, max_length, windows, classifier.checkpointing)
     raise TrainingFailed(

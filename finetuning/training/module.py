@@ -23,7 +23,7 @@ from finetuning.processes import is_helper
 from finetuning.runs.files import NOT_FINITE
 from finetuning.settings import TrainingSettings
 from finetuning.training.averaging import Averaging
-from finetuning.training.callbacks import ADVICE, of_all_ranks
+from finetuning.training.callbacks import ADVICE, GracefulStop, of_all_ranks
 from finetuning.training.checkpoints import check_best, only_tensors
 from finetuning.training.optimization import make_optimizer, make_scheduler
 from finetuning.training.tasks import Task
@@ -77,9 +77,12 @@ class FineTuning(pl.LightningModule):
         """
         outputs = self.frozen.get("train")
         loader: Any = self.trainer.train_dataloader
+        stops = [callback for callback in self.trainer.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
         if outputs is not None:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 for batch in loader.first_batches(self.trainer.global_step * self.settings.accumulate):
+                    for stop in stops:  # an epoch may take minutes
+                        stop.check(self.trainer)
                     self.classifier.logits(batch, outputs)
 
     @property

@@ -111,6 +111,7 @@ def make_trainer(
         monitor=monitor,
         mode=mode,
         save_on_train_epoch_end=True,
+        save_weights_only=True,  # a run goes on from the last one: the optimizer's state would be most of the file
         enable_version_counter=False,
     )
     at_terminal = sys.stdout.isatty()

@@ -77,6 +77,15 @@ def test_kept_outputs_are_the_first_to_go(tiny_folders: dict[str, Path], monkeyp
         check_memory(classifier, loader, training, torch.device("cpu"), outputs, 64, 1, 1)
 
 
+def test_a_continued_run_is_told_what_it_may_change(
+    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, loader, training = built(tiny_folders["bert"], 40, TRAINING_FLAGS)
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**19)
+    with pytest.raises(TrainingFailed, match=r"free: use --gradient_checkpointing True, or free some memory; --force"):
+        check_memory(classifier, loader, training, torch.device("cpu"), {}, 64, 1, 1, resumed=True)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_measuring_a_batch_keeps_nothing_of_it(tiny_folders: dict[str, Path], method: str) -> None:
     classifier, loader, _ = built(tiny_folders["bert"], 40, f"{TRAINING_FLAGS} --method {method}")

@@ -1,7 +1,9 @@
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,9 +14,10 @@ from torch import Tensor
 from finetuning.config import RunConfig
 from finetuning.data.batches import evaluation_loader, train_loader
 from finetuning.data.tokens import TokenizedSplit
-from finetuning.errors import TrainingFailed
+from finetuning.errors import Interrupted, TrainingFailed
 from finetuning.models.lora import lora_modules
 from finetuning.models.merged import drop_merged
+from finetuning.training.callbacks import GracefulStop, Meter
 from finetuning.training.module import FineTuning
 from finetuning.training.tasks import SingleLabel
 from finetuning.training.trainer import quiet_lightning
@@ -33,6 +36,29 @@ def test_dropout_acts_in_training_and_not_in_evaluation(tiny_folders: dict[str, 
     assert not torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
     module.eval()
     assert torch.equal(module.classifier(ids, mask), module.classifier(ids, mask))
+
+
+def test_a_signal_is_heard_while_frozen_outputs_are_computed_again(tiny_folders: dict[str, Path]) -> None:
+    module, seen = module_of(tiny_folders["distilbert"], method="head"), list[int]()
+    stop = GracefulStop(Path(), Meter(Path()), 0, 0)
+
+    def first_batches(count: int) -> Iterator[dict[str, Tensor]]:
+        for number in range(count):
+            seen.append(number)
+            stop.requested = number == 2
+            yield {
+                "input_ids": torch.ones(1, 4, dtype=torch.long),
+                "attention_mask": torch.ones(1, 4, dtype=torch.long),
+            }
+
+    loader = SimpleNamespace(first_batches=first_batches)
+    trainer: Any = SimpleNamespace(train_dataloader=loader, global_step=9, callbacks=[stop], world_size=1)
+    module._trainer = trainer
+    module.frozen = {"train": cast(Any, SimpleNamespace())}
+    module.classifier.logits = lambda *_: None  # type: ignore[method-assign,assignment]
+    with pytest.raises(Interrupted):
+        module._continue_outputs()
+    assert seen == [0, 1, 2]
 
 
 def test_an_evaluation_that_is_not_finite_fails(tiny_folders: dict[str, Path]) -> None:
