@@ -46,7 +46,7 @@ def fit_temperature(answers: Answers) -> float | None:
     low, high = np.log(1 / HOTTEST), np.log(1 / COLDEST)  # of 1 / temperature
     if _slope(answers, low) >= 0 or _slope(answers, high) <= 0:
         return None
-    for _ in range(50):
+    for _ in range(25):  # to 3e-7 of it
         middle = (low + high) / 2
         low, high = (low, middle) if _slope(answers, middle) > 0 else (middle, high)
     return float(np.exp(-(low + high) / 2))
