@@ -65,10 +65,11 @@ def rates_table(grid: Grid) -> Table:
     """A row for each method with enough trials; no rows if none has."""
     rows = []
     for method in grid.methods:
-        finished = ([run for run in found.get(method, ()) if run.finished] for found in grid.trials.values())
+        # without epochs no rate matters
         tried = (
-            [run for run in own if run.get("config", "epochs")] for own in finished
-        )  # without one, no rate matters
+            [run for run in found.get(method, ()) if run.finished and run.get("config", "epochs")]
+            for found in grid.trials.values()
+        )
         trials = [runs for runs in tried if runs]  # of each data set
         flat = [run for runs in trials for run in runs]
         if len(flat) < max(LEAST_TRIALS, len(trials) + 1 + FITTED_CURVE) or any(run.monitor == "loss" for run in flat):

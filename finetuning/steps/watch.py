@@ -59,6 +59,6 @@ def watched(claim: Claim, on_gpu: bool, trackers: Trackers) -> Iterator[Watch]:
     watch = Watch(claim, on_gpu, trackers)
     with quiet_lightning(), watch.stop.listening():
         yield watch
-        if claim.config.data.fold is not None:  # the next run would not know of a late signal
-            watch.stop.check()
+        if claim.config.data.fold is not None and claim.config.hardware.processes == 1:
+            watch.stop.check()  # the run on the next fold would not know of a late signal
     leave_process_group()

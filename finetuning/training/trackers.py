@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.errors import first_line
+from finetuning.processes import is_helper
 from finetuning.runs.files import REPORT, RESULT, TRACKED
 from finetuning.storage import read_json, write_json
 
@@ -48,7 +49,7 @@ class Trackers:
         """
         self._continues = resumed
         earlier = _earlier_ids(self._directory) if resumed else {}
-        if not resumed:  # what the run that --overwrite replaced has logged
+        if not resumed and not is_helper():  # what the run that --overwrite replaced has logged
             folder = self._directory / TENSORBOARD
             for file in (*folder.glob("events.out.tfevents.*"), folder / "hparams.yaml"):
                 with suppress(OSError):

@@ -62,6 +62,7 @@ class Facts:
             takes_pooling=self.takes_pooling and other.takes_pooling,
             takes_dropout=self.takes_dropout and other.takes_dropout,
             fuses=self.fuses or other.fuses,
+            longest=min(self.longest, other.longest),
         )
 
     def refusal(self, name: str, value: Value) -> str | None:
@@ -263,12 +264,12 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
     rows += [row for row in named.values() if row is not None]
     rows += [Parameter(MODEL, tuple(models), own=True)] if models else []
-    for row in (row for row in rows if row.own and not row.times_default):
-        for value in row.ends:
+    for row in (row for row in rows if row.own and MODEL not in (row.only or ())):  # of all models
+        for value in () if row.times_default else row.ends:
             if reason := facts.refusal(row.name, value):
                 raise UserError(f"--search {search}: {row.name} {value}: {reason}")
     free = [row for row in rows if row.name not in given or row.name == MODEL]  # the given model is the default's
-    decided = given.keys() | ({"lora_modules"} & named.keys())  # which takes the place of the placement
+    decided = [*given, *(["lora_modules"] if named.get("lora_modules") else [])]  # in the place of the placement
     rows = [row for row in free if row.own or not _is_decided(row.name, decided)]
     if facts.fuses:
         rows = [_of_fused(row, given, any(row.name == PLACEMENT for row in rows)) for row in rows]

@@ -183,7 +183,8 @@ def test_models_are_searched_and_the_given_one_is_the_defaults(tmp_path: Path) -
 
 def test_the_space_of_several_models_is_what_all_of_them_allow() -> None:
     shallow = Facts(9, 9, (), layers=2, multi_label=False, takes_pooling=False, fuses=True, longest=128)
-    assert FACTS.also_of(shallow) == replace(FACTS, lengths=(64, 128), layers=2, takes_pooling=False, fuses=True)
+    fewer: dict[str, Any] = {"lengths": (64, 128), "layers": 2, "takes_pooling": False, "fuses": True, "longest": 128}
+    assert FACTS.also_of(shallow) == replace(FACTS, **fewer)
     assert FACTS.also_of(FACTS) == FACTS
 
 
