@@ -335,7 +335,7 @@ def test_only_lengths_that_cut_texts_are_searched() -> None:
 @pytest.mark.parametrize(
     ("winner", "candidate", "said"),
     [
-        (2, 2, "+1.00 points (95 % interval -1.00 to +3.00) of test accuracy over the default"),
+        (2, 2, "+1.00 points (95 % interval -1.00 to +3.00) of test accuracy over the default, which may be chance"),
         (0, 2, "none: trial 2 is not better on validation with new seeds. It has +1.00 points (95 % interval -1.00"),
         (0, 0, "none, no trial was better than the first run of the default"),
     ],
@@ -345,6 +345,9 @@ def test_the_gain_says_what_a_trial_has_that_does_not_win(winner: int, candidate
     found = {"trial": candidate, "failed": 0}
     summary = {"winner": {"trial": winner}, "candidate": found, "candidate_gain": gain}
     assert gain_text(summary).startswith(said)
+    if winner == candidate == 2:
+        gain["ci95"] = [0.001, 0.03]
+        assert gain_text(summary).endswith("to +3.00) of test accuracy over the default")
     if winner != candidate:
         found["failed"] = 1
         assert gain_text(summary).startswith("none: trial 2 has failed with some of the new seeds. It has +1.00")

@@ -246,7 +246,7 @@ def gain_text(summary: dict[str, Any]) -> str:
     difference = Difference(gain["mean"], gain["ci95"][0], gain["ci95"][1], gain["p"])
     text = f"{difference} of test {gain['measure'].replace('_', ' ')} over the default"
     if summary["winner"]["trial"] != 0:
-        return text
+        return text + (", which may be chance" if difference.low <= 0 <= difference.high else "")
     why = "has failed with some of the" if summary["candidate"]["failed"] else "is not better on validation with"
     return f"none: {trial_name(candidate)} {why} new seeds. It has {text}"
 
