@@ -5,6 +5,7 @@ import fcntl
 import math
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from finetuning.errors import TrainingFailed
+from finetuning.processes import handled
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.files import read_result
 from finetuning.training import callbacks
@@ -158,10 +160,11 @@ def test_at_a_terminal_a_bar_shows_the_latest_loss_and_a_closed_terminal_leaves_
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more)
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # a new one is 0 columns wide
-    process = subprocess.Popen(
-        ["setsid", "--ctty", sys.executable, str(ROOT / "finetune_lora.py"), *words],  # the terminal is its own
-        stdin=its, stdout=its, stderr=its, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    with handled([signal.SIGHUP], signal.SIG_DFL):  # the tests may have been started with nohup
+        process = subprocess.Popen(
+            ["setsid", "--ctty", sys.executable, str(ROOT / "finetune_lora.py"), *words],  # the terminal is its own
+            stdin=its, stdout=its, stderr=its, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
     os.close(its)
     shown = b""
     while b"Epoch 2:" not in shown:
