@@ -238,7 +238,11 @@ def test_base_models_are_searched(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tiny_folders["bert"].parent)
-    models = ["--models", str(tiny_folders["distilbert"]), tiny_folders["bert"].name]  # from this directory
+    models = [
+        "--models",
+        str(tiny_folders["distilbert"]),
+        *2 * [tiny_folders["bert"].name],
+    ]  # from this directory, each once
     search, folder = tmp_path / "space.toml", tmp_path / "search"
     words = ["tune", *flags[:-2], "--trials", "2", "--seeds", "1"]
     assert main([*words, *models, "--output_dir", str(folder)]) == 0

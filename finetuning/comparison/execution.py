@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from finetuning.comparison.drawn import shown_settings
 from finetuning.comparison.plan import PlannedRun
@@ -176,7 +177,7 @@ class StudyExecution:
         self.starter = Starter(script, jobs, fork=len(chosen) > 1)
         self.current: list[CurrentRun] = []
         self.ended: dict[str, str] = {}  # run's name -> finished, failed
-        self.failed_before: set[str] = set()  # others have failed since this command began: once is enough
+        self.failed_before: dict[str, dict[str, Any]] = {}  # results of runs to retry: a newer one is another's retry
         self.seconds: dict[str, float] = {}  # run's name -> its time, as far as it was needed
 
     def run_all(self) -> int:
@@ -185,8 +186,10 @@ class StudyExecution:
         Returns:
             The exit status: 0 if all have finished, 1 if one has failed, 130 if the command was interrupted.
         """
-        states = [self.runs.state(self.runs.tuned_if_possible(run)) for run in self.chosen]
-        self.failed_before = {run.name for run, state in zip(self.chosen, states, strict=True) if state == "failed"}
+        planned = [self.runs.tuned_if_possible(run) for run in self.chosen]
+        states = [self.runs.state(run) for run in planned]
+        failed = (run for run, state in zip(planned, states, strict=True) if state == "failed" and self.retry_failed)
+        self.failed_before = {run.name: self.runs.result(run) for run in failed}
         counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
         print(f"{self.runs.study.name}: {len(self.chosen)} runs, {counts}", flush=True)
         with self.starter:
@@ -228,8 +231,8 @@ class StudyExecution:
                 differences = ", ".join(self.runs.differences(planned))
                 where = self.runs.directory(run)
                 self.note_end(run, "failed", f"{where} has other settings ({differences}): remove it or rename the row")
-            elif state == "failed" and not (self.retry_failed and run.name in self.failed_before):
-                error = self.runs.result(run).get("error")
+            elif state == "failed" and (result := self.runs.result(planned)) != self.failed_before.get(run.name):
+                error = result.get("error")
                 self.note_end(run, "failed", f"failed earlier: {error} (run it again with --retry_failed)")
             elif state == "finished":
                 self.ended[run.name] = "finished"

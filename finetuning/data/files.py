@@ -96,14 +96,16 @@ def read_frame(path: Path, wanted: Callable[[Collection[str]], Collection[str]] 
     Args:
         path: the table.
         wanted: from the names of all columns, those that are needed. A parquet file is read without the others, which
-            may be large, or of a type that pandas does not know. If one is missing, all are read.
+            may be large, or of a type that pandas does not know. If one is missing, or has a point in its name, which
+            would mean a part of a column, all are read.
     """
     if wanted is None or name_and_format(path)[1] != "parquet" or path.is_dir():
         return next(read_chunks(path, None))
-    known = parquet_schema(path).names
-    names = list(dict.fromkeys(wanted(known)))
-    plain = all(name in known and "." not in name for name in names)  # a point would name a part of a column
-    return next(_parquet_chunks(path, None, names if plain else None))
+    with pyarrow.parquet.ParquetFile(_seekable(path)) as file:
+        known = file.schema_arrow.names
+        names = list(dict.fromkeys(wanted(known)))
+        plain = all(name in known and "." not in name for name in names)
+        return file.read(columns=names if plain else None).to_pandas(ignore_metadata=True)
 
 
 def read_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
@@ -145,10 +147,10 @@ def _seekable(path: Path) -> Path | io.BytesIO:
         return io.BytesIO(file.read())
 
 
-def _parquet_chunks(path: Path, rows: int | None, names: Sequence[str] | None = None) -> Iterator[pd.DataFrame]:
+def _parquet_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
     if rows is None:
         # a column that pandas would take as an index stays a column
-        yield pyarrow.parquet.read_table(_seekable(path), columns=names).to_pandas(ignore_metadata=True)
+        yield pyarrow.parquet.read_table(_seekable(path)).to_pandas(ignore_metadata=True)
         return
     with pyarrow.parquet.ParquetFile(_seekable(path)) as file:
         if file.metadata.num_rows == 0:

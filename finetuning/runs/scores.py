@@ -128,6 +128,8 @@ def shows_learning(answers: Answers, kfold: Mapping[str, Any] | None) -> bool:
     if accuracy_interval(accuracy, texts)[0] > largest / texts:
         return True
     low, _ = (same["mean_ci95"] if same else score_intervals(answers)).get("mcc", (0.0, 0.0))
+    if same and "mcc" not in same["mean_ci95"]:  # all folds have the same
+        low = same["mean"].get("mcc", 0.0)
     return bool(low > 0)
 
 

@@ -77,8 +77,9 @@ class FineTuning(pl.LightningModule):
         """
         outputs = self.frozen.get("train")
         loader: Any = self.trainer.train_dataloader
-        stops = [callback for callback in self.trainer.callbacks if isinstance(callback, GracefulStop)]  # type: ignore[attr-defined]
         if outputs is not None:
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            stops = [callback for callback in callbacks if isinstance(callback, GracefulStop)]
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 for batch in loader.first_batches(self.trainer.global_step * self.settings.accumulate):
                     for stop in stops:  # an epoch may take minutes
@@ -202,7 +203,7 @@ class FineTuning(pl.LightningModule):
         """
         check_best(path)
         with only_tensors(path):
-            # mapped: the optimizer's state, twice the weights, is never read
+            # mapped: read into the weights without a copy in memory
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         averages = checkpoint.get("average", {}).get("weights", {})
         self.load_state_dict(checkpoint["state_dict"] | averages, strict=False)

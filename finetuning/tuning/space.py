@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -264,13 +264,14 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
     rows += [row for row in named.values() if row is not None]
     rows += [Parameter(MODEL, tuple(models), own=True)] if models else []
-    for row in (row for row in rows if row.own and MODEL not in (row.only or ())):  # of all models
+    if named.get("lora_modules"):  # in the place of the placement
+        rows = [row for row in rows if row.own or row.name != PLACEMENT]
+    free = [row for row in rows if row.name not in given or row.name == MODEL]  # the given model is the default's
+    for row in (row for row in free if row.own and MODEL not in (row.only or ())):  # of all models
         for value in () if row.times_default else row.ends:
             if reason := facts.refusal(row.name, value):
                 raise UserError(f"--search {search}: {row.name} {value}: {reason}")
-    free = [row for row in rows if row.name not in given or row.name == MODEL]  # the given model is the default's
-    decided = [*given, *(["lora_modules"] if named.get("lora_modules") else [])]  # in the place of the placement
-    rows = [row for row in free if row.own or not _is_decided(row.name, decided)]
+    rows = [row for row in free if row.own or not _is_decided(row.name, given)]
     if facts.fuses:
         rows = [_of_fused(row, given, any(row.name == PLACEMENT for row in rows)) for row in rows]
     return Space(tuple(_in_order(rows)), given, {"epochs": facts.epochs, "batch_size": facts.batch_size}).checked()
@@ -335,7 +336,7 @@ def _of_fused(row: Parameter, given: Mapping[str, Any], placed: bool) -> Paramet
     return row if row.own else replace(row, values=tuple(value for value in row.values if value != "dora"))
 
 
-def _is_decided(name: str, given: Collection[str]) -> bool:
+def _is_decided(name: str, given: Mapping[str, Any]) -> bool:
     """Whether given flags decide a declared parameter that is none of them."""
     if name == "method":  # flags of one method fix it
         return any(map(method_of, given))

@@ -98,4 +98,7 @@ def test_after_folds_what_was_learned_is_judged_after_the_same_epoch() -> None:
     assert scores.shows_learning(good, {"same_epoch": None})  # a fold has stopped before
     assert not scores.shows_learning(good, {"same_epoch": same})
     assert scores.shows_learning(good, {"same_epoch": same | {"mean_ci95": {"mcc": (0.1, 0.6)}}})
+    alike = same | {"mean_ci95": {}}  # the same in all folds
+    assert scores.shows_learning(good, {"same_epoch": alike | {"mean": {"mcc": 1.0}}})
+    assert not scores.shows_learning(good, {"same_epoch": alike | {"mean": {"mcc": 0.0}}})
     assert scores.shows_learning(good, {"same_epoch": {"accuracy": 0.9}})  # that is enough
