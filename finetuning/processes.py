@@ -57,7 +57,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """The other signals act like Ctrl-C, in any process: for commands that srun may start several times."""
+    """All signals that ask to stop act like Ctrl-C, in any process: for commands that srun may start several times."""
     with handled((number for number in stop_signals() if number != signal.SIGINT), signal.default_int_handler):
         yield
 

@@ -82,8 +82,8 @@ def prepare_training(
     module = FineTuning(classifier, settings, inputs.task, steps, frozen, kernels)
     if settings.epochs and not claim.config.run.force:
         data = claim.config.data
-        limits = data.max_length, data.windows, claim.config.hardware.devices, claim.checkpoint is not None
-        check_memory(classifier, batches, settings, trainer.strategy.root_device, frozen, *limits)
+        limits, resumed = (data.max_length, data.windows, claim.config.hardware.devices), claim.checkpoint is not None
+        check_memory(classifier, batches, settings, trainer.strategy.root_device, frozen, *limits, resumed=resumed)
     return Training(claim, inputs, watch, trainer, module, batches, validation, options, folds)
 
 

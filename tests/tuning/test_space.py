@@ -143,11 +143,8 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
     assert "lora_dropout" not in space.drawn(lambda row: row.ends[0])
     modules = space_of(search=written(tmp_path, 'lora_modules = ["query,value", "dense"]\n'))
     assert {row.name for row in DECLARED} - names(modules) == {"placement"}
-    assert names(
-        space_of(
-            search=written(tmp_path, "max_length = [64, 4096]\n"), facts=replace(FACTS, longest=512), max_length=64
-        )
-    )
+    longer = written(tmp_path, "max_length = [64, 4096]\n")  # the given flag decides
+    assert "max_length" not in names(space_of(replace(FACTS, longest=512), longer, max_length=64))
     several = written(tmp_path, "epochs = { low = 0.5, high = 2, times_default = true }\n")
     assert "epochs" not in names(space_of(search=several, epochs=5)), "a number, and not how many times the default"
     only = space_of(search=written(tmp_path, "replace = true\nepochs = { low = 2, high = 6 }\n"))
