@@ -336,7 +336,7 @@ def test_what_the_text_says_of_significance() -> None:
     assert not significant("compute_memory", "max_length-256", "max_length-512")
     assert significant("compute_memory", "base", "q_lora")
     assert significant("schedulers", "cosine", "constant")
-    assert not significant("schedulers", "linear", "constant")
+    assert significant("schedulers", "linear", "constant")
     assert not significant("methods", "lora", "selective")
     assert significant("earlier_work", "lora", "selective")
     assert not significant("best", "lora-onecycle", "lora-onecycle-5e-4")
