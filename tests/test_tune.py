@@ -14,13 +14,16 @@ import predict
 from benchmarks.slurm_cluster import PATIENCE_SECONDS, wait_until
 from compare_methods import main
 from finetuning.comparison import execution
+from finetuning.config import RunConfig
+from finetuning.errors import UserError
 from finetuning.runs.files import read_result, write_result
 from finetuning.storage import read_json, sha256_of, write_json
 from finetuning.tuning import command
 from finetuning.tuning.facts import read_facts, useful_lengths
 from finetuning.tuning.plan import Plan
 from finetuning.tuning.report import finish, gain_text, summary_lines
-from tests.conftest import config_of_flags, write_splits
+from finetuning.tuning.space import make_space
+from tests.conftest import write_splits
 from tests.scripts import SharedServer, start_script
 from tests.tiny_models import POSITIONS
 
@@ -322,9 +325,22 @@ def test_texts_are_measured_uncut_and_the_models_limit_is_tried(tiny_folders: di
     for split, texts in (("train", 60), ("validation", 50), ("test", 10)):
         rows = [f"{split} {'long ' * 600}{i},{'ab'[i % 2]}" for i in range(texts)]
         (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
-    words = f"--dataset text --data_dir {tmp_path} --accelerator cpu --max_length 32"
-    config = config_of_flags(f"{words} --model_name {tiny_folders['bert']}")
-    assert read_facts(config).lengths == (32, POSITIONS)
+    given = {"dataset": "text", "data_dir": tmp_path, "accelerator": "cpu", "max_length": 32}
+    given["model_name"] = str(tiny_folders["bert"])
+    facts = read_facts(RunConfig.from_settings(**given))
+    assert facts.lengths == (32, POSITIONS)
+    search = tmp_path / "space.toml"
+    for row, reason in (
+        ("lora_r = [8, 512]", "--lora_r 512: the layers of .* are .* wide"),
+        ("max_length = [32, 4096]", "--max_length 4096: .* has .* positions"),
+        ("trainable_layers = { low = 1, high = 9 }", "--trainable_layers 9: .* has . layers"),
+        ('lora_modules = ["query", "nonsense"]', "--lora_modules nonsense"),
+        ('lora_layers = ["0-1", "0-9"]', "--lora_layers 0-9: .* has . layers"),
+        ("batch_tokens = [16, 2048]", "--batch_tokens 16"),
+    ):
+        search.write_text(row)
+        with pytest.raises(UserError, match=f"--search: {row.partition(' ')[0]}: {reason}"):
+            make_space({name: value for name, value in given.items() if name != "max_length"}, facts, search)
 
 
 def test_only_lengths_that_cut_texts_are_searched() -> None:

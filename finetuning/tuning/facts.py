@@ -1,6 +1,7 @@
 """What texts and models say about a search, by the inputs of a run with the default flags. Reading them loads torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,11 +29,14 @@ def read_facts(config: RunConfig, models: Sequence[str] = ()) -> Facts:
     Raises:
         UserError: a run would be refused, or validation has too few texts.
     """
-    facts = _facts_of(config)
-    for name in models:
-        if name != config.model.model_name:
-            facts = facts.also_of(_facts_of(config.changed(model_name=name)))
-    return facts
+    own = config.model.model_name
+    found = {name: _facts_of(config.changed(model_name=name)) for name in dict.fromkeys((own, *models))}
+    return replace(
+        found[own],  # whose tokens count the lengths
+        layers=min(facts.layers for facts in found.values()),
+        fuses=any(facts.fuses for facts in found.values()),
+        check=lambda run: found[run.model.model_name].check(run),
+    )
 
 
 def _facts_of(config: RunConfig) -> Facts:
@@ -49,7 +53,8 @@ def _facts_of(config: RunConfig) -> Facts:
     with fast_imports():
         from finetuning import steps
         from finetuning.data.tokens import encode
-        from finetuning.models.base_model import load_tokenizer
+        from finetuning.models.base_model import check_fits, load_tokenizer
+        from finetuning.training.tasks import make_task
     inputs = steps.read_inputs(config, materials)
     train = inputs.texts.splits["train"]
     lengths = inputs.splits["train"].lengths
@@ -61,13 +66,15 @@ def _facts_of(config: RunConfig) -> Facts:
         texts, pairs = ([column[i] for i in places] if column else None for column in (train.texts, train.pairs))
         lengths = np.diff(encode(texts or [], pairs, load_tokenizer(inputs.base), data).offsets)
     layers = getattr(inputs.base.config, inputs.base.family.settings.get("layer_count", ""), 0)
-    training = inputs.config.training
-    return Facts(
-        training.epochs, training.batch_size, useful_lengths(lengths, config.data.max_length, longest), layers,
-        inputs.task.kind == "multi-label", inputs.base.takes_pooling, "dropout" in inputs.base.family.settings,
-        bool(inputs.base.family.fused), inputs.base.longest_input,
-        {name: len(split.texts) for name, split in materials.texts.splits.items()},
-    )  # fmt: skip
+    labels = {name: split.labels for name, split in materials.texts.splits.items()}
+
+    def check(run: RunConfig) -> None:
+        check_fits(inputs.base, run)
+        make_task(labels, materials.texts.label_names, run.training)
+
+    training, sizes = inputs.config.training, {name: len(of_texts) for name, of_texts in labels.items()}
+    useful = useful_lengths(lengths, config.data.max_length, longest)
+    return Facts(training.epochs, training.batch_size, useful, layers, bool(inputs.base.family.fused), sizes, check)
 
 
 def useful_lengths(lengths: np.ndarray, default: int, longest: int) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """The space of a search: which parameters these texts and flags leave, and the flags of each point in it."""
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -34,50 +33,18 @@ class Facts:
         epochs, batch_size: what auto gives for these texts.
         lengths: the values of ``--max_length`` that make a difference; at most one if none does.
         layers: of the encoder; 0 if the model has no list of layers.
-        multi_label: whether a text may have several labels.
-        takes_pooling: whether the model's head can read the mean of the tokens.
-        takes_dropout: whether the model has ``--dropout``.
         fuses: whether query, key and value are one linear, of which a part takes no DoRA.
-        longest: the most tokens that the model reads.
         sizes: split -> its number of texts.
+        check: raises a ``UserError`` for a run that model or texts refuse.
     """
 
     epochs: int
     batch_size: int
     lengths: tuple[int, ...]
     layers: int
-    multi_label: bool
-    takes_pooling: bool = True
-    takes_dropout: bool = True
     fuses: bool = False
-    longest: float = math.inf
     sizes: Mapping[str, int] = field(default_factory=dict)
-
-    def also_of(self, other: "Facts") -> "Facts":
-        """What holds for another model as well. Lengths are counted in this one's tokens."""
-        return replace(
-            self,
-            lengths=tuple(length for length in self.lengths if length <= other.longest),
-            layers=min(self.layers, other.layers),
-            takes_pooling=self.takes_pooling and other.takes_pooling,
-            takes_dropout=self.takes_dropout and other.takes_dropout,
-            fuses=self.fuses or other.fuses,
-            longest=min(self.longest, other.longest),
-        )
-
-    def refusal(self, name: str, value: Value) -> str | None:
-        """Why a run of these texts and models would refuse a value; ``None`` if it would not."""
-        if name == MAX_LENGTH and float(value) > self.longest:
-            return f"the model reads {self.longest:g} tokens"
-        if name == "trainable_layers" and int(value) > self.layers:
-            return f"the model has {self.layers} layers"
-        if name == "label_smoothing" and value and self.multi_label:
-            return "not for multi-label data"
-        if name == "pooling" and not self.takes_pooling:
-            return "the model's head has no choice"
-        if name == "dropout" and value and not self.takes_dropout:
-            return "the model has no such dropout"
-        return None
+    check: Callable[[RunConfig], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -174,30 +141,41 @@ class Space:
         held = [point for point, changed in zip(points, others, strict=True) if changed.items() <= point.items()]
         return [self.default_point(), *held]
 
-    def checked(self) -> "Space":
-        """The space without declared values that the given flags exclude; each value is tried once.
+    def checked(self, check: Callable[[RunConfig], None]) -> "Space":
+        """The space without declared values that flags, models or texts exclude; each value is tried with each model.
+
+        Args:
+            check: raises a ``UserError`` for a run that model or texts refuse.
 
         Raises:
             UserError: a value of the file is refused, its condition can never hold, or nothing is left to search.
         """
         space = self
         for parameter in sorted(self.parameters, key=lambda row: not row.own):  # an error in the file comes first
-            allowed = tuple(value for value in parameter.ends if space._is_allowed(parameter, value))
+            allowed = tuple(value for value in parameter.ends if space._is_allowed(parameter, value, check))
             whole = parameter if allowed == parameter.ends else replace(parameter, values=allowed)
             kept = whole if allowed and (parameter.values or whole is parameter) else None
+            if whole is not parameter and allowed == (self._usual[parameter.name],):
+                kept = None  # the default alone is no choice
             rows = [kept if row is parameter else row for row in space.parameters]
             space = replace(space, parameters=tuple(row for row in rows if row is not None))
         if not any(len(row.ends) > 1 for row in space.parameters):
             raise UserError("the space is empty: no flag is left to search, so give fewer flags or another --search")
         return space
 
-    def _is_allowed(self, parameter: Parameter, value: Value) -> bool:
-        points = (self._point_near(way) for way in self._ways(parameter, value))
-        point = next((point for point in points if parameter.name in point), {})
+    def _is_allowed(self, parameter: Parameter, value: Value, check: Callable[[RunConfig], None]) -> bool:
+        models = next((row.values for row in self.parameters if row.name == MODEL), ())
+        found: dict[Value | None, Point] = {}  # a point of each model that has the parameter
+        for way in self._ways(parameter, value):
+            for wanted in [way] if MODEL in way or not models else [{**way, MODEL: model} for model in models]:
+                point = self._point_near(wanted)
+                if parameter.name in point:
+                    found.setdefault(point.get(MODEL), point)
         try:
-            if parameter.name not in point:
+            if not found:
                 raise UserError(f"impossible condition: {parameter.condition} never occurs in this space")
-            self.settings(point)
+            for point in found.values():
+                check(RunConfig.from_settings(**{**self.given, **self.settings(point)}))
         except UserError as error:
             if not parameter.own:
                 return False
@@ -205,13 +183,13 @@ class Space:
         return True
 
     def _point_near(self, wanted: Point) -> Point:
-        """The point with these values and the usual ones, as far as the space has them."""
-
-        def pick(row: Parameter) -> Value:
-            values = (wanted.get(row.name), self._usual.get(row.name))
-            return next((value for value in values if value is not None and row.contains(value)), row.ends[0])
-
-        return self.drawn(pick)
+        """The point with these values and the usual ones, as far as the space has them; no row without both."""
+        point: Point = {}
+        for row in self.parameters:
+            values = [value for value in (wanted.get(row.name), self._usual[row.name]) if value is not None]
+            if values and self._applies(row, point):
+                point[row.name] = next((value for value in values if row.contains(value)), row.ends[0])
+        return point
 
     def _ways(self, parameter: Parameter, value: Value) -> list[Point]:
         """What the others may have if a parameter has this value, by its condition and by those of what that names."""
@@ -267,14 +245,11 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
     if named.get("lora_modules"):  # in the place of the placement
         rows = [row for row in rows if row.own or row.name != PLACEMENT]
     free = [row for row in rows if row.name not in given or row.name == MODEL]  # the given model is the default's
-    for row in (row for row in free if row.own and MODEL not in (row.only or ())):  # of all models
-        for value in () if row.times_default else row.ends:
-            if reason := facts.refusal(row.name, value):
-                raise UserError(f"--search {search}: {row.name} {value}: {reason}")
     rows = [row for row in free if row.own or not _is_decided(row.name, given)]
     if facts.fuses:
         rows = [_of_fused(row, given, any(row.name == PLACEMENT for row in rows)) for row in rows]
-    return Space(tuple(_in_order(rows)), given, {"epochs": facts.epochs, "batch_size": facts.batch_size}).checked()
+    defaults = {"epochs": facts.epochs, "batch_size": facts.batch_size}
+    return Space(tuple(_in_order(rows)), given, defaults).checked(facts.check)
 
 
 def _in_order(rows: Sequence[Parameter]) -> list[Parameter]:
@@ -302,14 +277,6 @@ def _fitted(facts: Facts) -> list[Parameter]:
     rows[MAX_LENGTH] = replace(rows[MAX_LENGTH], values=facts.lengths)
     if len(facts.lengths) < 2:
         del rows[MAX_LENGTH]
-    if facts.multi_label:
-        del rows["label_smoothing"]
-    for name, taken in (("pooling", facts.takes_pooling), ("dropout", facts.takes_dropout)):
-        if not taken:
-            del rows[name]
-    if facts.layers < 2:  # the default trains two
-        methods = rows["method"]
-        rows["method"] = replace(methods, values=tuple(value for value in methods.values if value != "selective"))
     layers = min(3, facts.layers - 1)
     if layers < 2:
         del rows["trainable_layers"]

@@ -27,7 +27,7 @@ from finetuning.tuning.plan import (
 from finetuning.tuning.space import Facts, make_space
 from finetuning.tuning.trials import END
 
-FACTS = Facts(6, 32, (256,), 6, False)
+FACTS = Facts(6, 32, (256,), 6)
 
 
 def asked(search: Path | None = None, sampler: str = "tpe", **given: Any) -> Asked:

@@ -12,7 +12,7 @@ from finetuning.tuning.sampler import Proposer, StoredProposer, pruned_after, st
 from finetuning.tuning.space import Facts, Space, make_space
 from finetuning.tuning.trials import COMPLETE, FAILED, OUT_OF_TIME, PRUNED, Trial
 
-SPACE = make_space({}, Facts(6, 32, (256,), 6, False))
+SPACE = make_space({}, Facts(6, 32, (256,), 6))
 
 
 def scored(proposer: Proposer, count: int) -> list[Trial]:
@@ -41,7 +41,7 @@ def test_the_same_seed_proposes_the_same_trials(sampler: str) -> None:
 def test_a_point_whose_flags_do_not_go_together_is_drawn_again(tmp_path: Path) -> None:
     rows = 'optimizer = ["sgd", "sgd_nesterov"]\nmomentum = [0.9, 0.0]'  # Nesterov's needs one
     (tmp_path / "space.toml").write_text(f"replace = true\n{rows}")
-    space = make_space({}, Facts(6, 32, (256,), 6, False), tmp_path / "space.toml")
+    space = make_space({}, Facts(6, 32, (256,), 6), tmp_path / "space.toml")
     proposer = Proposer(space, "random", 0, False)
     points = [proposer.propose(number, [])[0] for number in range(1, 20)]
     assert {proposer.propose(number, [])[0] == point for number, point in enumerate(points, 1)} == {True}

@@ -11,7 +11,7 @@ from finetuning.settings import PACKAGED_BERT
 from finetuning.tuning.parameters import DECLARED, PLACEMENTS, Parameter
 from finetuning.tuning.space import Facts, Space, make_space, space_table
 
-FACTS = Facts(epochs=6, batch_size=32, lengths=(64, 128, 256), layers=6, multi_label=False)
+FACTS = Facts(epochs=6, batch_size=32, lengths=(64, 128, 256), layers=6)
 
 
 def space_of(facts: Facts = FACTS, search: Path | None = None, models: tuple[str, ...] = (), **given: Any) -> Space:
@@ -103,21 +103,23 @@ def test_given_flags_stay_fixed(given: dict[str, Any], absent: set[str]) -> None
 
 def test_declared_values_that_the_given_flags_exclude_are_left_out() -> None:
     assert values(space_of(precision="int8"), "method") == ("lora", "selective", "head")
-    longer = Facts(5, 16, (128, 256, 512), 6, False)
+    longer = Facts(5, 16, (128, 256, 512), 6)
     assert values(space_of(longer, batch_tokens=256), "max_length") == (128, 256)
 
 
 def test_texts_and_model_fit_the_space(tmp_path: Path) -> None:
-    small = Facts(
-        epochs=5, batch_size=16, lengths=(256,), layers=1, multi_label=True, takes_pooling=False, takes_dropout=False
-    )
+    def check(run: RunConfig) -> None:
+        """As a model of one layer and multi-label texts."""
+        if run.training.label_smoothing or run.model.dropout or run.model.pooling or run.method.trainable_layers:
+            raise UserError("refused")
+
+    small = Facts(epochs=5, batch_size=16, lengths=(256,), layers=1, check=check)
     assert {row.name for row in DECLARED} - names(space_of(small)) == {
         "max_length", "label_smoothing", "trainable_layers", "pooling", "dropout",
     }  # fmt: skip
-    assert values(space_of(Facts(5, 16, (256,), 3, False)), "trainable_layers") == (1, 2)
-    for layers in (0, 1, 2):
-        methods = values(space_of(Facts(5, 16, (256,), layers, False)), "method")
-        assert ("selective" in methods) == (layers == 2)
+    assert values(space_of(small), "method") == ("lora", "full", "head")
+    assert values(space_of(Facts(5, 16, (256,), 3)), "trainable_layers") == (1, 2)
+    assert "selective" in values(space_of(Facts(5, 16, (256,), 2)), "method")
     fused = space_of(replace(FACTS, fuses=True))
     for point in (fused.drawn(random_value) for _ in range(50)):
         assert ("lora_variant" in point) == (point.get("placement") in ("attention", "all"))
@@ -144,7 +146,7 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
     modules = space_of(search=written(tmp_path, 'lora_modules = ["query,value", "dense"]\n'))
     assert {row.name for row in DECLARED} - names(modules) == {"placement"}
     longer = written(tmp_path, "max_length = [64, 4096]\n")  # the given flag decides
-    assert "max_length" not in names(space_of(replace(FACTS, longest=512), longer, max_length=64))
+    assert "max_length" not in names(space_of(search=longer, max_length=64))
     several = written(tmp_path, "epochs = { low = 0.5, high = 2, times_default = true }\n")
     assert "epochs" not in names(space_of(search=several, epochs=5)), "a number, and not how many times the default"
     only = space_of(search=written(tmp_path, "replace = true\nepochs = { low = 2, high = 6 }\n"))
@@ -153,23 +155,6 @@ def test_a_file_narrows_or_replaces(tmp_path: Path) -> None:
     for row in ("weight_decay = { low = 0, high = 1 }", "epochs = { low = 1, high = 3, times_default = true }"):
         (parameter,) = space_of(search=written(tmp_path, f"replace = true\n{row}\n")).parameters
         assert not parameter.whole, row
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ("max_length = [64, 1024]", "max_length 1024: the model reads 512 tokens"),
-        ("trainable_layers = { low = 1, high = 3 }", "trainable_layers 3: the model has 2 layers"),
-        ("label_smoothing = [0.0, 0.1]", "label_smoothing 0.1: not for multi-label data"),
-        ('pooling = ["first", "mean"]', "pooling first: the model's head has no choice"),
-        ("dropout = [0.0, 0.1]", "dropout 0.1: the model has no such dropout"),
-    ],
-)
-def test_values_that_texts_or_model_refuse_are_refused_at_once(tmp_path: Path, row: str, reason: str) -> None:
-    facts = replace(FACTS, layers=2, multi_label=True, takes_pooling=False, takes_dropout=False, longest=512)
-    with pytest.raises(UserError, match=rf"--search .*space\.toml: {reason}"):
-        space_of(facts, written(tmp_path, f"{row}\n"))
-    space_of(replace(FACTS, longest=1024), written(tmp_path, f"{row}\n"))
 
 
 def test_models_are_searched_and_the_given_one_is_the_defaults(tmp_path: Path) -> None:
@@ -184,11 +169,24 @@ def test_models_are_searched_and_the_given_one_is_the_defaults(tmp_path: Path) -
         assert ("lora_alpha" in point) == (point["model_name"] == PACKAGED_BERT)
 
 
-def test_the_space_of_several_models_is_what_all_of_them_allow() -> None:
-    shallow = Facts(9, 9, (), layers=2, multi_label=False, takes_pooling=False, fuses=True, longest=128)
-    fewer: dict[str, Any] = {"lengths": (64, 128), "layers": 2, "takes_pooling": False, "fuses": True, "longest": 128}
-    assert FACTS.also_of(shallow) == replace(FACTS, **fewer)
-    assert FACTS.also_of(FACTS) == FACTS
+def check_rank(run: RunConfig) -> None:
+    """As if the model ``small`` were 16 wide, and ``deep`` had no dropout."""
+    if run.model.model_name == "small" and run.lora is not None and (run.lora.lora_r or 0) > 16:
+        raise UserError(f"--lora_r {run.lora.lora_r}: the layers of small are 16 wide")
+    if run.model.model_name == "deep" and run.model.dropout:
+        raise UserError("--dropout 0.1: deep has no such dropout")
+
+
+def test_the_space_of_several_models_is_what_all_of_them_allow(tmp_path: Path) -> None:
+    facts, models = replace(FACTS, check=check_rank), ("small", "deep")
+    space = space_of(facts, models=models, model_name="small")
+    assert values(space, "lora_r") == (4, 8, 16)
+    assert "dropout" not in names(space), "0 alone is no choice"
+    assert values(space_of(facts, model_name="deep"), "lora_r") == (4, 8, 16, 32)
+    with pytest.raises(UserError, match="--search: lora_r: --lora_r 32: the layers of small are 16 wide"):
+        space_of(facts, written(tmp_path, "lora_r = [8, 32]\n"), models, model_name="small")
+    of_deep = written(tmp_path, 'lora_r = { values = [8, 32], if = { model_name = "deep" } }\n')
+    assert values(space_of(facts, of_deep, models, model_name="small"), "lora_r") == (8, 32)
 
 
 @pytest.mark.parametrize(
