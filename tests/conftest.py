@@ -299,7 +299,7 @@ def leave_run(runs: StudyRuns, run: PlannedRun, status: str | None = "finished",
     directory = runs.directory(run)
     directory.mkdir(parents=True, exist_ok=True)
     config = from_flags(run.flags(Path("data"))).to_dict()
-    write_settings(directory, config, {"command": None})
+    write_settings(directory, config, {"command": None, "data": {"train": "of train", "validation": "of validation"}})
     if status is not None:
         command = f"python {Path.cwd()}/finetune_lora.py {' '.join(run.flags(Path('/home/me/data')))} --output_dir x"
         result = {"status": status, "config": config, "command": command, "seconds": 10.0, "task": {}} | more

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,7 @@ def test_collected_records_are_small_and_the_same_every_time(capsys: pytest.Capt
         "study": "tiny", "question": runs.study.question, "row": "lora_r2", "run": "lora_r2-seed3",
         "stage": "final", "seed": 3, "axes": {"lora_r": 2}, "reported": None,
     }  # fmt: skip
+    assert record.pop("texts_sha256") == sha256(b"of train\nof validation").hexdigest()
     command = record.pop("command")
     stated = "--data_dir PATH --batch_tokens 128 --learning_rate 0.001"
     assert command.endswith(stated), "no place of one machine, and what auto and the default chose"

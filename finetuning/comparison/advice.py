@@ -8,6 +8,7 @@ from typing import Any
 
 from finetuning.comparison.collected import Row, Study
 from finetuning.comparison.pairs import Comparison
+from finetuning.comparison.statistics import p_text
 from finetuning.comparison.tables import GIB, accuracy_cell, memory_cell, percent, shown
 from finetuning.pages import Table, dated
 
@@ -154,7 +155,7 @@ def _link(study: Study, link: str) -> str:
 
 def shown_p(p: float) -> str:
     """A p value to two digits; one that is far below every level as a bound."""
-    return f"< {SMALLEST_P:g}" if p < SMALLEST_P else f"{p:.2g}"
+    return f"< {SMALLEST_P:g}" if p < SMALLEST_P else p_text(p)
 
 
 def _values(values: Iterable[Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.comparison.drawn import RATE
+from finetuning.comparison.drawn import DRAWN, RATE
 from finetuning.comparison.packed import RUNS, Columns, Record, read_records
 from finetuning.comparison.plan import shown_command
 from finetuning.comparison.statistics import SCORES, mean_and_deviation
@@ -149,6 +149,11 @@ class Run:
     def forked(self) -> bool:
         """Whether its process was forked, which saves memory; runs of earlier versions do not say it."""
         return bool(self.get("environment", "forked"))
+
+    @property
+    def processor(self) -> tuple[str, bool]:
+        """What processor time depends on besides the settings: the processor, and whether the run was forked."""
+        return str(self.get("environment", "cpu")), self.forked
 
     @property
     def conditions(self) -> str:
@@ -321,7 +326,7 @@ class Study:
             "test_examples": row.common("test", "examples"),
             "trainable": row.common("parameters", "trainable"),
             "train_seconds": measured.mean("train", "seconds"),
-            "processor_seconds": row.mean("train", "processor_seconds"),
+            "processor_seconds": self._on_one_processor(row).mean("train", "processor_seconds"),
             "peak_memory_bytes": measured.mean("memory", "peak_bytes"),
             "validation_accuracy_mean": mean_and_deviation(row.accuracies("validation"))[0],
             "command": next((shown_command(command) for command in commands if command), None),
@@ -339,12 +344,21 @@ class Study:
 
     @property
     def rate_trials(self) -> list[Run]:
-        """The ones that tried learning rates alone. Random trials also differ in other settings."""
-        return [run for run in self.tuning if set(run.axes) == {RATE}]
+        """The ones that tried a list of learning rates. A random trial has no neighbour on both sides."""
+        return [run for run in self.tuning if set(run.axes) == {RATE} and not DRAWN.search(run.name)]
 
     def measured(self, row: Row) -> Row:
         """The row, with only the runs whose time and memory can be compared with other rows."""
         return Row(row.name, tuple(run for run in row.runs if run.name in self._comparable))
+
+    def _on_one_processor(self, row: Row) -> Row:
+        """The row, with only the runs whose processor time can be compared with other rows."""
+        return Row(row.name, tuple(run for run in row.runs if run.name in self._of_one_processor))
+
+    @cached_property
+    def _of_one_processor(self) -> frozenset[str]:
+        """Names of the runs on the processor that most rows have."""
+        return _of_most_rows((run.processor, run) for run in self.final if run.finished)
 
     @cached_property
     def cost_obstacles(self) -> dict[str, int]:
@@ -355,12 +369,16 @@ class Study:
     @cached_property
     def _comparable(self) -> frozenset[str]:
         """Names of the runs that were measured under the same conditions: the conditions that most rows have."""
-        groups: dict[str, list[Run]] = {}
-        for run in self.final:
-            if run.finished and run.cost_obstacle is None:
-                groups.setdefault(run.conditions, []).append(run)
-        most = max(groups.values(), key=lambda runs: (len({run.row for run in runs}), len(runs)), default=[])
-        return frozenset(run.name for run in most)
+        return _of_most_rows((run.conditions, run) for run in self.final if run.finished and run.cost_obstacle is None)
+
+
+def _of_most_rows(found: Iterable[tuple[Any, Run]]) -> frozenset[str]:
+    """The names of the runs in the group that most rows, then most runs have; of equal groups the first."""
+    groups: dict[Any, list[Run]] = {}
+    for group, run in found:
+        groups.setdefault(group, []).append(run)
+    most = max(groups.values(), key=lambda runs: (len({run.row for run in runs}), len(runs)), default=[])
+    return frozenset(run.name for run in most)
 
 
 def study_names(results: Path) -> list[str]:
@@ -395,4 +413,7 @@ def _check_rows(runs: Iterable[Run]) -> None:
             for key, value in run.settings.items():
                 if value != earlier.settings.get(key, value):  # a flag may be newer than one of the two
                     raise UserError(f"{both} are both row {run.row} but differ in --{key}: delete the outdated line")
+            texts = {each.get("texts_sha256") for each in (earlier, run)} - {None}  # earlier versions lack it
+            if len(texts) > 1:
+                raise UserError(f"{both} are both row {run.row} but have other texts: delete the outdated line")
         seeds[run.seed] = run

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from finetuning.comparison.collection import collect
 from finetuning.comparison.execution import StopSignals, StudyExecution, chosen_runs
 from finetuning.comparison.plan import STAGES, read_plan
 from finetuning.comparison.study_runs import StudyRuns
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, counted, first_line, listed
 from finetuning.flags import OneLineParser, parse_path
 
 # Adds a subcommand: its name, the function that does it, a sentence for its help, parents. Returns its parser.
@@ -104,6 +105,10 @@ def run_command(options: argparse.Namespace) -> int:
         raise UserError(f"--jobs {options.jobs}: must be at least 1")
     runs = study_runs(options)
     runs.check_flags()
+    if older := runs.older_than_their_texts():
+        began = f"{counted(len(older), 'run')} began before files of --data_dir were changed"
+        instead = "if the texts are others, delete these runs or give another --runs_dir"
+        print(f"warning: {began} ({listed(older, 3)}): {instead}", file=sys.stderr)
     chosen = chosen_runs(runs, options.stage, options.index)
     with StopSignals().listening() as stop:
         return StudyExecution(runs, script(), chosen, options.retry_failed, stop, options.jobs).run_all()

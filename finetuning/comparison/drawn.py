@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from finetuning.flags import no_flag
 from finetuning.settings import AUTO, FLAGS
 
 RATE = "learning_rate"
+TRIAL = "trial"  # with a number, how the name of a run with random settings ends
+DRAWN = re.compile(rf"-{TRIAL}\d+$")
 Settings = dict[str, Any]
 SEARCHED = ("method", "lora", "model", "training")  # sections whose flags can be tuned or searched
 NOT_SEARCHED = ("seed", "monitor", "threshold", "positive_label", "init_adapter", "model_name")
@@ -30,7 +33,7 @@ def tried_settings(name: str, tune: Mapping[str, Any], search: Mapping[str, int]
         return {}
     generator = random.Random(f"{search.get('seed', 0)} {name}")
     drawn = [{flag: _drawn(flag, values, generator) for flag, values in tune.items()} for _ in range(search["trials"])]
-    return {f"trial{number}": settings for number, settings in enumerate(drawn)}
+    return {f"{TRIAL}{number}": settings for number, settings in enumerate(drawn)}
 
 
 def _drawn(flag: str, values: Sequence[Any] | Mapping[str, float], generator: random.Random) -> Any:
@@ -107,6 +110,8 @@ def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] |
             raise UserError(f"{where}must be {{ {RATE} = [...] }}, or the study needs [search]")
         if any(isinstance(rate, bool) or not isinstance(rate, int | float) for rate in rates):
             raise UserError(f"{where}{RATE}: must be numbers")
+        if len({f"{rate:g}" for rate in rates}) < len(rates):  # the names of their runs
+            raise UserError(f"{where}{RATE}: must be numbers that differ in their first six digits")
         return
     for flag, values in tune.items():
         if flag not in FLAGS:
@@ -116,7 +121,7 @@ def check_tuned(where: str, tune: Mapping[str, Any], search: Mapping[str, int] |
         if isinstance(values, dict):
             ends = [values.get(key) for key in ("low", "high")]
             numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
-            if set(values) != {"low", "high"} or not numbers or not 0 < ends[0] < ends[1]:  # type: ignore[operator]
+            if set(values) != {"low", "high"} or not numbers or not 0 < ends[0] < ends[1] < math.inf:  # type: ignore[operator]
                 raise UserError(f"{where}{flag}: must be {{ low = X, high = Y }} with 0 < X < Y")
         elif not isinstance(values, list) or not values:
             raise UserError(f"{where}{flag}: must be a list of values, or {{ low = X, high = Y }}")

@@ -21,15 +21,14 @@ from finetuning.comparison.statistics import (
 )
 
 SHOWN = 120  # largest number of pairs in a table: 16 rows have 120
-FOR_INTERVAL = 2_000  # resamples: an interval needs fewer than a p value
 UNEVEN = 0.9, 0.01  # share of the squares, standard deviation: above both, the spread comes from one row
 NOT_SIGNIFICANT = "no significant difference"
 READING = (
-    "p is from a bootstrap over test texts, widened by the spread over seeds. All rows share one spread, so it also"
-    " applies to rows with a single seed. If no row has a second seed, p is from McNemar's exact test, which compares"
-    " these two runs only and says nothing about other seeds. The p values are corrected by Holm's method for the"
-    f" number of pairs; the intervals are not. No significant difference: the corrected p is {LEVEL} or more. This does"
-    " not prove that two rows are equal."
+    "p is from a bootstrap over test texts, widened by the spread over seeds; accuracy needs no draw for it. All rows"
+    " share one spread, so it also applies to rows with a single seed. If no row has a second seed, p is from McNemar's"
+    " exact test, which compares these two runs only and says nothing about other seeds. The p values are corrected by"
+    " Holm's method for the number of pairs; the intervals are not. No significant difference: the corrected p is"
+    f" {LEVEL} or more. This does not prove that two rows are equal."
 )
 
 
@@ -79,7 +78,7 @@ def compare_rows(study: Study, measure: str = "accuracy") -> tuple[list[Comparis
         spread = spreads[usable[a][0].test_set]
         if measure == "accuracy" and spread is None:  # no row has a second seed
             p = mcnemar(usable[a][0].correct, usable[b][0].correct)
-            return replace(pooled_difference([(counted[a], counted[b], None)], FOR_INTERVAL), p=p), "McNemar"
+            return replace(pooled_difference([(counted[a], counted[b], None)]), p=p), "McNemar"
         return pooled_difference([(counted[a], counted[b], spread)], resamples, measure), "bootstrap"
 
     found = [compare(a, b) for a, b in same]

@@ -275,7 +275,7 @@ def _expand(content: dict[str, Any], row: dict[str, Any]) -> list[Cell]:
 def _part(key: str, value: Any) -> str:
     """An axis and its value as part of a file name, for example ``lora_r8`` or ``precision-bf16``."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    text = f"{key}{value:g}" if number else f"{key}-{value}"
+    text = f"{key}{value if isinstance(value, int) else f'{value:g}'}" if number else f"{key}-{value}"
     return re.sub(r"[^A-Za-z0-9_.+=-]+", "_", text)
 
 
@@ -367,12 +367,16 @@ def _check_tuning(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 
 def _check_runs(runs: tuple[PlannedRun, ...]) -> None:
-    """Every run must pass the checks of finetune_lora.py, and no two runs may have one name."""
+    """Every run must pass the checks of finetune_lora.py, and no two runs or rows may have one name."""
     seen: set[str] = set()
+    rows: dict[str, dict[str, Any]] = {}
     for run in runs:
         if run.name in seen:
             raise UserError(f"row {run.row}: two runs would be named {run.name}")
         seen.add(run.name)
+        settings = {key: value for key, value in run.settings.items() if key != "seed"}
+        if run.stage == "final" and rows.setdefault(run.row, settings) != settings:
+            raise UserError(f"row {run.row}: two rows with other settings have this name")
         folder = run.settings.get("data_dir", "")
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise UserError(f"row {run.row}: data_dir {folder}: must be a folder inside the one of --data_dir")

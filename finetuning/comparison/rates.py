@@ -53,7 +53,7 @@ class Parabola:
 
     def gain(self, x: float) -> str:
         """``+1.66 (+1.10 to +2.22)``: the score over the default's, with its interval; empty beyond what was tried."""
-        if not self.tried[0] <= x <= self.tried[1]:
+        if not all(self.tried[0] <= place <= self.tried[1] for place in (x, 0.0)):  # 0 is the default
             return ""
         place = np.array([x, x * x])
         mean = float(self.weights @ place)
@@ -77,21 +77,26 @@ def rates_table(grid: Grid) -> Table:
         key = flat[0].get("config", "method"), flat[0].get("config", "optimizer")
         default = DEFAULT_LEARNING_RATES[key]
         fit = fitted(trials, default)
+        if fit is None:  # too few different rates
+            continue
         gains = (fit.gain(math.log10(multiple)) for multiple in MULTIPLES)
         best = f"{default * 10**fit.top:.1g}"
         rows.append((method, str(len(flat)), f"{default:g}", f"{float(best):g}", fit.gain(fit.top), *gains))
     return Table(COLUMNS, rows)
 
 
-def fitted(trials: Sequence[Sequence[Run]], default: float) -> Parabola:
-    """The parabola of the trials of each data set."""
+def fitted(trials: Sequence[Sequence[Run]], default: float) -> Parabola | None:
+    """The parabola of the trials of each data set; ``None`` if they have too few different rates for one."""
     values = np.array([[math.log10(run.get("config", name)) for name in FITTED] for own in trials for run in own])
     scores = np.array([100 * (run.monitored or 0.0) for own in trials for run in own])
     x = values[:, 0] - math.log10(default)
     levels = np.repeat(np.eye(len(trials)), [len(own) for own in trials], axis=0)
     matrix = np.column_stack([x, x * x, values[:, 1:], levels])  # (trials, 4 + sets)
+    rank = int(np.linalg.matrix_rank(matrix))
+    if rank - np.linalg.matrix_rank(matrix[:, 2:]) < 2:
+        return None
     inverse = np.linalg.pinv(matrix.T @ matrix)  # epochs may be the same in all trials
     weights = inverse @ matrix.T @ scores
-    degrees = len(scores) - int(np.linalg.matrix_rank(matrix))
+    degrees = len(scores) - rank
     variance = float(((scores - matrix @ weights) ** 2).sum()) / degrees
     return Parabola(weights[:2], variance * inverse[:2, :2], degrees, (float(x.min()), float(x.max())))

@@ -103,6 +103,18 @@ class StudyRuns:
             except UserError as error:
                 raise UserError(f"row {run.row}: {error}") from None
 
+    def older_than_their_texts(self) -> list[str]:
+        """The runs here that have begun before a file of their texts was changed, so they may have read others."""
+        changed: dict[Path, float] = {}
+        found = []
+        for run in filter(self.holds, self.study.runs):
+            data = from_flags(run.flags(self.data_dir)).data.data_dir
+            if data is not None and data not in changed:
+                changed[data] = _last_change(data)
+            if data is not None and changed[data] > _began(self.directory(run)):
+                found.append(run.name)
+        return found
+
     @contextmanager
     def held(self, run: PlannedRun) -> Iterator[int | None]:
         """Holds the run's lock. Gives its file descriptor, or ``None`` if another process holds it."""
@@ -272,9 +284,16 @@ class StudyRuns:
 
 def _newer(data: Path | None, run: Path) -> bool:
     """Whether a file of the data or of a model, a file or folder, was changed after the run had begun."""
-    began = (run / SETTINGS).stat().st_mtime
-    paths = [] if data is None else [data, *data.rglob("*")]
-    return any(path.stat().st_mtime > began for path in paths if path.is_file())
+    return data is not None and _last_change(data) > _began(run)
+
+
+def _last_change(data: Path) -> float:
+    """When a file of a folder, or a file, was changed last; 0 if there is none."""
+    return max((path.stat().st_mtime for path in (data, *data.rglob("*")) if path.is_file()), default=0.0)
+
+
+def _began(run: Path) -> float:
+    return (run / SETTINGS).stat().st_mtime
 
 
 def stands_for(run: PlannedRun, result: dict[str, Any], own: bool = False) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from finetuning.comparison.collected import Study
 from finetuning.comparison.drawn import RATE, shown_settings
 from finetuning.comparison.pairs import Answer, Comparison
+from finetuning.comparison.statistics import p_text
 from finetuning.comparison.unequal import has_rare_class
 from finetuning.pages import Table
 from finetuning.runs.records import accuracy_interval
@@ -145,7 +146,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
             (
                 c.first, c.second,
                 c.difference.cell,
-                f"{c.difference.p:.2g}", f"{c.corrected_p:.2g}", c.test, c.verdict,
+                p_text(c.difference.p), p_text(c.corrected_p), c.test, c.verdict,
             )
             for c in comparisons
         ],

@@ -90,19 +90,20 @@ def importances(plan: Plan, complete: Sequence[Trial]) -> dict[str, float]:
     """
     points = [trial.point or {} for trial in complete]
     varied = [row.name for row in plan.space.parameters if len({point.get(row.name) for point in points}) > 1]
-    common = {name for name in varied if all(name in point for point in points)}
-    found = {}
-    for name in varied:
-        own = [trial for trial in complete if name in (trial.point or {})]
-        if len({(trial.point or {})[name] for trial in own}) < 2 or len({trial.value for trial in own}) < 2:
+    common = [name for name in varied if all(name in point for point in points)]
+    found: dict[str, float] = {}
+    for wanted in [common, *([name] for name in varied if name not in common)]:
+        own = [trial for trial in complete if all(name in (trial.point or {}) for name in wanted)]
+        differ = [name for name in wanted if len({(trial.point or {})[name] for trial in own}) > 1]
+        if not differ or len({trial.value for trial in own}) < 2:
             continue
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             shares = optuna.importance.get_param_importances(
-                study_of(plan.space, own, plan.minimize), evaluator=evaluator, params=sorted(common | {name})
+                study_of(plan.space, own, plan.minimize), evaluator=evaluator, params=sorted({*common, *differ})
             )
-        found[name] = float(shares.get(name, 0.0))
+        found |= {name: float(shares.get(name, 0.0)) for name in differ}
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 

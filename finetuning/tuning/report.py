@@ -81,7 +81,8 @@ def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] |
 
     def rank(number: int) -> tuple[int, float]:
         scores = [score(run) for run in runs[number]]  # whose runs fail more often cannot win
-        return -missing_runs(final, number, runs[number]), statistics.fmean(scores) if scores else 0.0
+        mean = round(statistics.fmean(scores), 6) if scores else 0.0  # they are stored as float32
+        return -missing_runs(final, number, runs[number]), mean
 
     winner = max(sorted(runs), key=rank)  # a tie: the default
     copy_run(max(runs[winner], key=score).directory, folder / BEST_RUN)  # of equal ones the first

@@ -123,6 +123,23 @@ def test_what_keeps_times_from_being_compared(
     }  # fmt: skip
 
 
+def test_processor_time_is_that_of_the_processor_of_most_rows(tmp_path: Path) -> None:
+    for row, cpu, seconds in (("a", "A", 5.0), ("b", "A", 7.0), ("b", "B", 9.0), ("c", "B", 1.0), ("d", "A", 2.0)):
+        more = {"environment": {"cpu": cpu, "alone": False}, "train": {"processor_seconds": seconds}}
+        write_run(tmp_path, "s", row, seed=int(cpu == "B"), **more)
+    records = read_study("s", tmp_path).records
+    assert {r["row"]: r["processor_seconds"] for r in records} == {"a": 5.0, "b": 7.0, "c": None, "d": 2.0}
+
+
+def test_seeds_of_a_row_have_the_same_texts(tmp_path: Path) -> None:
+    for seed, texts in enumerate(("x", None, "x")):
+        write_run(tmp_path, "s", "lora", seed=seed, texts_sha256=texts)
+    assert len(read_study("s", tmp_path).runs) == 3
+    write_run(tmp_path, "s", "lora", seed=3, texts_sha256="y")
+    with pytest.raises(UserError, match="lora-final-seed0 and lora-final-seed3 are both row lora but have other texts"):
+        read_study("s", tmp_path)
+
+
 def test_a_continued_run_was_watched_in_part(tmp_path: Path) -> None:
     write_run(tmp_path, "s", "lora", config={"resume": True})
     (reason,) = read_study("s", tmp_path).cost_obstacles

@@ -233,6 +233,18 @@ def test_data_lie_below_the_folder_of_this_machine(tmp_path: Path) -> None:
         ('[[rows]]\nname = "a/b"', "row 1: name 'a/b'"),
         ('[[rows]]\nname = "tune-a"', "row 1: name 'tune-a'"),
         ('[[rows]]\nname = "a"\n[[rows]]\nname = "a"', "row a: two runs would be named a-seed0"),
+        (
+            '[[rows]]\nname = "a"\nlora_r = 2\n[[rows]]\nname = "a"\nlora_r = 4\naxes = { seed = [1] }',
+            "row a: two rows with other settings have this name",
+        ),
+        (
+            '[[rows]]\nname = "a"\ntune = { learning_rate = [1e-3, 1.0000001e-3] }',
+            "row a: tune: learning_rate: must be numbers that differ in their first six digits",
+        ),
+        (
+            '[[rows]]\nname = "a"\ntune = { batch_size = { low = 1, high = inf } }\n[search]\ntrials = 2',
+            "row a: tune: batch_size: must be { low = X, high = Y } with 0 < X < Y",
+        ),
         ('[[rows]]\nname = "a"\noptimizer = "lion"', "row a: optimizer lion: must be one of adam, adamw, "),
         (
             '[[rows]]\nname = "a"\nmethod = "full"\nlora_r = 2',

@@ -1,6 +1,7 @@
 """The parabola of random trials over the learning rate, against one that made the scores."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ def score(level: float, rate: float, epochs: int, batch: int) -> float:
     return level - 0.05 * far**2 + 0.01 * math.log2(epochs / 5) - 0.02 * math.log2(batch / 32)
 
 
-def trials(folder: Path, count: int) -> Grid:
-    """Random trials of LoRA on three sets."""
+def trials(folder: Path, count: int, rates: Sequence[float] = ()) -> Grid:
+    """Random trials of LoRA on three sets; with ``rates``, of these in turn."""
     generator, runs, right = np.random.default_rng(0), [], np.arange(10) < 5
     for name, level in SETS.items():
         more: dict[str, Any] = {"data_set": name, "config": {"method": "lora", "optimizer": "adamw"}}
         runs.append(made_run(folder, "s", "other", data_set=name, correct=right))
         runs.append(made_run(folder, "s", "lora", correct=right, **more))
-        for _ in range(count):
+        for number in range(count):
             rate, epochs = float(10 ** generator.uniform(-3.5, -2.3)), int(generator.choice([3, 5, 8]))
+            rate = rates[number % len(rates)] if rates else rate
             batch = int(generator.choice([16, 32, 64]))
             found = score(level, rate, epochs, batch)
             axes = {"learning_rate": rate, "epochs": epochs, "batch_size": batch}
@@ -67,7 +69,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(tmp_path: Path) -> Non
     for _ in range(repetitions):
         for run in (run for own in runs for run in own):
             run.record.result["validation"]["accuracy"] = scores[run.name] + 0.01 * generator.standard_normal()
-        cell = fitted(runs, 1e-3).gain(math.log10(2))
+        fit = fitted(runs, 1e-3)
+        assert fit is not None
+        cell = fit.gain(math.log10(2))
         low, high = (float(part) for part in cell.partition("(")[2].rstrip(")").split(" to "))
         held += low <= truth <= high
     assert 89 <= held <= 100
@@ -80,6 +84,18 @@ def test_few_trials_say_nothing(tmp_path: Path) -> None:
 def test_as_many_trials_as_numbers_of_the_fit_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.comparison.test_rates.SETS", {f"set{k}": 0.9 for k in range(LEAST_TRIALS + 2)})
     assert rates_table(trials(tmp_path, 1)).rows == []
+
+
+@pytest.mark.parametrize("rates", [[2e-3], [5e-4, 2e-3]])
+def test_two_rates_make_no_parabola(tmp_path: Path, rates: list[float]) -> None:
+    assert rates_table(trials(tmp_path, LEAST_TRIALS, rates)).rows == []
+
+
+def test_rates_on_one_side_of_the_default_say_nothing_of_it(tmp_path: Path) -> None:
+    (row,) = rates_table(trials(tmp_path, LEAST_TRIALS, [2e-3, 3e-3, 4e-3])).rows
+    cells = dict(zip(COLUMNS, row, strict=True))
+    assert cells["best rate"] == "0.002"
+    assert not any(cells[name] for name in COLUMNS if name.endswith("times") or "over the default" in name)
 
 
 def test_a_trial_that_failed_is_not_fitted(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from finetuning.comparison.statistics import (
     LEVEL,
     SeedSpread,
     _distinct,
+    _drawn_differences,
+    _sum_of_draws,
     bayesian_signed_rank,
     holm,
     mcnemar,
@@ -85,12 +87,12 @@ def test_bootstrap_interval_of_two_single_runs_is_the_normal_one() -> None:
     """The difference of paired proportions has the variance (b + c - (b - c)^2 / n) / n^2."""
     n, b, c = 10_000, 400, 300
     first, second = paired(b, c, both=8000, neither=n - 8000 - b - c)
-    found = pooled_difference([(counted(first[None]), counted(second[None]), None)], resamples=20_000)
+    found = pooled_difference([(counted(first[None]), counted(second[None]), None)])
     half = 1.959964 * sqrt(b + c - (b - c) ** 2 / n) / n
     assert found.mean == pytest.approx(0.01)
     assert found.low == pytest.approx(0.01 - half, abs=0.03 * half)
     assert found.high == pytest.approx(0.01 + half, abs=0.03 * half)
-    assert found.p == pytest.approx(0.000156, abs=0.00025)  # z = 100 / sqrt(699)
+    assert found.p == pytest.approx(0.000156, rel=0.06)  # z = 100 / sqrt(699)
 
 
 def test_the_spread_over_seeds_is_pooled() -> None:
@@ -107,10 +109,10 @@ def test_seeds_move_a_difference_as_student_says(seeds: int) -> None:
     """Texts on which runs do not differ but by their seed: only the spread is left. 4.30 is t's 0.975 quantile."""
     n, deviation, quantile = 100_000, 0.002, 4.302653
     first, second = (np.stack([outcomes(0.8, n, seed=0)] * count) for count in (seeds, 3))
-    found = pooled_difference([(counted(first), counted(second), SeedSpread(deviation, 2))], resamples=100_000)
+    found = pooled_difference([(counted(first), counted(second), SeedSpread(deviation, 2))])
     half = quantile * deviation * sqrt(1 / seeds + 1 / 3)
-    assert (found.low, found.high) == pytest.approx((-half, half), rel=0.03)
-    assert found.p == pytest.approx(1, abs=0.02)
+    assert (found.low, found.high) == pytest.approx((-half, half), rel=1e-5)
+    assert found.p == pytest.approx(1)
 
 
 @pytest.mark.parametrize("seeds", [(3, 1), (3, 3)])
@@ -118,14 +120,12 @@ def test_methods_that_are_equal_are_seldom_told_apart(seeds: tuple[int, int]) ->
     """Runs of one accuracy but for a large spread over seeds: no more than one in twenty finds what is not there."""
     generator, trials, texts = np.random.default_rng(3), 400, 2000
     found = []
-    for trial in range(trials):
+    for _ in range(trials):
         first, second = (
             np.stack([outcomes(0.9 + 0.02 * z, texts, 0) for z in generator.normal(size=count)]) for count in seeds
         )
         spread = seed_spread([first.mean(axis=1).tolist(), second.mean(axis=1).tolist()])
-        found.append(
-            pooled_difference([(counted(first), counted(second), spread)], resamples=500, seed=trial).p < LEVEL
-        )
+        found.append(pooled_difference([(counted(first), counted(second), spread)]).p < LEVEL)
     assert 0.02 <= np.mean(found) <= 0.07
 
 
@@ -138,17 +138,33 @@ def test_bootstrap_of_texts_against_brute_force() -> None:
     second = np.stack([outcomes(a, n, seed + 9, difficulty) for seed, a in enumerate([0.84, 0.87])])
     drawn = generator.integers(n, size=(resamples, n))
     differences = first.mean(axis=0)[drawn].mean(axis=1) - second.mean(axis=0)[drawn].mean(axis=1)
-    found = pooled_difference([(counted(first), counted(second), None)], resamples=resamples)
+    found = pooled_difference([(counted(first), counted(second), None)])
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=0.004)
     assert found.p == pytest.approx(2 * np.mean(differences <= 0), abs=0.04)
 
 
-def test_bootstrap_is_the_same_twice_and_symmetric() -> None:
-    first, second = (np.stack([outcomes(0.9 - 0.01 * k, 500, seed + 10 * k) for seed in range(3)]) for k in range(2))
-    found, again = (pooled_difference([(counted(first), counted(second), None)]) for _ in range(2))
-    assert found == again
-    mirrored = pooled_difference([(counted(second), counted(first), None)], resamples=20_000)
-    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low), abs=0.003)
+@pytest.mark.parametrize("seeds", [(1, 1), (3, 3), (2, 5), (4, 1)])
+@pytest.mark.parametrize("spread", [None, SeedSpread(0.01, 4), SeedSpread(0.0, 4)])
+def test_what_needs_no_draw_equals_a_long_one(seeds: tuple[int, int], spread: SeedSpread | None) -> None:
+    first, second = (
+        counted(np.stack([outcomes(0.9 - 0.02 * k, 300, seed + 10 * k) for seed in range(count)]))
+        for k, count in enumerate(seeds)
+    )
+    found = pooled_difference([(first, second, spread)])
+    drawn = _drawn_differences(first, second, spread, 200_000, "accuracy", np.random.default_rng(0)).round(12)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02 * (high - low))
+    assert found.p == pytest.approx(2 * min((drawn <= 0).mean(), (drawn >= 0).mean()), abs=0.005)
+    mirrored = pooled_difference([(second, first, spread)])
+    assert (mirrored.mean, mirrored.p) == pytest.approx((-found.mean, found.p))
+    assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low), abs=1 / 300 / seeds[0] / seeds[1])
+
+
+def test_the_sum_of_draws_of_two_values_is_binomial() -> None:
+    """Nine draws of -2 or 4, with a third of them 4: each possible sum against the binomial distribution."""
+    sums, chances = _sum_of_draws(np.array([4, -2, -2] * 3))
+    assert sums.tolist() == [-18 + 6 * k for k in range(10)]
+    assert chances.tolist() == pytest.approx([comb(9, k) * (1 / 3) ** k * (2 / 3) ** (9 - k) for k in range(10)])
 
 
 def test_bootstrap_of_micro_f1_against_brute_force() -> None:

@@ -166,7 +166,10 @@ def test_a_run_of_data_that_have_changed_is_not_taken_over(project: Path) -> Non
     began = (other.directory(run) / "settings.json").stat().st_mtime
     os.utime(data / "train.csv", (began + 1, began + 1))
     assert runs.take_over(run) is None
+    assert other.older_than_their_texts() == [run.name]
+    assert runs.older_than_their_texts() == [], "it has none here"
     os.utime(data / "train.csv", (began - 1, began - 1))
+    assert other.older_than_their_texts() == []
     (runs.directory(run) / ".lock").parent.mkdir(parents=True)
     (runs.directory(run) / "notes").touch()
     assert runs.take_over(run) is None  # for these notes are not ours
