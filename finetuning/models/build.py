@@ -131,4 +131,4 @@ def place_lora(
             scaling=settings.lora_scaling,
             dropout=settings.lora_dropout,
         )
-        model.set_submodule(name, LinearWithLoRA(linear, lora))
+        model.set_submodule(name, LinearWithLoRA(linear.requires_grad_(False), lora))

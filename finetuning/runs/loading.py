@@ -116,6 +116,8 @@ def adopt_adapter(
     placed = {known.get(_any_layer(name)) for name in adapter.linears}
     values = {"lora_r": adapter.rank, "lora_alpha": adapter.alpha, "lora_scaling": adapter.scaling}
     values |= {name: name.removeprefix("lora_") in placed for name in LORA_TARGETS}
+    # PEFT's "all-linear" adapts BERT's pooler too, and trains the head's last linear as it is
+    values["lora_head"] = family.head[-1] in adapter.linears
     for name, value in values.items():
         given = getattr(lora, name)
         if given is not None and given != value:

@@ -194,7 +194,8 @@ def adapter_config(
     ranks |= {name: count * lora.lora_r for name, count in several.items()}
     alphas |= {name: alpha * (count**0.5 if rslora else count) for name, count in several.items()}
     # For SEQ_CLS, PEFT saves all of "classifier", so RoBERTa's layers inside it must not be listed again.
-    trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in head)
+    whole = [name for name in head if name not in targets]
+    trained_head = dict.fromkeys("classifier" if name.startswith("classifier.") else name for name in whole)
     more: dict[str, Any] = {"use_dora": True} if lora.lora_variant == "dora" else {}
     more |= {"pooling": pooling} if pooling else {}
     return {

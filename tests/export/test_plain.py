@@ -40,7 +40,7 @@ def test_transformers_loads_what_the_run_computed(
     fill(classifier)
     expected = logits(classifier)  # not merged, and on the efficient path
     model = plain_model(classifier, 0)
-    assert {type(module).__name__ for module in model.modules()} & {"LinearWithLoRA", "Linear4bit"} == set()
+    assert {type(module).__name__ for module in model.modules()} & {"LinearWithLoRA", "FourBitLinear"} == set()
     write_model(tmp_path, model, torch.float32)
     found = loaded_logits(tmp_path)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

@@ -18,7 +18,7 @@ from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.frozen_outputs import FrozenOutputs
 from finetuning.models.lora import LoRALayer
-from finetuning.models.quantization import is_quantized, quantize_linears
+from finetuning.models.quantization import dense_weight, is_quantized, quantize_linears
 from tests.conftest import CORE, packaged_folder
 from tests.models.conftest import assert_same, place_lora, relative_error, saved_tensors
 from tests.tiny_models import WIDTH, tiny_model
@@ -429,7 +429,7 @@ def test_four_bits_equal_the_dequantized_model_and_save_no_dense_weight(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "ROW_MULTIPLE", 1)  # else activations have as many rows as weights
-    bnb = pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes")
     family = FAMILIES["distilbert"]
     dense = prepare(family, method)
     packed = copy.deepcopy(dense)
@@ -437,8 +437,7 @@ def test_four_bits_equal_the_dequantized_model_and_save_no_dense_weight(
     modules: dict[str, Any] = {n: m for n, m in packed.named_modules() if hasattr(m, "weight") and is_quantized(m)}
     assert len(modules) == 6 * LAYERS
     for name, linear in modules.items():
-        unpacked = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-        dense.get_submodule(name).weight.data = unpacked
+        dense.get_submodule(name).weight.data = dense_weight(linear)
     ids, mask, labels = batch(family, padded=True, count=2, longest=5)
     parameters = {p.data_ptr() for p in packed.parameters()}
     for _ in range(2):

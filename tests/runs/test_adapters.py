@@ -49,7 +49,8 @@ def made_by_peft(base: Path, folder: Path, model_type: str, **settings: Any) -> 
         settings |= {pattern: named} if named else {}
     head = [name.removeprefix(f"{family.base}.") for name in family.head]
     saved = ["classifier"] if head[0].startswith("classifier.") else head
-    config = LoraConfig(task_type="SEQ_CLS", target_modules=[first, second], modules_to_save=saved, **settings)
+    settings = {"target_modules": [first, second], "modules_to_save": saved} | settings
+    config = LoraConfig(task_type="SEQ_CLS", **settings)
     model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
@@ -105,6 +106,29 @@ def test_an_adapter_of_peft_goes_round(bases: dict[str, Path], tmp_path: Path, m
     _, again = logits_in_peft(bases[model_type], tmp_path / "ours")
     torch.testing.assert_close(again, logits(classifier), rtol=0, atol=1e-5)
     assert (again - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["query", "value", "dense"]])
+def test_a_classifier_above_a_pooler_with_lora_stays_trained(
+    tiny_folders: dict[str, Path], tmp_path: Path, targets: str | list[str]
+) -> None:
+    more: dict[str, Any] = {"target_modules": targets, "modules_to_save": None, "r": 4, "lora_alpha": 6}
+    expected = made_by_peft(tiny_folders["bert"], tmp_path / "peft", "bert", **more)
+    classifier, config = adopted(tiny_folders["bert"], tmp_path / "peft")
+    torch.testing.assert_close(logits(classifier), expected, rtol=0, atol=1e-5)
+    assert not config.lora.lora_head
+    head = {
+        n.partition("pooler.dense.")[2] or n
+        for n, p in classifier.family.head_parameters(classifier.model)
+        if p.requires_grad
+    }
+    assert head == {"lora.lora_A", "lora.lora_B", "classifier.weight", "classifier.bias"}
+    fill(classifier)
+    (tmp_path / "ours").mkdir()
+    save(tmp_path / "ours", classifier, config)
+    assert json.loads((tmp_path / "ours" / ADAPTER_CONFIG).read_text())["modules_to_save"] == ["classifier"]
+    _, again = logits_in_peft(tiny_folders["bert"], tmp_path / "ours")
+    torch.testing.assert_close(again, logits(classifier), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
