@@ -36,7 +36,13 @@ class BaseModel:
     @property
     def longest_input(self) -> float:
         """The longest sequence, in tokens, that the model can read; infinite if there is no limit."""
-        return self.family.longest_input(self.config)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        longest = self.family.longest_input(self.config)
+        if rope.get("rope_type") != "longrope":
+            return longest
+        # beyond it, one long text changes the positions of all texts of its batch
+        own = rope.get("original_max_position_embeddings")
+        return min(longest, own or getattr(self.config, "original_max_position_embeddings", longest))
 
     def other_pooling(self, pooling: str | None) -> str | None:
         """A ``--pooling`` that differs from what the base model's own class computes; ``None`` if it does not."""

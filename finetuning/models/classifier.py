@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from finetuning.models.encoder import classify, classify_means, count_frozen_layers
 from finetuning.models.families import ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
+from finetuning.models.products import without_autocast
 from finetuning.models.rows import last_places, take
 from finetuning.storage import cache_dir
 
@@ -109,7 +110,8 @@ class Classifier(nn.Module):
         if means:
             return classify_means(self.model, self.family, hidden, attention_mask)
         (head,) = self.family.head
-        return self.model.get_submodule(head)(take(hidden, last_places(attention_mask)).float())
+        with without_autocast(hidden.device):  # also of a trainer with 16 bits
+            return self.model.get_submodule(head)(take(hidden, last_places(attention_mask)).float())
 
     def _choose_attention(self, input_ids: Tensor) -> None:
         """Sets how Hugging Face's own forward computes attention for this batch. Results are equal up to rounding."""

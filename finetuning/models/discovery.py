@@ -118,7 +118,11 @@ def _refuse_others(config: Any, name: str) -> None:
         raise UserError(f"{kind} and its config.json has no default_language: write it there, for example en_XX")
     if config.model_type in PADS_LEFT:
         raise UserError(f"{kind}, whose head reads the last place of a batch, where padding is: use another model")
-    if config.model_type in SEES_PADDING:
+    positions = str(getattr(config, "position_embedding_type", None) or "")
+    if positions.startswith("relative_key"):
+        raise UserError(f"{kind} with positions {positions!r}, which Transformers computes no more: use another model")
+    two_ways = config.model_type == "gemma" and getattr(config, "use_bidirectional_attention", None)
+    if config.model_type in SEES_PADDING or two_ways:  # Gemma's class is causal if there is padding
         reason = "whose answer for a text depends on the padding, so on the other texts of its batch"
         raise UserError(f"{kind}, {reason}: use another model")
 

@@ -43,6 +43,19 @@ def test_logits_of_pairs_equal_those_of_hugging_face(
     assert torch.equal(found, plain) == (family != "bert")
 
 
+def test_the_head_of_a_decoder_is_computed_in_fp32_inside_a_trainers_autocast(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = RunConfig.from_settings(model_name=str(tmp_path), max_length=16, efficient=False)
+    classifier = build_classifier(config, find_base_model(config), ["no", "yes"], torch.bfloat16).eval()
+    ids = torch.arange(1, 9).view(2, 4)
+    with torch.no_grad():
+        expected = classifier(ids, torch.ones_like(ids), None)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = classifier(ids, torch.ones_like(ids), None)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 @pytest.mark.parametrize("pairs", [None, PAIRS], ids=["single", "pairs"])
 @pytest.mark.parametrize(("family", "efficient"), [("bert", True), ("bert", False), ("distilbert", True)])

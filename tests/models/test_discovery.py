@@ -42,6 +42,14 @@ def refused(folder: Path, **settings: object) -> str:
         ({"model_type": "qwen3_moe"}, "a mixture of experts"),
         ({"model_type": "albert", "inner_group_num": 2}, "has 2 layers in each group: needs one"),
         ({"model_type": "new"}, "is of type 'new', which is unknown here"),
+        (
+            {"model_type": "gemma", "use_bidirectional_attention": True},
+            "whose answer for a text depends on the padding",
+        ),
+        (
+            {"model_type": "bert", "position_embedding_type": "relative_key_query"},
+            "is of type 'bert' with positions 'relative_key_query', which Transformers computes no more",
+        ),
         *(({"model_type": kind}, "whose answer for a text depends on the padding, so on the") for kind in SEES_PADDING),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
@@ -168,6 +176,14 @@ def test_models_whose_config_has_other_names_for_sizes(tmp_path: Path, content: 
     if longest == 40:
         with pytest.raises(UserError, match=r"--max_length 41: .* has 40 positions"):
             find_base_model(RunConfig.from_settings(model_name=str(folder), max_length=41))
+
+
+def test_longrope_ends_where_one_text_would_change_those_of_others(tmp_path: Path) -> None:
+    factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24} | factors
+    folder = folder_with(tmp_path, {"model_type": "phi3", "max_position_embeddings": 64, "rope_parameters": rope})
+    assert read_base_model("name", folder).longest_input == 24
+    assert refused(folder, max_length=32).startswith("--max_length 32: FOLDER has 24 positions")
 
 
 def test_models_that_cannot_be_described_are_refused(tmp_path: Path) -> None:
