@@ -120,6 +120,13 @@ class RunConfig:
         return "qlora" if self.lora is not None and self.lora.q_lora else self.method.method
 
     @property
+    def takes_kfold(self) -> bool:
+        """Whether ``--kfold`` could be given as well. An adapter may know the texts of a fold."""
+        data, adapted = self.data, self.lora is not None and self.lora.init_adapter is not None
+        chosen = data.kfold or data.fold is not None or data.limit_validation or adapted
+        return not chosen and self.hardware.processes == 1 and self.training.epochs != 0
+
+    @property
     def excludes_int8(self) -> str | None:
         """The setting that excludes 8-bit products of frozen linears; ``None`` if none does."""
         return excludes_int8(self.method.method, self.name == "qlora", self.hardware.compile)

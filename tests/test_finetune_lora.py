@@ -467,7 +467,8 @@ def test_an_interrupted_run_continues_to_the_same_weights(
     capsys: pytest.CaptureFixture[str], batch: int, more: str,
 ) -> None:  # fmt: skip
     """Of two epochs with six batches; the second one reads the outputs of frozen layers that the first has kept."""
-    whole, broken, done = tmp_path / "whole", tmp_path / "broken", []
+    monkeypatch.chdir(tmp_path)
+    whole, broken, done = tmp_path / "whole", Path("data:broken"), []  # a checkpoint below data: looks like a protocol
     step = FineTuning.training_step
 
     def signalled(module: FineTuning, texts: Any) -> Any:

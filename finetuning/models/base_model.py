@@ -41,8 +41,8 @@ class BaseModel:
         if rope.get("rope_type") != "longrope":
             return longest
         # beyond it, one long text changes the positions of all texts of its batch
-        own = rope.get("original_max_position_embeddings")
-        return min(longest, own or getattr(self.config, "original_max_position_embeddings", longest))
+        own: float = rope.get("original_max_position_embeddings") or self.config.original_max_position_embeddings
+        return min(longest, own)
 
     def other_pooling(self, pooling: str | None) -> str | None:
         """A ``--pooling`` that differs from what the base model's own class computes; ``None`` if it does not."""

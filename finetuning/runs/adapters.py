@@ -24,6 +24,7 @@ UNDERSTOOD = {
     "revision", "auto_mapping", "peft_version", "layers_pattern", "layers_to_transform", "exclude_modules",
     "megatron_core", "eva_config", "qalora_group_size", "fan_in_fan_out", "use_dora", "pooling",
 }  # fmt: skip
+MOST_CONTINUED = 100  # runs, each of which has begun with the adapter of another one
 # Ways to begin that leave the base model as it is. Others (PiSSA, LoftQ, OLoRA) change its weights.
 PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -54,10 +55,19 @@ class Adapter:
         return names
 
     def knows(self, data: DataSettings) -> bool:
-        """Whether its run read the same data set, in whatever parts."""
-        config = self.result.get("config", {})
-        places = [path and Path(path).resolve() for path in (config.get("data_dir"), data.data_dir)]
-        return config.get("dataset") == data.dataset and places[0] == places[1]
+        """Whether its run read the same data set, in whatever parts, or one of the runs that this one continued."""
+        result, place = self.result, data.data_dir and data.data_dir.resolve()
+        for _ in range(MOST_CONTINUED):
+            config = result.get("config", {})
+            read = config.get("data_dir") and Path(config["data_dir"]).resolve()
+            if config.get("dataset") == data.dataset and read == place:
+                return True
+            earlier = config.get("init_adapter")
+            try:
+                result = read_result(Path(earlier)) if earlier else {}
+            except (OSError, ValueError):  # it has gone
+                return False
+        return False
 
     def held_out_differs(self, data: DataSettings, hashes: Mapping[str, str]) -> bool:
         """Whether validation or test were other texts in its run. If texts are now cut in another way, nobody knows.

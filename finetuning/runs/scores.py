@@ -90,7 +90,7 @@ def score_intervals(answers: Answers) -> dict[str, Interval]:
     if answers.multi_label:
         drawn["micro_f1"] = f1(right.sum(1), given.sum(1), truth.sum(1))
     else:
-        drawn["mcc"] = _mcc(right, given, truth, n)
+        drawn["mcc"] = matthews(right, given, truth, n)
     found = {name: limits for name, values in drawn.items() if (limits := interval(values)) is not None}
     return {"accuracy": accuracy_interval(float(answers.right.mean()), n)} | found
 
@@ -164,7 +164,7 @@ def macro_f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray, multi_labe
     return np.asarray((f1(right, given, truth) * counted).sum(1) / counted.sum(1))
 
 
-def _mcc(right: np.ndarray, given: np.ndarray, truth: np.ndarray, n: int) -> np.ndarray:
+def matthews(right: np.ndarray, given: np.ndarray, truth: np.ndarray, n: int) -> np.ndarray:
     """Matthews' correlation of several classes (Gorodkin 2004); 0 if only one class is true or given."""
     covariance = right.sum(1) * n - (given * truth).sum(1)
     spread = (n**2 - (given**2).sum(1)) * (n**2 - (truth**2).sum(1))

@@ -146,7 +146,7 @@ def length_advice(inputs: Inputs, automatic: int) -> list[str]:
     training = inputs.config.training
     if not training.epochs:
         return []
-    advice = cut_advice(inputs.share_at_limit, inputs.config.data, inputs.base.longest_input)
+    advice = cut_advice(inputs.share_at_limit, inputs.config.data, inputs.base.longest_input, training.batch_tokens)
     if training.epochs == automatic > LEAST_EPOCHS:  # else no fewer are advised; of many texts batches take time
         steps, texts = inputs.batches.steps_per_epoch, len(inputs.splits["train"])
         advice += step_advice(training, texts, steps, inputs.config.hardware.processes)

@@ -37,13 +37,13 @@ def advice_on_texts(config: RunConfig, base: BaseModel, task: Task, labels: Mapp
         return advice
     training, validation = len(labels["train"]), len(labels["validation"])
     counts = dict(zip(task.names, task.counts(labels["validation"]), strict=True))
-    advice += validation_advice(training, validation, counts, config.data, config.hardware.processes)
+    advice += validation_advice(training, validation, counts, config.data, config.takes_kfold)
     reads_first = base.takes_pooling and not base.chooses_pooling and config.model.pooling is None
     return advice + (pooling_advice(training, config.name, config.lora) if reads_first else [])
 
 
 def validation_advice(
-    training: int, validation: int, counts: Mapping[str, int], data: DataSettings, processes: int
+    training: int, validation: int, counts: Mapping[str, int], data: DataSettings, takes_kfold: bool
 ) -> list[str]:
     """What to try if validation has few texts, or takes longer than training; empty if a flag has chosen them.
 
@@ -51,7 +51,7 @@ def validation_advice(
         training, validation: number of texts.
         counts: class -> how many validation texts have it.
         data: ``kfold`` and ``limit_validation``.
-        processes: of the run; ``--kfold`` needs one.
+        takes_kfold: whether ``--kfold`` could be given.
     """
     if data.kfold or data.limit_validation:
         return []
@@ -68,7 +68,7 @@ def validation_advice(
     elif counts[rarest] < FEW_OF_A_CLASS:
         found = counted(counts[rarest], "text")
         doubt = f"validation has {found} of class {rarest!r}, so what it says about this class depends on chance"
-    if doubt and processes == 1:
+    if doubt and takes_kfold:
         advice.append(f"{doubt}: --kfold 5 needs no validation split and scores every training text")
     return advice
 
@@ -162,18 +162,24 @@ def pooling_advice(texts: int, method: str, lora: LoRASettings | None) -> list[s
     return []
 
 
-def cut_advice(share: float, data: DataSettings, longest: float) -> list[str]:
+def cut_advice(share: float, data: DataSettings, longest: float, batch_tokens: int) -> list[str]:
     """What to try if most training texts are as long as a text can be, so that probably most are cut; else empty.
 
     Args:
         share: of the training texts that are so long.
         data: ``max_length`` and ``windows``.
         longest: positions of the model.
+        batch_tokens: of the run; a text must fit into them.
     """
     if share < MOSTLY_CUT:
         return []
-    longer = [f"--max_length {int(min(longest, 2 * data.max_length))}"] if data.max_length < longest else []
-    ways = " or ".join([*longer, f"--windows {max(4, 2 * data.windows)}"])
+
+    def more(flag: str, value: int, tokens: int) -> str:
+        return f"--{flag} {value}" + (f" --batch_tokens {tokens}" if tokens > batch_tokens else "")
+
+    length, windows = int(min(longest, 2 * data.max_length)), max(4, 2 * data.windows)
+    longer = [more("max_length", length, length * data.windows)] if data.max_length < longest else []
+    ways = " or ".join([*longer, more("windows", windows, windows * data.max_length)])
     return [
         f"{share:.0%} of the training texts reach {data.longest:,} tokens, and longer ones are cut: if the label"
         f" depends on what is lost, give {ways}"

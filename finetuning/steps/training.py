@@ -96,7 +96,7 @@ def train(training: Training) -> TrainedRecord:
     texts = len(training.inputs.splits["train"])
     kfold = None if folds is None else folds.record
     found = one_answer_advice(task, logits, module.settings, texts)
-    found += chance_advice(task, labels, logits, texts, kfold)
+    found += chance_advice(task, labels, logits, texts, kfold, training.claim.config.takes_kfold)
     adapter, epochs = training.inputs.adapter, module.settings.epochs
     compared = None  # the checkpoints of the run that it continues count, if validation has compared these as well
     if adapter is not None and adapter.knows(training.claim.config.data):
@@ -119,7 +119,8 @@ def _fit(training: Training) -> dict[str, Any]:
     claim, trainer, module, folds = training.claim, training.trainer, training.module, training.folds
     epochs, epoch = claim.config.training.epochs, {}
     if epochs:
-        trainer.fit(module, training.batches, training.validation, ckpt_path=claim.checkpoint, weights_only=True)
+        checkpoint = claim.checkpoint and claim.checkpoint.absolute()  # "data:x/last.ckpt" would be a protocol
+        trainer.fit(module, training.batches, training.validation, ckpt_path=checkpoint, weights_only=True)
     else:
         trainer.validate(module, training.validation, verbose=False)
     examples, seconds = len(training.inputs.splits["validation"]), training.watch.meter.validation_seconds

@@ -55,7 +55,7 @@ def trackers_of(claim: Claim) -> Trackers:
 @contextmanager
 def watched(claim: Claim, on_gpu: bool, trackers: Trackers) -> Iterator[Watch]:
     """Opens the trackers and handles signals inside the context. Arguments as in ``Watch``."""
-    trackers.open(claim.config.to_dict(), resumed=claim.checkpoint is not None)
+    trackers.open(claim.config.to_dict(), claim.checkpoint is not None, replaced=claim.config.run.overwrite)
     watch = Watch(claim, on_gpu, trackers)
     with quiet_lightning(), watch.stop.listening():
         yield watch

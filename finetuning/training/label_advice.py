@@ -72,7 +72,7 @@ def one_answer_advice(task: Task, logits: np.ndarray, training: TrainingSettings
 
 
 def chance_advice(
-    task: Task, labels: np.ndarray, logits: np.ndarray, texts: int, kfold: FoldsRecord | None
+    task: Task, labels: np.ndarray, logits: np.ndarray, texts: int, kfold: FoldsRecord | None, takes_kfold: bool
 ) -> list[str]:
     """What to try if validation does not tell the classifier from one that always answers the largest class.
 
@@ -82,6 +82,7 @@ def chance_advice(
         logits: (n, classes) of the chosen checkpoint.
         texts: how many training texts the run has.
         kfold: of a run with folds.
+        takes_kfold: whether ``--kfold`` could be given.
     """
     if not isinstance(task, SingleLabel) or task.only_answer(logits) is not None:
         return []
@@ -91,7 +92,7 @@ def chance_advice(
         return []
     largest = truth.sum(0).max() / len(labels)
     advice = learn_more(texts)
-    if answers.right.mean() > largest and kfold is None:  # it may have learned
+    if answers.right.mean() > largest and takes_kfold:  # it may have learned
         advice = f"--kfold 5, because {len(labels)} texts show little"
     return [
         f"validation does not show that anything was learned: always answering the largest class is right for"

@@ -59,12 +59,13 @@ def check_memory(
     fixed, outputs = fixed + constant, sum(outputs.bytes for outputs in frozen.values() if not outputs.on_disk)
     if fixed + outputs + batch <= free:
         return
+    can_recompute = not classifier.checkpointing and (classifier.efficient or classifier.family.checkpointing)
     if outputs and fixed + batch <= free:  # what is kept only saves time
         fitting = f"--frozen_cache_gb {(free - fixed - batch) * 10 // 2**30 / 10:g} would fit"
     elif resumed:
-        fitting = f"{'' if classifier.checkpointing else 'use --gradient_checkpointing True, or '}free some memory"
+        fitting = f"{'use --gradient_checkpointing True, or ' if can_recompute else ''}free some memory"
     else:
-        fitting = advice(fixed + outputs, batch, free, tokens, max_length, windows, classifier.checkpointing)
+        fitting = advice(fixed + outputs, batch, free, tokens, max_length, windows, can_recompute)
     raise TrainingFailed(
         f"training needs about {_gib(fixed + outputs + batch)} more memory, but only {_gib(free)} are free: {fitting};"
         " --force starts anyway"
@@ -90,7 +91,7 @@ def largest_batch(classifier: Classifier, loader: TokenBatchLoader) -> tuple[int
     return max(0, int(kept - each * tokens)), int(each * times * tokens), round(times * tokens)
 
 
-def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, windows: int, checkpointing: bool) -> str:
+def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, windows: int, can_recompute: bool) -> str:
     """What would fit.
 
     Args:
@@ -99,13 +100,13 @@ def advice(fixed: int, batch: int, free: int, tokens: int, max_length: int, wind
         free: bytes that are free.
         tokens: tokens of that batch, with padding. If its texts are short, it has fewer than ``--batch_tokens``.
         max_length, windows: the run's flags.
-        checkpointing: whether the run already has ``--gradient_checkpointing``.
+        can_recompute: whether ``--gradient_checkpointing`` could be given.
     """
     fitting = int(tokens * (free - fixed) / batch) // 64 * 64 if batch else 0
     if fitting >= 64:
         shorter = f" --max_length {fitting // windows}" if fitting < windows * max_length else ""
         return f"--batch_tokens {fitting}{shorter} would fit"
-    if batch and not checkpointing and fixed <= free:
+    if batch and can_recompute and fixed <= free:
         return "use --gradient_checkpointing True, a shorter --max_length or a smaller model"
     return "train fewer weights, with --method lora, or use --q_lora True or a smaller model"
 

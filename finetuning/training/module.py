@@ -77,7 +77,7 @@ class FineTuning(pl.LightningModule):
         """
         outputs = self.frozen.get("train")
         loader: Any = self.trainer.train_dataloader
-        if outputs is not None:
+        if outputs is not None and not self.trainer.should_stop:  # patience may have ended the training
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
             stops = [callback for callback in callbacks if isinstance(callback, GracefulStop)]
             with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics.functional import classification as metrics
 
 from finetuning.errors import UserError
-from finetuning.runs.scores import FAIR_MONITORS, f1
+from finetuning.runs.scores import FAIR_MONITORS, f1, matthews
 from finetuning.settings import DEFAULT_THRESHOLD, TrainingSettings
 from finetuning.training.class_weights import class_weights, label_weights
 
@@ -69,10 +69,10 @@ class SingleLabel(nn.Module):
         found = {
             "accuracy": metrics.multiclass_accuracy(predicted, given, average="micro", **count),
             "macro_f1": metrics.multiclass_f1_score(predicted, given, average="macro", **count),
-            "mcc": metrics.multiclass_matthews_corrcoef(predicted, given, **count),
         }
-        if self.only_answer(logits) is not None or (given == given[0]).all():
-            found["mcc"] = torch.tensor(0.0)  # by convention; for two classes torchmetrics can give more than 0.2
+        answered = self.ranked(logits).argmax(1)  # torchmetrics' MCC has a matrix of all pairs of classes
+        right, answers, truth = (self.counts(part)[None] for part in (labels[answered == labels], answered, labels))
+        found["mcc"] = matthews(right, answers, truth, len(labels))[0]
         one_hot = given[:, None] == torch.arange(len(self.names))
         auroc = mean_over_classes(metrics.binary_auroc, torch.from_numpy(logits).double().softmax(-1), one_hot)
         return {name: float(value) for name, value in found.items()} | ({} if auroc is None else {"auroc": auroc})
@@ -81,16 +81,16 @@ class SingleLabel(nn.Module):
         """Precision, recall, F1 and support by class, and the confusion matrix of few: a row for each true class."""
         given, predicted = torch.from_numpy(labels), torch.from_numpy(self.ranked(logits))
         count: dict[str, Any] = {"num_classes": len(self.names), "validate_args": False}
-        matrix = metrics.multiclass_confusion_matrix(predicted, given, **count)
         columns = {
             "precision": metrics.multiclass_precision(predicted, given, average=None, **count).tolist(),
             "recall": metrics.multiclass_recall(predicted, given, average=None, **count).tolist(),
             "f1": metrics.multiclass_f1_score(predicted, given, average=None, **count).tolist(),
-            "support": matrix.sum(1).tolist(),
+            "support": self.counts(labels).tolist(),
         }
-        # of many classes, the matrix would make a file of hundreds of megabytes
-        shown = {"confusion_matrix": matrix.tolist()} if len(self.names) <= MOST_SHOWN else {}
-        return {"per_class": by_name(self.names, columns), **shown}
+        record = {"per_class": by_name(self.names, columns)}
+        if len(self.names) > MOST_SHOWN:  # the matrix would make a file of hundreds of megabytes
+            return record
+        return record | {"confusion_matrix": metrics.multiclass_confusion_matrix(predicted, given, **count).tolist()}
 
     def only_answer(self, logits: np.ndarray) -> str | None:
         """The class that all texts get; ``None`` if they get different ones."""

@@ -40,16 +40,17 @@ class Trackers:
         """Whether any tracker is open."""
         return bool(self._loggers)
 
-    def open(self, settings: dict[str, Any], resumed: bool) -> None:
+    def open(self, settings: dict[str, Any], resumed: bool, replaced: bool = False) -> None:
         """Opens the trackers and logs the settings. A tracker that cannot be reached fails here, before training.
 
         Args:
             settings: every flag with its value.
             resumed: whether to continue what the run logged before it was interrupted.
+            replaced: whether the run replaces one, whose log is removed.
         """
         self._continues = resumed
         earlier = _earlier_ids(self._directory) if resumed else {}
-        if not resumed and not is_helper():  # what the run that --overwrite replaced has logged
+        if replaced and not resumed and not is_helper():
             folder = self._directory / TENSORBOARD
             for file in (*folder.glob("events.out.tfevents.*"), folder / "hparams.yaml"):
                 with suppress(OSError):

@@ -154,6 +154,23 @@ def test_an_adapter_of_an_earlier_run_is_continued(
     assert named == {name for name, p in earlier.named_parameters() if p.requires_grad}
 
 
+def test_an_adapter_knows_the_texts_of_all_runs_that_made_it(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        _, config = trained(bases["bert"], folder)
+        earlier = str(folders[number - 1]) if number else None
+        settings = config.to_dict() | {"data_dir": str(tmp_path / str(number)), "init_adapter": earlier}
+        write_result(folder, {"status": "finished", "config": settings})
+    known = read_adapter(folders[2])
+    for number in range(4):
+        data = replace(config.data, data_dir=tmp_path / str(number))
+        assert known.knows(data) == (number < 3)
+    shutil.rmtree(folders[1])
+    assert known.knows(replace(config.data, data_dir=tmp_path / "2"))
+    assert not known.knows(replace(config.data, data_dir=tmp_path / "0")), "nobody can tell any more"
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_a_head_that_peft_did_not_save_comes_from_the_base(
     tiny_folders: dict[str, Path], tmp_path: Path, older: bool

@@ -45,7 +45,7 @@ def test_the_functions_of_sums_are_the_scores() -> None:
     assert scores.macro_f1(right, guesses, true, False)[0] == pytest.approx(
         float(metrics.multiclass_f1_score(given, labels, 5))
     )
-    assert scores._mcc(right, guesses, true, 150)[0] == pytest.approx(
+    assert scores.matthews(right, guesses, true, 150)[0] == pytest.approx(
         float(metrics.multiclass_matthews_corrcoef(given, labels, 5))
     )
     several = random_answers(150, 5, 150, multi_label=True)

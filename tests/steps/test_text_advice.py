@@ -129,14 +129,16 @@ def test_with_few_texts_the_mean_was_better_on_four_of_five_data_sets() -> None:
 
 
 def test_texts_that_are_mostly_cut_bring_advice() -> None:
-    (said,) = cut_advice(0.5, config_of_flags("--max_length 64").data, 512)
+    (said,) = cut_advice(0.5, config_of_flags("--max_length 64").data, 512, 6144)
     assert said.startswith("50% of the training texts reach 64 tokens, and longer ones are cut: if the label")
     assert said.endswith(" give --max_length 128 or --windows 4")
-    assert not cut_advice(0.49, config_of_flags("--max_length 64").data, 512)
-    (said,) = cut_advice(1.0, config_of_flags("--max_length 128").data, float("inf"))
+    assert not cut_advice(0.49, config_of_flags("--max_length 64").data, 512, 6144)
+    (said,) = cut_advice(1.0, config_of_flags("--max_length 128").data, float("inf"), 6144)
     assert said.endswith(" give --max_length 256 or --windows 4")
-    (said,) = cut_advice(0.5, config_of_flags("--max_length 64 --windows 8 --window_overlap 8").data, 64)
+    (said,) = cut_advice(0.5, config_of_flags("--max_length 64 --windows 8 --window_overlap 8").data, 64, 6144)
     assert said.endswith(" is lost, give --windows 16")
+    (said,) = cut_advice(0.5, config_of_flags("--max_length 64").data, 512, 64)
+    assert said.endswith(" give --max_length 128 --batch_tokens 128 or --windows 4 --batch_tokens 256")
 
 
 @pytest.mark.parametrize(("length", "share"), [(8, 1.0), (64, 0.0)])

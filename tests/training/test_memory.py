@@ -112,15 +112,15 @@ def test_on_a_gpu_the_weights_count(tiny_folders: dict[str, Path], monkeypatch: 
 
 
 def test_the_advice_fits() -> None:
-    assert advice(GIB, 4 * GIB, 3 * GIB, 6144, 512, 1, False) == "--batch_tokens 3072 would fit"
-    short = advice(GIB, 4 * GIB, 3 * GIB, 1920, 512, 1, False)  # 64 texts of 30 tokens
+    assert advice(GIB, 4 * GIB, 3 * GIB, 6144, 512, 1, True) == "--batch_tokens 3072 would fit"
+    short = advice(GIB, 4 * GIB, 3 * GIB, 1920, 512, 1, True)  # 64 texts of 30 tokens
     assert short == "--batch_tokens 960 would fit"
-    shorter = advice(GIB, 4 * GIB, 3 * GIB, 512, 512, 1, False)
+    shorter = advice(GIB, 4 * GIB, 3 * GIB, 512, 512, 1, True)
     assert shorter == "--batch_tokens 256 --max_length 256 would fit"
     config_of_flags(f"--offline {shorter.removesuffix(' would fit')}")  # is not refused
-    windows = advice(GIB, 4 * GIB, 3 * GIB, 2048, 512, 4, False)
+    windows = advice(GIB, 4 * GIB, 3 * GIB, 2048, 512, 4, True)
     assert windows == "--batch_tokens 1024 --max_length 256 would fit"
     config_of_flags(f"--offline --windows 4 {windows.removesuffix(' would fit')}")
-    assert "--gradient_checkpointing" in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, False)
-    assert "--gradient_checkpointing" not in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, True)
-    assert "--method lora" in advice(4 * GIB, 0, GIB, 0, 512, 1, False)
+    assert "--gradient_checkpointing" in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, True)
+    assert "--gradient_checkpointing" not in advice(GIB, 4 * GIB, GIB, 6144, 512, 1, False)
+    assert "--method lora" in advice(4 * GIB, 0, GIB, 0, 512, 1, True)

@@ -52,12 +52,17 @@ def test_a_signal_is_heard_while_frozen_outputs_are_computed_again(tiny_folders:
             }
 
     loader = SimpleNamespace(first_batches=first_batches)
-    trainer: Any = SimpleNamespace(train_dataloader=loader, global_step=9, callbacks=[stop], world_size=1)
+    trainer: Any = SimpleNamespace(
+        train_dataloader=loader, global_step=9, callbacks=[stop], world_size=1, should_stop=False
+    )
     module._trainer = trainer
     module.frozen = {"train": cast(Any, SimpleNamespace())}
     module.classifier.logits = lambda *_: None  # type: ignore[method-assign,assignment]
     with pytest.raises(Interrupted):
         module._continue_outputs()
+    assert seen == [0, 1, 2]
+    trainer.should_stop = True  # patience has ended the training
+    module._continue_outputs()
     assert seen == [0, 1, 2]
 
 

@@ -27,12 +27,12 @@ def result_of(settings: dict[str, Any], status: str = "finished") -> dict[str, A
     }  # fmt: skip
 
 
-def track(name: str, directory: Path) -> None:
+def track(name: str, directory: Path, replaced: bool = False) -> None:
     """Two rows, then an interruption, and a third row in the continued run, which then ends."""
     settings = RunConfig.from_settings(lora_r=3).to_dict()
     directory.mkdir(exist_ok=True)
     trackers = Trackers([name], directory)
-    trackers.open(settings, resumed=False)
+    trackers.open(settings, resumed=False, replaced=replaced)
     for row in ROWS:
         trackers.log(row)
     trackers.close(result_of(settings, "interrupted"))
@@ -73,7 +73,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path, capsys: pytest.Captur
     assert b"report.html" in text.tensor_proto.string_val[0]
     hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"lora_r" in hparams
-    track("tensorboard", tmp_path)  # a run that replaces the first
+    track("tensorboard", tmp_path, replaced=True)
     assert len(tensorboard_events(tmp_path).Scalars("train_loss")) == 2
 
 
@@ -100,6 +100,15 @@ def test_tensorboard_forgets_what_a_killed_run_logged_after_its_checkpoint(
     events = tensorboard_events(tmp_path)
     assert [(event.step, event.value) for event in events.Scalars("train_loss")] == losses
     assert [event.step for event in events.Scalars("learning_rate")] == [1]
+
+
+def test_only_the_log_of_a_run_that_is_replaced_is_removed(tmp_path: Path) -> None:
+    log = tmp_path / "tensorboard" / "events.out.tfevents.1"
+    log.parent.mkdir()
+    log.touch()
+    for replaced in (False, True):
+        Trackers([], tmp_path).open({}, resumed=False, replaced=replaced)
+        assert log.exists() == (not replaced), "another program's, if no run was there"
 
 
 def test_mlflow_finds_what_was_logged(
