@@ -9,6 +9,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import warnings
 import zipfile
 import zlib
@@ -20,12 +21,14 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
-from finetuning.errors import UserError, first_line, listed
+from finetuning.errors import UserError, counted, first_line, listed
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "json")
 PACKED = ".gz"
 FIRST_ROW = "the first one is row 0"  # said with the number of a row
 QUOTES = "put texts with quotes in quotes, and double the quotes inside"
+# Half a character; also what Python makes of bytes of a command line that are not UTF-8.
+HALF = re.compile("[\ud800-\udfff]")
 UNREADABLE = (
     OSError, EOFError, TypeError, ValueError, RecursionError, zlib.error, pyarrow.ArrowException, zipfile.BadZipFile,
 )  # fmt: skip
@@ -183,8 +186,8 @@ def _csv_chunks(path: Path, rows: int | None, separator: str) -> Iterator[pd.Dat
                     chunk = reader.read(rows)
             except StopIteration:
                 return
-            if not checked and _has_line_break(chunk):
-                _check_quotes(path, separator)
+            if not checked and (_has_line_break(chunk) or _may_be_short(chunk)):
+                _check_rows(path, separator)
                 checked = True
             if separator == "\t":
                 _check_tabs(chunk)
@@ -216,16 +219,30 @@ def _has_line_break(table: pd.DataFrame) -> bool:
     return any("\n" in cell or "\r" in cell for name in table.columns for cell in table[name] if isinstance(cell, str))
 
 
-def _check_quotes(path: Path, separator: str) -> None:
-    """Refuses an open quote, also of later rows: pandas would take the lines up to the next one for a text.
+def _may_be_short(table: pd.DataFrame) -> bool:
+    """Whether a row may have fewer fields than the header: pandas fills it up with empty cells."""
+    return len(table.columns) > 1 and bool((table.iloc[:, -1].fillna("") == "").any())
 
-    A quote inside a text that ends in its own line is left to pandas, which drops it.
+
+def _check_rows(path: Path, separator: str) -> None:
+    """Refuses what pandas would take for other texts, also in later rows.
+
+    With an open quote, it would take the lines up to the next one for one text. A row with fewer fields than the header
+    is mostly the beginning of a text with a line break, of which the rest would be another text. A quote inside a text
+    that ends in its own line is left to pandas, which drops it.
     """
     csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB that are allowed otherwise
     with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
         reader = csv.reader(text, delimiter=separator, strict=True)
         row: list[str] | None = []
+        fields = 0  # of the header
         while row is not None:
+            if len(row) < fields and any(map(str.strip, row)):  # pandas skips blank lines
+                raise ValueError(
+                    f"line {reader.line_num} has {counted(len(row), 'field')}, but the header {fields}: put texts with"
+                    " line breaks in quotes, and fill rows up"
+                )
+            fields = fields or len(row)
             first = reader.line_num + 1
             try:
                 row = next(reader, None)
@@ -265,7 +282,11 @@ def _json_chunks(path: Path, rows: int | None) -> Iterator[pd.DataFrame]:
 
         def table(chunk: list[dict[str, Any]]) -> pd.DataFrame:
             columns.update(dict.fromkeys(itertools.chain.from_iterable(chunk)))
-            return pd.DataFrame(chunk, columns=list(columns), dtype=kind)
+            try:
+                return pd.DataFrame(chunk, columns=list(columns), dtype=kind)
+            except UnicodeEncodeError:
+                broken = (i for i, value in enumerate(chunk, 1) if HALF.search(json.dumps(value, ensure_ascii=False)))
+                raise ValueError(f"object {next(broken)} has half a character (a lone surrogate): remove it") from None
 
         yield table(list(itertools.islice(kept, rows)))
         while chunk := list(itertools.islice(kept, rows)):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -201,13 +202,18 @@ def _missing(labels: pd.Series) -> pd.Series:
     return labels.isna() | (labels == NO_LABEL if pd.api.types.is_numeric_dtype(labels) else False)
 
 
+def _is_empty(label: object) -> bool:
+    """Whether it is a list without a label: of single texts allowed, of a whole split a sign that labels are hidden."""
+    return isinstance(label, list | tuple | np.ndarray) and len(label) == 0
+
+
 def _with_labelled_test(tables: dict[str, pd.DataFrame], label: str) -> tuple[dict[str, pd.DataFrame], str, list[str]]:
     """Tables whose test has labels, what the test is, and a note if it had none.
 
     Benchmarks such as GLUE keep the labels of their test to themselves.
     """
     test = tables.get("test")
-    if test is None or label not in test or not _missing(test[label]).all():
+    if test is None or label not in test or not (_missing(test[label]) | test[label].map(_is_empty)).all():
         return tables, "official test", []
     rest = {part: table for part, table in tables.items() if part != "test"}
     if "validation" not in rest:

@@ -18,6 +18,7 @@ from finetuning.errors import UserError, listed
 from finetuning.settings import DataSettings
 
 SEPARATORS = (";", "|", ",")
+WRITTEN_LISTS = "save lists as JSON lines or parquet, or write a;b with --label_separator ';'"
 SHARED = 0.8  # of the parts of labels: if so many are parts of other labels as well, the labels look like lists
 EXACT = 2**53  # a table holds larger whole numbers only nearly
 FEWEST_IDS = 20  # different labels: fewer are classes, however few texts there are
@@ -57,6 +58,8 @@ def doubt_about(names: Sequence[str], texts: int) -> str:
 
 def separator_hint(names: Sequence[str]) -> str:
     """What to do if labels look like lists of labels, as ``a;b`` next to ``a`` and ``b``; empty if they do not."""
+    if len(written := [name for name in names if is_written_list(name)]) > len(names) / 2:
+        return f"labels such as {written[0]!r} look like lists written as text: {WRITTEN_LISTS}"
     for separator in SEPARATORS:
         parts = {name: {part.strip() for part in name.split(separator)} for name in names}
         counts = Counter(part for own in parts.values() for part in own)
@@ -131,6 +134,11 @@ def unseen_labels(splits: dict[str, pd.DataFrame], names: list[str]) -> list[str
     return [f"warning: no training text has the label {', '.join(found)}, but other texts have it"] if found else []
 
 
+def is_written_list(label: object) -> bool:
+    """Whether a text is a list as Python, JSON or NumPy write it."""
+    return isinstance(label, str) and label.strip().startswith("[") and label.strip().endswith("]")
+
+
 def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple | np.ndarray)
 
@@ -146,6 +154,11 @@ def _as_lists(labels: pd.Series, data: DataSettings) -> pd.Series:
     if not labels.map(lambda label: isinstance(label, str)).all():
         kind = "lists, so leave it out" if lists.any() else "numbers, and only text has a separator"
         raise UserError(f"--label_separator {data.label_separator!r}: column {data.label_column} has {kind}")
+    if (written := labels.map(is_written_list)).mean() > 0.5:
+        raise UserError(
+            f"--label_separator {data.label_separator!r}: column {data.label_column} has lists written as text, such as"
+            f" {labels[written].tolist()[0]!r}: {WRITTEN_LISTS}"
+        )
     parts = labels.str.split(data.label_separator, regex=False)
     return parts.map(lambda words: [word.strip() for word in words if word.strip()])
 

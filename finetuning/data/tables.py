@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,9 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     wanted = {"text": ("text_column", data.text_column)}
     if data.text_pair_column is not None:
         wanted["pair"] = "text_pair_column", data.text_pair_column
+    needed = {data.label_column, *(part for _, given in wanted.values() for part in text_columns(given, table.columns))}
+    if twice := [name for name in table.columns[table.columns.duplicated()] if name in needed]:
+        raise UserError(f"{path}: two of its columns are named {twice[0]}: rename one")
     texts = {name: texts_in(table, given, path, flag) for name, (flag, given) in wanted.items()}
     flags = {name: f"--{flag} {given}" for name, (flag, given) in wanted.items()}
     columns = {name: text_columns(given, table.columns) for name, (_, given) in wanted.items()}
@@ -101,6 +105,8 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     label = table[data.label_column]
     if isinstance(label.dtype, pd.CategoricalDtype):  # the values themselves
         label = label.astype(label.cat.categories.dtype if label.notna().all() else object)
+    if label.map(lambda value: isinstance(value, Decimal)).any():  # whole numbers of Snowflake and others
+        label = pd.to_numeric(label)
     if data.label_separator is not None:  # a text may have no label
         label = label.where(label.notna(), "")
     for name, text in texts.items():

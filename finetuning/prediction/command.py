@@ -213,7 +213,8 @@ def label(arguments: argparse.Namespace) -> None:
         say(f"{output}: {written:,} rows", sys.stderr)
     for counter in counters:
         say(str(counter), sys.stderr)
-    if score is not None and trained_on(arguments.file, trained.config.data):
+    # an export has no --data_dir but its own folder
+    if score is not None and not trained.exported and trained_on(arguments.file, trained.config.data):
         told = "this file is in the run's --data_dir: if its texts trained the run, its scores are too high"
         say(f"warning: {told}", sys.stderr)
     if surveyed.bad:

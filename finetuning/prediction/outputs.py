@@ -63,7 +63,9 @@ def write_answers(path: Path, answered: Iterable[Answered], surveyed: Survey, an
     def chunks() -> Chunks:
         nonlocal written
         for rows, values in answered:
-            yield rows.table.reindex(columns=surveyed.columns), dict(zip(ours, values, strict=True))
+            absent = [name for name in surveyed.columns if name not in rows.table]  # a chunk of JSON may lack a key
+            table = rows.table.assign(**dict.fromkeys(absent))[surveyed.columns]
+            yield table, dict(zip(ours, values, strict=True))
             written += len(rows.bad)
 
     try:

@@ -7,7 +7,6 @@ labels them. Memory is bounded by a chunk, but for a JSON list and parquet in gz
 import io
 import itertools
 import os
-import re
 import reprlib
 import shutil
 import sys
@@ -23,7 +22,16 @@ import pandas as pd
 import pyarrow as pa
 
 from finetuning.data.columns import texts_in
-from finetuning.data.files import FIRST_ROW, UNREADABLE, name_and_format, not_utf8, opened, parquet_schema, read_chunks
+from finetuning.data.files import (
+    FIRST_ROW,
+    HALF,
+    UNREADABLE,
+    name_and_format,
+    not_utf8,
+    opened,
+    parquet_schema,
+    read_chunks,
+)
 from finetuning.errors import UserError, first_line
 
 STANDARD_INPUT = Path("-")
@@ -31,7 +39,6 @@ CHUNK_ROWS = 10_000  # enough that batches of like lengths have little padding
 TEXT, PAIR = "text", "text_pair"
 UNHOLDABLE = (pa.ArrowException, OverflowError, UnicodeEncodeError)  # what parquet says of values that it cannot hold
 T = TypeVar("T")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # how Python decodes bytes of a command line that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def _fault(text: object) -> str | None:
         return f"{reprlib.repr(text)}, no text: remove or correct it"
     if not text.strip():
         return "empty: remove it"
-    return "not UTF-8: convert it" if _SURROGATE.search(text) else None
+    return "not UTF-8: convert it" if HALF.search(text) else None
 
 
 def given_texts(texts: list[str], pairs: list[str] | None) -> Source:

@@ -150,6 +150,11 @@ def test_damaged_gzip(tmp_path: Path, name: str) -> None:
         ),
         ("a.csv", "text,label,text\na,1,b\n", r"two columns of its header \(text, label, text\) have the same name"),
         ("a.tsv", 'text\tlabel\n"open\t1\nfine\t1\nshut"\t1\n', "open quote in column text, at open 1 fine 1 shut"),
+        (
+            "a.csv",
+            "text,id\nfine,1\nfine,2\nline one\rline two,3\n",
+            "line 4 has 1 field, but the header 2: put texts with",
+        ),
     ],
 )
 @pytest.mark.parametrize("rows", [None, 2])
@@ -157,6 +162,18 @@ def test_wrong_rows(tmp_path: Path, name: str, content: str, message: str, rows:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         list(read_chunks(tmp_path / name, rows))
+
+
+def test_half_a_character_in_json_is_refused_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "user": "y"}\n{"text": "x", "user": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match="object 2 has half a character"):
+        read_frame(tmp_path / "a.jsonl")
+    assert next(read_chunks(tmp_path / "a.jsonl", 5)).user.tolist() == ["y", "\ud83d"], "kept in a column beside"
+
+
+def test_a_line_of_blanks_is_no_half_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,note\nfine,\n \n\nfine,1\n")
+    assert next(read_chunks(tmp_path / "a.csv", None)).text.tolist() == ["fine", "fine"]
 
 
 def test_chunks_need_little_memory(tmp_path: Path) -> None:

@@ -111,9 +111,14 @@ def test_without_test_and_validation(cache: Path) -> None:
         "me/two",
         {"train.jsonl": frame(40).to_json(orient="records", lines=True), "test.jsonl": '{"text": "x", "label": -1}'},
     )
-    texts = texts_of(config_of("me/two"))
-    assert [len(split.texts) for split in texts.splits.values()] == [32, 4, 4]
-    assert texts.notes == ["the test split has no labels: a test is taken out of train"]
+    lists = frame(40).assign(label=[[["a"], ["b"], ["a", "b"], []][i % 4] for i in range(40)])
+    hidden = '{"text": "x", "label": []}\n{"text": "y", "label": []}\n'
+    content = {"train.jsonl": lists.to_json(orient="records", lines=True), "test.jsonl": hidden}
+    write_hub_cache(cache, "me/three", content)
+    for name in ("me/two", "me/three"):
+        texts = texts_of(config_of(name))
+        assert [len(split.texts) for split in texts.splits.values()] == [32, 4, 4]
+        assert texts.notes[0] == "the test split has no labels: a test is taken out of train"
 
 
 def test_names_of_splits(cache: Path) -> None:

@@ -111,6 +111,8 @@ def test_a_label_that_train_lacks_brings_a_warning(tmp_path: Path) -> None:
     ("labels", "doubt"),
     [
         (["joy", "fear", "joy;fear", "fear; anger", "anger"] * 8, "labels such as 'fear; anger' look like lists: if"),
+        (["['joy']", "['joy', 'fear']", "['fear']"] * 8, "labels such as \"['fear']\" look like lists written as text"),
+        (["[1]", "[1 2]", "[2]"] * 8, "labels such as '[1 2]' look like lists written as text"),
         (["Smith, John", "Smith, Jane", "Doe, Jim"] * 8, ""),
         (["1.5", "2", "2.5"] * 8, ""),
         ([f"{i / 7:.3f}" for i in range(1, 40)], "numbers such as 0.143 would each be a class: make classes of them"),
@@ -152,6 +154,11 @@ def test_what_a_refused_split_says_of_such_labels(tmp_path: Path) -> None:
         (["a", "b"], ",", "--label_separator ',': never separates two labels in column label: leave it out$"),
         (["a;b", "a", "b"], ",", "--label_separator ',': never .*: labels such as 'a;b' need --label_separator ';'$"),
         ([["a"], ["b"]], ",", "--label_separator ',': column label has lists, so leave it out"),
+        (
+            ["['a', 'b']", "['a']"],
+            ",",
+            "--label_separator ',': column label has lists written as text, such as .*: save",
+        ),
         ([1, 2], ",", "--label_separator ',': column label has numbers, and only text has a separator"),
         (["a", ""], None, "--label_column label: .* has no label in row 1 "),
     ],

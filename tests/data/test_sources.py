@@ -1,6 +1,7 @@
 """Formats and bad input."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,24 @@ def test_categories_are_their_values(tmp_path: Path) -> None:
     table = pd.DataFrame({"text": [f"text {i}" for i in range(30)], "label": pd.Categorical(["a;b", None, "b"] * 10)})
     table.to_parquet(tmp_path / "train.parquet")
     assert texts_of(text_config(tmp_path, label_separator=";")).label_names == ["a", "b"]
+
+
+def test_whole_numbers_of_databases_are_their_values(tmp_path: Path) -> None:
+    frame(30).assign(label=[Decimal(1 + i % 2) for i in range(30)]).to_parquet(tmp_path / "train.parquet")
+    assert texts_of(text_config(tmp_path)).label_names == ["1", "2"]
+
+
+@pytest.mark.parametrize("twice", ["text", "label", "other"])
+def test_only_a_needed_column_must_be_there_once(tmp_path: Path, twice: str) -> None:
+    table = pyarrow.Table.from_pandas(frame(30))
+    for _ in range(2 if twice == "other" else 1):
+        table = table.append_column(twice, table[table.column_names[0]])
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    if twice == "other":
+        assert len(texts_of(text_config(tmp_path)).label_names) == 2
+        return
+    with pytest.raises(UserError, match=f"train.parquet: two of its columns are named {twice}: rename one"):
+        texts_of(text_config(tmp_path))
 
 
 def test_other_columns(tmp_path: Path) -> None:

@@ -83,6 +83,14 @@ def table(tmp_path: Path) -> Path:
     return tmp_path / "in.csv"
 
 
+def test_lists_that_only_later_chunks_have_can_be_written(tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": "b"}, {"text": "c"}, {"text": "d", "z": [1], "y": {"b": "q"}}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = pq.read_table(write(tmp_path / "in.jsonl", tmp_path / "out.parquet"))
+    assert table["z"].to_pylist() == [None, None, None, [1]]
+    assert table["y"].to_pylist() == [None, None, None, {"b": "q"}]
+
+
 @pytest.mark.parametrize("name", [*(f"out.{kind}" for kind in FORMATS), "OUT.CSV.GZ", "out.jsonl.gz", "out.parquet.gz"])
 def test_the_columns_of_the_input_and_ours(table: Path, name: str) -> None:
     out = read_frame(write(table, table.with_name(name)))

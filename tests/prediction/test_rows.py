@@ -111,7 +111,7 @@ REFUSED: list[tuple[Any, ...]] = [  # name, content, message, and perhaps the co
         "row 3 (the first one is row 0) is empty: remove it, or give --skip_bad_rows",
     ),
     ("a.csv", b"text,label\nfine,1\n,0\n", "row 1 (the first one is row 0) is empty"),
-    ("a.csv", b"label,text\n1,fine\n0\n", "row 1 (the first one is row 0) is empty"),
+    ("a.csv", b"label,text\n1,fine\n0\n", "a.csv: cannot be read: line 3 has 1 field, but the header 2"),
     ("a.csv", b"text\na\nb\nc\nd, e\n", "cannot be read: a row has more fields"),
     ("a.csv", b"text,label\nfine, really,1\n", "more fields than the header (text, label)"),
     ("a.csv", b"text,label\nfine,1\nfine, really,1\n", "more fields than the header (text, label)"),
