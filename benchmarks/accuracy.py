@@ -46,17 +46,11 @@ KEPT_ENVIRONMENT = ("cpu", "threads", "git", "date", "alone", "versions")
 
 @dataclass(frozen=True)
 class Work:
-    """A data set, which is a folder below ``--data_dir``.
+    """A data set, which is a folder below ``--data_dir``."""
 
-    Attributes:
-        name: of the folder.
-        flags: those of ``finetune_lora.py`` that are its own.
-        seeds: how many; they count from 0. More where scores differ much from seed to seed.
-    """
-
-    name: str
-    flags: str
-    seeds: int = 3
+    name: str  # of the folder
+    flags: str  # those of ``finetune_lora.py`` that are its own
+    seeds: int = 3  # how many; they count from 0. More where scores differ much from seed to seed.
 
 
 PLAN = (
@@ -86,7 +80,6 @@ class Measurement:
 
     @property
     def name(self) -> str:
-        """The name of its run directory."""
         return f"{self.work.name}-{self.contestant}-seed{self.seed}"
 
     def command(self, data_dir: Path, directory: Path, peer_flags: Sequence[str]) -> list[str]:

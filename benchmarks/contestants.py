@@ -59,7 +59,6 @@ class Measured:
     padded_tokens: int = 0  # in all batches, padding included
 
     def start(self) -> None:
-        """Starts the clock."""
         self.began = time.perf_counter()
 
     def step(self) -> None:
@@ -74,7 +73,6 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """The time of all steps."""
         return self.ends[-1] - self.began
 
     @property
@@ -350,11 +348,9 @@ class Suite(Contestant):
         return measured
 
     def module(self, total_steps: int) -> FineTuning:
-        """The suite's own Lightning module."""
         return FineTuning(self.classifier, self.config.training, SingleLabel(LABELS), total_steps)
 
     def trainer(self, directory: Path, *callbacks: Callback) -> pl.Trainer:
-        """The suite's own trainer."""
         return make_trainer(self.config.training, self.config.hardware, self.hardware, directory, [*callbacks])
 
     def evaluate(self, split: TokenizedSplit) -> None:

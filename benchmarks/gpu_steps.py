@@ -128,7 +128,6 @@ def attention(_: Path, sizes: Sizes) -> Record:
 
 
 def _seconds(call: Callable[[], None], sizes: Sizes) -> float:
-    """Mean time of a call."""
     import torch
 
     def wait() -> None:

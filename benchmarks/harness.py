@@ -107,20 +107,13 @@ class Journal:
     """The measurements of a benchmark, in a JSON file that is written after each one.
 
     A command that was interrupted goes on with what is missing, if conditions and flags are the same.
-
-    Attributes:
-        path: where unfinished measurements are kept.
-        result: the conditions, which get the measurements.
-        show: a measurement in one line; ``None`` if it has been shown.
-        flags: what was asked for.
-        key: of the measurements in ``result``.
     """
 
-    path: Path
-    result: Record
-    show: Callable[[Record], str] | None = None
-    flags: str = ""
-    key: str = "measurements"
+    path: Path  # where unfinished measurements are kept
+    result: Record  # the conditions, which get the measurements
+    show: Callable[[Record], str] | None = None  # a measurement in one line; ``None`` if it has been shown
+    flags: str = ""  # what was asked for
+    key: str = "measurements"  # of the measurements in ``result``
     records: list[Record] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -154,7 +147,6 @@ class Journal:
         self.write()
 
     def write(self) -> None:
-        """Writes the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"flags": self.flags, "result": self.result})
 

@@ -269,7 +269,6 @@ def _both(values: Sequence[float | None]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command."""
     parser = harness.make_parser(
         "Compare this suite with its peers on a CPU.",
         quick="one work with few texts, a few minutes; changes no page",

@@ -69,7 +69,6 @@ class Conditions:
 
     @property
     def folder(self) -> Path:
-        """Where the searches are."""
         return FOLDER / "quick" if self.quick else FOLDER
 
     def words(self, name: str, seed: int, more: str) -> list[str]:
@@ -89,7 +88,6 @@ def searched(folder: Path, words: Sequence[str]) -> Path:
 
 
 def timed_search(asked: Conditions, name: str, kind: str, seed: int) -> Path:
-    """A search in the asked minutes."""
     more = f"{KINDS[kind]} --minutes {asked.minutes} --jobs {asked.jobs}"
     place = f"{name}-{kind.replace(' ', '_')}-{seed}-{asked.minutes:g}min-{asked.jobs}jobs"
     place += "" if asked.texts == TEXTS else f"-{asked.texts}texts"
@@ -97,7 +95,6 @@ def timed_search(asked: Conditions, name: str, kind: str, seed: int) -> Path:
 
 
 def ended_trials(folder: Path) -> list[Trial]:
-    """The trials of a search."""
     return Trials(folder / TRIALS, read_json(folder / SUMMARY)["monitor"]).all()
 
 

@@ -14,31 +14,19 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class DatasetTraits:
-    """One value of ``--dataset``.
+    """One value of ``--dataset``."""
 
-    Attributes:
-        text_column: default of ``--text_column``; empty if the column is found in the data.
-        label_column: default of ``--label_column``; empty if the column is found in the data.
-        monitor: default of ``--monitor``, the validation metric that chooses the checkpoint.
-        label_names: names of the classes 0, 1, ...; ``None`` if they come from the data.
-        resplit: ratio of train, validation and test with ``--split resplit``; ``None`` if that is not allowed.
-        agreement: default of ``--agreement``; ``None`` if the flag is not allowed.
-        downloads: whether ``--data_source`` is allowed.
-        on_hub: whether it can be downloaded; if not, ``--data_dir`` is required.
-        packaged: whether a package of requirements-offline.txt contains it, for ``--offline``.
-        line_breaks: markup between the lines of a text, replaced by a space; empty if there is none.
-    """
-
-    text_column: str = "text"
-    label_column: str = "label"
-    monitor: str = "accuracy"
-    label_names: tuple[str, ...] | None = None
+    text_column: str = "text"  # default of ``--text_column``; empty if the column is found in the data
+    label_column: str = "label"  # default of ``--label_column``; empty if the column is found in the data
+    monitor: str = "accuracy"  # default of ``--monitor``, the validation metric that chooses the checkpoint
+    label_names: tuple[str, ...] | None = None  # names of the classes 0, 1, ...; ``None`` if they come from the data
+    # ratio of train, validation and test with ``--split resplit``; ``None`` if that is not allowed
     resplit: tuple[int, int, int] | None = None
-    agreement: str | None = None
-    downloads: bool = False
-    on_hub: bool = True
-    packaged: bool = False
-    line_breaks: str = ""
+    agreement: str | None = None  # default of ``--agreement``; ``None`` if the flag is not allowed
+    downloads: bool = False  # whether ``--data_source`` is allowed
+    on_hub: bool = True  # whether it can be downloaded; if not, ``--data_dir`` is required
+    packaged: bool = False  # whether a package of requirements-offline.txt contains it, for ``--offline``
+    line_breaks: str = ""  # markup between the lines of a text, replaced by a space; empty if there is none
 
     def clean(self, text: str) -> str:
         """The text as the model reads it, in training and in prediction."""

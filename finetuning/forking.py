@@ -98,7 +98,6 @@ class ForkServer:
             raise
 
     def close(self) -> None:
-        """Ends the server."""
         self._channel.close()
         self._process.kill()  # it may still be importing
         self._process.wait()
@@ -141,7 +140,6 @@ class ForkedProcess:
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kills the process."""
         self.send_signal(signal.SIGKILL)
 
 

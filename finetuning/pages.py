@@ -19,7 +19,6 @@ class Table:
     code: tuple[str, ...] = ("command",)
 
     def column(self, name: str) -> list[str]:
-        """The cells of a column."""
         return [row[self.columns.index(name)] for row in self.rows]
 
     def without_empty_columns(self) -> "Table":
@@ -27,7 +26,6 @@ class Table:
         return self.only(*(name for name in self.columns if any(self.column(name))))
 
     def without(self, column: str) -> "Table":
-        """The same table without one column."""
         return self.only(*(name for name in self.columns if name != column))
 
     def only(self, *columns: str) -> "Table":
@@ -36,7 +34,6 @@ class Table:
         return Table(columns, [tuple(row[i] for i in kept) for row in self.rows], self.code)
 
     def markdown(self) -> str:
-        """The table in Markdown."""
         names = [f" {name} " if name else " " for name in self.columns]
         lines = [f"|{'|'.join(names)}|", "|" + "---|" * len(self.columns)]
         for row in self.rows:

@@ -67,7 +67,6 @@ def word(cluster: Cluster, job: str, key: str) -> str:
 
 
 def disturb(cluster: Cluster, job: str, kind: str) -> None:
-    """Does the fault."""
     if kind == "preempted":  # the signal that --signal=B:USR1@120 sends
         cluster.command("scancel", "--batch", f"--signal={signal.SIGUSR1.name}", job, check=False)
     elif kind == "requeued":

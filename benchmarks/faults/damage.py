@@ -28,7 +28,6 @@ KINDS = ("truncated", "bit flipped", "emptied", "folder instead")
 
 
 def damage(path: Path, kind: str, generator: random.Random) -> None:
-    """Damages a file."""
     content = bytearray(path.read_bytes())
     path.unlink()
     if kind == "folder instead":

@@ -36,7 +36,6 @@ class LittleMemory:
     spare: int
 
     def install(self, watched: tuple[str, ...]) -> None:
-        """Wraps the function."""
         module, path, number = PLACES[self.place]
         *outer, name = path.split(".")
         owner: Any = importlib.import_module(module)

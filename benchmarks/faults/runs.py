@@ -117,17 +117,15 @@ class Outcome:
         return int(self.printed.rpartition("file operations: ")[2].split()[0])
 
 
+@dataclass
 class Commands:
-    """Starts the suite's commands on a tiny model, each in a process of its own.
+    """Starts the suite's commands on a tiny model, each in a process of its own."""
 
-    Args:
-        folder: a folder for everything.
-        model: the folder of a tiny model.
-        data: a folder of reviews.
-    """
+    folder: Path  # for everything
+    model: Path  # the folder of a tiny model
+    data: Path  # a folder of reviews
 
-    def __init__(self, folder: Path, model: Path, data: Path) -> None:
-        self.folder, self.model, self.data = folder, model, data
+    def __post_init__(self) -> None:
         self._server = multiprocessing.get_context("forkserver")
         self._server.set_forkserver_preload(list(PRELOADED))
         self._whole: dict[tuple[str, str], tuple[Path, Outcome, float]] = {}
@@ -150,7 +148,6 @@ class Commands:
         return process
 
     def run(self, words: list[str], disturbance: Disturbance | None = None, cache: Path | None = None) -> Outcome:
-        """Does a command."""
         log = self.folder / "log"
         log.unlink(missing_ok=True)
         process = self.start(words, log, disturbance, cache)
@@ -352,19 +349,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of fault.
+    """A kind of fault."""
 
-    Attributes:
-        name: for the table and for ``--only``.
-        times: how often it is tried.
-        promise: what must hold.
-        trial: does one trial in a directory of its own. It returns what was seen, as a text or ``Seen``, or raises
-            ``Broken`` or ``Undisturbed``.
-        missing: why this machine cannot try it; ``None`` if it can.
-    """
-
-    name: str
-    times: int
-    promise: str
+    name: str  # for the table and for ``--only``
+    times: int  # how often it is tried
+    promise: str  # what must hold
+    # does one trial in a directory of its own. It returns what was seen, as a text or ``Seen``, or raises ``Broken`` or
+    # ``Undisturbed``.
     trial: Callable[[Commands, random.Random, Path], str | Seen]
-    missing: Callable[[], str | None] = lambda: None
+    missing: Callable[[], str | None] = lambda: None  # why this machine cannot try it; ``None`` if it can

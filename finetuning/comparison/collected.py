@@ -87,7 +87,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its name, unique in the study."""
         return self.record.name
 
     @property
@@ -107,7 +106,6 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Its seed."""
         return int(self.get("study", "seed"))
 
     @cached_property
@@ -126,12 +124,10 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``finished`` or ``failed``."""
         return str(self.get("status"))
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
         return self.status == "finished"
 
     @property
@@ -229,7 +225,6 @@ class Row:
 
     @property
     def finished(self) -> list[Run]:
-        """The runs that came to their end."""
         return [run for run in self.runs if run.finished]
 
     @property
@@ -334,7 +329,6 @@ class Study:
 
     @property
     def final(self) -> list[Run]:
-        """The runs that count."""
         return [run for run in self.runs if not run.tunes]
 
     @property

@@ -24,19 +24,12 @@ LEAST_CHANCE = 0.5  # of an outcome that is called typical
 
 @dataclass(frozen=True)
 class Decision:
-    """A choice that a user has.
+    """A choice that a user has."""
 
-    Attributes:
-        take: its flags.
-        study: over data sets.
-        method: of the study, with these flags.
-        default: of the study, with the default instead.
-    """
-
-    take: str
-    study: str
-    method: str
-    default: str
+    take: str  # its flags
+    study: str  # over data sets
+    method: str  # of the study, with these flags
+    default: str  # of the study, with the default instead
 
 
 DECISIONS = (

@@ -154,27 +154,19 @@ class Starter:
             server.close()
 
 
+@dataclass
 class StudyExecution:
-    """Runs what is missing of a study, and remembers how each run ended.
+    """Runs what is missing of a study, and remembers how each run ended."""
 
-    Args:
-        runs: the study's runs on disk.
-        script: the path of ``finetune_lora.py``.
-        chosen: the runs to do, in their order.
-        retry_failed: whether failed runs are started over.
-        stop: says whether the command was asked to stop.
-        jobs: how many runs are done at once.
-    """
+    runs: StudyRuns
+    script: Path  # ``finetune_lora.py``
+    chosen: list[PlannedRun]  # the runs to do, in their order
+    retry_failed: bool  # whether failed runs are started over
+    stop: StopSignals  # says whether the command was asked to stop
+    jobs: int  # how many runs are done at once
 
-    def __init__(
-        self, runs: StudyRuns, script: Path, chosen: list[PlannedRun], retry_failed: bool, stop: StopSignals, jobs: int
-    ) -> None:
-        self.runs = runs
-        self.chosen = chosen
-        self.retry_failed = retry_failed
-        self.stop = stop
-        self.jobs = jobs
-        self.starter = Starter(script, jobs, fork=len(chosen) > 1)
+    def __post_init__(self) -> None:
+        self.starter = Starter(self.script, self.jobs, fork=len(self.chosen) > 1)
         self.current: list[CurrentRun] = []
         self.ended: dict[str, str] = {}  # run's name -> finished, failed
         self.failed_before: dict[str, dict[str, Any]] = {}  # results of runs to retry: a newer one is another's retry

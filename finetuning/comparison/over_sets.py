@@ -34,15 +34,11 @@ Found = dict[str, dict[str, list[Run]]]  # set -> method -> runs
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of a study by set and method.
+    """The runs of a study by set and method."""
 
-    Attributes:
-        runs: those with a test: one for each seed and draw.
-        trials: those that chose settings. One that failed is a trial as well: without it, a method that often fails
-            would look as good as one that never does.
-    """
-
-    runs: Found
+    runs: Found  # those with a test: one for each seed and draw
+    # those that chose settings. One that failed is a trial as well: without it, a method that often fails would look as
+    # good as one that never does.
     trials: Found
 
     @property
@@ -104,16 +100,11 @@ def sets_table(grid: Grid) -> Table:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods on the sets on which both had as many training texts.
+    """Two methods on the sets on which both had as many training texts."""
 
-    Attributes:
-        sets: their names.
-        difference: the mean of the first method minus the second, in points, with its interval over sets.
-        chances: ``better``, ``equivalent`` and ``worse`` -> how likely the first method is typically that.
-    """
-
-    sets: list[str]
-    difference: str
+    sets: list[str]  # their names
+    difference: str  # the mean of the first method minus the second, in points, with its interval over sets
+    # ``better``, ``equivalent`` and ``worse`` -> how likely the first method is typically that
     chances: dict[str, float]
 
 

@@ -56,7 +56,6 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The run's name."""
         return str(self.result["study"]["run"])
 
     @property

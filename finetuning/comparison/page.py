@@ -51,12 +51,10 @@ class Section:
 
     @property
     def title(self) -> str:
-        """The study's name in words."""
         return self.study.replace("_", " ")
 
     @property
     def comparisons_title(self) -> str:
-        """The heading of the compared pairs."""
         shown = len(self.comparisons.rows)
         if shown == self.pairs:
             return f"All pairs of rows ({self.pairs})"

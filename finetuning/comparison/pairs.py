@@ -34,21 +34,13 @@ READING = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two rows of a table, compared on the same test texts.
+    """Two rows of a table, compared on the same test texts."""
 
-    Attributes:
-        first: the name of a row.
-        second: the name of another row.
-        difference: the first minus the second, with the p value of ``test``.
-        corrected_p: the p value after Holm's correction over the table.
-        test: which test the p value is from.
-    """
-
-    first: str
-    second: str
-    difference: Difference
-    corrected_p: float
-    test: str
+    first: str  # the name of a row
+    second: str  # the name of another row
+    difference: Difference  # the first minus the second, with the p value of ``test``
+    corrected_p: float  # the p value after Holm's correction over the table
+    test: str  # which test the p value is from
 
     @property
     def verdict(self) -> str:
@@ -181,23 +173,14 @@ def _highest(comparisons: Sequence[Comparison]) -> list[str]:
 
 @dataclass(frozen=True)
 class Answer:
-    """The best row of a study, or of a group of its rows with the same test texts.
+    """The best row of a study, or of a group of its rows with the same test texts."""
 
-    Attributes:
-        best: the row's name.
-        accuracy: its test accuracy as a fraction, mean over seeds.
-        equal: rows that do not differ significantly from it.
-        worse: rows that are significantly worse.
-        uncompared: whether the study has other tested rows, with which no row could be compared.
-        tied: rows of ``equal`` with the same accuracy.
-    """
-
-    best: str
-    accuracy: float
-    equal: tuple[str, ...]
-    worse: tuple[str, ...]
-    uncompared: bool = False
-    tied: tuple[str, ...] = ()
+    best: str  # the row's name
+    accuracy: float  # its test accuracy as a fraction, mean over seeds
+    equal: tuple[str, ...]  # rows that do not differ significantly from it
+    worse: tuple[str, ...]  # rows that are significantly worse
+    uncompared: bool = False  # whether the study has other tested rows, with which no row could be compared
+    tied: tuple[str, ...] = ()  # rows of ``equal`` with the same accuracy
 
     def certainty(self, most: int | None = None) -> str:
         """How sure it is that this row is the best; ``most`` limits how many names are listed."""

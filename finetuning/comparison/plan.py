@@ -55,29 +55,18 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study.
+    """One run of a study."""
 
-    Attributes:
-        name: the run's directory, unique in the study.
-        row: what the report compares; runs that differ only in their seed have the same row.
-        stage: ``tune`` or ``final``.
-        settings: flags of ``finetune_lora.py``, as the TOML gives them; ``data_dir`` is relative.
-        axes: its values on the axes of the study, without the seed; of a run that tunes, what it tries.
-        tuned_by: names of the runs that tune it; empty if it has all settings of its own.
-        tuned: the flags that its tuning sets.
-        data: the name of its data set in ``[[data]]``.
-        reported: test accuracy in % that others have reported for the row.
-    """
-
-    name: str
-    row: str
-    stage: str
-    settings: dict[str, Any]
+    name: str  # the run's directory, unique in the study
+    row: str  # what the report compares; runs that differ only in their seed have the same row
+    stage: str  # ``tune`` or ``final``
+    settings: dict[str, Any]  # flags of ``finetune_lora.py``, as the TOML gives them; ``data_dir`` is relative
+    # its values on the axes of the study, without the seed; of a run that tunes, what it tries
     axes: dict[str, Any] = field(default_factory=dict)
-    tuned_by: tuple[str, ...] = ()
-    reported: float | None = None
-    tuned: tuple[str, ...] = ()
-    data: str | None = None
+    tuned_by: tuple[str, ...] = ()  # names of the runs that tune it; empty if it has all settings of its own
+    reported: float | None = None  # test accuracy in % that others have reported for the row
+    tuned: tuple[str, ...] = ()  # the flags that its tuning sets
+    data: str | None = None  # the name of its data set in ``[[data]]``
 
     @property
     def waits_for(self) -> list[str]:
@@ -125,7 +114,6 @@ class StudyPlan:
         return [run for run in self.runs if stage in ("all", run.stage)]
 
     def find(self, name: str) -> PlannedRun:
-        """The run of this name."""
         return next(run for run in self.runs if run.name == name)
 
 

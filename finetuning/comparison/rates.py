@@ -29,19 +29,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Parabola:
-    """Validation score in points against the rate, 0 at the default.
+    """Validation score in points against the rate, 0 at the default."""
 
-    Attributes:
-        weights: (2,) of x and x squared; x is the logarithm of the rate over the default, to base 10.
-        covariance: (2, 2) of the weights.
-        degrees: of freedom.
-        tried: the smallest and the largest x of the trials.
-    """
-
-    weights: np.ndarray
-    covariance: np.ndarray
-    degrees: int
-    tried: tuple[float, float]
+    weights: np.ndarray  # (2,) of x and x squared; x is the logarithm of the rate over the default, to base 10
+    covariance: np.ndarray  # (2, 2) of the weights
+    degrees: int  # of freedom
+    tried: tuple[float, float]  # the smallest and the largest x of the trials
 
     @property
     def top(self) -> float:

@@ -107,17 +107,11 @@ def write_report(results: Path, pages: Sequence[Path]) -> Path:
 
 @dataclass(frozen=True)
 class Report:
-    """What is written; no plot is drawn yet.
+    """What is written; no plot is drawn yet."""
 
-    Attributes:
-        texts: path -> content of tables and pages.
-        plots: path -> plot; ``None`` if there is no data for it any more, and it must be deleted.
-        sections: of the HTML page.
-    """
-
-    texts: dict[Path, str]
-    plots: dict[Path, Plot | None]
-    sections: list[Section]
+    texts: dict[Path, str]  # path -> content of tables and pages
+    plots: dict[Path, Plot | None]  # path -> plot; ``None`` if there is no data for it any more, and it must be deleted
+    sections: list[Section]  # of the HTML page
 
 
 def build_report(results: Path, pages: Sequence[Path]) -> Report:

@@ -63,7 +63,6 @@ class StudyRuns:
     collected: Path | None = None
 
     def directory(self, run: PlannedRun) -> Path:
-        """Where the run is written."""
         return self.folder / run.name
 
     def holds(self, run: PlannedRun) -> bool:

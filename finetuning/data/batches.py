@@ -149,7 +149,6 @@ class TokenBatchSampler(Sampler[BatchIndices]):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in an epoch."""
         return len(self.plan.sizes) // self.shards
 
     def __len__(self) -> int:

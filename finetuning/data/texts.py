@@ -36,7 +36,6 @@ class LabelledTexts:
     pairs: list[str] | None = None  # the second text of each pair
 
     def taken(self, positions: np.ndarray) -> "LabelledTexts":
-        """The texts at some positions."""
         pairs = None if self.pairs is None else [self.pairs[i] for i in positions]
         return LabelledTexts([self.texts[i] for i in positions], self.labels[positions], self.rows[positions], pairs)
 

@@ -84,7 +84,6 @@ class TokenizedSplit:
         return np.repeat(starts, counts) + place * lengths, lengths
 
     def taken(self, positions: np.ndarray) -> "TokenizedSplit":
-        """The sequences at some positions."""
         tokens, offsets = _joined([self.sequence(i) for i in positions])
         begins, windows = (
             None if array is None else array[positions] for array in (self.second_positions, self.windows)

@@ -170,7 +170,6 @@ def _cross_validation(run: FinishedRun) -> dict[str, Any] | None:
 
 
 def _metadata(folder: Path, run: FinishedRun, base: str | None, licence: str | None, data_id: str | None) -> str:
-    """The hub's metadata as YAML."""
     data, split = run.config.data, run.reported_split
     source = run.result["data"].get("source", data.dataset)
     official = data_id is not None and split == "test" and "official test" in source and data.limit_test is None

@@ -24,18 +24,15 @@ HIDDEN, HIDDEN_FP16 = -1e30, -3e4  # the term of a score that hides a key
 
 @dataclass(frozen=True)
 class Pattern:
-    """What is added to the scores ``q k`` of a layer. Layers of one kind share it.
+    """What is added to the scores ``q k`` of a layer. Layers of one kind share it."""
 
-    Attributes:
-        distances: the term of a score by the distance from its query to its key, from 1 - T to T - 1: ``(H or 1,
-            2 T - 1)``, fp32. It is very low at distances that the layer does not see. ``None``: no such terms.
-        bias: the same, and minus infinity at padding, as torch's attention takes it: ``(B or 1, H or 1, T or 1, T)``.
-            ``None`` where the compiled kernel computes attention, or if nothing is added.
-        positions: cos and sin of the angles that turn queries and keys, ``(2, T, d / 2)``, fp32, or ``None``.
-    """
-
+    # the term of a score by the distance from its query to its key, from 1 - T to T - 1: ``(H or 1, 2 T - 1)``, fp32.
+    # It is very low at distances that the layer does not see. ``None``: no such terms.
     distances: Tensor | None
+    # the same, and minus infinity at padding, as torch's attention takes it: ``(B or 1, H or 1, T or 1, T)``. ``None``
+    # where the compiled kernel computes attention, or if nothing is added.
     bias: Tensor | None
+    # cos and sin of the angles that turn queries and keys, ``(2, T, d / 2)``, fp32, or ``None``
     positions: Tensor | None
 
 
@@ -86,7 +83,7 @@ class Attention:
         self.model, self.family, self.norms, self.rows = model, family, norms, rows
         self.dtype, self.on_cpu = norms.dtype, norms.on_cpu
         self.device = next(model.parameters()).device
-        self.padding, self.places = None if family.causal else padding, places
+        self.padding, self.places = None if family.last_token else padding, places
         self.heads = int(family.setting(model, "head_count"))
         self.key_heads = int(family.setting(model, "key_head_count", self.heads))
         self.width = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)  # of a head
@@ -114,7 +111,7 @@ class Attention:
         if self.family.rotary:
             rotary = self.model.get_submodule(self.family.rotary)
             positions = cos_and_sin(rotary, self.rows.length, self.device, name)
-        whole = self.family.causal and window is None and not self.on_cpu  # torch has a faster attention for it
+        whole = self.family.last_token and window is None and not self.on_cpu  # torch has a faster attention for it
         bias = None if self.compiled or whole else self.torch_bias(distances)
         return Pattern(distances, bias, positions)
 
@@ -136,10 +133,10 @@ class Attention:
         """
         T = self.rows.length
         farthest = T if window is None else window
-        if not self.family.causal and farthest >= T - 1:
+        if not self.family.last_token and farthest >= T - 1:
             return None
         distances = torch.arange(1 - T, T, device=self.device)
-        seen = (distances >= -farthest) & (distances <= (0 if self.family.causal else farthest))
+        seen = (distances >= -farthest) & (distances <= (0 if self.family.last_token else farthest))
         return torch.where(seen, 0.0, HIDDEN_FP16 if self.dtype == torch.float16 else HIDDEN)[None]
 
     def torch_bias(self, distances: Tensor | None) -> Tensor | None:
@@ -212,7 +209,7 @@ class Attention:
         """torch's own attention: ``(N, 3 H d) -> (N, H d)``."""
         parts = self.rows.sequences(qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, d) each
         q, k, v = (z.transpose(1, 2) for z in parts)  # (B, H, T, d)
-        causal = self.family.causal and pattern.bias is None
+        causal = self.family.last_token and pattern.bias is None
         out = F.scaled_dot_product_attention(q, k, v, pattern.bias, self.dropout, is_causal=causal)
         return self.rows.of(out.transpose(1, 2).flatten(2))
 

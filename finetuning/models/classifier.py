@@ -74,7 +74,7 @@ class Classifier(nn.Module):
 
     def logits(self, batch: dict[str, Any], outputs: FrozenOutputs | None = None) -> Tensor:
         """``(B, classes)`` for a loader's batch; ``outputs`` keeps the frozen layers' outputs of its split."""
-        frozen = None if outputs is None else outputs.batch(batch["examples"].cpu().numpy())
+        frozen = None if outputs is None else FrozenBatch(outputs, batch["examples"].cpu().numpy())
         logits: Tensor = self(
             batch["input_ids"], batch["attention_mask"], frozen, batch.get("padded"), batch.get("token_type_ids")
         )

@@ -26,7 +26,7 @@ class ModelFamily:
     head_norms: tuple[str, ...] = ()  # paths of the head's other modules with weights
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # a linear of each layer -> its parts, of one width
     conv1d: bool = False  # linears are Conv1D, whose weights are transposed
-    last_token: bool = False  # the head reads the last real token, as in decoders, and not the first one
+    last_token: bool = False  # as in decoders: the head reads the last real token, and a token sees only those before
     token_types: bool = True  # whether a token-type embedding is added
     checkpointing: bool = True  # whether Hugging Face's forward can recompute activations
     padded_positions: bool = False  # positions count real tokens only, from padding_idx + 1
@@ -67,11 +67,6 @@ class ModelFamily:
         has = ((getattr(model_config, name, value) or None, value or None) for name, value in self.takes.items())
         return self.efficient and all(own == value for own, value in has)  # None and False say the same
 
-    @property
-    def causal(self) -> bool:
-        """Whether a token sees only itself and those before it."""
-        return self.last_token
-
     def setting(self, model: nn.Module, name: str, default: Any = None) -> Any:
         """The value of one of ``settings``, for example ``layer_count`` or ``dropout``.
 
@@ -88,7 +83,8 @@ class ModelFamily:
         config: Any = model.config
         name = config.layer_types[layer] if self.windows == "by type" else None
         window = None if name == "full_attention" else config.sliding_window
-        return name, window if window is None else window - self.causal  # a decoder's window counts the token itself
+        # a decoder's window counts the token itself
+        return name, window if window is None else window - self.last_token
 
     def longest_input(self, model_config: Any) -> float:
         """The longest sequence, in tokens, that the positions allow; infinite if they have no limit, as in Bloom.

@@ -51,10 +51,6 @@ class FrozenOutputs:
             mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(self.bytes,))
         self.rows = torch.from_numpy(mapped).view(dtype).view(shape)
 
-    def batch(self, examples: np.ndarray) -> "FrozenBatch":
-        """The outputs of a batch of examples, given as (B,) positions in the split."""
-        return FrozenBatch(self, examples)
-
 
 @dataclass(frozen=True)
 class FrozenBatch:

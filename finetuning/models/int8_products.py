@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetuning.models.compiled import call, library
-from finetuning.models.products import project, thin_gradient
 from finetuning.processor import instructions
 
 LARGEST = 127  # -128 is not used, so that the integers are symmetric
@@ -35,17 +34,11 @@ FORMS = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the kernels
 
 @dataclass(frozen=True)
 class Thin:
-    """LoRA matrices of several linears as one, ``(R, D)``: A of all, or the block-diagonal B^T of all.
+    """LoRA matrices of several linears as one, ``(R, D)``: A of all, or the block-diagonal B^T of all."""
 
-    Attributes:
-        rows: ``(R, D)``, in the dtype of the products.
-        ends: block i has the columns up to ``ends[i]`` ...
-        ranks: ... and the next ``ranks[i]`` rows; all other elements are zero.
-    """
-
-    rows: Tensor
-    ends: tuple[int, ...]
-    ranks: tuple[int, ...]
+    rows: Tensor  # ``(R, D)``, in the dtype of the products
+    ends: tuple[int, ...]  # block i has the columns up to ``ends[i]``
+    ranks: tuple[int, ...]  # ... and the next ``ranks[i]`` rows; all other elements are zero.
 
     @functools.cached_property
     def pairs(self) -> Tensor:
@@ -87,7 +80,7 @@ def quantize(
     count, width = x.shape
     if not takes(x, thin, width):
         h = F.gelu(x) if activate else x
-        inner = None if thin is None else project(h, thin.rows)
+        inner = None if thin is None else h @ thin.rows.t()
         return *_quantize(h.float() if columns is None else h.float() * columns), inner
     q, scales = torch.empty(count, width, dtype=torch.int8), torch.empty(count)
     inner = None if thin is None else x.new_empty(count, len(thin.rows))
@@ -153,7 +146,7 @@ def accumulate(inner: Tensor, x: Tensor, sums: Tensor, like: Thin) -> None:
     """Adds ``inner^T x`` to ``sums``, ``(N, R), (N, D) -> (R, D)`` fp32; the kernel only the blocks of ``like``."""
     width = x.shape[1]
     if not takes(x, like, width):
-        sums += thin_gradient(inner.float(), x.float())
+        sums += inner.float().t() @ x.float()
         return
     _call("accumulate", x, inner, x, len(x), width, *like.segments, torch.get_num_threads(), sums)
 

@@ -12,19 +12,12 @@ from finetuning.models import cpu_kernels
 
 @dataclass(frozen=True)
 class Norms:
-    """The form of a family's norms.
+    """The form of a family's norms."""
 
-    Attributes:
-        rms: root mean square norms (Zhang and Sennrich 2019): no mean is subtracted.
-        offset: added to their weights.
-        dtype: of the products.
-        on_cpu: whether to use the steps for a CPU.
-    """
-
-    rms: bool
-    offset: float
-    dtype: torch.dtype
-    on_cpu: bool
+    rms: bool  # root mean square norms (Zhang and Sennrich 2019): no mean is subtracted
+    offset: float  # added to their weights
+    dtype: torch.dtype  # of the products
+    on_cpu: bool  # whether to use the steps for a CPU
 
     def of(self, x: Tensor, norm: nn.Module) -> Tensor:
         """``(..., D) -> (..., D)``; an ``nn.Identity`` is no norm."""
@@ -70,7 +63,6 @@ class Norms:
         return weight, getattr(norm, "bias", None), eps
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        """torch's own norm."""
         if self.rms:
             return F.rms_norm(x, x.shape[-1:], weight, eps)
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

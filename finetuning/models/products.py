@@ -6,9 +6,8 @@ LoRA's formula for rows h, with A ``(R, in)`` and B ``(out, R)``, which includes
     backward   grad_inner = g B              grad_h = g W       + grad_inner A      (grad_b = sum of g's rows)
                grad_A     = grad_inner^T h   grad_B^T = inner^T g
 
-Backward is forward with A and ``B^T`` exchanged. *Thin* is either of them, ``(R, D)``. So three steps are enough:
-``project``, ``add_expanded`` and ``thin_gradient``. For 8-bit products, ``int8_products.py`` has compiled kernels of
-these steps, and uses the functions below where it has no kernels.
+Backward is forward with A and ``B^T`` exchanged. *Thin* is either of them, ``(R, D)``. So three products with it are
+enough. For 8-bit products, ``int8_products.py`` has compiled kernels of these.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,21 +62,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def project(x: Tensor, thin: Tensor) -> Tensor:
-    """``x thin^T``: ``inner`` or ``grad_inner``. ``(N, D), (R, D) -> (N, R)``."""
-    return x @ thin.t()
-
-
-def add_expanded(y: Tensor, inner: Tensor, thin: Tensor) -> Tensor:
-    """Adds ``inner thin`` to y in place: ``(N, D), (N, R), (R, D) -> (N, D)``. No temporary of y's size is needed."""
-    return y.addmm_(inner, thin)
-
-
-def thin_gradient(inner: Tensor, x: Tensor) -> Tensor:
-    """``inner^T x``, the gradient of A or ``B^T``: ``(N, R), (N, D) -> (R, D)``."""
-    return inner.t() @ x
-
-
 def frozen_linear(
     x: Tensor,
     A: Tensor | None,
@@ -126,8 +110,8 @@ class _FrozenLinear(torch.autograd.Function):
             h = rows if activation is None else activation(rows)
             y = _product(h, W, bias, on_cpu)
             if A is not None and B is not None:
-                inners.append(project(h, A))  # (N, R)
-                y = add_expanded(y, inners[-1], B.t())
+                inners.append(h @ A.t())  # (N, R)
+                y = y.addmm_(inners[-1], B.t())
             outputs.append(y)
         inner = join(inners) if inners else None
         ctx.save_for_backward(x if activation is not None or inners else None, A, B, inner)
@@ -141,24 +125,23 @@ class _FrozenLinear(torch.autograd.Function):
         grad_x = grad @ ctx.weight() if need_x else None  # (N, in), of h until the end
         grad_A = grad_B = grad_inner = None
         if A is not None:
-            grad_inner = project(grad, B.t())  # (N, R)
+            grad_inner = grad @ B  # (N, R)
             if grad_x is not None:
-                grad_x = add_expanded(grad_x, grad_inner, A)
+                grad_x.addmm_(grad_inner, A)
             if need_B:  # (out, R); on a CPU the first order takes half the time
-                grad_B = thin_gradient(inner, grad).t() if ctx.on_cpu else thin_gradient(grad, inner)
+                grad_B = (inner.t() @ grad).t() if ctx.on_cpu else grad.t() @ inner
         grad_inner = grad_inner if need_A else None
         if ctx.activation is None:
-            grad_A = None if grad_inner is None else thin_gradient(grad_inner, x)  # (R, in)
+            grad_A = None if grad_inner is None else grad_inner.t() @ x  # (R, in)
         elif ctx.on_cpu:
             grad_x, grad_A = _activated_backward(ctx.activation, x, A, grad_x, grad_inner)
         else:
-            grad_A = None if grad_inner is None else thin_gradient(grad_inner, F.gelu(x))
+            grad_A = None if grad_inner is None else grad_inner.t() @ F.gelu(x)
             grad_x = None if grad_x is None else torch.ops.aten.gelu_backward(grad_x, x)
         return grad_x, grad_A, grad_B, None, grad.sum(0) if need_bias else None, None, None
 
 
 def _product(h: Tensor, W: Tensor, bias: Tensor | None, on_cpu: bool) -> Tensor:
-    """``h W^T + bias``."""
     if bias is None:
         return h @ W.t()
     bf16_on_cpu = on_cpu and h.dtype == torch.bfloat16 and W.is_contiguous()
@@ -183,7 +166,7 @@ def _activated_backward(
         rows = slice(start, start + ROWS_AT_ONCE)
         h = _activated_again(activation, x[rows], *(None if g is None else g[rows] for g in (grad, grad_x)))
         if grad_A is not None and grad_inner is not None:
-            grad_A += thin_gradient(grad_inner[rows], h)
+            grad_A += grad_inner[rows].t() @ h
     return grad_x, None if grad_A is None else grad_A.to(x.dtype)
 
 

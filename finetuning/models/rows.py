@@ -17,16 +17,11 @@ class Rows:
 
     On a CPU some rows are added, so that batches of different lengths share a few values of N. oneDNN makes new kernels
     for each new shape. They cost time (a quarter of a step) and memory, and soon fill its cache.
-
-    Attributes:
-        batch: B, the number of sequences.
-        length: T, the tokens of each, padding included.
-        on_cpu: whether rows are added.
     """
 
-    batch: int
-    length: int
-    on_cpu: bool
+    batch: int  # B, the number of sequences
+    length: int  # T, the tokens of each, padding included
+    on_cpu: bool  # whether rows are added
 
     def of(self, x: Tensor) -> Tensor:
         """``(B, T, D)`` or ``(B, D) -> (N, D)``, with rows of zeros at the end."""

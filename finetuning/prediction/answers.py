@@ -19,22 +19,16 @@ IF_TAKEN = "predicted_"  # before our columns if the input has columns of these 
 
 @dataclass(frozen=True)
 class AnswerColumns:
-    """What is said about each text.
+    """What is said about each text."""
 
-    Attributes:
-        names: the labels.
-        threshold, positive: as in ``Answers``.
-        top_k: number of labels with probabilities; ``None`` is all of them.
-        confidence: how sure an answer is, which is then a column; ``None`` if nobody asks for it.
-        to_check: whether somebody will label these texts: the column ``label`` stays free for that.
-    """
-
-    names: Sequence[str]
+    names: Sequence[str]  # the labels
+    # threshold, positive: as in ``Answers``
     threshold: float | None = None
-    top_k: int | None = None
+    top_k: int | None = None  # number of labels with probabilities; ``None`` is all of them
     positive: int | None = None
+    # how sure an answer is, which is then a column; ``None`` if nobody asks for it
     confidence: Confidence | None = None
-    to_check: bool = False
+    to_check: bool = False  # whether somebody will label these texts: the column ``label`` stays free for that
 
     @property
     def multi_label(self) -> bool:

@@ -22,19 +22,12 @@ SURER = 3.09  # standard errors: what chance exceeds once in a thousand
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure an answer is, and how sure it must be.
+    """How sure an answer is, and how sure it must be."""
 
-    Attributes:
-        temperature: by which logits are divided; 1 leaves the probabilities as trained.
-        least: a text with less gets no label.
-        notes: where both come from, a sentence each.
-        reached: how many validation texts are as sure as ``least``, and of how many.
-    """
-
-    temperature: float = 1.0
-    least: float = 0.0
-    notes: tuple[str, ...] = ()
-    reached: tuple[int, int] | None = None
+    temperature: float = 1.0  # by which logits are divided; 1 leaves the probabilities as trained
+    least: float = 0.0  # a text with less gets no label
+    notes: tuple[str, ...] = ()  # where both come from, a sentence each
+    reached: tuple[int, int] | None = None  # how many validation texts are as sure as ``least``, and of how many
 
     def of(self, probabilities: np.ndarray, threshold: float | None, positive: int | None) -> np.ndarray:
         """``Answers.confidence`` of cooled answers, (n,); NaN for a row without a text.
@@ -52,20 +45,13 @@ class Confidence:
 
 @dataclass
 class Coverage:
-    """Counts the texts that ``--abstain`` or ``--abstain_risk`` answers, while they pass.
+    """Counts the texts that ``--abstain`` or ``--abstain_risk`` answers, while they pass."""
 
-    Attributes:
-        least: a text with less confidence gets no label.
-        reached: as in ``Confidence``.
-        texts: how many have passed, without rows that have no text.
-        answered: how many of them got a label.
-        lowest, highest: their confidence.
-    """
-
-    least: float
-    reached: tuple[int, int] | None = None
-    texts: int = 0
-    answered: int = 0
+    least: float  # a text with less confidence gets no label
+    reached: tuple[int, int] | None = None  # as in ``Confidence``
+    texts: int = 0  # how many have passed, without rows that have no text
+    answered: int = 0  # how many of them got a label
+    # lowest, highest: their confidence
     lowest: float = 1.0
     highest: float = 0.0
 

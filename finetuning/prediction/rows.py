@@ -55,21 +55,13 @@ Answered = tuple[Rows, list[list[Any]]]  # rows, and the values of each column o
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from. It can be read several times.
+    """Where rows come from. It can be read several times."""
 
-    Attributes:
-        flag: the flag that gave it, for messages.
-        tables: starts to read it, in chunks.
-        columns: for ``TEXT`` and ``PAIR``, the column with the texts, or several, as in ``--text_column``.
-        schema: the types of a parquet file's columns.
-        header: whether it is a table.
-    """
-
-    flag: str
-    tables: Callable[[], Iterator[pd.DataFrame]]
-    columns: dict[str, str]
-    schema: pa.Schema | None = None
-    header: bool = False
+    flag: str  # the flag that gave it, for messages
+    tables: Callable[[], Iterator[pd.DataFrame]]  # starts to read it, in chunks
+    columns: dict[str, str]  # for ``TEXT`` and ``PAIR``, the column with the texts, or several, as in ``--text_column``
+    schema: pa.Schema | None = None  # the types of a parquet file's columns
+    header: bool = False  # whether it is a table
 
     @property
     def where(self) -> str:

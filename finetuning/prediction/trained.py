@@ -25,28 +25,19 @@ LONGEST, UNLIMITED = 512, 1e9  # tokens, if neither tokenizer nor model says it;
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained classifier on disk.
+    """A trained classifier on disk."""
 
-    Attributes:
-        directory: a run directory, or an exported folder.
-        config: the settings of the run, or those with which an exported folder is read.
-        label_names: one name for each column of the logits.
-        threshold: the probability above which a label is given; ``None`` gives the most probable one.
-        positive: of two classes, the position of the one that the threshold is for; ``None`` with one: multi-label.
-        exported: whether it is a Transformers folder.
-        pairs: whether an exported one reads pairs of texts; ``None``: its folder does not say it.
-        line_breaks: markup between lines that an exported one reads as a space; ``None`` of a run, whose data set says.
-        base_files: name -> SHA-256 of the files of the run's base model; empty if it is not known.
-    """
-
-    directory: Path
-    config: RunConfig
-    label_names: list[str]
-    threshold: float | None
+    directory: Path  # a run directory, or an exported folder
+    config: RunConfig  # the settings of the run, or those with which an exported folder is read
+    label_names: list[str]  # one name for each column of the logits
+    threshold: float | None  # the probability above which a label is given; ``None`` gives the most probable one
+    # of two classes, the position of the one that the threshold is for; ``None`` with one: multi-label
     positive: int | None = None
-    exported: bool = False
-    pairs: bool | None = None
+    exported: bool = False  # whether it is a Transformers folder
+    pairs: bool | None = None  # whether an exported one reads pairs of texts; ``None``: its folder does not say it
+    # markup between lines that an exported one reads as a space; ``None`` of a run, whose data set says
     line_breaks: str | None = None
+    # name -> SHA-256 of the files of the run's base model; empty if it is not known
     base_files: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -1,11 +1,11 @@
 """``report.html`` of a finished run, from its run directory and its held-out texts. Nothing here imports torch."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetuning.errors import UserError, first_line, say
+from finetuning.errors import first_line, say
 from finetuning.html import data_url, render
 from finetuning.processes import is_helper
 from finetuning.report import sections
@@ -14,8 +14,7 @@ from finetuning.report.texts import SUSPECTS, Texts, confident_mistakes, maybe_w
 from finetuning.runs.abstention import LEVEL, checkpoints_compared
 from finetuning.runs.answers import Answers, positive_of, read_answers
 from finetuning.runs.calibration import fit_temperature, reliability
-from finetuning.runs.files import CURVE, PREDICTIONS, REPORT, check_unchanged, read_result
-from finetuning.runs.lock import DirectoryLock
+from finetuning.runs.files import CURVE, REPORT
 from finetuning.runs.records import accuracy_interval
 from finetuning.runs.score_tables import class_table, percent, score_table
 from finetuning.runs.scores import shows_learning
@@ -48,26 +47,6 @@ def present(
         say(f"{'report':<11} {path}")
     except (Exception, KeyboardInterrupt) as error:
         say(f"warning: {REPORT} was not written: {first_line(error, name_file=True)}", sys.stderr)
-
-
-def restore(directory: Path, settings: RunSettings, load: "Callable[[], Mapping[str, LabelledTexts]]") -> None:
-    """Writes the report of a finished run that lacks one because of a kill or a full disk. If that fails, it warns.
-
-    Args:
-        directory: the run directory.
-        settings: as in ``present``.
-        load: reads the run's texts.
-    """
-    try:
-        lock = DirectoryLock(directory)
-    except UserError:  # the process that finished the run is about to write it, or the directory is read-only
-        return
-    with lock:
-        try:
-            check_unchanged(directory / PREDICTIONS)
-            present(directory, read_result(directory), settings, load())
-        except UserError as error:
-            say(f"warning: {REPORT} was not written: {error}", sys.stderr)
 
 
 def make_report(directory: Path, result: dict[str, Any], texts: Texts | None) -> str:

@@ -123,13 +123,11 @@ def data_table(result: dict[str, Any]) -> Table:
 
 
 def settings_table(result: dict[str, Any]) -> Table:
-    """Every setting of the run."""
     settings = {f"--{name}": str(value) for name, value in result["config"].items() if value is not None}
     return Table(("flag", "value"), list(settings.items()))
 
 
 def environment_table(result: dict[str, Any]) -> Table:
-    """Versions, hardware and the commit."""
     environment = result["environment"]
     commit = environment.get("git") or {}
     rows = [

@@ -29,20 +29,8 @@ SUMMED = (ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS, PREDICTIONS, METRICS)  # res
 ORIGIN = "origin"  # the key in settings.json of what a run was made from, see ``write_settings``
 SUMS = "sha256"  # the key of the checksums; the one of result.json or settings.json is of its other content
 RUN_FILES = (
-    RESULT,
-    SETTINGS,
-    PREDICTIONS,
-    METRICS,
-    CURVE,
-    REPORT,
-    TRACKED,
-    ADAPTER,
-    ADAPTER_CONFIG,
-    TRAINED_WEIGHTS,
-    LAST_CHECKPOINT,
-    PREVIOUS_CHECKPOINT,
-    BEST_CHECKPOINT,
-)
+    RESULT, SETTINGS, *SUMMED, CURVE, REPORT, TRACKED, LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, BEST_CHECKPOINT,
+)  # fmt: skip
 
 
 def read_result(directory: Path) -> dict[str, Any]:

@@ -83,7 +83,6 @@ class DirectoryLock:
         self.release()
 
     def release(self) -> None:
-        """Releases the directory."""
         with suppress(OSError):  # the file system may have become read-only
             self.path.unlink(missing_ok=True)
         with suppress(OSError):  # closing writes what is buffered, which fails on a full disk

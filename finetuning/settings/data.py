@@ -107,7 +107,6 @@ class DataSettings:
 
     @staticmethod
     def check(s: Values) -> None:
-        """Refuses settings that exclude each other."""
         traits, on_hub = traits_of(s.dataset), hub_name(s.dataset) is not None
         own = traits.label_names is not None  # its reader knows the columns
 

@@ -43,7 +43,6 @@ class HardwareSettings:
 
     @staticmethod
     def check(s: Values) -> None:
-        """Refuses settings that exclude each other."""
         excludes = excludes_int8(s.method, bool(s.q_lora), s.compile)
         allowed = s.precision != "int8" or excludes is None
         require(s, "precision", allowed, f"cannot be used, because {excludes}")

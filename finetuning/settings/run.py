@@ -45,7 +45,6 @@ class RunSettings:
 
     @staticmethod
     def check(s: Values) -> None:
-        """Refuses settings that exclude each other."""
         known = set(RunSettings(tracker=s.tracker).trackers) <= set(TRACKERS)
         require(s, "tracker", known, f"must be one or more of {', '.join(TRACKERS)}")
         require(s, "resume", not (s.resume and s.overwrite), "cannot be used with --overwrite")

@@ -106,7 +106,6 @@ class TrainingSettings:
 
     @staticmethod
     def check(s: Values) -> None:
-        """Refuses settings that exclude each other."""
         shared = s.threshold in (None, "tuned") or _is_share(s.threshold)
         require(s, "threshold", shared, "must be tuned, or above 0 and below 1")
         require(s, "positive_label", s.positive_label is None or s.threshold is not None, "needs --threshold")

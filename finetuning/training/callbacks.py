@@ -96,9 +96,7 @@ class Meter(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._rate = trainer.optimizers[0].param_groups[0]["lr"]  # Lightning steps the schedule before a batch ends
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._losses.append(outputs["mean_loss"])
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = stepped and trainer.global_step % self._every == 0
@@ -180,9 +178,7 @@ class ProgressBar(TQDMProgressBar):
 
     _loss: Tensor | None = None
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._loss = outputs["mean_loss"]
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -194,9 +190,7 @@ class ProgressBar(TQDMProgressBar):
 class ProgressLines(Callback):
     """Prints 20 lines per epoch and one per validation. It replaces the bar if the output goes to a file."""
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         total, done = int(trainer.num_training_batches), batch_idx + 1
         if trainer.is_global_zero and done % max(1, total // 20) == 0:
             epoch = f"{PROGRESS}{trainer.current_epoch + 1}/{trainer.max_epochs}"
@@ -278,9 +272,7 @@ class GracefulStop(Callback):
         if trainer.global_step and self._any_rank(trainer, self.requested):
             raise Interrupted
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         last = batch_idx + 1 >= trainer.num_training_batches  # LastCheckpoint writes one after the validation
         if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -298,15 +290,7 @@ class GracefulStop(Callback):
         if stop:
             raise Interrupted
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: dict[str, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_test_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.requested and trainer.world_size == 1:
             raise Interrupted
 

@@ -91,7 +91,6 @@ def make_parser(results: Path = RESULTS, pages: Sequence[Path] = ()) -> argparse
 
 
 def add_tune(add: Add) -> None:
-    """Adds the subcommand that searches."""
     parser = add("tune", tune_command, TEXT)
     search = parser.add_argument_group("search")
     search.add_argument("--minutes", type=float, metavar="X", help="time for everything, the last runs included")

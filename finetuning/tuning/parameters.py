@@ -28,26 +28,17 @@ REPLACE = "replace"  # the key of a file whose rows are the whole space
 
 @dataclass(frozen=True)
 class Parameter:
-    """A dimension of the space: a list of values, or a range.
+    """A dimension of the space: a list of values, or a range."""
 
-    Attributes:
-        name: of a flag, or ``placement``.
-        values: to choose from; empty for a range.
-        low, high: the bounds of a range; of whole numbers if the flag takes these.
-        log: whether a range is drawn on a logarithmic scale.
-        times_default: whether the values are multiples of what the run would take without the flag.
-        only: parameter or flag -> the values with which this one is there.
-        own: whether the user's file has it, so what is refused in it is an error.
-    """
-
-    name: str
-    values: tuple[Value, ...] = ()
+    name: str  # of a flag, or ``placement``
+    values: tuple[Value, ...] = ()  # to choose from; empty for a range
+    # low, high: the bounds of a range; of whole numbers if the flag takes these
     low: float | None = None
     high: float | None = None
-    log: bool = False
-    times_default: bool = False
-    only: Mapping[str, Sequence[Value]] | None = None
-    own: bool = False
+    log: bool = False  # whether a range is drawn on a logarithmic scale
+    times_default: bool = False  # whether the values are multiples of what the run would take without the flag
+    only: Mapping[str, Sequence[Value]] | None = None  # parameter or flag -> the values with which this one is there
+    own: bool = False  # whether the user's file has it, so what is refused in it is an error
 
     @property
     def condition(self) -> str:
@@ -61,7 +52,6 @@ class Parameter:
         return not self.values and not self.times_default and FLAGS[self.name].kind is int
 
     def contains(self, value: Any) -> bool:
-        """Whether the value can be drawn."""
         if self.values:
             return value in self.values
         assert self.low is not None

@@ -33,23 +33,14 @@ PATHS = (MODEL, *(name for name, flag in FLAGS.items() if flag.kind is Path))  #
 
 @dataclass(frozen=True)
 class Asked:
-    """What the flags of ``tune`` say of a search, besides its time.
+    """What the flags of ``tune`` say of a search, besides its time."""
 
-    Attributes:
-        given: flags of a run, which all trials have.
-        sampler: ``tpe`` or ``random``.
-        prune: whether bad trials end early.
-        storage: the address of a storage of Optuna; ``None`` uses the folders.
-        search: the file with the space; ``None`` for the declared one.
-        models: base models to choose among, by their whole names.
-    """
-
-    given: dict[str, Any]
-    sampler: str
-    prune: bool
-    storage: str | None
-    search: Path | None
-    models: tuple[str, ...] = ()
+    given: dict[str, Any]  # flags of a run, which all trials have
+    sampler: str  # ``tpe`` or ``random``
+    prune: bool  # whether bad trials end early
+    storage: str | None  # the address of a storage of Optuna; ``None`` uses the folders
+    search: Path | None  # the file with the space; ``None`` for the declared one
+    models: tuple[str, ...] = ()  # base models to choose among, by their whole names
 
     def to_dict(self) -> dict[str, Any]:
         """What is stored, and must be the same for workers that join."""
@@ -187,27 +178,17 @@ def begin(folder: Path, asked: Asked, space: Space, budget: "Budget") -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a search may go on.
+    """How long a search may go on."""
 
-    Attributes:
-        began: when the clock was started, in seconds since the epoch.
-        used: seconds before that, without pauses.
-        minutes: of the whole search; ``None`` if only ``trials`` limits it.
-        trials: the number of trials; ``None`` if only ``minutes`` limits it.
-        seeds: how often the best trial and the default are trained again.
-        since: seconds of the search before its last minutes were added.
-    """
-
-    began: float
-    used: float
-    minutes: float | None
-    trials: int | None
-    seeds: int
-    since: float = 0.0
+    began: float  # when the clock was started, in seconds since the epoch
+    used: float  # seconds before that, without pauses
+    minutes: float | None  # of the whole search; ``None`` if only ``trials`` limits it
+    trials: int | None  # the number of trials; ``None`` if only ``minutes`` limits it
+    seeds: int  # how often the best trial and the default are trained again
+    since: float = 0.0  # seconds of the search before its last minutes were added
 
     @property
     def seconds(self) -> float:
-        """What has been used."""
         return self.used + time.time() - self.began
 
     @property

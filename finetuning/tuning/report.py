@@ -195,7 +195,6 @@ def gain_of(default: list[FinishedRun], runs: list[FinishedRun]) -> dict[str, An
 
 
 def summary_lines(folder: Path, summary: dict[str, Any]) -> list[str]:
-    """The search in a few lines."""
     won, monitor = summary["winner"], summary["monitor"]
     lines = [f"{'search':<11} {counts_text(summary['trials'])} in {summary['minutes']:.1f} minutes"]
     for record in compared(summary):

@@ -68,28 +68,20 @@ class Job:
     stopped: bool = False
 
 
+@dataclass
 class Search:
-    """One worker, with ``jobs`` runs at once.
+    """One worker, with ``jobs`` runs at once."""
 
-    Args:
-        folder: of the search.
-        plan: the search.
-        proposer: proposes its points.
-        script: the path of ``finetune_lora.py``.
-        jobs: how many runs are done at once.
-        stop: says whether the command was asked to stop.
-    """
+    folder: Path
+    plan: Plan
+    proposer: Proposer
+    script: Path  # ``finetune_lora.py``
+    jobs: int
+    stop: StopSignals  # says whether the command was asked to stop
 
-    def __init__(
-        self, folder: Path, plan: Plan, proposer: Proposer, script: Path, jobs: int, stop: StopSignals
-    ) -> None:
-        self.folder = folder
-        self.plan = plan
-        self.proposer = proposer
-        self.jobs = jobs
-        self.stop = stop
-        self.trials = Trials(folder / TRIALS, plan.monitor)
-        self.starter = Starter(script, jobs, fork=True)
+    def __post_init__(self) -> None:
+        self.trials = Trials(self.folder / TRIALS, self.plan.monitor)
+        self.starter = Starter(self.script, self.jobs, fork=True)
         self.current: list[Job] = []
         self._trials_until = math.inf  # by the monotonic clock; then the last runs must begin
         self._renewed = 0.0

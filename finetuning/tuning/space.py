@@ -27,39 +27,24 @@ from finetuning.tuning.parameters import (
 
 @dataclass(frozen=True)
 class Facts:
-    """What texts and model say about the space.
+    """What texts and model say about the space."""
 
-    Attributes:
-        epochs, batch_size: what auto gives for these texts.
-        lengths: the values of ``--max_length`` that make a difference; at most one if none does.
-        layers: of the encoder; 0 if the model has no list of layers.
-        fuses: whether query, key and value are one linear, of which a part takes no DoRA.
-        sizes: split -> its number of texts.
-        check: raises a ``UserError`` for a run that model or texts refuse.
-    """
-
-    epochs: int
-    batch_size: int
-    lengths: tuple[int, ...]
-    layers: int
-    fuses: bool = False
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    check: Callable[[RunConfig], None] = lambda _: None
+    epochs: int  # what auto gives for these texts
+    batch_size: int  # the same
+    lengths: tuple[int, ...]  # the values of ``--max_length`` that make a difference; at most one if none does
+    layers: int  # of the encoder; 0 if the model has no list of layers
+    fuses: bool = False  # whether query, key and value are one linear, of which a part takes no DoRA
+    sizes: Mapping[str, int] = field(default_factory=dict)  # split -> its number of texts
+    check: Callable[[RunConfig], None] = lambda _: None  # raises a ``UserError`` for a run that model or texts refuse
 
 
 @dataclass(frozen=True)
 class Space:
-    """The parameters of a search, each after those that it depends on.
+    """The parameters of a search, each after those that it depends on."""
 
-    Attributes:
-        parameters: in the order in which they are drawn.
-        given: the flags that stay fixed.
-        defaults: of whole numbers that texts decide: epochs and batch size.
-    """
-
-    parameters: tuple[Parameter, ...]
-    given: Mapping[str, Any]
-    defaults: Mapping[str, int]
+    parameters: tuple[Parameter, ...]  # in the order in which they are drawn
+    given: Mapping[str, Any]  # the flags that stay fixed
+    defaults: Mapping[str, int]  # of whole numbers that texts decide: epochs and batch size
 
     def drawn(self, pick: Callable[[Parameter], Value]) -> Point:
         """A point, whose values ``pick`` chooses one after another."""

@@ -30,33 +30,20 @@ COMPLETE, PRUNED, OUT_OF_TIME, FAILED = "complete", "pruned", "stopped", "failed
 
 @dataclass(frozen=True)
 class Trial:
-    """What is known of a trial.
+    """What is known of a trial."""
 
-    Attributes:
-        number: from 0 on.
-        point: its place in the space; ``None`` if its worker has not written it yet.
-        settings: its flags, besides those that all trials have.
-        state: one of the four above; ``None`` if it has not ended.
-        value: the monitored score of a complete trial.
-        history: epoch -> the monitored score after it. It ends where the trial was pruned.
-        seconds: wall clock, as far as the worker that ended it has seen it.
-        train_seconds: without validation.
-        minutes: of the search, when the trial ended.
-        error: why it failed.
-        stored: the number that ``--storage`` gave it.
-    """
-
-    number: int
-    point: Point | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    state: str | None = None
-    value: float | None = None
+    number: int  # from 0 on
+    point: Point | None = None  # its place in the space; ``None`` if its worker has not written it yet
+    settings: dict[str, Any] = field(default_factory=dict)  # its flags, besides those that all trials have
+    state: str | None = None  # one of the four above; ``None`` if it has not ended
+    value: float | None = None  # the monitored score of a complete trial
+    # epoch -> the monitored score after it. It ends where the trial was pruned.
     history: dict[int, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    train_seconds: float | None = None
-    minutes: float = 0.0
-    error: str | None = None
-    stored: int | None = None
+    seconds: float = 0.0  # wall clock, as far as the worker that ended it has seen it
+    train_seconds: float | None = None  # without validation
+    minutes: float = 0.0  # of the search, when the trial ended
+    error: str | None = None  # why it failed
+    stored: int | None = None  # the number that ``--storage`` gave it
 
     @property
     def latest(self) -> float | None:
@@ -82,7 +69,6 @@ class Place:
         return claimed(self.lock, LEASE_SECONDS)
 
     def is_claimed(self) -> bool:
-        """Whether a process has the claim."""
         return is_held(self.lock, LEASE_SECONDS)
 
     def start_flags(self) -> list[str]:

@@ -16,7 +16,7 @@ from finetuning.models import chunked_attention, compiled, cpu_kernels, encoder,
 from finetuning.models.classifier import Classifier
 from finetuning.models.encoder import classify
 from finetuning.models.families import FAMILIES, ModelFamily
-from finetuning.models.frozen_outputs import FrozenOutputs
+from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
 from finetuning.models.lora import LoRALayer
 from finetuning.models.quantization import dense_weight, is_quantized, quantize_linears
 from tests.conftest import CORE, packaged_folder
@@ -387,7 +387,7 @@ def test_what_is_frozen_is_computed_once_and_builds_no_graph(
     ids, mask, labels = batch(family, padded=True)
     lengths = mask.sum(1).numpy() if trained else np.ones(len(ids), dtype=np.int64)
     outputs = FrozenOutputs(lengths[[3, 4, 5, 6, 0, 1, 2]], WIDTH, torch.float32, 10**6, tmp_path)
-    frozen = outputs.batch(np.array([4, 5, 6, 0, 1, 2, 3]))  # positions of the batch's examples in the split
+    frozen = FrozenBatch(outputs, np.array([4, 5, 6, 0, 1, 2, 3]))  # positions of the batch's examples in the split
     plainly = classify(model, family, ids, mask, torch.float32)
     assert [x.grad_fn is not None for _, x in calls] == [i > first for i in range(LAYERS)]
     for expected in (layers, layers[first:]):

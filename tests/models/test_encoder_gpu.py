@@ -148,7 +148,7 @@ def test_shapes_dtypes_and_no_backward_of_slices(
         # A term by distance rules flash attention out; if it is trained, torch computes the plain formula.
         known = not (family.distance_bias and method == "full")
         window = family.kind(model, 0)[1]
-        with_bias = (padded and not family.causal) or bool(family.distance_bias) or window is not None
+        with_bias = (padded and not family.last_token) or bool(family.distance_bias) or window is not None
         assert attention_of_a_gpu == ["efficient" if with_bias else "flash"] or not known
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, name

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from finetune_lora import main
 from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
-from finetuning.models.frozen_outputs import FrozenOutputs
+from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
 from finetuning.runs.files import read_result
 from tests.conftest import flags
 from tests.data.test_batches import make_split
@@ -30,16 +30,16 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, memory_bytes: int, dty
     everything = torch.randn(4, 5, 4).to(dtype)
     mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
     for examples in ([2, 0], [1, 3]):
-        batch = outputs.batch(np.array(examples))
+        batch = FrozenBatch(outputs, np.array(examples))
         assert not batch.known
         batch.save(everything[examples], mask[examples])
         assert batch.known
-        assert outputs.batch(np.array([2, 1])).known == (examples == [1, 3]), "only if all of it is"
-    assert not outputs.batch(np.array([0])).load(mask[[0]])[:, 3:].any()
+        assert FrozenBatch(outputs, np.array([2, 1])).known == (examples == [1, 3]), "only if all of it is"
+    assert not FrozenBatch(outputs, np.array([0])).load(mask[[0]])[:, 3:].any()
     other = np.array([3, 2, 1])  # another batch than any that was saved
-    assert outputs.batch(other).known
+    assert FrozenBatch(outputs, other).known
     expected = everything * mask[..., None]
-    assert torch.equal(outputs.batch(other).load(mask[other]), expected[other])
+    assert torch.equal(FrozenBatch(outputs, other).load(mask[other]), expected[other])
 
 
 def test_a_file_takes_its_room_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

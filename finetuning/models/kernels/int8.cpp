@@ -14,6 +14,9 @@
 #include <vector>
 
 #include "gelu.h"
+#ifdef __AVX512BF16__
+#include "packing.h"
+#endif
 
 namespace {
 
@@ -42,14 +45,8 @@ template <class T> constexpr int kPer = 4 / sizeof(T);  // elements in a lane
 inline Floats multiply_add(Floats sum, Ints a, Ints b, const float*) { return fma(as_floats(a), as_floats(b), sum); }
 
 #ifdef __AVX512BF16__
-using bf16 = uint16_t;
-inline __m512 load(const bf16* x) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-inline void store(bf16* x, __m512 value) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), (__m256i)_mm512_cvtneps_pbh(value));
-}
+inline __m512 load(const bf16* x) { return load_bf16(x); }
+inline void store(bf16* x, __m512 value) { store_bf16(x, value); }
 inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b, const bf16*) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
@@ -231,6 +228,11 @@ inline void pair_rows(const float* row, const float*, Ints* lanes) {
     for (int i = 0; i < kVectors; i++) lanes[i] = load_ints(row + kLanes * i);
 }
 
+// The lanes of two rows of inner, or of one: {first, second} of each rank
+inline void pair_ranks(const float* first, const float*, int ranks, int32_t* lanes) {
+    std::memcpy(lanes, first, ranks * sizeof(float));
+}
+
 #ifdef __AVX512BF16__
 // 32 columns of two rows: {first, second} of each column, columns 0 to 15 and 16 to 31
 inline void pair_rows(const bf16* first, const bf16* second, Ints* lanes) {
@@ -240,14 +242,7 @@ inline void pair_rows(const bf16* first, const bf16* second, Ints* lanes) {
     for (int i = 0; i < 2; i++)
         lanes[i] = _mm512_or_si512(wide(first + 16 * i), _mm512_slli_epi32(wide(second + 16 * i), 16));
 }
-#endif
 
-// The lanes of two rows of inner, or of one: {first, second} of each rank
-inline void pair_ranks(const float* first, const float*, int ranks, int32_t* lanes) {
-    std::memcpy(lanes, first, ranks * sizeof(float));
-}
-
-#ifdef __AVX512BF16__
 inline void pair_ranks(const bf16* first, const bf16* second, int ranks, int32_t* lanes) {
     for (int k = 0; k < ranks; k++) lanes[k] = first[k] | int32_t(second ? second[k] : 0) << 16;
 }
