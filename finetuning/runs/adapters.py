@@ -62,10 +62,9 @@ class Adapter:
             read = config.get("data_dir") and Path(config["data_dir"]).resolve()
             if config.get("dataset") == data.dataset and read == place:
                 return True
-            earlier = config.get("init_adapter")
             try:
-                result = read_result(Path(earlier)) if earlier else {}
-            except (OSError, ValueError):  # it has gone
+                result = read_result(Path(config["init_adapter"]))
+            except (KeyError, TypeError, OSError, ValueError):  # there is none, or it has gone
                 return False
         return False
 
