@@ -24,11 +24,11 @@ SHOWN = 120  # largest number of pairs in a table: 16 rows have 120
 UNEVEN = 0.9, 0.01  # share of the squares, standard deviation: above both, the spread comes from one row
 NOT_SIGNIFICANT = "no significant difference"
 READING = (
-    "p is from a bootstrap over test texts, widened by the spread over seeds; accuracy needs no draw for it. All rows"
-    " share one spread, so it also applies to rows with a single seed. If no row has a second seed, p is from McNemar's"
-    " exact test, which compares these two runs only and says nothing about other seeds. The p values are corrected by"
-    " Holm's method for the number of pairs; the intervals are not. No significant difference: the corrected p is"
-    f" {LEVEL} or more. This does not prove that two rows are equal."
+    "p is from a bootstrap over test texts, widened by the spread over seeds; for accuracy it is exact, without draws."
+    " All rows share one spread, so it also applies to rows with a single seed. If no row has a second seed, p is from"
+    " McNemar's exact test, which compares these two runs only and says nothing about other seeds. The p values are"
+    " corrected by Holm's method for the number of pairs; the intervals are not. No significant difference: the"
+    f" corrected p is {LEVEL} or more. This does not prove that two rows are equal."
 )
 
 

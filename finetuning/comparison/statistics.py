@@ -14,6 +14,7 @@ LEVEL = 0.05  # a corrected p value at or above it means "no significant differe
 RESAMPLES = 2_000
 BLOCK = 100  # resamples that are in memory at once
 EXACT = 1e-12  # a chance below it is the rounding of the transform
+LEAST_P = 1e-12  # smaller ones cannot be told from 0
 POSTERIOR_DRAWS = 50_000
 
 
@@ -104,7 +105,8 @@ def pooled_difference(
 ) -> Difference:
     """The difference of two methods' mean score, by a bootstrap over texts and a random draw for the seeds.
 
-    Texts that all runs treat alike are drawn together: this is the same multinomial with far fewer classes. Seeds are
+    For accuracy on one data set, the distribution of the draws is computed and nothing is drawn. Else, texts that all
+    runs treat alike are drawn together: this is the same multinomial with far fewer classes. Seeds are
     not resampled, because three values would never leave their own range, and one value would have no spread.
     Instead the difference moves by a draw from Student's t, scaled to the spread that all methods share. The fewer
     seeds a method has, the further it moves. Each data set is drawn by itself, and all sets weigh the same.
@@ -113,8 +115,7 @@ def pooled_difference(
         sets: for each data set three values. The first is ``(seeds, n, 2)``: for each run of the first method and each
             text, what ``score`` counts. The second is the same for the second method, with the same texts in the same
             order. The third is how much the score varies with the seed; without it the result is about these runs only.
-        resamples: number of draws; the smallest possible p value is 2 / (resamples + 1). Accuracy on one data set needs
-            none: the distribution of the draws is known.
+        resamples: number of draws, if any; the smallest possible p value is then 2 / (resamples + 1), else ``LEAST_P``.
         score: a key of ``SCORES``.
         seed: seed of the random generator.
     """
@@ -155,7 +156,7 @@ def _exact_difference(first: np.ndarray, second: np.ndarray, spread: SeedSpread 
 
         low, high = end_of(0.025), end_of(0.975)
         tails = [chances @ stdtr(degrees, sign * differences / scale) for sign in (-1, 1)]
-    p = min(1.0, max(EXACT, 2 * float(min(tails))))
+    p = min(1.0, max(LEAST_P, 2 * float(min(tails))))
     return Difference(float(of_text.mean()) / unit, float(low), float(high), p)
 
 

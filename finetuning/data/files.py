@@ -17,11 +17,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
-from finetuning.errors import UserError, counted, first_line, listed
+from finetuning.errors import UserError, first_line, listed
 
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "json")
 PACKED = ".gz"
@@ -220,16 +221,18 @@ def _has_line_break(table: pd.DataFrame) -> bool:
 
 
 def _may_be_short(table: pd.DataFrame) -> bool:
-    """Whether a row may have fewer fields than the header: pandas fills it up with empty cells."""
-    return len(table.columns) > 1 and bool((table.iloc[:, -1].fillna("") == "").any())
+    """Whether a row may have a single field of several: pandas fills it up with empty cells."""
+    rest = [table[name].fillna("") == "" for name in table.columns[1:]]
+    return bool(rest) and bool(np.logical_and.reduce(rest).any())
 
 
 def _check_rows(path: Path, separator: str) -> None:
     """Refuses what pandas would take for other texts, also in later rows.
 
-    With an open quote, it would take the lines up to the next one for one text. A row with fewer fields than the header
-    is mostly the beginning of a text with a line break, of which the rest would be another text. A quote inside a text
-    that ends in its own line is left to pandas, which drops it.
+    With an open quote, it would take the lines up to the next one for one text. A row with one of several fields is
+    mostly the beginning of a text with a line break, of which the rest would be another text. Spreadsheets leave out
+    empty fields at the end, so other short rows are taken. A quote inside a text that ends in its own line is left to
+    pandas, which drops it.
     """
     csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB that are allowed otherwise
     with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
@@ -237,10 +240,10 @@ def _check_rows(path: Path, separator: str) -> None:
         row: list[str] | None = []
         fields = 0  # of the header
         while row is not None:
-            if len(row) < fields and any(map(str.strip, row)):  # pandas skips blank lines
+            if len(row) == 1 < fields and row[0].strip():  # pandas skips blank lines
                 raise ValueError(
-                    f"line {reader.line_num} has {counted(len(row), 'field')}, but the header {fields}: put texts with"
-                    " line breaks in quotes, and fill rows up"
+                    f"line {reader.line_num} has 1 field, but the header {fields}: put texts with line breaks in"
+                    " quotes, and fill rows up"
                 )
             fields = fields or len(row)
             first = reader.line_num + 1

@@ -154,10 +154,11 @@ def _as_lists(labels: pd.Series, data: DataSettings) -> pd.Series:
     if not labels.map(lambda label: isinstance(label, str)).all():
         kind = "lists, so leave it out" if lists.any() else "numbers, and only text has a separator"
         raise UserError(f"--label_separator {data.label_separator!r}: column {data.label_column} has {kind}")
-    if (written := labels.map(is_written_list)).mean() > 0.5:
+    given = [label for label in labels if label.strip()]
+    if len(written := [label for label in given if is_written_list(label)]) > len(given) / 2:
         raise UserError(
             f"--label_separator {data.label_separator!r}: column {data.label_column} has lists written as text, such as"
-            f" {labels[written].tolist()[0]!r}: {WRITTEN_LISTS}"
+            f" {written[0]!r}: {WRITTEN_LISTS}"
         )
     parts = labels.str.split(data.label_separator, regex=False)
     return parts.map(lambda words: [word.strip() for word in words if word.strip()])

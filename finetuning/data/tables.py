@@ -88,12 +88,12 @@ def checked(table: pd.DataFrame, path: Path | str, data: DataSettings) -> pd.Dat
     wanted = {"text": ("text_column", data.text_column)}
     if data.text_pair_column is not None:
         wanted["pair"] = "text_pair_column", data.text_pair_column
-    needed = {data.label_column, *(part for _, given in wanted.values() for part in text_columns(given, table.columns))}
+    columns = {name: text_columns(given, table.columns) for name, (_, given) in wanted.items()}
+    needed = {data.label_column, *(name for names in columns.values() for name in names)}
     if twice := [name for name in table.columns[table.columns.duplicated()] if name in needed]:
         raise UserError(f"{path}: two of its columns are named {twice[0]}: rename one")
     texts = {name: texts_in(table, given, path, flag) for name, (flag, given) in wanted.items()}
     flags = {name: f"--{flag} {given}" for name, (flag, given) in wanted.items()}
-    columns = {name: text_columns(given, table.columns) for name, (_, given) in wanted.items()}
     if twice := [name for name in columns.get("pair", ()) if name in columns["text"]]:
         raise UserError(f"{flags['pair']}: column {twice[0]} must not be in {flags['text']} as well")
     if data.label_column not in table.columns:

@@ -53,7 +53,7 @@ def _classes() -> tuple[Any, Any]:
     bnb = import_bitsandbytes()
 
     class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[name-defined]
-        """bitsandbytes' linear. On a CPU it makes the product itself: there its own repacks weights in place, too."""
+        """bitsandbytes' linear. On a CPU it makes the product itself: their own repacks weights in place."""
 
         def forward(self, x: Tensor) -> Tensor:
             if x.device.type == "cpu":

@@ -64,8 +64,10 @@ def write_answers(path: Path, answered: Iterable[Answered], surveyed: Survey, an
         nonlocal written
         for rows, values in answered:
             absent = [name for name in surveyed.columns if name not in rows.table]  # a chunk of JSON may lack a key
-            table = rows.table.assign(**dict.fromkeys(absent))[surveyed.columns]
-            yield table, dict(zip(ours, values, strict=True))
+            table = rows.table.copy(deep=False)
+            for name in absent:
+                table[name] = None
+            yield table[surveyed.columns], dict(zip(ours, values, strict=True))
             written += len(rows.bad)
 
     try:

@@ -166,6 +166,8 @@ def macro_f1(right: np.ndarray, given: np.ndarray, truth: np.ndarray, multi_labe
 
 def matthews(right: np.ndarray, given: np.ndarray, truth: np.ndarray, n: int) -> np.ndarray:
     """Matthews' correlation of several classes (Gorodkin 2004); 0 if only one class is true or given."""
+    # products of whole numbers would overflow
+    right, given, truth = (part.astype(np.float64) for part in (right, given, truth))
     covariance = right.sum(1) * n - (given * truth).sum(1)
-    spread = (n**2 - (given**2).sum(1)) * (n**2 - (truth**2).sum(1))
+    spread = (float(n) ** 2 - (given**2).sum(1)) * (float(n) ** 2 - (truth**2).sum(1))
     return np.where(spread > 0, covariance / np.sqrt(np.maximum(spread, 1)), 0.0)

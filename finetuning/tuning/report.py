@@ -81,7 +81,7 @@ def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] |
 
     def rank(number: int) -> tuple[int, float]:
         scores = [score(run) for run in runs[number]]  # whose runs fail more often cannot win
-        mean = round(statistics.fmean(scores), 6) if scores else 0.0  # they are stored as float32
+        mean = round(statistics.fmean(scores), 6) if scores else 0.0  # float32: equal ones differ after it
         return -missing_runs(final, number, runs[number]), mean
 
     winner = max(sorted(runs), key=rank)  # a tie: the default

@@ -168,7 +168,10 @@ class Space:
         return True
 
     def _point_near(self, wanted: Point) -> Point:
-        """The point with these values and the usual ones, as far as the space has them; no row without both."""
+        """The point with these values and the usual ones, as far as the space has them.
+
+        A parameter with neither is left out.
+        """
         point: Point = {}
         for row in self.parameters:
             values = [value for value in (wanted.get(row.name), self._usual[row.name]) if value is not None]

@@ -86,6 +86,12 @@ def answered_by_class(right: tuple[int, ...], texts: tuple[int, ...]) -> Answers
     return answers_of(truth, given)
 
 
+def test_the_correlation_of_many_texts_is_that_of_few() -> None:
+    right, given, truth = (np.array([part]) for part in ([200, 250, 180], [300, 400, 300], [320, 380, 300]))
+    many = scores.matthews(1000 * right, 1000 * given, 1000 * truth, 1_000_000)
+    assert many == pytest.approx(scores.matthews(right, given, truth, 1000))
+
+
 def test_what_was_learned_is_judged_by_mcc_or_accuracy() -> None:
     found_the_small_class = answered_by_class((80, 15), (100, 20))  # 79 %, and the large class has 83 %
     assert scores.shows_learning(found_the_small_class, None)
