@@ -78,7 +78,12 @@ class SharedServer:
 
 
 def start_script(
-    script: str, words: Sequence[str], directory: Path = ROOT, joined: bool = False, given: str = ""
+    script: str,
+    words: Sequence[str],
+    directory: Path = ROOT,
+    joined: bool = False,
+    given: str = "",
+    more: Mapping[str, str] | None = None,
 ) -> "Script | subprocess.Popen[str]":
     """Starts a command with one thread, in a process group of its own.
 
@@ -90,8 +95,9 @@ def start_script(
         directory: the current one of the process.
         joined: whether standard error goes where standard output goes.
         given: its standard input.
+        more: variables of its environment.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(more or {})
     command = [str(ROOT / script), *words]
     with tempfile.TemporaryFile("w+", encoding="utf8") as reads:
         reads.write(given)

@@ -174,7 +174,10 @@ def test_a_process_tells_what_it_measured_or_why_it_failed(tmp_path: Path) -> No
     record = harness.measured_in_process(["json.tool", "missing"])
     assert list(record) == ["error"]
     assert "missing" in record["error"]
-    assert "required: contestant" in harness.measured_in_process(["benchmarks.measure"])["error"]
+    assert "unrecognized arguments: --unknown" in harness.measured_in_process(["json.tool", "--unknown"])["error"]
+    outcome = in_process(measure.main, [])
+    assert outcome.status == 2
+    assert "required: contestant" in outcome.printed
 
 
 def test_the_tuned_peer_takes_the_fastest_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,10 @@ def flags(tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path) ->
 
 
 def test_a_refused_job_fails_with_status_2_and_is_not_requeued(ready: Cluster, flags: list[str]) -> None:
-    done = ready.submit("--wait", str(SCRIPT), *flags, "--epochs", "-1", check=False)
-    assert done.returncode == 2, ready.log()
+    done = ready.submit(str(SCRIPT), *flags, "--epochs", "-1")
+    job = done.stdout.strip()
+    wait_until(lambda: "JobState=FAILED" in ready.job(job), "the end")
+    assert "ExitCode=2:0" in ready.job(job), ready.log()
     assert "error: --epochs -1" in ready.log()
     assert "Restarts=0" in ready.job(done.stdout.strip())
 
@@ -38,7 +40,7 @@ def test_a_signalled_array_task_is_requeued_and_ends_as_if_nothing_had_happened(
     ready: Cluster, flags: list[str], tmp_path: Path
 ) -> None:
     directory = tmp_path / "run 3"
-    flags = [*flags, "--epochs", "12"]
+    flags = [*flags, "--epochs", "8"]
     more = ("--seed", "%a", f"--output_dir={tmp_path}/run %a", "--overwrite")  # the requeued job must not do it
     job = ready.submit("--array=3", str(SCRIPT), *flags, *more)
     number = job.stdout.strip()
@@ -82,10 +84,12 @@ def test_two_tasks_train_as_one_process_does_in_a_directory_of_the_job(
 ) -> None:
     flags = [*flags, "--epochs", "2", "--limit_train", "64", "--report", "True", "--baseline", "True"]
     log = tmp_path / "log"
-    options = ("--wait", "--nodes=1", "--ntasks-per-node=2", "--gres=gpu:2", f"--output={log}")
+    options = ("--nodes=1", "--ntasks-per-node=2", "--gres=gpu:2", f"--output={log}")
     two = ("--num_nodes", "1", "--devices", "2", "--strategy", "ddp")
-    done = ready.submit(*options, str(SCRIPT), *flags, *two, check=False)
-    assert done.returncode == 0, log.read_text()
+    done = ready.submit(*options, str(SCRIPT), *flags, *two)  # sbatch --wait would look after 2, 10 and 42 s
+    job = done.stdout.strip()
+    wait_until(lambda: re.search("JobState=(COMPLETED|FAILED)", ready.job(job)) is not None, "the end")
+    assert "JobState=COMPLETED" in ready.job(job), log.read_text()
     assert "NumTasks=2" in ready.job(done.stdout.strip())
     assert log.read_text().count("\ntest  ") == 1, "one of the two speaks"
     one = [*flags, "--accumulate", "2", "--output_dir", str(tmp_path / "one")]  # the same batches in the same steps

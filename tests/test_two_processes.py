@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -47,6 +48,18 @@ def started(flags: list[str]) -> Iterator[Script | subprocess.Popen[str]]:
         process.wait()
 
 
+def done_by_two(flags: list[str]) -> str:
+    """What two processes printed that were started at once, as torchrun does it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    more = [shared | {"LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [start_script("finetune_lora.py", flags, joined=True, more=variables) for variables in more]
+    printed = "".join(process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], printed
+    return printed
+
+
 def output_after_first_epoch(process: Script | subprocess.Popen[str], directory: Path, number: int, group: bool) -> str:
     """Waits for a checkpoint, sends the signal, and returns what was printed once all processes have ended."""
     end = time.monotonic() + LIMIT_SECONDS
@@ -85,9 +98,7 @@ def test_two_processes_stop_together_go_on_and_end_like_one(
     interrupted = read_result(two)
     assert interrupted["status"] == "interrupted"
 
-    with started([*command, "--resume"]) as process:
-        output = process.communicate(timeout=LIMIT_SECONDS)[0]
-    assert process.returncode == 0, output
+    output = done_by_two([*command, "--resume"])
     assert output.count("\ntest  ") == 1
     assert finetune_lora.main([*flags, *ONE, "--output_dir", str(one)]) == 0
 
@@ -108,9 +119,7 @@ def test_two_processes_with_8_bit_products_end_like_one(flags: list[str], tmp_pa
     """Rows are quantized one by one, so a batch may be split; LoRA's gradients are sums in bf16 or fp32 before that."""
     two, one = tmp_path / "two", tmp_path / "one"
     flags = [*flags, "--lora_mlp", "--precision", "int8", "--epochs", "2"]
-    with started([*flags, *TWO, "--output_dir", str(two)]) as process:
-        output = process.communicate(timeout=LIMIT_SECONDS)[0]
-    assert process.returncode == 0, output
+    done_by_two([*flags, *TWO, "--output_dir", str(two)])
     assert finetune_lora.main([*flags, *ONE, "--output_dir", str(one)]) == 0
     assert read_result(two)["train"]["steps"] == read_result(one)["train"]["steps"] > 0
     moved = [(weights(two)[name] - weight).norm() / weight.norm() for name, weight in weights(one).items()]
