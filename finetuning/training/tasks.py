@@ -70,7 +70,7 @@ class SingleLabel(nn.Module):
             "accuracy": metrics.multiclass_accuracy(predicted, given, average="micro", **count),
             "macro_f1": metrics.multiclass_f1_score(predicted, given, average="macro", **count),
         }
-        answered = self.ranked(logits).argmax(1)  # torchmetrics' MCC has a matrix of all pairs of classes
+        answered = predicted.numpy().argmax(1)  # torchmetrics' MCC has a matrix of all pairs of classes
         right, answers, truth = (self.counts(part)[None] for part in (labels[answered == labels], answered, labels))
         found["mcc"] = matthews(right, answers, truth, len(labels))[0]
         one_hot = given[:, None] == torch.arange(len(self.names))

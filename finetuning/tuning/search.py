@@ -24,7 +24,6 @@ from finetuning.errors import counted
 from finetuning.flags import flag_words
 from finetuning.runs.files import METRICS, read_result, read_status
 from finetuning.storage import read_json, write_new_json
-from finetuning.tuning.parameters import MODEL
 from finetuning.tuning.plan import FINAL, LAST, TRIALS, Budget, Plan
 from finetuning.tuning.sampler import Proposer, pruned_after
 from finetuning.tuning.texts import limits_text, progress_line, trial_name
@@ -331,8 +330,7 @@ class Search:
             fits = self.jobs * max(0.0, self._time_for_trials) / trial.seconds
             need = math.ceil(FEWEST_RUNS * trial.seconds / 60 / self.jobs)
             more = f": a search needs about {FEWEST_RUNS} runs, so --minutes {need} or more" if fits < FEW else ""
-            models = next((row.values for row in self.plan.space.parameters if row.name == MODEL), ())
-            other = ", fewer of a larger model" if len(models) > 1 else ""
+            other = ", fewer of a larger model" if len(self.plan.space.models) > 1 else ""
             fitting = counted(round(fits), "more trial")
             print(f"at this length, this worker has time for about {fitting}{other}{more}", flush=True)
 

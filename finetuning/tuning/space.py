@@ -46,6 +46,11 @@ class Space:
     given: Mapping[str, Any]  # the flags that stay fixed
     defaults: Mapping[str, int]  # of whole numbers that texts decide: epochs and batch size
 
+    @property
+    def models(self) -> tuple[Value, ...]:
+        """The base models that are searched; none if there is only one."""
+        return next((row.values for row in self.parameters if row.name == MODEL), ())
+
     def drawn(self, pick: Callable[[Parameter], Value]) -> Point:
         """A point, whose values ``pick`` chooses one after another."""
         point: Point = {}
@@ -149,10 +154,11 @@ class Space:
         return space
 
     def _is_allowed(self, parameter: Parameter, value: Value, check: Callable[[RunConfig], None]) -> bool:
-        models = next((row.values for row in self.parameters if row.name == MODEL), ())
         found: dict[Value | None, Point] = {}  # a point of each model that has the parameter
         for way in self._ways(parameter, value):
-            for wanted in [way] if MODEL in way or not models else [{**way, MODEL: model} for model in models]:
+            for wanted in (
+                [way] if MODEL in way or not self.models else [{**way, MODEL: model} for model in self.models]
+            ):
                 point = self._point_near(wanted)
                 if parameter.name in point:
                     found.setdefault(point.get(MODEL), point)
