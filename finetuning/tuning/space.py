@@ -156,9 +156,8 @@ class Space:
     def _is_allowed(self, parameter: Parameter, value: Value, check: Callable[[RunConfig], None]) -> bool:
         found: dict[Value | None, Point] = {}  # a point of each model that has the parameter
         for way in self._ways(parameter, value):
-            for wanted in (
-                [way] if MODEL in way or not self.models else [{**way, MODEL: model} for model in self.models]
-            ):
+            models = (way[MODEL],) if MODEL in way else self.models
+            for wanted in [{**way, MODEL: model} for model in models] or [way]:
                 point = self._point_near(wanted)
                 if parameter.name in point:
                     found.setdefault(point.get(MODEL), point)
