@@ -177,9 +177,8 @@ def _activated_again(activation: Activation, x: Tensor, grad: Tensor | None, gra
             return cpu_kernels.gelu_again(x.contiguous(), grad)
         if activation in cpu_kernels.GATED_AGAIN:
             return cpu_kernels.GATED_AGAIN[activation](x.contiguous(), grad, grad_x)
-    part = x.detach().requires_grad_(grad is not None)
-    with torch.enable_grad():
-        h = activation(part)
-    if grad is not None and grad_x is not None:
-        grad_x.copy_(torch.autograd.grad(h, part, grad)[0])
-    return h.detach()
+    if grad is None or grad_x is None:
+        return activation(x)
+    h, gradient = torch.func.vjp(activation, x)  # type: ignore[misc]  # torch.compile traces it, not autograd.grad
+    grad_x.copy_(gradient(grad)[0])
+    return h
