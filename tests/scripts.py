@@ -110,6 +110,13 @@ def start_script(
         )  # fmt: skip
 
 
+def start_with_server(script: str, words: Sequence[str], directory: Path = ROOT) -> Script | subprocess.Popen[str]:
+    """``start_script`` for a command that starts a server itself: that one is a fork too. Its output is joined."""
+    if can_fork():
+        return start_script("tests/with_server.py", [script, *words], directory, joined=True)
+    return start_script(script, words, directory, joined=True)
+
+
 def start(words: Sequence[str]) -> Script | subprocess.Popen[str]:
     return start_script("finetune_lora.py", words)
 

@@ -26,6 +26,7 @@ from finetuning.forking import can_fork
 from finetuning.runs.files import ADAPTER, write_result
 from finetuning.runs.history import write_predictions
 from tests.conftest import DIVERGED, ROOT, TUNED, contents, leave_run, one_thread, plan, scored, write_study
+from tests.scripts import Script, start_with_server
 
 PATIENCE_SECONDS = 240  # for a machine with other work
 
@@ -315,20 +316,24 @@ def test_predictions_that_cannot_be_read_are_not_collected(instead: str, capsys:
 
 
 @contextmanager
-def started(*words: str, threads: str | None = "1") -> Iterator[subprocess.Popen[str]]:
-    """The command as a process; nothing of it is left behind."""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "compare_methods.py"), "run", *words], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env=environment | ({"OMP_NUM_THREADS": threads} if threads else {}),
-    )  # fmt: skip
+def started(*words: str, shared_cores: bool = False) -> Iterator[Script | subprocess.Popen[str]]:
+    """The command as a process, with one thread or the share of the cores; nothing of it is left behind."""
+    process: Script | subprocess.Popen[str]
+    if shared_cores:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "compare_methods.py"), "run", *words], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"},
+        )  # fmt: skip
+    else:
+        process = start_with_server("compare_methods.py", ["run", *words], Path.cwd())
     try:
         yield process
     finally:
         for number in (*descendants(process.pid), process.pid):
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=PATIENCE_SECONDS)
 
 
 def descendants(ancestor: int) -> list[int]:
@@ -423,7 +428,7 @@ def test_runs_at_once_share_the_cores_wait_for_their_tuning_and_stop_together(
     write_study(project / "tiny.toml", tiny_folders["distilbert"], rows)
     runs = StudyRuns(read_plan(Path("tiny.toml")), project / "runs" / "tiny")
     tuning, finals = runs.study.stage("tune"), runs.study.stage("final")
-    with started("tiny.toml", "--data_dir", str(review_folder), "--jobs", "2", threads=None) as study:
+    with started("tiny.toml", "--data_dir", str(review_folder), "--jobs", "2", shared_cores=True) as study:
         for run in finals[:2]:
             wait_for("epoch 1/400  batch 2", runs.log(run))
         study.send_signal(signal.SIGINT)

@@ -24,7 +24,7 @@ from finetuning.tuning.plan import Plan
 from finetuning.tuning.report import finish, gain_text, summary_lines
 from finetuning.tuning.space import make_space
 from tests.conftest import write_splits
-from tests.scripts import SharedServer, start_script
+from tests.scripts import SharedServer, start_with_server
 from tests.tiny_models import POSITIONS
 
 TRIED = 5  # the defaults of four methods, and a drawn one
@@ -194,7 +194,7 @@ def the_defaults_first_run_wins_a_short_search(folder: Path) -> bool:
 
 
 def worker(flags: list[str], folder: Path, *more: str) -> Any:
-    return start_script("compare_methods.py", ["tune", *flags, "--output_dir", str(folder), *more], joined=True)
+    return start_with_server("compare_methods.py", ["tune", *flags, "--output_dir", str(folder), *more])
 
 
 def test_workers_that_are_killed_lose_no_trial(flags: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Runs a command whose server is a fork of this process, which has imported everything: torch starts no second time.
+
+See ``start_with_server`` in tests/scripts.py.
+"""
+
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from finetuning import forking  # noqa: E402
+from finetuning.comparison import execution  # noqa: E402
+
+ours, theirs = socket.socketpair()
+server = os.fork()
+if server == 0:
+    ours.close()
+    os.setpgid(0, 0)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):  # nobody waits for the end of the server's output
+        os.dup2(nothing, standard)
+    forking.serve(str(theirs.detach()))
+theirs.close()
+
+
+class EarlyServer(forking.ForkServer):
+    """The server above, for the command that would start one."""
+
+    def __init__(self, _folder: Path, _modules: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._channel, self._environment = ours, environment
+
+    def start(
+        self, words: Sequence[str], files: tuple[int, int, int], kept: Sequence[int] = (),
+        directory: Path | None = None, environment: Mapping[str, str] | None = None,
+    ) -> forking.ForkedProcess:  # fmt: skip
+        return super().start(words, files, kept, directory, environment or self._environment)
+
+    def close(self) -> None:
+        """The server sees the end of its channel."""
+        self._channel.close()
+        os.waitpid(server, 0)
+
+
+execution.ForkServer = EarlyServer  # type: ignore[assignment, misc]
+sys.argv = [str(ROOT / sys.argv[1]), *sys.argv[2:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
