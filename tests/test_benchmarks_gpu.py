@@ -1,9 +1,7 @@
 """benchmarks.gpu in its small form, on a CPU: all parts run, and one that fails does not stop the others."""
 
 import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +11,20 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu_parts import SMALL, Record, Sizes
-from compare_methods import ROOT
+from benchmarks.slurm_cluster import PATIENCE_SECONDS
+from tests.scripts import start_script
 
 
 def test_all_parts_in_the_small_form(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--output", str(output)]
-    variables = os.environ | {"CXX": "false"}  # no compiler: no part needs kernels, and the cache of its own is empty
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    words = ["benchmarks.gpu", "--small", "--output", str(output)]
+    # no compiler: no part needs kernels, and the cache of its own is empty
+    process = start_script("tests/module.py", words, more={"CXX": "false"})
+    shown, errors = process.communicate(timeout=PATIENCE_SECONDS)
     parts = json.loads(output.read_text(encoding="utf8"))["parts"]
     assert list(parts) == [part.name for part in gpu.plan(SMALL)]
     assert {name: part["error"] for name, part in parts.items() if "error" in part} == {}
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, errors
     assert parts["tests"].get("skipped", 0) + parts["tests"].get("passed", 0) > 10
     assert parts["tests"]["failed_tests"] == []
     assert parts["run lora fp32"]["train_tokens_per_second"] > 0
@@ -32,7 +32,7 @@ def test_all_parts_in_the_small_form(tmp_path: Path) -> None:
     assert parts["steps peft_tuned 8"]["steps"] == parts["steps suite_equal_batches 8"]["steps"] == SMALL.steps
     same = {parts[f"steps {name} 8"]["padding_fraction"] for name in ("peft_tuned", "suite_equal_batches")}
     assert len(same) == 1, "both get the same batches"
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    rows = [line for line in shown.splitlines() if line.startswith("| ")]
     assert len(rows) == len(parts) + 1
 
 

@@ -20,7 +20,7 @@ SCRIPT = ROOT / "studies" / "run_study_array.SBATCH"
 ROWS = """
 [[rows]]
 name = "lora"
-epochs = 12
+epochs = 8
 
 [[rows]]
 name = "selective"

@@ -17,7 +17,7 @@ def test_an_array_of_workers_shares_a_search_and_survives_a_preemption(
     write_splits(tmp_path, train=60, validation=50, test=40)
     line = "--dataset text --accelerator cpu --precision fp32 --max_length 32 --batch_size 8 --epochs 4 --prune False"
     flags = [*line.split(), "--data_dir", str(tmp_path), "--model_name", str(tiny_folders["distilbert"])]
-    flags += ["--trials", str(TRIED), "--seeds", "2", "--output_dir", "search"]
+    flags += ["--trials", str(TRIED), "--seeds", "1", "--output_dir", "search"]
     array = ready.submit("--array=0-1", str(SCRIPT), *flags).stdout.strip()
     folder = jobs_folder / "search"
     wait_until(lambda: (folder / "trials" / "001" / "metrics.csv").exists(), "a trial of each worker")
@@ -33,8 +33,8 @@ def test_an_array_of_workers_shares_a_search_and_survives_a_preemption(
     ends = [read_json(path) for path in sorted(folder.glob("trials/*/end.json"))]
     assert [end["state"] for end in ends] == ["complete"] * TRIED
     assert [len(end["history"]) for end in ends] == [4] * TRIED
-    assert read_json(folder / "tune.json")["winner"]["seeds"] == [1, 2]
+    assert read_json(folder / "tune.json")["winner"]["seeds"] == [1]
     finalists = read_json(folder / "final.json")["trials"]  # the default, and the best trial if that is another one
-    assert len(list(folder.glob("last/*/result.json"))) == 2 * len(finalists)
+    assert len(list(folder.glob("last/*/result.json"))) == len(finalists)
     assert (folder / "best" / "result.json").exists()
     assert ready.log().count("best run    search/best") == 2  # each worker says how it ended
