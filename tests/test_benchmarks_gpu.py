@@ -12,10 +12,11 @@ import pytest
 from benchmarks import gpu
 from benchmarks.gpu_parts import SMALL, Record, Sizes
 from benchmarks.slurm_cluster import PATIENCE_SECONDS
-from tests.scripts import start_script
 
 
 def test_all_parts_in_the_small_form(tmp_path: Path) -> None:
+    from tests.scripts import start_script  # which loads torch; a part that starts anew imports this file
+
     output = tmp_path / "gpu.json"
     words = ["benchmarks.gpu", "--small", "--output", str(output)]
     # no compiler: no part needs kernels, and the cache of its own is empty
