@@ -54,9 +54,13 @@ def read_phrasebank(data: DataSettings, _offline: bool) -> Source:
 
 
 def _parse(content: bytes, path: Path, data: DataSettings) -> pd.DataFrame:
-    """Reads lines of the form ``sentence@label``, encoded in Latin-1."""
+    """Reads lines of the form ``sentence@label``. The published files are Latin-1; others may be UTF-8."""
     refuse_columns(data)
-    lines = [line.rstrip("\r\n") for line in io.StringIO(content.decode("latin-1"), newline="\n")]
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    lines = [line.rstrip("\r\n") for line in io.StringIO(text, newline="\n")]
     pairs = [line.rpartition("@") for line in lines]
     for row, (sentence, _, _) in enumerate(pairs):
         if not sentence.strip():

@@ -18,10 +18,18 @@ PHRASES += [f"Sales {i} were flat .@neutral" for i in range(20)] + [f"Loss {i} .
 PHRASES += ["Loss 3 .@negative", "Sales 4 were flat .@negative"]
 
 
-@pytest.mark.parametrize("name", ["Sentences_50Agree.txt", "sentences_50agree.parquet"])
-def test_phrasebank(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [
+        ("Sentences_50Agree.txt", "latin-1"),
+        ("Sentences_50Agree.txt", "utf-8"),
+        ("Sentences_50Agree.txt", "utf-8-sig"),
+        ("sentences_50agree.parquet", ""),
+    ],
+)
+def test_phrasebank(tmp_path: Path, name: str, encoding: str) -> None:
     if name.endswith(".txt"):
-        (tmp_path / name).write_bytes("\r\n".join(PHRASES).encode("latin-1") + b"\r\n")
+        (tmp_path / name).write_bytes(("\r\n".join(PHRASES) + "\r\n").encode(encoding))
     else:
         ids = {"negative": 0, "neutral": 1, "positive": 2}
         pairs = [phrase.rpartition("@") for phrase in PHRASES]
