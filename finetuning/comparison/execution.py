@@ -50,9 +50,13 @@ class StopSignals:
 
     @contextmanager
     def listening(self) -> Iterator["StopSignals"]:
-        """Receives the signals until the block ends."""
+        """Receives the signals until the block ends. If an error ends it, the runs stop, which nobody would watch."""
         with handled(stop_signals(), self.receive):
-            yield self
+            try:
+                yield self
+            except BaseException:
+                self.receive(signal.SIGTERM)
+                raise
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Stops all runs. A terminal that is closed is none of theirs, so its SIGHUP reaches them as SIGTERM."""
@@ -185,24 +189,16 @@ class StudyExecution:
         counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
         print(f"{self.runs.study.name}: {len(self.chosen)} runs, {counts}", flush=True)
         with self.starter:
-            try:
-                return self._run_all()
-            except BaseException:
-                for current in self.current:  # nobody would watch them
-                    current.child.send_signal(signal.SIGTERM)
-                raise
-
-    def _run_all(self) -> int:
-        while len(self.ended) < len(self.chosen):
-            before = len(self.ended)
-            for run in self.chosen:
-                if run.name not in self.ended and not self.stop.received and len(self.current) < self.jobs:
-                    self.take_up(run)
-            if self.stop.received and not self.current:
-                print("interrupted: run the same command again to continue", file=sys.stderr)
-                return 130
-            if len(self.ended) == before:
-                self.wait()
+            while len(self.ended) < len(self.chosen):
+                before = len(self.ended)
+                for run in self.chosen:
+                    if run.name not in self.ended and not self.stop.received and len(self.current) < self.jobs:
+                        self.take_up(run)
+                if self.stop.received and not self.current:
+                    print("interrupted: run the same command again to continue", file=sys.stderr)
+                    return 130
+                if len(self.ended) == before:
+                    self.wait()
         return int("failed" in self.ended.values())
 
     def take_up(self, run: PlannedRun) -> None:

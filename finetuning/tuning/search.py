@@ -99,13 +99,8 @@ class Search:
         if not ended:
             print(f"trial 0 is the default; its progress: {self.trials.place(0).log}", flush=True)
         with self.starter:
-            try:
-                while (final := self._round()) is not None and final != self.decided():
-                    pass  # meanwhile, another worker has added minutes or trials
-            except BaseException:
-                for job in self.current:  # nobody would watch them, or renew their claims
-                    job.child.send_signal(signal.SIGTERM)
-                raise
+            while (final := self._round()) is not None and final != self.decided():
+                pass  # meanwhile, another worker has added minutes or trials
         return final
 
     def _round(self) -> dict[str, Any] | None:
