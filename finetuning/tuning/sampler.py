@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from finetuning.errors import UserError, first_line
-from finetuning.tuning.parameters import Parameter, Point, Value
+from finetuning.tuning.parameters import Parameter, Point
 from finetuning.tuning.space import Space
 from finetuning.tuning.trials import COMPLETE, FAILED, Trial
 
@@ -54,7 +55,7 @@ class Proposer:
             study = self._study(trials)
             study.sampler = make_sampler(self.sampler, self.seed, number, draw)
             trial = study.ask()
-            point = drawn_point(self.space, trial)
+            point = self.space.drawn(partial(_suggested, trial))
             try:
                 self.space.settings(point)
             except UserError as error:  # flags that each are allowed, but not together
@@ -186,21 +187,13 @@ def distribution(row: Parameter) -> BaseDistribution:
     return FloatDistribution(row.low, row.high, log=row.log)
 
 
-def drawn_point(space: Space, trial: optuna.trial.Trial) -> Point:
-    """The point that Optuna's trial suggests."""
-
-    def pick(row: Parameter) -> Value:
-        value: Any
-        if row.values:
-            value = trial.suggest_categorical(row.name, row.values)
-        elif row.whole:
-            value = trial.suggest_int(row.name, int(row.low or 0), int(row.high or 0), log=row.log)
-        else:
-            value = trial.suggest_float(row.name, row.low or 0.0, row.high or 0.0, log=row.log)
-        chosen: Value = value
-        return chosen
-
-    return space.drawn(pick)
+def _suggested(trial: optuna.trial.Trial, row: Parameter) -> Any:
+    """The value of a parameter that Optuna's trial suggests."""
+    if row.values:
+        return trial.suggest_categorical(row.name, row.values)
+    if row.whole:
+        return trial.suggest_int(row.name, int(row.low or 0), int(row.high or 0), log=row.log)
+    return trial.suggest_float(row.name, row.low or 0.0, row.high or 0.0, log=row.log)
 
 
 # --- pruning
