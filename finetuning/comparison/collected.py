@@ -147,11 +147,6 @@ class Run:
         return bool(self.get("environment", "forked"))
 
     @property
-    def processor(self) -> tuple[str, bool]:
-        """What processor time depends on besides the settings: the processor, and whether the run was forked."""
-        return str(self.get("environment", "cpu")), self.forked
-
-    @property
     def conditions(self) -> str:
         """What time and memory depend on besides the settings: commit, processor, threads, missing kernels, torch, and
         whether the run was forked."""
@@ -306,6 +301,7 @@ class Study:
         mean, deviation = mean_and_deviation(row.accuracies())
         low, high = row.interval
         measured = self.measured(row)
+        on_one_processor = Row(row.name, tuple(run for run in row.runs if run.name in self._of_one_processor))
         commands = [run.get("command") for run in sorted(counted or row.runs, key=lambda run: run.seed)]
         return {
             "study": self.name,
@@ -321,7 +317,7 @@ class Study:
             "test_examples": row.common("test", "examples"),
             "trainable": row.common("parameters", "trainable"),
             "train_seconds": measured.mean("train", "seconds"),
-            "processor_seconds": self._on_one_processor(row).mean("train", "processor_seconds"),
+            "processor_seconds": on_one_processor.mean("train", "processor_seconds"),
             "peak_memory_bytes": measured.mean("memory", "peak_bytes"),
             "validation_accuracy_mean": mean_and_deviation(row.accuracies("validation"))[0],
             "command": next((shown_command(command) for command in commands if command), None),
@@ -345,14 +341,10 @@ class Study:
         """The row, with only the runs whose time and memory can be compared with other rows."""
         return Row(row.name, tuple(run for run in row.runs if run.name in self._comparable))
 
-    def _on_one_processor(self, row: Row) -> Row:
-        """The row, with only the runs whose processor time can be compared with other rows."""
-        return Row(row.name, tuple(run for run in row.runs if run.name in self._of_one_processor))
-
     @cached_property
     def _of_one_processor(self) -> frozenset[str]:
-        """Names of the runs on the processor that most rows have."""
-        return _of_most_rows((run.processor, run) for run in self.final if run.finished)
+        """Names of the runs whose processor time can be compared: on the processor of most rows, forked as they are."""
+        return _of_most_rows(((run.get("environment", "cpu"), run.forked), run) for run in self.final if run.finished)
 
     @cached_property
     def cost_obstacles(self) -> dict[str, int]:
