@@ -28,7 +28,6 @@ SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tu
 TRIALS, LAST = "trials", "last"
 ENDING = "end"  # claimed by the worker that writes best run, report and summary
 SAMPLERS = ("tpe", "random")
-PATHS = (MODEL, *(name for name, flag in FLAGS.items() if flag.kind is Path))  # a model may be a folder
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,13 @@ class Asked:
     models: tuple[str, ...] = ()  # base models to choose among, by their whole names
 
     def to_dict(self) -> dict[str, Any]:
-        """What is stored, and must be the same for workers that join."""
-        given = {name: _anywhere(value) if name in PATHS else value for name, value in self.given.items()}
+        """What is stored, and must be the same for workers that join, also from other directories."""
+        given = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in self.given.items()}
+        if MODEL in given:
+            given[MODEL] = model_anywhere(given[MODEL])
         text = None if self.search is None else self.search.read_text(encoding="utf8")
-        storage = _from_anywhere(self.storage)
+        file = r"^sqlite:///(?!/|:memory:|file:)(.+)"  # of a database; it gets its whole path
+        storage = self.storage and re.sub(file, lambda found: f"sqlite:///{Path(found[1]).resolve()}", self.storage)
         same = {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": storage, "search": text}
         return same | {"models": " ".join(self.models) or None}
 
@@ -90,17 +92,6 @@ class Plan:
         given = {name: Path(v) if FLAGS[name].kind is Path else v for name, v in stored["given"].items()}
         space = Space.from_dict(stored["space"], given)
         return Plan(stored["study"], given, stored["sampler"], stored["prune"], stored["storage"], space)
-
-
-def _anywhere(value: str | Path) -> str:
-    """A path that workers in other directories understand; the name of a model stays."""
-    return str(value.resolve()) if isinstance(value, Path) else model_anywhere(value)
-
-
-def _from_anywhere(storage: str | None) -> str | None:
-    """The address of a storage; the file of a SQLite database gets its whole path."""
-    path = r"^sqlite:///(?!/|:memory:|file:)(.+)"
-    return storage and re.sub(path, lambda found: f"sqlite:///{Path(found[1]).resolve()}", storage)
 
 
 def _stored(folder: Path) -> dict[str, Any]:
