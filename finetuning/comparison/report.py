@@ -136,9 +136,10 @@ def build_report(results: Path, pages: Sequence[Path]) -> Report:
         plots |= {folder / plot.file: plot for plot in section.plots}
         texts[folder / "table.md"] = study_text(section)
         caption = measured(run.environment for run in study.final if run.finished)
-        tables[study.name] = f"{study_summary(section)}\n\n{caption}"
-        table = section.table.without_empty_columns().without("command").markdown()
-        tables[study.name + ROWS] = "\n\n".join([table, *(wrapped(note) for note in section.notes), caption])
+        table, found = section.table.without_empty_columns(), " ".join([*section.headlines, *section.notes])
+        tables[study.name] = "\n\n".join(filter(None, [table.markdown(), found, caption]))
+        parts = [table.without("command").markdown(), *map(wrapped, section.notes), caption]
+        tables[study.name + ROWS] = "\n\n".join(parts)
         tables[study.name + SETS] = f"{sets_text(section)}\n\n{caption}"
         tables[study.name + SHORT] = f"{short_table(study).without_empty_columns().markdown()}\n\n{caption}"
         if study.name == README_STUDY:
@@ -170,12 +171,6 @@ def make_section(study: Study, comparisons: Sequence[Comparison], not_compared: 
         part=part_done(study, on_sets=grid is not None),
         plots=[*draw_plots(study), *(draw_set_plots(grid) if grid else [])],
     )
-
-
-def study_summary(section: Section) -> str:
-    """The study as part of a Markdown page: its table without empty columns, what was found, and what is missing."""
-    text = " ".join([*section.headlines, *section.notes])
-    return section.table.without_empty_columns().markdown() + (f"\n\n{text}" if text else "")
 
 
 def study_text(section: Section) -> str:
@@ -223,7 +218,8 @@ def part_done(study: Study, on_sets: bool = False) -> str:
             trials = max(Counter(run.row for run in study.tuning).values()) * len(set(map(row_of, study.planned)))
             parts.append(f"Trials that chose their settings: {len(study.tuning):,} of {trials:,}.")
         if on_sets:
-            planned, lacking = (rows_by_method(study, runs) for runs in (study.planned, study.missing))
+            rows = (dict.fromkeys(map(row_of, runs)) for runs in (study.planned, study.missing))
+            planned, lacking = (Counter(method_of(study, row) for row in each) for each in rows)  # rows SET-METHOD
             shown = (f"{method} {count} of {planned[method]}" for method, count in lacking.items())
             parts.append(f"Data sets on which runs are missing: {', '.join(shown)}.")
     if failed := [run.name for run in study.final if not run.finished]:
@@ -234,11 +230,6 @@ def part_done(study: Study, on_sets: bool = False) -> str:
 def row_of(run: str) -> str:
     """The row of a final run, by its name; draws of the training texts are of one row."""
     return DRAW.sub("", re.sub(r"-seed\d+$", "", run))
-
-
-def rows_by_method(study: Study, runs: Sequence[str]) -> Counter[str]:
-    """For each method, the number of rows SET-METHOD of these final runs."""
-    return Counter(method_of(study, row) for row in dict.fromkeys(map(row_of, runs)))
 
 
 def defaults_table() -> str:
