@@ -68,6 +68,7 @@ def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] |
     for (number, _), place in places.items():
         if read_status(place.directory) == "finished":
             runs[number].append(read_finished(place.directory))
+    missing = {number: len(final["seeds"]) - len(finished) for number, finished in runs.items()}
     trials, sign = Trials(folder / TRIALS, plan.monitor), -1 if plan.minimize else 1
     default = trials.place(0).directory
     if 0 not in runs and read_status(default) == "finished":  # there was no time to train it again
@@ -82,12 +83,12 @@ def _finish(folder: Path, plan: Plan, final: dict[str, Any]) -> dict[str, Any] |
     def rank(number: int) -> tuple[int, float]:
         scores = [score(run) for run in runs[number]]  # whose runs fail more often cannot win
         mean = round(statistics.fmean(scores), 6) if scores else 0.0  # float32: equal ones differ after it
-        return -missing_runs(final, number, runs[number]), mean
+        return -missing.get(number, 0), mean
 
     winner = max(sorted(runs), key=rank)  # a tie: the default
     copy_run(max(runs[winner], key=score).directory, folder / BEST_RUN)  # of equal ones the first
     note_comparisons(folder / BEST_RUN, trials.all(), [run for number in final["trials"] for run in runs[number]])
-    summary = make_summary(plan, trials, runs, winner, final)
+    summary = make_summary(plan, trials, runs, winner, missing)
     summary["minutes"] = Budget.read(folder).seconds / 60
     write_text(folder / REPORT, make_page(folder.resolve().name, plan, trials.all(), summary))
     summary["minutes"] = Budget.read(folder).seconds / 60
@@ -104,11 +105,6 @@ def copy_run(source: Path, target: Path) -> None:
     half.replace(target)
 
 
-def missing_runs(final: dict[str, Any], number: int, finished: list[FinishedRun]) -> int:
-    """How many last runs of a trial have not finished. A default that was not trained again lacks none."""
-    return len(final["seeds"]) - len(finished) if number in final["trials"] else 0
-
-
 def note_comparisons(best: Path, trials: list[Trial], last_runs: list[FinishedRun]) -> None:
     """Writes into the copied run how many checkpoints validation has compared, for statements about validation."""
     result = read_result(best)
@@ -117,7 +113,7 @@ def note_comparisons(best: Path, trials: list[Trial], last_runs: list[FinishedRu
 
 
 def make_summary(
-    plan: Plan, trials: Trials, runs: dict[int, list[FinishedRun]], winner: int, final: dict[str, Any]
+    plan: Plan, trials: Trials, runs: dict[int, list[FinishedRun]], winner: int, missing: dict[int, int]
 ) -> dict[str, Any]:
     """What the search has found, as ``tune.json`` holds it, without its minutes.
 
@@ -126,26 +122,22 @@ def make_summary(
         trials: all of its trials.
         runs: the finished last runs of each trial that was trained again.
         winner: the number of the one that won.
-        final: the trials that were trained again, and their seeds.
+        missing: how many last runs of each have not finished; a default that was not trained again lacks none.
     """
     everything = trials.all()
-    found = {n: _record(trials.read(n), own, missing_runs(final, n, own)) for n, own in runs.items()}
-    default_runs, default = runs.get(0, []), found.get(0) or _record(everything[0], [])
+    found = {n: _record(trials.read(n), own, missing.get(n, 0)) for n, own in runs.items()}
+    default = found.get(0) or _record(everything[0], [])
     candidate = max(found)  # the best trial of the search; the default if no trial was better
-
-    def gain(number: int) -> dict[str, Any] | None:
-        compared = default["test"] is not None and found[number]["test"] is not None
-        return gain_of(default_runs, runs[number]) if compared else None
-
-    gains = {number: gain(number) for number in {winner, candidate}}
+    tested = {n for n in (winner, candidate) if default["test"] is not None and found[n]["test"] is not None}
+    gains = {n: gain_of(runs[0], runs[n]) for n in tested}
     return {
         "monitor": plan.monitor,
         "trials": dict(Counter(trial.state for trial in everything)),
         "default": default,
         "candidate": found[candidate],
         "winner": found[winner],
-        "gain": gains[winner],
-        "candidate_gain": gains[candidate],
+        "gain": gains.get(winner),
+        "candidate_gain": gains.get(candidate),
     }
 
 
