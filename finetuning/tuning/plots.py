@@ -115,28 +115,22 @@ def importance_plot(plan: Plan, complete: Sequence[Trial]) -> Plot | None:
     with new_figure("Importance of each parameter", height=1.5 + 0.3 * len(shares)) as (figure, (axis,)):
         axis.barh(list(shares), list(shares.values()), color=COLORS[0])
         axis.set(xlabel="share of the variance of the scores (fANOVA)", xlim=(0, None))
-        few = (
-            f" Unsure: {len(complete)} complete trials are fewer than {FEW_TRIALS}."
-            if len(complete) < FEW_TRIALS
-            else ""
-        )
-        return Plot("importance.png", f"What moved the score of complete trials.{few}", partial(png_of, figure))
+        caption = "What moved the score of complete trials."
+        if len(complete) < FEW_TRIALS:
+            caption += f" Unsure: {len(complete)} complete trials are fewer than {FEW_TRIALS}."
+        return Plot("importance.png", caption, partial(png_of, figure))
 
 
 def slice_plot(plan: Plan, trials: Sequence[Trial]) -> Plot | None:
     """The score against each parameter; trials that ended early are grey, at their last score."""
     rows = [row for row in plan.space.parameters if len(row.ends) > 1]
-    scored = [(trial, trial.latest) for trial in trials if trial.latest is not None]
+    scored = [(t.point, t.latest, t.state != COMPLETE) for t in trials if t.point and t.latest is not None]
     lines = math.ceil(len(rows) / COLUMNS)
     with new_figure("", width=9, height=2.6 * lines, rows=lines, columns=COLUMNS) as (figure, axes):
         for axis, row in zip(axes, rows, strict=False):
             for early in (True, False):
-                own = [
-                    (t.point or {}, s)
-                    for t, s in scored
-                    if (t.state != COMPLETE) == early and row.name in (t.point or {})
-                ]
-                places = [_place(row.values, point[row.name]) for point, _ in own]
+                own = [(point[row.name], s) for point, s, ended in scored if ended == early and row.name in point]
+                places = [_place(row.values, value) for value, _ in own]
                 values = [shown_score(plan, score) for _, score in own]
                 axis.plot(places, values, "o", markersize=4, color=GREY if early else COLORS[0])
             if row.values:
@@ -149,9 +143,8 @@ def slice_plot(plan: Plan, trials: Sequence[Trial]) -> Plot | None:
             axis.set_title(row.name + (", times the default" if row.times_default else ""), fontsize=9)
         for axis in axes[len(rows) :]:
             axis.set_axis_off()
-        caption = (
-            f"The {score_label(plan)}, against each parameter. Grey: trials that ended early, at their last score."
-        )
+        caption = f"The {score_label(plan)}, against each parameter."
+        caption += " Grey: trials that ended early, at their last score."
         return Plot("slices.png", caption, partial(png_of, figure))
 
 
