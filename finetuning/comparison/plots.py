@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from finetuning.comparison.collected import Run, Study
@@ -121,7 +121,6 @@ def log_scale(axis: Any, values: Sequence[float], form: Callable[[float], str] =
     axis.set_xlim(low / margin, high * margin)
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
 
 
@@ -192,7 +191,11 @@ def cost_plot(
     with new_figure(title or f"{study.name}: test accuracy against {name}", height=height) as (figure, (axis,)):
         foot = _percent_scale(axis, scores, deviations)
         heights = [max(score, foot) for score in scores]
-        _cost_scale(axis, costs, log=key == "trainable" or max(costs) > 8 * min(costs))
+        if key == "trainable" or max(costs) > 8 * min(costs):
+            log_scale(axis, costs)
+        else:
+            margin = max(0.15 * (max(costs) - min(costs)), 0.05 * max(costs))
+            axis.set_xlim(min(costs) - margin, max(costs) + margin)
         axis.set(xlabel=", ".join(filter(None, (name, unit[0]))), ylabel="test accuracy, %")
         for own in dict.fromkeys(sources):
             points = zip(sources, costs, heights, front, strict=True)
@@ -225,14 +228,6 @@ def _fronts(sources: Sequence[str | None], costs: Sequence[float], scores: Seque
         for i, on in zip(own, pareto_front([costs[i] for i in own], [scores[i] for i in own]), strict=True):
             front[i] = on
     return front
-
-
-def _cost_scale(axis: Any, costs: Sequence[float], log: bool) -> None:
-    if log:
-        log_scale(axis, costs)
-        return
-    margin = max(0.15 * (max(costs) - min(costs)), 0.05 * max(costs))
-    axis.set_xlim(min(costs) - margin, max(costs) + margin)
 
 
 # --- curves
@@ -346,9 +341,8 @@ def rank_alpha_plot(study: Study) -> Plot | None:
         if len(maps) > 1:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         axes[-1].set_xlabel("alpha")
-        caption = (
-            f"Mean {split} accuracy in % by rank and alpha. The best value is bold. An empty cell has no finished run."
-        )
+        caption = f"Mean {split} accuracy in % by rank and alpha. The best value is bold."
+        caption += " An empty cell has no finished run."
         return Plot("rank_alpha.png", caption, partial(png_of, figure))
 
 
