@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,10 @@ class StudyRuns:
 
     def older_than_their_texts(self) -> list[str]:
         """The runs here that have begun before a file of their texts was changed, so they may have read others."""
-        changed: dict[Path, float] = {}
-        found = []
+        last_change, found = cache(_last_change), list[str]()  # many runs read the same texts
         for run in filter(self.holds, self.study.runs):
             data = from_flags(run.flags(self.data_dir)).data.data_dir
-            if data is not None and data not in changed:
-                changed[data] = _last_change(data)
-            if data is not None and changed[data] > _began(self.directory(run)):
+            if data is not None and last_change(data) > _began(self.directory(run)):
                 found.append(run.name)
         return found
 
@@ -190,7 +188,7 @@ class StudyRuns:
             data = read_settings(source)["data_dir"]
             if (planned and planned.resolve()) != (data and Path(data).resolve()):
                 continue
-            if _newer(planned, source) or _newer(model, source):
+            if max(_last_change(path) for path in (planned, model) if path is not None) > _began(source):
                 continue
             half = self.folder / f".{run.name}.half"
             shutil.rmtree(half, ignore_errors=True)
@@ -281,13 +279,8 @@ class StudyRuns:
             return run
 
 
-def _newer(data: Path | None, run: Path) -> bool:
-    """Whether a file of the data or of a model, a file or folder, was changed after the run had begun."""
-    return data is not None and _last_change(data) > _began(run)
-
-
 def _last_change(data: Path) -> float:
-    """When a file of a folder, or a file, was changed last; 0 if there is none."""
+    """When a file of texts or of a model, a folder or a file, was changed last; 0 if there is none."""
     return max((path.stat().st_mtime for path in (data, *data.rglob("*")) if path.is_file()), default=0.0)
 
 
