@@ -120,16 +120,10 @@ class Space:
 
     def first_points(self) -> list[Point]:
         """The default's point, then those of the other models' and methods', likely better than random ones."""
-        others = [
-            {row.name: value}
-            for name in (MODEL, "method")
-            for row in self.parameters
-            for value in row.values
-            if row.name == name and value != self._usual[name]
-        ]
-        points = [self.default_point(**changed) for changed in others]
-        held = [point for point, changed in zip(points, others, strict=True) if changed.items() <= point.items()]
-        return [self.default_point(), *held]
+        rows = {row.name: row.values for row in self.parameters}
+        others = [{name: v} for name in (MODEL, "method") for v in rows.get(name, ()) if v != self._usual[name]]
+        points = ((changed, self.default_point(**changed)) for changed in others)
+        return [self.default_point(), *(point for changed, point in points if changed.items() <= point.items())]
 
     def checked(self, check: Callable[[RunConfig], None]) -> "Space":
         """The space without declared values that flags, models or texts exclude; each value is tried with each model.
@@ -270,11 +264,9 @@ def _fitted(facts: Facts) -> list[Parameter]:
     rows[MAX_LENGTH] = replace(rows[MAX_LENGTH], values=facts.lengths)
     if len(facts.lengths) < 2:
         del rows[MAX_LENGTH]
-    layers = min(3, facts.layers - 1)
-    if layers < 2:
+    rows["trainable_layers"] = replace(rows["trainable_layers"], high=min(3, facts.layers - 1))
+    if facts.layers < 3:
         del rows["trainable_layers"]
-    else:
-        rows["trainable_layers"] = replace(rows["trainable_layers"], high=layers)
     return list(rows.values())
 
 
