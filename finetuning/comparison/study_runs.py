@@ -105,7 +105,8 @@ class StudyRuns:
 
     def older_than_their_texts(self) -> list[str]:
         """The runs here that have begun before a file of their texts was changed, so they may have read others."""
-        last_change, found = cache(_last_change), list[str]()  # many runs read the same texts
+        last_change = cache(_last_change)  # many runs read the same texts
+        found = []
         for run in filter(self.holds, self.study.runs):
             data = from_flags(run.flags(self.data_dir)).data.data_dir
             if data is not None and last_change(data) > _began(self.directory(run)):

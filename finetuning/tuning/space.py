@@ -279,7 +279,7 @@ def _of_fused(row: Parameter, given: Mapping[str, Any], placed: bool) -> Paramet
         placed: whether the placement is searched.
     """
     whole = ("attention", "all")
-    if row.name == PLACEMENT and given.get("lora_variant") == "dora":
+    if row.name == PLACEMENT and given.get("lora_variant") == "dora" and not row.own:
         return replace(row, values=tuple(value for value in row.values if value in whole))
     if row.name != "lora_variant" or "dora" not in row.values:
         return row

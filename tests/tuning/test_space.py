@@ -126,6 +126,8 @@ def test_texts_and_model_fit_the_space(tmp_path: Path) -> None:
     assert "lora_variant" in names(fused)
     assert values(space_of(replace(FACTS, fuses=True), lora_value=True), "lora_variant") == ("lora", "pissa")
     assert values(space_of(replace(FACTS, fuses=True), lora_variant="dora"), "placement") == ("attention", "all")
+    own = written(tmp_path, 'lora_r = [4, 8]\nplacement = ["query_value"]\n')  # a run refuses it
+    assert values(space_of(replace(FACTS, fuses=True), own, lora_variant="dora"), "placement") == ("query_value",)
     own = written(tmp_path, 'lora_variant = ["lora", "dora"]\n')
     assert values(space_of(replace(FACTS, fuses=True), own, lora_key=True), "lora_variant") == ("lora", "dora")
     for point in (space_of(replace(FACTS, fuses=True), own).drawn(random_value) for _ in range(50)):
