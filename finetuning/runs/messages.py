@@ -1,4 +1,4 @@
-"""What a run prints before and after training. Nothing here imports torch."""
+"""What a run prints, besides its progress: scores, baseline, costs, commands. Nothing here imports torch."""
 
 import os
 import re
@@ -9,63 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import counted, listed
-from finetuning.runs.records import SCORES, BaselineRecord, DataRecord, FoldsRecord, score_names
-from finetuning.settings import TrainingSettings
+from finetuning.errors import counted
+from finetuning.runs.records import SCORES, BaselineRecord, FoldsRecord, score_names
 
 INSTALLED = "finetune-lora"  # the command that pip installs
 TO_REPORT = "(report this, or the score of a large test split)"
 TUNED = "(optimistic: each fold tuned its threshold)"
-SHOWN_LABELS = 8
 SHOWN_IN_ADVICE = 5  # labels
 SCRIPTS = {  # files of the clone
     "lora": "finetune_lora.py", "predict": "predict.py", "export": "export_model.py", "compare": "compare_methods.py",
 }  # fmt: skip
-
-
-def headline(
-    model: str,
-    data: DataRecord,
-    training: TrainingSettings,
-    steps_per_epoch: int,
-    processes: int,
-    kernels: str,
-    advice: Sequence[str] = (),
-    cut: str = "",
-) -> str:
-    """The text that a run prints before training: data, model, settings.
-
-    Args:
-        model: the base model, the method, the precision and the device, as text.
-        data: the ``data`` of ``result.json``.
-        training: the run's settings.
-        steps_per_epoch: optimizer steps of an epoch.
-        processes: that share a step.
-        kernels: whether the run uses compiled CPU kernels, or why not.
-        advice: what the user may want to change, one sentence each.
-        cut: which texts are cut; empty if none is.
-    """
-    ratio = training.lora_plus_ratio
-    of_B = "" if ratio is None else f", of LoRA's B {ratio:g} times as high"
-    patience = f"; stops after {training.patience} epochs without gain" if training.patience else ""
-    sizes, names = ", ".join(f"{count:,} {name}" for name, count in data["sizes"].items()), data["label_names"]
-    texts = data["sizes"]["train"]
-    held = texts / (steps_per_epoch * training.accumulate * processes)  # what --batch_tokens allows, in the mean
-    size = f"about {held:.0f}" if held < 0.75 * min(texts, training.batch_size) else str(training.batch_size)
-    lines = [
-        f"data    {data['source']}: {sizes}",
-        f"        {len(names)} labels: {listed(names, SHOWN_LABELS)}",
-        f"        removed {data['leaks_dropped']} training texts that also appear in validation or test"
-        " (before --limit_train)",
-        *(f"        {note}" for note in (*data["notes"], cut) if note),
-        f"model   {model}",
-        f"        CPU kernels: {kernels}",
-        f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}{of_B}",
-        f"        {texts:,} texts: {size} texts a batch, {counted(training.epochs, 'epoch')},"
-        f" {training.epochs * steps_per_epoch:,} steps{patience}",
-        *(f"advice  {sentence}" for sentence in advice),
-    ]
-    return "\n".join(lines)
 
 
 def summary(directory: Path, result: dict[str, Any]) -> str:

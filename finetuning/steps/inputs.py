@@ -12,6 +12,7 @@ from finetuning.data.folds import with_folds
 from finetuning.data.loading import tokenize
 from finetuning.data.texts import TextData
 from finetuning.data.tokens import TokenizedSplit
+from finetuning.errors import counted, listed
 from finetuning.materials import Materials
 from finetuning.models.base_model import BaseModel, check_vocabulary, find_base_model, load_tokenizer
 from finetuning.models.build import build_classifier, int8_widths
@@ -20,8 +21,7 @@ from finetuning.models.quantization import try_four_bits
 from finetuning.processes import is_helper
 from finetuning.runs.adapters import Adapter
 from finetuning.runs.loading import adopt_adapter, build_from_adapter, other_classes
-from finetuning.runs.messages import headline
-from finetuning.runs.records import data_hashes, data_record
+from finetuning.runs.records import data_hashes
 from finetuning.settings import TrainingSettings
 from finetuning.steps.text_advice import (
     advice_on_texts,
@@ -36,6 +36,8 @@ from finetuning.training.hardware import Hardware, kernels_used, resolve_hardwar
 from finetuning.training.label_advice import imbalance_advice, spelling_advice
 from finetuning.training.tasks import Task, make_task
 from finetuning.training.trainer import check_processes
+
+SHOWN_LABELS = 8
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,31 @@ class Inputs:
         return build_classifier(*parts) if self.adapter is None else build_from_adapter(*parts, self.adapter)
 
     def headline(self, classifier: Classifier) -> str:
-        """The text that the run prints before training."""
-        model = f"{self.base.name}, {self.config.name}, {self.hardware.described}"
-        training, processes = self.config.training, self.config.hardware.processes
-        kernels = kernels_used(classifier, self.config.hardware, self.hardware)
+        """The text that the run prints before training: data, model, settings."""
+        data, training, processes = self.texts, self.config.training, self.config.hardware.processes
         share, longest = self.share_at_limit, self.config.data.longest
         some = f"{share:.1%}" if share >= 0.0005 else "less than 0.1%"
-        shown = f"{some} of the training texts reach {longest:,} tokens, and longer ones are cut" if share else ""
-        return headline(
-            model, data_record(self.texts, self.splits), training, self.batches.steps_per_epoch, processes, kernels,
-            self.advice, shown,
-        )  # fmt: skip
+        cut = [f"{some} of the training texts reach {longest:,} tokens, and longer ones are cut"] if share else []
+        ratio = training.lora_plus_ratio
+        of_B = "" if ratio is None else f", of LoRA's B {ratio:g} times as high"
+        patience = f"; stops after {training.patience} epochs without gain" if training.patience else ""
+        texts, steps_per_epoch = data.sizes["train"], self.batches.steps_per_epoch
+        held = texts / (steps_per_epoch * training.accumulate * processes)  # what --batch_tokens allows, in the mean
+        size = f"about {held:.0f}" if held < 0.75 * min(texts, training.batch_size) else str(training.batch_size)
+        lines = [
+            f"data    {data.source}: {', '.join(f'{count:,} {name}' for name, count in data.sizes.items())}",
+            f"        {len(data.label_names)} labels: {listed(data.label_names, SHOWN_LABELS)}",
+            f"        removed {data.leaks_dropped} training texts that also appear in validation or test"
+            " (before --limit_train)",
+            *(f"        {note}" for note in (*data.notes, *cut)),
+            f"model   {self.base.name}, {self.config.name}, {self.hardware.described}",
+            f"        CPU kernels: {kernels_used(classifier, self.config.hardware, self.hardware)}",
+            f"train   {training.optimizer}, {training.scheduler}, learning rate {training.learning_rate:g}{of_B}",
+            f"        {texts:,} texts: {size} texts a batch, {counted(training.epochs, 'epoch')},"
+            f" {training.epochs * steps_per_epoch:,} steps{patience}",
+            *(f"advice  {sentence}" for sentence in self.advice),
+        ]
+        return "\n".join(lines)
 
     @property
     def share_at_limit(self) -> float:
