@@ -4,11 +4,10 @@ A run writes its own files first. A tracker gets the same numbers, and never end
 so, and the run goes on without it. Without ``--tracker`` nothing of this is imported.
 """
 
-import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,44 +55,44 @@ class Trackers:
                 with suppress(OSError):
                     file.unlink()
         for name in self._names:
-            self._guarded(name, functools.partial(self._open, name, earlier.get(name), settings))
+            with self._guarded(name):
+                logger = self._loggers[name] = OPEN[name](self._directory, earlier.get(name))
+                _ = logger.experiment  # connects
+                if earlier.get(name) is None:  # MLflow allows no second value, and --resume may change some settings
+                    logger.log_hyperparams(_given(settings))
         ids = {name: logger.version for name, logger in self._loggers.items() if name != TENSORBOARD}
         if ids:
             with suppress(OSError):
                 write_json(self._directory / TRACKED, ids)
 
-    def _open(self, name: str, earlier: str | None, settings: dict[str, Any], _: None) -> None:
-        logger = OPEN[name](self._directory, earlier)
-        self._loggers[name] = logger
-        _ = logger.experiment  # connects
-        if earlier is None:  # MLflow allows no second value, and --resume may change some settings
-            logger.log_hyperparams(_given(settings))
-
     def log(self, row: dict[str, Any]) -> None:
         """One row of the run's history: step, losses, learning rate, seconds, or the scores of a validation."""
         values = {key: float(value) for key, value in row.items() if key != "step" and isinstance(value, int | float)}
-        if self._continues and TENSORBOARD in self._loggers:
-            self._guarded(TENSORBOARD, functools.partial(_drop_from, row["step"]))
+        for name, logger in list(self._loggers.items()):
+            with self._guarded(name):
+                if self._continues and name == TENSORBOARD:  # a run that was killed logged points after its checkpoint
+                    logger.experiment.close()
+                    logger.experiment.purge_step = row["step"]  # is written when the next point opens the file again
+                logger.log_metrics(values, step=row["step"])
         self._continues = False
-        self._each(lambda logger: logger.log_metrics(values, step=row["step"]))
 
     def close(self, result: dict[str, Any]) -> None:
         """The scores and costs of the result, ``result.json`` and ``report.html`` as artifacts, and the end."""
         values, step = final_values(result), result.get("train", {}).get("steps", 0)
         files = [path for path in (self._directory / RESULT, self._directory / REPORT) if path.exists()]
         with suppress(KeyboardInterrupt):  # a tracker may wait for its server
-            self._each(lambda logger: logger.log_metrics(values, step=step))
-            for name in list(self._loggers):
-                self._guarded(name, functools.partial(CLOSE[name], result=result, files=files))
+            for name, logger in list(self._loggers.items()):
+                with self._guarded(name):
+                    logger.log_metrics(values, step=step)
+            for name, logger in list(self._loggers.items()):
+                with self._guarded(name):
+                    CLOSE[name](logger, result, files)
 
-    def _each(self, action: Callable[[Any], object]) -> None:
-        for name in list(self._loggers):
-            self._guarded(name, action)
-
-    def _guarded(self, name: str, action: Callable[[Any], object]) -> None:
-        """Does something with a tracker. If that fails, the run goes on without it."""
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """Something is done with a tracker. If that fails, the run goes on without it."""
         try:
-            action(self._loggers.get(name))
+            yield
         except Exception as error:
             self._loggers.pop(name, None)
             print(f"warning: --tracker {name} failed and is not used any more: {first_line(error)}", file=sys.stderr)
@@ -134,12 +133,6 @@ def _open_tensorboard(directory: Path, _: str | None) -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     return TensorBoardLogger(directory, name="", version=TENSORBOARD, default_hp_metric=False)
-
-
-def _drop_from(step: int, logger: Any) -> None:
-    """TensorBoard forgets the points from this step on: a run that was killed logged them after its checkpoint."""
-    logger.experiment.close()
-    logger.experiment.purge_step = step  # is written when the next point opens the file of events again
 
 
 def _open_wandb(directory: Path, earlier: str | None) -> Any:
