@@ -10,25 +10,6 @@ from finetuning.data.texts import LabelledTexts, TextData
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 
-POOLED = "validation is part of the training texts, because of --kfold"
-
-
-def with_pooled_validation(
-    splits: dict[str, pd.DataFrame], given: bool, rows: int
-) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """The splits with validation as a part of train, and notes for the user.
-
-    Args:
-        splits: train, validation and test.
-        given: whether validation was a file of its own. Its rows are then counted on from those of train.
-        rows: of the source's train, from which test may have been taken.
-    """
-    validation = splits["validation"]
-    if given:
-        validation = validation.set_axis(validation.index + rows)
-    train = pd.concat([splits["train"], validation]).sort_index()
-    return {"train": train, "test": splits["test"]}, [POOLED] if given else []
-
 
 def with_folds(texts: TextData, data: DataSettings) -> TextData:
     """The texts with a validation split: one fold, or all training texts, each of which is validation in one fold.

@@ -8,9 +8,10 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
-from finetuning.data.folds import with_folds, with_pooled_validation
+from finetuning.data.folds import with_folds
 from finetuning.data.labels import STRATIFIED, doubt_about, unseen_labels
 from finetuning.data.sources import read_source
 from finetuning.data.splits import (
@@ -45,7 +46,11 @@ def load_texts(data: DataSettings, offline: bool) -> TextData:
     given = "validation" in source.tables and data.split in (None, "official")
     notes: list[str] = []
     if data.kfold is not None:
-        splits, notes = with_pooled_validation(splits, given, int(source.tables["train"].index.max()) + 1)
+        if given:  # its rows are counted on from those of the source's train, from which test may have been taken
+            rows = int(source.tables["train"].index.max()) + 1
+            splits["validation"] = splits["validation"].set_axis(splits["validation"].index + rows)
+            notes.append("validation is part of the training texts, because of --kfold")
+        splits["train"] = pd.concat([splits["train"], splits.pop("validation")]).sort_index()
     notes += [*wordless(splits["train"]), *contradictions(splits["train"])]
     before = splits["train"]
     splits, leaks_dropped = without_leaks(splits, names)
