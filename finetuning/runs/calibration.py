@@ -60,7 +60,10 @@ def _slope(answers: Answers, log_inverse: float) -> float:
 
 def reliability(answers: Answers) -> Reliability:
     """Probabilities against what was observed, in 15 bins of equal width (Guo et al. 2017)."""
-    probabilities, outcomes = _decisions(answers)  # (n, k)
+    if answers.multi_label:
+        probabilities, outcomes = answers.probabilities, answers.truth  # (n, k)
+    else:
+        probabilities, outcomes = answers.confidence[:, None], answers.right[:, None]
     bins = np.clip(np.ceil(probabilities * BINS).astype(int) - 1, 0, BINS - 1)
     counts = np.bincount(bins.ravel(), minlength=BINS)
     means, observed = (
@@ -72,22 +75,8 @@ def reliability(answers: Answers) -> Reliability:
     gaps = np.bincount(cells, (outcomes - probabilities).ravel(), minlength=n * BINS).reshape(n, BINS)
     error = float(np.abs(gaps.sum(0)).sum() / probabilities.size)
     drawn = np.abs(resampled_sums(gaps)).sum(1) / probabilities.size
-    return Reliability(
-        [Bin(counts[i] / probabilities.size, means[i], observed[i]) for i in range(BINS) if counts[i]],
-        error,
-        _basic_interval(error, drawn),
-        float(answers.losses.mean()),
-    )
-
-
-def _decisions(answers: Answers) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and whether they came true, both (n, k)."""
-    if answers.multi_label:
-        return answers.probabilities, answers.truth
-    return answers.confidence[:, None], answers.right[:, None]
-
-
-def _basic_interval(value: float, drawn: np.ndarray) -> Interval:
-    """The basic bootstrap interval, because a sum of absolute values is too large, and in resamples larger still."""
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return max(0.0, float(2 * value - high)), max(0.0, float(2 * value - low))
+    # the basic bootstrap interval, because a sum of absolute values is too large, and in resamples larger still
+    interval = max(0.0, float(2 * error - high)), max(0.0, float(2 * error - low))
+    shown = [Bin(counts[i] / probabilities.size, means[i], observed[i]) for i in range(BINS) if counts[i]]
+    return Reliability(shown, error, interval, float(answers.losses.mean()))
