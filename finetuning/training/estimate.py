@@ -5,13 +5,13 @@ lengths, and their time per token gives the time of an epoch. If a run keeps out
 measured again with these outputs, as in every later epoch.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from finetuning.data.batches import evaluation_loader, train_loader
@@ -81,21 +81,26 @@ def measure_steps(
         lambda batch, outputs: _step(classifier, task, optimizer, batch, training.gradient_clip, outputs),
     )  # fmt: skip
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.dim())
-    with merged(classifier.model):
-        seconds |= _evaluation_seconds(classifier.eval(), splits, pad_id, training, device, frozen)
+    with merged(classifier.eval().model), torch.inference_mode():
+        for name in (name for name in ("validation", "test") if name in splits):
+            loaded = evaluation_loader(splits[name], training, pad_id, pin_memory=hardware.on_gpu)
+            evaluated, tokens = _spread(loaded, MEASURED_EVALUATIONS), int(splits[name].lengths.sum())
+            classifier.logits(move_data_to_device(evaluated[0], device))  # warm-up: evaluation uses other kernels
+            seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
     seconds["run"] = run_seconds(seconds, training.epochs)
-    memory = {"optimizer": state, "activations": activations}
-    memory |= _later_memory(trained.values(), training.average, frozen.values())
-    memory["peak"] = peak_memory(hardware.on_gpu)["peak_bytes"] + memory["kept_outputs"] + memory["average"]
+    gradients = sum(p.nbytes for p in trained.values())
+    average = gradients if training.average != "none" else 0  # what the measured steps do not have yet, as kept outputs
+    kept, filed = (sum(o.bytes for o in frozen.values() if o.on_disk == on_disk) for on_disk in (False, True))
+    memory = {
+        "gradients": gradients,
+        "optimizer": state,
+        "activations": activations,
+        "average": average,
+        "kept_outputs": kept,
+        "outputs_on_disk": filed,
+        "peak": peak_memory(hardware.on_gpu)["peak_bytes"] + kept + average,
+    }
     return {"memory": memory, "seconds": seconds, "steps": loader.steps_per_epoch}
-
-
-def _later_memory(trained: Iterable[nn.Parameter], average: str, frozen: Collection[FrozenOutputs]) -> dict[str, int]:
-    """Bytes of what follows from the settings: gradients, and what the measured steps do not have yet."""
-    kept, filed = (sum(o.bytes for o in frozen if o.on_disk == on_disk) for on_disk in (False, True))
-    gradients = sum(p.nbytes for p in trained)
-    copy = gradients if average != "none" else 0
-    return {"gradients": gradients, "average": copy, "kept_outputs": kept, "outputs_on_disk": filed}
 
 
 def run_seconds(seconds: dict[str, float], epochs: int) -> float:
@@ -103,26 +108,6 @@ def run_seconds(seconds: dict[str, float], epochs: int) -> float:
     first = seconds["epoch"] if epochs else 0.0
     later = max(0, epochs - 1) * (seconds["later_epoch"] + seconds["later_validation"])
     return first + seconds["validation"] + later + seconds.get("test", 0.0)
-
-
-@torch.inference_mode()
-def _evaluation_seconds(
-    classifier: Classifier,
-    splits: dict[str, TokenizedSplit],
-    pad_id: int,
-    training: TrainingSettings,
-    device: torch.device,
-    frozen: dict[str, FrozenOutputs],
-) -> dict[str, float]:
-    """Seconds to evaluate validation and test, see ``_first_and_later``."""
-    seconds: dict[str, float] = {}
-    on_gpu = device.type == "cuda"
-    for name in (name for name in ("validation", "test") if name in splits):
-        evaluated = _spread(evaluation_loader(splits[name], training, pad_id, pin_memory=on_gpu), MEASURED_EVALUATIONS)
-        classifier.logits(move_data_to_device(evaluated[0], device))  # warm-up: evaluation uses other kernels
-        tokens = int(splits[name].lengths.sum())
-        seconds |= _first_and_later(name, evaluated, device, tokens, frozen.get(name), classifier.logits)
-    return seconds
 
 
 def _spread(loader: DataLoader[dict[str, Tensor]], count: int) -> Batches:
