@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +143,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests write tokens to a folder of their own. The workers of a session share it, so kernels are compiled once."""
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[None]:
+    """Tests write tokens to a folder of their own, which the workers of a session share. Kernels stay for the next."""
     base = tmp_path_factory.getbasetemp()
-    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        (folder / "kernels").symlink_to(pytestconfig.cache.mkdir("kernels"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FINETUNE_LORA_CACHE", str(session / "cache"))
+        patch.setenv("FINETUNE_LORA_CACHE", str(folder))
         yield
 
 
