@@ -1,8 +1,9 @@
 """The kernels are compiled once on a machine; if they cannot be compiled, the reason is given."""
 
 import ctypes
-import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from finetuning.models.compiled import VARIANTS, Variant, library
 from finetuning.models.cpu_kernels import takes_attention
 from finetuning.processor import instructions
 from finetuning.storage import sum_holds
+from tests.conftest import ROOT
 
 
 @pytest.mark.usefixtures("bf16_variant")
@@ -100,11 +102,6 @@ def test_a_processor_without_the_instructions(fresh_library: Path, monkeypatch: 
     assert not list(fresh_library.iterdir())
 
 
-def _load(results: "multiprocessing.Queue[str]") -> None:
-    library.cache_clear()
-    results.put(library()[1])
-
-
 def test_processes_that_build_at_once_share_one_library(
     fresh_library: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,14 +111,9 @@ def test_processes_that_build_at_once_share_one_library(
     # optimizing the kernels takes most of a build's time
     quick = stand_in(tmp_path_factory.mktemp("compiler"), f'exec {compiler} "$@" -O0')
     monkeypatch.setenv("CXX", str(quick))
-    context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[str] = context.Queue()
-    processes = [context.Process(target=_load, args=(results,)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    states = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
+    words = [sys.executable, "-c", "from finetuning.models.compiled import library; print(library()[1])"]
+    processes = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    states = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert [path.suffix for path in (fresh_library / "kernels").iterdir()] == [".so"]
     (path,) = (fresh_library / "kernels").iterdir()
     content = path.read_bytes()
