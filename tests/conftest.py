@@ -7,7 +7,6 @@ import gc
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,7 +55,6 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_int8 = pytest.mark.skipif(refused() is not None, reason=f"no 8-bit products: {refused()}")
 # Most tests try these rows of the table. tests/test_every_family.py tries all of them.
 CORE = {name: FAMILIES[name] for name in ("distilbert", "bert", "roberta")}
-IN_MEMORY = pytest.StashKey[str]()
 
 
 def train_only_lora(model: torch.nn.Module) -> None:
@@ -122,24 +120,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item not in cluster, item.path.parent.name != "tests"))  # stable: else as collected
     gc.collect()
     gc.freeze()  # the libraries stay, so that collections of garbage, a third of a second each, need not look at them
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Temporary files lie in memory: runs sync theirs, which takes long on a disk. They stay if a test fails.
-
-    In a container this folder is often small, or runs no programs.
-    """
-    memory, variable = Path("/dev/shm"), "PYTEST_DEBUG_TEMPROOT"
-    if variable in os.environ or not memory.is_dir():  # a worker has that of its session
-        return
-    if shutil.disk_usage(memory).free > 4 << 30 and not os.statvfs(memory).f_flag & os.ST_NOEXEC:
-        config.stash[IN_MEMORY] = os.environ[variable] = tempfile.mkdtemp(prefix="pytest-", dir=memory)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if exitstatus == 0 and IN_MEMORY in session.config.stash:
-        shutil.rmtree(session.config.stash[IN_MEMORY], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
