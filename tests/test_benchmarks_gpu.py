@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu_parts import SMALL, Record, Sizes
-from benchmarks.slurm_cluster import PATIENCE_SECONDS
 
 
 def test_all_parts_in_the_small_form(tmp_path: Path) -> None:
@@ -21,7 +20,7 @@ def test_all_parts_in_the_small_form(tmp_path: Path) -> None:
     words = ["benchmarks.gpu", "--small", "--output", str(output)]
     # no compiler: no part needs kernels, and the cache of its own is empty
     process = start_script("tests/module.py", words, more={"CXX": "false"})
-    shown, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    shown, errors = process.communicate(timeout=sum(part.limit_seconds for part in gpu.plan(SMALL)))
     parts = json.loads(output.read_text(encoding="utf8"))["parts"]
     assert list(parts) == [part.name for part in gpu.plan(SMALL)]
     assert {name: part["error"] for name, part in parts.items() if "error" in part} == {}

@@ -120,6 +120,17 @@ def test_a_run_that_fails_elsewhere_in_the_meantime_is_not_tried_again(capsys: p
     assert "failed earlier: no space left" in capsys.readouterr().out
 
 
+def test_an_error_of_the_command_stops_its_runs() -> None:
+    def command(run: subprocess.Popen[bytes]) -> None:
+        with StopSignals().listening() as stop:
+            stop.add(run)
+            raise OSError("no space left")
+
+    with subprocess.Popen(["sleep", "60"]) as run, pytest.raises(OSError, match="no space left"):
+        command(run)
+    assert run.returncode == -signal.SIGTERM
+
+
 def test_a_study_goes_on_from_what_was_collected_on_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
     runs = plan(TUNED)
     scored(runs, "accuracy", 0.7, 0.9, DIVERGED)

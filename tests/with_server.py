@@ -8,6 +8,7 @@ import runpy
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +42,10 @@ class EarlyServer(forking.ForkServer):
         return super().start(words, files, kept, directory, environment or self._environment)
 
     def close(self) -> None:
-        """The server sees the end of its channel."""
+        """The server sees the end of its channel. A command may have several of these, for one fork."""
         self._channel.close()
-        os.waitpid(server, 0)
+        with suppress(ChildProcessError):
+            os.waitpid(server, 0)
 
 
 execution.ForkServer = EarlyServer  # type: ignore[assignment, misc]
