@@ -30,16 +30,10 @@ theirs.close()
 
 
 class EarlyServer(forking.ForkServer):
-    """The server above, for the command that would start one."""
+    """The server above, for the command that would start one. Its children have the environment of this process."""
 
-    def __init__(self, _folder: Path, _modules: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._channel, self._environment = ours, environment
-
-    def start(
-        self, words: Sequence[str], files: tuple[int, int, int], kept: Sequence[int] = (),
-        directory: Path | None = None, environment: Mapping[str, str] | None = None,
-    ) -> forking.ForkedProcess:  # fmt: skip
-        return super().start(words, files, kept, directory, environment or self._environment)
+    def __init__(self, _folder: Path, _modules: Sequence[str], _environment: Mapping[str, str]) -> None:
+        self._channel = ours
 
     def close(self) -> None:
         """The server sees the end of its channel. A command may have several of these, for one fork."""
