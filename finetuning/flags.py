@@ -166,8 +166,11 @@ def _plain_parser() -> argparse.ArgumentParser:
 
 
 def flag_words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as words of a command line. A value that begins with a dash is joined to its flag, for argparse."""
-    pairs = ((f"--{name}", str(value)) for name, value in settings.items())
+    """Settings as words of a command line; ``None`` is the word ``auto``.
+
+    A value that begins with a dash is joined to its flag, for argparse.
+    """
+    pairs = ((f"--{name}", AUTO if value is None else str(value)) for name, value in settings.items())
     return [word for flag, value in pairs for word in ([f"{flag}={value}"] if value[:1] == "-" else [flag, value])]
 
 

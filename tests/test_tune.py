@@ -1,9 +1,11 @@
 """``compare_methods.py tune`` as users call it: whole searches with a tiny model, and workers that are killed."""
 
 import json
+import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from finetuning.comparison import execution
 from finetuning.comparison.page import Plot
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
+from finetuning.materials import find_materials
 from finetuning.runs.files import read_result, write_result
 from finetuning.storage import read_json, sha256_of, write_json
 from finetuning.tuning import command
 from finetuning.tuning.facts import read_facts, useful_lengths
-from finetuning.tuning.plan import Plan
+from finetuning.tuning.plan import BUDGET, Asked, Budget, Plan, begin
 from finetuning.tuning.report import finish, gain_text, summary_lines
-from finetuning.tuning.space import make_space
+from finetuning.tuning.space import Facts, make_space
 from tests.conftest import write_splits
 from tests.scripts import SharedServer, start_with_server
 from tests.tiny_models import POSITIONS
@@ -133,6 +136,25 @@ def check_that_resume_takes_no_flags(folder: Path, capsys: pytest.CaptureFixture
         assert main(["tune", "--resume", "--output_dir", str(folder), *flag]) == 2
         assert f"{flag[0]} " in (err := capsys.readouterr().err)
         assert "--resume takes the flags that the search has" in err
+
+
+def test_a_search_goes_on_with_its_own_texts_and_the_time_that_is_left(
+    tiny_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, folder = write_splits(tmp_path / "texts", train=60, validation=50, test=40), tmp_path / "search"
+    given = {"dataset": "text", "data_dir": texts, "model_name": str(tiny_folders["distilbert"])}
+    before, an_hour_ago = find_materials(RunConfig.from_settings(**given)).texts.sha256, time.time() - 3600
+    asked, facts = Asked(given, "tpe", True, None, None), Facts(5, 16, (256,), 2)
+    begin(folder, asked, make_space(given, facts), Budget(an_hour_ago, 0.0, 10.0, None, 3), before)
+    os.utime(folder / BUDGET, (an_hour_ago, an_hour_ago))  # since then nobody works
+    command.join(folder, None, None, None)
+    assert Budget.read(folder).left == pytest.approx(600, abs=30)
+
+    write_splits(texts, train=80, validation=50, test=40)
+    words = ["--dataset", "text", "--data_dir", str(texts), "--model_name", given["model_name"], "--minutes", "10"]
+    for more in (words, ["--resume", "--trials", "1"]):
+        assert main(["tune", "--output_dir", str(folder), *more]) == 2
+        assert "texts or labels have changed since this search began" in capsys.readouterr().err
 
 
 def test_a_storage_that_is_refused_leaves_no_search(

@@ -1,5 +1,7 @@
 """Texts with labels: as a source gives them, and as three splits ready for the tokenizer."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,3 +63,11 @@ class TextData:
         """Split -> texts. If validation is all of train, as with ``--kfold``, it does not count."""
         train = self.splits["train"]
         return {name: len(s.texts) for name, s in self.splits.items() if name == "train" or s is not train}
+
+    @property
+    def sha256(self) -> str:
+        """Of the texts and labels of all splits, in their order."""
+        digest = hashlib.sha256(json.dumps(self.label_names).encode())
+        for split in self.splits.values():
+            digest.update(json.dumps([split.texts, split.pairs, split.labels.tolist()]).encode())
+        return digest.hexdigest()

@@ -63,7 +63,7 @@ class Trackers:
         ids = {name: logger.version for name, logger in self._loggers.items() if name != TENSORBOARD}
         if ids:
             with suppress(OSError):
-                write_json(self._directory / TRACKED, ids)
+                write_json(self._directory / TRACKED, earlier | ids)  # one may be away at the moment
 
     def log(self, row: dict[str, Any]) -> None:
         """One row of the run's history: step, losses, learning rate, seconds, or the scores of a validation."""

@@ -20,7 +20,7 @@ from finetuning.processes import interruptible, show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.runs.files import BEST_RUN
 from finetuning.runs.messages import called
-from finetuning.settings import FLAGS, check_data_dir
+from finetuning.settings import AUTO, FLAGS, check_data_dir
 from finetuning.tuning.parameters import MODEL, whole_name
 from finetuning.tuning.plan import (
     LAST,
@@ -33,6 +33,7 @@ from finetuning.tuning.plan import (
     begin,
     check_new,
     check_same,
+    check_texts,
     holds_search,
     resume,
     usable,
@@ -175,9 +176,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     Raises:
         UserError: flags, texts or model are refused, or the folder holds something else.
     """
-    given = {
-        name: value for name, value in vars(options).items() if name in FLAGS and name not in OWN and value is not None
-    }
+    given = {name: value for name, value in vars(options).items() if name in FLAGS and name not in OWN}  # auto: None
     models = tuple(dict.fromkeys(whole_name(name) for name in options.models or ()))  # each once
     if models and MODEL in given:
         raise UserError(f"--model_name {given[MODEL]}: with --models, the first of them is the default's: leave it out")
@@ -185,46 +184,77 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         given[MODEL] = models[0]
     elif options.search is not None and MODEL in given:  # conditions name models in the same way
         given[MODEL] = whole_name(given[MODEL])
-    own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
-    own["models"] = " ".join(options.models or ()) or None
-    asked = Asked(given, own["sampler"] or "tpe", own["prune"] is not False, own["storage"], own["search"], models)
+    sampler, prune = options.sampler or "tpe", options.prune is not False
+    asked = Asked(given, sampler, prune, options.storage, options.search, models)
     with usable(folder):
         begun = holds_search(folder)
         if not begun and not options.resume:
             check_new(folder)
-    if not begun:
-        if options.resume:
-            raise UserError(f"--resume: --output_dir {folder}: there is no search in it")
-        config = checked_config(given)
-        limit_libraries()
-        from finetuning.tuning.facts import read_facts  # loads torch
-
-        budget = Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3)
-        facts = read_facts(config, models)
-        space = make_space(given, facts, asked.search, models)
-        if asked.storage:
-            from finetuning.tuning.sampler import check_storage  # loads Optuna
-
-            check_storage(asked.storage)  # makes a new database, so what is refused is refused before
-        begin(folder, asked, space, budget)
-        print(data_text(facts.sizes), flush=True)
-        if any(row.name == "pooling" for row in Plan.read(folder).space.parameters):
-            print("space: a head on the mean of the tokens can only be exported as ONNX: --pooling first leaves it out")
-    elif options.resume:
-        for name, value in (own | given).items():
-            if value is not None:
-                raise UserError(f"--{name} {value}: --resume takes the flags that the search has: leave it out")
-        places = (Place(path.with_suffix("")) for part in (TRIALS, LAST) for path in (folder / part).glob("*.lock"))
-        if options.seeds is not None and options.minutes is options.trials is None:
-            raise UserError(f"--seeds {options.seeds}: with --resume, give --minutes or --trials as well")
-        with usable(folder):
-            active = any(place.is_claimed() for place in places)
-            resume(folder, options.minutes, options.trials, options.seeds, active)
-    else:
+    if options.resume and not begun:
+        raise UserError(f"--resume: --output_dir {folder}: there is no search in it")
+    if options.resume:
+        check_resumed(options, given)
+    elif begun:
         check_same(folder, asked)
-    if not options.resume:
-        with usable(folder):
+    else:
+        start(asked, Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3), folder)
+    with usable(folder):
+        if begun and (options.resume or not (folder / SUMMARY).exists()):
+            join(folder, *((options.minutes, options.trials, options.seeds) if options.resume else (None, None, None)))
+        if not options.resume:
             note_budget(options, folder)
+
+
+def start(asked: Asked, budget: Budget, folder: Path) -> None:
+    """Begins a search, unless another worker has just begun it.
+
+    Raises:
+        UserError: flags, texts or model are refused.
+    """
+    config = checked_config(asked.given)
+    limit_libraries()
+    from finetuning.tuning.facts import read_facts  # loads torch
+
+    facts = read_facts(config, asked.models)
+    space = make_space(asked.given, facts, asked.search, asked.models)
+    if asked.storage:
+        from finetuning.tuning.sampler import check_storage  # loads Optuna
+
+        check_storage(asked.storage)  # makes a new database, so what is refused is refused before
+    begin(folder, asked, space, budget, facts.texts)
+    print(data_text(facts.sizes), flush=True)
+    if any(row.name == "pooling" for row in Plan.read(folder).space.parameters):
+        print("space: a head on the mean of the tokens can only be exported as ONNX: --pooling first leaves it out")
+
+
+def check_resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Checks the flags next to ``--resume``.
+
+    Raises:
+        UserError: one is the search's own, or ``--seeds`` is alone.
+    """
+    own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
+    own["models"] = " ".join(options.models or ()) or None
+    for name, value in ({name: value for name, value in own.items() if value is not None} | dict(given)).items():
+        shown = AUTO if value is None else value
+        raise UserError(f"--{name} {shown}: --resume takes the flags that the search has: leave it out")
+    if options.seeds is not None and options.minutes is options.trials is None:
+        raise UserError(f"--seeds {options.seeds}: with --resume, give --minutes or --trials as well")
+
+
+def join(folder: Path, minutes: float | None, trials: int | None, seeds: int | None) -> None:
+    """Joins a search, whose clock goes on, and adds to it. Arguments as in ``resume``.
+
+    Raises:
+        UserError: its texts have changed.
+    """
+    limit_libraries()
+    from finetuning.materials import find_materials  # loads pandas
+
+    check_texts(folder, find_materials(Plan.read(folder).config).texts.sha256)
+    places = (Place(path.with_suffix("")) for part in (TRIALS, LAST) for path in (folder / part).glob("*.lock"))
+    active = any(place.is_claimed() for place in places)
+    resume(folder, minutes, trials, seeds, active)
 
 
 def note_budget(options: argparse.Namespace, folder: Path) -> None:

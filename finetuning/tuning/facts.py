@@ -74,7 +74,8 @@ def _facts_of(config: RunConfig) -> Facts:
 
     training, sizes = inputs.config.training, {name: len(of_texts) for name, of_texts in labels.items()}
     useful = useful_lengths(lengths, config.data.max_length, longest)
-    return Facts(training.epochs, training.batch_size, useful, layers, bool(inputs.base.family.fused), sizes, check)
+    fused, own_texts = bool(inputs.base.family.fused), materials.texts.sha256
+    return Facts(training.epochs, training.batch_size, useful, layers, fused, sizes, own_texts, check)
 
 
 def useful_lengths(lengths: np.ndarray, default: int, longest: int) -> tuple[int, ...]:

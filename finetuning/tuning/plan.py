@@ -18,7 +18,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.files import RESULT, read_status
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
-from finetuning.settings import FLAGS
+from finetuning.settings import AUTO, FLAGS
 from finetuning.storage import check_writable, read_json, remove, write_json, write_new_json
 from finetuning.tuning.parameters import MODEL, model_anywhere
 from finetuning.tuning.space import Space
@@ -46,7 +46,7 @@ class Asked:
         given = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in self.given.items()}
         if MODEL in given:
             given[MODEL] = model_anywhere(given[MODEL])
-        text = None if self.search is None else self.search.read_text(encoding="utf8")
+        text = None if self.search is None else _text_of(self.search)
         file = r"^sqlite:///(?!/|:memory:|file:)(.+)"  # of a database; it gets its whole path
         storage = self.storage and re.sub(file, lambda found: f"sqlite:///{Path(found[1]).resolve()}", self.storage)
         same = {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": storage, "search": text}
@@ -96,9 +96,19 @@ class Plan:
 
 def _stored(folder: Path) -> dict[str, Any]:
     try:
-        return read_json(folder / SEARCH)
+        stored = read_json(folder / SEARCH)
     except (OSError, ValueError) as error:
         raise UserError(f"--output_dir {folder}: {SEARCH} cannot be read: {first_line(error)}") from None
+    if lost := {"study", "given", "sampler", "prune", "storage", "space"} - stored.keys():
+        raise UserError(f"--output_dir {folder}: {SEARCH} cannot be read: it lacks {min(lost)}")
+    return stored
+
+
+def _text_of(search: Path) -> str:
+    try:
+        return search.read_text(encoding="utf8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--search {search}: cannot be read: {first_line(error)}") from None
 
 
 def holds_search(folder: Path) -> bool:
@@ -135,10 +145,10 @@ def check_same(folder: Path, asked: Asked) -> None:
         UserError: it is another one.
     """
     stored, mine = _stored(folder), json.loads(json.dumps(asked.to_dict()))
-    flags = {**stored, **stored["given"]}, {**mine, **mine["given"]}
+    flags = [each | {name: AUTO if v is None else v for name, v in each["given"].items()} for each in (stored, mine)]
     for name in dict.fromkeys((*flags[0], *flags[1])):
         before, now = (each.get(name) for each in flags)
-        if name not in ("given", "space", "study") and before != now:
+        if name not in ("given", "space", "study", "texts") and before != now:
             there, here = ("not given" if value is None else value for value in (before, now))
             what = "another file" if name == "search" else f"its --{name} is {there}, yours is {here}"
             raise UserError(
@@ -146,13 +156,31 @@ def check_same(folder: Path, asked: Asked) -> None:
             )
 
 
-def begin(folder: Path, asked: Asked, space: Space, budget: "Budget") -> None:
+def check_texts(folder: Path, sha256: str) -> None:
+    """Checks that a search goes on with the texts with which it began: scores on others cannot be compared.
+
+    Raises:
+        UserError: they have changed.
+    """
+    if _stored(folder).get("texts", sha256) != sha256:  # earlier versions did not record it
+        raise UserError(
+            f"--output_dir {folder}: texts or labels have changed since this search began, and scores on others cannot"
+            " be compared: put them back, or begin a search in another directory"
+        )
+
+
+def begin(folder: Path, asked: Asked, space: Space, budget: "Budget", texts: str) -> None:
     """Begins a search, unless another worker has just begun it.
+
+    Args:
+        folder, asked, space, budget: of the search.
+        texts: the SHA-256 of its texts.
 
     Raises:
         UserError: as ``check_same``, or the folder cannot be written.
     """
     stored = asked.to_dict() | {"space": space.to_dict(), "study": f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}"}
+    stored["texts"] = texts
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not holds_search(folder):  # another worker's clock goes on

@@ -124,7 +124,8 @@ class Search:
         return Budget.read(self.folder)
 
     def _work(self, take_up: Callable[[], Job | None], others: Callable[[], bool]) -> None:
-        """Keeps ``jobs`` runs going, until there is nothing to take up and nobody works any more."""
+        """Keeps ``jobs`` runs going, until nobody works any more and then there is nothing to take up either."""
+        alone = False
         while True:
             self._reserve()
             while not self.stop.received and len(self.current) < self.jobs and (job := take_up()) is not None:
@@ -132,9 +133,10 @@ class Search:
                 self.stop.add(job.child)
             if self.current:
                 self._wait()
-            elif self.stop.received or not others():
+                alone = False
+            elif self.stop.received or alone:
                 return
-            else:
+            elif not (alone := not others()):  # a worker that is killed leaves a run behind: so look once more
                 time.sleep(LOOK_AGAIN_SECONDS)
 
     def _wait(self) -> None:

@@ -3,13 +3,15 @@
 import importlib
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from finetuning.config import RunConfig
-from finetuning.storage import write_json, write_text
-from finetuning.training.trackers import PROJECT, Trackers, final_values
+from finetuning.runs.files import TRACKED
+from finetuning.storage import read_json, write_json, write_text
+from finetuning.training.trackers import OPEN, PROJECT, Trackers, final_values
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own code
 
@@ -109,6 +111,17 @@ def test_only_the_log_of_a_run_that_is_replaced_is_removed(tmp_path: Path) -> No
     for replaced in (False, True):
         Trackers([], tmp_path).open({}, resumed=False, replaced=replaced)
         assert log.exists() == (not replaced), "another program's, if no run was there"
+
+
+def test_a_tracker_that_is_away_once_keeps_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> None:
+        raise OSError("no route to host")
+
+    (tmp_path / TRACKED).write_text('{"wandb": "a", "mlflow": "b"}')
+    monkeypatch.setitem(OPEN, "wandb", lambda _, version: SimpleNamespace(experiment=None, version=version))
+    monkeypatch.setitem(OPEN, "mlflow", away)
+    Trackers(["wandb", "mlflow"], tmp_path).open({}, resumed=True)
+    assert read_json(tmp_path / TRACKED) == {"wandb": "a", "mlflow": "b"}
 
 
 def test_mlflow_finds_what_was_logged(

@@ -22,6 +22,7 @@ from finetuning.tuning.plan import (
     begin,
     check_new,
     check_same,
+    check_texts,
     resume,
 )
 from finetuning.tuning.space import Facts, make_space
@@ -35,7 +36,7 @@ def asked(search: Path | None = None, sampler: str = "tpe", **given: Any) -> Ask
 
 
 def started(folder: Path, minutes: float | None = 10.0, trials: int | None = None, **given: Any) -> None:
-    begin(folder, asked(**given), make_space(given, FACTS), Budget(time.time(), 0.0, minutes, trials, 3))
+    begin(folder, asked(**given), make_space(given, FACTS), Budget(time.time(), 0.0, minutes, trials, 3), "texts")
 
 
 def test_a_search_is_read_as_it_was_asked_for(tmp_path: Path) -> None:
@@ -58,12 +59,22 @@ def test_another_search_is_refused(tmp_path: Path) -> None:
         (asked(method="lora", seed=1), "its --seed is not given, yours is 1"),
         (asked(method="lora", sampler="random"), "its --sampler is tpe, yours is random"),
         (asked(method="lora", search=file), "another file"),
+        (asked(method="lora", epochs=None), "its --epochs is not given, yours is auto"),
     ):
         with pytest.raises(UserError, match=f"--output_dir {folder}: holds another search .{what}"):
             check_same(folder, other)
     with pytest.raises(UserError, match="holds another search"):
         started(folder, method="full")
+    with pytest.raises(UserError, match=f"--search {tmp_path}: cannot be read"):
+        check_same(folder, asked(method="lora", search=tmp_path))
     assert (folder / SEARCH).read_bytes() == before
+
+
+def test_a_search_goes_on_with_its_own_texts(tmp_path: Path) -> None:
+    started(tmp_path)
+    check_texts(tmp_path, "texts")
+    with pytest.raises(UserError, match="texts or labels have changed since this search began"):
+        check_texts(tmp_path, "others")
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
@@ -75,6 +86,9 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / SEARCH).write_text("{")
     with pytest.raises(UserError, match=r"search.json cannot be read"):
+        Plan.read(tmp_path / "new")
+    (tmp_path / "new" / SEARCH).write_text('{"study": "a"}')
+    with pytest.raises(UserError, match=r"search.json cannot be read: it lacks given"):
         Plan.read(tmp_path / "new")
 
 

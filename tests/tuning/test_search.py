@@ -52,6 +52,22 @@ def test_a_worker_that_waits_for_the_report_goes_on_if_another_adds_time(
         assert waiting.result() is None
 
 
+def test_a_run_that_another_worker_leaves_behind_is_taken_up(tmp_path: Path) -> None:
+    """It is killed after this worker found nothing to take up, and before it looked whether somebody works."""
+    search, seen, released = search_in(tmp_path), list[str](), list[str]()
+    write_json(tmp_path / BUDGET, asdict(Budget(time.time(), 0.0, None, 1, 3)))
+
+    def take_up() -> None:
+        seen.extend(released)
+
+    def others() -> bool:
+        released.append("its run")
+        return False
+
+    search._work(take_up, others)
+    assert seen == ["its run"]
+
+
 @pytest.mark.parametrize(("seconds", "seeds"), [(90.0, 3), (120.0, 2), (400.0, 1)])
 def test_trials_that_are_slow_to_stop_cost_no_seed(tmp_path: Path, seconds: float, seeds: int) -> None:
     """The last runs have as many seeds as fit into two fifths of fifteen minutes, and the default is one of them."""
