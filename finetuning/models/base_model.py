@@ -131,7 +131,7 @@ def check_fits(base: BaseModel, config: RunConfig) -> None:
         read = "the last token" if family.last_token else "what its class reads"
         raise UserError(f"--pooling {model.pooling}: the head of {base.name} reads {read}: leave out this flag")
     width = base.config.hidden_size
-    if lora is not None and lora.lora_r is not None and lora.lora_r > width:
+    if lora is not None and lora.init_adapter is None and lora.lora_r is not None and lora.lora_r > width:
         raise UserError(f"--lora_r {lora.lora_r}: the layers of {base.name} are {width} wide, so 1 to that")
     if lora is not None and lora.lora_variant == "dora":
         for parts in family.fused.values():

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +165,7 @@ class Score:
 
     def _name(self, value: object) -> str:
         """A label as the classifier calls it: a column of whole numbers with gaps holds floats."""
-        text = str(value).strip()
+        text = str(float(value) if isinstance(value, Decimal) else value).strip()
         number = as_number(text)
         code = self._codes[int(number)] if number is not None and number in range(len(self._codes)) else None
         if code is not None and not (isinstance(value, str) and text in self._places):

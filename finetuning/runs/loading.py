@@ -139,6 +139,8 @@ def _adapted_layers(lora: LoRASettings, adapter: Adapter, base: BaseModel) -> st
     Raises:
         UserError: the flag names others.
     """
+    if "layer_count" not in base.family.settings:
+        return lora.lora_layers
     inside = f"{base.family.layers}."
     places = [name.removeprefix(inside) for name in adapter.linears if name.startswith(inside)]
     found = {int(place.partition(".")[0]) for place in places}
@@ -147,7 +149,7 @@ def _adapted_layers(lora: LoRASettings, adapter: Adapter, base: BaseModel) -> st
         raise UserError(
             f"--lora_layers {lora.lora_layers}: the adapter of --init_adapter has {has}: leave out this flag"
         )
-    if lora.lora_layers or not found or "layer_count" not in base.family.settings:
+    if lora.lora_layers or not found:
         return lora.lora_layers
     every = set(range(getattr(base.config, base.family.settings["layer_count"])))
     return None if found == every else named_layers(found)

@@ -137,8 +137,9 @@ def read_inputs(config: RunConfig, materials: Materials) -> Inputs:
         pad_id=int(tokenizer.pad_token_id),
         adapter=adapter,
     )
-    if adapter is not None:
-        inputs.build()  # what does not fit is refused before anything is written
+    if adapter is not None:  # what does not fit is refused before anything is written; packing would take time
+        unpacked = inputs.config.changed(q_lora=False, double_quantization=None)
+        dataclasses.replace(inputs, config=unpacked).build()
     splits = tokenize(texts, tokenizer, config.data, config.run.test)
     check_vocabulary(base, tokenizer, [split.tokens for split in splits.values()])
     check_batches(splits, inputs.config.training, config.hardware.processes)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from finetuning.models.base_model import read_base_model
 from finetuning.models.discovery import SEES_PADDING, family_of
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import lora_modules
-from local_model_utilities import find_base_model
+from local_model_utilities import adopt_adapter, find_base_model
 from tests.conftest import refusal_of
-from tests.small_classifiers import build
+from tests.small_classifiers import build, save
 from tests.tiny_models import LAYERS, WIDTH, tiny_model, unlisted_model
 
 
@@ -227,6 +228,13 @@ def test_layers_that_are_not_in_one_list(tmp_path: Path) -> None:
     assert len(adapted) == sum(isinstance(m, torch.nn.Linear) for m in tiny.base_model.modules())
     ids = torch.randint(5, 300, (3, 9))
     classifier(ids, torch.ones_like(ids)).sum().backward()
+    config = RunConfig.from_settings(model_name=str(tmp_path), lora_modules=linears, max_length=32)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save(adapter, classifier, config)
+    assert config.lora is not None
+    decided, _ = adopt_adapter(replace(config.lora, init_adapter=adapter), find_base_model(config), moved=False)
+    assert decided["lora_layers"] is None
     build(tmp_path, method="selective", trainable_layers=0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,11 @@ def test_the_score_is_that_of_scikit_learn() -> None:
 
 def test_texts_without_a_label_or_an_answer_do_not_count() -> None:
     score = Score(TRAINED, "y")
-    labels: list[Any] = [1, 1.0, None, float("nan"), " ", "spam ", 0]
+    labels: list[Any] = [1, 1.0, Decimal("1.00"), None, float("nan"), " ", "spam ", 0]
     assert len(list(score.checking(source(["", None], labels)).tables())) == 2
-    list(score.counted([(rows(labels), [["1", "1", "1", "1", "1", "spam", None]])]))
+    list(score.counted([(rows(labels), [["1", "1", "1", "1", "1", "1", "spam", None]])]))
     assert "accuracy 100.00%" in str(score)
-    assert str(score).endswith("; 3 labelled and answered texts")
+    assert str(score).endswith("; 4 labelled and answered texts")
     assert str(Score(TRAINED, "y")) == "no labelled text was answered"
 
 

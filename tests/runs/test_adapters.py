@@ -25,7 +25,7 @@ from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result
 from finetuning.runs.loading import other_classes
 from finetuning.steps.text_advice import head_advice
 from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
-from tests.conftest import CORE, LAYERS, each_once
+from tests.conftest import CORE, LAYERS, WIDTH, each_once
 from tests.runs.test_weights import ALL_BUT_HEAD, build, logits, logits_in_peft, trained
 from tests.small_classifiers import NAMES, fill, logits_of, save
 
@@ -141,6 +141,7 @@ def test_a_classifier_above_a_pooler_with_lora_stays_trained(
         {"lora_layers": "0,2"},
         {"lora_variant": "dora"},
         {"lora_variant": "pissa", "lora_scaling": "rslora"},
+        {"lora_variant": "pissa", "lora_r": WIDTH - 4},  # continued as LoRA of twice the rank
     ],
 )
 def test_an_adapter_of_an_earlier_run_is_continued(
@@ -149,6 +150,7 @@ def test_an_adapter_of_an_earlier_run_is_continued(
     earlier, config = trained(bases["roberta"], tmp_path, **settings)
     classifier, now = adopted(bases["roberta"], tmp_path, **({"q_lora": True} if "q_lora" in settings else {}))
     torch.testing.assert_close(logits(classifier), logits(earlier), rtol=0, atol=1e-5)
+    assert find_base_model(now).config.hidden_size == WIDTH, "its own settings fit the model: it can be continued"
     assert (now.lora.targets, now.lora.lora_layers) == (config.lora.targets, config.lora.lora_layers)
     named = {name for name, p in classifier.named_parameters() if p.requires_grad}
     assert named == {name for name, p in earlier.named_parameters() if p.requires_grad}
