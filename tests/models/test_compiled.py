@@ -2,8 +2,6 @@
 
 import ctypes
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from finetuning.models.cpu_kernels import takes_attention
 from finetuning.processor import instructions
 from finetuning.storage import sum_holds
 from tests.conftest import ROOT
+from tests.scripts import start_script
 
 
 @pytest.mark.usefixtures("bf16_variant")
@@ -111,8 +110,10 @@ def test_processes_that_build_at_once_share_one_library(
     # optimizing the kernels takes most of a build's time
     quick = stand_in(tmp_path_factory.mktemp("compiler"), f'exec {compiler} "$@" -O0')
     monkeypatch.setenv("CXX", str(quick))
-    words = [sys.executable, "-c", "from finetuning.models.compiled import library; print(library()[1])"]
-    processes = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    script = tmp_path_factory.mktemp("script") / "build.py"
+    code = "from finetuning.models.compiled import library; print(library()[1])"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}")
+    processes = [start_script(str(script), []) for _ in range(2)]
     states = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert [path.suffix for path in (fresh_library / "kernels").iterdir()] == [".so"]
     (path,) = (fresh_library / "kernels").iterdir()
