@@ -1,15 +1,7 @@
 """What watches a run while it trains; the clock, the history and the signals are tested with runs, in
 test_finetune_lora.py."""
 
-import fcntl
 import math
-import os
-import pty
-import signal
-import struct
-import subprocess
-import sys
-import termios
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +11,13 @@ import pytest
 import torch
 
 from finetuning.errors import TrainingFailed
-from finetuning.processes import handled
 from finetuning.runs.checkpoints import write_checkpoint
 from finetuning.runs.files import read_result
 from finetuning.training import callbacks
 from finetuning.training.callbacks import Meter
 from finetuning.training.checkpoints import BestCheckpoint
 from tests.conftest import ROOT, flags
+from tests.scripts import start_script
 
 
 def test_the_best_checkpoint_is_known_where_its_directory_has_moved(tmp_path: Path) -> None:
@@ -153,27 +145,35 @@ def test_a_continued_run_has_its_losses_on_its_device_and_a_gpu_reads_them_seldo
     assert meter._every == every
 
 
+AT_A_TERMINAL = """
+import fcntl, os, pty, runpy, signal, struct, sys, termios
+process, terminal = pty.fork()
+if process == 0:
+    fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # a new one is 0 columns wide
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+shown = b""
+while b"Epoch 2:" not in shown:
+    shown += os.read(terminal, 4096)
+os.close(terminal)
+print(shown.decode())
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+
+
 def test_at_a_terminal_a_bar_shows_the_latest_loss_and_a_closed_terminal_leaves_a_checkpoint(
     tiny_folders: dict[str, Path], review_folder: Path, tmp_path: Path
 ) -> None:
     more = ("--epochs", "2000", "--test", "False", "--limit_train", "16", "--report", "False")
     words = flags(tiny_folders["distilbert"], review_folder, tmp_path / "run", *more)
-    ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # a new one is 0 columns wide
-    with handled([signal.SIGHUP], signal.SIG_DFL):  # the tests may have been started with nohup
-        process = subprocess.Popen(
-            ["setsid", "--ctty", sys.executable, str(ROOT / "finetune_lora.py"), *words],  # the terminal is its own
-            stdin=its, stdout=its, stderr=its, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    os.close(its)
-    shown = b""
-    while b"Epoch 2:" not in shown:
-        shown += os.read(ours, 4096)
-    os.close(ours)
-    assert process.wait(timeout=60) == 130
+    (script := tmp_path / "at_a_terminal.py").write_text(AT_A_TERMINAL)
+    process = start_script(str(script), [str(ROOT / "finetune_lora.py"), *words])
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
     result = read_result(tmp_path / "run")
     last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
     assert (result["status"], last["global_step"]) == ("interrupted", result["train"]["steps"])
-    bars = [line for line in shown.decode().replace("\r", "\n").splitlines() if line.startswith("Epoch 0:")]
+    bars = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("Epoch 0:")]
     assert any("loss=0." in line for line in bars)
     assert "validation_accuracy=" in bars[-1]
