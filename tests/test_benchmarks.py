@@ -28,6 +28,7 @@ from benchmarks import (
     sets_baselines,
     tune,
     variants,
+    workload,
 )
 from compare_methods import ACCURACY, DATA_SETS, README, RESULTS, ROOT, SPEED
 from finetuning.comparison.packed import Record, change_records
@@ -35,6 +36,7 @@ from finetuning.errors import UserError
 from finetuning.pages import with_table
 from finetuning.runs.measurements import environment_record
 from finetuning.storage import read_json
+from tests.tiny_models import save_tokenizer, tiny_model
 
 
 def test_benchmarks_import_no_tests() -> None:
@@ -149,7 +151,10 @@ def stored(name: str) -> dict[str, Any]:
     return read_json(harness.RESULTS / f"{name}.json")
 
 
-def test_the_variants_equal_those_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variants_equal_those_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("distilbert", 30_000, n_layers=6, max_position_embeddings=512).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, decoder=False)
+    monkeypatch.setattr(workload, "PACKAGED_DISTILBERT", str(tmp_path))
     monkeypatch.setattr(equality, "TEXTS", 2)
     monkeypatch.setattr(equality, "LENGTH", 8)
     for record in equality.differences():
