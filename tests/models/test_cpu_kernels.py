@@ -123,7 +123,7 @@ def attention_of_parts(q: Tensor, k: Tensor, v: Tensor, *terms: Any, **named: An
 @pytest.mark.parametrize("biased", [False, True], ids=["", "by distance"])
 def test_attention_equals_its_formula(width: int, length: int, padded: bool, biased: bool) -> None:
     generator = torch.Generator().manual_seed(length)
-    batch, heads = 3, 3
+    batch, heads = (3, 3) if length < 100 else (2, 2)  # long ones take most of the time
     qkv = torch.randn(batch, length, 3 * heads * width, generator=generator).bfloat16()
     grad = torch.randn(batch, length, heads * width, generator=generator).bfloat16()
     padding = some_padding(batch, length, generator) if padded else None
