@@ -275,6 +275,11 @@ class Study:
         return [name for name in self.planned if name not in collected]
 
     @cached_property
+    def data_sets(self) -> frozenset[str]:
+        """The names of the runs' data sets."""
+        return frozenset(run.data_set for run in self.runs)
+
+    @cached_property
     def rows(self) -> list[Row]:
         """The rows, best test accuracy first; then by validation accuracy; rows without scores come last."""
         runs: dict[str, list[Run]] = {run.row: [] for run in self.runs}

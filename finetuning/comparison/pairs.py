@@ -116,8 +116,8 @@ def _by_test_set(rows: Mapping[str, Sequence[Predictions]]) -> dict[Any, list[st
 
 def method_of(study: Study, row: str) -> str:
     """The method in the name of a row SET-METHOD. The name of a collected set may have hyphens."""
-    sets = (run.data_set for run in study.runs)
-    found = max((name for name in sets if row.startswith(f"{name}-")), key=len, default=row.partition("-")[0])
+    sets = (name for name in study.data_sets if row.startswith(f"{name}-"))
+    found = max(sets, key=len, default=row.partition("-")[0])
     return row[len(found) + 1 :]
 
 
