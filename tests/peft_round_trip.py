@@ -18,7 +18,7 @@ from finetuning.models.families import FAMILIES
 from finetuning.pages import Table
 from finetuning.settings import LORA_TARGETS
 from tests import test_every_family as every_family
-from tests.conftest import CORE, make_tiny_folder, packaged_folder
+from tests.common import CORE, make_tiny_folder, packaged_folder
 from tests.runs import test_adapters as adapters
 from tests.small_classifiers import build, fill, in_peft, save
 from tests.tiny_models import save_tokenizer, tiny_model

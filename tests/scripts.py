@@ -14,7 +14,7 @@ from typing import IO
 
 from finetuning.comparison.execution import PRELOADED
 from finetuning.forking import ForkedProcess, ForkServer, can_fork
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 
 class Script:

@@ -17,7 +17,7 @@ from benchmarks.faults.runs import in_process
 from benchmarks.flops import Size, products, step_flops
 from benchmarks.workload import LABELS, RANK, TARGETS, Job, read_split, sample, save_split, some_batches
 from finetuning.data.tokens import TokenizedSplit
-from tests.conftest import needs_int8
+from tests.common import needs_int8
 from tests.tiny_models import tiny_model
 
 MAX_LENGTH = 32

@@ -9,7 +9,7 @@ from benchmarks import prediction
 from finetuning.export.plain import write_tokenizer
 from finetuning.models.base_model import load_tokenizer, read_base_model
 from finetuning.storage import write_json
-from tests.conftest import BAD, GOOD, tiny_classifier
+from tests.common import BAD, GOOD, tiny_classifier
 
 
 @pytest.fixture

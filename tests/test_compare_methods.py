@@ -25,7 +25,7 @@ from finetuning.flags import from_flags
 from finetuning.forking import can_fork
 from finetuning.runs.files import ADAPTER, write_result
 from finetuning.runs.history import write_predictions
-from tests.conftest import DIVERGED, ROOT, TUNED, contents, leave_run, one_thread, plan, scored, write_study
+from tests.common import DIVERGED, ROOT, TUNED, contents, leave_run, one_thread, plan, scored, write_study
 from tests.scripts import Script, start_with_server
 
 PATIENCE_SECONDS = 240  # for a machine with other work

@@ -21,7 +21,7 @@ from finetuning.settings import (
     parsed_layers,
 )
 from finetuning.storage import cache_dir
-from tests.conftest import config_of_flags, each_once, lora_of_flags, refusal, refusal_of
+from tests.common import config_of_flags, each_once, lora_of_flags, refusal, refusal_of
 
 LORA_FLAGS = [flag.name for flag in FLAGS.values() if flag.section == "lora"]
 OTHER_METHODS = [method for method in FLAGS["method"].choices if method != "lora"]

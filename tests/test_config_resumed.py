@@ -9,7 +9,7 @@ from finetuning.config import MAY_CHANGE, RunConfig, resumed_config
 from finetuning.errors import UserError
 from finetuning.flags import given_flags
 from finetuning.settings import FLAGS, PACKAGED_BERT, PACKAGED_DISTILBERT
-from tests.conftest import config_of_flags
+from tests.common import config_of_flags
 
 STORED = "--lora_r 4 --output_dir d --optimizer adam --data_dir old --epochs 2 --batch_size 16 --patience 3"
 

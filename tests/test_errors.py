@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from finetuning.errors import ExportFailed, OutputFailed, Unheard, UserError, exit_status, say
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 
 class PanicException(BaseException):

@@ -31,7 +31,7 @@ from finetuning.runs.files import read_result
 from finetuning.runs.weights import load_trained, peft_name, separate_parts
 from finetuning.settings import LORA_TARGETS
 from local_model_utilities import find_base_model, load_classifier
-from tests.conftest import BAD, GOOD, needs_int8, predictions_of
+from tests.common import BAD, GOOD, needs_int8, predictions_of
 from tests.models.conftest import assert_same, relative_error
 from tests.runs.test_adapters import adopted
 from tests.small_classifiers import build, built_and_filled, fill, in_peft, save

@@ -26,7 +26,7 @@ from finetuning.prediction.trained import read_trained
 from finetuning.runs.files import ADAPTER, read_result, write_result
 from finetuning.settings import PACKAGED_BERT
 from finetuning.storage import read_json, write_json
-from tests.conftest import ROOT, changed_run, flags, predictions_of
+from tests.common import ROOT, changed_run, flags, predictions_of
 
 # A layer takes seconds to become ONNX. So only tests of what changes the file ask for it: its inputs, and its head.
 WITH_ONNX = ["--onnx"] if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")) else []

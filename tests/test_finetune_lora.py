@@ -26,7 +26,7 @@ from finetuning.steps import claim_directory, read_inputs
 from finetuning.training import trackers
 from finetuning.training.callbacks import GracefulStop
 from finetuning.training.module import FineTuning
-from tests.conftest import ROOT, contents, flags, needs_int8, one_thread, predictions_of, write_reviews, write_splits
+from tests.common import ROOT, contents, flags, needs_int8, one_thread, predictions_of, write_reviews, write_splits
 from tests.scripts import finish, start
 
 # --- a run from end to end

@@ -13,7 +13,7 @@ import pytest
 from finetuning.flags import OneLineParser, flag_words, from_flags, given_flags, make_parser, parse_bool
 from finetuning.runs.directory import settings_to_run
 from finetuning.settings import COMMANDS, FLAGS, LORA_TARGETS, SECTIONS
-from tests.conftest import ROOT, config_of_flags, lora_of_flags, refusal, refusal_of
+from tests.common import ROOT, config_of_flags, lora_of_flags, refusal, refusal_of
 
 # --- parsing
 

@@ -16,7 +16,7 @@ from benchmarks.slurm_cluster import wait_until
 from finetuning import forking
 from finetuning.forking import ForkedProcess, ForkServer
 from finetuning.processes import STOP_SIGNALS
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 PATIENCE_SECONDS = 60
 SEEN = """

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from finetune_lora import main
 from finetuning.runs.files import read_result
-from tests.conftest import ROOT, flags, write_splits
+from tests.common import ROOT, flags, write_splits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 ON_GPU = ("--accelerator", "gpu", "--learning_rate", "0.01")

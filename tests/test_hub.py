@@ -11,7 +11,7 @@ from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.data import imdb
 from finetuning.errors import UserError
-from tests.conftest import texts_of
+from tests.common import texts_of
 from tests.hub_cache import file_server
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 LIBRARY = {"local_dataset_utilities", "local_model_utilities"}
 COMMANDS = {"finetune_lora", "predict", "export_model", "compare_methods"}

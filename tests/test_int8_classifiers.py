@@ -18,7 +18,7 @@ from finetuning.models.quantization import dense_weight
 from finetuning.runs.files import SETTINGS, read_result, write_settings
 from finetuning.settings import PACKAGED
 from local_model_utilities import build_classifier, count_parameters, find_base_model, int8_widths
-from tests.conftest import INNER, LAYERS, WIDTH, contents, flags, needs_int8
+from tests.common import INNER, LAYERS, WIDTH, contents, flags, needs_int8
 from tests.data.test_batches import make_split
 from tests.small_classifiers import NAMES, batch, build, built_and_filled
 

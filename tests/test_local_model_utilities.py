@@ -19,7 +19,7 @@ from finetuning.models.lora import lora_modules
 from finetuning.models.quantization import import_bitsandbytes, is_quantized, try_four_bits
 from finetuning.settings import LORA_TARGETS, PACKAGED
 from local_model_utilities import count_parameters, parameter_record, parameter_table
-from tests.conftest import CORE, INNER, LAYERS, WIDTH, refusal_of
+from tests.common import CORE, INNER, LAYERS, WIDTH, refusal_of
 from tests.data.test_batches import make_split
 from tests.small_classifiers import batch, build, built_and_filled, fill
 

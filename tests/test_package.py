@@ -14,7 +14,7 @@ from zipfile import ZipFile
 import pytest
 from packaging.requirements import Requirement
 
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 EXTRAS = {
     "offline": ["requirements-offline.txt"],

@@ -18,7 +18,7 @@ from finetuning.models.int8_products import refused
 from finetuning.prediction.command import main
 from finetuning.prediction.predictor import predict
 from finetuning.runs.files import ADAPTER, TRAINED_WEIGHTS, read_result, write_result
-from tests.conftest import changed_run, flags, needs_int8, predictions_of
+from tests.common import changed_run, flags, needs_int8, predictions_of
 from tests.prediction.test_progress import Terminal
 from tests.scripts import start_script
 

@@ -12,7 +12,7 @@ import pytest
 
 from finetuning import processes
 from finetuning.processes import STOP_SIGNALS, busy_cores, fast_imports, handled, interruptible, share_processors
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 SPINNING = "while True: pass"
 

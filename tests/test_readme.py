@@ -14,7 +14,7 @@ from finetuning.export.command import make_parser as make_export_parser
 from finetuning.flags import from_flags, make_parser
 from finetuning.prediction.command import make_parser as make_predict_parser
 from finetuning.tuning.command import make_parser as make_study_parser
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 DOCUMENTS = (
     "README.md",

@@ -11,7 +11,7 @@ import pytest
 import finetune_lora
 from benchmarks.slurm_cluster import Cluster, wait_until
 from finetuning.runs.files import ADAPTER, read_result
-from tests.conftest import ROOT, one_thread
+from tests.common import ROOT, one_thread
 
 SCRIPT = ROOT / "run_DistilBert_gpu.SBATCH"
 

@@ -14,7 +14,7 @@ from benchmarks.slurm_cluster import Cluster, wait_until
 from compare_methods import main
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import read_plan
-from tests.conftest import ROOT, one_thread, write_study
+from tests.common import ROOT, one_thread, write_study
 
 SCRIPT = ROOT / "studies" / "run_study_array.SBATCH"
 ROWS = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.slurm_cluster import Cluster, wait_until
 from finetuning.storage import read_json
-from tests.conftest import ROOT, write_splits
+from tests.common import ROOT, write_splits
 
 SCRIPT = ROOT / "studies" / "run_tune_array.SBATCH"
 TRIED = 4

@@ -31,7 +31,7 @@ from finetuning.runs.files import BEST_CHECKPOINT, LAST_CHECKPOINT, RUN_FILES, r
 from finetuning.storage import write_json
 from finetuning.training.module import FineTuning
 from local_model_utilities import find_base_model, load_tokenizer
-from tests.conftest import ROOT, config_of_flags, frame, make_tiny_folder, refusal_of, texts_of
+from tests.common import ROOT, config_of_flags, frame, make_tiny_folder, refusal_of, texts_of
 from tests.hub_cache import card, parquet, write_hub_cache
 from tests.synthetic_runs import write_run
 

@@ -27,7 +27,7 @@ from finetuning.tuning.facts import read_facts, useful_lengths
 from finetuning.tuning.plan import BUDGET, Asked, Budget, Plan, begin
 from finetuning.tuning.report import finish, gain_text, summary_lines
 from finetuning.tuning.space import Facts, make_space
-from tests.conftest import write_splits
+from tests.common import write_splits
 from tests.scripts import SharedServer, start_with_server
 from tests.tiny_models import POSITIONS
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import finetune_lora
 from finetuning.runs.files import read_result
-from tests.conftest import needs_int8
+from tests.common import needs_int8
 from tests.scripts import Script, start_script
 
 LIMIT_SECONDS = 240  # for a machine with other work; a run takes five

@@ -10,7 +10,7 @@ from finetuning.comparison.collected import read_study
 from finetuning.comparison.packed import RUNS, Columns, Record, change_records, read_records
 from finetuning.errors import UserError
 from finetuning.runs.lock import DirectoryLock
-from tests.conftest import contents, refusal_of
+from tests.common import contents, refusal_of
 from tests.synthetic_runs import outcomes, write_run
 
 HOLLOW = '[{"result": {}, "metrics": null, "predictions": null}, {"planned": []}]'

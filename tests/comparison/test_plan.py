@@ -11,7 +11,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from finetuning.flags import from_flags
 from finetuning.settings import PACKAGED_DISTILBERT
-from tests.conftest import ROOT, refusal_of
+from tests.common import ROOT, refusal_of
 
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
 TUNED = """

@@ -10,7 +10,7 @@ from finetuning.comparison.packed import RUNS, Record, change_records, read_reco
 from finetuning.comparison.page import Plot
 from finetuning.comparison.pairs import method_of
 from finetuning.comparison.report import README_PLOT, Report, build_report, default_rates_table, part_done
-from tests.conftest import contents
+from tests.common import contents
 from tests.synthetic_runs import outcomes, write_run
 
 MARKED = """top

@@ -13,7 +13,7 @@ from finetuning.comparison.plan import PlannedRun
 from finetuning.comparison.study_runs import StudyRuns
 from finetuning.flags import from_flags
 from finetuning.runs.files import read_settings, write_result, write_settings
-from tests.conftest import DIVERGED, TUNED, leave_run, plan, refusal_of, scored
+from tests.common import DIVERGED, TUNED, leave_run, plan, refusal_of, scored
 
 pytestmark = pytest.mark.usefixtures("project")
 PREDICTED = {"row": [0, 1], "label": [0, 1], "predicted": [1, 1]}

@@ -10,7 +10,7 @@ from finetuning.data.columns import Kind, find_label_column, find_text_column, t
 from finetuning.data.tables import checked
 from finetuning.errors import UserError
 from finetuning.settings import DataSettings
-from tests.conftest import text_config, texts_of, write_texts
+from tests.common import text_config, texts_of, write_texts
 
 TABLE = pd.DataFrame(
     {

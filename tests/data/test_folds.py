@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from finetuning.data.texts import LabelledTexts, TextData
-from tests.conftest import refusal_of, text_config, texts_of
+from tests.common import refusal_of, text_config, texts_of
 
 
 def write(folder: Path, name: str, rows: list[tuple[str, Any]]) -> None:

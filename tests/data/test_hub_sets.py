@@ -18,7 +18,7 @@ from benchmarks.harness import TRAINING_FLAGS
 from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.runs.files import read_result
-from tests.conftest import ROOT, frame, refusal_of, texts_of
+from tests.common import ROOT, frame, refusal_of, texts_of
 from tests.hub_cache import COMMIT, card, hub_server, parquet, write_hub_cache
 
 SPLITS = {"train": 40, "validation": 12, "test": 10}

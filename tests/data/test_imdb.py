@@ -17,7 +17,7 @@ from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.data import imdb
 from finetuning.errors import UserError
-from tests.conftest import frame, full_disk, texts_of
+from tests.common import frame, full_disk, texts_of
 from tests.hub_cache import file_server
 
 # --- packaged reviews

@@ -12,7 +12,7 @@ import pytest
 
 from finetuning.data.texts import TextData
 from finetuning.errors import UserError
-from tests.conftest import text_config, texts_of, write_texts
+from tests.common import text_config, texts_of, write_texts
 
 
 def write(folder: Path, labels: list[Any], *splits: str) -> None:

@@ -11,7 +11,7 @@ from finetuning import hub
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
 from local_dataset_utilities import prefetch_texts
-from tests.conftest import texts_of
+from tests.common import texts_of
 
 PHRASES = [f"Profit of company {i} rose to EUR {i} mn @ \xe4 .@positive" for i in range(20)]
 PHRASES += [f"Sales {i} were flat .@neutral" for i in range(20)] + [f"Loss {i} .@negative" for i in range(20)]

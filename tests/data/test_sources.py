@@ -12,7 +12,7 @@ import pytest
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from tests.conftest import frame, text_config, texts_of, write_texts
+from tests.common import frame, text_config, texts_of, write_texts
 from tests.data.test_files import write
 
 # --- formats

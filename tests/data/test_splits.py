@@ -10,7 +10,7 @@ import pytest
 from finetuning.config import RunConfig
 from finetuning.data.splits import stratified_parts, wordless
 from finetuning.errors import UserError
-from tests.conftest import frame, text_config, texts_of, write_texts
+from tests.common import frame, text_config, texts_of, write_texts
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -20,7 +20,7 @@ from finetuning.errors import UserError
 from finetuning.settings import DataSettings
 from finetuning.storage import sum_holds
 from local_dataset_utilities import tokenize
-from tests.conftest import ROOT, packaged_folder
+from tests.common import ROOT, packaged_folder
 from tests.scripts import start_script
 
 

@@ -13,7 +13,7 @@ from finetuning.errors import UserError
 from finetuning.export.plain import DTYPES, plain_model, write_model, write_tokenizer
 from finetuning.models.lora import lora_modules
 from local_model_utilities import build_classifier, find_base_model, load_tokenizer
-from tests.conftest import needs_int8, packaged_folder
+from tests.common import needs_int8, packaged_folder
 from tests.runs.test_weights import ALL_BUT_HEAD, METHODS, logits
 from tests.small_classifiers import NAMES, build, built_and_filled, fill, logits_of
 

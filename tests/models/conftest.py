@@ -15,7 +15,7 @@ from finetuning.models.families import ModelFamily
 from finetuning.models.fused import split_linears
 from finetuning.models.lora import LinearWithLoRA, LoRALayer
 from finetuning.processor import instructions
-from tests.conftest import train_only_lora
+from tests.common import train_only_lora
 
 
 def only(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> Iterator[Variant]:

@@ -12,7 +12,7 @@ from finetuning.data.tokens import encode, encode_pairs
 from finetuning.models.classifier import SHORT, Classifier
 from finetuning.models.families import FAMILIES
 from local_model_utilities import build_classifier, find_base_model, load_tokenizer
-from tests.conftest import CORE
+from tests.common import CORE
 from tests.tiny_models import tiny_model
 
 TEXTS = ["a wonderful and moving film", "dull", "I loved every minute of this long story about a camera"]

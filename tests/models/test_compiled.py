@@ -12,7 +12,7 @@ from finetuning.models.compiled import VARIANTS, Variant, library
 from finetuning.models.cpu_kernels import takes_attention
 from finetuning.processor import instructions
 from finetuning.storage import sum_holds
-from tests.conftest import ROOT
+from tests.common import ROOT
 from tests.scripts import start_script
 
 

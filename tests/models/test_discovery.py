@@ -17,7 +17,7 @@ from finetuning.models.discovery import SEES_PADDING, family_of
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import lora_modules
 from local_model_utilities import adopt_adapter, find_base_model
-from tests.conftest import refusal_of
+from tests.common import refusal_of
 from tests.small_classifiers import build, save
 from tests.tiny_models import LAYERS, WIDTH, tiny_model, unlisted_model
 

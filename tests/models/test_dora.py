@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from finetuning.models.int8 import Int8Linear
 from finetuning.models.lora import DoRALayer, LinearWithLoRA, linears, transposed
 from finetuning.models.quantization import dense_weight
-from tests.conftest import needs_int8, refusal_of, train_only_lora
+from tests.common import needs_int8, refusal_of, train_only_lora
 from tests.models.conftest import assert_each_near, relative_error, with_lora
 from tests.models.test_lora import gradients
 from tests.small_classifiers import build

@@ -19,7 +19,7 @@ from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
 from finetuning.models.lora import LoRALayer
 from finetuning.models.quantization import dense_weight, is_quantized, quantize_linears
-from tests.conftest import CORE, packaged_folder
+from tests.common import CORE, packaged_folder
 from tests.models.conftest import assert_same, place_lora, relative_error, saved_tensors
 from tests.tiny_models import WIDTH, tiny_model
 

@@ -14,7 +14,7 @@ from finetuning.models.classifier import Classifier
 from finetuning.models.families import FAMILIES
 from finetuning.models.frozen_outputs import FrozenBatch, FrozenOutputs
 from finetuning.runs.files import read_result
-from tests.conftest import flags
+from tests.common import flags
 from tests.data.test_batches import make_split
 from tests.models.test_encoder import prepare
 

@@ -15,7 +15,7 @@ from finetuning.models.int8_products import quantize
 from finetuning.models.lora import LinearWithLoRA, linears, merge_lora
 from finetuning.models.products import Activation
 from finetuning.settings import DataSettings
-from tests.conftest import needs_int8, packaged_folder
+from tests.common import needs_int8, packaged_folder
 from tests.models.conftest import assert_each_near, relative_error, saved_tensors, with_lora
 
 pytestmark = needs_int8

@@ -15,7 +15,7 @@ from finetuning.models import compiled, int8_products
 from finetuning.models.compiled import VARIANTS, library
 from finetuning.models.int8_products import Thin, accumulate, dequantize, multiply, quantize, refused
 from finetuning.processor import VARIABLE, instructions
-from tests.conftest import ROOT, needs_int8, one_thread
+from tests.common import ROOT, needs_int8, one_thread
 from tests.models.conftest import only, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -16,7 +16,7 @@ from finetuning.models.cpu_kernels import swiglu
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.lora import LinearWithLoRA, LoRALayer, linears, lora_modules, merge_lora
 from finetuning.models.quantization import dense_weight, quantize_linears
-from tests.conftest import CORE, tiny_classifier, train_only_lora
+from tests.common import CORE, tiny_classifier, train_only_lora
 from tests.models.conftest import assert_each_near, place_lora, relative_error, saved_tensors, with_lora
 
 RANK, ALPHA = 3, 5.0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from finetuning.models import merged as merged_module
 from finetuning.models.lora import LinearWithLoRA, linears, transposed
 from finetuning.models.merged import keep_merged, merged, round_evenly
-from tests.conftest import train_only_lora
+from tests.common import train_only_lora
 from tests.models.conftest import relative_error
 from tests.models.test_lora import lora_linear
 

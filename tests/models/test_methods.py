@@ -13,7 +13,7 @@ from finetuning.models.encoder import classify, count_frozen_layers
 from finetuning.models.families import FAMILIES, ModelFamily
 from finetuning.models.methods import check_method, choose_trained
 from finetuning.settings import MethodSettings
-from tests.conftest import CORE, refusal_of
+from tests.common import CORE, refusal_of
 from tests.models.conftest import saved_tensors
 from tests.models.test_encoder import (
     FAMILY,

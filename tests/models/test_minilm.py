@@ -15,7 +15,7 @@ from finetuning.config import RunConfig
 from finetuning.models.classifier import Classifier
 from finetuning.settings import PACKAGED_BERT
 from local_model_utilities import find_base_model, load_tokenizer
-from tests.conftest import needs_int8, packaged_folder
+from tests.common import needs_int8, packaged_folder
 from tests.models.conftest import assert_same
 from tests.small_classifiers import build
 

@@ -25,7 +25,7 @@ from finetuning.models.encoder import classify
 from finetuning.models.pretrained import load_pretrained
 from finetuning.settings import PACKAGED_BASE
 from finetuning.storage import OUR_PREFIX, sha256_of
-from tests.conftest import ROOT, full_disk, refusal_of
+from tests.common import ROOT, full_disk, refusal_of
 from tests.models.conftest import place_lora
 from tests.models.test_encoder import assert_equal_those_of_hugging_face
 from tests.tiny_models import save_tokenizer, tiny_model

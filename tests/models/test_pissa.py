@@ -18,7 +18,7 @@ from finetuning.models.lora import LinearWithLoRA, PiSSALayer, lora_modules, mer
 from finetuning.models.pissa import principal_part
 from finetuning.models.quantization import dense_weight
 from finetuning.runs.weights import load_trained
-from tests.conftest import CORE, needs_int8, refusal
+from tests.common import CORE, needs_int8, refusal
 from tests.models.conftest import relative_error
 from tests.small_classifiers import build, built_and_filled, save
 from tests.test_every_family import EVERY_FAMILY, LABELS, RANK, assert_equals_peft, batch

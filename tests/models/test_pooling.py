@@ -17,7 +17,7 @@ from finetuning.errors import UserError
 from finetuning.models.classifier import Classifier
 from finetuning.prediction.predictor import predict
 from finetuning.runs.files import read_result
-from tests.conftest import CORE, predictions_of
+from tests.common import CORE, predictions_of
 from tests.models.conftest import assert_same
 from tests.small_classifiers import build
 

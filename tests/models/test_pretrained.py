@@ -21,7 +21,7 @@ from finetuning.models.base_model import check_vocabulary, load_tokenizer, read_
 from finetuning.models.pretrained import load_pretrained
 from finetuning.settings import MINILM_FORMS, PACKAGED_DISTILBERT
 from local_model_utilities import find_base_model
-from tests.conftest import CORE, LAYERS, packaged_folder
+from tests.common import CORE, LAYERS, packaged_folder
 from tests.tiny_models import save_tokenizer, tiny_model
 
 NAMES = ["bad", "good"]

@@ -15,7 +15,7 @@ import pytest
 
 from finetuning.errors import UserError
 from finetuning.prediction.rows import STANDARD_INPUT, Survey, file_of, given_texts, survey
-from tests.conftest import full_disk, refusal_of
+from tests.common import full_disk, refusal_of
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 

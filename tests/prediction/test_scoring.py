@@ -18,7 +18,7 @@ from finetuning.prediction.rows import Rows, Source
 from finetuning.prediction.scoring import Score, label_codes, trained_on
 from finetuning.prediction.trained import Trained
 from finetuning.runs.records import accuracy_interval
-from tests.conftest import refusal_of
+from tests.common import refusal_of
 
 TRAINED = Trained(Path("run"), RunConfig.from_settings(), ["0", "1", "spam"], None)
 

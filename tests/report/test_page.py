@@ -12,7 +12,7 @@ from finetuning.report.sections import cost_table
 from finetuning.runs.files import REPORT, write_result, write_settings
 from finetuning.runs.history import write_predictions
 from finetuning.runs.lock import DirectoryLock
-from tests.conftest import random_answers
+from tests.common import random_answers
 from tests.html_reader import read
 
 Split = tuple[np.ndarray, np.ndarray]  # labels (n,), logits (n, classes)

@@ -1,7 +1,7 @@
 import numpy as np
 
 from finetuning.report import sections
-from tests.conftest import answers_of
+from tests.common import answers_of
 
 
 def test_the_confusion_matrix_has_a_row_for_each_true_class() -> None:

@@ -25,7 +25,7 @@ from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, write_result
 from finetuning.runs.loading import other_classes
 from finetuning.steps.text_advice import head_advice
 from local_model_utilities import adopt_adapter, build_classifier, build_from_adapter, find_base_model
-from tests.conftest import CORE, LAYERS, WIDTH, each_once
+from tests.common import CORE, LAYERS, WIDTH, each_once
 from tests.runs.test_weights import ALL_BUT_HEAD, build, logits, logits_in_peft, trained
 from tests.small_classifiers import NAMES, fill, logits_of, save
 

@@ -5,7 +5,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from finetuning.runs.answers import Answers
 from finetuning.runs.calibration import fit_temperature, reliability
-from tests.conftest import random_answers
+from tests.common import random_answers
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

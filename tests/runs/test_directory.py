@@ -32,7 +32,7 @@ from finetuning.runs.files import (
     write_result,
 )
 from finetuning.runs.lock import LOCK, DirectoryLock
-from tests.conftest import contents, refusal_of
+from tests.common import contents, refusal_of
 
 STORED = RunConfig.from_settings(learning_rate=1e-3, epochs=3).to_dict()
 ORIGIN = {

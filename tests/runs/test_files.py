@@ -16,7 +16,7 @@ from finetuning.runs.files import (
     write_result,
 )
 from finetuning.storage import read_json, sha256_of, write_atomically, write_json
-from tests.conftest import contents
+from tests.common import contents
 
 
 @pytest.mark.parametrize("damaged", [None, "", '{"status": "fini', "{}"])

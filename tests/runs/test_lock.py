@@ -11,7 +11,7 @@ import pytest
 from finetuning.errors import UserError
 from finetuning.runs import lock as lock_module
 from finetuning.runs.lock import LOCK, DirectoryLock, claimed
-from tests.conftest import ROOT, full_disk
+from tests.common import ROOT, full_disk
 
 HOLD = """
 import sys, pathlib

@@ -11,7 +11,7 @@ import torch
 
 from finetuning.runs import measurements
 from finetuning.runs.measurements import environment_record, free_memory, peak_memory, processor_seconds, was_alone
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 
 def test_memory_and_time_are_those_of_the_process() -> None:

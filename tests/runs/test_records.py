@@ -7,7 +7,7 @@ import pytest
 from finetuning.runs import records
 from finetuning.runs.messages import baseline_lines, called, command_line, folds_line, largest_class_line
 from finetuning.runs.records import BaselineRecord, accuracy_interval
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 
 def test_wilson_interval() -> None:

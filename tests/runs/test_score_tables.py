@@ -5,7 +5,7 @@ import pytest
 
 from finetuning.runs.answers import Answers
 from finetuning.runs.score_tables import class_table, score_table
-from tests.conftest import answers_of
+from tests.common import answers_of
 
 
 def test_scores_have_intervals_and_what_was_not_measured_is_left_out() -> None:

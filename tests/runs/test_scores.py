@@ -5,7 +5,7 @@ from torchmetrics.functional import classification as metrics
 
 from finetuning.runs import scores
 from finetuning.runs.answers import Answers
-from tests.conftest import answers_of, random_answers
+from tests.common import answers_of, random_answers
 
 
 def test_class_scores_are_those_of_torchmetrics() -> None:

@@ -17,7 +17,7 @@ from finetuning.runs.files import ADAPTER, ADAPTER_CONFIG, TRAINED_WEIGHTS
 from finetuning.runs.weights import adapter_config, load_trained, peft_name
 from finetuning.settings import LoRASettings
 from tests import small_classifiers
-from tests.conftest import CORE, LAYERS, each_once
+from tests.common import CORE, LAYERS, each_once
 from tests.small_classifiers import batch, fill, in_peft, logits_of, save
 
 

@@ -34,7 +34,7 @@ from finetuning.steps import read_inputs
 from finetuning.steps.baseline import compare_with_baseline, of_folds
 from finetuning.steps.folds import means, time_left
 from finetuning.training.callbacks import Meter
-from tests.conftest import config_of_flags, flags
+from tests.common import config_of_flags, flags
 
 pytestmark = pytest.mark.xdist_group("folds")  # in one process: the whole run is made once
 Words = Callable[..., list[str]]

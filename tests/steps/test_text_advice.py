@@ -21,7 +21,7 @@ from finetuning.steps.text_advice import (
 )  # fmt: skip
 from finetuning.training.tasks import make_task
 from local_model_utilities import find_base_model
-from tests.conftest import config_of_flags
+from tests.common import config_of_flags
 from tests.synthetic_runs import grid_in
 
 

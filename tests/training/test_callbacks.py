@@ -16,7 +16,7 @@ from finetuning.runs.files import read_result
 from finetuning.training import callbacks
 from finetuning.training.callbacks import Meter
 from finetuning.training.checkpoints import BestCheckpoint
-from tests.conftest import ROOT, flags
+from tests.common import ROOT, flags
 from tests.scripts import start_script
 
 

@@ -16,7 +16,7 @@ from finetuning.training import checkpoints
 from finetuning.training.callbacks import GracefulStop, Meter
 from finetuning.training.checkpoints import CheckpointFiles
 from finetuning.training.trackers import Trackers
-from tests.conftest import flags
+from tests.common import flags
 
 
 class Clock:

@@ -15,7 +15,7 @@ from finetuning.training.hardware import resolve_hardware
 from finetuning.training.tasks import SingleLabel
 from local_dataset_utilities import tokenize
 from local_model_utilities import build_classifier, count_parameters, find_base_model, load_tokenizer
-from tests.conftest import flags, texts_of
+from tests.common import flags, texts_of
 from tests.scripts import finish, start
 
 

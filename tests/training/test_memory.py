@@ -16,7 +16,7 @@ from finetuning.training import memory
 from finetuning.training.estimate import kept_for_backward
 from finetuning.training.memory import advice, check_memory, largest_batch
 from local_model_utilities import build_classifier, find_base_model
-from tests.conftest import config_of_flags
+from tests.common import config_of_flags
 from tests.data.test_batches import make_split, review_lengths
 from tests.tiny_models import save_tokenizer, tiny_model
 

@@ -16,7 +16,7 @@ from finetuning.runs.weights import peft_name
 from finetuning.settings import DEFAULT_LEARNING_RATES, FLAGS
 from finetuning.training.optimization import make_optimizer, make_scheduler, parameter_groups
 from local_model_utilities import build_classifier, find_base_model
-from tests.conftest import CORE, each_once
+from tests.common import CORE, each_once
 from tests.small_classifiers import in_peft, save
 
 STEPS = 50

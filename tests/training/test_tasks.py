@@ -8,7 +8,7 @@ from finetuning.errors import UserError
 from finetuning.settings import TrainingSettings
 from finetuning.training.label_advice import chance_advice, imbalance_advice, one_answer_advice, spelling_advice
 from finetuning.training.tasks import Binary, MultiLabel, SingleLabel, make_task
-from tests.conftest import refusal_of
+from tests.common import refusal_of
 
 NAMES = ["bad", "fair", "good"]
 

@@ -11,7 +11,7 @@ import pytest
 from finetuning.runs.history import write_metrics
 from finetuning.tuning import trials as module
 from finetuning.tuning.trials import COMPLETE, FAILED, LEASE_SECONDS, PRUNED, Trial, Trials, best_of
-from tests.conftest import ROOT
+from tests.common import ROOT
 
 PYTHON = (sys.executable, "-c")
 WORKER = """
