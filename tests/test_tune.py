@@ -147,7 +147,7 @@ def test_a_search_goes_on_with_its_own_texts_and_the_time_that_is_left(
     asked, facts = Asked(given, "tpe", True, None, None), Facts(5, 16, (256,), 2)
     begin(folder, asked, make_space(given, facts), Budget(an_hour_ago, 0.0, 10.0, None, 3), before)
     os.utime(folder / BUDGET, (an_hour_ago, an_hour_ago))  # since then nobody works
-    command.join(folder, None, None, None)
+    command.join(folder)
     assert Budget.read(folder).left == pytest.approx(600, abs=30)
 
     write_splits(texts, train=80, validation=50, test=40)

@@ -198,10 +198,12 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         check_same(folder, asked)
     else:
         start(asked, Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3), folder)
-    with usable(folder):
-        if begun and (options.resume or not (folder / SUMMARY).exists()):
-            join(folder, *((options.minutes, options.trials, options.seeds) if options.resume else (None, None, None)))
-        if not options.resume:
+    if options.resume:
+        join(folder, options.minutes, options.trials, options.seeds)
+    elif begun and not (folder / SUMMARY).exists():
+        join(folder)
+    if not options.resume:
+        with usable(folder):
             note_budget(options, folder)
 
 
@@ -242,7 +244,7 @@ def check_resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> None
         raise UserError(f"--seeds {options.seeds}: with --resume, give --minutes or --trials as well")
 
 
-def join(folder: Path, minutes: float | None, trials: int | None, seeds: int | None) -> None:
+def join(folder: Path, minutes: float | None = None, trials: int | None = None, seeds: int | None = None) -> None:
     """Joins a search, whose clock goes on, and adds to it. Arguments as in ``resume``.
 
     Raises:
@@ -253,8 +255,8 @@ def join(folder: Path, minutes: float | None, trials: int | None, seeds: int | N
 
     check_texts(folder, find_materials(Plan.read(folder).config).texts.sha256)
     places = (Place(path.with_suffix("")) for part in (TRIALS, LAST) for path in (folder / part).glob("*.lock"))
-    active = any(place.is_claimed() for place in places)
-    resume(folder, minutes, trials, seeds, active)
+    with usable(folder):
+        resume(folder, minutes, trials, seeds, active=any(place.is_claimed() for place in places))
 
 
 def note_budget(options: argparse.Namespace, folder: Path) -> None:
