@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from finetuning.config import RunConfig
 from finetuning.errors import UserError
-from finetuning.settings import AUTO, COMMANDS, FLAGS, SECTIONS, CommandSettings, Flag
+from finetuning.settings import AUTO, COMMANDS, FLAGS, SECTIONS, CommandSettings, Flag, shown_value
 
 ALLOWED = {  # by type
     "int": "a whole number",
@@ -170,7 +170,7 @@ def flag_words(settings: Mapping[str, Any]) -> list[str]:
 
     A value that begins with a dash is joined to its flag, for argparse.
     """
-    pairs = ((f"--{name}", AUTO if value is None else str(value)) for name, value in settings.items())
+    pairs = ((f"--{name}", str(shown_value(value))) for name, value in settings.items())
     return [word for flag, value in pairs for word in ([f"{flag}={value}"] if value[:1] == "-" else [flag, value])]
 
 

@@ -212,7 +212,7 @@ def test_what_files_alone_can_tell_is_refused_before_torch_is_loaded(tmp_path: P
 
 
 def test_settings_become_words_that_are_read_as_the_same_settings() -> None:
-    settings = {"class_weights": "-1=2,0=3", "learning_rate": 1e-3, "lora_mlp": True}
+    settings = {"class_weights": "-1=2,0=3", "learning_rate": 1e-3, "lora_mlp": True, "epochs": None}
     words = flag_words(settings)
-    assert words == ["--class_weights=-1=2,0=3", "--learning_rate", "0.001", "--lora_mlp", "True"]
+    assert words == ["--class_weights=-1=2,0=3", "--learning_rate", "0.001", "--lora_mlp", "True", "--epochs", "auto"]
     assert given_flags(words) == settings

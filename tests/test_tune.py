@@ -73,7 +73,7 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    words = ["tune", *flags, "--trials", str(TRIED), "--seeds", "2"]
+    words = ["tune", *flags, "--trials", str(TRIED), "--seeds", "2", "--patience", "auto"]
     assert main([*words, "--output_dir", str(first)]) == 0
     out = capsys.readouterr().out
     assert "data: 60 train, 50 validation, 40 test texts; one text is 2.00 points on validation, 2.50 points" in out
@@ -83,6 +83,7 @@ def test_a_search_ends_with_a_run_and_a_report_and_can_be_repeated_and_continued
     assert f"; {TRIED} ended of {TRIED}" in out
     assert f"best run    {first / 'best'}" in out
 
+    assert Plan.read(first).given["patience"] is None, "what is given as auto stays so"
     summary = read_json(first / "tune.json")
     winner = summary["winner"]
     assert sum(summary["trials"].values()) == TRIED

@@ -31,7 +31,7 @@ from finetuning.settings.model import (
     full_name,
     recorded_name,
 )
-from finetuning.settings.run import AUTO, TRACKERS, CommandSettings, RunSettings
+from finetuning.settings.run import AUTO, TRACKERS, CommandSettings, RunSettings, shown_value
 from finetuning.settings.training import (
     DEFAULT_LEARNING_RATES,
     DEFAULT_THRESHOLD,

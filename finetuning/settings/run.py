@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from finetuning.errors import UserError
 from finetuning.settings.fields import Values, require, setting
@@ -12,6 +13,11 @@ from finetuning.settings.hardware import HardwareSettings
 
 AUTO = "auto"  # --resume auto: for job scripts, which do not know what the job left when it last ended
 TRACKERS = ("tensorboard", "wandb", "mlflow")
+
+
+def shown_value(value: Any) -> Any:
+    """The value of a flag that was given, for people and command lines: ``None`` is the word ``auto``."""
+    return AUTO if value is None else value
 
 
 @dataclass(frozen=True, kw_only=True)

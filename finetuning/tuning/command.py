@@ -20,13 +20,11 @@ from finetuning.processes import interruptible, show_any_text
 from finetuning.processor import limit_libraries
 from finetuning.runs.files import BEST_RUN
 from finetuning.runs.messages import called
-from finetuning.settings import AUTO, FLAGS, check_data_dir
+from finetuning.settings import FLAGS, check_data_dir, shown_value
 from finetuning.tuning.parameters import MODEL, whole_name
 from finetuning.tuning.plan import (
-    LAST,
     SAMPLERS,
     SUMMARY,
-    TRIALS,
     Asked,
     Budget,
     Plan,
@@ -39,7 +37,6 @@ from finetuning.tuning.plan import (
     usable,
 )
 from finetuning.tuning.space import make_space, space_table
-from finetuning.tuning.trials import Place
 
 STARTED = time.time()  # the budget includes the imports
 MOST = 10**7  # minutes (nineteen years), trials, jobs or seeds
@@ -171,7 +168,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
-    """Begins the search in the folder, or checks that this worker may join it.
+    """Begins the search in the folder, or joins it.
 
     Raises:
         UserError: flags, texts or model are refused, or the folder holds something else.
@@ -194,17 +191,16 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
         raise UserError(f"--resume: --output_dir {folder}: there is no search in it")
     if options.resume:
         check_resumed(options, given)
-    elif begun:
-        check_same(folder, asked)
-    else:
-        start(asked, Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3), folder)
-    if options.resume:
         join(folder, options.minutes, options.trials, options.seeds)
-    elif begun and not (folder / SUMMARY).exists():
-        join(folder)
-    if not options.resume:
-        with usable(folder):
-            note_budget(options, folder)
+        return
+    if not begun:
+        start(asked, Budget(STARTED, 0.0, options.minutes, options.trials, options.seeds or 3), folder)
+    else:
+        check_same(folder, asked)
+        if not (folder / SUMMARY).exists():
+            join(folder)
+    with usable(folder):
+        note_budget(options, folder)
 
 
 def start(asked: Asked, budget: Budget, folder: Path) -> None:
@@ -237,9 +233,9 @@ def check_resumed(options: argparse.Namespace, given: Mapping[str, Any]) -> None
     """
     own = {name: getattr(options, name) for name in ("sampler", "prune", "storage", "search")}
     own["models"] = " ".join(options.models or ()) or None
-    for name, value in ({name: value for name, value in own.items() if value is not None} | dict(given)).items():
-        shown = AUTO if value is None else value
-        raise UserError(f"--{name} {shown}: --resume takes the flags that the search has: leave it out")
+    if found := [*((name, value) for name, value in own.items() if value is not None), *given.items()]:
+        name, value = found[0]
+        raise UserError(f"--{name} {shown_value(value)}: --resume takes the flags that the search has: leave it out")
     if options.seeds is not None and options.minutes is options.trials is None:
         raise UserError(f"--seeds {options.seeds}: with --resume, give --minutes or --trials as well")
 
@@ -254,9 +250,8 @@ def join(folder: Path, minutes: float | None = None, trials: int | None = None, 
     from finetuning.materials import find_materials  # loads pandas
 
     check_texts(folder, find_materials(Plan.read(folder).config).texts.sha256)
-    places = (Place(path.with_suffix("")) for part in (TRIALS, LAST) for path in (folder / part).glob("*.lock"))
     with usable(folder):
-        resume(folder, minutes, trials, seeds, active=any(place.is_claimed() for place in places))
+        resume(folder, minutes, trials, seeds)
 
 
 def note_budget(options: argparse.Namespace, folder: Path) -> None:

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from finetuning.config import RunConfig
 from finetuning.errors import UserError, first_line
 from finetuning.runs.files import RESULT, read_status
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
-from finetuning.settings import AUTO, FLAGS
+from finetuning.settings import FLAGS, shown_value
 from finetuning.storage import check_writable, read_json, remove, write_json, write_new_json
 from finetuning.tuning.parameters import MODEL, model_anywhere
 from finetuning.tuning.space import Space
@@ -26,6 +26,7 @@ from finetuning.tuning.trials import END, FAILED, Place
 
 SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
 TRIALS, LAST = "trials", "last"
+PAUSE_SECONDS = 60.0  # without a sign of life nobody works: claims are renewed every 20 s, and texts read before one
 ENDING = "end"  # claimed by the worker that writes best run, report and summary
 SAMPLERS = ("tpe", "random")
 
@@ -99,7 +100,7 @@ def _stored(folder: Path) -> dict[str, Any]:
         stored = read_json(folder / SEARCH)
     except (OSError, ValueError) as error:
         raise UserError(f"--output_dir {folder}: {SEARCH} cannot be read: {first_line(error)}") from None
-    if lost := {"study", "given", "sampler", "prune", "storage", "space"} - stored.keys():
+    if lost := {field.name for field in fields(Plan)} - stored.keys():
         raise UserError(f"--output_dir {folder}: {SEARCH} cannot be read: it lacks {min(lost)}")
     return stored
 
@@ -145,7 +146,7 @@ def check_same(folder: Path, asked: Asked) -> None:
         UserError: it is another one.
     """
     stored, mine = _stored(folder), json.loads(json.dumps(asked.to_dict()))
-    flags = [each | {name: AUTO if v is None else v for name, v in each["given"].items()} for each in (stored, mine)]
+    flags = [each | {name: shown_value(v) for name, v in each["given"].items()} for each in (stored, mine)]
     for name in dict.fromkeys((*flags[0], *flags[1])):
         before, now = (each.get(name) for each in flags)
         if name not in ("given", "space", "study", "texts") and before != now:
@@ -223,8 +224,10 @@ class Budget:
             raise UserError(f"--output_dir {folder}: {BUDGET} cannot be read: {first_line(error)}") from None
 
 
-def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int | None, active: bool) -> None:
-    """Starts the clock of a search again, and adds minutes or trials, which may change who is trained again at the end.
+def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int | None) -> None:
+    """Starts the clock of a search again if nobody has worked for a while, and adds minutes or trials.
+
+    These may change who is trained again at the end.
 
     What is added limits the search from then on: after minutes, ``--trials 5`` means five more, however long they take.
     Minutes and trials that a search has not used when its last runs were chosen do not come back.
@@ -233,7 +236,6 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
         folder: of the search.
         minutes, trials: to add.
         seeds: of the last runs; ``None`` leaves them as they are.
-        active: whether other workers go on, so that the clock has not stopped.
     """
     with ExitStack() as stack:
         while stack.enter_context(claimed(folder / f"{BUDGET}.lock")) is None:  # another worker adds to it
@@ -242,9 +244,12 @@ def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int |
         while more and stack.enter_context(Place(folder / ENDING).claim()) is None:  # a worker writes the report
             time.sleep(LOOK_AGAIN_SECONDS)
         budget, chosen = Budget.read(folder), (folder / FINAL).exists()
-        if not active:
-            last = max(path.stat().st_mtime for path in (folder / BUDGET, *folder.glob("*/*.lock")))
+        locks = list(folder.glob("*/*.lock"))
+        last = max(path.stat().st_mtime for path in (folder / BUDGET, *locks))
+        if time.time() - last > PAUSE_SECONDS and not any(Place(path.with_suffix("")).is_claimed() for path in locks):
             budget = replace(budget, began=time.time(), used=budget.used + max(0.0, last - budget.began))
+        elif not more:
+            return
         limits: dict[str, Any] = {"minutes": None, "trials": None} if more else {}
         if minutes is not None:
             # time that a search took beyond its minutes is not taken from those that are added

@@ -10,7 +10,7 @@ from typing import Any
 from finetuning.config import RunConfig, method_of
 from finetuning.errors import UserError
 from finetuning.pages import Table
-from finetuning.settings import AUTO, ENCODER_TARGETS, FLAGS, LORA_TARGETS, OF_ADAPTER
+from finetuning.settings import ENCODER_TARGETS, FLAGS, LORA_TARGETS, OF_ADAPTER, shown_value
 from finetuning.tuning.parameters import (
     DECLARED,
     LORA,
@@ -226,8 +226,7 @@ def make_space(given: Mapping[str, Any], facts: Facts, search: Path | None = Non
         if row is None or row.name not in given or row.times_default:
             continue
         if not row.contains(given[row.name]):
-            own = AUTO if given[row.name] is None else given[row.name]
-            raise UserError(f"--{row.name} {own}: --search {search} allows {row.shown}")
+            raise UserError(f"--{row.name} {shown_value(given[row.name])}: --search {search} allows {row.shown}")
     rows = [] if only_these else [row for row in _fitted(facts) if row.name not in named]
     rows += [row for row in named.values() if row is not None]
     rows += [Parameter(MODEL, tuple(models), own=True)] if models else []

@@ -1,5 +1,7 @@
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -115,9 +117,17 @@ def test_a_part_of_a_study_says_how_much_is_there(tmp_path: Path) -> None:
     assert [method_of(study, f"{name}-lora-all") for name in ("a", "my-set")] == ["lora-all"] * 2
 
 
-def test_what_the_report_says(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Plot, "png", b"drawn")  # drawing takes seconds; test_plots.py compares the bytes of pictures
-    assert report(results) == 0
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Drawing takes seconds; test_plots.py compares the bytes of pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plot, "png", b"drawn")
+        yield
+
+
+def test_what_the_report_says(results: Path) -> None:
+    with undrawn():
+        assert report(results) == 0
     first = contents(results.parent)
     assert {"results/summary.json", "results/report.html", "results/s/table.md"} <= set(first)
     readme = (results.parent / "README.md").read_text()
@@ -148,14 +158,14 @@ def test_what_the_report_says(results: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]  # fmt: skip
     assert [row["accuracy_mean"] for row in rows] == pytest.approx([0.8, 0.905, 0.905, None])
 
-    assert report(results) == 0
+    with undrawn():
+        assert report(results) == 0
     assert contents(results.parent) == first, "the same runs give the same bytes"
     assert (results / "s" / "learning_curves.png").is_file()
     records = read_records(results / "s")[0].values()
     change_records(results / "s", [Record.made(r.folder, r.result, None, r.predictions) for r in records])
     for k, row in enumerate(("lora", "full")):
         write_run(results, "earlier_work", row, correct=outcomes(0.9, 300, k))
-    monkeypatch.undo()
     assert report(results) == 0
     assert not (results / "s" / "learning_curves.png").exists(), "a plot goes with its data"
     assert (results / "s" / "accuracy_parameters.png").read_bytes().startswith(b"\x89PNG")

@@ -152,6 +152,7 @@ if process == 0:
     fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # a new one is 0 columns wide
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started with nohup
     del sys.argv[0]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 shown = b""
 while b"Epoch 2:" not in shown:

@@ -1,5 +1,7 @@
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from finetuning.tuning.plan import (
     resume,
 )
 from finetuning.tuning.space import Facts, make_space
-from finetuning.tuning.trials import END
+from finetuning.tuning.trials import END, Place
 
 FACTS = Facts(6, 32, (256,), 6)
 
@@ -37,6 +39,14 @@ def asked(search: Path | None = None, sampler: str = "tpe", **given: Any) -> Ask
 
 def started(folder: Path, minutes: float | None = 10.0, trials: int | None = None, **given: Any) -> None:
     begin(folder, asked(**given), make_space(given, FACTS), Budget(time.time(), 0.0, minutes, trials, 3), "texts")
+
+
+@contextmanager
+def working(folder: Path) -> Iterator[None]:
+    """Somebody has a run of the search, for longer than its folder has been looked at."""
+    with Place(folder / TRIALS / "007").claim() as lock:
+        assert lock is not None
+        yield
 
 
 def test_a_search_is_read_as_it_was_asked_for(tmp_path: Path) -> None:
@@ -97,9 +107,10 @@ def test_time_runs_on_and_stands_still_while_nobody_works(tmp_path: Path, monkey
     now = time.time()
     monkeypatch.setattr(module.time, "time", lambda: now + 120)
     assert Budget.read(tmp_path).left == pytest.approx(480, abs=5)
-    resume(tmp_path, None, None, None, active=True)
+    with working(tmp_path):
+        resume(tmp_path, None, None, None)
     assert Budget.read(tmp_path).left == pytest.approx(480, abs=5)
-    resume(tmp_path, None, None, None, active=False)  # the last sign of life is from the start
+    resume(tmp_path, None, None, None)  # the last sign of life is from the start
     assert Budget.read(tmp_path).left == pytest.approx(600, abs=5)
 
 
@@ -109,13 +120,13 @@ def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(
     started(tmp_path, minutes=10, trials=5)
     for name in (FINAL, SUMMARY):
         (tmp_path / name).write_text(json.dumps({}))
-    resume(tmp_path, None, None, None, active=False)
+    resume(tmp_path, None, None, None)
     assert (tmp_path / SUMMARY).exists()
-    resume(tmp_path, 5, 3, None, active=False)
+    resume(tmp_path, 5, 3, None)
     budget = Budget.read(tmp_path)
     assert budget.minutes == pytest.approx(5, abs=0.1), "what the search had left when it ended does not come back"
     assert budget.trials == 3
-    resume(tmp_path, 5, 3, None, active=False)
+    resume(tmp_path, 5, 3, None)
     budget = Budget.read(tmp_path)
     assert budget.minutes == pytest.approx(10, abs=0.1), "the last runs have not been chosen yet"
     assert budget.trials == 6
@@ -129,7 +140,8 @@ def test_minutes_and_trials_are_added_and_the_last_runs_are_chosen_again(
     for number, state in enumerate(("failed", "failed")):
         (tmp_path / TRIALS / f"{number:03d}").mkdir(parents=True)
         write_json(tmp_path / TRIALS / f"{number:03d}" / END, {"state": state})
-    resume(tmp_path, 5, None, None, active=True)
+    with working(tmp_path):
+        resume(tmp_path, 5, None, None)
     assert [path.parent.name for path in tmp_path.glob(f"{TRIALS}/*/{END}")] == ["001"], "the default is tried again"
     budget = Budget.read(tmp_path)
     assert budget.left == pytest.approx(300, abs=5)
@@ -161,13 +173,13 @@ def test_what_is_added_limits_the_search(tmp_path: Path) -> None:
     started(tmp_path, minutes=10)
     for number in range(7):
         (tmp_path / TRIALS / f"{number:03d}").mkdir(parents=True)
-    resume(tmp_path, None, 3, None, active=False)
+    resume(tmp_path, None, 3, None)
     assert (Budget.read(tmp_path).minutes, Budget.read(tmp_path).trials) == (None, 10), "three more than there are"
-    resume(tmp_path, 5, None, None, active=False)
+    resume(tmp_path, 5, None, None)
     assert Budget.read(tmp_path).minutes == pytest.approx(5, abs=0.1)
     assert Budget.read(tmp_path).trials is None
     (tmp_path / FINAL).write_text(json.dumps({}))
-    resume(tmp_path, None, 1, 7, active=False)
+    resume(tmp_path, None, 1, 7)
     assert (Budget.read(tmp_path).trials, Budget.read(tmp_path).seeds) == (8, 7)
     assert not (tmp_path / FINAL).exists(), "more seeds are trained"
 

@@ -93,7 +93,6 @@ def test_the_first_points_are_the_defaults_of_all_methods(tmp_path: Path) -> Non
         ({"lora_r": 4}, {"method", "lora_r", "trainable_layers"}),
         ({"lora_mlp": True}, {"method", "placement", "trainable_layers"}),
         ({"learning_rate": 1e-3, "epochs": 3}, {"learning_rate", "epochs"}),
-        ({"epochs": None}, {"epochs"}),  # as --epochs auto
     ],
 )
 def test_given_flags_stay_fixed(given: dict[str, Any], absent: set[str]) -> None:
