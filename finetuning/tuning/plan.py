@@ -26,7 +26,7 @@ from finetuning.tuning.trials import END, FAILED, Place
 
 SEARCH, BUDGET, FINAL, SUMMARY = "search.json", "budget.json", "final.json", "tune.json"
 TRIALS, LAST = "trials", "last"
-PAUSE_SECONDS = 60.0  # without a sign of life nobody works: claims are renewed every 20 s, and texts read before one
+PAUSE_SECONDS = 60.0  # without a sign of life for so long nobody works: claims are renewed every 20 s
 ENDING = "end"  # claimed by the worker that writes best run, report and summary
 SAMPLERS = ("tpe", "random")
 
