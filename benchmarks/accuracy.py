@@ -24,9 +24,9 @@ from benchmarks.accuracy_table import CONTESTANTS, table
 from benchmarks.harness import TRAINING_FLAGS, Journal, Record
 from benchmarks.peers import fastest_settings
 from compare_methods import ACCURACY, ROOT
-from finetuning.comparison.collected import Predictions
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.plan import shown_command
+from finetuning.comparison.predictions import Predictions
 from finetuning.errors import UserError
 from finetuning.pages import renew_tables
 from finetuning.processes import stoppable

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.comparison.collected import Predictions, Study
+from finetuning.comparison.collected import Study
+from finetuning.comparison.predictions import Predictions
 from finetuning.comparison.statistics import (
     LEVEL,
     Difference,

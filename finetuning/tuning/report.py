@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from finetuning.comparison.collected import Predictions
 from finetuning.comparison.collection import read_test_predictions
 from finetuning.comparison.plan import shown_command
+from finetuning.comparison.predictions import Predictions
 from finetuning.comparison.statistics import Difference, pooled_difference, seed_spread
 from finetuning.errors import counted
 from finetuning.flags import flag_words
