@@ -25,7 +25,7 @@ from finetuning.pages import Table, dated, renew_tables
 STUDY = "methods_on_sets"
 COLUMNS = (
     "chosen by", "mean regret, points (95 %)", "largest regret", "sets within 1 point of the best",
-    "gain over the default command, points (95 %)",
+    "gain over the default command, points (95 %)", "on all its sets",
 )  # fmt: skip
 NEIGHBOURS = (1, 3)
 DEFAULT = "the default command"
@@ -125,6 +125,7 @@ def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
     for shown, own in defaults.items():
         if own.keys() >= set(sets):
             found[shown] = [max(scores[name].values()) - own[name] for name in sets]
+    everywhere = {f"always {method}": gain_everywhere(grid, method, defaults.get(DEFAULT, {})) for method in methods}
     rows = []
     for chosen, losses in found.items():
         low, high = interval_over_sets(losses)
@@ -132,8 +133,17 @@ def table(grid: Grid, defaults: Mapping[str, Mapping[str, float]]) -> Table:
         mean = f"{fmean(losses):.2f} ({low:.2f} to {high:.2f})"
         gains = [a - b for a, b in zip(found.get(DEFAULT, losses), losses, strict=True)]
         gain = "" if chosen == DEFAULT or DEFAULT not in found else difference_cell(gains, 2)
-        rows.append((chosen, mean, f"{max(losses):.2f}", f"{near} of {len(sets)}", gain))
+        rows.append((chosen, mean, f"{max(losses):.2f}", f"{near} of {len(sets)}", gain, everywhere.get(chosen, "")))
     return Table(COLUMNS, rows).without_empty_columns()
+
+
+def gain_everywhere(grid: Grid, method: str, default: Mapping[str, float]) -> str:
+    """What a method gains over the default command on all sets that have both, and their number; empty if too few."""
+    sets = [name for name in grid.shared([method]) if name in default]
+    if len(sets) < LEAST_SETS:
+        return ""
+    gains = [ours - default[name] for ours, name in zip(grid.means(method, sets), sets, strict=True)]
+    return f"{difference_cell(gains, 2)}, {len(sets)} sets"
 
 
 def collected(study: str) -> Grid:

@@ -66,10 +66,13 @@ def test_the_default_counts_where_it_ran_on_the_same_texts(tmp_path: Path) -> No
     ran = grid(tmp_path / "placement", {name: (SETS[name][0], own) for name, own in default.items()})
     scores = recommend.default_scores(found, ran)
     rows = {row[0]: row[1:] for row in recommend.table(found, scores).rows}
-    assert rows["the default command"][1:] == ("-0.50", "4 of 4", ""), "it can be better than all methods"
-    assert rows["the default before: query and value"][1:] == ("20.00", "2 of 4", "-20.50 (-20.50 to -20.50)")
+    assert rows["the default command"][1:] == ("-0.50", "4 of 4", "", ""), "it can be better than all methods"
+    assert rows["the default before: query and value"][1:] == ("20.00", "2 of 4", "-20.50 (-20.50 to -20.50)", "")
+    assert rows["always a"][-1] == "-20.50 (-49.55 to +8.55), 4 sets"
     del scores["the default command"]["few1"]
-    assert "the default command" not in {row[0] for row in recommend.table(found, scores).rows}
+    rows = {row[0]: row[1:] for row in recommend.table(found, scores).rows}
+    assert "the default command" not in rows
+    assert rows["always a"][-1].endswith(", 3 sets"), "the method's gain over it needs only the sets of both"
 
 
 def test_the_page_has_the_table_of_the_collected_runs() -> None:

@@ -135,7 +135,7 @@ def rows_table(
 
 
 def studies_table(studies: Sequence[Study], link: str) -> str:
-    """Each study: the size of its data, its rows and its runs."""
+    """Each study: the size of its data, its rows that did more than tune, and their runs."""
     columns = ("training texts", "validation texts", "test texts", "tokens", "epochs", "rows", "seeds a row")
     cells, environments = [], []
     for study in studies:
@@ -144,7 +144,9 @@ def studies_table(studies: Sequence[Study], link: str) -> str:
         limits = [_values(run.get("config", key) for run in runs) for key in ("max_length", "epochs")]
         seeds = _values(len(row.tested) or None for row in study.rows)
         tests = _values(run.get("test", "examples") for run in runs)
-        cells.append((_link(study, link), *sizes, tests, *limits, str(len(study.rows)), seeds))
+        cells.append(
+            (_link(study, link), *sizes, tests, *limits, str(sum(bool(row.runs) for row in study.rows)), seeds)
+        )
         environments += [run.environment for run in runs]
     return dated(Table(("study", *columns), cells), environments)
 

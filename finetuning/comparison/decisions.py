@@ -3,7 +3,7 @@
 Each row is a pair of methods of a study over data sets. Its numbers, and how sure they are, come from the runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -69,16 +69,17 @@ def decision_cells(grid: Grid, decision: Decision) -> tuple[str, ...] | None:
     pair = compare_pair(grid, *methods)
     if pair is None:
         return None
-    texts = [grid.texts(name, decision.method) for name in pair.sets]
+    sets = list(pair.grid.runs)
+    texts = [grid.texts(name, decision.method) for name in sets]
     return (
-        "both" if all(m in grid.trials.get(name, ()) for name in pair.sets for m in methods) else "",
+        "both" if all(m in grid.trials.get(name, ()) for name in sets for m in methods) else "",
         " to ".join(f"{number:,}" for number in sorted({min(texts), max(texts)})),
-        str(len(pair.sets)),
+        str(len(sets)),
         pair.difference,
         typical(pair.chances),
-        _ratio(grid, pair.sets, methods, *SECONDS),
-        _ratio(grid, pair.sets, methods, "memory", "peak_bytes"),
-        how_sure(max(pair.chances.values()), len(pair.sets)),
+        _ratio(pair.grid, methods, *SECONDS),
+        _ratio(pair.grid, methods, "memory", "peak_bytes"),
+        how_sure(max(pair.chances.values()), len(sets)),
     )
 
 
@@ -95,14 +96,14 @@ def how_sure(chance: float, sets: int) -> str:
     return "sure" if chance >= SURE else "likely"
 
 
-def _ratio(grid: Grid, sets: Sequence[str], methods: tuple[str, str], *keys: str) -> str:
+def _ratio(grid: Grid, methods: tuple[str, str], *keys: str) -> str:
     """What the first method takes over what the second one takes: the mean over the sets on which this can be said.
 
     There both ran under the same ``conditions``, and no run lacks it. Empty if these are too few.
     """
     ratios = []
-    for name in sets:
-        ours, theirs = ([grid.runs[name][method]] for method in methods)
+    for found in grid.runs.values():
+        ours, theirs = ([found[method]] for method in methods)
         values = mean_of_sets(ours, *keys), mean_of_sets(theirs, *keys)
         if conditions(ours) == conditions(theirs) and values[0] and values[1]:
             ratios.append(values[0] / values[1])

@@ -57,9 +57,26 @@ class Grid:
         """The number of training texts of the method's runs on a set; 0 if they do not say it."""
         return self.runs[name][method][0].get("data", "sizes", "train") or 0
 
-    def means(self, method: str, sets: Sequence[str]) -> list[float]:
+    def means(self, method: str, sets: Iterable[str]) -> list[float]:
         """The method's mean accuracy on each set, in %."""
         return [fmean(self.accuracies(name, method)) for name in sets]
+
+    def matched(self, first: str, second: str) -> "Grid":
+        """What two methods did with the same texts: sets with as many training texts, and there the draws of both."""
+        runs: Found = {}
+        for name in self.shared((first, second)):
+            pair = [self.runs[name][method] for method in (first, second)]
+            both = set.intersection(*({draw_of(run) for run in found} for found in pair))
+            if both and self.texts(name, first) == self.texts(name, second):
+                kept = ([run for run in found if draw_of(run) in both] for found in pair)
+                runs[name] = dict(zip((first, second), kept, strict=True))
+        return Grid(runs, self.trials)
+
+
+def draw_of(run: Run) -> str:
+    """The end of a row's name that tells which draw of the training texts the run has; empty if the row has one."""
+    found = DRAW.search(run.row)
+    return found[0] if found else ""
 
 
 def grid_of(study: Study) -> Grid | None:
@@ -100,9 +117,9 @@ def sets_table(grid: Grid) -> Table:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods on the sets on which both had as many training texts."""
+    """Two methods with the same training texts."""
 
-    sets: list[str]  # their names
+    grid: Grid  # the two, with these texts
     difference: str  # the mean of the first method minus the second, in points, with its interval over sets
     # ``better``, ``equivalent`` and ``worse`` -> how likely the first method is typically that
     chances: dict[str, float]
@@ -110,12 +127,12 @@ class Pair:
 
 def compare_pair(grid: Grid, first: str, second: str) -> Pair | None:
     """The Bayesian signed-rank test of two methods; ``None`` if too few sets have both."""
-    sets = [name for name in grid.shared((first, second)) if grid.texts(name, first) == grid.texts(name, second)]
-    if len(sets) < LEAST_SETS:
+    matched = grid.matched(first, second)
+    if len(matched.runs) < LEAST_SETS:
         return None
-    ours, theirs = grid.means(first, sets), grid.means(second, sets)
+    ours, theirs = (matched.means(method, matched.runs) for method in (first, second))
     chances = bayesian_signed_rank(ours, theirs, ROPE)
-    return Pair(sets, difference_cell([a - b for a, b in zip(ours, theirs, strict=True)], 2), chances)
+    return Pair(matched, difference_cell([a - b for a, b in zip(ours, theirs, strict=True)], 2), chances)
 
 
 def headlines(grid: Grid) -> list[str]:
@@ -129,7 +146,7 @@ def headlines(grid: Grid) -> list[str]:
         if pair is not None:
             typical, chance = max(pair.chances.items(), key=lambda item: item[1])
             sentences.append(
-                f"Over {len(pair.sets)} data sets, {method} minus {reference}: typically {typical}"
+                f"Over {len(pair.grid.runs)} data sets, {method} minus {reference}: typically {typical}"
                 f" ({100 * chance:.0f} %); mean {pair.difference} points, interval over data sets."
             )
     return sentences
@@ -142,14 +159,15 @@ def pairs_table(grid: Grid) -> Table:
         pair = compare_pair(grid, first, second)
         if pair is not None:
             chances = (f"{100 * share:.0f}" for share in pair.chances.values())
-            shown = pair.difference, *chances, _loss_cell(grid, first, second, pair.sets)
-            rows.append((f"{first} - {second}", str(len(pair.sets)), *shown))
+            shown = pair.difference, *chances, _loss_cell(pair.grid, first, second)
+            rows.append((f"{first} - {second}", str(len(pair.grid.runs)), *shown))
     return Table(PAIRS, rows)
 
 
-def _loss_cell(grid: Grid, first: str, second: str, sets: Sequence[str]) -> str:
+def _loss_cell(grid: Grid, first: str, second: str) -> str:
     """The mean difference of the test losses with its interval; empty if a run lacks its loss."""
-    ours, theirs = ([mean_of_sets([grid.runs[name][m]], "test", "loss") for name in sets] for m in (first, second))
+    sets = grid.runs.values()
+    ours, theirs = ([mean_of_sets([found[method]], "test", "loss") for found in sets] for method in (first, second))
     differences = [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     return "" if len(differences) < len(sets) else difference_cell(differences, 3)
 
@@ -164,7 +182,8 @@ def difference_cell(differences: Sequence[float], digits: int) -> str:
 def costs_table(grid: Grid) -> Table:
     """What each method costs, as means over the sets that all methods have; no rows without processor times.
 
-    Runs of such a study share their machine. So the table has processor time, because wall time includes waiting.
+    Runs of such a study share their machine. So the table has processor time, because wall time includes waiting. The
+    time of trials is left out if they ran under other ``conditions`` than the runs.
     """
     sets, rows = grid.shared(grid.methods), []
     for method in grid.methods:
@@ -174,8 +193,10 @@ def costs_table(grid: Grid) -> Table:
             return Table(COSTS, [])
         tried = [run for name in sets for run in grid.trials.get(name, {}).get(method, ())]
         searched = sum(run.get(*SECONDS) or 0.0 for run in tried) / len(sets)
+        alike = not tried or conditions([tried]) == conditions(found)
         trained, peak = mean_of_sets(found, "parameters", "trainable"), mean_of_sets(found, "memory", "peak_bytes")
-        values = (f"{trained:,.0f}", f"{training:,.0f}", f"{training + searched:,.0f}", f"{(peak or 0) / 2**20:,.0f}")
+        total = f"{training + searched:,.0f}" if alike else ""
+        values = (f"{trained:,.0f}", f"{training:,.0f}", total, f"{(peak or 0) / 2**20:,.0f}")
         rows.append((method, *values, *("; ".join(sorted(names)) for names in conditions(found))))
     table = Table(COSTS, rows)
     return table if len(set(table.column("process"))) > 1 else table.without("process")

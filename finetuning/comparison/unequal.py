@@ -51,7 +51,7 @@ def _cells(runs: list[Run]) -> tuple[str, ...]:
     baselines = [run.get("baseline", "test", "macro_f1") for run in runs]
     return (
         str(len(first.get("test", "per_class"))),
-        f"{100 * rarest_share(first):.1f}",
+        f"{100 * rarest_share(first):.2f}",
         f"{first.get('test', 'per_class', rarest(first), 'support'):,}",
         score_cell([100 * (run.accuracy("test") or 0.0) for run in runs]),
         score_cell([100 * run.get("test", "macro_f1") for run in runs]),

@@ -49,6 +49,7 @@ def found(tmp_path: Path) -> list[Study]:
     )  # fmt: skip
     write_run(tmp_path, "b", "x", correct=outcomes(0.8, 500, 3), environment={"alone": False})
     write_run(tmp_path, "b", "broken", status="failed")
+    write_run(tmp_path, "b", "tried", stage="tune", axes={"learning_rate": 0.1}, validation=0.5)
     return [read_study(name, tmp_path) for name in study_names(tmp_path)]
 
 

@@ -61,6 +61,14 @@ def test_sets_and_pairs(tmp_path: Path, draw: str) -> None:
     ]
 
 
+def test_a_pair_has_the_draws_of_the_training_texts_that_both_methods_have(tmp_path: Path) -> None:
+    scores = {name: {"a": (900, 800, 100), "b": (890, 780)} for name in ("one", "two", "three")}
+    folder = results(tmp_path, scores | {"four": {"a": (900,), "b": ()}}, "-data_seed")
+    write_run(folder, "s", "b-data_seed1", data_set="four", correct=np.arange(1000) < 5)  # no draw of both
+    _, pairs = tables_of(folder)
+    assert [row[:3] for row in pairs.rows] == [("a - b", "3", "+1.50 (+1.50 to +1.50)")]
+
+
 def test_the_headline_is_the_signed_rank_test_against_the_method_on_most_sets(tmp_path: Path) -> None:
     (sentence,) = headlines(grid_in(results(tmp_path, ACCURACIES)))
     chance = bayesian_signed_rank([88.5, 79.5, 70.2], [90.5, 81, 70.1], 0.5)["worse"]
@@ -99,6 +107,17 @@ def test_costs_are_processor_times_with_and_without_the_trials(tmp_path: Path) -
         ("a", "1,000", "30", "36", "1,024", "float32", "A CPU"),
         ("b", "3,000", "61", "66", "1,024", "unknown", "A CPU"),
     ]
+
+
+def test_the_time_of_trials_under_other_conditions_is_left_out(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        for method, cpu in (("a", "A CPU"), ("b", "Another")):
+            more: dict[str, Any] = {"data_set": name, "train": {"processor_seconds": 5.0}}
+            write_run(tmp_path, "s", method, correct=np.arange(10) < 5, **more)
+            more |= {"axes": {"learning_rate": 0.1}, "environment": {"cpu": cpu}}
+            write_run(tmp_path, "s", method, stage="tune", validation=0.5, **more)
+    _, _, costs = tables_of(tmp_path)
+    assert costs.column("with its trials, processor s") == ["10", ""]
 
 
 def test_costs_of_forked_and_of_started_runs_are_told_apart(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def test_a_set_with_a_rare_class_has_its_score(tmp_path: Path) -> None:
         write_set(tmp_path, name, counts, scores)
     write_set(tmp_path, "rare", (90, 10), scores, baseline={"test": {"macro_f1": 0.6}})
     assert rows_of(tmp_path) == [
-        "| rarer | 3 | 1.0 | 1 | 80.50 ± 0.71 (2) | 75.00 ± 7.07 (2) |  | 70.00 ± 0.00 (2) |",
-        "| rare | 2 | 10.0 | 10 | 80.50 ± 0.71 (2) | 75.00 ± 7.07 (2) | 60.0 | 80.00 ± 0.00 (2) |",
+        "| rarer | 3 | 1.00 | 1 | 80.50 ± 0.71 (2) | 75.00 ± 7.07 (2) |  | 70.00 ± 0.00 (2) |",
+        "| rare | 2 | 10.00 | 10 | 80.50 ± 0.71 (2) | 75.00 ± 7.07 (2) | 60.0 | 80.00 ± 0.00 (2) |",
     ]
 
 
@@ -43,7 +43,7 @@ def test_classes_without_test_texts_and_texts_with_several_labels_do_not_count(t
     write_set(tmp_path, "several", (90, 10), [{"macro_f1": 0.7, "exact_match": 0.5}])
     write_set(tmp_path, "even", (50, 50), [{"macro_f1": 0.7}])
     write_run(tmp_path, STUDY, METHOD, data_set="three", seed=1, correct=np.arange(100) < 80)  # it lacks its classes
-    assert [row.split(" | ")[:4] for row in rows_of(tmp_path)] == [["| three", "3", "10.0", "10"]]
+    assert [row.split(" | ")[:4] for row in rows_of(tmp_path)] == [["| three", "3", "10.00", "10"]]
 
 
 def test_without_the_study_the_table_is_empty() -> None:
