@@ -90,6 +90,24 @@ def first_line(error: BaseException, name_file: bool = False) -> str:
     return (text.strip() or type(error).__name__).splitlines()[0]
 
 
+@contextmanager
+def as_user_error(what: str, *kinds: type[Exception], name_file: bool = False) -> Iterator[None]:
+    """Turns errors of these kinds into a ``UserError``: ``what``, a colon, and the first line of the error.
+
+    Args:
+        what: the flag or file, and what is wrong.
+        kinds: the errors of the block that are the user's to mend.
+        name_file: as in ``first_line``.
+
+    Raises:
+        UserError: the block raised one of them.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{what}: {first_line(error, name_file)}") from None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU, torch's allocator, Arrow, Python or the system's loader had no memory left."""
     kinds = {kind.__name__ for kind in type(error).__mro__}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuning.errors import UserError
+from finetuning.errors import UserError, as_user_error
 from finetuning.storage import write_text
 
 
@@ -111,10 +111,8 @@ def page_with_tables(page: Path, tables: Mapping[str, str]) -> str:
     except (OSError, ValueError) as error:
         raise UserError(f"{page} cannot be read: {error}") from None
     for name, content in tables.items():
-        try:
+        with as_user_error(str(page), UserError):
             text = with_table(text, name, content)
-        except UserError as error:
-            raise UserError(f"{page}: {error}") from None
     return text
 
 

@@ -40,7 +40,7 @@ from typing import Any
 
 from finetuning.comparison.drawn import RATE, check_numbers, check_search, check_tuned, tried_settings
 from finetuning.datasets import hub_name
-from finetuning.errors import UserError, first_line, listed
+from finetuning.errors import UserError, as_user_error, listed
 from finetuning.flags import flag_words, from_flags, given_flags, no_flag
 from finetuning.settings import FLAGS, MINILM_FORMS, PACKAGED, recorded_name
 
@@ -164,14 +164,10 @@ def read_plan(path: Path) -> StudyPlan:
     Raises:
         UserError: the file cannot be read, or a key or value is not allowed. The message names file, row and key.
     """
-    try:
+    with as_user_error(f"{path} cannot be read", OSError, ValueError):  # ValueError: no TOML, or not UTF-8
         content = tomllib.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
-    try:
+    with as_user_error(str(path), UserError):
         return _plan(path.stem, content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _plan(name: str, content: dict[str, Any]) -> StudyPlan:

@@ -19,7 +19,7 @@ from finetuning.comparison.drawn import RATE
 from finetuning.comparison.packed import RUNS, Record, change_records, read_records
 from finetuning.comparison.plan import PlannedRun, StudyPlan
 from finetuning.config import NOT_PART_OF_THE_RUN, RunConfig
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, as_user_error, first_line
 from finetuning.flags import from_flags
 from finetuning.processes import srun_tasks
 from finetuning.runs.files import (
@@ -93,15 +93,13 @@ class StudyRuns:
             if self.data_dir is None and "data_dir" in run.settings:
                 inside = f"row {run.row} reads the folder {run.settings['data_dir']} inside it"
                 raise UserError(f"--data_dir: the study needs it: {inside}")
-            try:
+            with as_user_error(f"row {run.row}", UserError):
                 config = from_flags(run.flags(self.data_dir))
                 folder, processes = config.data.data_dir, config.hardware.processes
                 if processes > 1 and srun_tasks() > 1:  # each task is this command, and waits for a run of another one
                     raise UserError(f"its runs are {processes} processes each: give them to sbatch without a study")
                 if folder is not None and not folder.exists():
                     raise UserError(f"--data_dir {folder}: no such file or folder")
-            except UserError as error:
-                raise UserError(f"row {run.row}: {error}") from None
 
     def older_than_their_texts(self) -> list[str]:
         """The runs here that have begun before a file of their texts was changed, so they may have read others."""
@@ -127,10 +125,8 @@ class StudyRuns:
 
     def state(self, run: PlannedRun) -> str:
         """``running``, or what ``state_on_disk`` says."""
-        try:
+        with as_user_error(f"--runs_dir: {self.folder} cannot be used", OSError):
             held = is_held(self.folder / f"{run.name}.lock")
-        except OSError as error:
-            raise UserError(f"--runs_dir: {self.folder} cannot be used: {error.strerror}") from None
         return "running" if held else self.state_on_disk(run)
 
     def state_on_disk(self, run: PlannedRun) -> str:

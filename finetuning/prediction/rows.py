@@ -32,7 +32,7 @@ from finetuning.data.files import (
     parquet_schema,
     read_chunks,
 )
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, as_user_error, first_line
 
 STANDARD_INPUT = Path("-")
 CHUNK_ROWS = 10_000  # enough that batches of like lengths have little padding
@@ -151,13 +151,11 @@ def _regular(flag: str, path: Path) -> Iterator[Path]:
     if path == STANDARD_INPUT and sys.stdin is None:
         raise UserError(f"{flag}: standard input is closed: give a file")
     with ExitStack() as stack:
-        try:
+        with as_user_error(f"{flag}: cannot be copied to a temporary file", OSError):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             copy = Path(folder, "copy" + "".join(path.suffixes))
             with sys.stdin.buffer if path == STANDARD_INPUT else path.open("rb") as stream, copy.open("wb") as file:
                 shutil.copyfileobj(stream, file)
-        except OSError as error:
-            raise UserError(f"{flag}: cannot be copied to a temporary file: {first_line(error)}") from None
         yield copy
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetuning.config import RunConfig
 from finetuning.datasets import traits_of
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, as_user_error
 from finetuning.runs.answers import is_multi_label, positive_of
 from finetuning.runs.files import ADAPTER_CONFIG, RESULT, SETTINGS
 from finetuning.runs.finished import read_finished
@@ -129,7 +129,5 @@ def _reading(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(directory: Path, name: str) -> dict[str, Any]:
-    try:
+    with as_user_error(f"{directory}: {name} cannot be read", OSError, ValueError):
         return read_json(directory / name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: {name} cannot be read: {first_line(error)}") from None

@@ -14,7 +14,7 @@ from typing import Any
 from finetuning.comparison.command import Add, add_studies, script
 from finetuning.comparison.execution import StopSignals
 from finetuning.config import RunConfig
-from finetuning.errors import UserError, exit_status, first_line, say
+from finetuning.errors import UserError, as_user_error, exit_status, say
 from finetuning.flags import OneLineParser, add_flags, parse_bool, parse_path
 from finetuning.processes import interruptible, show_any_text
 from finetuning.processor import limit_libraries
@@ -310,11 +310,9 @@ def work(folder: Path, jobs: int) -> int:
         return 130
     if final is None:
         return 1
-    try:
+    unreported = f"--output_dir {folder}: the search has ended, but not its report"
+    with as_user_error(unreported, OSError, ValueError, name_file=True):
         summary = finish(folder, plan, final)
-    except (OSError, ValueError) as error:
-        reason = first_line(error, name_file=True)
-        raise UserError(f"--output_dir {folder}: the search has ended, but not its report: {reason}") from None
     if summary is None and search.decided() != final:
         say("another worker has added minutes or trials, and goes on")
         return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetuning.comparison.drawn import is_searched, searchable
 from finetuning.config import method_of
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, as_user_error
 from finetuning.settings import FLAGS, PACKAGED, PACKAGED_MODELS, full_name
 
 Value = str | int | float | bool
@@ -111,17 +111,13 @@ def read_space(path: Path) -> tuple[dict[str, Parameter | None], bool]:
     Raises:
         UserError: the file cannot be read, or a key or value is not allowed. The message names file and key.
     """
-    try:
+    with as_user_error(f"--search {path}: cannot be read", OSError, ValueError):
         content = tomllib.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--search {path}: cannot be read: {first_line(error)}") from None
     only_these = content.pop(REPLACE, False)
-    try:
+    with as_user_error(f"--search {path}", UserError):
         if not isinstance(only_these, bool):
             raise UserError(f"{REPLACE}: must be true or false")
         return {name: _row(name, row) for name, row in content.items()}, only_these
-    except UserError as error:
-        raise UserError(f"--search {path}: {error}") from None
 
 
 def model_anywhere(name: str) -> str:

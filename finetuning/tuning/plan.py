@@ -7,15 +7,14 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from finetuning.config import RunConfig
-from finetuning.errors import UserError, first_line
+from finetuning.errors import UserError, as_user_error
 from finetuning.runs.files import RESULT, read_status
 from finetuning.runs.lock import LOOK_AGAIN_SECONDS, claimed
 from finetuning.settings import FLAGS, shown_value
@@ -47,7 +46,10 @@ class Asked:
         given = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in self.given.items()}
         if MODEL in given:
             given[MODEL] = model_anywhere(given[MODEL])
-        text = None if self.search is None else _text_of(self.search)
+        text = None
+        if self.search is not None:
+            with as_user_error(f"--search {self.search}: cannot be read", OSError, ValueError):
+                text = self.search.read_text(encoding="utf8")
         file = r"^sqlite:///(?!/|:memory:|file:)(.+)"  # of a database; it gets its whole path
         storage = self.storage and re.sub(file, lambda found: f"sqlite:///{Path(found[1]).resolve()}", self.storage)
         same = {"given": given, "sampler": self.sampler, "prune": self.prune, "storage": storage, "search": text}
@@ -96,20 +98,11 @@ class Plan:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    try:
+    with as_user_error(f"--output_dir {folder}: {SEARCH} cannot be read", OSError, ValueError):
         stored = read_json(folder / SEARCH)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output_dir {folder}: {SEARCH} cannot be read: {first_line(error)}") from None
     if lost := {field.name for field in fields(Plan)} - stored.keys():
         raise UserError(f"--output_dir {folder}: {SEARCH} cannot be read: it lacks {min(lost)}")
     return stored
-
-
-def _text_of(search: Path) -> str:
-    try:
-        return search.read_text(encoding="utf8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--search {search}: cannot be read: {first_line(error)}") from None
 
 
 def holds_search(folder: Path) -> bool:
@@ -117,13 +110,9 @@ def holds_search(folder: Path) -> bool:
     return (folder / SEARCH).exists()
 
 
-@contextmanager
-def usable(folder: Path) -> Iterator[None]:
+def usable(folder: Path) -> AbstractContextManager[None]:
     """Turns what the system says about the folder of a search into a ``UserError``."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be used: {first_line(error, name_file=True)}") from None
+    return as_user_error(f"--output_dir {folder}: cannot be used", OSError, name_file=True)
 
 
 def check_new(folder: Path) -> None:
@@ -182,14 +171,12 @@ def begin(folder: Path, asked: Asked, space: Space, budget: "Budget", texts: str
     """
     stored = asked.to_dict() | {"space": space.to_dict(), "study": f"{folder.resolve().name}-{uuid.uuid4().hex[:8]}"}
     stored["texts"] = texts
-    try:
+    with as_user_error(f"--output_dir {folder}: cannot be written", OSError, name_file=True):
         folder.mkdir(parents=True, exist_ok=True)
         if not holds_search(folder):  # another worker's clock goes on
             write_json(folder / BUDGET, asdict(budget))
         with suppress(FileExistsError):
             write_new_json(folder / SEARCH, stored)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written: {first_line(error, name_file=True)}") from None
     check_same(folder, asked)
 
 
@@ -218,10 +205,8 @@ class Budget:
 
     @staticmethod
     def read(folder: Path) -> "Budget":
-        try:
+        with as_user_error(f"--output_dir {folder}: {BUDGET} cannot be read", ValueError, TypeError):
             return Budget(**read_json(folder / BUDGET))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--output_dir {folder}: {BUDGET} cannot be read: {first_line(error)}") from None
 
 
 def resume(folder: Path, minutes: float | None, trials: int | None, seeds: int | None) -> None:
