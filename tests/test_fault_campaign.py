@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.faults import inputs, runs
 from benchmarks.faults.campaign import Campaign
-from benchmarks.faults.interruptions import moment_of
+from benchmarks.faults.interruptions import moment_of, undisturbed_ranks
 from benchmarks.faults.plan import FAULTS
 from benchmarks.faults.runs import Broken, Commands, Fault, Outcome, Seen, Signals, Undisturbed, continued, require_same
 
@@ -171,6 +171,21 @@ def test_a_run_that_goes_on_uses_its_checkpoint(
 ) -> None:
     with pytest.raises(Broken, match=broken) if broken else nullcontext():
         assert continued(kept, earlier, lambda: later) == (later, seen)
+
+
+def test_an_undisturbed_run_of_two_processes_is_made_once(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[str]] = []
+
+    def fresh(_commands: Commands, words: list[str]) -> Outcome:
+        made.append(words)
+        return Outcome(0, "")
+
+    monkeypatch.setattr(Commands, "fresh", fresh)
+    others = Commands(tmp_path, commands.model, commands.data)
+    assert undisturbed_ranks(others) == undisturbed_ranks(others) == tmp_path / "whole-ddp"
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(
