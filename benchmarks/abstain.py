@@ -22,7 +22,7 @@ from finetuning.runs.answers import read_answers
 from finetuning.runs.calibration import fit_temperature
 from finetuning.runs.files import read_result
 
-OUTPUT, PAGE = harness.RESULTS / "abstain.json", ROOT / "docs" / "guide.md"
+PAGE = ROOT / "docs" / "guide.md"
 SETS = ("ag_news", "subj", "twitter_financial_news", "emotion")  # folders below --data_dir
 KEPT_ENVIRONMENT = ("cpu", "threads", "versions", "git", "date")
 RISKS = (0.01, 0.02, 0.05, 0.1)
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None) -> int:
         for seed in range(options.seeds):
             journal.measured(partial(measure, options.data_dir.absolute() / name, seed), set=name, seed=seed)
     partly = tuple(sets) != SETS or options.seeds != parser.get_default("seeds")
-    harness.publish(journal, OUTPUT, table, "abstain", partly, PAGE)
+    harness.publish("abstain", journal, table, partly, PAGE)
     return 0
 
 

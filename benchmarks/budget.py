@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None) -> int:
     journal = harness.start_journal("few_texts", options, {"environments": []})
     known = [] if options.again or not OUTPUT.exists() else read_json(OUTPUT)["measurements"]
     measure(options.data_dir, journal, known)
-    harness.publish(journal, OUTPUT, few_texts_table, "few_texts", partly=False, page=PAGE)
+    harness.publish("few_texts", journal, few_texts_table, partly=False, page=PAGE)
     defaults = {name: defaults_table(STEPS.with_name(name)) for name in ("defaults", "defaults_methods")}
     renew_tables(PAGE, {"steps": steps_table(), "patience": patience_table()} | defaults)
     renew_tables(GUIDE, {"rare_labels": rare_labels_table()})

@@ -22,7 +22,7 @@ from finetuning.runs.files import LAST_CHECKPOINT, read_result
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import PACKAGED_DISTILBERT
 
-OUTPUT, PAGE = harness.RESULTS / "checkpoints.json", ROOT / "docs" / "faults.md"
+PAGE = ROOT / "docs" / "faults.md"
 METHODS = ("lora", "full")
 FLAGS = (
     "--model_name", PACKAGED_DISTILBERT, "--offline", "--accelerator", "cpu", "--epochs", "1",
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None) -> int:
     journal = harness.start_journal("checkpoints", options, {"environment": environment_record()}, key="runs")
     for method in METHODS:
         journal.measured(partial(measure, method, options.texts), method=method)
-    harness.publish(journal, OUTPUT, table, "checkpoints", partly=harness.reduced(parser, options, "texts"), page=PAGE)
+    harness.publish("checkpoints", journal, table, harness.reduced(parser, options, "texts"), PAGE)
     return 0
 
 

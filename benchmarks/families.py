@@ -15,7 +15,6 @@ from finetuning.models.int8_products import refused, slow
 from finetuning.pages import Table, dated
 from finetuning.runs.measurements import environment_record
 
-OUTPUT = harness.RESULTS / "families.json"
 COMPARED = (("mpnet", 128), ("mpnet", 256), ("modernbert", 128), ("qwen3", 128))  # model, longest text in tokens
 ROUNDS = 5
 RATIOS = {"train": "training", "merged": "evaluation (merged peer)", "memory": "memory"}
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None) -> int:
     conditions = {"environment": environment_record(), "rounds": options.rounds}
     journal = harness.start_journal("families", options, conditions, show=record_line)
     measure_in_processes(plan(), options.rounds, options.seconds, True, journal)
-    harness.publish(journal, OUTPUT, table, "families", partly=harness.reduced(parser, options, "rounds", "seconds"))
+    harness.publish("families", journal, table, partly=harness.reduced(parser, options, "rounds", "seconds"))
     return 0
 
 

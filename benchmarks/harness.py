@@ -172,25 +172,22 @@ def reduced(parser: argparse.ArgumentParser, options: argparse.Namespace, *sizes
     return bool(given.get("quick")) or any(given[name] < parser.get_default(name) for name in sizes)
 
 
-def publish(
-    journal: Journal, output: Path, table: Callable[[Record], str], marker: str, partly: bool, page: Path = SPEED
-) -> None:
+def publish(name: str, journal: Journal, table: Callable[[Record], str], partly: bool, page: Path = SPEED) -> None:
     """Prints a benchmark's table, writes its JSON and renews the page.
 
     Args:
+        name: of the committed JSON, and of the table on the page.
         journal: what was measured.
-        output: the committed JSON.
         table: makes Markdown of what was measured.
-        marker: of the table on the page.
         partly: whether only a part was measured: then the JSON goes to ``runs/``, and the page stays as it is.
         page: a page with such a marker.
     """
-    content, path = table(journal.result), ROOT / "runs" / output.name if partly else output
+    content, path = table(journal.result), (ROOT / "runs" if partly else RESULTS) / f"{name}.json"
     print(f"{content}\n\nall measurements: {path.relative_to(ROOT)}")
     write_json(path, journal.result)
     journal.path.unlink(missing_ok=True)
     if not partly:
-        renew_tables(page, {marker: content})
+        renew_tables(page, {name: content})
 
 
 # --- ratios

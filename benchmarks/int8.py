@@ -24,8 +24,6 @@ from finetuning.pages import Table, dated
 from finetuning.processor import VARIABLE, instructions, limit_libraries
 from finetuning.runs.measurements import environment_record, processor_seconds, was_alone
 
-OUTPUT = harness.RESULTS / "int8.json"
-
 
 @dataclass(frozen=True)
 class Work:
@@ -169,7 +167,7 @@ def main(argv: Sequence[str] | None) -> int:
                 if "error" in records:
                     raise UserError(f"{work}: the measurement failed")
                 journal.keep(*records)
-    harness.publish(journal, OUTPUT, table, "int8_speed", partly=harness.reduced(parser, options, "rounds"))
+    harness.publish("int8_speed", journal, table, partly=harness.reduced(parser, options, "rounds"))
     return 0
 
 

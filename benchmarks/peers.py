@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None) -> int:
     }
     journal = harness.start_journal("peers", arguments, conditions, show=record_line)
     measure_in_processes(works, repeats, seconds, not arguments.quick, journal)
-    harness.publish(journal, OUTPUT, table, "peers", partly)
+    harness.publish("peers", journal, table, partly)
     if not partly:
         renew_tables(README, {"speed_short": short_table(journal.result)})
     return 0

@@ -19,7 +19,6 @@ from finetuning.runs.files import read_result
 from finetuning.runs.measurements import environment_record
 from finetuning.settings import PACKAGED_DISTILBERT
 
-OUTPUT = harness.RESULTS / "plain_path.json"
 FLAGS = (
     f"--model_name {PACKAGED_DISTILBERT} --offline --method selective --trainable_layers 2 --limit_validation 200"
     f" --test False --accelerator cpu {harness.TRAINING_FLAGS}"
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None) -> int:
     )
     measure(options.repeats, f"--epochs {options.epochs} --limit_train {options.limit_train}", journal)
     less = harness.reduced(parser, options, "repeats", "epochs", "limit_train")
-    harness.publish(journal, OUTPUT, table, "plain_path", partly=less)
+    harness.publish("plain_path", journal, table, partly=less)
     return 0
 
 

@@ -22,7 +22,6 @@ from finetuning.processes import processor_seconds
 from finetuning.settings import check_data_dir
 from finetuning.storage import read_json, write_json
 
-OUTPUT = harness.RESULTS / "prediction.json"
 NAMES = {
     "suite": "this suite",
     "pipeline": "pipeline, batches of 32",
@@ -196,7 +195,7 @@ def main(argv: Sequence[str] | None) -> int:
         conditions["tokens"] = read_json(folder / WORK)["tokens"]
         journal = harness.start_journal("prediction", options, conditions, show=record_line)
         measure_all(rounds, folder, journal)
-    harness.publish(journal, OUTPUT, table, "prediction", partly=harness.reduced(parser, options, "rounds", "texts"))
+    harness.publish("prediction", journal, table, partly=harness.reduced(parser, options, "rounds", "texts"))
     return 0
 
 

@@ -35,7 +35,6 @@ from finetuning.pages import Table, dated
 from finetuning.runs.measurements import environment_record
 from finetuning.training.optimization import make_optimizer
 
-OUTPUT = harness.RESULTS / "roofline.json"
 PLAN = (
     Job("suite", "minilm", "qv", 256),
     Job("suite", "minilm", "all", 256),
@@ -224,10 +223,9 @@ def main(argv: Sequence[str] | None) -> int:
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         folder = Path(temporary)
         prepare(folder, {job.model for job in works}, {job.max_length for job in works})
-        for number, job in enumerate(works):
-            if number >= len(journal.records):
-                journal.keep(measure(job, folder, steps=8 if arguments.quick else 24))
-    harness.publish(journal, OUTPUT, table, "roofline", partly=arguments.quick)
+        for job in works[len(journal.records) :]:
+            journal.keep(measure(job, folder, steps=8 if arguments.quick else 24))
+    harness.publish("roofline", journal, table, partly=arguments.quick)
     return 0
 
 

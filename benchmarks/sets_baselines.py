@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None) -> int:
         if journal.find(**asdict(cell)) is None:
             found = measure(run, trials, options.data_dir, known)
             journal.keep(*(asdict(cell) | record for record in found))
-    harness.publish(journal, harness.RESULTS / f"{name}.json", table_of(name), name, partly=False, page=page)
+    harness.publish(name, journal, table_of(name), partly=False, page=page)
     if name == "sets_baselines":
         renew_tables(DATA_SETS, {"crossing": crossing(journal.result)})
     return 0

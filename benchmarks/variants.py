@@ -19,8 +19,6 @@ from benchmarks.workload import VARIANTS, prepare
 from finetuning.pages import Table, dated
 from finetuning.runs.measurements import environment_record
 
-OUTPUT = harness.RESULTS / "variants.json"
-EQUALITY = harness.RESULTS / "variants_equality.json"
 MODEL, LENGTH, ROUNDS, SECONDS = "minilm", 128, 3, 5.0
 COLUMNS = ("variant", "flags", "training time / LoRA", "peak memory / LoRA", "tokens/s", "peak, MiB", "trained")
 
@@ -70,7 +68,7 @@ def main(argv: Sequence[str] | None) -> int:
         journal = harness.start_journal("variants_equality", options, conditions)
         if not journal.records:
             journal.keep(*differences())
-        harness.publish(journal, EQUALITY, equality_table, "variants_equality", partly=False)
+        harness.publish("variants_equality", journal, equality_table, partly=False)
         return 0
     journal = harness.start_journal("variants", options, conditions | {"rounds": options.rounds}, show=record_line)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +79,7 @@ def main(argv: Sequence[str] | None) -> int:
             for name in VARIANTS:
                 asked = [*words, "--variant", name]
                 journal.measured(partial(harness.measured_in_process, asked), round=number, variant=name)
-    harness.publish(journal, OUTPUT, table, "variants", partly=harness.reduced(parser, options, "rounds", "seconds"))
+    harness.publish("variants", journal, table, partly=harness.reduced(parser, options, "rounds", "seconds"))
     return 0
 
 

@@ -196,7 +196,7 @@ def headline_table() -> str:
         (SPEED, "headline", headline_table),
         (SPEED, "plain_path", lambda: plain_path.table(stored("plain_path"))),
         (SPEED, "families", lambda: families.table(stored("families"))),
-        (SPEED, "int8_speed", lambda: int8.table(stored("int8"))),
+        (SPEED, "int8_speed", lambda: int8.table(stored("int8_speed"))),
         (SPEED, "variants", lambda: variants.table(stored("variants"))),
         (SPEED, "variants_equality", lambda: variants.equality_table(stored("variants_equality"))),
         (SPEED, "prediction", lambda: prediction.table(stored("prediction"))),
@@ -245,7 +245,7 @@ def test_a_benchmark_that_was_interrupted_goes_on_if_the_conditions_are_the_same
     assert len(made) == 2
     assert capsys.readouterr().err == "round 0\nround 1\n"
     assert journal(1).records == journal(2, peers.make_parser().parse_args([])).records == []
-    harness.publish(again, tmp_path / "it.json", lambda _: "a table", "it", partly=True)
+    harness.publish("it", again, lambda _: "a table", partly=True)
     assert "a table" in capsys.readouterr().out
     assert read_json(tmp_path / "runs" / "it.json") == again.result == {"threads": 2, "measurements": again.records}
     assert journal(2).records == [], "what is done is measured anew"
