@@ -5,7 +5,6 @@ DistilBERT-base, in the small form those of a toy on a CPU. They need a folder w
 part makes from random numbers.
 """
 
-import csv
 import multiprocessing
 import os
 import random
@@ -63,6 +62,7 @@ SMALL = Sizes(
 
 def make_folder(folder: Path, sizes: Sizes) -> Record:
     """A model with random weights, a tokenizer with one token a word, texts whose words tell the label, and tokens."""
+    import pandas as pd
     import torch
     from transformers import BertTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
@@ -84,10 +84,8 @@ def make_folder(folder: Path, sizes: Sizes) -> Record:
     texts.mkdir()
     generator = random.Random(0)
     for name, count in {"train": sizes.texts, "validation": 200, "test": 200}.items():
-        with (texts / f"{name}.csv").open("w", newline="", encoding="utf8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows(_text(generator, words, i % 2, sizes.max_length) for i in range(count))
+        rows = [_text(generator, words, i % 2, sizes.max_length) for i in range(count)]
+        pd.DataFrame(rows, columns=["text", "label"]).to_csv(texts / f"{name}.csv", index=False)
     run = RunConfig.from_settings(dataset="text", data_dir=texts, model_name=str(model), max_length=sizes.max_length)
     splits = tokenize(
         load_texts(run.data, offline=True), load_tokenizer(read_base_model(str(model), model)), run.data, test=False

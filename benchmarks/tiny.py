@@ -1,10 +1,10 @@
 """Tiny random models with the packaged tokenizer, short reviews and a study of short runs: for campaign and tests."""
 
-import csv
 import random
 from importlib.util import find_spec
 from pathlib import Path
 
+import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -54,13 +54,12 @@ def write_reviews(path: Path, count: int, seed: int) -> None:
     """A CSV of ``count`` short reviews, half of them good, no two alike."""
     generator = random.Random(seed)
     words = ["plot", "scene", "camera", "story", "actor", "music", "ending", "dialogue", "director", "script"]
-    with path.open("w", newline="", encoding="utf8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for i in range(count):
-            phrase = generator.choice(GOOD if i % 2 else BAD)
-            rest = " ".join(generator.choices(words, k=generator.randint(1, 20)))
-            writer.writerow([f"{phrase}; {rest}, number {seed} {i}", "good" if i % 2 else "bad"])
+    rows = []
+    for i in range(count):
+        phrase = generator.choice(GOOD if i % 2 else BAD)
+        rest = " ".join(generator.choices(words, k=generator.randint(1, 20)))
+        rows.append((f"{phrase}; {rest}, number {seed} {i}", "good" if i % 2 else "bad"))
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(path, index=False)
 
 
 def write_splits(folder: Path, **counts: int) -> Path:
