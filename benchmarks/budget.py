@@ -10,7 +10,6 @@ The tables of docs/budget.md, from collected runs:
   draw it adds a baseline: logistic regression on the mean of the frozen model's token vectors, with the same texts.
 """
 
-import csv
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks import harness
 from benchmarks.harness import Record
 from compare_methods import ROOT
+from finetuning.comparison.collected import Run
 from finetuning.comparison.over_sets import score_cell
 from finetuning.comparison.packed import read_records
 from finetuning.comparison.plan import PlannedRun, read_plan
@@ -113,8 +113,8 @@ def patience_table(folder: Path = STEPS) -> str:
     found: dict[bool, list[list[float]]] = {True: [], False: []}  # few texts or not -> accuracies by epoch
     records = read_records(folder)[0].values()
     for record in records:
-        lines = csv.DictReader((record.metrics or "").splitlines())
-        history = [100 * float(line["validation_accuracy"]) for line in lines if line.get("validation_accuracy")]
+        points = (point.get("validation_accuracy") for point in Run(record).history)
+        history = [100 * accuracy for accuracy in points if accuracy is not None]
         if record.result["status"] == "finished" and len(history) >= LEAST_EPOCHS:
             found[record.result["config"]["limit_train"] < FEW].append(history)
     rows = []
