@@ -66,6 +66,7 @@ def measure(work: Work, rounds: int, folder: Path) -> list[Record]:
         folder: from ``workload.prepare``.
     """
     from benchmarks.contestants import CONTESTANTS, Contestant  # torch, after instructions are hidden
+    from benchmarks.measure import rate_of
 
     job = Job("suite", model=work.model, targets=work.targets, max_length=work.max_length)
     contestants: dict[str, Contestant] = {
@@ -88,9 +89,7 @@ def measure(work: Work, rounds: int, folder: Path) -> list[Record]:
             record = {"contestant": name, "round": number, "work": asdict(work)}
             record["train_tokens_per_second"] = int(train.lengths[np.concatenate(batches)].sum()) / trained.seconds
             if name != "peft_tuned":
-                start = time.perf_counter()
-                contestant.evaluate(evaluated)
-                record["evaluation_tokens_per_second"] = int(evaluated.lengths.sum()) / (time.perf_counter() - start)
+                record["evaluation_tokens_per_second"] = rate_of(contestant.evaluate, evaluated)
             record["alone"] = was_alone(busy, time.perf_counter() - began)
             if number >= 0:
                 records.append(record)

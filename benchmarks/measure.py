@@ -89,10 +89,11 @@ def measure(job: Job, folder: Path, seconds: float) -> Record:
 def evaluation_rate(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) -> float:
     """Real tokens per second of the whole call, after a warm-up with an eighth of the texts."""
     evaluate(sample(split, max(1, len(split) // 8)))
-    return _timed(evaluate, split)
+    return rate_of(evaluate, split)
 
 
-def _timed(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) -> float:
+def rate_of(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) -> float:
+    """Real tokens per second of the whole call."""
     began = time.perf_counter()
     evaluate(split)
     return float(split.lengths.sum() / (time.perf_counter() - began))
@@ -101,7 +102,7 @@ def _timed(evaluate: Callable[[TokenizedSplit], None], split: TokenizedSplit) ->
 def rate_of_the_fastest(ways: Sequence[Callable[[TokenizedSplit], None]], split: TokenizedSplit) -> float:
     """The rate of the fastest way to evaluate, chosen on a quarter of the texts."""
     few = sample(split, max(1, len(split) // 4))
-    return _timed(max(ways, key=lambda evaluate: evaluation_rate(evaluate, few)), split)
+    return rate_of(max(ways, key=lambda evaluate: evaluation_rate(evaluate, few)), split)
 
 
 def merged_rate(contestant: Peft, job: Job, split: TokenizedSplit) -> float:
