@@ -9,7 +9,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -20,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.plan import FAULTS
-from benchmarks.faults.runs import ROOT, Broken, Commands, Fault, Seen, Undisturbed
+from benchmarks.faults.runs import Broken, Commands, Fault, Seen, Undisturbed
 from benchmarks.tiny import make_tiny_folder, write_splits
 from finetuning.pages import renew_tables
+from finetuning.runs.measurements import COMMIT
 
 TABLE = "faults"  # in the markers of the page
 DRAWS = 8  # of a trial, until its fault disturbs something
+CODE = COMMIT["commit"][:7] + "+" * COMMIT["modified"] if COMMIT else "unknown"  # a plus sign: with changes
 COMMAND = "make campaign CAMPAIGN_FLAGS='--seed {seed} --only \"NAME\"'"
 
 
@@ -81,7 +82,7 @@ class Campaign:
             break
         seconds = round(time.monotonic() - began, 2)
         record = {"fault": fault.name, "number": number, "seed": self.seed, "kept": kept, "seen": found.text}
-        record |= {"disturbed": found.disturbed, "seconds": seconds, "commit": commit()}
+        record |= {"disturbed": found.disturbed, "seconds": seconds, "commit": CODE}
         record["date"] = date.today().isoformat()
         with self.file.open("a", encoding="utf8") as file:
             file.write(json.dumps(record) + "\n")
@@ -123,12 +124,6 @@ class Campaign:
         tried = "; ".join(f"{count} of {when}" for when, count in whens.items()) or "none"
         command = COMMAND.format(seed=self.seed)
         return f"Trials: {tried}.\nThe command of a line, with its first column as NAME: `{command}`."
-
-
-def commit() -> str:
-    """The commit of the code, with a plus sign if files were changed since."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
