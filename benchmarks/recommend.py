@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
 from benchmarks import harness
-from benchmarks.harness import Record
 from compare_methods import DATA_SETS, ROOT
 from finetuning.comparison.collected import read_study
 from finetuning.comparison.over_sets import LEAST_SETS, Grid, difference_cell, grid_of
@@ -158,16 +157,10 @@ def collected(study: str) -> Grid:
     return grid
 
 
-def environments(grid: Grid) -> list[Record]:
-    """Where the runs of a grid were made."""
-    return [run.environment for found in grid.runs.values() for runs in found.values() for run in runs]
-
-
 def section() -> str:
     """The table of the collected runs, as docs/data_sets.md has it."""
     grid = collected(STUDY)
-    content = table(grid, default_scores(grid, collected("placement")))
-    return dated(content, environments(grid))
+    return dated(table(grid, default_scores(grid, collected("placement"))), grid.environments())
 
 
 @harness.as_main

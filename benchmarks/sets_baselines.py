@@ -22,7 +22,7 @@ from benchmarks import harness
 from benchmarks.budget import FROZEN, KINDS, by_size, mean_vectors
 from benchmarks.budget import OUTPUT as FEW_TEXTS
 from benchmarks.harness import Record
-from benchmarks.recommend import DEFAULT, collected, default_accuracies, environments, size_of
+from benchmarks.recommend import DEFAULT, collected, default_accuracies, size_of
 from compare_methods import BEST_PRACTICES, DATA_SETS, ROOT
 from finetuning.comparison.baselines import NAME, VECTORIZER, documents
 from finetuning.comparison.drawn import log_uniform
@@ -187,7 +187,7 @@ def few_texts_table(result: Record, runs: Grid) -> str:
                 rows.append((f"mean of {len(named)} sets", "", str(texts), *(f"{mean:.2f}" for mean in means)))
     columns = ("TF-IDF", "frozen model", *WITH_FEW_TEXTS)
     shown = Table(("data set", "classes", "texts", *(f"{name}, %" for name in columns)), rows)
-    return dated(shown, [result["environment"], *environments(runs)])
+    return dated(shown, [result["environment"], *runs.environments()])
 
 
 def table_of(name: str) -> Callable[[Record], str]:

@@ -58,8 +58,7 @@ def decisions_table(studies: Mapping[str, Study]) -> str:
         cells = decision_cells(grid, decision) if grid else None
         rows.append((decision.take, *(cells or (*[""] * (len(COLUMNS) - 2), MISSING))))
         if grid and cells:
-            pair = (decision.method, decision.default)
-            environments += [run.environment for found in grid.runs.values() for m in pair for run in found.get(m, ())]
+            environments += grid.environments(decision.method, decision.default)
     return dated(Table(COLUMNS, rows), environments)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
+from typing import Any
 
 from finetuning.comparison.collected import Run, Study
 from finetuning.comparison.statistics import bayesian_signed_rank, interval_over_sets, mean_and_deviation
@@ -56,6 +57,10 @@ class Grid:
     def texts(self, name: str, method: str) -> int:
         """The number of training texts of the method's runs on a set; 0 if they do not say it."""
         return self.runs[name][method][0].get("data", "sizes", "train") or 0
+
+    def environments(self, *methods: str) -> list[dict[str, Any]]:
+        """Where the tested runs of these methods were made; of all methods if none is named."""
+        return [run.environment for own in self.runs.values() for m in methods or own for run in own.get(m, ())]
 
     def means(self, method: str, sets: Iterable[str]) -> list[float]:
         """The method's mean accuracy on each set, in %."""
