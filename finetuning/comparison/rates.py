@@ -17,7 +17,7 @@ from finetuning.comparison.over_sets import Grid
 from finetuning.pages import Table
 from finetuning.settings import DEFAULT_LEARNING_RATES
 
-LEAST_TRIALS = 20  # of a method over all sets
+LEAST_TRIALS = 20  # of a method over all sets: fewer say nothing about a rate, or about the best of several
 MULTIPLES = (0.125, 0.5, 2.0, 4.0)  # of the default rate
 FITTED = (RATE, "epochs", "batch_size")
 FITTED_CURVE = 4  # numbers of a fit besides the level of each data set

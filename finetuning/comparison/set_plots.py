@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from functools import partial
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -13,11 +12,11 @@ from finetuning.comparison.collected import Run
 from finetuning.comparison.over_sets import SECONDS, Grid, conditions, mean_of_sets
 from finetuning.comparison.page import Plot
 from finetuning.comparison.plots import COLORS, FRONT, add_legend, log_scale, new_figure, png_of, style_of
+from finetuning.comparison.rates import LEAST_TRIALS
 from finetuning.comparison.statistics import interval_over_sets, pareto_front, tuning_curve
 
 SET_FILES = ("sets_loss.png", "sets_cost.png", "sets_tuning.png", "sets_texts.png")
 SIZED = re.compile(r"(?:\d+|all)-(.+)")  # the number of training texts, and a method
-LEAST_TRIALS = 20  # of a method over all sets: fewer say nothing about the best of several
 
 
 def draw_set_plots(grid: Grid) -> list[Plot]:
@@ -99,13 +98,15 @@ def tuning_plot(grid: Grid) -> Plot | None:
     flat = [run for of_sets in tried.values() for runs in of_sets for run in runs]
     if most < 2 or most * len(sets) < LEAST_TRIALS or any(run.monitor == "loss" for run in flat):
         return None
+    ticks = range(1, most + 1)
     best = [max(_score(run) for of_sets in tried.values() for run in of_sets[i]) for i in range(len(sets))]
     with new_figure("The best of several random trials") as (figure, (axis,)):
         for k, (method, of_sets) in enumerate(tried.items()):
             scores = [_score(run) - best[i] for i, runs in enumerate(of_sets) for run in runs]
-            _curve(axis, scores, most, k, method)
-        axis.set(xlabel="random trials", ylabel="validation score below the best trial, points")
-        axis.set_xticks(range(1, most + 1))
+            curve, own = tuning_curve(scores, most), style_of(k)
+            axis.plot(ticks, curve.median, label=method, linewidth=1.6, markersize=5, **own)
+            axis.fill_between(ticks, curve.low, curve.high, color=own["color"], alpha=0.08, linewidth=0)
+        axis.set(xlabel="random trials", ylabel="validation score below the best trial, points", xticks=ticks)
         add_legend(axis)
         caption = "The median of the best of so many trials, next to the best trial of any method on each of"
         caption += f" {len(sets)} data sets, and its 95 % band (Lourie et al. 2023), as if all trials were of one set."
@@ -137,12 +138,6 @@ def texts_plot(grid: Grid) -> Plot | None:
         return Plot(
             SET_FILES[3], "Means over the draws of the training texts, on each data set.", partial(png_of, figure)
         )
-
-
-def _curve(axis: Any, scores: list[float], most: int, k: int, name: str) -> None:
-    curve, x, own = tuning_curve(scores, most), np.arange(1, most + 1), style_of(k)
-    axis.plot(x, curve.median, label=name, linewidth=1.6, markersize=5, **own)
-    axis.fill_between(x, curve.low, curve.high, color=own["color"], alpha=0.08, linewidth=0)
 
 
 def _score(run: Run) -> float:

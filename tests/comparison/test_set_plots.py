@@ -8,6 +8,7 @@ import pytest
 from finetuning.comparison import set_plots
 from finetuning.comparison.packed import change_records
 from finetuning.comparison.set_plots import SET_FILES, draw_set_plots, losses
+from finetuning.comparison.statistics import TuningCurve, tuning_curve
 from tests.synthetic_runs import grid_in, made_run, outcomes, write_run
 
 SETS, TRIALS = ("one", "two", "three", "four"), 6
@@ -45,13 +46,12 @@ def test_each_picture_where_there_is_data_for_it_and_the_same_bytes_twice(tmp_pa
 
 def test_a_failed_trial_lowers_the_curve_of_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[float]] = []
-    real = set_plots._curve
 
-    def watched(axis: Any, scores: list[float], *more: Any) -> None:
+    def watched(scores: list[float], most: int) -> TuningCurve:
         drawn.append(scores)
-        real(axis, scores, *more)
+        return tuning_curve(scores, most)
 
-    monkeypatch.setattr(set_plots, "_curve", watched)
+    monkeypatch.setattr(set_plots, "tuning_curve", watched)
     write_grid(tmp_path)
     for name in SETS:
         axes = {"learning_rate": 9}
