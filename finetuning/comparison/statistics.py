@@ -101,7 +101,6 @@ def pooled_difference(
     sets: Sequence[tuple[np.ndarray, np.ndarray, SeedSpread | None]],
     resamples: int = RESAMPLES,
     score: str = "accuracy",
-    seed: int = 0,
 ) -> Difference:
     """The difference of two methods' mean score, by a bootstrap over texts and a random draw for the seeds.
 
@@ -117,11 +116,10 @@ def pooled_difference(
             order. The third is how much the score varies with the seed; without it the result is about these runs only.
         resamples: number of draws, if any; the smallest possible p value is then 2 / (resamples + 1), else ``LEAST_P``.
         score: a key of ``SCORES``.
-        seed: seed of the random generator.
     """
     if score == "accuracy" and len(sets) == 1:
         return _exact_difference(*sets[0])
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     score_of = SCORES[score]
     mean = np.mean([float(score_of(a.sum(axis=1)).mean() - score_of(b.sum(axis=1)).mean()) for a, b, _ in sets])
     drawn = [_drawn_differences(a, b, spread, resamples, score, generator) for a, b, spread in sets]
