@@ -106,7 +106,6 @@ def held_out(
     Raises:
         UserError: these are not the texts that the run predicted.
     """
-    splits = list(texts.splits.values())
     found = [in_order_of(split, stored.get(name)) for name, split in texts.splits.items()]
     parts = [part for part in found if part is not None]
     if len(parts) < max(len(found), len(stored)) or any(hashes.get(name) != s.sha256 for name, s in tokens.items()):
@@ -117,14 +116,12 @@ def held_out(
     answers = joined(parts)
     _, labels = np.unique(answers.truth, axis=0, return_inverse=True)
     chosen = np.sort(stratified_parts(labels.ravel(), [min(limit, len(labels))], seed=0)[0])
-    columns = [[text for split in splits for text in split.texts]]
-    if splits[0].pairs is not None:
-        columns.append([text for split in splits for text in split.pairs or ()])
+    given = [text for split in texts.splits.values() for text in split.by_row().values()]
     sequences = [split.sequence(i) for split in tokens.values() for i in range(len(split))]
     begins = [split.second_positions for split in tokens.values() if split.second_positions is not None]
     windows = [split.windows for split in tokens.values() if split.windows is not None]
     return HeldOut(
-        [[column[i] for i in chosen] for column in columns],
+        [list(column) for column in zip(*(given[i] for i in chosen), strict=True)],
         [sequences[i] for i in chosen],
         np.concatenate(begins)[chosen] if begins else None,
         np.concatenate(windows)[chosen] if windows else None,
