@@ -62,7 +62,7 @@ def measure(method: str, texts: int) -> Record:
 
 def table(result: Record) -> str:
     """Markdown: the size of a checkpoint, how long writing takes, and its share of a run of 20 minutes."""
-    inside, records = RUN_SECONDS // EVERY_SECONDS, result["runs"]
+    inside, records = RUN_SECONDS // EVERY_SECONDS, result["measurements"]
     columns = (*COLUMNS, f"{inside} in a run of {RUN_SECONDS // 60} minutes")
     rows = []
     for record in records:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None) -> int:
     parser = harness.make_parser("Measures what checkpoints cost.")
     parser.add_argument("--texts", type=int, default=2000, help="training texts of each run")
     options = parser.parse_args(argv)
-    journal = harness.start_journal("checkpoints", options, {"environment": environment_record()}, key="runs")
+    journal = harness.start_journal("checkpoints", options, {"environment": environment_record()})
     for method in METHODS:
         journal.measured(partial(measure, method, options.texts), method=method)
     harness.publish("checkpoints", journal, table, harness.reduced(parser, options, "texts"), PAGE)

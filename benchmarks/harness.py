@@ -113,19 +113,18 @@ class Journal:
     result: Record  # the conditions, which get the measurements
     show: Callable[[Record], str] | None = None  # a measurement in one line; ``None`` if it has been shown
     flags: str = ""  # what was asked for
-    key: str = "measurements"  # of the measurements in ``result``
     records: list[Record] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.result = json.loads(json.dumps(self.result)) | {self.key: []}
+        self.result = json.loads(json.dumps(self.result)) | {"measurements": []}
         earlier = read_json(self.path) if self.path.exists() else {}
         if earlier.get("flags") == self.flags and self._conditions(earlier["result"]) == self._conditions(self.result):
             self.result = earlier["result"]
-        self.records = self.result[self.key]
+        self.records = self.result["measurements"]
 
     def _conditions(self, result: Record) -> Record:
         """What must be the same, so that measurements can be continued. The day need not."""
-        kept = {name: value for name, value in result.items() if name != self.key}
+        kept = {name: value for name, value in result.items() if name != "measurements"}
         if "environment" in kept:
             kept["environment"] = {name: value for name, value in kept["environment"].items() if name != "date"}
         return kept

@@ -57,7 +57,7 @@ def one_training(flags: Sequence[str]) -> Record:
 
 def table(result: Record) -> str:
     """Markdown: training time, validation accuracy and peak memory of each path, and the ratio of the times."""
-    runs = result["runs"]
+    runs = result["measurements"]
     config, environment = runs[0]["config"], runs[0]["environment"]
     conditions = (
         f"Selective fine-tuning of the last {config['trainable_layers']} layers, {config['limit_train']:,} texts,"
@@ -85,9 +85,7 @@ def main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--limit_train", type=int, default=1000, help="training texts (default: 1000)")
     options = parser.parse_args(argv)
     harness.require_positive(options, "repeats", "epochs", "limit_train")
-    journal = harness.start_journal(
-        "plain_path", options, {"environment": environment_record()}, key="runs", show=record_line
-    )
+    journal = harness.start_journal("plain_path", options, {"environment": environment_record()}, show=record_line)
     measure(options.repeats, f"--epochs {options.epochs} --limit_train {options.limit_train}", journal)
     less = harness.reduced(parser, options, "repeats", "epochs", "limit_train")
     harness.publish("plain_path", journal, table, partly=less)

@@ -186,7 +186,7 @@ def table(result: Record) -> str:
     kinds = [name.replace("clipping and ", "").replace(" and copies", "") for name in KINDS]
     columns = ("model, LoRA on, tokens", "dtype", "products, G/s", "step, G/s", "share", *kinds, "other")
     rows = []
-    for row in result["rows"]:
+    for row in result["measurements"]:
         rate = statistics.mean(row["product_rates_before_and_after"][row["dtype"]])
         rows.append(
             (
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None) -> int:
     arguments = harness.make_parser(description, quick="one work and few steps; changes no page").parse_args(argv)
     works = PLAN[1:2] if arguments.quick else [job for job in PLAN if job.precision != "int8" or refused() is None]
     conditions = {"environment": environment_record(), "formulas": FORMULAS}
-    journal = harness.start_journal("roofline", arguments, conditions, key="rows", show=record_line)
+    journal = harness.start_journal("roofline", arguments, conditions, show=record_line)
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         folder = Path(temporary)
         prepare(folder, {job.model for job in works}, {job.max_length for job in works})

@@ -129,7 +129,7 @@ def test_both_paths_are_trained_in_turns_and_compared_by_their_seconds(
         return "", f"exit status {status}" if (status := finetune_lora.main(words[1:])) else None
 
     monkeypatch.setattr(harness, "in_process", in_this_process)
-    journal = harness.Journal(tmp_path / "journal.json", {}, key="runs")
+    journal = harness.Journal(tmp_path / "journal.json", {})
     inputs = f"--model_name {tiny_folders['distilbert']} --dataset text --data_dir {review_folder}"
     plain_path.measure(1, f"{inputs} --epochs 1 --limit_train 8 --limit_validation 8 --max_length 16", journal)
     runs = journal.records

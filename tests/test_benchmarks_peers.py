@@ -325,7 +325,7 @@ def test_the_roofline_of_a_tiny_model(folder: Path) -> None:
     assert row["time_shares"]["products"] > 0
     assert row["time_shares"]["attention"] > 0
     environment = {"cpu": "A CPU", "threads": 2}
-    line = roofline.table({"environment": environment, "rows": [row | {"model": "minilm"}]}).splitlines()[4]
+    line = roofline.table({"environment": environment, "measurements": [row | {"model": "minilm"}]}).splitlines()[4]
     assert line.startswith(f"| MiniLM, all linears, 32 | {row['dtype']} | ")
     assert f"| {row['share']:.0%} |" in line
 
