@@ -1,6 +1,6 @@
 """A study's rows -> tables as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -30,30 +30,21 @@ def main_table(study: Study) -> Table:
     """The rows of a study. What was not measured stays empty; a row without a finished run shows its status."""
     records = study.records
     f1_counts = any(run.monitor in ("macro_f1", "mcc") or has_rare_class(run) for run in study.final)
-    return Table(
-        (
-            "row", REPORTED, _accuracy_title(records), "macro F1, %", "seeds", "test texts",
-            "validation accuracy, %", "trainable parameters", SECONDS, PROCESSOR, MEMORY,
-            "command",
-        ),
-        [
-            (
-                r["row"],
-                shown(r["reported_percent"], "{:.2f}"),
-                accuracy_cell(r),
-                percent(r["macro_f1_mean"]) if f1_counts else "",
-                _seeds_cell(r),
-                shown(r["test_examples"], "{:,}"),
-                percent(r["validation_accuracy_mean"]),
-                shown(r["trainable"], "{:,}"),
-                shown(r["train_seconds"], "{:,.0f}"),
-                shown(r["processor_seconds"], "{:,.0f}"),
-                memory_cell(r),
-                r["command"] or "",
-            )
-            for r in records
-        ],
-    )  # fmt: skip
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "row": lambda r: r["row"],
+        REPORTED: lambda r: shown(r["reported_percent"], "{:.2f}"),
+        _accuracy_title(records): accuracy_cell,
+        "macro F1, %": lambda r: percent(r["macro_f1_mean"]) if f1_counts else "",
+        "seeds": _seeds_cell,
+        "test texts": lambda r: shown(r["test_examples"], "{:,}"),
+        "validation accuracy, %": lambda r: percent(r["validation_accuracy_mean"]),
+        "trainable parameters": lambda r: shown(r["trainable"], "{:,}"),
+        SECONDS: lambda r: shown(r["train_seconds"], "{:,.0f}"),
+        PROCESSOR: lambda r: shown(r["processor_seconds"], "{:,.0f}"),
+        MEMORY: memory_cell,
+        "command": lambda r: r["command"] or "",
+    }
+    return Table(tuple(columns), [tuple(cell(r) for cell in columns.values()) for r in records])
 
 
 def _accuracy_title(records: Sequence[dict[str, Any]]) -> str:
